@@ -1,0 +1,113 @@
+"""Every error that a user can cause, in one tree.
+
+Each class carries the exit code of the command that it ends and also inherits the standard exception
+it refines, so that library users can catch what they know. A message names what was wrong and the value;
+the hint says what to do next.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input or settings, 3 does not fit in memory, 130 interrupted,
+143 terminated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class QloraError(Exception):
+    """The root. `hint` is one sentence or command that gets the user further."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with the input: where (flag, file and line, key), what, and what to do."""
+
+    where: str
+    message: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class SettingsError(QloraError, ValueError):
+    """Flags, settings file or `--set` are wrong. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "an error without a problem"
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+
+
+class UsageError(QloraError, ValueError):
+    """A command was called with arguments that it does not take."""
+
+    exit_code = 2
+
+
+class ModelError(QloraError, ValueError):
+    """The model or its tokenizer can't be used as asked."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(QloraError, FileNotFoundError):
+    """No model by that name: no such directory, no such repository, or no access to it."""
+
+    exit_code = 2
+
+
+class DataError(QloraError, ValueError):
+    """A data set can't be read, or a row of it can't be trained on."""
+
+    exit_code = 2
+
+
+class DatasetNotFoundError(QloraError, FileNotFoundError):
+    """No data set by that name."""
+
+    exit_code = 2
+
+
+class OutputDirectoryError(QloraError, FileExistsError):
+    """The output directory holds something else or can't be written."""
+
+    exit_code = 2
+
+
+class DiskSpaceError(QloraError, OSError):
+    """What the command would write does not fit on the disk. Not raised half-way: checked before."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(QloraError, ImportError):
+    """A setting needs a package that is not installed."""
+
+    exit_code = 2
+
+
+class HardwareError(QloraError, RuntimeError):
+    """A setting needs hardware that this machine does not have."""
+
+    exit_code = 2
+
+
+class OutOfMemoryError(QloraError, MemoryError):
+    """The run does not fit in memory."""
+
+    exit_code = 3
+
+
+class TrainingError(QloraError, RuntimeError):
+    """The run failed after it had begun."""

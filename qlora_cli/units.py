@@ -1,0 +1,30 @@
+"""Numbers as people read them: bytes in GiB (1024³), counts with separators, durations."""
+
+GIB = 1024**3
+MIB = 1024**2
+KIB = 1024
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return `num_bytes` in the largest binary unit that keeps it at or above one: `3.36 GiB`."""
+    for size, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+def format_count(count: int) -> str:
+    """Return a count as models are named: `6.74B`, `159.91M`, `512`."""
+    for size, unit in ((10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return f"{count:,}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as `0.42 s`, `1:05` (minutes) or `2:03:09` (hours)."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
