@@ -1,0 +1,1 @@
+"""From a name to rows, from rows to tokens and labels."""

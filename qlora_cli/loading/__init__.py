@@ -1,0 +1,7 @@
+"""The one loader that every command uses: find the files, quantize, tokenizer, adapter, inventory."""
+
+import logging
+
+# bitsandbytes warns on import when an optional CPU kernel for inference is not installed. It would only be
+# used after a repacking of the weights that the loader switches off.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

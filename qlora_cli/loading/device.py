@@ -1,0 +1,70 @@
+"""Choose the device and the dtype to compute in, and say why."""
+
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import has_avx512bf16
+
+from qlora_cli.errors import HardwareError
+from qlora_cli.settings.models import Device, Dtype
+
+TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
+AMPERE = (8, 0)  # the first compute capability with bf16 tensor cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeDtype:
+    """The dtype of matrix products, and of the base's unquantized tensors, with the reason for it."""
+
+    name: Dtype
+    reason: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as torch has it."""
+        return TORCH_DTYPES[self.name]
+
+
+def choose_device(wanted: Device) -> torch.device:
+    """Return the device to load on: the current GPU if there is one and it is not refused.
+
+    Raises:
+        HardwareError: a GPU was asked for and there is none.
+    """
+    if wanted == Device.CPU:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if wanted == Device.CUDA:
+        raise HardwareError(
+            "no NVIDIA GPU is visible to PyTorch",
+            hint="Check nvidia-smi and that torch is a CUDA build, or leave --device out to use the CPU.",
+        )
+    return torch.device("cpu")
+
+
+def choose_compute_dtype(wanted: Dtype, device: torch.device) -> ComputeDtype:
+    """Return the dtype to compute in: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        HardwareError: fp16 was asked for on a CPU, or bf16 on a GPU without it.
+    """
+    native, reason = _native_bf16(device)
+    if wanted == Dtype.AUTO:
+        fallback = Dtype.FP16 if device.type == "cuda" else Dtype.FP32
+        return ComputeDtype(name=Dtype.BF16 if native else fallback, reason=reason)
+    if wanted == Dtype.FP16 and device.type == "cpu":
+        raise HardwareError("fp16 is not trained on a CPU", hint="Use --dtype fp32 or --dtype bf16.")
+    if wanted == Dtype.BF16 and device.type == "cuda" and not native:
+        raise HardwareError(f"bf16 was asked for, but {reason}", hint="Use --dtype fp16 or --dtype fp32.")
+    return ComputeDtype(name=wanted, reason="as asked")
+
+
+def _native_bf16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        native = torch.cuda.get_device_capability(device) >= AMPERE
+        return native, f"{name} {'has' if native else 'has no'} bf16 tensor cores"
+    # Emulated bf16 products are several times slower than fp32 ones.
+    native = bool(has_avx512bf16())
+    return native, f"this CPU {'multiplies' if native else 'does not multiply'} bf16 natively"

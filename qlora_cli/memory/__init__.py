@@ -1,0 +1,1 @@
+"""Memory: measured here; predicted by what follows."""

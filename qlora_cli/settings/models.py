@@ -1,0 +1,253 @@
+"""Every setting, defined once: its name, type, bounds, default and one line of help.
+
+The command line, `qlora config schema`, the settings file and `run.json` all read these models. Names are
+the field's own: rank, alpha, micro_batch_size, max_length.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Quantization(StrEnum):
+    """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    NONE = "none"
+
+
+class Dtype(StrEnum):
+    """The dtype that matrix products are computed in."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where the model lives."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Attention(StrEnum):
+    """The attention kernel."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+
+
+class DataFormat(StrEnum):
+    """How a row is read. `auto` recognises it by its columns."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    ALPACA = "alpaca"
+    TEXT = "text"
+
+
+class LossOn(StrEnum):
+    """Which tokens are trained: answers only, or every token of a row."""
+
+    COMPLETIONS = "completions"
+    ALL = "all"
+
+
+class Checkpointing(StrEnum):
+    """Whether activations are recomputed in the backward pass to save memory."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class Optimizer(StrEnum):
+    """The optimizer, by the name that transformers gives it."""
+
+    ADAMW_TORCH = "adamw_torch"
+    ADAMW_TORCH_FUSED = "adamw_torch_fused"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the state lives in CUDA unified memory."""
+        return self.value.startswith("paged_")
+
+
+class Schedule(StrEnum):
+    """How the learning rate runs after warm-up."""
+
+    CONSTANT = "constant_with_warmup"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class ReportTo(StrEnum):
+    """A tracker that the run is also reported to."""
+
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+    MLFLOW = "mlflow"
+
+
+def _switch(value: object) -> object:
+    # YAML 1.1 reads a bare `on` and `off` as booleans.
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _split_commas(value: object) -> object:
+    if isinstance(value, str) and value != "all-linear":
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+TargetModules = Annotated[
+    Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_split_commas)
+]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and an unknown name in it is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    name: str = Field(min_length=1, description="Base model: a local directory or a hub id.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub id; the default branch if not given."
+    )
+    dtype: Dtype = Field(
+        default=Dtype.AUTO,
+        description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
+    )
+    device: Device = Field(default=Device.AUTO, description="auto: the GPU if there is one, else the CPU.")
+    attention: Attention = Field(
+        default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own."
+    )
+
+
+class QuantizationSettings(Section):
+    """How the frozen base is quantized on loading."""
+
+    method: Quantization = Field(default=Quantization.NF4, description="Data type of the frozen linear layers.")
+    double_quant: bool = Field(
+        default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter)."
+    )
+
+
+class LoraSettings(Section):
+    """The adapter, the only part that trains."""
+
+    rank: int = Field(default=16, ge=1, le=4096, description="Rank of the LoRA matrices.")
+    alpha: float = Field(default=32, gt=0, description="LoRA's scale: updates are multiplied by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of the LoRA branch.")
+    target_modules: TargetModules = Field(
+        default="all-linear",
+        description="Comma-separated names of the linear layers that get an adapter, or all-linear.",
+    )
+
+
+class DataSettings(Section):
+    """The rows to train and evaluate on."""
+
+    dataset: str = Field(
+        min_length=1,
+        description="Training data: a .jsonl, .json, .csv or .parquet file, a directory of them, or a hub id.",
+    )
+    eval_dataset: str | None = Field(default=None, min_length=1, description="Held-out data, named the same way.")
+    split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
+    eval_split: str = Field(default="test", min_length=1, description="Split of a hub data set to evaluate on.")
+    format: DataFormat = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
+    loss_on: LossOn = Field(
+        default=LossOn.COMPLETIONS, description="Train on answers (completions, assistant turns) or on all tokens."
+    )
+    max_length: int = Field(default=2048, ge=8, description="Longest row in tokens; longer rows are cut, and said.")
+
+
+class TrainingSettings(Section):
+    """The loop."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1, description="Peak learning rate.")
+    schedule: Schedule = Field(default=Schedule.COSINE, description="Learning-rate schedule after warm-up.")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps spent warming up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
+    max_grad_norm: float = Field(default=0.3, gt=0, description="Gradients are clipped to this norm.")
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many steps; overrides epochs.")
+    micro_batch_size: int = Field(default=1, ge=1, description="Rows in one forward and backward pass.")
+    gradient_accumulation_steps: int = Field(
+        default=16, ge=1, description="Micro-batches whose gradients are added up to one step."
+    )
+    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_switch)] = Field(
+        default=Checkpointing.AUTO,
+        description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU.",
+    )
+    optimizer: Optimizer = Field(default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seeds the adapter, the order of rows and dropout.")
+    logging_steps: int = Field(default=1, ge=1, description="Steps between two reports.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Steps between two evaluations; only at the end if not given."
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, description="Steps between two checkpoints; only at the end if not given."
+    )
+
+
+class OutputSettings(Section):
+    """Where the run is written and reported to."""
+
+    directory: Path = Field(description="Run directory to create; it must be empty or not exist.")
+    max_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints than this many are deleted.")
+    report_to: ReportTo = Field(default=ReportTo.NONE, description="Tracker that the run is also reported to.")
+
+
+class LoadSettings(Section):
+    """What `qlora load` needs."""
+
+    model: ModelSettings
+    quantization: QuantizationSettings = Field(default_factory=QuantizationSettings)
+
+
+class TrainSettings(LoadSettings):
+    """What `qlora train` needs: every section."""
+
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    data: DataSettings
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    output: OutputSettings
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "quantization": QuantizationSettings,
+    "lora": LoraSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "output": OutputSettings,
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a settings file, in which nothing is required: flags may give the rest."""
+    schema = TrainSettings.model_json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        part.pop("required", None)
+    schema["title"] = "Settings of qlora"
+    return schema

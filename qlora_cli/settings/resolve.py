@@ -1,0 +1,197 @@
+"""Merge the sources, validate once, and keep the origin of every value.
+
+Precedence: flag > `--set` > file > default. Every problem is collected, so that a user sees all of them at
+once. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from qlora_cli.errors import Problem, SettingsError
+from qlora_cli.settings.models import SECTIONS, LoadSettings
+from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
+
+SettingsT = TypeVar("SettingsT", bound=LoadSettings)
+DEFAULT = Origin(kind="default", where="default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a command line gave: a settings file, `--set` assignments, and flags by `section.key`."""
+
+    config: Path | None = None
+    assignments: Sequence[str] = ()
+    flags: Mapping[str, tuple[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[SettingsT]):
+    """Validated settings and where each value came from, by `section.key`."""
+
+    settings: SettingsT
+    origins: Mapping[str, Origin]
+
+    def origin_of(self, path: str) -> Origin:
+        """Return where the value of `section.key` came from."""
+        return self.origins.get(path, DEFAULT)
+
+
+def resolve(
+    sources: Sources, kind: type[SettingsT], flag_names: Mapping[str, str] | None = None
+) -> Resolved[SettingsT]:
+    """Merge and validate `sources` into settings of `kind`.
+
+    A file may hold sections that `kind` has no use for; they are checked all the same, but nothing in
+    them is required. `flag_names` maps `section.key` to the flag that sets it, for hints.
+
+    Raises:
+        SettingsError: with every problem found.
+    """
+    merged, problems = merge(sources)
+    validated, more = _validate(merged, required=set(kind.model_fields), flag_names=flag_names or {})
+    problems += more
+    if problems:
+        raise SettingsError(problems)
+    settings = kind(**{name: validated[name] for name in kind.model_fields})
+    problems = _cross_check(validated, merged)
+    if problems:
+        raise SettingsError(problems)
+    return Resolved(settings, {path: entry.origin for path, entry in merged.items()})
+
+
+def merge(sources: Sources) -> tuple[dict[str, Entry], list[Problem]]:
+    """Return the winning entry of each setting given, by `section.key`, and the problems of the sources."""
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    if sources.config is not None:
+        entries, problems = read_file(sources.config)
+    assigned, more = read_assignments(sources.assignments)
+    entries += assigned + read_flags(sources.flags or {})
+    return {entry.path: entry for entry in entries}, problems + more
+
+
+def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
+    """Return every setting with its value and origin, for `qlora config show`; required ones may be None.
+
+    Raises:
+        SettingsError: with every problem found; a missing value is none.
+    """
+    merged, problems = merge(sources)
+    _, more = _validate(merged, required=set(), flag_names={})
+    if problems + more:
+        raise SettingsError(problems + more)
+    rows = []
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            entry = merged.get(f"{section}.{key}")
+            if entry is None:
+                default = None if field.is_required() else field.get_default(call_default_factory=True)
+                rows.append((f"{section}.{key}", default, DEFAULT))
+            else:
+                value: Any = TypeAdapter(field.rebuild_annotation()).validate_python(entry.value)
+                rows.append((f"{section}.{key}", value, entry.origin))
+    return rows
+
+
+def _validate(
+    merged: Mapping[str, Entry], *, required: set[str], flag_names: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    validated: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for section, model in SECTIONS.items():
+        values = {entry.key: entry.value for entry in merged.values() if entry.section == section}
+        try:
+            validated[section] = model(**values)
+        except ValidationError as error:
+            seen: set[str] = set()
+            for detail in error.errors():
+                key = str(detail["loc"][0])
+                missing = detail["type"] == "missing"
+                if key in seen or (missing and section not in required):
+                    continue
+                seen.add(key)  # a union reports one error a member; the first says enough
+                path = f"{section}.{key}"
+                problems.append(
+                    _missing(path, flag_names) if missing else _explain(detail, path, merged[path])
+                )
+    return validated, problems
+
+
+def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
+    flag = flag_names.get(path)
+    section, key = path.split(".")
+    description = SECTIONS[section].model_fields[key].description or ""
+    return Problem(
+        where=flag or path,
+        message=f"is missing. {description}",
+        hint=f"Give {flag}, or {key} under {section} in a --config file." if flag else f"Set {path}.",
+    )
+
+
+def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
+    """Say what is wrong with one value in the words of the command line."""
+    where = entry.origin.where
+    if entry.origin.kind == "file":
+        where = f"{where} {path}"
+    shown = repr(entry.value if isinstance(entry.value, str | int | float | bool) else str(entry.value))
+    choices = choices_of(path)
+    if choices and detail["type"] in {"enum", "literal_error"}:
+        message = f"{shown} is not one of {', '.join(choices)}"
+        return Problem(where=where, message=message, hint=did_you_mean(str(entry.value), choices))
+    messages = {
+        "int_parsing": "expected a whole number",
+        "int_from_float": "expected a whole number",
+        "int_type": "expected a whole number",
+        "float_parsing": "expected a number",
+        "float_type": "expected a number",
+        "bool_parsing": "expected true or false",
+        "string_type": "expected text",
+        "string_too_short": "must not be empty",
+        "too_short": "must name at least one",
+        "path_type": "expected a path",
+    }
+    expected = messages.get(detail["type"], detail["msg"].replace("Input should be", "must be"))
+    return Problem(where=where, message=f"{expected}, got {shown}")
+
+
+def choices_of(path: str) -> list[str]:
+    """Return the values that an enumerated setting takes; empty for any other."""
+    section, key = path.split(".")
+    annotation = SECTIONS[section].model_fields[key].annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Enum):
+            return [str(choice.value) for choice in member]
+    return []
+
+
+def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
+    """Return settings that can have no effect beside the others: an error, never silence."""
+    problems = []
+    data = validated.get("data")
+    if "training.eval_steps" in merged and data is not None and data.eval_dataset is None:
+        if validated["training"].eval_steps is not None:
+            problems.append(
+                Problem(
+                    where=merged["training.eval_steps"].origin.where,
+                    message="training.eval_steps has no effect without held-out data",
+                    hint="Give --eval-dataset, or leave eval_steps out.",
+                )
+            )
+    method = validated["quantization"].method
+    if method == "none" and "quantization.double_quant" in merged:
+        problems.append(
+            Problem(
+                where=merged["quantization.double_quant"].origin.where,
+                message="quantization.double_quant has no effect with --quant none",
+                hint="Leave it out, or quantize with --quant nf4.",
+            )
+        )
+    return problems

@@ -1,0 +1,167 @@
+"""Where values come from: a YAML file, `--set section.key=value`, flags.
+
+Each source yields `Entry` values, which know their origin, and the problems met on the way. Nothing is
+validated here beyond the shape: that is the business of `resolve`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qlora_cli.errors import Problem
+from qlora_cli.settings.models import SECTIONS
+
+Kind = Literal["default", "file", "set", "flag"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a value came from: `run.yaml:12`, `--set lora.rank`, `--rank` or `default`."""
+
+    kind: Kind
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One value for one setting."""
+
+    section: str
+    key: str
+    value: Any
+    origin: Origin
+
+    @property
+    def path(self) -> str:
+        """The setting's full name, `section.key`."""
+        return f"{self.section}.{self.key}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
+    """Return a hint that names the nearest of `known`, or None if nothing is near."""
+    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"Did you mean {matches[0]}?" if matches else None
+
+
+def check_name(section: str, key: str | None, where: str) -> Problem | None:
+    """Return the problem with a setting's name, or None when it exists."""
+    if section not in SECTIONS:
+        owner = [name for name, model in SECTIONS.items() if section in model.model_fields]
+        hint = f"Did you mean {owner[0]}.{section}?" if owner else did_you_mean(section, list(SECTIONS))
+        hint = hint or f"The sections are {', '.join(SECTIONS)}."
+        return Problem(where=where, message=f"unknown section {section!r}", hint=hint)
+    if key is not None and key not in SECTIONS[section].model_fields:
+        known = list(SECTIONS[section].model_fields)
+        owner = [name for name, model in SECTIONS.items() if key in model.model_fields]
+        hint = did_you_mean(key, known) or (f"Did you mean {owner[0]}.{key}?" if owner else None)
+        hint = hint or f"{section} has {', '.join(known)}."
+        return Problem(where=where, message=f"unknown setting '{section}.{key}'", hint=hint)
+    return None
+
+
+def read_flags(flags: Mapping[str, tuple[str, Any]]) -> list[Entry]:
+    """Return the entries of flags: a mapping from `section.key` to the flag's name and value."""
+    entries = []
+    for path, (flag, value) in flags.items():
+        section, key = path.split(".")
+        entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="flag", where=flag)))
+    return entries
+
+
+def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Problem]]:
+    """Read `--set section.key=value`; the value is YAML, so lists and null can be given."""
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        section, dot, key = path.strip().partition(".")
+        where = f"--set {path.strip()}"
+        if not equals or not dot or not key:
+            problems.append(
+                Problem(
+                    where=f"--set {assignment}",
+                    message="expected section.key=value",
+                    hint="For example: --set training.warmup_ratio=0.1",
+                )
+            )
+            continue
+        if problem := check_name(section, key, where):
+            problems.append(problem)
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
+    return entries, problems
+
+
+def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
+    """Read a settings file: YAML, a mapping of sections to mappings of settings."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        return [], [_file_problem(path, error.strerror or str(error))]
+    except UnicodeDecodeError as error:
+        return [], [_file_problem(path, f"is not UTF-8 text (byte {error.start})")]
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error)
+        return [], [Problem(where=f"{path}{line}", message=f"is not valid YAML: {reason}")]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [_file_problem(path, "must be a mapping of sections", hint=f"Sections: {', '.join(SECTIONS)}.")]
+    return _read_sections(path, root)
+
+
+def _file_problem(path: Path, message: str, hint: str | None = None) -> Problem:
+    return Problem(where=f"--config {path}", message=message, hint=hint)
+
+
+def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], list[Problem]]:
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    for section, line, node in _items(path, root, problems):
+        if problem := check_name(section, None, f"{path}:{line}"):
+            problems.append(problem)
+        elif isinstance(node, yaml.MappingNode):
+            for key, key_line, value_node in _items(path, node, problems):
+                where = f"{path}:{key_line}"
+                if problem := check_name(section, key, where):
+                    problems.append(problem)
+                    continue
+                origin = Origin(kind="file", where=where)
+                entries.append(Entry(section=section, key=key, value=_construct(value_node), origin=origin))
+        elif _construct(node) is not None:  # a section left empty is fine
+            message = f"section {section!r} must be a mapping of settings"
+            problems.append(Problem(where=f"{path}:{line}", message=message))
+    return entries, problems
+
+
+def _items(
+    path: Path, node: yaml.MappingNode, problems: list[Problem]
+) -> Iterator[tuple[str, int, yaml.Node]]:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in seen:
+            message = f"{key!r} is given twice, first on line {seen[key]}"
+            problems.append(Problem(where=f"{path}:{line}", message=message))
+        seen.setdefault(key, line)
+        yield key, line, value_node
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]

@@ -1,0 +1,92 @@
+"""Settings as TRL's `SFTConfig` takes them.
+
+Every default of theirs that would hurt is set here by name; a test holds the list.
+"""
+
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from qlora_cli.errors import HardwareError
+from qlora_cli.loading.device import ComputeDtype
+from qlora_cli.settings.models import Checkpointing, Dtype, ReportTo, TrainSettings
+
+
+def uses_checkpointing(setting: Checkpointing, device: torch.device) -> bool:
+    """Return whether activations are recomputed; on a CPU memory is plenty and time is not."""
+    return device.type == "cuda" if setting == Checkpointing.AUTO else setting == Checkpointing.ON
+
+
+def check_hardware(settings: TrainSettings, device: torch.device) -> None:
+    """Check that the optimizer runs on `device`.
+
+    Raises:
+        HardwareError: a paged optimizer, whose state is CUDA unified memory, without a GPU.
+    """
+    optimizer = settings.training.optimizer
+    if optimizer.is_paged and device.type != "cuda":
+        raise HardwareError(
+            f"{optimizer.value} pages its state out of GPU memory and there is no GPU",
+            hint="Use --optimizer adamw_torch or adamw_8bit.",
+        )
+
+
+def training_arguments(
+    settings: TrainSettings,
+    *,
+    output: Path,
+    device: torch.device,
+    dtype: ComputeDtype,
+    num_steps: int,
+    has_eval: bool,
+) -> SFTConfig:
+    """Return the arguments of a run of `num_steps` optimizer steps that writes to `output`."""
+    training = settings.training
+    checkpointing = uses_checkpointing(training.gradient_checkpointing, device)
+    report_to = settings.output.report_to
+    arguments = SFTConfig(
+        output_dir=str(output),
+        # The rows come tokenized, cut and masked from our own data path.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        # The loop. The number of steps is computed once, by the plan.
+        max_steps=num_steps,
+        per_device_train_batch_size=training.micro_batch_size,
+        per_device_eval_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule.value,
+        warmup_steps=round(training.warmup_ratio * num_steps),
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer.value,
+        seed=training.seed,
+        data_seed=training.seed,
+        # Precision and memory. TRL turns bf16 and gradient checkpointing on by default.
+        use_cpu=device.type == "cpu",
+        bf16=dtype.name == Dtype.BF16,
+        fp16=dtype.name == Dtype.FP16,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        dataloader_pin_memory=device.type == "cuda",
+        # Evaluation needs the loss only; TRL's fused head never builds the logits.
+        prediction_loss_only=True,
+        eval_strategy="steps" if has_eval and training.eval_steps else "no",
+        eval_steps=training.eval_steps,
+        # The trainer also saves at the last step, whatever the interval.
+        save_strategy="steps",
+        save_steps=training.save_steps or num_steps,
+        # Reports: every step to us, nothing to a terminal, NaN shown as NaN.
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none" if report_to == ReportTo.NONE else [report_to.value],
+        run_name=settings.output.directory.name,
+    )
+    # With several GPUs visible and no launcher, the trainer would wrap the model in DataParallel, which TRL
+    # refuses. One process uses one GPU; the trainer sets the same attribute for models it finds placed.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

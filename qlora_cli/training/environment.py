@@ -1,0 +1,34 @@
+"""What a run ran on: versions and hardware, for `run.json`. No environment variable is recorded."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of this package, of Python and of the libraries that shape a result."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"qlora-cli": version("qlora-cli"), "python": platform.python_version(), **found}
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Return the machine's processor, memory in bytes and, if it is used, GPU."""
+    hardware: dict[str, Any] = {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hardware["gpu"] = properties.name
+        hardware["gpu_memory_bytes"] = properties.total_memory
+        hardware["cuda"] = torch.version.cuda
+    return hardware

@@ -1,0 +1,74 @@
+"""What a run is about to do, and what it did, as plain values. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """Everything that is settled before the first step. Sizes in bytes, lengths in tokens."""
+
+    model: str
+    output: Path
+    device: str
+    quantization: str
+    compute_dtype: str
+    compute_dtype_reason: str
+    attention: str
+    gradient_checkpointing: bool
+    optimizer: str
+    num_parameters: int
+    num_trainable_parameters: int
+    data_format: str
+    num_train_rows: int
+    num_eval_rows: int | None
+    num_train_tokens: int
+    num_supervised_tokens: int
+    longest_row_tokens: int
+    num_truncated_rows: int
+    num_dropped_rows: int
+    num_lost_supervised_tokens: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    num_devices: int
+    examples_per_step: int
+    num_steps: int
+    num_epochs: float
+    adapter_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """The largest memory seen, in bytes; the device figures are None without a GPU."""
+
+    host_bytes: int
+    device_allocated_bytes: int | None
+    device_reserved_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A run that ended: all its steps done, or stopped by a signal after a checkpoint.
+
+    `final_loss` is that of the last reported step, `train_loss` the mean over all of them; both count
+    supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop with
+    its evaluations and checkpoints, `total_seconds` everything with loading.
+    """
+
+    output: Path
+    adapter: Path
+    steps: int
+    num_steps: int
+    epochs: float
+    final_loss: float | None
+    train_loss: float | None
+    eval_loss: float | None
+    num_tokens: int
+    tokens_per_second: float
+    train_seconds: float
+    total_seconds: float
+    peak_memory: PeakMemory
+    num_trainable_parameters: int
+    interrupted_by: str | None
+    checkpoints: tuple[Path, ...]

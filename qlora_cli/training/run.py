@@ -1,0 +1,217 @@
+"""Train: the main job, from resolved settings to a run directory."""
+
+import errno
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
+from qlora_cli.events import (
+    EvalStarted,
+    Noted,
+    Reporter,
+    Reporters,
+    TrainingEnded,
+    TrainingStarted,
+)
+from qlora_cli.memory.measure import (
+    peak_device_allocated_bytes,
+    peak_device_reserved_bytes,
+    peak_host_bytes,
+    reset_device_peak,
+)
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.arguments import training_arguments
+from qlora_cli.training.environment import describe_hardware, package_versions
+from qlora_cli.training.plan import PreparedRun, prepare_run
+from qlora_cli.training.reporting import ReportingCallback
+from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
+from qlora_cli.training.run_directory import MetricsWriter, RunDirectory, write_directory
+from qlora_cli.training.stop import StopCallback, StopSignal
+from qlora_cli.training.trainer import QloraTrainer
+
+
+def plan(resolved: Resolved[TrainSettings], reporter: Reporter) -> TrainPlan:
+    """Do everything up to the first step and return what would run; writes nothing.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    return prepare_run(resolved, reporter).plan
+
+
+def train(resolved: Resolved[TrainSettings], reporter: Reporter) -> TrainResult:
+    """Train an adapter and return what came of it.
+
+    Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint and the adapter as it is
+    then; the result says so.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
+    """
+    return run(prepare_run(resolved, reporter), reporter)
+
+
+def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
+    """Train a prepared run; see `train`."""
+    directory = RunDirectory(prepared.plan.output)
+    directory.create()
+    reporter = Reporters([MetricsWriter(directory), reporter])
+    record = _opening_record(prepared)
+    directory.write_run_file(record)
+    try:
+        with _failures_explained(prepared):
+            result = _train(prepared, directory, reporter)
+    except BaseException as error:
+        directory.write_run_file({**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+    status = "interrupted" if result.interrupted_by else "done"
+    directory.write_run_file({**record, "status": status, "result": result})
+    return result
+
+
+def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
+    device, num_steps = prepared.loaded.device, prepared.plan.num_steps
+    reset_device_peak(device)
+    stop = StopSignal()
+    callback = ReportingCallback(reporter, device)
+    trainer = make_trainer(prepared, directory, reporter, callbacks=[callback, StopCallback(stop)])
+    reporter.report(TrainingStarted(num_steps=num_steps, output=directory.path))
+    start = time.monotonic()
+    with stop:
+        trainer.train()
+        step = trainer.state.global_step
+        if prepared.eval_data is not None and stop.name is None and step not in callback.eval_losses:
+            reporter.report(EvalStarted(step=step))
+            trainer.evaluate()
+        train_seconds = time.monotonic() - start
+        save_adapter(prepared, directory)
+    # A signal during the last step or after it changes nothing: all was done.
+    interrupted_by = stop.name if step < num_steps else None
+    reporter.report(TrainingEnded(step=step, num_steps=num_steps, interrupted_by=interrupted_by))
+    return TrainResult(
+        output=directory.path,
+        adapter=directory.adapter,
+        steps=step,
+        num_steps=num_steps,
+        epochs=float(trainer.state.epoch or 0.0),
+        final_loss=callback.losses[-1] if callback.losses else None,
+        train_loss=sum(callback.losses) / len(callback.losses) if callback.losses else None,
+        eval_loss=callback.eval_losses.get(step),
+        num_tokens=callback.num_tokens,
+        tokens_per_second=callback.num_tokens / callback.stepping_seconds if callback.stepping_seconds else 0.0,
+        train_seconds=train_seconds,
+        total_seconds=time.monotonic() - prepared.started,
+        peak_memory=PeakMemory(
+            host_bytes=peak_host_bytes(),
+            device_allocated_bytes=peak_device_allocated_bytes(device),
+            device_reserved_bytes=peak_device_reserved_bytes(device),
+        ),
+        num_trainable_parameters=prepared.plan.num_trainable_parameters,
+        interrupted_by=interrupted_by,
+        checkpoints=tuple(directory.list_checkpoints()),
+    )
+
+
+def make_trainer(
+    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, callbacks: list[Any]
+) -> QloraTrainer:
+    """Return the trainer of a prepared run."""
+    tokenizer, loaded = prepared.loaded.tokenizer, prepared.loaded
+    if loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
+        reporter.report(Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {loaded.device}"))
+    trainer = QloraTrainer(
+        directory=directory,
+        reporter=reporter,
+        max_checkpoints=prepared.settings.output.max_checkpoints,
+        model=prepared.model,
+        args=training_arguments(
+            prepared.settings,
+            output=directory.checkpoints,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            num_steps=prepared.plan.num_steps,
+            has_eval=prepared.eval_data is not None,
+        ),
+        processing_class=tokenizer,
+        # Pads by position: a pad token that equals the end token would not hide real ends from the loss.
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=prepared.train_data.dataset,
+        eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def save_adapter(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Write `adapter/`: the PEFT adapter, the tokenizer and its chat template, complete or absent."""
+
+    def fill(path: Path) -> None:
+        prepared.model.save_pretrained(path)
+        prepared.loaded.tokenizer.save_pretrained(path)
+
+    write_directory(directory.adapter, fill)
+
+
+def _opening_record(prepared: PreparedRun) -> dict[str, Any]:
+    settings, loaded = prepared.settings, prepared.loaded
+    evaluation = prepared.eval_data
+    return {
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings.model_dump(mode="json"),
+        "origins": {path: origin.where for path, origin in prepared.resolved.origins.items()},
+        "seed": settings.training.seed,
+        "versions": package_versions(),
+        "hardware": describe_hardware(loaded.device),
+        "base_model": loaded.report(),
+        "base_model_path": loaded.source.path,
+        "data": {
+            "train": prepared.train_data.report,
+            "eval": evaluation.report if evaluation else None,
+        },
+        "plan": prepared.plan,
+    }
+
+
+@contextmanager
+def _failures_explained(prepared: PreparedRun) -> Iterator[None]:
+    """Turn what a machine runs out of into errors that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(prepared, error) from error
+    except OSError as error:
+        if isinstance(error, QloraError) or error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(prepared.plan.output).free
+        raise TrainingError(
+            f"the disk of {prepared.plan.output} is full ({free:,} bytes free)",
+            hint="Free room and run again with another --output; complete checkpoints are kept.",
+        ) from error
+
+
+def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutOfMemoryError:
+    plan, settings = prepared.plan, prepared.settings
+    flags = []
+    if plan.micro_batch_size > 1:
+        accumulation = plan.gradient_accumulation_steps * plan.micro_batch_size
+        flags.append(f"--micro-batch-size 1 --gradient-accumulation-steps {accumulation}")
+    if not plan.gradient_checkpointing:
+        flags.append("--gradient-checkpointing on")
+    if not settings.training.optimizer.is_paged:
+        flags.append("--optimizer paged_adamw_8bit")
+    flags.append(f"--max-length {max(8, plan.longest_row_tokens // 2)}")
+    return OutOfMemoryError(f"{plan.device} ran out of memory: {error}", hint=f"Try: {' or '.join(flags)}")
+
+

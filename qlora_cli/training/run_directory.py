@@ -1,0 +1,138 @@
+"""The run directory: everything that later commands need, nothing that they must ask for.
+
+    run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
+    metrics.jsonl    one line an event
+    checkpoints/     step-…/, complete or absent
+    adapter/         PEFT adapter, tokenizer, chat template
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.events import (
+    CheckpointSaved,
+    EvalDone,
+    EvalStarted,
+    Event,
+    Noted,
+    PhaseStarted,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+)
+
+EVENT_NAMES: dict[type[Event], str] = {
+    PhaseStarted: "phase_started",
+    Noted: "noted",
+    TrainingStarted: "training_started",
+    StepDone: "step_done",
+    EvalStarted: "eval_started",
+    EvalDone: "eval_done",
+    CheckpointSaved: "checkpoint_saved",
+    TrainingEnded: "training_ended",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Paths in a run directory, and the writing of whole files and folders: complete or absent."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        """`run.json`."""
+        return self.path / "run.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """`metrics.jsonl`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.path / "adapter"
+
+    def create(self) -> None:
+        """Make the directory and the folder of checkpoints."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def write_run_file(self, content: Mapping[str, Any]) -> None:
+        """Replace `run.json` in one move."""
+        temporary = self.run_file.with_suffix(".json.saving")
+        temporary.write_text(json.dumps(as_json(content), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.run_file)
+
+    def list_checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
+    saving = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    try:
+        fill(saving)
+        publish_directory(saving, target)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+def publish_directory(finished: Path, target: Path) -> None:
+    """Flush every file below `finished` to disk, then rename it to `target`, replacing what is there."""
+    for path in finished.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    if target.exists():
+        shutil.rmtree(target)
+    finished.rename(target)
+
+
+class MetricsWriter:
+    """A reporter that appends each event to `metrics.jsonl` as one line."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._file = directory.metrics_file
+
+    def report(self, event: Event) -> None:
+        """Append `event`; opened anew each time, so that a line is on its way to disk when this returns."""
+        line = {
+            "event": EVENT_NAMES[type(event)],
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **as_json(dataclasses.asdict(event)),
+        }
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """Return `value` with paths, enums and dataclasses turned into what JSON holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_json(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
