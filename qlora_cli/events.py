@@ -92,9 +92,7 @@ class TrainingEnded:
     interrupted_by: str | None
 
 
-Event = (
-    PhaseStarted | Noted | TrainingStarted | StepDone | EvalStarted | EvalDone | CheckpointSaved | TrainingEnded
-)
+Event = PhaseStarted | Noted | TrainingStarted | StepDone | EvalStarted | EvalDone | CheckpointSaved | TrainingEnded
 
 
 class Reporter(Protocol):

@@ -22,10 +22,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import torch
-from pydoc_data import topics
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -233,8 +233,8 @@ def encode_corpus(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch
     """Return one stream of token ids, `(num_tokens,)`: <|bos|> text <|eos|> <|bos|> text …"""
     bos, eos = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|eos|>"])
     ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += [bos, *encoded, eos]
+    for text in texts:
+        ids += [bos, *tokenizer.encode(text, add_special_tokens=False), eos]
     return torch.tensor(ids, dtype=torch.long)
 
 
@@ -267,7 +267,7 @@ def main() -> None:
     shutil.rmtree(arguments.output, ignore_errors=True)
     base = arguments.output / "base"
     base.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(base)
+    model.bfloat16().save_pretrained(base)
     tokenizer.save_pretrained(base)
     write_rows(arguments.output / "train.jsonl", train_rows)
     write_rows(arguments.output / "held_out.jsonl", held_out_rows)

@@ -103,9 +103,7 @@ def _alpaca(row: Mapping[str, Any], *, use_chat: bool) -> Example:
         raise RowError(f"'input' must be text, found {type(given).__name__}")
     if use_chat:
         content = f"{instruction}\n\n{given}" if given else instruction
-        return Conversation(
-            messages=[{"role": "user", "content": content}, {"role": "assistant", "content": output}]
-        )
+        return Conversation(messages=[{"role": "user", "content": content}, {"role": "assistant", "content": output}])
     # The prompt of Stanford Alpaca, section "Data Release" of its README.
     if given:
         prompt = (

@@ -40,9 +40,7 @@ class PreparedData:
     report: DataReport
 
 
-def prepare_data(
-    name: str, split: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> PreparedData:
+def prepare_data(name: str, split: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Read, recognise, tokenize, cut at `settings.max_length`, and drop rows without a trained token.
 
     Raises:
@@ -59,7 +57,10 @@ def prepare_data(
         with_indices=True,
         remove_columns=rows.column_names,
         features=Features(
-            input_ids=Sequence(Value("int32")), labels=Sequence(Value("int32")), cut=Value("bool"), lost=Value("int64")
+            input_ids=Sequence(Value("int32")),
+            labels=Sequence(Value("int32")),
+            cut=Value("bool"),
+            lost=Value("int64"),
         ),
         keep_in_memory=True,
         load_from_cache_file=False,
@@ -70,9 +71,7 @@ def prepare_data(
 class _Encoder:
     """Encodes one row; named by number when it is wrong."""
 
-    def __init__(
-        self, name: str, fmt: DataFormat, settings: DataSettings, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def __init__(self, name: str, fmt: DataFormat, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name = name
         self._format = fmt
         self._max_length = settings.max_length

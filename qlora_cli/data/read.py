@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError as HubDatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetNotFoundError as HubDatasetNotFoundError
 from datasets.utils.logging import disable_progress_bar
 
 from qlora_cli.data.sources import DatasetSource
@@ -89,7 +90,8 @@ def _diagnose_lines(path: Path) -> DataError | None:
                 value = json.loads(line)
             except ValueError as error:
                 return DataError(
-                    f"{path}, row {row} (line {number}): broken JSON: {error}", hint="Each line is one JSON object."
+                    f"{path}, row {row} (line {number}): broken JSON: {error}",
+                    hint="Each line is one JSON object.",
                 )
             if not isinstance(value, dict):
                 return DataError(

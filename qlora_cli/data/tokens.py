@@ -59,9 +59,7 @@ def _encode_completion(example: Completion, tokenizer: PreTrainedTokenizerBase, 
     )
 
 
-def _encode_conversation(
-    example: Conversation, tokenizer: PreTrainedTokenizerBase, *, all_tokens: bool
-) -> Tokens:
+def _encode_conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, *, all_tokens: bool) -> Tokens:
     text = _render(example, tokenizer, len(example.messages))
     spans = [(0, len(text))] if all_tokens else _assistant_spans(example, tokenizer, text)
     # A template writes BOS itself; the tokenizer must not add a second one.

@@ -36,9 +36,7 @@ def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     for target in targets:

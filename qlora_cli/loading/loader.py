@@ -2,17 +2,19 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
@@ -157,7 +159,7 @@ def _load_weights(
     settings: LoadSettings, source: ModelSource, device: torch.device, dtype: ComputeDtype, attention: str
 ) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             quantization_config=quantization_config(settings.quantization, dtype),
             dtype=dtype.torch_dtype,
@@ -174,6 +176,8 @@ def _load_weights(
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{source.name} can't be loaded: {error}", hint="Is it a causal language model?") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     lost = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if lost:
         kind, keys = next(iter(lost.items()))
@@ -183,6 +187,9 @@ def _load_weights(
             hint="These tensors would be random. Check that the directory holds the whole model.",
         )
     _keep_stored_bytes(model)
+    if source.commit is not None:
+        # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
+        model.name_or_path = model.config.name_or_path = source.name
     model.requires_grad_(False)
     return model
 
@@ -195,10 +202,10 @@ def _keep_stored_bytes(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
-) -> None:
-    num_rows = model.get_input_embeddings().weight.shape[0]
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    num_rows = embedding.num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= num_rows:
         raise ModelError(

@@ -106,7 +106,9 @@ def _download(settings: ModelSettings) -> ModelSource:
             hint="Check the name; for a private repository run: hf auth login",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit.") from error
+        raise ModelNotFoundError(
+            f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit."
+        ) from error
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"no model at {name!r}: no such directory, not in the local cache, and the hub can't be reached",

@@ -137,9 +137,7 @@ class ModelSettings(Section):
         description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
     )
     device: Device = Field(default=Device.AUTO, description="auto: the GPU if there is one, else the CPU.")
-    attention: Attention = Field(
-        default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own."
-    )
+    attention: Attention = Field(default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own.")
 
 
 class QuantizationSettings(Section):
@@ -175,7 +173,8 @@ class DataSettings(Section):
     eval_split: str = Field(default="test", min_length=1, description="Split of a hub data set to evaluate on.")
     format: DataFormat = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
     loss_on: LossOn = Field(
-        default=LossOn.COMPLETIONS, description="Train on answers (completions, assistant turns) or on all tokens."
+        default=LossOn.COMPLETIONS,
+        description="Train on answers (completions, assistant turns) or on all tokens.",
     )
     max_length: int = Field(default=2048, ge=8, description="Longest row in tokens; longer rows are cut, and said.")
 

@@ -118,9 +118,7 @@ def _validate(
                     continue
                 seen.add(key)  # a union reports one error a member; the first says enough
                 path = f"{section}.{key}"
-                problems.append(
-                    _missing(path, flag_names) if missing else _explain(detail, path, merged[path])
-                )
+                problems.append(_missing(path, flag_names) if missing else _explain(detail, path, merged[path]))
     return validated, problems
 
 
@@ -176,15 +174,14 @@ def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> l
     """Return settings that can have no effect beside the others: an error, never silence."""
     problems = []
     data = validated.get("data")
-    if "training.eval_steps" in merged and data is not None and data.eval_dataset is None:
-        if validated["training"].eval_steps is not None:
-            problems.append(
-                Problem(
-                    where=merged["training.eval_steps"].origin.where,
-                    message="training.eval_steps has no effect without held-out data",
-                    hint="Give --eval-dataset, or leave eval_steps out.",
-                )
+    if data is not None and data.eval_dataset is None and validated["training"].eval_steps is not None:
+        problems.append(
+            Problem(
+                where=merged["training.eval_steps"].origin.where,
+                message="training.eval_steps has no effect without held-out data",
+                hint="Give --eval-dataset, or leave eval_steps out.",
             )
+        )
     method = validated["quantization"].method
     if method == "none" and "quantization.double_quant" in merged:
         problems.append(

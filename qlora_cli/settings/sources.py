@@ -146,9 +146,7 @@ def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], lis
     return entries, problems
 
 
-def _items(
-    path: Path, node: yaml.MappingNode, problems: list[Problem]
-) -> Iterator[tuple[str, int, yaml.Node]]:
+def _items(path: Path, node: yaml.MappingNode, problems: list[Problem]) -> Iterator[tuple[str, int, yaml.Node]]:
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
@@ -162,6 +160,6 @@ def _items(
 def _construct(node: yaml.Node) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()

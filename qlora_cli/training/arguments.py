@@ -3,7 +3,9 @@
 Every default of theirs that would hurt is set here by name; a test holds the list.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -30,6 +32,13 @@ def check_hardware(settings: TrainSettings, device: torch.device) -> None:
             f"{optimizer.value} pages its state out of GPU memory and there is no GPU",
             hint="Use --optimizer adamw_torch or adamw_8bit.",
         )
+
+
+def _checkpointing_arguments(enabled: bool) -> dict[str, Any]:
+    # transformers renamed the argument after 5.17, and warns of the old name where it has the new one.
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False} if enabled else None}
 
 
 def training_arguments(
@@ -69,8 +78,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         bf16=dtype.name == Dtype.BF16,
         fp16=dtype.name == Dtype.FP16,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **_checkpointing_arguments(checkpointing),
         dataloader_pin_memory=device.type == "cuda",
         # Evaluation needs the loss only; TRL's fused head never builds the logits.
         prediction_loss_only=True,

@@ -213,5 +213,3 @@ def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutO
         flags.append("--optimizer paged_adamw_8bit")
     flags.append(f"--max-length {max(8, plan.longest_row_tokens // 2)}")
     return OutOfMemoryError(f"{plan.device} ran out of memory: {error}", hint=f"Try: {' or '.join(flags)}")
-
-

@@ -1,9 +1,9 @@
 """The run directory: everything that later commands need, nothing that they must ask for.
 
-    run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
-    metrics.jsonl    one line an event
-    checkpoints/     step-…/, complete or absent
-    adapter/         PEFT adapter, tokenizer, chat template
+run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
+metrics.jsonl    one line an event
+checkpoints/     step-…/, complete or absent
+adapter/         PEFT adapter, tokenizer, chat template
 """
 
 import dataclasses

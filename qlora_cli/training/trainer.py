@@ -19,7 +19,9 @@ class QloraTrainer(SFTTrainer):
     ) -> None:
         # TRL rounds the adapter of a quantized model to bf16 by replacing `.data`; the fp32 values, which
         # small updates need, are put back before an optimizer exists.
-        full_precision = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        full_precision = {
+            name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         super().__init__(model=model, **kwargs)
         for name, parameter in model.named_parameters():
             if name in full_precision:

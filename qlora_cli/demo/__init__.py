@@ -1,0 +1,1 @@
+"""The bundled demonstration: a tiny trained base model, a data set, and a real run on them."""

@@ -1,0 +1,116 @@
+"""What tests share: the bundled tiny model, small data sets, and the command line as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.events import Event
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
+
+ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
+
+# Nothing in a test leaves the machine: without this, a misspelt path would be asked for on the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        value = json.loads(self.stdout)
+        assert isinstance(value, dict)
+        return value
+
+
+RunQlora = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Read by `datasets` and `huggingface_hub` when they are first imported, here and in subprocesses.
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf-home"))
+
+
+@pytest.fixture(scope="session")
+def run_qlora() -> RunQlora:
+    """Run `python -m qlora_cli` with arguments and wait for it."""
+
+    def run(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            timeout=300,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """The bundled trained model: Llama-shaped, 3.5 million parameters."""
+    return ASSETS / "base"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Twelve rows of the bundled data, as messages."""
+    path = tmp_path / "rows.jsonl"
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, values: Sequence[dict[str, Any]]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    return path
+
+
+def train_settings(model: Path, dataset: Path, output: Path, **flags: object) -> Resolved[TrainSettings]:
+    """Return settings in fp32 for exact comparisons; `section__key=value` sets any other."""
+    values: dict[str, object] = {
+        "model.name": str(model),
+        "model.dtype": "fp32",
+        "model.device": "cpu",
+        "data.dataset": str(dataset),
+        "output.directory": str(output),
+        "training.micro_batch_size": 2,
+        "training.gradient_accumulation_steps": 1,
+        "training.max_steps": 3,
+        "training.learning_rate": 1e-3,
+        **{name.replace("__", "."): value for name, value in flags.items()},
+    }
+    return resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)
+
+
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)

@@ -1,0 +1,267 @@
+"""The main job through the library: what is frozen, what trains, and that it can be repeated."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+
+from qlora_cli.errors import DiskSpaceError, HardwareError
+from qlora_cli.events import CheckpointSaved, EvalDone, Noted, StepDone
+from qlora_cli.loading.adapter import attach_adapter
+from qlora_cli.loading.loader import load_model
+from qlora_cli.settings.models import LoadSettings, LoraSettings, ModelSettings
+from qlora_cli.training.plan import PreparedRun, prepare_run
+from qlora_cli.training.run import make_trainer, run, train
+from qlora_cli.training.run_directory import RunDirectory
+from tests.conftest import Recorder, train_settings, write_jsonl
+
+
+def base_digest(model: torch.nn.Module) -> str:
+    """Return a SHA-256 of every frozen byte: packed weights, constants, norms, embedding."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" not in name and isinstance(tensor, torch.Tensor):
+            digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_exact_dtype_inventory_of_a_quantized_model_with_adapter(base_model: Path) -> None:
+    loaded = load_model(LoadSettings(model=ModelSettings(name=str(base_model), dtype="bf16", device="cpu")))  # type: ignore[arg-type]
+    model = attach_adapter(loaded.model, LoraSettings())
+    kinds = Counter(
+        (type(parameter) is Params4bit, parameter.dtype, parameter.requires_grad) for parameter in model.parameters()
+    )
+    num_linears = 4 * 7
+    assert kinds == {
+        (True, torch.uint8, False): num_linears,
+        (False, torch.float32, True): 2 * num_linears,  # one A and one B each
+        (False, torch.bfloat16, False): 1 + 4 * 2 + 1,  # embedding (tied head), two norms a layer, final norm
+    }
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_adapter_stays_fp32_in_the_trainer_and_the_base_keeps_its_bytes(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    before = base_digest(prepared.model)
+    initial = {n: p.detach().clone() for n, p in prepared.model.named_parameters() if p.requires_grad}
+    result = run(prepared, Recorder())
+    after = {n: p for n, p in prepared.model.named_parameters() if p.requires_grad}
+    assert base_digest(prepared.model) == before
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    assert all(not torch.equal(after[n], initial[n]) for n in initial if "lora_B" in n)
+    assert result.steps == 3
+
+
+def test_evaluation_does_not_repack_the_quantized_weights(base_model: Path) -> None:
+    loaded = load_model(LoadSettings(model=ModelSettings(name=str(base_model), device="cpu")))
+    before = base_digest(loaded.model)
+    loaded.model.eval()
+    with torch.no_grad():
+        loaded.model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert base_digest(loaded.model) == before
+    layers = [module for module in loaded.model.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+
+
+LOGITS_BY_PLAIN_PEFT = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+adapter, base, out = sys.argv[1:]
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                            bnb_4bit_compute_dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32, device_map="cpu")
+model = PeftModel.from_pretrained(model, adapter)
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "What does os.getcwd() do?"}], tokenize=False)
+model.train()  # bitsandbytes repacks for bf16 inference on some CPUs in eval mode; dropout is 0 here
+with torch.no_grad():
+    logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits
+torch.save({"logits": logits, "text": text}, out)
+"""
+
+
+def test_adapter_gives_the_same_logits_with_plain_peft_in_a_fresh_process(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    result = run(prepared, Recorder())
+    out = tmp_path / "logits.pt"
+    command = [sys.executable, "-c", LOGITS_BY_PLAIN_PEFT, str(result.adapter), str(base_model), str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    found = torch.load(out, weights_only=True)
+    tokenizer = prepared.loaded.tokenizer
+    prepared.model.eval()
+    with torch.no_grad():
+        inputs = tokenizer(found["text"], add_special_tokens=False, return_tensors="pt")
+        logits = prepared.model(**inputs).logits
+    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-5)
+
+
+def gradients_of_first_step(prepared: PreparedRun, directory: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss and the gradients that the first step sums up."""
+    recorder = Recorder()
+    run_directory = RunDirectory(directory)
+    run_directory.create()
+    captured: dict[str, torch.Tensor] = {}
+
+    from transformers import TrainerCallback
+
+    from qlora_cli.training.reporting import ReportingCallback
+
+    class Capture(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            for name, parameter in prepared.model.named_parameters():
+                if parameter.grad is not None:
+                    captured[name] = parameter.grad.detach().clone()
+
+    reporting = ReportingCallback(recorder, prepared.loaded.device)
+    make_trainer(prepared, run_directory, recorder, [reporting, Capture()]).train()
+    return reporting.losses[0], captured
+
+
+def test_gradient_accumulation_changes_neither_loss_nor_gradients(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    found = []
+    for micro_batch, accumulation in ((1, 4), (4, 1)):
+        output = tmp_path / f"run-{micro_batch}"
+        settings = train_settings(
+            base_model,
+            rows,
+            output,
+            training__micro_batch_size=micro_batch,
+            training__gradient_accumulation_steps=accumulation,
+            training__max_steps=1,
+            training__max_grad_norm=1e9,  # no clipping, so that gradients compare as they are
+        )
+        found.append(gradients_of_first_step(prepare_run(settings, Recorder()), output))
+    (loss, gradients), (other_loss, other_gradients) = found
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert gradients.keys() == other_gradients.keys()
+    assert len(gradients) == 56
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-6)
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def adapter_digest(output: Path) -> str:
+    return hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_one_seed_gives_one_adapter_and_another_seed_another(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    digests = {}
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        train(train_settings(base_model, rows, tmp_path / name, training__seed=seed), Recorder())
+        digests[name] = adapter_digest(tmp_path / name)
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
+def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    settings = train_settings(
+        base_model, rows, tmp_path / "run", data__eval_dataset=str(rows), training__eval_steps=2, training__save_steps=1
+    )
+    result = train(settings, recorder)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["settings"]["lora"]["rank"] == 16
+    assert record["origins"]["model.dtype"] == "model.dtype"
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["data"]["train"]["fingerprint"]) == 64
+    assert record["result"]["final_loss"] == result.final_loss
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step_done"] == [1, 2, 3]
+    assert [line["step"] for line in lines if line["event"] == "eval_done"] == [2, 3]
+    # Two are kept, complete, and nothing half-written lies beside them.
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-2", "step-3"]
+    assert [path.name for path in result.checkpoints] == ["step-2", "step-3"]
+    assert (tmp_path / "run" / "checkpoints" / "step-3" / "optimizer.pt").is_file()
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").is_file()
+    assert len([event for event in recorder.events if isinstance(event, StepDone)]) == 3
+    assert len([event for event in recorder.events if isinstance(event, EvalDone)]) == 2
+    assert len([event for event in recorder.events if isinstance(event, CheckpointSaved)]) == 3
+
+
+def test_plan_predicts_the_steps_that_epochs_come_to(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(
+        base_model,
+        rows,
+        tmp_path / "run",
+        training__max_steps=None,
+        training__epochs=1.5,
+        training__micro_batch_size=2,
+        training__gradient_accumulation_steps=2,
+    )
+    prepared = prepare_run(settings, Recorder())
+    assert not (tmp_path / "run").exists()
+    assert prepared.plan.num_steps == 5  # 12 rows / 4 = 3 steps an epoch
+    result = run(prepared, Recorder())
+    assert result.steps == 5
+
+
+def test_not_enough_disk_is_found_before_anything_is_written(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskSpaceError, match="only 1000 B are free"):
+        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    assert not (tmp_path / "run").exists()
+
+
+def test_paged_optimizer_needs_a_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(HardwareError, match="no GPU"):
+        train(
+            train_settings(base_model, rows, tmp_path / "run", training__optimizer="paged_adamw_8bit"), Recorder()
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize("method", ["nf4", "fp4", "none"])
+def test_every_optimizer_trains_every_base(
+    base_model: Path, rows: Path, tmp_path: Path, optimizer: str, method: str
+) -> None:
+    settings = train_settings(
+        base_model, rows, tmp_path / "run", training__optimizer=optimizer, quantization__method=method
+    )
+    losses = train(settings, Recorder())
+    assert losses.final_loss is not None
+    assert losses.final_loss < 8
+
+
+def test_checkpointing_changes_memory_not_results(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    for switch in ("on", "off"):
+        train(
+            train_settings(base_model, rows, tmp_path / switch, training__gradient_checkpointing=switch), Recorder()
+        )
+    assert adapter_digest(tmp_path / "on") == adapter_digest(tmp_path / "off")
+
+
+def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(
+        tmp_path / "d.jsonl",
+        [
+            {"prompt": "Say yes. ", "completion": "yes " * 30},
+            {"prompt": "long " * 40, "completion": "never seen"},
+            {"prompt": "a ", "completion": "b"},
+        ],
+    )
+    recorder = Recorder()
+    plan = prepare_run(train_settings(base_model, data, tmp_path / "run", data__max_length=16), recorder).plan
+    assert (plan.num_train_rows, plan.num_truncated_rows, plan.num_dropped_rows) == (2, 2, 1)
+    warnings = [e.message for e in recorder.events if isinstance(e, Noted) and e.level == "warning"]
+    assert any("2 rows are longer than 16 tokens" in message for message in warnings)
+    assert any("1 rows have no token to train" in message for message in warnings)
