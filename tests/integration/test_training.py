@@ -172,7 +172,12 @@ def test_one_seed_gives_one_adapter_and_another_seed_another(base_model: Path, r
 def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     settings = train_settings(
-        base_model, rows, tmp_path / "run", data__eval_dataset=str(rows), training__eval_steps=2, training__save_steps=1
+        base_model,
+        rows,
+        tmp_path / "run",
+        data__eval_dataset=str(rows),
+        training__eval_steps=2,
+        training__save_steps=1,
     )
     result = train(settings, recorder)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -224,9 +229,7 @@ def test_not_enough_disk_is_found_before_anything_is_written(
 
 def test_paged_optimizer_needs_a_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(HardwareError, match="no GPU"):
-        train(
-            train_settings(base_model, rows, tmp_path / "run", training__optimizer="paged_adamw_8bit"), Recorder()
-        )
+        train(train_settings(base_model, rows, tmp_path / "run", training__optimizer="paged_adamw_8bit"), Recorder())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
@@ -244,9 +247,7 @@ def test_every_optimizer_trains_every_base(
 
 def test_checkpointing_changes_memory_not_results(base_model: Path, rows: Path, tmp_path: Path) -> None:
     for switch in ("on", "off"):
-        train(
-            train_settings(base_model, rows, tmp_path / switch, training__gradient_checkpointing=switch), Recorder()
-        )
+        train(train_settings(base_model, rows, tmp_path / switch, training__gradient_checkpointing=switch), Recorder())
     assert adapter_digest(tmp_path / "on") == adapter_digest(tmp_path / "off")
 
 

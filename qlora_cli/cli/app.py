@@ -1,0 +1,57 @@
+"""The command line: one table of commands, one place where errors become messages and exit codes."""
+
+import os
+import warnings
+from typing import Annotated
+
+import typer
+
+from qlora_cli import __version__
+from qlora_cli.cli.config import config_app
+from qlora_cli.cli.demo import demo
+from qlora_cli.cli.failures import FailureGroup
+from qlora_cli.cli.load import load
+from qlora_cli.cli.train import train
+
+app = typer.Typer(
+    name="qlora",
+    cls=FailureGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # locals may hold a token
+    rich_markup_mode=None,  # plain help: whole flag names at any width, and half the time
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models on one GPU with QLoRA: predict, plan, train, prove.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 does not fit in memory, 130 interrupted, 143 terminated.",
+)
+
+# A new command is one file and one line here; its module must not import torch.
+app.command()(load)
+app.command()(train)
+app.command()(demo)
+app.add_typer(config_app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models on one GPU with QLoRA: predict, plan, train, prove."""
+
+
+def main() -> None:
+    """Run the command line on `sys.argv` and exit."""
+    # TRL pings home unless told otherwise; and a forked tokenizer warns on every data worker.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Deprecations inside the libraries are for their authors; what a user must know, we say ourselves.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    app()

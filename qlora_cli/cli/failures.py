@@ -1,0 +1,118 @@
+"""Every way a command can fail, as a message on stderr and an exit code. Nothing else prints errors."""
+
+import errno
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from qlora_cli.errors import Problem, QloraError, SettingsError
+
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
+BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
+
+
+class FailureGroup(TyperGroup):
+    """The root command: what its subcommands raise ends here, also under `CliRunner`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the root."""
+        with failures_explained(args):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse and run the subcommand."""
+        with failures_explained([*ctx._protected_args, *ctx.args]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def failures_explained(arguments: list[str]) -> Iterator[None]:
+    """Turn an exception into a message and `typer.Exit`; `arguments` tell whether `--json` was asked for."""
+    as_json = "--json" in arguments
+    try:
+        yield
+    except QloraError as error:
+        _fail(error, as_json=as_json)
+    except typer.TyperException as error:
+        _fail(_explain_usage(error), as_json=as_json)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # noqa: BLE001 - the last stop: a bug of ours, told with its traceback
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
+        typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+        _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
+
+
+def redact(text: str) -> str:
+    """Return `text` without the tokens of the environment, nor anything that looks like one of the hub's."""
+    for name in SECRET_VARIABLES:
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return TOKEN.sub("hf_***", text)
+
+
+def problems_of(error: QloraError) -> tuple[Problem, ...]:
+    """Return the problems that `error` carries; most carry none."""
+    return error.problems if isinstance(error, SettingsError) else ()
+
+
+def _fail(error: QloraError, *, as_json: bool) -> None:
+    problems = problems_of(error)
+    if problems:
+        for problem in problems:
+            typer.echo(redact(f"error: {problem}"), err=True)
+            if problem.hint:
+                typer.echo(redact(f"  hint: {problem.hint}"), err=True)
+    else:
+        typer.echo(redact(f"error: {error}"), err=True)
+        if error.hint:
+            typer.echo(redact(f"  hint: {error.hint}"), err=True)
+    if as_json:
+        typer.echo(redact(json.dumps({"error": _as_object(error)}, indent=2)))
+    raise typer.Exit(error.exit_code) from None
+
+
+def _as_object(error: QloraError) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "problems": [
+            {"where": problem.where, "message": problem.message, "hint": problem.hint}
+            for problem in problems_of(error)
+        ],
+    }
+
+
+def _explain_usage(error: typer.TyperException) -> QloraError:
+    """Return a usage error of the parser as ours, with the nearest flag for a misspelt one."""
+    context = getattr(error, "ctx", None)
+    hint = f"See {context.command_path} --help" if context is not None else None
+    message = error.format_message().split(" (Possible options")[0]
+    misspelt = getattr(error, "option_name", None)
+    if misspelt and context is not None:
+        flags = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
+        if matches := get_close_matches(misspelt, flags, n=1):
+            hint = f"Did you mean {matches[0]}?"
+    usage = QloraError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
+    usage.exit_code = error.exit_code
+    return usage

@@ -1,0 +1,15 @@
+"""Results on stdout: as one JSON object, or as text. Everything else goes to stderr."""
+
+import dataclasses
+import json
+from typing import Any
+
+from qlora_cli.training.run_directory import as_json
+
+
+def print_json(result: Any) -> None:
+    """Print a frozen result, or a mapping, as one JSON object on stdout."""
+    content = (
+        dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+    )
+    print(json.dumps(as_json(content), indent=2))

@@ -1,0 +1,191 @@
+"""Draw a run while it goes on, on stderr: a live display on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from qlora_cli.events import (
+    CheckpointSaved,
+    EvalDone,
+    EvalStarted,
+    Event,
+    MemoryUse,
+    Noted,
+    PhaseStarted,
+    Reporter,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+)
+from qlora_cli.units import format_bytes, format_duration
+
+PLAIN_INTERVAL_SECONDS = 10.0
+SMOOTHING = 0.9  # weight of the past in the smoothed loss that the arrow compares with
+STEADY = 0.005  # relative change below which the loss counts as level
+
+
+@contextmanager
+def reporting() -> Iterator[Reporter]:
+    """Give the reporter that fits stderr, and leave the terminal as it was."""
+    if not sys.stderr.isatty():
+        yield PlainReporter(sys.stderr)
+        return
+    reporter = LiveReporter(Console(stderr=True, highlight=False))
+    with reporter.live:
+        yield reporter
+
+
+class Direction:
+    """Whether a noisy series goes down, up or sideways, by an exponential mean."""
+
+    def __init__(self) -> None:
+        self._smoothed: float | None = None
+
+    def update(self, value: float) -> str:
+        """Take the next value and return an arrow; the first has no direction."""
+        if self._smoothed is None:
+            self._smoothed = value
+            return " "
+        before = self._smoothed
+        self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * value
+        change = (value - before) / max(abs(before), 1e-12)
+        return "→" if abs(change) < STEADY else ("↓" if change < 0 else "↑")
+
+
+def describe_step(step: StepDone, arrow: str) -> str:
+    """Return a step's figures in one line."""
+    return (
+        f"loss {step.loss:.4f} {arrow}  lr {step.learning_rate:.2e}  grad {step.grad_norm:.3f}  "
+        f"{step.tokens_per_second:,.0f} tok/s"
+    )
+
+
+def describe_memory(memory: MemoryUse) -> str:
+    """Return the memory in use: of the GPU if there is one, else of the process on the host."""
+    if memory.device_allocated_bytes is None:
+        return f"memory {format_bytes(memory.host_bytes)} resident"
+    assert memory.device_reserved_bytes is not None
+    assert memory.device_total_bytes is not None
+    return (
+        f"VRAM {format_bytes(memory.device_allocated_bytes)} allocated / "
+        f"{format_bytes(memory.device_reserved_bytes)} reserved / of {format_bytes(memory.device_total_bytes)}"
+    )
+
+
+def describe_event(event: Event) -> str | None:
+    """Return the line that announces an event, or None for one that is drawn otherwise."""
+    match event:
+        case PhaseStarted():
+            return f"{event.title} …"
+        case Noted():
+            return f"{'warning: ' if event.level == 'warning' else ''}{event.message}"
+        case TrainingStarted():
+            return f"Training {event.num_steps:,} steps into {event.output}"
+        case EvalStarted():
+            return "Evaluating …"
+        case EvalDone():
+            return f"step {event.step}: held-out loss {event.loss:.4f} ({format_duration(event.seconds)})"
+        case CheckpointSaved():
+            return f"step {event.step}: checkpoint {event.path}"
+        case TrainingEnded(interrupted_by=str()):
+            return f"Stopped by {event.interrupted_by} after step {event.step} of {event.num_steps}"
+        case _:
+            return None
+
+
+class PlainReporter:
+    """One line an event, and of the steps the first, the last and one an interval."""
+
+    def __init__(self, file: TextIO, interval_seconds: float = PLAIN_INTERVAL_SECONDS) -> None:
+        self._file = file
+        self._interval_seconds = interval_seconds
+        self._last_line = -float("inf")
+        self._direction = Direction()
+
+    def report(self, event: Event) -> None:
+        """Write a line, if it is time for one."""
+        if isinstance(event, StepDone):
+            self._report_step(event)
+        elif line := describe_event(event):
+            self._write(line)
+
+    def _report_step(self, step: StepDone) -> None:
+        arrow = self._direction.update(step.loss)
+        now = time.monotonic()
+        if step.step not in (1, step.num_steps) and now - self._last_line < self._interval_seconds:
+            return
+        self._last_line = now
+        left = step.elapsed_seconds / step.step * (step.num_steps - step.step)
+        self._write(
+            f"step {step.step}/{step.num_steps}  {describe_step(step, arrow)}  "
+            f"{describe_memory(step.memory)}  {format_duration(left)} left"
+        )
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._file, flush=True)
+
+
+class LiveReporter:
+    """A bar with the figures of the last step below it; notes scroll above."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._direction = Direction()
+        self._status = Text("Starting …", style="dim")
+        self._figures = Text()
+        self._memory = Text()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self.live = Live(get_renderable=self._draw, console=console, refresh_per_second=8, transient=True)
+
+    def report(self, event: Event) -> None:
+        """Draw the event."""
+        if isinstance(event, StepDone):
+            self._report_step(event)
+            return
+        if isinstance(event, TrainingStarted):
+            self._task = self._progress.add_task("train", total=event.num_steps)
+        line = describe_event(event)
+        if line is None:
+            return
+        if isinstance(event, PhaseStarted | EvalStarted | TrainingStarted):
+            self._status = Text(line, style="dim")
+        else:
+            style = "yellow" if isinstance(event, Noted) and event.level == "warning" else ""
+            self.live.console.print(Text(line, style=style))
+
+    def _report_step(self, step: StepDone) -> None:
+        assert self._task is not None, "a step before the training started"
+        self._progress.update(self._task, completed=step.step)
+        self._figures = Text(describe_step(step, self._direction.update(step.loss)))
+        self._memory = Text(f"{describe_memory(step.memory)}  epoch {step.epoch:.2f}", style="dim")
+
+    def _draw(self) -> RenderableType:
+        if self._task is None:
+            return self._status
+        return Group(self._status, self._progress, self._figures, self._memory)
