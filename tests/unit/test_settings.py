@@ -1,0 +1,150 @@
+"""Settings: precedence, origins, and every problem at once."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.errors import SettingsError
+from qlora_cli.settings.models import SECTIONS, Checkpointing, LoadSettings, TrainSettings, json_schema
+from qlora_cli.settings.resolve import Sources, describe, resolve
+
+REQUIRED = {
+    "model.name": ("--model", "base"),
+    "data.dataset": ("--dataset", "rows.jsonl"),
+    "output.directory": ("--output", "run"),
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(sources: Sources, kind: type[LoadSettings] = TrainSettings) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        resolve(sources, kind)
+    return [f"{problem} | {problem.hint}" for problem in caught.value.problems]
+
+
+def test_flag_beats_set_beats_file_beats_default(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "lora:\n  rank: 4\n  alpha: 4\n  dropout: 0.1\n")
+    resolved = resolve(
+        Sources(
+            config=config,
+            assignments=["lora.rank=5", "lora.alpha=5"],
+            flags={**REQUIRED, "lora.rank": ("--rank", "6")},
+        ),
+        TrainSettings,
+    )
+    lora = resolved.settings.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (6, 5, 0.1, "all-linear")
+    assert resolved.origin_of("lora.rank").where == "--rank"
+    assert resolved.origin_of("lora.alpha").where == "--set lora.alpha"
+    assert resolved.origin_of("lora.dropout").where == f"{config}:4"
+    assert resolved.origin_of("lora.target_modules").kind == "default"
+
+
+def test_all_problems_are_told_at_once_with_file_line_and_flag(tmp_path: Path) -> None:
+    config = write(
+        tmp_path / "run.yaml",
+        "model:\n  dtpe: bf16\ntraning:\n  seed: 1\ntraining:\n  optimizer: adamw_toch\n  seed: -1\n",
+    )
+    found = problems_of(
+        Sources(config=config, assignments=["lora.alpa=1", "lora"], flags={"training.epochs": ("--epochs", "many")})
+    )
+    for expected in (
+        f"{config}:2: unknown setting 'model.dtpe' | Did you mean dtype?",
+        f"{config}:3: unknown section 'traning' | Did you mean training?",
+        f"{config}:6 training.optimizer: 'adamw_toch' is not one of",
+        f"{config}:7 training.seed: must be greater than or equal to 0, got -1",
+        "--set lora.alpa: unknown setting 'lora.alpa' | Did you mean alpha?",
+        "--set lora: expected section.key=value",
+        "--epochs: expected a number, got 'many'",
+        "model.name: is missing",
+        "data.dataset: is missing",
+        "output.directory: is missing",
+    ):
+        assert any(expected in line for line in found), (expected, found)
+    assert len(found) == 10
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "training:\n  rank: 8\nrank: 8\n")
+    found = problems_of(Sources(config=config, flags=REQUIRED))
+    assert [line for line in found if "Did you mean lora.rank?" in line] == found
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- 1\n", "must be a mapping"),
+        ("lora: [1, 2]\n", "must be a mapping of settings"),
+        ("lora:\n  rank: 1\n  rank: 2\n", ":3: 'rank' is given twice, first on line 2"),
+        ("lora:\n  rank: 1\n bad\n", ":3: is not valid YAML"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
+    config = write(tmp_path / "run.yaml", text)
+    found = problems_of(Sources(config=config, flags=REQUIRED))
+    assert any(expected in line for line in found), found
+
+
+def test_a_missing_or_binary_file_is_a_problem_not_a_crash(tmp_path: Path) -> None:
+    assert "No such file" in problems_of(Sources(config=tmp_path / "no.yaml", flags=REQUIRED))[0]
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in problems_of(Sources(config=binary, flags=REQUIRED))[0]
+
+
+def test_yaml_1_1_surprises_are_read_as_meant(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "training:\n  learning_rate: 2e-4\n  gradient_checkpointing: on\nlora:\n")
+    training = resolve(Sources(config=config, flags=REQUIRED), TrainSettings).settings.training
+    assert training.learning_rate == 2e-4
+    assert training.gradient_checkpointing is Checkpointing.ON
+    off = resolve(
+        Sources(assignments=["training.gradient_checkpointing=off"], flags=REQUIRED), TrainSettings
+    ).settings.training
+    assert off.gradient_checkpointing is Checkpointing.OFF
+
+
+def test_target_modules_are_a_list_however_they_are_given() -> None:
+    by_flag = {**REQUIRED, "lora.target_modules": ("--target-modules", "q_proj, v_proj")}
+    assert resolve(Sources(flags=by_flag), TrainSettings).settings.lora.target_modules == ("q_proj", "v_proj")
+    by_set = Sources(assignments=["lora.target_modules=[q_proj]"], flags=REQUIRED)
+    assert resolve(by_set, TrainSettings).settings.lora.target_modules == ("q_proj",)
+    empty = {**REQUIRED, "lora.target_modules": ("--target-modules", ",")}
+    assert "must name at least one" in problems_of(Sources(flags=empty))[0]
+
+
+def test_load_needs_only_a_model_but_checks_the_rest(tmp_path: Path) -> None:
+    flags = {"model.name": ("MODEL", "base")}
+    config = write(tmp_path / "run.yaml", "training:\n  seed: 3\n")
+    assert resolve(Sources(config=config, flags=flags), LoadSettings).settings.model.name == "base"
+    config = write(tmp_path / "run.yaml", "training:\n  seed: x\n")
+    assert "training.seed" in problems_of(Sources(config=config, flags=flags), LoadSettings)[0]
+
+
+def test_a_setting_that_can_have_no_effect_is_an_error() -> None:
+    alone = {**REQUIRED, "training.eval_steps": ("--eval-steps", "5")}
+    assert "no effect without held-out data" in problems_of(Sources(flags=alone))[0]
+    unquantized = {
+        **REQUIRED,
+        "quantization.method": ("--quant", "none"),
+        "quantization.double_quant": ("--double-quant", True),
+    }
+    assert "no effect with --quant none" in problems_of(Sources(flags=unquantized))[0]
+
+
+def test_schema_and_show_know_every_setting() -> None:
+    paths = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
+    assert len(paths) >= 35
+    assert [path for path, _, _ in describe(Sources())] == paths
+    schema = json_schema()
+    for section, model in SECTIONS.items():
+        reference = schema["properties"][section]
+        name = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rsplit("/", 1)[-1]
+        definition = schema["$defs"][name]
+        assert set(definition["properties"]) == set(model.model_fields)
+        assert definition["additionalProperties"] is False
+        assert all(field.description for field in model.model_fields.values())
