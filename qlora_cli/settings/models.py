@@ -109,9 +109,12 @@ def _switch(value: object) -> object:
 
 
 def _split_commas(value: object) -> object:
-    if isinstance(value, str) and value != "all-linear":
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise ValueError("must name at least one layer, or be all-linear")
+    return parts
 
 
 TargetModules = Annotated[

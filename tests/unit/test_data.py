@@ -166,7 +166,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, token
         "{{ m.content if loop.last or m.role == 'user' else 'gone' }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(DataError, match="renders message 2 differently"):
+    with pytest.raises(DataError, match="renders message 1 differently"):
         prepare(write_jsonl(tmp_path / "d.jsonl", [{"messages": CHAT[1:]}]), tokenizer)
     # Cut after the turn, the row is fine.
     data = prepare(write_jsonl(tmp_path / "e.jsonl", [{"messages": CHAT[1:3]}]), tokenizer)

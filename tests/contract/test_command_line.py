@@ -1,0 +1,289 @@
+"""What scripts rely on: exit codes, one JSON object, messages, flags, and an answer without torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_cli.cli.app import app
+from qlora_cli.loading.report import LoadReport
+from qlora_cli.training.result import TrainPlan, TrainResult
+from tests.conftest import ASSETS, RunQlora, write_jsonl
+
+RUN_AND_LIST_MODULES = """
+import sys
+sys.argv = ["qlora", *sys.argv[1:]]
+from qlora_cli.cli.app import main
+try:
+    main()
+except SystemExit as error:
+    print("exit", error.code, file=sys.stderr)
+heavy = sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules))
+print("heavy", heavy, file=sys.stderr)
+"""
+TRAIN_FLAGS = (
+    "--model --dataset --output --config --set --quant --dtype --rank --alpha --target-modules --learning-rate "
+    "--epochs --max-steps --micro-batch-size --gradient-accumulation-steps --max-length --gradient-checkpointing "
+    "--attention --optimizer --seed --eval-dataset --report-to --dry-run --json"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["config", "schema"], 0),
+        (["config", "show", "--rank", "3"], 0),
+        (["trian"], 2),
+        (["train", "--lerning-rate", "1"], 2),
+        (["train", "--rank", "-1", "--quant", "nf5"], 2),
+        (["train", "--model", "./no", "--dataset", "no.jsonl", "--output", "run"], 2),
+        (["train", "--config", "no.yaml"], 2),
+        (["load"], 2),
+        (["load", "./no"], 2),
+    ],
+)
+def test_help_and_every_usage_or_settings_error_answer_without_torch(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert f"exit {code}\n" in done.stderr
+    assert "heavy []" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_and_module_entry(run_qlora: RunQlora) -> None:
+    done = run_qlora("--version")
+    assert (done.code, done.stdout, done.stderr) == (0, "qlora 0.1.0\n", "")
+
+
+def test_train_has_every_promised_flag(run_qlora: RunQlora) -> None:
+    shown = run_qlora("train", "--help").stdout
+    assert [flag for flag in TRAIN_FLAGS if f" {flag} " not in shown.replace("\n", " ") + " "] == []
+
+
+def test_all_problems_at_once_with_hints_on_stderr_only(run_qlora: RunQlora, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("training:\n  optimizer: adamw_toch\n")
+    done = run_qlora("train", "--config", config, "--rank", "0", "--set", "lora.alpa=1", "--learning-rate", "-1")
+    assert (done.code, done.stdout) == (2, "")
+    for expected in (
+        f"{config}:2 training.optimizer: 'adamw_toch'",
+        "Did you mean adamw_torch?",
+        "--rank: must be greater than or equal to 1, got '0'",
+        "--learning-rate: must be greater than 0",
+        "Did you mean alpha?",
+        "--model: is missing",
+        "--dataset: is missing",
+        "--output: is missing",
+    ):
+        assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--micro-batchsize", "1"], "Did you mean --micro-batch-size?"),
+        (["laod", "x"], "Did you mean 'load'?"),
+        (["train", "--quant", "nf"], "Did you mean nf4?"),
+        (["load"], "error: MODEL: is missing"),
+    ],
+)
+def test_misspellings_get_a_suggestion(run_qlora: RunQlora, arguments: list[str], expected: str) -> None:
+    done = run_qlora(*arguments)
+    assert done.code == 2
+    assert expected in done.stderr
+
+
+def test_an_error_with_json_is_one_object(run_qlora: RunQlora) -> None:
+    done = run_qlora("train", "--rank", "x", "--json")
+    assert done.code == 2
+    error = done.json["error"]
+    assert error["type"] == "SettingsError"
+    assert error["exit_code"] == 2
+    assert {problem["where"] for problem in error["problems"]} >= {"--rank", "--model"}
+
+
+def test_tokens_are_never_printed(run_qlora: RunQlora) -> None:
+    token = "hf_" + "a1B2" * 6
+    done = run_qlora("load", f"./{token}", env={"HF_TOKEN": token})
+    assert done.code == 2
+    assert token not in done.stderr + done.stdout
+    assert "***" in done.stderr
+
+
+def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("secret-token")
+
+    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    done = CliRunner().invoke(app, ["config", "show"])
+    assert done.exit_code == 1
+    assert "ZeroDivisionError: ***" in done.output
+    assert "This is a bug in qlora" in done.output
+    assert "secret-token" not in done.output
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_cli", "config", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.wait(timeout=30)
+    process.stderr.close()
+    assert errors == ""
+
+
+def test_config_show_tells_the_origin_of_each_value(run_qlora: RunQlora, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("lora:\n  rank: 8\n")
+    shown = run_qlora("config", "show", "--config", config, "--alpha", "4", "--json").json
+    assert shown["lora.rank"] == {"value": 8, "origin": f"{config}:2"}
+    assert shown["lora.alpha"] == {"value": 4.0, "origin": "--alpha"}
+    assert shown["lora.dropout"]["origin"] == "default"
+    text = run_qlora("config", "show", "--config", config).stdout
+    assert f"{config}:2" in text
+    assert "\x1b" not in text
+
+
+def test_load_prints_every_promised_key_and_the_bytes_add_up(run_qlora: RunQlora, base_model: Path) -> None:
+    done = run_qlora("load", base_model, "--device", "cpu", "--json")
+    assert done.code == 0, done.stderr
+    found = done.json
+    assert set(found) == {field.name for field in fields(LoadReport)}
+    n = found["num_quantized_parameters"]
+    assert n == 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640)
+    assert found["quantized_weight_bytes"] == n // 2
+    # A byte a block of 64, an fp32 a block of 256 of those; a table of 16 and one of 256, an offset, a layer.
+    tables = 28 * 4 * (16 + 256 + 1)
+    assert found["quantization_constant_bytes"] == n // 64 + 4 * n // (64 * 256) + tables
+    parts = ("quantized_weight_bytes", "quantization_constant_bytes", "unquantized_bytes")
+    assert found["total_bytes"] == sum(found[part] for part in parts)
+    assert found["float32_bytes"] == 2 * found["float16_bytes"] == 4 * found["num_parameters"]
+    assert found["peak_device_bytes"] is None
+    assert found["peak_host_bytes"] > found["total_bytes"]
+    single = run_qlora("load", base_model, "--device", "cpu", "--no-double-quant", "--json").json
+    assert single["quantization_constant_bytes"] == 4 * n // 64 + 28 * 4 * 16
+
+
+def test_train_ends_with_one_object_and_refuses_to_overwrite(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = ["train", "--model", base_model, "--dataset", rows, "--eval-dataset", rows, "--output", output]
+    arguments += ["--max-steps", "2", "--gradient-accumulation-steps", "2", "--device", "cpu", "--json"]
+    plan = run_qlora(*arguments, "--dry-run")
+    assert plan.code == 0, plan.stderr
+    assert set(plan.json) == {field.name for field in fields(TrainPlan)}
+    assert plan.json["examples_per_step"] == 2
+    assert not output.exists()
+    done = run_qlora(*arguments)
+    assert done.code == 0, done.stderr
+    assert set(done.json) == {field.name for field in fields(TrainResult)}
+    assert done.json["steps"] == 2
+    assert done.json["eval_loss"] > 0
+    assert done.json["peak_memory"]["host_bytes"] > 0
+    assert "step 1/2  loss" in done.stderr
+    assert "\x1b" not in done.stderr
+    again = run_qlora(*arguments)
+    assert again.code == 2
+    assert "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ('{"text": "a"}\n{"text"\n', "row 2 (line 2): broken JSON"),
+        ('{"question": "a"}\n', "fit no known format"),
+    ],
+)
+def test_bad_data_leaves_nothing_behind(
+    run_qlora: RunQlora, base_model: Path, tmp_path: Path, content: str | None, expected: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    done = run_qlora("train", "--model", base_model, "--dataset", data, "--output", tmp_path / "run")
+    assert done.code == 2
+    assert expected in done.stderr
+    assert str(data) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "mine" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years")
+    done = run_qlora("train", "--model", base_model, "--dataset", rows, "--output", precious.parent)
+    assert done.code == 2
+    assert "holds something else (thesis.txt)" in done.stderr
+    assert precious.read_text() == "years"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    base_model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "qlora_cli", "train", "--model", str(base_model), "--output", str(output)]
+    command += ["--dataset", str(ASSETS / "train.jsonl"), "--epochs", "50", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and "step_done" in metrics.read_text()):
+        assert time.monotonic() < deadline, "no step was made"
+        assert process.poll() is None, "the run ended before its first step"
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    result = json.loads(stdout)
+    assert result["interrupted_by"] == number.name
+    assert [Path(path).name for path in result["checkpoints"]] == [f"step-{result['steps']}"]
+    assert (output / "checkpoints" / f"step-{result['steps']}" / "adapter_model.safetensors").is_file()
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
+    assert f"Stopped by {number.name}" in stderr
+
+
+def test_the_demo_learns(run_qlora: RunQlora, tmp_path: Path) -> None:
+    done = run_qlora("demo", "--output", tmp_path / "demo", "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    found = done.json
+    assert found["loss_drop"] >= 0.25
+    assert found["loss_after"] <= 0.75 * found["loss_before"]
+    assert found["answer_before"] != found["answer_after"]
+    assert found["quantized_bytes"] < found["float32_bytes"] / 2
+    assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_misspelt_dataset_column_names_the_columns(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"promt": "a", "completion": "b"}])
+    done = run_qlora("train", "--model", base_model, "--dataset", data, "--output", tmp_path / "run")
+    assert done.code == 2
+    assert "promt, completion" in done.stderr
+
+
+def test_no_environment_is_needed(run_qlora: RunQlora, base_model: Path) -> None:
+    # A cache directory that can't be made must not matter for local files.
+    done = run_qlora("load", base_model, "--device", "cpu", "--json", env={"HF_HOME": os.devnull + "/no"})
+    assert done.code == 0, done.stderr
