@@ -155,7 +155,9 @@ def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
         "too_short": "must name at least one",
         "path_type": "expected a path",
     }
-    expected = messages.get(detail["type"], detail["msg"].replace("Input should be", "must be").removeprefix("Value error, "))
+    expected = messages.get(
+        detail["type"], detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    )
     return Problem(where=where, message=f"{expected}, got {shown}")
 
 

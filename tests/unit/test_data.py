@@ -129,7 +129,11 @@ def test_every_kind_of_file_gives_the_same_tokens(
         ("d.csv", "text,other\na,b\nc,d,e\n", r"row 2 \(line 3\): 3 fields, the header has 2"),
         ("e.jsonl", '{"question": "a", "reply": "b"}\n', "fit no known format: question, reply"),
         ("f.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}\n', "fit several formats"),
-        ("g.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n', "row 2: 'completion'"),
+        (
+            "g.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
+            "row 2: 'completion'",
+        ),
         ("h.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": " "}\n', "row 2: .* is empty"),
         ("i.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', r"row 1: messages\[0\].role is 'bot'"),
         ("j.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "nothing to answer"),
@@ -149,7 +153,7 @@ def test_a_wrong_row_is_named(
 
 def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "latin.jsonl"
-    path.write_bytes('{"text": "ok"}\n{"text": "caf'.encode() + b'\xe9"}\n')
+    path.write_bytes(b'{"text": "ok"}\n{"text": "caf' + b'\xe9"}\n')
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         prepare(path, tokenizer)
 
