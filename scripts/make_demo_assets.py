@@ -231,10 +231,10 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, *, minutes: float | 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """Return one stream of token ids, `(num_tokens,)`: <|bos|> text <|eos|> <|bos|> text …"""
-    bos, eos = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|eos|>"])
+    bos, eos = SPECIAL_TOKENS.index("<|bos|>"), SPECIAL_TOKENS.index("<|eos|>")
     ids: list[int] = []
     for text in texts:
-        ids += [bos, *tokenizer.encode(text, add_special_tokens=False), eos]
+        ids += [bos, *tokenizer(text, add_special_tokens=False).input_ids, eos]
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -28,7 +28,12 @@ except SystemExit as error:
 heavy = sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules))
 print("heavy", heavy, file=sys.stderr)
 """
-TRAIN_FLAGS = ["--model", "--dataset", "--output", "--config", "--set", "--quant", "--dtype", "--rank", "--alpha", "--target-modules", "--learning-rate", "--epochs", "--max-steps", "--micro-batch-size", "--gradient-accumulation-steps", "--max-length", "--gradient-checkpointing", "--attention", "--optimizer", "--seed", "--eval-dataset", "--report-to", "--dry-run", "--json"]
+TRAIN_FLAGS = (
+    *("--model", "--dataset", "--output", "--config", "--set", "--quant", "--dtype", "--rank", "--alpha"),
+    *("--target-modules", "--learning-rate", "--epochs", "--max-steps", "--micro-batch-size", "--max-length"),
+    *("--gradient-accumulation-steps", "--gradient-checkpointing", "--attention", "--optimizer", "--seed"),
+    *("--eval-dataset", "--report-to", "--dry-run", "--json"),
+)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_every_assistant_turn_is_trained_to_its_end_and_nothing_else(
 
 def test_the_tokens_are_those_that_a_server_would_render(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     data = prepare(write_jsonl(tmp_path / "d.jsonl", [{"messages": CHAT}]), tokenizer)
-    served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)
+    served: Any = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)
     assert data.dataset[0]["input_ids"] == served["input_ids"]
     assert data.dataset[0]["input_ids"].count(tokenizer.bos_token_id) == 1
 
