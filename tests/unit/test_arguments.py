@@ -1,0 +1,72 @@
+"""Settings reach the trainer: what would hurt is off, and every setting changes something."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from qlora_cli.loading.device import ComputeDtype
+from qlora_cli.settings.models import Dtype, TrainSettings
+from qlora_cli.training.arguments import training_arguments
+from tests.conftest import train_settings
+
+CPU = torch.device("cpu")
+
+
+def arguments_for(tmp_path: Path, *, has_eval: bool = False, **flags: object) -> SFTConfig:
+    settings: TrainSettings = train_settings(tmp_path / "m", tmp_path / "d.jsonl", tmp_path / "run", **flags).settings
+    dtype = ComputeDtype(name=Dtype.FP32, reason="test")
+    return training_arguments(
+        settings, output=tmp_path / "run", device=CPU, dtype=dtype, num_steps=100, has_eval=has_eval
+    )
+
+
+def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
+    arguments = arguments_for(tmp_path)
+    assert arguments.logging_nan_inf_filter is False
+    assert arguments.use_cpu
+    assert not arguments.bf16
+    assert not arguments.fp16
+    assert not arguments.gradient_checkpointing
+    assert arguments.max_length is None
+    assert not arguments.packing
+    assert arguments.dataset_kwargs == {"skip_prepare_dataset": True}
+    assert arguments.prediction_loss_only
+    assert arguments.disable_tqdm
+    assert arguments.report_to == []
+    assert arguments.n_gpu <= 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "attribute", "expected"),
+    [
+        ("training__learning_rate", 0.5, "learning_rate", 0.5),
+        ("training__schedule", "linear", "lr_scheduler_type", "linear"),
+        ("training__warmup_ratio", 0.2, "warmup_steps", 20),
+        ("training__weight_decay", 0.3, "weight_decay", 0.3),
+        ("training__adam_beta2", 0.9, "adam_beta2", 0.9),
+        ("training__max_grad_norm", 2.0, "max_grad_norm", 2.0),
+        ("training__micro_batch_size", 3, "per_device_train_batch_size", 3),
+        ("training__gradient_accumulation_steps", 5, "gradient_accumulation_steps", 5),
+        ("training__gradient_checkpointing", "on", "gradient_checkpointing", True),
+        ("training__optimizer", "adamw_8bit", "optim", "adamw_8bit"),
+        ("training__seed", 9, "seed", 9),
+        ("training__seed", 9, "data_seed", 9),
+        ("training__logging_steps", 7, "logging_steps", 7),
+        ("training__save_steps", 11, "save_steps", 11),
+    ],
+)
+def test_every_setting_changes_an_argument(
+    tmp_path: Path, setting: str, value: object, attribute: str, expected: Any
+) -> None:
+    assert getattr(arguments_for(tmp_path), attribute) != expected
+    assert getattr(arguments_for(tmp_path, has_eval=False, **{setting: value}), attribute) == expected
+
+
+def test_evaluation_runs_at_the_interval_asked_for(tmp_path: Path) -> None:
+    assert arguments_for(tmp_path, has_eval=True).eval_strategy == "no"
+    flags = {"training__eval_steps": 4, "data__eval_dataset": str(tmp_path / "e.jsonl")}
+    arguments = arguments_for(tmp_path, has_eval=True, **flags)
+    assert (arguments.eval_strategy, arguments.eval_steps) == ("steps", 4)
