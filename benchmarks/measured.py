@@ -50,14 +50,22 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str], time
         )
 
 
-def write_model_aside(python: str, size: str, device: str, output: Path, *, environment: Mapping[str, str]) -> float:
+def write_model_aside(
+    python: str,
+    size: str,
+    device: str,
+    output: Path,
+    *,
+    environment: Mapping[str, str],
+    timeout_seconds: float = 300,
+) -> float:
     """Make a model of `size` in a process of its own and return the seconds it took.
 
     Raises:
         RuntimeError: it could not be made.
     """
     command = [python, "-m", "benchmarks.synthetic", "--size", size, "--device", device, "--output", str(output)]
-    made = run_measured(command, environment=environment, timeout_seconds=300)
+    made = run_measured(command, environment=environment, timeout_seconds=timeout_seconds)
     if made.exit_code != 0:
         raise RuntimeError(f"making the {size} model failed: {made.stderr[-2000:]}")
     return made.wall_seconds

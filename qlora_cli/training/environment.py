@@ -8,13 +8,15 @@ from typing import Any
 import psutil
 import torch
 
+from qlora_cli import __version__
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this package, of Python and of the libraries that shape a result."""
     found = {name: version(name) for name in PACKAGES}
-    return {"qlora-cli": version("qlora-cli"), "python": platform.python_version(), **found}
+    return {"qlora-cli": __version__, "python": platform.python_version(), **found}
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

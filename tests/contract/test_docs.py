@@ -1,60 +1,134 @@
-"""The documentation: commands parse, links lead somewhere, the generated page is fresh."""
+"""The documentation: its commands parse with valid values, what it names exists, and the generated page is fresh."""
 
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
+from qlora_cli.cli import options
 from qlora_cli.cli.app import app
+from qlora_cli.demo.result import DemoResult
+from qlora_cli.loading.report import LoadReport
+from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.resolve import describe
+from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
+from qlora_cli.training.run_directory import EVENT_NAMES
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = sorted(
-    {
-        line.strip().split(" > ")[0]
-        for page in PAGES
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if re.match(r"\s*qlora \w", line)
-    }
-)
+REFERENCE = ROOT / "docs" / "reference"
 
 
-def parse(command: Any, arguments: list[str], context: Any = None) -> None:
+def code_lines(page: Path) -> Iterator[str]:
+    """Yield the lines of a page's code blocks, fenced or indented; a trailing backslash joins two."""
+    inside = False
+    held = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        elif inside or line.startswith("    "):
+            held += line.strip()
+            if held.endswith("\\"):
+                held = held[:-1]
+                continue
+            yield held
+            held = ""
+
+
+COMMANDS = sorted({line.split(" > ")[0] for page in PAGES for line in code_lines(page) if line.startswith("qlora ")})
+PYTHON = [
+    (page, block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+]
+
+
+def parse(command: Any, arguments: list[str], parent: Any = None) -> Any:
     """Parse `arguments` down to the last subcommand, running nothing; a wrong flag raises."""
-    made = command.make_context(command.name, list(arguments), parent=context)
+    context = command.make_context(command.name, list(arguments), parent=parent)
     if getattr(command, "commands", None):
-        rest = [*made._protected_args, *made.args]
-        _, subcommand, remaining = command.resolve_command(made, rest)
-        parse(subcommand, remaining, made)
+        _, subcommand, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        return parse(subcommand, rest, context)
+    return context
 
 
-def test_there_are_commands_to_check() -> None:
-    assert len(COMMANDS) >= 10
+def flags_of(command: Any) -> set[str]:
+    """Return every flag of a command and of those below it."""
+    found = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return found.union(*(flags_of(below) for below in getattr(command, "commands", {}).values()))
+
+
+def test_there_are_commands_and_examples_to_check() -> None:
+    assert len(COMMANDS) >= 15
+    assert len(PYTHON) >= 2
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_documented_command_parses(line: str) -> None:
-    parse(typer.main.get_command(app), shlex.split(line)[1:])
+def test_every_documented_command_parses_with_valid_values(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Settings files are read: a page names those that are shipped.
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(line, comments=True)[1:]
+    context = parse(typer.main.get_command(app), arguments)
+    if "assignments" in context.params:
+        assert describe(options.read_sources(context))
 
 
-def test_local_links_lead_somewhere() -> None:
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=lambda value: getattr(value, "name", ""))
+def test_every_python_example_compiles(page: Path, block: str) -> None:
+    compile(block, str(page), "exec")
+
+
+def test_every_flag_and_setting_that_is_named_exists() -> None:
+    known = flags_of(typer.main.get_command(app)) | {"--help"}
+    settings = {f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields}
+    flags_named = settings_named = 0
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            if code.startswith(("--", "qlora ")):
+                named = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code))
+                assert named <= known, f"{page}: {code}"
+                flags_named += len(named)
+            if match := re.fullmatch(rf"(?:--set )?((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?:=.*)?", code):
+                assert match[1] in settings, f"{page}: {code}"
+                settings_named += 1
+    assert flags_named >= 30
+    assert settings_named >= 4
+
+
+def test_local_links_and_paths_lead_somewhere() -> None:
     links = 0
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)", text):
             if not target.startswith("http"):
                 links += 1
                 assert (page.parent / target).exists(), f"{page}: {target}"
-    assert links >= 10
+        for path in re.findall(r"`((?:qlora_cli|configs|tests|scripts|benchmarks|docs)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+    assert links >= 15
 
 
-def test_the_settings_page_is_fresh() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from make_reference import PAGE, settings_page
-    finally:
-        sys.path.pop(0)
+@pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, DemoResult])
+def test_every_json_key_is_documented(result: type) -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    assert [field.name for field in fields(result) if f"`{field.name}`" not in page] == []
+
+
+def test_every_event_of_a_run_and_its_keys_are_documented() -> None:
+    page = (REFERENCE / "run-directory.md").read_text(encoding="utf-8")
+    for event, name in EVENT_NAMES.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert [field.name for field in fields(event) if f"`{field.name}`" not in row] == []
+
+
+def test_the_settings_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    from make_reference import PAGE, settings_page
+
     assert PAGE.read_text(encoding="utf-8") == settings_page(), "run: make reference"
