@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Quantization(StrEnum):
@@ -122,10 +122,22 @@ TargetModules = Annotated[
 ]
 
 
-class Section(BaseModel):
-    """A group of settings: frozen, and an unknown name in it is an error."""
+NUMBERS = (int, float, int | None)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+class Section(BaseModel):
+    """A group of settings: frozen, its numbers finite, and an unknown name in it is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_a_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        # Python counts True as 1, so a bare `yes` in YAML would silently be a seed.
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in NUMBERS:
+            raise ValueError("expected a number")
+        return value
 
 
 class ModelSettings(Section):

@@ -158,7 +158,9 @@ def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     expected = messages.get(
         detail["type"], detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     )
-    return Problem(where=where, message=f"{expected}, got {shown}")
+    is_number = detail["type"] == "string_type" and isinstance(entry.value, int | float)
+    hint = "Put it in quotes: YAML reads it as a number." if is_number else None
+    return Problem(where=where, message=f"{expected}, got {shown}", hint=hint)
 
 
 def choices_of(path: str) -> list[str]:

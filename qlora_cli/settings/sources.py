@@ -43,7 +43,7 @@ class Entry:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """Return a hint that names the nearest of `known`, or None if nothing is near."""
-    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"Did you mean {matches[0]}?" if matches else None
 
 
@@ -94,7 +94,7 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Prob
             continue
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             value = text
         entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
     return entries, problems
@@ -138,9 +138,15 @@ def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], lis
                 if problem := check_name(section, key, where):
                     problems.append(problem)
                     continue
+                try:
+                    value = _construct(value_node)
+                except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+                    reason = getattr(error, "problem", None) or error
+                    problems.append(Problem(where=f"{where} {section}.{key}", message=f"can't be read: {reason}"))
+                    continue
                 origin = Origin(kind="file", where=where)
-                entries.append(Entry(section=section, key=key, value=_construct(value_node), origin=origin))
-        elif _construct(node) is not None:  # a section left empty is fine
+                entries.append(Entry(section=section, key=key, value=value, origin=origin))
+        elif node.tag != "tag:yaml.org,2002:null":  # a section left empty is fine
             message = f"section {section!r} must be a mapping of settings"
             problems.append(Problem(where=f"{path}:{line}", message=message))
     return entries, problems

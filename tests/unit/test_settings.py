@@ -90,6 +90,41 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expe
     assert any(expected in line for line in found), found
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training:\n  seed: !number 1\n", ":2 training.seed: can't be read: could not determine a constructor"),
+        ("training:\n  seed: 2024-13-45\n", ":2 training.seed: can't be read: month must be in 1..12"),
+        ("lora:\n  target_modules: &a [*a]\n", ":2 lora.target_modules: can't be read: found unconstructable"),
+        ("lora: !section {rank: 1}\n? [a]\n: 1\n", ":2: unknown section"),
+        ("lora: !section 1\n", ":1: section 'lora' must be a mapping of settings"),
+        ("training:\n  epochs: .inf\n", ":2 training.epochs: must be a finite number, got inf"),
+        ("lora:\n  alpha: .nan\n", "lora.alpha: must be"),
+        ("model:\n  revision: 1234567\n", "got 1234567 | Put it in quotes: YAML reads it as a number."),
+        ("model:\n  dtype: BF16\n", "'BF16' is not one of auto, bf16, fp16, fp32 | Did you mean bf16?"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
+    config = write(tmp_path / "run.yaml", text)
+    (found,) = problems_of(Sources(config=config, flags=REQUIRED))
+    assert expected in found
+
+
+def test_what_yaml_cannot_read_in_set_is_text() -> None:
+    found = problems_of(Sources(assignments=["training.seed=2024-13-45", "training.max_steps=!x 1"], flags=REQUIRED))
+    assert sorted(line.split(" | ")[0] for line in found) == [
+        "--set training.max_steps: expected a whole number, got '!x 1'",
+        "--set training.seed: expected a whole number, got '2024-13-45'",
+    ]
+
+
+def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+    assert resolve(Sources(config=write(tmp_path / "a.yaml", "# nothing\n"), flags=REQUIRED), TrainSettings)
+    marked = tmp_path / "b.yaml"
+    marked.write_bytes(b"\xef\xbb\xbflora:\n  rank: 3\n")
+    assert resolve(Sources(config=marked, flags=REQUIRED), TrainSettings).settings.lora.rank == 3
+
+
 def test_a_missing_or_binary_file_is_a_problem_not_a_crash(tmp_path: Path) -> None:
     assert "No such file" in problems_of(Sources(config=tmp_path / "no.yaml", flags=REQUIRED))[0]
     binary = tmp_path / "b.yaml"
@@ -148,3 +183,10 @@ def test_schema_and_show_know_every_setting() -> None:
         assert set(definition["properties"]) == set(model.model_fields)
         assert definition["additionalProperties"] is False
         assert all(field.description for field in model.model_fields.values())
+
+
+def test_a_switch_is_not_a_number(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "training:\n  seed: yes\n  epochs: true\n  max_steps: on\n")
+    found = problems_of(Sources(config=config, flags=REQUIRED))
+    assert len(found) == 3
+    assert all("expected a number, got True" in line for line in found)
