@@ -7,14 +7,14 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from qlora_cli.errors import Problem, QloraError, SettingsError
+from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
@@ -44,18 +44,23 @@ def failures_explained(arguments: list[str]) -> Iterator[None]:
     except QloraError as error:
         _fail(error, as_json=as_json)
     except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it; its message is the help
+            typer.echo(error.format_message(), err=True)
+            raise typer.Exit(error.exit_code) from None
         _fail(_explain_usage(error), as_json=as_json)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # The reader of our output has left, as `head` does. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(_with_code(QloraError("interrupted"), 130), as_json=as_json)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        _drop_stdout()
         raise typer.Exit(141) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # noqa: BLE001 - the last stop: a bug of ours, told with its traceback
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            try:
+                sys.stdout.flush()
+            except OSError:  # it is stdout that is full, not the run's own files
+                _drop_stdout()
             _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
         typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
@@ -81,26 +86,50 @@ def _fail(error: QloraError, *, as_json: bool) -> None:
             typer.echo(redact(f"error: {problem}"), err=True)
             if problem.hint:
                 typer.echo(redact(f"  hint: {problem.hint}"), err=True)
+        if len(problems) > 1:
+            typer.echo(f"{len(problems)} problems", err=True)
     else:
         typer.echo(redact(f"error: {error}"), err=True)
         if error.hint:
             typer.echo(redact(f"  hint: {error.hint}"), err=True)
     if as_json:
-        typer.echo(redact(json.dumps({"error": _as_object(error)}, indent=2)))
+        try:
+            typer.echo(json.dumps({"error": _as_object(error)}, indent=2))
+        except OSError:  # a full disk, or no reader: stderr has said what went wrong, and the exit code stays
+            _drop_stdout()
     raise typer.Exit(error.exit_code) from None
+
+
+def _drop_stdout() -> None:
+    # What could not be written stays in the buffer; at exit Python would try again and complain.
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _with_code(error: QloraError, exit_code: int) -> QloraError:
+    error.exit_code = exit_code
+    return error
 
 
 def _as_object(error: QloraError) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
-        "message": str(error),
-        "hint": error.hint,
+        "message": redact(str(error)),
+        "hint": _redacted(error.hint),
         "exit_code": error.exit_code,
         "problems": [
-            {"where": problem.where, "message": problem.message, "hint": problem.hint}
+            {
+                "where": redact(problem.where),
+                "message": redact(problem.message),
+                "hint": _redacted(problem.hint),
+            }
             for problem in problems_of(error)
         ],
     }
+
+
+def _redacted(hint: str | None) -> str | None:
+    return None if hint is None else redact(hint)
 
 
 def _explain_usage(error: typer.TyperException) -> QloraError:
@@ -111,8 +140,9 @@ def _explain_usage(error: typer.TyperException) -> QloraError:
     misspelt = getattr(error, "option_name", None)
     if misspelt and context is not None:
         flags = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
-        if matches := get_close_matches(misspelt, flags, n=1):
-            hint = f"Did you mean {matches[0]}?"
-    usage = QloraError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
-    usage.exit_code = error.exit_code
-    return usage
+        # The dashes are left out: they alone would make `--lr` look like `--rank`.
+        names = {flag.lstrip("-"): flag for flag in flags}
+        if matches := get_close_matches(misspelt.lstrip("-"), names, n=1):
+            hint = f"Did you mean {names[matches[0]]}?"
+    usage = UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
+    return _with_code(usage, error.exit_code)

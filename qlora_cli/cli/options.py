@@ -114,7 +114,7 @@ def read_sources(context: typer.Context) -> Sources:
     """Return what the command line gave, from the parameters of the command that is running."""
     given: dict[str, Any] = context.params
     flags = {
-        path: (_name_of(context, path), given[name])
+        path: (_given_as(context, path, given[name]), given[name])
         for path, name in PARAMETERS.items()
         if given.get(name) is not None
     }
@@ -130,6 +130,12 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
     """
     names = {path: _name_of(context, path) for path in FLAGS}
     return resolve(read_sources(context), kind, names)
+
+
+def _given_as(context: typer.Context, path: str, value: Any) -> str:
+    """Return what was typed for a setting: a switch that is off was `--no-…`."""
+    name = _name_of(context, path)
+    return f"--no-{name.removeprefix('--')}" if value is False else name
 
 
 def _name_of(context: typer.Context, path: str) -> str:

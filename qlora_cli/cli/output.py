@@ -12,4 +12,4 @@ def print_json(result: Any) -> None:
     content = (
         dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
     )
-    print(json.dumps(as_json(content), indent=2))
+    print(json.dumps(as_json(content), indent=2), flush=True)  # a full disk must show here, not at exit

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -15,10 +15,10 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
+from qlora_cli.cli.failures import redact
 from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
@@ -42,10 +42,13 @@ STEADY = 0.005  # relative change below which the loss counts as level
 @contextmanager
 def reporting() -> Iterator[Reporter]:
     """Give the reporter that fits stderr, and leave the terminal as it was."""
-    if not sys.stderr.isatty():
-        yield PlainReporter(sys.stderr)
+    console = Console(stderr=True, highlight=False)
+    # stdout is for the result: what trackers print while they run goes where progress goes.
+    if not sys.stderr.isatty() or console.is_dumb_terminal:  # such as TERM=dumb, which can't redraw
+        with redirect_stdout(sys.stderr):
+            yield PlainReporter(sys.stderr)
         return
-    reporter = LiveReporter(Console(stderr=True, highlight=False))
+    reporter = LiveReporter(console)
     with reporter.live:
         yield reporter
 
@@ -65,6 +68,11 @@ class Direction:
         self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * value
         change = (value - before) / max(abs(before), 1e-12)
         return "→" if abs(change) < STEADY else ("↓" if change < 0 else "↑")
+
+
+def seconds_left(step: StepDone) -> float:
+    """Return the time that the remaining steps take at the pace so far."""
+    return step.elapsed_seconds / step.step * (step.num_steps - step.step)
 
 
 def describe_step(step: StepDone, arrow: str) -> str:
@@ -130,14 +138,15 @@ class PlainReporter:
         if step.step not in (1, step.num_steps) and now - self._last_line < self._interval_seconds:
             return
         self._last_line = now
-        left = step.elapsed_seconds / step.step * (step.num_steps - step.step)
         self._write(
             f"step {step.step}/{step.num_steps}  {describe_step(step, arrow)}  "
-            f"{describe_memory(step.memory)}  {format_duration(left)} left"
+            f"{describe_memory(step.memory)}  {format_duration(seconds_left(step))} left"
         )
 
     def _write(self, line: str) -> None:
-        print(line, file=self._file, flush=True)
+        # A reader that left, or a full disk below the log, must not cost a run its training.
+        with suppress(OSError):
+            print(redact(line), file=self._file, flush=True)
 
 
 class LiveReporter:
@@ -155,8 +164,8 @@ class LiveReporter:
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            # Not rich's own column: it forgets steps after 30 seconds, and so never shows a time for slow ones.
+            TextColumn("ETA {task.fields[eta]}"),
             console=console,
             expand=True,
         )
@@ -169,19 +178,19 @@ class LiveReporter:
             self._report_step(event)
             return
         if isinstance(event, TrainingStarted):
-            self._task = self._progress.add_task("train", total=event.num_steps)
+            self._task = self._progress.add_task("train", total=event.num_steps, eta="-:--")
         line = describe_event(event)
         if line is None:
             return
         if isinstance(event, PhaseStarted | EvalStarted | TrainingStarted):
-            self._status = Text(line, style="dim")
+            self._status = Text(redact(line), style="dim")
         else:
             style = "yellow" if isinstance(event, Noted) and event.level == "warning" else ""
-            self.live.console.print(Text(line, style=style))
+            self.live.console.print(Text(redact(line), style=style))
 
     def _report_step(self, step: StepDone) -> None:
         assert self._task is not None, "a step before the training started"
-        self._progress.update(self._task, completed=step.step)
+        self._progress.update(self._task, completed=step.step, eta=format_duration(seconds_left(step)))
         self._figures = Text(describe_step(step, self._direction.update(step.loss)))
         self._memory = Text(f"{describe_memory(step.memory)}  epoch {step.epoch:.2f}", style="dim")
 

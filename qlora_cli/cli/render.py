@@ -101,7 +101,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
 
 def render_demo(result: DemoResult) -> None:
     """Print what the demonstration showed."""
-    _title("QLoRA demo: 1,500 questions about Python's library, a 3.5M-parameter Llama")
+    _title("QLoRA demo: a tiny Llama learns to answer questions about Python's library")
     _print_rows(
         [
             (
@@ -171,8 +171,15 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+class _PipeConsole(Console):
+    """Leaves a closed pipe to the one place that ends commands; rich would exit by itself, with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    return Console(highlight=False)
+    return _PipeConsole(highlight=False)
 
 
 def _title(text: str) -> None:

@@ -64,6 +64,7 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     model = attach_adapter(loaded.model, settings.lora)
     plan = _plan(settings, loaded, model, train_data, eval_data)
     check_disk_space(settings.output.directory, plan.disk_bytes)
+    reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         resolved=resolved,
         loaded=loaded,
@@ -72,6 +73,15 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
         eval_data=eval_data,
         plan=plan,
         started=started,
+    )
+
+
+def batch_arithmetic(plan: TrainPlan) -> str:
+    """Return in one line how rows make up a step, and steps the run."""
+    return (
+        f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
+        f"{plan.num_devices} device = {plan.examples_per_step} examples a step; {plan.num_steps:,} steps, "
+        f"{plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
     )
 
 

@@ -199,6 +199,7 @@ def test_train_ends_with_one_object_and_refuses_to_overwrite(
     assert done.json["eval_loss"] > 0
     assert done.json["peak_memory"]["host_bytes"] > 0
     assert "step 1/2  loss" in done.stderr
+    assert "1 micro-batch x 2 accumulation x 1 device = 2 examples a step; 2 steps" in done.stderr
     assert "\x1b" not in done.stderr
     again = run_qlora(*arguments)
     assert again.code == 2

@@ -1,0 +1,142 @@
+"""What a shell sees at the edges: closed pipes, full disks, wrong flags, secrets in JSON."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_cli.cli.app import app
+from tests.conftest import RunQlora
+
+FULL = Path("/dev/full")
+# Python then holds output back until it exits, as it does for every user; some machines switch that off.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def run_without_reader(*arguments: str) -> tuple[int, str]:
+    """Run with a stdout whose reader has left before the first byte; return the exit code and stderr."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_cli", *arguments],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=BUFFERED,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(write_end)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["config", "show"], ["config", "show", "--json"], ["config", "schema"]]
+)
+def test_a_reader_that_left_ends_every_command_the_same_way(arguments: list[str]) -> None:
+    assert run_without_reader(*arguments) == (141, "")
+
+
+def test_a_reader_that_left_does_not_change_the_exit_code_of_an_error() -> None:
+    code, errors = run_without_reader("load", "--json")
+    assert code == 2
+    assert "MODEL: is missing" in errors
+    assert "BrokenPipe" not in errors
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["config", "show", "--json"], 1, "the disk is full"),
+        (["config", "show"], 1, "the disk is full"),
+        (["config", "schema"], 1, "the disk is full"),
+        (["load", "--json"], 2, "MODEL: is missing"),
+    ],
+)
+def test_a_full_disk_below_stdout_is_one_message(arguments: list[str], code: int, expected: str) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_cli", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=BUFFERED,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == code
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_object_too(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str
+) -> None:
+    def ended(_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("qlora_cli.cli.config.describe", ended)
+    done = CliRunner().invoke(app, ["config", "show", "--json"])
+    assert done.exit_code == code
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == code
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["config"]])
+def test_no_arguments_show_the_help_and_no_error(run_qlora: RunQlora, arguments: list[str]) -> None:
+    done = run_qlora(*arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ")
+    assert "error:" not in done.stderr
+    assert "hint:" not in done.stderr
+
+
+def test_a_usage_error_says_so_in_json(run_qlora: RunQlora) -> None:
+    error = run_qlora("train", "--micro-batchsize", "1", "--json").json["error"]
+    assert error["type"] == "UsageError"
+    assert error["hint"] == "Did you mean --micro-batch-size?"
+    assert error["exit_code"] == 2
+
+
+@pytest.mark.parametrize("arguments", [["train", "--lr", "1"], ["--json", "train"]])
+def test_no_suggestion_rather_than_a_far_one(run_qlora: RunQlora, arguments: list[str]) -> None:
+    done = run_qlora(*arguments)
+    assert done.code == 2
+    assert "Did you mean" not in done.stderr
+    assert "--help" in done.stderr
+
+
+def test_several_problems_are_counted(run_qlora: RunQlora) -> None:
+    assert run_qlora("config", "show", "--rank", "0", "--alpha", "x").stderr.endswith("2 problems\n")
+    assert "problem" not in run_qlora("config", "show", "--rank", "0").stderr
+
+
+def test_a_switch_that_is_off_is_named_as_it_was_typed(run_qlora: RunQlora) -> None:
+    shown = run_qlora("config", "show", "--no-double-quant", "--json").json
+    assert shown["quantization.double_quant"] == {"value": False, "origin": "--no-double-quant"}
+
+
+@pytest.mark.parametrize("secret", ["exit_code", 'quo"te', "schlüssel"])
+def test_redaction_neither_breaks_json_nor_misses_what_json_escapes(run_qlora: RunQlora, secret: str) -> None:
+    done = run_qlora("config", "show", "--rank", secret, "--json", env={"WANDB_API_KEY": secret})
+    error = done.json["error"]
+    assert error["exit_code"] == 2
+    assert "***" in error["message"]
+    assert secret not in error["message"]

@@ -1,0 +1,162 @@
+"""Reporting that must not hurt a run, and results that stay readable."""
+
+import io
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qlora_cli.cli.progress import LiveReporter, PlainReporter, reporting, seconds_left
+from qlora_cli.cli.render import render_load, render_plan
+from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
+from qlora_cli.loading.report import LoadReport
+from qlora_cli.training.result import TrainPlan
+
+STEP = StepDone(
+    step=9,
+    num_steps=100,
+    epoch=0.09,
+    loss=1.0,
+    learning_rate=2e-4,
+    grad_norm=0.5,
+    num_tokens=100,
+    tokens_per_second=50.0,
+    elapsed_seconds=360.0,
+    memory=MemoryUse(host_bytes=1024**3),
+)
+REPORT = LoadReport(
+    model="base",
+    revision=None,
+    commit=None,
+    architecture="LlamaForCausalLM",
+    device="cpu",
+    quantization="nf4",
+    double_quant=True,
+    num_parameters=1000,
+    num_quantized_parameters=800,
+    total_bytes=1250,
+    quantized_weight_bytes=400,
+    quantization_constant_bytes=50,
+    unquantized_bytes=800,
+    float32_bytes=4000,
+    float16_bytes=2000,
+    compute_dtype="fp32",
+    compute_dtype_reason="no native bf16",
+    load_seconds=0.5,
+    peak_host_bytes=4096,
+    peak_device_bytes=None,
+    notes=(),
+)
+PLAN = TrainPlan(
+    model="base",
+    output=Path("run"),
+    device="cpu",
+    quantization="nf4",
+    compute_dtype="fp32",
+    compute_dtype_reason="no native bf16",
+    attention="sdpa",
+    gradient_checkpointing=False,
+    optimizer="adamw_torch",
+    num_parameters=1000,
+    num_trainable_parameters=100,
+    data_format="messages",
+    num_train_rows=12,
+    num_eval_rows=None,
+    num_train_tokens=600,
+    num_supervised_tokens=200,
+    longest_row_tokens=80,
+    num_truncated_rows=0,
+    num_dropped_rows=0,
+    num_lost_supervised_tokens=0,
+    micro_batch_size=2,
+    gradient_accumulation_steps=3,
+    num_devices=1,
+    examples_per_step=6,
+    num_steps=2,
+    num_epochs=1.0,
+    adapter_bytes=400,
+    disk_bytes=2000,
+)
+
+
+def test_slow_steps_have_an_eta() -> None:
+    file = io.StringIO()
+    reporter = LiveReporter(Console(file=file, force_terminal=True, width=80, highlight=False))
+    with reporter.live:
+        reporter.report(TrainingStarted(num_steps=100, output=Path("run")))
+        reporter.report(STEP)  # 40 seconds a step, 91 to go
+        reporter.live.refresh()
+    assert seconds_left(STEP) == 40 * 91
+    assert "ETA 1:00:40" in file.getvalue()
+
+
+def test_the_cursor_comes_back_when_a_run_fails() -> None:
+    file = io.StringIO()
+    reporter = LiveReporter(Console(file=file, force_terminal=True, width=80))
+    with pytest.raises(ZeroDivisionError), reporter.live:
+        raise ZeroDivisionError
+    shown = file.getvalue()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w", buffering=1) as file:  # noqa: PTH123 - a descriptor, not a path
+        reporter = PlainReporter(file, interval_seconds=0)
+        reporter.report(Noted(message="nobody reads this"))
+        reporter.report(STEP)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write_end)  # so that closing does not complain
+
+
+def test_what_trackers_print_during_a_run_stays_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting():
+        print("view the run at http://localhost")
+    print("result")
+    shown = capsys.readouterr()
+    assert shown.out == "result\n"
+    assert shown.err == "view the run at http://localhost\n"
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    with reporting() as reporter:
+        reporter.report(Noted(message="hello"))
+    assert isinstance(reporter, PlainReporter)
+    assert terminal.getvalue() == "hello\n"
+
+
+def test_progress_shows_no_token() -> None:
+    token = "hf_" + "a1B2" * 6
+    plain, live = io.StringIO(), io.StringIO()
+    PlainReporter(plain).report(Noted(message=f"got {token}"))
+    reporter = LiveReporter(Console(file=live, force_terminal=True, width=80))
+    with reporter.live:
+        reporter.report(Noted(message=f"got {token}"))
+    for shown in (plain.getvalue(), live.getvalue()):
+        assert token not in shown
+        assert "hf_***" in shown
+
+
+def test_load_says_how_much_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    render_load(REPORT)
+    shown = capsys.readouterr().out
+    assert "3.20x smaller" in shown
+    assert "1.60x smaller" in shown
+    assert "4.50 bits a parameter" in shown
+    assert "GPU" not in shown
+    render_load(replace(REPORT, peak_device_bytes=1024))
+    assert "peak GPU memory" in capsys.readouterr().out
+
+
+def test_the_plan_shows_the_batch_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    render_plan(PLAN)
+    shown = capsys.readouterr().out
+    assert "2 micro-batch x 3 accumulation x 1 device = 6 examples a step" in shown
+    assert "\x1b" not in shown
