@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -38,6 +39,8 @@ from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
 from qlora_cli.training.run_directory import MetricsWriter, RunDirectory, write_directory
 from qlora_cli.training.stop import StopCallback, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
+
+ALMOST_NOTHING_BYTES = 64 * 1024
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter) -> TrainPlan:
@@ -191,14 +194,20 @@ def _failures_explained(prepared: PreparedRun) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(prepared, error) from error
-    except OSError as error:
-        if isinstance(error, QloraError) or error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, QloraError) or not _is_disk_full(error, prepared.plan.output):
             raise
-        free = shutil.disk_usage(prepared.plan.output).free
         raise TrainingError(
-            f"the disk of {prepared.plan.output} is full ({free:,} bytes free)",
+            f"the disk of {prepared.plan.output} is full: {error}",
             hint="Free room and run again with another --output; complete checkpoints are kept.",
         ) from error
+
+
+def _is_disk_full(error: Exception, directory: Path) -> bool:
+    # safetensors and torch.save write a full disk as errors of their own, without an errno.
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING_BYTES
 
 
 def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutOfMemoryError:

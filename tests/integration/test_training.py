@@ -13,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_cli.errors import DiskSpaceError, HardwareError
+from qlora_cli.errors import DiskSpaceError, HardwareError, TrainingError
 from qlora_cli.events import CheckpointSaved, EvalDone, Noted, StepDone
 from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.loader import load_model
@@ -266,3 +266,21 @@ def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None
     warnings = [e.message for e in recorder.events if isinstance(e, Noted) and e.level == "warning"]
     assert any("2 rows are longer than 16 tokens" in message for message in warnings)
     assert any("1 rows have no token to train" in message for message in warnings)
+
+
+def test_a_disk_that_fills_up_is_said_and_keeps_what_is_complete(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from qlora_cli.training import run as module
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_adapter", full)
+    with pytest.raises(TrainingError, match=r"the disk of .* is full"):
+        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert (tmp_path / "run" / "checkpoints" / "step-3" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "adapter").exists()
