@@ -33,8 +33,22 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
         for path, error in found.items()
         if error is not None
     ]
+    problems += _splits_without_effect(resolved)
     if problems:
         raise SettingsError(problems)
+
+
+def _splits_without_effect(resolved: Resolved[TrainSettings]) -> list[Problem]:
+    data = resolved.settings.data
+    return [
+        Problem(
+            where=resolved.origin_of(path).where,
+            message=f"{path} has no effect on {name}, which is on this disk: only hub data sets have splits",
+            hint="Leave it out.",
+        )
+        for path, name in (("data.split", data.dataset), ("data.eval_split", data.eval_dataset))
+        if path in resolved.origins and name is not None and Path(name).expanduser().exists()
+    ]
 
 
 def check_output_directory(directory: Path) -> QloraError | None:

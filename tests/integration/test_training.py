@@ -13,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_cli.errors import DiskSpaceError, HardwareError, TrainingError
+from qlora_cli.errors import DiskSpaceError, HardwareError, SettingsError, TrainingError
 from qlora_cli.events import CheckpointSaved, EvalDone, Noted, StepDone
 from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.loader import load_model
@@ -284,3 +284,9 @@ def test_a_disk_that_fills_up_is_said_and_keeps_what_is_complete(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert (tmp_path / "run" / "checkpoints" / "step-3" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_split_of_a_local_file_is_refused(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data.split has no effect on .*rows.jsonl"):
+        train(train_settings(base_model, rows, tmp_path / "run", data__split="validation"), Recorder())
+    assert not (tmp_path / "run").exists()
