@@ -28,6 +28,15 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BytesDone:
+    """A transfer went on: so many of so many bytes. Each kind has a bar of its own."""
+
+    kind: Literal["download", "quantize", "load", "save"]
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Noted:
     """Something a user should know. A warning when a setting was lowered or data were lost."""
 
@@ -92,7 +101,17 @@ class TrainingEnded:
     interrupted_by: str | None
 
 
-Event = PhaseStarted | Noted | TrainingStarted | StepDone | EvalStarted | EvalDone | CheckpointSaved | TrainingEnded
+Event = (
+    PhaseStarted
+    | BytesDone
+    | Noted
+    | TrainingStarted
+    | StepDone
+    | EvalStarted
+    | EvalDone
+    | CheckpointSaved
+    | TrainingEnded
+)
 
 
 class Reporter(Protocol):

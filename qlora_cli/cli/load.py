@@ -1,7 +1,5 @@
 """`qlora load MODEL`: quantize on loading, and say what came of it."""
 
-from typing import Annotated
-
 import typer
 
 from qlora_cli.cli import options
@@ -9,19 +7,8 @@ from qlora_cli.cli.output import print_json
 from qlora_cli.settings.models import LoadSettings
 
 
-def load(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help=options.describe("model.name"), show_default=False)] = None,
-    revision: options.Revision = None,
-    quant: options.Quant = None,
-    double_quant: options.DoubleQuant = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    attention: options.Attention = None,
-    config: options.Config = None,
-    assignments: options.Assign = None,
-    json: options.Json = False,
-) -> None:
+@options.takes("model", "quantization", positional="model.name")
+def load(context: typer.Context, json: options.Json = False) -> None:
     """Load a model in 4 bit and show what was loaded: parameters, bytes by kind, dtype, time, peaks."""
     resolved = options.resolve_settings(context, LoadSettings)
 

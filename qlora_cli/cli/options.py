@@ -3,10 +3,12 @@
 Every flag of a setting takes text, so that pydantic sees all values and all problems are told at once.
 """
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -14,6 +16,7 @@ from qlora_cli.settings.models import SECTIONS, LoadSettings
 from qlora_cli.settings.resolve import Resolved, Sources, choices_of, resolve
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
+Command = TypeVar("Command", bound=Callable[..., None])
 
 FLAGS: dict[str, str] = {
     "model.name": "--model",
@@ -21,6 +24,13 @@ FLAGS: dict[str, str] = {
     "model.dtype": "--dtype",
     "model.device": "--device",
     "model.attention": "--attention",
+    "model.offload_embedding": "--offload-embedding",
+    "model.new_tokens": "--new-tokens",
+    "model.resize_vocab": "--resize-vocab",
+    "model.rope_scaling": "--rope-scaling",
+    "model.chat_template": "--chat-template",
+    "model.allow_pickle": "--allow-pickle",
+    "model.trust_remote_code": "--trust-remote-code",
     "quantization.method": "--quant",
     "quantization.double_quant": "--double-quant",
     "lora.rank": "--rank",
@@ -40,15 +50,64 @@ FLAGS: dict[str, str] = {
     "output.directory": "--output",
     "output.report_to": "--report-to",
 }
+# The parameter of a command that takes each setting, by the flag's name: `--max-length` is `max_length`.
+PARAMETERS = {path: flag.removeprefix("--").replace("-", "_") for path, flag in FLAGS.items()}
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
 
-def setting(path: str) -> Any:
-    """Return the option of the setting `section.key`, described by the setting itself."""
+def setting(path: str) -> inspect.Parameter:
+    """Return the parameter of a command that takes the setting `section.key`, described by the setting itself."""
     flag = FLAGS[path]
-    if path == "quantization.double_quant":
-        return typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=describe(path), show_default=False)
-    return typer.Option(flag, help=describe(path), metavar=metavar(path), show_default=False)
+    if is_switch(path):
+        kind: Any = bool | None
+        option = typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=describe(path), show_default=False)
+    else:
+        kind = str | None
+        option = typer.Option(flag, help=describe(path), metavar=metavar(path), show_default=False)
+    return _parameter(PARAMETERS[path], Annotated[kind, option])
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def is_switch(path: str) -> bool:
+    """Whether the setting is on or off."""
+    section, key = path.split(".")
+    return SECTIONS[section].model_fields[key].annotation is bool
+
+
+def takes(*sections: str, positional: str | None = None) -> Callable[[Command], Command]:
+    """Give a command the flags of every setting in `sections`, and `--config` and `--set`.
+
+    The command itself names only what is its own; settings are read from the context by `resolve_settings`.
+    `positional` is a setting that is given as an argument, not by its flag.
+    """
+
+    def give(command: Command) -> Command:
+        own = inspect.signature(command).parameters
+
+        @functools.wraps(command)
+        def wrapper(context: typer.Context, **given: Any) -> Any:
+            return command(context, **{name: value for name, value in given.items() if name in own})
+
+        parameters = [own["context"]]
+        if positional is not None:
+            argument = typer.Argument(help=describe(positional), show_default=False)
+            parameters.append(_parameter(PARAMETERS[positional], Annotated[str | None, argument]))
+        parameters += [setting(path) for path in FLAGS if path.split(".")[0] in sections and path != positional]
+        parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
+        parameters += [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.items()
+            if name != "context"
+        ]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del wrapper.__wrapped__  # what would otherwise be read for type hints
+        return cast(Command, wrapper)
+
+    return give
 
 
 def describe(path: str) -> str:
@@ -74,29 +133,6 @@ def metavar(path: str) -> str:
     return "TEXT"
 
 
-Model = Annotated[str | None, setting("model.name")]
-Revision = Annotated[str | None, setting("model.revision")]
-Dtype = Annotated[str | None, setting("model.dtype")]
-Device = Annotated[str | None, setting("model.device")]
-Attention = Annotated[str | None, setting("model.attention")]
-Quant = Annotated[str | None, setting("quantization.method")]
-DoubleQuant = Annotated[bool | None, setting("quantization.double_quant")]
-Rank = Annotated[str | None, setting("lora.rank")]
-Alpha = Annotated[str | None, setting("lora.alpha")]
-TargetModules = Annotated[str | None, setting("lora.target_modules")]
-DatasetName = Annotated[str | None, setting("data.dataset")]
-EvalDataset = Annotated[str | None, setting("data.eval_dataset")]
-MaxLength = Annotated[str | None, setting("data.max_length")]
-LearningRate = Annotated[str | None, setting("training.learning_rate")]
-Epochs = Annotated[str | None, setting("training.epochs")]
-MaxSteps = Annotated[str | None, setting("training.max_steps")]
-MicroBatchSize = Annotated[str | None, setting("training.micro_batch_size")]
-GradientAccumulationSteps = Annotated[str | None, setting("training.gradient_accumulation_steps")]
-GradientCheckpointing = Annotated[str | None, setting("training.gradient_checkpointing")]
-Optimizer = Annotated[str | None, setting("training.optimizer")]
-Seed = Annotated[str | None, setting("training.seed")]
-Output = Annotated[str | None, setting("output.directory")]
-ReportTo = Annotated[str | None, setting("output.report_to")]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; flags and --set override it.")
 ]
@@ -105,9 +141,6 @@ Assign = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, by its full name; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-
-# The parameter of a command that takes each setting, by the flag's name: `--max-length` is `max_length`.
-PARAMETERS = {path: flag.removeprefix("--").replace("-", "_") for path, flag in FLAGS.items()}
 
 
 def read_sources(context: typer.Context) -> Sources:

@@ -7,37 +7,13 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
-from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.models import SECTIONS, TrainSettings
 from qlora_cli.training.preflight import check_train_inputs
 
 
+@options.takes(*SECTIONS)
 def train(
     context: typer.Context,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    quant: options.Quant = None,
-    double_quant: options.DoubleQuant = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    attention: options.Attention = None,
-    rank: options.Rank = None,
-    alpha: options.Alpha = None,
-    target_modules: options.TargetModules = None,
-    dataset: options.DatasetName = None,
-    eval_dataset: options.EvalDataset = None,
-    max_length: options.MaxLength = None,
-    learning_rate: options.LearningRate = None,
-    epochs: options.Epochs = None,
-    max_steps: options.MaxSteps = None,
-    micro_batch_size: options.MicroBatchSize = None,
-    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
-    gradient_checkpointing: options.GradientCheckpointing = None,
-    optimizer: options.Optimizer = None,
-    seed: options.Seed = None,
-    output: options.Output = None,
-    report_to: options.ReportTo = None,
-    config: options.Config = None,
-    assignments: options.Assign = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all up to the first step; say what would run.")
     ] = False,

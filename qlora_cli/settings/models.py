@@ -4,11 +4,12 @@ The command line, `qlora config schema`, the settings file and `run.json` all re
 the field's own: rank, alpha, micro_batch_size, max_length.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Quantization(StrEnum):
@@ -16,7 +17,22 @@ class Quantization(StrEnum):
 
     NF4 = "nf4"
     FP4 = "fp4"
+    INT8 = "int8"
     NONE = "none"
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether two weights share a byte."""
+        return self in {Quantization.NF4, Quantization.FP4}
+
+
+class Storage(StrEnum):
+    """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
+
+    UINT8 = "uint8"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
 
 
 class Dtype(StrEnum):
@@ -109,17 +125,27 @@ def _switch(value: object) -> object:
 
 
 def _split_commas(value: object) -> object:
-    if not isinstance(value, str) or value == "all-linear":
+    if not isinstance(value, str) or value in {"all-linear", "all-experts"}:
         return value
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not parts:
-        raise ValueError("must name at least one layer, or be all-linear")
+        raise ValueError("must name at least one")
     return parts
 
 
-TargetModules = Annotated[
-    Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_split_commas)
-]
+def _check_rope_scaling(value: str | None) -> str | None:
+    kind, _, factor = (value or "yarn:2").partition(":")
+    if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
+        raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
+    return value
+
+
+ROPE_TYPES = ("linear", "dynamic", "yarn")
+RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
+TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
+NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
 
 
 NUMBERS = (int, float, int | None)
@@ -153,14 +179,56 @@ class ModelSettings(Section):
     )
     device: Device = Field(default=Device.AUTO, description="auto: the GPU if there is one, else the CPU.")
     attention: Attention = Field(default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own.")
+    offload_embedding: bool = Field(
+        default=False, description="Keep the embedding in host memory and look tokens up there; needs a GPU."
+    )
+    new_tokens: NameList = Field(
+        default=None, description="Comma-separated tokens to add to the vocabulary; their rows are trained."
+    )
+    resize_vocab: bool = Field(
+        default=False, description="Grow the embedding (and head) when the tokenizer has more ids than rows."
+    )
+    rope_scaling: RopeScaling = Field(
+        default=None,
+        description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
+    )
+    chat_template: str | None = Field(
+        default=None, min_length=1, description="Chat template: a .jinja file, or a name that the tokenizer has."
+    )
+    allow_pickle: bool = Field(
+        default=False, description="Read pickled .bin weights if there are no safetensors; never from a file."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the Python code that comes with the model; never from a file."
+    )
 
 
 class QuantizationSettings(Section):
     """How the frozen base is quantized on loading."""
 
-    method: Quantization = Field(default=Quantization.NF4, description="Data type of the frozen linear layers.")
+    method: Quantization = Field(
+        default=Quantization.NF4, description="Data type of the frozen linear layers; none keeps 16 or 32 bit."
+    )
     double_quant: bool = Field(
         default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter)."
+    )
+    compute_dtype: Dtype = Field(
+        default=Dtype.AUTO, description="Dtype that 4-bit layers multiply in. auto: the same as model.dtype."
+    )
+    quant_storage: Storage = Field(
+        default=Storage.UINT8, description="Dtype that holds the packed 4-bit codes; FSDP needs that of the model."
+    )
+    skip_modules: NameList = Field(
+        default=None, description="Comma-separated modules to keep unquantized, besides heads, routers and the like."
+    )
+    int8_threshold: float = Field(
+        default=6.0, ge=0, description="LLM.int8: input features with a larger value are multiplied in 16 bit."
+    )
+    int8_has_fp16_weight: bool = Field(
+        default=False, description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory."
+    )
+    int8_cpu_offload: bool = Field(
+        default=False, description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training."
     )
 
 
@@ -173,6 +241,10 @@ class LoraSettings(Section):
     target_modules: TargetModules = Field(
         default="all-linear",
         description="Comma-separated names of the linear layers that get an adapter, or all-linear.",
+    )
+    target_parameters: TargetParameters = Field(
+        default=None,
+        description="Comma-separated names of fused expert parameters that get an adapter too, or all-experts.",
     )
 
 

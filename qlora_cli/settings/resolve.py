@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.models import SECTIONS, LoadSettings
+from qlora_cli.settings.models import SECTIONS, LoadSettings, Quantization
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
@@ -186,13 +186,43 @@ def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> l
                 hint="Give --eval-dataset, or leave eval_steps out.",
             )
         )
-    method = validated["quantization"].method
-    if method == "none" and "quantization.double_quant" in merged:
-        problems.append(
-            Problem(
-                where=merged["quantization.double_quant"].origin.where,
-                message="quantization.double_quant has no effect with --quant none",
-                hint="Leave it out, or quantize with --quant nf4.",
-            )
+    return problems + _without_effect(validated["quantization"].method, merged) + _not_from_a_file(merged)
+
+
+# The methods that each setting of quantization has an effect with.
+FOUR_BIT = (Quantization.NF4, Quantization.FP4)
+EFFECTIVE_WITH: Mapping[str, tuple[Quantization, ...]] = {
+    "quantization.double_quant": FOUR_BIT,
+    "quantization.compute_dtype": FOUR_BIT,
+    "quantization.quant_storage": FOUR_BIT,
+    "quantization.skip_modules": (*FOUR_BIT, Quantization.INT8),
+    "quantization.int8_threshold": (Quantization.INT8,),
+    "quantization.int8_has_fp16_weight": (Quantization.INT8,),
+    "quantization.int8_cpu_offload": (Quantization.INT8,),
+}
+# What runs code that comes with a model: a settings file that somebody else wrote must not switch it on.
+ONLY_BY_HAND = ("model.trust_remote_code", "model.allow_pickle")
+
+
+def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[Problem]:
+    return [
+        Problem(
+            where=merged[path].origin.where,
+            message=f"{path} has no effect with --quant {method.value}",
+            hint=f"Leave it out, or use --quant {' or '.join(methods)}.",
         )
-    return problems
+        for path, methods in EFFECTIVE_WITH.items()
+        if path in merged and method not in methods
+    ]
+
+
+def _not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
+    return [
+        Problem(
+            where=f"{merged[path].origin.where} {path}",
+            message="can't be switched on by a settings file: it runs code that comes with the model",
+            hint=f"Give --{path.split('.')[1].replace('_', '-')} on the command line if you trust the model's author.",
+        )
+        for path in ONLY_BY_HAND
+        if path in merged and merged[path].origin.kind == "file" and merged[path].value is not False
+    ]
