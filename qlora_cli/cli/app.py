@@ -9,6 +9,7 @@ import typer
 from qlora_cli import __version__
 from qlora_cli.cli.config import config_app
 from qlora_cli.cli.demo import demo
+from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.failures import FailureGroup
 from qlora_cli.cli.load import load
 from qlora_cli.cli.train import train
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(load)
 app.command()(train)
 app.command()(demo)
+app.command()(doctor)
 app.add_typer(config_app)
 
 

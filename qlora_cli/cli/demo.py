@@ -17,7 +17,7 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Fine-tune the bundled tiny model with NF4 and LoRA, and compare it before and after."""
-    from qlora_cli.training.preflight import check_output_directory
+    from qlora_cli.files import check_output_directory
 
     if output is not None and (problem := check_output_directory(output)):
         raise problem

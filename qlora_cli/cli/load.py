@@ -1,5 +1,9 @@
 """`qlora load MODEL`: quantize on loading, and say what came of it."""
 
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from qlora_cli.cli import options
@@ -8,18 +12,34 @@ from qlora_cli.settings.models import LoadSettings
 
 
 @options.takes("model", "quantization", positional="model.name")
-def load(context: typer.Context, json: options.Json = False) -> None:
+def load(
+    context: typer.Context,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="DIRECTORY", help="Write the quantized checkpoint here.", show_default=False),
+    ] = None,
+    error: Annotated[bool, typer.Option("--error", help="Measure the quantization error of every weight.")] = False,
+    json: options.Json = False,
+) -> None:
     """Load a model in 4 bit and show what was loaded: parameters, bytes by kind, dtype, time, peaks."""
     resolved = options.resolve_settings(context, LoadSettings)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the settings are right
-    from qlora_cli.cli.render import render_load
+    from qlora_cli.cli.render_load import render_load
+    from qlora_cli.files import check_output_directory
     from qlora_cli.loading.source import check_model_name
 
     if problem := check_model_name(resolved.settings.model):
         raise problem
+    if save is not None and (wrong := check_output_directory(save, "--save")):
+        raise wrong
     with reporting() as reporter:
         from qlora_cli.loading.loader import load_model
+        from qlora_cli.loading.save import save_quantized
 
-        report = load_model(resolved.settings, reporter).report()
+        loaded = load_model(resolved.settings, reporter, measure_error=error)
+        report = loaded.report()
+        if save is not None:
+            num_bytes = save_quantized(loaded, save, reporter)
+            report = dataclasses.replace(report, saved=save, saved_bytes=num_bytes)
     print_json(report) if json else render_load(report)

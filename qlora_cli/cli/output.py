@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from qlora_cli.training.run_directory import as_json
+from qlora_cli.files import as_json
 
 
 def print_json(result: Any) -> None:

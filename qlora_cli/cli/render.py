@@ -4,54 +4,19 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
+from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.result import DemoResult
-from qlora_cli.loading.report import LoadReport
 from qlora_cli.settings.sources import Origin
 from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
 from qlora_cli.units import format_bytes, format_count, format_duration
 
-Row = tuple[str, str]
-
-
-def render_load(report: LoadReport) -> None:
-    """Print what was loaded."""
-    commit = f" at {report.commit}" if report.commit else ""
-    _title(f"{report.model}{commit}")
-    rows = [
-        ("architecture", f"{report.architecture} on {report.device}"),
-        (
-            "parameters",
-            f"{format_count(report.num_parameters)}, {format_count(report.num_quantized_parameters)} of them in 4 bit",
-        ),
-        ("quantization", _describe_quantization(report)),
-        ("compute dtype", f"{report.compute_dtype} ({report.compute_dtype_reason})"),
-        ("quantized weights", format_bytes(report.quantized_weight_bytes)),
-        ("constants", format_bytes(report.quantization_constant_bytes)),
-        ("16/32-bit rest", format_bytes(report.unquantized_bytes)),
-        ("total", format_bytes(report.total_bytes)),
-        (
-            "than fp32",
-            f"{report.float32_bytes / report.total_bytes:.2f}x smaller ({format_bytes(report.float32_bytes)})",
-        ),
-        (
-            "than 16 bit",
-            f"{report.float16_bytes / report.total_bytes:.2f}x smaller ({format_bytes(report.float16_bytes)})",
-        ),
-        ("load time", format_duration(report.load_seconds)),
-        ("peak host memory", format_bytes(report.peak_host_bytes)),
-    ]
-    if report.peak_device_bytes is not None:
-        rows.append(("peak GPU memory", f"{format_bytes(report.peak_device_bytes)} allocated"))
-    _print_rows(rows)
-
 
 def render_plan(plan: TrainPlan) -> None:
     """Print what a run would do."""
-    _title("Would run (nothing was written)")
-    _print_rows([*plan_rows(plan), ("output", str(plan.output)), ("disk, at most", format_bytes(plan.disk_bytes))])
+    title("Would run (nothing was written)")
+    print_rows([*plan_rows(plan), ("output", str(plan.output)), ("disk, at most", format_bytes(plan.disk_bytes))])
 
 
 def plan_rows(plan: TrainPlan) -> list[Row]:
@@ -81,10 +46,10 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
 def render_training(result: TrainResult) -> None:
     """Print what a run did."""
     if result.interrupted_by is not None:
-        _title(f"Stopped by {result.interrupted_by} after step {result.steps} of {result.num_steps}")
+        title(f"Stopped by {result.interrupted_by} after step {result.steps} of {result.num_steps}")
     else:
-        _title(f"Trained {result.steps:,} steps")
-    _print_rows(_training_rows(result))
+        title(f"Trained {result.steps:,} steps")
+    print_rows(_training_rows(result))
 
 
 def _training_rows(result: TrainResult) -> list[Row]:
@@ -101,8 +66,8 @@ def _training_rows(result: TrainResult) -> list[Row]:
 
 def render_demo(result: DemoResult) -> None:
     """Print what the demonstration showed."""
-    _title("QLoRA demo: a tiny Llama learns to answer questions about Python's library")
-    _print_rows(
+    title("QLoRA demo: a tiny Llama learns to answer questions about Python's library")
+    print_rows(
         [
             (
                 "base in memory",
@@ -135,7 +100,7 @@ def render_settings(rows: Sequence[tuple[str, Any, Origin]]) -> None:
     value_width = max(len(value) for _, value, _ in shown)
     for path, value, origin in shown:
         line = f"{path:<{name_width}}  {value:<{value_width}}  {origin.where}"
-        _console().print(Text(line, style="dim" if origin.kind == "default" else ""), soft_wrap=True)
+        console().print(Text(line, style="dim" if origin.kind == "default" else ""), soft_wrap=True)
 
 
 def _show(value: Any) -> str:
@@ -146,15 +111,6 @@ def _show(value: Any) -> str:
     if isinstance(value, Enum):
         return str(value.value)
     return ", ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _describe_quantization(report: LoadReport) -> str:
-    if report.num_quantized_parameters == 0:
-        return report.quantization
-    constants = report.quantization_constant_bytes + report.quantized_weight_bytes
-    bits = 8 * constants / report.num_quantized_parameters
-    double = "double quantization" if report.double_quant else "single quantization"
-    return f"{report.quantization}, {double}, {bits:.2f} bits a parameter"
 
 
 def _describe_peak(peak: PeakMemory) -> str:
@@ -169,25 +125,3 @@ def _describe_peak(peak: PeakMemory) -> str:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-class _PipeConsole(Console):
-    """Leaves a closed pipe to the one place that ends commands; rich would exit by itself, with 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-def _console() -> Console:
-    return _PipeConsole(highlight=False)
-
-
-def _title(text: str) -> None:
-    _console().print(Text(text, style="bold"))
-
-
-def _print_rows(rows: Sequence[Row]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        line = Text.assemble((f"  {name:<{width}}", "cyan"), "  ", value)
-        _console().print(line, soft_wrap=True)  # whole lines, also into a pipe

@@ -95,7 +95,8 @@ class _Encoder:
             if isinstance(example, Conversation) and not use_chat:
                 raise DataError(
                     f"{self._name} holds conversations, but the tokenizer has no chat template",
-                    hint="Take the instruct version of the model, or write rows as prompt and completion.",
+                    hint="Give one with --chat-template (a .jinja file, or chatml), take the instruct version of the "
+                    "model, or write rows as prompt and completion.",
                 )
             return encode(example, self._tokenizer, all_tokens=self._all_tokens)
         except RowError as error:

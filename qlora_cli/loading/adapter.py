@@ -1,47 +1,160 @@
-"""Attach a LoRA adapter to a frozen base."""
+"""Attach a LoRA adapter to a frozen base: a new one, or one that was trained before."""
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import copy
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
+from qlora_cli.loading.expert_lora import use_for_quantized_experts
+from qlora_cli.loading.kept import fused_experts, linear_layers
 from qlora_cli.settings.models import LoraSettings
 
+ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
+READ_BY_KERNEL = re.compile(r"\.(mamba|mixer)\.out_proj$")
 
-def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Return `model` frozen, with LoRA matrices in fp32 on its target modules, the only part that trains.
+
+def attach_adapter(
+    model: PreTrainedModel,
+    settings: LoraSettings,
+    new_token_ids: tuple[int, ...] = (),
+    base_commit: str | None = None,
+) -> tuple[PeftModel, tuple[str, ...]]:
+    """Return `model` frozen, with LoRA matrices in fp32 on its targets, the only part that trains; and notes.
+
+    The rows of `new_token_ids` train too, in the embedding and in a head of its own. `base_commit`, of a base from
+    the hub, is recorded with the adapter.
 
     PEFT's `prepare_model_for_kbit_training` is not called: it would upcast norms, embedding and head to
     fp32, which costs 2 GiB on Llama-3.1-8B and gains nothing for a frozen base.
 
     Raises:
-        ModelError: a target names no linear layer of the model.
+        ModelError: a target names no linear layer, or no fused parameter, of the model.
     """
-    targets = settings.target_modules
-    if targets != "all-linear":
-        _check_targets(model, targets)
+    modules, notes = _target_modules(model, settings)
+    parameters = _target_parameters(model, settings)
     config = LoraConfig(
         task_type="CAUSAL_LM",
+        revision=base_commit,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=targets if targets == "all-linear" else list(targets),
+        target_modules=modules,
+        target_parameters=parameters or None,
+        trainable_token_indices=_trained_rows(model, new_token_ids),
         bias="none",
     )
+    use_for_quantized_experts(config, model)
     model.requires_grad_(False)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    return get_peft_model(model, config, autocast_adapter_dtype=True), notes
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
-    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
+    """Return `model` with the adapter in `directory`, in fp32 as far as it was saved so.
+
+    Raises:
+        ModelError: the adapter does not fit the model, or can't be read.
+    """
+    try:
+        config = PeftConfig.from_pretrained(directory)
+        use_for_quantized_experts(config, model)
+        model.requires_grad_(False)
+        adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=trainable)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter in {directory} can't be attached: {error}",
+            hint="Was it trained on this base? adapter_config.json names the base it belongs to.",
+        ) from error
+    return adapted
+
+
+def _target_modules(model: PreTrainedModel, settings: LoraSettings) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names for PEFT, resolved: what it makes of `all-linear` differs between architectures."""
+    head = model.get_output_embeddings()
+    linears = [name for name, module in linear_layers(model) if module is not head and not ROUTER.search(name)]
+    if settings.target_modules != "all-linear":
+        _check_targets(linears, settings.target_modules)
+        return list(settings.target_modules), ()
+    fused = [name for name in linears if READ_BY_KERNEL.search(name)]
+    targets, refused = _accepted(model, _leaves(name for name in linears if name not in fused))
+    if not targets:
+        raise ModelError(f"{type(model).__name__} has no linear layer that can be adapted")
+    notes = []
+    if fused:
+        notes.append(f"no adapter on {_shown(fused)}: a fused kernel reads the weight and would pass an adapter over")
+    if taken := [name for name in linears if name.rpartition(".")[2] in refused]:
+        notes.append(f"no adapter on {_shown(taken)}: PEFT takes these names for those of the experts here")
+    return targets, tuple(notes)
+
+
+def _shown(names: list[str]) -> str:
+    return f"{len(names)} layers ({', '.join(_leaves(names))}), such as {names[0]}"
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _accepted(model: PreTrainedModel, leaves: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names that PEFT leaves as they are, and those it would turn into targets among the experts."""
+    accepted: list[str] = []
+    refused: list[str] = []
+    for leaf in leaves:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one half of a fused pair
+            refused.append(leaf)
+            continue
+        (accepted if leaf in config.target_modules else refused).append(leaf)
+    return accepted, refused
+
+
+def _check_targets(linears: list[str], targets: tuple[str, ...]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linears):
             raise ModelError(
                 f"target module {target!r} matches no linear layer of the model",
-                hint=f"Its linear layers are {', '.join(known)}; or use all-linear.",
+                hint=f"Its linear layers are {', '.join(_leaves(linears))}; or use all-linear.",
             )
+
+
+def _target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
+    """Return the full names of the fused parameters that get an adapter."""
+    if settings.target_parameters is None:
+        return []
+    known = [name for name, _ in fused_experts(model)]
+    if not known:
+        raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave lora.target_parameters out.")
+    if settings.dropout:
+        raise ModelError(
+            f"lora.dropout={settings.dropout} can't be applied to fused experts: their update is part of the weight",
+            hint="Set lora.dropout to 0, or leave lora.target_parameters out.",
+        )
+    if settings.target_parameters == "all-experts":
+        return known
+    found: list[str] = []
+    for target in settings.target_parameters:
+        matches = [name for name in known if name == target or name.endswith(f".{target}")]
+        if not matches:
+            raise ModelError(
+                f"target parameter {target!r} matches no fused parameter of the model",
+                hint=f"They are {', '.join(_leaves(known))}; or use all-experts.",
+            )
+        found += matches
+    return found
+
+
+def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, list[int]] | None:
+    if not ids:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    rows = {names[embedding]: list(ids)}
+    if head is not None and head.weight is not embedding.weight:
+        rows[names[head]] = copy.copy(list(ids))
+    return rows

@@ -10,6 +10,10 @@ from qlora_cli.settings.models import Device, Dtype
 
 TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
 AMPERE = (8, 0)  # the first compute capability with bf16 tensor cores
+# Trained in bf16, with activations beyond 65504, the largest fp16 number: in fp16 they turn into infinities.
+OVERFLOWS_FP16 = frozenset(
+    {"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gpt_oss", "qwen3_moe", "glm4_moe"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +47,20 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_compute_dtype(wanted: Dtype, device: torch.device) -> ComputeDtype:
+def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | None = None) -> ComputeDtype:
     """Return the dtype to compute in: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.
 
+    Models of a `model_type` that overflows fp16 are computed in fp32 instead.
+
     Raises:
-        HardwareError: fp16 was asked for on a CPU, or bf16 on a GPU without it.
+        HardwareError: fp16 was asked for on a CPU or for such a model, or bf16 on a GPU without it.
     """
     native, reason = _native_bf16(device)
+    if model_type in OVERFLOWS_FP16 and not native:
+        if wanted == Dtype.FP16:
+            raise HardwareError(f"{model_type} overflows fp16", hint="Use --dtype fp32.")
+        if wanted == Dtype.AUTO:
+            return ComputeDtype(name=Dtype.FP32, reason=f"{reason}, and {model_type} overflows fp16")
     if wanted == Dtype.AUTO:
         fallback = Dtype.FP16 if device.type == "cuda" else Dtype.FP32
         return ComputeDtype(name=Dtype.BF16 if native else fallback, reason=reason)

@@ -1,224 +1,235 @@
-"""Load a base model: find its files, quantize its linear layers on the way in, count what came of it."""
+"""Load a base model: find its files, plan how each weight is stored, check that it fits, read it, count it.
+
+The one way to a model: `load`, `train` and every other command go through `load_model`.
+"""
 
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
-from transformers.utils.import_utils import is_flash_attn_2_available
+from accelerate.hooks import remove_hook_from_submodules
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError, OutOfMemoryError
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
-from qlora_cli.loading.device import ComputeDtype, choose_compute_dtype, choose_device
+from qlora_cli.loading.adapter import load_adapter
+from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.device import TORCH_DTYPES, ComputeDtype
+from qlora_cli.loading.embedding import embedding_of, grow, keep_on_host, name_of_embedding
+from qlora_cli.loading.fit import fits_in_16_bit
 from qlora_cli.loading.inventory import Inventory, take_inventory
-from qlora_cli.loading.report import LoadReport
-from qlora_cli.loading.source import ModelSource, find_model
-from qlora_cli.loading.tokenizer import load_tokenizer
-from qlora_cli.memory.measure import (
-    peak_device_allocated_bytes,
-    peak_host_bytes,
-    reset_device_peak,
-)
-from qlora_cli.settings.models import (
-    Attention,
-    LoadSettings,
-    ModelSettings,
-    Quantization,
-    QuantizationSettings,
-)
+from qlora_cli.loading.layout import Layout
+from qlora_cli.loading.quantizer import QloraQuantizer
+from qlora_cli.loading.report import LoadReport, WeightError
+from qlora_cli.loading.source import ModelSource
+from qlora_cli.loading.weights import load_weights, quantization_config
+from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
+from qlora_cli.settings.models import Dtype, LoadSettings
 
 _SILENT = SilentReporter()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A base model, ready for an adapter, with all that is known of how it was loaded."""
+    """A base model, ready for an adapter, with all that is known of how it was loaded.
 
-    model: PreTrainedModel
+    `model` has an adapter attached if the source was an adapter or a run.
+    """
+
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
+    new_token_ids: tuple[int, ...]
     source: ModelSource
     settings: LoadSettings
     device: torch.device
     dtype: ComputeDtype
     attention: str
+    layout: Layout
     inventory: Inventory
+    errors: dict[str, float] | None
+    fits_in_16_bit: bool
     load_seconds: float
     peak_host_bytes: int
     peak_device_bytes: int | None
     notes: tuple[str, ...]
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its adapter, if it has one."""
+        if isinstance(self.model, PeftModel):
+            base: PreTrainedModel = self.model.get_base_model()
+            return base
+        return self.model
+
     def report(self) -> LoadReport:
         """Return the same in plain numbers."""
-        inventory = self.inventory
+        inventory, quantization = self.inventory, self.settings.quantization
+        errors = (
+            None if self.errors is None else tuple(WeightError(name=n, relative_rms=e) for n, e in self.errors.items())
+        )
         return LoadReport(
             model=self.source.name,
+            base_model=self.source.base_name,
             revision=self.source.revision,
             commit=self.source.commit,
-            architecture=type(self.model).__name__,
+            adapter=self.source.adapter,
+            architecture=type(self.base).__name__,
             device=str(self.device),
-            quantization=self.settings.quantization.method.value,
-            double_quant=_is_double(self.settings.quantization),
+            quantization=quantization.method.value,
+            double_quant=quantization.method.is_4bit and quantization.double_quant,
+            prequantized=self.layout.prequantized is not None,
             num_parameters=inventory.num_parameters,
             num_quantized_parameters=inventory.num_quantized_parameters,
+            bits_per_quantized_parameter=inventory.bits_per_quantized_parameter,
             total_bytes=inventory.total_bytes,
             quantized_weight_bytes=inventory.quantized_weight_bytes,
             quantization_constant_bytes=inventory.quantization_constant_bytes,
             unquantized_bytes=inventory.unquantized_bytes,
             float32_bytes=inventory.float32_bytes,
             float16_bytes=inventory.float16_bytes,
+            fits_in_16_bit=self.fits_in_16_bit,
+            kinds=inventory.kinds(),
+            dtype_bytes=inventory.bytes_by_dtype(),
+            errors=errors,
             compute_dtype=self.dtype.name.value,
             compute_dtype_reason=self.dtype.reason,
             load_seconds=self.load_seconds,
             peak_host_bytes=self.peak_host_bytes,
             peak_device_bytes=self.peak_device_bytes,
+            saved=None,
+            saved_bytes=None,
             notes=self.notes,
         )
 
 
-def load_model(settings: LoadSettings, reporter: Reporter = _SILENT) -> LoadedModel:
+def load_model(settings: LoadSettings, reporter: Reporter = _SILENT, *, measure_error: bool = False) -> LoadedModel:
     """Load `settings.model`, quantized as `settings.quantization` says, frozen, with its tokenizer.
 
+    `measure_error` measures how far each weight is from its quantized self.
+
     Raises:
-        ModelNotFoundError: no such model.
-        ModelError: the files are no causal language model that can be loaded without running its own code.
-        HardwareError: the device or dtype asked for is not there.
-        MissingDependencyError: the attention kernel asked for is not installed.
-        OutOfMemoryError: the quantized model does not fit on the device.
+        QloraError: what `plan_load` and `load_planned` raise.
     """
     start = time.monotonic()
-    transformers_logging.disable_progress_bar()  # ours tells the phase; theirs would break `--json` logs
-    device = choose_device(settings.model.device)
-    dtype = choose_compute_dtype(settings.model.dtype, device)
-    attention = choose_attention(settings.model.attention, device)
-    reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
-    source = find_model(settings.model)
-    tokenizer, notes = load_tokenizer(source)
-    for note in notes:
-        reporter.report(Noted(message=note))
-    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({_describe(settings.quantization)})"))
+    return load_planned(plan_load(settings, reporter), reporter, measure_error=measure_error, started=start)
+
+
+def load_planned(
+    blueprint: Blueprint,
+    reporter: Reporter,
+    *,
+    measure_error: bool = False,
+    trains_adapter: bool = False,
+    started: float | None = None,
+) -> LoadedModel:
+    """Read the weights of `blueprint`.
+
+    `trains_adapter`: an adapter that was named is to be trained on. `started` is the monotonic time from which
+    `load_seconds` counts; now, if it is not given.
+
+    Raises:
+        ModelError: weights are damaged, missing or left over.
+        OutOfMemoryError: the device ran out of memory all the same.
+    """
+    start = time.monotonic() if started is None else started
+    if measure_error:
+        _check_measurable(blueprint.layout)
+    settings, device = blueprint.settings, blueprint.device
+    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.describe_storage()})"))
     reset_device_peak(device)
-    model = _load_weights(settings, source, device, dtype, attention)
-    _check_vocabulary(model, tokenizer, settings.model)
+    model = _load(blueprint, reporter, measure_error=measure_error)
+    grown = _grow_vocabulary(model, blueprint)
+    _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
+    for note in grown:
+        reporter.report(Noted(message=note))
+    inventory = take_inventory(model, blueprint.layout.kept)
+    adapter = blueprint.source.adapter
     return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        source=source,
+        model=model if adapter is None else load_adapter(model, adapter, trainable=trains_adapter),
+        tokenizer=blueprint.tokenizer.tokenizer,
+        new_token_ids=blueprint.tokenizer.new_token_ids,
+        source=blueprint.source,
         settings=settings,
         device=device,
-        dtype=dtype,
-        attention=attention,
-        inventory=take_inventory(model),
+        dtype=blueprint.dtype,
+        attention=blueprint.attention,
+        layout=blueprint.layout,
+        inventory=inventory,
+        errors=_errors_of(model) if measure_error else None,
+        fits_in_16_bit=fits_in_16_bit(blueprint.layout, blueprint.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_allocated_bytes(device),
-        notes=tuple(notes),
+        notes=(*blueprint.notes, *grown),
     )
 
 
-def choose_attention(wanted: Attention, device: torch.device) -> str:
-    """Return the attention implementation by the name that transformers gives it."""
-    if wanted == Attention.AUTO:
-        return Attention.SDPA.value
-    if wanted == Attention.FLASH_ATTENTION_2:
-        if device.type != "cuda":
-            raise HardwareError("flash_attention_2 needs an NVIDIA GPU", hint="Use --attention sdpa.")
-        if not is_flash_attn_2_available():
-            raise MissingDependencyError(
-                "flash_attention_2 needs the package flash-attn",
-                hint="Run: pip install flash-attn, or use --attention sdpa.",
-            )
-    return wanted.value
-
-
-def quantization_config(settings: QuantizationSettings, dtype: ComputeDtype) -> BitsAndBytesConfig | None:
-    """Return the settings as bitsandbytes takes them; None to load unquantized.
-
-    Every field is set: the defaults of `BitsAndBytesConfig` are FP4 without double quantization, in fp32.
-    """
-    if settings.method == Quantization.NONE:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.method.value,
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=dtype.torch_dtype,
-        bnb_4bit_quant_storage=torch.uint8,
+def _load(blueprint: Blueprint, reporter: Reporter, *, measure_error: bool) -> PreTrainedModel:
+    settings, device = blueprint.settings, blueprint.device
+    compute = settings.quantization.compute_dtype
+    compute_dtype = blueprint.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
+    model = load_weights(
+        blueprint.source,
+        blueprint.checkpoint,
+        blueprint.base,
+        blueprint.layout,
+        device_map=_device_map(blueprint),
+        quantization=quantization_config(blueprint.layout, compute_dtype, measure_error=measure_error),
+        attention=blueprint.attention,
+        trust_remote_code=settings.model.trust_remote_code,
+        reporter=reporter,
     )
-
-
-def _load_weights(
-    settings: LoadSettings, source: ModelSource, device: torch.device, dtype: ComputeDtype, attention: str
-) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            quantization_config=quantization_config(settings.quantization, dtype),
-            dtype=dtype.torch_dtype,
-            device_map={"": device},
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"{source.name} does not fit on {device} while loading: {error}",
-            hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{source.name} can't be loaded: {error}", hint="Is it a causal language model?") from error
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    lost = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
-    if lost:
-        kind, keys = next(iter(lost.items()))
-        raise ModelError(
-            f"the weights of {source.name} do not match its config.json: {len(keys)} {kind.replace('_', ' ')}, "
-            f"such as {keys[0]}",
-            hint="These tensors would be random. Check that the directory holds the whole model.",
-        )
-    _keep_stored_bytes(model)
-    if source.commit is not None:
-        # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
-        model.name_or_path = model.config.name_or_path = source.name
-    model.requires_grad_(False)
+    if settings.model.offload_embedding:
+        # Those would carry the whole embedding to the GPU at every step.
+        remove_hook_from_submodules(model)
+        setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
+        keep_on_host(embedding_of(model), device)
     return model
 
 
-def _keep_stored_bytes(model: PreTrainedModel) -> None:
-    # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation and then computes
-    # with bf16 scales: another model than the one that trains, and other bytes than the ones loaded.
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
+    if blueprint.settings.quantization.int8_cpu_offload:
+        return "auto"
+    whole: dict[str, Any] = {"": blueprint.device}
+    if blueprint.settings.model.offload_embedding:
+        whole[name_of_embedding(blueprint.shapes)] = "cpu"
+    return whole
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    num_rows = embedding.num_embeddings
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= num_rows:
+def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation stop at the tokenizer's end token, which a chat template may have chosen, and pad with its pad."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    known = generation.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if tokenizer.eos_token_id not in ends:
+        generation.eos_token_id = [tokenizer.eos_token_id, *ends]
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
+    before = embedding_of(model).num_embeddings
+    needed = max(blueprint.tokenizer.tokenizer.get_vocab().values(), default=0) + 1
+    if needed <= before:
+        return []
+    if blueprint.settings.model.offload_embedding:
         raise ModelError(
-            f"the tokenizer of {settings.name} has ids up to {largest}, but the embedding only {num_rows} rows",
-            hint="The tokenizer belongs to another model, or tokens were added without resizing the model.",
+            "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
         )
+    grow(model, needed)
+    return [f"the embedding was grown from {before:,} to {needed:,} rows"]
 
 
-def _is_double(settings: QuantizationSettings) -> bool:
-    return settings.method != Quantization.NONE and settings.double_quant
+def _errors_of(model: PreTrainedModel) -> dict[str, float]:
+    quantizer = getattr(model, "hf_quantizer", None)
+    assert isinstance(quantizer, QloraQuantizer), "errors are measured while quantizing to 4 bit"
+    return dict(quantizer.quantization_config.errors or {})
 
 
-def _describe(settings: QuantizationSettings) -> str:
-    if settings.method == Quantization.NONE:
-        return "not quantized"
-    return f"{settings.method.value.upper()}, {'double' if settings.double_quant else 'single'} quantization"
+def _check_measurable(layout: Layout) -> None:
+    if layout.prequantized is not None or not layout.settings.method.is_4bit:
+        what = "is quantized already" if layout.prequantized is not None else "is not quantized to 4 bit"
+        raise ModelError(f"the model {what}, so there is no 4-bit error to measure", hint="Leave --error out.")

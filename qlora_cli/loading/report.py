@@ -1,35 +1,70 @@
 """What was loaded, as plain numbers: the result that `qlora load` shows. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindCount:
+    """Weights of one kind: how many, and what they take with their constants. `why_not_quantized` is None if they are.
+
+    Kinds: linear layers, experts, embedding, output head, routers, convolutions, and norms, biases, vectors.
+    """
+
+    kind: str
+    why_not_quantized: str | None
+    num_weights: int
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightError:
+    """The quantization error of one weight: the root mean square of the error over that of the weight."""
+
+    name: str
+    relative_rms: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
-    `total_bytes` is the sum of `quantized_weight_bytes` (packed 4-bit codes), `quantization_constant_bytes`
-    (block scales, their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters
-    and buffers). `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized.
+    `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
+    their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
+    `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized. `errors` are measured
+    if asked for; `saved` is the quantized checkpoint, if one was written.
     """
 
     model: str
+    base_model: str
     revision: str | None
     commit: str | None
+    adapter: Path | None
     architecture: str
     device: str
     quantization: str
     double_quant: bool
+    prequantized: bool
     num_parameters: int
     num_quantized_parameters: int
+    bits_per_quantized_parameter: float | None
     total_bytes: int
     quantized_weight_bytes: int
     quantization_constant_bytes: int
     unquantized_bytes: int
     float32_bytes: int
     float16_bytes: int
+    fits_in_16_bit: bool
+    kinds: tuple[KindCount, ...]
+    dtype_bytes: Mapping[str, int]
+    errors: tuple[WeightError, ...] | None
     compute_dtype: str
     compute_dtype_reason: str
     load_seconds: float
     peak_host_bytes: int
     peak_device_bytes: int | None
+    saved: Path | None
+    saved_bytes: int | None
     notes: tuple[str, ...]

@@ -1,29 +1,79 @@
-"""Find the files of a model: a local directory, or a hub id at a revision.
+"""What was asked for: a local model, one on the hub, or an adapter or run whose base has to be found.
 
-Only safetensors are read. `check_model_name` looks at what can be known at once, without a network and
-without torch; `find_model` fetches.
+Weights are read from safetensors; pickles and the model's own code only if the settings allow them.
+`check_model_name` looks at what can be known at once, without a network and without torch; `find_model` fetches.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
+from qlora_cli.events import Reporter, SilentReporter
+from qlora_cli.loading.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
 from qlora_cli.settings.models import ModelSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# What a causal language model needs, weights only as safetensors. Never *.py, never pickles.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+CONFIG, ADAPTER_CONFIG, RUN_FILE = "config.json", "adapter_config.json", "run.json"
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+# Besides the weights. In the root only: other folders hold the same model in other formats.
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+TEMPLATES = "additional_chat_templates/*.jinja"
+CODE = "*.py"
+
+_SILENT = SilentReporter()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model's files on this disk and where they came from."""
+    """A model's files on this disk and where they came from.
+
+    Attributes:
+        name: As the user asked for it.
+        path: The directory of the base model: config.json and weights.
+        revision: The revision of the base that was asked for, by the user, the adapter or the run.
+        commit: What that resolved to, for a hub id.
+        base_name: The base's own name, a hub id or a path; equals `name` when no adapter was named.
+        adapter: The adapter to attach, when the user named an adapter or a run directory.
+        run_quantization: The quantization settings that a named run directory was trained with.
+        tokenizer_path: Where the tokenizer is read from: the adapter if it has one of its own.
+    """
 
     name: str
     path: Path
     revision: str | None = None
     commit: str | None = None
+    base_name: str
+    adapter: Path | None = None
+    run_quantization: Mapping[str, Any] | None = None
+    tokenizer_path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """One directory or snapshot that was found: a base model, or an adapter."""
+
+    name: str
+    path: Path
+    revision: str | None = None
+    commit: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.path / ADAPTER_CONFIG).is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """How an adapter names its base. `is_hub`: known to come from the hub, so no directory may take its place."""
+
+    name: str
+    revision: str | None = None
+    is_hub: bool = False
 
 
 def looks_local(name: str) -> bool:
@@ -35,7 +85,10 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
     """Return what is wrong with the model's name, as far as this machine can tell at once."""
     name = settings.name
     if looks_local(name):
-        return _check_directory(Path(name).expanduser(), settings.revision)
+        path = Path(name).expanduser()
+        if problem := _check_path(path, settings.revision):
+            return problem
+        return _check_directory(_adapter_of_run(path) or path, settings)
     if not HUB_ID.fullmatch(name):
         return ModelNotFoundError(
             f"no model at {name!r}: no such directory, and not a hub id",
@@ -44,7 +97,30 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
     return None
 
 
-def _check_directory(path: Path, revision: str | None) -> QloraError | None:
+def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
+    """Return the model's files, downloaded as far as they are on the hub and not in the cache.
+
+    Of an adapter or a run directory the base is found too, at the revision that it names.
+
+    Raises:
+        ModelNotFoundError: no such directory or repository, or no access to it; also of an adapter's base.
+        ModelError: the files are no model that can be loaded.
+        DiskSpaceError: the download does not fit on the disk.
+    """
+    if problem := check_model_name(settings):
+        raise problem
+    if not looks_local(settings.name):
+        found = _download(settings.name, settings.revision, settings, reporter)
+        return _attached(found, settings, reporter) if found.is_adapter else _plain(found, settings)
+    path = Path(settings.name).expanduser().resolve()
+    adapter = _adapter_of_run(path)
+    found = _Files(name=settings.name, path=adapter or path)
+    if not found.is_adapter:
+        return _plain(found, settings)
+    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
+
+
+def _check_path(path: Path, revision: str | None) -> QloraError | None:
     if not path.exists():
         return ModelNotFoundError(f"no model at {path}: no such directory", hint="Check the path.")
     if not path.is_dir():
@@ -54,69 +130,190 @@ def _check_directory(path: Path, revision: str | None) -> QloraError | None:
             f"a revision ({revision}) has no meaning for the local directory {path}",
             hint="Leave --revision out, or give a hub id.",
         )
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            return ModelError(f"{path} holds an adapter, not a base model", hint="Give its base model.")
-        return ModelError(f"{path} has no config.json", hint="Give a directory written by save_pretrained.")
-    if not any(path.glob("*.safetensors")):
-        pickled = sorted(path.glob("*.bin"))
-        found = f"only {pickled[0].name}, a pickle" if pickled else "none"
-        return ModelError(
-            f"{path} has no *.safetensors weights (found {found})",
-            hint="Save the model with save_pretrained(), which writes safetensors.",
-        )
     return None
 
 
-def find_model(settings: ModelSettings) -> ModelSource:
-    """Return the model's files, downloaded if `settings.name` is a hub id.
+def _check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
+    if not path.is_dir():
+        return ModelError(
+            f"the run in {path.parent} has no adapter: it has not come to its end",
+            hint=f"Give one of its checkpoints: {path.parent / 'checkpoints'}/step-…",
+        )
+    names = [file.relative_to(path).as_posix() for file in path.iterdir()]
+    return _check_files(str(path), names, settings)
 
-    Raises:
-        ModelNotFoundError: no such directory or repository, or no access to it.
-        ModelError: the files are no model that can be loaded.
-    """
-    if problem := check_model_name(settings):
+
+def _check_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:
+    """Return what is wrong with a model that consists of the files `names`."""
+    entry = weights_entry(names, allow_pickle=settings.allow_pickle)
+    if ADAPTER_CONFIG in names:
+        if entry is not None:
+            return ModelError(
+                f"{where} holds both a whole model ({entry}) and an adapter ({ADAPTER_CONFIG}): either may be meant",
+                hint="Give a directory that holds only one of them.",
+            )
+        return _check_adapter_files(where, names, settings)
+    if CONFIG not in names:
+        return ModelError(f"{where} has no {CONFIG}", hint="Give a directory written by save_pretrained.")
+    return no_weights(where, names) if entry is None else None
+
+
+def _check_adapter_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:
+    if ADAPTER_WEIGHTS in names or (settings.allow_pickle and ADAPTER_PICKLE in names):
+        return None
+    if ADAPTER_PICKLE in names:
+        return ModelError(
+            f"the adapter in {where} is a pickle ({ADAPTER_PICKLE}), which can run any code when it is read",
+            hint="Save it again with a current PEFT, or use --allow-pickle if you trust its author.",
+        )
+    return ModelError(f"the adapter in {where} has no {ADAPTER_WEIGHTS}", hint="Save it again, or copy all of it.")
+
+
+def _adapter_of_run(path: Path) -> Path | None:
+    """Return the adapter's folder if `path` is a run directory; it is there once the run has ended."""
+    return path / "adapter" if (path / RUN_FILE).is_file() else None
+
+
+def _download(name: str, revision: str | None, settings: ModelSettings, reporter: Reporter) -> _Files:
+    """Fetch a model or an adapter: first the small files, then the weights that they speak of."""
+    from qlora_cli.loading.hub import fetch_files, open_repository
+
+    repository = open_repository(name, revision, reporter)
+    names = repository.file_names
+    root = [file for file in names if "/" not in file]
+    if problem := _check_files(name, root, settings):
         raise problem
-    if looks_local(settings.name):
-        return ModelSource(name=settings.name, path=Path(settings.name).expanduser().resolve())
-    return _download(settings)
+    is_adapter = ADAPTER_CONFIG in names
+    small = [file for file in names if _is_small(file, with_code=settings.trust_remote_code and not is_adapter)]
+    path = fetch_files(repository, small, reporter)
+    if is_adapter:
+        weights = [ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else ADAPTER_PICKLE]
+    else:
+        weights = _weight_files(path, root, settings)
+    if absent := [file for file in weights if file not in names]:
+        raise ModelError(f"the index of {name} names {absent[0]}, which the repository lacks", hint="Tell its author.")
+    # By commit: the branch may move on while gigabytes arrive.
+    fetch_files(replace(repository, revision=repository.commit), weights, reporter)
+    return _Files(name=name, path=path, revision=revision, commit=repository.commit)
 
 
-def _download(settings: ModelSettings) -> ModelSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def _is_small(file: str, *, with_code: bool) -> bool:
+    if fnmatch(file, TEMPLATES) or (with_code and fnmatch(file, CODE)):
+        return True
+    return "/" not in file and any(fnmatch(file, pattern) for pattern in SMALL_FILES)
+
+
+def _weight_files(path: Path, names: Collection[str], settings: ModelSettings) -> list[str]:
+    entry = weights_entry(names, allow_pickle=settings.allow_pickle)
+    assert entry is not None, "the files were checked"
+    return sorted(set(read_weight_map(path / entry).values())) if entry.endswith(INDEX_SUFFIX) else [entry]
+
+
+def _check_code(base: _Files, settings: ModelSettings) -> None:
+    """Refuse code of another repository than the one that was trusted; transformers would fetch and run it."""
+    for file in (CONFIG, "tokenizer_config.json") if settings.trust_remote_code else ():
+        classes = read_json(base.path / file).get("auto_map") if (base.path / file).is_file() else None
+        for place in classes.values() if isinstance(classes, Mapping) else ():
+            # A tokenizer names two classes, a slow and a fast one.
+            for name in place if isinstance(place, list) else [place]:
+                if "--" in str(name):
+                    repository, _, class_name = name.partition("--")
+                    raise ModelError(
+                        f"{base.path / file} takes {class_name} from another repository, {repository}",
+                        hint=f"Copy that code beside {file} and drop the name before -- in its auto_map.",
+                    )
+
+
+def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
+    _check_code(found, settings)
+    return ModelSource(
+        name=found.name,
+        path=found.path,
+        revision=found.revision,
+        commit=found.commit,
+        base_name=found.name,
+        tokenizer_path=found.path,
     )
 
-    name, revision = settings.name, settings.revision
+
+def _attached(
+    adapter: _Files, settings: ModelSettings, reporter: Reporter, run: Mapping[str, Any] | None = None
+) -> ModelSource:
+    """Find the base of `adapter`; `run` is the record of the run directory that was named, if one was."""
+    record = _run_around(adapter.path) if run is None else run
+    named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
+    base = _find_base(named, adapter, settings, reporter)
+    has_tokenizer = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
+    return ModelSource(
+        name=adapter.name,
+        path=base.path,
+        revision=base.revision,
+        commit=base.commit,
+        base_name=base.name,
+        adapter=adapter.path,
+        run_quantization=None if run is None else run["settings"]["quantization"],
+        tokenizer_path=adapter.path if has_tokenizer else base.path,
+    )
+
+
+def _run_around(adapter: Path) -> Mapping[str, Any] | None:
+    """Return the record of the run that `adapter` is a part of: its result, or one of its checkpoints."""
+    places = {"adapter": adapter.parent, "checkpoints": adapter.parent.parent}
+    run = places.get(adapter.name) or places.get(adapter.parent.name)
+    return read_json(run / RUN_FILE) if run and (run / RUN_FILE).is_file() else None
+
+
+def _base_of_run(adapter: Path, record: Mapping[str, Any]) -> _Base:
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{name} is gated: this account has no access to it",
-            hint=f"Ask for access at https://huggingface.co/{name}, then run: hf auth login",
+        base, path = record["base_model"], str(record["base_model_path"])
+        name, commit = base.get("base_name") or base["model"], base["commit"]
+        record["settings"]["quantization"]  # what a named run needs besides
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the {RUN_FILE} of {adapter.parent} does not say what the run was based on: {error!r}",
+            hint="Was it written by qlora train, and to its end?",
         ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"no model at {name!r}: no such directory, and no such repository on the hub",
-            hint="Check the name; for a private repository run: hf auth login",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"no model at {name!r}: no such directory, not in the local cache, and the hub can't be reached",
-            hint="Check the path or the network; HF_HUB_OFFLINE=1 keeps the hub from being asked.",
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"the hub did not hand out {name}: {error}", hint="Try again later.") from error
-    if problem := _check_directory(path, None):
-        raise problem
-    # A snapshot's folder is named by the commit it was resolved to.
-    return ModelSource(name=name, path=path, revision=revision, commit=path.name)
+    return _Base(name=name, revision=commit, is_hub=True) if commit else _Base(name=path)
+
+
+def _base_of_adapter(adapter: Path) -> _Base:
+    config = read_json(adapter / ADAPTER_CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            f"the adapter in {adapter} does not name its base model",
+            hint=f"Set base_model_name_or_path in its {ADAPTER_CONFIG}.",
+        )
+    return _Base(name=name, revision=revision or None, is_hub=bool(revision) and bool(HUB_ID.fullmatch(name)))
+
+
+def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter: Reporter) -> _Files:
+    places = [] if named.is_hub else [Path(named.name).expanduser(), adapter.path / named.name]
+    path = next((place.resolve() for place in places if place.is_dir()), None)
+    if path is None and (named.name.startswith((".", "~")) or not HUB_ID.fullmatch(named.name)):
+        raise _no_base(named, adapter, places)
+    try:
+        if path is None:
+            base = _download(named.name, named.revision, settings, reporter)
+        else:
+            base = _Files(name=str(path), path=path)
+            if problem := _check_directory(path, settings):
+                raise problem
+    except QloraError as error:
+        raise type(error)(f"the base of the adapter {adapter.name}: {error}", hint=error.hint) from error
+    if base.is_adapter:
+        raise ModelError(
+            f"the base of the adapter {adapter.name} is {base.name}, an adapter itself",
+            hint="Merge that one into its own base first, and name the result as the base.",
+        )
+    _check_code(base, settings)
+    return base
+
+
+def _no_base(named: _Base, adapter: _Files, places: list[Path]) -> ModelNotFoundError:
+    looked = " and ".join(dict.fromkeys(str(place.absolute()) for place in places))
+    return ModelNotFoundError(
+        f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",
+        hint=f"Put it there, or set base_model_name_or_path in {adapter.path / ADAPTER_CONFIG}; "
+        "the base alone loads with --model BASE.",
+    )

@@ -12,7 +12,14 @@ from trl import SFTConfig
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.loading.device import ComputeDtype
-from qlora_cli.settings.models import Checkpointing, Dtype, ReportTo, TrainSettings
+from qlora_cli.settings.models import (
+    Checkpointing,
+    Dtype,
+    Optimizer,
+    QuantizationSettings,
+    ReportTo,
+    TrainSettings,
+)
 
 
 def uses_checkpointing(setting: Checkpointing, device: torch.device) -> bool:
@@ -20,17 +27,22 @@ def uses_checkpointing(setting: Checkpointing, device: torch.device) -> bool:
     return device.type == "cuda" if setting == Checkpointing.AUTO else setting == Checkpointing.ON
 
 
-def check_hardware(settings: TrainSettings, device: torch.device) -> None:
-    """Check that the optimizer runs on `device`.
+def check_hardware(quantization: QuantizationSettings, optimizer: Optimizer, device: torch.device) -> None:
+    """Check that the optimizer runs on `device`, and that the base is all on it.
 
     Raises:
-        HardwareError: a paged optimizer, whose state is CUDA unified memory, without a GPU.
+        HardwareError: a paged optimizer, whose state is CUDA unified memory, without a GPU; or a base that is
+            partly on the CPU, which the trainer can't train.
     """
-    optimizer = settings.training.optimizer
     if optimizer.is_paged and device.type != "cuda":
         raise HardwareError(
             f"{optimizer.value} pages its state out of GPU memory and there is no GPU",
             hint="Use --optimizer adamw_torch or adamw_8bit.",
+        )
+    if quantization.int8_cpu_offload:
+        raise HardwareError(
+            "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
+            hint="Leave it out, and use --quant nf4 if the model does not fit.",
         )
 
 

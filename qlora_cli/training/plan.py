@@ -5,19 +5,20 @@ import time
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from qlora_cli.data.prepare import DataReport, PreparedData, prepare_data
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.files import check_disk_space
 from qlora_cli.loading.adapter import attach_adapter
-from qlora_cli.loading.device import choose_compute_dtype, choose_device
-from qlora_cli.loading.loader import LoadedModel, choose_attention, load_model
-from qlora_cli.loading.source import find_model
-from qlora_cli.loading.tokenizer import load_tokenizer
-from qlora_cli.settings.models import Optimizer, TrainSettings
+from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.positions import num_positions
+from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.arguments import check_hardware, uses_checkpointing
-from qlora_cli.training.preflight import check_disk_space, check_train_inputs
+from qlora_cli.training.preflight import check_train_inputs
 from qlora_cli.training.result import TrainPlan
 
 EIGHT_BIT = {Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT}
@@ -45,7 +46,7 @@ class PreparedRun:
 def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> PreparedRun:
     """Do everything up to the first step; writes nothing.
 
-    Cheap checks come first: names and files, then the data, then the model.
+    Cheap checks come first: names and files, then what the model takes, then the data, then the weights.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
@@ -53,17 +54,23 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     started = time.monotonic()
     settings = resolved.settings
     check_train_inputs(resolved)
-    device = choose_device(settings.model.device)
-    choose_compute_dtype(settings.model.dtype, device)
-    choose_attention(settings.model.attention, device)
-    check_hardware(settings, device)
-    train_data, eval_data = _prepare_data(settings, reporter)
-    loaded = load_model(settings, reporter)
+    is_asked = "max_length" in settings.data.model_fields_set
+    blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
+    if not is_asked:
+        resolved = _within_positions(resolved, blueprint, reporter)
+        settings = resolved.settings
+    check_hardware(blueprint.settings.quantization, settings.training.optimizer, blueprint.device)
+    train_data, eval_data = _prepare_data(settings, blueprint.tokenizer.tokenizer, reporter)
+    loaded = load_planned(blueprint, reporter, trains_adapter=True)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
-    model = attach_adapter(loaded.model, settings.lora)
+    model = _attach(loaded, settings.lora, reporter)
     plan = _plan(settings, loaded, model, train_data, eval_data)
-    check_disk_space(settings.output.directory, plan.disk_bytes)
+    check_disk_space(
+        settings.output.directory,
+        plan.disk_bytes,
+        hint="Free room, choose another --output, or lower output.max_checkpoints or --rank.",
+    )
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         resolved=resolved,
@@ -76,6 +83,35 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     )
 
 
+def _within_positions(
+    resolved: Resolved[TrainSettings], blueprint: Blueprint, reporter: Reporter
+) -> Resolved[TrainSettings]:
+    """Lower the default `max_length` to the positions that the model has, and say so."""
+    settings = resolved.settings
+    positions = num_positions(blueprint.base.config)
+    if positions is None or settings.data.max_length <= positions:
+        return resolved
+    reporter.report(Noted(message=f"rows are cut at {positions:,} tokens, the positions that the model has"))
+    data = settings.data.model_copy(update={"max_length": positions})
+    return Resolved(settings.model_copy(update={"data": data}), resolved.origins)
+
+
+def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
+    """Return the model with the adapter to train: the one it came with, or a new one."""
+    if isinstance(loaded.model, PeftModel):
+        if given := sorted(settings.model_fields_set):
+            raise ModelError(
+                f"{loaded.source.name} is an adapter, which trains on as it is: lora.{given[0]} can't be changed",
+                hint="Leave the lora settings out, or name the base model.",
+            )
+        reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} trains on"))
+        return loaded.model
+    model, notes = attach_adapter(loaded.model, settings, loaded.new_token_ids, loaded.source.commit)
+    for note in notes:
+        reporter.report(Noted(level="warning", message=note))
+    return model
+
+
 def batch_arithmetic(plan: TrainPlan) -> str:
     """Return in one line how rows make up a step, and steps the run."""
     return (
@@ -85,8 +121,9 @@ def batch_arithmetic(plan: TrainPlan) -> str:
     )
 
 
-def _prepare_data(settings: TrainSettings, reporter: Reporter) -> tuple[PreparedData, PreparedData | None]:
-    tokenizer, _ = load_tokenizer(find_model(settings.model))
+def _prepare_data(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+) -> tuple[PreparedData, PreparedData | None]:
     data = settings.data
     reporter.report(PhaseStarted(title=f"Reading {data.dataset}"))
     train_data = prepare_data(data.dataset, data.split, data, tokenizer)
@@ -155,7 +192,7 @@ def _plan(
         model=loaded.source.name,
         output=settings.output.directory,
         device=str(loaded.device),
-        quantization=settings.quantization.method.value,
+        quantization=loaded.settings.quantization.method.value,
         compute_dtype=loaded.dtype.name.value,
         compute_dtype_reason=loaded.dtype.reason,
         attention=loaded.attention,

@@ -23,6 +23,7 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingStarted,
 )
+from qlora_cli.files import write_directory
 from qlora_cli.memory.measure import (
     peak_device_allocated_bytes,
     peak_device_reserved_bytes,
@@ -36,7 +37,7 @@ from qlora_cli.training.environment import describe_hardware, package_versions
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
-from qlora_cli.training.run_directory import MetricsWriter, RunDirectory, write_directory
+from qlora_cli.training.run_directory import MetricsWriter, RunDirectory
 from qlora_cli.training.stop import StopCallback, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
 

@@ -8,15 +8,13 @@ adapter/         PEFT adapter, tokenizer, chat template
 
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.events import (
+    BytesDone,
     CheckpointSaved,
     EvalDone,
     EvalStarted,
@@ -27,9 +25,11 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingStarted,
 )
+from qlora_cli.files import as_json
 
 EVENT_NAMES: dict[type[Event], str] = {
     PhaseStarted: "phase_started",
+    BytesDone: "bytes_done",
     Noted: "noted",
     TrainingStarted: "training_started",
     StepDone: "step_done",
@@ -81,33 +81,6 @@ class RunDirectory:
         return sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
-    saving = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(saving, ignore_errors=True)
-    saving.mkdir(parents=True)
-    try:
-        fill(saving)
-        publish_directory(saving, target)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
-
-
-def publish_directory(finished: Path, target: Path) -> None:
-    """Flush every file below `finished` to disk, then rename it to `target`, replacing what is there."""
-    for path in finished.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    if target.exists():
-        shutil.rmtree(target)
-    finished.rename(target)
-
-
 class MetricsWriter:
     """A reporter that appends each event to `metrics.jsonl` as one line."""
 
@@ -123,16 +96,3 @@ class MetricsWriter:
         }
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def as_json(value: Any) -> Any:
-    """Return `value` with paths, enums and dataclasses turned into what JSON holds."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return as_json(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): as_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    if isinstance(value, Enum):
-        return value.value
-    return str(value) if isinstance(value, Path) else value

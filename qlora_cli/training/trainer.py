@@ -8,7 +8,8 @@ import torch
 from trl import SFTTrainer
 
 from qlora_cli.events import CheckpointSaved, Reporter
-from qlora_cli.training.run_directory import RunDirectory, publish_directory
+from qlora_cli.files import publish_directory
+from qlora_cli.training.run_directory import RunDirectory
 
 
 class QloraTrainer(SFTTrainer):

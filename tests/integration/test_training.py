@@ -35,7 +35,8 @@ def base_digest(model: torch.nn.Module) -> str:
 
 def test_exact_dtype_inventory_of_a_quantized_model_with_adapter(base_model: Path) -> None:
     loaded = load_model(LoadSettings(model=ModelSettings(name=str(base_model), dtype="bf16", device="cpu")))
-    model = attach_adapter(loaded.model, LoraSettings())
+    model, notes = attach_adapter(loaded.base, LoraSettings())
+    assert notes == ()
     kinds = Counter(
         (type(parameter) is Params4bit, parameter.dtype, parameter.requires_grad) for parameter in model.parameters()
     )

@@ -12,13 +12,15 @@ from qlora_cli.data.sources import check_dataset_name
 from qlora_cli.errors import DataError
 from qlora_cli.loading.source import ModelSource
 from qlora_cli.loading.tokenizer import load_tokenizer
-from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.models import DataSettings, ModelSettings
 from tests.conftest import ASSETS, write_jsonl
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(ModelSource(name="demo", path=ASSETS / "base"))[0]
+    base = ASSETS / "base"
+    source = ModelSource(name="demo", path=base, base_name="demo", tokenizer_path=base)
+    return load_tokenizer(source, ModelSettings(name="demo")).tokenizer
 
 
 def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreparedData:

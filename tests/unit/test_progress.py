@@ -2,11 +2,13 @@
 
 import io
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from rich.console import Console
 
-from qlora_cli.cli.progress import Direction, LiveReporter, PlainReporter, describe_memory
+from qlora_cli.cli.progress import TRANSFERS, Direction, LiveReporter, PlainReporter, Transfer, describe_memory
 from qlora_cli.events import (
+    BytesDone,
     CheckpointSaved,
     EvalDone,
     MemoryUse,
@@ -87,6 +89,70 @@ def test_the_live_display_shows_progress_loss_rate_and_memory() -> None:
         assert expected in shown
     assert "something was cut" in shown
     assert shown.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in shown  # the cursor is back
+
+
+def downloaded(done_bytes: int, total_bytes: int = 4 * GIB) -> BytesDone:
+    return BytesDone(kind="download", done_bytes=done_bytes, total_bytes=total_bytes)
+
+
+def test_plain_lines_of_a_transfer_are_the_first_the_last_and_one_an_interval() -> None:
+    file, every = io.StringIO(), io.StringIO()
+    patient, eager = PlainReporter(file, interval_seconds=1000), PlainReporter(every, interval_seconds=0)
+    for done in range(5):
+        patient.report(downloaded(done * GIB))
+        eager.report(downloaded(done * GIB))
+    first, last = file.getvalue().splitlines()
+    assert first == "Downloading: 0 B of 4.00 GiB (0%)"
+    assert last.startswith("4.00 GiB downloaded")
+    assert len(every.getvalue().splitlines()) == 5
+    patient.report(downloaded(GIB))  # another one begins
+    assert file.getvalue().splitlines()[2:] == ["Downloading: 1.00 GiB of 4.00 GiB (25%)"]
+
+
+def test_speed_and_time_left_count_from_where_a_resumed_transfer_began() -> None:
+    transfer = Transfer(started=100.0, first_bytes=GIB)
+    assert transfer.describe(downloaded(2 * GIB), 120.0).endswith("2.00 GiB of 4.00 GiB (50%), 51.20 MiB/s, 40 s left")
+    assert transfer.describe_end(downloaded(4 * GIB), 160.0) == "4.00 GiB downloaded in 1:00 (51.20 MiB/s)"
+    assert transfer.describe_end(downloaded(4 * GIB), 100.0) == "4.00 GiB downloaded"
+
+
+def test_an_empty_transfer_is_not_worth_a_line() -> None:
+    file = io.StringIO()
+    PlainReporter(file).report(downloaded(0, 0))
+    assert file.getvalue() == ""
+
+
+def test_the_live_display_has_a_bar_for_each_transfer_until_it_is_complete() -> None:
+    file = io.StringIO()
+    reporter = LiveReporter(Console(file=file, force_terminal=True, width=100, highlight=False))
+
+    def shown() -> str:
+        before = file.tell()
+        reporter.live.refresh()
+        file.seek(before)
+        return file.read()
+
+    with reporter.live:
+        reporter.report(downloaded(GIB))
+        reporter.report(BytesDone(kind="quantize", done_bytes=GIB, total_bytes=2 * GIB))
+        both = shown()
+        for expected in ("Downloading", "1.0/4.0 GiB", "Quantizing", "1.0/2.0 GiB", "ETA"):
+            assert expected in both
+        reporter.report(downloaded(4 * GIB))
+        one = shown()
+        assert "Downloading" not in one
+        assert "Quantizing" in one
+        reporter.report(BytesDone(kind="quantize", done_bytes=2 * GIB, total_bytes=2 * GIB))
+        assert "GiB" not in shown()
+
+
+def test_every_kind_of_transfer_has_its_words() -> None:
+    kinds = get_args(get_type_hints(BytesDone)["kind"])
+    assert set(kinds) == set(TRANSFERS)
+    for kind in kinds:
+        file = io.StringIO()
+        PlainReporter(file).report(BytesDone(kind=kind, done_bytes=1, total_bytes=2))
+        assert file.getvalue().startswith(TRANSFERS[kind][0])
 
 
 def test_memory_on_a_cpu_is_that_of_the_process() -> None:

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from qlora_cli.cli.progress import LiveReporter, PlainReporter, reporting, seconds_left
-from qlora_cli.cli.render import render_load, render_plan
+from qlora_cli.cli.render import render_plan
+from qlora_cli.cli.render_load import bars, errors_by_layer, render_load
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
-from qlora_cli.loading.report import LoadReport
+from qlora_cli.loading.report import KindCount, LoadReport, WeightError
 from qlora_cli.training.result import TrainPlan
 
 STEP = StepDone(
@@ -29,25 +30,38 @@ STEP = StepDone(
 )
 REPORT = LoadReport(
     model="base",
+    base_model="base",
     revision=None,
     commit=None,
+    adapter=None,
     architecture="LlamaForCausalLM",
     device="cpu",
     quantization="nf4",
     double_quant=True,
+    prequantized=False,
     num_parameters=1000,
     num_quantized_parameters=800,
+    bits_per_quantized_parameter=4.5,
     total_bytes=1250,
     quantized_weight_bytes=400,
     quantization_constant_bytes=50,
     unquantized_bytes=800,
     float32_bytes=4000,
     float16_bytes=2000,
+    fits_in_16_bit=False,
+    kinds=(
+        KindCount(kind="linear layers", why_not_quantized=None, num_weights=4, num_parameters=800, num_bytes=450),
+        KindCount(kind="embedding", why_not_quantized="looked up", num_weights=1, num_parameters=200, num_bytes=800),
+    ),
+    dtype_bytes={"uint8": 400, "float32": 800},
+    errors=None,
     compute_dtype="fp32",
     compute_dtype_reason="no native bf16",
     load_seconds=0.5,
     peak_host_bytes=4096,
     peak_device_bytes=None,
+    saved=None,
+    saved_bytes=None,
     notes=(),
 )
 PLAN = TrainPlan(
@@ -153,6 +167,35 @@ def test_load_says_how_much_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GPU" not in shown
     render_load(replace(REPORT, peak_device_bytes=1024))
     assert "peak GPU memory" in capsys.readouterr().out
+
+
+def test_load_says_what_is_not_quantized_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    render_load(REPORT)
+    shown = capsys.readouterr().out.splitlines()
+    assert "  linear layers  4  800  450 B   4.50 bits  quantized" in shown
+    assert "  embedding      1  200  800 B  32.00 bits  looked up" in shown
+
+
+def test_load_advises_against_quantizing_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    render_load(REPORT)
+    assert "--quant none" not in capsys.readouterr().out
+    render_load(replace(REPORT, fits_in_16_bit=True))
+    assert "--quant none is exact and faster" in capsys.readouterr().out
+
+
+def test_errors_are_drawn_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = (
+        WeightError(name="model.layers.10.up.weight", relative_rms=0.04),
+        WeightError(name="model.layers.2.up.weight", relative_rms=0.08),
+        WeightError(name="model.layers.2.down.weight", relative_rms=0.04),
+    )
+    assert errors_by_layer(errors) == pytest.approx([0.06, 0.04])
+    assert bars([0.06, 0.03, 0.0]) == "█▅▁"
+    assert len(bars([0.1] * 1000)) <= 64
+    render_load(replace(REPORT, errors=errors))
+    shown = capsys.readouterr().out
+    assert "8.00%  model.layers.2.up.weight" in shown
+    assert "from 0 to 6.0%" in shown
 
 
 def test_the_plan_shows_the_batch_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,246 @@
+"""The hardware and what PyTorch makes of it: the driver, CUDA, each GPU and its memory, attention kernels."""
+
+import contextlib
+import ctypes
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from qlora_cli.doctor.isolation import attempt, without_home
+from qlora_cli.doctor.report import Json, Outcome, Status, failed, ok, skipped, warning
+from qlora_cli.errors import HardwareError
+from qlora_cli.settings.models import Device, Dtype
+from qlora_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+DRIVER_LIBRARIES = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}
+DRIVER_SECONDS = 20
+INSTALL_TORCH = "https://pytorch.org/get-started/locally/"
+SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+ON_CPU = "Small models train on the CPU all the same; for others use a machine with an NVIDIA GPU."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU as PyTorch sees it. Free is what no process holds, this one's CUDA context counted as held."""
+
+    index: int
+    name: str
+    compute_capability: str
+    bf16: bool
+    total_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        bf16 = "bf16" if self.bf16 else "no bf16"
+        memory = f"{format_bytes(self.free_bytes)} of {format_bytes(self.total_bytes)} free"
+        return f"{self.index}: {self.name} ({self.compute_capability}, {bf16}), {memory}"
+
+    @property
+    def crowded(self) -> bool:
+        """Whether others hold more than half of it."""
+        return self.free_bytes < self.total_bytes / 2
+
+
+def check_torch() -> Outcome:
+    """Import PyTorch and let it multiply."""
+    import torch
+
+    product = torch.ones(64, 64) @ torch.ones(64, 64)
+    if not bool((product == 64).all()):
+        return failed("multiplies wrong on the CPU", f"Reinstall PyTorch: {INSTALL_TORCH}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
+    return ok(
+        f"{torch.__version__}, a {build} build, {torch.get_num_threads()} CPU threads",
+        version=str(torch.__version__),
+        built_for_cuda=torch.version.cuda,
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """Return the newest CUDA version that the NVIDIA driver knows; None without a driver."""
+    try:
+        driver = ctypes.CDLL(DRIVER_LIBRARIES.get(sys.platform, "libcuda.so.1"))
+    except OSError:
+        return None
+    found = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(found)) != 0:
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
+def check_driver() -> Outcome:
+    """Ask the NVIDIA driver for its version, and for the CUDA version that it goes up to."""
+    cuda = driver_cuda_version()
+    named = _driver_version()
+    if cuda is None and named is None:
+        return skipped(
+            "no NVIDIA driver is installed", "If there is an NVIDIA GPU in this machine, install its driver."
+        )
+    if cuda is None:
+        return failed(
+            f"driver {named} is there, but its library {DRIVER_LIBRARIES.get(sys.platform)} can't be used",
+            "Reboot after an update of the driver, else reinstall it; in a container, start it with GPU support.",
+            driver_version=named,
+        )
+    return ok(
+        f"driver {named or 'of unknown version'}, for CUDA up to {_dotted(cuda)}",
+        driver_version=named,
+        newest_cuda=_dotted(cuda),
+    )
+
+
+def _driver_version() -> str | None:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(subprocess.SubprocessError, OSError):
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=DRIVER_SECONDS)  # noqa: S603 - a fixed question
+        return done.stdout.split("\n")[0].strip() or None
+    return None
+
+
+def check_cuda() -> Outcome:
+    """Compare the CUDA version that PyTorch was built for with the driver's, and see whether they meet."""
+    import torch
+
+    driver = driver_cuda_version()
+    built_for = torch.version.cuda
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        found = f"PyTorch reaches {count} {'GPU' if count == 1 else 'GPUs'} through CUDA {built_for}"
+        return ok(found, built_for_cuda=built_for, num_gpus=count)
+    if driver is None:
+        advice = "Nothing to do without an NVIDIA GPU; with one, see driver."
+        return skipped("no driver to reach a GPU through", advice, built_for_cuda=built_for, num_gpus=0)
+    finding, advice = explain_no_cuda(built_for, driver, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return warning(finding, advice, built_for_cuda=built_for, num_gpus=0, error=_cuda_error())
+
+
+def explain_no_cuda(built_for: str | None, driver: tuple[int, int], visible: str | None) -> tuple[str, str]:
+    """Return why PyTorch reaches no GPU although there is a driver, and what to do."""
+    if built_for is None:
+        return "this PyTorch is built without CUDA, so the GPU lies idle", f"Install a CUDA build: {INSTALL_TORCH}"
+    if driver[0] < int(built_for.split(".")[0]):
+        return (
+            f"PyTorch is built for CUDA {built_for}, and the driver goes up to {_dotted(driver)}",
+            f"Update the driver, or install PyTorch for CUDA {driver[0]}: {INSTALL_TORCH}",
+        )
+    if visible is not None and visible.strip() in {"", "-1"}:
+        return "CUDA_VISIBLE_DEVICES hides every GPU", "Unset CUDA_VISIBLE_DEVICES, or list the GPUs to use in it."
+    return f"PyTorch reaches no GPU through CUDA {built_for}", "See whether nvidia-smi lists the GPU; if not, reboot."
+
+
+def _cuda_error() -> str | None:
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return without_home(str(error))
+    return None
+
+
+def check_gpu() -> Outcome:
+    """Read each GPU's memory, and let it multiply."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return warning("no GPU that PyTorch can use: training runs on the CPU, slowly", ON_CPU, gpus=[])
+    gpus = [_look_at(index) for index in range(torch.cuda.device_count())]
+    details: list[Json] = [asdict(gpu) for gpu in gpus]
+    finding = "; ".join(map(str, gpus))
+    if any(gpu.crowded for gpu in gpus):
+        return warning(finding, "See nvidia-smi for what holds the memory of a GPU, and end it.", gpus=details)
+    return ok(finding, gpus=details)
+
+
+def _look_at(index: int) -> Gpu:
+    import torch
+
+    device = torch.device("cuda", index)
+    ones = torch.ones(64, 64, device=device)
+    if float((ones @ ones).sum()) != 64**3:
+        raise HardwareError(f"GPU {index} multiplies wrong")
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    capability = torch.cuda.get_device_capability(device)
+    return Gpu(
+        index=index,
+        name=torch.cuda.get_device_name(device),
+        compute_capability=_dotted(capability),
+        bf16=capability >= (8, 0),
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+    )
+
+
+def check_attention() -> Outcome:
+    """Run every backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
+
+    from qlora_cli.loading.device import choose_compute_dtype, choose_device
+
+    device = choose_device(Device.AUTO)
+    dtype = choose_compute_dtype(Dtype.AUTO, device)
+    backends = [name for name in SDPA_BACKENDS if _runs(name, device, dtype.torch_dtype)]
+    package, package_error = _flash_attn()
+    details: dict[str, Json] = {
+        "device": device.type,
+        "compute_dtype": dtype.name,
+        "eager": True,
+        "sdpa_backends": [name.lower() for name in backends],
+        "flash_attn_version": package,
+        "flash_attn_error": package_error,
+    }
+    names = ", ".join(name.lower().removesuffix("_attention") for name in backends) or "no backend"
+    flash = f"flash-attn {package or 'not installed'}"
+    finding = f"on {device.type} in {dtype.name}: eager, sdpa ({names}), {flash}"
+    if package_error is not None:
+        advice = "Build flash-attn anew for this PyTorch, or leave --attention at sdpa."
+        return warning(f"{finding}, which can't be imported: {package_error}", advice, **details)
+    if device.type == "cuda" and set(backends) <= {"MATH"}:
+        advice = "Long rows will take much memory: lower --max-length, or use a newer GPU or PyTorch."
+        return warning(f"{finding}: no backend that saves memory", advice, **details)
+    return ok(finding, **details)
+
+
+def _runs(backend: str, device: "torch.device", dtype: "torch.dtype") -> bool:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads = torch.ones(1, 2, 128, 64, device=device, dtype=dtype, requires_grad=True)  # (batch, head, seq, feature)
+    with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, backend)]):
+        warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend does not take part
+        try:
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+            return bool(heads.grad is not None and heads.grad.isfinite().all())
+        except RuntimeError:
+            return False
+
+
+def _flash_attn() -> tuple[str | None, str | None]:
+    """Return the version of the package, and why it can't be imported; None and None where there is none."""
+    try:
+        found = version("flash-attn")
+    except PackageNotFoundError:
+        return None, None
+    outcome = attempt(_import_flash_attn, advice="")
+    return found, None if outcome.status == Status.OK else outcome.finding
+
+
+def _import_flash_attn() -> Outcome:
+    importlib.import_module("flash_attn")
+    return ok("can be imported")
+
+
+def _dotted(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}.{pair[1]}"

@@ -1,0 +1,127 @@
+"""What is installed: Python, the packages within their bounds, and whether the libraries can be imported."""
+
+import importlib
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+
+from qlora_cli.doctor.isolation import attempt
+from qlora_cli.doctor.report import Outcome, Status, failed, ok, warning
+
+DISTRIBUTION = "qlora-cli"
+# What a run takes from each. Named, for importing a lazy package alone proves little.
+LIBRARIES = {
+    "transformers": ("AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig", "Trainer"),
+    "datasets": ("load_dataset",),
+    "accelerate": ("Accelerator",),
+    "peft": ("LoraConfig", "get_peft_model"),
+    "trl": ("SFTConfig", "SFTTrainer"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package that qlora needs: the versions that it takes, and the one that is there."""
+
+    name: str
+    required: str
+    installed: str | None
+    within_bounds: bool
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it."""
+        return f"{self.name} {self.installed or 'is not installed'} (needs {self.required or 'any version'})"
+
+
+def check_python() -> Outcome:
+    """Compare the interpreter with the versions that the package says it runs on."""
+    from packaging.specifiers import SpecifierSet
+
+    found = platform.python_version()
+    try:
+        required = metadata(DISTRIBUTION)["Requires-Python"] or ""
+    except PackageNotFoundError:
+        required = ""
+    details = {
+        "version": found,
+        "required": required,
+        "implementation": platform.python_implementation(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
+    if not SpecifierSet(required).contains(found, prereleases=True):
+        return failed(
+            f"{found}, but {required} is needed", "Make a virtual environment with a newer Python.", **details
+        )
+    if sys.maxsize < 2**32:
+        return failed(f"{found} is a 32-bit build", "Install a 64-bit Python; PyTorch has no other.", **details)
+    return ok(f"{found} on {platform.system()} {platform.machine()}", **details)
+
+
+def check_packages() -> Outcome:
+    """Compare the version of every package that qlora depends on with its bounds."""
+    try:
+        requirements = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return warning(
+            "qlora-cli runs from a directory and is not installed, so the versions that it needs are unknown",
+            "Install it: pip install -e . in its directory.",
+        )
+    return judge_packages([package for text in requirements if (package := _look_up(text))])
+
+
+def judge_packages(packages: list[Package]) -> Outcome:
+    """Return ok with all versions, or failed with every package that is missing or out of bounds."""
+    details = [asdict(package) for package in packages]
+    wrong = [package for package in packages if not package.within_bounds]
+    if wrong:
+        wanted = " ".join(f"'{package.name}{package.required}'" for package in wrong)
+        return failed(
+            "; ".join(package.problem for package in wrong), f"Run: pip install --upgrade {wanted}", packages=details
+        )
+    versions = ", ".join(f"{package.name} {package.installed}" for package in packages)
+    return ok(f"all {len(packages)} within their bounds: {versions}", packages=details)
+
+
+def _look_up(text: str) -> Package | None:
+    """Return the package that a line of requirements names; None for one of an extra, or of another system."""
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(text)
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    try:
+        installed = version(requirement.name)
+    except PackageNotFoundError:
+        installed = None
+    return Package(
+        name=requirement.name,
+        required=str(requirement.specifier),
+        installed=installed,
+        within_bounds=installed is not None and requirement.specifier.contains(installed, prereleases=True),
+    )
+
+
+def check_libraries() -> Outcome:
+    """Import from each library what a run takes from it."""
+    start = time.perf_counter()
+    outcomes = {name: attempt(_import_from, name, advice="") for name in LIBRARIES}
+    seconds = time.perf_counter() - start
+    broken = {name: outcome.finding for name, outcome in outcomes.items() if outcome.status != Status.OK}
+    if broken:
+        return failed(
+            "; ".join(f"{name} can't be imported: {finding}" for name, finding in broken.items()),
+            f"Run: pip install --force-reinstall {' '.join(broken)}",
+            errors={name: outcomes[name].details["error"] for name in broken},
+        )
+    return ok(f"{', '.join(LIBRARIES)} can be imported ({seconds:.1f} s)", import_seconds=seconds)
+
+
+def _import_from(name: str) -> Outcome:
+    library = importlib.import_module(name)
+    for part in LIBRARIES[name]:
+        getattr(library, part)
+    return ok("can be imported")

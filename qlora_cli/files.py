@@ -1,0 +1,96 @@
+"""Files and folders as the project writes them: checked before, complete or absent after."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
+from qlora_cli.units import format_bytes
+
+
+def check_output_directory(directory: Path, flag: str = "--output") -> QloraError | None:
+    """Return why nothing can be written to `directory`, which `flag` names: it is not empty, or can't be made."""
+    if directory.is_dir():
+        held = sorted(path.name for path in directory.iterdir())
+        if "run.json" in held:
+            return OutputDirectoryError(
+                f"{directory} already holds a run", hint=f"Choose another {flag}, or delete that one."
+            )
+        if held:
+            return OutputDirectoryError(
+                f"{directory} holds something else ({', '.join(held[:3])})",
+                hint=f"Choose a directory for {flag} that is empty or does not exist.",
+            )
+    elif directory.exists():
+        return OutputDirectoryError(f"{directory} is a file", hint=f"Choose another {flag}.")
+    parent = existing_parent(directory)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        return OutputDirectoryError(f"{parent} can't be written to", hint=f"Choose another {flag}.")
+    return None
+
+
+def check_disk_space(directory: Path, needed_bytes: int, hint: str) -> None:
+    """Check that `needed_bytes` fit on the disk that `directory` is or will be on.
+
+    Raises:
+        DiskSpaceError: they do not.
+    """
+    free = shutil.disk_usage(existing_parent(directory)).free
+    if free < needed_bytes:
+        raise DiskSpaceError(
+            f"up to {format_bytes(needed_bytes)} would be written to {directory}, "
+            f"but only {format_bytes(free)} are free",
+            hint=hint,
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """Return `path` or its nearest ancestor that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
+    saving = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    try:
+        fill(saving)
+        publish_directory(saving, target)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+def publish_directory(finished: Path, target: Path) -> None:
+    """Flush every file below `finished` to disk, then rename it to `target`, replacing what is there."""
+    for path in finished.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    if target.exists():
+        shutil.rmtree(target)
+    finished.rename(target)
+
+
+def as_json(value: Any) -> Any:
+    """Return `value` with paths, enums and dataclasses turned into what JSON holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_json(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,94 @@
+"""Quantize a weight to 4 bit piece by piece: the bits that bitsandbytes gives, in bounded memory.
+
+`bitsandbytes.functional.quantize_4bit` holds several copies of a tensor in fp32 while it works on a CPU, and needs a
+whole tensor to begin with. Blocks are independent of one another, so a weight can be quantized in pieces of whole
+blocks; only the second quantization, that of the constants, needs all of them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
+
+BLOCK_SIZE = 64  # weights that share a constant
+NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
+PIECE_SIZE = 4 * 1024**2  # weights quantized at a time on a CPU; a multiple of the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBit:
+    """How a weight is stored in 4 bit."""
+
+    quant_type: str  # nf4 or fp4
+    double_quant: bool
+    storage: torch.dtype = torch.uint8
+
+
+@dataclass
+class SquaredError:
+    """The squares summed up over a weight: of its quantization error, and of itself."""
+
+    error: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def relative_rms(self) -> float:
+        """The root mean square of the error over that of the weight; 0 for a weight of zeros."""
+        return (self.error / self.weight) ** 0.5 if self.weight else 0.0
+
+
+def quantize(
+    pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBit, error: SquaredError | None = None
+) -> tuple[torch.Tensor, QuantState]:
+    """Return the packed codes, `(num_bytes / storage size, 1)`, and the state of a weight given in pieces.
+
+    `pieces` are on one device, in one dtype, and together have the elements of `shape` in order; each but the last
+    has whole blocks. `error` is added to, if it is given.
+    """
+    num_weights = prod(shape)
+    packed = absmax = None
+    done = 0
+    for whole in pieces:
+        for piece in _split(whole.reshape(-1)):
+            codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
+            if packed is None or absmax is None:
+                packed = torch.empty(-(-num_weights // 2), dtype=torch.uint8, device=piece.device)
+                absmax = torch.empty(-(-num_weights // BLOCK_SIZE), dtype=torch.float32, device=piece.device)
+                code, dtype = state.code, piece.dtype
+            assert done % BLOCK_SIZE == 0, "a piece before the last ended within a block"
+            packed[done // 2 : done // 2 + codes.numel()] = codes.view(-1)
+            absmax[done // BLOCK_SIZE : done // BLOCK_SIZE + state.absmax.numel()] = state.absmax
+            done += piece.numel()
+            if error is not None:
+                _add_error(error, piece, codes, state)
+    assert packed is not None, "a weight without a piece"
+    assert absmax is not None, "a weight without a piece"
+    assert done == num_weights, f"pieces of {done} weights for a shape of {num_weights}"
+    state = QuantState(
+        absmax=absmax, shape=shape, dtype=dtype, blocksize=BLOCK_SIZE, code=code, quant_type=how.quant_type
+    )
+    return packed.view(how.storage).unsqueeze(1), _nest(state) if how.double_quant else state
+
+
+def _split(flat: torch.Tensor) -> Iterable[torch.Tensor]:
+    # A GPU quantizes a whole tensor in place of its 16-bit copy; its kernel needs no memory besides.
+    return torch.split(flat, PIECE_SIZE) if flat.device.type == "cpu" else (flat,)
+
+
+def _nest(state: QuantState) -> QuantState:
+    """Quantize the constants of `state` to 8 bits: what double quantization is."""
+    state.offset = state.absmax.mean()
+    state.absmax, state.state2 = functional.quantize_blockwise(
+        state.absmax - state.offset, blocksize=NESTED_BLOCK_SIZE
+    )
+    state.nested = True
+    return state
+
+
+def _add_error(error: SquaredError, piece: torch.Tensor, codes: torch.Tensor, state: QuantState) -> None:
+    weight = piece.float()
+    error.error += float((functional.dequantize_4bit(codes, state).float() - weight).square().sum())
+    error.weight += float(weight.square().sum())

@@ -1,0 +1,148 @@
+"""Settle the chat template: the tokenizer's own, one of several that it names, a file, or a standard one.
+
+Whatever is chosen is saved with the tokenizer, so what is served is what was trained.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qlora_cli.errors import ModelError
+
+SUFFIXES = (".jinja", ".j2")
+MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardTemplate:
+    """A template that many models share, the token that ends its turns, and all tokens it needs."""
+
+    text: str
+    turn_end: str
+    tokens: tuple[str, ...]
+
+
+STANDARD_TEMPLATES = {
+    "chatml": StandardTemplate(
+        text="{% if tools %}{{ raise_exception('chatml has no place for tools') }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        turn_end="<|im_end|>",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+}
+
+
+def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> list[str]:
+    """Give `tokenizer` the template that is `wanted`, a file or a name; return notes on what was chosen.
+
+    Without a wish the tokenizer keeps what it has. Several templates with a default are kept as they are:
+    transformers takes `tool_use` for rows with tools, when training and when serving.
+
+    Raises:
+        ModelError: no such template, it does not compile, its tokens are missing, or none of several is the default.
+    """
+    if wanted is None:
+        return _keep(tokenizer)
+    path = Path(wanted).expanduser()
+    if path.is_file() or path.suffix in SUFFIXES:
+        tokenizer.chat_template = _read(path)
+        return [f"chat template read from {path}", *_note_split_markers(tokenizer, str(tokenizer.chat_template))]
+    own = _named(tokenizer)
+    if wanted in own:
+        tokenizer.chat_template = own[wanted]
+        return [f"chat template: the tokenizer's {wanted!r}"]
+    if wanted in STANDARD_TEMPLATES:
+        return _use_standard(tokenizer, wanted, STANDARD_TEMPLATES[wanted])
+    raise ModelError(
+        f"no chat template {wanted!r}: the tokenizer has {_list(own)}, and there is no such file",
+        hint=f"Give a .jinja file, or a name: {', '.join(sorted({*own, *STANDARD_TEMPLATES}))}.",
+    )
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the tokenizer's templates by name; a single one is the default."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        return own
+    return {} if own is None else {"default": own}
+
+
+def _keep(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    own = tokenizer.chat_template
+    if not isinstance(own, dict) or "default" in own:
+        return []
+    if len(own) > 1:
+        raise ModelError(
+            f"the tokenizer has several chat templates and none is the default: {_list(own)}",
+            hint="Choose one with --chat-template NAME.",
+        )
+    [(name, tokenizer.chat_template)] = own.items()
+    return [f"chat template: the tokenizer's only one, {name!r}"]
+
+
+def _list(names: dict[str, str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"the chat template {path} can't be read: {error.strerror}", hint="Check --chat-template."
+        ) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ModelError(f"{path}, line {line}: not UTF-8", hint="Save the template as UTF-8.") from error
+    if not text.strip():
+        raise ModelError(f"{path} is empty: no chat template", hint="Check --chat-template.")
+    try:
+        render_jinja_template([], chat_template=text)  # compiles it, with the extensions of transformers
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"{path}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
+        ) from error
+    return text
+
+
+def _is_one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return len(tokenizer.encode(text, add_special_tokens=False)) == 1
+
+
+def _note_split_markers(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """Say which markers of a template are no tokens; some templates mean it so, as Zephyr's."""
+    split = [marker for marker in dict.fromkeys(MARKER.findall(template)) if not _is_one_token(tokenizer, marker)]
+    if not split:
+        return []
+    return [
+        f"the chat template writes {', '.join(split)}, which the tokenizer splits into several tokens; "
+        f"--new-tokens '{','.join(split)}' would make each of them one"
+    ]
+
+
+def _use_standard(tokenizer: PreTrainedTokenizerBase, name: str, standard: StandardTemplate) -> list[str]:
+    missing = [token for token in standard.tokens if not _is_one_token(tokenizer, token)]
+    if missing:
+        raise ModelError(
+            f"the chat template {name!r} needs the tokens {', '.join(missing)}, which the tokenizer does not have",
+            hint=f"Add --new-tokens '{','.join(missing)}', or choose another --chat-template.",
+        )
+    # A model that has seen BOS before every text goes on seeing it; templates write it, not the tokenizer.
+    starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + standard.text
+    notes = [f"chat template: the standard {name!r}"]
+    if tokenizer.eos_token != standard.turn_end:
+        notes.append(
+            f"{name!r} ends turns with {standard.turn_end}, so that is the eos token now, not {tokenizer.eos_token}"
+        )
+        tokenizer.add_special_tokens({"eos_token": standard.turn_end})
+    return notes

@@ -1,0 +1,280 @@
+"""What a checkpoint on disk holds, from the headers of its files: no weight is read, no torch is imported.
+
+A safetensors file is eight bytes with the length of its header, the header (JSON: dtype, shape and byte range
+of each tensor), then the tensors without a gap. Checking that takes milliseconds, and finds what otherwise
+shows up after minutes of loading, or not at all: a cut-off download, a shard that is missing, an index that
+belongs to another model.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO, TypeGuard
+
+from qlora_cli.errors import ModelError
+from qlora_cli.units import format_bytes
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+MOST_HEADER_BYTES = 100_000_000  # the format's own bound
+# Names as the format writes them; F4 and F6 are packed.
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """A tensor as its file announces it. `dtype` is the format's name, such as BF16."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The weight files of a model and their tensors; of pickles the tensors stay unknown."""
+
+    tensors: Mapping[str, TensorHeader]
+    files: tuple[Path, ...]
+    is_pickle: bool
+    total_bytes: int
+
+
+def read_checkpoint(directory: Path, *, allow_pickle: bool) -> Checkpoint:
+    """Return what the weight files in `directory` hold: safetensors, or pickles if there are none and they may be.
+
+    Raises:
+        ModelError: weights are missing, damaged, or not as their index says; file and tensor are named.
+    """
+    names = [path.name for path in directory.iterdir()]
+    entry = weights_entry(names, allow_pickle=allow_pickle)
+    if entry is None:
+        raise no_weights(str(directory), names)
+    return _read_pickles(directory / entry) if entry.startswith(PICKLE) else _read_safetensors(directory / entry)
+
+
+def weights_entry(names: Collection[str], *, allow_pickle: bool) -> str | None:
+    """Return the file that loading starts from, as transformers chooses it: a single file, else an index."""
+    for stem in (SAFETENSORS, PICKLE) if allow_pickle else (SAFETENSORS,):
+        for name in (stem, stem + INDEX_SUFFIX):
+            if name in names:
+                return name
+    return None
+
+
+def no_weights(where: str, names: Collection[str]) -> ModelError:
+    """Return the error for a model whose files, `names`, are no weights that may be read; it says what they are."""
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if others:
+        return ModelError(
+            f"{where} has {others[0]}, but neither {SAFETENSORS} nor {SAFETENSORS}{INDEX_SUFFIX}",
+            hint="A model that transformers loads has one of the two; save it with save_pretrained().",
+        )
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    found = f"only {pickles[0]}, a pickle" if pickles else "none"
+    hint = "Save the model with save_pretrained(), which writes safetensors."
+    if pickles:
+        hint += " A pickle can run any code; --allow-pickle reads it, if you trust its author."
+    return ModelError(f"{where} has no *.safetensors weights (found {found})", hint=hint)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, as the index of a sharded checkpoint has it.
+
+    Raises:
+        ModelError: the index is no such file, or names a file outside its directory.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map", hint=again(index.parent, index.name))
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_inside(file):
+            raise ModelError(
+                f"{index} says that the tensor {name} is in {file!r}, which is no file of that directory",
+                hint="Don't load it: a model has no reason to point elsewhere.",
+            )
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model.
+
+    Raises:
+        ModelError: the file can't be read, is no JSON, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} can't be read as JSON: {error}", hint=again(path.parent, path.name)) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", hint=again(path.parent, path.name))
+    return value
+
+
+def again(directory: Path, file: str) -> str:
+    """Return how to get a file of a model again; for a snapshot in the hub's cache, the very command."""
+    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
+        name = directory.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return f"Run: hf download {name} {file} --revision {directory.name} --force-download"
+    return f"Copy {file} again from where the model came from, or save the model again with save_pretrained()."
+
+
+def _is_inside(file: str) -> bool:
+    windows = PureWindowsPath(file)
+    return bool(file) and not (windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts)
+
+
+def _read_safetensors(entry: Path) -> Checkpoint:
+    directory = entry.parent
+    weight_map = read_weight_map(entry) if entry.suffix == ".json" else None
+    shards = sorted(set(weight_map.values())) if weight_map else [entry.name]
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+        raise _missing_shards(entry, missing, weight_map or {})
+    tensors: dict[str, TensorHeader] = {}
+    for shard in shards:
+        for tensor in read_header(directory, shard):
+            if other := tensors.get(tensor.name):
+                raise ModelError(
+                    f"{directory} holds the tensor {tensor.name} twice: in {other.file} and in {shard}",
+                    hint=again(directory, entry.name),
+                )
+            tensors[tensor.name] = tensor
+    if weight_map is not None:
+        _check_index(entry, weight_map, tensors)
+    return Checkpoint(
+        tensors=tensors,
+        files=tuple(directory / shard for shard in shards),
+        is_pickle=False,
+        total_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+    )
+
+
+def _missing_shards(entry: Path, missing: list[str], weight_map: Mapping[str, str]) -> ModelError:
+    first = missing[0]
+    tensor = next(name for name, file in weight_map.items() if file == first)
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return ModelError(
+        f"{entry.parent} lacks {first}{more}, which {entry.name} names (for {tensor}, among others)",
+        hint=again(entry.parent, first),
+    )
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            where = f" (it is in {tensors[name].file})" if name in tensors else ""
+            raise ModelError(
+                f"{index} says that the tensor {name} is in {file}, but that file lacks it{where}",
+                hint=again(index.parent, file),
+            )
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise ModelError(
+                f"{index.parent / tensor.file} holds the tensor {name}, which {index.name} omits",
+                hint=again(index.parent, index.name),
+            )
+
+
+def read_header(directory: Path, file: str) -> list[TensorHeader]:
+    """Return the tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        ModelError: the file is no safetensors file, is cut off, or contradicts itself.
+    """
+    path = directory / file
+    try:
+        with path.open("rb") as stream:
+            header, start = _parse_header(stream, path.stat().st_size)
+        tensors = _read_tensors(header, file)
+        _check_extent(tensors, path.stat().st_size - start)
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}", hint="Check its permissions.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}", hint=again(directory, file)) from error
+    return [tensor for tensor, _, _ in tensors]
+
+
+def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:
+    prefix = stream.read(8)
+    if prefix.startswith(b"version "):
+        raise ValueError("it is a pointer of git-lfs, not the weights (git lfs pull fetches them)")
+    if len(prefix) < 8:
+        raise ValueError(f"it holds {file_bytes} bytes, too few for a header")
+    num_bytes = int.from_bytes(prefix, "little")
+    if num_bytes > MOST_HEADER_BYTES or num_bytes < 2:
+        raise ValueError("it does not begin with a safetensors header")
+    if num_bytes > file_bytes - 8:
+        raise ValueError(f"it is cut off in its header, at {format_bytes(file_bytes)}")
+    try:
+        header = json.loads(stream.read(num_bytes))
+    except (ValueError, RecursionError):
+        raise ValueError("its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + num_bytes
+
+
+def _read_tensors(header: Mapping[str, Any], file: str) -> list[tuple[TensorHeader, int, int]]:
+    """Return each tensor with its byte range, in the order of the ranges."""
+    found = [_read_tensor(name, entry, file) for name, entry in header.items() if name != "__metadata__"]
+    return sorted(found, key=lambda part: part[1:])
+
+
+def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int, int]:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"the tensor {name} has the unknown dtype {dtype!r}")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(f"the tensor {name} has no proper shape and byte range in the header")
+    num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(
+            f"the tensor {name} is {dtype} of shape {tuple(shape)}, {num_bytes} bytes, but the header gives it "
+            f"{offsets[1] - offsets[0]}"
+        )
+    tensor = TensorHeader(name=name, file=file, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes)
+    return tensor, offsets[0], offsets[1]
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(part) is int and part >= 0 for part in value)
+
+
+def _check_extent(tensors: list[tuple[TensorHeader, int, int]], data_bytes: int) -> None:
+    """Check that the tensors follow each other without gap or overlap, and that the file ends with the last."""
+    end = 0
+    for tensor, begin, after in tensors:
+        if begin != end:
+            raise ValueError(f"the tensor {tensor.name} does not begin where the one before it ends")
+        end = after
+    if data_bytes < end:
+        cut = next(tensor.name for tensor, _, after in tensors if after > data_bytes)
+        raise ValueError(
+            f"it is cut off: {format_bytes(data_bytes)} of {format_bytes(end)} of weights are there, "
+            f"{cut} is the first tensor that is not whole"
+        )
+    if data_bytes > end:
+        raise ValueError(f"{format_bytes(data_bytes - end)} follow its last tensor")
+
+
+def _read_pickles(entry: Path) -> Checkpoint:
+    shards = [entry.name]
+    if entry.suffix == ".json":
+        weight_map = read_weight_map(entry)
+        shards = sorted(set(weight_map.values()))
+        if missing := [shard for shard in shards if not (entry.parent / shard).is_file()]:
+            raise _missing_shards(entry, missing, weight_map)
+    files = tuple(entry.parent / shard for shard in shards)
+    total_bytes = sum(path.stat().st_size for path in files)
+    return Checkpoint(tensors={}, files=files, is_pickle=True, total_bytes=total_bytes)

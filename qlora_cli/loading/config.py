@@ -1,0 +1,101 @@
+"""Read a model's config.json and settle which decoder is built from it: the text one, of any checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.source import ModelSource
+
+# Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
+# multi-part rotary positions are the ordinary ones.
+PLAIN_DECODERS: Mapping[str, str] = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+# Where the text decoder lies in a checkpoint with towers, as the library wrote it over the years.
+DECODER_NAMES: Mapping[str, str] = {
+    r"^(model\.)?language_model\.model\.": "model.",
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+}
+TOWERS = ("vision", "visual", "audio", "image", "projector", "connector", "merger", "speech", "embed_vision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The config that a model is built from. `key_mapping` renames the weights of a text decoder."""
+
+    config: PreTrainedConfig
+    key_mapping: Mapping[str, str] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text_only(self) -> bool:
+        """Whether towers of the checkpoint are left out."""
+        return self.key_mapping is not None
+
+    def is_left_out(self, weight: str) -> bool:
+        """Whether a weight of the checkpoint belongs to a tower that is not loaded."""
+        return self.text_only and any(tower in weight for tower in TOWERS)
+
+
+def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
+    """Return the config to build the model from.
+
+    Raises:
+        ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(source, error) from error
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        if trust_remote_code and getattr(config, "auto_map", None):
+            return ModelConfig(config=config, key_mapping=None)
+        _check_class(source, config)
+        return ModelConfig(config=config, key_mapping=None)
+    text = _plain(text)
+    _check_class(source, text)
+    text.tie_word_embeddings = config.tie_word_embeddings or text.tie_word_embeddings
+    note = f"{config.model_type} sees more than text; only its text decoder ({text.model_type}) is loaded"
+    return ModelConfig(config=text, key_mapping=DECODER_NAMES, notes=(note,))
+
+
+def _plain(text: PreTrainedConfig) -> PreTrainedConfig:
+    if text.model_type not in PLAIN_DECODERS:
+        return text
+    values: dict[str, Any] = text.to_dict()
+    values.pop("model_type")
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        values["rope_parameters"] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+    return AutoConfig.for_model(PLAIN_DECODERS[text.model_type], **values)
+
+
+def _check_class(source: ModelSource, config: PreTrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{source.name} can't be loaded: transformers has no causal language model for {config.model_type!r}",
+            hint="Is it a causal language model? Encoders, translation and speech models are not fine-tuned here.",
+        )
+
+
+def _unreadable(source: ModelSource, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{source.name} can't be loaded: it comes with Python code of its own, which is not run unasked",
+            hint="Read the code; if you trust its author, give --trust-remote-code.",
+        )
+    hint = "Is it a causal language model?"
+    if "does not recognize this architecture" in text or "model_type" in text:
+        text = text.split("\n")[0]
+        hint = "A newer transformers may know it: pip install -U transformers"
+    return ModelError(f"{source.name} can't be loaded: its config.json can't be read: {text}", hint=hint)

@@ -1,0 +1,73 @@
+"""The embedding and the head: kept in host memory, or grown for new tokens."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import HardwareError, ModelError
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head reads the embedding's own weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is embedding_of(model).weight
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Embedding:
+    """Return the embedding of the tokens, `(vocabulary, hidden)`."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding), f"{type(model).__name__} embeds tokens by {type(embedding).__name__}"
+    return embedding
+
+
+def name_of_embedding(model: PreTrainedModel) -> str:
+    """Return the full name of the embedding."""
+    embedding = embedding_of(model)
+    names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[embedding]
+
+
+def check_offload(model: PreTrainedModel, device: torch.device) -> None:
+    """Check that the embedding of `model` can be kept in host memory while the rest is on `device`.
+
+    Raises:
+        HardwareError: there is no GPU to spare memory of.
+        ModelError: the head shares the embedding's weight, which a GPU multiplies with.
+    """
+    if device.type != "cuda":
+        raise HardwareError(
+            f"--offload-embedding has no effect: the model is on {device}, in host memory already",
+            hint="Leave it out.",
+        )
+    if is_tied(model):
+        raise ModelError(
+            "--offload-embedding can't be used: the output head shares the weight, and needs it on the GPU",
+            hint="Leave it out.",
+        )
+
+
+def keep_on_host(embedding: nn.Embedding, device: torch.device) -> None:
+    """Make `embedding` look tokens up where its weight is, and hand the vectors to `device`."""
+
+    def to_weight(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, *rest = inputs
+        return (ids.to(embedding.weight.device), *rest)
+
+    def to_device(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.to(device, non_blocking=True)
+
+    embedding.register_forward_pre_hook(to_weight)
+    embedding.register_forward_hook(to_device)
+
+
+def grow(model: PreTrainedModel, num_rows: int) -> None:
+    """Give the embedding and the head `num_rows` rows; a tied head stays tied.
+
+    A new row is drawn around the mean of the old ones, so that it neither dominates nor vanishes.
+    """
+    model.resize_token_embeddings(num_rows, mean_resizing=True)
+    embedding = embedding_of(model)
+    assert embedding.num_embeddings == num_rows
+    model.requires_grad_(False)

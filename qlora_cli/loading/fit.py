@@ -1,0 +1,103 @@
+"""Say before a weight is read whether a model fits, and if not, what the smallest change is that makes it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.loading.embedding import is_tied
+from qlora_cli.loading.layout import Layout, plan_layout
+from qlora_cli.settings.models import Quantization, QuantizationSettings
+from qlora_cli.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of flags, and the bytes needed with it."""
+
+    flags: str
+    needed_bytes: int
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what is free on `device` now; on the host, what is available without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def needed_bytes(layout: Layout, *, offload_embedding: bool = False) -> int:
+    """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized."""
+    total = layout.inventory.total_bytes + layout.transient_bytes
+    return total - (_embedding_bytes(layout) if offload_embedding else 0)
+
+
+def check_fit(
+    name: str, model: PreTrainedModel, layout: Layout, device: torch.device, free: int, *, offload_embedding: bool
+) -> None:
+    """Check that the model, whose shapes are `model` on the meta device, fits into `free` bytes on `device`.
+
+    Raises:
+        OutOfMemoryError: it does not; with both numbers and the smallest change that fits.
+    """
+    needed = needed_bytes(layout, offload_embedding=offload_embedding)
+    if needed <= free:
+        return
+    changes = list(_changes(model, layout, device, offload_embedding=offload_embedding))
+    fitting = [change for change in changes if change.needed_bytes <= free]
+    if fitting:
+        hint = f"{fitting[0].flags} would fit: {format_bytes(fitting[0].needed_bytes)}."
+    else:
+        least = min((change.needed_bytes for change in changes), default=needed)
+        hint = f"No way of storing it fits here: the least is {format_bytes(min(least, needed))}. Take a smaller model"
+        hint += " or a device with more memory." if device.type == "cuda" else " or a machine with more memory."
+    raise OutOfMemoryError(
+        f"{name} needs {format_bytes(needed)} on {device}, and {format_bytes(free)} are free", hint=hint
+    )
+
+
+def _changes(
+    model: PreTrainedModel, layout: Layout, device: torch.device, *, offload_embedding: bool
+) -> Iterator[Change]:
+    """Yield what could be changed, what changes the model least first."""
+    can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
+    if can_offload:
+        yield Change(flags="--offload-embedding", needed_bytes=needed_bytes(layout, offload_embedding=True))
+    if layout.prequantized is not None:
+        return
+    settings = layout.settings
+    if settings.method.is_4bit and not settings.double_quant:
+        yield from _variant(
+            model, layout, "--double-quant", device, settings.model_copy(update={"double_quant": True})
+        )
+    if not settings.method.is_4bit:
+        if settings.method == Quantization.NONE:
+            yield from _variant(model, layout, "--quant int8", device, QuantizationSettings(method=Quantization.INT8))
+        yield from _variant(model, layout, "--quant nf4", device, QuantizationSettings())
+    if can_offload and not settings.method.is_4bit:
+        smallest = plan_layout(model, QuantizationSettings(), layout.dtype, device=device)
+        yield Change(
+            flags="--quant nf4 --offload-embedding", needed_bytes=needed_bytes(smallest, offload_embedding=True)
+        )
+
+
+def _variant(
+    model: PreTrainedModel, layout: Layout, flags: str, device: torch.device, settings: QuantizationSettings
+) -> Iterator[Change]:
+    try:
+        variant = plan_layout(model, settings, layout.dtype, device=device)
+    except QloraError:  # this model can't be stored so, and then it is no change to propose
+        return
+    yield Change(flags=flags, needed_bytes=needed_bytes(variant))
+
+
+def fits_in_16_bit(layout: Layout, free: int) -> bool:
+    """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter."""
+    return layout.settings.method != Quantization.NONE and 2 * layout.inventory.float16_bytes <= free
+
+
+def _embedding_bytes(layout: Layout) -> int:
+    return sum(entry.weight_bytes for entry in layout.inventory.entries if entry.kind == "embedding")

@@ -1,0 +1,276 @@
+"""Repositories of the hub: what is in them, getting the files, and every way in which that fails.
+
+The order is fixed: ask the hub; if it can't be reached, take the cache if that is complete; else report why
+the hub could not be reached, not what the cache lacked.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from glob import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_cli.errors import DiskSpaceError, ModelError, ModelNotFoundError, QloraError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.loading.transfer import (
+    RemoteFile,
+    Retry,
+    describe_failure,
+    http_error_type,
+    is_lost_connection,
+    is_passing_status,
+    note_retry,
+    transfer,
+)
+from qlora_cli.units import format_bytes
+
+Answer = TypeVar("Answer")
+ETAG = re.compile(r"[\w.-]+")
+DEFAULT_RETRY = Retry()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A repository at one commit. `away` says why the hub could not be asked, if this is what the cache knows."""
+
+    name: str
+    revision: str | None
+    commit: str
+    file_names: frozenset[str]
+    away: str | None = None
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder of this commit in the cache; it may lack files."""
+        return _cache_folder(self.name) / "snapshots" / self.commit
+
+
+def open_repository(name: str, revision: str | None, reporter: Reporter, retry: Retry = DEFAULT_RETRY) -> Repository:
+    """Resolve `revision` to its commit and list the files; from the cache if the hub can't be reached.
+
+    Raises:
+        ModelNotFoundError: no such repository or revision, no access, or no way to ask and nothing in the cache.
+    """
+    from huggingface_hub import HfApi, constants
+
+    ask = partial(HfApi().model_info, name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    try:
+        with _explained(name, revision):
+            info = _ask_again(ask, name, reporter, retry)
+    except _AwayError as error:
+        return _open_cached(name, revision, error, reporter)
+    except (ValueError, KeyError, TypeError) as error:  # an answer that is none of the hub's: a proxy's page, for one
+        raise _no_hub(name, f"{type(error).__name__}: {error}") from error
+    names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    if info.sha is None:
+        raise _no_hub(name, "it names no commit")
+    return Repository(name=name, revision=revision, commit=info.sha, file_names=names)
+
+
+def fetch_files(
+    repository: Repository, names: Collection[str], reporter: Reporter, retry: Retry = DEFAULT_RETRY
+) -> Path:
+    """Return the folder that holds `names`, downloaded as far as the cache lacks them.
+
+    Raises:
+        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        DiskSpaceError: they do not fit on the disk of the cache.
+    """
+    missing = sorted(name for name in names if not (repository.snapshot / name).is_file())
+    if repository.away is not None:
+        if missing:
+            raise _incomplete(repository, missing)
+        return repository.snapshot.resolve()
+    try:
+        with _explained(repository.name, repository.revision):
+            _fetch_missing(repository, missing, reporter, retry)
+            path = _link(repository, names)
+    except _AwayError as error:
+        raise ModelNotFoundError(
+            f"{repository.name} was not downloaded to the end: {error}",
+            hint="Run it again: it goes on where it stopped.",
+        ) from error
+    if path != repository.snapshot.resolve():
+        raise ModelError(f"{repository.name} was changed on the hub while it was downloaded", hint="Run it again.")
+    return path
+
+
+def _link(repository: Repository, names: Collection[str]) -> Path:
+    """Let the client put what was fetched into the snapshot, and note branch and listing for a time offline."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # public, but named lazily
+
+    silent: Any = partial(tqdm, disable=True)
+    patterns = [escape(name) for name in names]
+    try:
+        path = snapshot_download(
+            repository.name, revision=repository.revision, allow_patterns=patterns, tqdm_class=silent
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"{repository.name} can't be downloaded: {error}",
+            hint="Files above 50 GB need hf_xet: pip install hf_xet, and HF_HUB_DISABLE_XET not set.",
+        ) from error
+    return Path(path).resolve()
+
+
+class _AwayError(QloraError):
+    """The hub can't be reached or does not work; the message says why."""
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the client raises into errors of ours."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (http_error_type(), OSError, HFValidationError) as error:
+        explained = _explain(error, name, revision)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, name: str, revision: str | None) -> QloraError | None:
+    """Return the error in our words; None for what has nothing to do with the hub, such as a full disk."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return ModelNotFoundError(
+            f"{name} is gated: this account has no access to it",
+            hint=f"Ask for access at https://huggingface.co/{name}, then run: hf auth login",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return ModelNotFoundError(
+            f"no model at {name!r}: no such directory, and no such repository on the hub",
+            hint="Check the name; for a private repository run: hf auth login",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFoundError(f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        hint = "Check the path; or let it be downloaded once, with HF_HUB_OFFLINE=0."
+        return _AwayError("HF_HUB_OFFLINE=1 keeps the hub from being asked", hint=hint)
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _explain(error.__cause__, name, revision)  # why the client looked into its cache at all
+    if isinstance(error, errors.FileMetadataError):
+        return _no_hub(name, str(error))
+    if is_lost_connection(error):
+        hint = "Check the path or the network, and HF_ENDPOINT and the proxy if they are set."
+        return _AwayError(f"the hub can't be reached ({describe_failure(error)})", hint=hint)
+    if is_passing_status(error):
+        return _AwayError(describe_failure(error), hint="Try again later.")
+    if isinstance(error, errors.HfHubHTTPError):
+        return ModelNotFoundError(
+            f"the hub does not hand out {name}: {describe_failure(error)}",
+            hint="If your token has expired or lacks the right to read, run: hf auth login",
+        )
+    return None
+
+
+def _no_hub(name: str, why: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"what answered for {name} is no hub: {why}", hint="Check HF_ENDPOINT and the proxy settings."
+    )
+
+
+def _ask_again(ask: Callable[[], Answer], what: str, reporter: Reporter, retry: Retry) -> Answer:
+    """Call `ask` until the hub does not answer that it is busy or broken; a lost connection is not waited for."""
+    for wait in retry.waits_seconds:
+        try:
+            return ask()
+        except Exception as error:
+            if not is_passing_status(error):
+                raise
+            reporter.report(note_retry(what, error, wait))
+            time.sleep(wait)
+    return ask()
+
+
+def _open_cached(name: str, revision: str | None, away: _AwayError, reporter: Reporter) -> Repository:
+    from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError:
+        raise ModelNotFoundError(
+            f"no model at {name!r}: no such directory, not in the local cache, and {away}",
+            hint=away.hint,
+        ) from away
+    try:
+        names = frozenset(file.path for file in get_cached_repo_tree(name, revision=path.name))
+    except CachedRepoTreeNotFoundError:
+        # Written by an older client: what is there is all that is known.
+        names = frozenset(file.relative_to(path).as_posix() for file in path.rglob("*"))
+    if not constants.HF_HUB_OFFLINE:
+        reporter.report(
+            Noted(level="warning", message=f"{away}; taking {name} from the local cache, at {path.name[:12]}")
+        )
+    return Repository(name=name, revision=revision, commit=path.name, file_names=names, away=str(away))
+
+
+def _incomplete(repository: Repository, missing: list[str]) -> ModelNotFoundError:
+    more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
+    return ModelNotFoundError(
+        f"{repository.away}, and the local cache has {repository.name} only in part: {missing[0]}{more} missing",
+        hint="Run it again with the hub in reach; what is there is not downloaded again.",
+    )
+
+
+def _fetch_missing(repository: Repository, missing: list[str], reporter: Reporter, retry: Retry) -> None:
+    from huggingface_hub import constants
+
+    files = [_describe_file(repository, name, reporter, retry) for name in missing]
+    _check_disk(repository.name, files)
+    # Larger ones the hub does not hand out by plain HTTP: those are left to the client and its hf_xet.
+    most_bytes = constants.MAX_HTTP_DOWNLOAD_SIZE
+    transfer([file for file in files if (file.num_bytes or 0) <= most_bytes], reporter, retry)
+
+
+def _describe_file(repository: Repository, name: str, reporter: Reporter, retry: Retry) -> RemoteFile:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repository.name, name, revision=repository.commit)
+    found: Any = _ask_again(partial(get_hf_file_metadata, url), name, reporter, retry)
+    if not found.etag or not ETAG.fullmatch(found.etag):
+        raise _no_hub(repository.name, f"{name} has no proper ETag")
+    folder = _cache_folder(repository.name)
+    return RemoteFile(
+        name=name,
+        url=url,
+        etag=found.etag,
+        num_bytes=found.size,
+        blobs=folder / "blobs",
+        lock=folder.parent / ".locks" / folder.name / f"{found.etag}.lock",
+    )
+
+
+def _cache_folder(name: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+
+
+def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
+    """Refuse a download that does not fit on the disk of the cache; what has arrived of it counts.
+
+    Raises:
+        DiskSpaceError: with both numbers.
+    """
+    needed = sum(max(0, (file.num_bytes or 0) - file.present_bytes) for file in files)
+    if not needed:
+        return
+    folder = _cache_folder(name).parent
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(disk).free) < needed:
+        raise DiskSpaceError(
+            f"downloading {name} takes {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free",
+            hint="Free room there, or set HF_HOME to a directory on a larger disk.",
+        )

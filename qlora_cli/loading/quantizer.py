@@ -1,0 +1,289 @@
+"""4-bit quantization on loading, through the door that transformers leaves open for quantizers of others.
+
+`from_pretrained` goes on doing what it is good at: shards, renamed weights, dtypes, tied weights. What differs from
+its own bitsandbytes quantizer: weights are quantized piece by piece in bounded memory, and fused experts are
+quantized too, each expert as it is read.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationMethod
+
+from qlora_cli.loading.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
+from qlora_cli.loading.kept import fused_experts
+
+METHOD = "qlora"
+Errors = dict[str, float]
+
+
+@register_quantization_config(METHOD)
+class QloraConfig(BitsAndBytesConfig):
+    """`BitsAndBytesConfig` for `QloraQuantizer`; `quantized_parameters` are fused experts, by full name.
+
+    A checkpoint carries it only if it holds quantized experts: plain transformers can't load those, and says so.
+    """
+
+    def __init__(
+        self, *, quantized_parameters: list[str] | None = None, measure_error: bool = False, **kwargs: Any
+    ) -> None:
+        kwargs.pop("quant_method", None)
+        kwargs["load_in_4bit"] = True
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.quant_method = METHOD  # type: ignore[assignment] # their enumeration is of their own methods
+        self.quantized_parameters = quantized_parameters or []
+        # Relative RMS errors by full name, filled while loading. `from_pretrained` copies what it is given:
+        # read them from the quantizer of the model.
+        self.errors: Errors | None = {} if measure_error else None
+
+    @property
+    def four_bit(self) -> FourBit:
+        """The same for `quantize`."""
+        return FourBit(
+            quant_type=self.bnb_4bit_quant_type,
+            double_quant=self.bnb_4bit_use_double_quant,
+            storage=self.bnb_4bit_quant_storage,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a config.json holds."""
+        content: dict[str, Any] = super().to_dict()
+        # `load_in_4bit` would make transformers take its own quantizer, whatever the method says.
+        for key in ("errors", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
+            content.pop(key, None)
+        return content
+
+    def plain(self) -> BitsAndBytesConfig:
+        """Return the same as transformers' own quantizer takes it."""
+        content = self.to_dict()
+        for key in ("quant_method", "quantized_parameters"):
+            del content[key]
+        return BitsAndBytesConfig(load_in_4bit=True, **content)
+
+
+@register_quantizer(METHOD)
+class QloraQuantizer(Bnb4BitHfQuantizer):
+    """Quantizes linear layers and fused experts while they are read, or reads them quantized."""
+
+    quantization_config: QloraConfig
+
+    def __init__(self, quantization_config: QloraConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.serialized_names = {
+            **self.serialized_names,
+            **{name: _serialized(name) for name in {full.rpartition(".")[2] for full in self._experts}},
+        }
+
+    @property
+    def _experts(self) -> list[str]:
+        return self.quantization_config.quantized_parameters
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check nothing: the loader has, and the embedding may lie in host memory."""
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether the weight `param_name` is stored in 4 bit."""
+        return param_name in self._experts or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that quantizes one weight."""
+        return _Quantize(self.quantization_config)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Return the operation that puts a stored quantized weight together."""
+        return {"deserialize": _Deserialize}
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightConverter], model: PreTrainedModel
+    ) -> list[WeightConverter]:
+        """Let converters that stack experts hand them over one at a time."""
+        if self.pre_quantized:
+            updated: list[WeightConverter] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
+                weight_conversions, model
+            )
+            return updated
+        return [self._streamed(conversion) for conversion in weight_conversions]
+
+    def _streamed(self, conversion: WeightConverter) -> WeightConverter:
+        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+            return conversion
+        first = conversion.operations[0]
+        if not isinstance(first, MergeModulelist) or first.dim != 0:
+            return conversion
+        target = conversion._original_target_patterns[0].rpartition(".")[2]
+        if not any(name.endswith(f".{target}") for name in self._experts):
+            return conversion
+        operation = _QuantizeExperts(self.quantization_config, conversion.operations)
+        streaming = _Streaming(
+            source_patterns=conversion._original_source_patterns,
+            target_patterns=conversion._original_target_patterns,
+            operations=[operation],
+        )
+        streaming.scope_prefix = conversion.scope_prefix
+        streaming.base_model_prefix = conversion.base_model_prefix
+        return streaming
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name in self._experts:
+            _dequantize_on_access(model, name)
+        # What PEFT, TRL and the trainer ask a quantized model for.
+        setattr(model, "quantization_method", QuantizationMethod.BITS_AND_BYTES)  # noqa: B010 - theirs, undeclared
+        if not self._experts:
+            model.config.quantization_config = self.quantization_config.plain()
+        done: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
+        return done
+
+
+def _serialized(name: str) -> list[str]:
+    parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    states = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+    return [name, *(f"{name}.{part}" for part in (*parts, *states))]
+
+
+def _dequantize_on_access(model: PreTrainedModel, full_name: str) -> None:
+    """Make a fused weight read as its dequantized self, by a parametrization of bitsandbytes."""
+    module, name = get_module_from_name(model, full_name)
+    stored = getattr(module, name)
+    state = stored.quant_state
+    setattr(module, name, nn.Parameter(stored.data, requires_grad=False))
+    replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), stored.device)
+
+
+class _Quantize(ConversionOps):
+    """Quantizes one weight: of a linear layer, or the fused one of experts that are stored as one."""
+
+    def __init__(self, config: QloraConfig) -> None:
+        self._config = config
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002 - the signature is that of transformers
+        target_patterns: list[str],  # noqa: ARG002
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return `input_dict` with its weights quantized."""
+        return {name: self._convert(kwargs["model"], name, value) for name, value in input_dict.items()}
+
+    def _convert(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
+        weight = value[0] if isinstance(value, list) else value
+        if isinstance(weight, Params4bit):  # experts that were quantized one by one
+            return weight
+        module, _ = get_module_from_name(model, name)
+        if isinstance(module, Linear4bit) and issubclass(module.source_cls, Conv1D):
+            weight = weight.T.contiguous()  # stored as (in, out)
+        return _quantized(self._config, name, [weight], weight.shape, module)
+
+
+class _QuantizeExperts(ConversionOps):
+    """Quantizes the experts of a layer as they are read, one at a time; `operations` would stack them."""
+
+    def __init__(self, config: QloraConfig, operations: list[ConversionOps]) -> None:
+        self._config = config
+        self._operations = operations
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_QuantizeExperts":
+        return self  # transformers copies a converter for every weight; the errors are written to one place
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the one weight of all experts, by its full name; `input_dict` holds readers of tensors."""
+        full_layer_name: str = kwargs["full_layer_name"]
+        module, name = get_module_from_name(kwargs["model"], full_layer_name)
+        shape = getattr(module, name).shape
+        num_experts = {len(readers) for readers in input_dict.values()}
+        if num_experts != {shape[0]}:
+            raise ValueError(f"{full_layer_name} has {shape[0]} experts, the checkpoint {sorted(num_experts)}")
+
+        def stacked(index: slice) -> torch.Tensor:
+            tensors: Any = {source: [read() for read in readers[index]] for source, readers in input_dict.items()}
+            for operation in self._operations:
+                tensors = operation.convert(tensors, source_patterns, target_patterns, **kwargs)
+            (found,) = tensors.values()
+            tensor: torch.Tensor = found[0] if isinstance(found, list) else found
+            return tensor
+
+        def experts() -> Iterator[torch.Tensor]:
+            if shape[1:].numel() % BLOCK_SIZE:  # a block would span two experts
+                yield stacked(slice(None))
+                return
+            for index in range(shape[0]):
+                yield stacked(slice(index, index + 1))
+
+        return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
+
+
+class _Streaming(WeightConverter):
+    """A converter that hands over the readers of its tensors, so that an operation decides when to read which."""
+
+    def materialize_tensors(self) -> dict[str, Any]:
+        """Return the readers by source pattern, and forget them."""
+        return {source: self.collected_tensors.pop(source) for source in list(self.collected_tensors)}
+
+
+class _Deserialize(ConversionOps):
+    """Puts a weight together from its stored codes and constants."""
+
+    def __init__(self, hf_quantizer: QloraQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002 - the signature is that of transformers
+        target_patterns: list[str],  # noqa: ARG002
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the one quantized weight, or what is not quantized as it is."""
+        if len(input_dict) == 1:
+            return input_dict
+        module, _ = get_module_from_name(kwargs["model"], kwargs["full_layer_name"])
+        stored = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        key = min(stored, key=len)  # the others add a suffix to it
+        weight = stored.pop(key)
+        stats = {name.removeprefix(f"{key}."): value for name, value in stored.items()}
+        linear = module if isinstance(module, Linear4bit) else None
+        return {key: Params4bit.from_prequantized(weight, stats, device=weight.device, module=linear)}
+
+
+def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, module: nn.Module) -> Params4bit:
+    error = SquaredError() if config.errors is not None else None
+    packed, state = quantize(pieces, shape, config.four_bit, error)
+    if error is not None and config.errors is not None:
+        config.errors[name] = error.relative_rms
+    linear = module if isinstance(module, Linear4bit) else None
+    if linear is not None:
+        linear.quant_state = state
+        linear._is_hf_initialized = True
+    return Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK_SIZE,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        module=linear,
+        bnb_quantized=True,
+    )
+
+
+def quantized_config(config: QloraConfig, model: PreTrainedModel) -> QloraConfig:
+    """Name the fused experts of `model`, built on the meta device, in `config`; returns it."""
+    config.quantized_parameters = [name for name, _ in fused_experts(model)]
+    return config

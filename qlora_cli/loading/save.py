@@ -1,0 +1,106 @@
+"""Write a quantized checkpoint, four times smaller than its 16-bit base, complete or not at all.
+
+Plain transformers loads it to the same logits. One with quantized experts needs qlora: transformers has no way to
+read them, and its `quant_method` says so.
+"""
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitsandbytes.nn import Int8Params
+from huggingface_hub import save_torch_state_dict
+from transformers import GenerationConfig, PreTrainedModel
+
+from qlora_cli import __version__
+from qlora_cli.errors import ModelError
+from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.files import as_json, check_disk_space, write_directory
+from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.settings.models import Quantization
+
+NOTE = "qlora.json"
+SHARD_SIZE = "1GB"  # each shard is copied once in host memory while it is written
+OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
+
+
+def check_savable(loaded: LoadedModel) -> None:
+    """Check that there is a quantized base to write.
+
+    Raises:
+        ModelError: nothing is quantized, or an adapter is attached.
+    """
+    quantization = loaded.settings.quantization
+    if quantization.method == Quantization.NONE or quantization.int8_has_fp16_weight:
+        raise ModelError("--save writes a quantized checkpoint, and nothing is quantized", hint="Leave --save out.")
+    if quantization.int8_cpu_offload:
+        raise ModelError("a model that is partly on the CPU can't be saved", hint="Leave int8_cpu_offload out.")
+    if loaded.source.adapter is not None:
+        raise ModelError(
+            f"{loaded.source.name} is an adapter: --save writes a base model", hint="Name the base to save it."
+        )
+
+
+def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> int:
+    """Write `loaded` with its tokenizer to `directory`, which must be empty or absent; returns the bytes written.
+
+    Beside the model stands `qlora.json`: source, commit, settings, versions.
+
+    Raises:
+        ModelError: there is nothing to save.
+        DiskSpaceError: it does not fit on the disk.
+    """
+    check_savable(loaded)
+    needed = loaded.inventory.total_bytes + OTHER_FILES_BYTES
+    check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
+    reporter.report(PhaseStarted(title=f"Writing {directory}"))
+
+    def fill(path: Path) -> None:
+        _save_model(loaded.base, path)
+        loaded.tokenizer.save_pretrained(path)
+        for weights in path.glob("*.safetensors"):
+            weights.chmod((path / "config.json").stat().st_mode)  # the writer makes them private
+        note = json.dumps(as_json(_note(loaded)), indent=2) + "\n"
+        (path / NOTE).write_text(note, encoding="utf-8")
+
+    if directory.is_dir():
+        directory.rmdir()  # empty, as was checked: what is written aside takes its place in one move
+    write_directory(directory, fill)
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _save_model(model: PreTrainedModel, path: Path) -> None:
+    # `save_pretrained` would take fused experts apart again, and knows no packed ones.
+    state = model.state_dict()
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Int8Params) and parameter.SCB is not None:
+            state.setdefault(name.removesuffix("weight") + "SCB", parameter.SCB)
+    tied = set(model.all_tied_weights_keys or {})
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in state.items() if name not in tied},
+        path,
+        max_shard_size=SHARD_SIZE,
+        metadata={"format": "pt"},
+    )
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    if isinstance(generation := model.generation_config, GenerationConfig):
+        generation.save_pretrained(path)
+
+
+def _note(loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "written_by": f"qlora {__version__}",
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": loaded.source.name,
+        "revision": loaded.source.revision,
+        "commit": loaded.source.commit,
+        "dtype": loaded.dtype.name,
+        "quantization": loaded.settings.quantization.model_dump(mode="json"),
+        "kept_in_16_bit": sorted(loaded.layout.kept),
+        "quantized_experts": list(loaded.layout.experts),
+        "versions": {name: version(name) for name in ("bitsandbytes", "torch", "transformers")},
+    }

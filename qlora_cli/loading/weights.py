@@ -1,0 +1,229 @@
+"""Read a model's weights into the layout that was planned for them, and refuse what does not match to the last one."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.events import BytesDone, Noted, Reporter
+from qlora_cli.loading.checkpoint import Checkpoint
+from qlora_cli.loading.config import ModelConfig
+from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
+from qlora_cli.loading.quantizer import QloraConfig
+from qlora_cli.loading.source import ModelSource
+from qlora_cli.settings.models import Quantization
+
+LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
+LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
+MOST_NAMED = 3
+
+
+def quantization_config(
+    layout: Layout, compute_dtype: torch.dtype, *, measure_error: bool = False
+) -> BitsAndBytesConfig | None:
+    """Return the layout as bitsandbytes takes it; None to load as stored, or unquantized.
+
+    Every field is set: the defaults of `BitsAndBytesConfig` are FP4 without double quantization, in fp32.
+    """
+    settings = layout.settings
+    if layout.prequantized is not None or settings.method == Quantization.NONE:
+        return None
+    kept = sorted(layout.kept)
+    if settings.method == Quantization.INT8:
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=settings.int8_threshold,
+            llm_int8_skip_modules=kept,
+            llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
+            llm_int8_enable_fp32_cpu_offload=settings.int8_cpu_offload,
+        )
+    return QloraConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.method.value,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=STORAGE_DTYPES[settings.quant_storage],
+        llm_int8_skip_modules=kept,
+        quantized_parameters=list(layout.experts),
+        measure_error=measure_error,
+    )
+
+
+def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: Layout) -> None:
+    """Check that stored tensors have the shapes of `model`, which is on the meta device, where names agree.
+
+    Weights that are stored packed have shapes of their own.
+
+    Raises:
+        ModelError: one has not; names file and tensor.
+    """
+    packed: set[str] = set()
+    if layout.prequantized is not None:
+        packed = {entry.name for entry in layout.inventory.entries if entry.is_quantized}
+    for name, parameter in model.named_parameters():
+        header = None if name in packed else checkpoint.tensors.get(name)
+        if header is not None and header.shape != tuple(parameter.shape):
+            raise ModelError(
+                f"{source.path / header.file}: {name} has the shape {header.shape}, and config.json says "
+                f"{tuple(parameter.shape)}",
+                hint="The weights belong to another config.json; download the model again as a whole.",
+            )
+
+
+def load_weights(
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    base: ModelConfig,
+    layout: Layout,
+    *,
+    device_map: Mapping[str, Any] | str,
+    quantization: BitsAndBytesConfig | None,
+    attention: str,
+    trust_remote_code: bool,
+    reporter: Reporter,
+) -> PreTrainedModel:
+    """Return the model with its weights, frozen.
+
+    Raises:
+        ModelError: weights are missing, left over, or of another shape; names them.
+        OutOfMemoryError: the device ran out of memory all the same.
+    """
+    kind: Any = "load" if quantization is None else "quantize"
+    with _bytes_reported(checkpoint, kind, reporter), _warnings_collected() as warned:
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=deepcopy(base.config),
+                quantization_config=quantization,
+                dtype=layout.dtype,
+                device_map=device_map,
+                attn_implementation=attention,
+                use_safetensors=not checkpoint.is_pickle,
+                trust_remote_code=trust_remote_code,
+                key_mapping=dict(base.key_mapping) if base.key_mapping else None,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{source.base_name} does not fit on the device while loading: {error}",
+                hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            hint = "Is it a causal language model, and are all its files of one version?"
+            details = "\n".join([str(error), *warned])
+            raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
+    for warning in warned:
+        if LOAD_REPORT not in warning:
+            reporter.report(Noted(message=warning))
+    model: PreTrainedModel = loaded[0]
+    _check_complete(source, checkpoint, base, loaded[1])
+    _check_materialized(source, model)
+    _keep_stored_bytes(model)
+    if source.commit is not None:
+        # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
+        model.name_or_path = model.config.name_or_path = source.base_name
+    model.requires_grad_(False)
+    return model
+
+
+def _check_complete(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, info: Mapping[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not base.is_left_out(key))
+    if missing or mismatched:
+        what, keys = ("missing", missing) if missing else ("of another shape", mismatched)
+        raise ModelError(
+            f"the weights of {source.base_name} do not match its config.json: {_counted(keys)} {what}",
+            hint="These tensors would be random. Check that the directory holds the whole model.",
+        )
+    if unexpected:
+        where = {checkpoint.tensors[key].file for key in unexpected if key in checkpoint.tensors}
+        files = f" (in {', '.join(sorted(where))})" if where else ""
+        raise ModelError(
+            f"{source.base_name} holds weights that its config.json has no place for: {_counted(unexpected)}{files}",
+            hint="The model would not be the one that was saved. Is config.json of another model or version?",
+        )
+
+
+def _counted(keys: list[str]) -> str:
+    more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+    return f"{', '.join(keys[:MOST_NAMED])}{more}"
+
+
+def _check_materialized(source: ModelSource, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ModelError(
+                f"{source.base_name}: {name} was not read", hint="Download the model again; a file may be damaged."
+            )
+
+
+def _keep_stored_bytes(model: PreTrainedModel) -> None:
+    # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation and then computes
+    # with bf16 scales: another model than the one that trains, and other bytes than the ones loaded.
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+class _Collector(logging.Handler):
+    """Keeps what is logged, each message once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        if (message := record.getMessage()) not in self.messages:
+            self.messages.append(message)
+
+
+@contextmanager
+def _warnings_collected() -> Iterator[list[str]]:
+    """Collect what transformers warns of, instead of letting it write between the lines of the display."""
+    collector = _Collector()
+    transformers_logging.disable_default_handler()
+    transformers_logging.add_handler(collector)
+    try:
+        yield collector.messages
+    finally:
+        transformers_logging.remove_handler(collector)
+        transformers_logging.enable_default_handler()
+
+
+@contextmanager
+def _bytes_reported(checkpoint: Checkpoint, kind: Any, reporter: Reporter) -> Iterator[None]:
+    """Report the bytes of the checkpoint as transformers works through its weights."""
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") != LOADING_BAR:
+            return factory(*args, **kwargs)
+        return _counted_bytes(args[0], checkpoint, kind, reporter)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def _counted_bytes(items: Any, checkpoint: Checkpoint, kind: Any, reporter: Reporter) -> Iterator[Any]:
+    """Yield (name, conversion) pairs, and report the bytes of each one's sources once it is done."""
+    done = 0
+    for name, conversion in items:
+        yield name, conversion
+        sources = {key for keys in conversion.layer_targets.values() for key in keys}
+        done += sum(checkpoint.tensors[key].num_bytes for key in sources if key in checkpoint.tensors)
+        if done < checkpoint.total_bytes:
+            reporter.report(BytesDone(kind=kind, done_bytes=done, total_bytes=checkpoint.total_bytes))
+    reporter.report(BytesDone(kind=kind, done_bytes=checkpoint.total_bytes, total_bytes=checkpoint.total_bytes))

@@ -1,0 +1,70 @@
+"""A hub on loopback, and finding models there in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
+
+
+@dataclass
+class Found:
+    """What `tests.integration.finding` printed."""
+
+    events: list[dict[str, Any]]
+    result: dict[str, Any]
+    stderr: str
+
+    @property
+    def notes(self) -> list[str]:
+        return [event["message"] for event in self.events if event["event"] == "Noted"]
+
+    @property
+    def downloads(self) -> list[tuple[int, int]]:
+        return [(event["done_bytes"], event["total_bytes"]) for event in self.events if event["event"] == "BytesDone"]
+
+
+Find = Callable[..., Found]
+
+
+@pytest.fixture
+def hub(base_model: Path) -> Iterator[Hub]:
+    """A hub with `owner/tiny`: the bundled model, what other formats it might come in, and an older commit."""
+    files = {path.name: path.read_bytes() for path in base_model.iterdir()}
+    files |= {"consolidated.safetensors": b"again", "original/model.safetensors": b"again", "modeling.py": b"bad()"}
+    old = {**files, "generation_config.json": b'{"max_new_tokens": 7}'}
+    repo = Repo(commits={COMMIT: files, OLD_COMMIT: old}, refs={"main": COMMIT, "v1": OLD_COMMIT})
+    with serving(Hub(repos={"owner/tiny": repo})) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub_env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return hub.environment(tmp_path / "hf-home")
+
+
+@pytest.fixture
+def find(hub_env: dict[str, str]) -> Find:
+    """Find a model in a process of its own."""
+
+    def run(name: str, *waits: float, env: dict[str, str] = hub_env, **settings: object) -> Found:
+        done = subprocess.run(
+            finding(name, *waits, **settings), env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        return Found(lines[:-1], lines[-1], done.stderr)
+
+    return run
+
+
+def finding(name: str, *waits: float, **settings: object) -> list[str]:
+    arguments = [json.dumps({"name": name, **settings}), *map(str, waits)]
+    return [sys.executable, "-m", "tests.integration.finding", *arguments]

@@ -1,0 +1,190 @@
+"""A small hub on loopback: repositories with branches and commits, and ways to misbehave.
+
+It answers what the real client asks: model info, file tree, HEAD and GET of files. Weights are redirected to
+another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLD_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@dataclass
+class Repo:
+    """Files by name, at each commit; `refs` are branches and tags."""
+
+    commits: dict[str, dict[str, bytes]]
+    refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    is_gated: bool = False
+
+    def resolve(self, revision: str) -> str | None:
+        commit = self.refs.get(revision, revision)
+        return commit if commit in self.commits else None
+
+
+@dataclass
+class Request:
+    """What was asked, and what may have been sent with it."""
+
+    method: str
+    path: str
+    start: int
+    has_token: bool
+
+
+@dataclass
+class Hub:
+    """The state of the server: what it holds, what it was asked, and how it is to fail."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    port: int = 0
+    # By a part of the path: statuses to answer with, one a request, before it works.
+    statuses: dict[str, list[int]] = field(default_factory=dict)
+    # By file: after how many bytes to close the connection, one a request.
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    # By file: after how many bytes to send nothing more, one a request.
+    stalls: dict[str, list[int]] = field(default_factory=dict)
+    # By file: what it claims to be long.
+    claimed_bytes: dict[str, int] = field(default_factory=dict)
+    ignores_ranges: bool = False
+    # The file whose request moves the branch `main` to the other commit.
+    moves_main_at: str | None = None
+    stalled: threading.Event = field(default_factory=threading.Event)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Return the variables of a process that asks this hub."""
+        return {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+
+    def sent_from(self, file: str) -> list[int]:
+        """Return the offsets from which the bytes of `file` were asked for, in order."""
+        return [
+            request.start
+            for request in self.requests
+            if request.method == "GET" and request.path.startswith("/cdn/") and request.path.endswith(f"/{file}")
+        ]
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve `hub` on a free port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+    def _answer(self) -> None:
+        path = unquote(self.path.split("?")[0])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.hub.requests.append(Request(self.command, path, start, "Authorization" in self.headers))
+        for part, statuses in self.hub.statuses.items():
+            if part in path and statuses:
+                self._send(statuses.pop(0))
+                return
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self._answer_api("/".join(parts[2:4]), parts[4:])
+        elif parts[0] == "cdn":
+            self._send_content("/".join(parts[1:3]), parts[3], "/".join(parts[4:]), start)
+        elif len(parts) > 4 and parts[2] == "resolve":
+            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        else:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+
+    def _answer_api(self, name: str, rest: list[str]) -> None:
+        if (repo := self.hub.repos.get(name)) is None:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+        elif (commit := repo.resolve(rest[1] if rest else "main")) is None:
+            self._send(404, {"X-Error-Code": "RevisionNotFound"})
+        elif rest and rest[0] == "tree":
+            entries = [
+                {"type": "file", "path": file, "size": len(content), "oid": "0"}
+                for file, content in repo.commits[commit].items()
+            ]
+            self._send(200, {}, json.dumps(entries).encode())
+        else:
+            siblings = [{"rfilename": file} for file in repo.commits[commit]]
+            info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
+            self._send(200, {}, json.dumps(info).encode())
+
+    def _resolve(self, name: str, revision: str, file: str) -> None:
+        repo = self.hub.repos.get(name)
+        commit = repo.resolve(revision) if repo else None
+        if repo is None or commit is None:
+            self._send(404, {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"})
+        elif repo.is_gated:
+            self._send(403, {"X-Error-Code": "GatedRepo"})
+        elif file not in repo.commits[commit]:
+            self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        else:
+            content = repo.commits[commit][file]
+            headers = {
+                "ETag": '"a-hash-of-the-redirect"',
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(self.hub.claimed_bytes.get(file, len(content))),
+                "X-Repo-Commit": commit,
+                "Location": f"http://localhost:{self.hub.port}/cdn/{name}/{commit}/{file}",
+            }
+            self._send(302, headers)
+
+    def _send_content(self, name: str, commit: str, file: str, start: int) -> None:
+        content = self.hub.repos[name].commits[commit][file]
+        if file == self.hub.moves_main_at:
+            self.hub.repos[name].refs["main"] = OLD_COMMIT
+        start = 0 if self.hub.ignores_ranges else start
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        cuts, stalls = self.hub.cuts.get(file), self.hub.stalls.get(file)
+        end = cuts.pop(0) if cuts else stalls[0] if stalls else len(content)
+        self.wfile.write(content[start:end])
+        self.wfile.flush()
+        if stalls:
+            stalls.pop(0)
+            self.hub.stalled.set()
+            self.hub.closing.wait()
+
+    def _send(self, code: int, headers: dict[str, str] | None = None, content: bytes = b"{}") -> None:
+        self.send_response(code)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)

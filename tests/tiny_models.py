@@ -1,0 +1,117 @@
+"""Tiny random models of many architectures: each a config with small numbers, saved as users' models are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY_SIZE = 128
+
+# What nearly every decoder calls the same. Widths are multiples of 64, the block that NF4 is quantized in.
+COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS: Mapping[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+SSM: Mapping[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 128,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "mixtral": EXPERTS,
+    "qwen2": {},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3": {},
+    "qwen3_moe": EXPERTS,
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    "phi": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"new_decoder_architecture": False, "head_dim": None},
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": EXPERTS,
+    "starcoder2": {},
+    "stablelm": {},
+    "cohere": {},
+    "cohere2": {"sliding_window": 32},
+    "granite": {},
+    "granitemoe": EXPERTS,
+    "smollm3": {},
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "deepseek_v3": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "gpt_oss": {**EXPERTS, "intermediate_size": 64, "sliding_window": 32},
+    "phimoe": EXPERTS,
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": 32},
+    "seed_oss": {},
+    "bamba": {**SSM, "attn_layer_indices": [1]},
+    "falcon_h1": SSM,
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 16},
+    "nemotron": {},
+    "helium": {},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Return the config of a family with small numbers."""
+    values = {**COMMON, **FAMILIES[family], **changes}
+    return AutoConfig.for_model(family, **{key: value for key, value in values.items() if value is not None})
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Return a random model of a family, in fp32."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    return model
+
+
+def save_tiny(directory: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Write a random model of a family to `directory` as safetensors, and return the directory."""
+    torch.nn.Module.to(tiny_model(family, **changes), dtype).save_pretrained(directory)
+    return directory

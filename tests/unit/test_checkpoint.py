@@ -1,0 +1,209 @@
+"""Damaged checkpoints are found from the headers alone, and the message names file, tensor and the way out."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.checkpoint import DTYPE_BITS, read_checkpoint, read_header
+
+ONE, TWO, INDEX = (
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+def sharded(directory: Path) -> dict[str, str]:
+    """Write two shards and their index; return the weight map."""
+    save_file({"a": np.zeros((2, 3), np.float32), "b": np.zeros(5, np.float16)}, directory / ONE)
+    save_file({"c": np.ones((4, 4), np.float32)}, directory / TWO)
+    weight_map = {"a": ONE, "b": ONE, "c": TWO}
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(content)) + content + data
+
+
+def message_of(directory: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        read_checkpoint(directory, allow_pickle=False)
+    return str(caught.value)
+
+
+def test_the_headers_say_what_safetensors_itself_reads(base_model: Path) -> None:
+    found = read_checkpoint(base_model, allow_pickle=False)
+    with safe_open(base_model / "model.safetensors", framework="np") as file:
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        dtypes = {name: file.get_slice(name).get_dtype() for name in expected}
+    assert len(expected) > 10
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == expected
+    assert {name: tensor.dtype for name, tensor in found.tensors.items()} == dtypes
+    assert found.files == (base_model / "model.safetensors",)
+    assert not found.is_pickle
+
+
+def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    found = read_checkpoint(tmp_path, allow_pickle=False)
+    assert {name: (tensor.file, tensor.num_bytes) for name, tensor in found.tensors.items()} == {
+        "a": (ONE, 24),
+        "b": (ONE, 10),
+        "c": (TWO, 64),
+    }
+    assert found.total_bytes == 98
+    assert [path.name for path in found.files] == [ONE, TWO]
+
+
+def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    content = (tmp_path / ONE).read_bytes()
+    first, second = (tensor.name for tensor in read_header(tmp_path, ONE))
+    (tmp_path / ONE).write_bytes(content[:-1])
+    assert f"{second} is the first tensor that is not whole" in message_of(tmp_path)
+    (tmp_path / ONE).write_bytes(content[:-12])
+    message = message_of(tmp_path)
+    assert f"{tmp_path / ONE} is damaged: it is cut off: 22 B of 34 B" in message
+    assert f"{first} is the first tensor that is not whole" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "too few for a header"),
+        (b"<!doctype html><title>Sign in</title>", "does not begin with a safetensors header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (struct.pack("<Q", 1000) + b"{}", "cut off in its header"),
+        (raw(b"\xff\xfe not json"), "its header is no JSON"),
+        (raw([1, 2]), "no JSON object"),
+        (raw({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"0000"), "w has the unknown dtype 'F99'"),
+        (raw({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"), "tensor w has no proper shape"),
+        (raw({"w": "text"}), "w has the unknown dtype"),
+        (
+            raw({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"0000"),
+            "w is F32 of shape (2,), 8 bytes",
+        ),
+        (raw({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"00000000"), "w does not begin where"),
+        (
+            raw({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"00000000"),
+            "4 B follow its last tensor",
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_reason_and_safetensors_agrees(
+    tmp_path: Path, content: bytes, expected: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    message = message_of(tmp_path)
+    assert str(path) in message
+    assert expected in message
+    with pytest.raises(SafetensorError), safe_open(path, framework="np"):
+        pass
+
+
+def test_every_dtype_of_the_format_is_known_by_its_size(tmp_path: Path) -> None:
+    header = {}
+    offset = 0
+    for dtype, bits in DTYPE_BITS.items():
+        if "FNUZ" in dtype:
+            continue  # in the specification, not in every release of the library
+        header[dtype] = {"dtype": dtype, "shape": [8], "data_offsets": [offset, offset + bits]}
+        offset += bits
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(header, bytes(offset)))
+    assert {tensor.num_bytes for tensor in read_header(tmp_path, path.name)} == {4, 6, 8, 16, 32, 64}
+    with safe_open(path, framework="np") as file:
+        assert len(file.keys()) == len(header) >= 18
+
+
+def test_a_missing_shard_is_named_with_a_tensor_it_holds(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / TWO).unlink()
+    message = message_of(tmp_path)
+    assert f"lacks {TWO}" in message
+    assert "for c" in message
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path)
+    write_index(tmp_path, {**weight_map, "ghost": TWO})
+    assert f"the tensor ghost is in {TWO}, but that file lacks it" in message_of(tmp_path)
+    write_index(tmp_path, {**weight_map, "c": ONE})
+    assert "is in model-00001-of-00002.safetensors, but that file lacks it" in message_of(tmp_path)
+    write_index(tmp_path, {"a": ONE, "c": TWO})
+    message = message_of(tmp_path)
+    assert f"{tmp_path / ONE} holds the tensor b" in message
+    assert "omits" in message
+    write_index(tmp_path, weight_map)
+    save_file({"c": np.ones(1, np.float32), "a": np.ones(1, np.float32)}, tmp_path / TWO)
+    assert "the tensor a twice" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "\\\\host\\x", "..\\x", "", 7]
+)
+def test_an_index_that_points_out_of_its_directory_is_refused(tmp_path: Path, file: object) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, {"a": file})
+    message = message_of(tmp_path)
+    assert "no file of that directory" in message
+    assert "tensor a" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX).write_text(content)
+    assert INDEX in message_of(tmp_path)
+
+
+def test_the_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    save_file({"only": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    assert set(read_checkpoint(tmp_path, allow_pickle=False).tensors) == {"only"}
+
+
+def test_of_a_snapshot_the_command_that_fetches_the_file_again_is_given(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    sharded(snapshot)
+    (snapshot / TWO).write_bytes(b"")
+    with pytest.raises(ModelError) as caught:
+        read_checkpoint(snapshot, allow_pickle=False)
+    assert caught.value.hint == f"Run: hf download owner/tiny {TWO} --revision abc123 --force-download"
+
+
+def test_pickles_are_counted_only_if_allowed_and_only_without_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "only pytorch_model.bin, a pickle" in message_of(tmp_path)
+    found = read_checkpoint(tmp_path, allow_pickle=True)
+    assert (found.is_pickle, found.total_bytes, dict(found.tensors)) == (True, 6, {})
+    save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    assert not read_checkpoint(tmp_path, allow_pickle=True).is_pickle
+
+
+def test_a_pickle_index_is_checked_like_any_other(tmp_path: Path) -> None:
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}))
+    (tmp_path / "one.bin").write_bytes(b"12345")
+    with pytest.raises(ModelError, match=r"lacks two\.bin"):
+        read_checkpoint(tmp_path, allow_pickle=True)
+    (tmp_path / "two.bin").write_bytes(b"123")
+    assert read_checkpoint(tmp_path, allow_pickle=True).total_bytes == 8
+
+
+def test_other_safetensors_than_a_model_are_said_to_be_others(tmp_path: Path) -> None:
+    save_file({"w": np.zeros(1, np.float32)}, tmp_path / "consolidated.safetensors")
+    assert "has consolidated.safetensors, but neither" in message_of(tmp_path)

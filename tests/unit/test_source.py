@@ -1,0 +1,179 @@
+"""What a local name stands for: a model, an adapter, or a run; each with its base, or an error that says why not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import ModelError, ModelNotFoundError
+from qlora_cli.loading.source import check_model_name, find_model
+from qlora_cli.settings.models import ModelSettings
+
+
+def settings(name: str | Path, **values: object) -> ModelSettings:
+    return ModelSettings.model_validate({"name": str(name), **values})
+
+
+def problem_of(name: str | Path, **values: object) -> str:
+    problem = check_model_name(settings(name, **values))
+    assert problem is not None
+    with pytest.raises(type(problem)):
+        find_model(settings(name, **values))
+    return str(problem)
+
+
+def write_model(path: Path, **config: object) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+def write_adapter(path: Path, base: object, **config: object) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, **config}))
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    return path
+
+
+def write_run(path: Path, base: Path, *, commit: str | None = None) -> Path:
+    record: dict[str, Any] = {
+        "settings": {"quantization": {"method": "fp4"}},
+        "base_model": {"model": "owner/tiny" if commit else str(base), "commit": commit},
+        "base_model_path": str(base),
+    }
+    write_adapter(path / "adapter", base="elsewhere")
+    (path / "run.json").write_text(json.dumps(record))
+    return path
+
+
+def test_names_are_checked_before_any_library_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "import qlora_cli.loading.source, qlora_cli.loading.checkpoint, qlora_cli.loading.prequantized\n"
+        "print(*{'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_local_model_is_its_own_base(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    source = find_model(settings(model))
+    assert (source.name, source.base_name) == (str(model), str(model))
+    assert source.path == source.tokenizer_path == model
+    assert (source.adapter, source.run_quantization, source.commit, source.revision) == (None, None, None, None)
+
+
+def test_what_is_no_model_is_said_at_once(tmp_path: Path) -> None:
+    assert "no such directory" in problem_of(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in problem_of(tmp_path / "file")
+    assert "has no config.json" in problem_of(tmp_path)
+    assert "not a hub id" in problem_of("a/b/c")
+    model = write_model(tmp_path / "model")
+    assert "a revision (v1) has no meaning" in problem_of(model, revision="v1")
+    (model / "adapter_config.json").write_text("{}")
+    assert "both a whole model (model.safetensors) and an adapter" in problem_of(model)
+
+
+def test_pickles_are_refused_unless_allowed(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "only pytorch_model.bin, a pickle" in problem_of(model)
+    assert find_model(settings(model, allow_pickle=True)).path == model
+    adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "is a pickle (adapter_model.bin)" in problem_of(adapter)
+    assert find_model(settings(adapter, allow_pickle=True)).adapter == adapter
+    (adapter / "adapter_model.bin").unlink()
+    assert "has no adapter_model.safetensors" in problem_of(adapter, allow_pickle=True)
+
+
+@pytest.mark.parametrize("base", ["{absolute}", "../base", "base-in-cwd"])
+def test_the_base_of_an_adapter_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    expected = write_model(tmp_path / ("base" if base != "base-in-cwd" else "cwd/base-in-cwd"))
+    (tmp_path / "cwd").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    adapter = write_adapter(tmp_path / "adapter", base=base.format(absolute=expected))
+    source = find_model(settings(adapter))
+    assert (source.path, source.base_name, source.adapter) == (expected, str(expected), adapter)
+    assert source.name == str(adapter)
+    assert source.tokenizer_path == expected
+    (adapter / "tokenizer.json").write_text("{}")
+    assert find_model(settings(adapter)).tokenizer_path == adapter
+
+
+def test_a_base_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base="../gone")
+    with pytest.raises(ModelNotFoundError) as caught:
+        find_model(settings(adapter))
+    assert f"is ../gone, which is not here (looked for {Path.cwd() / '../gone'} and " in str(caught.value)
+    assert str(adapter / "../gone") in str(caught.value)
+    assert "--model BASE" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("base", "expected"), [(None, "does not name its base"), ("{adapter}", "an adapter itself")])
+def test_an_adapter_without_a_base_or_on_an_adapter_is_refused(
+    tmp_path: Path, base: str | None, expected: str
+) -> None:
+    other = write_adapter(tmp_path / "other", base="x")
+    adapter = write_adapter(tmp_path / "adapter", base=base and base.format(adapter=other))
+    with pytest.raises(ModelError, match=expected):
+        find_model(settings(adapter))
+
+
+def test_what_is_wrong_with_a_base_names_the_adapter(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    adapter = write_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
+    with pytest.raises(ModelError, match=rf"base of the adapter {adapter}: .* has no config.json"):
+        find_model(settings(adapter))
+
+
+def test_a_run_directory_is_its_adapter_on_the_base_and_quantization_of_the_run(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    run = write_run(tmp_path / "run", base)
+    source = find_model(settings(run))
+    assert (source.path, source.adapter, source.name) == (base, run / "adapter", str(run))
+    assert source.run_quantization == {"method": "fp4"}
+    # The parts of a run have the run's base too, but were not asked for as a run.
+    for part in (run / "adapter", write_adapter(run / "checkpoints" / "step-2", base="elsewhere")):
+        found = find_model(settings(part))
+        assert (found.path, found.adapter, found.run_quantization) == (base, part, None)
+
+
+def test_the_base_of_a_run_from_the_hub_is_asked_for_at_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", tmp_path / "cache", commit="0123456789abcdef0123456789abcdef01234567")
+    # A directory of that name is another model.
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "owner" / "tiny")
+    with pytest.raises(ModelNotFoundError, match="no model at 'owner/tiny'"):  # the tests are offline
+        find_model(settings(run))
+
+
+def test_a_run_without_an_adapter_or_a_record_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ModelError, match="does not say what the run was based on"):
+        find_model(settings(run))
+    (run / "adapter").rename(run / "away")
+    assert "has no adapter: it has not come to its end" in problem_of(run)
+
+
+def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", auto_map={"AutoModelForCausalLM": "other/repo--modeling.Model"})
+    assert find_model(settings(model)).path == model  # nothing is run
+    with pytest.raises(ModelError, match=r"takes modeling\.Model from another repository, other/repo"):
+        find_model(settings(model, trust_remote_code=True))
+    own = write_model(tmp_path / "own", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert find_model(settings(own, trust_remote_code=True)).path == own
+    (own / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "other/repo--fast.Fast"]}}')
+    with pytest.raises(
+        ModelError, match=r"tokenizer_config.json takes fast\.Fast from another repository, other/repo"
+    ):
+        find_model(settings(own, trust_remote_code=True))
