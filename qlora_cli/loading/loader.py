@@ -199,10 +199,8 @@ def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
 
 
 def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the tokenizer's end token, which a chat template may have chosen, and pad with its pad."""
+    """Make generation stop at the tokenizer's end token, which a chat template may have chosen."""
     generation = model.generation_config
-    if generation is None:
-        return
     known = generation.eos_token_id
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if tokenizer.eos_token_id not in ends:
