@@ -175,8 +175,11 @@ def _check_cpu_offload(settings: QuantizationSettings, device: torch.device) -> 
 def _check_new_rows(
     shapes: PreTrainedModel, tokenizer: LoadedTokenizer, source: ModelSource, settings: ModelSettings
 ) -> None:
-    if source.adapter is None:  # an adapter's own tokenizer says how far its base was grown
-        check_vocabulary(tokenizer.tokenizer, embedding_of(shapes).num_embeddings, settings)
+    num_rows = embedding_of(shapes).num_embeddings
+    beyond = {number for number in tokenizer.tokenizer.get_vocab().values() if number >= num_rows}
+    # New tokens bring their rows along, and an adapter's own tokenizer says how far its base was grown.
+    if source.adapter is None and not beyond <= set(tokenizer.new_token_ids):
+        check_vocabulary(tokenizer.tokenizer, num_rows, settings)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
