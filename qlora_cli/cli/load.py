@@ -1,6 +1,7 @@
 """`qlora load MODEL`: quantize on loading, and say what came of it."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -34,10 +35,15 @@ def load(
     if save is not None and (wrong := check_output_directory(save, "--save")):
         raise wrong
     with reporting() as reporter:
-        from qlora_cli.loading.loader import load_model
-        from qlora_cli.loading.save import save_quantized
+        from qlora_cli.loading.blueprint import plan_load
+        from qlora_cli.loading.loader import load_planned
+        from qlora_cli.loading.save import check_savable, save_quantized
 
-        loaded = load_model(resolved.settings, reporter, measure_error=error)
+        start = time.monotonic()
+        blueprint = plan_load(resolved.settings, reporter)
+        if save is not None:
+            check_savable(blueprint, save)
+        loaded = load_planned(blueprint, reporter, measure_error=error, started=start)
         report = loaded.report()
         if save is not None:
             num_bytes = save_quantized(loaded, save, reporter)

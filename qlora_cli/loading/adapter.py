@@ -1,12 +1,18 @@
 """Attach a LoRA adapter to a frozen base: a new one, or one that was trained before."""
 
-import copy
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.other import TrainableTokensWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
@@ -50,7 +56,9 @@ def attach_adapter(
     )
     use_for_quantized_experts(config, model)
     model.requires_grad_(False)
-    return get_peft_model(model, config, autocast_adapter_dtype=True), notes
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _complete_head(model)
+    return adapted, notes
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
@@ -63,30 +71,50 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
         config = PeftConfig.from_pretrained(directory)
         use_for_quantized_experts(config, model)
         model.requires_grad_(False)
-        adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=trainable)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            # PEFT would go on with adapters that do nothing where it found none.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=trainable)
+    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
         raise ModelError(
             f"the adapter in {directory} can't be attached: {error}",
             hint="Was it trained on this base? adapter_config.json names the base it belongs to.",
         ) from error
+    _complete_head(model)
     return adapted
+
+
+def save_adapter(model: PeftModel, directory: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the adapter of `model` to `directory`, with the rows that it trains and no others."""
+    # By itself PEFT asks the hub whether the embedding was grown, and if so writes all of it, gigabytes.
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
 
 def _target_modules(model: PreTrainedModel, settings: LoraSettings) -> tuple[list[str], tuple[str, ...]]:
     """Return the names for PEFT, resolved: what it makes of `all-linear` differs between architectures."""
     head = model.get_output_embeddings()
     linears = [name for name, module in linear_layers(model) if module is not head and not ROUTER.search(name)]
+    lost = _leaves(_lost_on_loading(model, linears))
     if settings.target_modules != "all-linear":
         _check_targets(linears, settings.target_modules)
+        if renamed := sorted(set(_leaves(settings.target_modules)) & set(lost)):
+            raise ModelError(
+                f"an adapter on {', '.join(renamed)} could be trained, but not loaded: PEFT renames its weights",
+                hint="Leave these names out of lora.target_modules.",
+            )
         return list(settings.target_modules), ()
     fused = [name for name in linears if READ_BY_KERNEL.search(name)]
-    targets, refused = _accepted(model, _leaves(name for name in linears if name not in fused))
+    targets, refused = _accepted(
+        model, _leaves(name for name in linears if name not in fused and _leaf(name) not in lost)
+    )
     if not targets:
         raise ModelError(f"{type(model).__name__} has no linear layer that can be adapted")
     notes = []
     if fused:
         notes.append(f"no adapter on {_shown(fused)}: a fused kernel reads the weight and would pass an adapter over")
-    if taken := [name for name in linears if name.rpartition(".")[2] in refused]:
+    if lost_layers := [name for name in linears if _leaf(name) in lost]:
+        notes.append(f"no adapter on {_shown(lost_layers)}: PEFT renames weights of theirs on loading")
+    if taken := [name for name in linears if _leaf(name) in refused]:
         notes.append(f"no adapter on {_shown(taken)}: PEFT takes these names for those of the experts here")
     return targets, tuple(notes)
 
@@ -96,7 +124,20 @@ def _shown(names: list[str]) -> str:
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted({_leaf(name) for name in names})
+
+
+def _leaf(name: str) -> str:
+    """Return the last part of a name that says what a layer is: of a layer with a number, its container's too."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _lost_on_loading(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return the layers whose adapter PEFT would not find again: it renames weights as those of older models."""
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.empty(0)))
+    return [name for key, name in keys.items() if key not in found]
 
 
 def _accepted(model: PreTrainedModel, leaves: list[str]) -> tuple[list[str], list[str]]:
@@ -153,8 +194,19 @@ def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, lis
     if not ids:
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(
+            f"{type(model).__name__} can't train new tokens: its output head has a bias, which PEFT would drop",
+            hint="Leave --new-tokens out.",
+        )
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-    rows = {names[embedding]: list(ids)}
-    if head is not None and head.weight is not embedding.weight:
-        rows[names[head]] = copy.copy(list(ids))
-    return rows
+    modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    return {names[module]: list(ids) for module in modules}
+
+
+def _complete_head(model: PreTrainedModel) -> None:
+    # TRL's fused loss reads weight and bias of the head. PEFT's wrapper of a head with trained rows hands the weight
+    # on, with those rows in it, but has no bias to say that there is none.
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = None

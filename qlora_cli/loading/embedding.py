@@ -65,9 +65,14 @@ def keep_on_host(embedding: nn.Embedding, device: torch.device) -> None:
 def grow(model: PreTrainedModel, num_rows: int) -> None:
     """Give the embedding and the head `num_rows` rows; a tied head stays tied.
 
-    A new row is drawn around the mean of the old ones, so that it neither dominates nor vanishes.
+    A new row is the mean of the old ones, so that it neither dominates nor vanishes; the same every time, since an
+    adapter that does not train it does not hold it.
     """
-    model.resize_token_embeddings(num_rows, mean_resizing=True)
-    embedding = embedding_of(model)
-    assert embedding.num_embeddings == num_rows
+    num_before = embedding_of(model).num_embeddings
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for module in {embedding_of(model), model.get_output_embeddings()} - {None}:
+        for values in (module.weight, getattr(module, "bias", None)):
+            if values is not None:
+                values.data[num_before:] = values.data[:num_before].float().mean(0)
+    assert embedding_of(model).num_embeddings == num_rows
     model.requires_grad_(False)

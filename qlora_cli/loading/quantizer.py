@@ -21,7 +21,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.loading.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
-from qlora_cli.loading.kept import fused_experts
 
 METHOD = "qlora"
 Errors = dict[str, float]
@@ -77,13 +76,6 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
 
     quantization_config: QloraConfig
 
-    def __init__(self, quantization_config: QloraConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.serialized_names = {
-            **self.serialized_names,
-            **{name: _serialized(name) for name in {full.rpartition(".")[2] for full in self._experts}},
-        }
-
     @property
     def _experts(self) -> list[str]:
         return self.quantization_config.quantized_parameters
@@ -99,23 +91,23 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
         """Return the operation that quantizes one weight."""
         return _Quantize(self.quantization_config)
 
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the operation that puts a stored quantized weight together."""
-        return {"deserialize": _Deserialize}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return what puts stored quantized weights together."""
+        if not self.pre_quantized:
+            return []
+        names = {"weight", *(full.rpartition(".")[2] for full in self._experts)}
+        return [WeightConverter(_serialized(name), name, [_Deserialize(self)]) for name in sorted(names)]
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightConverter], model: PreTrainedModel
+        self,
+        weight_conversions: list[WeightConverter],
+        model: PreTrainedModel | None = None,  # noqa: ARG002 - transformers passes it from 5.18 on
     ) -> list[WeightConverter]:
         """Let converters that stack experts hand them over one at a time."""
-        if self.pre_quantized:
-            updated: list[WeightConverter] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
-                weight_conversions, model
-            )
-            return updated
-        return [self._streamed(conversion) for conversion in weight_conversions]
+        return [self._streamed(conversion) for conversion in weight_conversions] + self.get_weight_conversions()
 
     def _streamed(self, conversion: WeightConverter) -> WeightConverter:
-        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        if self.pre_quantized or not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
             return conversion
         first = conversion.operations[0]
         if not isinstance(first, MergeModulelist) or first.dim != 0:
@@ -147,7 +139,7 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
 def _serialized(name: str) -> list[str]:
     parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     states = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
-    return [name, *(f"{name}.{part}" for part in (*parts, *states))]
+    return [*(f"{name}.{part}" for part in (*parts, *states)), name]
 
 
 def _dequantize_on_access(model: PreTrainedModel, full_name: str) -> None:
@@ -281,9 +273,3 @@ def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, m
         module=linear,
         bnb_quantized=True,
     )
-
-
-def quantized_config(config: QloraConfig, model: PreTrainedModel) -> QloraConfig:
-    """Name the fused experts of `model`, built on the meta device, in `config`; returns it."""
-    config.quantized_parameters = [name for name, _ in fused_experts(model)]
-    return config

@@ -18,6 +18,7 @@ from qlora_cli import __version__
 from qlora_cli.errors import ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space, write_directory
+from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import Quantization
 
@@ -26,21 +27,22 @@ SHARD_SIZE = "1GB"  # each shard is copied once in host memory while it is writt
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 
-def check_savable(loaded: LoadedModel) -> None:
-    """Check that there is a quantized base to write.
+def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
+    """Check that there is a quantized base to write, and room for it on the disk of `directory`.
 
     Raises:
         ModelError: nothing is quantized, or an adapter is attached.
+        DiskSpaceError: it does not fit on the disk.
     """
-    quantization = loaded.settings.quantization
+    quantization, source = planned.settings.quantization, planned.source
     if quantization.method == Quantization.NONE or quantization.int8_has_fp16_weight:
         raise ModelError("--save writes a quantized checkpoint, and nothing is quantized", hint="Leave --save out.")
     if quantization.int8_cpu_offload:
         raise ModelError("a model that is partly on the CPU can't be saved", hint="Leave int8_cpu_offload out.")
-    if loaded.source.adapter is not None:
-        raise ModelError(
-            f"{loaded.source.name} is an adapter: --save writes a base model", hint="Name the base to save it."
-        )
+    if source.adapter is not None:
+        raise ModelError(f"{source.name} is an adapter: --save writes a base model", hint="Name the base to save it.")
+    needed = planned.layout.inventory.total_bytes + OTHER_FILES_BYTES
+    check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
 
 
 def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> int:
@@ -52,9 +54,7 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
         ModelError: there is nothing to save.
         DiskSpaceError: it does not fit on the disk.
     """
-    check_savable(loaded)
-    needed = loaded.inventory.total_bytes + OTHER_FILES_BYTES
-    check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
+    check_savable(loaded, directory)
     reporter.report(PhaseStarted(title=f"Writing {directory}"))
 
     def fill(path: Path) -> None:

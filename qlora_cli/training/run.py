@@ -24,6 +24,7 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.files import write_directory
+from qlora_cli.loading import adapter
 from qlora_cli.memory.measure import (
     peak_device_allocated_bytes,
     peak_device_reserved_bytes,
@@ -161,7 +162,7 @@ def save_adapter(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Write `adapter/`: the PEFT adapter, the tokenizer and its chat template, complete or absent."""
 
     def fill(path: Path) -> None:
-        prepared.model.save_pretrained(path)
+        adapter.save_adapter(prepared.model, path)
         prepared.loaded.tokenizer.save_pretrained(path)
 
     write_directory(directory.adapter, fill)
