@@ -152,7 +152,7 @@ def _read_qlora(finished: Finished, paths: Paths) -> tuple[int, float, str]:
 def prepare(directory: Path, num_rows: int) -> Paths:
     """Make the model and its data."""
     paths = Paths(model=directory / "model", data=directory / "data" / "train.jsonl", output=directory / "runs")
-    write_model_aside(sys.executable, MODEL_SIZE, "cpu", paths.model, environment=ENVIRONMENT)
+    write_model_aside(sys.executable, MODEL_SIZE, paths.model, environment=ENVIRONMENT)
     paths.data.parent.mkdir()
     paths.output.mkdir()
     write_rows(paths.data, paths.model, num_rows=num_rows, num_tokens=MAX_LENGTH)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_cases import Case
+from benchmarks.load_case import load_with_qlora
 from benchmarks.synthetic import write_rows
 from qlora_cli.events import Event, StepDone
 from qlora_cli.settings.models import TrainSettings
@@ -74,6 +75,8 @@ class ProcessPeak:
 
 def run_case(case: Case, model: Path, device: str, directory: Path, used_before_bytes: int | None) -> dict[str, Any]:
     """Load and train as `case` says and return the figures; times in seconds, sizes in bytes."""
+    if not case.num_steps:
+        return load_only(case, model, device)
     resolved = _settings(case, model, device, directory)
     recorder = Recorder()
     if device == "cpu" or used_before_bytes is None:
@@ -96,6 +99,17 @@ def run_case(case: Case, model: Path, device: str, directory: Path, used_before_
         "train_seconds": result.train_seconds,
         "total_seconds": result.total_seconds,
         "plan": run["plan"] | {"model": case.size, "output": None},
+    }
+
+
+def load_only(case: Case, model: Path, device: str) -> dict[str, Any]:
+    """Load as `case` says; whether the peak kept to the model and one 16-bit tensor is None without a GPU."""
+    figures = load_with_qlora(model, {**case.settings, "model.device": device})
+    peak, most = figures["peak_device_bytes"], figures["device_model_bytes"] + figures["one_tensor_bytes"]
+    return {
+        **figures,
+        "peak_within_one_16_bit_tensor": None if peak is None else peak <= most,
+        "peak_within_prediction": None if peak is None else peak <= figures["needed_bytes"],
     }
 
 

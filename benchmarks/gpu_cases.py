@@ -9,7 +9,7 @@ class Case:
     """One row of the suite: a model size, the settings that differ from the defaults, and how long to run.
 
     Settings are by their full name. What is not named has its default, except that a step is one row of
-    1024 tokens.
+    1024 tokens. A case without steps loads the model and measures that.
     """
 
     name: str
@@ -19,7 +19,17 @@ class Case:
     num_warmup_steps: int = 2
 
 
+def _load(size: str, what: str, **settings: Any) -> Case:
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    return Case(name=f"{size}-load-{what}", size=size, settings=values, num_steps=0, num_warmup_steps=0)
+
+
+def _loads(size: str, *methods: str) -> tuple[Case, ...]:
+    return tuple(_load(size, method, quantization__method=method) for method in methods)
+
+
 CASES = (
+    *_loads("1b", "nf4", "fp4", "int8", "none"),
     Case(name="1b", size="1b", settings={"training.micro_batch_size": 4}),
     Case(
         name="1b-no-checkpointing",
@@ -31,6 +41,10 @@ CASES = (
         size="1b",
         settings={"training.micro_batch_size": 4, "quantization.method": "none"},
     ),
+    # Mixtures of experts: int8 has no way to store them.
+    *_loads("2b-moe", "nf4", "fp4", "none"),
+    *_loads("8b", "nf4", "fp4", "int8", "none"),
+    _load("8b", "nf4-offload-embedding", model__offload_embedding=True),
     Case(name="8b", size="8b", settings={"training.micro_batch_size": 2}),
     Case(name="8b-2048", size="8b", settings={"data.max_length": 2048}),
     Case(
@@ -38,6 +52,8 @@ CASES = (
         size="8b",
         settings={"training.optimizer": "paged_adamw_8bit", "lora.rank": 64},
     ),
+    *_loads("tiny", "nf4", "int8", "none"),
+    *_loads("tiny-moe", "nf4", "none"),
     Case(name="tiny", size="tiny", settings={"data.max_length": 64, "training.micro_batch_size": 2}, num_steps=4),
     Case(
         name="tiny-16-bit",

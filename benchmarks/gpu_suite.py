@@ -1,8 +1,9 @@
 """Measure loading and training at true sizes on this machine's NVIDIA GPU, unattended, in under ten minutes.
 
-Llama-shaped models with random weights are made in a temporary directory, loaded by the shared loader and
-trained for a few steps by the code that `qlora train` runs. One JSON line a case: seconds to load, seconds
-a step, tokens/s, and the peaks of memory allocated, reserved and used by the process.
+Llama- and Qwen3-MoE-shaped models with random weights are made in a temporary directory, loaded by the shared loader
+and trained for a few steps by the code that `qlora train` runs. One JSON line a case: seconds to load, seconds a step,
+tokens/s, and the peaks of memory allocated, reserved and used by the process; for a case that only loads, bytes
+predicted, counted and allocated at the peak.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from qlora_cli.units import format_bytes
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
-DEFAULT_SIZES = {"cuda": ("1b", "8b"), "cpu": ("tiny",)}
+DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b"), "cpu": ("tiny", "tiny-moe")}
 
 
 def select_cases(patterns: Sequence[str], sizes: Sequence[str]) -> list[Case]:
@@ -75,7 +76,7 @@ class Suite:
             for other in self._directory.glob("model-*"):
                 shutil.rmtree(other)
             seconds = write_model_aside(
-                sys.executable, size, self._device, path, environment=ENVIRONMENT, timeout_seconds=self._seconds_left()
+                sys.executable, size, path, environment=ENVIRONMENT, timeout_seconds=self._seconds_left()
             )
             print(f"made the {size} model in {seconds:.0f} s", flush=True)
         return path
@@ -146,6 +147,8 @@ def describe(record: dict[str, Any]) -> str:
     if record["status"] != "done":
         first_line = record["error"].strip().splitlines()[-1]
         return f"{name:24} {record['status']}: {first_line}"
+    if not record["case"]["num_steps"]:
+        return _describe_load(record)
     peaks = [record[f"peak_{kind}_bytes"] for kind in ("allocated", "reserved", "process", "host")]
     shown = " / ".join("-" if peak is None else format_bytes(peak) for peak in peaks)
     return (
@@ -154,11 +157,23 @@ def describe(record: dict[str, Any]) -> str:
     )
 
 
+def _describe_load(record: dict[str, Any]) -> str:
+    peak, within = record["peak_device_bytes"], record["peak_within_one_16_bit_tensor"]
+    shown = "-" if peak is None else f"{format_bytes(peak)}, {'within' if within else 'BEYOND'} one 16-bit tensor"
+    return (
+        f"{record['case']['name']:24} load {record['load_seconds']:6.1f} s   "
+        f"predicted {format_bytes(record['predicted_bytes'])}   counted {format_bytes(record['model_bytes'])}   "
+        f"on the device {format_bytes(record['device_model_bytes'])}   peak {shown}"
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns of cases (default: all)")
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, help="model sizes (default: 1b 8b; on a CPU: tiny)")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SHAPES, help="model sizes (default: 1b 2b-moe 8b; on a CPU: tiny tiny-moe)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script out")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
     parser.add_argument("--time-limit", type=float, default=560, help="seconds for the whole suite (default: 560)")

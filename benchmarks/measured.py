@@ -53,7 +53,6 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str], time
 def write_model_aside(
     python: str,
     size: str,
-    device: str,
     output: Path,
     *,
     environment: Mapping[str, str],
@@ -64,7 +63,7 @@ def write_model_aside(
     Raises:
         RuntimeError: it could not be made.
     """
-    command = [python, "-m", "benchmarks.synthetic", "--size", size, "--device", device, "--output", str(output)]
+    command = [python, "-m", "benchmarks.synthetic", "--size", size, "--output", str(output)]
     made = run_measured(command, environment=environment, timeout_seconds=timeout_seconds)
     if made.exit_code != 0:
         raise RuntimeError(f"making the {size} model failed: {made.stderr[-2000:]}")

@@ -1,18 +1,21 @@
 """Make models of true shapes with random weights, and rows for them, in seconds and without a network.
 
-Speed and memory do not depend on what the weights are, so nothing needs to be downloaded. Tensors are
-drawn one at a time, on the GPU if there is one, and written as bf16 safetensors shards, so that an 8B model
-never exists in memory as a whole.
+Speed and memory do not depend on what the weights are, so nothing needs to be downloaded, and one pool of normal
+numbers is enough: every tensor is a stretch of it from a place of its own. Files are written as a stream, as bf16
+safetensors shards; no tensor of the model, let alone a shard, is ever in memory as a whole.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 SHARD_BYTES = 2 * 1024**3
+POOL_SIZE = 2**24
 INITIAL_STD = 0.02  # as Llama models are initialized
 EOS = "<|end|>"
 PAD = "<|pad|>"
@@ -21,7 +24,7 @@ SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The shape of a Llama model."""
+    """The shape of a Llama model; with experts, of a Qwen3-MoE model, whose `intermediate_size` is that of one."""
 
     hidden_size: int
     num_layers: int
@@ -30,6 +33,8 @@ class Shape:
     num_kv_heads: int
     vocab_size: int
     tied: bool
+    num_experts: int = 0
+    num_experts_per_token: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -47,6 +52,17 @@ SHAPES = {
         vocab_size=4096,
         tied=False,
     ),
+    "tiny-moe": Shape(
+        hidden_size=128,
+        num_layers=2,
+        intermediate_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=4096,
+        tied=False,
+        num_experts=4,
+        num_experts_per_token=2,
+    ),
     "107m": Shape(
         hidden_size=768,
         num_layers=12,
@@ -55,6 +71,16 @@ SHAPES = {
         num_kv_heads=12,
         vocab_size=28_672,
         tied=True,
+    ),
+    # The layers of Llama-3.2-1B with a smaller vocabulary: nine tenths of it are quantized.
+    "1b-small-vocabulary": Shape(
+        hidden_size=2048,
+        num_layers=16,
+        intermediate_size=8192,
+        num_heads=32,
+        num_kv_heads=8,
+        vocab_size=32_000,
+        tied=False,
     ),
     # The shape of Llama-3.2-1B.
     "1b": Shape(
@@ -66,6 +92,31 @@ SHAPES = {
         vocab_size=128_256,
         tied=True,
     ),
+    # Half the layers of Llama-3.2-1B with a head of its own: half of it is embedding and head.
+    "1b-large-vocabulary": Shape(
+        hidden_size=2048,
+        num_layers=8,
+        intermediate_size=8192,
+        num_heads=32,
+        num_kv_heads=8,
+        vocab_size=128_256,
+        tied=False,
+    ),
+    # One and three of the 48 layers of Qwen3-30B-A3B, and a smaller vocabulary.
+    **{
+        name: Shape(
+            hidden_size=2048,
+            num_layers=num_layers,
+            intermediate_size=768,
+            num_heads=32,
+            num_kv_heads=4,
+            vocab_size=32_000,
+            tied=False,
+            num_experts=128,
+            num_experts_per_token=8,
+        )
+        for name, num_layers in (("1-layer-moe", 1), ("2b-moe", 3))
+    },
     # The shape of Llama-3.1-8B.
     "8b": Shape(
         hidden_size=4096,
@@ -76,55 +127,74 @@ SHAPES = {
         vocab_size=128_256,
         tied=False,
     ),
+    # The shape of Llama-3.1-405B.
+    "405b": Shape(
+        hidden_size=16_384,
+        num_layers=126,
+        intermediate_size=53_248,
+        num_heads=128,
+        num_kv_heads=8,
+        vocab_size=128_256,
+        tied=False,
+    ),
 }
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the checkpoint, by name, `(out, in)` for a linear layer."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    key_width = shape.num_kv_heads * shape.head_dim
+    hidden = shape.hidden_size
+    query_width, key_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         shapes |= {
             f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{prefix}.self_attn.q_proj.weight": (query_width, hidden),
             f"{prefix}.self_attn.k_proj.weight": (key_width, hidden),
             f"{prefix}.self_attn.v_proj.weight": (key_width, hidden),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, query_width),
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
+        if shape.num_experts:
+            shapes |= {f"{prefix}.self_attn.{name}_norm.weight": (shape.head_dim,) for name in ("q", "k")}
+            shapes[f"{prefix}.mlp.gate.weight"] = (shape.num_experts, hidden)
+            for expert in range(shape.num_experts):
+                shapes |= _mlp(f"{prefix}.mlp.experts.{expert}", shape)
+        else:
+            shapes |= _mlp(f"{prefix}.mlp", shape)
     shapes["model.norm.weight"] = (hidden,)
     if not shape.tied:
         shapes["lm_head.weight"] = (shape.vocab_size, hidden)
     return shapes
 
 
-def num_elements(size: Sequence[int]) -> int:
-    """Return the number of elements of a tensor of this size."""
-    count = 1
-    for extent in size:
-        count *= extent
-    return count
+def _mlp(prefix: str, shape: Shape) -> dict[str, tuple[int, ...]]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    return {
+        f"{prefix}.gate_proj.weight": (inner, hidden),
+        f"{prefix}.up_proj.weight": (inner, hidden),
+        f"{prefix}.down_proj.weight": (hidden, inner),
+    }
 
 
 def num_parameters(shape: Shape) -> int:
     """Return the parameters of a model; a tied head counts once."""
-    return sum(num_elements(size) for size in tensor_shapes(shape).values())
+    return sum(prod(size) for size in tensor_shapes(shape).values())
 
 
-def write_model(directory: Path, shape: Shape, device: str) -> None:
-    """Write config, random weights (drawn on `device`, seed 0) and tokenizer to `directory`."""
+def write_model(directory: Path, shape: Shape, *, sparse: bool = False) -> None:
+    """Write config, random weights (seed 0) and tokenizer to `directory`.
+
+    `sparse` leaves the weights out: files of the right size that take no room on the disk, all zeros.
+    """
     directory.mkdir(parents=True)
-    _write_config(directory, shape)
-    _write_weights(directory, shape, device)
+    (directory / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n", encoding="utf-8")
+    _write_weights(directory, tensor_shapes(shape), sparse=sparse)
     _write_tokenizer(directory)
 
 
-def _write_config(directory: Path, shape: Shape) -> None:
+def config_of(shape: Shape) -> dict[str, Any]:
+    """Return what `config.json` holds."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -145,15 +215,24 @@ def _write_config(directory: Path, shape: Shape) -> None:
         "pad_token_id": 1,
         "dtype": "bfloat16",
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if shape.num_experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.num_experts_per_token,
+            "moe_intermediate_size": shape.intermediate_size,
+            "norm_topk_prob": True,
+        }
+    return config
 
 
-def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
     """Split tensors into groups that stay under `SHARD_BYTES` in bf16."""
     shard: dict[str, tuple[int, ...]] = {}
     num_bytes = 0
     for name, size in shapes.items():
-        tensor_bytes = 2 * num_elements(size)
+        tensor_bytes = 2 * prod(size)
         if shard and num_bytes + tensor_bytes > SHARD_BYTES:
             yield shard
             shard, num_bytes = {}, 0
@@ -162,27 +241,60 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int,
     yield shard
 
 
-def _write_weights(directory: Path, shape: Shape, device: str) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def draw(size: tuple[int, ...]) -> torch.Tensor:
-        if len(size) == 1:  # a norm
-            return torch.ones(size, dtype=torch.bfloat16)
-        tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
-        return tensor.normal_(std=INITIAL_STD, generator=generator).cpu()
-
-    shards = list(_shards(tensor_shapes(shape)))
+def _write_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, sparse: bool) -> None:
+    pool = None if sparse else Pool()
+    shards = list(_shards(shapes))
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file_name = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: draw(size) for name, size in shard.items()}
-        save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        with (directory / file_name).open("wb") as file:
+            header = safetensors_header(shard)
+            file.write(header)
+            if pool is None:
+                file.truncate(len(header) + 2 * sum(prod(size) for size in shard.values()))
+            else:
+                for size in shard.values():
+                    pool.write(file, size)
         weight_map |= dict.fromkeys(shard, file_name)
-    index_file = {"metadata": {"total_size": 2 * num_parameters(shape)}, "weight_map": weight_map}
+    total_bytes = 2 * sum(prod(size) for size in shapes.values())
+    index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
+
+
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """Return how a safetensors file of these tensors in bf16, one after another, begins."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, size in shapes.items():
+        begin, end = end, end + 2 * prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Pool:
+    """Normal numbers in bf16 that tensors are taken from."""
+
+    def __init__(self) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.empty(POOL_SIZE).normal_(std=INITIAL_STD, generator=generator).bfloat16()
+        self._numbers = memoryview(numbers.view(torch.uint8).numpy())
+        self._ones = torch.ones(2**16, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        self._places = random.Random(0)  # noqa: S311 - reproducible weights, no secret
+
+    def write(self, file: BinaryIO, size: Sequence[int]) -> None:
+        """Write one tensor; a vector is a norm's, all ones."""
+        left = 2 * prod(size)
+        if len(size) == 1:
+            file.write(self._ones[:left])
+            return
+        place = 2 * self._places.randrange(POOL_SIZE)
+        while left:
+            left -= file.write(self._numbers[place : place + left])
+            place = 0
 
 
 def sample_text(generator: random.Random, num_words: int) -> str:
@@ -230,12 +342,11 @@ def write_rows(path: Path, model: Path, *, num_rows: int, num_tokens: int) -> No
 
 def main() -> None:
     """Write one model, in a process of its own: its memory must not count as that of what is measured."""
-    parser = argparse.ArgumentParser(description="Write a Llama-shaped model with random weights.")
+    parser = argparse.ArgumentParser(description="Write a model with random weights.")
     parser.add_argument("--size", choices=SHAPES, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the weights are drawn")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
     arguments = parser.parse_args()
-    write_model(arguments.output, SHAPES[arguments.size], arguments.device)
+    write_model(arguments.output, SHAPES[arguments.size])
 
 
 if __name__ == "__main__":

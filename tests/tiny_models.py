@@ -29,6 +29,29 @@ EXPERTS: Mapping[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
+# A first layer without experts, and routing by groups.
+DENSE_FIRST: Mapping[str, Any] = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT_ATTENTION: Mapping[str, Any] = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+LINEAR_ATTENTION: Mapping[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 SSM: Mapping[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -71,20 +94,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {},
     "glm": {},
     "glm4": {},
-    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "deepseek_v3": {
-        **EXPERTS,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "num_key_value_heads": 4,
-    },
+    "glm4_moe": DENSE_FIRST,
+    "deepseek_v3": {**DENSE_FIRST, **LATENT_ATTENTION},
+    "deepseek_v32": {**DENSE_FIRST, **LATENT_ATTENTION},  # with linear layers that are kept in fp32
     "gpt_oss": {**EXPERTS, "intermediate_size": 64, "sliding_window": 32},
     "phimoe": EXPERTS,
     "ernie4_5": {},
@@ -95,6 +107,55 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 16},
     "nemotron": {},
     "helium": {},
+    "arcee": {},
+    "hunyuan_v1_dense": {},
+    "olmo3": {},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "ctrl": {"n_embd": 64, "dff": 128, "n_layer": 2, "n_head": 4},  # with layers that have numbers for names
+    "flex_olmo": EXPERTS,
+    "minimax_m2": EXPERTS,
+    "llama4_text": EXPERTS,
+    "jetmoe": {**EXPERTS, "kv_channels": 32},  # with experts in attention, in rows of less than a block
+    "ernie4_5_moe": DENSE_FIRST,
+    "laguna": DENSE_FIRST,  # with weights that PEFT renames
+    "dbrx": {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
+        **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings")),
+        **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 64},
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 64, "attention_window_size": 32},
+    "mamba": {},
+    "jamba": {
+        **EXPERTS,
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"mamba_d_state": 16, "mamba_dt_rank": 16, "use_mamba_kernels": False},
+    },
+    "granitemoehybrid": {
+        **EXPERTS,
+        **SSM,
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 64,
+    },
+    "nemotron_h": {
+        **DENSE_FIRST,
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
+        "layers_block_type": ["mamba", "attention", "moe"],
+        "num_hidden_layers": 3,
+        "moe_shared_expert_intermediate_size": 64,
+    },
+    "zamba2": {
+        **SSM,
+        "layer_types": ["mamba", "hybrid"],
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1],
+    },
 }
 
 

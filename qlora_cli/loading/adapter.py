@@ -23,6 +23,8 @@ from qlora_cli.settings.models import LoraSettings
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
 READ_BY_KERNEL = re.compile(r"\.(mamba|mixer)\.out_proj$")
 
+SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
+
 
 def attach_adapter(
     model: PreTrainedModel,
@@ -57,6 +59,7 @@ def attach_adapter(
     use_for_quantized_experts(config, model)
     model.requires_grad_(False)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    config.exclude_modules = None  # of this base only; elsewhere PEFT would say that there are no such modules
     _complete_head(model)
     return adapted, notes
 
@@ -69,17 +72,32 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) ->
     """
     try:
         config = PeftConfig.from_pretrained(directory)
+        if not isinstance(config, LoraConfig):
+            raise ModelError(
+                f"the adapter in {directory} is {config.peft_type.value}, not LoRA",
+                hint="Train a LoRA adapter on the base.",
+            )
         use_for_quantized_experts(config, model)
         model.requires_grad_(False)
         with warnings.catch_warnings():
             # PEFT would go on with adapters that do nothing where it found none.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=trainable)
+            config.exclude_modules = None
+            # It drops what it finds no place for, and only here says so.
+            left_over = adapted.load_adapter(directory, "default", is_trainable=trainable).unexpected_keys
     except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason, *more = [line.strip() for line in str(error).splitlines() if "Error(s) in loading" not in line]
+        others = f" (and {len(more)} more)" if more else ""
+        raise ModelError(f"the adapter in {directory} can't be attached: {reason}{others}", hint=SAME_BASE) from error
+    if left_over:
         raise ModelError(
-            f"the adapter in {directory} can't be attached: {error}",
-            hint="Was it trained on this base? adapter_config.json names the base it belongs to.",
-        ) from error
+            f"the adapter in {directory} has {len(left_over)} weights that the base has no place for, such as "
+            f"{left_over[0]}",
+            hint=SAME_BASE,
+        )
     _complete_head(model)
     return adapted
 
@@ -168,7 +186,13 @@ def _target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[s
     """Return the full names of the fused parameters that get an adapter."""
     if settings.target_parameters is None:
         return []
-    known = [name for name, _ in fused_experts(model)]
+    shapes = dict(fused_experts(model))
+    known = list(shapes)
+    if any(len(shape) == 2 for shape in shapes.values()):
+        raise ModelError(
+            f"{type(model).__name__} lays its experts in a row, which PEFT adapts as if they were one",
+            hint="Leave lora.target_parameters out.",
+        )
     if not known:
         raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave lora.target_parameters out.")
     if settings.dropout:

@@ -15,7 +15,7 @@ from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64  # weights that share a constant
 NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
-PIECE_SIZE = 4 * 1024**2  # weights quantized at a time on a CPU; a multiple of the block
+PIECE_SIZE = 1024**2  # weights quantized at a time; a multiple of the block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ def quantize(
         for piece in _split(whole.reshape(-1)):
             codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
             if packed is None or absmax is None:
-                packed = torch.empty(-(-num_weights // 2), dtype=torch.uint8, device=piece.device)
-                absmax = torch.empty(-(-num_weights // BLOCK_SIZE), dtype=torch.float32, device=piece.device)
                 code, dtype = state.code, piece.dtype
+                packed, absmax = _room_for(num_weights, codes, state)
             assert done % BLOCK_SIZE == 0, "a piece before the last ended within a block"
-            packed[done // 2 : done // 2 + codes.numel()] = codes.view(-1)
-            absmax[done // BLOCK_SIZE : done // BLOCK_SIZE + state.absmax.numel()] = state.absmax
+            if codes.numel() != packed.numel():
+                packed[done // 2 : done // 2 + codes.numel()] = codes.view(-1)
+                absmax[done // BLOCK_SIZE : done // BLOCK_SIZE + state.absmax.numel()] = state.absmax
             done += piece.numel()
             if error is not None:
                 _add_error(error, piece, codes, state)
@@ -73,8 +73,16 @@ def quantize(
     return packed.view(how.storage).unsqueeze(1), _nest(state) if how.double_quant else state
 
 
+def _room_for(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where codes and constants of a weight go; those of its first piece are taken if that is all of it."""
+    if codes.numel() == -(-num_weights // 2):
+        return codes.view(-1), state.absmax
+    packed = torch.empty(-(-num_weights // 2), dtype=torch.uint8, device=codes.device)
+    return packed, torch.empty(-(-num_weights // BLOCK_SIZE), dtype=torch.float32, device=codes.device)
+
+
 def _split(flat: torch.Tensor) -> Iterable[torch.Tensor]:
-    # A GPU quantizes a whole tensor in place of its 16-bit copy; its kernel needs no memory besides.
+    # A GPU has the tensor as a whole, and its kernel needs no memory besides.
     return torch.split(flat, PIECE_SIZE) if flat.device.type == "cpu" else (flat,)
 
 
@@ -82,7 +90,8 @@ def _nest(state: QuantState) -> QuantState:
     """Quantize the constants of `state` to 8 bits: what double quantization is."""
     state.offset = state.absmax.mean()
     state.absmax, state.state2 = functional.quantize_blockwise(
-        state.absmax - state.offset, blocksize=NESTED_BLOCK_SIZE
+        state.absmax.sub_(state.offset),  # in place: on a GPU, the 16-bit weight is still there
+        blocksize=NESTED_BLOCK_SIZE,
     )
     state.nested = True
     return state

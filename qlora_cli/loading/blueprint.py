@@ -1,9 +1,10 @@
 """Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -20,11 +21,24 @@ from qlora_cli.loading.embedding import check_offload, embedding_of
 from qlora_cli.loading.fit import check_fit, free_bytes
 from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.loading.positions import apply_rope_scaling, check_length
-from qlora_cli.loading.prequantized import Prequantized, check_settings, read_prequantized
+from qlora_cli.loading.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
 from qlora_cli.loading.source import ModelSource, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
 from qlora_cli.loading.weights import check_shapes
-from qlora_cli.settings.models import Attention, LoadSettings, ModelSettings, Quantization, QuantizationSettings
+from qlora_cli.settings.models import (
+    Attention,
+    LoadSettings,
+    ModelSettings,
+    Quantization,
+    QuantizationSettings,
+    Section,
+)
+from qlora_cli.settings.resolve import EFFECTIVE_WITH
+
+SectionT = TypeVar("SectionT", bound=Section)
+# Of a run's model settings, those that made the base that its adapter fits. New tokens and chat template come with the
+# adapter's tokenizer; device and kernel are those of this machine; code of others is trusted anew each time.
+TAKEN_FROM_RUN = ("dtype", "rope_scaling", "resize_vocab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +88,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     _check_cpu_offload(settings.quantization, device)
     reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
     source = find_model(settings.model, reporter)
+    settings = settings.model_copy(update={"model": effective_model(settings.model, source)})
     trust = settings.model.trust_remote_code
     base = read_config(source, trust_remote_code=trust)
     dtype = choose_compute_dtype(settings.model.dtype, device, base.config.model_type)
@@ -116,22 +131,53 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     )
 
 
+def effective_model(asked: ModelSettings, source: ModelSource) -> ModelSettings:
+    """Return the model settings of a load: what was asked for, else as the run that was named was trained.
+
+    Raises:
+        ModelError: tokens are to be added to an adapter, whose rows are settled.
+    """
+    if source.adapter is not None and asked.new_tokens:
+        raise ModelError(
+            f"{source.name} is an adapter: the rows of --new-tokens {','.join(asked.new_tokens)} would not be trained",
+            hint="Leave --new-tokens out, or name the base model.",
+        )
+    if source.run_model is None:
+        return asked
+    taken = {key: source.run_model[key] for key in TAKEN_FROM_RUN if key in source.run_model}
+    return _over_run(asked, {**asked.model_dump(), **taken}, source)
+
+
 def effective_quantization(
     asked: QuantizationSettings, source: ModelSource, prequantized: Prequantized | None
 ) -> QuantizationSettings:
     """Return how the model is stored: as its checkpoint is, else as its run was trained, else as asked.
 
     Raises:
-        ModelError: what was asked for by name contradicts the checkpoint.
+        ModelError: what was asked for by name contradicts the checkpoint, or has no effect on it.
     """
     if prequantized is not None:
         check_settings(prequantized, asked, source.name)
-        return asked.model_copy(update={"method": prequantized.method, "double_quant": prequantized.double_quant})
-    if source.run_quantization is None:
+        threshold = prequantized.config.get("llm_int8_threshold", asked.int8_threshold)
+        effective = _over_run(asked, {"int8_threshold": threshold, **stored_settings(prequantized)}, source)
+    elif source.run_quantization is not None:
+        effective = _over_run(asked, source.run_quantization, source)
+    else:
         return asked
+    for key in sorted(asked.model_fields_set):
+        if effective.method not in EFFECTIVE_WITH.get(f"quantization.{key}", Quantization):
+            raise ModelError(
+                f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
+                hint="Leave it out.",
+            )
+    return effective
+
+
+def _over_run(asked: SectionT, recorded: Mapping[str, Any], source: ModelSource) -> SectionT:
+    """Return the settings that a run recorded, with those that were given by name in their place."""
     given = {key: getattr(asked, key) for key in asked.model_fields_set}
     try:
-        return QuantizationSettings(**{**source.run_quantization, **given})
+        return type(asked).model_validate({**recorded, **given})
     except ValidationError as error:
         raise ModelError(
             f"the settings in run.json of {source.name} can't be read: {error.errors()[0]['msg']}",

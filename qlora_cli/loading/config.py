@@ -11,18 +11,18 @@ from qlora_cli.errors import ModelError
 from qlora_cli.loading.source import ModelSource
 
 # Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
-# multi-part rotary positions are the ordinary ones.
-PLAIN_DECODERS: Mapping[str, str] = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
+# multi-part rotary positions are the ordinary ones. With what a plain one has to be told besides.
+PLAIN_DECODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),  # always so there, a setting here
 }
 # Where the text decoder lies in a checkpoint with towers, as the library wrote it over the years.
 DECODER_NAMES: Mapping[str, str] = {
     r"^(model\.)?language_model\.model\.": "model.",
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^model\.language_model\.": "model.",
+    r"^model\.(language|text)_model\.": "model.",
 }
 TOWERS = ("vision", "visual", "audio", "image", "projector", "connector", "merger", "speech", "embed_vision")
 
@@ -63,7 +63,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
         return ModelConfig(config=config, key_mapping=None)
     text = _plain(text)
     _check_class(source, text)
-    text.tie_word_embeddings = config.tie_word_embeddings or text.tie_word_embeddings
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # what the whole model goes by
     note = f"{config.model_type} sees more than text; only its text decoder ({text.model_type}) is loaded"
     return ModelConfig(config=text, key_mapping=DECODER_NAMES, notes=(note,))
 
@@ -76,7 +76,8 @@ def _plain(text: PreTrainedConfig) -> PreTrainedConfig:
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):
         values["rope_parameters"] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
-    return AutoConfig.for_model(PLAIN_DECODERS[text.model_type], **values)
+    model_type, told = PLAIN_DECODERS[text.model_type]
+    return AutoConfig.for_model(model_type, **{**values, **told})
 
 
 def _check_class(source: ModelSource, config: PreTrainedConfig) -> None:

@@ -1,28 +1,88 @@
-"""LoRA on fused experts that are stored in 4 bit: PEFT's wrapper of a parameter, with one method mended."""
+"""LoRA on fused experts that are stored in 4 bit: PEFT's wrapper of a parameter, mended, and put on in plain order."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import LoraConfig
 from peft.tuners.lora import layer
 from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.loading.kept import fused_experts
+from qlora_cli.loading.layout import build_on_meta
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
     """Adds its update to a weight that a parametrization dequantizes, for the length of one forward pass.
 
-    PEFT 0.21 adds the update as a second parametrization, and then fails to take it away again if the weight has
-    another one (it looks for a class that it no longer uses for experts): every step would add one more. PEFT
-    knows its wrappers by the name of their class, so this one has the same.
+    PEFT 0.21 registers the update as a second parametrization, and reads the weight to do so. Where wrappers are
+    nested, as for two weights of one module, the outer one has turned the cache of parametrizations on by then: the
+    pass goes on with the weight as it was read, and the inner update has no effect and never trains. Nor is it taken
+    away again (PEFT looks for a class that it no longer uses for experts): every step would add one more.
+
+    PEFT knows its wrappers by the name of their class, so this one has the same.
     """
 
-    def _remove_parametrizations(self) -> None:
-        parametrizations = self.get_base_layer().parametrizations[self.parameter_name]
-        assert not isinstance(parametrizations[-1], Bnb4bitParametrization), "nothing was added"
-        del parametrizations[-1]
+    def get_param(self) -> torch.Tensor:
+        """Return what has shape, dtype and device of the weight; the weight itself would be dequantized for it."""
+        chain = self._quantized()
+        if chain is None:
+            unquantized: torch.Tensor = super().get_param()
+            return unquantized
+        state = chain[0].quant_state
+        return torch.empty((), dtype=state.dtype, device=chain.original.device).expand(state.shape)
+
+    def _quantized(self) -> Any:
+        """Return what the weight is stored as, a list of parametrizations; None if it is not quantized."""
+        chain = dict(getattr(self.get_base_layer(), "parametrizations", {})).get(self.parameter_name)
+        return chain if chain is not None and isinstance(chain[0], Bnb4bitParametrization) else None
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        chain = self._quantized()
+        if chain is None:
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        assert len(chain) == 1, "an update was left behind"
+        for adapter in active_adapters:
+            if adapter in self.lora_A:
+                chain.append(_Update(*self.get_delta_factors(adapter)))
+        try:
+            with nn.utils.parametrize.cached():
+                yield
+        finally:
+            del chain[1:]
 
 
-def use_for_quantized_experts(config: LoraConfig, model: nn.Module) -> None:
+class _Update(nn.Module):
+    """Adds `scale * left @ right`, `(num_experts, …, …)`, to a weight."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self._left, self._right, self._scale = left, right, scale
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the update."""
+        with torch.autocast(
+            weight.device.type, enabled=False
+        ):  # it would change the dtype, which stays that of the base
+            return torch.baddbmm(weight, self._left, self._right, alpha=self._scale)
+
+
+class _Placed(str):
+    """A name that sorts by its place among others."""
+
+    place: int
+
+    def __lt__(self, other: str) -> bool:
+        return self.place < other.place if isinstance(other, _Placed) else str(self) < other
+
+
+def use_for_quantized_experts(config: LoraConfig, model: PreTrainedModel) -> None:
     """Make `config` wrap the quantized experts of `model` so, by the door PEFT has for layers of others."""
     wrapped: dict[type[nn.Module], Any] = {
         # A parametrized module has a class of its own, made from its original one.
@@ -34,7 +94,28 @@ def use_for_quantized_experts(config: LoraConfig, model: nn.Module) -> None:
             for parametrization in chain
         )
     }
-    if wrapped:
-        config._register_custom_module(wrapped)
-        # Among what holds a fused weight is a module of its name, which may be that of a linear layer: down_proj.
-        config.exclude_modules = r".*\.parametrizations\..*"
+    if not wrapped:
+        return
+    config._register_custom_module(wrapped)
+    # Among what holds a fused weight is a module of its name, which may be that of a linear layer: down_proj.
+    config.exclude_modules = r".*\.parametrizations\..*"
+    if config.target_parameters:
+        config.target_parameters = _in_plain_order(config.target_parameters, model)
+
+
+def _in_plain_order(targets: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Return the full names that `targets` are the ends of, which PEFT will sort as they come in an unquantized model.
+
+    Wrappers of two parameters of one module are nested, and keys of an adapter say how deep, not which parameter.
+    PEFT goes by the order of the parameters; where they are parametrized, by that of the alphabet, and full names.
+    An adapter would have its two halves swapped on the other kind of base.
+    """
+    names = [name for name, _ in fused_experts(build_on_meta(model.config, model.dtype))]
+    ends = tuple(f".{target}" for target in targets)
+    found: list[str] = []
+    for place, name in enumerate(names):
+        if f".{name}".endswith(ends):
+            placed = _Placed(name)
+            placed.place = place
+            found.append(placed)
+    return found

@@ -13,6 +13,8 @@ from qlora_cli.loading.layout import Layout, plan_layout
 from qlora_cli.settings.models import Quantization, QuantizationSettings
 from qlora_cli.units import format_bytes
 
+OFFLOAD = "--offload-embedding"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -65,33 +67,26 @@ def _changes(
     """Yield what could be changed, what changes the model least first."""
     can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
     if can_offload:
-        yield Change(flags="--offload-embedding", needed_bytes=needed_bytes(layout, offload_embedding=True))
+        yield Change(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
     if layout.prequantized is not None:
         return
-    settings = layout.settings
-    if settings.method.is_4bit and not settings.double_quant:
-        yield from _variant(
-            model, layout, "--double-quant", device, settings.model_copy(update={"double_quant": True})
-        )
-    if not settings.method.is_4bit:
-        if settings.method == Quantization.NONE:
-            yield from _variant(model, layout, "--quant int8", device, QuantizationSettings(method=Quantization.INT8))
-        yield from _variant(model, layout, "--quant nf4", device, QuantizationSettings())
-    if can_offload and not settings.method.is_4bit:
-        smallest = plan_layout(model, QuantizationSettings(), layout.dtype, device=device)
-        yield Change(
-            flags="--quant nf4 --offload-embedding", needed_bytes=needed_bytes(smallest, offload_embedding=True)
-        )
+    for flags, settings in _smaller(layout.settings).items():
+        try:
+            variant = plan_layout(model, settings, layout.dtype, device=device)
+        except QloraError:  # this model can't be stored so, and then it is no change to propose
+            continue
+        yield Change(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
+        if can_offload:
+            yield Change(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
 
 
-def _variant(
-    model: PreTrainedModel, layout: Layout, flags: str, device: torch.device, settings: QuantizationSettings
-) -> Iterator[Change]:
-    try:
-        variant = plan_layout(model, settings, layout.dtype, device=device)
-    except QloraError:  # this model can't be stored so, and then it is no change to propose
-        return
-    yield Change(flags=flags, needed_bytes=needed_bytes(variant))
+def _smaller(settings: QuantizationSettings) -> dict[str, QuantizationSettings]:
+    """Return the settings that store less than `settings`, by the flag that makes them so."""
+    if settings.method.is_4bit:
+        return {} if settings.double_quant else {"--double-quant": settings.model_copy(update={"double_quant": True})}
+    methods = [Quantization.INT8, Quantization.NF4] if settings.method == Quantization.NONE else [Quantization.NF4]
+    skipped = settings.skip_modules
+    return {f"--quant {method}": QuantizationSettings(method=method, skip_modules=skipped) for method in methods}
 
 
 def fits_in_16_bit(layout: Layout, free: int) -> bool:

@@ -10,9 +10,12 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.loading.kept import HEAD, ROUTER_NAME
+from qlora_cli.loading.kept import HEAD, ROUTER_NAME, holds_experts
 from qlora_cli.loading.report import KindCount
+
+IN_EVERY_PRODUCT = "quantized in every product (int8_has_fp16_weight)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +129,14 @@ def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:
         constants = sum(tensor.nbytes for tensor in _constants(states) if tensor.data_ptr() not in tables)
         tables |= {tensor.data_ptr() for tensor in _constants(states)}
         quantized = bool(states) or (isinstance(parameter, Int8Params) and parameter.dtype == torch.int8)
-        count = prod(states[0].shape) if states and isinstance(states[0], QuantState) else parameter.numel()
-        kind, why_not = classify(name, module, parameter.dim() if not states else 2, kept)
+        shape = states[0].shape if states and isinstance(states[0], QuantState) else parameter.shape
+        kind, why_not = classify(name, module, len(shape), kept)
         entries.append(
             Entry(
                 name=name,
                 kind=kind,
-                why_not=None if quantized else (why_not or "not asked for"),
-                num_parameters=count,
+                why_not=None if quantized else (why_not or _why_not_asked(parameter)),
+                num_parameters=prod(shape),
                 weight_bytes=parameter.nbytes,
                 constant_bytes=constants,
                 dtype=dtype_name(parameter.dtype),
@@ -142,12 +145,16 @@ def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:
     return Inventory(entries=tuple(entries), buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()))
 
 
+def _why_not_asked(parameter: nn.Parameter) -> str:
+    return IN_EVERY_PRODUCT if isinstance(parameter, Int8Params) else "not asked for"
+
+
 def classify(name: str, module: nn.Module, num_dims: int, kept: Mapping[str, str]) -> tuple[str, str | None]:
     """Return the kind of a weight, and why it is not quantized; None for one that could be."""
     owner = name.rpartition(".")[0]
     if isinstance(module, nn.Embedding):
         return "embedding", "looked up, not multiplied"
-    if num_dims < 2:
+    if num_dims < 2 or name.endswith("bias"):
         return "norms, biases, vectors", "small"
     if reason := kept.get(owner):
         return ("output head" if reason == HEAD else "linear layers"), reason
@@ -155,9 +162,11 @@ def classify(name: str, module: nn.Module, num_dims: int, kept: Mapping[str, str
         return "convolutions", "no matrix product"
     if ROUTER_NAME.search(owner):
         return "routers", "router"
-    if not isinstance(module, nn.Linear) and ("experts" in name or num_dims == 3):
-        return "experts", None
-    return "linear layers", None
+    if holds_experts(name, module, num_dims):
+        return "experts", kept.get(name)
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear layers", None
+    return "other weights", "no linear layer"
 
 
 def parameters_once(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

@@ -5,13 +5,15 @@ or a kernel reads their weight itself and would read packed codes.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 HEAD = "output head"
 ROUTER_NAME = re.compile(r"(^|\.)(router|gate|[a-z_]*router[a-z_]*|shared_expert_gate)(\.|$)")
@@ -43,13 +45,14 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 
 
 def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[str, str]:
-    """Return the linear layers of `model` that stay unquantized, by full name, with the reason.
+    """Return the linear layers and fused experts of `model` that stay unquantized, by full name, with the reason.
 
     `asked` are names or parts of names, dot to dot, that the user wants kept too.
     """
+    asked = asked or ()
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    kept: dict[str, str] = {}
+    kept = {name: "as asked" for name, _ in fused_experts(model) if _has_part(name, asked)}
     for name, module in linear_layers(model):
         if module is head or name in tied:
             kept[name] = HEAD
@@ -57,9 +60,21 @@ def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[s
             kept[name] = reason
         elif type(module) not in (nn.Linear, Conv1D):  # with a forward of its own, which reads the weight
             kept[name] = f"a {type(module).__name__}, no plain linear layer"
-        elif asked is not None and any(f".{part}." in f".{name}." for part in asked):
+        elif _is_kept_in_fp32(model, name):
+            kept[name] = "kept in fp32 by its architecture"
+        elif _has_part(name, asked):
             kept[name] = "as asked"
     return kept
+
+
+def _has_part(name: str, parts: Iterable[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    # The first by the rule that the quantizers of transformers go by, who leave the others to be quantized.
+    in_16_bit_runs = not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
+    return in_16_bit_runs or _has_part(name, model._keep_in_fp32_modules_strict or ())
 
 
 def _reason(name: str) -> str | None:
@@ -71,16 +86,26 @@ def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
     return dict(model.all_tied_weights_keys or {})
 
 
-def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of fused experts, `(num_experts, …, …)`, with their full names; quantized ones dequantized.
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Yield the full names of the weights of fused experts, and their shapes as if nothing were packed.
 
-    transformers 5 stacks the experts of a layer into one parameter, which is no linear layer: bitsandbytes
-    leaves it in 16 bit without a word.
+    transformers 5 stacks the experts of a layer into one parameter, `(num_experts, …, …)`, which is no linear layer:
+    bitsandbytes leaves it in 16 bit without a word.
     """
-    for module_name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d):
+    for path, module in model.named_modules():
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
             continue
-        for name in [*module._parameters, *getattr(module, "parametrizations", {})]:
-            weight = getattr(module, name)
-            if weight is not None and weight.dim() == 3 and weight.is_floating_point():
-                yield f"{module_name}.{name}", weight
+        shapes = {name: weight.shape for name, weight in module._parameters.items() if weight is not None}
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            packed = isinstance(chain[0], Bnb4bitParametrization)
+            shapes[name] = chain[0].quant_state.shape if packed else chain.original.shape
+        for name, shape in shapes.items():
+            if holds_experts(f"{path}.{name}", module, len(shape)):
+                yield f"{path}.{name}", shape
+
+
+def holds_experts(name: str, module: nn.Module, num_dims: int) -> bool:
+    """Whether the parameter `name` of `module` holds the weights of several experts, stacked or, in DBRX, in a row."""
+    if num_dims not in (2, 3) or name.endswith("bias") or isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        return False
+    return "experts." in name or "Experts" in type(module).__name__

@@ -18,7 +18,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.loading.inventory import Entry, Inventory, classify, dtype_name, parameters_once
+from qlora_cli.loading.inventory import (
+    IN_EVERY_PRODUCT,
+    Entry,
+    Inventory,
+    classify,
+    dtype_name,
+    parameters_once,
+)
 from qlora_cli.loading.kept import fused_experts, kept_layers, linear_layers
 from qlora_cli.loading.prequantized import Prequantized
 from qlora_cli.settings.models import Quantization, QuantizationSettings, Storage
@@ -37,7 +44,8 @@ OFFSET_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the weights of a model are stored. `kept` linear layers are not quantized, by full name with the reason.
+    """How the weights of a model are stored. `kept` are the linear layers and fused experts that are not quantized,
+    by full name with the reason.
 
     `experts` are the full names of fused experts that are quantized; `prequantized`, that all comes so.
     """
@@ -51,11 +59,22 @@ class Layout:
 
     @property
     def transient_bytes(self) -> int:
-        """The most that is held beside the model while it is loaded: one weight before it is quantized."""
-        if self.prequantized is not None or self.settings.method == Quantization.NONE:
+        """The most that is held beside the model while it is loaded: one weight before it is quantized.
+
+        Its constants are in fp32 before they are quantized too. Fused experts that stay unquantized are put together
+        from tensors that are there at the same time.
+        """
+        if self.prequantized is not None:
             return 0
-        quantized = (entry.num_parameters for entry in self.inventory.entries if entry.is_quantized)
-        return max(quantized, default=0) * self.dtype.itemsize
+        constants = 4 / BLOCK_SIZE if self.settings.method.is_4bit and self.settings.double_quant else 0
+        return max(
+            (
+                int(entry.num_parameters * (self.dtype.itemsize + (constants if entry.is_quantized else 0)))
+                for entry in self.inventory.entries
+                if entry.is_quantized or entry.kind == "experts"
+            ),
+            default=0,
+        )
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -83,6 +102,8 @@ def plan_layout(
     if prequantized is not None:
         kept = _kept_as_stored(model, prequantized.config)
         experts = tuple(prequantized.config.get("quantized_parameters") or ())
+        kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
+        _check_skipped(model, settings.skip_modules, kept)
         _check_restorable(model, prequantized, kept, device)
     elif settings.method == Quantization.NONE:
         kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
@@ -90,7 +111,9 @@ def plan_layout(
         kept = kept_layers(model, settings.skip_modules)
         if settings.method.is_4bit and device.type == "cpu":
             kept = {**_wrong_on_cpu(model), **kept}
-        experts = _quantized_experts(model, settings, device)
+        experts = tuple(name for name, _ in fused_experts(model) if name not in kept)
+        if experts and not settings.method.is_4bit:
+            raise _no_place_for_experts(model, settings.method, experts)
         if not experts and all(name in kept for name, _ in linear_layers(model)):
             raise _nothing_to_quantize(model, settings.method, kept)
     inventory = _predict(model, settings, kept, experts)
@@ -112,16 +135,27 @@ def _kept_as_stored(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[s
     }
 
 
-def _wrong_on_cpu(model: PreTrainedModel) -> dict[str, str]:
-    """Return the linear layers that bitsandbytes restores wrongly from 4 bit on a CPU.
+def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: Mapping[str, str]) -> None:
+    wanted = [name for name, reason in kept_layers(model, asked).items() if reason == "as asked"]
+    if packed := [name for name in wanted if name not in kept]:
+        raise ModelError(
+            f"quantization.skip_modules is {','.join(asked or ())}, but the checkpoint holds {packed[0]} quantized",
+            hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
+        )
 
-    Its AVX-512 kernel (0.50) takes the constants of other blocks when a row does not end with a block. Such layers
+
+def _wrong_on_cpu(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers and fused experts that bitsandbytes restores wrongly from 4 bit on a CPU.
+
+    Its AVX-512 kernel (0.50) takes the constants of other blocks when a row does not end with a block. Such weights
     stay in 16 bit on every CPU, so that a run does not depend on which one it is.
     """
+    widths = {name: _row_width(module) for name, module in linear_layers(model)}
+    widths |= {name: shape[-1] for name, shape in fused_experts(model)}
     return {
         name: f"rows of {width} weights, no multiple of {BLOCK_SIZE}: bitsandbytes restores them wrongly on a CPU"
-        for name, module in linear_layers(model)
-        if (width := _row_width(module)) % BLOCK_SIZE
+        for name, width in widths.items()
+        if width % BLOCK_SIZE
     }
 
 
@@ -140,30 +174,20 @@ def _check_restorable(
     if wrong:
         name, reason = wrong[0]
         raise ModelError(
-            f"{len(wrong)} layers can't be used on a CPU as they are stored: {name} has {reason}",
-            hint="Use a GPU, or load the 16-bit model, whose layers of this shape are kept unquantized.",
+            f"{len(wrong)} weights can't be used on a CPU as they are stored: {name} has {reason}",
+            hint="Use a GPU, or load the 16-bit model, whose weights of this shape are kept unquantized.",
         )
 
 
-def _quantized_experts(
-    model: PreTrainedModel, settings: QuantizationSettings, device: torch.device
-) -> tuple[str, ...]:
-    asked = settings.skip_modules or ()
-    found = {
-        name: weight.numel()
-        for name, weight in fused_experts(model)
-        if not any(f".{part}." in f".{name}." for part in asked)
-        and not (device.type == "cpu" and weight.shape[-1] % BLOCK_SIZE)
-    }
-    if found and not settings.method.is_4bit:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        raise ModelError(
-            f"--quant {settings.method.value} can't store fused experts: {format_bytes(2 * sum(found.values()))} of "
-            f"{format_bytes(2 * total)} would silently stay in 16 bit",
-            hint="Use --quant nf4 or fp4, which quantize experts too; or keep them in 16 bit knowingly with "
-            "--set quantization.skip_modules=experts",
-        )
-    return tuple(found)
+def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
+    return ModelError(
+        f"--quant {method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
+        f"{format_bytes(2 * total)} would silently stay in 16 bit",
+        hint="Use --quant nf4 or fp4, which quantize experts too; or keep them in 16 bit knowingly with "
+        "--set quantization.skip_modules=experts",
+    )
 
 
 def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, kept: Mapping[str, str]) -> ModelError:
@@ -221,7 +245,7 @@ def _int8(name: str, kind: str, parameter: nn.Parameter, *, keeps_16_bit: bool) 
     return Entry(
         name=name,
         kind=kind,
-        why_not="quantized in every product (int8_has_fp16_weight)" if keeps_16_bit else None,
+        why_not=IN_EVERY_PRODUCT if keeps_16_bit else None,
         num_parameters=parameter.numel(),
         weight_bytes=parameter.numel() * (parameter.dtype.itemsize if keeps_16_bit else 1),
         constant_bytes=0 if keeps_16_bit else 4 * num_rows,

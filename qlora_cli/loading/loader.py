@@ -24,9 +24,9 @@ from qlora_cli.loading.layout import Layout
 from qlora_cli.loading.quantizer import QloraQuantizer
 from qlora_cli.loading.report import LoadReport, WeightError
 from qlora_cli.loading.source import ModelSource
-from qlora_cli.loading.weights import load_weights, quantization_config
+from qlora_cli.loading.weights import compute_as_asked, load_weights, quantization_config
 from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
-from qlora_cli.settings.models import Dtype, LoadSettings
+from qlora_cli.settings.models import Dtype, LoadSettings, Quantization
 
 _SILENT = SilentReporter()
 
@@ -181,10 +181,14 @@ def _load(blueprint: Blueprint, reporter: Reporter, *, measure_error: bool) -> P
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
     )
+    if blueprint.layout.prequantized is not None:
+        compute_as_asked(model, blueprint.layout, compute_dtype)
     if settings.model.offload_embedding:
         # Those would carry the whole embedding to the GPU at every step.
         remove_hook_from_submodules(model)
-        setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
+        if blueprint.layout.settings.method != Quantization.NONE:
+            # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
+            setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
         keep_on_host(embedding_of(model), device)
     return model
 
@@ -199,13 +203,13 @@ def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
 
 
 def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the tokenizer's end token, which a chat template may have chosen."""
-    generation = model.generation_config
-    known = generation.eos_token_id
-    ends = known if isinstance(known, list) else [] if known is None else [known]
-    if tokenizer.eos_token_id not in ends:
-        generation.eos_token_id = [tokenizer.eos_token_id, *ends]
-    generation.pad_token_id = tokenizer.pad_token_id
+    """Make generation stop at the tokenizer's end token, which a chat template may have chosen, and pad as it does."""
+    for config in (model.generation_config, model.config):
+        known = getattr(config, "eos_token_id", None)
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        if tokenizer.eos_token_id not in ends:
+            config.eos_token_id = [tokenizer.eos_token_id, *ends]
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:

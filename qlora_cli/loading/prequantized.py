@@ -91,14 +91,16 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
 def check_settings(found: Prequantized, settings: QuantizationSettings, name: str) -> None:
     """Refuse settings that were given and that an already quantized checkpoint contradicts.
 
+    Which modules it keeps in 16 bit is seen in the model: `plan_layout` compares them.
+
     Raises:
         ModelError: naming each of them with what the checkpoint has.
     """
-    stored = _stored_settings(found)
+    stored = stored_settings(found)
     wrong = [
         f"quantization.{key} is {_shown(getattr(settings, key))}, the checkpoint has {_shown(stored[key])}"
         for key in sorted(settings.model_fields_set & stored.keys())
-        if not _same(getattr(settings, key), stored[key])
+        if getattr(settings, key) != stored[key]
     ]
     if wrong:
         raise ModelError(
@@ -150,29 +152,19 @@ def _bitsandbytes_method(found: Mapping[str, Any], name: str) -> Quantization:
     return Quantization(kind)
 
 
-def _stored_settings(found: Prequantized) -> dict[str, object]:
+def stored_settings(found: Prequantized) -> dict[str, object]:
     """Return the settings that are baked into the stored weights; dtypes of computing are free."""
-    skipped = tuple(found.config.get("llm_int8_skip_modules") or ())
     if not found.method.is_4bit:
         # Not whether 16-bit weights are kept: the checkpoint holds none.
-        return {"method": found.method, "skip_modules": skipped, "int8_has_fp16_weight": False}
+        return {"method": found.method, "int8_has_fp16_weight": False}
     storage = str(found.config.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return {
         "method": found.method,
         "double_quant": found.double_quant,
         "quant_storage": names.get(storage, storage),
-        "skip_modules": skipped,
     }
 
 
-def _same(asked: object, stored: object) -> bool:
-    if isinstance(stored, tuple):
-        return set(asked) <= set(stored) if isinstance(asked, tuple) else True
-    return asked == stored
-
-
 def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -95,8 +95,10 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
         """Return what puts stored quantized weights together."""
         if not self.pre_quantized:
             return []
-        names = {"weight", *(full.rpartition(".")[2] for full in self._experts)}
-        return [WeightConverter(_serialized(name), name, [_Deserialize(self)]) for name in sorted(names)]
+        experts = {full.rpartition(".")[2] for full in self._experts} - {"weight"}
+        # The first that matches takes a weight: down_proj.weight.absmax, of a layer, is no part of experts' down_proj.
+        names = ("weight", *sorted(experts))
+        return [WeightConverter(_serialized(name), name, [_Deserialize(self)]) for name in names]
 
     def update_weight_conversions(
         self,
@@ -146,6 +148,8 @@ def _dequantize_on_access(model: PreTrainedModel, full_name: str) -> None:
     """Make a fused weight read as its dequantized self, by a parametrization of bitsandbytes."""
     module, name = get_module_from_name(model, full_name)
     stored = getattr(module, name)
+    if not isinstance(stored, Params4bit):
+        return  # not in the checkpoint, which the loader refuses by name
     state = stored.quant_state
     setattr(module, name, nn.Parameter(stored.data, requires_grad=False))
     replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), stored.device)
@@ -171,9 +175,10 @@ class _Quantize(ConversionOps):
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, Params4bit):  # experts that were quantized one by one
             return weight
-        module, _ = get_module_from_name(model, name)
+        module, leaf = get_module_from_name(model, name)
         if isinstance(module, Linear4bit) and issubclass(module.source_cls, Conv1D):
             weight = weight.T.contiguous()  # stored as (in, out)
+        _check_shape(weight.shape, getattr(module, leaf).shape)
         return _quantized(self._config, name, [weight], weight.shape, module)
 
 
@@ -208,6 +213,7 @@ class _QuantizeExperts(ConversionOps):
                 tensors = operation.convert(tensors, source_patterns, target_patterns, **kwargs)
             (found,) = tensors.values()
             tensor: torch.Tensor = found[0] if isinstance(found, list) else found
+            _check_shape(tensor.shape[1:], shape[1:])
             return tensor
 
         def experts() -> Iterator[torch.Tensor]:
@@ -218,6 +224,11 @@ class _QuantizeExperts(ConversionOps):
                 yield stacked(slice(index, index + 1))
 
         return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
+
+
+def _check_shape(stored: torch.Size, expected: torch.Size) -> None:
+    if stored != expected:  # with as many weights it would be quantized, and computed with
+        raise ValueError(f"its files hold the shape {tuple(stored)}, and config.json says {tuple(expected)}")
 
 
 class _Streaming(WeightConverter):

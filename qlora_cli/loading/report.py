@@ -9,7 +9,8 @@ from pathlib import Path
 class KindCount:
     """Weights of one kind: how many, and what they take with their constants. `why_not_quantized` is None if they are.
 
-    Kinds: linear layers, experts, embedding, output head, routers, convolutions, and norms, biases, vectors.
+    Kinds: linear layers, experts, embedding, output head, routers, convolutions, other weights, and norms, biases,
+    vectors.
     """
 
     kind: str

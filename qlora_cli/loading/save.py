@@ -23,7 +23,7 @@ from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import Quantization
 
 NOTE = "qlora.json"
-SHARD_SIZE = "1GB"  # each shard is copied once in host memory while it is written
+SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a CPU nothing is copied
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 

@@ -39,7 +39,8 @@ class ModelSource:
         commit: What that resolved to, for a hub id.
         base_name: The base's own name, a hub id or a path; equals `name` when no adapter was named.
         adapter: The adapter to attach, when the user named an adapter or a run directory.
-        run_quantization: The quantization settings that a named run directory was trained with.
+        run_quantization: The quantization settings that a run was trained with, if it or a part of it was named.
+        run_model: Its model settings, as they were asked for or taken over from the run before it.
         tokenizer_path: Where the tokenizer is read from: the adapter if it has one of its own.
     """
 
@@ -50,6 +51,7 @@ class ModelSource:
     base_name: str
     adapter: Path | None = None
     run_quantization: Mapping[str, Any] | None = None
+    run_model: Mapping[str, Any] | None = None
     tokenizer_path: Path
 
 
@@ -251,7 +253,8 @@ def _attached(
         commit=base.commit,
         base_name=base.name,
         adapter=adapter.path,
-        run_quantization=None if run is None else run["settings"]["quantization"],
+        run_quantization=None if record is None else record["settings"]["quantization"],
+        run_model=None if record is None else record["settings"]["model"],
         tokenizer_path=adapter.path if has_tokenizer else base.path,
     )
 
@@ -266,9 +269,9 @@ def _run_around(adapter: Path) -> Mapping[str, Any] | None:
 def _base_of_run(adapter: Path, record: Mapping[str, Any]) -> _Base:
     try:
         base, path = record["base_model"], str(record["base_model_path"])
-        name, commit = base.get("base_name") or base["model"], base["commit"]
-        record["settings"]["quantization"]  # what a named run needs besides
-    except (KeyError, TypeError, AttributeError) as error:
+        name, commit = base["base_model"], base["commit"]
+        record["settings"]["quantization"], record["settings"]["model"]  # what a named run needs besides
+    except (KeyError, TypeError) as error:
         raise ModelError(
             f"the {RUN_FILE} of {adapter.parent} does not say what the run was based on: {error!r}",
             hint="Was it written by qlora train, and to its end?",

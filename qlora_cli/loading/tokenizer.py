@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import AddedToken
@@ -68,7 +68,11 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
         ids = ", ".join(map(str, new_token_ids))
         notes.append(f"new tokens: {', '.join(settings.new_tokens or ())} (ids {ids})")
     notes += choose_chat_template(tokenizer, settings.chat_template)
-    notes += _choose_pad(tokenizer, _read_facts(source), may_grow=settings.resize_vocab)
+    facts = _read_facts(source)
+    if source.adapter is not None and facts.num_rows is not None:
+        # The base of an adapter is grown as far as its tokenizer goes, and was when it was trained.
+        facts = replace(facts, num_rows=max(facts.num_rows, _largest_id(tokenizer) + 1))
+    notes += _choose_pad(tokenizer, facts, may_grow=settings.resize_vocab)
     return LoadedTokenizer(tokenizer=tokenizer, new_token_ids=new_token_ids, notes=tuple(notes))
 
 

@@ -1,29 +1,34 @@
 """Read a model's weights into the layout that was planned for them, and refuse what does not match to the last one."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
-from qlora_cli.loading.checkpoint import Checkpoint
+from qlora_cli.loading.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.loading.config import ModelConfig
 from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
-from qlora_cli.loading.quantizer import QloraConfig
+from qlora_cli.loading.quantizer import METHOD, QloraConfig
+from qlora_cli.loading.quantizer_int8 import INT8_METHOD, Int8Config
 from qlora_cli.loading.source import ModelSource
 from qlora_cli.settings.models import Quantization
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
 MOST_NAMED = 3
+EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\. Ckpt contains")
 
 
 def quantization_config(
@@ -38,8 +43,7 @@ def quantization_config(
         return None
     kept = sorted(layout.kept)
     if settings.method == Quantization.INT8:
-        return BitsAndBytesConfig(
-            load_in_8bit=True,
+        return Int8Config(
             llm_int8_threshold=settings.int8_threshold,
             llm_int8_skip_modules=kept,
             llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
@@ -60,22 +64,50 @@ def quantization_config(
 def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: Layout) -> None:
     """Check that stored tensors have the shapes of `model`, which is on the meta device, where names agree.
 
-    Weights that are stored packed have shapes of their own.
+    Weights that are stored packed have sizes of their own, and constants beside them. Experts that are stored one by
+    one are compared with each other.
 
     Raises:
         ModelError: one has not; names file and tensor.
     """
-    packed: set[str] = set()
-    if layout.prequantized is not None:
-        packed = {entry.name for entry in layout.inventory.entries if entry.is_quantized}
+    packed = layout.inventory.entries if layout.prequantized is not None else ()
+    sizes = {entry.name: entry.weight_bytes for entry in packed if entry.is_quantized}
     for name, parameter in model.named_parameters():
-        header = None if name in packed else checkpoint.tensors.get(name)
-        if header is not None and header.shape != tuple(parameter.shape):
-            raise ModelError(
-                f"{source.path / header.file}: {name} has the shape {header.shape}, and config.json says "
-                f"{tuple(parameter.shape)}",
-                hint="The weights belong to another config.json; download the model again as a whole.",
-            )
+        header = checkpoint.tensors.get(name)
+        if header is None:
+            continue
+        if name in sizes:
+            _check_packed(source, checkpoint, header, sizes[name])
+        elif header.shape != tuple(parameter.shape):
+            raise _contradiction(source, header, f"config.json says {tuple(parameter.shape)}")
+    siblings: dict[str, TensorHeader] = {}
+    for header in checkpoint.tensors.values():
+        first = siblings.setdefault(EXPERT_NUMBER.sub(".experts.*.", header.name), header)
+        if header.shape != first.shape:
+            raise _contradiction(source, header, f"{first.name} has {first.shape}")
+
+
+def _contradiction(source: ModelSource, header: TensorHeader, other: str) -> ModelError:
+    return ModelError(
+        f"{source.path / header.file}: {header.name} has the shape {header.shape}, and {other}",
+        hint="The weights belong to another config.json; download the model again as a whole.",
+    )
+
+
+def _check_packed(source: ModelSource, checkpoint: Checkpoint, header: TensorHeader, num_bytes: int) -> None:
+    name = header.name
+    if header.num_bytes != num_bytes:
+        raise ModelError(
+            f"{source.path / header.file}: {name} is {header.dtype} of {header.num_bytes} bytes, but quantized as "
+            f"config.json says it has {num_bytes}",
+            hint="If it is the 16-bit model, take quantization_config out of its config.json.",
+        )
+    constants = (f"{name}.absmax", f"{name}.quant_map") if header.dtype != "I8" else (f"{name[: -len('weight')]}SCB",)
+    if absent := [constant for constant in constants if constant not in checkpoint.tensors]:
+        raise ModelError(
+            f"{source.path / header.file}: {name} is quantized, but its constants {absent[0]} are missing",
+            hint="The model was not saved as a whole; quantize the 16-bit model again.",
+        )
 
 
 def load_weights(
@@ -101,7 +133,7 @@ def load_weights(
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
-                config=deepcopy(base.config),
+                config=_config_to_load(base, layout),
                 quantization_config=quantization,
                 dtype=layout.dtype,
                 device_map=device_map,
@@ -119,7 +151,7 @@ def load_weights(
             ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             hint = "Is it a causal language model, and are all its files of one version?"
-            details = "\n".join([str(error), *warned])
+            details = _failed_conversions(warned) or "\n".join([str(error), *warned])
             raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
     for warning in warned:
         if LOAD_REPORT not in warning:
@@ -133,6 +165,42 @@ def load_weights(
         model.name_or_path = model.config.name_or_path = source.base_name
     model.requires_grad_(False)
     return model
+
+
+def _failed_conversions(warned: list[str]) -> str:
+    """Return which weights could not be put together and why, as transformers says in its table; else nothing."""
+    found = [match for warning in warned for match in FAILED_CONVERSION.findall(warning)]
+    return "; ".join(f"{name}: {reason}" for reason, name in found[:MOST_NAMED])
+
+
+def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:
+    """Return a copy of the config; a quantized checkpoint is read by our quantizers, which place it as asked."""
+    config = deepcopy(base.config)
+    if layout.prequantized is not None:
+        stored = {
+            key: value for key, value in layout.prequantized.config.items() if not key.startswith(("_", "load_"))
+        }
+        method = METHOD if layout.prequantized.method.is_4bit else INT8_METHOD
+        config.quantization_config = {**stored, "quant_method": method}
+    return config
+
+
+def compute_as_asked(model: PreTrainedModel, layout: Layout, compute_dtype: torch.dtype) -> None:
+    """Make a model that was stored quantized compute as the settings say; it was loaded to compute as it was saved."""
+    planned = {entry.name: entry.dtype for entry in layout.inventory.entries if not entry.is_quantized}
+    for name, parameter in model.named_parameters():
+        if name in planned:  # transformers leaves the dtype that it was stored in
+            parameter.data = parameter.data.to(getattr(torch, planned[name]))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = compute_dtype
+            module.weight.quant_state.dtype = layout.dtype
+        elif isinstance(module, Linear8bitLt):
+            module.state.threshold = layout.settings.int8_threshold
+        elif isinstance(module, Bnb4bitParametrization):
+            module.quant_state.dtype = layout.dtype
+    config = model.config.quantization_config
+    config.bnb_4bit_compute_dtype, config.llm_int8_threshold = compute_dtype, layout.settings.int8_threshold
 
 
 def _check_complete(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, info: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -15,8 +16,10 @@ from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions
+from qlora_cli.loading.source import ADAPTER_CONFIG, RUN_FILE
 from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.sources import Origin
 from qlora_cli.training.arguments import check_hardware, uses_checkpointing
 from qlora_cli.training.preflight import check_train_inputs
 from qlora_cli.training.result import TrainPlan
@@ -56,15 +59,19 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     check_train_inputs(resolved)
     is_asked = "max_length" in settings.data.model_fields_set
     blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
+    _check_adapter_settings(settings.lora, blueprint)
+    resolved = _as_loaded(resolved, blueprint)
     if not is_asked:
         resolved = _within_positions(resolved, blueprint, reporter)
-        settings = resolved.settings
+    settings = resolved.settings
     check_hardware(blueprint.settings.quantization, settings.training.optimizer, blueprint.device)
     train_data, eval_data = _prepare_data(settings, blueprint.tokenizer.tokenizer, reporter)
     loaded = load_planned(blueprint, reporter, trains_adapter=True)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
+    if loaded.source.adapter is not None:
+        resolved = _with_adapter(resolved, model, loaded.source.adapter)
     plan = _plan(settings, loaded, model, train_data, eval_data)
     check_disk_space(
         settings.output.directory,
@@ -83,6 +90,30 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     )
 
 
+def _check_adapter_settings(settings: LoraSettings, blueprint: Blueprint) -> None:
+    given = sorted(settings.model_fields_set)
+    if blueprint.source.adapter is not None and given:
+        raise ModelError(
+            f"{blueprint.source.name} is an adapter, which trains on as it is: lora.{given[0]} can't be changed",
+            hint="Leave the lora settings out, or name the base model.",
+        )
+
+
+def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resolved[TrainSettings]:
+    """Return the settings with what the base was loaded with, as far as a run or a checkpoint that was named says."""
+    source = blueprint.source
+    run, config = Path(source.name) / RUN_FILE, source.path / "config.json"
+    places = {"model": run, "quantization": run if blueprint.layout.prequantized is None else config}
+    sections = {"model": blueprint.settings.model, "quantization": blueprint.settings.quantization}
+    origins = dict(resolved.origins)
+    for section, loaded in sections.items():
+        before = getattr(resolved.settings, section)
+        for key in type(loaded).model_fields:
+            if getattr(loaded, key) != getattr(before, key):
+                origins[f"{section}.{key}"] = Origin(kind="file", where=str(places[section]))
+    return Resolved(resolved.settings.model_copy(update=sections), origins)
+
+
 def _within_positions(
     resolved: Resolved[TrainSettings], blueprint: Blueprint, reporter: Reporter
 ) -> Resolved[TrainSettings]:
@@ -99,17 +130,28 @@ def _within_positions(
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
     """Return the model with the adapter to train: the one it came with, or a new one."""
     if isinstance(loaded.model, PeftModel):
-        if given := sorted(settings.model_fields_set):
-            raise ModelError(
-                f"{loaded.source.name} is an adapter, which trains on as it is: lora.{given[0]} can't be changed",
-                hint="Leave the lora settings out, or name the base model.",
-            )
         reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} trains on"))
         return loaded.model
     model, notes = attach_adapter(loaded.model, settings, loaded.new_token_ids, loaded.source.commit)
     for note in notes:
         reporter.report(Noted(level="warning", message=note))
     return model
+
+
+def _with_adapter(resolved: Resolved[TrainSettings], model: PeftModel, directory: Path) -> Resolved[TrainSettings]:
+    """Return the settings with those of the adapter that trains on, for the record of the run."""
+    config = model.peft_config[model.active_adapter]
+    modules, parameters = config.target_modules, config.target_parameters
+    lora = {
+        "rank": config.r,
+        "alpha": float(config.lora_alpha),
+        "dropout": config.lora_dropout,
+        "target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())),
+        "target_parameters": tuple(sorted(parameters)) if parameters else None,
+    }
+    settings = resolved.settings.model_copy(update={"lora": resolved.settings.lora.model_copy(update=lora)})
+    where = Origin(kind="file", where=str(directory / ADAPTER_CONFIG))
+    return Resolved(settings, {**resolved.origins, **{f"lora.{key}": where for key in lora}})
 
 
 def batch_arithmetic(plan: TrainPlan) -> str:

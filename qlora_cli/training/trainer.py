@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from qlora_cli.events import CheckpointSaved, Reporter
 from qlora_cli.files import publish_directory
+from qlora_cli.loading.adapter import save_adapter
 from qlora_cli.training.run_directory import RunDirectory
 
 
@@ -33,6 +35,13 @@ class QloraTrainer(SFTTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the signature is that of transformers
         return str(self._directory.checkpoints / ".saving")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter and the tokenizer to `output_dir`."""
+        assert output_dir is not None
+        save_adapter(self.model, Path(output_dir), state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""

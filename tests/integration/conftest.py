@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
@@ -32,6 +33,15 @@ class Found:
 
 
 Find = Callable[..., Found]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: products of tiny models are too short to share, and waiting costs ten times as much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

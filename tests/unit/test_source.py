@@ -41,8 +41,9 @@ def write_adapter(path: Path, base: object, **config: object) -> Path:
 
 def write_run(path: Path, base: Path, *, commit: str | None = None) -> Path:
     record: dict[str, Any] = {
-        "settings": {"quantization": {"method": "fp4"}},
-        "base_model": {"model": "owner/tiny" if commit else str(base), "commit": commit},
+        "settings": {"quantization": {"method": "fp4"}, "model": {"name": "x", "rope_scaling": "yarn:2"}},
+        # Of a run that went on from another one, `model` is that run.
+        "base_model": {"model": "../other-run", "base_model": "owner/tiny" if commit else str(base), "commit": commit},
         "base_model_path": str(base),
     }
     write_adapter(path / "adapter", base="elsewhere")
@@ -139,10 +140,14 @@ def test_a_run_directory_is_its_adapter_on_the_base_and_quantization_of_the_run(
     source = find_model(settings(run))
     assert (source.path, source.adapter, source.name) == (base, run / "adapter", str(run))
     assert source.run_quantization == {"method": "fp4"}
-    # The parts of a run have the run's base too, but were not asked for as a run.
+    assert source.run_model == {"name": "x", "rope_scaling": "yarn:2"}
+    # The parts of a run are on the run's base too, stored as the run stored it.
     for part in (run / "adapter", write_adapter(run / "checkpoints" / "step-2", base="elsewhere")):
         found = find_model(settings(part))
-        assert (found.path, found.adapter, found.run_quantization) == (base, part, None)
+        assert (found.path, found.adapter) == (base, part)
+        assert (found.run_quantization, found.run_model) == (source.run_quantization, source.run_model)
+    elsewhere = find_model(settings(write_adapter(tmp_path / "alone", base=str(base))))
+    assert (elsewhere.run_quantization, elsewhere.run_model) == (None, None)
 
 
 def test_the_base_of_a_run_from_the_hub_is_asked_for_at_its_commit(

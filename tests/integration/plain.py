@@ -1,0 +1,48 @@
+"""The same models by plain transformers and bitsandbytes: what a load of ours is compared with."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.loading.loader import LoadedModel
+
+ROWS = 3136  # of an embedding: the bundled tokenizer has 3072 ids, and the class of Qwen2 adds one
+IDS = torch.randint(3, 3000, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def plain(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model as transformers loads it by itself."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return model
+
+
+def quantized_whole(
+    weight: torch.Tensor, quant_type: str = "nf4", *, double: bool = True
+) -> tuple[torch.Tensor, QuantState]:
+    """Quantize a weight at once by bitsandbytes."""
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double
+    )
+    return packed, state
+
+
+def round_trip_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Put each of these weights of `model` through 4 bit (nf4, double quantization), whole, by bitsandbytes."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            stored_as_in_out = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            weight = parameters[name].T if stored_as_in_out else parameters[name]
+            weight.copy_(functional.dequantize_4bit(*quantized_whole(weight)))
+
+
+def dequantized(checkpoint: Path, loaded: LoadedModel) -> PreTrainedModel:
+    """Return the plain model with the weights that are quantized in `loaded` put through 4 bit."""
+    model = plain(checkpoint)
+    round_trip_weights(model, [entry.name for entry in loaded.inventory.entries if entry.is_quantized])
+    return model
