@@ -53,7 +53,6 @@ CASES = (
         settings={"training.optimizer": "paged_adamw_8bit", "lora.rank": 64},
     ),
     *_loads("tiny", "nf4", "int8", "none"),
-    *_loads("tiny-moe", "nf4", "none"),
     Case(name="tiny", size="tiny", settings={"data.max_length": 64, "training.micro_batch_size": 2}, num_steps=4),
     Case(
         name="tiny-16-bit",
@@ -61,4 +60,5 @@ CASES = (
         settings={"data.max_length": 64, "quantization.method": "none"},
         num_steps=4,
     ),
+    *_loads("tiny-moe", "nf4", "none"),
 )

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SHARD_BYTES = 2 * 1024**3
+SHARD_BYTES = 1024**3
 POOL_SIZE = 2**24
 INITIAL_STD = 0.02  # as Llama models are initialized
 EOS = "<|end|>"
@@ -281,7 +281,7 @@ class Pool:
 
         generator = torch.Generator().manual_seed(0)
         numbers = torch.empty(POOL_SIZE).normal_(std=INITIAL_STD, generator=generator).bfloat16()
-        self._numbers = memoryview(numbers.view(torch.uint8).numpy())
+        self._numbers = memoryview(numbers.view(torch.uint8).numpy().data)
         self._ones = torch.ones(2**16, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
         self._places = random.Random(0)  # noqa: S311 - reproducible weights, no secret
 

@@ -31,7 +31,7 @@ class PhaseStarted:
 class BytesDone:
     """A transfer went on: so many of so many bytes. Each kind has a bar of its own."""
 
-    kind: Literal["download", "quantize", "load", "save"]
+    kind: Literal["download", "quantize", "load"]
     done_bytes: int
     total_bytes: int
 

@@ -11,11 +11,30 @@ from typing import Any
 from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import format_bytes
 
+LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
+
+
+def existing_path(name: str | Path) -> Path | None:
+    """Return the path that `name` stands for, with `~` expanded, or None if there is nothing to be found by it."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (OSError, ValueError, RuntimeError):  # not there, not to be looked at, too long, a user that is none
+        return None
+    return path
+
 
 def check_output_directory(directory: Path, flag: str = "--output") -> QloraError | None:
     """Return why nothing can be written to `directory`, which `flag` names: it is not empty, or can't be made."""
+    try:
+        return _output_problem(directory, flag)
+    except OSError as error:
+        return OutputDirectoryError(f"{directory} can't be used: {error.strerror}", hint=f"Choose another {flag}.")
+
+
+def _output_problem(directory: Path, flag: str) -> QloraError | None:
     if directory.is_dir():
-        held = sorted(path.name for path in directory.iterdir())
+        held = sorted(path.name for path in directory.iterdir() if path.name != LEFT_OVER)
         if "run.json" in held:
             return OutputDirectoryError(
                 f"{directory} already holds a run", hint=f"Choose another {flag}, or delete that one."
@@ -27,6 +46,8 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
             )
     elif directory.exists():
         return OutputDirectoryError(f"{directory} is a file", hint=f"Choose another {flag}.")
+    elif directory.is_symlink():
+        return OutputDirectoryError(f"{directory} is a link to nothing", hint=f"Choose another {flag}.")
     parent = existing_parent(directory)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         return OutputDirectoryError(f"{parent} can't be written to", hint=f"Choose another {flag}.")
@@ -67,6 +88,26 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(saving, ignore_errors=True)
         raise
+
+
+def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write what `target`, which is empty or absent, is to hold: all of it or nothing.
+
+    An empty one stays the directory that it is, for a shell that is in it, a link to it, or a disk mounted there.
+    `config.json`, without which nothing is a model, comes last.
+    """
+    if not target.is_dir():
+        write_directory(target, fill)
+        return
+    inside = target / LEFT_OVER
+    shutil.rmtree(inside, ignore_errors=True)
+    inside.mkdir()
+    try:
+        write_directory(inside / "whole", fill)
+        for path in sorted((inside / "whole").iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(target / path.name)
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
 
 
 def publish_directory(finished: Path, target: Path) -> None:

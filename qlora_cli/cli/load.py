@@ -22,7 +22,7 @@ def load(
     error: Annotated[bool, typer.Option("--error", help="Measure the quantization error of every weight.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Load a model in 4 bit and show what was loaded: parameters, bytes by kind, dtype, time, peaks."""
+    """Load a model, quantized to 4 bit by default, and show what came of it: parameters, bytes, dtype, time, peaks."""
     resolved = options.resolve_settings(context, LoadSettings)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the settings are right

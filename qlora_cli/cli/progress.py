@@ -48,7 +48,6 @@ TRANSFERS = {
     "download": ("Downloading", "downloaded"),
     "quantize": ("Quantizing", "quantized"),
     "load": ("Loading", "loaded"),
-    "save": ("Saving", "saved"),
 }
 
 

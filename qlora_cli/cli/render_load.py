@@ -25,14 +25,12 @@ def render_load(report: LoadReport) -> None:
     if report.errors:
         title("Quantization error, relative to the weights (root mean square)")
         print_rows(error_rows(report.errors))
-    if report.fits_in_16_bit:
-        console().print(
-            Text(
-                f"It would fit here in 16 bit ({format_bytes(report.float16_bytes)}) with room to train: LoRA with "
-                "--quant none is exact and faster. Quantize to save memory, not by habit."
-            ),
-            soft_wrap=True,
+    if report.unquantized_fits:
+        size = format_bytes(report.unquantized_model_bytes)
+        advice = (
+            f"It would fit here unquantized ({size}) with room to train: LoRA with --quant none is exact and faster."
         )
+        console().print(Text(advice), soft_wrap=True)
 
 
 def _rows(report: LoadReport) -> list[Row]:
@@ -48,6 +46,7 @@ def _rows(report: LoadReport) -> list[Row]:
         ("total", format_bytes(report.total_bytes)),
         ("than fp32", _ratio(report.float32_bytes, report.total_bytes)),
         ("than 16 bit", _ratio(report.float16_bytes, report.total_bytes)),
+        ("by dtype", ", ".join(f"{name} {format_bytes(size)}" for name, size in report.dtype_bytes.items())),
         ("load time", format_duration(report.load_seconds)),
         ("peak host memory", format_bytes(report.peak_host_bytes)),
         ("peak GPU memory", f"{format_bytes(report.peak_device_bytes)} allocated" if report.peak_device_bytes else ""),
@@ -105,7 +104,7 @@ def error_rows(errors: Sequence[WeightError]) -> list[Row]:
     values = [error.relative_rms for error in errors]
     worst = sorted(errors, key=lambda error: -error.relative_rms)[:NUM_WORST]
     return [
-        ("by layer", f"{bars(layers)}  from 0 to {max(layers):.1%}"),
+        ("by layer", f"{bars(layers)}  from {min(layers):.2%} to {max(layers):.2%}"),
         ("all weights", f"{min(values):.2%} to {max(values):.2%}, on average {sum(values) / len(values):.2%}"),
         *(("largest", f"{error.relative_rms:.2%}  {error.name}") for error in worst),
     ]
@@ -123,8 +122,9 @@ def errors_by_layer(errors: Sequence[WeightError]) -> list[float]:
 
 
 def bars(values: Sequence[float]) -> str:
-    """Return a bar a value, its height from zero to the largest; more values than fit are averaged."""
+    """Return a bar a value, from the smallest to the largest; more values than fit are averaged."""
     step = -(-len(values) // MOST_BARS)
     shown = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
-    top = max(shown) or 1.0
-    return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in shown)
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(BARS[min(len(BARS) - 1, int((value - low) / span * len(BARS)))] for value in shown)

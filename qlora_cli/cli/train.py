@@ -19,7 +19,7 @@ def train(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Fine-tune a LoRA adapter on a frozen 4-bit base, and write a run directory."""
+    """Fine-tune a LoRA adapter on a frozen base, in 4 bit by default, and write a run directory."""
     resolved = options.resolve_settings(context, TrainSettings)
     check_train_inputs(resolved)
 

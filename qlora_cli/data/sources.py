@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
+from qlora_cli.files import existing_path
 
 # What `datasets` calls the reader of a suffix.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LONGEST_HUB_ID = 96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,18 @@ def find_dataset(name: str) -> DatasetSource:
         DatasetNotFoundError: no such file or directory, and it can't be a hub id.
         DataError: a file of a kind that is not read, an empty one, or a directory without any.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = existing_path(name)
+    if path is not None and path.is_dir():
         return _find_in_directory(name, path)
-    if path.is_file():
+    if path is not None and path.is_file():
         return DatasetSource(name=name, reader=_reader_of(path), files=(_not_empty(path),))
-    if path.suffix in READERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+    if Path(name).suffix in READERS or name.startswith(("/", "./", "../", "~")) or not _may_be_hub_id(name):
         raise DatasetNotFoundError(f"no data set at {name}: no such file", hint="Check the path.")
     return DatasetSource(name=name)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and len(name) <= LONGEST_HUB_ID
 
 
 def check_dataset_name(name: str) -> QloraError | None:

@@ -7,3 +7,5 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # It also says at every product that LLM.int8() casts its input to fp16; the loader says so once.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+# And accelerate warns that what is kept on the CPU has a placeholder on no device, as was asked for.
+logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)

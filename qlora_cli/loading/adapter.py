@@ -16,8 +16,11 @@ from peft.utils.transformers_weight_conversion import (
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
+from qlora_cli.loading.checkpoint import read_header
 from qlora_cli.loading.expert_lora import use_for_quantized_experts
 from qlora_cli.loading.kept import fused_experts, linear_layers
+from qlora_cli.loading.pickles import check_pickle
+from qlora_cli.loading.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.settings.models import LoraSettings
 
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
@@ -64,11 +67,25 @@ def attach_adapter(
     return adapted, notes
 
 
+def check_adapter_file(directory: Path) -> None:
+    """Check that the weights of the adapter in `directory` can be read, before its base is.
+
+    Raises:
+        ModelError: they can't; names the file.
+    """
+    if (directory / ADAPTER_WEIGHTS).is_file():
+        read_header(directory, ADAPTER_WEIGHTS)
+    else:
+        check_pickle(directory / ADAPTER_PICKLE)
+
+
 def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
     """Return `model` with the adapter in `directory`, in fp32 as far as it was saved so.
 
+    Its file can be read, as `check_adapter_file` has seen.
+
     Raises:
-        ModelError: the adapter does not fit the model, or can't be read.
+        ModelError: the adapter does not fit the model, or its config can't be read.
     """
     try:
         config = PeftConfig.from_pretrained(directory)

@@ -1,9 +1,7 @@
 """Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +12,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.loading.checkpoint import read_json
 from qlora_cli.loading.config import ModelConfig, read_config
 from qlora_cli.loading.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.loading.embedding import check_offload, embedding_of
@@ -22,11 +20,11 @@ from qlora_cli.loading.fit import check_fit, free_bytes
 from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.loading.positions import apply_rope_scaling, check_length
 from qlora_cli.loading.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
-from qlora_cli.loading.source import ModelSource, find_model
+from qlora_cli.loading.source import CONFIG, ModelSource, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
-from qlora_cli.loading.weights import check_shapes
 from qlora_cli.settings.models import (
     Attention,
+    Dtype,
     LoadSettings,
     ModelSettings,
     Quantization,
@@ -47,7 +45,6 @@ class Blueprint:
 
     settings: LoadSettings
     source: ModelSource
-    checkpoint: Checkpoint
     base: ModelConfig
     shapes: PreTrainedModel
     layout: Layout
@@ -72,7 +69,7 @@ class Blueprint:
 
 
 def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | None = None) -> Blueprint:
-    """Settle everything that can be known before a weight is read; downloads what is not here yet.
+    """Settle everything that can be known without the weights; downloads the small files that are not here yet.
 
     `max_length`, in tokens, is checked against the positions that the model has.
 
@@ -85,40 +82,50 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     """
     transformers_logging.disable_progress_bar()  # bytes are reported by us, and stdout is for the result
     device = choose_device(settings.model.device)
-    _check_cpu_offload(settings.quantization, device)
+    _check_cpu_offload(settings, device)
     reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
     source = find_model(settings.model, reporter)
     settings = settings.model_copy(update={"model": effective_model(settings.model, source)})
     trust = settings.model.trust_remote_code
     base = read_config(source, trust_remote_code=trust)
     dtype = choose_compute_dtype(settings.model.dtype, device, base.config.model_type)
-    checkpoint = read_checkpoint(source.path, allow_pickle=settings.model.allow_pickle)
     tokenizer = load_tokenizer(source, settings.model)
     if max_length is not None:
         check_length(base.config, max_length, settings.model.rope_scaling)
     stretched = apply_rope_scaling(base.config, settings.model.rope_scaling)
-    prequantized = read_prequantized(_read_json(source.path / "config.json"), source.name)
+    prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
+    if prequantized is not None:
+        prequantized = _with_our_names(prequantized, base)
     settings = settings.model_copy(
         update={"quantization": effective_quantization(settings.quantization, source, prequantized)}
     )
+    compute = settings.quantization.compute_dtype
+    if compute != Dtype.AUTO:  # may be another than that of the model, but no other rules hold for it
+        choose_compute_dtype(compute, device, base.config.model_type)
     shapes = build_on_meta(base.config, dtype.torch_dtype, trust_remote_code=trust)
     if settings.model.offload_embedding:
         check_offload(shapes, device)
     _check_new_rows(shapes, tokenizer, source, settings.model)
     attention = choose_attention(settings.model.attention, device, shapes)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, prequantized, device=device)
-    check_shapes(source, checkpoint, shapes, layout)
     free = free_bytes(device)
     offloads = settings.model.offload_embedding
-    if not settings.quantization.int8_cpu_offload:
-        check_fit(settings.model.name, shapes, layout, device, free, offload_embedding=offloads)
+    on_both = free + (free_bytes(torch.device("cpu")) if settings.quantization.int8_cpu_offload else 0)
+    check_fit(
+        settings.model.name,
+        shapes,
+        layout,
+        device,
+        on_both,
+        offload_embedding=offloads,
+        grows=_missing_rows(shapes, tokenizer) > 0,
+    )
     notes = (*base.notes, *((stretched,) if stretched else ()), *tokenizer.notes)
     for note in notes:
         reporter.report(Noted(message=note))
     return Blueprint(
         settings=settings,
         source=source,
-        checkpoint=checkpoint,
         base=base,
         shapes=shapes,
         layout=layout,
@@ -159,7 +166,8 @@ def effective_quantization(
     if prequantized is not None:
         check_settings(prequantized, asked, source.name)
         threshold = prequantized.config.get("llm_int8_threshold", asked.int8_threshold)
-        effective = _over_run(asked, {"int8_threshold": threshold, **stored_settings(prequantized)}, source)
+        stored = {"int8_threshold": threshold, **(source.run_quantization or {}), **stored_settings(prequantized)}
+        effective = _over_run(asked, stored, source)
     elif source.run_quantization is not None:
         effective = _over_run(asked, source.run_quantization, source)
     else:
@@ -211,11 +219,32 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
     return wanted.value
 
 
-def _check_cpu_offload(settings: QuantizationSettings, device: torch.device) -> None:
-    if settings.int8_cpu_offload and device.type != "cuda":
+def _with_our_names(prequantized: Prequantized, base: ModelConfig) -> Prequantized:
+    """Return the same with the modules that stay in 16 bit by their names in the model that is built."""
+    skipped = prequantized.config.get("llm_int8_skip_modules")
+    if not skipped:
+        return prequantized
+    names = [base.renamed(name) for name in skipped]
+    return replace(prequantized, config={**prequantized.config, "llm_int8_skip_modules": names})
+
+
+def _check_cpu_offload(settings: LoadSettings, device: torch.device) -> None:
+    if settings.quantization.int8_cpu_offload and device.type != "cuda":
         raise HardwareError(
             f"quantization.int8_cpu_offload has no effect: the model is on {device} as a whole", hint="Leave it out."
         )
+    if settings.quantization.int8_cpu_offload and settings.model.offload_embedding:
+        raise ModelError(
+            "--offload-embedding and quantization.int8_cpu_offload can't be used together: the latter decides by "
+            "itself what stays on the CPU",
+            hint="Leave one of them out.",
+        )
+
+
+def _missing_rows(shapes: PreTrainedModel, tokenizer: LoadedTokenizer) -> int:
+    """Return how many rows the embedding lacks for the tokenizer."""
+    largest = max(tokenizer.tokenizer.get_vocab().values(), default=0)
+    return max(0, largest + 1 - embedding_of(shapes).num_embeddings)
 
 
 def _check_new_rows(
@@ -226,8 +255,7 @@ def _check_new_rows(
     # New tokens bring their rows along, and an adapter's own tokenizer says how far its base was grown.
     if source.adapter is None and not beyond <= set(tokenizer.new_token_ids):
         check_vocabulary(tokenizer.tokenizer, num_rows, settings)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    if beyond and settings.offload_embedding:
+        raise ModelError(
+            "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
+        )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files import existing_path
 
 SUFFIXES = (".jinja", ".j2")
 MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>")
@@ -50,8 +51,9 @@ def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None)
     """
     if wanted is None:
         return _keep(tokenizer)
-    path = Path(wanted).expanduser()
-    if path.is_file() or path.suffix in SUFFIXES:
+    found = existing_path(wanted)
+    path = found or Path(wanted)
+    if (found is not None and found.is_file()) or path.suffix in SUFFIXES:
         tokenizer.chat_template = _read(path)
         return [f"chat template read from {path}", *_note_split_markers(tokenizer, str(tokenizer.chat_template))]
     own = _named(tokenizer)

@@ -1,5 +1,6 @@
 """Read a model's config.json and settle which decoder is built from it: the text one, of any checkpoint."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ DECODER_NAMES: Mapping[str, str] = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^model\.(language|text)_model\.": "model.",
 }
+# Their configs say `is_decoder: false`, as those of encoders do, which transformers also offers a causal head for.
+DECODERS_ALL_THE_SAME = ("gpt_neox", "gpt_neox_japanese")
 TOWERS = ("vision", "visual", "audio", "image", "projector", "connector", "merger", "speech", "embed_vision")
 
 
@@ -39,6 +42,13 @@ class ModelConfig:
     def text_only(self) -> bool:
         """Whether towers of the checkpoint are left out."""
         return self.key_mapping is not None
+
+    def renamed(self, name: str) -> str:
+        """Return what the module `name` of the checkpoint is called in the model that is built."""
+        for pattern, replacement in (self.key_mapping or {}).items():
+            if re.match(pattern, f"{name}."):
+                return re.sub(pattern, replacement, f"{name}.").removesuffix(".")
+        return name
 
     def is_left_out(self, weight: str) -> bool:
         """Whether a weight of the checkpoint belongs to a tower that is not loaded."""
@@ -81,6 +91,13 @@ def _plain(text: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _check_class(source: ModelSource, config: PreTrainedConfig) -> None:
+    looks_both_ways = getattr(config, "is_decoder", True) is False and config.model_type not in DECODERS_ALL_THE_SAME
+    if looks_both_ways or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.name} can't be loaded: {config.model_type!r} is an encoder, or has one: each token sees those "
+            "after it, so it can't be trained to continue a text",
+            hint="Take a causal language model (a decoder).",
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{source.name} can't be loaded: transformers has no causal language model for {config.model_type!r}",

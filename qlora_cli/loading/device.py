@@ -11,9 +11,8 @@ from qlora_cli.settings.models import Device, Dtype
 TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
 AMPERE = (8, 0)  # the first compute capability with bf16 tensor cores
 # Trained in bf16, with activations beyond 65504, the largest fp16 number: in fp16 they turn into infinities.
-OVERFLOWS_FP16 = frozenset(
-    {"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gpt_oss", "qwen3_moe", "glm4_moe"}
-)
+# By the start of the model type: the text decoder of gemma3 is gemma3_text.
+OVERFLOWS_FP16 = ("gemma2", "gemma3", "gemma4", "gpt_oss", "qwen3_moe", "qwen3_5_moe", "qwen3_omni_moe", "glm4_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,13 @@ def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | 
         HardwareError: fp16 was asked for on a CPU or for such a model, or bf16 on a GPU without it.
     """
     native, reason = _native_bf16(device)
-    if model_type in OVERFLOWS_FP16 and not native:
+    if model_type is not None and model_type.startswith(OVERFLOWS_FP16):
         if wanted == Dtype.FP16:
-            raise HardwareError(f"{model_type} overflows fp16", hint="Use --dtype fp32.")
-        if wanted == Dtype.AUTO:
+            raise HardwareError(
+                f"{model_type} overflows fp16: its activations grow beyond 65504",
+                hint=f"Use {'bf16' if native else 'fp32'}.",
+            )
+        if wanted == Dtype.AUTO and not native:
             return ComputeDtype(name=Dtype.FP32, reason=f"{reason}, and {model_type} overflows fp16")
     if wanted == Dtype.AUTO:
         fallback = Dtype.FP16 if device.type == "cuda" else Dtype.FP32

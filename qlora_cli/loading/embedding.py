@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,11 +23,35 @@ def embedding_of(model: PreTrainedModel) -> nn.Embedding:
     return embedding
 
 
-def name_of_embedding(model: PreTrainedModel) -> str:
-    """Return the full name of the embedding."""
+def offloading_map(model: PreTrainedModel, device: torch.device) -> dict[str, torch.device | str]:
+    """Return where each part of `model` goes: the embedding to the host, all else to `device`.
+
+    Every part is named, and none stands for the whole: accelerate would first move all that is below it.
+    """
     embedding = embedding_of(model)
-    names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[embedding]
+    around = {
+        name: module for name, module in model.named_modules() if any(below is embedding for below in module.modules())
+    }
+    places: dict[str, torch.device | str] = {}
+    for path, module in around.items():
+        if module is embedding:
+            places[path] = "cpu"
+            continue
+        prefix = f"{path}." if path else ""
+        inside = [*(name for name, _ in module.named_children()), *module._parameters, *module._buffers]
+        places |= {f"{prefix}{name}": device for name in inside if f"{prefix}{name}" not in around}
+    return places
+
+
+def bring_home(model: PreTrainedModel) -> None:
+    """Undo what accelerate does to a model on two devices: it would carry the embedding to the GPU at every step.
+
+    It keeps the weight aside, on the host, and leaves a placeholder.
+    """
+    embedding = embedding_of(model)
+    weight: torch.Tensor = embedding._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
+    remove_hook_from_module(model, recurse=True)
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def check_offload(model: PreTrainedModel, device: torch.device) -> None:
@@ -73,6 +98,6 @@ def grow(model: PreTrainedModel, num_rows: int) -> None:
     for module in {embedding_of(model), model.get_output_embeddings()} - {None}:
         for values in (module.weight, getattr(module, "bias", None)):
             if values is not None:
-                values.data[num_before:] = values.data[:num_before].float().mean(0)
+                values.data[num_before:] = values.data[:num_before].mean(0, dtype=torch.float32)
     assert embedding_of(model).num_embeddings == num_rows
     model.requires_grad_(False)

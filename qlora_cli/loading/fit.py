@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,6 +15,28 @@ from qlora_cli.settings.models import Quantization, QuantizationSettings
 from qlora_cli.units import format_bytes
 
 OFFLOAD = "--offload-embedding"
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a control group says its limit, its use, and how much of the use is page cache that can be dropped."""
+
+    most: Path
+    used: Path
+    statistics: Path
+    droppable: str
+
+
+LIMITS = (  # of version 2 and of version 1
+    Limit(CGROUPS / "memory.max", CGROUPS / "memory.current", CGROUPS / "memory.stat", "inactive_file"),
+    Limit(
+        CGROUPS / "memory" / "memory.limit_in_bytes",
+        CGROUPS / "memory" / "memory.usage_in_bytes",
+        CGROUPS / "memory" / "memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +51,52 @@ def free_bytes(device: torch.device) -> int:
     """Return what is free on `device` now; on the host, what is available without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_left_by_limits()])
 
 
-def needed_bytes(layout: Layout, *, offload_embedding: bool = False) -> int:
-    """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized."""
-    total = layout.inventory.total_bytes + layout.transient_bytes
-    return total - (_embedding_bytes(layout) if offload_embedding else 0)
+def _left_by_limits() -> list[int]:
+    """Return what the limits of this process's control groups leave, as in a container; without limits, nothing."""
+    left = []
+    for limit in LIMITS:
+        try:
+            most = limit.most.read_text(encoding="ascii").strip()
+            if most.isdigit():  # `max` is no limit
+                statistics = dict(line.split() for line in limit.statistics.read_text(encoding="ascii").splitlines())
+                used = int(limit.used.read_text(encoding="ascii")) - int(statistics.get(limit.droppable, 0))
+                left.append(max(0, int(most) - used))
+        except OSError:  # another version of control groups, or none
+            continue
+    return left
+
+
+def needed_bytes(layout: Layout, *, offload_embedding: bool = False, grows: bool = False) -> int:
+    """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized.
+
+    `grows`: the embedding gets new rows, for which there are two of it for a moment.
+    """
+    embedding = _embedding_bytes(layout)
+    total = layout.inventory.total_bytes + max(layout.transient_bytes, embedding if grows else 0)
+    return total - (embedding if offload_embedding else 0)
 
 
 def check_fit(
-    name: str, model: PreTrainedModel, layout: Layout, device: torch.device, free: int, *, offload_embedding: bool
+    name: str,
+    model: PreTrainedModel,
+    layout: Layout,
+    device: torch.device,
+    free: int,
+    *,
+    offload_embedding: bool,
+    grows: bool = False,
 ) -> None:
     """Check that the model, whose shapes are `model` on the meta device, fits into `free` bytes on `device`.
+
+    `grows`: the embedding gets new rows.
 
     Raises:
         OutOfMemoryError: it does not; with both numbers and the smallest change that fits.
     """
-    needed = needed_bytes(layout, offload_embedding=offload_embedding)
+    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows)
     if needed <= free:
         return
     changes = list(_changes(model, layout, device, offload_embedding=offload_embedding))
@@ -89,9 +140,14 @@ def _smaller(settings: QuantizationSettings) -> dict[str, QuantizationSettings]:
     return {f"--quant {method}": QuantizationSettings(method=method, skip_modules=skipped) for method in methods}
 
 
-def fits_in_16_bit(layout: Layout, free: int) -> bool:
-    """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter."""
-    return layout.settings.method != Quantization.NONE and 2 * layout.inventory.float16_bytes <= free
+def fits_unquantized(layout: Layout, free: int) -> bool:
+    """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter.
+
+    False for one that is not quantized, or that came so.
+    """
+    if layout.settings.method == Quantization.NONE or layout.prequantized is not None:
+        return False
+    return 2 * layout.inventory.num_parameters * layout.dtype.itemsize <= free
 
 
 def _embedding_bytes(layout: Layout) -> int:

@@ -255,7 +255,7 @@ def _int8(name: str, kind: str, parameter: nn.Parameter, *, keeps_16_bit: bool) 
 
 def _four_bit(name: str, kind: str, count: int, settings: QuantizationSettings) -> Entry:
     """Return what a weight takes in 4 bit, by the closed form (QLoRA, arXiv 2305.14314, section 3)."""
-    storage = STORAGE_DTYPES[settings.quant_storage] if kind != "experts" else torch.uint8
+    storage = STORAGE_DTYPES[settings.quant_storage]
     num_blocks = -(-count // BLOCK_SIZE)
     constants = 4 * num_blocks
     if settings.double_quant:

@@ -8,23 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
-from qlora_cli.loading.adapter import load_adapter
+from qlora_cli.loading.adapter import check_adapter_file, load_adapter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.checkpoint import Checkpoint, read_checkpoint
 from qlora_cli.loading.device import TORCH_DTYPES, ComputeDtype
-from qlora_cli.loading.embedding import embedding_of, grow, keep_on_host, name_of_embedding
-from qlora_cli.loading.fit import fits_in_16_bit
+from qlora_cli.loading.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
+from qlora_cli.loading.fit import fits_unquantized
 from qlora_cli.loading.inventory import Inventory, take_inventory
 from qlora_cli.loading.layout import Layout
+from qlora_cli.loading.pickles import check_pickle
 from qlora_cli.loading.quantizer import QloraQuantizer
 from qlora_cli.loading.report import LoadReport, WeightError
-from qlora_cli.loading.source import ModelSource
-from qlora_cli.loading.weights import compute_as_asked, load_weights, quantization_config
+from qlora_cli.loading.source import ModelSource, fetch_weights
+from qlora_cli.loading.weights import (
+    check_materialized,
+    check_shapes,
+    compute_as_asked,
+    load_weights,
+    quantization_config,
+)
 from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
 from qlora_cli.settings.models import Dtype, LoadSettings, Quantization
 
@@ -49,7 +56,7 @@ class LoadedModel:
     layout: Layout
     inventory: Inventory
     errors: dict[str, float] | None
-    fits_in_16_bit: bool
+    unquantized_fits: bool
     load_seconds: float
     peak_host_bytes: int
     peak_device_bytes: int | None
@@ -89,7 +96,8 @@ class LoadedModel:
             unquantized_bytes=inventory.unquantized_bytes,
             float32_bytes=inventory.float32_bytes,
             float16_bytes=inventory.float16_bytes,
-            fits_in_16_bit=self.fits_in_16_bit,
+            unquantized_fits=self.unquantized_fits,
+            unquantized_model_bytes=inventory.num_parameters * self.dtype.torch_dtype.itemsize,
             kinds=inventory.kinds(),
             dtype_bytes=inventory.bytes_by_dtype(),
             errors=errors,
@@ -137,9 +145,10 @@ def load_planned(
     if measure_error:
         _check_measurable(blueprint.layout)
     settings, device = blueprint.settings, blueprint.device
+    checkpoint = _read_headers(blueprint, reporter)
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.describe_storage()})"))
     reset_device_peak(device)
-    model = _load(blueprint, reporter, measure_error=measure_error)
+    model = _load(blueprint, checkpoint, reporter, measure_error=measure_error)
     grown = _grow_vocabulary(model, blueprint)
     _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
     for note in grown:
@@ -158,7 +167,7 @@ def load_planned(
         layout=blueprint.layout,
         inventory=inventory,
         errors=_errors_of(model) if measure_error else None,
-        fits_in_16_bit=fits_in_16_bit(blueprint.layout, blueprint.free_bytes),
+        unquantized_fits=fits_unquantized(blueprint.layout, blueprint.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_allocated_bytes(device),
@@ -166,13 +175,13 @@ def load_planned(
     )
 
 
-def _load(blueprint: Blueprint, reporter: Reporter, *, measure_error: bool) -> PreTrainedModel:
+def _load(blueprint: Blueprint, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool) -> PreTrainedModel:
     settings, device = blueprint.settings, blueprint.device
     compute = settings.quantization.compute_dtype
     compute_dtype = blueprint.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
     model = load_weights(
         blueprint.source,
-        blueprint.checkpoint,
+        checkpoint,
         blueprint.base,
         blueprint.layout,
         device_map=_device_map(blueprint),
@@ -184,22 +193,33 @@ def _load(blueprint: Blueprint, reporter: Reporter, *, measure_error: bool) -> P
     if blueprint.layout.prequantized is not None:
         compute_as_asked(model, blueprint.layout, compute_dtype)
     if settings.model.offload_embedding:
-        # Those would carry the whole embedding to the GPU at every step.
-        remove_hook_from_submodules(model)
+        bring_home(model)
         if blueprint.layout.settings.method != Quantization.NONE:
             # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
             setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
         keep_on_host(embedding_of(model), device)
+    check_materialized(blueprint.source, model)
     return model
+
+
+def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
+    """Bring the weights' files here, and check that they are whole and of the planned shapes."""
+    fetch_weights(blueprint.source, reporter)
+    checkpoint = read_checkpoint(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
+    for file in checkpoint.files if checkpoint.is_pickle else ():
+        check_pickle(file)
+    if blueprint.source.adapter is not None:
+        check_adapter_file(blueprint.source.adapter)
+    check_shapes(blueprint.source, checkpoint, blueprint.shapes, blueprint.layout)
+    return checkpoint
 
 
 def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
     if blueprint.settings.quantization.int8_cpu_offload:
         return "auto"
-    whole: dict[str, Any] = {"": blueprint.device}
     if blueprint.settings.model.offload_embedding:
-        whole[name_of_embedding(blueprint.shapes)] = "cpu"
-    return whole
+        return offloading_map(blueprint.shapes, blueprint.device)
+    return {"": blueprint.device}
 
 
 def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -217,10 +237,6 @@ def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
     needed = max(blueprint.tokenizer.tokenizer.get_vocab().values(), default=0) + 1
     if needed <= before:
         return []
-    if blueprint.settings.model.offload_embedding:
-        raise ModelError(
-            "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
-        )
     grow(model, needed)
     return [f"the embedding was grown from {before:,} to {needed:,} rows"]
 

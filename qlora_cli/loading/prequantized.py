@@ -63,7 +63,6 @@ class Prequantized:
     method: Quantization
     double_quant: bool
     config: Mapping[str, Any]
-    by_qlora: bool
 
 
 def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | None:
@@ -84,7 +83,6 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
         method=_bitsandbytes_method(found, name),
         double_quant=bool(found.get("load_in_4bit")) and bool(found.get("bnb_4bit_use_double_quant")),
         config=found,
-        by_qlora=method == QLORA,
     )
 
 

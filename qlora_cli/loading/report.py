@@ -57,7 +57,8 @@ class LoadReport:
     unquantized_bytes: int
     float32_bytes: int
     float16_bytes: int
-    fits_in_16_bit: bool
+    unquantized_fits: bool
+    unquantized_model_bytes: int
     kinds: tuple[KindCount, ...]
     dtype_bytes: Mapping[str, int]
     errors: tuple[WeightError, ...] | None

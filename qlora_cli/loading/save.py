@@ -1,4 +1,4 @@
-"""Write a quantized checkpoint, four times smaller than its 16-bit base, complete or not at all.
+"""Write a quantized checkpoint, about a quarter of its 16-bit base, complete or not at all.
 
 Plain transformers loads it to the same logits. One with quantized experts needs qlora: transformers has no way to
 read them, and its `quant_method` says so.
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qlora_cli import __version__
 from qlora_cli.errors import ModelError
 from qlora_cli.events import PhaseStarted, Reporter
-from qlora_cli.files import as_json, check_disk_space, write_directory
+from qlora_cli.files import as_json, check_disk_space, fill_directory
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import Quantization
@@ -65,9 +65,7 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
         note = json.dumps(as_json(_note(loaded)), indent=2) + "\n"
         (path / NOTE).write_text(note, encoding="utf-8")
 
-    if directory.is_dir():
-        directory.rmdir()  # empty, as was checked: what is written aside takes its place in one move
-    write_directory(directory, fill)
+    fill_directory(directory, fill)
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 

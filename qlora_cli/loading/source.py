@@ -9,14 +9,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
-from qlora_cli.events import Reporter, SilentReporter
+from qlora_cli.events import Noted, Reporter, SilentReporter
+from qlora_cli.files import existing_path
 from qlora_cli.loading.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
 from qlora_cli.settings.models import ModelSettings
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+if TYPE_CHECKING:
+    from qlora_cli.loading.hub import Repository
+
+HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG, ADAPTER_CONFIG, RUN_FILE = "config.json", "adapter_config.json", "run.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -26,6 +30,14 @@ TEMPLATES = "additional_chat_templates/*.jinja"
 CODE = "*.py"
 
 _SILENT = SilentReporter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingWeights:
+    """Files of a repository that are fetched once it is settled that the model can be loaded."""
+
+    repository: "Repository"
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +53,9 @@ class ModelSource:
         adapter: The adapter to attach, when the user named an adapter or a run directory.
         run_quantization: The quantization settings that a run was trained with, if it or a part of it was named.
         run_model: Its model settings, as they were asked for or taken over from the run before it.
+        run: The run directory that was named, itself or by a part of it.
         tokenizer_path: Where the tokenizer is read from: the adapter if it has one of its own.
+        pending: The weights of the base, if they come from the hub: `fetch_weights` brings them.
     """
 
     name: str
@@ -52,7 +66,9 @@ class ModelSource:
     adapter: Path | None = None
     run_quantization: Mapping[str, Any] | None = None
     run_model: Mapping[str, Any] | None = None
+    run: Path | None = None
     tokenizer_path: Path
+    pending: "PendingWeights | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,7 @@ class _Files:
     path: Path
     revision: str | None = None
     commit: str | None = None
+    pending: PendingWeights | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -80,14 +97,16 @@ class _Base:
 
 def looks_local(name: str) -> bool:
     """Whether `name` can only mean a path: it exists, or is written as one."""
-    return name.startswith(("/", "./", "../", "~", "\\")) or name in {".", ".."} or Path(name).expanduser().exists()
+    return name.startswith(("/", "./", "../", "~", "\\")) or name in {".", ".."} or existing_path(name) is not None
 
 
 def check_model_name(settings: ModelSettings) -> QloraError | None:
     """Return what is wrong with the model's name, as far as this machine can tell at once."""
     name = settings.name
     if looks_local(name):
-        path = Path(name).expanduser()
+        path = existing_path(name)
+        if path is None:
+            return ModelNotFoundError(f"no model at {name}: no such directory", hint="Check the path.")
         if problem := _check_path(path, settings.revision):
             return problem
         return _check_directory(_adapter_of_run(path) or path, settings)
@@ -100,7 +119,7 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
 
 
 def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
-    """Return the model's files, downloaded as far as they are on the hub and not in the cache.
+    """Return where the model's files are; of one on the hub all but the base's weights are downloaded.
 
     Of an adapter or a run directory the base is found too, at the revision that it names.
 
@@ -122,9 +141,20 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSo
     return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
 
 
+def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
+    """Download the weights of the base as far as they are on the hub and not in the cache.
+
+    Raises:
+        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        DiskSpaceError: they do not fit on the disk.
+    """
+    from qlora_cli.loading.hub import fetch_files
+
+    if source.pending is not None:
+        fetch_files(source.pending.repository, source.pending.names, reporter)
+
+
 def _check_path(path: Path, revision: str | None) -> QloraError | None:
-    if not path.exists():
-        return ModelNotFoundError(f"no model at {path}: no such directory", hint="Check the path.")
     if not path.is_dir():
         return ModelError(f"{path} is a file", hint="Give the directory that holds config.json and the weights.")
     if revision is not None:
@@ -188,15 +218,19 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
     is_adapter = ADAPTER_CONFIG in names
     small = [file for file in names if _is_small(file, with_code=settings.trust_remote_code and not is_adapter)]
     path = fetch_files(repository, small, reporter)
+    # By commit: the branch may move on while gigabytes arrive.
+    pinned = replace(repository, revision=repository.commit)
     if is_adapter:
         weights = [ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else ADAPTER_PICKLE]
     else:
         weights = _weight_files(path, root, settings)
     if absent := [file for file in weights if file not in names]:
         raise ModelError(f"the index of {name} names {absent[0]}, which the repository lacks", hint="Tell its author.")
-    # By commit: the branch may move on while gigabytes arrive.
-    fetch_files(replace(repository, revision=repository.commit), weights, reporter)
-    return _Files(name=name, path=path, revision=revision, commit=repository.commit)
+    found = _Files(name=name, path=path, revision=revision, commit=repository.commit)
+    if is_adapter:
+        fetch_files(pinned, weights, reporter)
+        return found
+    return replace(found, pending=PendingWeights(repository=pinned, names=tuple(weights)))
 
 
 def _is_small(file: str, *, with_code: bool) -> bool:
@@ -235,6 +269,7 @@ def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
         commit=found.commit,
         base_name=found.name,
         tokenizer_path=found.path,
+        pending=found.pending,
     )
 
 
@@ -242,6 +277,7 @@ def _attached(
     adapter: _Files, settings: ModelSettings, reporter: Reporter, run: Mapping[str, Any] | None = None
 ) -> ModelSource:
     """Find the base of `adapter`; `run` is the record of the run directory that was named, if one was."""
+    _check_code(adapter, settings)
     record = _run_around(adapter.path) if run is None else run
     named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
     base = _find_base(named, adapter, settings, reporter)
@@ -255,25 +291,38 @@ def _attached(
         adapter=adapter.path,
         run_quantization=None if record is None else record["settings"]["quantization"],
         run_model=None if record is None else record["settings"]["model"],
+        run=_run_of(adapter.path),
         tokenizer_path=adapter.path if has_tokenizer else base.path,
+        pending=base.pending,
     )
 
 
-def _run_around(adapter: Path) -> Mapping[str, Any] | None:
-    """Return the record of the run that `adapter` is a part of: its result, or one of its checkpoints."""
+def _run_of(adapter: Path) -> Path | None:
+    """Return the run directory that `adapter` is a part of: its result, or one of its checkpoints."""
     places = {"adapter": adapter.parent, "checkpoints": adapter.parent.parent}
     run = places.get(adapter.name) or places.get(adapter.parent.name)
-    return read_json(run / RUN_FILE) if run and (run / RUN_FILE).is_file() else None
+    return run if run is not None and (run / RUN_FILE).is_file() else None
+
+
+def _run_around(adapter: Path) -> Mapping[str, Any] | None:
+    run = _run_of(adapter)
+    return read_json(run / RUN_FILE) if run else None
 
 
 def _base_of_run(adapter: Path, record: Mapping[str, Any]) -> _Base:
     try:
         base, path = record["base_model"], str(record["base_model_path"])
         name, commit = base["base_model"], base["commit"]
-        record["settings"]["quantization"], record["settings"]["model"]  # what a named run needs besides
+        if not (isinstance(name, str) and isinstance(commit, str | None)):
+            raise TypeError("base_model names none")
+        for section in ("quantization", "model"):  # what a named run needs besides
+            if not isinstance(record["settings"][section], Mapping):
+                raise TypeError(f"settings.{section} holds no settings")
     except (KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        run = _run_of(adapter) or adapter.parent
         raise ModelError(
-            f"the {RUN_FILE} of {adapter.parent} does not say what the run was based on: {error!r}",
+            f"{run / RUN_FILE} does not say what the run was based on, and how: {reason}",
             hint="Was it written by qlora train, and to its end?",
         ) from error
     return _Base(name=name, revision=commit, is_hub=True) if commit else _Base(name=path)
@@ -291,14 +340,17 @@ def _base_of_adapter(adapter: Path) -> _Base:
 
 
 def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter: Reporter) -> _Files:
-    places = [] if named.is_hub else [Path(named.name).expanduser(), adapter.path / named.name]
-    path = next((place.resolve() for place in places if place.is_dir()), None)
+    places = [] if named.is_hub else [Path(named.name), adapter.path / named.name]
+    found = [existing_path(place) for place in places]
+    path = next((place.resolve() for place in found if place is not None and place.is_dir()), None)
     if path is None and (named.name.startswith((".", "~")) or not HUB_ID.fullmatch(named.name)):
         raise _no_base(named, adapter, places)
     try:
         if path is None:
             base = _download(named.name, named.revision, settings, reporter)
         else:
+            if not Path(named.name).is_absolute():
+                reporter.report(Noted(message=f"the base {named.name} is taken from the directory {path}"))
             base = _Files(name=str(path), path=path)
             if problem := _check_directory(path, settings):
                 raise problem
@@ -314,7 +366,8 @@ def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter:
 
 
 def _no_base(named: _Base, adapter: _Files, places: list[Path]) -> ModelNotFoundError:
-    looked = " and ".join(dict.fromkeys(str(place.absolute()) for place in places))
+    written = [str(place if str(place).startswith("~") else place.absolute()) for place in places]
+    looked = " and ".join(dict.fromkeys(written))
     return ModelNotFoundError(
         f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",
         hint=f"Put it there, or set base_model_name_or_path in {adapter.path / ADAPTER_CONFIG}; "

@@ -4,14 +4,15 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
-from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.checkpoint import again, read_json
 from qlora_cli.loading.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 
@@ -32,6 +33,7 @@ RESERVED = re.compile(
     r"(<|\[|>>)\|?(reserved|unused|placeholder|dummy|extra|special|control)[a-z_]*\d+\|?(>|\]|<<)", re.IGNORECASE
 )
 ADDED_PAD = "<|pad|>"
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +101,8 @@ def _open(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBa
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.tokenizer_path, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
-                hint="Read the code; if you trust its author, give --trust-remote-code.",
-            ) from error
-        raise ModelError(
-            f"{source.name} has no tokenizer that can be loaded: {error}",
-            hint="Save one beside the weights with tokenizer.save_pretrained().",
-        ) from error
+    except Exception as error:  # of a damaged file, tokenizers raises a bare one
+        raise _why_not_opened(source, error) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {source.name} ({type(tokenizer).__name__}) gives no character offsets",
@@ -120,6 +114,37 @@ def _open(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBa
             hint="Set eos_token in tokenizer_config.json.",
         )
     return tokenizer
+
+
+def _why_not_opened(source: ModelSource, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
+            hint="Read the code; if you trust its author, give --trust-remote-code.",
+        )
+    try:
+        _check_files(source.tokenizer_path)
+    except ModelError as damage:
+        return damage
+    reason = error if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+    return ModelError(
+        f"{source.name} has no tokenizer that can be loaded: {reason}",
+        hint="Save one beside the weights with tokenizer.save_pretrained().",
+    )
+
+
+def _check_files(directory: Path) -> None:
+    """Raise the error of the first file of a tokenizer that is damaged, if one is."""
+    for file in JSON_FILES:
+        path = directory / file
+        if path.is_file():
+            read_json(path)
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # nothing more exact is raised
+            raise ModelError(f"{path} is no tokenizer: {error}", hint=again(directory, path.name)) from error
 
 
 def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:

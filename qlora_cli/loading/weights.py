@@ -28,6 +28,9 @@ LOADING_BAR = "Loading weights"  # what transformers calls the loop that it show
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
 MOST_NAMED = 3
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+SHORTAGE = re.compile(r"OutOfMemoryError: (.*)")
+FAULT = "CUDA error"
+OF_WEIGHTS = re.compile(r"Error\(s\) in loading state_dict|automatic conversion of the weights")
 FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\. Ckpt contains")
 
 
@@ -144,12 +147,17 @@ def load_weights(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"{source.base_name} does not fit on the device while loading: {error}",
-                hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
-            ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            # transformers catches what happens while it converts a weight, and reports it as one that did not match.
+            report = "\n".join([f"{type(error).__name__}: {error}", *warned])
+            if shortage := SHORTAGE.search(report):
+                raise OutOfMemoryError(
+                    f"{source.base_name} does not fit on the device while loading: {shortage[1]}",
+                    hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
+                ) from error
+            if isinstance(error, RuntimeError) and (FAULT in report or not OF_WEIGHTS.search(report)):
+                error.add_note("\n".join(warned))
+                raise
             hint = "Is it a causal language model, and are all its files of one version?"
             details = _failed_conversions(warned) or "\n".join([str(error), *warned])
             raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
@@ -158,7 +166,6 @@ def load_weights(
             reporter.report(Noted(message=warning))
     model: PreTrainedModel = loaded[0]
     _check_complete(source, checkpoint, base, loaded[1])
-    _check_materialized(source, model)
     _keep_stored_bytes(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
@@ -227,9 +234,16 @@ def _counted(keys: list[str]) -> str:
     return f"{', '.join(keys[:MOST_NAMED])}{more}"
 
 
-def _check_materialized(source: ModelSource, model: nn.Module) -> None:
+def check_materialized(source: ModelSource, model: nn.Module) -> None:
+    """Check that every weight was read, but for what accelerate keeps on the CPU behind a placeholder.
+
+    Raises:
+        ModelError: one was not; names it.
+    """
+    offloaded = (module for module in model.modules() if hasattr(module, "_hf_hook"))
+    aside = {id(parameter) for module in offloaded for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" and id(parameter) not in aside:
             raise ModelError(
                 f"{source.base_name}: {name} was not read", hint="Download the model again; a file may be damaged."
             )

@@ -134,7 +134,9 @@ def _split_commas(value: object) -> object:
 
 
 def _check_rope_scaling(value: str | None) -> str | None:
-    kind, _, factor = (value or "yarn:2").partition(":")
+    if value is None:
+        return None
+    kind, _, factor = value.partition(":")
     if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
         raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
     return value
@@ -193,7 +195,9 @@ class ModelSettings(Section):
         description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
     chat_template: str | None = Field(
-        default=None, min_length=1, description="Chat template: a .jinja file, or a name that the tokenizer has."
+        default=None,
+        min_length=1,
+        description="Chat template: a .jinja file, a name that the tokenizer has, or chatml.",
     )
     allow_pickle: bool = Field(
         default=False, description="Read pickled .bin weights if there are no safetensors; never from a file."

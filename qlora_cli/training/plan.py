@@ -16,7 +16,7 @@ from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions
-from qlora_cli.loading.source import ADAPTER_CONFIG, RUN_FILE
+from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
@@ -102,7 +102,7 @@ def _check_adapter_settings(settings: LoraSettings, blueprint: Blueprint) -> Non
 def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resolved[TrainSettings]:
     """Return the settings with what the base was loaded with, as far as a run or a checkpoint that was named says."""
     source = blueprint.source
-    run, config = Path(source.name) / RUN_FILE, source.path / "config.json"
+    run, config = (source.run or Path(source.name)) / RUN_FILE, source.path / CONFIG
     places = {"model": run, "quantization": run if blueprint.layout.prequantized is None else config}
     sections = {"model": blueprint.settings.model, "quantization": blueprint.settings.quantization}
     origins = dict(resolved.origins)

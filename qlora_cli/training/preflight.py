@@ -1,11 +1,10 @@
 """What can be known to be wrong before torch is imported: names, files, the output directory."""
 
 import importlib.util
-from pathlib import Path
 
 from qlora_cli.data.sources import check_dataset_name
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.files import check_output_directory
+from qlora_cli.files import check_output_directory, existing_path
 from qlora_cli.loading.source import check_model_name
 from qlora_cli.settings.models import ReportTo, TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -45,7 +44,7 @@ def _splits_without_effect(resolved: Resolved[TrainSettings]) -> list[Problem]:
             hint="Leave it out.",
         )
         for path, name in (("data.split", data.dataset), ("data.eval_split", data.eval_dataset))
-        if path in resolved.origins and name is not None and Path(name).expanduser().exists()
+        if path in resolved.origins and name is not None and existing_path(name) is not None
     ]
 
 

@@ -85,14 +85,14 @@ def test_the_error_is_shown_as_bars_with_its_range_and_the_worst_weights(shown: 
 def test_it_says_when_quantization_is_not_needed(
     shown: str, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advice = "It would fit here in 16 bit"
+    advice = "It would fit here unquantized"
     assert advice in shown
     assert "--quant none" in shown
     assert advice not in qlora_load(base_model, *CPU, "--quant", "none").stdout
     report = loaded(base_model)
-    assert report["fits_in_16_bit"] is True
-    monkeypatch.setattr(blueprint, "free_bytes", lambda _: 2 * report["float16_bytes"] - 1)
-    assert loaded(base_model)["fits_in_16_bit"] is False
+    assert report["unquantized_fits"] is True
+    monkeypatch.setattr(blueprint, "free_bytes", lambda _: 2 * report["unquantized_model_bytes"] - 1)
+    assert loaded(base_model)["unquantized_fits"] is False
     assert advice not in qlora_load(base_model, *CPU).stdout
 
 

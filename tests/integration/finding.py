@@ -13,7 +13,7 @@ import sys
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Event
 from qlora_cli.loading.hub import fetch_files, open_repository
-from qlora_cli.loading.source import find_model
+from qlora_cli.loading.source import fetch_weights, find_model
 from qlora_cli.loading.transfer import Retry
 from qlora_cli.settings.models import ModelSettings
 
@@ -36,7 +36,9 @@ def main() -> None:
             path = fetch_files(repository, repository.file_names, Printer(), Retry(waits_seconds=waits))
             result: dict[str, object] = {"path": path}
         else:
-            result = dataclasses.asdict(find_model(settings, Printer()))
+            source = find_model(settings, Printer())
+            fetch_weights(source, Printer())
+            result = dataclasses.asdict(dataclasses.replace(source, pending=None))
     except QloraError as error:
         result = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
     assert "torch" not in sys.modules, "names are checked, and files found, before torch is imported"

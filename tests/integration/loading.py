@@ -18,6 +18,16 @@ from tests.tiny_models import save_tiny
 IDS = torch.arange(20, 60)[None]  # of the bundled tokenizer, whose 3072 ids all have rows
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+# Ways in which a pickle of weights can be none, by what is done to its path.
+DAMAGED_PICKLES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"garbage!" * 10),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "another archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "a list": lambda path: torch.save([1, 2], path),
+    "code": lambda path: torch.save({"weight": torch.nn.Linear(1, 1)}, path),
+}
+
 Test = TypeVar("Test", bound=Callable[..., None])
 
 

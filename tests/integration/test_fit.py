@@ -211,7 +211,8 @@ def test_where_nothing_fits_the_least_that_would_is_named(
     llama: PreTrainedModel, device: torch.device, other: str
 ) -> None:
     least = needed_bytes(plan(llama, device), offload_embedding=device == CUDA)
-    for asked in ({}, {"method": "none"}, {"method": "int8"}):
+    cases: list[dict[str, Any]] = [{}, {"method": "none"}, {"method": "int8"}]
+    for asked in cases:
         hint = refusal(llama, device, least - 1, **asked).hint
         assert hint is not None
         assert f"the least is {format_bytes(least)}" in hint
@@ -221,7 +222,11 @@ def test_where_nothing_fits_the_least_that_would_is_named(
 def test_what_is_skipped_stays_skipped_in_what_is_proposed(llama: PreTrainedModel) -> None:
     kept = ("down_proj",)
     enough = needed_bytes(plan(llama, CPU, skip_modules=kept))
-    for flags, asked in (("--double-quant", {"double_quant": False}), ("--quant nf4", {"method": "int8"})):
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("--double-quant", {"double_quant": False}),
+        ("--quant nf4", {"method": "int8"}),
+    ]
+    for flags, asked in cases:
         error = refusal(llama, CPU, enough, skip_modules=kept, **asked)
         assert error.hint == f"{flags} would fit: {format_bytes(enough)}."
 

@@ -34,6 +34,39 @@ def test_a_hub_id_is_downloaded_and_its_commit_recorded(
     assert loaded.json["commit"] == COMMIT
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "code", "message"),
+    [
+        ({"quantization_config": GPTQ}, (), 2, "is quantized with gptq"),
+        ({"model_type": "bert"}, (), 2, "'bert' is an encoder"),
+        ({"model_type": "wav2vec2"}, (), 2, "no causal language model for 'wav2vec2'"),
+        ({"hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 80}, (), 3, "are free"),
+        ({}, ("--quant", "none", "--save", "saved"), 2, "nothing is quantized"),
+        ({}, ("--quant", "int8", "--error"), 2, "no 4-bit error to measure"),
+        ({}, ("--rope-scaling", "yarn:2", "--chat-template", "nope"), 2, "no chat template 'nope'"),
+    ],
+)
+def test_what_can_be_refused_without_the_weights_is_refused_before_they_are_downloaded(
+    run_qlora: RunQlora,
+    hub: Hub,
+    hub_env: dict[str, str],
+    tmp_path: Path,
+    changes: dict[str, object],
+    flags: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    files = hub.repos["owner/tiny"].commits[COMMIT]
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), **changes}).encode()
+    done = run_qlora("load", "owner/tiny", "--device", "cpu", *flags, env=hub_env, cwd=tmp_path)
+    assert (done.code, message in done.stderr) == (code, True), done.stderr
+    assert not hub.sent_from(WEIGHTS)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_only_what_is_loaded_is_downloaded(find: Find) -> None:
     found = find("owner/tiny")
     names = {path.name for path in Path(found.result["path"]).iterdir()}

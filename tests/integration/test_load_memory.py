@@ -50,7 +50,7 @@ def measure(model: Path, *arguments: str | Path, **options: str) -> dict[str, An
         [sys.executable, "-m", "benchmarks.load_case", "qlora", model, "--options", values, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},  # as the command sets it
         timeout=600,
         check=False,
     )

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
-from qlora_cli.events import StepDone
+from qlora_cli.events import SilentReporter, StepDone
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import SECTIONS, Optimizer, Quantization, QuantizationSettings
 from qlora_cli.settings.resolve import EFFECTIVE_WITH
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
+from tests.integration.experts import save_moe
 from tests.integration.loading import (
     IDS,
     Proofs,
@@ -83,6 +84,18 @@ def test_4_bit_layers_multiply_in_the_compute_dtype_and_the_rest_keeps_its_own(b
         assert weight_of(loaded.base.get_output_embeddings()).dtype == torch.float32
     difference = (logits(plain.base) - logits(rounded.base)).abs().max()
     assert 1e-4 < difference < 1
+
+
+def test_experts_are_kept_in_the_storage_dtype_too(tmp_path: Path) -> None:
+    model = save_moe(tmp_path / "model", "qwen3_moe")
+    as_bytes, stored = load(model), load(model, quantization__quant_storage="bf16")
+    assert {entry.dtype for entry in stored.inventory.entries if entry.kind == "experts"} == {"bfloat16"}
+    assert stored.inventory == stored.layout.inventory
+    assert torch.equal(logits(stored.model), logits(as_bytes.model))
+    save_quantized(stored, tmp_path / "saved", SilentReporter())
+    again = load(tmp_path / "saved")
+    assert again.inventory == again.layout.inventory
+    assert torch.equal(logits(again.model), logits(as_bytes.model))
 
 
 @proves("quant_storage")

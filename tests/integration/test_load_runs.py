@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
-from qlora_cli.events import Noted
+from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.loading.blueprint import effective_model
 from qlora_cli.loading.embedding import is_tied
+from qlora_cli.loading.save import save_quantized
 from qlora_cli.loading.source import find_model
 from qlora_cli.settings.models import ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.integration.loading import IDS, load, logits, refused, save_model
+from tests.integration.loading import DAMAGED_PICKLES, IDS, load, logits, refused, save_model
 
 ADAPTER = "adapter/adapter_model.safetensors"
 AS_TRAINED = {"model__dtype": None}  # no flag: what the run was trained in
@@ -94,6 +95,15 @@ def test_a_run_loads_with_its_adapter_on_the_base_as_it_was_trained(ended: Ended
     assert (report.adapter, report.quantization) == (ended.path / "adapter", "fp4")
     assert report.base_model == str(ended.path.parent / "base")
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_run_on_a_quantized_checkpoint_computes_as_it_was_trained(data: Path, tmp_path: Path) -> None:
+    save_quantized(load(save_model(tmp_path / "base")), tmp_path / "stored", SilentReporter())
+    asked = {"quantization__compute_dtype": "bf16", "training__max_steps": 1}
+    ran = end(prepare_run(train_settings(tmp_path / "stored", data, tmp_path / "run", **asked), Recorder()))
+    loaded = load(ran.path, **AS_TRAINED)
+    assert loaded.settings.quantization.compute_dtype == "bf16"
+    assert torch.equal(logits(loaded.model), ran.logits)
 
 
 def test_a_flag_wins_over_what_the_run_was_trained_with(ended: Ended) -> None:
@@ -310,3 +320,43 @@ def test_a_pad_token_that_was_added_stays_the_pad_token(data: Path, tmp_path: Pa
         loaded = load(source, **AS_TRAINED)
         assert (loaded.tokenizer.pad_token, loaded.tokenizer.pad_token_id) == ("<|pad|>", 3072)
         assert loaded.base.get_input_embeddings().num_embeddings == 3073
+
+
+# ---- damaged adapters
+
+
+@pytest.fixture
+def damageable(ended: Ended, tmp_path: Path) -> Path:
+    """A copy of the adapter alone, on the base of the run."""
+    adapter = shutil.copytree(ended.path / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(ended.path.parent / "base")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+@pytest.mark.parametrize("content", ["cut off", "empty", "garbage"])
+def test_a_damaged_adapter_is_named_before_the_base_is_read(
+    damageable: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damageable / "adapter_model.safetensors"
+    path.write_bytes({"cut off": path.read_bytes()[:-100], "empty": b"", "garbage": b"garbage!" * 10}[content])
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    message = refused(damageable, ModelError)
+    assert f"{path} is damaged: it " in message
+    assert f"Copy {path.name} again" in message
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PICKLES)
+def test_a_damaged_pickle_of_an_adapter_is_named_before_the_base_is_read(
+    damageable: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damageable / "adapter_model.bin"
+    torch.save(load_file(damageable / "adapter_model.safetensors"), path)
+    (damageable / "adapter_model.safetensors").unlink()
+    assert load(damageable, model__allow_pickle=True).report().adapter == damageable
+    DAMAGED_PICKLES[damage](path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    message = refused(damageable, ModelError, model__allow_pickle=True)
+    assert f"{path} can't be read: " in message
+    assert f"Copy {path.name} again" in message

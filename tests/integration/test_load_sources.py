@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.loading import quantizer
 from qlora_cli.loading.save import save_quantized
 from tests.conftest import Recorder
-from tests.integration.loading import layers_of, load, logits, refused, save_model
+from tests.integration.loading import DAMAGED_PICKLES, layers_of, load, logits, refused, save_model
 from tests.tiny_models import tiny_config
 
 WEIGHTS = "model.safetensors"
@@ -34,9 +35,9 @@ def change_config(directory: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def message_of_the_command(directory: Path) -> str:
+def message_of_the_command(directory: Path, *flags: str) -> str:
     """Return what `qlora load` says of a model that it refuses: exit code 2, and no traceback."""
-    done = CliRunner().invoke(app, ["load", str(directory), "--device", "cpu", "--json"])
+    done = CliRunner().invoke(app, ["load", str(directory), "--device", "cpu", "--json", *flags])
     assert done.exit_code == 2, done.output
     assert set(json.loads(done.stdout)) == {"error"}
     assert "Traceback" not in done.stderr
@@ -214,14 +215,28 @@ def test_a_truncated_shard_is_named_with_its_first_tensor_that_is_cut(model: Pat
     (model / WEIGHTS).write_bytes(content[:-1000])
     message = message_of_the_command(model)
     assert f"{model / WEIGHTS} is damaged: it is cut off" in message
-    assert re.search(r"\n?.*model\.\S+ is the first tensor that is not whole", message)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header.pop("__metadata__")
+    ends = {entry["data_offsets"][1]: name for name, entry in header.items()}
+    first_cut = min(end for end in ends if end > max(ends) - 1000)
+    assert f", {ends[first_cut]} is the first tensor that is not whole" in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "olmo2", "gemma2", "mixtral"])
-def test_the_config_of_another_architecture_is_refused(model: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.bias"),
+        ("olmo2", "model.layers.0.post_feedforward_layernorm.weight"),
+        ("gemma2", "model.layers.0.post_feedforward_layernorm.weight"),
+        ("mixtral", "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_the_config_of_another_architecture_is_refused_with_a_tensor_that_it_lacks(
+    model: Path, family: str, missing: str
+) -> None:
     tiny_config(family, vocab_size=3072, eos_token_id=4).save_pretrained(model)
     message = message_of_the_command(model)
-    assert re.search(r"do not match its config.json|has the shape|has no place for", message)
+    assert re.search(rf"the weights of {model} do not match its config.json: {missing}, .* more missing\n", message)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "fp8"])
@@ -234,7 +249,14 @@ def test_a_checkpoint_of_another_quantizer_is_refused_with_a_way_out(model: Path
 
 def test_a_checkpoint_said_to_be_quantized_that_is_not_is_refused(model: Path) -> None:
     change_config(model, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
-    assert "model.layers" in message_of_the_command(model)
+    message = message_of_the_command(model)
+    name, num_weights = "model.layers.0.self_attn.q_proj.weight", 64 * 64
+    assert (
+        f"{model / WEIGHTS}: {name} is BF16 of {2 * num_weights} bytes, but quantized as config.json says it has "
+        in message
+    )
+    assert f"says it has {num_weights // 2}\n" in message
+    assert "hint: If it is the 16-bit model, take quantization_config out of its config.json." in message
 
 
 def test_half_a_quantized_checkpoint_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -244,4 +266,67 @@ def test_half_a_quantized_checkpoint_is_refused(saved: dict[str, Path], tmp_path
         (broken / file.name).write_bytes(file.read_bytes())
     name = "model.layers.2.self_attn.q_proj.weight"
     change_weights(broken, lambda weights: weights.pop(f"{name}.absmax"))
-    assert "model.layers.2.self_attn.q_proj" in message_of_the_command(broken)
+    assert f"{broken / WEIGHTS}: {name} is quantized, but its constants {name}.absmax are missing" in (
+        message_of_the_command(broken)
+    )
+
+
+def as_pickle(model: Path) -> Path:
+    """Turn the weights into a pickle; returns its path."""
+    path = model / "pytorch_model.bin"
+    torch.save(load_file(model / WEIGHTS), path)
+    (model / WEIGHTS).unlink()
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PICKLES)
+def test_a_damaged_pickle_is_named_with_a_way_out(model: Path, damage: str) -> None:
+    path = as_pickle(model)
+    DAMAGED_PICKLES[damage](path)
+    message = message_of_the_command(model, "--allow-pickle")
+    assert f"error: {path} can't be read: " in message
+    assert "weights_only" not in message  # what PyTorch advises is not ours to advise
+    assert f"hint: Copy {path.name} again" in message
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_of_several_pickles_the_damaged_one_is_named(model: Path, legacy: bool) -> None:
+    weights = load_file(model / WEIGHTS)
+    (model / WEIGHTS).unlink()
+    names = sorted(weights)
+    shards = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, held in shards.items():
+        torch.save({name: weights[name] for name in held}, model / file, _use_new_zipfile_serialization=not legacy)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    load(model, model__allow_pickle=True)
+    second = model / "pytorch_model-2.bin"
+    second.write_bytes(second.read_bytes()[:-2000])
+    assert f"{second} can't be read" in message_of_the_command(model, "--allow-pickle")
+
+
+def test_a_fault_that_is_not_of_the_weights_is_not_blamed_on_them(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        load(base_model)
+    assert not isinstance(caught.value, ModelError)
+
+
+@pytest.mark.parametrize(("kind", "error"), [(torch.OutOfMemoryError, OutOfMemoryError), (RuntimeError, RuntimeError)])
+def test_a_fault_while_quantizing_is_not_blamed_on_the_weights(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], error: type[Exception]
+) -> None:
+    """transformers logs what happens in there, and goes on to a report of weights that could not be converted."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("CUDA error")
+
+    monkeypatch.setattr(quantizer, "quantize", fail)
+    with pytest.raises(error) as caught:
+        load(base_model)
+    assert not isinstance(caught.value, ModelError)

@@ -308,6 +308,23 @@ def test_an_empty_directory_is_taken(run_qlora: RunQlora, base_model: Path, tmp_
     assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
+def test_the_directory_that_one_stands_in_is_filled(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
+    done = run_qlora("load", base_model, "--device", "cpu", "--save", ".", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert (tmp_path / "model.safetensors").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_link_to_an_empty_directory_stays_one(base_model: Path, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    num_bytes = save_quantized(load(base_model), link, Recorder())
+    assert link.is_symlink()
+    assert num_bytes == written_bytes(target) > 0
+    assert base_digest(load(link).model) == base_digest(load(base_model).model)
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def test_4_bit_in_pieces_is_4_bit_of_the_whole(
 
 def test_a_weight_may_come_in_pieces_of_whole_blocks() -> None:
     weight = random_weight(8, 16, 64)
-    packed, state = quantize(iter(weight.split(1)), weight.shape, FourBit(quant_type="nf4", double_quant=True))
+    packed, state = quantize(iter(torch.split(weight, 1)), weight.shape, FourBit(quant_type="nf4", double_quant=True))
     whole, expected = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(packed, whole)
     assert torch.equal(state.absmax, expected.absmax)

@@ -44,14 +44,14 @@ def test_a_bitsandbytes_checkpoint_is_recognised(
 ) -> None:
     found = read_prequantized({"quantization_config": config}, "x")
     assert found is not None
-    assert (found.method, found.double_quant, found.by_qlora) == (method, double_quant, False)
+    assert (found.method, found.double_quant) == (method, double_quant)
     assert found.config == config
 
 
 def test_our_own_checkpoints_and_nested_configs_are_recognised() -> None:
     found = read_prequantized({"text_config": {"quantization_config": {**NF4, "quant_method": "qlora"}}}, "x")
     assert found is not None
-    assert (found.method, found.by_qlora) == (Quantization.NF4, True)
+    assert found.method == Quantization.NF4
 
 
 @pytest.mark.parametrize(

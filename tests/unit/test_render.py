@@ -48,7 +48,8 @@ REPORT = LoadReport(
     unquantized_bytes=800,
     float32_bytes=4000,
     float16_bytes=2000,
-    fits_in_16_bit=False,
+    unquantized_fits=False,
+    unquantized_model_bytes=4000,
     kinds=(
         KindCount(kind="linear layers", why_not_quantized=None, num_weights=4, num_parameters=800, num_bytes=450),
         KindCount(kind="embedding", why_not_quantized="looked up", num_weights=1, num_parameters=200, num_bytes=800),
@@ -179,7 +180,7 @@ def test_load_says_what_is_not_quantized_and_why(capsys: pytest.CaptureFixture[s
 def test_load_advises_against_quantizing_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     render_load(REPORT)
     assert "--quant none" not in capsys.readouterr().out
-    render_load(replace(REPORT, fits_in_16_bit=True))
+    render_load(replace(REPORT, unquantized_fits=True))
     assert "--quant none is exact and faster" in capsys.readouterr().out
 
 
@@ -191,11 +192,13 @@ def test_errors_are_drawn_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert errors_by_layer(errors) == pytest.approx([0.06, 0.04])
     assert bars([0.06, 0.03, 0.0]) == "█▅▁"
+    assert bars([0.09, 0.0896, 0.0892]) == "█▅▁"
+    assert bars([0.09, 0.09]) == "▁▁"
     assert len(bars([0.1] * 1000)) <= 64
     render_load(replace(REPORT, errors=errors))
     shown = capsys.readouterr().out
     assert "8.00%  model.layers.2.up.weight" in shown
-    assert "from 0 to 6.0%" in shown
+    assert "from 4.00% to 6.00%" in shown
 
 
 def test_the_plan_shows_the_batch_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expe
         ("training:\n  epochs: .inf\n", ":2 training.epochs: must be a finite number, got inf"),
         ("lora:\n  alpha: .nan\n", "lora.alpha: must be"),
         ("model:\n  revision: 1234567\n", "got 1234567 | Put it in quotes: YAML reads it as a number."),
+        ("model:\n  rope_scaling: ''\n", "model.rope_scaling: expected TYPE:FACTOR"),
         ("model:\n  dtype: BF16\n", "'BF16' is not one of auto, bf16, fp16, fp32 | Did you mean bf16?"),
     ],
 )

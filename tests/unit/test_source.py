@@ -1,6 +1,7 @@
 """What a local name stands for: a model, an adapter, or a run; each with its base, or an error that says why not."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,44 @@ def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path)
         ModelError, match=r"tokenizer_config.json takes fast\.Fast from another repository, other/repo"
     ):
         find_model(settings(own, trust_remote_code=True))
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "./" + "a/" * 5000, "a\0b"])
+def test_a_name_that_can_be_no_file_is_a_model_that_is_not_there(tmp_path: Path, name: str) -> None:
+    assert "no model at" in problem_of(name)
+    adapter = write_adapter(tmp_path / "adapter", base=name)
+    with pytest.raises(ModelNotFoundError, match="which is not here"):
+        find_model(settings(adapter))
+
+
+@pytest.mark.parametrize("key", [None, "quantization", "model"])
+@pytest.mark.parametrize("value", [[], "x", 3, None])
+def test_a_record_of_a_run_whose_settings_are_none_is_refused(tmp_path: Path, key: str | None, value: object) -> None:
+    run = write_run(tmp_path / "run", write_model(tmp_path / "base"))
+    record = json.loads((run / "run.json").read_text())
+    if key is None:
+        record["settings"] = value
+    else:
+        record["settings"][key] = value
+    (run / "run.json").write_text(json.dumps(record))
+    for part in (run, run / "adapter", write_adapter(run / "checkpoints" / "step-2", base="elsewhere")):
+        with pytest.raises(ModelError, match=re.escape(f"{run / 'run.json'} does not say")) as caught:
+            find_model(settings(part))
+        assert "qlora train" in str(caught.value.hint)
+
+
+def test_a_record_of_a_run_that_names_no_base_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", write_model(tmp_path / "base"), commit="0123")
+    record = json.loads((run / "run.json").read_text())
+    record["base_model"]["base_model"] = 5
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="does not say what the run was based on"):
+        find_model(settings(run))
+
+
+def test_code_of_another_repository_in_an_adapter_is_not_trusted_either(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
+    (adapter / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "evil/repo--tok.Own"]}}')
+    assert find_model(settings(adapter)).adapter == adapter  # nothing is run
+    with pytest.raises(ModelError, match=r"takes tok\.Own from another repository, evil/repo"):
+        find_model(settings(adapter, trust_remote_code=True))

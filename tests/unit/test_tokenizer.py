@@ -285,3 +285,34 @@ def test_a_broken_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"generation_config\.json can't be read as JSON"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("tokenizer.json", "{}", "is no tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "is no tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": []}', "is no tokenizer"),
+        ("tokenizer.json", "[]", "holds no JSON object"),
+        ("tokenizer.json", "{", "can't be read as JSON"),
+        ("tokenizer_config.json", '"text"', "holds no JSON object"),
+        ("special_tokens_map.json", "[]", "holds no JSON object"),
+    ],
+)
+def test_a_file_of_the_tokenizer_that_is_damaged_is_named(
+    tmp_path: Path, file: str, content: str, expected: str
+) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    assert f"{tmp_path / file} {expected}" in str(caught.value)
+    assert f"Copy {file} again" in str(caught.value.hint)
+
+
+def test_a_config_of_the_tokenizer_that_makes_no_sense_is_an_error_with_its_reason(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": 3}))
+    with pytest.raises(ModelError, match="has no tokenizer that can be loaded: AttributeError: 'int' object"):
+        load(tmp_path)
