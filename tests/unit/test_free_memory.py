@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def limit(directory: Path, most: str) -> Limit:
     """Return a control group that uses 3 GiB, 1 GiB of it page cache."""
-    files = {"max": most, "current": str(3 * 1024**3), "stat": f"anon 1\ninactive_file {1024**3}\n"}
+    files = {"max": most, "current": str(3 * 1024**3), "stat": f"anon 1\ninactive_file {1024**3}"}
     for name, content in files.items():
         (directory / name).write_text(content + "\n")
     return Limit(directory / "max", directory / "current", directory / "stat", "inactive_file")
