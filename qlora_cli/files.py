@@ -5,8 +5,11 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from enum import Enum
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import format_bytes
@@ -79,7 +82,10 @@ def existing_parent(path: Path) -> Path:
 
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
-    saving = target.with_name(f".{target.name}.saving")
+    for left_over in target.parent.glob(f".{escape(target.name)}.*.saving"):
+        if not psutil.pid_exists(int(left_over.name.split(".")[-2])):  # its writer was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+    saving = target.with_name(f".{target.name}.{os.getpid()}.saving")
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)
     try:

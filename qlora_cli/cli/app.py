@@ -1,6 +1,8 @@
 """The command line: one table of commands, one place where errors become messages and exit codes."""
 
+import io
 import os
+import sys
 import warnings
 from typing import Annotated
 
@@ -59,4 +61,7 @@ def main() -> None:
     # Deprecations inside the libraries are for their authors; what a user must know, we say ourselves.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that can't show a bar shows a question mark
+            stream.reconfigure(errors="replace")
     app()

@@ -54,6 +54,8 @@ def quantize(
     for whole in pieces:
         for piece in _split(whole.reshape(-1)):
             codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
+            if not torch.isfinite(state.absmax).all():
+                raise ValueError("it holds values that are not finite (NaN or infinite)")
             if packed is None or absmax is None:
                 code, dtype = state.code, piece.dtype
                 packed, absmax = _room_for(num_weights, codes, state)

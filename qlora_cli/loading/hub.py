@@ -4,6 +4,7 @@ The order is fixed: ask the hub; if it can't be reached, take the cache if that 
 the hub could not be reached, not what the cache lacked.
 """
 
+import os
 import re
 import shutil
 import time
@@ -15,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_cli.errors import DiskSpaceError, ModelError, ModelNotFoundError, QloraError
+from qlora_cli.errors import DiskSpaceError, ModelError, ModelNotFoundError, OutputDirectoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.transfer import (
     RemoteFile,
@@ -263,12 +264,18 @@ def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
 
     Raises:
         DiskSpaceError: with both numbers.
+        OutputDirectoryError: the cache can't be written to.
     """
     needed = sum(max(0, (file.num_bytes or 0) - file.present_bytes) for file in files)
     if not needed:
         return
     folder = _cache_folder(name).parent
     disk = next(path for path in (folder, *folder.parents) if path.exists())
+    if not disk.is_dir() or not os.access(disk, os.W_OK):
+        raise OutputDirectoryError(
+            f"{name} can't be downloaded: the cache {folder} can't be written to",
+            hint="Set HF_HOME to a directory that can be written to.",
+        )
     if (free := shutil.disk_usage(disk).free) < needed:
         raise DiskSpaceError(
             f"downloading {name} takes {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free",

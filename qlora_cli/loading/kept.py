@@ -52,7 +52,7 @@ def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[s
     asked = asked or ()
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    kept = {name: "as asked" for name, _ in fused_experts(model) if _has_part(name, asked)}
+    kept = {name: "as asked" for name, _ in fused_experts(model) if has_part(name, asked)}
     for name, module in linear_layers(model):
         if module is head or name in tied:
             kept[name] = HEAD
@@ -62,19 +62,20 @@ def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[s
             kept[name] = f"a {type(module).__name__}, no plain linear layer"
         elif _is_kept_in_fp32(model, name):
             kept[name] = "kept in fp32 by its architecture"
-        elif _has_part(name, asked):
+        elif has_part(name, asked):
             kept[name] = "as asked"
     return kept
 
 
-def _has_part(name: str, parts: Iterable[str]) -> bool:
+def has_part(name: str, parts: Iterable[str]) -> bool:
+    """Whether one of `parts` stands in `name`, dot to dot."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
     # The first by the rule that the quantizers of transformers go by, who leave the others to be quantized.
     in_16_bit_runs = not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
-    return in_16_bit_runs or _has_part(name, model._keep_in_fp32_modules_strict or ())
+    return in_16_bit_runs or has_part(name, model._keep_in_fp32_modules_strict or ())
 
 
 def _reason(name: str) -> str | None:

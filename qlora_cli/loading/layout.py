@@ -26,7 +26,7 @@ from qlora_cli.loading.inventory import (
     dtype_name,
     parameters_once,
 )
-from qlora_cli.loading.kept import fused_experts, kept_layers, linear_layers
+from qlora_cli.loading.kept import fused_experts, has_part, kept_layers, linear_layers
 from qlora_cli.loading.prequantized import Prequantized
 from qlora_cli.settings.models import Quantization, QuantizationSettings, Storage
 from qlora_cli.units import format_bytes
@@ -109,6 +109,7 @@ def plan_layout(
         kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
     else:
         kept = kept_layers(model, settings.skip_modules)
+        _check_matches(model, settings.skip_modules or ())
         if settings.method.is_4bit and device.type == "cpu":
             kept = {**_wrong_on_cpu(model), **kept}
         experts = tuple(name for name, _ in fused_experts(model) if name not in kept)
@@ -133,6 +134,17 @@ def _kept_as_stored(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[s
         for name, module in linear_layers(model)
         if not should_convert_module(name, patterns) or reasons.get(name, "").startswith("a ")
     }
+
+
+def _check_matches(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
+    names = [*(name for name, _ in linear_layers(model)), *(name for name, _ in fused_experts(model))]
+    for part in asked:
+        if not any(has_part(name, [part]) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise ModelError(
+                f"quantization.skip_modules: {part!r} matches no layer of the model",
+                hint=f"Its layers are {', '.join(leaves)}; any part of a full name between dots does.",
+            )
 
 
 def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: Mapping[str, str]) -> None:

@@ -70,6 +70,12 @@ class LoadedModel:
             return base
         return self.model
 
+    @property
+    def compute_dtype(self) -> ComputeDtype:
+        """The dtype that quantized layers multiply in: that of the model, unless another was asked for."""
+        asked = self.settings.quantization.compute_dtype
+        return self.dtype if asked == Dtype.AUTO else ComputeDtype(name=asked, reason="as asked")
+
     def report(self) -> LoadReport:
         """Return the same in plain numbers."""
         inventory, quantization = self.inventory, self.settings.quantization
@@ -101,8 +107,8 @@ class LoadedModel:
             kinds=inventory.kinds(),
             dtype_bytes=inventory.bytes_by_dtype(),
             errors=errors,
-            compute_dtype=self.dtype.name.value,
-            compute_dtype_reason=self.dtype.reason,
+            compute_dtype=self.compute_dtype.name.value,
+            compute_dtype_reason=self.compute_dtype.reason,
             load_seconds=self.load_seconds,
             peak_host_bytes=self.peak_host_bytes,
             peak_device_bytes=self.peak_device_bytes,

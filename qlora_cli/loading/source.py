@@ -156,6 +156,8 @@ def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
 
 def _check_path(path: Path, revision: str | None) -> QloraError | None:
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            return _gguf(str(path))
         return ModelError(f"{path} is a file", hint="Give the directory that holds config.json and the weights.")
     if revision is not None:
         return ModelError(
@@ -185,9 +187,18 @@ def _check_files(where: str, names: Collection[str], settings: ModelSettings) ->
                 hint="Give a directory that holds only one of them.",
             )
         return _check_adapter_files(where, names, settings)
+    if entry is None and any(name.endswith(".gguf") for name in names):
+        return _gguf(where)
     if CONFIG not in names:
         return ModelError(f"{where} has no {CONFIG}", hint="Give a directory written by save_pretrained.")
     return no_weights(where, names) if entry is None else None
+
+
+def _gguf(where: str) -> ModelError:
+    return ModelError(
+        f"{where} is in GGUF, the format of llama.cpp: it is quantized for inference and can't be trained",
+        hint="Give the 16-bit model that it was made from.",
+    )
 
 
 def _check_adapter_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:

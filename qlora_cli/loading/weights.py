@@ -27,6 +27,7 @@ from qlora_cli.settings.models import Quantization
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
 MOST_NAMED = 3
+FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes, as safetensors names them, that a weight may be read from
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 SHORTAGE = re.compile(r"OutOfMemoryError: (.*)")
 FAULT = "CUDA error"
@@ -79,6 +80,11 @@ def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedM
         header = checkpoint.tensors.get(name)
         if header is None:
             continue
+        if name not in sizes and parameter.is_floating_point() and header.dtype not in FLOATS:
+            raise ModelError(
+                f"{source.path / header.file}: {name} is stored as {header.dtype}, which is no weight as it is",
+                hint="It was quantized by something that its config.json does not name; give the 16-bit model.",
+            )
         if name in sizes:
             _check_packed(source, checkpoint, header, sizes[name])
         elif header.shape != tuple(parameter.shape):

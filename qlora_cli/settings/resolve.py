@@ -85,6 +85,7 @@ def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
     """
     merged, problems = merge(sources)
     _, more = _validate(merged, required=set(), flag_names={})
+    more += _not_from_a_file(merged)
     if problems + more:
         raise SettingsError(problems + more)
     rows = []
@@ -184,6 +185,15 @@ def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> l
                 where=merged["training.eval_steps"].origin.where,
                 message="training.eval_steps has no effect without held-out data",
                 hint="Give --eval-dataset, or leave eval_steps out.",
+            )
+        )
+    lora = validated.get("lora")
+    if lora is not None and lora.target_parameters is not None and lora.dropout:
+        problems.append(
+            Problem(
+                where=merged["lora.dropout"].origin.where,
+                message="lora.dropout can't be applied to fused experts: their update is part of the weight",
+                hint="Set it to 0, or leave lora.target_parameters out.",
             )
         )
     return problems + _without_effect(validated["quantization"].method, merged) + _not_from_a_file(merged)
