@@ -85,6 +85,8 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     _check_cpu_offload(settings, device)
     reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
     source = find_model(settings.model, reporter)
+    for difference in _differences(settings, source):
+        reporter.report(Noted(level="warning", message=difference))
     settings = settings.model_copy(update={"model": effective_model(settings.model, source)})
     trust = settings.model.trust_remote_code
     base = read_config(source, trust_remote_code=trust)
@@ -138,6 +140,17 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     )
 
 
+def _differences(asked: LoadSettings, source: ModelSource) -> list[str]:
+    """Return in words where what was asked for by name is not what the run that was named was trained with."""
+    recorded = {"model": _taken(source), "quantization": source.run_quantization or {}}
+    return [
+        f"{section}.{key} is {getattr(values, key)} as asked; {source.name} was trained with {recorded[section][key]}"
+        for section, values in (("model", asked.model), ("quantization", asked.quantization))
+        for key in sorted(values.model_fields_set & recorded[section].keys())
+        if getattr(values, key) != recorded[section][key]
+    ]
+
+
 def effective_model(asked: ModelSettings, source: ModelSource) -> ModelSettings:
     """Return the model settings of a load: what was asked for, else as the run that was named was trained.
 
@@ -151,8 +164,12 @@ def effective_model(asked: ModelSettings, source: ModelSource) -> ModelSettings:
         )
     if source.run_model is None:
         return asked
-    taken = {key: source.run_model[key] for key in TAKEN_FROM_RUN if key in source.run_model}
-    return _over_run(asked, {**asked.model_dump(), **taken}, source)
+    return _over_run(asked, {**asked.model_dump(), **_taken(source)}, source)
+
+
+def _taken(source: ModelSource) -> dict[str, Any]:
+    """Return what of a run's model settings made its base."""
+    return {key: value for key, value in (source.run_model or {}).items() if key in TAKEN_FROM_RUN}
 
 
 def effective_quantization(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.loading.blueprint import effective_model
+from qlora_cli.loading.blueprint import effective_model, plan_load
 from qlora_cli.loading.embedding import is_tied
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.loading.source import find_model
@@ -22,7 +22,7 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.integration.loading import DAMAGED_PICKLES, IDS, load, logits, refused, save_model
+from tests.integration.loading import DAMAGED_PICKLES, IDS, load, load_settings, logits, refused, save_model
 
 ADAPTER = "adapter/adapter_model.safetensors"
 AS_TRAINED = {"model__dtype": None}  # no flag: what the run was trained in
@@ -111,6 +111,13 @@ def test_a_flag_wins_over_what_the_run_was_trained_with(ended: Ended) -> None:
     quantization = nf4.settings.quantization
     assert (quantization.method, quantization.double_quant, nf4.dtype.name) == ("nf4", False, "bf16")
     assert not torch.equal(logits(nf4.model).float(), ended.logits)
+
+
+def test_a_flag_that_differs_from_the_run_is_said_and_one_that_agrees_is_not(ended: Ended) -> None:
+    heard = Recorder()
+    plan_load(load_settings(ended.path, quantization__method="nf4", quantization__double_quant=False), heard)
+    said = [event.message for event in heard.events if isinstance(event, Noted) and event.level == "warning"]
+    assert said == [f"quantization.method is nf4 as asked; {ended.path} was trained with fp4"]
 
 
 def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, tmp_path: Path) -> None:
