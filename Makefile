@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test demo-assets reference figures clean
+.PHONY: help demo test demo-assets reference memory-table figures clean
 
 help:
 	@echo "make demo         set up .venv, fine-tune the bundled tiny model, show before and after"
 	@echo "make test         set up .venv, run the checks and the whole test suite"
 	@echo "make demo-assets  train the bundled model and write its data anew (about 20 minutes)"
 	@echo "make reference    write docs/reference/settings.md anew from the settings"
+	@echo "make memory-table write docs/reference/memory.md anew from predictions (two minutes)"
 	@echo "make figures      draw the figures of docs/explanation anew"
 	@echo "make clean        delete .venv"
 
@@ -42,8 +43,12 @@ demo-assets: $(VENV)/installed
 reference: $(VENV)/installed
 	$(BIN)/python scripts/make_reference.py
 
+memory-table: $(VENV)/installed
+	$(BIN)/python scripts/make_memory_table.py
+
 figures: $(VENV)/installed-dev
 	$(BIN)/python scripts/make_figures.py
+	$(BIN)/python scripts/make_memory_figure.py
 
 clean:
 	rm -rf $(VENV)

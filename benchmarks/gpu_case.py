@@ -23,6 +23,7 @@ from benchmarks.synthetic import write_rows
 from qlora_cli.events import Event, StepDone
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
+from qlora_cli.training.result import TrainResult
 from qlora_cli.training.run import train
 
 SAMPLE_SECONDS = 0.02
@@ -96,9 +97,25 @@ def run_case(case: Case, model: Path, device: str, directory: Path, used_before_
         "peak_reserved_bytes": result.peak_memory.device_reserved_bytes,
         "peak_process_bytes": process_peak,
         "peak_host_bytes": result.peak_memory.host_bytes,
+        "memory": _compared(result),
         "train_seconds": result.train_seconds,
         "total_seconds": result.total_seconds,
         "plan": run["plan"] | {"model": case.size, "output": None},
+    }
+
+
+def _compared(result: TrainResult) -> dict[str, Any] | None:
+    """Return predicted and measured memory side by side, errors in percent; None without a GPU."""
+    predicted, measured = result.predicted_memory, result.peak_memory
+    if predicted is None or measured.device_allocated_bytes is None or measured.device_reserved_bytes is None:
+        return None
+    pairs = {
+        "allocated": (predicted.allocated_bytes, measured.device_allocated_bytes),
+        "reserved": (predicted.reserved_bytes, measured.device_reserved_bytes),
+    }
+    return {
+        name: {"predicted_bytes": before, "measured_bytes": after, "error_percent": 100 * (before / after - 1)}
+        for name, (before, after) in pairs.items()
     }
 
 

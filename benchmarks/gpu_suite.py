@@ -2,8 +2,11 @@
 
 Llama- and Qwen3-MoE-shaped models with random weights are made in a temporary directory, loaded by the shared loader
 and trained for a few steps by the code that `qlora train` runs. One JSON line a case: seconds to load, seconds a step,
-tokens/s, and the peaks of memory allocated, reserved and used by the process; for a case that only loads, bytes
-predicted, counted and allocated at the peak.
+tokens/s, and the peaks of memory allocated, reserved and used by the process, beside what was predicted; for a case
+that only loads, bytes predicted, counted and allocated at the peak.
+
+The cases named `*-memory-*` compare predictions with measurements; with the others they take more than ten minutes, so
+run `--cases '*-memory-*'` by itself.
 """
 
 import argparse
@@ -35,9 +38,16 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_P
 DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b"), "cpu": ("tiny", "tiny-moe")}
 
 
-def select_cases(patterns: Sequence[str], sizes: Sequence[str]) -> list[Case]:
-    """Return the cases of these sizes whose names match one of the patterns."""
-    return [case for case in CASES if case.size in sizes and any(fnmatch(case.name, pattern) for pattern in patterns)]
+def select_cases(patterns: Sequence[str], sizes: Sequence[str], without: Sequence[str] = ()) -> list[Case]:
+    """Return the cases of these sizes that match one of the patterns and none of `without`, by model."""
+    found = [
+        case
+        for case in CASES
+        if case.size in sizes
+        and any(fnmatch(case.name, pattern) for pattern in patterns)
+        and not any(fnmatch(case.name, pattern) for pattern in without)
+    ]
+    return sorted(found, key=lambda case: sizes.index(case.size))
 
 
 class Suite:
@@ -154,7 +164,16 @@ def describe(record: dict[str, Any]) -> str:
     return (
         f"{name:24} load {record['load_seconds']:6.1f} s   step {record['step_seconds']:7.3f} s   "
         f"{record['tokens_per_second']:8.0f} tokens/s   allocated / reserved / process / host {shown}"
+        f"{_describe_error(record['memory'])}"
     )
+
+
+def _describe_error(memory: dict[str, Any] | None) -> str:
+    """Return how far off the prediction was, if there was one."""
+    if memory is None:
+        return ""
+    errors = " / ".join(f"{memory[kind]['error_percent']:+.1f} %" for kind in ("allocated", "reserved"))
+    return f"   predicted {errors}"
 
 
 def _describe_load(record: dict[str, Any]) -> str:
@@ -171,6 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns of cases (default: all)")
+    parser.add_argument("--without", nargs="+", default=[], help="names or patterns of cases to leave out")
     parser.add_argument(
         "--sizes", nargs="+", choices=SHAPES, help="model sizes (default: 1b 2b-moe 8b; on a CPU: tiny tiny-moe)"
     )
@@ -185,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the suite: 0 if every case was measured, 1 if one was not, 2 if nothing can be run."""
     arguments = parse_arguments()
-    cases = select_cases(arguments.cases, arguments.sizes)
+    cases = select_cases(arguments.cases, arguments.sizes, arguments.without)
     if not cases:
         print(f"No case matches. There are: {', '.join(case.name for case in CASES)}", file=sys.stderr)
         return 2

@@ -46,6 +46,7 @@ RunQlora = Callable[..., Finished]
 def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     # Read by `datasets` and `huggingface_hub` when they are first imported, here and in subprocesses.
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf-home"))
+    os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture(scope="session")

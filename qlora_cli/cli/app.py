@@ -13,6 +13,7 @@ from qlora_cli.cli.config import config_app
 from qlora_cli.cli.demo import demo
 from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.failures import FailureGroup
+from qlora_cli.cli.inspect_memory import inspect_memory
 from qlora_cli.cli.load import load
 from qlora_cli.cli.train import train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 # A new command is one file and one line here; its module must not import torch.
+app.command()(inspect_memory)
 app.command()(load)
 app.command()(train)
 app.command()(demo)

@@ -5,7 +5,7 @@ Every flag of a setting takes text, so that pydantic sees all values and all pro
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -77,12 +77,16 @@ def is_switch(path: str) -> bool:
     return SECTIONS[section].model_fields[key].annotation is bool
 
 
-def takes(*sections: str, positional: str | None = None) -> Callable[[Command], Command]:
+def takes(
+    *sections: str, positional: str | None = None, without: Collection[str] = ()
+) -> Callable[[Command], Command]:
     """Give a command the flags of every setting in `sections`, and `--config` and `--set`.
 
     The command itself names only what is its own; settings are read from the context by `resolve_settings`.
-    `positional` is a setting that is given as an argument, not by its flag.
+    `positional` is a setting that is given as an argument, not by its flag; `without` are settings that mean nothing
+    to the command, which get no flag.
     """
+    assert set(without) <= FLAGS.keys(), "a setting without a flag can't be left out"
 
     def give(command: Command) -> Command:
         own = inspect.signature(command).parameters
@@ -95,7 +99,9 @@ def takes(*sections: str, positional: str | None = None) -> Callable[[Command], 
         if positional is not None:
             argument = typer.Argument(help=describe(positional), show_default=False)
             parameters.append(_parameter(PARAMETERS[positional], Annotated[str | None, argument]))
-        parameters += [setting(path) for path in FLAGS if path.split(".")[0] in sections and path != positional]
+        given_otherwise = {positional, *without}
+        paths = (path for path in FLAGS if path.split(".")[0] in sections and path not in given_otherwise)
+        parameters += [setting(path) for path in paths]
         parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
         parameters += [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

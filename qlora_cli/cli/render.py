@@ -9,7 +9,7 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.settings.sources import Origin
-from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
+from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.units import format_bytes, format_count, format_duration
 
 
@@ -26,7 +26,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
         ("model", f"{plan.model} ({format_count(plan.num_parameters)}, {plan.quantization}) on {plan.device}"),
         ("compute dtype", f"{plan.compute_dtype} ({plan.compute_dtype_reason})"),
         ("attention", plan.attention),
-        ("checkpointing", "on" if plan.gradient_checkpointing else "off"),
+        ("checkpointing", plan.gradient_checkpointing),
         ("trainable", f"{format_count(plan.num_trainable_parameters)} parameters ({plan.optimizer})"),
         ("rows", f"{plan.num_train_rows:,} to train on ({plan.data_format}){evaluation}"),
         (
@@ -40,6 +40,19 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
             f"{plan.num_devices} device = {plan.examples_per_step} examples a step",
         ),
         ("steps", f"{plan.num_steps:,} ({plan.num_epochs:.2f} epochs)"),
+        *_memory_rows(plan.predicted_memory),
+    ]
+
+
+def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:
+    if predicted is None:
+        return []
+    return [
+        (
+            "GPU memory",
+            f"{format_bytes(predicted.process_bytes)} predicted on {predicted.gpu}, "
+            f"{format_bytes(predicted.allocated_bytes)} of it tensors",
+        )
     ]
 
 
@@ -58,7 +71,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("held-out loss", _loss(result.eval_loss)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s ({result.num_tokens:,} tokens)"),
         ("time", f"{format_duration(result.train_seconds)} training, {format_duration(result.total_seconds)} in all"),
-        ("peak memory", _describe_peak(result.peak_memory)),
+        ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]
@@ -113,14 +126,21 @@ def _show(value: Any) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _describe_peak(peak: PeakMemory) -> str:
+def _describe_peak(peak: PeakMemory, predicted: PredictedMemory | None) -> str:
     host = f"{format_bytes(peak.host_bytes)} host"
     if peak.device_allocated_bytes is None or peak.device_reserved_bytes is None:
         return host
-    return (
-        f"{format_bytes(peak.device_allocated_bytes)} allocated, "
-        f"{format_bytes(peak.device_reserved_bytes)} reserved on the GPU; {host}"
-    )
+    allocated = _against(peak.device_allocated_bytes, predicted.allocated_bytes if predicted else None)
+    reserved = _against(peak.device_reserved_bytes, predicted.reserved_bytes if predicted else None)
+    return f"{allocated} allocated, {reserved} reserved on the GPU; {host}"
+
+
+def _against(measured: int, predicted: int | None) -> str:
+    """Return what was measured, beside what was predicted if something was."""
+    if predicted is None:
+        return format_bytes(measured)
+    error = 100 * (predicted / measured - 1) if measured else 0.0
+    return f"{format_bytes(measured)} ({format_bytes(predicted)} predicted, {error:+.1f} %)"
 
 
 def _loss(value: float | None) -> str:

@@ -17,6 +17,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all up to the first step; say what would run.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although the run is predicted not to fit on the GPU.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a frozen base, in 4 bit by default, and write a run directory."""
@@ -30,9 +33,9 @@ def train(
         from qlora_cli.training import run
 
         if dry_run:
-            plan = run.plan(resolved, reporter)
+            plan = run.plan(resolved, reporter, force=force)
         else:
-            result = run.train(resolved, reporter)
+            result = run.train(resolved, reporter, force=force)
     if dry_run:
         print_json(plan) if json else render_plan(plan)
         return

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_cli.errors import ModelError
@@ -28,6 +29,7 @@ DECODER_NAMES: Mapping[str, str] = {
 }
 # Their configs say `is_decoder: false`, as those of encoders do, which transformers also offers a causal head for.
 DECODERS_ALL_THE_SAME = ("gpt_neox", "gpt_neox_japanese")
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 TOWERS = ("vision", "visual", "audio", "image", "projector", "connector", "merger", "speech", "embed_vision")
 
 
@@ -64,16 +66,39 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
     """
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise _unreadable(source, error) from error
+    except UNREADABLE as error:
+        raise _unreadable(source.name, error) from error
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return ModelConfig(config=config, key_mapping=None)
+    return _settled(source.name, config)
+
+
+def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
+    """Return the config to build the model `name` from, given what its config.json holds.
+
+    Raises:
+        ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
+    """
+    values = deepcopy(dict(content))  # transformers changes what is nested in it
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise _unreadable(name, ValueError("it names no model_type"))
+    if "auto_map" in values and model_type not in CONFIG_MAPPING:
+        raise _unreadable(name, ValueError("it needs trust_remote_code"))
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except UNREADABLE as error:
+        raise _unreadable(name, error) from error
+    return _settled(name, config)
+
+
+def _settled(name: str, config: PreTrainedConfig) -> ModelConfig:
     text = config.get_text_config(decoder=True)
     if text is config:
-        if trust_remote_code and getattr(config, "auto_map", None):
-            return ModelConfig(config=config, key_mapping=None)
-        _check_class(source, config)
+        _check_class(name, config)
         return ModelConfig(config=config, key_mapping=None)
     text = _plain(text)
-    _check_class(source, text)
+    _check_class(name, text)
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # what the whole model goes by
     note = f"{config.model_type} sees more than text; only its text decoder ({text.model_type}) is loaded"
     return ModelConfig(config=text, key_mapping=DECODER_NAMES, notes=(note,))
@@ -91,30 +116,30 @@ def _plain(text: PreTrainedConfig) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**values, **told})
 
 
-def _check_class(source: ModelSource, config: PreTrainedConfig) -> None:
+def _check_class(name: str, config: PreTrainedConfig) -> None:
     looks_both_ways = getattr(config, "is_decoder", True) is False and config.model_type not in DECODERS_ALL_THE_SAME
     if looks_both_ways or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{source.name} can't be loaded: {config.model_type!r} is an encoder, or has one: each token sees those "
+            f"{name} can't be loaded: {config.model_type!r} is an encoder, or has one: each token sees those "
             "after it, so it can't be trained to continue a text",
             hint="Take a causal language model (a decoder).",
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"{source.name} can't be loaded: transformers has no causal language model for {config.model_type!r}",
+            f"{name} can't be loaded: transformers has no causal language model for {config.model_type!r}",
             hint="Is it a causal language model? Encoders, translation and speech models are not fine-tuned here.",
         )
 
 
-def _unreadable(source: ModelSource, error: Exception) -> ModelError:
+def _unreadable(name: str, error: Exception) -> ModelError:
     text = str(error)
     if "trust_remote_code" in text:
         return ModelError(
-            f"{source.name} can't be loaded: it comes with Python code of its own, which is not run unasked",
+            f"{name} can't be loaded: it comes with Python code of its own, which is not run unasked",
             hint="Read the code; if you trust its author, give --trust-remote-code.",
         )
     hint = "Is it a causal language model?"
     if "does not recognize this architecture" in text or "model_type" in text:
         text = text.split("\n")[0]
         hint = "A newer transformers may know it: pip install -U transformers"
-    return ModelError(f"{source.name} can't be loaded: its config.json can't be read: {text}", hint=hint)
+    return ModelError(f"{name} can't be loaded: its config.json can't be read: {text}", hint=hint)

@@ -54,7 +54,17 @@ def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | 
     Raises:
         HardwareError: fp16 was asked for on a CPU or for such a model, or bf16 on a GPU without it.
     """
-    native, reason = _native_bf16(device)
+    return settle_compute_dtype(wanted, device.type, model_type, *_native_bf16(device))
+
+
+def settle_compute_dtype(
+    wanted: Dtype, device_type: str, model_type: str | None, native: bool, reason: str
+) -> ComputeDtype:
+    """Return the same for a device that multiplies bf16 itself if `native`, for `reason`; it need not be here.
+
+    Raises:
+        HardwareError: as `choose_compute_dtype` does.
+    """
     if model_type is not None and model_type.startswith(OVERFLOWS_FP16):
         if wanted == Dtype.FP16:
             raise HardwareError(
@@ -64,11 +74,11 @@ def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | 
         if wanted == Dtype.AUTO and not native:
             return ComputeDtype(name=Dtype.FP32, reason=f"{reason}, and {model_type} overflows fp16")
     if wanted == Dtype.AUTO:
-        fallback = Dtype.FP16 if device.type == "cuda" else Dtype.FP32
+        fallback = Dtype.FP16 if device_type == "cuda" else Dtype.FP32
         return ComputeDtype(name=Dtype.BF16 if native else fallback, reason=reason)
-    if wanted == Dtype.FP16 and device.type == "cpu":
+    if wanted == Dtype.FP16 and device_type == "cpu":
         raise HardwareError("fp16 is not trained on a CPU", hint="Use --dtype fp32 or --dtype bf16.")
-    if wanted == Dtype.BF16 and device.type == "cuda" and not native:
+    if wanted == Dtype.BF16 and device_type == "cuda" and not native:
         raise HardwareError(f"bf16 was asked for, but {reason}", hint="Use --dtype fp16 or --dtype fp32.")
     return ComputeDtype(name=wanted, reason="as asked")
 

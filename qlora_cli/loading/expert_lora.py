@@ -1,7 +1,7 @@
 """LoRA on fused experts that are stored in 4 bit: PEFT's wrapper of a parameter, mended, and put on in plain order."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,9 +67,8 @@ class _Update(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the update."""
-        with torch.autocast(
-            weight.device.type, enabled=False
-        ):  # it would change the dtype, which stays that of the base
+        # It would change the dtype, which stays that of the base; the meta device has none, and refuses the word.
+        with nullcontext() if weight.device.type == "meta" else torch.autocast(weight.device.type, enabled=False):
             return torch.baddbmm(weight, self._left, self._right, alpha=self._scale)
 
 

@@ -79,11 +79,12 @@ class LossOn(StrEnum):
 
 
 class Checkpointing(StrEnum):
-    """Whether activations are recomputed in the backward pass to save memory."""
+    """Whether activations are recomputed in the backward pass; `offload` keeps the layers' inputs in host memory."""
 
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+    OFFLOAD = "offload"
 
 
 class Optimizer(StrEnum):
@@ -287,7 +288,8 @@ class TrainingSettings(Section):
     )
     gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_switch)] = Field(
         default=Checkpointing.AUTO,
-        description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU.",
+        description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU; "
+        "offload: recompute, and keep what is saved for it in host memory.",
     )
     optimizer: Optimizer = Field(default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seeds the adapter, the order of rows and dropout.")
@@ -322,6 +324,22 @@ class TrainSettings(LoadSettings):
     data: DataSettings
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     output: OutputSettings
+
+
+class EstimateDataSettings(DataSettings):
+    """The rows, of which a prediction needs the length alone."""
+
+    dataset: str | None = Field(  # type: ignore[assignment]
+        default=None, min_length=1, description="Not read: memory depends on the length of rows only."
+    )
+
+
+class EstimateSettings(LoadSettings):
+    """What `qlora inspect-memory` needs: what `train` takes, less the data and where the run is written."""
+
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    data: EstimateDataSettings = Field(default_factory=EstimateDataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
 
 
 SECTIONS: dict[str, type[Section]] = {

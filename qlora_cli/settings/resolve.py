@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.models import SECTIONS, LoadSettings, Quantization
+from qlora_cli.settings.models import SECTIONS, EstimateDataSettings, LoadSettings, Quantization, Section
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
@@ -49,13 +49,15 @@ def resolve(
     """Merge and validate `sources` into settings of `kind`.
 
     A file may hold sections that `kind` has no use for; they are checked all the same, but nothing in
-    them is required. `flag_names` maps `section.key` to the flag that sets it, for hints.
+    them is required. Where `kind` has a class of its own for a section, that is the one they are checked by.
+    `flag_names` maps `section.key` to the flag that sets it, for hints.
 
     Raises:
         SettingsError: with every problem found.
     """
     merged, problems = merge(sources)
-    validated, more = _validate(merged, required=set(kind.model_fields), flag_names=flag_names or {})
+    required = set(kind.model_fields)
+    validated, more = _validate(merged, _sections_of(kind), required=required, flag_names=flag_names or {})
     problems += more
     if problems:
         raise SettingsError(problems)
@@ -84,7 +86,7 @@ def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
         SettingsError: with every problem found; a missing value is none.
     """
     merged, problems = merge(sources)
-    _, more = _validate(merged, required=set(), flag_names={})
+    _, more = _validate(merged, SECTIONS, required=set(), flag_names={})
     more += _not_from_a_file(merged)
     if problems + more:
         raise SettingsError(problems + more)
@@ -101,12 +103,26 @@ def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
     return rows
 
 
+def _sections_of(kind: type[LoadSettings]) -> dict[str, type[Section]]:
+    """Return the class of every section: the one that `kind` has for it, else the common one."""
+    sections = dict(SECTIONS)
+    for name, field in kind.model_fields.items():
+        assert isinstance(field.annotation, type), name
+        assert issubclass(field.annotation, Section), name
+        sections[name] = field.annotation
+    return sections
+
+
 def _validate(
-    merged: Mapping[str, Entry], *, required: set[str], flag_names: Mapping[str, str]
+    merged: Mapping[str, Entry],
+    sections: Mapping[str, type[Section]],
+    *,
+    required: set[str],
+    flag_names: Mapping[str, str],
 ) -> tuple[dict[str, Any], list[Problem]]:
     validated: dict[str, Any] = {}
     problems: list[Problem] = []
-    for section, model in SECTIONS.items():
+    for section, model in sections.items():
         values = {entry.key: entry.value for entry in merged.values() if entry.section == section}
         try:
             validated[section] = model(**values)
@@ -179,7 +195,8 @@ def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> l
     """Return settings that can have no effect beside the others: an error, never silence."""
     problems = []
     data = validated.get("data")
-    if data is not None and data.eval_dataset is None and validated["training"].eval_steps is not None:
+    reads_data = data is not None and not isinstance(data, EstimateDataSettings)
+    if reads_data and validated["data"].eval_dataset is None and validated["training"].eval_steps is not None:
         problems.append(
             Problem(
                 where=merged["training.eval_steps"].origin.where,

@@ -15,29 +15,36 @@ from qlora_cli.loading.device import ComputeDtype
 from qlora_cli.settings.models import (
     Checkpointing,
     Dtype,
-    Optimizer,
     QuantizationSettings,
     ReportTo,
+    TrainingSettings,
     TrainSettings,
 )
 
 
-def uses_checkpointing(setting: Checkpointing, device: torch.device) -> bool:
-    """Return whether activations are recomputed; on a CPU memory is plenty and time is not."""
-    return device.type == "cuda" if setting == Checkpointing.AUTO else setting == Checkpointing.ON
+def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Checkpointing:
+    """Return what `auto` comes to; on a CPU memory is plenty and time is not."""
+    if setting != Checkpointing.AUTO:
+        return setting
+    return Checkpointing.ON if device.type == "cuda" else Checkpointing.OFF
 
 
-def check_hardware(quantization: QuantizationSettings, optimizer: Optimizer, device: torch.device) -> None:
-    """Check that the optimizer runs on `device`, and that the base is all on it.
+def check_hardware(quantization: QuantizationSettings, training: TrainingSettings, device: torch.device) -> None:
+    """Check that what moves memory off a GPU has one to move it off, and that the base is all on `device`.
 
     Raises:
-        HardwareError: a paged optimizer, whose state is CUDA unified memory, without a GPU; or a base that is
-            partly on the CPU, which the trainer can't train.
+        HardwareError: a paged optimizer, whose state is CUDA unified memory, or offloaded activations without a
+            GPU; or a base that is partly on the CPU, which the trainer can't train.
     """
-    if optimizer.is_paged and device.type != "cuda":
+    if training.optimizer.is_paged and device.type != "cuda":
         raise HardwareError(
-            f"{optimizer.value} pages its state out of GPU memory and there is no GPU",
+            f"{training.optimizer.value} pages its state out of GPU memory and there is no GPU",
             hint="Use --optimizer adamw_torch or adamw_8bit.",
+        )
+    if training.gradient_checkpointing == Checkpointing.OFFLOAD and device.type != "cuda":
+        raise HardwareError(
+            "gradient_checkpointing offload keeps activations in host memory, where they are without a GPU",
+            hint="Use --gradient-checkpointing on.",
         )
     if quantization.int8_cpu_offload:
         raise HardwareError(
@@ -46,11 +53,15 @@ def check_hardware(quantization: QuantizationSettings, optimizer: Optimizer, dev
         )
 
 
-def _checkpointing_arguments(enabled: bool) -> dict[str, Any]:
+def _checkpointing_arguments(chosen: Checkpointing) -> dict[str, Any]:
     # transformers renamed the argument after 5.17, and warns of the old name where it has the new one.
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False} if enabled else None}
+    if chosen == Checkpointing.OFF:
+        return {name: False, f"{name}_kwargs": None}
+    # The trainer takes `offload` out again before PyTorch sees it: huggingface/transformers#48444, since 5.17.
+    offload = {"offload": True} if chosen == Checkpointing.OFFLOAD else {}
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False, **offload}}
 
 
 def training_arguments(
@@ -64,7 +75,7 @@ def training_arguments(
 ) -> SFTConfig:
     """Return the arguments of a run of `num_steps` optimizer steps that writes to `output`."""
     training = settings.training
-    checkpointing = uses_checkpointing(training.gradient_checkpointing, device)
+    checkpointing = resolve_checkpointing(training.gradient_checkpointing, device)
     report_to = settings.output.report_to
     arguments = SFTConfig(
         output_dir=str(output),

@@ -20,9 +20,10 @@ from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
-from qlora_cli.training.arguments import check_hardware, uses_checkpointing
+from qlora_cli.training.arguments import check_hardware, resolve_checkpointing
+from qlora_cli.training.memory import check_memory, gpu_at_hand
 from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.result import TrainPlan
+from qlora_cli.training.result import PredictedMemory, TrainPlan
 
 EIGHT_BIT = {Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT}
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
@@ -46,10 +47,11 @@ class PreparedRun:
         return self.resolved.settings
 
 
-def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> PreparedRun:
+def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
     """Do everything up to the first step; writes nothing.
 
-    Cheap checks come first: names and files, then what the model takes, then the data, then the weights.
+    Cheap checks come first: names and files, then what the model takes, then the data, then what training takes,
+    then the weights. `force` goes on although training is predicted not to fit.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
@@ -64,15 +66,16 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
     if not is_asked:
         resolved = _within_positions(resolved, blueprint, reporter)
     settings = resolved.settings
-    check_hardware(blueprint.settings.quantization, settings.training.optimizer, blueprint.device)
+    check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
     train_data, eval_data = _prepare_data(settings, blueprint.tokenizer.tokenizer, reporter)
+    predicted = _check_memory(settings, blueprint, (train_data, eval_data), reporter, force=force)
     loaded = load_planned(blueprint, reporter, trains_adapter=True)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
     if loaded.source.adapter is not None:
         resolved = _with_adapter(resolved, model, loaded.source.adapter)
-    plan = _plan(settings, loaded, model, train_data, eval_data)
+    plan = _plan(settings, loaded, model, train_data, eval_data, predicted)
     check_disk_space(
         settings.output.directory,
         plan.disk_bytes,
@@ -88,6 +91,21 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter) -> Prepar
         plan=plan,
         started=started,
     )
+
+
+def _check_memory(
+    settings: TrainSettings,
+    blueprint: Blueprint,
+    data: tuple[PreparedData, PreparedData | None],
+    reporter: Reporter,
+    *,
+    force: bool,
+) -> PredictedMemory | None:
+    gpu = gpu_at_hand(blueprint)
+    if gpu is None:
+        return None
+    longest = max(prepared.report.longest_row_tokens for prepared in data if prepared is not None)
+    return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
 
 
 def _check_adapter_settings(settings: LoraSettings, blueprint: Blueprint) -> None:
@@ -222,6 +240,7 @@ def _plan(
     model: PeftModel,
     train_data: PreparedData,
     eval_data: PreparedData | None,
+    predicted_memory: PredictedMemory | None,
 ) -> TrainPlan:
     training, report = settings.training, train_data.report
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -238,7 +257,7 @@ def _plan(
         compute_dtype=loaded.dtype.name.value,
         compute_dtype_reason=loaded.dtype.reason,
         attention=loaded.attention,
-        gradient_checkpointing=uses_checkpointing(training.gradient_checkpointing, loaded.device),
+        gradient_checkpointing=resolve_checkpointing(training.gradient_checkpointing, loaded.device).value,
         optimizer=training.optimizer.value,
         num_parameters=loaded.inventory.num_parameters,
         num_trainable_parameters=num_trainable,
@@ -260,4 +279,5 @@ def _plan(
         adapter_bytes=adapter_bytes,
         # The newest checkpoint is complete before the oldest is deleted.
         disk_bytes=adapter_bytes + SMALL_FILES_BYTES + (settings.output.max_checkpoints + 1) * checkpoint_bytes,
+        predicted_memory=predicted_memory,
     )

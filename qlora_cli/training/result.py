@@ -5,8 +5,25 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictedMemory:
+    """What a run was predicted to take on its GPU, in bytes; `allocated_bytes` counts from after loading.
+
+    `fits` is `yes`, `tight` or `no`.
+    """
+
+    gpu: str
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    fits: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """Everything that is settled before the first step. Sizes in bytes, lengths in tokens."""
+    """Everything that is settled before the first step. Sizes in bytes, lengths in tokens.
+
+    `predicted_memory` is None without a GPU.
+    """
 
     model: str
     output: Path
@@ -15,7 +32,7 @@ class TrainPlan:
     compute_dtype: str
     compute_dtype_reason: str
     attention: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: str
     optimizer: str
     num_parameters: int
     num_trainable_parameters: int
@@ -36,6 +53,7 @@ class TrainPlan:
     num_epochs: float
     adapter_bytes: int
     disk_bytes: int
+    predicted_memory: PredictedMemory | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +87,7 @@ class TrainResult:
     train_seconds: float
     total_seconds: float
     peak_memory: PeakMemory
+    predicted_memory: PredictedMemory | None
     num_trainable_parameters: int
     interrupted_by: str | None
     checkpoints: tuple[Path, ...]

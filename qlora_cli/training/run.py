@@ -31,7 +31,7 @@ from qlora_cli.memory.measure import (
     peak_host_bytes,
     reset_device_peak,
 )
-from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.models import Checkpointing, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.environment import describe_hardware, package_versions
@@ -45,25 +45,27 @@ from qlora_cli.training.trainer import QloraTrainer
 ALMOST_NOTHING_BYTES = 64 * 1024
 
 
-def plan(resolved: Resolved[TrainSettings], reporter: Reporter) -> TrainPlan:
+def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
     """Do everything up to the first step and return what would run; writes nothing.
+
+    `force` goes on although it is predicted not to fit on the GPU.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
     """
-    return prepare_run(resolved, reporter).plan
+    return prepare_run(resolved, reporter, force=force).plan
 
 
-def train(resolved: Resolved[TrainSettings], reporter: Reporter) -> TrainResult:
+def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
     """Train an adapter and return what came of it.
 
     Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint and the adapter as it is
-    then; the result says so.
+    then; the result says so. `force` goes on although the run is predicted not to fit on the GPU.
 
     Raises:
         QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
     """
-    return run(prepare_run(resolved, reporter), reporter)
+    return run(prepare_run(resolved, reporter, force=force), reporter)
 
 
 def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
@@ -121,6 +123,7 @@ def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -
             device_allocated_bytes=peak_device_allocated_bytes(device),
             device_reserved_bytes=peak_device_reserved_bytes(device),
         ),
+        predicted_memory=prepared.plan.predicted_memory,
         num_trainable_parameters=prepared.plan.num_trainable_parameters,
         interrupted_by=interrupted_by,
         checkpoints=tuple(directory.list_checkpoints()),
@@ -218,7 +221,7 @@ def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutO
     if plan.micro_batch_size > 1:
         accumulation = plan.gradient_accumulation_steps * plan.micro_batch_size
         flags.append(f"--micro-batch-size 1 --gradient-accumulation-steps {accumulation}")
-    if not plan.gradient_checkpointing:
+    if plan.gradient_checkpointing == Checkpointing.OFF:
         flags.append("--gradient-checkpointing on")
     if not settings.training.optimizer.is_paged:
         flags.append("--optimizer paged_adamw_8bit")

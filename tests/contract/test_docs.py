@@ -15,9 +15,21 @@ from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.loading.report import LoadReport
+from qlora_cli.memory.prediction import (
+    COMPONENTS,
+    PHASES,
+    Components,
+    Figures,
+    Fit,
+    MemoryReport,
+    Phase,
+    Solution,
+    Suggestion,
+    SweepPoint,
+)
 from qlora_cli.settings.models import SECTIONS
 from qlora_cli.settings.resolve import describe
-from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
+from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.training.run_directory import EVENT_NAMES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -114,10 +126,33 @@ def test_local_links_and_paths_lead_somewhere() -> None:
     assert links >= 15
 
 
-@pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, DemoResult])
+MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
+
+
+@pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, DemoResult])
 def test_every_json_key_is_documented(result: type) -> None:
     page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
     assert [field.name for field in fields(result) if f"`{field.name}`" not in page] == []
+
+
+def test_every_json_key_of_a_prediction_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.partition("### qlora inspect-memory")[2].partition("\n### ")[0]
+    keys = {field.name for result in MEMORY for field in fields(result)} | {
+        *PHASES,
+        *(f"{name}_bytes" for name in COMPONENTS),
+    }
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_flag_of_a_prediction_that_is_no_setting_is_documented() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.partition("## Flags of qlora inspect-memory")[2].partition("\n## ")[0]
+    command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
+    settings = {flag for path in options.FLAGS for flag in (options.FLAGS[path], f"--no-{options.FLAGS[path][2:]}")}
+    own = {flag for flag in flags_of(command) - settings if flag.startswith("--")}
+    assert own >= {"--gpu", "--solve", "--sweep", "--plot"}
+    assert sorted(flag for flag in own - {"--config", "--set", "--json"} if f"`{flag}`" not in section) == []
 
 
 def test_every_event_of_a_run_and_its_keys_are_documented() -> None:

@@ -46,7 +46,7 @@ def test_training_on_cuda(base_model: Path, rows: Path, tmp_path: Path, optimize
         assert parameter.device.type == "cuda"
         if name in frozen:
             assert torch.equal(parameter, frozen[name])
-    assert prepared.plan.gradient_checkpointing
+    assert prepared.plan.gradient_checkpointing == "on"
     assert result.final_loss is not None
     assert result.eval_loss is not None
     peak = result.peak_memory
@@ -61,3 +61,15 @@ def test_bf16_is_chosen_from_ampere_on(base_model: Path, rows: Path, tmp_path: P
     )
     expected = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     assert prepared.plan.compute_dtype == expected
+
+
+def test_offloaded_activations_change_memory_not_results(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    losses = []
+    for switch in ("on", "offload"):
+        settings = train_settings(
+            base_model, rows, tmp_path / switch, model__device="cuda", training__gradient_checkpointing=switch
+        )
+        prepared = prepare_run(settings, Recorder())
+        assert prepared.plan.gradient_checkpointing == switch
+        losses.append(run(prepared, Recorder()).final_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

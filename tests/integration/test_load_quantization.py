@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.events import SilentReporter, StepDone
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.settings.models import SECTIONS, Optimizer, Quantization, QuantizationSettings
+from qlora_cli.settings.models import SECTIONS, Quantization, QuantizationSettings, TrainingSettings
 from qlora_cli.settings.resolve import EFFECTIVE_WITH
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.run import train
@@ -177,7 +177,7 @@ def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trai
     assert "quantization.int8_cpu_offload has no effect: the model is on cpu as a whole" in message
     offloaded = QuantizationSettings(method=Quantization.INT8, int8_cpu_offload=True)
     with pytest.raises(HardwareError, match="can be loaded, but not trained"):
-        check_hardware(offloaded, Optimizer.ADAMW_TORCH, torch.device("cuda"))
+        check_hardware(offloaded, TrainingSettings(), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

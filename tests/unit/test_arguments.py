@@ -1,25 +1,30 @@
 """Settings reach the trainer: what would hurt is off, and every setting changes something."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from qlora_cli.errors import HardwareError
 from qlora_cli.loading.device import ComputeDtype
-from qlora_cli.settings.models import Dtype, TrainSettings
-from qlora_cli.training.arguments import training_arguments
+from qlora_cli.settings.models import Checkpointing, Dtype, QuantizationSettings, TrainingSettings, TrainSettings
+from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, training_arguments
 from tests.conftest import train_settings
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def arguments_for(tmp_path: Path, *, has_eval: bool = False, **flags: object) -> SFTConfig:
+def arguments_for(
+    tmp_path: Path, device: torch.device = CPU, /, *, has_eval: bool = False, **flags: object
+) -> SFTConfig:
     settings: TrainSettings = train_settings(tmp_path / "m", tmp_path / "d.jsonl", tmp_path / "run", **flags).settings
     dtype = ComputeDtype(name=Dtype.FP32, reason="test")
     return training_arguments(
-        settings, output=tmp_path / "run", device=CPU, dtype=dtype, num_steps=100, has_eval=has_eval
+        settings, output=tmp_path / "run", device=device, dtype=dtype, num_steps=100, has_eval=has_eval
     )
 
 
@@ -70,3 +75,44 @@ def test_evaluation_runs_at_the_interval_asked_for(tmp_path: Path) -> None:
     flags = {"training__eval_steps": 4, "data__eval_dataset": str(tmp_path / "e.jsonl")}
     arguments = arguments_for(tmp_path, has_eval=True, **flags)
     assert (arguments.eval_strategy, arguments.eval_steps) == ("steps", 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "enabled", "kwargs"),
+    [
+        ("auto", CPU, False, None),
+        ("auto", CUDA, True, {"use_reentrant": False}),
+        ("on", CPU, True, {"use_reentrant": False}),
+        ("off", CUDA, False, None),
+        ("offload", CUDA, True, {"use_reentrant": False, "offload": True}),
+    ],
+)
+def test_checkpointing_is_what_was_asked_for(
+    tmp_path: Path, setting: str, device: torch.device, enabled: bool, kwargs: dict[str, Any] | None
+) -> None:
+    arguments = arguments_for(tmp_path, device, training__gradient_checkpointing=setting)
+    assert arguments.gradient_checkpointing is enabled
+    assert arguments.gradient_checkpointing_kwargs == kwargs
+
+
+def test_auto_checkpointing_is_settled_and_what_was_asked_for_stays() -> None:
+    assert resolve_checkpointing(Checkpointing.AUTO, CUDA) == "on"
+    assert resolve_checkpointing(Checkpointing.AUTO, CPU) == "off"
+    for asked in (Checkpointing.ON, Checkpointing.OFF, Checkpointing.OFFLOAD):
+        assert resolve_checkpointing(asked, CPU) is resolve_checkpointing(asked, CUDA) is asked
+
+
+def test_transformers_takes_offload() -> None:
+    # Were it not taken out of the arguments on the way, PyTorch's checkpoint() would be given it, and fail.
+    older = PreTrainedModel.gradient_checkpointing_enable  # its name in 5.17
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", older)
+    assert "offload" in inspect.signature(enable).parameters
+
+
+def test_offloading_needs_a_gpu_to_offload_from() -> None:
+    training = TrainingSettings(gradient_checkpointing=Checkpointing.OFFLOAD)
+    with pytest.raises(HardwareError, match="where they are without a GPU") as caught:
+        check_hardware(QuantizationSettings(), training, CPU)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint == "Use --gradient-checkpointing on."
+    check_hardware(QuantizationSettings(), training, CUDA)

@@ -73,7 +73,7 @@ PLAN = TrainPlan(
     compute_dtype="fp32",
     compute_dtype_reason="no native bf16",
     attention="sdpa",
-    gradient_checkpointing=False,
+    gradient_checkpointing="off",
     optimizer="adamw_torch",
     num_parameters=1000,
     num_trainable_parameters=100,
@@ -93,6 +93,7 @@ PLAN = TrainPlan(
     num_steps=2,
     num_epochs=1.0,
     adapter_bytes=400,
+    predicted_memory=None,
     disk_bytes=2000,
 )
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.models import SECTIONS, Checkpointing, LoadSettings, TrainSettings, json_schema
+from qlora_cli.settings.models import (
+    SECTIONS,
+    Checkpointing,
+    EstimateSettings,
+    LoadSettings,
+    TrainSettings,
+    json_schema,
+)
 from qlora_cli.settings.resolve import Sources, describe, resolve
 
 REQUIRED = {
@@ -191,3 +198,64 @@ def test_a_switch_is_not_a_number(tmp_path: Path) -> None:
     found = problems_of(Sources(config=config, flags=REQUIRED))
     assert len(found) == 3
     assert all("expected a number, got True" in line for line in found)
+
+
+# ---- of a prediction
+
+MODEL_ONLY = {"model.name": ("MODEL", "base")}
+
+
+def test_an_estimate_needs_a_model_and_nothing_else() -> None:
+    settings = resolve(Sources(flags=MODEL_ONLY), EstimateSettings).settings
+    assert settings.data.dataset is None
+    assert settings.data.max_length == 2048
+    assert (settings.lora.rank, settings.training.micro_batch_size) == (16, 1)
+    with pytest.raises(SettingsError, match="MODEL: is missing"):
+        resolve(Sources(), EstimateSettings, {"model.name": "MODEL"})
+
+
+def test_an_estimate_takes_a_train_file_as_it_is(tmp_path: Path) -> None:
+    text = "model: {name: base}\ndata: {dataset: rows.jsonl, max_length: 512}\noutput: {directory: run}\n"
+    config = write(tmp_path / "train.yaml", text)
+    settings = resolve(Sources(config=config, flags=MODEL_ONLY), EstimateSettings).settings
+    assert (settings.data.dataset, settings.data.max_length) == ("rows.jsonl", 512)
+    assert "output" not in type(settings).model_fields
+    assert resolve(Sources(config=config), TrainSettings).settings.data.max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {max_length: 1}\n", "data.max_length: must be greater than or equal to 8"),
+        ("data: {dataset: ''}\n", "data.dataset: must not be empty"),
+        ("data: {datset: x}\n", "unknown setting 'data.datset' | Did you mean dataset?"),
+        ("output: {report_to: paper}\n", "output.report_to: 'paper' is not one of"),
+        (
+            "training: {gradient_checkpointing: offlod}\n",
+            "is not one of auto, on, off, offload | Did you mean offload",
+        ),
+    ],
+)
+def test_an_estimate_checks_every_section_of_a_file(tmp_path: Path, text: str, expected: str) -> None:
+    config = write(tmp_path / "run.yaml", text)
+    (found,) = problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)
+    assert expected in found
+
+
+def test_an_estimate_of_evaluation_needs_no_held_out_data() -> None:
+    sources = Sources(assignments=["training.eval_steps=5"], flags=MODEL_ONLY)
+    assert resolve(sources, EstimateSettings).settings.training.eval_steps == 5
+
+
+def test_an_estimate_refuses_what_has_no_effect_and_dangers_in_a_file(tmp_path: Path) -> None:
+    flags = {**MODEL_ONLY, "quantization.method": ("--quant", "none")}
+    sources = Sources(assignments=["quantization.double_quant=true"], flags=flags)
+    assert "no effect with --quant none" in problems_of(sources, EstimateSettings)[0]
+    config = write(tmp_path / "run.yaml", "model: {trust_remote_code: true}\n")
+    assert "by a settings file" in problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)[0]
+
+
+def test_checkpointing_can_be_offloaded() -> None:
+    flags = {**REQUIRED, "training.gradient_checkpointing": ("--gradient-checkpointing", "offload")}
+    settings = resolve(Sources(flags=flags), TrainSettings).settings
+    assert settings.training.gradient_checkpointing is Checkpointing.OFFLOAD

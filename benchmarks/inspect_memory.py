@@ -1,0 +1,83 @@
+"""Time `qlora inspect-memory` from the shell, new questions and known ones, against importing what it needs.
+
+    python benchmarks/inspect_memory.py [--repeats 3] [--models llama-3.1-8b ...]
+
+Medians in seconds. A new question has an empty folder of answers; a known one was asked before. The imports of torch,
+transformers, bitsandbytes and PEFT are the floor of a new question.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Run as a file, a script finds its siblings only so.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.records import RESULTS, append, cpu_hardware, now, results_file, revision, versions
+
+MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-235b-a22b")
+GPU = "H100 PCIe"
+IMPORTS = "import torch, transformers, bitsandbytes, peft; from transformers import AutoModelForCausalLM"
+
+
+def seconds(command: Sequence[str], environment: Mapping[str, str]) -> float:
+    """Return how long a command takes; its output is dropped, and exit code 3 is an answer too."""
+    start = time.perf_counter()
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr.decode()[-500:]}")
+    return time.perf_counter() - start
+
+
+def measure(model: str, options: Sequence[str], repeats: int) -> dict[str, float]:
+    """Return the medians of a question that is new, and of the same when it is known."""
+    command = [str(Path(sys.executable).parent / "qlora"), "inspect-memory", model, *options]
+    new, known = [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            new.append(seconds(command, {"QLORA_CACHE": folder}))
+            known.append(seconds(command, {"QLORA_CACHE": folder}))
+    return {"new_seconds": statistics.median(new), "known_seconds": statistics.median(known)}
+
+
+def main() -> None:
+    """Measure, print, and append to a results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    floor = statistics.median(seconds([sys.executable, "-c", IMPORTS], {}) for _ in range(arguments.repeats))
+    print(f"{'imports alone':44} {floor:6.2f} s")
+    results = results_file(arguments.output_dir, "inspect_memory")
+    for model in arguments.models:
+        for options in ([], ["--gpu", GPU]):
+            found = measure(model, options, arguments.repeats)
+            label = " ".join([model, *options])
+            ratio = found["new_seconds"] / floor
+            print(f"{label:44} {found['new_seconds']:6.2f} s ({ratio:.2f} x)   known {found['known_seconds']:5.2f} s")
+            append(
+                results,
+                {
+                    "benchmark": "inspect_memory",
+                    "time": now(),
+                    "revision": revision(),
+                    "versions": versions(),
+                    "host": cpu_hardware(),
+                    "load_average": os.getloadavg()[0],
+                    "model": model,
+                    "options": options,
+                    "imports_seconds": floor,
+                    **found,
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

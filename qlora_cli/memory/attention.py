@@ -1,0 +1,111 @@
+"""Which attention kernel a GPU takes, and the same on tensors without data.
+
+PyTorch chooses a backend of `scaled_dot_product_attention` by device; on the meta device it would always be the one
+that stores all scores. A function mode puts the GPU's choice in its place, with what PyTorch does around the kernel.
+"""
+
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that everyone knows it by
+
+aten = torch.ops.aten
+AMPERE = (8, 0)
+MOST_FLASH_WIDTH = 256
+
+
+class Backend(StrEnum):
+    """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
+
+    AUTO = "auto"
+    FLASH = "flash"
+    EFFICIENT = "efficient"
+    MATH = "math"
+
+
+def choose_backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    has_mask: bool,
+    enable_gqa: bool,
+    capability: tuple[int, int],
+) -> Backend:
+    """Return what PyTorch takes on a GPU of `capability`; tensors are `(batch, heads, seq, head width)`.
+
+    `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: flash before memory-efficient before math. cuDNN, which
+    newer GPUs may prefer to flash, stores no scores either.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if capability >= AMPERE and half and not has_mask and same_width and query.shape[-1] <= MOST_FLASH_WIDTH:
+        return Backend.FLASH
+    grouped = enable_gqa and key.shape[1] != query.shape[1]
+    if not grouped and not (query.dtype == torch.bfloat16 and capability < AMPERE):
+        return Backend.EFFICIENT
+    return Backend.MATH
+
+
+def attend(
+    backend: Backend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Return the result of attention, `(batch, heads, seq, head width)`, by the kernel of `backend`."""
+    if backend == Backend.FLASH:
+        return _flash(query, key, value, dropout, is_causal, scale)
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if backend == Backend.EFFICIENT:
+        return _efficient(query, key, value, mask, dropout, is_causal, scale)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    width = query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if pad := -width % 8:  # pad_last_dim<8> in aten/src/ATen/native/transformers/attention.cpp
+        query, key, value = (F.pad(tensor, (0, pad)) for tensor in (query, key, value))
+    result: torch.Tensor = aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, is_causal, False, scale=scale
+    )[0]
+    return result[..., :width] if pad else result
+
+
+def _efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    bias = None
+    if mask is not None:
+        bias = _as_bias(mask, query).expand(*query.shape[:3], key.shape[2])
+    result: torch.Tensor = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, query.requires_grad or key.requires_grad, dropout, is_causal, scale=scale
+    )[0]
+    return result
+
+
+def _as_bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Return a mask as the kernel takes it: added to the scores, rows aligned to 16 elements (`preprocess_mask`)."""
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype, device=mask.device))
+    num_keys = mask.shape[-1]
+    if pad := -num_keys % 16:  # pad_bias<16>
+        mask = F.pad(mask, (0, pad))[..., :num_keys]
+    return mask

@@ -1,0 +1,314 @@
+"""Predict what a run takes on a GPU: build its model without bytes, trace a step, extend it, replay it.
+
+What is the same for several questions is done once: the model for a dtype, the twin for a storage and an adapter,
+the peaks for GPUs that take the same kernels.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from qlora_cli.errors import HardwareError, ModelError, QloraError
+from qlora_cli.loading.config import config_from
+from qlora_cli.loading.device import TORCH_DTYPES, settle_compute_dtype
+from qlora_cli.loading.embedding import embedding_of, is_tied
+from qlora_cli.loading.kept import fused_experts
+from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
+from qlora_cli.loading.prequantized import check_settings, read_prequantized, stored_settings
+from qlora_cli.memory.attention import AMPERE, Backend
+from qlora_cli.memory.extension import UnevenError, extend, passes_of
+from qlora_cli.memory.facts import ModelFacts
+from qlora_cli.memory.figures import estimate_of
+from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.kernels import cublas_workspace_bytes
+from qlora_cli.memory.optimizers import optimizer_steps
+from qlora_cli.memory.passes import Passes
+from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.replay import Peaks, RunEvents, replay
+from qlora_cli.memory.request import Recipe
+from qlora_cli.memory.resident import all_trained, attach, load_weights
+from qlora_cli.memory.steps import StepSettings, trace_step
+from qlora_cli.memory.twin import Twin, build_twin
+from qlora_cli.settings.models import Attention, Checkpointing, Dtype, EstimateSettings, Quantization
+
+CUDA = torch.device("cuda")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run takes, but for the CUDA context. `peaks` are None until they are known."""
+
+    peaks: Peaks | None
+    backends: tuple[str, ...]
+    paged_bytes: int
+    pinned_host_bytes: int
+    num_trained: int
+
+
+class Estimator:
+    """Predicts runs of one model by one recipe."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        *,
+        recipe: Recipe,
+        backend: Backend = Backend.AUTO,
+        is_packed: bool = False,
+        evaluates: bool = False,
+        whole: bool = False,
+    ) -> None:
+        """`whole` traces every layer instead of few: slower, with the same result."""
+        self._facts = facts
+        self._recipe = recipe
+        self._backend = backend
+        self._is_packed = is_packed
+        self._evaluates = evaluates
+        self._whole = whole
+        self._cache: dict[Any, Any] = {}
+
+    def estimate(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
+        """Return what the run takes on `gpu`.
+
+        Raises:
+            ModelError: the model can't be run so.
+            HardwareError: the GPU can't compute so.
+        """
+        if settings.quantization.int8_cpu_offload:
+            raise HardwareError(
+                "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
+                hint="Leave it out, and use --quant nf4 if the model does not fit.",
+            )
+        dtype = self.dtype_on(settings, gpu)
+        run = self.run(settings, gpu)
+        assert run.peaks is not None
+        return estimate_of(
+            run.peaks,
+            gpu,
+            dtype=dtype.value,
+            backends=run.backends,
+            checkpointing=_checkpointing(settings),
+            paged_bytes=run.paged_bytes,
+            pinned_host_bytes=run.pinned_host_bytes,
+        )
+
+    def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:
+        """Return the compute dtype on `gpu`."""
+        native = gpu.capability >= AMPERE
+        reason = f"{gpu.name} {'has' if native else 'has no'} bf16 tensor cores"
+        model_type = str(self._facts.content.get("model_type", ""))
+        return settle_compute_dtype(settings.model.dtype, "cuda", model_type, native, reason).name
+
+    def shapes(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
+        """Return the model on the meta device, with nothing quantized."""
+        model = settings.model
+        key = ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
+        return self._once(key, lambda: self._build(settings, dtype))
+
+    def _build(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
+        model = settings.model
+        config = self._config(model.trust_remote_code)
+        apply_rope_scaling(config, model.rope_scaling)
+        return build_on_meta(config, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
+
+    def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
+        """Return how the weights are stored."""
+        quantization = settings.quantization
+        key = ("layout", dtype, quantization.model_dump_json(), tuple(sorted(quantization.model_fields_set)))
+
+        def plan() -> Layout:
+            found = read_prequantized(self._facts.content, self._facts.name)
+            asked = quantization
+            if found is not None:
+                check_settings(found, asked, self._facts.name)
+                asked = asked.model_copy(update=stored_settings(found))
+            return plan_layout(self.shapes(settings, dtype), asked, TORCH_DTYPES[dtype], found, device=CUDA)
+
+        return self._once(key, plan)
+
+    def max_length(self, settings: EstimateSettings) -> int:
+        """Return the longest row: as asked, or the default lowered to the positions that the model has.
+
+        Raises:
+            ModelError: more was asked for than the model has.
+        """
+        asked = settings.data.max_length
+        config = self.shapes(settings, Dtype.BF16).config
+        if "max_length" in settings.data.model_fields_set:
+            check_length(config, asked, settings.model.rope_scaling)
+            return asked
+        return min(asked, num_positions(config) or asked)
+
+    def run(self, settings: EstimateSettings, gpu: Gpu) -> Run:
+        """Return what the run takes on `gpu`, but for the CUDA context."""
+        workspace_bytes = cublas_workspace_bytes(gpu.capability)
+        events, run = self._events(settings, gpu)
+        key = (id(events), workspace_bytes)
+        peaks = self._once(key, lambda: replay(replace(events, workspace_bytes=workspace_bytes)))
+        return replace(run, peaks=peaks)
+
+    def _events(self, settings: EstimateSettings, gpu: Gpu) -> tuple[RunEvents, Run]:
+        """Return what happens in the run on a GPU with the kernels of `gpu`; its peaks are not known yet."""
+        dtype = self.dtype_on(settings, gpu)
+        step = self._step(settings, dtype, kernels_like(gpu.capability))
+        optimizer = settings.training.optimizer
+        key = ("events", self._twin_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
+
+        def trace() -> tuple[RunEvents, Run]:
+            layout = self.layout(settings, dtype)
+            twin, passes, traced = self._traced(settings, dtype, step)
+            trained = all_trained(twin.model, twin.stack, twin.chosen)
+            resident = load_weights(
+                layout,
+                self._recipe,
+                num_experts=self._num_experts(settings, dtype),
+                on_host=self._on_host(settings, dtype),
+            )
+            attach(resident, trained)
+            is_ours = self._recipe == Recipe.QLORA
+            optimized = optimizer_steps(optimizer, trained, clips=is_ours)
+            events = RunEvents(
+                resident=resident,
+                step=passes,
+                optimizer=optimized.passes,
+                num_micro_batches=step.gradient_accumulation_steps,
+                evaluates=self._evaluates,
+                empties_cache=not is_ours and layout.settings.method != Quantization.NONE,
+                workspace_bytes=0,
+            )
+            ratio = len(twin.stack.kinds) / len(twin.chosen) if twin.stack else 1
+            run = Run(
+                peaks=None,
+                backends=traced.backends,
+                paged_bytes=optimized.paged_bytes,
+                pinned_host_bytes=round(traced.pinned_host_bytes * ratio),
+                num_trained=sum(parameter.numel() for parameter in trained),
+            )
+            return events, run
+
+        return self._once(key, trace)
+
+    def _traced(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> tuple[Twin, Passes, Any]:
+        twin = self._twin(settings, dtype, whole=self._whole)
+        try:
+            traced = trace_step(twin, step)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, QloraError):
+                raise
+            raise ModelError(
+                f"{self._facts.name} can't be run on tensors without data: {str(error).strip().splitlines()[0]}",
+                hint="Its code looks at values. What it takes is seen when it trains.",
+            ) from error
+        if twin.stack is None:
+            return twin, passes_of(traced.trace), traced
+        try:
+            return twin, extend(traced.trace, twin.stack, twin.chosen), traced
+        except UnevenError:
+            twin = self._twin(settings, dtype, whole=True)
+            traced = trace_step(twin, step)
+            return twin, passes_of(traced.trace), traced
+
+    def _twin(self, settings: EstimateSettings, dtype: Dtype, *, whole: bool) -> Twin:
+        compute = settings.quantization.compute_dtype
+        compute_dtype = TORCH_DTYPES[dtype if compute == Dtype.AUTO else compute]
+
+        def build() -> Twin:
+            num_new = len(settings.model.new_tokens or ())
+            last = embedding_of(self.shapes(settings, dtype)).num_embeddings
+            return build_twin(
+                self._build(settings, dtype),
+                self.layout(settings, dtype),
+                settings.lora,
+                recipe=self._recipe,
+                compute_dtype=compute_dtype,
+                new_token_ids=tuple(range(last - num_new, last)),
+                whole=whole,
+            )
+
+        return self._once(("twin", whole, self._twin_key(settings, dtype)), build)
+
+    def _twin_key(self, settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
+        model = settings.model
+        return (
+            dtype,
+            settings.quantization.model_dump_json(),
+            settings.lora.model_dump_json(),
+            model.rope_scaling,
+            model.new_tokens,
+        )
+
+    def _step(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> StepSettings:
+        training = settings.training
+        return StepSettings(
+            recipe=self._recipe,
+            batch_size=training.micro_batch_size,
+            length=self.max_length(settings),
+            gradient_accumulation_steps=training.gradient_accumulation_steps if self._recipe == Recipe.QLORA else 1,
+            checkpointing=_checkpointing(settings),
+            attention=self._attention(settings, dtype, capability),
+            backend=self._backend,
+            capability=capability,
+            dtype=TORCH_DTYPES[dtype],
+            is_autocast=self._recipe == Recipe.QLORA and dtype != Dtype.FP32,
+            is_packed=self._is_packed,
+            evaluates=self._evaluates,
+        )
+
+    def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
+        """Return the attention implementation; what it needs is installed where the run is."""
+        shapes, wanted = self.shapes(settings, dtype), settings.model.attention
+        name = type(shapes).__name__
+        if wanted == Attention.AUTO:
+            return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
+        supported = {Attention.SDPA: shapes._supports_sdpa, Attention.FLASH_ATTENTION_2: shapes._supports_flash_attn}
+        if not supported.get(wanted, True):
+            raise ModelError(f"{name} does not compute attention by {wanted.value}", hint="Use --attention eager.")
+        if wanted == Attention.FLASH_ATTENTION_2 and dtype == Dtype.FP32:
+            raise ModelError("flash_attention_2 computes in 16 bit only", hint="Use --dtype bf16 or --attention sdpa.")
+        if wanted == Attention.FLASH_ATTENTION_2 and capability < AMPERE:
+            raise HardwareError("flash_attention_2 needs an Ampere GPU or a newer one", hint="Use --attention sdpa.")
+        return wanted.value
+
+    def _num_experts(self, settings: EstimateSettings, dtype: Dtype) -> int:
+        shapes = [shape for _, shape in fused_experts(self.shapes(settings, dtype))]
+        return max((shape[0] for shape in shapes if len(shape) == 3), default=1)
+
+    def _on_host(self, settings: EstimateSettings, dtype: Dtype) -> tuple[str, ...]:
+        if not settings.model.offload_embedding:
+            return ()
+        shapes = self.shapes(settings, dtype)
+        if is_tied(shapes):
+            raise ModelError(
+                "--offload-embedding can't be used: the output head shares the weight, and needs it on the GPU",
+                hint="Leave it out.",
+            )
+        embedding = embedding_of(shapes)
+        return tuple(f"{name}.weight" for name, module in shapes.named_modules() if module is embedding)
+
+    def _config(self, trust_remote_code: bool) -> Any:
+        content: Mapping[str, Any] = self._facts.content
+        if trust_remote_code and "auto_map" in content and self._facts.path is not None:
+            return AutoConfig.from_pretrained(self._facts.path, trust_remote_code=True)
+        return deepcopy(config_from(self._facts.name, content).config)
+
+    def _once(self, key: Any, make: Callable[[], Value]) -> Value:
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: Value = self._cache[key]
+        return value
+
+
+def kernels_like(capability: tuple[int, int]) -> tuple[int, int]:
+    """Return the compute capability that stands for all with the same kernels, as far as memory goes."""
+    return (7, 5) if capability < AMPERE else (8, 0)
+
+
+def _checkpointing(settings: EstimateSettings) -> str:
+    asked = settings.training.gradient_checkpointing
+    return (Checkpointing.ON if asked == Checkpointing.AUTO else asked).value

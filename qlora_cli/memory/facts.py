@@ -1,0 +1,132 @@
+"""What is known of a model before anything is computed: the content of its config.json, and where it came from.
+
+A name of the catalogue costs nothing, a local model one small file; only another hub id asks the network, for that
+one file. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_cli.errors import ModelError, ModelNotFoundError
+from qlora_cli.events import Reporter
+from qlora_cli.files import existing_path
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, HUB_ID, RUN_FILE, looks_local
+from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
+from qlora_cli.settings.models import EstimateSettings
+
+# What a run's record decides of a prediction for it; a flag that is given wins.
+OF_A_RUN = ("model", "quantization", "lora", "data", "training")
+STORED_OTHERWISE = ("mxfp4", "fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The config of a model. `path` is its directory if it is on this disk; `notes` are for the answer."""
+
+    name: str
+    content: Mapping[str, Any]
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+    """Return what is known of `settings.model`, and the settings with those of the run that was named, if one was.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        ModelError: its files can't be read.
+    """
+    name, revision = settings.model.name, settings.model.revision
+    if looks_local(name):
+        return _local(name, settings, reporter)
+    known = find_in_catalogue(name) if revision is None else None
+    if known is not None:
+        content = dict(known.config)
+        notes = [f"architecture of {known.hub_id} from the catalogue"]
+        stored = content.get("quantization_config")
+        if isinstance(stored, Mapping) and stored.get("quant_method") in STORED_OTHERWISE:
+            del content["quantization_config"]
+            notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
+        return ModelFacts(name=known.name, content=content, notes=tuple(notes)), settings
+    return _from_hub(name, revision, reporter), settings
+
+
+def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+    path = existing_path(name)
+    if path is None:
+        raise ModelNotFoundError(f"no model at {name}: no such file or directory", hint="Check the path.")
+    if settings.model.revision is not None:
+        raise ModelError(
+            f"a revision ({settings.model.revision}) has no meaning for the local {path}", hint="Leave it out."
+        )
+    if (path / RUN_FILE).is_file():
+        return _of_run(path, settings, reporter)
+    if (path / ADAPTER_CONFIG).is_file():
+        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
+        return _named(base, settings, reporter)
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"{path} has no {CONFIG}", hint="Give a model's directory, its config.json, or a hub id.")
+    if file.suffix != ".json":
+        raise ModelError(f"{file} is no config.json", hint="Give a model's directory, its config.json, or a hub id.")
+    return ModelFacts(name=name, content=read_json(file), path=file.parent), settings
+
+
+def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+    """Return what is known of the model that an adapter or a run names as its base."""
+    model = settings.model.model_copy(update={"name": base, "revision": None})
+    return find_facts(settings.model_copy(update={"model": model}), reporter)
+
+
+def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+    record = read_json(path / RUN_FILE)
+    try:
+        recorded = {section: dict(record["settings"][section]) for section in OF_A_RUN}
+        base, base_path = str(record["base_model"]["base_model"]), Path(str(record["base_model_path"]))
+        merged = {
+            section: {
+                **{key: value for key, value in recorded[section].items() if key in type(own).model_fields},
+                **{key: getattr(own, key) for key in own.model_fields_set},
+            }
+            for section in OF_A_RUN
+            for own in (getattr(settings, section),)
+        }
+        taken = EstimateSettings.model_validate(merged)
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise ModelError(
+            f"{path / RUN_FILE} does not say how the run was trained: {error}",
+            hint="Was it written by qlora train? Else give the base model.",
+        ) from error
+    name = str(base_path) if (base_path / CONFIG).is_file() else base
+    facts, taken = _named(name, taken, reporter)
+    note = f"settings of the run {path}, but for what was given here"
+    return ModelFacts(name=base, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken
+
+
+def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts:
+    if not HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"no model at {name!r}: no such path, and not a hub id", hint=_known(name))
+    from qlora_cli.loading.hub import fetch_files, open_repository
+
+    try:
+        repository = open_repository(name, revision, reporter)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(str(error), hint=f"{error.hint or ''} {_known(name)}".strip()) from error
+    if CONFIG not in repository.file_names:
+        raise ModelError(f"{name} has no {CONFIG} on the hub", hint="Give the repository of the base model.")
+    path = fetch_files(repository, [CONFIG], reporter)
+    return ModelFacts(name=name, content=read_json(path / CONFIG), path=path)
+
+
+def _known(name: str) -> str:
+    nearest = nearest_names(name)
+    if nearest:
+        return f"Known without a network are, for one, {', '.join(nearest)}."
+    return "Give a directory, a config.json, a hub id, or a name of the catalogue such as llama-3.1-8b."

@@ -1,0 +1,210 @@
+"""The answer of `qlora inspect-memory`: predict, judge, solve, suggest. Torch is imported only for a new question."""
+
+import gc
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qlora_cli.errors import HardwareError
+from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.memory import answers
+from qlora_cli.memory.facts import ModelFacts, find_facts
+from qlora_cli.memory.fitting import YES, fit_on, smallest, suggest
+from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution, Suggestion
+from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.memory.solve import solve, sweep
+from qlora_cli.settings.models import EstimateSettings
+
+if TYPE_CHECKING:
+    from qlora_cli.memory.estimator import Estimator
+
+REFERENCE = "RTX 4090"  # whose kernels and CUDA context are taken if no GPU is named
+
+
+def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
+    """Return what the run asked about takes, and whether it fits.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        ModelError: the model can't be read, or can't be trained so.
+        HardwareError: a GPU that was named can't compute so.
+    """
+    start = time.monotonic()
+    facts, settings = find_facts(request.settings, reporter)
+    request = replace(request, settings=settings)
+    key = answers.key_of(request, facts.content)
+    known = answers.recall(key)
+    if known is not None:
+        return replace(known, model=request.settings.model.name, estimate_seconds=time.monotonic() - start)
+    reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
+    # What is freed, and when, must not depend on when the garbage collector runs.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        report = _answer(request, facts)
+    finally:
+        if was_enabled:
+            gc.enable()
+    report = replace(report, estimate_seconds=time.monotonic() - start)
+    answers.keep(key, report)
+    return report
+
+
+def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
+    """Return what predicts for a request; imports torch."""
+    from qlora_cli.memory.attention import Backend
+    from qlora_cli.memory.estimator import Estimator
+
+    return Estimator(
+        facts,
+        recipe=request.recipe,
+        backend=Backend(request.sdpa_backend),
+        is_packed=request.packing,
+        evaluates=request.evaluates,
+    )
+
+
+def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
+    estimator = estimator_for(request, facts)
+    ask = estimator.estimate
+    gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
+    settings = _with_length(request.settings, estimator)
+    estimate = ask(settings, gpu)
+    dtype = estimator.dtype_on(settings, gpu)
+    shapes = estimator.shapes(settings, dtype)
+    fits, left_out = _fits(request, settings, estimator)
+    run = estimator.run(settings, gpu)
+    verdict = fits[0].fits if request.gpus else YES
+    return MemoryReport(
+        model=request.settings.model.name,
+        architecture=type(shapes).__name__,
+        num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
+        num_trainable_parameters=run.num_trained,
+        recipe=request.recipe.value,
+        settings=_shown(settings, estimate),
+        gpu=gpu.name,
+        dtype=estimate.dtype,
+        attention_backends=estimate.attention_backends,
+        predicted=estimate.predicted,
+        components=estimate.components,
+        phases=estimate.phases,
+        ruling_phase=estimate.ruling_phase,
+        reason=estimate.reason,
+        paged_bytes=estimate.paged_bytes,
+        pinned_host_bytes=estimate.pinned_host_bytes,
+        fits=fits,
+        smallest_gpu=_smallest(settings, estimator),
+        suggestions=suggestions(settings, gpu, estimator, estimate) if verdict != YES else (),
+        solutions=_solutions(request, settings, estimator),
+        sweep=sweep(request.swept(settings), settings, gpu, ask) if request.sweep else (),
+        assumptions=tuple(_assumptions(request, settings, facts, gpu, left_out)),
+        estimate_seconds=0.0,
+    )
+
+
+def suggestions(
+    settings: EstimateSettings, gpu: Gpu, estimator: "Estimator", estimate: Estimate
+) -> tuple[Suggestion, ...]:
+    """Return the changes that make a run fit on `gpu`, the nearest to what was asked first."""
+    return suggest(settings, gpu, estimator.estimate, estimate)
+
+
+def _with_length(settings: EstimateSettings, estimator: "Estimator") -> EstimateSettings:
+    """Return the settings with a default length that is lowered to the positions of the model."""
+    length = estimator.max_length(settings)
+    if length == settings.data.max_length:
+        return settings
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": length})})
+
+
+def _fits(
+    request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator"
+) -> tuple[tuple[Fit, ...], tuple[str, ...]]:
+    """Return the verdict for each GPU, and the catalogue's GPUs that can't compute so."""
+    if request.gpus:
+        return tuple(fit_on(estimator.estimate(settings, gpu), gpu) for gpu in request.gpus), ()
+    return _over_catalogue(settings, estimator)
+
+
+def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[Fit, ...], tuple[str, ...]]:
+    found: list[Fit] = []
+    left_out: list[str] = []
+    for gpu in GPUS:
+        try:
+            found.append(fit_on(estimator.estimate(settings, gpu), gpu))
+        except HardwareError:  # bf16 before Ampere, for one
+            left_out.append(gpu.name)
+    return tuple(found), tuple(left_out)
+
+
+def _smallest(settings: EstimateSettings, estimator: "Estimator") -> str | None:
+    """Return the first card on which the run fits, from the smallest up: larger ones need no prediction."""
+    for gpu in sorted(GPUS, key=lambda gpu: gpu.usable_bytes):
+        try:
+            found = smallest([fit_on(estimator.estimate(settings, gpu), gpu)])
+        except HardwareError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:
+    from qlora_cli.loading.positions import num_positions
+
+    gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
+    most = num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config)
+    return tuple(
+        solve(setting, settings, gpu, estimator.estimate, most=most)
+        for setting in request.solve
+        for gpu in request.gpus
+    )
+
+
+def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
+    """Return the settings that memory depends on, by the flag's name without dashes."""
+    targets = settings.lora.target_modules
+    quantization = settings.quantization
+    shown = {
+        "quant": quantization.method.value,
+        "dtype": estimate.dtype,
+        "rank": str(settings.lora.rank),
+        "target-modules": targets if isinstance(targets, str) else ",".join(targets),
+        "micro-batch-size": str(settings.training.micro_batch_size),
+        "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
+        "max-length": str(settings.data.max_length),
+        "gradient-checkpointing": estimate.gradient_checkpointing,
+        "attention": settings.model.attention.value,
+        "optimizer": settings.training.optimizer.value,
+    }
+    if quantization.method.is_4bit:
+        shown["double-quant"] = "on" if quantization.double_quant else "off"
+    return shown
+
+
+def _assumptions(
+    request: MemoryRequest, settings: EstimateSettings, facts: ModelFacts, gpu: Gpu, left_out: tuple[str, ...]
+) -> list[str]:
+    batch = settings.training.micro_batch_size
+    found = [*facts.notes]
+    if not request.gpus:
+        found.append(f"no GPU was named: kernels and CUDA context are those of an {gpu.name}")
+    if left_out:
+        found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
+    if request.packing:
+        found.append("rows are packed to the full length, with a mask that keeps them apart")
+    elif batch > 1 and request.recipe == Recipe.QLORA:
+        found.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
+    else:
+        found.append(f"every row has {settings.data.max_length:,} tokens")
+    if request.recipe == Recipe.QLORA:
+        found.append("every token is trained; with a loss on answers only, a little less is taken")
+    else:
+        found.append(
+            "a plain loop with PEFT's preparation: all but the quantized weights in fp32, full logits, no autocast"
+        )
+    if settings.model.new_tokens:
+        found.append("new tokens have rows in the embedding already")
+    found.append("one GPU, nothing else on it, PyTorch's allocator as it comes (no PYTORCH_CUDA_ALLOC_CONF)")
+    return found

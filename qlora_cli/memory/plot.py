@@ -1,0 +1,262 @@
+"""A picture of a sweep: process memory against the length of rows, the GPUs as lines across."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from qlora_cli.memory.bands import process_band
+from qlora_cli.memory.gpus import GPUS, SAME_MEMORY, Gpu
+from qlora_cli.memory.prediction import MemoryReport, SweepPoint
+from qlora_cli.units import GIB
+
+LENGTH = "max-length"
+# A card of each size that people have, shown where no GPU was named.
+TYPICAL = ("RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090", "RTX 5090", "RTX A6000", "A100 80GB", "H200")
+INK, MUTED, GRID, CARD = "#212529", "#6c757d", "#e9ecef", "#868e96"
+COLORS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#846358", "#1864ab", "#5c940d")
+# Fixed, whatever the machine's own matplotlibrc says; DejaVu Sans comes with matplotlib.
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.hashsalt": "qlora",
+}
+WIDE_RANGE = 8  # times, from the least to the most memory: above, equal steps are equal ratios
+MOST_ABOVE = 3  # times the most memory: a GPU that is larger would leave the curves at the bottom
+MOST_INSIDE = 5  # lines with a legend among them; of more, it stands below
+MOST_NAMES = 2  # of cards on one line
+LINE_LENGTH = 95  # characters of the subtitle
+LABEL_GAP = 0.05  # of the height, between two labels
+TICK_GAP = 0.6  # doublings, between two lengths that are written down
+TICKS_GIB = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Process memory of one combination of everything but the length: `lengths` in tokens, the rest in GiB."""
+
+    label: str
+    lengths: tuple[int, ...]
+    middle: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
+    """Draw a sweep over the length into `path`, complete or not at all; its suffix is the format.
+
+    `gpus` are shown as lines; without any, one of each common size.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.saving{path.suffix}")
+    try:
+        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+            draw(report, gpus).savefig(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
+    """Return the picture."""
+    lines = lines_of(report)
+    most, least = max(max(line.high) for line in lines), min(min(line.low) for line in lines)
+    shown, beyond = cards(gpus, most)
+    figure = Figure(figsize=(9, 5.4), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    tops = [most, *(gpu.usable_bytes / GIB for gpu in shown)]
+    _set_scales(axes, lines, max(tops), least)
+    for color, line in zip(_colors(len(lines)), lines, strict=True):
+        axes.fill_between(line.lengths, line.low, line.high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(line.lengths, line.middle, color=color, label=line.label, marker="o", markersize=4, linewidth=1.8)
+    _draw_cards(axes, shown)
+    axes.set(xlabel=_x_label(beyond), ylabel="process memory, GiB")
+    _draw_title(axes, report)
+    if len(lines) > MOST_INSIDE:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    elif len(lines) > 1:
+        axes.legend(loc="best", framealpha=0.9, edgecolor=GRID, fontsize=9, reverse=True)
+    return figure
+
+
+def lines_of(report: MemoryReport) -> list[Line]:
+    """Return a line for each combination of the settings that were swept besides the length, least memory first."""
+    groups: dict[str, list[SweepPoint]] = {}
+    varied = varied_settings(report.sweep) - {LENGTH}
+    for point in report.sweep:
+        assert LENGTH in point.values, "a picture needs a sweep over the length"
+        label = ", ".join(f"{name} {value:,}" for name, value in point.values.items() if name in varied)
+        groups.setdefault(label, []).append(point)
+    assert groups, "a picture needs a sweep"
+    lines = []
+    for label, points in groups.items():
+        points = sorted(points, key=lambda point: point.values[LENGTH])
+        bands = [process_band(report, point) for point in points]
+        lines.append(
+            Line(
+                label=label,
+                lengths=tuple(point.values[LENGTH] for point in points),
+                middle=tuple(point.process_bytes / GIB for point in points),
+                low=tuple(low / GIB for low, _ in bands),
+                high=tuple(high / GIB for _, high in bands),
+            )
+        )
+    return sorted(lines, key=lambda line: line.middle[-1])
+
+
+def varied_settings(sweep: Sequence[SweepPoint]) -> set[str]:
+    """Return the settings that have more than one value in `sweep`."""
+    return {name for point in sweep for name, value in point.values.items() if value != sweep[0].values[name]}
+
+
+def cards(gpus: Sequence[Gpu], most: float) -> tuple[list[Gpu], list[Gpu]]:
+    """Return the GPUs to show, smallest first, and those asked for that lie too far above `most` GiB."""
+    if gpus:
+        ordered = sorted(gpus, key=lambda gpu: gpu.usable_bytes)
+        shown = [gpu for gpu in ordered if gpu.usable_bytes <= MOST_ABOVE * most * GIB]
+        return shown, [gpu for gpu in ordered if gpu not in shown]
+    typical = sorted((gpu for gpu in GPUS if gpu.name in TYPICAL), key=lambda gpu: gpu.usable_bytes)
+    num_within = sum(gpu.usable_bytes <= most * GIB for gpu in typical)
+    return typical[: num_within + 1], []  # the next larger one shows where all of it fits
+
+
+def levels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
+    """Return the usable GiB of each size with the names of its cards; those that hardly differ share a line."""
+    groups: list[list[Gpu]] = []
+    for gpu in shown:
+        if groups and gpu.usable_bytes <= groups[-1][0].usable_bytes * (1 + SAME_MEMORY):
+            groups[-1].append(gpu)
+        else:
+            groups.append([gpu])
+    labelled = []
+    for group in groups:
+        names = ", ".join(gpu.name for gpu in group[:MOST_NAMES])
+        further = f" + {len(group) - MOST_NAMES}" if len(group) > MOST_NAMES else ""
+        size = group[0].usable_bytes / GIB
+        labelled.append((size, f"{names}{further}: {size:.1f}"))
+    return labelled
+
+
+def spread(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
+    """Return rising heights, moved as little as leaves `gap` between each two, and all of them within 0 and 1.
+
+    Least squares: less a gap a place they must not fall, which pooling neighbours that do solves exactly.
+    """
+    gap = min(gap, 1 / max(len(heights) - 1, 1))
+    pools: list[tuple[float, int]] = []  # mean and count
+    for place, height in enumerate(heights):
+        mean, count = height - place * gap, 1
+        while pools and pools[-1][0] > mean:
+            before, num_before = pools.pop()
+            mean = (before * num_before + mean * count) / (num_before + count)
+            count += num_before
+        pools.append((mean, count))
+    top = 1 - (len(heights) - 1) * gap
+    means = [min(max(mean, 0.0), top) for mean, count in pools for _ in range(count)]
+    return [mean + place * gap for place, mean in enumerate(means)]
+
+
+def _set_scales(axes: Axes, lines: Sequence[Line], most: float, least: float) -> None:
+    lengths = sorted({length for line in lines for length in line.lengths})
+    axes.set_xscale("log", base=2)
+    ticks = lengths[:1]
+    for length in lengths[1:]:
+        if length >= ticks[-1] * 2**TICK_GAP:
+            ticks.append(length)
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(lengths[0] / 2**0.25, lengths[-1] * 2**0.25)
+    if most > WIDE_RANGE * least:
+        bottom, top = least / 1.3, most * 1.2
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(bottom, top)
+        marks = [mark for mark in TICKS_GIB if bottom <= mark <= top]
+        axes.set_yticks(marks, [f"{mark:,}" for mark in marks])
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(0, 1.06 * most)
+    axes.grid(axis="both", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
+    """Draw each size as a dashed line, its cards' names at the right, tied to it where names had to be moved apart."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    labelled = levels(shown)
+    heights = [float(to_axes.transform((axes.get_xlim()[0], size))[1]) for size, _ in labelled]
+    for (size, label), height, at in zip(labelled, heights, spread(heights), strict=True):
+        axes.axhline(size, color=CARD, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+        axes.annotate(
+            label,
+            xy=(1.0, height),
+            xytext=(1.03, at),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            size=9,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": CARD,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+            annotation_clip=False,
+        )
+
+
+def _draw_title(axes: Axes, report: MemoryReport) -> None:
+    subtitle = _subtitle(report)
+    num_lines = subtitle.count("\n") + 1
+    axes.set_title(f"What training {report.model} takes", loc="left", weight="bold", pad=12 + 12 * num_lines)
+    axes.annotate(
+        subtitle,
+        xy=(0, 1),
+        xytext=(0, 8),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="bottom",
+        size=9,
+        color=MUTED,
+        linespacing=1.3,
+    )
+
+
+def _colors(num_lines: int) -> list[str]:
+    """Return a colour a line: told apart by hue, or where that are too many, from dark to light."""
+    if num_lines <= len(COLORS):
+        return list(COLORS[:num_lines])
+    ramp = mpl.colormaps["viridis"]
+    return [to_hex(ramp(index / num_lines)) for index in range(num_lines)]  # less the yellow end
+
+
+def _x_label(beyond: Sequence[Gpu]) -> str:
+    label = "max-length, tokens"
+    names = ", ".join(f"{gpu.name} ({gpu.usable_bytes / GIB:.1f} GiB)" for gpu in beyond)
+    return f"{label}\nabove the picture: {names}" if beyond else label
+
+
+def _subtitle(report: MemoryReport) -> str:
+    """Return the settings that were not swept, in lines that fit the picture."""
+    varied = varied_settings(report.sweep)
+    settings = {**report.settings, **report.sweep[0].values}
+    fixed = [f"{name} {value}" for name, value in settings.items() if name not in varied | {LENGTH}]
+    lines = [""]
+    for part in [f"recipe {report.recipe}", *fixed, f"on {report.gpu} in {report.dtype}"]:
+        if len(lines[-1]) + len(part) > LINE_LENGTH:
+            lines.append("")
+        lines[-1] += f", {part}" if lines[-1] else part
+    return ",\n".join(lines) + "; shaded: error band"

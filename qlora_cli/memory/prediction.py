@@ -1,0 +1,190 @@
+"""What is predicted for a run, as plain values. Imports no torch: an answer that is known comes without it."""
+
+from dataclasses import dataclass
+
+# How far the prediction was from what was measured, as a share: the worst of the public rows that
+# `benchmarks/measured_rows.py` compares with, rounded up.
+ALLOCATED_ERROR = 0.01
+RESERVED_ERROR = 0.06
+
+COMPONENTS = (
+    "quantized_weights",
+    "quantization_constants",
+    "unquantized_weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "workspaces",
+    "slack",
+    "context",
+)
+PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """What the memory of the process is for at its peak, in bytes; adds up to `Figures.process_bytes`.
+
+    Attributes:
+        quantized_weights_bytes: Packed codes.
+        quantization_constants_bytes: Scales of blocks, their own scales, code tables.
+        unquantized_weights_bytes: Weights in 16 or 32 bit, and buffers.
+        adapters_bytes: LoRA matrices and other trained weights.
+        gradients_bytes: Of the adapters.
+        optimizer_bytes: Its state, and what a step of it takes.
+        activations_bytes: Kept for the backward pass, and in flight.
+        loss_bytes: Logits and what becomes of them.
+        workspaces_bytes: Of cuBLAS and inside kernels: dequantized weights among them.
+        slack_bytes: Reserved by PyTorch's allocator, but used by no tensor.
+        context_bytes: The CUDA context and loaded kernels, outside the allocator.
+    """
+
+    quantized_weights_bytes: int
+    quantization_constants_bytes: int
+    unquantized_weights_bytes: int
+    adapters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    loss_bytes: int
+    workspaces_bytes: int
+    slack_bytes: int
+    context_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """The three peaks of a process, in bytes, each with its error band: allocated < reserved < process."""
+
+    allocated_bytes: int
+    allocated_low_bytes: int
+    allocated_high_bytes: int
+    reserved_bytes: int
+    reserved_low_bytes: int
+    reserved_high_bytes: int
+    process_bytes: int
+    process_low_bytes: int
+    process_high_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """The peak of one phase, in bytes. `reserved_bytes` never falls from one phase to the next."""
+
+    name: str
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run takes on one GPU.
+
+    Attributes:
+        gpu: Its name in the catalogue.
+        dtype: The compute dtype there.
+        attention_backends: The attention kernels that the GPU takes, by name.
+        paged_bytes: Optimizer state in unified memory, outside of the figures.
+        pinned_host_bytes: Activations that are kept in host memory.
+        ruling_phase: The phase with the peak.
+        reason: Why it rules, in a sentence.
+    """
+
+    gpu: str
+    dtype: str
+    attention_backends: tuple[str, ...]
+    gradient_checkpointing: str
+    predicted: Figures
+    components: Components
+    phases: tuple[Phase, ...]
+    paged_bytes: int
+    pinned_host_bytes: int
+    ruling_phase: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Whether a run fits on a GPU: `yes` with the whole error band, `no` even at its lower end, else `tight`.
+
+    `margin_bytes` is what is left of the usable memory, negative if it falls short.
+    """
+
+    gpu: str
+    group: str
+    fits: str
+    usable_bytes: int
+    process_bytes: int
+    process_high_bytes: int
+    margin_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A change of flags that makes a run fit, or comes nearer. The nearest to what was asked comes first."""
+
+    flags: str
+    effect: str
+    saved_bytes: int
+    process_bytes: int
+    fits: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The largest value of a setting with which the run fits on a GPU; None if it fits with no value of it."""
+
+    setting: str
+    gpu: str
+    value: int | None
+    process_bytes: int | None
+    limited_by: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """What a run takes with other values of some settings, by the flag's name without dashes."""
+
+    values: dict[str, int]
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    ruling_phase: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """The answer of `qlora inspect-memory`.
+
+    Attributes:
+        fits: For the GPUs that were asked for, or for every one of the catalogue.
+        smallest_gpu: The catalogue's smallest GPU on which it fits, if there is one.
+        suggestions: What makes it fit on the first GPU that was asked for, if it does not.
+        assumptions: What was taken for granted, in sentences.
+    """
+
+    model: str
+    architecture: str
+    num_parameters: int
+    num_trainable_parameters: int
+    recipe: str
+    settings: dict[str, str]
+    gpu: str
+    dtype: str
+    attention_backends: tuple[str, ...]
+    predicted: Figures
+    components: Components
+    phases: tuple[Phase, ...]
+    ruling_phase: str
+    reason: str
+    paged_bytes: int
+    pinned_host_bytes: int
+    fits: tuple[Fit, ...]
+    smallest_gpu: str | None
+    suggestions: tuple[Suggestion, ...]
+    solutions: tuple[Solution, ...]
+    sweep: tuple[SweepPoint, ...]
+    assumptions: tuple[str, ...]
+    estimate_seconds: float

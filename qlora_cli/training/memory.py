@@ -1,0 +1,103 @@
+"""What a run will take on the GPU at hand, by the code of `qlora inspect-memory`, before its weights are read."""
+
+from dataclasses import replace
+
+from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.loading.blueprint import Blueprint
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.facts import ModelFacts
+from qlora_cli.memory.fitting import NO, YES, fit_on, suggest
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
+from qlora_cli.training.result import PredictedMemory
+from qlora_cli.units import format_bytes
+
+
+def gpu_at_hand(blueprint: Blueprint) -> Gpu | None:
+    """Return the GPU of a run with what is free on it now; None for a run on the CPU."""
+    if blueprint.device.type != "cuda":
+        return None
+    gpu = find_gpu("auto")
+    # What is free is counted beside our own CUDA context, which is there by now.
+    return replace(gpu, total_bytes=min(gpu.total_bytes, blueprint.free_bytes + gpu.context_bytes))
+
+
+def check_memory(
+    settings: TrainSettings,
+    blueprint: Blueprint,
+    gpu: Gpu,
+    reporter: Reporter,
+    *,
+    longest_row_tokens: int,
+    force: bool,
+) -> PredictedMemory | None:
+    """Return what a run takes on `gpu`, whose longest row has `longest_row_tokens`; None if it can't be predicted.
+
+    Raises:
+        OutOfMemoryError: it can't fit, and is not forced to go on; with what would.
+    """
+    asked = _as_asked(settings, blueprint, longest_row_tokens)
+    model = settings.model.name
+    facts = ModelFacts(name=model, content=read_json(blueprint.source.path / CONFIG), path=blueprint.source.path)
+    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=settings.data.eval_dataset is not None)
+    try:
+        estimate = estimator.estimate(asked, gpu)
+    except QloraError as error:
+        reporter.report(Noted(level="warning", message=f"how much memory it will take is not known: {error}"))
+        return None
+    fit = fit_on(estimate, gpu)
+    if fit.fits != YES:
+        found = suggest(asked, gpu, estimator.estimate, estimate)
+        ways = "; ".join(f"{way.flags} ({format_bytes(way.process_bytes)})" for way in found if way.fits != NO)
+        what = (
+            f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
+            f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are there"
+        )
+        if fit.fits == NO and not force:
+            hint = f"It would fit with {ways}." if ways else "No change of flags makes it fit: take a larger GPU."
+            raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
+        more = f"; more room with {ways}" if ways else ""
+        reporter.report(Noted(level="warning", message=f"memory is tight: {what}{more}"))
+    return _as_predicted(estimate, fit.fits)
+
+
+def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens: int) -> EstimateSettings:
+    """Return the settings that the run is loaded and trained with, for rows as long as the longest there is."""
+    return EstimateSettings(
+        model=blueprint.settings.model,
+        quantization=blueprint.settings.quantization,
+        lora=_adapter(settings.lora, blueprint),
+        data=EstimateDataSettings(max_length=max(8, longest_row_tokens)),
+        training=settings.training,
+    )
+
+
+def _adapter(asked: LoraSettings, blueprint: Blueprint) -> LoraSettings:
+    """Return the adapter that trains: as asked for, or the one that the model comes with."""
+    if blueprint.source.adapter is None:
+        return asked
+    config = read_json(blueprint.source.adapter / ADAPTER_CONFIG)
+    modules, parameters = config.get("target_modules"), config.get("target_parameters")
+    named = {"rank": config.get("r", asked.rank)}
+    if isinstance(modules, list):
+        named["target_modules"] = tuple(modules)
+    if parameters:
+        named["target_parameters"] = tuple(parameters)
+    return asked.model_copy(update=named)
+
+
+def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:
+    """Return the figures that a run is measured by: its peaks count from after loading."""
+    training = [phase.allocated_bytes for phase in estimate.phases if phase.name != "load"]
+    return PredictedMemory(
+        gpu=estimate.gpu,
+        allocated_bytes=max(training),
+        reserved_bytes=estimate.predicted.reserved_bytes,
+        process_bytes=estimate.predicted.process_bytes,
+        fits=fits,
+    )

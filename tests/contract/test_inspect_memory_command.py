@@ -1,0 +1,378 @@
+"""`qlora inspect-memory` as scripts and eyes see it: what is asked, what is refused, exit codes, one JSON object."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer.main
+from typer.testing import CliRunner, Result
+
+from qlora_cli.cli.app import app
+from qlora_cli.cli.options import FLAGS
+from qlora_cli.cli.sweeps import read_sweeps, read_values
+from qlora_cli.events import Reporter
+from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
+from qlora_cli.memory.request import MemoryRequest, Recipe, lengths_up_to
+from qlora_cli.settings.models import Attention, Checkpointing, Quantization
+from tests.conftest import ASSETS
+from tests.contract.test_command_line import RUN_AND_LIST_MODULES
+from tests.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
+
+GIB = 1024**3
+TOO_LARGE = fit(T4, round(15.2 * GIB), 16 * GIB)
+TIGHT = replace(TOO_LARGE, fits="tight")
+Ask = Callable[..., MemoryRequest]
+
+
+class Core:
+    """Stands in for the prediction: keeps what it is asked and answers with a fixed report."""
+
+    def __init__(self) -> None:
+        self.report: MemoryReport = REPORT
+        self.requests: list[MemoryRequest] = []
+
+    def inspect_memory(self, request: MemoryRequest, _: Reporter) -> MemoryReport:
+        self.requests.append(request)
+        return self.report
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Core:
+    stand_in = Core()
+    module = ModuleType("qlora_cli.memory.inspect")
+    module.inspect_memory = stand_in.inspect_memory  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return stand_in
+
+
+def qlora_inspect(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["inspect-memory", *map(str, arguments)])
+
+
+@pytest.fixture
+def asked(core: Core) -> Ask:
+    """Run the command and return what the core was asked."""
+
+    def ask(*arguments: str | Path) -> MemoryRequest:
+        done = qlora_inspect(*arguments)
+        assert done.exit_code == 0, done.output
+        return core.requests[-1]
+
+    return ask
+
+
+def refused(*arguments: str | Path) -> str:
+    """Return what is said on stderr of a command that ends with 2, with --json too."""
+    done = qlora_inspect(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    error = json.loads(qlora_inspect(*arguments, "--json").stdout)["error"]
+    assert error["exit_code"] == 2
+    assert error["hint"] or error["problems"]
+    return done.stderr
+
+
+# ---- what is asked
+
+
+def test_a_model_alone_asks_for_a_plain_run(asked: Ask) -> None:
+    request = asked("llama-3.1-8b")
+    assert request.settings.model.name == "llama-3.1-8b"
+    assert (request.gpus, request.solve, request.sweep) == ((), (), {})
+    assert request.recipe is Recipe.QLORA
+    assert (request.sdpa_backend, request.packing, request.evaluates) == ("auto", False, False)
+
+
+def test_every_flag_reaches_the_core(asked: Ask) -> None:
+    request = asked(
+        *("base", "--gpu", "4090", "--gpu", "16GiB", "--recipe", "peft", "--sdpa-backend", "math", "--packing"),
+        *("--eval", "--solve", "rank", "--solve", "max-length", "--solve", "rank", "--sweep", "rank=8..32"),
+    )
+    assert [gpu.name for gpu in request.gpus] == ["RTX 4090", "16.00 GiB"]
+    assert request.recipe is Recipe.PEFT
+    assert (request.sdpa_backend, request.packing, request.evaluates) == ("math", True, True)
+    assert request.solve == ("rank", "max-length")
+    assert request.sweep == {"rank": (8, 16, 32)}
+
+
+def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
+    settings = asked(
+        *("base", "--quant", "fp4", "--no-double-quant", "--dtype", "fp16", "--rank", "64", "--max-length", "4096"),
+        *("--target-modules", "q_proj,v_proj", "--micro-batch-size", "4", "--gradient-checkpointing", "offload"),
+        *("--attention", "eager", "--optimizer", "paged_adamw_8bit", "--gradient-accumulation-steps", "2"),
+        *("--new-tokens", "<a>", "--set", "lora.dropout=0.1"),
+    ).settings
+    assert settings.quantization.method is Quantization.FP4
+    assert settings.quantization.double_quant is False
+    assert settings.model.attention is Attention.EAGER
+    assert settings.model.new_tokens == ("<a>",)
+    assert (settings.lora.rank, settings.lora.target_modules, settings.lora.dropout) == (64, ("q_proj", "v_proj"), 0.1)
+    assert settings.data.max_length == 4096
+    assert settings.training.gradient_checkpointing is Checkpointing.OFFLOAD
+    assert (settings.training.micro_batch_size, settings.training.gradient_accumulation_steps) == (4, 2)
+    assert settings.training.optimizer.is_paged
+
+
+def test_flags_without_a_meaning_for_memory_are_not_there() -> None:
+    command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
+    assert not missing & flags
+    assert {"--max-length", "--rank", "--optimizer", "--gradient-checkpointing", "--revision"} <= flags
+    assert set(FLAGS.values()) >= missing
+
+
+def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        "model: {name: base, device: cuda}\ndata: {dataset: rows.jsonl, eval_dataset: held_out.jsonl}\n"
+        "lora: {rank: 8}\ntraining: {learning_rate: 1e-4, eval_steps: 10}\noutput: {directory: run}\n"
+    )
+    request = asked("--config", config)
+    assert (request.settings.model.name, request.settings.lora.rank) == ("base", 8)
+    assert request.evaluates
+    assert asked("other", "--config", config).settings.model.name == "other"
+    assert not asked("--config", config, "--no-eval").evaluates
+
+
+@pytest.mark.parametrize("setting", ["data.eval_dataset=rows.jsonl", "training.eval_steps=10"])
+def test_a_run_that_would_evaluate_is_predicted_with_evaluation(asked: Ask, setting: str) -> None:
+    assert asked("base", "--set", setting).evaluates
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["base", "--sweep", "max-length=512..4096", "micro-batch-size=1..8"],  # as issues and docs write it
+        ["base", "--gpu", "T4", "--sweep", "max-length=512..4096", "micro-batch-size=1..8"],
+        ["base", "--sweep", "max-length=512..4096", "--sweep", "micro-batch-size=1..8"],
+        ["base", "--sweep", "max-length=512..4096 micro-batch-size=1..8"],
+        ["base", "max-length=512..4096", "--sweep", "micro-batch-size=1..8", "--packing"],
+    ],
+)
+def test_sweeps_are_given_in_several_ways(asked: Ask, arguments: list[str]) -> None:
+    expected = {"max-length": (512, 1024, 2048, 4096), "micro-batch-size": (1, 2, 4, 8)}
+    assert asked(*arguments).sweep == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512..32768", (512, 1024, 2048, 4096, 8192, 16384, 32768)),
+        ("1..6", (1, 2, 4, 6)),
+        ("8..8", (8,)),
+        ("8", (8,)),
+        ("4,1,2,4", (1, 2, 4)),
+        ("8..1", None),
+        ("0..8", None),
+        ("", None),
+        ("1..", None),
+        ("1,", None),
+        ("-1", None),
+        ("1.5", None),
+        ("9" * 30, None),
+    ],
+)
+def test_ranges_double_and_lists_are_sorted(text: str, expected: tuple[int, ...] | None) -> None:
+    assert read_values(text) == expected
+
+
+def test_all_that_is_wrong_with_sweeps_is_told() -> None:
+    found, problems = read_sweeps(["rank=8 rank=9", "alpha=3", "max_length=512", "max-length=4..8", "512"])
+    assert found["rank"] == (8,)
+    assert [f"{problem} | {problem.hint}".split("For example")[0] for problem in problems] == [
+        "--sweep rank=9: rank is given twice | Give all values at once, as in rank=8,16,64.",
+        "--sweep alpha=3: 'alpha' can't be swept | Sweep max-length, micro-batch-size, rank.",
+        "--sweep max_length=512: 'max_length' can't be swept | Did you mean max-length?",
+        "--sweep max-length=4..8: max-length must be greater than or equal to 8, got 4 | ",
+        "--sweep 512: expected NAME=VALUES | ",
+    ]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "MODEL: is missing"),
+        (["base", "--gpu", "RTX 9090"], "--gpu: no GPU 'RTX 9090' is known; the nearest known are"),
+        (["base", "--gpu", "24"], "--gpu: '24' is a size without a unit"),
+        (["base", "--recipe", "qlra"], "--recipe: 'qlra' is not one of qlora, peft\n  hint: Did you mean qlora?"),
+        (["base", "--sdpa-backend", "cudnn"], "--sdpa-backend: 'cudnn' is not one of auto, flash, efficient, math"),
+        (["base", "--sdpa-backend", "flash", "--attention", "eager"], "has no effect with --attention eager"),
+        (["base", "--solve", "rank"], "--solve: needs a GPU to fit on\n  hint: Name one: --gpu 'RTX 4090'"),
+        (["base", "--gpu", "T4", "--solve", "alpha"], "--solve: 'alpha' is not one of max-length, micro-batch-size"),
+        (["base", "--sweep", "rank=8..4"], "--sweep rank=8..4: expected values such as 512..32768 (rising)"),
+        (["base", "rank=8"], "rank=8: is an argument too many"),
+        (["--sweep", "max-length=512", "rank=8", "base"], "MODEL: 'rank=8' is no model, but values to sweep"),
+        (["base", "--rank", "0"], "--rank: must be greater than or equal to 1"),
+        (["base", "--config", "no.yaml"], "--config no.yaml: No such file"),
+        (["base", "--dataset", "rows.jsonl"], "no such option: --dataset"),
+        (["base", "--quant", "none", "--double-quant"], "no effect with --quant none"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_asked(core: Core, arguments: list[str], expected: str) -> None:
+    assert expected in refused(*arguments)
+    assert core.requests == []
+
+
+def test_all_problems_are_told_at_once(core: Core) -> None:
+    shown = refused(
+        *(
+            "base",
+            "--rank",
+            "0",
+            "--gpu",
+            "RTX 9090",
+            "--recipe",
+            "x",
+            "--solve",
+            "y",
+            "--sweep",
+            "z",
+            "--set",
+            "lora",
+        ),
+    )
+    for where in ("--rank", "--gpu", "--recipe", "--solve", "--sweep z", "--set lora"):
+        assert f"error: {where}: " in shown
+    assert "6 problems" in shown
+    assert core.requests == []
+
+
+def test_this_machine_s_gpu_can_t_be_meant_without_one(monkeypatch: pytest.MonkeyPatch, core: Core) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--gpu: no NVIDIA GPU is visible to PyTorch" in refused("base", "--gpu", "auto")
+    assert core.requests == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["base", "--gpu", "RTX 9090"], ["base", "--sweep", "rank=a"]])
+def test_help_and_mistakes_are_answered_without_torch(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, "inspect-memory", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert f"exit {0 if arguments == ['--help'] else 2}\n" in done.stderr
+    assert "heavy []" in done.stderr
+
+
+# ---- what is answered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits", "code"),
+    [
+        ([], CATALOGUE_FITS, 0),  # it does not fit all of them, but none was named
+        (["--gpu", "RTX 4090"], REPORT.fits, 0),
+        (["--gpu", "T4"], (TIGHT,), 0),
+        (["--gpu", "T4"], (TOO_LARGE,), 3),
+        (["--gpu", "RTX 4090", "--gpu", "T4"], (*REPORT.fits, TOO_LARGE), 3),
+    ],
+)
+def test_the_exit_code_says_whether_it_fits_the_gpus_that_were_named(
+    core: Core, arguments: list[str], fits: tuple[Fit, ...], code: int
+) -> None:
+    assert any(fit.fits == "no" for fit in CATALOGUE_FITS)
+    core.report = replace(REPORT, fits=fits)
+    text, as_json = qlora_inspect("base", *arguments), qlora_inspect("base", *arguments, "--json")
+    assert (text.exit_code, as_json.exit_code) == (code, code), text.output
+    assert text.stdout.startswith("What training llama-3.1-8b takes\n")
+    assert text.stderr == as_json.stderr == ""
+    assert len(json.loads(as_json.stdout)["fits"]) == len(fits)
+
+
+def test_json_has_the_keys_that_scripts_rely_on(core: Core) -> None:
+    core.report = replace(REPORT, sweep=(sweep_point(max_length=512, rank=8),))
+    found = json.loads(qlora_inspect("base", "--json").stdout)
+    assert set(found) == {field.name for field in fields(MemoryReport)}
+    assert set(found["predicted"]) == {field.name for field in fields(Figures)}
+    assert found["predicted"]["allocated_bytes"] == REPORT.predicted.allocated_bytes
+    assert tuple(found["components"]) == COMPONENTS
+    assert sum(found["components"].values()) == found["predicted"]["process_bytes"]
+    assert found["sweep"][0]["values"] == {"max-length": 512, "rank": 8}
+
+
+# ---- the picture
+
+
+def test_a_picture_of_a_sweep_is_written(core: Core, tmp_path: Path) -> None:
+    core.report = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in (512, 1024)))
+    path = tmp_path / "memory.png"
+    done = qlora_inspect("base", "--sweep", "max-length=512..1024", "--plot", path, "--json")
+    assert done.exit_code == 0, done.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert f"the picture is in {path}" in done.stderr
+    assert json.loads(done.stdout)["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"max-length": (256, 512, 1024, 2048)}),
+        (["--max-length", "32768"], {"max-length": (512, 1024, 2048, 4096, 8192, 16384, 32768)}),
+        (["--sweep", "rank=8"], {"max-length": (256, 512, 1024, 2048), "rank": (8,)}),
+        (["--sweep", "max-length=64"], {"max-length": (64,)}),
+    ],
+)
+def test_a_picture_without_a_sweep_over_the_length_makes_one(
+    core: Core, tmp_path: Path, arguments: list[str], expected: dict[str, tuple[int, ...]]
+) -> None:
+    core.report = replace(REPORT, sweep=(sweep_point(max_length=512),))
+    assert qlora_inspect("base", *arguments, "--plot", tmp_path / "memory.svg").exit_code == 0
+    request = core.requests[-1]
+    assert request.swept(request.settings) == expected
+
+
+def test_a_picture_ends_at_the_positions_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real prediction: the bundled model has fewer positions than the default length."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "memory.png"
+    done = qlora_inspect(ASSETS / "base", "--plot", path, "--json")
+    assert done.exit_code == 0, done.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+    positions = json.loads((ASSETS / "base" / "config.json").read_text())["max_position_embeddings"]
+    lengths = [point["values"]["max-length"] for point in json.loads(done.stdout)["sweep"]]
+    assert lengths == list(lengths_up_to(positions))
+
+
+@pytest.mark.parametrize("longest", [8, 9, 100, 512, 3000, 32768])
+def test_the_lengths_of_a_picture_rise_to_the_longest(longest: int) -> None:
+    lengths = lengths_up_to(longest)
+    assert lengths[-1] == longest
+    assert list(lengths) == sorted(set(lengths))
+    assert lengths[0] >= 8
+
+
+def test_where_no_picture_can_be_written_is_told_first(
+    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "unknown kind of picture '.jpg'" in refused("base", "--plot", tmp_path / "memory.jpg")
+    assert "unknown kind of picture 'memory'" in refused("base", "--plot", tmp_path / "memory")
+    assert "there is no directory" in refused("base", "--plot", tmp_path / "no" / "memory.png")
+    (tmp_path / "folder.png").mkdir()
+    assert "is a directory" in refused("base", "--plot", tmp_path / "folder.png")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "can't be written to" in refused("base", "--plot", tmp_path / "memory.png")
+    assert core.requests == []
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(
+    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    shown = refused("base", "--plot", tmp_path / "memory.png")
+    assert "matplotlib, which is not installed\n  hint: Run: pip install 'qlora-cli[plot]'" in shown
+    assert core.requests == []
+
+
+def test_the_first_gpu_named_is_the_one_that_tables_are_for(core: Core) -> None:
+    core.report = replace(REPORT, fits=(TOO_LARGE, *REPORT.fits), sweep=(sweep_point(max_length=32768),))
+    done = qlora_inspect("base", "--gpu", "T4", "--gpu", RTX_4090.name, "--sweep", "max-length=32768")
+    assert "! does not fit on the T4" in done.stdout

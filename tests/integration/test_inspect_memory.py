@@ -1,0 +1,174 @@
+"""`qlora inspect-memory` from end to end: where a model may come from, what is never touched, and known answers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_cli.cli.app import app
+from tests.conftest import RunQlora
+from tests.integration.hub_server import COMMIT, Hub
+
+SHORT = ("--max-length", "64", "--micro-batch-size", "1")
+
+
+@pytest.fixture
+def config(base_model: Path, tmp_path: Path) -> Path:
+    """Return a directory that holds config.json alone: no weights, no tokenizer."""
+    directory = tmp_path / "config-only"
+    directory.mkdir()
+    shutil.copy(base_model / "config.json", directory)
+    return directory
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> dict[str, str]:
+    """Return an environment with no answers kept, and no hub to ask."""
+    return {"QLORA_CACHE": str(tmp_path / "answers"), "HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what does not depend on how a model was named, nor on time."""
+    return {key: value for key, value in result.items() if key not in {"model", "assumptions", "estimate_seconds"}}
+
+
+def test_a_directory_its_config_and_the_catalogue_need_no_weights_and_no_network(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str]
+) -> None:
+    by_directory = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    by_file = run_qlora("inspect-memory", config / "config.json", *SHORT, "--json", env=alone)
+    assert (by_directory.code, by_file.code) == (0, 0), by_directory.stderr + by_file.stderr
+    assert figures(by_directory.json) == figures(by_file.json)
+    known = run_qlora("inspect-memory", "smollm2-135m", *SHORT, "--gpu", "24GiB", "--json", env=alone)
+    assert known.code == 0, known.stderr
+    assert known.json["num_parameters"] == 134_515_008
+    components = known.json["components"]
+    assert sum(components.values()) == known.json["predicted"]["process_bytes"]
+    assert [fit["fits"] for fit in known.json["fits"]] == ["yes"]
+
+
+def test_only_the_config_of_a_hub_id_is_fetched(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_qlora("inspect-memory", "owner/tiny", *SHORT, "--json", env={**hub_env, "QLORA_CACHE": str(tmp_path)})
+    assert done.code == 0, done.stderr
+    files = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
+    assert files == {"config.json"}
+    pinned = ("inspect-memory", "owner/tiny", "--revision", COMMIT, *SHORT, "--json")
+    again = run_qlora(*pinned, env={**hub_env, "QLORA_CACHE": str(tmp_path)})
+    assert figures(again.json) == figures(done.json)
+
+
+def test_a_run_directory_answers_for_its_own_settings(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    trained = run_qlora(
+        *("train", "--model", base_model, "--dataset", rows, "--output", run, "--device", "cpu", "--max-steps", "1"),
+        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2"),
+    )
+    assert trained.code == 0, trained.stderr
+    of_run = run_qlora("inspect-memory", run, "--json", env=alone)
+    assert of_run.code == 0, of_run.stderr
+    same = ("--rank", "4", "--max-length", "64", "--micro-batch-size", "2")
+    of_model = run_qlora("inspect-memory", base_model, *same, "--json", env=alone)
+    assert figures(of_run.json) == figures(of_model.json)
+    assert (
+        of_run.json["num_trainable_parameters"]
+        == json.loads((run / "run.json").read_text())["plan"]["num_trainable_parameters"]
+    )
+    wider = run_qlora("inspect-memory", run, "--rank", "8", "--json", env=alone)
+    assert wider.json["settings"]["rank"] == "8"
+    assert wider.json["settings"]["max-length"] == "64"
+    of_adapter = run_qlora("inspect-memory", run / "adapter", *same, "--json", env=alone)
+    assert figures(of_adapter.json) == figures(of_model.json)
+
+
+def test_a_known_answer_is_the_same_and_needs_no_torch(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    # Whoever imports torch now finds a module that ends the process.
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(99)")
+    trapped = {**alone, "PYTHONPATH": str(tmp_path / "trap")}
+    again = run_qlora("inspect-memory", config, *SHORT, "--json", env=trapped)
+    assert again.code == 0, again.stderr
+    assert figures(again.json) == figures(first.json)
+    other = run_qlora("inspect-memory", config, *SHORT, "--rank", "8", "--json", env=trapped)
+    assert other.code == 99  # another question is no known one
+
+
+def test_a_changed_config_is_another_question(run_qlora: RunQlora, config: Path, alone: dict[str, str]) -> None:
+    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    content = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps({**content, "intermediate_size": 2 * content["intermediate_size"]}))
+    second = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    assert second.json["num_parameters"] > first.json["num_parameters"]
+
+
+def test_answers_that_can_not_be_kept_or_read_are_computed(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    blocked = run_qlora(
+        "inspect-memory", config, *SHORT, "--json", env={**alone, "QLORA_CACHE": str(tmp_path / "file")}
+    )
+    assert blocked.code == 0, blocked.stderr
+    kept = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    (answer,) = (tmp_path / "answers" / "memory").glob("*.json")
+    answer.write_text("{")
+    mended = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    assert figures(mended.json) == figures(kept.json) == figures(blocked.json)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lama-3.1-8b",), "llama-3.1-8b"),
+        (("no/such/path/here",), "not a hub id"),
+        (("./nowhere",), "no such file or directory"),
+        (("smollm2-135m", "--max-length", "100000"), "positions"),
+        (("smollm2-135m", "--target-modules", "nope"), "matches no linear layer"),
+        (("smollm2-135m", "--quant", "none", "--double-quant"), "no effect"),
+        (("smollm2-135m", "--gpu", "RTX 9999"), "no GPU"),
+        (("smollm2-135m", "--gpu", "T4", "--dtype", "bf16"), "has no bf16"),
+        (("smollm2-135m", "--gpu", "auto"), "no NVIDIA GPU"),
+    ],
+)
+def test_what_is_unknown_or_contradicts_itself_is_refused_with_exit_2(
+    monkeypatch: pytest.MonkeyPatch, alone: dict[str, str], arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = CliRunner().invoke(app, ["inspect-memory", *arguments], env=alone)
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert"}', '{"hidden_size": 4}', '{"model_type": "x"}'])
+def test_a_config_that_can_not_be_read_is_refused(tmp_path: Path, alone: dict[str, str], content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    done = CliRunner().invoke(app, ["inspect-memory", str(tmp_path / "config.json")], env=alone)
+    assert done.exit_code == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora, alone: dict[str, str]) -> None:
+    # With all of the logits' neighbours kept: too much for 3 GiB, and enough with checkpointing.
+    asked = ("smollm2-135m", "--max-length", "4096", "--gradient-checkpointing", "off", "--gpu", "3GiB", "--json")
+    done = run_qlora("inspect-memory", *asked, env=alone)
+    assert done.code == 3, done.stderr
+    first = done.json["suggestions"][0]
+    assert first["flags"] == "--gradient-checkpointing on"
+    assert first["fits"] == "yes"
+    changed = run_qlora(
+        *("inspect-memory", "smollm2-135m", "--max-length", "4096", "--gpu", "3GiB", "--json"),
+        *first["flags"].split(),
+        env=alone,
+    )
+    assert changed.code == 0
+    assert changed.json["predicted"]["process_bytes"] == first["process_bytes"]
+    assert done.json["predicted"]["process_bytes"] - first["process_bytes"] == first["saved_bytes"]

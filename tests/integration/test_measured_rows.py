@@ -1,0 +1,45 @@
+"""Predictions against public measurements of QLoRA steps on a T4, which no constant was fitted to.
+
+The bounds are those of issue 4. What is left of an error in what is reserved comes from the state of the allocator's
+pool after hundreds of loads and frees, which a replay of the same operations meets nearly, not exactly.
+"""
+
+import json
+import statistics
+
+import pytest
+
+from benchmarks.measured_rows import ROWS, Compared, compare
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[Compared]:
+    """Every row: predicted and measured."""
+    return [compare(row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
+
+
+def errors(compared: list[Compared], figure: str) -> list[float]:
+    return [abs(row.error(figure)) for row in compared]
+
+
+def test_there_are_rows(compared: list[Compared]) -> None:
+    assert len(compared) == len(json.loads(ROWS.read_text(encoding="utf-8"))) >= 20
+
+
+def test_what_is_allocated_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Compared]) -> None:
+    found = errors(compared, "allocated")
+    assert statistics.mean(found) <= 0.3
+    assert max(found) <= 1
+
+
+def test_what_is_reserved_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Compared]) -> None:
+    found = errors(compared, "reserved")
+    assert statistics.mean(found) <= 2.5
+    assert max(found) <= 8
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+def test_the_peak_of_each_phase_is_right_within_1_percent_on_average(compared: list[Compared], phase: str) -> None:
+    assert statistics.mean(errors(compared, phase)) <= 1

@@ -1,0 +1,111 @@
+"""`train` predicts before it reads weights: on a GPU, given here by what it would be, since there may be none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bitsandbytes.functional import name2qmap
+
+from qlora_cli.cli.render import plan_rows
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.events import Noted, SilentReporter
+from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.loader import load_planned
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.training.memory import check_memory, gpu_at_hand
+from qlora_cli.training.plan import prepare_run
+from qlora_cli.units import MIB
+from tests.conftest import Recorder, train_settings
+
+LENGTH = 64
+
+
+def card(num_bytes: int) -> Gpu:
+    """Return a GPU with this much memory, none of it taken by a context."""
+    return replace(find_gpu("RTX 4090"), total_bytes=num_bytes, context_bytes=0, context_high_bytes=0)
+
+
+@pytest.fixture
+def settings(base_model: Path, rows: Path, tmp_path: Path) -> TrainSettings:
+    return train_settings(base_model, rows, tmp_path / "run").settings
+
+
+@pytest.fixture
+def blueprint(settings: TrainSettings) -> Blueprint:
+    return plan_load(settings, SilentReporter())
+
+
+def test_a_run_that_fits_goes_on_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:
+    reporter = Recorder()
+    predicted = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
+    assert predicted is not None
+    assert predicted.fits == "yes"
+    assert 0 < predicted.allocated_bytes <= predicted.reserved_bytes <= predicted.process_bytes
+    assert not [event for event in reporter.events if isinstance(event, Noted)]
+
+
+def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(
+    settings: TrainSettings, blueprint: Blueprint
+) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        check_memory(settings, blueprint, card(MIB), Recorder(), longest_row_tokens=LENGTH, force=False)
+    assert caught.value.exit_code == 3
+    assert "1.00 MiB are there" in str(caught.value)
+    assert "--force" in str(caught.value.hint)
+
+
+def test_force_goes_on_and_warns(settings: TrainSettings, blueprint: Blueprint) -> None:
+    reporter = Recorder()
+    predicted = check_memory(settings, blueprint, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
+    assert predicted is not None
+    assert predicted.fits == "no"
+    (note,) = [event for event in reporter.events if isinstance(event, Noted)]
+    assert note.level == "warning"
+
+
+def test_the_hint_names_flags_that_fit(settings: TrainSettings, blueprint: Blueprint) -> None:
+    large = settings.model_copy(
+        update={
+            "training": settings.training.model_copy(update={"micro_batch_size": 16, "gradient_accumulation_steps": 1})
+        }
+    )
+    roomy = check_memory(large, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    one = settings.model_copy(update={"training": settings.training.model_copy(update={"micro_batch_size": 1})})
+    least = check_memory(one, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    assert roomy is not None
+    assert least is not None
+    between = (roomy.allocated_bytes + least.allocated_bytes) // 2
+    assert least.allocated_bytes < between < roomy.allocated_bytes
+    with pytest.raises(OutOfMemoryError) as caught:
+        check_memory(large, blueprint, card(between), Recorder(), longest_row_tokens=LENGTH, force=False)
+    assert "--micro-batch-size" in str(caught.value.hint) or "--gradient-checkpointing" in str(caught.value.hint)
+
+
+def test_longer_rows_take_more(settings: TrainSettings, blueprint: Blueprint) -> None:
+    few, many = (
+        check_memory(settings, blueprint, card(1 << 34), Recorder(), longest_row_tokens=length, force=False)
+        for length in (16, 128)
+    )
+    assert few is not None
+    assert many is not None
+    assert few.allocated_bytes < many.allocated_bytes
+
+
+def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
+    settings: TrainSettings, blueprint: Blueprint
+) -> None:
+    check_memory(settings, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    assert all(levels.device.type != "meta" for levels in name2qmap.values())
+    load_planned(blueprint, SilentReporter())
+
+
+def test_without_a_gpu_nothing_is_predicted(
+    base_model: Path, rows: Path, tmp_path: Path, blueprint: Blueprint
+) -> None:
+    if blueprint.device.type == "cuda":
+        pytest.skip("a GPU is here")
+    assert gpu_at_hand(blueprint) is None
+    plan = prepare_run(train_settings(base_model, rows, tmp_path / "other"), Recorder()).plan
+    assert plan.predicted_memory is None
+    assert "GPU memory" not in dict(plan_rows(plan))

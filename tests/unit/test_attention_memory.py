@@ -1,0 +1,156 @@
+"""Which attention kernel a GPU takes, and what each one has born: scores or none."""
+
+import pytest
+import torch
+
+from qlora_cli.memory.attention import Backend, attend, choose_backend
+from qlora_cli.memory.functions import GpuFunctions
+from qlora_cli.memory.kernels import Kernels
+from qlora_cli.memory.trace import MemoryTrace
+
+T4, A100 = (7, 5), (8, 0)
+BATCH, HEADS, SEQ, WIDTH = 2, 4, 96, 16
+
+
+def heads(
+    num_heads: int = HEADS, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16, *, seq: int = SEQ
+) -> torch.Tensor:
+    """Return what is projected, `(batch, heads, seq, width)`, on the meta device."""
+    return torch.empty((BATCH, num_heads, seq, width), dtype=dtype, device="meta", requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kv_heads", "widths", "has_mask", "expected"),
+    [
+        (T4, torch.float16, 4, (64, 64), False, Backend.EFFICIENT),
+        (T4, torch.float16, 4, (64, 64), True, Backend.EFFICIENT),
+        (T4, torch.float16, 2, (64, 64), False, Backend.MATH),  # grouped queries, which only flash and math take
+        (T4, torch.bfloat16, 4, (64, 64), False, Backend.MATH),
+        (T4, torch.float32, 4, (64, 64), False, Backend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (64, 64), False, Backend.FLASH),
+        (A100, torch.float16, 2, (64, 64), False, Backend.FLASH),
+        (A100, torch.bfloat16, 4, (64, 64), True, Backend.EFFICIENT),
+        (A100, torch.bfloat16, 2, (64, 64), True, Backend.MATH),
+        (A100, torch.float32, 4, (64, 64), False, Backend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (256, 256), False, Backend.FLASH),
+        (A100, torch.bfloat16, 4, (512, 512), False, Backend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (192, 128), False, Backend.EFFICIENT),  # latent attention
+    ],
+)
+def test_the_backend_is_the_one_that_pytorch_takes(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    kv_heads: int,
+    widths: tuple[int, int],
+    has_mask: bool,
+    expected: Backend,
+) -> None:
+    width, value_width = widths
+    query, key, value = heads(4, width, dtype), heads(kv_heads, width, dtype), heads(kv_heads, value_width, dtype)
+    found = choose_backend(query, key, value, has_mask=has_mask, enable_gqa=kv_heads != 4, capability=capability)
+    assert found == expected
+
+
+def run(
+    backend: Backend,
+    *,
+    mask: torch.Tensor | None = None,
+    kv_heads: int = HEADS,
+    widths: tuple[int, int] = (WIDTH, WIDTH),
+    seq: int = SEQ,
+) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Return the result of attention, and the bytes of what is born in the forward and in the backward pass."""
+    query, key, value = (
+        heads(HEADS, widths[0], seq=seq),
+        heads(kv_heads, widths[0], seq=seq),
+        heads(kv_heads, widths[1], seq=seq),
+    )
+    trace = MemoryTrace(Kernels(A100))
+    for tensor in (query, key, value, *(() if mask is None else (mask,))):
+        trace.ignore(tensor)
+    with trace:
+        result = attend(
+            backend,
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout=0.0,
+            is_causal=mask is None,
+            scale=None,
+            enable_gqa=kv_heads != HEADS,
+        )
+        num_forward = len(trace.storages)
+        torch.autograd.backward(result.sum())
+    sizes = [storage.num_bytes for storage in trace.storages]
+    return result, sizes[:num_forward], sizes[num_forward:]
+
+
+@pytest.mark.parametrize("backend", [Backend.FLASH, Backend.EFFICIENT, Backend.MATH])
+@pytest.mark.parametrize(("kv_heads", "widths"), [(4, (16, 16)), (2, (16, 16)), (4, (20, 20))])
+def test_the_result_has_the_shape_of_the_query(backend: Backend, kv_heads: int, widths: tuple[int, int]) -> None:
+    result, _, _ = run(backend, kv_heads=kv_heads, widths=widths)
+    assert result.shape == (BATCH, HEADS, SEQ, widths[1])
+    assert result.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [Backend.EFFICIENT, Backend.MATH])
+def test_the_result_has_the_width_of_the_values_where_it_is_another(backend: Backend) -> None:
+    result, _, _ = run(backend, widths=(32, 16))
+    assert result.shape == (BATCH, HEADS, SEQ, 16)
+
+
+@pytest.mark.parametrize("backend", [Backend.FLASH, Backend.EFFICIENT])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: Backend, kv_heads: int) -> None:
+    sums = []
+    for seq in (1024, 2048):
+        _, forward, backward = run(backend, kv_heads=kv_heads, seq=seq)
+        assert max(*forward, *backward) < BATCH * HEADS * seq * seq
+        assert BATCH * HEADS * seq * WIDTH * 2 in forward
+        sums.append(sum(size for size in (*forward, *backward) if size >= seq))
+    assert sums[1] == 2 * sums[0]
+
+
+def test_scores_are_born_by_the_math_backend_and_grow_with_the_square_of_the_length() -> None:
+    for seq in (SEQ, 2 * SEQ):
+        _, forward, backward = run(Backend.MATH, seq=seq)
+        scores = BATCH * HEADS * seq * seq * 2
+        # In fp32, in which PyTorch's own composition computes: scores and probabilities, then a copy in 16 bit.
+        assert [size for size in forward if size >= scores].count(2 * scores) >= 2
+        assert 2 * scores in backward
+
+
+def test_a_mask_of_truths_is_turned_into_numbers_and_its_rows_are_padded_to_16() -> None:
+    mask = torch.ones((BATCH, 1, 90, 90), dtype=torch.bool, device="meta")
+    _, forward, _ = run(Backend.EFFICIENT, mask=mask, seq=90)
+    converted, padded = BATCH * 90 * 90 * 2, BATCH * 90 * 96 * 2
+    assert converted in forward
+    assert padded in forward
+    aligned = torch.ones((BATCH, 1, 96, 96), dtype=torch.bool, device="meta")
+    _, forward, _ = run(Backend.EFFICIENT, mask=aligned)
+    assert forward.count(BATCH * 96 * 96 * 2) == 1  # converted, and not padded
+    numbers = torch.zeros((BATCH, 1, 96, 96), dtype=torch.bfloat16, device="meta")
+    _, forward, _ = run(Backend.EFFICIENT, mask=numbers)
+    assert BATCH * 96 * 96 * 2 not in forward  # taken as it is
+
+
+def test_grouped_keys_and_values_are_repeated_but_by_flash() -> None:
+    repeated = BATCH * HEADS * SEQ * WIDTH * 2
+    assert run(Backend.EFFICIENT, kv_heads=2)[1].count(repeated) >= 3  # keys, values and the result
+    assert run(Backend.FLASH, kv_heads=2)[1].count(repeated) == 1  # the result
+    assert run(Backend.FLASH, kv_heads=2)[2].count(repeated) >= 3  # gradients of every head, in the backward pass
+
+
+def test_widths_that_are_no_multiple_of_8_are_padded_by_flash() -> None:
+    padded = BATCH * HEADS * SEQ * 24 * 2
+    assert run(Backend.FLASH, widths=(20, 20))[1].count(padded) == 4  # queries, keys, values, and the result
+    assert run(Backend.FLASH, widths=(24, 24))[1].count(padded) == 1
+
+
+def test_a_pinned_backend_is_taken_whatever_the_gpu_would() -> None:
+    for pinned, expected in ((Backend.AUTO, Backend.FLASH), (Backend.MATH, Backend.MATH)):
+        functions = GpuFunctions(A100, backend=pinned)
+        with functions:
+            torch.nn.functional.scaled_dot_product_attention(heads(), heads(), heads(), is_causal=True)
+        assert functions.backends == {expected}
