@@ -54,6 +54,7 @@ MEMORY_CASES = (
     _memory("2b-moe", "experts", data__max_length=2048),
     _memory("8b", "8192-tokens", data__max_length=8192),
     _memory("8b", "rank-64", lora__rank=64, data__max_length=2048),
+    _memory("70b-wide", "2048-tokens", data__max_length=2048),
 )
 
 CASES = (

@@ -35,7 +35,7 @@ from qlora_cli.units import format_bytes
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
-DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b"), "cpu": ("tiny", "tiny-moe")}
+DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b", "70b-wide"), "cpu": ("tiny", "tiny-moe")}
 
 
 def select_cases(patterns: Sequence[str], sizes: Sequence[str], without: Sequence[str] = ()) -> list[Case]:
@@ -192,7 +192,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns of cases (default: all)")
     parser.add_argument("--without", nargs="+", default=[], help="names or patterns of cases to leave out")
     parser.add_argument(
-        "--sizes", nargs="+", choices=SHAPES, help="model sizes (default: 1b 2b-moe 8b; on a CPU: tiny tiny-moe)"
+        "--sizes",
+        nargs="+",
+        choices=SHAPES,
+        help="model sizes (default: all but tiny ones and 405b; on a CPU: tiny tiny-moe)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script out")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")

@@ -127,6 +127,16 @@ SHAPES = {
         vocab_size=128_256,
         tied=False,
     ),
+    # As wide as Llama-3.1-70B, with 4 of its 80 layers: what a layer of it takes fits on a small disk.
+    "70b-wide": Shape(
+        hidden_size=8192,
+        num_layers=4,
+        intermediate_size=28_672,
+        num_heads=64,
+        num_kv_heads=8,
+        vocab_size=128_256,
+        tied=False,
+    ),
     # The shape of Llama-3.1-405B.
     "405b": Shape(
         hidden_size=16_384,

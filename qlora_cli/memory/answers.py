@@ -38,7 +38,8 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the name that the answer to `request` about a model with this config goes by."""
     asked = dataclasses.asdict(dataclasses.replace(request, settings=None))  # type: ignore[arg-type]
     asked["settings"] = request.settings.model_dump(mode="json")
-    asked["given"] = sorted(request.settings.data.model_fields_set)  # a default length is lowered, one asked is not
+    # What is not given depends on the model, or on whose run it is.
+    asked["given"] = [sorted(getattr(request.settings, part).model_fields_set) for part in ("data", "training")]
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
     parts += [sys.version, *(f"{name} {_version(name)}" for name in COMPUTING), *_own_code()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -145,6 +145,13 @@ class Estimator:
             return asked
         return min(asked, num_positions(config) or asked)
 
+    def accumulation(self, settings: EstimateSettings) -> int:
+        """Return the micro-batches of a step: as asked, or the default of the program whose run it is."""
+        training = settings.training
+        if self._recipe == Recipe.QLORA or "gradient_accumulation_steps" in training.model_fields_set:
+            return training.gradient_accumulation_steps
+        return 1
+
     def run(self, settings: EstimateSettings, gpu: Gpu) -> Run:
         """Return what the run takes on `gpu`, but for the CUDA context."""
         workspace_bytes = cublas_workspace_bytes(gpu.capability)
@@ -249,7 +256,7 @@ class Estimator:
             recipe=self._recipe,
             batch_size=training.micro_batch_size,
             length=self.max_length(settings),
-            gradient_accumulation_steps=training.gradient_accumulation_steps if self._recipe == Recipe.QLORA else 1,
+            gradient_accumulation_steps=self.accumulation(settings),
             checkpointing=_checkpointing(settings),
             attention=self._attention(settings, dtype, capability),
             backend=self._backend,

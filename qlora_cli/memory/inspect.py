@@ -82,7 +82,7 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
         num_trainable_parameters=run.num_trained,
         recipe=request.recipe.value,
-        settings=_shown(settings, estimate),
+        settings=_shown(settings, estimate, estimator.accumulation(settings)),
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
@@ -162,7 +162,7 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
     )
 
 
-def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
+def _shown(settings: EstimateSettings, estimate: Estimate, accumulation: int) -> dict[str, str]:
     """Return the settings that memory depends on, by the flag's name without dashes."""
     targets = settings.lora.target_modules
     quantization = settings.quantization
@@ -172,7 +172,7 @@ def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
         "rank": str(settings.lora.rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),
         "micro-batch-size": str(settings.training.micro_batch_size),
-        "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
+        "gradient-accumulation-steps": str(accumulation),
         "max-length": str(settings.data.max_length),
         "gradient-checkpointing": estimate.gradient_checkpointing,
         "attention": settings.model.attention.value,

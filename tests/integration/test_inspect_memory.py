@@ -172,3 +172,51 @@ def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora,
     assert changed.code == 0
     assert changed.json["predicted"]["process_bytes"] == first["process_bytes"]
     assert done.json["predicted"]["process_bytes"] - first["process_bytes"] == first["saved_bytes"]
+
+
+def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
+    """Return the answer of a question, asked in this process."""
+    done = CliRunner().invoke(app, ["inspect-memory", str(config), *SHORT, *flags, "--json"], env=env)
+    assert done.exit_code == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_the_plain_recipe_has_its_own_defaults_and_keeps_what_is_not_quantized_in_fp32(
+    config: Path, alone: dict[str, str]
+) -> None:
+    ours, plain = (asked(config, alone, "--recipe", recipe) for recipe in ("qlora", "peft"))
+    assert ours["settings"]["gradient-accumulation-steps"] == "16"
+    assert plain["settings"]["gradient-accumulation-steps"] == "1"
+    given = asked(config, alone, "--recipe", "peft", "--gradient-accumulation-steps", "4")
+    assert given["settings"]["gradient-accumulation-steps"] == "4"
+    assert plain["components"]["unquantized_weights_bytes"] > ours["components"]["unquantized_weights_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "less"),
+    [
+        (("--quant", "none"), "quantized_weights_bytes"),
+        (("--no-double-quant",), None),
+        (("--rank", "4"), "adapters_bytes"),
+        (("--optimizer", "adamw_8bit", "--rank", "64"), None),
+        (("--target-modules", "q_proj"), "adapters_bytes"),
+        (("--gradient-checkpointing", "off"), None),
+        (("--attention", "eager"), None),
+        (("--micro-batch-size", "2"), None),
+        (("--packing", "--micro-batch-size", "2"), None),
+        (("--dtype", "fp32"), None),
+        (("--eval",), None),
+    ],
+)
+def test_every_flag_changes_the_answer(
+    config: Path, alone: dict[str, str], flags: tuple[str, ...], less: str | None
+) -> None:
+    base, changed = asked(config, alone), asked(config, alone, *flags)
+    assert (base["predicted"], base["components"], base["phases"]) != (
+        changed["predicted"],
+        changed["components"],
+        changed["phases"],
+    )
+    if less is not None:
+        assert changed["components"][less] < base["components"][less]
