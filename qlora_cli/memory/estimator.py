@@ -205,12 +205,12 @@ class Estimator:
         twin = self._twin(settings, dtype, whole=self._whole)
         try:
             traced = trace_step(twin, step)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, *((AttributeError,) if self._recipe == Recipe.PEFT else ())) as error:
             if isinstance(error, QloraError):
                 raise
             raise ModelError(
                 f"{self._facts.name} can't be run on tensors without data: {str(error).strip().splitlines()[0]}",
-                hint="Its code looks at values. What it takes is seen when it trains.",
+                hint="Its code looks at values, or fails with this adapter. What it takes is seen when it trains.",
             ) from error
         if twin.stack is None:
             return twin, passes_of(traced.trace), traced
