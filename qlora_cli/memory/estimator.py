@@ -203,9 +203,11 @@ class Estimator:
 
     def _traced(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> tuple[Twin, Passes, Any]:
         twin = self._twin(settings, dtype, whole=self._whole)
+        # PEFT adapts by itself what it can't run, as routers that return two tensors.
+        failures = (RuntimeError, AttributeError) if self._recipe == Recipe.PEFT else (RuntimeError,)
         try:
             traced = trace_step(twin, step)
-        except (RuntimeError, *((AttributeError,) if self._recipe == Recipe.PEFT else ())) as error:
+        except failures as error:
             if isinstance(error, QloraError):
                 raise
             raise ModelError(
