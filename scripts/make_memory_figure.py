@@ -20,7 +20,7 @@ from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.kernels import CUBLAS
+from qlora_cli.memory.kernels import CUBLAS, cublas_workspace_bytes
 from qlora_cli.memory.optimizers import FIRST, LATER
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.replay import RunEvents
@@ -76,14 +76,14 @@ def second_step() -> Timeline:
         }
     )
     estimator = Estimator(ModelFacts(name=MODEL, content=deepcopy(dict(model.config))), recipe=Recipe.QLORA)
-    run, _ = estimator._events(settings, find_gpu(CARD))
-    return _timeline(run)
+    gpu = find_gpu(CARD)
+    return _timeline(estimator.traced(settings, gpu).events, cublas_workspace_bytes(gpu.capability))
 
 
-def _timeline(run: RunEvents) -> Timeline:
+def _timeline(run: RunEvents, workspace_bytes: int) -> Timeline:
     timeline = Timeline()
     for name in (LOAD, UPCAST, ADAPT):
-        timeline.play(run.resident, name, run.workspace_bytes, phase=None, again=False)
+        timeline.play(run.resident, name, workspace_bytes, phase=None, again=False)
     for again in (False, True):
         for passes, name, phase in (
             (run.step, "first forward", "forward"),
@@ -92,7 +92,7 @@ def _timeline(run: RunEvents) -> Timeline:
             (run.optimizer, LATER if again else FIRST, "optimizer"),
             (run.step, "zero", "optimizer"),
         ):
-            timeline.play(passes, name, run.workspace_bytes, phase=phase if again else None, again=again)
+            timeline.play(passes, name, workspace_bytes, phase=phase if again else None, again=again)
     return timeline
 
 

@@ -21,64 +21,71 @@ WITHOUT_EFFECT = (
 )
 
 
+Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
+Gpus = Annotated[
+    list[str] | None,
+    typer.Option("--gpu", metavar="NAME|SIZE|auto", help="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated."),
+]
+Whose = Annotated[
+    str,
+    typer.Option(
+        "--recipe", metavar="|".join(Recipe), help="Whose run: that of train, or of a Trainer with plain PEFT."
+    ),
+]
+SdpaBackend = Annotated[
+    str,
+    typer.Option(
+        "--sdpa-backend",
+        metavar="|".join(SDPA_BACKENDS),
+        help="Which backend scaled_dot_product_attention is pinned to; auto: the one that the GPU takes.",
+    ),
+]
+Packing = Annotated[bool, typer.Option("--packing", help="Rows are packed to the full --max-length.")]
+Evaluate = Annotated[
+    bool | None,
+    typer.Option(
+        "--eval/--no-eval",
+        help="Run an evaluation batch too. [default: if data.eval_dataset or training.eval_steps is set]",
+        show_default=False,
+    ),
+]
+Solve = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--solve", metavar="|".join(SETTINGS), help="Find the largest that fits on each --gpu; may be repeated."
+    ),
+]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="NAME=VALUES",
+        help="Vary what --solve takes: max-length=512..32768 (doubling), rank=8,16.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help=f"Draw memory against --max-length into this file ({', '.join(PLOT_FORMATS)}).",
+        show_default=False,
+    ),
+]
+
+
 @options.takes("model", "quantization", "lora", "data", "training", positional="model.name", without=WITHOUT_EFFECT)
 def inspect_memory(
     context: typer.Context,
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")
-    ] = None,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gpu", metavar="NAME|SIZE|auto", help="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated."
-        ),
-    ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--recipe", metavar="|".join(Recipe), help="Whose run: that of train, or of a Trainer with plain PEFT."
-        ),
-    ] = Recipe.QLORA.value,
-    sdpa_backend: Annotated[
-        str,
-        typer.Option(
-            "--sdpa-backend",
-            metavar="|".join(SDPA_BACKENDS),
-            help="Which backend scaled_dot_product_attention is pinned to; auto: the one that the GPU takes.",
-        ),
-    ] = SDPA_BACKENDS[0],
-    packing: Annotated[bool, typer.Option("--packing", help="Rows are packed to the full --max-length.")] = False,
-    evaluate: Annotated[
-        bool | None,
-        typer.Option(
-            "--eval/--no-eval",
-            help="Run an evaluation batch too. [default: if data.eval_dataset or training.eval_steps is set]",
-            show_default=False,
-        ),
-    ] = None,
-    solve: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--solve", metavar="|".join(SETTINGS), help="Find the largest that fits on each --gpu; may be repeated."
-        ),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sweep",
-            metavar="NAME=VALUES",
-            help="Vary what --solve takes: max-length=512..32768 (doubling), rank=8,16.",
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot",
-            metavar="FILE",
-            help=f"Draw memory against --max-length into this file ({', '.join(PLOT_FORMATS)}).",
-            show_default=False,
-        ),
-    ] = None,
+    words: Words = None,
+    gpu: Gpus = None,
+    recipe: Whose = Recipe.QLORA.value,
+    sdpa_backend: SdpaBackend = SDPA_BACKENDS[0],
+    packing: Packing = False,
+    evaluate: Evaluate = None,
+    solve: Solve = None,
+    sweep: Sweep = None,
+    plot: Plot = None,
     json: options.Json = False,
 ) -> None:
     """Predict what training will take on a GPU, and where it fits: without a GPU, and without reading weights.

@@ -6,7 +6,7 @@ the peaks for GPUs that take the same kernels.
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replay import Peaks, RunEvents, replay
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import all_trained, attach, load_weights
-from qlora_cli.memory.steps import StepSettings, trace_step
+from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.settings.models import Attention, Checkpointing, Dtype, EstimateSettings, Quantization
 
@@ -41,14 +41,18 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run takes, but for the CUDA context. `peaks` are None until they are known."""
+class Traced:
+    """A run as it was followed: what happens in it, on every GPU that takes the same kernels.
 
-    peaks: Peaks | None
+    `notes` are what is said when the adapter is attached.
+    """
+
+    events: RunEvents
     backends: tuple[str, ...]
     paged_bytes: int
     pinned_host_bytes: int
     num_trained: int
+    notes: tuple[str, ...]
 
 
 class Estimator:
@@ -85,17 +89,15 @@ class Estimator:
                 "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
                 hint="Leave it out, and use --quant nf4 if the model does not fit.",
             )
-        dtype = self.dtype_on(settings, gpu)
-        run = self.run(settings, gpu)
-        assert run.peaks is not None
+        traced = self.traced(settings, gpu)
         return estimate_of(
-            run.peaks,
+            self.peaks(settings, gpu),
             gpu,
-            dtype=dtype.value,
-            backends=run.backends,
+            dtype=self.dtype_on(settings, gpu).value,
+            backends=traced.backends,
             checkpointing=_checkpointing(settings),
-            paged_bytes=run.paged_bytes,
-            pinned_host_bytes=run.pinned_host_bytes,
+            paged_bytes=traced.paged_bytes,
+            pinned_host_bytes=traced.pinned_host_bytes,
         )
 
     def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:
@@ -152,61 +154,68 @@ class Estimator:
             return training.gradient_accumulation_steps
         return 1
 
-    def run(self, settings: EstimateSettings, gpu: Gpu) -> Run:
-        """Return what the run takes on `gpu`, but for the CUDA context."""
+    def peaks(self, settings: EstimateSettings, gpu: Gpu) -> Peaks:
+        """Return the peaks of the run on `gpu`, the CUDA context left out."""
+        events = self.traced(settings, gpu).events
         workspace_bytes = cublas_workspace_bytes(gpu.capability)
-        events, run = self._events(settings, gpu)
-        key = (id(events), workspace_bytes)
-        peaks = self._once(key, lambda: replay(replace(events, workspace_bytes=workspace_bytes)))
-        return replace(run, peaks=peaks)
+        return self._once((id(events), workspace_bytes), lambda: replay(events, workspace_bytes=workspace_bytes))
 
-    def _events(self, settings: EstimateSettings, gpu: Gpu) -> tuple[RunEvents, Run]:
-        """Return what happens in the run on a GPU with the kernels of `gpu`; its peaks are not known yet."""
+    def traced(self, settings: EstimateSettings, gpu: Gpu) -> Traced:
+        """Return what happens in the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
         step = self._step(settings, dtype, kernels_like(gpu.capability))
         optimizer = settings.training.optimizer
-        key = ("events", self._twin_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
+        key = ("traced", self._twin_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
+        return self._once(key, lambda: self._trace(settings, dtype, step))
 
-        def trace() -> tuple[RunEvents, Run]:
-            layout = self.layout(settings, dtype)
-            twin, passes, traced = self._traced(settings, dtype, step)
-            trained = all_trained(twin.model, twin.stack, twin.chosen)
-            resident = load_weights(
-                layout,
-                self._recipe,
-                num_experts=self._num_experts(settings, dtype),
-                on_host=self._on_host(settings, dtype),
-            )
-            attach(resident, trained)
-            is_ours = self._recipe == Recipe.QLORA
-            optimized = optimizer_steps(optimizer, trained, clips=is_ours)
-            events = RunEvents(
+    def _trace(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> Traced:
+        layout = self.layout(settings, dtype)
+        twin, passes, traced = self._follow(settings, dtype, step)
+        trained = all_trained(twin.model, twin.stack, twin.chosen)
+        resident = load_weights(
+            layout,
+            self._recipe,
+            num_experts=self._num_experts(settings, dtype),
+            on_host=self._on_host(settings, dtype),
+        )
+        attach(resident, trained)
+        is_ours = self._recipe == Recipe.QLORA
+        optimized = optimizer_steps(settings.training.optimizer, trained, clips=is_ours)
+        ratio = len(twin.stack.kinds) / len(twin.chosen) if twin.stack else 1
+        return Traced(
+            events=RunEvents(
                 resident=resident,
                 step=passes,
                 optimizer=optimized.passes,
                 num_micro_batches=step.gradient_accumulation_steps,
                 evaluates=self._evaluates,
                 empties_cache=not is_ours and layout.settings.method != Quantization.NONE,
-                workspace_bytes=0,
-            )
-            ratio = len(twin.stack.kinds) / len(twin.chosen) if twin.stack else 1
-            run = Run(
-                peaks=None,
-                backends=traced.backends,
-                paged_bytes=optimized.paged_bytes,
-                pinned_host_bytes=round(traced.pinned_host_bytes * ratio),
-                num_trained=sum(parameter.numel() for parameter in trained),
-            )
-            return events, run
+            ),
+            backends=traced.backends,
+            paged_bytes=optimized.paged_bytes,
+            pinned_host_bytes=round(traced.pinned_host_bytes * ratio),
+            num_trained=sum(parameter.numel() for parameter in trained),
+            notes=twin.notes,
+        )
 
-        return self._once(key, trace)
-
-    def _traced(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> tuple[Twin, Passes, Any]:
+    def _follow(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> tuple[Twin, Passes, TracedStep]:
+        """Run a step of few layers and extend it to all, or one of all where that does not come out even."""
         twin = self._twin(settings, dtype, whole=self._whole)
+        traced = self._step_of(twin, step)
+        if twin.stack is None:
+            return twin, passes_of(traced.trace), traced
+        try:
+            return twin, extend(traced.trace, twin.stack, twin.chosen), traced
+        except UnevenError:
+            twin = self._twin(settings, dtype, whole=True)
+            traced = self._step_of(twin, step)
+            return twin, passes_of(traced.trace), traced
+
+    def _step_of(self, twin: Twin, step: StepSettings) -> TracedStep:
         # PEFT adapts by itself what it can't run, as routers that return two tensors.
         failures = (RuntimeError, AttributeError) if self._recipe == Recipe.PEFT else (RuntimeError,)
         try:
-            traced = trace_step(twin, step)
+            return trace_step(twin, step)
         except failures as error:
             if isinstance(error, QloraError):
                 raise
@@ -214,14 +223,6 @@ class Estimator:
                 f"{self._facts.name} can't be run on tensors without data: {str(error).strip().splitlines()[0]}",
                 hint="Its code looks at values, or fails with this adapter. What it takes is seen when it trains.",
             ) from error
-        if twin.stack is None:
-            return twin, passes_of(traced.trace), traced
-        try:
-            return twin, extend(traced.trace, twin.stack, twin.chosen), traced
-        except UnevenError:
-            twin = self._twin(settings, dtype, whole=True)
-            traced = trace_step(twin, step)
-            return twin, passes_of(traced.trace), traced
 
     def _twin(self, settings: EstimateSettings, dtype: Dtype, *, whole: bool) -> Twin:
         compute = settings.quantization.compute_dtype

@@ -128,5 +128,5 @@ def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts
 def _known(name: str) -> str:
     nearest = nearest_names(name)
     if nearest:
-        return f"Known without a network are, for one, {', '.join(nearest)}."
+        return f"Known without a network are, for example, {', '.join(nearest)}."
     return "Give a directory, a config.json, a hub id, or a name of the catalogue such as llama-3.1-8b."

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
-from qlora_cli.memory.gpus import CONSUMER, DATA_CENTRE, WORKSTATION, Gpu
+from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room, with_values
 from qlora_cli.settings.models import Attention, Checkpointing, EstimateSettings, Optimizer, Quantization
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"
-CATALOGUE_GROUPS = (CONSUMER, WORKSTATION, DATA_CENTRE)
 
 # The flags of the settings that a suggestion changes. The command line has them all; this part does not import it.
 FLAGS = {
@@ -86,12 +85,6 @@ def fit_on(estimate: Estimate, gpu: Gpu) -> Fit:
         process_high_bytes=figures.process_high_bytes,
         margin_bytes=gpu.usable_bytes - figures.process_bytes,
     )
-
-
-def smallest(fits: Sequence[Fit]) -> str | None:
-    """Return the card of the catalogue with the least memory on which the run fits for sure; None if there is none."""
-    fitting = [fit for fit in fits if fit.fits == YES and fit.group in CATALOGUE_GROUPS]
-    return min(fitting, key=lambda fit: fit.usable_bytes).gpu if fitting else None
 
 
 def suggest(settings: EstimateSettings, gpu: Gpu, ask: Ask, base: Estimate) -> tuple[Suggestion, ...]:

@@ -9,9 +9,9 @@ from qlora_cli.errors import HardwareError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.memory import answers
 from qlora_cli.memory.facts import ModelFacts, find_facts
-from qlora_cli.memory.fitting import YES, fit_on, smallest, suggest
+from qlora_cli.memory.fitting import YES, fit_on, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
-from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution, Suggestion
+from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution
 from qlora_cli.memory.request import MemoryRequest, Recipe
 from qlora_cli.memory.solve import solve, sweep
 from qlora_cli.settings.models import EstimateSettings
@@ -38,7 +38,7 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
     if known is not None:
         return replace(known, model=request.settings.model.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
-    # What is freed, and when, must not depend on when the garbage collector runs.
+    # Looking through all that is imported for garbage, again and again, takes a second.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -73,14 +73,18 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimate = ask(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
-    fits, left_out = _fits(request, settings, estimator)
-    run = estimator.run(settings, gpu)
-    verdict = fits[0].fits if request.gpus else YES
+    traced = estimator.traced(settings, gpu)
+    left_out: tuple[str, ...] = ()
+    if request.gpus:
+        fits = tuple(fit_on(ask(settings, gpu), gpu) for gpu in request.gpus)
+    else:
+        fits, left_out = _over_catalogue(settings, estimator)
+    misses = request.gpus and fits[0].fits != YES
     return MemoryReport(
         model=request.settings.model.name,
         architecture=type(shapes).__name__,
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
-        num_trainable_parameters=run.num_trained,
+        num_trainable_parameters=traced.num_trained,
         recipe=request.recipe.value,
         settings=_shown(settings, estimate, estimator.accumulation(settings)),
         gpu=gpu.name,
@@ -95,19 +99,12 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         pinned_host_bytes=estimate.pinned_host_bytes,
         fits=fits,
         smallest_gpu=_smallest(settings, estimator),
-        suggestions=suggestions(settings, gpu, estimator, estimate) if verdict != YES else (),
+        suggestions=suggest(settings, gpu, ask, estimate) if misses else (),
         solutions=_solutions(request, settings, estimator),
         sweep=sweep(request.swept(settings), settings, gpu, ask) if request.sweep else (),
-        assumptions=tuple(_assumptions(request, settings, facts, gpu, left_out)),
+        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, settings, gpu, left_out)),
         estimate_seconds=0.0,
     )
-
-
-def suggestions(
-    settings: EstimateSettings, gpu: Gpu, estimator: "Estimator", estimate: Estimate
-) -> tuple[Suggestion, ...]:
-    """Return the changes that make a run fit on `gpu`, the nearest to what was asked first."""
-    return suggest(settings, gpu, estimator.estimate, estimate)
 
 
 def _with_length(settings: EstimateSettings, estimator: "Estimator") -> EstimateSettings:
@@ -118,16 +115,8 @@ def _with_length(settings: EstimateSettings, estimator: "Estimator") -> Estimate
     return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": length})})
 
 
-def _fits(
-    request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator"
-) -> tuple[tuple[Fit, ...], tuple[str, ...]]:
-    """Return the verdict for each GPU, and the catalogue's GPUs that can't compute so."""
-    if request.gpus:
-        return tuple(fit_on(estimator.estimate(settings, gpu), gpu) for gpu in request.gpus), ()
-    return _over_catalogue(settings, estimator)
-
-
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[Fit, ...], tuple[str, ...]]:
+    """Return the verdict for each GPU of the catalogue, and those that can't compute so."""
     found: list[Fit] = []
     left_out: list[str] = []
     for gpu in GPUS:
@@ -139,24 +128,27 @@ def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple
 
 
 def _smallest(settings: EstimateSettings, estimator: "Estimator") -> str | None:
-    """Return the first card on which the run fits, from the smallest up: larger ones need no prediction."""
+    """Return the catalogue's smallest GPU on which the run fits for sure: larger ones need no prediction."""
     for gpu in sorted(GPUS, key=lambda gpu: gpu.usable_bytes):
         try:
-            found = smallest([fit_on(estimator.estimate(settings, gpu), gpu)])
+            if fit_on(estimator.estimate(settings, gpu), gpu).fits == YES:
+                return gpu.name
         except HardwareError:
             continue
-        if found is not None:
-            return found
     return None
 
 
 def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:
     from qlora_cli.loading.positions import num_positions
 
-    gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
-    most = num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config)
     return tuple(
-        solve(setting, settings, gpu, estimator.estimate, most=most)
+        solve(
+            setting,
+            settings,
+            gpu,
+            estimator.estimate,
+            most=num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config),
+        )
         for setting in request.solve
         for gpu in request.gpus
     )
@@ -183,13 +175,11 @@ def _shown(settings: EstimateSettings, estimate: Estimate, accumulation: int) ->
     return shown
 
 
-def _assumptions(
-    request: MemoryRequest, settings: EstimateSettings, facts: ModelFacts, gpu: Gpu, left_out: tuple[str, ...]
-) -> list[str]:
+def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, left_out: tuple[str, ...]) -> list[str]:
     batch = settings.training.micro_batch_size
-    found = [*facts.notes]
+    found = []
     if not request.gpus:
-        found.append(f"no GPU was named: kernels and CUDA context are those of an {gpu.name}")
+        found.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
     if left_out:
         found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
     if request.packing:

@@ -15,9 +15,8 @@ KIB, MIB = 1024, 1024**2
 WORKSPACES = "workspaces"
 CUBLAS = "cublas"  # its workspaces, which are as large as the GPU's generation has them: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
-OUTLIER_SHARE = (
-    0.001  # of the features of a layer, that LLM.int8() multiplies in 16 bit (arXiv 2208.07339, section 3.2)
-)
+# Of the features of a layer, those that LLM.int8() multiplies in 16 bit (arXiv 2208.07339, section 3.2).
+OUTLIER_SHARE = 0.001
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ class RunEvents:
     num_micro_batches: int
     evaluates: bool
     empties_cache: bool  # after the upcast, as PEFT does
-    workspace_bytes: int  # of a cuBLAS handle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +88,9 @@ class _Replay:
         )
 
 
-def replay(run: RunEvents) -> Peaks:
-    """Return the peaks of a run. The pool is as in a process that did nothing before."""
-    state = _Replay(run.workspace_bytes)
+def replay(run: RunEvents, *, workspace_bytes: int) -> Peaks:
+    """Return the peaks of a run, where a cuBLAS handle has `workspace_bytes`; nothing is in the pool before it."""
+    state = _Replay(workspace_bytes)
     state.run("load", run.resident, [LOAD, UPCAST])
     if run.empties_cache:
         state.allocator.empty_cache()

@@ -4,6 +4,7 @@ What happens is what `train` does: the model's own code, autograd, checkpointing
 the borders of the layers, in the forward and in the backward pass, so that a step can be extended to more of them.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,7 +61,6 @@ class TracedStep:
     """What was recorded: a first micro-batch, one more if there are several, and an evaluation."""
 
     trace: MemoryTrace
-    trained: tuple[nn.Parameter, ...]
     backends: tuple[str, ...]
     pinned_host_bytes: int
 
@@ -79,12 +79,10 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
     functions = GpuFunctions(
         settings.capability, backend=settings.backend, dtype=settings.dtype if settings.is_autocast else None
     )
-    model = twin.model
-    trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     step = _Step(twin, settings, trace, functions)
     try:
-        with step.prepared(), trace, functions:
-            step.run(trained)
+        with _uncollected(), step.prepared(), trace, functions:
+            step.run()
     except NotImplementedError as error:  # as meta tensors answer to `nonzero` and `tolist`
         raise ModelError(
             f"what {type(step.base).__name__} computes depends on values, and can't be told without them: {error}",
@@ -92,10 +90,21 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
         ) from error
     return TracedStep(
         trace=trace,
-        trained=trained,
         backends=tuple(sorted(backend.value for backend in functions.backends)) or (settings.attention,),
         pinned_host_bytes=step.pinned_host_bytes,
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector out: what dies, and when, must not depend on when it runs."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Step:
@@ -150,14 +159,14 @@ class _Step:
                 self.base.disable_input_require_grads()
                 self.base.activation_checkpointing_disable()
 
-    def run(self, trained: tuple[nn.Parameter, ...]) -> None:
+    def run(self) -> None:
         """Run every pass that is asked for."""
         self.train("first")
         if self.settings.gradient_accumulation_steps > 1:
             self.train("again")
         self.trace.mark("zero", TAIL)
         self._held = ()  # what a loop holds during the optimizer's step
-        for parameter in trained:
+        for parameter in self.model.parameters():
             parameter.grad = None
         if self.settings.evaluates:
             self.evaluate()
@@ -166,6 +175,7 @@ class _Step:
         """Run one micro-batch: forward and backward."""
         settings, trace = self.settings, self.trace
         self.model.train()
+        self.pinned_host_bytes = 0  # those of the pass before are given back
         self._passing = f"{name} forward"
         trace.mark(self._passing, HEAD)
         batches = [self._batch() for _ in range(settings.gradient_accumulation_steps if name == "first" else 1)]

@@ -62,7 +62,8 @@ def check_memory(
             hint = f"It would fit with {ways}." if ways else "No change of flags makes it fit: take a larger GPU."
             raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
         more = f"; more room with {ways}" if ways else ""
-        reporter.report(Noted(level="warning", message=f"memory is tight: {what}{more}"))
+        verdict = "it is predicted not to fit, but forced" if fit.fits == NO else "memory is tight"
+        reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
     return _as_predicted(estimate, fit.fits)
 
 

@@ -12,13 +12,14 @@ import torch
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.layout import build_on_meta
 from qlora_cli.memory import estimator
-from qlora_cli.memory.estimator import Estimator, Run
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.functions import GpuFunctions
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.layers import Stack, find_stack
 from qlora_cli.memory.passes import Passes
+from qlora_cli.memory.replay import Peaks
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import trace_step
 from qlora_cli.memory.trace import MemoryTrace
@@ -78,8 +79,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return spy
 
 
-def estimate(family: str, *, whole: bool, recipe: Recipe = Recipe.QLORA, gpu: Gpu = A100, **training: Any) -> Run:
-    """Return the run of a family as `inspect-memory` predicts it."""
+def estimate(family: str, *, whole: bool, recipe: Recipe = Recipe.QLORA, gpu: Gpu = A100, **training: Any) -> Peaks:
+    """Return the peaks of a family as `inspect-memory` predicts them."""
     facts = ModelFacts(name=family, content=deep_config(family, DEPTHS.get(family, 5)).to_dict())
     values = {
         "model": {"name": family},
@@ -94,7 +95,7 @@ def estimate(family: str, *, whole: bool, recipe: Recipe = Recipe.QLORA, gpu: Gp
         },
     }
     settings = EstimateSettings.model_validate(values)
-    return Estimator(facts, recipe=recipe, evaluates=family in WITH_STATES, whole=whole).run(settings, gpu)
+    return Estimator(facts, recipe=recipe, evaluates=family in WITH_STATES, whole=whole).peaks(settings, gpu)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -108,6 +109,24 @@ def test_few_layers_of_every_family_extend_to_what_all_of_them_take(family: str,
     all_of_them = estimate(family, whole=True)
     assert peaks(spy.extended[0]) == peaks(spy.whole[0])
     assert few == all_of_them
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_the_host_holds_the_inputs_of_all_layers_of_one_micro_batch(num_micro_batches: int) -> None:
+    settings = EstimateSettings.model_validate(
+        {
+            "model": {"name": "llama"},
+            "data": {"max_length": 1024},
+            "training": {
+                "micro_batch_size": 4,
+                "gradient_accumulation_steps": num_micro_batches,
+                "gradient_checkpointing": "offload",
+            },
+        }
+    )
+    config = deep_config("llama", 7, max_position_embeddings=1024)
+    traced = Estimator(ModelFacts(name="llama", content=config.to_dict()), recipe=Recipe.QLORA).traced(settings, A100)
+    assert traced.pinned_host_bytes == 7 * 4 * 1024 * config.hidden_size * 2
 
 
 def test_all_but_one_family_are_extended_and_the_one_shares_weights_between_layers() -> None:
@@ -175,7 +194,7 @@ def test_adapters_on_experts_extend_too() -> None:
 def test_experts_are_predicted_in_fp16_on_a_gpu_that_has_no_grouped_products() -> None:
     few, whole = (estimate("mixtral", whole=is_whole, gpu=T4) for is_whole in (False, True))
     assert few == whole
-    assert few.peaks != estimate("mixtral", whole=False, gpu=A100).peaks
+    assert few != estimate("mixtral", whole=False, gpu=A100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -9,7 +9,7 @@ import pytest
 from qlora_cli.cli.options import FLAGS as ALL_FLAGS
 from qlora_cli.cli.options import is_switch
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting import FLAGS, MOST_SUGGESTIONS, fit_on, flags_of, smallest, suggest
+from qlora_cli.memory.fitting import FLAGS, MOST_SUGGESTIONS, fit_on, flags_of, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
 from qlora_cli.settings.models import EstimateSettings, Quantization
@@ -86,21 +86,6 @@ def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: s
 def test_an_estimate_for_another_gpu_is_no_basis() -> None:
     with pytest.raises(AssertionError, match="an estimate for T4, judged on card"):
         fit_on(estimate(GIB, gpu="T4"), card(GIB))
-
-
-def test_the_smallest_gpu_is_of_the_catalogue_and_fits_for_sure() -> None:
-    cards = [
-        card(80 * GIB, name="large", group="data-centre"),
-        card(24 * GIB, name="first", group="consumer"),
-        card(24 * GIB, name="second", group="workstation"),
-        card(21 * GIB, name="tight"),
-        card(22 * GIB, name="22.00 GiB", group="as asked"),
-        card(23 * GIB, name="here", group="this machine"),
-    ]
-    fits = [fit_on(estimate(20 * GIB, low=17 * GIB, high=22 * GIB, gpu=gpu.name), gpu) for gpu in cards]
-    assert smallest(fits) == "first"
-    assert smallest(fits[3:]) is None
-    assert smallest([]) is None
 
 
 def settings_of(**given: Any) -> EstimateSettings:
