@@ -28,3 +28,8 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: `1 row`, `1,500 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -13,6 +13,7 @@ from qlora_cli.cli.config import config_app
 from qlora_cli.cli.demo import demo
 from qlora_cli.cli.doctor import doctor
 from qlora_cli.cli.failures import FailureGroup
+from qlora_cli.cli.inspect_data import inspect_data
 from qlora_cli.cli.inspect_memory import inspect_memory
 from qlora_cli.cli.load import load
 from qlora_cli.cli.train import train
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 # A new command is one file and one line here; its module must not import torch.
+app.command()(inspect_data)
 app.command()(inspect_memory)
 app.command()(load)
 app.command()(train)
@@ -54,9 +56,9 @@ def root(
 
 def main() -> None:
     """Run the command line on `sys.argv` and exit."""
-    # TRL pings home unless told otherwise; and a forked tokenizer warns on every data worker.
+    # TRL pings home unless told otherwise; and tokenizers, which warns of it, is never forked here.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # OpenMP's threads spin while they wait for one another; beside any other job that costs more than half of
     # the speed on a CPU (measured on two cores). Passive waiting has to be asked for before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

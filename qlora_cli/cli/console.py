@@ -22,7 +22,7 @@ def console() -> Console:
 
 def title(text: str) -> None:
     """Print the heading of a result."""
-    console().print(Text(text, style="bold"))
+    console().print(Text(text, style="bold"), soft_wrap=True)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

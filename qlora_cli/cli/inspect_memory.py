@@ -16,7 +16,10 @@ from qlora_cli.memory.solve import SETTINGS
 
 # They make no difference to the memory of a GPU. In a settings file, and by --set, they are checked all the same.
 WITHOUT_EFFECT = (
-    *("model.device", "model.chat_template", "model.allow_pickle", "lora.alpha", "data.dataset", "data.eval_dataset"),
+    *("model.device", "model.chat_template", "model.allow_pickle", "lora.alpha"),
+    *("data.dataset", "data.eval_dataset", "data.eval_split", "data.format", "data.columns", "data.loss_on"),
+    *("data.on_long", "data.accept_lost", "data.on_bad_row", "data.drop_duplicates", "data.streaming"),
+    *("training.sampling", "training.longest_first"),
     *("training.learning_rate", "training.epochs", "training.max_steps", "training.seed"),
 )
 
@@ -40,12 +43,11 @@ SdpaBackend = Annotated[
         help="Which backend scaled_dot_product_attention is pinned to; auto: the one that the GPU takes.",
     ),
 ]
-Packing = Annotated[bool, typer.Option("--packing", help="Rows are packed to the full --max-length.")]
 Evaluate = Annotated[
     bool | None,
     typer.Option(
         "--eval/--no-eval",
-        help="Run an evaluation batch too. [default: if data.eval_dataset or training.eval_steps is set]",
+        help="Run an evaluation batch too. [default: if the settings ask for evaluation]",
         show_default=False,
     ),
 ]
@@ -81,7 +83,6 @@ def inspect_memory(
     gpu: Gpus = None,
     recipe: Whose = Recipe.QLORA.value,
     sdpa_backend: SdpaBackend = SDPA_BACKENDS[0],
-    packing: Packing = False,
     evaluate: Evaluate = None,
     solve: Solve = None,
     sweep: Sweep = None,
@@ -99,7 +100,6 @@ def inspect_memory(
             gpus=gpu or (),
             recipe=recipe,
             sdpa_backend=sdpa_backend,
-            packing=packing,
             evaluate=evaluate,
             solve=solve or (),
             sweep=sweep or (),

@@ -38,7 +38,6 @@ class Given:
     gpus: Sequence[str]
     recipe: str
     sdpa_backend: str
-    packing: bool
     evaluate: bool | None
     solve: Sequence[str]
     sweep: Sequence[str]
@@ -84,7 +83,6 @@ def read_request(context: typer.Context, given: Given) -> MemoryRequest:
         gpus=gpus,
         recipe=Recipe(given.recipe),
         sdpa_backend=given.sdpa_backend,
-        packing=given.packing,
         evaluates=_evaluates(settings) if given.evaluate is None else given.evaluate,
         solve=tuple(dict.fromkeys(given.solve)),
         sweep=sweep,
@@ -152,4 +150,6 @@ def _without_effect(settings: EstimateSettings, given: Given) -> list[Problem]:
 
 def _evaluates(settings: EstimateSettings) -> bool:
     """Whether `train` would evaluate with these settings."""
-    return settings.data.eval_dataset is not None or settings.training.eval_steps is not None
+    data = settings.data
+    held_out = data.eval_dataset is not None or data.eval_split is not None
+    return held_out or settings.training.eval_steps is not None

@@ -38,7 +38,17 @@ FLAGS: dict[str, str] = {
     "lora.target_modules": "--target-modules",
     "data.dataset": "--dataset",
     "data.eval_dataset": "--eval-dataset",
+    "data.eval_split": "--eval-split",
+    "data.format": "--format",
+    "data.columns": "--columns",
+    "data.loss_on": "--loss-on",
     "data.max_length": "--max-length",
+    "data.on_long": "--on-long",
+    "data.accept_lost": "--accept-lost",
+    "data.on_bad_row": "--on-bad-row",
+    "data.drop_duplicates": "--drop-duplicates",
+    "data.packing": "--packing",
+    "data.streaming": "--streaming",
     "training.learning_rate": "--learning-rate",
     "training.epochs": "--epochs",
     "training.max_steps": "--max-steps",
@@ -46,12 +56,15 @@ FLAGS: dict[str, str] = {
     "training.gradient_accumulation_steps": "--gradient-accumulation-steps",
     "training.gradient_checkpointing": "--gradient-checkpointing",
     "training.optimizer": "--optimizer",
+    "training.sampling": "--sampling",
+    "training.longest_first": "--longest-first",
     "training.seed": "--seed",
     "output.directory": "--output",
     "output.report_to": "--report-to",
 }
 # The parameter of a command that takes each setting, by the flag's name: `--max-length` is `max_length`.
 PARAMETERS = {path: flag.removeprefix("--").replace("-", "_") for path, flag in FLAGS.items()}
+REPEATABLE = ("data.dataset", "data.eval_dataset")
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
 
@@ -62,7 +75,7 @@ def setting(path: str) -> inspect.Parameter:
         kind: Any = bool | None
         option = typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=describe(path), show_default=False)
     else:
-        kind = str | None
+        kind = list[str] | None if is_repeatable(path) else str | None
         option = typer.Option(flag, help=describe(path), metavar=metavar(path), show_default=False)
     return _parameter(PARAMETERS[path], Annotated[kind, option])
 
@@ -75,6 +88,11 @@ def is_switch(path: str) -> bool:
     """Whether the setting is on or off."""
     section, key = path.split(".")
     return SECTIONS[section].model_fields[key].annotation is bool
+
+
+def is_repeatable(path: str) -> bool:
+    """Whether the setting's flag may be given several times."""
+    return path in REPEATABLE
 
 
 def takes(
@@ -155,7 +173,7 @@ def read_sources(context: typer.Context) -> Sources:
     flags = {
         path: (_given_as(context, path, given[name]), given[name])
         for path, name in PARAMETERS.items()
-        if given.get(name) is not None
+        if given.get(name) not in (None, ())  # of a flag that may be repeated, no value is an empty tuple
     }
     assignments: Iterable[str] = given.get("assignments") or ()
     return Sources(config=given.get("config"), assignments=tuple(assignments), flags=flags)

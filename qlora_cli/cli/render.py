@@ -34,14 +34,25 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
             f"{plan.num_train_tokens:,} an epoch, {plan.num_supervised_tokens:,} trained, "
             f"longest row {plan.longest_row_tokens:,}",
         ),
+        ("padding", _describe_padding(plan)),
         (
             "batch",
             f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
             f"{plan.num_devices} device = {plan.examples_per_step} examples a step",
         ),
-        ("steps", f"{plan.num_steps:,} ({plan.num_epochs:.2f} epochs)"),
+        ("steps", f"{plan.num_steps:,} ({_epochs(plan)})"),
         *_memory_rows(plan.predicted_memory),
     ]
+
+
+def _describe_padding(plan: TrainPlan) -> str:
+    if plan.num_packed_rows is not None:
+        return f"none: packed into {plan.num_packed_rows:,} rows"
+    return f"{plan.padding_share:.1%} of the tokens of the first epoch"
+
+
+def _epochs(plan: TrainPlan) -> str:
+    return "of a stream" if plan.num_epochs is None else f"{plan.num_epochs:.2f} epochs"
 
 
 def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:

@@ -1,154 +1,144 @@
-"""Recognise how a data set is written by its columns, and read a row into one of two shapes.
+"""Recognise how a data set is written by its columns: which format it is, and which of its columns is which."""
 
-Four formats are known; each row becomes either a `Conversation`, rendered by the chat template, or a
-`Completion`, plain text in which the completion is trained.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
 
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataFormat
+from qlora_cli.settings.models import DataFormat, DataSettings
 
-COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.MESSAGES: ("messages",),
-    DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-    DataFormat.ALPACA: ("instruction", "output"),
-    DataFormat.TEXT: ("text",),
+# What each part of a format is called, ours first; data sets that are in use call it by the other names too.
+PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: {"messages": ("messages", "conversation", "dialogue", "dialog", "chat")},
+    DataFormat.SHAREGPT: {"conversations": ("conversations",)},
+    DataFormat.PROMPT_COMPLETION: {
+        "prompt": ("prompt",),
+        "completion": ("completion", "response", "answer", "output"),
+    },
+    DataFormat.ALPACA: {
+        "instruction": ("instruction",),
+        "output": ("output", "response", "completion", "answer"),
+    },
+    DataFormat.QUESTION_ANSWER: {
+        "question": ("question", "query", "problem"),
+        "answer": ("answer", "response", "solution", "output", "reply"),
+    },
+    DataFormat.TEXT: {"text": ("text", "content")},
+    DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
 }
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class RowError(Exception):
-    """A row can't be read; the caller knows its number and file."""
+# What a format may have besides.
+SYSTEM = ("system", "system_prompt")
+OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: {"tools": ("tools", "functions")},
+    DataFormat.SHAREGPT: {"tools": ("tools", "functions"), "system": SYSTEM},
+    DataFormat.PROMPT_COMPLETION: {"tools": ("tools", "functions")},
+    DataFormat.ALPACA: {"input": ("input", "context"), "system": SYSTEM},
+    DataFormat.QUESTION_ANSWER: {"system": SYSTEM},
+    DataFormat.TEXT: {},
+    DataFormat.TOKENS: {"labels": ("labels",)},
+}
+PREFERENCES = ({"chosen", "rejected"},)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """Messages of which the assistant's turns from index `first_trained` on are trained."""
+class Layout:
+    """A format, and the column of the data set that holds each of its parts, by our name for the part."""
 
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
-    first_trained: int = 0
+    format: DataFormat
+    columns: Mapping[str, str]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """Text in two parts, of which the second is trained."""
-
-    prompt: str
-    completion: str
+    def describe(self) -> str:
+        """Return the format, with the columns whose names are not ours: `alpaca (output is response)`."""
+        renamed = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
+        return f"{self.format.value} ({', '.join(renamed)})" if renamed else self.format.value
 
 
-Example = Conversation | Completion
-
-
-def recognise(columns: Sequence[str], wanted: DataFormat, name: str) -> DataFormat:
-    """Return the format of a data set with these `columns`.
+def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Layout:
+    """Return the layout of a data set with these `columns`.
 
     Raises:
-        DataError: no format fits, several do, or the one asked for lacks a column.
+        DataError: no format fits, several do, or the one asked for, or a column named by hand, is not there.
     """
-    fits = [fmt for fmt, needed in COLUMNS.items() if set(needed) <= set(columns)]
-    if wanted != DataFormat.AUTO:
-        if wanted not in fits:
-            missing = [column for column in COLUMNS[wanted] if column not in columns]
-            raise DataError(
-                f"{name} has no column {', '.join(missing)}, which the format {wanted.value} needs",
-                hint=f"Its columns are {', '.join(columns)}.",
-            )
-        return wanted
+    named = settings.columns or {}
+    _check_named(named, columns, settings.format, name)
+    if settings.format != DataFormat.AUTO:
+        return _as_asked(settings.format, columns, named, name)
+    fits = [fmt for fmt in PARTS if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
     if not fits:
-        known = "; ".join(f"{fmt.value}: {', '.join(needed)}" for fmt, needed in COLUMNS.items())
-        raise DataError(
-            f"the columns of {name} fit no known format: {', '.join(columns)}",
-            hint=f"Rename them to one of: {known}.",
-        )
+        raise _no_format(columns, name)
     if len(fits) > 1:
         raise DataError(
             f"the columns of {name} fit several formats: {', '.join(fmt.value for fmt in fits)}",
-            hint=f"Choose with --set data.format={fits[0].value}.",
+            hint=f"Choose with --format {fits[0].value}.",
         )
-    return fits[0]
+    return _layout(fits[0], columns, named)
 
 
-def read_row(row: Mapping[str, Any], fmt: DataFormat, *, use_chat: bool) -> Example:
-    """Return `row` as an example. `use_chat`: the tokenizer has a chat template for alpaca rows.
-
-    Raises:
-        RowError: a value is missing, empty or of the wrong type.
-    """
-    if fmt == DataFormat.MESSAGES:
-        return Conversation(messages=_messages(row["messages"], "messages"), tools=_tools(row))
-    if fmt == DataFormat.PROMPT_COMPLETION:
-        return _prompt_completion(row)
-    if fmt == DataFormat.ALPACA:
-        return _alpaca(row, use_chat=use_chat)
-    return Completion(prompt="", completion=_text(row, "text"))
+def nearest(columns: Collection[str]) -> str:
+    """Return the format that lacks the fewest of these `columns`, and what it needs, in words."""
+    formats = sorted(PARTS, key=lambda fmt: (len(_missing(fmt, columns, {})), -_num_found(fmt, columns)))
+    return f"{formats[0].value} ({', '.join(PARTS[formats[0]])})"
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Example:
-    if isinstance(row["prompt"], list):
-        prompt = _messages(row["prompt"], "prompt")
-        completion = _messages(row["completion"], "completion")
-        return Conversation(messages=prompt + completion, tools=_tools(row), first_trained=len(prompt))
-    return Completion(prompt=_text(row, "prompt", may_be_empty=True), completion=_text(row, "completion"))
+def _parts(fmt: DataFormat) -> dict[str, tuple[str, ...]]:
+    return {**PARTS[fmt], **OPTIONAL[fmt]}
 
 
-def _alpaca(row: Mapping[str, Any], *, use_chat: bool) -> Example:
-    instruction, output = _text(row, "instruction"), _text(row, "output")
-    given = row.get("input")
-    if given is not None and not isinstance(given, str):
-        raise RowError(f"'input' must be text, found {type(given).__name__}")
-    if use_chat:
-        content = f"{instruction}\n\n{given}" if given else instruction
-        return Conversation(messages=[{"role": "user", "content": content}, {"role": "assistant", "content": output}])
-    # The prompt of Stanford Alpaca, section "Data Release" of its README.
-    if given:
-        prompt = (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
+def _missing(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> list[str]:
+    return [ours for ours, names in PARTS[fmt].items() if ours not in named and not set(names) & set(columns)]
+
+
+def _num_found(fmt: DataFormat, columns: Collection[str]) -> int:
+    return sum(1 for names in PARTS[fmt].values() if set(names) & set(columns))
+
+
+def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> Layout:
+    found = dict(named)
+    taken = set(named.values())
+    for ours, names in _parts(fmt).items():
+        theirs = next((name for name in names if name in columns and name not in taken), None)
+        if ours not in found and theirs is not None:
+            found[ours] = theirs
+            taken.add(theirs)
+    return Layout(format=fmt, columns=found)
+
+
+def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> Layout:
+    if missing := _missing(fmt, columns, named):
+        raise DataError(
+            f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
+            hint=f"Its columns are {', '.join(columns)}; --columns {missing[0]}=NAME says which one it is.",
         )
-    else:
-        prompt = (
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Response:\n"
+    return _layout(fmt, columns, named)
+
+
+def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
+    known = set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
+    for ours, theirs in named.items():
+        if ours not in known:
+            raise DataError(
+                f"--columns {ours}={theirs}: no format has a part {ours!r}"
+                if fmt == DataFormat.AUTO
+                else f"--columns {ours}={theirs}: the format {fmt.value} has no part {ours!r}",
+                hint=f"The parts are {', '.join(sorted(known))}.",
+            )
+        if theirs not in columns:
+            near = get_close_matches(theirs, columns, n=1)
+            raise DataError(
+                f"{name} has no column {theirs!r}, named by --columns {ours}={theirs}",
+                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {', '.join(columns)}.",
+            )
+
+
+def _no_format(columns: Collection[str], name: str) -> DataError:
+    if any(needed <= set(columns) for needed in PREFERENCES):
+        return DataError(
+            f"{name} holds preferences ({', '.join(columns)}), of which one answer is to be avoided: "
+            "this is for training by comparison (DPO), not for fine-tuning on answers",
+            hint="To train on the better answers: --format prompt_completion --columns completion=chosen.",
         )
-    return Completion(prompt=prompt, completion=output)
-
-
-def _text(row: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise RowError(f"{key!r} must be text, found {'null' if value is None else type(value).__name__}")
-    if not value.strip() and not may_be_empty:
-        raise RowError(f"{key!r} is empty")
-    return value
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' must be a list, found {type(tools).__name__}")
-    return tools or None
-
-
-def _messages(value: object, key: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key!r} must be a list of at least one message")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise RowError(f"{key}[{index}] must be an object with role and content")
-        # Reading into columns gives every message every key; a null is a key that was not there.
-        message = {name: part for name, part in message.items() if part is not None}
-        if message.get("role") not in ROLES:
-            raise RowError(f"{key}[{index}].role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content", ""), str) or ("content" not in message and len(message) == 1):
-            raise RowError(f"{key}[{index}].content must be text")
-        message.setdefault("content", "")
-        messages.append(message)
-    return messages
+    known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
+    return DataError(
+        f"the columns of {name} fit no known format: {', '.join(columns) or 'there are none'}",
+        hint=f"The nearest is {nearest(columns)}; --format and --columns say what is what. Known are {known}.",
+    )

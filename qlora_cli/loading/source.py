@@ -141,6 +141,32 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSo
     return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
 
 
+def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
+    """Return where the tokenizer of a model is; of one on the hub only the small files are downloaded.
+
+    A directory needs no weights and no config. Of an adapter or a run directory the base is found too, since it says
+    what ends a text.
+
+    Raises:
+        ModelNotFoundError: no such directory or repository, or no access to it.
+        ModelError: it is an adapter whose base can't be used, or a file.
+    """
+    name = settings.name
+    if looks_local(name):
+        path = existing_path(name)
+        if path is None:
+            return find_model(settings, reporter)  # says so
+        if problem := _check_path(path, settings.revision):
+            raise problem
+        if (path / RUN_FILE).is_file() or (path / ADAPTER_CONFIG).is_file():
+            return find_model(settings, reporter)
+        return _plain(_Files(name=name, path=path.resolve()), settings)
+    if problem := check_model_name(settings):
+        raise problem
+    found = _download_small(name, settings, reporter)
+    return find_model(settings, reporter) if found.is_adapter else _plain(found, settings)
+
+
 def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
     """Download the weights of the base as far as they are on the hub and not in the cache.
 
@@ -242,6 +268,15 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
         fetch_files(pinned, weights, reporter)
         return found
     return replace(found, pending=PendingWeights(repository=pinned, names=tuple(weights)))
+
+
+def _download_small(name: str, settings: ModelSettings, reporter: Reporter) -> _Files:
+    from qlora_cli.loading.hub import fetch_files, open_repository
+
+    repository = open_repository(name, settings.revision, reporter)
+    small = [file for file in repository.file_names if _is_small(file, with_code=settings.trust_remote_code)]
+    path = fetch_files(repository, small, reporter)
+    return _Files(name=name, path=path, revision=settings.revision, commit=repository.commit)
 
 
 def _is_small(file: str, *, with_code: bool) -> bool:

@@ -38,9 +38,13 @@ JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTokenizer:
-    """A tokenizer that pads on the right; `new_token_ids` are those of the new tokens, in their order."""
+    """A tokenizer that pads on the right.
+
+    `end_ids` are what generation stops at, `new_token_ids` those of the new tokens, in their order.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
     new_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -75,7 +79,13 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
         # The base of an adapter is grown as far as its tokenizer goes, and was when it was trained.
         facts = replace(facts, num_rows=max(facts.num_rows, _largest_id(tokenizer) + 1))
     notes += _choose_pad(tokenizer, facts, may_grow=settings.resize_vocab)
-    return LoadedTokenizer(tokenizer=tokenizer, new_token_ids=new_token_ids, notes=tuple(notes))
+    assert tokenizer.eos_token_id is not None, "checked on opening"
+    return LoadedTokenizer(
+        tokenizer=tokenizer,
+        end_ids=facts.end_ids | {tokenizer.eos_token_id},
+        new_token_ids=new_token_ids,
+        notes=tuple(notes),
+    )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings: ModelSettings) -> None:

@@ -4,18 +4,16 @@ A question whose answer is here costs no import of torch. A stale answer is impo
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from qlora_cli.cache import cache_folder, digest_of, digests_of_code, versions_of
 from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
@@ -25,15 +23,6 @@ PARTS = ("memory", "loading", "settings")  # of our own code: what an answer dep
 MOST_ANSWERS = 500
 
 
-def folder() -> Path:
-    """Return where answers are kept: `QLORA_CACHE`, or the user's cache directory."""
-    given = os.environ.get("QLORA_CACHE")
-    if given:
-        return Path(given) / "memory"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "qlora" / "memory"
-
-
 def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the name that the answer to `request` about a model with this config goes by."""
     asked = dataclasses.asdict(dataclasses.replace(request, settings=None))  # type: ignore[arg-type]
@@ -41,21 +30,20 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     # What is not given depends on the model, or on whose run it is.
     asked["given"] = [sorted(getattr(request.settings, part).model_fields_set) for part in ("data", "training")]
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
-    parts += [sys.version, *(f"{name} {_version(name)}" for name in COMPUTING), *_own_code()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
 
 
 def recall(key: str) -> MemoryReport | None:
     """Return the answer kept under `key`; None if there is none that can be read."""
     try:
-        return TypeAdapter(MemoryReport).validate_json((folder() / f"{key}.json").read_bytes())
+        return TypeAdapter(MemoryReport).validate_json((cache_folder("memory") / f"{key}.json").read_bytes())
     except (OSError, ValidationError):
         return None
 
 
 def keep(key: str, report: MemoryReport) -> None:
     """Keep an answer; where it can't be written, it is computed anew another time."""
-    place = folder()
+    place = cache_folder("memory")
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=place, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -70,17 +58,3 @@ def _forget_oldest(place: Path) -> None:
     found = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
     for path in found[:-MOST_ANSWERS]:
         path.unlink(missing_ok=True)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _own_code() -> Iterator[str]:
-    package = Path(__file__).parent.parent
-    for part in PARTS:
-        for path in sorted((package / part).glob("*.*")):
-            yield hashlib.sha256(path.read_bytes()).hexdigest()

@@ -60,7 +60,7 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
         facts,
         recipe=request.recipe,
         backend=Backend(request.sdpa_backend),
-        is_packed=request.packing,
+        is_packed=request.settings.data.packing,
         evaluates=request.evaluates,
     )
 
@@ -182,7 +182,7 @@ def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, l
         found.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
     if left_out:
         found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
-    if request.packing:
+    if request.settings.data.packing:
         found.append("rows are packed to the full length, with a mask that keeps them apart")
     elif batch > 1 and request.recipe == Recipe.QLORA:
         found.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")

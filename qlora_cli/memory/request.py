@@ -26,7 +26,6 @@ class MemoryRequest:
         gpus: In the order in which they were named; empty if none was.
         sdpa_backend: What `scaled_dot_product_attention` is pinned to: `flash`, `efficient` or `math`. `auto`: the
             one that the GPU takes.
-        packing: Whether rows are packed to the full length.
         evaluates: Whether an evaluation batch is run too.
         solve: The settings to find the largest value of, by the flag's name without dashes.
         sweep: The values to predict for, rising, by the flag's name without dashes; every combination of them. Empty
@@ -37,7 +36,6 @@ class MemoryRequest:
     gpus: tuple[Gpu, ...] = ()
     recipe: Recipe = Recipe.QLORA
     sdpa_backend: str = "auto"
-    packing: bool = False
     evaluates: bool = False
     solve: tuple[str, ...] = ()
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ the field's own: rank, alpha, micro_batch_size, max_length.
 """
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,16 +67,43 @@ class DataFormat(StrEnum):
 
     AUTO = "auto"
     MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
     PROMPT_COMPLETION = "prompt_completion"
     ALPACA = "alpaca"
+    QUESTION_ANSWER = "question_answer"
     TEXT = "text"
+    TOKENS = "tokens"
 
 
 class LossOn(StrEnum):
-    """Which tokens are trained: answers only, or every token of a row."""
+    """Which tokens are trained: all answers, the last answer of a row only, or every token of it."""
 
     COMPLETIONS = "completions"
+    LAST = "last"
     ALL = "all"
+
+
+class OnLong(StrEnum):
+    """What becomes of a row that is longer than `max_length`."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class OnBadRow(StrEnum):
+    """What becomes of a row that can't be read."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
+class Sampling(StrEnum):
+    """The order of rows, by the name that transformers gives it."""
+
+    RANDOM = "random"
+    SEQUENTIAL = "sequential"
+    GROUP_BY_LENGTH = "group_by_length"
 
 
 class Checkpointing(StrEnum):
@@ -143,12 +171,50 @@ def _check_rope_scaling(value: str | None) -> str | None:
     return value
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _read_pairs(value: object) -> object:
+    """Read `ours=theirs,…` into a mapping; a settings file may hold the mapping itself."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not pairs or any(not equals or not ours.strip() or not theirs.strip() for ours, equals, theirs in pairs):
+        raise ValueError("expected pairs such as prompt=question,completion=reply")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def held_out_share(text: str) -> float | int | None:
+    """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
+
+    Raises:
+        ValueError: it is a share or a number that makes no sense.
+    """
+    if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)? *%?", text):
+        return None
+    number = float(text.removesuffix("%"))
+    if text.endswith("%") and 0 < number < 100:
+        return number / 100
+    if not text.endswith("%") and number >= 1 and number == int(number):
+        return int(number)
+    raise ValueError("expected a share such as 5%, a number of rows, or the name of a split")
+
+
+def _check_eval_split(value: str) -> str:
+    held_out_share(value)
+    return value
+
+
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
 TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
 NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
+Name = Annotated[str, Field(min_length=1)]
+Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_list)]
+Columns = Annotated[Mapping[str, Name] | None, BeforeValidator(_read_pairs)]
 
 
 NUMBERS = (int, float, int | None)
@@ -256,19 +322,47 @@ class LoraSettings(Section):
 class DataSettings(Section):
     """The rows to train and evaluate on."""
 
-    dataset: str = Field(
-        min_length=1,
-        description="Training data: a .jsonl, .json, .csv or .parquet file, a directory of them, or a hub id.",
+    dataset: Datasets = Field(
+        description="Training data: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory or a glob of "
+        "them, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 behind it takes a sample, *2 every row twice. "
+        "May be given several times.",
     )
-    eval_dataset: str | None = Field(default=None, min_length=1, description="Held-out data, named the same way.")
+    eval_dataset: Datasets | None = Field(default=None, description="Held-out data, named the same way.")
     split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
-    eval_split: str = Field(default="test", min_length=1, description="Split of a hub data set to evaluate on.")
+    eval_split: Annotated[Name, AfterValidator(_check_eval_split)] | None = Field(
+        default=None,
+        description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
+        "set to evaluate on.",
+    )
     format: DataFormat = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
+    columns: Columns = Field(
+        default=None, description="What the columns of a format are called here, as prompt=question,completion=reply."
+    )
     loss_on: LossOn = Field(
         default=LossOn.COMPLETIONS,
-        description="Train on answers (completions, assistant turns) or on all tokens.",
+        description="Train on all answers (completions, assistant turns), on the last one of a row, or on all tokens.",
     )
-    max_length: int = Field(default=2048, ge=8, description="Longest row in tokens; longer rows are cut, and said.")
+    max_length: int = Field(default=2048, ge=8, description="Longest row in tokens.")
+    on_long: OnLong = Field(
+        default=OnLong.TRUNCATE,
+        description="What becomes of longer rows: cut, dropped, or an error; said in any case.",
+    )
+    accept_lost: bool = Field(
+        default=False,
+        description="Go on although more than 1 % of the tokens to train are lost with what is too long.",
+    )
+    on_bad_row: OnBadRow = Field(
+        default=OnBadRow.ERROR,
+        description="What becomes of a row that can't be read; skipped ones are written to a file.",
+    )
+    drop_duplicates: bool = Field(default=False, description="Train on each distinct row once.")
+    packing: bool = Field(
+        default=False, description="Fill rows up to max_length with several short ones, kept apart from each other."
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read and tokenize rows while training, for what does not fit on the disk; needs max_steps.",
+    )
 
 
 class TrainingSettings(Section):
@@ -292,7 +386,19 @@ class TrainingSettings(Section):
         "offload: recompute, and keep what is saved for it in host memory.",
     )
     optimizer: Optimizer = Field(default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter.")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Seeds the adapter, the order of rows and dropout.")
+    sampling: Sampling = Field(
+        default=Sampling.RANDOM,
+        description="Order of rows; group_by_length puts rows of one length into a batch, which saves padding.",
+    )
+    longest_first: bool = Field(
+        default=False, description="Begin with the longest rows, so that what does not fit in memory shows at once."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seeds the adapter, samples and splits of the data, its order and dropout.",
+    )
     logging_steps: int = Field(default=1, ge=1, description="Steps between two reports.")
     eval_steps: int | None = Field(
         default=None, ge=1, description="Steps between two evaluations; only at the end if not given."
@@ -326,11 +432,18 @@ class TrainSettings(LoadSettings):
     output: OutputSettings
 
 
+class InspectDataSettings(LoadSettings):
+    """What `qlora inspect-data` needs: what of `train` decides which tokens are trained."""
+
+    data: DataSettings
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+
+
 class EstimateDataSettings(DataSettings):
     """The rows, of which a prediction needs the length alone."""
 
-    dataset: str | None = Field(  # type: ignore[assignment]
-        default=None, min_length=1, description="Not read: memory depends on the length of rows only."
+    dataset: Datasets | None = Field(  # type: ignore[assignment]
+        default=None, description="Not read: memory depends on the length of rows only."
     )
 
 

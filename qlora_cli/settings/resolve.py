@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.models import SECTIONS, EstimateDataSettings, LoadSettings, Quantization, Section
+from qlora_cli.settings.conflicts import conflicts, not_from_a_file
+from qlora_cli.settings.models import SECTIONS, LoadSettings, Section
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
@@ -62,7 +63,7 @@ def resolve(
     if problems:
         raise SettingsError(problems)
     settings = kind(**{name: validated[name] for name in kind.model_fields})
-    problems = _cross_check(validated, merged)
+    problems = conflicts(validated, merged)
     if problems:
         raise SettingsError(problems)
     return Resolved(settings, {path: entry.origin for path, entry in merged.items()})
@@ -87,7 +88,7 @@ def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
     """
     merged, problems = merge(sources)
     _, more = _validate(merged, SECTIONS, required=set(), flag_names={})
-    more += _not_from_a_file(merged)
+    more += not_from_a_file(merged)
     if problems + more:
         raise SettingsError(problems + more)
     rows = []
@@ -189,67 +190,3 @@ def choices_of(path: str) -> list[str]:
         if isinstance(member, type) and issubclass(member, Enum):
             return [str(choice.value) for choice in member]
     return []
-
-
-def _cross_check(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
-    """Return settings that can have no effect beside the others: an error, never silence."""
-    problems = []
-    data = validated.get("data")
-    reads_data = data is not None and not isinstance(data, EstimateDataSettings)
-    if reads_data and validated["data"].eval_dataset is None and validated["training"].eval_steps is not None:
-        problems.append(
-            Problem(
-                where=merged["training.eval_steps"].origin.where,
-                message="training.eval_steps has no effect without held-out data",
-                hint="Give --eval-dataset, or leave eval_steps out.",
-            )
-        )
-    lora = validated.get("lora")
-    if lora is not None and lora.target_parameters is not None and lora.dropout:
-        problems.append(
-            Problem(
-                where=merged["lora.dropout"].origin.where,
-                message="lora.dropout can't be applied to fused experts: their update is part of the weight",
-                hint="Set it to 0, or leave lora.target_parameters out.",
-            )
-        )
-    return problems + _without_effect(validated["quantization"].method, merged) + _not_from_a_file(merged)
-
-
-# The methods that each setting of quantization has an effect with.
-FOUR_BIT = (Quantization.NF4, Quantization.FP4)
-EFFECTIVE_WITH: Mapping[str, tuple[Quantization, ...]] = {
-    "quantization.double_quant": FOUR_BIT,
-    "quantization.compute_dtype": FOUR_BIT,
-    "quantization.quant_storage": FOUR_BIT,
-    "quantization.skip_modules": (*FOUR_BIT, Quantization.INT8),
-    "quantization.int8_threshold": (Quantization.INT8,),
-    "quantization.int8_has_fp16_weight": (Quantization.INT8,),
-    "quantization.int8_cpu_offload": (Quantization.INT8,),
-}
-# What runs code that comes with a model: a settings file that somebody else wrote must not switch it on.
-ONLY_BY_HAND = ("model.trust_remote_code", "model.allow_pickle")
-
-
-def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[Problem]:
-    return [
-        Problem(
-            where=merged[path].origin.where,
-            message=f"{path} has no effect with --quant {method.value}",
-            hint=f"Leave it out, or use --quant {' or '.join(methods)}.",
-        )
-        for path, methods in EFFECTIVE_WITH.items()
-        if path in merged and method not in methods
-    ]
-
-
-def _not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
-    return [
-        Problem(
-            where=f"{merged[path].origin.where} {path}",
-            message="can't be switched on by a settings file: it runs code that comes with the model",
-            hint=f"Give --{path.split('.')[1].replace('_', '-')} on the command line if you trust the model's author.",
-        )
-        for path in ONLY_BY_HAND
-        if path in merged and merged[path].origin.kind == "file" and merged[path].value is not False
-    ]

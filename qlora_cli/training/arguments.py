@@ -82,7 +82,8 @@ def training_arguments(
         # The rows come tokenized, cut and masked from our own data path.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        packing=False,
+        packing=False,  # the same: packed rows come from there too
+        remove_unused_columns=False,  # there are none
         # The loop. The number of steps is computed once, by the plan.
         max_steps=num_steps,
         per_device_train_batch_size=training.micro_batch_size,

@@ -44,7 +44,8 @@ def check_memory(
     asked = _as_asked(settings, blueprint, longest_row_tokens)
     model = settings.model.name
     facts = ModelFacts(name=model, content=read_json(blueprint.source.path / CONFIG), path=blueprint.source.path)
-    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=settings.data.eval_dataset is not None)
+    evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
+    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates, is_packed=settings.data.packing)
     try:
         estimate = estimator.estimate(asked, gpu)
     except QloraError as error:
@@ -73,7 +74,7 @@ def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens:
         model=blueprint.settings.model,
         quantization=blueprint.settings.quantization,
         lora=_adapter(settings.lora, blueprint),
-        data=EstimateDataSettings(max_length=max(8, longest_row_tokens)),
+        data=EstimateDataSettings(max_length=max(8, longest_row_tokens), packing=settings.data.packing),
         training=settings.training,
     )
 

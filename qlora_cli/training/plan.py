@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
-from qlora_cli.data.prepare import DataReport, PreparedData, prepare_data
+from qlora_cli.data.encode import TextTokenizer
+from qlora_cli.data.order import padding_share
+from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space
@@ -22,6 +24,9 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing
 from qlora_cli.training.memory import check_memory, gpu_at_hand
+from qlora_cli.training.notes import note_data
+from qlora_cli.training.order import RowOrder
+from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
 from qlora_cli.training.result import PredictedMemory, TrainPlan
 
@@ -67,15 +72,17 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
         resolved = _within_positions(resolved, blueprint, reporter)
     settings = resolved.settings
     check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
-    train_data, eval_data = _prepare_data(settings, blueprint.tokenizer.tokenizer, reporter)
-    predicted = _check_memory(settings, blueprint, (train_data, eval_data), reporter, force=force)
+    data = _prepare_data(settings, blueprint, reporter)
+    predicted = _check_memory(settings, blueprint, data, reporter, force=force)
     loaded = load_planned(blueprint, reporter, trains_adapter=True)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
     if loaded.source.adapter is not None:
         resolved = _with_adapter(resolved, model, loaded.source.adapter)
-    plan = _plan(settings, loaded, model, train_data, eval_data, predicted)
+    if settings.data.packing:
+        check_packing(loaded, model)
+    plan = _plan(settings, loaded, model, data, predicted)
     check_disk_space(
         settings.output.directory,
         plan.disk_bytes,
@@ -86,8 +93,8 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
         resolved=resolved,
         loaded=loaded,
         model=model,
-        train_data=train_data,
-        eval_data=eval_data,
+        train_data=data.train,
+        eval_data=data.evaluation,
         plan=plan,
         started=started,
     )
@@ -96,7 +103,7 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
 def _check_memory(
     settings: TrainSettings,
     blueprint: Blueprint,
-    data: tuple[PreparedData, PreparedData | None],
+    data: TrainingData,
     reporter: Reporter,
     *,
     force: bool,
@@ -104,7 +111,9 @@ def _check_memory(
     gpu = gpu_at_hand(blueprint)
     if gpu is None:
         return None
-    longest = max(prepared.report.longest_row_tokens for prepared in data if prepared is not None)
+    longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
+    if settings.data.streaming:  # longer rows than the first may come
+        longest = settings.data.max_length
     return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
 
 
@@ -174,58 +183,33 @@ def _with_adapter(resolved: Resolved[TrainSettings], model: PeftModel, directory
 
 def batch_arithmetic(plan: TrainPlan) -> str:
     """Return in one line how rows make up a step, and steps the run."""
+    epochs = "" if plan.num_epochs is None else f", {plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
     return (
         f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
-        f"{plan.num_devices} device = {plan.examples_per_step} examples a step; {plan.num_steps:,} steps, "
-        f"{plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
+        f"{plan.num_devices} device = {plan.examples_per_step} examples a step; {plan.num_steps:,} steps{epochs}"
     )
 
 
-def _prepare_data(
-    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> tuple[PreparedData, PreparedData | None]:
-    data = settings.data
-    reporter.report(PhaseStarted(title=f"Reading {data.dataset}"))
-    train_data = prepare_data(data.dataset, data.split, data, tokenizer)
-    _note_losses(train_data.report, data.max_length, reporter)
-    if data.eval_dataset is None:
-        return train_data, None
-    reporter.report(PhaseStarted(title=f"Reading {data.eval_dataset}"))
-    eval_data = prepare_data(data.eval_dataset, data.eval_split, data, tokenizer)
-    _note_losses(eval_data.report, data.max_length, reporter)
-    return train_data, eval_data
+def _prepare_data(settings: TrainSettings, blueprint: Blueprint, reporter: Reporter) -> TrainingData:
+    data, tokenizer = settings.data, blueprint.tokenizer
+    reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
+    text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids)
+    found = prepare_data(data, text, seed=settings.training.seed)
+    for prepared in (found.train, found.evaluation):
+        if prepared is not None:
+            note_data(prepared, tokenizer.tokenizer, data.max_length, reporter)
+    return found
 
 
-def _note_losses(report: DataReport, max_length: int, reporter: Reporter) -> None:
-    """Say what was recognised, and what was cut or dropped."""
-    reporter.report(
-        Noted(
-            message=f"{report.name}: {report.num_rows:,} rows read as {report.format.value}, "
-            f"{report.num_tokens:,} tokens, {report.num_supervised_tokens:,} of them trained"
-        )
-    )
-    if report.num_truncated_rows:
-        reporter.report(
-            Noted(
-                level="warning",
-                message=f"{report.name}: {report.num_truncated_rows:,} rows are longer than {max_length} tokens and "
-                f"were cut; {report.num_lost_supervised_tokens:,} trained tokens are lost (raise --max-length)",
-            )
-        )
-    if report.num_dropped_rows:
-        reporter.report(
-            Noted(
-                level="warning",
-                message=f"{report.name}: {report.num_dropped_rows:,} rows have no token to train and were dropped",
-            )
-        )
+def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
+    """Return the steps of a run: `max_steps`, or what `epochs` come to, as the trainer would count them.
 
-
-def num_optimizer_steps(settings: TrainSettings, num_rows: int) -> int:
-    """Return the steps of a run: `max_steps`, or what `epochs` come to, as the trainer would count them."""
+    `num_rows` is None for a stream, for which `max_steps` is given.
+    """
     training = settings.training
     if training.max_steps is not None:
         return training.max_steps
+    assert num_rows is not None, "settings ask for the steps of a stream"
     return max(1, math.ceil(training.epochs * _steps_per_epoch(settings, num_rows)))
 
 
@@ -234,17 +218,25 @@ def _steps_per_epoch(settings: TrainSettings, num_rows: int) -> int:
     return math.ceil(num_micro_batches / settings.training.gradient_accumulation_steps)
 
 
+def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
+    """Return the share of pad tokens in the first epoch; packed rows follow one another without any."""
+    if settings.data.packing:
+        return 0.0
+    order = list(RowOrder(data.lengths, settings.training))
+    return padding_share(data.lengths, order, settings.training.micro_batch_size)
+
+
 def _plan(
     settings: TrainSettings,
     loaded: LoadedModel,
     model: PeftModel,
-    train_data: PreparedData,
-    eval_data: PreparedData | None,
+    data: TrainingData,
     predicted_memory: PredictedMemory | None,
 ) -> TrainPlan:
-    training, report = settings.training, train_data.report
+    training, report = settings.training, data.train.report
+    num_rows = None if data.train.stream is not None else len(data.train.dataset)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_steps = num_optimizer_steps(settings, report.num_rows)
+    num_steps = num_optimizer_steps(settings, num_rows)
     adapter_bytes = 4 * num_trainable
     # AdamW keeps two moments for each parameter: 4 bytes each, or 1 in the 8-bit optimizers.
     optimizer_bytes = (2 if training.optimizer in EIGHT_BIT else 8) * num_trainable
@@ -261,21 +253,23 @@ def _plan(
         optimizer=training.optimizer.value,
         num_parameters=loaded.inventory.num_parameters,
         num_trainable_parameters=num_trainable,
-        data_format=report.format.value,
-        num_train_rows=report.num_rows,
-        num_eval_rows=eval_data.report.num_rows if eval_data else None,
-        num_train_tokens=report.num_tokens,
-        num_supervised_tokens=report.num_supervised_tokens,
+        data_format=report.format,
+        num_train_rows=report.rows_trained,
+        num_packed_rows=report.packed_rows,
+        num_eval_rows=data.evaluation.report.rows_trained if data.evaluation else None,
+        num_train_tokens=report.tokens,
+        num_supervised_tokens=report.supervised_tokens,
         longest_row_tokens=report.longest_row_tokens,
-        num_truncated_rows=report.num_truncated_rows,
-        num_dropped_rows=report.num_dropped_rows,
-        num_lost_supervised_tokens=report.num_lost_supervised_tokens,
+        num_truncated_rows=report.truncated_rows,
+        num_dropped_rows=report.dropped_rows + report.rows_without_supervision,
+        num_lost_supervised_tokens=report.supervised_tokens_lost,
+        padding_share=_padding_share(settings, data.train),
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_devices=1,
         examples_per_step=training.micro_batch_size * training.gradient_accumulation_steps,
         num_steps=num_steps,
-        num_epochs=num_steps / _steps_per_epoch(settings, report.num_rows),
+        num_epochs=None if num_rows is None else num_steps / _steps_per_epoch(settings, num_rows),
         adapter_bytes=adapter_bytes,
         # The newest checkpoint is complete before the oldest is deleted.
         disk_bytes=adapter_bytes + SMALL_FILES_BYTES + (settings.output.max_checkpoints + 1) * checkpoint_bytes,

@@ -2,9 +2,9 @@
 
 import importlib.util
 
-from qlora_cli.data.sources import check_dataset_name
+from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.files import check_output_directory, existing_path
+from qlora_cli.files import check_output_directory
 from qlora_cli.loading.source import check_model_name
 from qlora_cli.settings.models import ReportTo, TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -19,33 +19,17 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
     settings = resolved.settings
     found = {
         "model.name": check_model_name(settings.model),
-        "data.dataset": check_dataset_name(settings.data.dataset),
         "output.directory": check_output_directory(settings.output.directory),
         "output.report_to": _check_tracker(settings.output.report_to),
     }
-    if settings.data.eval_dataset is not None:
-        found["data.eval_dataset"] = check_dataset_name(settings.data.eval_dataset)
     problems = [
         Problem(where=resolved.origin_of(path).where, message=error.message, hint=error.hint)
         for path, error in found.items()
         if error is not None
     ]
-    problems += _splits_without_effect(resolved)
+    problems += data_problems(resolved, settings.data)
     if problems:
         raise SettingsError(problems)
-
-
-def _splits_without_effect(resolved: Resolved[TrainSettings]) -> list[Problem]:
-    data = resolved.settings.data
-    return [
-        Problem(
-            where=resolved.origin_of(path).where,
-            message=f"{path} has no effect on {name}, which is on this disk: only hub data sets have splits",
-            hint="Leave it out.",
-        )
-        for path, name in (("data.split", data.dataset), ("data.eval_split", data.eval_dataset))
-        if path in resolved.origins and name is not None and existing_path(name) is not None
-    ]
 
 
 def _check_tracker(report_to: ReportTo) -> QloraError | None:

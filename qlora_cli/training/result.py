@@ -22,7 +22,9 @@ class PredictedMemory:
 class TrainPlan:
     """Everything that is settled before the first step. Sizes in bytes, lengths in tokens.
 
-    `predicted_memory` is None without a GPU.
+    `predicted_memory` is None without a GPU, `num_packed_rows` without packing, `num_epochs` of a stream, of which
+    rows and tokens are those of its first rows. `padding_share` is that of the tokens
+    of the first epoch.
     """
 
     model: str
@@ -38,6 +40,7 @@ class TrainPlan:
     num_trainable_parameters: int
     data_format: str
     num_train_rows: int
+    num_packed_rows: int | None
     num_eval_rows: int | None
     num_train_tokens: int
     num_supervised_tokens: int
@@ -45,12 +48,13 @@ class TrainPlan:
     num_truncated_rows: int
     num_dropped_rows: int
     num_lost_supervised_tokens: int
+    padding_share: float
     micro_batch_size: int
     gradient_accumulation_steps: int
     num_devices: int
     examples_per_step: int
     num_steps: int
-    num_epochs: float
+    num_epochs: float | None
     adapter_bytes: int
     disk_bytes: int
     predicted_memory: PredictedMemory | None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_cli.data.collate import make_collator
 from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
 from qlora_cli.events import (
     EvalStarted,
@@ -35,6 +35,8 @@ from qlora_cli.settings.models import Checkpointing, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.environment import describe_hardware, package_versions
+from qlora_cli.training.notes import note_stream
+from qlora_cli.training.order import RowOrder
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
@@ -75,6 +77,9 @@ def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
     reporter = Reporters([MetricsWriter(directory), reporter])
     record = _opening_record(prepared)
     directory.write_run_file(record)
+    directory.keep_skipped_rows(
+        [*prepared.train_data.skipped, *(prepared.eval_data.skipped if prepared.eval_data else ())]
+    )
     try:
         with _failures_explained(prepared):
             result = _train(prepared, directory, reporter)
@@ -102,6 +107,7 @@ def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -
             trainer.evaluate()
         train_seconds = time.monotonic() - start
         save_adapter(prepared, directory)
+    note_stream(prepared.train_data, reporter)
     # A signal during the last step or after it changes nothing: all was done.
     interrupted_by = stop.name if step < num_steps else None
     reporter.report(TrainingEnded(step=step, num_steps=num_steps, interrupted_by=interrupted_by))
@@ -134,13 +140,14 @@ def make_trainer(
     prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, callbacks: list[Any]
 ) -> QloraTrainer:
     """Return the trainer of a prepared run."""
-    tokenizer, loaded = prepared.loaded.tokenizer, prepared.loaded
+    tokenizer, loaded, data = prepared.loaded.tokenizer, prepared.loaded, prepared.train_data
     if loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
         reporter.report(Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {loaded.device}"))
     trainer = QloraTrainer(
         directory=directory,
         reporter=reporter,
         max_checkpoints=prepared.settings.output.max_checkpoints,
+        order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
         model=prepared.model,
         args=training_arguments(
             prepared.settings,
@@ -151,9 +158,8 @@ def make_trainer(
             has_eval=prepared.eval_data is not None,
         ),
         processing_class=tokenizer,
-        # Pads by position: a pad token that equals the end token would not hide real ends from the loss.
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
-        train_dataset=prepared.train_data.dataset,
+        data_collator=make_collator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
+        train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
         eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
         callbacks=callbacks,
     )

@@ -3,12 +3,13 @@
 run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
 metrics.jsonl    one line an event
 checkpoints/     step-…/, complete or absent
+skipped_rows.jsonl  rows that could not be used, if they were to be skipped
 adapter/         PEFT adapter, tokenizer, chat template
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class RunDirectory:
         temporary = self.run_file.with_suffix(".json.saving")
         temporary.write_text(json.dumps(as_json(content), indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.run_file)
+
+    def keep_skipped_rows(self, lists: Sequence[Path]) -> None:
+        """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
+        if lists:
+            with (self.path / "skipped_rows.jsonl").open("wb") as file:
+                for path in lists:
+                    file.write(path.read_bytes())
 
     def list_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""

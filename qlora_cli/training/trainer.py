@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from qlora_cli.events import CheckpointSaved, Reporter
 from qlora_cli.files import publish_directory
 from qlora_cli.loading.adapter import save_adapter
+from qlora_cli.training.order import RowOrder
 from qlora_cli.training.run_directory import RunDirectory
 
 
@@ -18,13 +19,21 @@ class QloraTrainer(SFTTrainer):
     """`SFTTrainer` on a PEFT model whose adapter is already attached."""
 
     def __init__(
-        self, *, directory: RunDirectory, reporter: Reporter, max_checkpoints: int, model: Any, **kwargs: Any
+        self,
+        *,
+        directory: RunDirectory,
+        reporter: Reporter,
+        max_checkpoints: int,
+        order: RowOrder | None,
+        model: Any,
+        **kwargs: Any,
     ) -> None:
         # TRL rounds the adapter of a quantized model to bf16 by replacing `.data`; the fp32 values, which
         # small updates need, are put back before an optimizer exists.
         full_precision = {
             name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+        self._order = order  # None for rows that are streamed, which come as they come
         super().__init__(model=model, **kwargs)
         for name, parameter in model.named_parameters():
             if name in full_precision:
@@ -32,6 +41,9 @@ class QloraTrainer(SFTTrainer):
         self._directory = directory
         self._reporter = reporter
         self._max_checkpoints = max_checkpoints
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder | None:  # noqa: ARG002 - as in transformers
+        return self._order
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the signature is that of transformers
         return str(self._directory.checkpoints / ".saving")

@@ -28,6 +28,6 @@ def test_the_demo_config_says_what_the_demo_runs() -> None:
     for path, value in DEMO_SETTINGS.items():
         section, key = path.split(".")
         assert getattr(getattr(settings, section), key) == value
-    for name in (settings.model.name, settings.data.dataset, settings.data.eval_dataset):
-        assert name is not None
+    assert settings.data.eval_dataset is not None
+    for name in (settings.model.name, *settings.data.dataset, *settings.data.eval_dataset):
         assert (ROOT / name).exists()

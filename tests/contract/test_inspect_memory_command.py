@@ -87,7 +87,7 @@ def test_a_model_alone_asks_for_a_plain_run(asked: Ask) -> None:
     assert request.settings.model.name == "llama-3.1-8b"
     assert (request.gpus, request.solve, request.sweep) == ((), (), {})
     assert request.recipe is Recipe.QLORA
-    assert (request.sdpa_backend, request.packing, request.evaluates) == ("auto", False, False)
+    assert (request.sdpa_backend, request.settings.data.packing, request.evaluates) == ("auto", False, False)
 
 
 def test_every_flag_reaches_the_core(asked: Ask) -> None:
@@ -97,7 +97,7 @@ def test_every_flag_reaches_the_core(asked: Ask) -> None:
     )
     assert [gpu.name for gpu in request.gpus] == ["RTX 4090", "16.00 GiB"]
     assert request.recipe is Recipe.PEFT
-    assert (request.sdpa_backend, request.packing, request.evaluates) == ("math", True, True)
+    assert (request.sdpa_backend, request.settings.data.packing, request.evaluates) == ("math", True, True)
     assert request.solve == ("rank", "max-length")
     assert request.sweep == {"rank": (8, 16, 32)}
 

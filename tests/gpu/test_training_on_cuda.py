@@ -27,7 +27,7 @@ def test_training_on_cuda(base_model: Path, rows: Path, tmp_path: Path, optimize
         model__device="cuda",
         training__optimizer=optimizer,
         training__max_steps=5,
-        data__eval_dataset=str(rows),
+        data__eval_split="3",
     )
     prepared = prepare_run(settings, Recorder())
     frozen = {

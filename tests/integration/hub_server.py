@@ -1,7 +1,7 @@
 """A small hub on loopback: repositories with branches and commits, and ways to misbehave.
 
-It answers what the real client asks: model info, file tree, HEAD and GET of files. Weights are redirected to
-another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there.
+It answers what the real client asks: info on models and data sets, the file tree, HEAD and GET of files. Files are
+redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there.
 """
 
 import hashlib
@@ -115,8 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             if part in path and statuses:
                 self._send(statuses.pop(0))
                 return
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        parts = path.strip("/").removeprefix("datasets/").split("/")
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             self._answer_api("/".join(parts[2:4]), parts[4:])
         elif parts[0] == "cdn":
             self._send_content("/".join(parts[1:3]), parts[3], "/".join(parts[4:]), start)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.loading.embedding import check_offload, keep_on_host
+from qlora_cli.settings.conflicts import ONLY_BY_HAND
 from qlora_cli.settings.models import SECTIONS
-from qlora_cli.settings.resolve import ONLY_BY_HAND
 from tests.conftest import RunQlora
 from tests.integration.loading import Proofs, layers_of, load, logits, refused, save_model, weight_of
 from tests.tiny_models import tiny_model

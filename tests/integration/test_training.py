@@ -176,7 +176,7 @@ def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Pa
         base_model,
         rows,
         tmp_path / "run",
-        data__eval_dataset=str(rows),
+        data__eval_split="3",
         training__eval_steps=2,
         training__save_steps=1,
     )
@@ -262,7 +262,9 @@ def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None
         ],
     )
     recorder = Recorder()
-    plan = prepare_run(train_settings(base_model, data, tmp_path / "run", data__max_length=16), recorder).plan
+    plan = prepare_run(
+        train_settings(base_model, data, tmp_path / "run", data__max_length=16, data__accept_lost=True), recorder
+    ).plan
     assert (plan.num_train_rows, plan.num_truncated_rows, plan.num_dropped_rows) == (2, 2, 1)
     warnings = [e.message for e in recorder.events if isinstance(e, Noted) and e.level == "warning"]
     assert any("2 rows are longer than 16 tokens" in message for message in warnings)

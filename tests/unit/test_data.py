@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData, prepare_data
 from qlora_cli.data.sources import check_dataset_name
 from qlora_cli.errors import DataError
@@ -24,7 +25,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreparedData:
-    return prepare_data(str(path), "train", DataSettings(dataset=str(path), **settings), tokenizer)
+    assert tokenizer.eos_token_id is not None
+    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}))
+    return prepare_data(DataSettings(dataset=str(path), **settings), text, seed=0).train
 
 
 def trained_text(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
@@ -127,19 +130,23 @@ def test_every_kind_of_file_gives_the_same_tokens(
     [
         ("a.jsonl", '{"text": "ok"}\n{"text": \n', r"row 2 \(line 2\): broken JSON"),
         ("b.jsonl", '{"text": "ok"}\n\n[1]\n', r"row 2 \(line 3\): expected a JSON object"),
-        ("c.json", '[{"text": "ok"}, 3]', "row 2: expected an object"),
+        ("c.json", '[{"text": "ok"}, 3]', r"row 2 \(line 1\): expected a JSON object, found number"),
         ("d.csv", "text,other\na,b\nc,d,e\n", r"row 2 \(line 3\): 3 fields, the header has 2"),
-        ("e.jsonl", '{"question": "a", "reply": "b"}\n', "fit no known format: question, reply"),
+        ("e.jsonl", '{"ask": "a", "tell": "b"}\n', "fit no known format: ask, tell"),
         ("f.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}\n', "fit several formats"),
         (
             "g.jsonl",
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
-            "row 2: 'completion'",
+            r"row 2 \(line 2\): 'completion' must be text, found null",
         ),
-        ("h.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": " "}\n', "row 2: .* is empty"),
-        ("i.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', r"row 1: messages\[0\].role is 'bot'"),
+        (
+            "h.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": " "}\n',
+            r"row 2 \(line 2\): 'completion' is empty",
+        ),
+        ("i.jsonl", '{"messages": [{"role": "she", "content": "x"}]}\n', r"row 1 .*: messages\[0\].role is 'she'"),
         ("j.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "nothing to answer"),
-        ("k.jsonl", '{"messages": []}\n', "row 1: 'messages' must be a list of at least one"),
+        ("k.jsonl", '{"messages": []}\n', "row 1 .*: 'messages' must be a list of at least one"),
         ("l.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no row of .* has a token to train"),
     ],
 )
@@ -156,7 +163,7 @@ def test_a_wrong_row_is_named(
 def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "caf' + b'\xe9"}\n')
-    with pytest.raises(DataError, match="line 2: not UTF-8"):
+    with pytest.raises(DataError, match=r"row 2 \(line 2\): not UTF-8"):
         prepare(path, tokenizer)
 
 

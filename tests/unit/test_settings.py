@@ -218,7 +218,7 @@ def test_an_estimate_takes_a_train_file_as_it_is(tmp_path: Path) -> None:
     text = "model: {name: base}\ndata: {dataset: rows.jsonl, max_length: 512}\noutput: {directory: run}\n"
     config = write(tmp_path / "train.yaml", text)
     settings = resolve(Sources(config=config, flags=MODEL_ONLY), EstimateSettings).settings
-    assert (settings.data.dataset, settings.data.max_length) == ("rows.jsonl", 512)
+    assert (settings.data.dataset, settings.data.max_length) == (("rows.jsonl",), 512)
     assert "output" not in type(settings).model_fields
     assert resolve(Sources(config=config), TrainSettings).settings.data.max_length == 512
 

@@ -1,0 +1,41 @@
+"""Where results that cost time are kept, and what their names must depend on so that a stale one is impossible."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def cache_folder(part: str) -> Path:
+    """Return where results of one kind are kept: below `QLORA_CACHE`, or the user's cache directory."""
+    given = os.environ.get("QLORA_CACHE")
+    if given:
+        return Path(given) / part
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "qlora" / part
+
+
+def versions_of(packages: Iterable[str]) -> list[str]:
+    """Return name and version of each package."""
+    return [f"{name} {_version(name)}" for name in packages]
+
+
+def digests_of_code(parts: Iterable[str]) -> list[str]:
+    """Return the digest of every file of our own in these parts of the package."""
+    files = [path for part in parts for path in sorted((PACKAGE / part).glob("*.*"))]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """Return the name of a result that depends on all of `parts`."""
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,74 @@
+"""`qlora inspect-data`: what is read, which tokens are trained, and what is lost, before a weight is read."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.output import print_json
+from qlora_cli.data.preflight import data_problems
+from qlora_cli.errors import DataError, SettingsError
+from qlora_cli.settings.models import InspectDataSettings, OnBadRow
+
+# They say nothing about data. In a settings file, and by --set, they are checked all the same.
+WITHOUT_EFFECT = (
+    *("model.dtype", "model.device", "model.attention", "model.offload_embedding", "model.allow_pickle"),
+    *("data.packing", "data.streaming", "training.learning_rate", "training.epochs", "training.max_steps"),
+    *("training.gradient_checkpointing", "training.optimizer"),
+)
+
+Rows = Annotated[int, typer.Option("--rows", min=0, metavar="INTEGER", help="Rows to show token by token.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write all of it as a web page, in one file.", show_default=False),
+]
+
+
+@options.takes("model", "data", "training", without=WITHOUT_EFFECT)
+def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json: options.Json = False) -> None:
+    """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
+
+    Ends with exit code 2, after the report, if a row can't be used and --on-bad-row is not skip.
+    """
+    resolved = options.resolve_settings(context, InspectDataSettings)
+    settings = resolved.settings
+    if problems := data_problems(resolved, settings.data):
+        raise SettingsError(problems)
+
+    from qlora_cli.cli.progress import reporting  # rich: only once the settings are right
+    from qlora_cli.cli.render_data import render_data
+    from qlora_cli.data.page_file import check_page
+    from qlora_cli.events import Noted, PhaseStarted
+
+    if html is not None and (problem := check_page(html)):
+        raise problem
+    # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    with reporting() as reporter:
+        from qlora_cli.data.encode import TextTokenizer
+        from qlora_cli.data.inspection import inspect_data as look_at
+        from qlora_cli.loading.text import load_text_side
+
+        is_asked = "max_length" in settings.data.model_fields_set
+        text = load_text_side(settings.model, reporter, max_length=settings.data.max_length if is_asked else None)
+        data = settings.data
+        if text.num_positions is not None and data.max_length > text.num_positions:
+            reporter.report(
+                Noted(message=f"rows are cut at {text.num_positions:,} tokens, the positions of the model")
+            )
+            data = data.model_copy(update={"max_length": text.num_positions})
+        reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
+        tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
+        inspection = look_at(data, settings.training, tokenizer, num_previews=rows)
+        if html is not None:
+            from qlora_cli.data.page import write_page
+
+            write_page(inspection, html, model=settings.model.name)
+            reporter.report(Noted(message=f"the page is in {html}"))
+    print_json(inspection.as_json()) if json else render_data(inspection)
+    if inspection.data.bad_rows and data.on_bad_row == OnBadRow.ERROR:
+        typer.echo(f"error: {inspection.first_bad_row()}", err=True)
+        typer.echo("  hint: Correct the rows, or use --on-bad-row skip to go on without them.", err=True)
+        raise typer.Exit(DataError.exit_code)

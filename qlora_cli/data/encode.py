@@ -1,0 +1,234 @@
+"""Read, recognise and tokenize one data set, and keep the tokens."""
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.cache import digest_of, digests_of_code, versions_of
+from qlora_cli.data import store
+from qlora_cli.data.formats import Layout, recognise
+from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
+from qlora_cli.data.rows import Example, RowError, RowReader
+from qlora_cli.data.sources import DatasetSource
+from qlora_cli.data.store import About, Record, StoredTokens, Writer, digest_row
+from qlora_cli.data.tokens import Rendering, Tokenizer, Tokens
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings, OnBadRow
+
+BATCH_ROWS, BATCH_BYTES = 1000, 4_000_000
+HEAD_ROWS = 1000  # rows of a stream that are looked at before training
+SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
+COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
+# What of the settings decides which tokens come out.
+DECIDING = ("format", "columns", "loss_on", "max_length", "on_bad_row", "streaming")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizer:
+    """A tokenizer with its chat template, and the ids that end a text or a turn when the model generates."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+
+
+def tokenize_source(
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int
+) -> StoredTokens:
+    """Return the tokens of `source`, from where they are kept or made anew; of a stream, those of its first rows.
+
+    Raises:
+        DatasetNotFoundError: the hub has no such data set.
+        DataError: no row can be read, or one is bad and bad ones are an error.
+    """
+    key = _key(source, split, settings, text, seed)
+    found = store.recall(key)
+    if found is not None:
+        return found
+    with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
+        rows = itertools.islice(raw, HEAD_ROWS) if settings.streaming else raw
+        return store.keep(key, lambda writer: _fill(writer, source.name, rows, settings, text))
+
+
+class Encoder:
+    """Turns rows as they are read into tokens, in batches; what can't be used comes out as what is wrong with it."""
+
+    def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
+        use_chat = text.tokenizer.chat_template is not None
+        self._reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
+        self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids)
+
+    def encode(self, rows: Iterable[RawRow]) -> Iterator[list[tuple[RawRow, Tokens | RowError]]]:
+        """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            waiting: _Waiting | None = None
+            for batch in _batches(rows):
+                read = [self._read(row) for row in batch]
+                rendering = self.tokenizer.render([item for item in read if not isinstance(item, RowError)])
+                # The next batch is read and rendered while this one is encoded, which Python takes no part in.
+                encodings = thread.submit(self.tokenizer.encode, rendering)
+                if waiting is not None:
+                    yield self._finish(waiting)
+                waiting = _Waiting(batch, read, rendering, encodings)
+            if waiting is not None:
+                yield self._finish(waiting)
+
+    def _finish(self, waiting: "_Waiting") -> list[tuple[RawRow, Tokens | RowError]]:
+        done = iter(self.tokenizer.label(waiting.rendering, waiting.encodings.result()))
+        return [
+            (row, item if isinstance(item, RowError) else next(done))
+            for row, item in zip(waiting.rows, waiting.read, strict=True)
+        ]
+
+    def _read(self, row: RawRow) -> Example | RowError:
+        if row.value is None:
+            return RowError(row.problem or "can't be read")
+        try:
+            return self._reader.read(row.value)
+        except RowError as error:
+            return error
+
+
+class _Waiting(NamedTuple):
+    """A batch whose texts are being encoded."""
+
+    rows: list[RawRow]
+    read: list[Example | RowError]
+    rendering: Rendering
+    encodings: "Future[list[Encoding]]"
+
+
+def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[Layout, Iterator[RawRow]]:
+    """Return the layout of rows by the columns of the first of them, and all of the rows.
+
+    Raises:
+        DataError: no format fits, or there is no row that can be read.
+    """
+    first = list(itertools.islice(rows, SAMPLED_ROWS))
+    columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
+    if not first:
+        raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")
+    if not columns:
+        bad = next((row for row in first if row.problem), first[0])
+        raise bad_row(bad, RowError(bad.problem or "it has no columns"))
+    return recognise(columns, settings, name), itertools.chain(first, rows)
+
+
+def bad_row(row: RawRow, error: RowError) -> DataError:
+    """Return the error that names a row that can't be used."""
+    line = f" (line {row.line})" if row.line is not None else ""
+    return DataError(
+        f"{row.file}, row {row.number}{line}: {error}",
+        hint=error.hint or "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then.",
+    )
+
+
+def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:
+    layout, rows = open_rows(name, rows, settings)
+    encoder = Encoder(layout, settings, text)
+    files: dict[str, int] = {}
+    starts_with_bos = False
+    for batch in encoder.encode(rows):
+        records = []
+        for row, tokens in batch:
+            if isinstance(tokens, RowError):
+                if settings.on_bad_row == OnBadRow.ERROR:
+                    raise bad_row(row, tokens) from tokens
+                writer.skip(row, tokens)
+                continue
+            starts_with_bos = starts_with_bos or bool(tokens.input_ids[0] == text.tokenizer.bos_token_id)
+            records.append(_record(row, tokens, settings.max_length, files.setdefault(row.file, len(files))))
+        writer.write(records)
+    notes = [*_note_ends(encoder.tokenizer.odd_ends, text), *_note_bos(text, starts_with_bos)]
+    return About(
+        name=name,
+        format=layout.format.value,
+        recognised=layout.describe(),
+        files=tuple(files),
+        num_bad=writer.num_bad,
+        num_empty=writer.num_empty,
+        notes=tuple(notes),
+    )
+
+
+def _record(row: RawRow, tokens: Tokens, max_length: int, file: int) -> Record:
+    kept = tokens.cut(max_length)
+    supervised = kept.num_supervised
+    return Record(
+        input_ids=kept.input_ids,
+        labels=kept.labels,
+        length=len(tokens.input_ids),
+        supervised=supervised,
+        lost=tokens.num_supervised - supervised,
+        digest=digest_row(tokens.input_ids, tokens.labels),
+        file=file,
+        number=row.number,
+    )
+
+
+def _note_ends(odd_ends: set[int], text: TextTokenizer) -> list[str]:
+    if not odd_ends:
+        return []
+    named = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in odd_ends))
+    ends = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in text.end_ids))
+    return [
+        f"the chat template ends trained turns with {named}, and generation stops at {ends}: the model learns its "
+        "end, but what serves it must be told to stop there (eos_token_id in generation_config.json)"
+    ]
+
+
+def _note_bos(text: TextTokenizer, starts_with_bos: bool) -> list[str]:
+    tokenizer = text.tokenizer
+    adds = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if starts_with_bos or not adds:
+        return []
+    return [
+        f"the tokenizer begins texts with {tokenizer.bos_token}, the chat template does not: rows have none, as they "
+        "are served"
+    ]
+
+
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Cut rows into batches that are short and not too large, so that memory stays bounded."""
+    batch: list[RawRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += row.num_bytes
+        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _key(source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int) -> str:
+    tokenizer = text.tokenizer
+    facts: dict[str, Any] = {
+        "name": source.name,
+        "rows": [source.num_rows, seed if source.num_rows is not None else None],
+        "content": [[str(path), _digest_of_file(path)] for path in source.files]
+        if source.is_local
+        else [resolve_hub(source), source.config, source.split or split],
+        "settings": {name: settings.model_dump(mode="json")[name] for name in DECIDING},
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+        "ends": sorted(text.end_ids),
+    }
+    parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(COMPUTING)]
+    return digest_of([*parts, *digests_of_code(("data", "settings"))])
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

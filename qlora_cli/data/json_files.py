@@ -1,0 +1,191 @@
+"""Read JSON lines and JSON lists, object by object, exactly as they are written.
+
+`datasets` reads them into columns instead, in which every nested object has the keys of all others; tools
+and their schemas would reach the prompt changed.
+"""
+
+import json
+from collections.abc import Iterator
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qlora_cli.data.formats import PARTS
+from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, JsonText, JsonValues
+from qlora_cli.data.raw import Kept, RawRow, is_kept, open_text
+from qlora_cli.settings.models import DataFormat
+
+KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+# A list of objects under one of these is one conversation, not a list of rows.
+CONVERSATION_KEYS = frozenset(PARTS[DataFormat.MESSAGES]["messages"] + PARTS[DataFormat.SHAREGPT]["conversations"])
+
+
+def read_json_lines(path: Path, kept: Kept = None) -> Iterator[RawRow]:
+    """Yield the row of each line that is not blank.
+
+    Raises:
+        DataError: the file can't be read or is no UTF-8 text.
+    """
+    values = JsonValues()
+    with open_text(path) as file:
+        for number, (line, content) in enumerate(_lines(file), start=1):
+            if is_kept(kept, number):
+                yield _row(path, number, line, *_decode_line(content, values), num_bytes=len(content))
+
+
+def count_json_lines(path: Path) -> int:
+    """Return the number of lines that are not blank."""
+    with open_text(path) as file:
+        return sum(1 for _ in _lines(file))
+
+
+def read_json(path: Path, kept: Kept = None) -> Iterator[RawRow]:
+    """Yield the rows of a list of objects, of an object that holds nothing but one, of lines, or of a lone object.
+
+    What follows a syntax error can't be read; the error is the last row.
+
+    Raises:
+        DataError: the file can't be read or is no UTF-8 text.
+    """
+    layout = _layout_of(path)
+    if layout == _Layout.LINES:
+        yield from read_json_lines(path, kept)
+        return
+    yield from (row for row in _rows(path, layout) if is_kept(kept, row.number))
+
+
+def count_json(path: Path) -> int:
+    """Return the number of rows that `read_json` yields."""
+    layout = _layout_of(path)
+    return count_json_lines(path) if layout == _Layout.LINES else sum(1 for _ in _rows(path, layout))
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of each line that is not blank; only a line feed ends one."""
+    return ((line, content) for line, content in enumerate(file, start=1) if content.strip())
+
+
+def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
+    """Return the value on a line, and what is wrong with it."""
+    if (null := content.find(b"\0")) >= 0:
+        return None, f"NUL byte at {null + 1} of the line"
+    try:
+        text = content.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 text (byte {error.start + 1} of the line)"
+    try:
+        return values.decode_whole(text)
+    except json.JSONDecodeError as error:
+        return None, f"broken JSON: {error.msg} (column {error.colno})"
+    except ValueError as error:  # a number of thousands of digits
+        return None, f"broken JSON: {error}"
+    except RecursionError:
+        return None, "nested too deeply to be read"
+
+
+def _row(path: Path, number: int, line: int, value: Any, problem: str | None, num_bytes: int = 0) -> RawRow:
+    if problem is None and not isinstance(value, dict):
+        problem = f"expected a JSON object, found {KINDS.get(type(value), 'null')}"
+    return RawRow(str(path), number, line, None if problem else value, problem, num_bytes)
+
+
+class _Layout(Enum):
+    """How a .json file holds its rows."""
+
+    LIST = auto()
+    LINES = auto()
+    WRAPPED = auto()  # {"data": [...]}
+    OBJECT = auto()
+
+
+def _layout_of(path: Path) -> _Layout:
+    with open_text(path) as file:
+        try:
+            first = JsonText(file).peek()
+        except BrokenJsonError:
+            first = ""
+    if first != "{":
+        return _Layout.LIST
+    if _holds_lines(path):
+        return _Layout.LINES
+    return _Layout.WRAPPED if _is_wrapped(path) else _Layout.OBJECT
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether an object ends with the first line, and something follows that is not its continuation.
+
+    In JSON a line break is never inside a string, and only `,`, `]` and `}` continue what ends with `}`.
+    """
+    last, is_broken = b"", False
+    with open_text(path) as file:
+        while piece := file.readline(WINDOW_BYTES):
+            content = piece.strip()
+            if content and is_broken:
+                return last == b"}" and content[:1] not in (b",", b"]", b"}")
+            last = content[-1:] or last
+            is_broken = is_broken or (bool(last) and piece.endswith(b"\n"))
+    return False
+
+
+def _is_wrapped(path: Path) -> bool:
+    """Whether the file is an object with nothing in it but a list of objects, that is no conversation.
+
+    Whether more follows shows at the end only, so that such a file is read twice.
+    """
+    with open_text(path) as file:
+        text = JsonText(file)
+        try:
+            if not _enter_list(text):
+                return False
+        except BrokenJsonError:
+            return False
+        try:
+            return all(True for _ in _elements(text)) and text.peek() == "}"
+        except BrokenJsonError:  # reported when it is read
+            return True
+
+
+def _enter_list(text: JsonText) -> bool:
+    """Go into the list of `{"key": [{`, if that is how `text` begins."""
+    text.expect("{")
+    if text.peek() != '"':
+        return False
+    key, _ = text.decode()
+    return key not in CONVERSATION_KEYS and text.take(":") and text.take("[") and text.peek() == "{"
+
+
+def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
+    """Yield the rows of a list or a lone object; the last one is a syntax error if there is one."""
+    number = 0
+    with open_text(path) as file:
+        text = JsonText(file)
+        try:
+            for number, (line, value, problem) in enumerate(_values(text, layout), start=1):
+                yield _row(path, number, line, value, problem)
+        except BrokenJsonError as error:
+            problem = f"{error}; what follows it in the file can't be read"
+            yield RawRow(str(path), number + 1, error.line, None, problem)
+
+
+def _values(text: JsonText, layout: _Layout) -> Iterator[tuple[int, Any, str | None]]:
+    if layout == _Layout.WRAPPED:
+        _enter_list(text)
+        yield from _elements(text)
+        text.expect("}")
+    elif text.take("["):
+        yield from _elements(text)
+    elif text.peek():
+        yield (text.line, *text.decode())
+    text.expect_end()
+
+
+def _elements(text: JsonText) -> Iterator[tuple[int, Any, str | None]]:
+    """Yield line, value and problem of the elements of a list that was entered, and leave it."""
+    if text.take("]"):
+        return
+    while True:
+        text.peek()
+        yield (text.line, *text.decode())
+        if text.take("]"):
+            return
+        text.expect(",")

@@ -1,0 +1,34 @@
+"""Whether the page of `qlora inspect-data --html` can be written, told before anything is read."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from qlora_cli.errors import MissingDependencyError, OutputDirectoryError, QloraError
+
+
+def check_page(path: Path) -> QloraError | None:
+    """Return why no page can be written to `path`."""
+    try:
+        wrong = _wrong_place(path)
+    except OSError as error:  # a name that is too long
+        return OutputDirectoryError(f"--html {path} can't be used: {error.strerror}", hint="Choose another name.")
+    if wrong is None and importlib.util.find_spec("matplotlib") is None:
+        return MissingDependencyError(
+            "--html draws the lengths with matplotlib, which is not installed",
+            hint="Run: pip install 'qlora-cli[plot]'",
+        )
+    return wrong
+
+
+def _wrong_place(path: Path) -> QloraError | None:
+    if path.is_dir():
+        return OutputDirectoryError(f"--html {path} is a directory", hint="Name a file.")
+    if path.exists() and not path.is_file():  # a page in the place of /dev/null would be a surprise
+        return OutputDirectoryError(f"--html {path} is no regular file", hint="Name a file.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return OutputDirectoryError(f"--html {path}: there is no directory {folder}", hint="Make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return OutputDirectoryError(f"--html {path}: {folder} can't be written to", hint="Choose another directory.")
+    return None

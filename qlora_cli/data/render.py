@@ -1,0 +1,190 @@
+"""Render conversations by the chat template, and find where in the text the trained answers stand.
+
+What is trained must be what is served. So an answer begins where the text ends that a server would send for the
+messages before it, and it ends where the template ends the turn. Both are read off renderings of the beginnings of
+the conversation, and must be beginnings of the whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
+
+Span = tuple[int, int]
+
+MOST_SHAPES = 4096  # conversations of so many different sequences of roles are remembered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as text, and the spans of characters that are trained, each to the end of its turn."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """What a template writes around the contents of a sequence of roles.
+
+    `literals` stand before, between and behind the contents. An answer begins so many characters into the literal
+    before it, and its turn ends so many characters into the literal behind it, by the message's place.
+    """
+
+    literals: tuple[str, ...]
+    edges: dict[int, tuple[int, int]]
+
+
+class Renderer:
+    """Renders by the chat template of `tokenizer`.
+
+    To render the beginnings of every conversation would cost several times what rendering it costs. Most
+    conversations of a data set share a few sequences of roles, and most templates put the contents in as they are: so
+    what stands around them is found once for each sequence. A row takes the short way only if its own rendering is
+    exactly those pieces with its contents between them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._shapes: dict[tuple[str, ...], _Shape | None] = {}
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Return `conversation` as text with the spans of its trained answers.
+
+        Raises:
+            RowError: an answer is first, or the template refuses the row, renders a beginning of it otherwise once
+                more follows, or does not end a trained turn.
+        """
+        text = self._text(conversation.messages, conversation.tools)
+        if not conversation.trained:
+            return Rendered(text=text, spans=())
+        if conversation.trained[0] == 0:
+            raise RowError("the first message is the assistant's: there is nothing to answer")
+        spans = self._by_shape(conversation, text)
+        if spans is None:
+            spans = [self._span(conversation, text, place) for place in conversation.trained]
+        return Rendered(text=text, spans=tuple(spans))
+
+    def _by_shape(self, conversation: Conversation, text: str) -> list[Span] | None:
+        if conversation.tools or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
+            return None
+        roles = tuple(message["role"] for message in conversation.messages)
+        if roles not in self._shapes:
+            if len(self._shapes) >= MOST_SHAPES:
+                return None
+            self._shapes[roles] = self._shape_of(roles)
+        shape = self._shapes[roles]
+        if shape is None:
+            return None
+        contents = [message["content"] for message in conversation.messages]
+        spans = _place(shape, contents, conversation.trained, text)
+        # Templates of the Llama 3 family and others trim what they put in.
+        return spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
+
+    def _shape_of(self, roles: Sequence[str]) -> _Shape | None:
+        """Return what the template writes around contents; None if they are not all in the text, once, in order."""
+        marks = [f"Mark{place}Of{len(roles)}" for place in range(len(roles))]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            text = self._text(messages, None)
+            literals = _cut(text, marks)
+            if literals is None:
+                return None
+            edges = {}
+            starts = _starts(literals, marks)
+            for place, role in enumerate(roles):
+                if role != "assistant" or place == 0:
+                    continue
+                start, end = self._ends_of(messages, None, place, text)
+                edge = (start - starts[place], end - starts[place + 1])
+                if not (0 <= edge[0] <= len(literals[place]) and 0 < edge[1] <= len(literals[place + 1])):
+                    return None
+                edges[place] = edge
+        except RowError:  # such a row takes the long way, where it is named
+            return None
+        return _Shape(literals=tuple(literals), edges=edges)
+
+    def _span(self, conversation: Conversation, text: str, place: int) -> Span:
+        start, end = self._ends_of(conversation.messages, conversation.tools, place, text)
+        self._check_end(conversation.messages[place], text[start:end])
+        return start, end
+
+    def _ends_of(self, messages: list[dict[str, Any]], tools: list[Any] | None, place: int, text: str) -> Span:
+        """Return where the answer `place` stands in `text`, the rendering of all messages."""
+        before = self._text(messages[:place], tools, add_generation_prompt=True)
+        through = text if place + 1 == len(messages) else self._text(messages[: place + 1], tools)
+        if not text.startswith(before):
+            raise self._not_served(place, before, text)
+        if not text.startswith(through):
+            raise RowError(
+                f"the chat template renders message {place} differently when others follow it, so what is served "
+                "would not be what is trained",
+                hint="Train the last answer of each row only (--loss-on last), split the rows so that they end with "
+                "the answer, or give another --chat-template.",
+            )
+        # The line break that many templates put behind the end of a turn is never generated.
+        return len(before), len(through.rstrip())
+
+    def _not_served(self, place: int, before: str, text: str) -> RowError:
+        same = next((index for index, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
+        part = slice(max(0, same - 20), same + 30)
+        return RowError(
+            f"the chat template asks for message {place} with other words than it renders it with: a server would "
+            f"send {before[part]!r} where the row has {text[part]!r}",
+            hint="Train the last answer of each row only (--loss-on last), or give another --chat-template.",
+        )
+
+    def _check_end(self, message: dict[str, Any], trained: str) -> None:
+        """Check that the template writes something behind an answer, which the model can learn to stop with."""
+        content = message["content"].rstrip()
+        if not message.get("tool_calls") and trained.count(content) == 1 and trained.endswith(content):
+            raise RowError(
+                f"the chat template ends no turn: behind the answer {content[-30:]!r} it writes nothing that the "
+                "model could learn to stop with",
+                hint="Give a template that ends each turn, such as --chat-template chatml.",
+            )
+
+    def _text(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, add_generation_prompt: bool = False
+    ) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
+
+
+def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
+    """Return what stands around the marks; None if one is missing, twice there or out of order."""
+    literals = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            return None
+        literals.append(before)
+    return [*literals, text]
+
+
+def _starts(literals: Sequence[str], contents: Sequence[str]) -> list[int]:
+    """Return where each literal begins in the text."""
+    starts, position = [0], 0
+    for literal, content in zip(literals, contents, strict=False):
+        position += len(literal) + len(content)
+        starts.append(position)
+    return starts
+
+
+def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text: str) -> list[Span] | None:
+    """Return the spans of the trained answers if `text` is the shape with these contents."""
+    pieces = [piece for pair in zip(shape.literals, contents, strict=False) for piece in pair]
+    if "".join([*pieces, shape.literals[-1]]) != text:
+        return None
+    starts = _starts(shape.literals, contents)
+    return [(starts[place] + shape.edges[place][0], starts[place + 1] + shape.edges[place][1]) for place in trained]

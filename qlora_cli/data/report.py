@@ -1,0 +1,52 @@
+"""What became of a data set's rows, as plain numbers. Imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What became of the rows of a data set, or of several that are mixed.
+
+    Attributes:
+        name: The data sets, as they were named.
+        format: The format of each of them.
+        recognised: The same, with the columns that are not called as ours.
+        rows: Rows that could be read.
+        rows_trained: Rows that are fed, each as often as its weight says.
+        tokens: Tokens that are fed.
+        supervised_tokens: Of them, those that are trained.
+        longest_row_tokens: Tokens of the longest row that is fed.
+        truncated_rows: Rows that were cut at the longest length.
+        dropped_rows: Rows that were dropped for being too long.
+        tokens_lost: Tokens that were cut off or dropped with rows that are too long.
+        supervised_tokens_lost: Of them, those that would have been trained.
+        rows_without_supervision: Rows without a token to train, which are not fed.
+        duplicate_rows: Rows that repeat an earlier one.
+        duplicates_dropped: Of them, those that are not fed.
+        held_out_rows: Rows that are not trained because they are held out.
+        bad_rows: Rows that can't be used, and were skipped.
+        empty_answers: Of them, those that only lack an answer.
+        packed_rows: Rows that the rows that are fed were packed into; None if they are not packed.
+        fingerprint: A SHA-256 over the tokens and labels of all rows that are fed, in order.
+    """
+
+    name: str
+    format: str
+    recognised: str
+    rows: int
+    rows_trained: int
+    tokens: int
+    supervised_tokens: int
+    longest_row_tokens: int
+    truncated_rows: int
+    dropped_rows: int
+    tokens_lost: int
+    supervised_tokens_lost: int
+    rows_without_supervision: int
+    duplicate_rows: int
+    duplicates_dropped: int
+    held_out_rows: int
+    bad_rows: int
+    empty_answers: int
+    packed_rows: int | None
+    fingerprint: str

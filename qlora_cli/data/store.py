@@ -1,0 +1,204 @@
+"""The tokens of one data set on disk, memory-mapped, under a name that depends on all they come from.
+
+The name is a digest of the bytes of the files (or the commit on the hub), chat template, tokenizer, settings, versions
+and our own code. So stale tokens are impossible, and a second run over the same data starts at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from qlora_cli.cache import cache_folder
+from qlora_cli.data.readers import RawRow
+from qlora_cli.data.rows import RowError
+from qlora_cli.errors import DataError
+from qlora_cli.files import write_directory
+
+TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
+MOST_TABLES = 24
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("input_ids", IDS),
+        ("labels", IDS),
+        ("length", pa.int64()),
+        ("supervised", pa.int64()),
+        ("lost", pa.int64()),
+        ("digest", pa.int64()),
+        ("file", pa.int64()),
+        ("number", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row of a table.
+
+    Attributes:
+        input_ids: int32 `(seq,)`, at most `max_length`.
+        labels: int32 `(seq,)`; -100 is not trained.
+        length: Tokens of the whole row.
+        supervised: Tokens of `input_ids` that are trained.
+        lost: Tokens of the whole row that would be trained, but lie beyond `max_length`.
+        digest: 64 bits of a BLAKE2b over the whole row's tokens and labels; equal rows have equal ones.
+        file: Place of the row's file in `About.files`.
+        number: Number of the row in its file, from 1.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    length: int
+    supervised: int
+    lost: int
+    digest: int
+    file: int
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What was recognised, and what is worth saying.
+
+    Attributes:
+        name: The data set, as the user named it.
+        format: The format that was recognised.
+        recognised: The same, with the columns that are not called as ours.
+        files: The files that rows come from.
+        num_bad: Rows that could not be used; `skipped_rows.jsonl` lists them.
+        num_empty: Of them, those that only lack an answer.
+        notes: What a user should know, such as a turn that ends with an unusual token.
+    """
+
+    name: str
+    format: str
+    recognised: str
+    files: tuple[str, ...]
+    num_bad: int
+    num_empty: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTokens:
+    """Rows of tokens on disk. `skipped` lists the rows that could not be used, if there are any."""
+
+    dataset: Dataset
+    about: About
+    skipped: Path | None
+
+
+def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
+    """Return 64 bits, signed, that are equal for equal rows."""
+    found = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
+    found.update(labels.tobytes())
+    return int.from_bytes(found.digest(), "little", signed=True)
+
+
+class Writer:
+    """Writes rows in batches, as they come, and notes down those that can't be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = pa.OSFile(str(folder / TOKENS), "wb")
+        self._arrow = pa.ipc.new_stream(self._file, SCHEMA)
+        self._skipped = (folder / SKIPPED).open("w", encoding="utf-8")
+        self.num_bad = 0
+        self.num_empty = 0
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append rows."""
+        if records:
+            self._arrow.write_batch(_as_batch(records))
+
+    def skip(self, row: RawRow, problem: RowError) -> None:
+        """Note down a row that can't be used, and why."""
+        self.num_bad += 1
+        self.num_empty += problem.is_empty
+        found = {"file": row.file, "row": row.number, "line": row.line, "problem": str(problem)}
+        self._skipped.write(json.dumps(found, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Complete the files."""
+        self._arrow.close()
+        self._file.close()
+        self._skipped.close()
+
+
+def recall(key: str) -> StoredTokens | None:
+    """Return what is kept under `key`; None if there is nothing that can be read."""
+    folder = cache_folder("data") / key
+    try:
+        content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        dataset = Dataset.from_file(str(folder / TOKENS))
+        folder.touch()  # the least recently used are deleted
+    except (OSError, ValueError, pa.ArrowInvalid):
+        return None
+    about = About(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
+    return StoredTokens(dataset=dataset, about=about, skipped=folder / SKIPPED if about.num_bad else None)
+
+
+def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
+    """Let `fill` write what is kept under `key`, and open it; complete or absent, whatever happens.
+
+    Raises:
+        DataError: the directory can't be written to.
+    """
+    folder = cache_folder("data") / key
+
+    def write(place: Path) -> None:
+        writer = Writer(place)
+        try:
+            about = fill(writer)
+        finally:
+            writer.close()
+        (place / ABOUT).write_text(json.dumps(asdict(about), ensure_ascii=False), encoding="utf-8")
+
+    _check_writable(folder.parent)
+    write_directory(folder, write)
+    _delete_oldest(folder)
+    stored = recall(key)
+    assert stored is not None, "tokens that were just written"
+    return stored
+
+
+def _check_writable(directory: Path) -> None:
+    hint = "Set QLORA_CACHE to another directory."
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"tokens can't be kept in {directory}: {error.strerror}", hint=hint) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise DataError(f"tokens can't be kept in {directory}: it can't be written to", hint=hint)
+
+
+def _as_batch(records: Sequence[Record]) -> pa.RecordBatch:
+    columns = [_lists([row.input_ids for row in records]), _lists([row.labels for row in records])]
+    columns += [pa.array([getattr(row, name) for row in records], pa.int64()) for name in SCHEMA.names[2:]]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows), pa.int32()))
+
+
+def _delete_oldest(kept: Path) -> None:
+    others = [path for path in kept.parent.iterdir() if path.is_dir() and path.name[0] != "." and path != kept]
+    for path in sorted(others, key=_last_used)[: max(0, len(others) + 1 - MOST_TABLES)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:  # another process has just deleted it
+        return 0.0

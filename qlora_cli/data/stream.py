@@ -1,0 +1,126 @@
+"""Rows that are read and tokenized while training goes on, for what does not fit on the disk.
+
+Nothing is known of a stream but its first rows: they are prepared like any other data, recognised, counted and shown.
+Then the stream itself is read, in windows that are shuffled, and packed if asked for; each data set begins again when
+it ends, until training has done its steps.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from datasets import Features, IterableDataset, List, Value
+
+from qlora_cli.data.encode import Encoder, TextTokenizer, bad_row, open_rows
+from qlora_cli.data.packing import best_fit
+from qlora_cli.data.readers import read_rows
+from qlora_cli.data.rows import RowError
+from qlora_cli.data.sources import DatasetSource
+from qlora_cli.data.tokens import Tokens
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings, OnBadRow, OnLong
+
+WINDOW_ROWS = 2000
+Row = dict[str, list[int]]
+
+
+class TokenStream:
+    """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
+
+    Of several data sets the next row is drawn from one by chance, as often as its weight says. `counts` tells of the
+    rows that were read since iteration began: `read`, `truncated`, `dropped`, `without_supervision`, `bad`,
+    `supervised_tokens_lost`.
+    """
+
+    def __init__(
+        self, sources: Sequence[DatasetSource], settings: DataSettings, text: TextTokenizer, *, seed: int
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._sources = sources
+        self._settings = settings
+        self._text = text
+        self._seed = seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `datasets` pickles what it iterates, for a name that nothing asks for.
+        return {"names": [source.name for source in self._sources]}
+
+    def as_dataset(self) -> IterableDataset:
+        """Return the stream as a trainer takes it."""
+        columns = ["input_ids", "labels", *(["seq_lengths"] if self._settings.packing else [])]
+        features = Features(dict.fromkeys(columns, List(Value("int32"))))
+        return IterableDataset.from_generator(self.__iter__, features=features)
+
+    def __iter__(self) -> Iterator[Row]:
+        self.counts.clear()
+        chance = np.random.default_rng(self._seed)
+        weights = np.array([float(source.weight) for source in self._sources])
+        streams = [self._endless(source) for source in self._sources]
+        try:
+            while True:
+                drawn = chance.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
+                window = [next(streams[place]) for place in drawn]
+                yield from self._window([window[place] for place in chance.permutation(WINDOW_ROWS)])
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def _window(self, rows: Sequence[Tokens]) -> Iterator[Row]:
+        if not self._settings.packing:
+            yield from ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows)
+            return
+        lengths = np.array([len(row.input_ids) for row in rows])
+        for places in best_fit(lengths, self._settings.max_length):
+            yield {
+                "input_ids": np.concatenate([rows[place].input_ids for place in places]).tolist(),
+                "labels": np.concatenate([rows[place].labels for place in places]).tolist(),
+                "seq_lengths": [int(lengths[place]) for place in places],
+            }
+
+    def _endless(self, source: DatasetSource) -> Generator[Tokens]:
+        while True:
+            found = False
+            for row in self._pass(source):
+                found = True
+                yield row
+            if not found:
+                raise DataError(
+                    f"no row of {source.name} has a token to train", hint="Look at it with: qlora inspect-data"
+                )
+
+    def _pass(self, source: DatasetSource) -> Iterator[Tokens]:
+        settings = self._settings
+        with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True)) as raw:
+            layout, rows = open_rows(source.name, raw, settings)
+            for batch in Encoder(layout, settings, self._text).encode(rows):
+                for row, tokens in batch:
+                    self.counts["read"] += 1
+                    if isinstance(tokens, RowError):
+                        if settings.on_bad_row == OnBadRow.ERROR:
+                            raise bad_row(row, tokens) from tokens
+                        self.counts["bad"] += 1
+                    elif (kept := self._kept(tokens, f"{row.file}, row {row.number}")) is not None:
+                        yield kept
+
+    def _kept(self, tokens: Tokens, where: str) -> Tokens | None:
+        """Return what is fed of a row, if anything is."""
+        settings, length = self._settings, len(tokens.input_ids)
+        kept = tokens.cut(settings.max_length)
+        if length > settings.max_length:
+            if settings.on_long == OnLong.ERROR:
+                raise DataError(
+                    f"{where}: {length:,} tokens, more than --max-length {settings.max_length:,}",
+                    hint="Raise --max-length, or use --on-long truncate or drop.",
+                )
+            is_dropped = settings.on_long == OnLong.DROP
+            self.counts["dropped" if is_dropped else "truncated"] += 1
+            left = 0 if is_dropped else kept.num_supervised
+            self.counts["supervised_tokens_lost"] += tokens.num_supervised - left
+            if is_dropped:
+                return None
+        if kept.num_supervised == 0:
+            self.counts["without_supervision"] += 1
+            return None
+        return kept

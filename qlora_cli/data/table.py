@@ -1,0 +1,109 @@
+"""Rows of tokens from one or several data sets, and what can be computed on all of them at once by their numbers."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+from qlora_cli.data.store import About, StoredTokens
+
+Numbers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+class Table:
+    """The rows of several data sets one after the other. Every array is int64 `(rows,)`."""
+
+    def __init__(self, parts: Sequence[StoredTokens]) -> None:
+        self._parts = tuple(parts)
+        self.dataset: Dataset = concatenate_datasets([part.dataset for part in parts])
+        self._begins = np.cumsum([0, *(len(part.dataset) for part in parts)])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def about(self) -> tuple[About, ...]:
+        """What was recognised in each data set."""
+        return tuple(part.about for part in self._parts)
+
+    @property
+    def skipped(self) -> tuple[Path, ...]:
+        """The lists of rows that could not be used."""
+        return tuple(part.skipped for part in self._parts if part.skipped is not None)
+
+    @cached_property
+    def length(self) -> Numbers:
+        """Tokens of each whole row."""
+        return self._column("length")
+
+    @cached_property
+    def supervised(self) -> Numbers:
+        """Tokens of each row that are trained, of those that are kept."""
+        return self._column("supervised")
+
+    @cached_property
+    def lost(self) -> Numbers:
+        """Tokens of each row that would be trained, but lie beyond the longest length."""
+        return self._column("lost")
+
+    @cached_property
+    def digest(self) -> Numbers:
+        """64 bits that are equal for equal rows."""
+        return self._column("digest")
+
+    @cached_property
+    def source(self) -> Numbers:
+        """The place of the data set that each row comes from."""
+        return np.repeat(np.arange(len(self._parts)), np.diff(self._begins))
+
+    def where(self, row: int) -> str:
+        """Return file and number of a row, for a message."""
+        found = self.dataset[int(row)]
+        about = self._parts[int(self.source[row])].about
+        return f"{about.files[found['file']]}, row {found['number']}"
+
+    def _column(self, name: str) -> Numbers:
+        chunks = self.dataset.data.column(name).chunks
+        return np.concatenate([np.empty(0, np.int64), *(chunk.to_numpy() for chunk in chunks)])
+
+
+def first_of_each(digest: Numbers) -> Mask:
+    """Return which rows are the first of their kind."""
+    found = np.zeros(len(digest), dtype=bool)
+    found[np.unique(digest, return_index=True)[1]] = True
+    return found
+
+
+def hold_out(digest: Numbers, num_rows: int, seed: int) -> Mask:
+    """Return which rows are held out: about `num_rows` by chance, equal rows always together.
+
+    The last group of equal rows that would exceed the number is passed over, so it is met or fallen short of.
+    """
+    _, group, sizes = np.unique(digest, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    taken = np.zeros(len(sizes), dtype=bool)
+    left = num_rows
+    for place in order:
+        if left == 0:
+            break
+        if sizes[place] <= left:
+            taken[place] = True
+            left -= int(sizes[place])
+    return taken[group]
+
+
+def repeat_by_weight(rows: Numbers, source: Numbers, weights: Sequence[Fraction], seed: int) -> Numbers:
+    """Return the rows, each as often as its data set's weight says; of a fraction, a sample drawn by `seed`."""
+    chance = np.random.default_rng(seed)
+    found = []
+    for place, weight in enumerate(weights):
+        own = rows[source[rows] == place]
+        whole, rest = divmod(weight, 1)
+        found += [own] * int(whole)
+        found.append(np.sort(chance.permutation(own)[: round(float(rest) * len(own))]))
+    return np.concatenate(found)

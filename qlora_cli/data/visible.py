@@ -1,0 +1,81 @@
+"""Characters that can't be seen, made visible: for a terminal and for a page alike. Imports nothing heavy.
+
+Data is untrusted: what could turn text around, hide in it, or drive a terminal is shown as its number.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it imports transformers
+    from qlora_cli.data.preview import Piece
+
+LINE_BREAK, TAB, SPACE_AT_END = "⏎", "→", "·"
+
+# Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties: zero-width characters, bidi overrides, fillers and
+# tags. Less FE0E and FE0F, which follow every other emoji and only choose how it is drawn.
+_IGNORABLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufff9-\ufffb"
+_ODD_SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000"
+_NO_CHARACTERS = "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"  # a lone surrogate could not even be written as UTF-8
+_NUMBERED = f"[{_CONTROLS}{_IGNORABLE}{_ODD_SPACES}{_NO_CHARACTERS}]"
+# A run of spaces is tried once, at its first: no quadratic time in a row of nothing but spaces.
+_SPACES = r"(?<!\ )\ ++"
+_UNSEEN = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n])|{_NUMBERED}")
+_UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text as it is, or a sign that stands for what can't be seen."""
+
+    text: str
+    is_sign: bool
+
+
+def visible(text: str, *, is_end: bool = True) -> str:
+    """Return `text` with signs in place of what can't be seen.
+
+    A line break is `⏎` and a real one, a tab `→`, each space at the end of a line `·`, every other such character
+    its number in brackets: `[U+200B]`. `is_end` says that a line ends with the text.
+    """
+    return "".join(part.text for part in parts(text, is_end=is_end))
+
+
+def parts(text: str, *, is_end: bool = True) -> Iterator[Part]:
+    """Yield `visible(text)` in parts that tell a sign from the same character in the data."""
+    place = 0
+    for found in (_UNSEEN_AT_END if is_end else _UNSEEN).finditer(text):
+        if found.start() > place:
+            yield Part(text[place : found.start()], is_sign=False)
+        yield Part(_sign(found.group()), is_sign=True)
+        place = found.end()
+    if place < len(text):
+        yield Part(text[place:], is_sign=False)
+
+
+def line_ends(pieces: Sequence["Piece"]) -> list[bool]:
+    """Return after which pieces of a row a line, a turn or trained text ends: a space before is one too many."""
+    ends: list[bool] = []
+    is_end, is_trained = True, None
+    for piece in reversed(pieces):
+        is_end = is_end or piece.is_trained != is_trained
+        ends.append(is_end)
+        if piece.is_special:
+            is_end = True
+        elif text := piece.text.lstrip(" "):
+            is_end = text[0] in "\r\n"
+        is_trained = piece.is_trained
+    return ends[::-1]
+
+
+def _sign(unseen: str) -> str:
+    if unseen == "\n":
+        return LINE_BREAK + "\n"
+    if unseen == "\t":
+        return TAB
+    return SPACE_AT_END * len(unseen) if unseen[0] == " " else f"[U+{ord(unseen):04X}]"

@@ -1,0 +1,132 @@
+"""Settings that can have no effect beside others, or can't work together: an error, never silence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_cli.errors import Problem
+from qlora_cli.settings.models import (
+    DataSettings,
+    EstimateDataSettings,
+    OnLong,
+    Quantization,
+    Sampling,
+    TrainingSettings,
+    held_out_share,
+)
+from qlora_cli.settings.sources import Entry
+
+
+def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
+    """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
+    problems = []
+    data, training = validated.get("data"), validated.get("training")
+    # A prediction reads no data.
+    if isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings) and training is not None:
+        problems += [
+            Problem(where=merged[path].origin.where, message=message, hint=hint)
+            for path, message, hint in (*_about_data(data, training), *_about_streaming(data, training))
+            if path in merged
+        ]
+    lora = validated.get("lora")
+    if lora is not None and lora.target_parameters is not None and lora.dropout:
+        problems.append(
+            Problem(
+                where=merged["lora.dropout"].origin.where,
+                message="lora.dropout can't be applied to fused experts: their update is part of the weight",
+                hint="Set it to 0, or leave lora.target_parameters out.",
+            )
+        )
+    return problems + _without_effect(validated["quantization"].method, merged) + not_from_a_file(merged)
+
+
+Conflict = tuple[str, str, str]
+
+
+def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
+    """Return path, message and hint of each conflict."""
+    found = []
+    share = None if data.eval_split is None else held_out_share(data.eval_split)
+    if data.eval_dataset is None and data.eval_split is None and training.eval_steps is not None:
+        hint = "Give --eval-dataset or --eval-split, or leave eval_steps out."
+        found.append(("training.eval_steps", "training.eval_steps has no effect without held-out data", hint))
+    if share is not None and data.eval_dataset is not None:
+        message = f"{data.eval_split} would hold rows out of the training data, and --eval-dataset names held-out data"
+        found.append(("data.eval_split", message, "Leave one of them out."))
+    if data.accept_lost and data.on_long == OnLong.ERROR:
+        message = "data.accept_lost has no effect when rows that are too long are an error"
+        found.append(("data.accept_lost", message, "Leave it out, or use --on-long truncate or drop."))
+    if data.packing:
+        for path, is_set in (
+            ("training.sampling", training.sampling == Sampling.GROUP_BY_LENGTH),
+            ("training.longest_first", training.longest_first),
+        ):
+            if is_set:
+                message = f"{path} has no effect with packing: packed rows are all about as long"
+                found.append((path, message, "Leave it or --packing out."))
+    return found
+
+
+def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
+    """Return what needs to know all rows, which a stream does not."""
+    if not data.streaming:
+        return []
+    share = None if data.eval_split is None else held_out_share(data.eval_split)
+    needs = (
+        ("data.eval_split", data.eval_dataset is None and share is not None, "to hold rows out"),
+        ("data.drop_duplicates", data.drop_duplicates, "to know duplicates"),
+        ("training.sampling", training.sampling != Sampling.RANDOM, "to order them"),
+        ("training.longest_first", training.longest_first, "to know the longest"),
+    )
+    found = [
+        (
+            path,
+            f"{path} needs to read all rows before the first step {why}, and data.streaming does not",
+            "Leave one out.",
+        )
+        for path, is_set, why in needs
+        if is_set
+    ]
+    if training.max_steps is None:
+        message = "a stream has no end that is known: training.max_steps must say where to stop"
+        found.append(("data.streaming", message, "Give --max-steps."))
+    return found
+
+
+# The methods that each setting of quantization has an effect with.
+FOUR_BIT = (Quantization.NF4, Quantization.FP4)
+EFFECTIVE_WITH: Mapping[str, tuple[Quantization, ...]] = {
+    "quantization.double_quant": FOUR_BIT,
+    "quantization.compute_dtype": FOUR_BIT,
+    "quantization.quant_storage": FOUR_BIT,
+    "quantization.skip_modules": (*FOUR_BIT, Quantization.INT8),
+    "quantization.int8_threshold": (Quantization.INT8,),
+    "quantization.int8_has_fp16_weight": (Quantization.INT8,),
+    "quantization.int8_cpu_offload": (Quantization.INT8,),
+}
+# What runs code that comes with a model: a settings file that somebody else wrote must not switch it on.
+ONLY_BY_HAND = ("model.trust_remote_code", "model.allow_pickle")
+
+
+def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[Problem]:
+    return [
+        Problem(
+            where=merged[path].origin.where,
+            message=f"{path} has no effect with --quant {method.value}",
+            hint=f"Leave it out, or use --quant {' or '.join(methods)}.",
+        )
+        for path, methods in EFFECTIVE_WITH.items()
+        if path in merged and method not in methods
+    ]
+
+
+def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
+    """Return what a settings file switches on and must not."""
+    return [
+        Problem(
+            where=f"{merged[path].origin.where} {path}",
+            message="can't be switched on by a settings file: it runs code that comes with the model",
+            hint=f"Give --{path.split('.')[1].replace('_', '-')} on the command line if you trust the model's author.",
+        )
+        for path in ONLY_BY_HAND
+        if path in merged and merged[path].origin.kind == "file" and merged[path].value is not False
+    ]

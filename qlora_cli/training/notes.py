@@ -1,0 +1,63 @@
+"""What a user should know about the data before it is trained, as notes of a run."""
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.data.prepare import PreparedData
+from qlora_cli.data.preview import preview_rows
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.units import counted
+
+LINE_CHARACTERS = 240
+
+
+def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length: int, reporter: Reporter) -> None:
+    """Say what was recognised, with one row, and what was cut, dropped or skipped."""
+    report = data.report
+    say = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
+    trained = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained"
+    fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
+    reporter.report(Noted(message=f"{say}; {fed}{trained}"))
+    for row in preview_rows(data, tokenizer, 1):
+        reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.in_a_line(LINE_CHARACTERS)}"))
+    if report.packed_rows is not None:
+        share = report.tokens / (report.packed_rows * max_length)
+        reporter.report(Noted(message=f"packed into {report.packed_rows:,} rows of {max_length:,}, {share:.1%} full"))
+    for message in (*data.notes, *_losses(data, max_length)):
+        reporter.report(Noted(level="warning", message=message))
+
+
+def _losses(data: PreparedData, max_length: int) -> list[str]:
+    report = data.report
+    too_long = f"longer than {max_length:,} tokens"
+    lost = f"{counted(report.supervised_tokens_lost, 'trained token')} lost (raise --max-length)"
+    repeated = "fed once" if report.duplicates_dropped else "fed all the same (--drop-duplicates)"
+    found = [
+        (report.truncated_rows, f"{too_long}, cut; {lost}"),
+        (report.dropped_rows, f"{too_long}, dropped; {lost}"),
+        (report.rows_without_supervision, "without a token to train, not fed"),
+        (report.duplicate_rows, f"that repeat an earlier one, {repeated}"),
+        (report.held_out_rows, "held out, not trained"),
+        (report.bad_rows, f"that can't be used, skipped; listed in {', '.join(map(str, data.skipped))}"),
+    ]
+    return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in found if number]
+
+
+def note_stream(data: PreparedData, reporter: Reporter) -> None:
+    """Say what became of the rows of a stream, which is known only when it was read."""
+    if data.stream is None:
+        return
+    counts = data.stream.counts
+    found = [
+        f"{counts[name]:,} {what}"
+        for name, what in (
+            ("truncated", "cut"),
+            ("dropped", "too long and dropped"),
+            ("without_supervision", "without a token to train"),
+            ("bad", "that can't be used"),
+        )
+        if counts[name]
+    ]
+    lost = f"; {counts['supervised_tokens_lost']:,} trained tokens lost" if counts["supervised_tokens_lost"] else ""
+    reporter.report(
+        Noted(message=f"{counts['read']:,} rows of the stream were read: {', '.join(found) or 'all fed'}{lost}")
+    )

@@ -1,0 +1,199 @@
+"""`qlora inspect-data` as a user runs it: what it shows, its JSON, its exit codes, and what it must not need."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qlora_cli.cli.app import app
+from tests.conftest import ASSETS, RunQlora, write_jsonl
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "first\nanswer"}]},
+    {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "second"}]},
+    {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "second"}]},
+    {"messages": [{"role": "user", "content": "nobody answers"}]},
+    {"messages": [{"role": "user", "content": "long"}, {"role": "assistant", "content": "word " * 100}]},
+]
+LEAST_KEYS = {
+    *("format", "rows", "tokens", "supervised_tokens", "truncated_rows", "supervised_tokens_lost"),
+    *("rows_without_supervision", "duplicate_rows"),
+}
+
+
+@pytest.fixture
+def tokenizer_only(tmp_path: Path) -> Path:
+    """A directory with a tokenizer and nothing else: no weights, no config."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ASSETS / "base" / name, folder)
+    return folder
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+
+def inspect(file: Path, model: Path, *flags: str) -> Result:
+    return CliRunner().invoke(app, ["inspect-data", "--dataset", str(file), "--model", str(model), *flags])
+
+
+def as_json(file: Path, model: Path, *flags: str) -> dict[str, Any]:
+    done = inspect(file, model, "--json", *flags)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_all_of_it_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenizer_only: Path) -> None:
+    done = inspect(file, tokenizer_only, "--max-length", "64", "--accept-lost", "--rows", "2")
+    assert done.exit_code == 0, done.stderr
+    shown = done.stdout
+    assert "read as messages" in shown
+    assert "5 read, 4 fed" in shown
+    assert "1 row cut at 64 tokens" in shown
+    assert "max length 64" in shown
+    assert "1 row: all prompt: not a token to train\n      " + f"{file}, row 4" in shown
+    assert f"1 row: equal to an earlier row\n      {file}, row 3" in shown
+    # Trained tokens stand out without colour too; special ones are seen.
+    assert "<|im_start|>assistant⏎\n«first⏎\nanswer<|im_end|>»⏎" in shown
+    assert shown.count("«") == 2
+    assert "padding" in shown
+    assert "packing" in shown
+
+
+def test_json_has_the_numbers(file: Path, tokenizer_only: Path) -> None:
+    found = as_json(file, tokenizer_only, "--max-length", "64", "--accept-lost")
+    assert found.keys() >= LEAST_KEYS
+    assert found["format"] == "messages"
+    assert (found["rows"], found["rows_trained"], found["rows_without_supervision"]) == (5, 4, 1)
+    assert (found["truncated_rows"], found["duplicate_rows"]) == (1, 1)
+    assert found["supervised_tokens_lost"] > 0
+    whole = as_json(file, tokenizer_only)
+    assert whole["supervised_tokens"] == found["supervised_tokens"] + found["supervised_tokens_lost"]
+    assert whole["tokens"] == found["tokens"] + found["tokens_lost"]
+    assert sum(bar["rows"] for bar in found["lengths"]) == 5
+    assert [preview["where"] for preview in found["previews"]] == [f"{file}, row {number}" for number in (1, 2, 3)]
+    trained = "".join(piece["text"] for piece in found["previews"][0]["pieces"] if piece["is_trained"])
+    assert trained == "first\nanswer<|im_end|>"
+
+
+def test_what_is_shown_is_what_train_feeds(file: Path, base_model: Path, tmp_path: Path) -> None:
+    flags = ("--eval-split", "1", "--drop-duplicates", "--max-length", "200")
+    found = as_json(file, base_model, *flags)
+    arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--max-steps", "1"]
+    done = CliRunner().invoke(app, [*map(str, arguments), *flags, "--device", "cpu"])
+    assert done.exit_code == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert record["train"] == {key: found[key] for key in record["train"]}
+    assert record["eval"] == found["evaluation"]
+
+
+def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: Path, tokenizer_only: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": "c ", "completion": ""},
+        {"prompt": "d", "completion": 3},
+    ]
+    path = write_jsonl(tmp_path / "bad.jsonl", rows)
+    done = inspect(path, tokenizer_only)
+    assert done.exit_code == 2
+    assert f"2 rows: can't be used (1 for an empty answer)\n      {path}, row 2: 'completion' is empty" in done.stdout
+    assert f"error: {path}, row 2: 'completion' is empty" in done.stderr
+    whole = inspect(path, tokenizer_only, "--json")
+    assert whole.exit_code == 2
+    assert json.loads(whole.stdout)["bad_rows"] == 2
+    skipped = inspect(path, tokenizer_only, "--on-bad-row", "skip", "--json")
+    assert skipped.exit_code == 0
+    (listed,) = json.loads(skipped.stdout)["skipped_rows"]
+    assert [json.loads(line)["row"] for line in Path(listed).read_text().splitlines()] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--max-length", "16"), "of the tokens to train are lost"),
+        (("--format", "alpaca"), "has no column instruction, output"),
+        (("--format", "alpacca"), "Did you mean alpaca?"),
+        (("--columns", "prompt=question"), "no column 'question'"),
+        (("--eval-split", "5"), "leaves nothing to train on"),
+        (("--eval-split", "validation"), "only hub data sets have splits"),
+        (("--dataset", "nothing.jsonl"), "no data set at nothing.jsonl"),
+        (("--rows", "-1"), "should be greater than or equal to 0"),
+    ],
+)
+def test_what_is_wrong_is_one_message(file: Path, tokenizer_only: Path, flags: tuple[str, ...], expected: str) -> None:
+    done = inspect(file, tokenizer_only, *flags)
+    assert done.exit_code == 2
+    assert expected in done.stderr.replace("\n", " ")
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_every_setting_of_the_data_changes_what_is_found(file: Path, tokenizer_only: Path) -> None:
+    plain = as_json(file, tokenizer_only)
+    for flags in (
+        ("--max-length", "64", "--accept-lost"),
+        ("--max-length", "64", "--on-long", "drop", "--accept-lost"),
+        ("--loss-on", "all"),
+        ("--drop-duplicates",),
+        ("--eval-split", "20%"),
+        ("--micro-batch-size", "2"),
+        ("--micro-batch-size", "2", "--sampling", "group_by_length"),
+        ("--micro-batch-size", "2", "--sampling", "sequential"),
+        ("--micro-batch-size", "2", "--longest-first"),
+        ("--chat-template", str(_other_template(file.parent))),
+    ):
+        assert as_json(file, tokenizer_only, *flags) != plain, flags
+
+
+def _other_template(folder: Path) -> Path:
+    path = folder / "other.jinja"
+    template = (ASSETS / "base" / "chat_template.jinja").read_text(encoding="utf-8")
+    path.write_text("A chat. " + template, encoding="utf-8")
+    return path
+
+
+def test_a_run_directory_and_an_adapter_are_models_too(file: Path, base_model: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--max-steps", "1"]
+    assert CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"]).exit_code == 0
+    found = as_json(file, base_model)["fingerprint"]
+    assert as_json(file, tmp_path / "run")["fingerprint"] == found
+    assert as_json(file, tmp_path / "run" / "adapter")["fingerprint"] == found
+
+
+def test_without_a_terminal_and_with_a_closed_pipe(run_qlora: RunQlora, file: Path, tokenizer_only: Path) -> None:
+    command = ["inspect-data", "--dataset", str(file), "--model", str(tokenizer_only)]
+    done = run_qlora(*command)
+    assert done.code == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    pipe = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -m qlora_cli {' '.join(command)} | head -n 1"],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        timeout=120,
+        check=False,
+    )
+    assert pipe.stdout.count("\n") == 1
+    assert "Traceback" not in pipe.stderr
+
+
+def test_the_page_is_written_where_it_was_asked_for(file: Path, tokenizer_only: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = inspect(file, tokenizer_only, "--html", str(page))
+    assert done.exit_code == 0, done.stderr
+    assert str(page) in done.stderr
+    assert "data:image/png;base64," in page.read_text(encoding="utf-8")
+    missing = inspect(file, tokenizer_only, "--html", str(tmp_path / "no" / "report.html"))
+    assert missing.exit_code == 2
+    assert "there is no directory" in missing.stderr

@@ -1,0 +1,50 @@
+"""A file that is larger than the memory allowed is prepared all the same."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+FILE_MIB, ALLOWED_MIB = 144, 96
+PREPARE = """
+import json, resource, sys
+from qlora_cli.data.encode import TextTokenizer
+from qlora_cli.data.prepare import prepare_data
+from qlora_cli.events import SilentReporter
+from qlora_cli.loading.text import load_text_side
+from qlora_cli.settings.models import DataSettings, ModelSettings
+file, model, allowed = sys.argv[1], sys.argv[2], int(sys.argv[3])
+side = load_text_side(ModelSettings(name=model), SilentReporter(), max_length=None)
+text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids)
+(used,) = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")]
+limit = (used << 10) + (allowed << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+if sys.argv[4:] == ["whole"]:
+    open(file, "rb").read()
+found = prepare_data(DataSettings(dataset=(file,), max_length=512, accept_lost=True), text, seed=0)
+print(json.dumps({"rows": found.train.report.rows, "last": found.train.dataset[-1]["input_ids"][-1]}))
+"""
+
+
+def run(file: Path, model: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PREPARE, str(file), str(model), str(ALLOWED_MIB), *more]
+    return subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_file_larger_than_the_memory_allowed_is_prepared(base_model: Path, tmp_path: Path) -> None:
+    assert hasattr(resource, "RLIMIT_DATA")
+    file, num_rows = tmp_path / "large.jsonl", 0
+    ids = [10 + number % 3000 for number in range(499)]
+    beginning = json.dumps(ids)[:-1]
+    with file.open("w", encoding="utf-8") as lines:
+        while lines.tell() < FILE_MIB << 20:
+            lines.write("".join(f'{{"input_ids": {beginning}, {(num_rows + i) % 3000}]}}\n' for i in range(1000)))
+            num_rows += 1000
+    assert "MemoryError" in run(file, base_model, "whole").stderr  # the limit is one
+    done = run(file, base_model)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == {"rows": num_rows, "last": (num_rows - 1) % 3000}

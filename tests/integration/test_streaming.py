@@ -1,0 +1,122 @@
+"""Rows that are read while training goes on."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.data.prepare import prepare_data
+from qlora_cli.data.stream import TokenStream
+from qlora_cli.errors import DataError
+from qlora_cli.events import Noted
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.training.plan import prepare_run
+from qlora_cli.training.run import run
+from tests.chat_tokenizers import make_tokenizer
+from tests.conftest import Recorder, train_settings, write_jsonl
+
+TEXT = make_tokenizer("chatml")
+
+
+def stream(*names: str | Path, **settings: Any) -> TokenStream:
+    data = DataSettings(dataset=tuple(map(str, names)), streaming=True, **settings)
+    found = prepare_data(data, TEXT, seed=0).train
+    assert found.stream is not None
+    return found.stream
+
+
+def rows_of(path: Path, count: int, word: str = "row") -> Path:
+    return write_jsonl(path, [{"prompt": f"{word} {i}: ", "completion": f"it is {i}"} for i in range(count)])
+
+
+def decoded(rows: list[dict[str, list[int]]]) -> list[str]:
+    return [str(TEXT.tokenizer.decode(row["input_ids"])) for row in rows]
+
+
+def take(found: TokenStream, count: int) -> list[dict[str, list[int]]]:
+    return list(itertools.islice(found, count))
+
+
+def test_a_stream_has_the_rows_that_would_be_prepared_and_begins_again(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 50)
+    whole = prepare_data(DataSettings(dataset=(str(path),)), TEXT, seed=0).train.dataset
+    streamed = Counter(decoded(take(stream(path), 2000)))
+    assert streamed.keys() == set(decoded(list(whole)))
+    assert set(streamed.values()) == {40}
+    first, again = take(stream(path), 60), take(stream(path), 60)
+    assert first == again
+    assert decoded(first) != sorted(decoded(first))
+
+
+def test_streams_are_mixed_by_weight(tmp_path: Path) -> None:
+    a, b = rows_of(tmp_path / "a.jsonl", 20, "apple"), rows_of(tmp_path / "b.jsonl", 20, "pear")
+    rows = decoded(take(stream(a, f"{b}*3"), 2000))
+    assert sum("pear" in row for row in rows) / len(rows) == pytest.approx(0.75, abs=0.04)
+
+
+def test_a_packed_stream_keeps_rows_whole(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 50)
+    longest = 64
+    for row in take(stream(path, packing=True, max_length=longest), 40):
+        assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= longest
+        begin = 0
+        for length in row["seq_lengths"]:
+            assert decoded([{"input_ids": row["input_ids"][begin : begin + length]}])[0].startswith("row ")
+            begin += length
+
+
+def test_what_becomes_of_streamed_rows_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": "a ", "completion": "word " * 40},
+        {"prompt": "word " * 40, "completion": "c"},
+        {"prompt": "a ", "completion": ""},
+    ]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    for on_long, expected in (
+        ("truncate", {"truncated": 1000, "without_supervision": 500}),
+        ("drop", {"dropped": 1000}),
+    ):
+        found = stream(path, max_length=24, on_long=on_long, on_bad_row="skip", accept_lost=True)
+        take(found, 500 if on_long == "drop" else 1000)
+        read = found.counts["read"]
+        assert found.counts["bad"] == pytest.approx(read / 4, rel=0.01)
+        for name, count in expected.items():
+            assert found.counts[name] == pytest.approx(read * count / 2000, rel=0.01)
+        assert found.counts["supervised_tokens_lost"] > 0
+
+
+def test_a_bad_row_far_into_a_stream_ends_it_with_its_name(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 1500)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "p", "completion": null}\n')
+    with pytest.raises(DataError, match=r"d.jsonl, row 1501 \(line 1501\): 'completion' must be text"):
+        take(stream(path), 1)
+    with pytest.raises(DataError, match=r"row 1: .* more than --max-length 8"):
+        take(stream(path, max_length=8, on_long="error", accept_lost=False), 1)
+
+
+def test_training_on_a_stream_does_its_steps_and_says_what_it_read(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(rows.read_text().splitlines()[0])])
+    settings = train_settings(
+        base_model,
+        rows,
+        tmp_path / "run",
+        data__streaming=True,
+        data__eval_dataset=str(held_out),
+        training__max_steps=8,
+    )
+    recorder = Recorder()
+    prepared = prepare_run(settings, recorder)
+    assert prepared.plan.num_epochs is None
+    result = run(prepared, recorder)
+    assert (result.steps, result.interrupted_by) == (8, None)
+    assert result.eval_loss is not None
+    messages = [event.message for event in recorder.events if isinstance(event, Noted)]
+    assert any("is streamed: what is said about it is about the first" in message for message in messages)
+    assert any("rows of the stream were read: all fed" in message for message in messages)

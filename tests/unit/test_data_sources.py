@@ -1,0 +1,213 @@
+"""From the name of a data set to its files or its repository, and what stands behind it."""
+
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from qlora_cli.data.sources import DatasetSource, check_dataset_name, find_dataset
+from qlora_cli.errors import DataError, DatasetNotFoundError
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of several kinds of files, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.csv", "c.parquet", "deep/er/d.tsv", ".hidden.jsonl", "notes.txt", "e.json.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return tmp_path
+
+
+def files_of(name: str | Path) -> list[str]:
+    return [str(path) for path in find_dataset(str(name)).files]
+
+
+def refusal(name: str) -> DataError | DatasetNotFoundError:
+    problem = check_dataset_name(name)
+    assert isinstance(problem, DataError | DatasetNotFoundError)
+    assert problem.hint
+    return problem
+
+
+def test_names_are_checked_without_the_libraries_that_read_data() -> None:
+    code = "import sys, qlora_cli.data.sources; print({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "JSONL", "csv.xz"])
+def test_every_kind_is_found(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_text("x")
+    assert find_dataset(str(path)) == DatasetSource(name=str(path), files=(path,))
+    assert find_dataset(str(path)).is_local
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (".", ["a.csv", "b.jsonl", "c.parquet", "e.json.gz"]),
+        ("*", ["a.csv", "b.jsonl", "c.parquet", "e.json.gz"]),
+        ("[ab].*", ["a.csv", "b.jsonl"]),
+        ("?.jsonl", ["b.jsonl"]),
+        ("**", ["a.csv", "b.jsonl", "c.parquet", "deep/er/d.tsv", "e.json.gz"]),
+        ("deep/**/*.tsv", ["deep/er/d.tsv"]),
+        ("./b.jsonl", ["b.jsonl"]),
+        ("~/b.jsonl", ["~/b.jsonl"]),
+        ("~/[b].jsonl", ["~/b.jsonl"]),
+    ],
+)
+def test_directories_and_globs_give_their_files_sorted(
+    data: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(data))
+    assert files_of(name) == [file.replace("~", str(data)) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("behind", "num_rows", "weight"),
+    [
+        ("", None, "1"),
+        ("#5", 5, "1"),
+        ("*2", None, "2"),
+        ("*0.5", None, "1/2"),
+        ("*.25", None, "1/4"),
+        ("*1000", None, "1000"),
+        ("#500*2.5", 500, "5/2"),
+    ],
+)
+@pytest.mark.parametrize("name", ["b.jsonl", ".", "*.csv", "[ab].*", "owner/name", "owner/name::train[:10%]"])
+def test_rows_and_weight_stand_behind_every_kind_of_name(
+    data: Path, name: str, behind: str, num_rows: int | None, weight: str
+) -> None:
+    assert data == Path.cwd()
+    plain, found = find_dataset(name), find_dataset(name + behind)
+    assert (found.files, found.repository, found.split) == (plain.files, plain.repository, plain.split)
+    assert (found.name, found.num_rows, found.weight) == (name + behind, num_rows, Fraction(weight))
+
+
+@pytest.mark.parametrize("real", ["a.jsonl*2.jsonl", "a#5.jsonl", "a.jsonl#5", "b[1].jsonl"])
+def test_a_file_that_is_really_called_so_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b1.jsonl", real):
+        Path(name).write_text("x")
+    if real == "a.jsonl#5":
+        assert "kind that is not read" in str(refusal(real))
+    else:
+        assert files_of(real) == [real]
+        assert find_dataset(f"{real}#7*3").num_rows == 7
+        assert files_of(f"{real}#7*3") == [real]
+
+
+def test_a_weight_is_no_glob_over_what_lies_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("x")
+    Path("a.jsonl.bz2").write_text("x")
+    assert files_of("a.jsonl*2") == ["a.jsonl"]
+    assert files_of("a.jsonl*") == ["a.jsonl", "a.jsonl.bz2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/name", ("owner/name", None, None, None)),
+        ("squad", ("squad", None, None, None)),
+        ("owner/name@v1", ("owner/name", "v1", None, None)),
+        ("owner/name@refs/convert/parquet:en", ("owner/name", "refs/convert/parquet", "en", None)),
+        ("owner/name:en:validation", ("owner/name", None, "en", "validation")),
+        ("owner/name::validation", ("owner/name", None, None, "validation")),
+        ("owner/name::train[:10%]+test[5:]", ("owner/name", None, None, "train[:10%]+test[5:]")),
+        ("o.w-n_er/na.me@" + "0a" * 20 + ":c.1:s", ("o.w-n_er/na.me", "0a" * 20, "c.1", "s")),
+    ],
+)
+def test_a_hub_id_is_taken_apart(name: str, expected: tuple[str | None, ...]) -> None:
+    found = find_dataset(name)
+    assert (found.repository, found.revision, found.config, found.split) == expected
+    assert not found.is_local
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("none.jsonl", "none.csv.gz", "./none", "../none", "/none", "~/none", "none*", "none/?", "a/b/c"),
+        "owner/[n]ame",
+        "none.jsonl#5*2",
+        "owner/name.parquet",
+        "owner/name.csv:en",
+        "no ne",
+        "owner/name@",
+        "*.bz3*2",
+        "\0*",
+        "~nobody/*",
+    ],
+)
+def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    problem = refusal(name)
+    assert isinstance(problem, DatasetNotFoundError)
+    assert str(problem) == f"no data set at {name}: no such file"
+
+
+@pytest.mark.parametrize("behind", ["#0", "#-3", "#half", "#1.5", "#", "*0", "*-1", "*0.0", "*1001", "*1.2.3", "#5*0"])
+@pytest.mark.parametrize("name", ["b.jsonl", "owner/name"])
+def test_a_sample_or_weight_that_is_none_is_refused(data: Path, name: str, behind: str) -> None:
+    assert data == Path.cwd()
+    problem = refusal(name + behind)
+    assert isinstance(problem, DataError)
+    assert str(problem).startswith(f"{name}{behind}: '")
+
+
+def test_rows_and_weight_in_the_wrong_order_are_put_right(data: Path) -> None:
+    assert data == Path.cwd()
+    assert "b.jsonl#5*2" in str(refusal("b.jsonl*2#5").hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("notes.txt", "notes.txt is of a kind that is not read", ".jsonl"),
+        ("*.txt", "*.txt matches no data: 1 found (notes.txt for one)", "**/*.jsonl"),
+        ("deep", "deep holds no data", "deep/er"),
+        ("void", "void holds no data", "path"),
+        ("empty.jsonl", "empty.jsonl is empty", "at least one row"),
+        ("empty.*", "empty.jsonl is empty", "at least one row"),
+        ("outside.parquet.gz", "outside.parquet.gz: a .parquet file that is compressed as a whole", ".gz"),
+        ("outside.*", "outside.parquet.gz: a .parquet file that is compressed as a whole", ".gz"),
+        ("/dev/null", "/dev/null is neither a file nor a directory", ".jsonl"),
+    ],
+)
+def test_what_is_there_and_no_data_is_named(data: Path, name: str, message: str, hint: str) -> None:
+    (data / "void").mkdir()
+    (data / "empty.jsonl").touch()
+    (data / "outside.parquet.gz").write_text("x")
+    problem = refusal(name)
+    assert isinstance(problem, DataError)
+    assert str(problem).startswith(message)
+    assert hint in str(problem.hint)
+
+
+def test_an_empty_file_in_a_directory_is_not_passed_over(data: Path) -> None:
+    (data / "deep/er/empty.csv").touch()
+    assert "empty.csv is empty" in str(refusal("deep/er"))
+
+
+def test_what_save_to_disk_writes_is_a_data_set_without_its_metadata_and_caches(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    folder = tmp_path / "saved" / "train"
+    (folder / "cache-0123456789abcdef.arrow").write_text("x")  # of a map over what was loaded from there
+    arrow = folder / "data-00000-of-00001.arrow"
+    assert {path.name for path in folder.iterdir()} > {"state.json", "dataset_info.json"}
+    assert find_dataset(str(folder)).files == (arrow,)
+    assert find_dataset(str(tmp_path / "saved" / "**")).files == (arrow,)
+    problem = refusal(str(tmp_path / "saved"))
+    assert str(folder) in str(problem.hint)

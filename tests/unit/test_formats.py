@@ -1,0 +1,212 @@
+"""What a data set is recognised as by its columns, and what becomes of its rows."""
+
+from typing import Any
+
+import pytest
+
+from qlora_cli.data.formats import Layout, recognise
+from qlora_cli.data.rows import Completion, Conversation, Example, RowError, RowReader, Tokenized
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataFormat, DataSettings, LossOn
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def layout_of(*columns: str, **settings: Any) -> Layout:
+    return recognise(columns, DataSettings(dataset=("rows.jsonl",), **settings), "rows.jsonl")
+
+
+def read(
+    row: dict[str, Any], *, use_chat: bool = True, loss_on: LossOn = LossOn.COMPLETIONS, **settings: Any
+) -> Example:
+    return RowReader(layout_of(*row, **settings), loss_on, use_chat=use_chat).read(row)
+
+
+def problem(row: dict[str, Any], *columns: str) -> str:
+    with pytest.raises(RowError) as caught:
+        RowReader(layout_of(*(columns or row)), LossOn.COMPLETIONS, use_chat=True).read(row)
+    return str(caught.value)
+
+
+def conversation(row: dict[str, Any], **options: Any) -> Conversation:
+    found = read(row, **options)
+    assert isinstance(found, Conversation)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (("messages",), "messages"),
+        (("id", "conversation"), "messages (messages is conversation)"),
+        (("id", "conversations"), "sharegpt"),
+        (("prompt", "completion"), "prompt_completion"),
+        (("prompt", "response"), "prompt_completion (completion is response)"),
+        (("instruction", "input", "output"), "alpaca"),
+        (("instruction", "context", "response", "category"), "alpaca (output is response, input is context)"),
+        (("question", "answer"), "question_answer"),
+        (("system_prompt", "question", "response"), "question_answer (answer is response, system is system_prompt)"),
+        (("problem", "solution"), "question_answer (question is problem, answer is solution)"),
+        (("text", "url"), "text"),
+        (("content",), "text (text is content)"),
+        (("input_ids", "labels", "attention_mask"), "tokens"),
+        (("prompt", "prompt_id", "messages"), "messages"),
+    ],
+)
+def test_formats_are_recognised_by_their_columns(columns: tuple[str, ...], expected: str) -> None:
+    assert layout_of(*columns).describe() == expected
+
+
+def test_columns_named_by_hand_come_first() -> None:
+    layout = layout_of("q", "text", "reply", columns={"prompt": "q", "completion": "reply"})
+    assert layout.describe() == "prompt_completion (prompt is q, completion is reply)"
+    assert layout_of("text", "other", columns="text=other").columns == {"text": "other"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "expected", "hint"),
+    [
+        (("ask", "tell"), {}, "fit no known format: ask, tell", "The nearest is"),
+        (("text", "prompt", "completion"), {}, "fit several formats", "--format prompt_completion"),
+        (("prompt", "chosen", "rejected"), {}, "holds preferences", "completion=chosen"),
+        (("text",), {"format": "alpaca"}, "has no column instruction, output", "--columns instruction=NAME"),
+        (("text",), {"columns": {"txt": "text"}}, "no format has a part 'txt'", "The parts are"),
+        (("text",), {"columns": {"text": "texts"}}, "has no column 'texts'", "Did you mean text?"),
+        (
+            ("text",),
+            {"format": "text", "columns": {"answer": "text"}},
+            "text has no part 'answer'",
+            "The parts are text",
+        ),
+    ],
+)
+def test_what_is_not_recognised_is_told_with_what_to_do(
+    columns: tuple[str, ...], settings: dict[str, Any], expected: str, hint: str
+) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        layout_of(*columns, **settings)
+    assert hint in (caught.value.hint or "")
+
+
+def test_sharegpt_speaks_of_humans_and_gpt() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    found = conversation({"conversations": turns, "system": "Be brief."})
+    assert found.messages == [{"role": "system", "content": "Be brief."}, USER, ANSWER]
+    assert found.trained == (2,)
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "a"},
+    ]
+    found = conversation({"conversations": turns, "tools": '[{"name": "f"}]'})
+    assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert found.messages[2] == {"role": "tool", "content": "2"}
+    assert found.trained == (1, 3)
+    assert found.tools == [{"name": "f"}]
+
+
+def test_arguments_as_openai_writes_them_are_read_so_that_templates_write_them_once() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    found = conversation({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert found.messages[1]["content"] == ""
+
+
+def test_messages_can_be_left_out_of_training() -> None:
+    messages = [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}]
+    found = conversation({"messages": messages})
+    assert found.trained == (3,)
+    assert all(message.keys() == {"role", "content"} for message in found.messages)
+
+
+def test_the_last_answer_alone_on_demand() -> None:
+    row = {"messages": [USER, ANSWER, USER, ANSWER, USER]}
+    assert conversation(row).trained == (1, 3)
+    assert conversation(row, loss_on=LossOn.LAST).trained == (3,)
+
+
+def test_answers_in_a_conversational_prompt_are_given_not_trained() -> None:
+    found = conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert found.trained == (3,)
+    assert len(found.messages) == 4
+
+
+def test_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert conversation({"messages": [USER, {"role": "assistant", "content": parts}]}).messages[1]["content"] == "ab"
+
+
+def test_rows_without_a_template_are_text() -> None:
+    found = read({"instruction": "i", "input": "x", "output": "o"}, use_chat=False)
+    assert isinstance(found, Completion)
+    assert found.prompt.endswith("### Instruction:\ni\n\n### Input:\nx\n\n### Response:\n")
+    assert read({"question": "q", "answer": "a"}, use_chat=False) == Completion(prompt="q\n", completion="a")
+    assert read({"text": "t"}) == Completion(prompt="", completion="t")
+
+
+def test_a_system_prompt_in_a_column_of_its_own_is_the_first_message() -> None:
+    found = conversation({"system_prompt": "Be brief.", "question": "q", "response": "a"})
+    assert found.messages[0] == {"role": "system", "content": "Be brief."}
+    assert conversation({"system_prompt": "", "question": "q", "response": "a"}).messages[0] == USER
+
+
+def test_tokens_are_taken_as_they_are() -> None:
+    for row, labels in (({"input_ids": [1, 2]}, [1, 2]), ({"input_ids": [1, 2], "labels": [-100, 2]}, [-100, 2])):
+        found = read(row)
+        assert isinstance(found, Tokenized)
+        assert (found.input_ids.tolist(), found.labels.tolist()) == ([1, 2], labels)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": "hello"}, "'messages' is text, but no JSON"),
+        ({"messages": {"role": "user"}}, "must be a list of at least one message, found an object"),
+        ({"messages": []}, "found an empty one"),
+        ({"messages": ["hello"]}, r"messages[0] must be an object with role and content, found text"),
+        ({"messages": [{"content": "x"}]}, "messages[0] has no role, but 'content'"),
+        ({"messages": [{"role": "she", "content": "x"}]}, "messages[0].role is 'she', not one of system, developer"),
+        ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text, found a number"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "holds image, and only text can be trained",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the answer in message 1 is empty"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "'train' of message 1 must be true or false, found 'no'"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"x": 1}]}]}, "must hold functions with a name"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is text, but no JSON"),
+        ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "'tools' must be a list of tools, found an object"),
+        ({"prompt": "p", "completion": None}, "'completion' must be text, found null"),
+        ({"prompt": "p", "completion": ["a"]}, "'completion' must be text, found a list"),
+        ({"prompt": "p", "completion": ""}, "'completion' is empty"),
+        ({"instruction": "i", "input": 1, "output": "o"}, "'input' must be text, found a number"),
+        ({"question": True, "answer": "a"}, "'question' must be text, found true or false"),
+        ({"text": " \n"}, "'text' is empty"),
+        ({"input_ids": []}, "must be a list of token ids, found an empty one"),
+        ({"input_ids": [1, "2"]}, "input_ids[1] is '2', no token id"),
+        ({"input_ids": [1, -2]}, "input_ids[1] is -2, no token id"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 values, the row has 2 tokens"),
+        ({"input_ids": [1, 2], "labels": [1, 3]}, "labels[1] is 3: a label is the token itself (2) or -100"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_named_with_its_key(row: dict[str, Any], expected: str) -> None:
+    assert expected in problem(row)
+
+
+def test_a_row_of_another_format_is_told_which_is_nearest() -> None:
+    found = problem({"question": "q", "answer": "a"}, "prompt", "completion")
+    assert found == (
+        "there is no 'prompt', but 'question', 'answer'; the nearest known format is "
+        "question_answer (question, answer)"
+    )
+
+
+def test_every_format_can_be_asked_for() -> None:
+    for fmt in set(DataFormat) - {DataFormat.AUTO}:
+        with pytest.raises(DataError, match=f"which the format {fmt.value} needs"):
+            layout_of("nothing", format=fmt)
