@@ -23,7 +23,7 @@ def render_data(inspection: DataInspection) -> None:
     if inspection.evaluation is not None:
         title("Held out")
         print_rows(_data_rows(inspection.evaluation, inspection.max_length))
-    title(f"Length of rows in tokens (half of them up to {inspection.median_row_tokens:,})")
+    title(f"Length of rows in tokens (half of them up to {inspection.median_uncut_tokens:,})")
     for bar in length_lines(inspection.lengths, inspection.max_length):
         console().print(bar, soft_wrap=True)
     if inspection.troubles or inspection.notes:

@@ -69,8 +69,8 @@ class DataInspection:
         data: What became of the rows to train on. Rows that can't be used are left out, as with `--on-bad-row skip`.
         evaluation: The same of those that are held out, if there are any.
         max_length: The longest length that rows are cut at.
-        longest_row_tokens: Tokens of the longest whole row.
-        median_row_tokens: Tokens of the row in the middle.
+        longest_uncut_tokens: Tokens of the longest row, before any is cut.
+        median_uncut_tokens: The number that half of the rows do not exceed, before any is cut.
         lengths: How many whole rows have which length.
         batches: Padding and packing.
         troubles: Rows that are worth a look, by kind.
@@ -82,8 +82,8 @@ class DataInspection:
     data: DataReport
     evaluation: DataReport | None
     max_length: int
-    longest_row_tokens: int
-    median_row_tokens: int
+    longest_uncut_tokens: int
+    median_uncut_tokens: int
     lengths: tuple[Bar, ...]
     batches: Batches
     troubles: tuple[Trouble, ...]
@@ -118,8 +118,8 @@ def inspect_data(
         data=train.report,
         evaluation=found.evaluation.report if found.evaluation else None,
         max_length=settings.max_length,
-        longest_row_tokens=int(table.length.max()),
-        median_row_tokens=int(np.median(table.length)),
+        longest_uncut_tokens=int(table.length.max()),
+        median_uncut_tokens=int(np.median(table.length)),
         lengths=count_lengths(table.length),
         batches=_batches(train, training, settings.max_length),
         troubles=(*_bad_rows(train), *_troubles(table)),

@@ -122,7 +122,7 @@ def render_page(inspection: "DataInspection", *, model: str) -> str:
         model=model,
         version=__version__,
         figures=figures_of(reports),
-        pictures=draw_lengths(inspection.lengths, inspection.max_length, inspection.longest_row_tokens),
+        pictures=draw_lengths(inspection.lengths, inspection.max_length, inspection.longest_uncut_tokens),
         description=describe_lengths(inspection),
         previews=[(row, runs_of(row)) for row in inspection.previews],
     )
@@ -197,13 +197,13 @@ def describe_lengths(inspection: "DataInspection") -> str:
     longer = "longer rows are in another colour" if _has_longer(inspection) else "no row is longer"
     return (
         f"Histogram of the lengths of {num_rows:,} rows. The tallest bar: {tallest.rows:,} rows of {tallest.first:,} "
-        f"to {tallest.last:,} tokens. The longest row has {inspection.longest_row_tokens:,} tokens. A line marks the "
+        f"to {tallest.last:,} tokens. The longest row has {inspection.longest_uncut_tokens:,} tokens. A line marks the "
         f"max length, {inspection.max_length:,} tokens; {longer}."
     )
 
 
 def _has_longer(inspection: "DataInspection") -> bool:
-    return inspection.longest_row_tokens > inspection.max_length
+    return inspection.longest_uncut_tokens > inspection.max_length
 
 
 def draw_lengths(bars: Sequence["Bar"], max_length: int, longest: int) -> list[tuple[Screen, str]]:

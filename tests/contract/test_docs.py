@@ -13,6 +13,9 @@ import typer.main
 
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
+from qlora_cli.data.inspection import Bar, Batches, DataInspection, Trouble
+from qlora_cli.data.preview import Piece, RowPreview
+from qlora_cli.data.report import DataReport
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.loading.report import LoadReport
 from qlora_cli.memory.prediction import (
@@ -126,6 +129,7 @@ def test_local_links_and_paths_lead_somewhere() -> None:
     assert links >= 15
 
 
+DATA = (DataReport, DataInspection, Batches, Trouble, Bar, RowPreview, Piece)
 MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
 
 
@@ -142,6 +146,14 @@ def test_every_json_key_of_a_prediction_is_documented_in_its_section() -> None:
         *PHASES,
         *(f"{name}_bytes" for name in COMPONENTS),
     }
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_json_key_of_an_inspection_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.partition("### qlora inspect-data")[2].partition("\n### ")[0]
+    # The report on the rows to train on is on the same level as the rest.
+    keys = {field.name for result in DATA for field in fields(result)} - {"data"}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
 
 
