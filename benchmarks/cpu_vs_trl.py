@@ -89,7 +89,7 @@ def command_of(program: Program, paths: Paths, num_steps: int) -> list[str]:
         *(sys.executable, "-m", "qlora_cli", "train", "--json"),
         *("--model", str(paths.model), "--dataset", str(paths.data), "--output", str(paths.output)),
         *("--rank", str(RANK), "--max-length", str(MAX_LENGTH), "--max-steps", str(num_steps)),
-        *("--micro-batch-size", str(BATCH_SIZE), "--gradient-accumulation-steps", "1"),
+        *("--micro-batch-size", str(BATCH_SIZE), "--gradient-accumulation-steps", "1", "--accept-lost"),
         *program.arguments,
     ]
 

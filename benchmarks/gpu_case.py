@@ -143,7 +143,10 @@ def _settings(case: Case, model: Path, device: str, directory: Path) -> Resolved
         "output.directory": str(directory / "run"),
     }
     num_rows = values["training.micro_batch_size"] * values["training.gradient_accumulation_steps"] * case.num_steps
-    write_rows(directory / "train.jsonl", model, num_rows=num_rows, num_tokens=values["data.max_length"])
+    # Packed rows are made of four short ones.
+    share = 4 if values.get("data.packing") else 1
+    num_tokens = values["data.max_length"] // share
+    write_rows(directory / "train.jsonl", model, num_rows=num_rows * share, num_tokens=num_tokens)
     return resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)
 
 

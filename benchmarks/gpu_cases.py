@@ -39,6 +39,8 @@ LENGTHS = (512, 4096, 16384, 32768)
 MEMORY_CASES = (
     *(_memory("1b", f"{length}-tokens", data__max_length=length) for length in LENGTHS),
     _memory("1b", "padded", training__micro_batch_size=4, data__max_length=2048),
+    _memory("1b", "packed", data__packing=True, data__max_length=4096),
+    _memory("1b", "packed-flash", data__packing=True, data__max_length=4096, model__attention="flash_attention_2"),
     _memory("1b", "accumulation", training__gradient_accumulation_steps=4, data__max_length=2048),
     _memory("1b", "no-checkpointing", training__gradient_checkpointing="off", data__max_length=2048),
     _memory("1b", "offload", training__gradient_checkpointing="offload", data__max_length=8192),
@@ -84,6 +86,7 @@ CASES = (
     *MEMORY_CASES,
     *_loads("tiny", "nf4", "int8", "none"),
     Case(name="tiny", size="tiny", settings={"data.max_length": 64, "training.micro_batch_size": 2}, num_steps=4),
+    Case(name="tiny-packed", size="tiny", settings={"data.max_length": 64, "data.packing": True}, num_steps=4),
     Case(
         name="tiny-16-bit",
         size="tiny",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,10 +224,16 @@ def _key(source: DatasetSource, split: str, settings: DataSettings, text: TextTo
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
+        "day": _day(tokenizer.chat_template),
         "ends": sorted(text.end_ids),
     }
     parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(COMPUTING)]
     return digest_of([*parts, *digests_of_code(("data", "settings"))])
+
+
+def _day(template: object) -> str | None:
+    """Return today's date if the chat template may write it, as that of Llama 3.2 does."""
+    return date.today().isoformat() if "strftime_now" in json.dumps(template) else None
 
 
 def _digest_of_file(path: Path) -> str:

@@ -4,6 +4,7 @@ The name is a digest of the bytes of the files (or the commit on the hub), chat 
 and our own code. So stale tokens are impossible, and a second run over the same data starts at once.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -163,7 +164,12 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
         (place / ABOUT).write_text(json.dumps(asdict(about), ensure_ascii=False), encoding="utf-8")
 
     _check_writable(folder.parent)
-    write_directory(folder, write)
+    try:
+        write_directory(folder, write)
+    except OSError as error:
+        # Another process has put the same there meanwhile.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
     _delete_oldest(folder)
     stored = recall(key)
     assert stored is not None, "tokens that were just written"

@@ -2,13 +2,14 @@
 
 import json
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qlora_cli.data import store
+from qlora_cli.data import encode, store
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share, row_order
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
@@ -192,15 +193,16 @@ def test_nested_columns_that_are_not_used_do_no_harm(tmp_path: Path) -> None:
     assert prepare(write_jsonl(tmp_path / "d.jsonl", rows)).train.report.rows == 3
 
 
+def never(*_: Any) -> Any:
+    raise AssertionError("tokenized again")
+
+
 def digest_of(data: TrainingData) -> str:
     return data.train.report.fingerprint
 
 
 def test_what_was_tokenized_once_is_not_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = digest_of(prepare(file))
-
-    def never(*_: Any) -> Any:
-        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(store, "keep", never)
     assert digest_of(prepare(file)) == first
@@ -239,6 +241,25 @@ def test_another_template_tokenizer_or_setting_is_another_table(tmp_path: Path) 
         digest_of(prepare(path, max_length=8, accept_lost=True, loss_on="all")),
     ]
     assert len(set(found)) == len(found)
+
+
+def test_a_template_that_writes_the_date_is_rendered_anew_each_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", CHAT_ROW)
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + str(text.tokenizer.chat_template)
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> "Tomorrow":
+            return cls(2999, 1, 1)
+
+    prepare(path, text=text)
+    monkeypatch.setattr(encode, "date", Tomorrow)
+    monkeypatch.setattr(store, "keep", never)
+    with pytest.raises(AssertionError, match="tokenized again"):
+        prepare(path, text=text)
 
 
 def test_a_damaged_table_is_made_anew(file: Path) -> None:

@@ -1,0 +1,24 @@
+"""Packed rows on a GPU: every attention kernel that is installed keeps them apart."""
+
+import pytest
+import torch
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from qlora_cli.training.packing import packing_fault
+from tests.tiny_models import VOCABULARY_SIZE, tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+KERNELS = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "mixtral"])
+def test_packed_rows_are_kept_apart_in_bf16(family: str, kernel: str) -> None:
+    device = torch.device("cuda")
+    model = torch.nn.Module.to(tiny_model(family), device, torch.bfloat16)
+    model.set_attn_implementation(kernel)
+    assert packing_fault(model, num_tokens=VOCABULARY_SIZE, device=device, dtype=torch.bfloat16) is None
