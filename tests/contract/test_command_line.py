@@ -185,7 +185,7 @@ def test_train_ends_with_one_object_and_refuses_to_overwrite(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    arguments = ["train", "--model", base_model, "--dataset", rows, "--eval-dataset", rows, "--output", output]
+    arguments = ["train", "--model", base_model, "--dataset", rows, "--eval-split", "25%", "--output", output]
     arguments += ["--max-steps", "2", "--gradient-accumulation-steps", "2", "--device", "cpu", "--json"]
     plan = run_qlora(*arguments, "--dry-run")
     assert plan.code == 0, plan.stderr

@@ -68,7 +68,7 @@ def test_a_run_directory_answers_for_its_own_settings(
     run = tmp_path / "run"
     trained = run_qlora(
         *("train", "--model", base_model, "--dataset", rows, "--output", run, "--device", "cpu", "--max-steps", "1"),
-        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2"),
+        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2", "--accept-lost"),
     )
     assert trained.code == 0, trained.stderr
     of_run = run_qlora("inspect-memory", run, "--json", env=alone)

@@ -34,7 +34,7 @@ def long_rows(tmp_path: Path) -> Path:
 
 def train(model: Path, data: Path, output: Path, *flags: str) -> tuple[int, str]:
     arguments = ["train", "--model", model, "--dataset", data, "--output", output, "--device", "cpu", *flags]
-    arguments += ["--dtype", "fp32", "--max-steps", "1", "--gradient-accumulation-steps", "1"]
+    arguments += ["--dtype", "fp32", "--max-steps", "1", "--gradient-accumulation-steps", "1", "--accept-lost"]
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return done.exit_code, done.stderr
 
@@ -51,7 +51,7 @@ def test_without_a_length_rows_are_cut_at_the_positions_and_it_is_said(
     code, stderr = train(model, long_rows, tmp_path / "run")
     assert code == 0, stderr
     assert "rows are cut at 64 tokens, the positions that the model has" in stderr
-    assert "4 rows are longer than 64 tokens and were cut" in stderr
+    assert "4 rows longer than 64 tokens, cut" in stderr
     assert longest_row(tmp_path / "run") == POSITIONS
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["data"]["max_length"] == POSITIONS
 
@@ -75,7 +75,8 @@ def test_a_length_beyond_the_positions_names_the_flag_with_which_it_trains(
 def test_a_run_on_stretched_positions_loads_stretched_to_the_same_logits(
     model: Path, long_rows: Path, tmp_path: Path, scaling: str
 ) -> None:
-    flags = {"model__rope_scaling": scaling, "data__max_length": 128, "training__learning_rate": 0.01}
+    flags = {"model__rope_scaling": scaling, "data__max_length": 128, "data__accept_lost": True}
+    flags["training__learning_rate"] = 0.01
     prepared = prepare_run(train_settings(model, long_rows, tmp_path / "run", **flags), Recorder())
     output = run(prepared, Recorder()).output
     expected = logits(prepared.model, IDS)
@@ -91,7 +92,7 @@ def test_a_run_on_stretched_positions_loads_stretched_to_the_same_logits(
 def test_a_run_trains_on_with_the_positions_that_it_was_stretched_to(
     model: Path, long_rows: Path, tmp_path: Path
 ) -> None:
-    flags: dict[str, object] = {"data__max_length": 128, "training__max_steps": 1}
+    flags: dict[str, object] = {"data__max_length": 128, "data__accept_lost": True, "training__max_steps": 1}
     first = train_settings(model, long_rows, tmp_path / "one", model__rope_scaling="yarn:2", **flags)
     run(prepare_run(first, Recorder()), Recorder())
     prepared = prepare_run(train_settings(tmp_path / "one", long_rows, tmp_path / "two", **flags), Recorder())
