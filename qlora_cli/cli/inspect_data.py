@@ -10,7 +10,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
-from qlora_cli.settings.models import InspectDataSettings, OnBadRow
+from qlora_cli.settings.models import InspectDataSettings
 
 # They say nothing about data. In a settings file, and by --set, they are checked all the same.
 WITHOUT_EFFECT = (
@@ -30,7 +30,8 @@ Html = Annotated[
 def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json: options.Json = False) -> None:
     """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
 
-    Ends with exit code 2, after the report, if a row can't be used and --on-bad-row is not skip.
+    Ends with exit code 2, after the report, where train would refuse the data: for a row that can't be used
+    (--on-bad-row skip), one that is too long (--on-long), or too much that is lost (--accept-lost).
     """
     resolved = options.resolve_settings(context, InspectDataSettings)
     settings = resolved.settings
@@ -68,7 +69,10 @@ def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json
             write_page(inspection, html, model=settings.model.name)
             reporter.report(Noted(message=f"the page is in {html}"))
     print_json(inspection.as_json()) if json else render_data(inspection)
-    if inspection.data.bad_rows and data.on_bad_row == OnBadRow.ERROR:
-        typer.echo(f"error: {inspection.first_bad_row()}", err=True)
-        typer.echo("  hint: Correct the rows, or use --on-bad-row skip to go on without them.", err=True)
+    for refusal in inspection.refusals:
+        typer.echo(f"error: {refusal}", err=True)
+    if inspection.refusals:
+        typer.echo(
+            "  hint: train would end with this; see qlora inspect-data --help for what may be accepted", err=True
+        )
         raise typer.Exit(DataError.exit_code)

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
@@ -21,17 +20,18 @@ from qlora_cli.data.formats import Layout, recognise
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
 from qlora_cli.data.rows import Example, RowError, RowReader
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.store import About, Record, StoredTokens, Writer, digest_row
-from qlora_cli.data.tokens import Rendering, Tokenizer, Tokens
+from qlora_cli.data.store import About, Record, SkippedRow, StoredTokens, Writer, digest_row, read_skipped
+from qlora_cli.data.tokens import Encoded, Rendering, Tokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings, OnBadRow
+from qlora_cli.units import counted
 
 BATCH_ROWS, BATCH_BYTES = 1000, 4_000_000
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # What of the settings decides which tokens come out.
-DECIDING = ("format", "columns", "loss_on", "max_length", "on_bad_row", "streaming")
+DECIDING = ("format", "columns", "loss_on", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,13 @@ class TextTokenizer:
 
 
 def tokenize_source(
-    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int
+    source: DatasetSource,
+    split: str,
+    settings: DataSettings,
+    text: TextTokenizer,
+    seed: int,
+    *,
+    head: int | None = None,
 ) -> StoredTokens:
     """Return the tokens of `source`, from where they are kept or made anew; of a stream, those of its first rows.
 
@@ -51,13 +57,21 @@ def tokenize_source(
         DatasetNotFoundError: the hub has no such data set.
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
-    key = _key(source, split, settings, text, seed)
-    found = store.recall(key)
-    if found is not None:
-        return found
-    with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
-        rows = itertools.islice(raw, HEAD_ROWS) if settings.streaming else raw
-        return store.keep(key, lambda writer: _fill(writer, source.name, rows, settings, text))
+    before = _state_of(source)
+
+    def fill(writer: Writer) -> About:
+        with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
+            rows = raw if head is None else itertools.islice(raw, head)
+            about = _fill(writer, source.name, rows, settings, text)
+        if _state_of(source) != before:
+            raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
+        return about
+
+    key = _key(source, split, settings, text, seed, head)
+    found = store.recall(key) or store.keep(key, fill)
+    if found.about.num_bad and settings.on_bad_row == OnBadRow.ERROR:
+        raise bad_row(*read_skipped([found.skipped] if found.skipped else [], 1))
+    return replace(found, about=replace(found.about, name=source.name))
 
 
 class Encoder:
@@ -76,15 +90,15 @@ class Encoder:
                 read = [self._read(row) for row in batch]
                 rendering = self.tokenizer.render([item for item in read if not isinstance(item, RowError)])
                 # The next batch is read and rendered while this one is encoded, which Python takes no part in.
-                encodings = thread.submit(self.tokenizer.encode, rendering)
+                encoded = thread.submit(self.tokenizer.encode, rendering)
                 if waiting is not None:
                     yield self._finish(waiting)
-                waiting = _Waiting(batch, read, rendering, encodings)
+                waiting = _Waiting(batch, read, rendering, encoded)
             if waiting is not None:
                 yield self._finish(waiting)
 
     def _finish(self, waiting: "_Waiting") -> list[tuple[RawRow, Tokens | RowError]]:
-        done = iter(self.tokenizer.label(waiting.rendering, waiting.encodings.result()))
+        done = iter(self.tokenizer.label(waiting.rendering, waiting.encoded.result()))
         return [
             (row, item if isinstance(item, RowError) else next(done))
             for row, item in zip(waiting.rows, waiting.read, strict=True)
@@ -105,7 +119,7 @@ class _Waiting(NamedTuple):
     rows: list[RawRow]
     read: list[Example | RowError]
     rendering: Rendering
-    encodings: "Future[list[Encoding]]"
+    encoded: "Future[list[Encoded]]"
 
 
 def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[Layout, Iterator[RawRow]]:
@@ -120,17 +134,14 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
         raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")
     if not columns:
         bad = next((row for row in first if row.problem), first[0])
-        raise bad_row(bad, RowError(bad.problem or "it has no columns"))
+        raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
     return recognise(columns, settings, name), itertools.chain(first, rows)
 
 
-def bad_row(row: RawRow, error: RowError) -> DataError:
+def bad_row(row: SkippedRow) -> DataError:
     """Return the error that names a row that can't be used."""
-    line = f" (line {row.line})" if row.line is not None else ""
-    return DataError(
-        f"{row.file}, row {row.number}{line}: {error}",
-        hint=error.hint or "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then.",
-    )
+    hint = "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then."
+    return DataError(str(row), hint=row.hint or hint)
 
 
 def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:
@@ -143,18 +154,23 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         for row, tokens in batch:
             if isinstance(tokens, RowError):
                 if settings.on_bad_row == OnBadRow.ERROR:
-                    raise bad_row(row, tokens) from tokens
+                    raise bad_row(SkippedRow.of(row, tokens)) from tokens
                 writer.skip(row, tokens)
                 continue
             starts_with_bos = starts_with_bos or bool(tokens.input_ids[0] == text.tokenizer.bos_token_id)
             records.append(_record(row, tokens, settings.max_length, files.setdefault(row.file, len(files))))
         writer.write(records)
-    notes = [*_note_ends(encoder.tokenizer.odd_ends, text), *_note_bos(text, starts_with_bos)]
+    notes = [
+        *_note_ends(encoder.tokenizer.odd_ends, text),
+        *_note_bos(text, starts_with_bos),
+        *_note_control_tokens(encoder.tokenizer),
+    ]
     return About(
         name=name,
         format=layout.format.value,
         recognised=layout.describe(),
         files=tuple(files),
+        num_rows=writer.num_rows,
         num_bad=writer.num_bad,
         num_empty=writer.num_empty,
         notes=tuple(notes),
@@ -164,13 +180,16 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
 def _record(row: RawRow, tokens: Tokens, max_length: int, file: int) -> Record:
     kept = tokens.cut(max_length)
     supervised = kept.num_supervised
+    digest = digest_row(tokens.input_ids, tokens.labels)
+    is_cut = len(kept.input_ids) < len(tokens.input_ids)
     return Record(
         input_ids=kept.input_ids,
         labels=kept.labels,
         length=len(tokens.input_ids),
         supervised=supervised,
         lost=tokens.num_supervised - supervised,
-        digest=digest_row(tokens.input_ids, tokens.labels),
+        digest=digest,
+        kept_digest=digest_row(kept.input_ids, kept.labels) if is_cut else digest,
         file=file,
         number=row.number,
     )
@@ -198,6 +217,16 @@ def _note_bos(text: TextTokenizer, starts_with_bos: bool) -> list[str]:
     ]
 
 
+def _note_control_tokens(tokenizer: Tokenizer) -> list[str]:
+    if not tokenizer.num_with_control_tokens:
+        return []
+    common = ", ".join(token for token, _ in tokenizer.control_tokens.most_common(3))
+    return [
+        f"{counted(tokenizer.num_with_control_tokens, 'row')} with control tokens in the text itself ({common}): the "
+        "model will take them for what they stand for"
+    ]
+
+
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Cut rows into batches that are short and not too large, so that memory stays bounded."""
     batch: list[RawRow] = []
@@ -212,14 +241,13 @@ def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
         yield batch
 
 
-def _key(source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int) -> str:
+def _key(
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, head: int | None
+) -> str:
     tokenizer = text.tokenizer
     facts: dict[str, Any] = {
-        "name": source.name,
-        "rows": [source.num_rows, seed if source.num_rows is not None else None],
-        "content": [[str(path), _digest_of_file(path)] for path in source.files]
-        if source.is_local
-        else [resolve_hub(source), source.config, source.split or split],
+        "rows": [source.num_rows, seed if source.num_rows is not None else None, head],
+        "content": _content_of(source, split, settings),
         "settings": {name: settings.model_dump(mode="json")[name] for name in DECIDING},
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -229,6 +257,21 @@ def _key(source: DatasetSource, split: str, settings: DataSettings, text: TextTo
     }
     parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(COMPUTING)]
     return digest_of([*parts, *digests_of_code(("data", "settings"))])
+
+
+def _content_of(source: DatasetSource, split: str, settings: DataSettings) -> list[Any]:
+    """Return what the content of a data set depends on: bytes, or a commit; of a stream, the state of its files."""
+    if not source.is_local:
+        return [resolve_hub(source), source.config, source.split or split]
+    if settings.streaming:
+        return _state_of(source)
+    return [[str(path), _digest_of_file(path)] for path in source.files]
+
+
+def _state_of(source: DatasetSource) -> list[Any]:
+    """Return size and times of the files; the time of a change of state can't be set back."""
+    stats = [(str(path), path.stat()) for path in source.files]
+    return [[path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
 
 
 def _day(template: object) -> str | None:

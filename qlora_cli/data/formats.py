@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataFormat, DataSettings
@@ -27,30 +27,39 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
 }
 # What a format may have besides.
-SYSTEM = ("system", "system_prompt")
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
-    DataFormat.MESSAGES: {"tools": ("tools", "functions")},
-    DataFormat.SHAREGPT: {"tools": ("tools", "functions"), "system": SYSTEM},
-    DataFormat.PROMPT_COMPLETION: {"tools": ("tools", "functions")},
+    DataFormat.MESSAGES: {"tools": TOOLS, "system": SYSTEM},
+    DataFormat.SHAREGPT: {"tools": TOOLS, "system": SYSTEM},
+    DataFormat.PROMPT_COMPLETION: {"tools": TOOLS, "system": SYSTEM},
     DataFormat.ALPACA: {"input": ("input", "context"), "system": SYSTEM},
-    DataFormat.QUESTION_ANSWER: {"system": SYSTEM},
+    DataFormat.QUESTION_ANSWER: {"context": ("context",), "system": SYSTEM},
     DataFormat.TEXT: {},
-    DataFormat.TOKENS: {"labels": ("labels",)},
+    DataFormat.TOKENS: {
+        "labels": ("labels",),
+        "attention_mask": ("attention_mask",),
+        "loss_mask": ("loss_mask", "completion_mask", "assistant_masks"),
+    },
 }
 PREFERENCES = ({"chosen", "rejected"},)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A format, and the column of the data set that holds each of its parts, by our name for the part."""
+    """A format, and the column of the data set that holds each of its parts, by our name for the part.
+
+    `unused` are the columns that hold no part.
+    """
 
     format: DataFormat
     columns: Mapping[str, str]
+    unused: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Return the format, with the columns whose names are not ours: `alpaca (output is response)`."""
-        renamed = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
-        return f"{self.format.value} ({', '.join(renamed)})" if renamed else self.format.value
+        """Return the format, what is called otherwise, and what is not used: `alpaca (output is response)`."""
+        said = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
+        said += [f"not used: {', '.join(self.unused)}"] if self.unused else []
+        return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
 
 
 def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Layout:
@@ -64,20 +73,35 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> La
     if settings.format != DataFormat.AUTO:
         return _as_asked(settings.format, columns, named, name)
     fits = [fmt for fmt in PARTS if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
+    if len(fits) > 1 and DataFormat.TEXT in fits:
+        fits.remove(DataFormat.TEXT)  # often the same again, as one text
     if not fits:
         raise _no_format(columns, name)
     if len(fits) > 1:
         raise DataError(
             f"the columns of {name} fit several formats: {', '.join(fmt.value for fmt in fits)}",
-            hint=f"Choose with --format {fits[0].value}.",
+            hint=f"Choose with --format {fits[0].value}; if its files or rows differ, give each kind as a --dataset "
+            "of its own.",
         )
     return _layout(fits[0], columns, named)
 
 
 def nearest(columns: Collection[str]) -> str:
-    """Return the format that lacks the fewest of these `columns`, and what it needs, in words."""
-    formats = sorted(PARTS, key=lambda fmt: (len(_missing(fmt, columns, {})), -_num_found(fmt, columns)))
-    return f"{formats[0].value} ({', '.join(PARTS[formats[0]])})"
+    """Return the format that is most like these `columns`, and what it needs, in words."""
+
+    def likeness(fmt: DataFormat) -> float:
+        found = [
+            max((_likeness(name, column) for name in names for column in columns), default=0.0)
+            for names in PARTS[fmt].values()
+        ]
+        return sum(found) / len(found)
+
+    best = max(PARTS, key=likeness)
+    return f"{best.value} ({', '.join(PARTS[best])})"
+
+
+def _likeness(name: str, column: str) -> float:
+    return SequenceMatcher(None, name, column.lower().strip()).ratio()
 
 
 def _parts(fmt: DataFormat) -> dict[str, tuple[str, ...]]:
@@ -85,11 +109,8 @@ def _parts(fmt: DataFormat) -> dict[str, tuple[str, ...]]:
 
 
 def _missing(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> list[str]:
-    return [ours for ours, names in PARTS[fmt].items() if ours not in named and not set(names) & set(columns)]
-
-
-def _num_found(fmt: DataFormat, columns: Collection[str]) -> int:
-    return sum(1 for names in PARTS[fmt].values() if set(names) & set(columns))
+    free = set(columns) - set(named.values())
+    return [ours for ours, names in PARTS[fmt].items() if ours not in named and not set(names) & free]
 
 
 def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> Layout:
@@ -100,7 +121,7 @@ def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str])
         if ours not in found and theirs is not None:
             found[ours] = theirs
             taken.add(theirs)
-    return Layout(format=fmt, columns=found)
+    return Layout(format=fmt, columns=found, unused=tuple(name for name in columns if name not in taken))
 
 
 def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> Layout:
@@ -114,6 +135,12 @@ def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str
 
 def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
     known = set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
+    for theirs in named.values():
+        twice = [ours for ours, other in named.items() if other == theirs]
+        if len(twice) > 1:
+            raise DataError(
+                f"--columns names {theirs!r} twice, as {' and as '.join(twice)}", hint="Name each column once."
+            )
     for ours, theirs in named.items():
         if ours not in known:
             raise DataError(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.raw import RawRow
+from qlora_cli.data.raw import RawRow, estimate_bytes
 from qlora_cli.data.sampling import choose, too_few
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.tables import BATCH_ROWS, plain_row
@@ -36,7 +36,8 @@ def read_hub(source: DatasetSource, *, split: str, seed: int, streaming: bool) -
             rows = rows.select([number - 1 for number in numbers])
         count = 0
         for count, value in enumerate(_plain_rows(rows), start=1):
-            yield RawRow(source.name, numbers[count - 1] if numbers else count, None, value, None)
+            number = numbers[count - 1] if numbers else count
+            yield RawRow(source.name, number, None, value, None, estimate_bytes(value))
         if source.num_rows is not None and count < source.num_rows:
             raise too_few(source, count)
 

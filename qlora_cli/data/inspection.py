@@ -1,7 +1,5 @@
 """Look at a data set as training would take it: what is read, what is trained, what is lost, and what looks wrong."""
 
-import itertools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ from numpy.typing import NDArray
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share, row_order
 from qlora_cli.data.packing import best_fit
-from qlora_cli.data.prepare import PreparedData, prepare_data
+from qlora_cli.data.prepare import PreparedData, prepare_data, refusals
 from qlora_cli.data.preview import RowPreview, preview_rows
 from qlora_cli.data.report import DataReport
+from qlora_cli.data.store import read_skipped
 from qlora_cli.data.table import Table, first_of_each
-from qlora_cli.settings.models import DataSettings, OnBadRow, Sampling, TrainingSettings
+from qlora_cli.settings.models import DataSettings, Sampling, TrainingSettings
 
 MOST_NAMED = 5  # rows that are named of each kind of trouble
 NUM_BARS = 16
@@ -77,6 +76,7 @@ class DataInspection:
         notes: What a user should know about template and tokenizer.
         skipped_rows: Lists of the rows that can't be used.
         previews: The first rows, token by token.
+        refusals: Why `train` would not take the data with these settings.
     """
 
     data: DataReport
@@ -90,15 +90,12 @@ class DataInspection:
     notes: tuple[str, ...]
     skipped_rows: tuple[Path, ...]
     previews: tuple[RowPreview, ...]
+    refusals: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it by name, what became of the rows to train on first and on the same level."""
         whole = asdict(self)
         return {**whole.pop("data"), **whole}
-
-    def first_bad_row(self) -> str | None:
-        """Return file, number and fault of the first row that can't be used."""
-        return self.troubles[0].where[0] if self.data.bad_rows else None
 
 
 def inspect_data(
@@ -110,9 +107,9 @@ def inspect_data(
         QloraError: as `prepare_data` does.
     """
     # What is looked at are the rows themselves; what packing would come to is computed beside.
-    # Rows that can't be used are shown with the others.
-    looked_at = settings.model_copy(update={"packing": False, "on_bad_row": OnBadRow.SKIP})
-    found = prepare_data(looked_at, text, seed=training.seed)
+    looked_at = settings.model_copy(update={"packing": False, "streaming": False})
+    found = prepare_data(looked_at, text, seed=training.seed, only_look=True)
+    both = [data for data in (found.train, found.evaluation) if data is not None]
     train, table = found.train, found.train.table
     return DataInspection(
         data=train.report,
@@ -122,10 +119,11 @@ def inspect_data(
         median_uncut_tokens=int(np.median(table.length)),
         lengths=count_lengths(table.length),
         batches=_batches(train, training, settings.max_length),
-        troubles=(*_bad_rows(train), *_troubles(table)),
+        troubles=(*(trouble for data in both for trouble in _bad_rows(data)), *_troubles(table, settings)),
         notes=train.notes,
         skipped_rows=train.skipped,
         previews=preview_rows(train, text.tokenizer, num_previews),
+        refusals=tuple(str(refusal) for data in both for refusal in refusals(data, settings)),
     )
 
 
@@ -169,12 +167,13 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
     )
 
 
-def _troubles(table: Table) -> list[Trouble]:
+def _troubles(table: Table, settings: DataSettings) -> list[Trouble]:
     """Return the kinds of rows that are worth a look, those that are there."""
     no_answer = (table.supervised + table.lost) == 0
     all_cut = (table.supervised == 0) & (table.lost > 0)
     kinds = (
         ("all prompt: not a token to train", no_answer),
+        (f"longer than {settings.max_length:,} tokens", table.length > settings.max_length),
         ("nothing left to train within the longest length", all_cut),
         ("equal to an earlier row", ~first_of_each(table.digest)),
     )
@@ -189,9 +188,7 @@ def _bad_rows(data: PreparedData) -> list[Trouble]:
     """Return the rows that can't be used, and of the first of them why."""
     if not data.report.bad_rows:
         return []
-    lines = (line for path in data.skipped for line in path.read_text(encoding="utf-8").splitlines())
-    rows = [json.loads(line) for line in itertools.islice(lines, MOST_NAMED)]
-    where = tuple(f"{row['file']}, row {row['row']}: {row['problem']}" for row in rows)
+    where = tuple(map(str, read_skipped(data.skipped, MOST_NAMED)))
     empty = f" ({data.report.empty_answers:,} for an empty answer)" if data.report.empty_answers else ""
     return [Trouble(kind=f"can't be used{empty}", rows=data.report.bad_rows, where=where)]
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.formats import PARTS
-from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, JsonText, JsonValues
+from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues, name_long_number
 from qlora_cli.data.raw import Kept, RawRow, is_kept, open_text
+from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.settings.models import DataFormat
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
 # A list of objects under one of these is one conversation, not a list of rows.
 CONVERSATION_KEYS = frozenset(PARTS[DataFormat.MESSAGES]["messages"] + PARTS[DataFormat.SHAREGPT]["conversations"])
+NAME_IT_JSON = "; a file that holds one list or object over several lines must be named .json"
 
 
 def read_json_lines(path: Path, kept: Kept = None) -> Iterator[RawRow]:
@@ -26,11 +28,14 @@ def read_json_lines(path: Path, kept: Kept = None) -> Iterator[RawRow]:
     Raises:
         DataError: the file can't be read or is no UTF-8 text.
     """
-    values = JsonValues()
+    file_name, values, advice = printable(path), JsonValues(), ""
     with open_text(path) as file:
         for number, (line, content) in enumerate(_lines(file), start=1):
+            if number == 1 and _begins_json(path, content):
+                advice = NAME_IT_JSON
             if is_kept(kept, number):
-                yield _row(path, number, line, *_decode_line(content, values), num_bytes=len(content))
+                value, problem = _decode_line(content, values)
+                yield _row(file_name, number, Decoded(line, value, problem, len(content)), advice)
 
 
 def count_json_lines(path: Path) -> int:
@@ -65,6 +70,16 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     return ((line, content) for line, content in enumerate(file, start=1) if content.strip())
 
 
+def _begins_json(path: Path, content: bytes) -> bool:
+    """Whether the first line of a file that is not named .json begins a list, or an object over several lines."""
+    if (suffixes_of(path) or ("",))[0] == ".json":
+        return False
+    text = content.strip()
+    if text.startswith(b"["):
+        return text[1:].lstrip()[:1] in (b"", b"{")
+    return text.startswith(b"{") and text[-1:] in (b"{", b"[", b",", b":") and content.endswith(b"\n")
+
+
 def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
     """Return the value on a line, and what is wrong with it."""
     if (null := content.find(b"\0")) >= 0:
@@ -77,16 +92,19 @@ def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
         return values.decode_whole(text)
     except json.JSONDecodeError as error:
         return None, f"broken JSON: {error.msg} (column {error.colno})"
-    except ValueError as error:  # a number of thousands of digits
-        return None, f"broken JSON: {error}"
+    except ValueError:
+        return None, name_long_number()
     except RecursionError:
         return None, "nested too deeply to be read"
 
 
-def _row(path: Path, number: int, line: int, value: Any, problem: str | None, num_bytes: int = 0) -> RawRow:
+def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> RawRow:
+    line, value, problem, num_characters = decoded
     if problem is None and not isinstance(value, dict):
         problem = f"expected a JSON object, found {KINDS.get(type(value), 'null')}"
-    return RawRow(str(path), number, line, None if problem else value, problem, num_bytes)
+    if problem is not None:
+        value, problem = None, problem + advice
+    return RawRow(file_name, number, line, value, problem, num_characters)
 
 
 class _Layout(Enum):
@@ -150,24 +168,24 @@ def _enter_list(text: JsonText) -> bool:
     text.expect("{")
     if text.peek() != '"':
         return False
-    key, _ = text.decode()
+    key = text.decode().value
     return key not in CONVERSATION_KEYS and text.take(":") and text.take("[") and text.peek() == "{"
 
 
 def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
     """Yield the rows of a list or a lone object; the last one is a syntax error if there is one."""
-    number = 0
+    file_name, number = printable(path), 0
     with open_text(path) as file:
         text = JsonText(file)
         try:
-            for number, (line, value, problem) in enumerate(_values(text, layout), start=1):
-                yield _row(path, number, line, value, problem)
+            for number, decoded in enumerate(_values(text, layout), start=1):
+                yield _row(file_name, number, decoded)
         except BrokenJsonError as error:
             problem = f"{error}; what follows it in the file can't be read"
-            yield RawRow(str(path), number + 1, error.line, None, problem)
+            yield RawRow(file_name, number + 1, error.line, None, problem, len(problem))
 
 
-def _values(text: JsonText, layout: _Layout) -> Iterator[tuple[int, Any, str | None]]:
+def _values(text: JsonText, layout: _Layout) -> Iterator[Decoded]:
     if layout == _Layout.WRAPPED:
         _enter_list(text)
         yield from _elements(text)
@@ -175,17 +193,16 @@ def _values(text: JsonText, layout: _Layout) -> Iterator[tuple[int, Any, str | N
     elif text.take("["):
         yield from _elements(text)
     elif text.peek():
-        yield (text.line, *text.decode())
+        yield text.decode()
     text.expect_end()
 
 
-def _elements(text: JsonText) -> Iterator[tuple[int, Any, str | None]]:
-    """Yield line, value and problem of the elements of a list that was entered, and leave it."""
+def _elements(text: JsonText) -> Iterator[Decoded]:
+    """Yield the elements of a list that was entered, and leave it."""
     if text.take("]"):
         return
     while True:
-        text.peek()
-        yield (text.line, *text.decode())
+        yield text.decode()
         if text.take("]"):
             return
         text.expect(",")

@@ -3,7 +3,8 @@
 import codecs
 import json
 import re
-from typing import Any, BinaryIO
+import sys
+from typing import Any, BinaryIO, NamedTuple
 
 WINDOW_BYTES = 1024**2
 # What `json` blames is at most this far from where it ran out of text: `-Infinity`, `\\ud83d\\ude00`.
@@ -17,6 +18,20 @@ class BrokenJsonError(Exception):
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
         self.line = line
+
+
+class Decoded(NamedTuple):
+    """A value in a file, or what is wrong with it; the line on which it begins, and how much text it is."""
+
+    line: int
+    value: Any
+    problem: str | None
+    num_characters: int
+
+
+def name_long_number() -> str:
+    """Return what is wrong where Python refuses to make a number of its digits, the only such `ValueError`."""
+    return f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 class JsonValues:
@@ -105,8 +120,9 @@ class JsonText:
         if self.peek():
             raise self._broken("Extra data", self._at)
 
-    def decode(self) -> tuple[Any, str | None]:
-        """Go past the value that follows; return it, and what is wrong with it."""
+    def decode(self) -> Decoded:
+        """Go past the value that follows, and return it."""
+        self.peek()
         while True:
             try:
                 value, end, problem = self._values.decode_at(self._text, self._at)
@@ -114,14 +130,15 @@ class JsonText:
                 if not self._may_be_cut(error) or not self._grow():
                     raise self._broken(self._reason(error), error.pos) from error
             except ValueError as error:  # a number of thousands of digits
-                raise self._broken(str(error), self._at) from error
+                raise self._broken(name_long_number(), self._at) from error
             except RecursionError as error:
                 raise self._broken("nested too deeply", self._at) from error
             else:
                 # A number may go on behind the window.
                 if end < len(self._text) or not self._grow():
+                    decoded = Decoded(self.line, value, problem, end - self._at)
                     self._go_to(end)
-                    return value, problem
+                    return decoded
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         return error.pos + LONGEST_TOKEN >= len(self._text) or error.msg.startswith("Unterminated string")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from qlora_cli.errors import MissingDependencyError, OutputDirectoryError, QloraError
 
+PAGE_SUFFIXES = (".html", ".htm")
+
 
 def check_page(path: Path) -> QloraError | None:
     """Return why no page can be written to `path`."""
@@ -26,6 +28,9 @@ def _wrong_place(path: Path) -> QloraError | None:
         return OutputDirectoryError(f"--html {path} is a directory", hint="Name a file.")
     if path.exists() and not path.is_file():  # a page in the place of /dev/null would be a surprise
         return OutputDirectoryError(f"--html {path} is no regular file", hint="Name a file.")
+    if path.exists() and path.suffix.lower() not in PAGE_SUFFIXES:  # it may be the data
+        hint = f"Choose a new name, or one that ends in {' or '.join(PAGE_SUFFIXES)}."
+        return OutputDirectoryError(f"--html {path} would overwrite a file that is no page", hint=hint)
     folder = path.absolute().parent
     if not folder.is_dir():
         return OutputDirectoryError(f"--html {path}: there is no directory {folder}", hint="Make it first.")

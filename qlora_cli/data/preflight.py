@@ -21,7 +21,7 @@ def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Pro
         for path, error in found.items()
         if error is not None
     ]
-    return problems + _splits_without_effect(resolved, data)
+    return problems or [*_splits_without_effect(resolved, data), *_weights_without_effect(resolved, data)]
 
 
 def _check_names(names: Sequence[str]) -> QloraError | None:
@@ -29,23 +29,42 @@ def _check_names(names: Sequence[str]) -> QloraError | None:
     return next((problem for problem in map(check_dataset_name, names) if problem is not None), None)
 
 
-def _all_local(names: Sequence[str]) -> bool:
-    return _check_names(names) is None and all(find_dataset(name).is_local for name in names)
-
-
 def _splits_without_effect(resolved: Resolved[SettingsT], data: DataSettings) -> list[Problem]:
-    found = []
-    if "data.split" in resolved.origins and _all_local(data.dataset):
-        found.append(("data.split", data.dataset))
-    held_out = data.eval_dataset or data.dataset
-    if data.eval_split is not None and not held_out_share(data.eval_split) and _all_local(held_out):
-        found.append(("data.eval_split", held_out))
+    trained, held_out = _local(data.dataset), _local(data.eval_dataset or data.dataset)
+    is_named = data.eval_split is not None and held_out_share(data.eval_split) is None
+    shares = "Leave it out." if data.eval_dataset else "Give a share such as 5%, or a number of rows."
+    found = [
+        (
+            "data.split",
+            trained,
+            "Leave it out.",
+            "data.split" in resolved.origins and len(trained) == len(data.dataset),
+        ),
+        ("data.eval_split", held_out, shares, is_named and bool(held_out)),
+    ]
     return [
         Problem(
             where=resolved.origin_of(path).where,
             message=f"{path} has no effect on {', '.join(names)}, which is on this disk: only hub data sets have "
             "splits",
-            hint="Leave it out." if path == "data.split" else "Give a share such as 5%, or a number of rows.",
+            hint=hint,
         )
-        for path, names in found
+        for path, names, hint, is_wrong in found
+        if is_wrong
     ]
+
+
+def _weights_without_effect(resolved: Resolved[SettingsT], data: DataSettings) -> list[Problem]:
+    weighted = [name for name in data.eval_dataset or () if find_dataset(name).weight != 1]
+    return [
+        Problem(
+            where=resolved.origin_of("data.eval_dataset").where,
+            message=f"{name} has a weight, and what is held out is evaluated once",
+            hint="Leave the weight out.",
+        )
+        for name in weighted
+    ]
+
+
+def _local(names: Sequence[str]) -> list[str]:
+    return [name for name in names if find_dataset(name).is_local]

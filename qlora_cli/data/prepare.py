@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from qlora_cli.data.encode import TextTokenizer, tokenize_source
+from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, bad_row, tokenize_source
 from qlora_cli.data.packing import best_fit, pack
 from qlora_cli.data.report import DataReport
 from qlora_cli.data.sources import DatasetSource, find_dataset
-from qlora_cli.data.stream import TokenStream
+from qlora_cli.data.store import read_skipped
+from qlora_cli.data.stream import MOST_LOST, TokenStream
 from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, repeat_by_weight
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataSettings, OnLong, held_out_share
+from qlora_cli.settings.models import DataSettings, OnBadRow, OnLong, held_out_share
 from qlora_cli.units import counted
 
-MOST_LOST = 0.01  # of the tokens to train; more is an error unless it is accepted
 EVAL_SPLIT = "test"
 
 
@@ -26,7 +26,8 @@ EVAL_SPLIT = "test"
 class PreparedData:
     """Rows of `input_ids` and `labels`, both `(seq,)` with seq ≤ max_length, and the report on them.
 
-    `lengths` are those of the rows of `dataset`, int64 `(rows,)`. `table` and `selected` are where they come from:
+    `lengths` are those of the rows of `dataset`, int64 `(rows,)`; `share_lost` is that of the tokens to train that are
+    lost with what is too long, each row counted once. `table` and `selected` are where they come from:
     all rows that were read, and the places of those that are fed, packed or not. With a `stream`, whose rows are
     read while they are trained, all else is about its first rows.
     """
@@ -34,6 +35,7 @@ class PreparedData:
     dataset: Dataset
     stream: TokenStream | None = None
     lengths: Numbers
+    share_lost: float
     report: DataReport
     notes: tuple[str, ...]
     skipped: tuple[Path, ...]
@@ -49,30 +51,66 @@ class TrainingData:
     evaluation: PreparedData | None
 
 
-def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int) -> TrainingData:
+def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only_look: bool = False) -> TrainingData:
     """Read, recognise, tokenize, cut, select and mix the rows that `settings` name.
+
+    `only_look` goes on where training would be refused; `refusals` tells why it would be.
 
     Raises:
         DatasetNotFoundError: no such data set.
         DataError: it can't be read, a row is wrong (named by file and number), more is lost than is accepted, or
             no row is left.
     """
+    if only_look:
+        settings = settings.model_copy(update={"on_bad_row": OnBadRow.SKIP})
     sources = [find_dataset(name) for name in settings.dataset]
-    table = _read(sources, settings.split, settings, text, seed)
+    head = HEAD_ROWS if settings.streaming else None
+    table = _read(sources, settings.split, settings, text, seed, head)
     rows = _Rows.of(table, settings)
     evaluation = None
     if settings.eval_dataset is not None or settings.eval_split is not None:
-        held_table, held_rows, held_out = _hold_out(table, rows, settings, text, seed)
-        evaluation = _prepared(held_table, held_rows, held_rows.fed(), settings, num_held_out=0)
+        held_rows, held_out = _hold_out(rows, settings, text, seed)
+        evaluation = _prepared(held_rows, held_rows.fed(), settings, is_part=held_rows.table is table)
         rows = rows.without(held_out)
     fed = repeat_by_weight(rows.fed(), table.source, [source.weight for source in sources], seed)
-    num_held_out = int(rows.held_out.sum())
-    train = _prepared(table, rows, fed, settings, num_held_out=num_held_out)
+    train = _prepared(rows, fed, settings)
+    for prepared in (train, evaluation):
+        if prepared is not None and not only_look:
+            for refusal in refusals(prepared, settings):
+                raise refusal
     if settings.streaming:
-        return TrainingData(train=_streamed(train, sources, settings, text, seed), evaluation=evaluation)
-    return TrainingData(
-        train=_packed(train, settings.max_length) if settings.packing else train, evaluation=evaluation
-    )
+        train = _streamed(train, evaluation, sources, settings, text, seed)
+    elif settings.packing:
+        train = _packed(train, settings.max_length)
+    return TrainingData(train=train, evaluation=evaluation)
+
+
+def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
+    """Return why `settings` do not allow to train on `data`, if they do not."""
+    report, found = data.report, []
+    if report.bad_rows and settings.on_bad_row == OnBadRow.ERROR:
+        found.append(bad_row(*read_skipped(data.skipped, 1)))
+    num_long = report.truncated_rows + report.dropped_rows
+    longest = f"the longest row has {int(data.table.length.max()):,} tokens"
+    if num_long and settings.on_long == OnLong.ERROR:
+        first = int(np.flatnonzero(data.table.length > settings.max_length)[0])
+        others = f", as {counted(num_long - 1, 'other row')}" if num_long > 1 else ""
+        found.append(
+            DataError(
+                f"{data.table.where(first)}: {int(data.table.length[first]):,} tokens, more than --max-length "
+                f"{settings.max_length:,}{others}",
+                hint=f"Raise --max-length ({longest}), or use --on-long truncate or drop.",
+            )
+        )
+    elif data.share_lost > MOST_LOST and not settings.accept_lost:
+        found.append(
+            DataError(
+                f"{report.name}: {100 * data.share_lost:.1f} % of the tokens to train are lost with rows longer than "
+                f"{settings.max_length:,} tokens ({report.supervised_tokens_lost:,} in {counted(num_long, 'row')})",
+                hint=f"Raise --max-length ({longest}), or accept it with --accept-lost.",
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,12 +127,9 @@ class _Rows:
 
     @classmethod
     def of(cls, table: Table, settings: DataSettings) -> "_Rows":
-        too_long = table.length > settings.max_length
-        if settings.on_long == OnLong.ERROR and too_long.any():
-            raise _too_long(table, too_long, settings.max_length)
         return cls(
             table=table,
-            too_long=too_long,
+            too_long=table.length > settings.max_length,
             drops_long=settings.on_long == OnLong.DROP,
             without_supervision=table.supervised == 0,
             repeated=~first_of_each(table.digest),
@@ -117,66 +152,80 @@ class _Rows:
 
 
 def _read(
-    sources: Sequence[DatasetSource], split: str, settings: DataSettings, text: TextTokenizer, seed: int
+    sources: Sequence[DatasetSource],
+    split: str,
+    settings: DataSettings,
+    text: TextTokenizer,
+    seed: int,
+    head: int | None = None,
 ) -> Table:
-    return Table([tokenize_source(source, split, settings, text, seed) for source in sources])
+    return Table([tokenize_source(source, split, settings, text, seed, head=head) for source in sources])
 
 
-def _hold_out(
-    table: Table, rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int
-) -> tuple[Table, _Rows, Mask]:
-    """Return the held-out rows, as a table and what becomes of them, and which rows of `table` are not trained."""
+def _hold_out(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int) -> tuple[_Rows, Mask]:
+    """Return what becomes of the rows that are held out, and which of `rows` are not trained for it."""
     share = held_out_share(settings.eval_split) if settings.eval_split is not None else None
     if share is None:
-        named = settings.eval_dataset or settings.dataset
-        held_sources = [find_dataset(name) for name in named]
-        whole = settings.model_copy(update={"streaming": False})
-        held = _read(held_sources, settings.eval_split or EVAL_SPLIT, whole, text, seed)
-        held_rows = _Rows.of(held, settings)
-        return held, held_rows, np.isin(table.digest, held.digest[held_rows.usable])
+        held = _Rows.of(_read_held_out(settings, text, seed), settings)
+        return held, np.isin(rows.table.kept_digest, held.table.kept_digest[held.usable])
     usable = rows.usable
-    wanted = max(1, round(share * int(usable.sum()))) if isinstance(share, float) else share
-    if wanted >= int(usable.sum()):
+    num_usable = int(usable.sum())
+    wanted = max(1, round(share * num_usable)) if isinstance(share, float) else share
+    held_out = np.zeros(len(rows.table), dtype=bool)
+    if wanted < num_usable:
+        held_out[usable] = hold_out(rows.table.kept_digest[usable], wanted, seed)
+    if not held_out.any():
+        why = "they are all equal" if 0 < wanted < num_usable else f"there are {num_usable:,} that can be used"
         raise DataError(
-            f"--eval-split {settings.eval_split} leaves nothing to train on: {', '.join(settings.dataset)} has "
-            f"{int(usable.sum()):,} rows that can be used",
-            hint="Hold out fewer.",
+            f"--eval-split {settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to "
+            f"train: {why}",
+            hint="Hold out fewer, or name held-out rows with --eval-dataset.",
         )
-    held_out = np.zeros(len(table), dtype=bool)
-    held_out[usable] = hold_out(table.digest[usable], wanted, seed)
     # Equal rows are on one side, so what is held out is never trained.
-    return table, rows.without(~held_out), held_out
+    return rows.without(~held_out), held_out
 
 
-def _prepared(table: Table, rows: _Rows, fed: Numbers, settings: DataSettings, *, num_held_out: int) -> PreparedData:
-    report = _report(table, rows, fed, settings.max_length, num_held_out)
+def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Table:
+    """Return the rows of held-out data sets, or of another split of those on the hub that are trained."""
+    if settings.eval_dataset is not None:
+        sources = [find_dataset(name) for name in settings.eval_dataset]
+    else:
+        sources = [replace(find_dataset(name), split=None, num_rows=None) for name in settings.dataset]
+    return _read(sources, settings.eval_split or EVAL_SPLIT, settings, text, seed)
+
+
+def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
+    """Return rows as they are fed; `is_part`: of a table that is read, and reported on, for training."""
+    table, here = rows.table, ~rows.held_out
+    report = _report(rows, fed, settings.max_length)
+    if is_part:
+        report = replace(report, bad_rows=0, empty_answers=0, held_out_rows=0)
     if len(fed) == 0:
-        raise _nothing_left(report, settings)
-    lost = report.supervised_tokens_lost / (report.supervised_tokens_lost + report.supervised_tokens)
-    if lost > MOST_LOST and not settings.accept_lost:
-        raise DataError(
-            f"{report.name}: {100 * lost:.1f} % of the tokens to train are lost with rows longer than "
-            f"{settings.max_length:,} tokens ({report.supervised_tokens_lost:,} in "
-            f"{counted(report.truncated_rows + report.dropped_rows, 'row')})",
-            hint=f"Raise --max-length (the longest row has {int(table.length.max()):,} tokens), or accept it with "
-            "--accept-lost.",
-        )
+        raise _nothing_left(rows, report, settings)
     return PreparedData(
         dataset=table.dataset.select_columns(["input_ids", "labels"]).select(fed),
         lengths=np.minimum(table.length, settings.max_length)[fed],
+        share_lost=report.supervised_tokens_lost / int((table.supervised + table.lost)[here].sum()),
         report=report,
-        notes=tuple(note for about in table.about for note in about.notes),
-        skipped=table.skipped,
+        notes=() if is_part else tuple(dict.fromkeys(note for about in table.about for note in about.notes)),
+        skipped=() if is_part else table.skipped,
         table=table,
         selected=fed,
     )
 
 
 def _streamed(
-    data: PreparedData, sources: Sequence[DatasetSource], settings: DataSettings, text: TextTokenizer, seed: int
+    data: PreparedData,
+    evaluation: PreparedData | None,
+    sources: Sequence[DatasetSource],
+    settings: DataSettings,
+    text: TextTokenizer,
+    seed: int,
 ) -> PreparedData:
-    note = f"{data.report.name} is streamed: what is said about it is about the first {data.report.rows:,} rows"
-    stream = TokenStream(sources, settings, text, seed=seed)
+    first = counted(data.report.rows, "row")
+    note = f"{data.report.name} is streamed: what is said about it is about the first {first}"
+    held_out = frozenset(evaluation.table.kept_digest.tolist()) if evaluation is not None else frozenset()
+    stream = TokenStream(sources, settings, text, seed=seed, held_out=held_out)
     return replace(data, stream=stream, notes=(note, *data.notes))
 
 
@@ -190,9 +239,9 @@ def _packed(data: PreparedData, max_length: int) -> PreparedData:
     )
 
 
-def _report(table: Table, rows: _Rows, fed: Numbers, max_length: int, num_held_out: int) -> DataReport:
+def _report(rows: _Rows, fed: Numbers, max_length: int) -> DataReport:
+    table, here = rows.table, ~rows.held_out
     kept = np.minimum(table.length, max_length)
-    here = ~rows.held_out
     dropped = here & rows.too_long & rows.drops_long
     cut = here & rows.too_long & ~dropped
     return DataReport(
@@ -211,7 +260,7 @@ def _report(table: Table, rows: _Rows, fed: Numbers, max_length: int, num_held_o
         rows_without_supervision=int((here & ~dropped & rows.without_supervision).sum()),
         duplicate_rows=int((here & rows.repeated).sum()),
         duplicates_dropped=int((here & rows.usable & rows.repeated & rows.drops_repeated).sum()),
-        held_out_rows=num_held_out,
+        held_out_rows=int(rows.held_out.sum()),
         bad_rows=sum(about.num_bad for about in table.about),
         empty_answers=sum(about.num_empty for about in table.about),
         packed_rows=None,
@@ -225,28 +274,30 @@ def _fingerprint(table: Table, kept: Numbers, fed: Numbers) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
-def _too_long(table: Table, too_long: Mask, max_length: int) -> DataError:
-    first = int(np.flatnonzero(too_long)[0])
-    return DataError(
-        f"{table.where(first)}: {int(table.length[first]):,} tokens, more than --max-length {max_length:,}; so have "
-        f"{counted(int(too_long.sum()) - 1, 'other row')}",
-        hint=f"Raise --max-length (the longest has {int(table.length.max()):,}), or use --on-long truncate or drop.",
-    )
-
-
-def _nothing_left(report: DataReport, settings: DataSettings) -> DataError:
+def _nothing_left(rows: _Rows, report: DataReport, settings: DataSettings) -> DataError:
+    if len(rows.table) == 0:
+        (first,) = read_skipped(rows.table.skipped, 1)
+        return DataError(
+            f"none of the {counted(report.bad_rows, 'row')} of {report.name} can be used; {first}",
+            hint=first.hint or "Correct it, or say with --format and --columns how rows are to be read.",
+        )
+    if len(rows.fed()):
+        return DataError(f"the weight of {report.name} takes none of its rows", hint="Give a larger one, such as *1.")
+    dropped = rows.too_long & rows.drops_long
+    cut = int(((rows.table.lost > 0) & rows.without_supervision & ~rows.held_out & ~dropped).sum())
     reasons = [
         f"{number:,} {why}"
         for number, why in (
-            (report.rows_without_supervision, f"are only prompt within the first {settings.max_length:,} tokens"),
-            (report.dropped_rows, f"are longer than {settings.max_length:,} tokens and dropped"),
-            (report.held_out_rows, "are held out"),
-            (report.bad_rows, "can't be used"),
+            (report.rows_without_supervision - cut, "without an answer to train"),
+            (cut, f"only prompt within the first {settings.max_length:,} tokens"),
+            (report.dropped_rows, f"longer than {settings.max_length:,} tokens and dropped"),
+            (report.held_out_rows, "held out"),
+            (report.bad_rows, "that can't be used"),
         )
-        if number
+        if number > 0
     ]
+    num_rows = report.rows + report.held_out_rows + report.bad_rows
     return DataError(
-        f"no row of {report.name} has a token to train: of {report.rows + report.held_out_rows + report.bad_rows:,} "
-        f"rows {', '.join(reasons)}",
-        hint="Raise --max-length, or check that the rows hold answers.",
+        f"no row of {report.name} is left to train: of {counted(num_rows, 'row')}, {', '.join(reasons)}",
+        hint="Raise --max-length." if cut or report.dropped_rows else "Look at it with: qlora inspect-data",
     )

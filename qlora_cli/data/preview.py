@@ -72,16 +72,33 @@ def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_row
     )
 
 
+class _Stream:
+    """Decodes tokens one by one; None while they are but a part of a character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def step(self, token: int, waiting: Sequence[int]) -> str | None:
+        """Return the text of `waiting`, the last of which is `token`."""
+        try:
+            text: str | None = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # noqa: BLE001 - tokenizers raises a bare one for bytes of a character that was cut off
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return str(self._tokenizer.decode(list(waiting)))
+        return text
+
+
 def _pieces(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Piece]:
-    stream = DecodeStream(skip_special_tokens=False)
+    stream = _Stream(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     pieces: list[Piece] = []
     waiting: list[int] = []
     for place, token in enumerate(ids):
         waiting.append(token)
-        text = stream.step(tokenizer.backend_tokenizer, token)
+        text = stream.step(token, waiting)
         is_last = place + 1 == len(ids)
         changes = not is_last and (labels[place] == IGNORED) != (labels[place + 1] == IGNORED)
         if text is None and not is_last and not changes:

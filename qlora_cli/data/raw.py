@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from qlora_cli.data.sources import suffixes_of
+from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.errors import DataError, MissingDependencyError
 
 BUFFER_BYTES = 256 * 1024
@@ -24,6 +25,16 @@ OTHER_MARKS = {
     b"\xfe\xff": "UTF-16",
 }
 
+# What archives begin with; the second one of .xz is that of its forerunner, the second one of .zst a skipped frame.
+ARCHIVE_MARKS = {
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".bz2": re.compile(rb"BZh"),
+    ".xz": re.compile(rb"\xfd7zXZ\0|\x5d\0\0"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+HEAD_BYTES = 8
+VALUE_BYTES = 8  # of what is no text
+
 # One byte for each row of a file, 0 for those to skip; None to read all.
 Kept = bytes | None
 
@@ -32,10 +43,10 @@ class RawRow(NamedTuple):
     """A row as its file has it, or what is wrong with it: exactly one of `value` and `problem` is set.
 
     Attributes:
-        file: The path, or the name of a hub data set.
+        file: The path, printable, or the name of a hub data set.
         number: Of the row in its file, from 1.
         line: On which it begins, from 1, where a text file has lines.
-        num_bytes: About how much text it is, where that is known.
+        num_bytes: About how much text it is.
     """
 
     file: str
@@ -43,12 +54,21 @@ class RawRow(NamedTuple):
     line: int | None
     value: Mapping[str, Any] | None
     problem: str | None
-    num_bytes: int = 0
+    num_bytes: int
 
 
 def is_kept(kept: Kept, number: int) -> bool:
     """Whether row `number`, from 1, is to be read; a row that was not there when rows were chosen is not."""
     return kept is None or (number <= len(kept) and kept[number - 1] != 0)
+
+
+def estimate_bytes(value: object) -> int:
+    """Return about how many bytes the texts in `value` have, however deep they lie in lists and objects."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(estimate_bytes, value.values()))
+    return sum(map(estimate_bytes, value)) if isinstance(value, list) else VALUE_BYTES
 
 
 @contextmanager
@@ -60,12 +80,12 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
         MissingDependencyError: nothing here can decompress it.
     """
     with reading(path), BufferedReader(_open(path), BUFFER_BYTES) as file:
-        head = file.peek(4)[:4]
+        head, name = file.peek(4)[:4], printable(Path(path.name))
         for mark, encoding in OTHER_MARKS.items():
             if head.startswith(mark):
                 raise DataError(
-                    f"{path} is {encoding} text, not UTF-8",
-                    hint=f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
+                    f"{printable(path)} is {encoding} text, not UTF-8",
+                    hint=f"Convert it: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}",
                 )
         if head.startswith(UTF8_MARK):
             file.read(len(UTF8_MARK))
@@ -86,14 +106,23 @@ def reading(path: Path) -> Iterator[None]:
             raise _damaged(path, error) from error
         # Not `error.strerror`, in which pyarrow repeats the path.
         raise DataError(
-            f"{path} can't be read: {os.strerror(error.errno)}", hint="Is it there, and readable?"
+            f"{printable(path)} can't be read: {os.strerror(error.errno)}", hint="Is it there, and readable?"
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged or cut short: {error}", hint="Copy or download it again.")
+    _, compression = suffixes_of(path) or ("", None)
+    if compression is not None:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if not ARCHIVE_MARKS[compression].match(head):
+            return DataError(
+                f"{printable(path)} is no {compression} archive: it begins with {head!r}",
+                hint=f"If it is not compressed, take {compression} off its name; otherwise decompress it yourself.",
+            )
+    return DataError(f"{printable(path)} is damaged or cut short: {error}", hint="Copy or download it again.")
 
 
 def _open(path: Path) -> RawIOBase:
@@ -114,7 +143,7 @@ def _open_zstandard(path: Path) -> RawIOBase:
 
     if not pyarrow.Codec.is_available("zstd"):
         raise MissingDependencyError(
-            f"{path} is compressed with Zstandard, which this build of pyarrow lacks",
+            f"{printable(path)} is compressed with Zstandard, which this build of pyarrow lacks",
             hint="Install a wheel of pyarrow: pip install --force-reinstall pyarrow; or decompress it: unzstd",
         )
-    return cast("RawIOBase", pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return cast("RawIOBase", pyarrow.CompressedInputStream(pyarrow.OSFile(os.fsencode(path)), "zstd"))

@@ -16,6 +16,8 @@ from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
 
 Span = tuple[int, int]
 
+# A template is a program: what it does to a row that it was not written for may fail in any way.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 MOST_SHAPES = 4096  # conversations of so many different sequences of roles are remembered
 
 
@@ -50,6 +52,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -59,7 +62,7 @@ class Renderer:
             RowError: an answer is first, or the template refuses the row, renders a beginning of it otherwise once
                 more follows, or does not end a trained turn.
         """
-        text = self._text(conversation.messages, conversation.tools)
+        text = self.text(conversation)
         if not conversation.trained:
             return Rendered(text=text, spans=())
         if conversation.trained[0] == 0:
@@ -68,6 +71,16 @@ class Renderer:
         if spans is None:
             spans = [self._span(conversation, text, place) for place in conversation.trained]
         return Rendered(text=text, spans=tuple(spans))
+
+    def text(self, conversation: Conversation) -> str:
+        """Return `conversation` as text.
+
+        Raises:
+            RowError: the template refuses it.
+        """
+        text = self._text(conversation.messages, conversation.tools)
+        _check_tools(conversation, text)
+        return text
 
     def _by_shape(self, conversation: Conversation, text: str) -> list[Span] | None:
         if conversation.tools or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
@@ -83,7 +96,13 @@ class Renderer:
         contents = [message["content"] for message in conversation.messages]
         spans = _place(shape, contents, conversation.trained, text)
         # Templates of the Llama 3 family and others trim what they put in.
-        return spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
+        spans = spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
+        if spans is not None:
+            # What asks for an answer may depend on contents too, though what renders it does not.
+            before = self._text(conversation.messages[: conversation.trained[0]], None, add_generation_prompt=True)
+            if text[: spans[0][0]] != before:
+                return None
+        return spans
 
     def _shape_of(self, roles: Sequence[str]) -> _Shape | None:
         """Return what the template writes around contents; None if they are not all in the text, once, in order."""
@@ -116,9 +135,9 @@ class Renderer:
     def _ends_of(self, messages: list[dict[str, Any]], tools: list[Any] | None, place: int, text: str) -> Span:
         """Return where the answer `place` stands in `text`, the rendering of all messages."""
         before = self._text(messages[:place], tools, add_generation_prompt=True)
-        through = text if place + 1 == len(messages) else self._text(messages[: place + 1], tools)
         if not text.startswith(before):
-            raise self._not_served(place, before, text)
+            raise _not_served(place, before, text)
+        through = self._through(messages, tools, place, text)
         if not text.startswith(through):
             raise RowError(
                 f"the chat template renders message {place} differently when others follow it, so what is served "
@@ -129,14 +148,20 @@ class Renderer:
         # The line break that many templates put behind the end of a turn is never generated.
         return len(before), len(through.rstrip())
 
-    def _not_served(self, place: int, before: str, text: str) -> RowError:
-        same = next((index for index, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
-        part = slice(max(0, same - 20), same + 30)
-        return RowError(
-            f"the chat template asks for message {place} with other words than it renders it with: a server would "
-            f"send {before[part]!r} where the row has {text[part]!r}",
-            hint="Train the last answer of each row only (--loss-on last), or give another --chat-template.",
-        )
+    def _through(self, messages: list[dict[str, Any]], tools: list[Any] | None, place: int, text: str) -> str:
+        """Return the beginning of the text through the turn `place`, without what closes the text as a whole."""
+        is_last = place + 1 == len(messages)
+        through = text if is_last else self._text(messages[: place + 1], tools)
+        # Phi 3's template writes EOS behind the last turn, which ends with a token of its own, as every turn does.
+        closed = through.rstrip()
+        turn = closed.removesuffix(str(self._tokenizer.eos_token)).rstrip()
+        if turn == closed or not turn.endswith(self._added):
+            return through
+        try:
+            longer = self._text([*messages, {"role": "user", "content": "more"}], tools) if is_last else text
+        except RowError:  # of templates that allow no more
+            return through
+        return through if longer.startswith(closed) or not longer.startswith(turn) else turn
 
     def _check_end(self, message: dict[str, Any], trained: str) -> None:
         """Check that the template writes something behind an answer, which the model can learn to stop with."""
@@ -157,7 +182,7 @@ class Renderer:
                     messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 
 
@@ -188,3 +213,27 @@ def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text:
         return None
     starts = _starts(shape.literals, contents)
     return [(starts[place] + shape.edges[place][0], starts[place + 1] + shape.edges[place][1]) for place in trained]
+
+
+def _check_tools(conversation: Conversation, text: str) -> None:
+    """Check that tools and calls of them are in the text: many templates have no place for them, and say nothing."""
+    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    for what, functions in (("tools", conversation.tools or ()), ("tool calls", calls)):
+        for function in functions:
+            name = function.get("function", function).get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in text:
+                raise RowError(
+                    f"the chat template has no place for {what}: {name!r} is not in the text",
+                    hint="Give a template that has one (--chat-template FILE), or leave such rows out.",
+                )
+
+
+def _not_served(place: int, before: str, text: str) -> RowError:
+    same = next((index for index, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
+    part = slice(max(0, same - 20), same + 30)
+    return RowError(
+        f"the chat template asks for message {place} with other words than it renders it with: a server would "
+        f"send {before[part]!r} where the row has {text[part]!r}",
+        hint="Write the row as the model answers, give another --chat-template, or, if that is so for earlier answers "
+        "alone, train the last one of each row (--loss-on last).",
+    )

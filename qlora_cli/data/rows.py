@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.formats import Layout, nearest
 from qlora_cli.settings.models import DataFormat, LossOn
+from qlora_cli.units import counted
 
 Ids = NDArray[np.int32]
 
@@ -119,24 +120,28 @@ class RowReader:
     def _messages(self, row: Mapping[str, Any]) -> Example:
         key = "messages" if self._layout.format == DataFormat.MESSAGES else "conversations"
         messages = _read_messages(self._value(row, key), self._layout.columns[key])
-        system = self._optional_text(row, "system")
-        if system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        return self._conversation(messages, self._tools(row))
+        return self._conversation(self._with_system(row, messages), self._tools(row))
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> Example:
         if not isinstance(row.get(self._layout.columns["prompt"]), list):
+            prompt_text, system = self._part(row, "prompt", may_be_empty=True), self._optional_text(row, "system")
+            completion_text = self._part(row, "completion", is_answer=True)
             return Completion(
-                prompt=self._part(row, "prompt", may_be_empty=True), completion=self._part(row, "completion")
+                prompt=f"{system}\n\n{prompt_text}" if system else prompt_text, completion=completion_text
+            )
+        if not isinstance(row.get(self._layout.columns["completion"]), list):
+            raise RowError(
+                f"{self._layout.columns['completion']!r} must be a list of messages, as "
+                f"{self._layout.columns['prompt']!r} is, found {kind_of(row.get(self._layout.columns['completion']))}"
             )
         prompt = _read_messages(row[self._layout.columns["prompt"]], self._layout.columns["prompt"])
         completion = _read_messages(self._value(row, "completion"), self._layout.columns["completion"])
         # Answers in the prompt are given, not trained.
         given = [{"train": False, **message} if message["role"] == "assistant" else message for message in prompt]
-        return self._conversation(given + completion, self._tools(row))
+        return self._conversation(self._with_system(row, given) + completion, self._tools(row))
 
     def _alpaca(self, row: Mapping[str, Any]) -> Example:
-        instruction, output = self._part(row, "instruction"), self._part(row, "output")
+        instruction, output = self._part(row, "instruction"), self._part(row, "output", is_answer=True)
         given = self._optional_text(row, "input")
         if self._use_chat:
             return self._asked(row, f"{instruction}\n\n{given}" if given else instruction, output)
@@ -146,7 +151,9 @@ class RowReader:
         return Completion(prompt=f"{system}\n\n{prompt}" if system else prompt, completion=output)
 
     def _question_answer(self, row: Mapping[str, Any]) -> Example:
-        question, answer = self._part(row, "question"), self._part(row, "answer")
+        question, answer = self._part(row, "question"), self._part(row, "answer", is_answer=True)
+        if context := self._optional_text(row, "context"):
+            question = f"{context}\n\n{question}"
         if self._use_chat:
             return self._asked(row, question, answer)
         system = self._optional_text(row, "system")
@@ -157,18 +164,38 @@ class RowReader:
 
     def _tokens(self, row: Mapping[str, Any]) -> Example:
         ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
-        key = self._layout.columns.get("labels")
-        if key is None or row.get(key) is None:
-            return Tokenized(input_ids=ids, labels=ids)
-        labels = _read_ids(row[key], key, least=IGNORED)
-        if len(labels) != len(ids):
-            raise RowError(f"{key!r} has {len(labels)} values, the row has {len(ids)} tokens")
-        if (other := (labels != ids) & (labels != IGNORED)).any():
-            place = int(other.argmax())
+        labels = self._numbers(row, "labels", ids, least=IGNORED)
+        if labels is not None and (other := (labels != ids) & (labels != IGNORED)).any():
+            place, key = int(other.argmax()), self._layout.columns["labels"]
             raise RowError(
                 f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORED}"
             )
+        labels = ids.copy() if labels is None else labels
+        trained, fed = (self._numbers(row, mask, ids, least=0) for mask in ("loss_mask", "attention_mask"))
+        if trained is not None:
+            labels[trained == 0] = IGNORED
+        if fed is not None:  # what is masked is padding
+            ids, labels = ids[fed != 0], labels[fed != 0]
+        if len(ids) == 0:
+            raise RowError(f"{self._layout.columns['attention_mask']!r} leaves no token")
         return Tokenized(input_ids=ids, labels=labels)
+
+    def _numbers(self, row: Mapping[str, Any], part: str, ids: Ids, *, least: int) -> Ids | None:
+        """Return the numbers in an optional column, one for each token."""
+        key = self._layout.columns.get(part)
+        if key is None or row.get(key) is None:
+            return None
+        found = _read_ids(row[key], key, least=least)
+        if len(found) != len(ids):
+            raise RowError(f"{key!r} has {counted(len(found), 'value')}, the row has {counted(len(ids), 'token')}")
+        return found
+
+    def _with_system(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages behind a system prompt that has a column of its own."""
+        system = self._optional_text(row, "system")
+        if not system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
 
     def _asked(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
         system = self._optional_text(row, "system")
@@ -183,8 +210,9 @@ class RowReader:
             switches = [_read_switch(message.pop(key), place, key) for key in SWITCHES if key in message]
             if message["role"] == "assistant" and all(switches):
                 trained.append(place)
-        if self._loss_on == LossOn.LAST:
+        if self._loss_on == LossOn.LAST and trained:
             trained = trained[-1:]
+            messages = messages[: trained[0] + 1]  # what follows is neither trained nor seen
         for place in trained:
             if not messages[place]["content"].strip() and not messages[place].get("tool_calls"):
                 raise RowError(f"the answer in message {place} is empty", is_empty=True)
@@ -197,12 +225,12 @@ class RowReader:
             raise RowError(f"there is no {column!r}, but {found}; the nearest known format is {nearest(row)}")
         return row[column]
 
-    def _part(self, row: Mapping[str, Any], part: str, *, may_be_empty: bool = False) -> str:
+    def _part(self, row: Mapping[str, Any], part: str, *, may_be_empty: bool = False, is_answer: bool = False) -> str:
         value, column = self._value(row, part), self._layout.columns[part]
         if not isinstance(value, str):
             raise RowError(f"{column!r} must be text, found {kind_of(value)}")
         if not may_be_empty and not value.strip():
-            raise RowError(f"{column!r} is empty", is_empty=True)
+            raise RowError(f"{column!r} is empty", is_empty=is_answer)
         return value
 
     def _optional_text(self, row: Mapping[str, Any], part: str) -> str:
@@ -254,7 +282,7 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     given = found.pop(role_key)
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
-        raise RowError(f"{where}.{role_key} is {given!r}, not one of {', '.join(dict.fromkeys(ROLES.values()))}")
+        raise RowError(f"{where}.{role_key} is {given!r}, not one of {', '.join(ROLES)}")
     content_key = next((key for key in CONTENT_KEYS if key in found), None)
     content = "" if content_key is None else _read_content(found.pop(content_key), f"{where}.{content_key}")
     if given == "function_call":

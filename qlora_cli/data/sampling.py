@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.errors import DataError
+from qlora_cli.units import counted
 
 
 def choose(source: DatasetSource, num_present: int, seed: int) -> NDArray[np.int64]:
@@ -23,6 +24,6 @@ def choose(source: DatasetSource, num_present: int, seed: int) -> NDArray[np.int
 def too_few(source: DatasetSource, num_present: int) -> DataError:
     """Return the error for a sample that is larger than its data set."""
     return DataError(
-        f"{source.name} asks for {source.num_rows} rows, but there are {num_present}",
+        f"{source.name} asks for {counted(source.num_rows, 'row')}, and has {counted(num_present, 'row')}",
         hint=f"Ask for fewer, or for all: leave #{source.num_rows} out.",
     )

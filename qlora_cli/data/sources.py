@@ -4,6 +4,7 @@ A name is `PATH[#ROWS][*WEIGHT]`, of a file, a directory or a glob, or
 `[OWNER/]NAME[@REVISION][:CONFIG[:SPLIT]][#ROWS][*WEIGHT]`, of a data set on the hub.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 MAP_CACHE = re.compile(r"cache-.*\.arrow")
 MOST_WEIGHT = 1000
 LONGEST_HUB_ID = 96
+CHECK_PATTERN = "Check the pattern; ** searches directories below, as in data/**/*.jsonl."
 
 SAMPLE = re.compile(r"(?s)(?P<base>.+)#(?P<value>[^#*/]*)")
 # A weight has to look like a number: `*` is also part of globs.
@@ -95,6 +97,11 @@ def check_dataset_name(name: str) -> QloraError | None:
     return None
 
 
+def printable(path: Path) -> str:
+    """Return `path` as text that can be written anywhere: bytes in it that are no UTF-8 become `\ufffd`."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def suffixes_of(path: Path) -> tuple[str, str | None] | None:
     """Return the kind of a file and its compression, as `(".jsonl", ".gz")`; None if it is of no kind that is read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -165,7 +172,9 @@ def _find_in_directory(directory: Path) -> list[Path]:
     folders = sorted(path.name for path in entries if path.is_dir() and not path.name.startswith("."))
     raise DataError(
         f"{directory} holds no data: no {_kinds()} file",
-        hint=f"Give one of its folders, {directory / folders[0]} for one." if folders else "Check the path.",
+        hint=f"Give one of its folders, {printable(directory / folders[0])} for one."
+        if folders
+        else "Check the path.",
     )
 
 
@@ -185,8 +194,8 @@ def _find_among(matches: list[Path], pattern: str) -> list[Path]:
     if files := [path for path in matches if _is_data(path)]:
         return files
     raise DataError(
-        f"{pattern} matches no data: {len(matches)} found ({matches[0]} for one), but no {_kinds()} file",
-        hint="Check the pattern; ** searches directories below, as in data/**/*.jsonl.",
+        f"{pattern} matches no data: {len(matches)} found ({printable(matches[0])} for one), but no {_kinds()} file",
+        hint=CHECK_PATTERN,
     )
 
 
@@ -206,22 +215,22 @@ def _checked(path: Path) -> Path:
     suffix, compression = suffixes_of(path) or ("", None)
     if suffix in READ_FROM_ANY_PLACE and compression:
         raise DataError(
-            f"{path}: a {suffix} file that is compressed as a whole is not read",
+            f"{printable(path)}: a {suffix} file that is compressed as a whole is not read",
             hint=f"Take the {compression} off it first.",
         )
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}", hint="Is it still there?") from error
+        raise DataError(f"{printable(path)} can't be read: {error.strerror}", hint="Is it still there?") from error
     if num_bytes == 0:
-        raise DataError(f"{path} is empty", hint="Give a file with at least one row.")
+        raise DataError(f"{printable(path)} is empty", hint="Give a file with at least one row.")
     return path
 
 
 def _find_on_hub(name: str, reading: _Reading) -> DatasetSource:
     found = HUB_NAME.fullmatch(reading.base)
     if found is None or not _may_be_repository(found["repository"]):
-        raise _nothing_at(name)
+        raise _nothing_at(name, reading.base)
     return DatasetSource(
         name=name,
         repository=found["repository"],
@@ -238,10 +247,12 @@ def _may_be_repository(repository: str) -> bool:
     return is_id and suffixes_of(Path(repository)) is None
 
 
-def _nothing_at(name: str) -> DatasetNotFoundError:
+def _nothing_at(name: str, base: str) -> DatasetNotFoundError:
     hint = "Check the path."
     if turned := re.fullmatch(r"(?s)(.+)(\*[0-9.]+)(#[0-9]+)", name):
         hint = f"The number of rows comes before the weight: {turned[1]}{turned[3]}{turned[2]}"
+    elif has_magic(base):
+        return DatasetNotFoundError(f"no file matches {base}", hint=CHECK_PATTERN)
     return DatasetNotFoundError(f"no data set at {name}: no such file", hint=hint)
 
 

@@ -6,14 +6,17 @@ and our own code. So stale tokens are impossible, and a second run over the same
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -21,11 +24,12 @@ from numpy.typing import NDArray
 from qlora_cli.cache import cache_folder
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, QloraError
 from qlora_cli.files import write_directory
 
 TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
 MOST_TABLES = 24
+KEPT_SECONDS = 24 * 60 * 60  # whatever their number: a run that goes on may be using them
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
@@ -35,6 +39,7 @@ SCHEMA = pa.schema(
         ("supervised", pa.int64()),
         ("lost", pa.int64()),
         ("digest", pa.int64()),
+        ("kept_digest", pa.int64()),
         ("file", pa.int64()),
         ("number", pa.int64()),
     ]
@@ -52,6 +57,7 @@ class Record:
         supervised: Tokens of `input_ids` that are trained.
         lost: Tokens of the whole row that would be trained, but lie beyond `max_length`.
         digest: 64 bits of a BLAKE2b over the whole row's tokens and labels; equal rows have equal ones.
+        kept_digest: The same over what is kept of it.
         file: Place of the row's file in `About.files`.
         number: Number of the row in its file, from 1.
     """
@@ -62,6 +68,7 @@ class Record:
     supervised: int
     lost: int
     digest: int
+    kept_digest: int
     file: int
     number: int
 
@@ -75,6 +82,7 @@ class About:
         format: The format that was recognised.
         recognised: The same, with the columns that are not called as ours.
         files: The files that rows come from.
+        num_rows: Rows of tokens.
         num_bad: Rows that could not be used; `skipped_rows.jsonl` lists them.
         num_empty: Of them, those that only lack an answer.
         notes: What a user should know, such as a turn that ends with an unusual token.
@@ -84,6 +92,7 @@ class About:
     format: str
     recognised: str
     files: tuple[str, ...]
+    num_rows: int
     num_bad: int
     num_empty: int
     notes: tuple[str, ...]
@@ -105,6 +114,35 @@ def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
     return int.from_bytes(found.digest(), "little", signed=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkippedRow:
+    """A row that can't be used: its file, number and line, what is wrong with it, and what to do if that is known."""
+
+    file: str
+    row: int
+    line: int | None
+    problem: str
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, row: RawRow, problem: RowError) -> "SkippedRow":
+        """Describe `row`."""
+        return cls(file=row.file, row=row.number, line=row.line, problem=str(problem), hint=problem.hint)
+
+    def __str__(self) -> str:
+        line = f" (line {self.line})" if self.line is not None else ""
+        return f"{self.file}, row {self.row}{line}: {self.problem}"
+
+
+def read_skipped(lists: Iterable[Path], most: int) -> list[SkippedRow]:
+    """Return the first rows of lists of skipped ones."""
+    found: list[SkippedRow] = []
+    for path in lists:
+        with path.open(encoding="utf-8") as lines:
+            found += [SkippedRow(**json.loads(line)) for line in itertools.islice(lines, most - len(found))]
+    return found
+
+
 class Writer:
     """Writes rows in batches, as they come, and notes down those that can't be used."""
 
@@ -112,11 +150,13 @@ class Writer:
         self._file = pa.OSFile(str(folder / TOKENS), "wb")
         self._arrow = pa.ipc.new_stream(self._file, SCHEMA)
         self._skipped = (folder / SKIPPED).open("w", encoding="utf-8")
+        self.num_rows = 0
         self.num_bad = 0
         self.num_empty = 0
 
     def write(self, records: Sequence[Record]) -> None:
         """Append rows."""
+        self.num_rows += len(records)
         if records:
             self._arrow.write_batch(_as_batch(records))
 
@@ -124,8 +164,7 @@ class Writer:
         """Note down a row that can't be used, and why."""
         self.num_bad += 1
         self.num_empty += problem.is_empty
-        found = {"file": row.file, "row": row.number, "line": row.line, "problem": str(problem)}
-        self._skipped.write(json.dumps(found, ensure_ascii=False) + "\n")
+        self._skipped.write(json.dumps(asdict(SkippedRow.of(row, problem))) + "\n")
 
     def close(self) -> None:
         """Complete the files."""
@@ -139,11 +178,13 @@ def recall(key: str) -> StoredTokens | None:
     folder = cache_folder("data") / key
     try:
         content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = About(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
         dataset = Dataset.from_file(str(folder / TOKENS))
         folder.touch()  # the least recently used are deleted
-    except (OSError, ValueError, pa.ArrowInvalid):
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
         return None
-    about = About(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
+    if len(dataset) != about.num_rows:  # cut short
+        return None
     return StoredTokens(dataset=dataset, about=about, skipped=folder / SKIPPED if about.num_bad else None)
 
 
@@ -161,16 +202,20 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
             about = fill(writer)
         finally:
             writer.close()
-        (place / ABOUT).write_text(json.dumps(asdict(about), ensure_ascii=False), encoding="utf-8")
+        (place / ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
 
     _check_writable(folder.parent)
+    _delete_old(folder)
     try:
         write_directory(folder, write)
     except OSError as error:
-        # Another process has put the same there meanwhile.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if isinstance(error, QloraError):
             raise
-    _delete_oldest(folder)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has put the same there meanwhile
+            raise DataError(
+                f"tokens can't be kept in {folder.parent}: {error.strerror}",
+                hint="Free room there, or set QLORA_CACHE to another directory.",
+            ) from error
     stored = recall(key)
     assert stored is not None, "tokens that were just written"
     return stored
@@ -197,10 +242,17 @@ def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows), pa.int32()))
 
 
-def _delete_oldest(kept: Path) -> None:
-    others = [path for path in kept.parent.iterdir() if path.is_dir() and path.name[0] != "." and path != kept]
-    for path in sorted(others, key=_last_used)[: max(0, len(others) + 1 - MOST_TABLES)]:
-        shutil.rmtree(path, ignore_errors=True)
+def _delete_old(kept: Path) -> None:
+    """Delete what was not used for a day, beyond a number, and what writers that were killed have left."""
+    folders = [path for path in kept.parent.iterdir() if path.is_dir() and path != kept]
+    for path in folders:
+        writer = path.name.split(".")[-2] if path.name.endswith(".saving") else ""
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(path, ignore_errors=True)
+    tables = sorted((path for path in folders if path.name[0] != "."), key=_last_used)
+    for path in tables[: max(0, len(tables) + 1 - MOST_TABLES)]:
+        if _last_used(path) < time.time() - KEPT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _last_used(folder: Path) -> float:

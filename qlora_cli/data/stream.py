@@ -5,9 +5,12 @@ Then the stream itself is read, in windows that are shuffled, and packed if aske
 it ends, until training has done its steps.
 """
 
+import json
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,30 +21,41 @@ from qlora_cli.data.packing import best_fit
 from qlora_cli.data.readers import read_rows
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.sources import DatasetSource
+from qlora_cli.data.store import SkippedRow, digest_row
 from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings, OnBadRow, OnLong
 
 WINDOW_ROWS = 2000
+MOST_LOST = 0.01  # of the tokens to train, once a window was read
 Row = dict[str, list[int]]
 
 
 class TokenStream:
     """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
 
-    Of several data sets the next row is drawn from one by chance, as often as its weight says. `counts` tells of the
-    rows that were read since iteration began: `read`, `truncated`, `dropped`, `without_supervision`, `bad`,
-    `supervised_tokens_lost`.
+    Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows whose digest is in
+    `held_out` are not fed. `counts` tells of the rows that were read since iteration began, ahead of those that are
+    fed: `read`, `truncated`, `dropped`, `without_supervision`, `held_out`, `bad`, `supervised_tokens` and, of them,
+    `supervised_tokens_lost`. Rows that can't be used are listed in `skipped_file`, if there is one.
     """
 
     def __init__(
-        self, sources: Sequence[DatasetSource], settings: DataSettings, text: TextTokenizer, *, seed: int
+        self,
+        sources: Sequence[DatasetSource],
+        settings: DataSettings,
+        text: TextTokenizer,
+        *,
+        seed: int,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.skipped_file: Path | None = None
         self._sources = sources
         self._settings = settings
         self._text = text
         self._seed = seed
+        self._held_out = held_out
 
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` pickles what it iterates, for a name that nothing asks for.
@@ -55,6 +69,8 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[Row]:
         self.counts.clear()
+        if self.skipped_file is not None:
+            self.skipped_file.unlink(missing_ok=True)
         chance = np.random.default_rng(self._seed)
         weights = np.array([float(source.weight) for source in self._sources])
         streams = [self._endless(source) for source in self._sources]
@@ -62,6 +78,7 @@ class TokenStream:
             while True:
                 drawn = chance.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
                 window = [next(streams[place]) for place in drawn]
+                self._check_lost()
                 yield from self._window([window[place] for place in chance.permutation(WINDOW_ROWS)])
         finally:
             for stream in streams:
@@ -80,17 +97,19 @@ class TokenStream:
             }
 
     def _endless(self, source: DatasetSource) -> Generator[Tokens]:
+        is_first = True
         while True:
             found = False
-            for row in self._pass(source):
+            for row in self._pass(source, is_first=is_first):
                 found = True
                 yield row
             if not found:
                 raise DataError(
                     f"no row of {source.name} has a token to train", hint="Look at it with: qlora inspect-data"
                 )
+            is_first = False
 
-    def _pass(self, source: DatasetSource) -> Iterator[Tokens]:
+    def _pass(self, source: DatasetSource, *, is_first: bool) -> Iterator[Tokens]:
         settings = self._settings
         with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True)) as raw:
             layout, rows = open_rows(source.name, raw, settings)
@@ -98,16 +117,26 @@ class TokenStream:
                 for row, tokens in batch:
                     self.counts["read"] += 1
                     if isinstance(tokens, RowError):
-                        if settings.on_bad_row == OnBadRow.ERROR:
-                            raise bad_row(row, tokens) from tokens
-                        self.counts["bad"] += 1
+                        self._skip(SkippedRow.of(row, tokens), is_first=is_first)
                     elif (kept := self._kept(tokens, f"{row.file}, row {row.number}")) is not None:
                         yield kept
+
+    def _skip(self, row: SkippedRow, *, is_first: bool) -> None:
+        if self._settings.on_bad_row == OnBadRow.ERROR:
+            raise bad_row(row)
+        self.counts["bad"] += 1
+        if is_first and self.skipped_file is not None:
+            with self.skipped_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
 
     def _kept(self, tokens: Tokens, where: str) -> Tokens | None:
         """Return what is fed of a row, if anything is."""
         settings, length = self._settings, len(tokens.input_ids)
         kept = tokens.cut(settings.max_length)
+        if digest_row(kept.input_ids, kept.labels) in self._held_out:
+            self.counts["held_out"] += 1
+            return None
+        self.counts["supervised_tokens"] += tokens.num_supervised
         if length > settings.max_length:
             if settings.on_long == OnLong.ERROR:
                 raise DataError(
@@ -124,3 +153,12 @@ class TokenStream:
             self.counts["without_supervision"] += 1
             return None
         return kept
+
+    def _check_lost(self) -> None:
+        lost = self.counts["supervised_tokens_lost"] / max(1, self.counts["supervised_tokens"])
+        if lost > MOST_LOST and not self._settings.accept_lost:
+            raise DataError(
+                f"{100 * lost:.1f} % of the tokens to train are lost with rows longer than "
+                f"{self._settings.max_length:,} tokens, of the {self.counts['read']:,} rows of the stream so far",
+                hint="Raise --max-length, or accept it with --accept-lost.",
+            )

@@ -53,8 +53,13 @@ class Table:
 
     @cached_property
     def digest(self) -> Numbers:
-        """64 bits that are equal for equal rows."""
+        """64 bits that are equal for equal whole rows."""
         return self._column("digest")
+
+    @cached_property
+    def kept_digest(self) -> Numbers:
+        """The same of what is kept of each row."""
+        return self._column("kept_digest")
 
     @cached_property
     def source(self) -> Numbers:

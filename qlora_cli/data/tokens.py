@@ -1,20 +1,25 @@
 """From text to tokens and labels, many rows at a time: the one path of training, evaluation and preview.
 
-A row's whole text is tokenized once; which tokens are trained follows from where they stand in the text. Where a
-token would lie across the beginning of an answer, the text is cut there first: a server sends what stands before the
-answer by itself, so no such token is ever seen when the model is used.
+A row's text is cut where an answer begins, and its pieces are tokenized by themselves: a server sends what stands
+before the answer alone, so its tokens are the same, and no token lies across. Tokenizers that write something before
+every text they are given, as SentencePiece does, would write it at each cut; for them the text stays whole.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from tokenizers import Encoding
+from tokenizers import Encoding, processors
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.render import Renderer, Span
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
 from qlora_cli.settings.models import LossOn
+
+SLICE = 500_000  # characters of a text that are tokenized at once; longer ones are cut, so that memory stays bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +44,45 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Text to tokenize. `is_plain`: the tokenizer, not a template, writes BOS and EOS."""
+    """Text to tokenize, and what of it is trained. `is_plain`: the tokenizer, not a template, writes BOS and EOS."""
 
     text: str
     spans: tuple[Span, ...]
     is_plain: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rendering:
-    """Examples on their way to tokens."""
+Rendering = tuple[Text | Tokens | RowError, ...]
 
-    items: tuple[Text | Tokens | RowError, ...]
+
+@dataclass
+class Encoded:
+    """The tokens of a text, as far as its pieces were added, and which of them each span comes to."""
+
+    spans: Sequence[Span]
+    ids: list[Ids] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, begin: int, length: int, encoding: Encoding, added: frozenset[int]) -> None:
+        """Add the piece of `length` characters from `begin`; `added` are tokens that swallow the spaces around."""
+        while len(self.starts) < len(self.spans) and self.spans[len(self.starts)][0] < begin + length:
+            first = _token_at(encoding, self.spans[len(self.starts)][0] - begin, length)
+            place = encoding.token_to_chars(first) if first < len(encoding.ids) else None
+            lies_across = place is not None and place[0] < self.spans[len(self.starts)][0] - begin
+            self.starts.append(self.num_tokens + first + (lies_across and encoding.ids[first] in added))
+        while len(self.ends) < len(self.starts) and self.spans[len(self.ends)][1] <= begin + length:
+            self.ends.append(self.num_tokens + _token_behind(encoding, self.spans[len(self.ends)][1] - begin, length))
+        self.ids.append(np.array(encoding.ids, dtype=np.int32))
+        self.num_tokens += len(encoding.ids)
+
+    def row(self) -> tuple[Ids, Ids]:
+        """Return the tokens, and their labels."""
+        ids = np.concatenate(self.ids) if self.ids else np.empty(0, np.int32)
+        labels = np.full(len(ids), IGNORED, dtype=np.int32)
+        for first, last in zip(self.starts, self.ends, strict=True):
+            labels[first:last] = ids[first:last]
+        return ids, labels
 
 
 class Tokenizer:
@@ -58,35 +90,38 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend, self._prefix, self._suffix = _bare(tokenizer)
+        self._may_cut = all(_decoded(self._backend, "a", more) == "a" + more for more in ("b", " b"))
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._renderer = Renderer(tokenizer)
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.odd_ends: set[int] = set()
+        self.num_with_control_tokens = 0
+        self.control_tokens: Counter[str] = Counter()
 
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
-        return Rendering(items=tuple(self._prepare(example) for example in examples))
+        return tuple(self._prepare(example) for example in examples)
 
-    def encode(self, rendering: Rendering) -> list[Encoding]:
-        """Return the encodings of the texts, in order. Works on all cores, and lets other threads go on meanwhile."""
-        texts = [item for item in rendering.items if isinstance(item, Text)]
-        found: dict[int, Encoding] = {}
-        for is_plain in (True, False):
-            places = [place for place, item in enumerate(texts) if item.is_plain == is_plain]
-            encodings = self._backend.encode_batch(
-                [texts[place].text for place in places], add_special_tokens=is_plain
-            )
-            found.update(zip(places, encodings, strict=True))
-        return [found[place] for place in range(len(texts))]
+    def encode(self, rendering: Rendering) -> list[Encoded]:
+        """Return the texts as tokens, in order. Works on all cores, and lets other threads go on meanwhile."""
+        texts = [item for item in rendering if isinstance(item, Text)]
+        found = [Encoded(item.spans) for item in texts]
+        pieces = [(place, *piece) for place, item in enumerate(texts) for piece in self._pieces(item)]
+        for batch in _batches(pieces):
+            encodings = self._backend.encode_batch([text for _, _, text in batch], add_special_tokens=False)
+            for (place, begin, text), encoding in zip(batch, encodings, strict=True):
+                found[place].add(begin, len(text), encoding, self._added)
+        return found
 
-    def label(self, rendering: Rendering, encodings: Sequence[Encoding]) -> list[Tokens | RowError]:
+    def label(self, rendering: Rendering, encoded: Sequence[Encoded]) -> list[Tokens | RowError]:
         """Return the tokens of each example with their labels, or what is wrong with it, in order."""
-        encoded = iter(encodings)
-        return [self._label(item, next(encoded)) if isinstance(item, Text) else item for item in rendering.items]
+        rows = iter(encoded)
+        return [self._label(item, next(rows)) if isinstance(item, Text) else item for item in rendering]
 
     def tokenize(self, examples: Sequence[Example]) -> list[Tokens | RowError]:
         """Return the tokens of each example, or what is wrong with it, in order."""
@@ -107,6 +142,12 @@ class Tokenizer:
             raise RowError(f"token {ids.max()} is beyond the {self._num_tokens} of the tokenizer")
         return _row(ids, (ids if self._trains_all else example.labels).copy())
 
+    def _note_control_tokens(self, texts: Iterable[str]) -> None:
+        """Count a row whose own text has control tokens, which tokenize as such."""
+        found = [token for text in texts for token in self._control.findall(text)]
+        self.num_with_control_tokens += bool(found)
+        self.control_tokens.update(found)
+
     def _rendered(self, example: Conversation) -> Text:
         if self._tokenizer.chat_template is None:
             raise RowError(
@@ -114,80 +155,104 @@ class Tokenizer:
                 hint="Give one with --chat-template (a .jinja file, or chatml), take the instruct version of the "
                 "model, or write rows as prompt and completion.",
             )
+        self._note_control_tokens(message["content"] for message in example.messages)
+        if self._trains_all:
+            text = self._renderer.text(example)
+            return Text(text=text, spans=((0, len(text)),), is_plain=False)
         rendered = self._renderer.render(example)
-        spans = ((0, len(rendered.text)),) if self._trains_all else rendered.spans
-        return Text(text=rendered.text, spans=spans, is_plain=False)
+        return Text(text=rendered.text, spans=rendered.spans, is_plain=False)
 
     def _plain(self, example: Completion) -> Text:
         text = example.prompt + example.completion
+        self._note_control_tokens([text])
         start = 0 if self._trains_all else len(example.prompt)
         return Text(text=text, spans=((start, len(text)),), is_plain=True)
 
-    def _label(self, item: Text, encoding: Encoding) -> Tokens | RowError:
-        ids, edges = encoding.ids, [_tokens_of(encoding, span, len(item.text)) for span in item.spans]
-        begins = zip(item.spans, edges, strict=True)
-        if any(_lies_across(encoding, first, start) for (start, _), (first, _) in begins):
-            ids, edges = self._cut_before_answers(item, encoding, edges)
-        labels = np.full(len(ids), IGNORED, dtype=np.int32)
-        row = np.asarray(ids, dtype=np.int32)
-        for first, last in edges:
-            labels[first:last] = row[first:last]
-        if item.is_plain:
-            return self._ended(row, labels)
-        return self._checked(row, labels, edges)
+    def _pieces(self, item: Text) -> Iterator[tuple[int, str]]:
+        """Yield the pieces of a text and where each begins: cut where answers begin, and where it is very long."""
+        cuts = sorted({0, *(start for start, _ in item.spans)}) if self._may_cut else [0]
+        for begin, end in zip(cuts, [*cuts[1:], len(item.text)], strict=True):
+            while end - begin > SLICE:
+                # Before a space, where tokenizers cut too.
+                cut = item.text.rfind(" ", begin + SLICE // 2, begin + SLICE)
+                cut = cut if cut > 0 else begin + SLICE
+                yield begin, item.text[begin:cut]
+                begin = cut
+            yield begin, item.text[begin:end]
 
-    def _cut_before_answers(
-        self, item: Text, encoding: Encoding, edges: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenize with a cut before each answer, unless the tokenizer adds something there, as SentencePiece may."""
-        cuts = [start for start, _ in item.spans]
-        pieces = [item.text[a:b] for a, b in zip([0, *cuts], [*cuts, len(item.text)], strict=True)]
-        encodings = [
-            self._backend.encode(piece, add_special_tokens=item.is_plain and place == 0)
-            for place, piece in enumerate(pieces)
-        ]
-        ids = [token for encoded in encodings for token in encoded.ids]
-        if self._decode(ids) != self._decode(encoding.ids):
-            return encoding.ids, edges
-        found: list[tuple[int, int]] = []
-        offset = len(encodings[0].ids)
-        for (start, end), encoded in zip(item.spans, encodings[1:], strict=True):
-            text = pieces[len(found) + 1]
-            found.append((offset, offset + _tokens_of(encoded, (0, end - start), len(text))[1]))
-            offset += len(encoded.ids)
-        return ids, found
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+    def _label(self, item: Text, encoded: Encoded) -> Tokens | RowError:
+        ids, labels = encoded.row()
+        return self._ended(ids, labels) if item.is_plain else self._checked(ids, labels, encoded)
 
     def _ended(self, row: Ids, labels: Ids) -> Tokens:
-        """Return a plain text with one BOS at most, where it was written out too, and with a trained end."""
+        """Return a plain text as the tokenizer begins and ends it: one BOS at most, and a trained end."""
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         assert eos is not None, "checked on loading"
-        if bos is not None and bos != eos:
-            while len(row) > 1 and row[0] == row[1] == bos:
-                row, labels = row[1:], labels[1:]
-        while len(row) > 1 and row[-1] == row[-2] == eos:
+        while bos in self._prefix and len(row) and row[0] == bos:
+            row, labels = row[1:], labels[1:]  # the text brings it along
+        while len(row) and row[-1] == eos:
             row, labels = row[:-1], labels[:-1]
-        if len(row) and row[-1] == eos:  # written out, or added by the tokenizer
-            labels = np.append(labels[:-1], eos)
-        else:
-            row, labels = np.append(row, eos), np.append(labels, eos)
-        return _row(row.astype(np.int32), labels.astype(np.int32))
+        suffix = [token for token in self._suffix if token != eos]
+        unseen = [IGNORED] * len(self._prefix)
+        return _row(
+            np.concatenate([self._prefix, row, [*suffix, eos]]).astype(np.int32),
+            np.concatenate([unseen, labels, [*suffix, eos]]).astype(np.int32),
+        )
 
-    def _checked(self, row: Ids, labels: Ids, edges: Sequence[tuple[int, int]]) -> Tokens | RowError:
-        """Check a rendered row: one BOS at most, and a token that ends each trained turn."""
+    def _checked(self, row: Ids, labels: Ids, encoded: Encoded) -> Tokens | RowError:
+        """Check a rendered row: it has tokens, one BOS at most at its beginning, and known ends of turns."""
         bos = self._tokenizer.bos_token_id
+        if len(row) == 0:
+            return RowError("the chat template renders nothing of it")
         if bos is not None and len(row) > 1 and row[0] == row[1] == bos:
             return RowError(
                 f"it begins with {self._tokenizer.bos_token} twice: the template writes it, and so does the row",
                 hint="Take it out of the text.",
             )
         if not self._trains_all:
-            self.odd_ends.update(
-                int(row[last - 1]) for _, last in edges if last and row[last - 1] not in self._end_ids
-            )
+            ends = (int(row[last - 1]) for last in encoded.ends)
+            self.odd_ends.update(token for token in ends if token not in self._end_ids)
         return _row(row, labels)
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase) -> tuple[Backend, list[int], list[int]]:
+    """Return the tokenizer without what it adds before and behind a text, and the tokens that it adds there.
+
+    What adds them may also take spaces out of the positions of tokens.
+    """
+    bare = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_truncation()
+    bare.no_padding()
+    bare.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    whole, alone = list(tokenizer("a")["input_ids"]), _ids(bare, "a")
+    for begin in range(len(whole) - len(alone) + 1):
+        if whole[begin : begin + len(alone)] == alone:
+            return bare, whole[:begin], whole[begin + len(alone) :]
+    raise AssertionError(f"a text tokenizes to {whole}, and to {alone} without special tokens")
+
+
+def _ids(backend: Backend, text: str) -> list[int]:
+    return list(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _decoded(backend: Backend, *pieces: str) -> str:
+    """Return what becomes of pieces of a text that are tokenized by themselves."""
+    ids = [token for piece in pieces for token in _ids(backend, piece)]
+    return str(backend.decode(ids, skip_special_tokens=False))
+
+
+def _batches(pieces: Sequence[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+    """Yield pieces of a few million characters at a time: an encoding takes fifty times the room of its text."""
+    batch: list[tuple[int, int, str]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[2])
+        if size >= 4 * SLICE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _row(input_ids: Ids, labels: Ids) -> Tokens:
@@ -195,24 +260,18 @@ def _row(input_ids: Ids, labels: Ids) -> Tokens:
     return Tokens(input_ids=input_ids, labels=labels)
 
 
-def _tokens_of(encoding: Encoding, span: Span, length: int) -> tuple[int, int]:
-    """Return the first token that overlaps a span, and the one behind the last; the text has `length` characters."""
-    first, last = (_token_at(encoding, position, length) for position in span)
-    place = encoding.token_to_chars(last) if last < len(encoding.ids) else None
-    # A token that begins within the span and ends behind it belongs to it.
-    return first, last + 1 if place is not None and place[0] < span[1] else last
-
-
 def _token_at(encoding: Encoding, position: int, length: int) -> int:
     """Return the token that stands for a character, or for the next one that has one; past the end if none does."""
-    while position < length:
+    while 0 < position < length:
         token = encoding.char_to_token(position)
         if token is not None:
             return int(token)
         position += 1  # a character that no token stands for, such as a space that the tokenizer drops
-    return len(encoding.ids)
+    return 0 if position <= 0 else len(encoding.ids)
 
 
-def _lies_across(encoding: Encoding, token: int, position: int) -> bool:
+def _token_behind(encoding: Encoding, position: int, length: int) -> int:
+    """Return the token behind those that begin before a character position."""
+    token = _token_at(encoding, position, length)
     place = encoding.token_to_chars(token) if token < len(encoding.ids) else None
-    return place is not None and place[0] < position
+    return token + 1 if place is not None and place[0] < position else token

@@ -198,12 +198,15 @@ def held_out_share(text: str) -> float | int | None:
         return number / 100
     if not text.endswith("%") and number >= 1 and number == int(number):
         return int(number)
-    raise ValueError("expected a share such as 5%, a number of rows, or the name of a split")
+    raise ValueError("expected a share above 0% and below 100%, a whole number of rows, or the name of a split")
 
 
-def _check_eval_split(value: str) -> str:
-    held_out_share(value)
-    return value
+def _check_eval_split(value: object) -> object:
+    # YAML reads a bare number as one.
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        held_out_share(text)
+    return text
 
 
 ROPE_TYPES = ("linear", "dynamic", "yarn")
@@ -329,7 +332,7 @@ class DataSettings(Section):
     )
     eval_dataset: Datasets | None = Field(default=None, description="Held-out data, named the same way.")
     split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
-    eval_split: Annotated[Name, AfterValidator(_check_eval_split)] | None = Field(
+    eval_split: Annotated[Name | None, BeforeValidator(_check_eval_split)] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
         "set to evaluate on.",

@@ -22,6 +22,8 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
     if report.packed_rows is not None:
         share = report.tokens / (report.packed_rows * max_length)
         reporter.report(Noted(message=f"packed into {report.packed_rows:,} rows of {max_length:,}, {share:.1%} full"))
+    if report.held_out_rows:
+        reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
     for message in (*data.notes, *_losses(data, max_length)):
         reporter.report(Noted(level="warning", message=message))
 
@@ -36,7 +38,6 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
         (report.dropped_rows, f"{too_long}, dropped; {lost}"),
         (report.rows_without_supervision, "without a token to train, not fed"),
         (report.duplicate_rows, f"that repeat an earlier one, {repeated}"),
-        (report.held_out_rows, "held out, not trained"),
         (report.bad_rows, f"that can't be used, skipped; listed in {', '.join(map(str, data.skipped))}"),
     ]
     return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in found if number]
@@ -53,11 +54,13 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
             ("truncated", "cut"),
             ("dropped", "too long and dropped"),
             ("without_supervision", "without a token to train"),
+            ("held_out", "held out"),
             ("bad", "that can't be used"),
         )
         if counts[name]
     ]
     lost = f"; {counts['supervised_tokens_lost']:,} trained tokens lost" if counts["supervised_tokens_lost"] else ""
+    became = ", ".join(found) or "all of use"
     reporter.report(
-        Noted(message=f"{counts['read']:,} rows of the stream were read: {', '.join(found) or 'all fed'}{lost}")
+        Noted(message=f"{counted(counts['read'], 'row')} of the stream read, ahead of what was fed: {became}{lost}")
     )

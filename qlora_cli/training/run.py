@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
 from qlora_cli.data.collate import make_collator
-from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
+from qlora_cli.errors import DataError, OutOfMemoryError, QloraError, TrainingError
 from qlora_cli.events import (
     EvalStarted,
     Noted,
@@ -77,9 +77,10 @@ def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
     reporter = Reporters([MetricsWriter(directory), reporter])
     record = _opening_record(prepared)
     directory.write_run_file(record)
-    directory.keep_skipped_rows(
-        [*prepared.train_data.skipped, *(prepared.eval_data.skipped if prepared.eval_data else ())]
-    )
+    evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
+    directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
+    if prepared.train_data.stream is not None:
+        prepared.train_data.stream.skipped_file = directory.path / "skipped_rows_of_stream.jsonl"
     try:
         with _failures_explained(prepared):
             result = _train(prepared, directory, reporter)
@@ -100,7 +101,8 @@ def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -
     reporter.report(TrainingStarted(num_steps=num_steps, output=directory.path))
     start = time.monotonic()
     with stop:
-        trainer.train()
+        with _data_failures_explained(trainer, directory):
+            trainer.train()
         step = trainer.state.global_step
         if prepared.eval_data is not None and stop.name is None and step not in callback.eval_losses:
             reporter.report(EvalStarted(step=step))
@@ -199,6 +201,19 @@ def _opening_record(prepared: PreparedRun) -> dict[str, Any]:
 
 
 @contextmanager
+def _data_failures_explained(trainer: QloraTrainer, directory: RunDirectory) -> Iterator[None]:
+    """Keep what was trained until a row of a stream could not be used."""
+    try:
+        yield
+    except DataError as error:
+        step = trainer.state.global_step
+        if step and not any(path.name == f"step-{step}" for path in directory.list_checkpoints()):
+            trainer._save_checkpoint(trainer.model, None)
+        kept = f" What was trained until step {step} is in {directory.checkpoints}." if step else ""
+        raise TrainingError(str(error), hint=f"{error.hint or ''}{kept}".strip()) from error
+
+
+@contextmanager
 def _failures_explained(prepared: PreparedRun) -> Iterator[None]:
     """Turn what a machine runs out of into errors that say what to do."""
     try:
@@ -231,5 +246,6 @@ def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutO
         flags.append("--gradient-checkpointing on")
     if not settings.training.optimizer.is_paged:
         flags.append("--optimizer paged_adamw_8bit")
-    flags.append(f"--max-length {max(8, plan.longest_row_tokens // 2)}")
+    longest = settings.data.max_length if settings.data.packing else plan.longest_row_tokens
+    flags.append(f"--max-length {max(8, longest // 2)}")
     return OutOfMemoryError(f"{plan.device} ran out of memory: {error}", hint=f"Try: {' or '.join(flags)}")

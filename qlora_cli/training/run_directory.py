@@ -9,7 +9,7 @@ adapter/         PEFT adapter, tokenizer, chat template
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class RunDirectory:
         temporary.write_text(json.dumps(as_json(content), indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.run_file)
 
-    def keep_skipped_rows(self, lists: Sequence[Path]) -> None:
+    def keep_skipped_rows(self, lists: Collection[Path]) -> None:
         """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
         if lists:
             with (self.path / "skipped_rows.jsonl").open("wb") as file:

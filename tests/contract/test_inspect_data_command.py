@@ -107,8 +107,11 @@ def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: P
     path = write_jsonl(tmp_path / "bad.jsonl", rows)
     done = inspect(path, tokenizer_only)
     assert done.exit_code == 2
-    assert f"2 rows: can't be used (1 for an empty answer)\n      {path}, row 2: 'completion' is empty" in done.stdout
-    assert f"error: {path}, row 2: 'completion' is empty" in done.stderr
+    assert (
+        f"2 rows: can't be used (1 for an empty answer)\n      {path}, row 2 (line 2): 'completion' is empty"
+        in done.stdout
+    )
+    assert f"error: {path}, row 2 (line 2): 'completion' is empty" in done.stderr
     whole = inspect(path, tokenizer_only, "--json")
     assert whole.exit_code == 2
     assert json.loads(whole.stdout)["bad_rows"] == 2
@@ -121,11 +124,10 @@ def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--max-length", "16"), "of the tokens to train are lost"),
         (("--format", "alpaca"), "has no column instruction, output"),
         (("--format", "alpacca"), "Did you mean alpaca?"),
         (("--columns", "prompt=question"), "no column 'question'"),
-        (("--eval-split", "5"), "leaves nothing to train on"),
+        (("--eval-split", "5"), "can't be held out"),
         (("--eval-split", "validation"), "only hub data sets have splits"),
         (("--dataset", "nothing.jsonl"), "no data set at nothing.jsonl"),
         (("--rows", "-1"), "should be greater than or equal to 0"),
@@ -137,6 +139,57 @@ def test_what_is_wrong_is_one_message(file: Path, tokenizer_only: Path, flags: t
     assert expected in done.stderr.replace("\n", " ")
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--max-length", "16"), "of the tokens to train are lost"),
+        (("--max-length", "16", "--on-long", "drop"), "of the tokens to train are lost"),
+        (("--max-length", "16", "--on-long", "error"), "row 1: 22 tokens, more than --max-length 16"),
+    ],
+)
+def test_what_train_would_refuse_is_shown_and_ends_with_two(
+    file: Path, tokenizer_only: Path, base_model: Path, tmp_path: Path, flags: tuple[str, ...], expected: str
+) -> None:
+    done = inspect(file, tokenizer_only, *flags, "--json")
+    assert done.exit_code == 2
+    found = json.loads(done.stdout)
+    assert expected in found["refusals"][0]
+    assert f"error: {found['refusals'][0]}" in done.stderr
+    assert any("longer than 16 tokens" in trouble["kind"] for trouble in found["troubles"])
+    arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--device", "cpu"]
+    refused = CliRunner().invoke(app, [*map(str, arguments), *flags])
+    assert refused.exit_code == 2
+    assert f"error: {found['refusals'][0]}" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_that_are_held_out_end_with_two_as_well(file: Path, tokenizer_only: Path, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held.jsonl", [*ROWS[:1], {"messages": []}])
+    done = inspect(file, tokenizer_only, "--eval-dataset", str(held_out))
+    assert done.exit_code == 2
+    assert f"error: {held_out}, row 2 (line 2): 'messages' must be a list" in done.stderr
+
+
+def test_if_no_row_can_be_used_the_first_is_named_with_why(tmp_path: Path, tokenizer_only: Path) -> None:
+    path = write_jsonl(tmp_path / "all_bad.jsonl", [{"messages": [{"role": "usr", "content": "x"}]}] * 3)
+    done = inspect(path, tokenizer_only)
+    assert done.exit_code == 2
+    assert "none of the 3 rows" in done.stderr
+    assert "row 1 (line 1): messages[0].role is 'usr'" in done.stderr
+    (tokenizer_only / "chat_template.jinja").unlink()
+    done = inspect(write_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer_only)
+    assert "the tokenizer has no chat template" in done.stderr
+    assert "--chat-template" in done.stderr
+
+
+def test_a_page_never_takes_the_place_of_the_data(file: Path, tokenizer_only: Path) -> None:
+    content = file.read_bytes()
+    done = inspect(file, tokenizer_only, "--html", str(file))
+    assert done.exit_code == 2
+    assert "would overwrite a file that is no page" in done.stderr
+    assert file.read_bytes() == content
 
 
 def test_every_setting_of_the_data_changes_what_is_found(file: Path, tokenizer_only: Path) -> None:

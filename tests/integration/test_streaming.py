@@ -10,7 +10,7 @@ import pytest
 
 from qlora_cli.data.prepare import prepare_data
 from qlora_cli.data.stream import TokenStream
-from qlora_cli.errors import DataError
+from qlora_cli.errors import DataError, TrainingError
 from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.training.plan import prepare_run
@@ -99,6 +99,46 @@ def test_a_bad_row_far_into_a_stream_ends_it_with_its_name(tmp_path: Path) -> No
         take(stream(path, max_length=8, on_long="error", accept_lost=False), 1)
 
 
+def test_rows_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 40)
+    held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(line) for line in path.read_text().splitlines()[:5]])
+    found = stream(path, eval_dataset=(str(held_out),))
+    rows = decoded(take(found, 400))
+    assert len(set(rows)) == 35
+    assert not any(row.startswith(f"row {i}:") for i in range(5) for row in rows)
+    assert found.counts["held_out"] > 0
+
+
+def test_more_than_is_accepted_that_is_lost_far_into_a_stream_ends_it(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 1000)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": "a ", "completion": "word " * 60}) + "\n" for _ in range(1000))
+    with pytest.raises(
+        DataError, match=r"% of the tokens to train are lost .* of the 2,\d{3} rows of the stream so far"
+    ):
+        take(stream(path, max_length=32), 3000)
+    assert len(take(stream(path, max_length=32, accept_lost=True), 3000)) == 3000
+
+
+def test_what_was_trained_until_a_bad_row_is_kept(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "late.jsonl"
+    lines = rows.read_text().splitlines()
+    path.write_text("\n".join([*(lines * 400)[:4500], '{"messages": []}']) + "\n")
+    settings = train_settings(
+        base_model,
+        path,
+        tmp_path / "run",
+        data__streaming=True,
+        training__max_steps=400,
+        training__micro_batch_size=16,
+    )
+    with pytest.raises(TrainingError, match=r"row 4501 \(line 4501\): 'messages' must be a list") as caught:
+        run(prepare_run(settings, Recorder()), Recorder())
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert "What was trained until step" in (caught.value.hint or "")
+
+
 def test_training_on_a_stream_does_its_steps_and_says_what_it_read(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -119,4 +159,4 @@ def test_training_on_a_stream_does_its_steps_and_says_what_it_read(
     assert result.eval_loss is not None
     messages = [event.message for event in recorder.events if isinstance(event, Noted)]
     assert any("is streamed: what is said about it is about the first" in message for message in messages)
-    assert any("rows of the stream were read: all fed" in message for message in messages)
+    assert any("of the stream read, ahead of what was fed: " in message for message in messages)

@@ -133,7 +133,7 @@ def test_every_kind_of_file_gives_the_same_tokens(
         ("c.json", '[{"text": "ok"}, 3]', r"row 2 \(line 1\): expected a JSON object, found number"),
         ("d.csv", "text,other\na,b\nc,d,e\n", r"row 2 \(line 3\): 3 fields, the header has 2"),
         ("e.jsonl", '{"ask": "a", "tell": "b"}\n', "fit no known format: ask, tell"),
-        ("f.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}\n', "fit several formats"),
+        ("f.jsonl", '{"messages": [], "prompt": "b", "completion": "c"}\n', "fit several formats"),
         (
             "g.jsonl",
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
@@ -147,7 +147,11 @@ def test_every_kind_of_file_gives_the_same_tokens(
         ("i.jsonl", '{"messages": [{"role": "she", "content": "x"}]}\n', r"row 1 .*: messages\[0\].role is 'she'"),
         ("j.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "nothing to answer"),
         ("k.jsonl", '{"messages": []}\n', "row 1 .*: 'messages' must be a list of at least one"),
-        ("l.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no row of .* has a token to train"),
+        (
+            "l.jsonl",
+            '{"messages": [{"role": "user", "content": "x"}]}\n',
+            "no row of .* is left to train: of 1 row, 1 without an answer",
+        ),
     ],
 )
 def test_a_wrong_row_is_named(

@@ -68,7 +68,7 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
         (b'{"a": [NaN]}', "broken JSON: NaN is no JSON value"),
         (b'{"a": -Infinity}', "broken JSON: -Infinity is no JSON value"),
         (b'{"a": "x\0y"}', "NUL byte at 9 of the line"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON: Exceeds the limit"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number of more than 4,300 digits"),
         (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deeply to be read"),
         (b'{"a": "\\ud83d"}', "not UTF-8 text (\\ud83d is half of a character)"),
         (b'{"a": "x' + b"y" * 50, "broken JSON: Unterminated string starting at (column 7)"),
@@ -82,6 +82,33 @@ def test_a_bad_line_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, li
     assert bad.problem is not None
     assert bad.problem.startswith(problem)
     assert (last.number, last.line, last.value) == (3, 4, {"a": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "is_json"),
+    [
+        ('[\n{"a": 1},\n{"a": 2}\n]\n', True),
+        ('\n[{"a": 1},\n{"a": 2}]', True),
+        ('[{"a": 1}, {"a": 2}]', True),
+        ('{\n  "a": 1\n}\n', True),
+        ('{"messages": [\n{"role": "user"}]}\n', True),
+        ('{"a": 1,\n"b": 2}\n', True),
+        ("[1, 2]\n[3, 4]\n", False),
+        ('{"a": [', False),
+        ('{"a": 1,}\n{"a": 2}\n', False),
+        ('{"a": {"b": 1}\n{"a": {"b": 2}}\n', False),
+    ],
+)
+def test_lines_that_are_one_json_value_are_to_be_named_json(tmp_path: Path, content: str, is_json: bool) -> None:
+    problems = [problem for _, _, problem in problems_of(write(tmp_path / "a.jsonl", content)) if problem]
+    advice = "; a file that holds one list or object over several lines must be named .json"
+    assert [problem.endswith(advice) for problem in problems] == [is_json] * len(problems)
+    assert problems
+
+
+def test_bad_lines_of_a_file_named_json_are_not_told_to_be_named_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '{"a": {}\n{"a": {}}\n')
+    assert problems_of(path) == [(1, 1, "broken JSON: Expecting ',' delimiter (column 9)"), (2, 2, None)]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
@@ -163,7 +190,7 @@ def test_elements_have_the_line_on_which_they_begin(tmp_path: Path) -> None:
         (b'{"a": "\xf0\x9f', "not UTF-8 text (byte 20 of the file)"),
         (b'{"a": "x\0"}]', "NUL byte (line 3, column 9)"),
         (b'{"a": ' + b"[" * 10**5, "nested too deeply (line 3, column 1)"),
-        (b"9" * 5000 + b"]", "Exceeds the limit"),
+        (b"9" * 5000 + b"]", "a number of more than 4,300 digits (line 3, column 1)"),
     ],
 )
 def test_a_syntax_error_is_the_last_row_of_the_file(tmp_path: Path, behind: bytes, problem: str) -> None:

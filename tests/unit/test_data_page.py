@@ -105,6 +105,7 @@ INSPECTION = DataInspection(
     max_length=550,
     longest_uncut_tokens=880,
     median_uncut_tokens=240,
+    refusals=(),
     lengths=BARS,
     batches=Batches(
         micro_batch_size=4,

@@ -1,5 +1,6 @@
 """From the name of a data set to its files or its repository, and what stands behind it."""
 
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -135,16 +136,13 @@ def test_a_hub_id_is_taken_apart(name: str, expected: tuple[str | None, ...]) ->
 @pytest.mark.parametrize(
     "name",
     [
-        *("none.jsonl", "none.csv.gz", "./none", "../none", "/none", "~/none", "none*", "none/?", "a/b/c"),
-        "owner/[n]ame",
+        *("none.jsonl", "none.csv.gz", "./none", "../none", "/none", "~/none", "a/b/c"),
         "none.jsonl#5*2",
+        "none.jsonl*2",
         "owner/name.parquet",
         "owner/name.csv:en",
         "no ne",
         "owner/name@",
-        "*.bz3*2",
-        "\0*",
-        "~nobody/*",
     ],
 )
 def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
@@ -155,6 +153,19 @@ def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
     problem = refusal(name)
     assert isinstance(problem, DatasetNotFoundError)
     assert str(problem) == f"no data set at {name}: no such file"
+
+
+@pytest.mark.parametrize("name", ["none*", "none/?", "owner/[n]ame", "*.bz3", "\0*", "~nobody/*", "~/*.jsonl"])
+@pytest.mark.parametrize("behind", ["", "#5", "*2", "#5*2"])
+def test_a_glob_that_finds_nothing_is_named_without_what_stands_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, behind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    problem = refusal(name + behind)
+    assert isinstance(problem, DatasetNotFoundError)
+    assert str(problem) == f"no file matches {name}"
+    assert "pattern" in str(problem.hint)
 
 
 @pytest.mark.parametrize("behind", ["#0", "#-3", "#half", "#1.5", "#", "*0", "*-1", "*0.0", "*1001", "*1.2.3", "#5*0"])
@@ -198,6 +209,14 @@ def test_what_is_there_and_no_data_is_named(data: Path, name: str, message: str,
 def test_an_empty_file_in_a_directory_is_not_passed_over(data: Path) -> None:
     (data / "deep/er/empty.csv").touch()
     assert "empty.csv is empty" in str(refusal("deep/er"))
+
+
+def test_names_that_are_not_utf8_are_found_and_can_be_printed(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    path.write_text("x")
+    assert find_dataset(str(tmp_path)).files == (path,)
+    path.write_text("")
+    assert str(refusal(str(tmp_path))) == f"{tmp_path}/caf\ufffd.jsonl is empty"
 
 
 def test_what_save_to_disk_writes_is_a_data_set_without_its_metadata_and_caches(tmp_path: Path) -> None:

@@ -38,19 +38,25 @@ def conversation(row: dict[str, Any], **options: Any) -> Conversation:
     ("columns", "expected"),
     [
         (("messages",), "messages"),
-        (("id", "conversation"), "messages (messages is conversation)"),
-        (("id", "conversations"), "sharegpt"),
+        (("id", "conversation"), "messages (messages is conversation; not used: id)"),
+        (("id", "conversations"), "sharegpt (not used: id)"),
         (("prompt", "completion"), "prompt_completion"),
         (("prompt", "response"), "prompt_completion (completion is response)"),
         (("instruction", "input", "output"), "alpaca"),
-        (("instruction", "context", "response", "category"), "alpaca (output is response, input is context)"),
+        (
+            ("instruction", "context", "response", "category"),
+            "alpaca (output is response; input is context; not used: category)",
+        ),
         (("question", "answer"), "question_answer"),
-        (("system_prompt", "question", "response"), "question_answer (answer is response, system is system_prompt)"),
-        (("problem", "solution"), "question_answer (question is problem, answer is solution)"),
-        (("text", "url"), "text"),
+        (("system_prompt", "question", "response"), "question_answer (answer is response; system is system_prompt)"),
+        (("problem", "solution"), "question_answer (question is problem; answer is solution)"),
+        (("text", "url"), "text (not used: url)"),
+        (("instruction", "input", "output", "text"), "alpaca (not used: text)"),
+        (("prompt", "output", "response"), "prompt_completion (completion is response; not used: output)"),
         (("content",), "text (text is content)"),
         (("input_ids", "labels", "attention_mask"), "tokens"),
-        (("prompt", "prompt_id", "messages"), "messages"),
+        (("input_ids", "completion_mask"), "tokens (loss_mask is completion_mask)"),
+        (("prompt", "prompt_id", "messages"), "messages (not used: prompt, prompt_id)"),
     ],
 )
 def test_formats_are_recognised_by_their_columns(columns: tuple[str, ...], expected: str) -> None:
@@ -59,7 +65,7 @@ def test_formats_are_recognised_by_their_columns(columns: tuple[str, ...], expec
 
 def test_columns_named_by_hand_come_first() -> None:
     layout = layout_of("q", "text", "reply", columns={"prompt": "q", "completion": "reply"})
-    assert layout.describe() == "prompt_completion (prompt is q, completion is reply)"
+    assert layout.describe() == "prompt_completion (prompt is q; completion is reply; not used: text)"
     assert layout_of("text", "other", columns="text=other").columns == {"text": "other"}
 
 
@@ -67,7 +73,10 @@ def test_columns_named_by_hand_come_first() -> None:
     ("columns", "settings", "expected", "hint"),
     [
         (("ask", "tell"), {}, "fit no known format: ask, tell", "The nearest is"),
-        (("text", "prompt", "completion"), {}, "fit several formats", "--format prompt_completion"),
+        (("messages", "prompt", "completion"), {}, "fit several formats", "--format messages"),
+        (("prompt", "output"), {"columns": "prompt=output"}, "fit no known format", "The nearest is"),
+        (("promt", "completon"), {}, "fit no known format", "The nearest is prompt_completion"),
+        (("a", "b"), {"columns": "prompt=a,completion=a"}, "names 'a' twice, as prompt and as completion", "once"),
         (("prompt", "chosen", "rejected"), {}, "holds preferences", "completion=chosen"),
         (("text",), {"format": "alpaca"}, "has no column instruction, output", "--columns instruction=NAME"),
         (("text",), {"columns": {"txt": "text"}}, "no format has a part 'txt'", "The parts are"),
@@ -154,8 +163,21 @@ def test_a_system_prompt_in_a_column_of_its_own_is_the_first_message() -> None:
     assert conversation({"system_prompt": "", "question": "q", "response": "a"}).messages[0] == USER
 
 
-def test_tokens_are_taken_as_they_are() -> None:
-    for row, labels in (({"input_ids": [1, 2]}, [1, 2]), ({"input_ids": [1, 2], "labels": [-100, 2]}, [-100, 2])):
+def test_a_context_or_a_system_prompt_in_a_column_of_its_own_is_part_of_the_prompt() -> None:
+    asked = conversation({"context": "c", "question": "q", "answer": "a"})
+    assert asked.messages[0]["content"] == "c\n\nq"
+    assert read({"prompt": "p", "completion": "c", "system": "s"}) == Completion(prompt="s\n\np", completion="c")
+    assert conversation({"messages": [USER, ANSWER], "system": "s"}).messages[0]["content"] == "s"
+
+
+def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
+    for row, labels in (
+        ({"input_ids": [1, 2]}, [1, 2]),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, [-100, 2]),
+        ({"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, [1, 2]),
+        ({"input_ids": [1, 2], "completion_mask": [0, 1]}, [-100, 2]),
+        ({"input_ids": [1, 2], "labels": None, "assistant_masks": [0, 1]}, [-100, 2]),
+    ):
         found = read(row)
         assert isinstance(found, Tokenized)
         assert (found.input_ids.tolist(), found.labels.tolist()) == ([1, 2], labels)
@@ -190,7 +212,7 @@ def test_tokens_are_taken_as_they_are() -> None:
         ({"input_ids": []}, "must be a list of token ids, found an empty one"),
         ({"input_ids": [1, "2"]}, "input_ids[1] is '2', no token id"),
         ({"input_ids": [1, -2]}, "input_ids[1] is -2, no token id"),
-        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 values, the row has 2 tokens"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 value, the row has 2 tokens"),
         ({"input_ids": [1, 2], "labels": [1, 3]}, "labels[1] is 3: a label is the token itself (2) or -100"),
     ],
 )

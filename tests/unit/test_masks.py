@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, processors
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.render import Renderer
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, RowError, Tokenized
 from qlora_cli.data.tokens import Tokenizer, Tokens
 from qlora_cli.settings.models import LossOn
-from tests.chat_tokenizers import FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
+from tests.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
 # Text as people write it, and as they do not: line breaks and spaces at the ends, control tokens, any character.
@@ -209,6 +210,131 @@ CHATML_THAT_OPENS_A_THOUGHT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+
+
+PHI = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_what_closes_the_text_behind_the_last_turn_is_not_trained() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    text.tokenizer.chat_template = PHI
+    assert trained_text(text, tokens_of(text, TWO_TURNS)) == "first<|end|>second<|end|>"
+
+
+def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = str(CHATML).replace(
+        "assistant\n{% endif %}",
+        "assistant\n{% if '/no_think' in messages[0].content %}<think></think>{% endif %}{% endif %}",
+    )
+    asked = Conversation(
+        messages=[{"role": "user", "content": "/no_think one"}, {"role": "assistant", "content": "two"}], trained=(1,)
+    )
+    plain = Conversation(
+        messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
+    )
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokens, problem = tokenizer.tokenize([plain, asked])  # the first settles what stands around the contents
+    assert isinstance(tokens, Tokens)
+    assert isinstance(problem, RowError)
+    assert "with other words" in str(problem)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content.index('zz') }}", "{{ 1 // 0 }}", "{{ messages[9].role }}"]
+)
+def test_a_template_that_fails_is_the_fault_of_the_row(template: str) -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = template
+    assert "the chat template refuses it" in str(refusal(text, TWO_TURNS))
+
+
+def test_a_template_that_renders_nothing_is_told() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    alone = Conversation(messages=[{"role": "system", "content": "x"}], trained=())
+    assert "renders nothing" in str(refusal(text, alone))
+
+
+def test_tools_that_a_template_does_not_write_are_refused() -> None:
+    text = TOKENIZERS["chatml"]
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert "no place for tool calls: 'add'" in str(refusal(text, Conversation(messages=messages, trained=(1,))))
+    with_tools = Conversation(messages=TWO_TURNS.messages, trained=(1,), tools=[{"function": {"name": "sub"}}])
+    assert "no place for tools: 'sub'" in str(refusal(text, with_tools))
+
+
+def test_control_tokens_in_the_text_are_counted() -> None:
+    text = TOKENIZERS["chatml"]
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer.tokenize([TWO_TURNS, Completion(prompt="", completion="a <|im_end|> b <|im_end|>")])
+    assert tokenizer.num_with_control_tokens == 1
+    assert tokenizer.control_tokens == {"<|im_end|>": 2}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("trims", [True, False])
+@given(prompt=TEXT.filter(bool), completion=ANSWER)
+@settings(max_examples=40, deadline=None)
+def test_a_prompt_has_the_tokens_that_are_served_whatever_the_tokenizer_adds(
+    ends: bool, trims: bool, prompt: str, completion: str
+) -> None:
+    text = _POST_PROCESSED[ends, trims]
+    tokens = tokens_of(text, Completion(prompt=prompt, completion=completion))
+    served = text.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if text.tokenizer.eos_token not in prompt + completion:
+        assert tokens.input_ids[: len(served)].tolist() == served
+        assert trained_text(text, tokens) == completion + str(text.tokenizer.eos_token)
+
+
+def _with_post_processor(*, ends: bool, trims: bool) -> TextTokenizer:
+    """Return a tokenizer that writes EOS behind every text, or takes spaces out of the positions of tokens."""
+    text = make_tokenizer("chatml")
+    eos, backend = str(text.tokenizer.eos_token), text.tokenizer.backend_tokenizer
+    adds = processors.TemplateProcessing(
+        single=f"$A {eos}" if ends else "$A", special_tokens=[(eos, backend.token_to_id(eos))]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trims), adds])
+    return text
+
+
+_POST_PROCESSED = {
+    (ends, trims): _with_post_processor(ends=ends, trims=trims) for ends in (True, False) for trims in (True, False)
+}
+
+
+def test_a_header_that_takes_the_space_behind_it_is_not_trained() -> None:
+    text = make_sentencepiece()
+    text.tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    text.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}</s>"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    spaced = Conversation(
+        messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": " two"}], trained=(1,)
+    )
+    tokens = tokens_of(text, spaced)
+    header = text.tokenizer.get_vocab()["<|assistant|>"]
+    assert header in tokens.input_ids.tolist()
+    assert header not in tokens.labels.tolist()
+
+
+def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TOKENIZERS["llama"]
+    example = Completion(prompt="one two " * 40, completion="Which function returns? " * 60)
+    whole = tokens_of(text, example)
+    monkeypatch.setattr("qlora_cli.data.tokens.SLICE", 50)
+    sliced = tokens_of(text, example)
+    assert sliced.input_ids.tolist() == whole.input_ids.tolist()
+    assert sliced.labels.tolist() == whole.labels.tolist()
 
 
 def test_an_unusual_end_of_turn_is_noticed() -> None:

@@ -1,5 +1,6 @@
 """What becomes of rows on their way to training: too long, repeated, held out, mixed, bad; nothing is stale."""
 
+import errno
 import json
 import os
 from datetime import date
@@ -7,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from qlora_cli.data import encode, store
+from qlora_cli.data import encode, readers, store
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share, row_order
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
@@ -69,7 +71,7 @@ def test_long_rows_are_dropped_on_demand(tmp_path: Path) -> None:
 
 def test_long_rows_are_an_error_on_demand(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
-    with pytest.raises(DataError, match=r"d.jsonl, row 1: \d+ tokens, more than --max-length 24; so have 1 other row"):
+    with pytest.raises(DataError, match=r"d.jsonl, row 1: \d+ tokens, more than --max-length 24, as 1 other row"):
         prepare(path, max_length=24, on_long="error")
 
 
@@ -85,11 +87,24 @@ def test_more_than_a_hundredth_lost_is_an_error_unless_accepted(tmp_path: Path, 
     assert 0 < report.supervised_tokens_lost / report.supervised_tokens < 0.01
 
 
+def test_a_weight_hides_no_loss(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", LONG)
+    found = {weight: str(refused(f"{path}*{weight}", max_length=24)) for weight in ("1", "20", "0.6")}
+    shares = {text.split(": ")[1].split(" %")[0] for text in found.values()}
+    assert len(shares) == 1
+
+
+def refused(*names: str | Path, **settings: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        prepare(*names, **settings)
+    return caught.value
+
+
 def test_no_row_left_is_told_with_the_reasons(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "long " * 60, "completion": "unseen"}] * 2)
-    with pytest.raises(DataError, match="of 2 rows 2 are only prompt within the first 16 tokens"):
+    with pytest.raises(DataError, match="of 2 rows, 2 only prompt within the first 16 tokens"):
         prepare(path, max_length=16, accept_lost=True)
-    with pytest.raises(DataError, match="of 2 rows 2 are longer than 16 tokens and dropped"):
+    with pytest.raises(DataError, match="of 2 rows, 2 longer than 16 tokens and dropped"):
         prepare(path, max_length=16, on_long="drop", accept_lost=True)
 
 
@@ -130,12 +145,26 @@ def test_rows_of_a_given_held_out_set_are_not_trained(tmp_path: Path, file: Path
     assert found.train.report.held_out_rows == 2
     assert len(texts(found.train)) == 38
     assert len(texts(found.evaluation)) == 5
-    with pytest.raises(DataError, match="of 40 rows 40 are held out"):
+    with pytest.raises(DataError, match="of 40 rows, 40 held out"):
         prepare(file, eval_dataset=(str(file),))
 
 
+def test_rows_that_are_equal_as_they_are_fed_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": "one two three " * 8 + str(number)} for number in range(10)]
+    path = write_jsonl(tmp_path / "d.jsonl", [*rows, *pairs(5)])
+    for seed in range(4):
+        found = prepare(path, eval_split="3", max_length=16, accept_lost=True, seed=seed)
+        assert not set(texts(found.train)) & set(texts(found.evaluation))
+
+
+def test_equal_rows_can_not_be_held_out_and_a_weight_may_take_none(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", pairs(1) * 10)
+    assert "they are all equal" in str(refused(path, eval_split="2"))
+    assert "the weight of" in str(refused(f"{path}*0.01"))
+
+
 def test_all_can_not_be_held_out(file: Path) -> None:
-    with pytest.raises(DataError, match="--eval-split 40 leaves nothing to train on"):
+    with pytest.raises(DataError, match=r"--eval-split 40 can't be held out of .* there are 40 that can be used"):
         prepare(file, eval_split="40")
 
 
@@ -158,6 +187,14 @@ def test_data_sets_of_different_formats_are_mixed(tmp_path: Path, file: Path) ->
 
 
 BAD = [*pairs(2), {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": None}, *pairs(1, begin=9)]
+
+
+def test_bad_rows_are_listed_once_where_some_are_held_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [*BAD, *pairs(10)])
+    found = prepare(path, on_bad_row="skip", eval_split="2")
+    assert found.train.report.bad_rows == 2
+    assert found.evaluation is not None
+    assert (found.evaluation.report.bad_rows, found.evaluation.skipped, found.evaluation.notes) == (0, (), ())
 
 
 def test_a_bad_row_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -269,6 +306,50 @@ def test_a_damaged_table_is_made_anew(file: Path) -> None:
     assert digest_of(prepare(file)) == digest_of(first)
 
 
+def test_what_was_looked_at_is_trained_without_tokenizing_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_data(DataSettings(dataset=(str(file),)), TEXT, seed=0, only_look=True)
+    monkeypatch.setattr(store, "keep", never)
+    prepare(file)
+    assert len(texts(prepare(f"{file}*2").train)) == 80
+
+
+def test_a_table_that_was_cut_short_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = write_jsonl(tmp_path / "d.jsonl", pairs(3000))
+    first = prepare(path)
+    (table,) = (tmp_path / "cache" / "data").glob("*/tokens.arrow")
+    with pa.memory_map(str(table)) as source:
+        batches = list(pa.ipc.open_stream(source))
+    assert len(batches) == 3
+    with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, batches[0].schema) as short:
+        short.write_batch(batches[0])
+    assert digest_of(prepare(path)) == digest_of(first)
+    (table.parent / "about.json").write_text("{}")
+    assert digest_of(prepare(path)) == digest_of(first)
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = readers.read_rows
+
+    def changed_meanwhile(*arguments: Any, **options: Any) -> Any:
+        file.write_bytes(file.read_bytes() + b"\n")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(encode, "read_rows", changed_meanwhile)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        prepare(file)
+
+
+def test_a_full_disk_of_the_cache_is_told_with_what_to_set(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.Writer, "write", full)
+    error = refused(file)
+    assert "tokens can't be kept in" in str(error)
+    assert "QLORA_CACHE" in (error.hint or "")
+
+
 def test_nothing_is_left_of_tokens_that_could_not_be_completed(tmp_path: Path) -> None:
     cache = Path(os.environ["QLORA_CACHE"]) / "data"
     prepare(write_jsonl(tmp_path / "good.jsonl", pairs(1)))
@@ -289,6 +370,7 @@ def test_where_tokens_can_not_be_kept_is_told(file: Path, tmp_path: Path, monkey
 def test_old_tables_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "MOST_TABLES", 3)
+    monkeypatch.setattr(store, "KEPT_SECONDS", 0)
     for number in range(5):
         prepare(write_jsonl(tmp_path / f"{number}.jsonl", pairs(2, begin=number)))
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 3
@@ -340,7 +422,7 @@ def test_batches_of_one_length_have_less_padding() -> None:
         ({"data.streaming": True, "training.max_steps": 1, "training.longest_first": True}, "to know the longest"),
         ({"data.streaming": True, "training.max_steps": 1, "training.sampling": "sequential"}, "to order them"),
         ({"training.eval_steps": 2}, "no effect without held-out data"),
-        ({"data.eval_split": "120%"}, "expected a share such as 5%"),
+        ({"data.eval_split": "120%"}, "expected a share above 0% and below 100%"),
         ({"data.columns": "prompt"}, "expected pairs such as"),
     ],
 )
