@@ -24,6 +24,6 @@ def choose(source: DatasetSource, num_present: int, seed: int) -> NDArray[np.int
 def too_few(source: DatasetSource, num_present: int) -> DataError:
     """Return the error for a sample that is larger than its data set."""
     return DataError(
-        f"{source.name} asks for {counted(source.num_rows, 'row')}, and has {counted(num_present, 'row')}",
+        f"{source.name} asks for {counted(source.num_rows or 0, 'row')}, and has {counted(num_present, 'row')}",
         hint=f"Ask for fewer, or for all: leave #{source.num_rows} out.",
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data import prepare as prepare_module
+from qlora_cli.data import stream as stream_module
 from qlora_cli.data.prepare import prepare_data
 from qlora_cli.data.stream import TokenStream
 from qlora_cli.errors import DataError, TrainingError
@@ -120,19 +122,15 @@ def test_more_than_is_accepted_that_is_lost_far_into_a_stream_ends_it(tmp_path: 
     assert len(take(stream(path, max_length=32, accept_lost=True), 3000)) == 3000
 
 
-def test_what_was_trained_until_a_bad_row_is_kept(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_what_was_trained_until_a_bad_row_is_kept(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(prepare_module, "HEAD_ROWS", 8)
     path = tmp_path / "late.jsonl"
-    lines = rows.read_text().splitlines()
-    path.write_text("\n".join([*(lines * 400)[:4500], '{"messages": []}']) + "\n")
-    settings = train_settings(
-        base_model,
-        path,
-        tmp_path / "run",
-        data__streaming=True,
-        training__max_steps=400,
-        training__micro_batch_size=16,
-    )
-    with pytest.raises(TrainingError, match=r"row 4501 \(line 4501\): 'messages' must be a list") as caught:
+    path.write_text("\n".join([*rows.read_text().splitlines(), '{"messages": []}']) + "\n")
+    settings = train_settings(base_model, path, tmp_path / "run", data__streaming=True, training__max_steps=40)
+    with pytest.raises(TrainingError, match=r"row 13 \(line 13\): 'messages' must be a list") as caught:
         run(prepare_run(settings, Recorder()), Recorder())
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (checkpoint / "adapter_model.safetensors").is_file()
