@@ -1,12 +1,14 @@
 """Read, recognise and tokenize one data set, and keep the tokens."""
 
+import gc
 import hashlib
 import itertools
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -26,7 +28,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings, OnBadRow
 from qlora_cli.units import counted
 
-BATCH_ROWS, BATCH_BYTES = 1000, 4_000_000
+BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
@@ -62,7 +64,8 @@ def tokenize_source(
     def fill(writer: Writer) -> About:
         with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
             rows = raw if head is None else itertools.islice(raw, head)
-            about = _fill(writer, source.name, rows, settings, text)
+            with _collecting_by_hand():
+                about = _fill(writer, source.name, rows, settings, text)
         if _state_of(source) != before:
             raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
         return about
@@ -84,18 +87,17 @@ class Encoder:
 
     def encode(self, rows: Iterable[RawRow]) -> Iterator[list[tuple[RawRow, Tokens | RowError]]]:
         """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
+        # Batches are read and rendered while others are encoded, which Python takes no part in.
+        waiting: deque[_Waiting] = deque()
         with ThreadPoolExecutor(max_workers=1) as thread:
-            waiting: _Waiting | None = None
             for batch in _batches(rows):
                 read = [self._read(row) for row in batch]
                 rendering = self.tokenizer.render([item for item in read if not isinstance(item, RowError)])
-                # The next batch is read and rendered while this one is encoded, which Python takes no part in.
-                encoded = thread.submit(self.tokenizer.encode, rendering)
-                if waiting is not None:
-                    yield self._finish(waiting)
-                waiting = _Waiting(batch, read, rendering, encoded)
-            if waiting is not None:
-                yield self._finish(waiting)
+                waiting.append(_Waiting(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield self._finish(waiting.popleft())
+            while waiting:
+                yield self._finish(waiting.popleft())
 
     def _finish(self, waiting: "_Waiting") -> list[tuple[RawRow, Tokens | RowError]]:
         done = iter(self.tokenizer.label(waiting.rendering, waiting.encoded.result()))
@@ -111,6 +113,18 @@ class Encoder:
             return self._reader.read(row.value)
         except RowError as error:
             return error
+
+
+@contextmanager
+def _collecting_by_hand() -> Iterator[None]:
+    """Search for cycles only when asked to: unasked, Python looks through all rows that are held, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Waiting(NamedTuple):
@@ -160,6 +174,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
             starts_with_bos = starts_with_bos or bool(tokens.input_ids[0] == text.tokenizer.bos_token_id)
             records.append(_record(row, tokens, settings.max_length, files.setdefault(row.file, len(files))))
         writer.write(records)
+        gc.collect(0)
     notes = [
         *_note_ends(encoder.tokenizer.odd_ends, text),
         *_note_bos(text, starts_with_bos),
@@ -178,18 +193,20 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
 
 
 def _record(row: RawRow, tokens: Tokens, max_length: int, file: int) -> Record:
-    kept = tokens.cut(max_length)
-    supervised = kept.num_supervised
+    length, supervised = len(tokens.input_ids), tokens.num_supervised
     digest = digest_row(tokens.input_ids, tokens.labels)
-    is_cut = len(kept.input_ids) < len(tokens.input_ids)
+    kept, kept_supervised, kept_digest = tokens, supervised, digest
+    if length > max_length:
+        kept = tokens.cut(max_length)
+        kept_supervised, kept_digest = kept.num_supervised, digest_row(kept.input_ids, kept.labels)
     return Record(
         input_ids=kept.input_ids,
         labels=kept.labels,
-        length=len(tokens.input_ids),
-        supervised=supervised,
-        lost=tokens.num_supervised - supervised,
+        length=length,
+        supervised=kept_supervised,
+        lost=supervised - kept_supervised,
         digest=digest,
-        kept_digest=digest_row(kept.input_ids, kept.labels) if is_cut else digest,
+        kept_digest=kept_digest,
         file=file,
         number=row.number,
     )

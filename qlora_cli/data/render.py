@@ -5,11 +5,12 @@ messages before it, and it ends where the template ends the turn. Both are read 
 the conversation, and must be beginnings of the whole.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
@@ -18,6 +19,9 @@ Span = tuple[int, int]
 
 # A template is a program: what it does to a row that it was not written for may fail in any way.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+ASKS, TOKEN_NAMES = "add_generation_prompt", {"bos_token", "eos_token"}
+# By these marks templates tell what the model writes; plain Jinja does not know them.
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 MOST_SHAPES = 4096  # conversations of so many different sequences of roles are remembered
 
 
@@ -53,16 +57,25 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+        # What asks for an answer may depend on contents too, though what renders it does not.
+        self._asks_always_alike = _asks_always_alike(tokenizer.chat_template)
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Return `conversation` as text with the spans of its trained answers.
+    def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
+        """Return conversations without tools as texts, at less cost than one by one; None if one is refused."""
+        try:
+            texts = self._tokenizer.apply_chat_template([each.messages for each in conversations], tokenize=False)
+        except TEMPLATE_ERRORS:
+            return None
+        return [str(text) for text in texts]
+
+    def render(self, conversation: Conversation, text: str) -> Rendered:
+        """Return `conversation`, whose text is `text`, with the spans of its trained answers.
 
         Raises:
             RowError: an answer is first, or the template refuses the row, renders a beginning of it otherwise once
                 more follows, or does not end a trained turn.
         """
-        text = self.text(conversation)
         if not conversation.trained:
             return Rendered(text=text, spans=())
         if conversation.trained[0] == 0:
@@ -97,8 +110,7 @@ class Renderer:
         spans = _place(shape, contents, conversation.trained, text)
         # Templates of the Llama 3 family and others trim what they put in.
         spans = spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
-        if spans is not None:
-            # What asks for an answer may depend on contents too, though what renders it does not.
+        if spans is not None and not self._asks_always_alike:
             before = self._text(conversation.messages[: conversation.trained[0]], None, add_generation_prompt=True)
             if text[: spans[0][0]] != before:
                 return None
@@ -213,6 +225,28 @@ def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text:
         return None
     starts = _starts(shape.literals, contents)
     return [(starts[place] + shape.edges[place][0], starts[place + 1] + shape.edges[place][1]) for place in trained]
+
+
+def _asks_always_alike(template: object) -> bool:
+    """Whether what a template writes to ask for an answer is made of constants and of the tokenizer's tokens alone."""
+    if not isinstance(template, str):
+        return False
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))  # noqa: S701 - never rendered
+    except TemplateSyntaxError:
+        return False
+    asking = [branch for branch in tree.find_all(nodes.If) if ASKS in _names_in(branch.test)]
+    written = [part for branch in asking for part in branch.body]
+    return (
+        bool(asking)
+        and all(_names_in(branch.test) == {ASKS} for branch in asking)
+        and all(isinstance(part, nodes.Output) and _names_in(part) <= TOKEN_NAMES for part in written)
+    )
+
+
+def _names_in(node: nodes.Node) -> set[str]:
+    found = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
+    return {name.name for name in found}
 
 
 def _check_tools(conversation: Conversation, text: str) -> None:

@@ -72,6 +72,11 @@ class Conversation:
     trained: tuple[int, ...]
     tools: list[Any] | None = None
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether a message calls tools."""
+        return any("tool_calls" in message for message in self.messages)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:

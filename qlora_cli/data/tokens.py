@@ -8,7 +8,7 @@ every text they are given, as SentencePiece does, would write it at each cut; fo
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Encoding, processors
@@ -54,33 +54,36 @@ class Text:
 Rendering = tuple[Text | Tokens | RowError, ...]
 
 
-@dataclass
 class Encoded:
     """The tokens of a text, as far as its pieces were added, and which of them each span comes to."""
 
-    spans: Sequence[Span]
-    ids: list[Ids] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    num_tokens: int = 0
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        self._ids: list[int] = []
+        self._starts: list[int] = []
+        self.ends: list[int] = []
 
     def add(self, begin: int, length: int, encoding: Encoding, added: frozenset[int]) -> None:
         """Add the piece of `length` characters from `begin`; `added` are tokens that swallow the spaces around."""
-        while len(self.starts) < len(self.spans) and self.spans[len(self.starts)][0] < begin + length:
-            first = _token_at(encoding, self.spans[len(self.starts)][0] - begin, length)
-            place = encoding.token_to_chars(first) if first < len(encoding.ids) else None
-            lies_across = place is not None and place[0] < self.spans[len(self.starts)][0] - begin
-            self.starts.append(self.num_tokens + first + (lies_across and encoding.ids[first] in added))
-        while len(self.ends) < len(self.starts) and self.spans[len(self.ends)][1] <= begin + length:
-            self.ends.append(self.num_tokens + _token_behind(encoding, self.spans[len(self.ends)][1] - begin, length))
-        self.ids.append(np.array(encoding.ids, dtype=np.int32))
-        self.num_tokens += len(encoding.ids)
+        offset, ids = len(self._ids), encoding.ids
+        for start, _ in self._spans[len(self._starts) :]:
+            if start >= begin + length:
+                break
+            self._starts.append(
+                offset + (_first_token(encoding, start - begin, length, added) if start > begin else 0)
+            )
+        for _, end in self._spans[len(self.ends) : len(self._starts)]:
+            if end > begin + length:
+                break
+            is_whole = end == begin + length
+            self.ends.append(offset + (len(ids) if is_whole else _token_behind(encoding, end - begin, length)))
+        self._ids += ids
 
     def row(self) -> tuple[Ids, Ids]:
         """Return the tokens, and their labels."""
-        ids = np.concatenate(self.ids) if self.ids else np.empty(0, np.int32)
+        ids = np.array(self._ids, dtype=np.int32)
         labels = np.full(len(ids), IGNORED, dtype=np.int32)
-        for first, last in zip(self.starts, self.ends, strict=True):
+        for first, last in zip(self._starts, self.ends, strict=True):
             labels[first:last] = ids[first:last]
         return ids, labels
 
@@ -105,7 +108,12 @@ class Tokenizer:
 
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
-        return tuple(self._prepare(example) for example in examples)
+        plain = [
+            each for each in examples if isinstance(each, Conversation) and not each.tools and not each.calls_tools
+        ]
+        texts = self._renderer.texts(plain) if plain and self._tokenizer.chat_template is not None else None
+        found = dict(zip(map(id, plain), texts or (), strict=False))
+        return tuple(self._prepare(example, found.get(id(example))) for example in examples)
 
     def encode(self, rendering: Rendering) -> list[Encoded]:
         """Return the texts as tokens, in order. Works on all cores, and lets other threads go on meanwhile."""
@@ -128,11 +136,11 @@ class Tokenizer:
         rendering = self.render(examples)
         return self.label(rendering, self.encode(rendering))
 
-    def _prepare(self, example: Example) -> Tokens | RowError | Text:
+    def _prepare(self, example: Example, text: str | None) -> Tokens | RowError | Text:
         try:
             if isinstance(example, Tokenized):
                 return self._as_given(example)
-            return self._rendered(example) if isinstance(example, Conversation) else self._plain(example)
+            return self._rendered(example, text) if isinstance(example, Conversation) else self._plain(example)
         except RowError as error:
             return error
 
@@ -145,10 +153,11 @@ class Tokenizer:
     def _note_control_tokens(self, texts: Iterable[str]) -> None:
         """Count a row whose own text has control tokens, which tokenize as such."""
         found = [token for text in texts for token in self._control.findall(text)]
-        self.num_with_control_tokens += bool(found)
-        self.control_tokens.update(found)
+        if found:
+            self.num_with_control_tokens += 1
+            self.control_tokens.update(found)
 
-    def _rendered(self, example: Conversation) -> Text:
+    def _rendered(self, example: Conversation, text: str | None) -> Text:
         if self._tokenizer.chat_template is None:
             raise RowError(
                 "it is a conversation, but the tokenizer has no chat template",
@@ -156,10 +165,10 @@ class Tokenizer:
                 "model, or write rows as prompt and completion.",
             )
         self._note_control_tokens(message["content"] for message in example.messages)
+        text = self._renderer.text(example) if text is None else text
         if self._trains_all:
-            text = self._renderer.text(example)
             return Text(text=text, spans=((0, len(text)),), is_plain=False)
-        rendered = self._renderer.render(example)
+        rendered = self._renderer.render(example, text)
         return Text(text=rendered.text, spans=rendered.spans, is_plain=False)
 
     def _plain(self, example: Completion) -> Text:
@@ -260,14 +269,21 @@ def _row(input_ids: Ids, labels: Ids) -> Tokens:
     return Tokens(input_ids=input_ids, labels=labels)
 
 
+def _first_token(encoding: Encoding, position: int, length: int, added: frozenset[int]) -> int:
+    """Return the token that an answer begins with; a control token that has swallowed a space is none of it."""
+    first = _token_at(encoding, position, length)
+    place = encoding.token_to_chars(first) if first < len(encoding.ids) else None
+    return first + (place is not None and place[0] < position and encoding.ids[first] in added)
+
+
 def _token_at(encoding: Encoding, position: int, length: int) -> int:
     """Return the token that stands for a character, or for the next one that has one; past the end if none does."""
-    while 0 < position < length:
+    while position < length:
         token = encoding.char_to_token(position)
         if token is not None:
             return int(token)
         position += 1  # a character that no token stands for, such as a space that the tokenizer drops
-    return 0 if position <= 0 else len(encoding.ids)
+    return len(encoding.ids)
 
 
 def _token_behind(encoding: Encoding, position: int, length: int) -> int:

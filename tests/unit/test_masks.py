@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
 from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.render import Renderer
+from qlora_cli.data.render import Renderer, _asks_always_alike
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, RowError, Tokenized
 from qlora_cli.data.tokens import Tokenizer, Tokens
 from qlora_cli.settings.models import LossOn
@@ -108,7 +108,7 @@ def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
 @settings(max_examples=60, deadline=None)
 def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation: Conversation) -> None:
     renderer = Renderer(TOKENIZERS[family].tokenizer)
-    rendered = renderer.render(conversation)
+    rendered = renderer.render(conversation, renderer.text(conversation))
     long_way = [renderer._ends_of(conversation.messages, None, place, rendered.text) for place in conversation.trained]
     assert list(rendered.spans) == long_way
 
@@ -242,6 +242,23 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
     assert isinstance(tokens, Tokens)
     assert isinstance(problem, RowError)
     assert "with other words" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("asks", "is_constant"),
+    [
+        ("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", True),
+        ("{%- if add_generation_prompt -%}{{ '<s>' + eos_token }}{%- endif -%}", True),
+        ("{% generation %}{% endgeneration %}{% if add_generation_prompt %}a{% endif %}", True),
+        ("{% if add_generation_prompt %}{{ messages[0].content }}{% endif %}", False),
+        ("{% if add_generation_prompt %}a{% if messages|length > 2 %}b{% endif %}{% endif %}", False),
+        ("{% if add_generation_prompt and messages[0].role == 'user' %}a{% endif %}", False),
+        ("{{ 'a' if add_generation_prompt else 'b' }}", False),
+        ("{% broken", False),
+    ],
+)
+def test_a_template_that_asks_by_constants_is_known(asks: str, is_constant: bool) -> None:
+    assert _asks_always_alike("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
 
 
 @pytest.mark.parametrize(

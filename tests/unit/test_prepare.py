@@ -321,7 +321,7 @@ def test_a_table_that_was_cut_short_is_made_anew(tmp_path: Path, monkeypatch: py
     (table,) = (tmp_path / "cache" / "data").glob("*/tokens.arrow")
     batches = list(pa.ipc.open_stream(table.read_bytes()))
     table.unlink()  # what is open stays what it is
-    assert len(batches) == 3
+    assert len(batches) > 1
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, batches[0].schema) as short:
         short.write_batch(batches[0])
     assert digest_of(prepare(path)) == digest_of(first)
