@@ -31,6 +31,7 @@ def load_text_side(settings: ModelSettings, reporter: Reporter, *, max_length: i
     for note in tokenizer.notes:
         reporter.report(Noted(message=note))
     if not (source.path / CONFIG).is_file():
+        reporter.report(Noted(message=f"{source.path} has no {CONFIG}: how many positions the model has is not known"))
         return TextSide(tokenizer=tokenizer, num_positions=None)
     config = read_config(source, trust_remote_code=settings.trust_remote_code).config
     if max_length is not None:

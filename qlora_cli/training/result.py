@@ -73,16 +73,16 @@ class PeakMemory:
 class TrainResult:
     """A run that ended: all its steps done, or stopped by a signal after a checkpoint.
 
-    `final_loss` is that of the last reported step, `train_loss` the mean over all of them; both count
-    supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop with
-    its evaluations and checkpoints, `total_seconds` everything with loading.
+    `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all of
+    them; both count supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
+    with its evaluations and checkpoints, `total_seconds` everything with loading.
     """
 
     output: Path
     adapter: Path
     steps: int
     num_steps: int
-    epochs: float
+    epochs: float | None
     final_loss: float | None
     train_loss: float | None
     eval_loss: float | None

@@ -118,7 +118,7 @@ def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -
         adapter=directory.adapter,
         steps=step,
         num_steps=num_steps,
-        epochs=float(trainer.state.epoch or 0.0),
+        epochs=None if prepared.train_data.stream is not None else float(trainer.state.epoch or 0.0),
         final_loss=callback.losses[-1] if callback.losses else None,
         train_loss=sum(callback.losses) / len(callback.losses) if callback.losses else None,
         eval_loss=callback.eval_losses.get(step),
