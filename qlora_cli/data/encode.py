@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -25,6 +25,7 @@ from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.store import About, Record, SkippedRow, StoredTokens, Writer, digest_row, read_skipped
 from qlora_cli.data.tokens import Encoded, Rendering, Tokenizer, Tokens
 from qlora_cli.errors import DataError
+from qlora_cli.garbage import uncollected
 from qlora_cli.settings.models import DataSettings, OnBadRow
 from qlora_cli.units import counted
 
@@ -64,7 +65,7 @@ def tokenize_source(
     def fill(writer: Writer) -> About:
         with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
             rows = raw if head is None else itertools.islice(raw, head)
-            with _collecting_by_hand():
+            with uncollected():
                 about = _fill(writer, source.name, rows, settings, text)
         if _state_of(source) != before:
             raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
@@ -113,18 +114,6 @@ class Encoder:
             return self._reader.read(row.value)
         except RowError as error:
             return error
-
-
-@contextmanager
-def _collecting_by_hand() -> Iterator[None]:
-    """Search for cycles only when asked to: unasked, Python looks through all rows that are held, again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Waiting(NamedTuple):

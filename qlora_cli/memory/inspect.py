@@ -1,12 +1,12 @@
 """The answer of `qlora inspect-memory`: predict, judge, solve, suggest. Torch is imported only for a new question."""
 
-import gc
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.garbage import uncollected
 from qlora_cli.memory import answers
 from qlora_cli.memory.facts import ModelFacts, find_facts
 from qlora_cli.memory.fitting import YES, fit_on, suggest
@@ -39,13 +39,8 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
         return replace(known, model=request.settings.model.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
     # Looking through all that is imported for garbage, again and again, takes a second.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         report = _answer(request, facts)
-    finally:
-        if was_enabled:
-            gc.enable()
     report = replace(report, estimate_seconds=time.monotonic() - start)
     answers.keep(key, report)
     return report

@@ -4,7 +4,6 @@ What happens is what `train` does: the model's own code, autograd, checkpointing
 the borders of the layers, in the forward and in the backward pass, so that a step can be extended to more of them.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.errors import ModelError
+from qlora_cli.garbage import uncollected
 from qlora_cli.memory.attention import Backend, attend
 from qlora_cli.memory.functions import GpuFunctions
 from qlora_cli.memory.kernels import Kernels
@@ -81,7 +81,8 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
     )
     step = _Step(twin, settings, trace, functions)
     try:
-        with _uncollected(), step.prepared(), trace, functions:
+        # What dies, and when, must not depend on when cycles are searched for.
+        with uncollected(), step.prepared(), trace, functions:
             step.run()
     except NotImplementedError as error:  # as meta tensors answer to `nonzero` and `tolist`
         raise ModelError(
@@ -93,18 +94,6 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
         backends=tuple(sorted(backend.value for backend in functions.backends)) or (settings.attention,),
         pinned_host_bytes=step.pinned_host_bytes,
     )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out: what dies, and when, must not depend on when it runs."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Step:
