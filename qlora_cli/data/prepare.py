@@ -278,7 +278,7 @@ def _nothing_left(rows: _Rows, report: DataReport, settings: DataSettings) -> Da
     if len(rows.table) == 0:
         (first,) = read_skipped(rows.table.skipped, 1)
         return DataError(
-            f"none of the {counted(report.bad_rows, 'row')} of {report.name} can be used; {first}",
+            f"no row of {report.name} can be used; the first of {counted(report.bad_rows, 'row')}: {first}",
             hint=first.hint or "Correct it, or say with --format and --columns how rows are to be read.",
         )
     if len(rows.fed()):

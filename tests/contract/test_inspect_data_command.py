@@ -176,7 +176,7 @@ def test_if_no_row_can_be_used_the_first_is_named_with_why(tmp_path: Path, token
     path = write_jsonl(tmp_path / "all_bad.jsonl", [{"messages": [{"role": "usr", "content": "x"}]}] * 3)
     done = inspect(path, tokenizer_only)
     assert done.exit_code == 2
-    assert "none of the 3 rows" in done.stderr
+    assert "can be used; the first of 3 rows: " in done.stderr
     assert "row 1 (line 1): messages[0].role is 'usr'" in done.stderr
     (tokenizer_only / "chat_template.jinja").unlink()
     done = inspect(write_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer_only)
