@@ -5,6 +5,7 @@ messages before it, and it ends where the template ends the turn. Both are read 
 the conversation, and must be beginnings of the whole.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,10 +222,16 @@ def _starts(literals: Sequence[str], contents: Sequence[str]) -> list[int]:
 def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text: str) -> list[Span] | None:
     """Return the spans of the trained answers if `text` is the shape with these contents."""
     pieces = [piece for pair in zip(shape.literals, contents, strict=False) for piece in pair]
-    if "".join([*pieces, shape.literals[-1]]) != text:
+    if "".join(pieces) + shape.literals[-1] != text:
         return None
-    starts = _starts(shape.literals, contents)
-    return [(starts[place] + shape.edges[place][0], starts[place + 1] + shape.edges[place][1]) for place in trained]
+    ends = list(itertools.accumulate(map(len, pieces)))  # of each literal, and of the content behind it
+    return [
+        (
+            ends[2 * place] - len(shape.literals[place]) + shape.edges[place][0],
+            ends[2 * place + 1] + shape.edges[place][1],
+        )
+        for place in trained
+    ]
 
 
 def _asks_always_alike(template: object) -> bool:

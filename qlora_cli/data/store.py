@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -46,8 +47,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One row of a table.
 
     Attributes:
@@ -233,7 +233,7 @@ def _check_writable(directory: Path) -> None:
 
 def _as_batch(records: Sequence[Record]) -> pa.RecordBatch:
     columns = [_lists([row.input_ids for row in records]), _lists([row.labels for row in records])]
-    columns += [pa.array([getattr(row, name) for row in records], pa.int64()) for name in SCHEMA.names[2:]]
+    columns += [pa.array(values, pa.int64()) for values in list(zip(*records, strict=True))[2:]]
     return pa.record_batch(columns, schema=SCHEMA)
 
 

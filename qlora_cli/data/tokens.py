@@ -5,6 +5,7 @@ before the answer alone, so its tokens are the same, and no token lies across. T
 every text they are given, as SentencePiece does, would write it at each cut; for them the text stays whole.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,13 +60,13 @@ class Encoded:
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._spans = spans
-        self._ids: list[int] = []
+        self.ids: list[int] = []
         self._starts: list[int] = []
         self.ends: list[int] = []
 
     def add(self, begin: int, length: int, encoding: Encoding, added: frozenset[int]) -> None:
         """Add the piece of `length` characters from `begin`; `added` are tokens that swallow the spaces around."""
-        offset, ids = len(self._ids), encoding.ids
+        offset, ids = len(self.ids), encoding.ids
         for start, _ in self._spans[len(self._starts) :]:
             if start >= begin + length:
                 break
@@ -77,15 +78,22 @@ class Encoded:
                 break
             is_whole = end == begin + length
             self.ends.append(offset + (len(ids) if is_whole else _token_behind(encoding, end - begin, length)))
-        self._ids += ids
+        self.ids += ids
 
-    def row(self) -> tuple[Ids, Ids]:
-        """Return the tokens, and their labels."""
-        ids = np.array(self._ids, dtype=np.int32)
-        labels = np.full(len(ids), IGNORED, dtype=np.int32)
-        for first, last in zip(self._starts, self.ends, strict=True):
-            labels[first:last] = ids[first:last]
-        return ids, labels
+    def trained(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of tokens that are trained."""
+        return zip(self._starts, self.ends, strict=True)
+
+
+def _rows(encoded: Sequence[Encoded]) -> Iterator[tuple[Ids, Ids]]:
+    """Yield the tokens of each text, and their labels: parts of two arrays, for all of them at once."""
+    offsets = [0, *itertools.accumulate(len(each.ids) for each in encoded)]
+    ids = np.fromiter(itertools.chain.from_iterable(each.ids for each in encoded), np.int32, offsets[-1])
+    labels = np.full(len(ids), IGNORED, dtype=np.int32)
+    for each, offset, end in zip(encoded, offsets, offsets[1:], strict=False):
+        for first, last in each.trained():
+            labels[offset + first : offset + last] = ids[offset + first : offset + last]
+        yield ids[offset:end], labels[offset:end]
 
 
 class Tokenizer:
@@ -128,8 +136,8 @@ class Tokenizer:
 
     def label(self, rendering: Rendering, encoded: Sequence[Encoded]) -> list[Tokens | RowError]:
         """Return the tokens of each example with their labels, or what is wrong with it, in order."""
-        rows = iter(encoded)
-        return [self._label(item, next(rows)) if isinstance(item, Text) else item for item in rendering]
+        rows = zip(encoded, _rows(encoded), strict=True)
+        return [self._label(item, *next(rows)) if isinstance(item, Text) else item for item in rendering]
 
     def tokenize(self, examples: Sequence[Example]) -> list[Tokens | RowError]:
         """Return the tokens of each example, or what is wrong with it, in order."""
@@ -189,9 +197,8 @@ class Tokenizer:
                 begin = cut
             yield begin, item.text[begin:end]
 
-    def _label(self, item: Text, encoded: Encoded) -> Tokens | RowError:
-        ids, labels = encoded.row()
-        return self._ended(ids, labels) if item.is_plain else self._checked(ids, labels, encoded)
+    def _label(self, item: Text, encoded: Encoded, row: tuple[Ids, Ids]) -> Tokens | RowError:
+        return self._ended(*row) if item.is_plain else self._checked(*row, encoded)
 
     def _ended(self, row: Ids, labels: Ids) -> Tokens:
         """Return a plain text as the tokenizer begins and ends it: one BOS at most, and a trained end."""
@@ -213,14 +220,13 @@ class Tokenizer:
         bos = self._tokenizer.bos_token_id
         if len(row) == 0:
             return RowError("the chat template renders nothing of it")
-        if bos is not None and len(row) > 1 and row[0] == row[1] == bos:
+        if bos is not None and encoded.ids[:2] == [bos, bos]:
             return RowError(
                 f"it begins with {self._tokenizer.bos_token} twice: the template writes it, and so does the row",
                 hint="Take it out of the text.",
             )
         if not self._trains_all:
-            ends = (int(row[last - 1]) for last in encoded.ends)
-            self.odd_ends.update(token for token in ends if token not in self._end_ids)
+            self.odd_ends.update({encoded.ids[last - 1] for last in encoded.ends} - self._end_ids)
         return _row(row, labels)
 
 
