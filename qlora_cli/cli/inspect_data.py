@@ -50,16 +50,12 @@ def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json
     with reporting() as reporter:
         from qlora_cli.data.encode import TextTokenizer
         from qlora_cli.data.inspection import inspect_data as look_at
+        from qlora_cli.loading.positions import within_positions
         from qlora_cli.loading.text import load_text_side
 
         is_asked = "max_length" in settings.data.model_fields_set
         text = load_text_side(settings.model, reporter, max_length=settings.data.max_length if is_asked else None)
-        data = settings.data
-        if text.num_positions is not None and data.max_length > text.num_positions:
-            reporter.report(
-                Noted(message=f"rows are cut at {text.num_positions:,} tokens, the positions of the model")
-            )
-            data = data.model_copy(update={"max_length": text.num_positions})
+        data = within_positions(settings.data, text.num_positions, reporter)
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
         tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
         inspection = look_at(data, settings.training, tokenizer, num_previews=rows)

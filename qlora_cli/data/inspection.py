@@ -107,7 +107,7 @@ def inspect_data(
         QloraError: as `prepare_data` does.
     """
     # What is looked at are the rows themselves; what packing would come to is computed beside.
-    looked_at = settings.model_copy(update={"packing": False, "streaming": False})
+    looked_at = settings.model_copy(update={"packing": False})
     found = prepare_data(looked_at, text, seed=training.seed, only_look=True)
     both = [data for data in (found.train, found.evaluation) if data is not None]
     train, table = found.train, found.train.table

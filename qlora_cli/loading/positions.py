@@ -13,6 +13,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.settings.models import DataSettings
 
 # The layers that see the whole row, in configs that keep rotary parameters for each type of layer.
 FULL_ATTENTION = "full_attention"
@@ -55,6 +57,14 @@ def num_positions(config: PreTrainedConfig) -> int | None:
         # Older conversions left the original number above and wrote the stretched one here.
         return max(stated, getattr(decoder, "max_sequence_length", None) or 0)
     return stated
+
+
+def within_positions(data: DataSettings, positions: int | None, reporter: Reporter) -> DataSettings:
+    """Return the settings with the default `max_length` lowered to the positions that the model has, and say so."""
+    if "max_length" in data.model_fields_set or positions is None or data.max_length <= positions:
+        return data
+    reporter.report(Noted(message=f"rows are cut at {positions:,} tokens, the positions that the model has"))
+    return data.model_copy(update={"max_length": positions})
 
 
 def apply_rope_scaling(config: PreTrainedConfig, text: str | None) -> str | None:

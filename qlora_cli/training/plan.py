@@ -17,7 +17,7 @@ from qlora_cli.files import check_disk_space
 from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.positions import num_positions
+from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -68,12 +68,12 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
     blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
     _check_adapter_settings(settings.lora, blueprint)
     resolved = _as_loaded(resolved, blueprint)
-    if not is_asked:
-        resolved = _within_positions(resolved, blueprint, reporter)
+    data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
+    resolved = Resolved(resolved.settings.model_copy(update={"data": data}), resolved.origins)
     settings = resolved.settings
     check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
-    data = _prepare_data(settings, blueprint, reporter)
-    predicted = _check_memory(settings, blueprint, data, reporter, force=force)
+    rows = _prepare_data(settings, blueprint, reporter)
+    predicted = _check_memory(settings, blueprint, rows, reporter, force=force)
     loaded = load_planned(blueprint, reporter, trains_adapter=True)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
@@ -82,7 +82,7 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
         resolved = _with_adapter(resolved, model, loaded.source.adapter)
     if settings.data.packing:
         check_packing(loaded, model)
-    plan = _plan(settings, loaded, model, data, predicted)
+    plan = _plan(settings, loaded, model, rows, predicted)
     check_disk_space(
         settings.output.directory,
         plan.disk_bytes,
@@ -93,8 +93,8 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
         resolved=resolved,
         loaded=loaded,
         model=model,
-        train_data=data.train,
-        eval_data=data.evaluation,
+        train_data=rows.train,
+        eval_data=rows.evaluation,
         plan=plan,
         started=started,
     )
@@ -139,19 +139,6 @@ def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resol
             if getattr(loaded, key) != getattr(before, key):
                 origins[f"{section}.{key}"] = Origin(kind="file", where=str(places[section]))
     return Resolved(resolved.settings.model_copy(update=sections), origins)
-
-
-def _within_positions(
-    resolved: Resolved[TrainSettings], blueprint: Blueprint, reporter: Reporter
-) -> Resolved[TrainSettings]:
-    """Lower the default `max_length` to the positions that the model has, and say so."""
-    settings = resolved.settings
-    positions = num_positions(blueprint.base.config)
-    if positions is None or settings.data.max_length <= positions:
-        return resolved
-    reporter.report(Noted(message=f"rows are cut at {positions:,} tokens, the positions that the model has"))
-    data = settings.data.model_copy(update={"max_length": positions})
-    return Resolved(settings.model_copy(update={"data": data}), resolved.origins)
 
 
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:

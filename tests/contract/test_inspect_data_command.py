@@ -192,6 +192,13 @@ def test_a_page_never_takes_the_place_of_the_data(file: Path, tokenizer_only: Pa
     assert file.read_bytes() == content
 
 
+def test_of_a_stream_the_first_rows_are_looked_at(tokenizer_only: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"row {number}"} for number in range(1500)])
+    found = as_json(path, tokenizer_only, "--set", "data.streaming=true", "--set", "training.max_steps=1")
+    assert found["rows"] == 1000
+    assert "is streamed: what is said about it is about the first 1,000 rows" in found["notes"][0]
+
+
 def test_every_setting_of_the_data_changes_what_is_found(file: Path, tokenizer_only: Path) -> None:
     plain = as_json(file, tokenizer_only)
     for flags in (
