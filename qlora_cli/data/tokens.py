@@ -8,7 +8,7 @@ every text they are given, as SentencePiece does, would write it at each cut; fo
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,7 @@ class Text:
 
 
 Rendering = tuple[Text | Tokens | RowError, ...]
+Piece = tuple[int, int, str]  # the place of the text, where the piece begins in it, the piece
 
 
 class Encoded:
@@ -103,12 +104,19 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._backend, self._prefix, self._suffix = _bare(tokenizer)
         self._may_cut = all(_decoded(self._backend, "a", more) == "a" + more for more in ("b", " b"))
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder
+        self._added = frozenset(added)
+        # Control tokens that are found whatever stands around them, and take nothing of it.
+        self._ends_alone = tuple(
+            str(token)
+            for token in added.values()
+            if token.special and not (token.rstrip or token.single_word or token.normalized)
+        )
         self._renderer = Renderer(tokenizer)
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = [str(token) for token in added.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.odd_ends: set[int] = set()
         self.num_with_control_tokens = 0
@@ -127,12 +135,21 @@ class Tokenizer:
         """Return the texts as tokens, in order. Works on all cores, and lets other threads go on meanwhile."""
         texts = [item for item in rendering if isinstance(item, Text)]
         found = [Encoded(item.spans) for item in texts]
-        pieces = [(place, *piece) for place, item in enumerate(texts) for piece in self._pieces(item)]
+        cuts = [self._cuts(item) for item in texts]
+        # Where each answer is a piece of its own, nobody asks where its tokens stand, and not to tell saves much work.
+        whole = {place for place, item in enumerate(texts) if _are_pieces(item, cuts[place])}
+        pieces = [(place, *piece) for place, item in enumerate(texts) for piece in _pieces(item.text, cuts[place])]
         for batch in _batches(pieces):
-            encodings = self._backend.encode_batch([text for _, _, text in batch], add_special_tokens=False)
-            for (place, begin, text), encoding in zip(batch, encodings, strict=True):
-                found[place].add(begin, len(text), encoding, self._added)
+            self._encode([piece for piece in batch if piece[0] in whole], self._backend.encode_batch_fast, found)
+            self._encode([piece for piece in batch if piece[0] not in whole], self._backend.encode_batch, found)
         return found
+
+    def _encode(
+        self, pieces: Sequence[Piece], encode_batch: Callable[..., list[Encoding]], found: Sequence[Encoded]
+    ) -> None:
+        encodings = encode_batch([text for _, _, text in pieces], add_special_tokens=False)
+        for (place, begin, text), encoding in zip(pieces, encodings, strict=True):
+            found[place].add(begin, len(text), encoding, self._added)
 
     def label(self, rendering: Rendering, encoded: Sequence[Encoded]) -> list[Tokens | RowError]:
         """Return the tokens of each example with their labels, or what is wrong with it, in order."""
@@ -185,17 +202,12 @@ class Tokenizer:
         start = 0 if self._trains_all else len(example.prompt)
         return Text(text=text, spans=((start, len(text)),), is_plain=True)
 
-    def _pieces(self, item: Text) -> Iterator[tuple[int, str]]:
-        """Yield the pieces of a text and where each begins: cut where answers begin, and where it is very long."""
-        cuts = sorted({0, *(start for start, _ in item.spans)}) if self._may_cut else [0]
-        for begin, end in zip(cuts, [*cuts[1:], len(item.text)], strict=True):
-            while end - begin > SLICE:
-                # Before a space, where tokenizers cut too.
-                cut = item.text.rfind(" ", begin + SLICE // 2, begin + SLICE)
-                cut = cut if cut > 0 else begin + SLICE
-                yield begin, item.text[begin:cut]
-                begin = cut
-            yield begin, item.text[begin:end]
+    def _cuts(self, item: Text) -> list[int]:
+        """Return where a text is cut: where answers begin, and behind control tokens that end them, as always."""
+        if not self._may_cut:
+            return [0]
+        ends = (end for _, end in item.spans if item.text.endswith(self._ends_alone, 0, end))
+        return sorted({0, *(start for start, _ in item.spans), *ends} - {len(item.text)} | {0})
 
     def _label(self, item: Text, encoded: Encoded, row: tuple[Ids, Ids]) -> Tokens | RowError:
         return self._ended(*row) if item.is_plain else self._checked(*row, encoded)
@@ -230,6 +242,24 @@ class Tokenizer:
         return _row(row, labels)
 
 
+def _are_pieces(item: Text, cuts: Sequence[int]) -> bool:
+    """Whether each answer is a piece of the text, or several, by itself."""
+    edges = {*cuts, len(item.text)}
+    return all(start in edges and end in edges for start, end in item.spans)
+
+
+def _pieces(text: str, cuts: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Yield the pieces of a text and where each begins; a very long one is cut further."""
+    for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+        while end - begin > SLICE:
+            # Before a space, where tokenizers cut too.
+            cut = text.rfind(" ", begin + SLICE // 2, begin + SLICE)
+            cut = cut if cut > 0 else begin + SLICE
+            yield begin, text[begin:cut]
+            begin = cut
+        yield begin, text[begin:end]
+
+
 def _bare(tokenizer: PreTrainedTokenizerBase) -> tuple[Backend, list[int], list[int]]:
     """Return the tokenizer without what it adds before and behind a text, and the tokens that it adds there.
 
@@ -256,9 +286,9 @@ def _decoded(backend: Backend, *pieces: str) -> str:
     return str(backend.decode(ids, skip_special_tokens=False))
 
 
-def _batches(pieces: Sequence[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Yield pieces of a few million characters at a time: an encoding takes fifty times the room of its text."""
-    batch: list[tuple[int, int, str]] = []
+    batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)

@@ -113,6 +113,21 @@ def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation:
     assert list(rendered.spans) == long_way
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@given(conversation=conversations())
+@settings(max_examples=60, deadline=None)
+def test_to_cut_behind_the_end_of_an_answer_changes_no_token(family: str, conversation: Conversation) -> None:
+    text = TOKENIZERS[family]
+    uncut = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    assert uncut._ends_alone
+    uncut._ends_alone = ()
+    (expected_tokens,) = uncut.tokenize([conversation])
+    tokens = tokens_of(text, conversation)
+    assert isinstance(expected_tokens, Tokens)
+    assert tokens.input_ids.tolist() == expected_tokens.input_ids.tolist()
+    assert tokens.labels.tolist() == expected_tokens.labels.tolist()
+
+
 @given(prompt=TEXT, completion=ANSWER)
 @settings(max_examples=150, deadline=None)
 def test_a_completion_is_trained_to_its_end_and_its_prompt_is_not(prompt: str, completion: str) -> None:
