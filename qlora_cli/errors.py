@@ -79,6 +79,12 @@ class DatasetNotFoundError(QloraError, FileNotFoundError):
     exit_code = 2
 
 
+class RunNotFoundError(QloraError, FileNotFoundError):
+    """No run at that place."""
+
+    exit_code = 2
+
+
 class OutputDirectoryError(QloraError, FileExistsError):
     """The output directory holds something else or can't be written."""
 
@@ -111,3 +117,7 @@ class OutOfMemoryError(QloraError, MemoryError):
 
 class TrainingError(QloraError, RuntimeError):
     """The run failed after it had begun."""
+
+
+class PushError(QloraError, ConnectionError):
+    """What a run made could not be pushed to the hub; it is on the disk as before."""

@@ -46,10 +46,44 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStarted:
-    """The first step is next."""
+    """The first step is next. The predictions are of its peaks on the GPU, in bytes; None where there is none."""
 
     num_steps: int
     output: Path
+    predicted_allocated_bytes: int | None = None
+    predicted_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResumed:
+    """Training goes on behind `step`. What was reported of later steps before is no longer so."""
+
+    step: int
+    num_steps: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsed:
+    """The largest micro-batch went forward and backward, and one of the evaluation forward, before the first step.
+
+    The device figures are the peaks measured in it, in bytes; None without a GPU.
+    """
+
+    micro_batch_size: int
+    longest_row_tokens: int
+    seconds: float
+    device_allocated_bytes: int | None
+    device_reserved_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSkipped:
+    """A step whose loss or gradient norm was not finite changed nothing. `rows` are those of the batch."""
+
+    step: int
+    reason: str
+    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +111,24 @@ class EvalStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone:
-    """`loss` is the mean over the supervised tokens of the evaluation set, as the trainer batches it."""
+    """`loss` is the mean over the supervised tokens of the evaluation set, as the trainer batches it.
+
+    `is_best`: no evaluation of the run was better so far.
+    """
 
     step: int
     loss: float
     seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDone:
+    """A fixed prompt was answered, greedily; step 0 is the base before training."""
+
+    step: int
+    prompt: str
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +153,13 @@ Event = (
     | BytesDone
     | Noted
     | TrainingStarted
+    | TrainingResumed
+    | Rehearsed
+    | StepSkipped
     | StepDone
     | EvalStarted
     | EvalDone
+    | SampleDone
     | CheckpointSaved
     | TrainingEnded
 )

@@ -72,6 +72,11 @@ def check_disk_space(directory: Path, needed_bytes: int, hint: str) -> None:
         )
 
 
+def size_of(directory: Path) -> int:
+    """Return the bytes of all files below a directory; 0 if it is not there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def existing_parent(path: Path) -> Path:
     """Return `path` or its nearest ancestor that exists."""
     path = path.absolute()
@@ -83,7 +88,8 @@ def existing_parent(path: Path) -> Path:
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
     for left_over in target.parent.glob(f".{escape(target.name)}.*.saving"):
-        if not psutil.pid_exists(int(left_over.name.split(".")[-2])):  # its writer was killed
+        writer = left_over.name.split(".")[-2]
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):  # it was killed
             shutil.rmtree(left_over, ignore_errors=True)
     saving = target.with_name(f".{target.name}.{os.getpid()}.saving")
     shutil.rmtree(saving, ignore_errors=True)
@@ -117,17 +123,37 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def publish_directory(finished: Path, target: Path) -> None:
-    """Flush every file below `finished` to disk, then rename it to `target`, replacing what is there."""
-    for path in finished.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    """Flush all of `finished` to disk, then rename it to `target`; what was there goes once the new one is there."""
+    for path in [*finished.rglob("*"), finished]:
+        flush(path)
+    replaced = finished.with_name(f".{target.name}.old.{os.getpid()}.saving")
+    shutil.rmtree(replaced, ignore_errors=True)  # of an earlier process with our number
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(replaced)
     finished.rename(target)
+    flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Write a text file aside, flush it to disk, and move it there in one step."""
+    saving = target.with_name(f".{target.name}.saving")
+    try:
+        saving.write_text(text, encoding="utf-8")
+        flush(saving)
+        saving.replace(target)
+    except BaseException:
+        saving.unlink(missing_ok=True)
+        raise
 
 
 def as_json(value: Any) -> Any:

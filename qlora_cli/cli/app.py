@@ -16,6 +16,7 @@ from qlora_cli.cli.failures import FailureGroup
 from qlora_cli.cli.inspect_data import inspect_data
 from qlora_cli.cli.inspect_memory import inspect_memory
 from qlora_cli.cli.load import load
+from qlora_cli.cli.runs import runs_app
 from qlora_cli.cli.train import train
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(load)
 app.command()(train)
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(runs_app)
 app.add_typer(config_app)
 
 

@@ -16,7 +16,8 @@ from qlora_cli.settings.models import InspectDataSettings
 WITHOUT_EFFECT = (
     *("model.dtype", "model.device", "model.attention", "model.offload_embedding", "model.allow_pickle"),
     *("data.packing", "data.streaming", "training.learning_rate", "training.epochs", "training.max_steps"),
-    *("training.gradient_checkpointing", "training.optimizer"),
+    *("training.gradient_checkpointing", "training.optimizer", "training.schedule", "training.auto_micro_batch"),
+    *("training.on_nan", "training.eval_steps", "training.save_steps", "training.sample_prompts"),
 )
 
 Rows = Annotated[int, typer.Option("--rows", min=0, metavar="INTEGER", help="Rows to show token by token.")]

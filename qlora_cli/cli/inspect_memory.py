@@ -20,7 +20,8 @@ WITHOUT_EFFECT = (
     *("data.dataset", "data.eval_dataset", "data.eval_split", "data.format", "data.columns", "data.loss_on"),
     *("data.on_long", "data.accept_lost", "data.on_bad_row", "data.drop_duplicates", "data.streaming"),
     *("training.sampling", "training.longest_first"),
-    *("training.learning_rate", "training.epochs", "training.max_steps", "training.seed"),
+    *("training.learning_rate", "training.schedule", "training.epochs", "training.max_steps", "training.seed"),
+    *("training.auto_micro_batch", "training.on_nan", "training.save_steps", "training.sample_prompts"),
 )
 
 

@@ -22,7 +22,8 @@ from qlora_cli.errors import (
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest, Recipe
 from qlora_cli.memory.solve import SETTINGS
-from qlora_cli.settings.models import Attention, EstimateSettings
+from qlora_cli.settings.choices import Attention
+from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.sources import did_you_mean
 
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")

@@ -55,16 +55,24 @@ FLAGS: dict[str, str] = {
     "training.micro_batch_size": "--micro-batch-size",
     "training.gradient_accumulation_steps": "--gradient-accumulation-steps",
     "training.gradient_checkpointing": "--gradient-checkpointing",
+    "training.auto_micro_batch": "--auto-micro-batch",
     "training.optimizer": "--optimizer",
+    "training.schedule": "--schedule",
     "training.sampling": "--sampling",
     "training.longest_first": "--longest-first",
     "training.seed": "--seed",
+    "training.on_nan": "--on-nan",
+    "training.eval_steps": "--eval-steps",
+    "training.save_steps": "--save-steps",
+    "training.sample_prompts": "--sample-prompt",
     "output.directory": "--output",
+    "output.resume": "--resume",
     "output.report_to": "--report-to",
+    "output.push_to_hub": "--push-to-hub",
 }
 # The parameter of a command that takes each setting, by the flag's name: `--max-length` is `max_length`.
 PARAMETERS = {path: flag.removeprefix("--").replace("-", "_") for path, flag in FLAGS.items()}
-REPEATABLE = ("data.dataset", "data.eval_dataset")
+REPEATABLE = ("data.dataset", "data.eval_dataset", "training.sample_prompts")
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
 

@@ -10,7 +10,7 @@ from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.settings.sources import Origin
 from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
-from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 
 def render_plan(plan: TrainPlan) -> None:
@@ -40,7 +40,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
             f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
             f"{plan.num_devices} device = {plan.examples_per_step} examples a step",
         ),
-        ("steps", f"{plan.num_steps:,} ({_epochs(plan)})"),
+        ("steps", f"{plan.num_steps:,} ({_epochs(plan)}), a checkpoint every {counted(plan.save_steps, 'step')}"),
         *_memory_rows(plan.predicted_memory),
     ]
 

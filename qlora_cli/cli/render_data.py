@@ -8,8 +8,8 @@ from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.data.inspection import Bar, DataInspection, Trouble
 from qlora_cli.data.preview import TRAINED_BEGIN, TRAINED_END, RowPreview
 from qlora_cli.data.report import DataReport
-from qlora_cli.data.visible import line_ends, visible
 from qlora_cli.units import counted
+from qlora_cli.visible import line_ends, visible
 
 BAR_CELLS = 40
 EIGHTHS = " ▏▎▍▌▋▊▉"

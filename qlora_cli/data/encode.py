@@ -26,7 +26,8 @@ from qlora_cli.data.store import About, Record, SkippedRow, StoredTokens, Writer
 from qlora_cli.data.tokens import Encoded, Rendering, Tokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.garbage import uncollected
-from qlora_cli.settings.models import DataSettings, OnBadRow
+from qlora_cli.settings.choices import OnBadRow
+from qlora_cli.settings.models import DataSettings
 from qlora_cli.units import counted
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2

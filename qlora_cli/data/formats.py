@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataFormat, DataSettings
+from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.models import DataSettings
 
 # What each part of a format is called, ours first; data sets that are in use call it by the other names too.
 PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {

@@ -15,7 +15,8 @@ from qlora_cli.data.preview import RowPreview, preview_rows
 from qlora_cli.data.report import DataReport
 from qlora_cli.data.store import read_skipped
 from qlora_cli.data.table import Table, first_of_each
-from qlora_cli.settings.models import DataSettings, Sampling, TrainingSettings
+from qlora_cli.settings.choices import Sampling
+from qlora_cli.settings.models import DataSettings, TrainingSettings
 
 MOST_NAMED = 5  # rows that are named of each kind of trouble
 NUM_BARS = 16

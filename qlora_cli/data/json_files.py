@@ -14,7 +14,7 @@ from qlora_cli.data.formats import PARTS
 from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues, name_long_number
 from qlora_cli.data.raw import Kept, RawRow, is_kept, open_text
 from qlora_cli.data.sources import printable, suffixes_of
-from qlora_cli.settings.models import DataFormat
+from qlora_cli.settings.choices import DataFormat
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
 # A list of objects under one of these is one conversation, not a list of rows.

@@ -5,7 +5,7 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_cli.data.table import Numbers
-from qlora_cli.settings.models import Sampling
+from qlora_cli.settings.choices import Sampling
 
 
 def row_order(

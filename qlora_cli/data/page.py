@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from qlora_cli import __version__
 from qlora_cli.data.report import DataReport
-from qlora_cli.data.visible import Part, line_ends, parts, visible
+from qlora_cli.visible import Part, line_ends, parts, visible
 
 if TYPE_CHECKING:  # they import torch
     from qlora_cli.data.inspection import Bar, DataInspection

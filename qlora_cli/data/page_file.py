@@ -1,4 +1,4 @@
-"""Whether the page of `qlora inspect-data --html` can be written, told before anything is read."""
+"""Whether a page of `--html` can be written, told before anything is read."""
 
 import importlib.util
 import os
@@ -10,17 +10,22 @@ PAGE_SUFFIXES = (".html", ".htm")
 
 
 def check_page(path: Path) -> QloraError | None:
-    """Return why no page can be written to `path`."""
-    try:
-        wrong = _wrong_place(path)
-    except OSError as error:  # a name that is too long
-        return OutputDirectoryError(f"--html {path} can't be used: {error.strerror}", hint="Choose another name.")
+    """Return why no page of a data set can be written to `path`."""
+    wrong = check_place(path)
     if wrong is None and importlib.util.find_spec("matplotlib") is None:
         return MissingDependencyError(
             "--html draws the lengths with matplotlib, which is not installed",
             hint="Run: pip install 'qlora-cli[plot]'",
         )
     return wrong
+
+
+def check_place(path: Path) -> QloraError | None:
+    """Return why no page can be written to `path`."""
+    try:
+        return _wrong_place(path)
+    except OSError as error:  # a name that is too long
+        return OutputDirectoryError(f"--html {path} can't be used: {error.strerror}", hint="Choose another name.")
 
 
 def _wrong_place(path: Path) -> QloraError | None:

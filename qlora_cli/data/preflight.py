@@ -5,8 +5,9 @@ from typing import TypeVar
 
 from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import Problem, QloraError
-from qlora_cli.settings.models import DataSettings, LoadSettings, held_out_share
+from qlora_cli.settings.models import DataSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.values import held_out_share
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
 

@@ -16,7 +16,9 @@ from qlora_cli.data.store import read_skipped
 from qlora_cli.data.stream import MOST_LOST, TokenStream
 from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, repeat_by_weight
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataSettings, OnBadRow, OnLong, held_out_share
+from qlora_cli.settings.choices import OnBadRow, OnLong
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.values import held_out_share
 from qlora_cli.units import counted
 
 EVAL_SPLIT = "test"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.formats import Layout, nearest
-from qlora_cli.settings.models import DataFormat, LossOn
+from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 
 Ids = NDArray[np.int32]

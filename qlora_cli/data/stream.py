@@ -24,7 +24,8 @@ from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.store import SkippedRow, digest_row
 from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataSettings, OnBadRow, OnLong
+from qlora_cli.settings.choices import OnBadRow, OnLong
+from qlora_cli.settings.models import DataSettings
 
 WINDOW_ROWS = 2000
 MOST_LOST = 0.01  # of the tokens to train, once a window was read

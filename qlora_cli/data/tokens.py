@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.render import Renderer, Span
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
-from qlora_cli.settings.models import LossOn
+from qlora_cli.settings.choices import LossOn
 
 SLICE = 500_000  # characters of a text that are tokenized at once; longer ones are cut, so that memory stays bounded
 

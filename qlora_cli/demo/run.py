@@ -41,6 +41,7 @@ def demo_settings(output: Path) -> Resolved[TrainSettings]:
         "data.dataset": str(ASSETS / "train.jsonl"),
         "data.eval_dataset": str(ASSETS / "held_out.jsonl"),
         "output.directory": str(output),
+        "output.resume": "never",
         **DEMO_SETTINGS,
     }
     return resolve(Sources(flags={path: ("demo", value) for path, value in values.items()}), TrainSettings)

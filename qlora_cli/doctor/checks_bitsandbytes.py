@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor.report import Json, Outcome, failed, ok
-from qlora_cli.settings.models import Dtype
+from qlora_cli.settings.choices import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_cli.doctor.isolation import attempt, without_home
 from qlora_cli.doctor.report import Json, Outcome, Status, failed, ok, skipped, warning
 from qlora_cli.errors import HardwareError
-from qlora_cli.settings.models import Device, Dtype
+from qlora_cli.settings.choices import Device, Dtype
 from qlora_cli.units import format_bytes
 
 if TYPE_CHECKING:

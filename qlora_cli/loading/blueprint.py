@@ -22,16 +22,9 @@ from qlora_cli.loading.positions import apply_rope_scaling, check_length
 from qlora_cli.loading.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
 from qlora_cli.loading.source import CONFIG, ModelSource, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.settings.choices import Attention, Dtype, Quantization
 from qlora_cli.settings.conflicts import EFFECTIVE_WITH
-from qlora_cli.settings.models import (
-    Attention,
-    Dtype,
-    LoadSettings,
-    ModelSettings,
-    Quantization,
-    QuantizationSettings,
-    Section,
-)
+from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
 
 SectionT = TypeVar("SectionT", bound=Section)
 # Of a run's model settings, those that made the base that its adapter fits. New tokens and chat template come with the

@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from qlora_cli.errors import HardwareError
-from qlora_cli.settings.models import Device, Dtype
+from qlora_cli.settings.choices import Device, Dtype
 
 TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
 AMPERE = (8, 0)  # the first compute capability with bf16 tensor cores

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.loading.embedding import is_tied
 from qlora_cli.loading.layout import Layout, plan_layout
-from qlora_cli.settings.models import Quantization, QuantizationSettings
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
 
 OFFLOAD = "--offload-embedding"

@@ -28,7 +28,8 @@ from qlora_cli.loading.inventory import (
 )
 from qlora_cli.loading.kept import fused_experts, has_part, kept_layers, linear_layers
 from qlora_cli.loading.prequantized import Prequantized
-from qlora_cli.settings.models import Quantization, QuantizationSettings, Storage
+from qlora_cli.settings.choices import Quantization, Storage
+from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
 
 STORAGE_DTYPES = {

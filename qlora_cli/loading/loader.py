@@ -21,6 +21,7 @@ from qlora_cli.loading.embedding import bring_home, embedding_of, grow, keep_on_
 from qlora_cli.loading.fit import fits_unquantized
 from qlora_cli.loading.inventory import Inventory, take_inventory
 from qlora_cli.loading.layout import Layout
+from qlora_cli.loading.loftq import Losses, plan_losses
 from qlora_cli.loading.pickles import check_pickle
 from qlora_cli.loading.quantizer import QloraQuantizer
 from qlora_cli.loading.report import LoadReport, WeightError
@@ -33,7 +34,8 @@ from qlora_cli.loading.weights import (
     quantization_config,
 )
 from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
-from qlora_cli.settings.models import Dtype, LoadSettings, Quantization
+from qlora_cli.settings.choices import Dtype, Quantization
+from qlora_cli.settings.models import LoadSettings, LoraSettings
 
 _SILENT = SilentReporter()
 
@@ -136,25 +138,28 @@ def load_planned(
     *,
     measure_error: bool = False,
     trains_adapter: bool = False,
+    lora: LoraSettings | None = None,
     started: float | None = None,
 ) -> LoadedModel:
     """Read the weights of `blueprint`.
 
-    `trains_adapter`: an adapter that was named is to be trained on. `started` is the monotonic time from which
+    `trains_adapter`: an adapter that was named is to be trained on. `lora` is the new adapter that will be attached,
+    which may begin with what the weights lose while they are read. `started` is the monotonic time from which
     `load_seconds` counts; now, if it is not given.
 
     Raises:
-        ModelError: weights are damaged, missing or left over.
+        ModelError: weights are damaged, missing or left over, or the adapter can't begin as asked.
         OutOfMemoryError: the device ran out of memory all the same.
     """
     start = time.monotonic() if started is None else started
     if measure_error:
         _check_measurable(blueprint.layout)
+    losses = None if lora is None else plan_losses(blueprint.shapes, blueprint.layout, lora)
     settings, device = blueprint.settings, blueprint.device
     checkpoint = _read_headers(blueprint, reporter)
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.describe_storage()})"))
     reset_device_peak(device)
-    model = _load(blueprint, checkpoint, reporter, measure_error=measure_error)
+    model = _load(blueprint, checkpoint, reporter, measure_error=measure_error, losses=losses)
     grown = _grow_vocabulary(model, blueprint)
     _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
     for note in grown:
@@ -181,7 +186,9 @@ def load_planned(
     )
 
 
-def _load(blueprint: Blueprint, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool) -> PreTrainedModel:
+def _load(
+    blueprint: Blueprint, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool, losses: Losses | None
+) -> PreTrainedModel:
     settings, device = blueprint.settings, blueprint.device
     compute = settings.quantization.compute_dtype
     compute_dtype = blueprint.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
@@ -191,7 +198,7 @@ def _load(blueprint: Blueprint, checkpoint: Checkpoint, reporter: Reporter, *, m
         blueprint.base,
         blueprint.layout,
         device_map=_device_map(blueprint),
-        quantization=quantization_config(blueprint.layout, compute_dtype, measure_error=measure_error),
+        quantization=quantization_config(blueprint.layout, compute_dtype, measure_error=measure_error, losses=losses),
         attention=blueprint.attention,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,

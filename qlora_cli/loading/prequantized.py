@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.settings.models import Quantization, QuantizationSettings
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import QuantizationSettings
 
 BITSANDBYTES = "bitsandbytes"
 QLORA = "qlora"  # ours: the keys of bitsandbytes, for checkpoints whose experts are quantized too

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.loading.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
+from qlora_cli.loading.loftq import Losses
 
 METHOD = "qlora"
 Errors = dict[str, float]
@@ -34,7 +35,12 @@ class QloraConfig(BitsAndBytesConfig):
     """
 
     def __init__(
-        self, *, quantized_parameters: list[str] | None = None, measure_error: bool = False, **kwargs: Any
+        self,
+        *,
+        quantized_parameters: list[str] | None = None,
+        measure_error: bool = False,
+        losses: Losses | None = None,
+        **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         kwargs["load_in_4bit"] = True
@@ -44,6 +50,7 @@ class QloraConfig(BitsAndBytesConfig):
         # Relative RMS errors by full name, filled while loading. `from_pretrained` copies what it is given:
         # read them from the quantizer of the model.
         self.errors: Errors | None = {} if measure_error else None
+        self.losses = losses  # taken down while loading too
 
     @property
     def four_bit(self) -> FourBit:
@@ -58,7 +65,7 @@ class QloraConfig(BitsAndBytesConfig):
         """Return what a config.json holds."""
         content: dict[str, Any] = super().to_dict()
         # `load_in_4bit` would make transformers take its own quantizer, whatever the method says.
-        for key in ("errors", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
+        for key in ("errors", "losses", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
             content.pop(key, None)
         return content
 
@@ -179,7 +186,10 @@ class _Quantize(ConversionOps):
         if isinstance(module, Linear4bit) and issubclass(module.source_cls, Conv1D):
             weight = weight.T.contiguous()  # stored as (in, out)
         _check_shape(weight.shape, getattr(module, leaf).shape)
-        return _quantized(self._config, name, [weight], weight.shape, module)
+        stored = _quantized(self._config, name, [weight], weight.shape, module)
+        if self._config.losses is not None:
+            self._config.losses.take(name, weight, stored)
+        return stored
 
 
 class _QuantizeExperts(ConversionOps):

@@ -20,7 +20,7 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space, fill_directory
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel
-from qlora_cli.settings.models import Quantization
+from qlora_cli.settings.choices import Quantization
 
 NOTE = "qlora.json"
 SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a CPU nothing is copied

@@ -19,10 +19,11 @@ from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.loading.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.loading.config import ModelConfig
 from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
+from qlora_cli.loading.loftq import Losses
 from qlora_cli.loading.quantizer import METHOD, QloraConfig
 from qlora_cli.loading.quantizer_int8 import INT8_METHOD, Int8Config
 from qlora_cli.loading.source import ModelSource
-from qlora_cli.settings.models import Quantization
+from qlora_cli.settings.choices import Quantization
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
@@ -36,7 +37,7 @@ FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\.
 
 
 def quantization_config(
-    layout: Layout, compute_dtype: torch.dtype, *, measure_error: bool = False
+    layout: Layout, compute_dtype: torch.dtype, *, measure_error: bool = False, losses: Losses | None = None
 ) -> BitsAndBytesConfig | None:
     """Return the layout as bitsandbytes takes it; None to load as stored, or unquantized.
 
@@ -62,6 +63,7 @@ def quantization_config(
         llm_int8_skip_modules=kept,
         quantized_parameters=list(layout.experts),
         measure_error=measure_error,
+        losses=losses,
     )
 
 

@@ -26,7 +26,7 @@ from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.figures import estimate_of
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.kernels import cublas_workspace_bytes
-from qlora_cli.memory.optimizers import optimizer_steps
+from qlora_cli.memory.optimizers import embeddings_of, in_groups, optimizer_steps
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replay import Peaks, RunEvents, replay
@@ -34,7 +34,8 @@ from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.settings.models import Attention, Checkpointing, Dtype, EstimateSettings, Quantization
+from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Quantization
+from qlora_cli.settings.models import EstimateSettings
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")
@@ -157,14 +158,16 @@ class Estimator:
     def peaks(self, settings: EstimateSettings, gpu: Gpu) -> Peaks:
         """Return the peaks of the run on `gpu`, the CUDA context left out."""
         events = self.traced(settings, gpu).events
-        workspace_bytes = cublas_workspace_bytes(gpu.capability)
+        deterministic = settings.training.full_determinism
+        workspace_bytes = cublas_workspace_bytes(gpu.capability, deterministic=deterministic)
         return self._once((id(events), workspace_bytes), lambda: replay(events, workspace_bytes=workspace_bytes))
 
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> Traced:
         """Return what happens in the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
         step = self._step(settings, dtype, kernels_like(gpu.capability))
-        optimizer = settings.training.optimizer
+        training = settings.training
+        optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
         key = ("traced", self._twin_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
         return self._once(key, lambda: self._trace(settings, dtype, step))
 
@@ -180,7 +183,14 @@ class Estimator:
         )
         attach(resident, trained)
         is_ours = self._recipe == Recipe.QLORA
-        optimized = optimizer_steps(settings.training.optimizer, trained, clips=is_ours)
+        training = settings.training
+        optimized = optimizer_steps(
+            training.optimizer,
+            in_groups(twin.model, trained, loraplus=training.loraplus_lr_ratio is not None),
+            clips=is_ours,
+            decays=training.weight_decay > 0,
+            embeddings=embeddings_of(twin.model),
+        )
         ratio = len(twin.stack.kinds) / len(twin.chosen) if twin.stack else 1
         return Traced(
             events=RunEvents(
@@ -267,6 +277,7 @@ class Estimator:
             dtype=TORCH_DTYPES[dtype],
             is_autocast=self._recipe == Recipe.QLORA and dtype != Dtype.FP32,
             is_packed=self._is_packed,
+            adds_noise=training.neftune_noise_alpha is not None,
             evaluates=self._evaluates,
         )
 

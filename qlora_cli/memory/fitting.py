@@ -7,7 +7,8 @@ from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room, with_values
-from qlora_cli.settings.models import Attention, Checkpointing, EstimateSettings, Optimizer, Quantization
+from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer, Quantization
+from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"
@@ -283,12 +284,18 @@ def _smaller_optimizer(settings: EstimateSettings) -> Iterator[Step]:
     optimizer = settings.training.optimizer
     if optimizer.is_paged:
         return
+    # Lion stays Lion: another would need another learning rate.
+    paged, unpaged = (
+        (Optimizer.PAGED_LION_8BIT, Optimizer.LION_8BIT)
+        if optimizer.is_lion
+        else (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
+    )
     yield Step(
-        values={"training.optimizer": Optimizer.PAGED_ADAMW_8BIT},
+        values={"training.optimizer": paged},
         effect="optimizer state in 8 bit, and in host memory when the GPU is full",
     )
-    if optimizer != Optimizer.ADAMW_8BIT:
-        yield Step(values={"training.optimizer": Optimizer.ADAMW_8BIT}, effect="optimizer state in 8 bit")
+    if optimizer != unpaged:
+        yield Step(values={"training.optimizer": unpaged}, effect="optimizer state in 8 bit")
 
 
 def _offload(base: Estimate) -> Iterator[Step]:

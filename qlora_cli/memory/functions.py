@@ -31,7 +31,7 @@ IN_FP32 = {
     *("layer_norm", "group_norm", "norm", "nll_loss", "mse_loss", "logsumexp", "cross_entropy", "cosh", "sinh"),
     *("kl_div", "binary_cross_entropy_with_logits", "cosine_similarity", "cdist", "acos", "asin", "erfinv"),
 }
-IN_FP32_UNLESS_TOLD = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}
+IN_FP32_UNLESS_TOLD = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod", "linalg_norm"}
 IN_WIDEST = {"cat", "stack", "addcmul", "addcdiv", "index_put", "scatter_add", "dot", "cross", "tensordot"}
 HALF = (torch.float16, torch.bfloat16)
 

@@ -14,6 +14,7 @@ from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution
 from qlora_cli.memory.request import MemoryRequest, Recipe
 from qlora_cli.memory.solve import solve, sweep
+from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.models import EstimateSettings
 
 if TYPE_CHECKING:
@@ -191,5 +192,6 @@ def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, l
         )
     if settings.model.new_tokens:
         found.append("new tokens have rows in the embedding already")
+    found += untraced(settings.training)
     found.append("one GPU, nothing else on it, PyTorch's allocator as it comes (no PYTORCH_CUDA_ALLOC_CONF)")
     return found

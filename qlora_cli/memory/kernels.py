@@ -39,12 +39,14 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+def cublas_workspace_bytes(capability: tuple[int, int], *, deterministic: bool = False) -> int:
     """Return the workspace of one cuBLAS handle.
 
     `aten/src/ATen/cuda/CublasHandlePool.cpp`, `parseChosenWorkspaceSize`: `:4096:2:16:8` (in KiB), and 32 MiB on
-    Hopper and data-centre Blackwell.
+    Hopper and data-centre Blackwell; `deterministic`: `:16:8`, as `enable_full_determinism` of transformers sets it.
     """
+    if deterministic:
+        return 16 * 8 * KIB
     return 32 * MIB if capability[0] in (9, 10) else (2 * 4096 + 8 * 16) * KIB
 
 

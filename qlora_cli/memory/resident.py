@@ -15,7 +15,7 @@ from qlora_cli.loading.layout import CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES
 from qlora_cli.memory.layers import Stack, contexts
 from qlora_cli.memory.passes import Passes, Recorder
 from qlora_cli.memory.request import Recipe
-from qlora_cli.settings.models import Quantization
+from qlora_cli.settings.choices import Quantization
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "quantized_weights",

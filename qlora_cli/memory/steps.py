@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.errors import ModelError
@@ -34,7 +35,10 @@ RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers, which mak
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step is run with. `length` in tokens; `is_padded`: rows differ in length, so there is a mask."""
+    """What a step is run with. `length` in tokens; `is_padded`: rows differ in length, so there is a mask.
+
+    `adds_noise`: to the embedded tokens, by NEFTune, however much.
+    """
 
     recipe: Recipe
     batch_size: int
@@ -47,6 +51,7 @@ class StepSettings:
     dtype: torch.dtype
     is_autocast: bool
     is_packed: bool = False
+    adds_noise: bool = False
     evaluates: bool = False
     device: torch.device = META  # another only to compare with what real tensors do
 
@@ -138,12 +143,15 @@ class _Step:
             self.base.activation_checkpointing_enable({"use_reentrant": False})
             self.base.enable_input_require_grads()
             self._checkpoint_as_on_a_gpu()
+        noise = activate_neftune(self.model, 1.0) if self.settings.adds_noise else None
         self.base.config.use_cache = False
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            if noise is not None:
+                deactivate_neftune(self.model, noise)
             if checkpoints:
                 self.base.disable_input_require_grads()
                 self.base.activation_checkpointing_disable()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, modules
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, _register_parametrization_hooks
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -25,9 +25,20 @@ from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
 from qlora_cli.loading.weights import quantization_config
 from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, representatives
 from qlora_cli.memory.request import Recipe
-from qlora_cli.settings.models import LoraSettings, Quantization
+from qlora_cli.settings.choices import LoraInit, Quantization
+from qlora_cli.settings.models import LoraSettings
 
 META = torch.device("meta")
+
+
+class Params4bit(modules.Params4bit):  # type: ignore[misc] # bitsandbytes is untyped
+    """Packed codes on the meta device. PEFT copies a layer to measure its weight for DoRA, and theirs can't be copied.
+
+    PEFT knows quantized weights by the name of their class, so this one has the same.
+    """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Params4bit":
+        return self  # there are no values that could change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +91,17 @@ def build_twin(
     _store(model, layout, kept, experts, compute_dtype)
     if recipe == Recipe.PEFT:
         return Twin(model=_as_peft_prepares(model, lora, layout), stack=stack, chosen=chosen, notes=())
+    # What a run takes does not depend on the values that it begins with, and there are none here.
+    lora = lora.model_copy(update={"init_lora_weights": LoraInit.DEFAULT})
     adapted, notes = attach_adapter(model, lora, new_token_ids)
     return Twin(model=adapted, stack=stack, chosen=chosen, notes=notes)
 
 
 def _names_layers(lora: LoraSettings) -> bool:
     """Whether targets are named with the number of their layer: then no layer stands for another."""
-    targets = (lora.target_modules, lora.target_parameters)
+    targets = (lora.target_modules, lora.target_parameters, lora.modules_to_save)
     names = [name for target in targets if isinstance(target, tuple) for name in target]
+    names += [*(lora.rank_pattern or {}), *(lora.alpha_pattern or {})]
     return any(part.isdigit() for name in names for part in name.split("."))
 
 
@@ -202,6 +216,11 @@ def _as_peft_prepares(model: PreTrainedModel, lora: LoraSettings, layout: Layout
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        rank_pattern=dict(lora.rank_pattern or {}),
+        alpha_pattern=dict(lora.alpha_pattern or {}),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
         bias="none",
     )
     try:

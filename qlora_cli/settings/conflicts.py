@@ -4,21 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_cli.errors import Problem
-from qlora_cli.settings.models import (
-    DataSettings,
-    EstimateDataSettings,
-    OnLong,
-    Quantization,
-    Sampling,
-    TrainingSettings,
-    held_out_share,
-)
+from qlora_cli.settings.choices import OnLong, Quantization, Sampling
+from qlora_cli.settings.conflicts_lora import about_lora
+from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
+from qlora_cli.settings.models import DataSettings, EstimateDataSettings, TrainingSettings
 from qlora_cli.settings.sources import Entry
+from qlora_cli.settings.values import held_out_share
 
 
 def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
     """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
-    problems = []
+    problems = [
+        Problem(where=merged[path].origin.where, message=message, hint=hint)
+        for path, message, hint in _about_run(validated)
+        if path in merged
+    ]
     data, training = validated.get("data"), validated.get("training")
     # A prediction reads no data.
     if isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings) and training is not None:
@@ -28,18 +28,28 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
             if path in merged
         ]
     lora = validated.get("lora")
-    if lora is not None and lora.target_parameters is not None and lora.dropout:
-        problems.append(
-            Problem(
-                where=merged["lora.dropout"].origin.where,
-                message="lora.dropout can't be applied to fused experts: their update is part of the weight",
-                hint="Set it to 0, or leave lora.target_parameters out.",
-            )
-        )
+    if lora is not None:
+        problems += [
+            Problem(where=merged[path].origin.where, message=message, hint=hint)
+            for path, message, hint in about_lora(lora, validated["quantization"].method)
+            if path in merged
+        ]
     return problems + _without_effect(validated["quantization"].method, merged) + not_from_a_file(merged)
 
 
 Conflict = tuple[str, str, str]
+
+
+def _about_run(validated: Mapping[str, Any]) -> list[Conflict]:
+    """Return path, message and hint of each conflict of the loop, with what it is evaluated on and written to."""
+    found = []
+    data, training, output = (validated.get(section) for section in ("data", "training", "output"))
+    if training is not None:
+        found += about_training(training)
+    # A prediction reads no data.
+    if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
+        found += about_evaluation(training, data)
+    return found + (about_output(output) if output is not None else [])
 
 
 def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict]:

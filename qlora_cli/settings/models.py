@@ -4,223 +4,45 @@ The command line, `qlora config schema`, the settings file and `run.json` all re
 the field's own: rank, alpha, micro_batch_size, max_length.
 """
 
-import re
-from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-
-
-class Quantization(StrEnum):
-    """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-    NONE = "none"
-
-    @property
-    def is_4bit(self) -> bool:
-        """Whether two weights share a byte."""
-        return self in {Quantization.NF4, Quantization.FP4}
-
-
-class Storage(StrEnum):
-    """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
-
-    UINT8 = "uint8"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class Dtype(StrEnum):
-    """The dtype that matrix products are computed in."""
-
-    AUTO = "auto"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class Device(StrEnum):
-    """Where the model lives."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Attention(StrEnum):
-    """The attention kernel."""
-
-    AUTO = "auto"
-    EAGER = "eager"
-    SDPA = "sdpa"
-    FLASH_ATTENTION_2 = "flash_attention_2"
-
-
-class DataFormat(StrEnum):
-    """How a row is read. `auto` recognises it by its columns."""
-
-    AUTO = "auto"
-    MESSAGES = "messages"
-    SHAREGPT = "sharegpt"
-    PROMPT_COMPLETION = "prompt_completion"
-    ALPACA = "alpaca"
-    QUESTION_ANSWER = "question_answer"
-    TEXT = "text"
-    TOKENS = "tokens"
-
-
-class LossOn(StrEnum):
-    """Which tokens are trained: all answers, the last answer of a row only, or every token of it."""
-
-    COMPLETIONS = "completions"
-    LAST = "last"
-    ALL = "all"
-
-
-class OnLong(StrEnum):
-    """What becomes of a row that is longer than `max_length`."""
-
-    TRUNCATE = "truncate"
-    DROP = "drop"
-    ERROR = "error"
-
-
-class OnBadRow(StrEnum):
-    """What becomes of a row that can't be read."""
-
-    ERROR = "error"
-    SKIP = "skip"
-
-
-class Sampling(StrEnum):
-    """The order of rows, by the name that transformers gives it."""
-
-    RANDOM = "random"
-    SEQUENTIAL = "sequential"
-    GROUP_BY_LENGTH = "group_by_length"
-
-
-class Checkpointing(StrEnum):
-    """Whether activations are recomputed in the backward pass; `offload` keeps the layers' inputs in host memory."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-    OFFLOAD = "offload"
-
-
-class Optimizer(StrEnum):
-    """The optimizer, by the name that transformers gives it."""
-
-    ADAMW_TORCH = "adamw_torch"
-    ADAMW_TORCH_FUSED = "adamw_torch_fused"
-    ADAMW_8BIT = "adamw_8bit"
-    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
-    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
-
-    @property
-    def is_paged(self) -> bool:
-        """Whether the state lives in CUDA unified memory."""
-        return self.value.startswith("paged_")
-
-
-class Schedule(StrEnum):
-    """How the learning rate runs after warm-up."""
-
-    CONSTANT = "constant_with_warmup"
-    LINEAR = "linear"
-    COSINE = "cosine"
-
-
-class ReportTo(StrEnum):
-    """A tracker that the run is also reported to."""
-
-    NONE = "none"
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    TRACKIO = "trackio"
-    MLFLOW = "mlflow"
-
-
-def _switch(value: object) -> object:
-    # YAML 1.1 reads a bare `on` and `off` as booleans.
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _split_commas(value: object) -> object:
-    if not isinstance(value, str) or value in {"all-linear", "all-experts"}:
-        return value
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    if not parts:
-        raise ValueError("must name at least one")
-    return parts
-
-
-def _check_rope_scaling(value: str | None) -> str | None:
-    if value is None:
-        return None
-    kind, _, factor = value.partition(":")
-    if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
-        raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
-    return value
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _read_pairs(value: object) -> object:
-    """Read `ours=theirs,…` into a mapping; a settings file may hold the mapping itself."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-    if not pairs or any(not equals or not ours.strip() or not theirs.strip() for ours, equals, theirs in pairs):
-        raise ValueError("expected pairs such as prompt=question,completion=reply")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
-def held_out_share(text: str) -> float | int | None:
-    """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
-
-    Raises:
-        ValueError: it is a share or a number that makes no sense.
-    """
-    if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)? *%?", text):
-        return None
-    number = float(text.removesuffix("%"))
-    if text.endswith("%") and 0 < number < 100:
-        return number / 100
-    if not text.endswith("%") and number >= 1 and number == int(number):
-        return int(number)
-    raise ValueError("expected a share above 0% and below 100%, a whole number of rows, or the name of a split")
-
-
-def _check_eval_split(value: object) -> object:
-    # YAML reads a bare number as one.
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if isinstance(text, str):
-        held_out_share(text)
-    return text
-
-
-ROPE_TYPES = ("linear", "dynamic", "yarn")
-RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
-TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
-TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
-NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
-Name = Annotated[str, Field(min_length=1)]
-Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_list)]
-Columns = Annotated[Mapping[str, Name] | None, BeforeValidator(_read_pairs)]
-
-
-NUMBERS = (int, float, int | None)
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from qlora_cli.settings.choices import (
+    Attention,
+    Checkpointing,
+    DataFormat,
+    Device,
+    Dtype,
+    LoraInit,
+    LossOn,
+    OnBadRow,
+    OnLong,
+    OnNan,
+    Optimizer,
+    Quantization,
+    ReportTo,
+    Sampling,
+    Schedule,
+    Storage,
+)
+from qlora_cli.settings.values import (
+    Alphas,
+    Columns,
+    Datasets,
+    Name,
+    NameList,
+    Ranks,
+    RopeScaling,
+    TargetModules,
+    TargetParameters,
+    Texts,
+    check_eval_split,
+    read_switch,
+)
+
+NUMBERS = (int, float, int | None, float | None)
 
 
 class Section(BaseModel):
@@ -320,6 +142,24 @@ class LoraSettings(Section):
         default=None,
         description="Comma-separated names of fused expert parameters that get an adapter too, or all-experts.",
     )
+    rank_pattern: Ranks = Field(
+        default=None, description="Other ranks for some layers, as q_proj=32,layers.0.mlp.down_proj=8."
+    )
+    alpha_pattern: Alphas = Field(default=None, description="Other alphas for some layers, given the same way.")
+    use_rslora: bool = Field(
+        default=False, description="Scale by alpha / sqrt(rank), so that a large rank keeps learning (rsLoRA)."
+    )
+    use_dora: bool = Field(
+        default=False, description="Train the magnitude of each weight apart from its direction (DoRA); slower."
+    )
+    init_lora_weights: LoraInit = Field(
+        default=LoraInit.DEFAULT,
+        description="How the LoRA matrices begin: pissa takes the principal parts of an unquantized base, loftq what "
+        "4-bit quantization lost.",
+    )
+    modules_to_save: NameList = Field(
+        default=None, description="Comma-separated modules to train whole, in fp32, and save with the adapter."
+    )
 
 
 class DataSettings(Section):
@@ -332,7 +172,7 @@ class DataSettings(Section):
     )
     eval_dataset: Datasets | None = Field(default=None, description="Held-out data, named the same way.")
     split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
-    eval_split: Annotated[Name | None, BeforeValidator(_check_eval_split)] = Field(
+    eval_split: Annotated[Name | None, BeforeValidator(check_eval_split)] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
         "set to evaluate on.",
@@ -374,7 +214,20 @@ class TrainingSettings(Section):
     learning_rate: float = Field(default=2e-4, gt=0, lt=1, description="Peak learning rate.")
     schedule: Schedule = Field(default=Schedule.COSINE, description="Learning-rate schedule after warm-up.")
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps spent warming up.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    min_lr_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Where cosine_with_min_lr, polynomial and warmup_stable_decay end: a share of the learning rate.",
+    )
+    decay_ratio: float = Field(
+        default=0.1, gt=0, le=1, description="Share of the steps, at the end, in which warmup_stable_decay decays."
+    )
+    polynomial_power: float = Field(default=1.0, gt=0, description="Power of the schedule polynomial; 1 is a line.")
+    cosine_cycles: int = Field(default=2, ge=2, description="How often cosine_with_restarts falls from the peak to 0.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Weight decay: decoupled, but with sgd added to the gradient."
+    )
     adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, description="Gradients are clipped to this norm.")
     epochs: float = Field(default=1.0, gt=0, description="Passes over the training data.")
@@ -383,12 +236,24 @@ class TrainingSettings(Section):
     gradient_accumulation_steps: int = Field(
         default=16, ge=1, description="Micro-batches whose gradients are added up to one step."
     )
-    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_switch)] = Field(
+    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(read_switch)] = Field(
         default=Checkpointing.AUTO,
         description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU; "
         "offload: recompute, and keep what is saved for it in host memory.",
     )
+    auto_micro_batch: bool = Field(
+        default=False,
+        description="Halve the micro-batch, and keep the batch, if the longest rows do not fit before the first step.",
+    )
     optimizer: Optimizer = Field(default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter.")
+    loraplus_lr_ratio: float | None = Field(
+        default=None, gt=0, description="LoRA+: the B matrices learn at this multiple of the learning rate."
+    )
+    neftune_noise_alpha: float | None = Field(
+        default=None, gt=0, description="NEFTune: scale of the noise on embeddings while training."
+    )
+    torch_compile: bool = Field(default=False, description="Compile the model with torch.compile.")
+    use_liger_kernel: bool = Field(default=False, description="Liger's fused kernels; needs liger-kernel and a GPU.")
     sampling: Sampling = Field(
         default=Sampling.RANDOM,
         description="Order of rows; group_by_length puts rows of one length into a batch, which saves padding.",
@@ -402,21 +267,55 @@ class TrainingSettings(Section):
         lt=2**32,
         description="Seeds the adapter, samples and splits of the data, its order and dropout.",
     )
+    full_determinism: bool = Field(
+        default=False, description="Only deterministic kernels, where PyTorch has them; slower on a GPU."
+    )
+    on_nan: OnNan = Field(
+        default=OnNan.STOP,
+        description="What becomes of a step whose loss or gradient norm is no finite number: the run stops before "
+        "it, or the step is skipped.",
+    )
+    max_nan_skips: int = Field(default=10, ge=1, description="More steps skipped for on_nan than this end the run.")
     logging_steps: int = Field(default=1, ge=1, description="Steps between two reports.")
     eval_steps: int | None = Field(
         default=None, ge=1, description="Steps between two evaluations; only at the end if not given."
     )
     save_steps: int | None = Field(
-        default=None, ge=1, description="Steps between two checkpoints; only at the end if not given."
+        default=None, ge=1, description="Steps between two checkpoints; a tenth of the run if not given."
     )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Stop after this many evaluations without a better held-out loss."
+    )
+    load_best_model_at_end: bool = Field(
+        default=False, description="Write the adapter of the best evaluation, not of the last step."
+    )
+    sample_prompts: Texts = Field(
+        default=None,
+        description="Prompts to answer before training and at each evaluation; may be given several times.",
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Longest answer to a sample prompt, in tokens.")
 
 
 class OutputSettings(Section):
     """Where the run is written and reported to."""
 
-    directory: Path = Field(description="Run directory to create; it must be empty or not exist.")
-    max_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints than this many are deleted.")
+    directory: Path = Field(description="Run directory: empty, not there yet, or of a run to resume.")
+    resume: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto: go on from the last good checkpoint in the run directory, if there is one; never; or the "
+        "path of a checkpoint.",
+    )
+    max_checkpoints: int = Field(
+        default=2, ge=1, description="Older checkpoints than this many are deleted, but for the best one."
+    )
     report_to: ReportTo = Field(default=ReportTo.NONE, description="Tracker that the run is also reported to.")
+    push_to_hub: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hub repository, as OWNER/NAME, that the adapter is pushed to at the end.",
+    )
+    hub_private: bool = Field(default=True, description="Whether that repository is private, if it is made.")
 
 
 class LoadSettings(Section):

@@ -12,14 +12,12 @@ from trl import SFTConfig
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.loading.device import ComputeDtype
-from qlora_cli.settings.models import (
-    Checkpointing,
-    Dtype,
-    QuantizationSettings,
-    ReportTo,
-    TrainingSettings,
-    TrainSettings,
-)
+from qlora_cli.settings.choices import Checkpointing, Dtype, Schedule
+from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
+from qlora_cli.training.trackers import PROJECT
+
+CHECKPOINTS_A_RUN = 10
+LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; that of AdamW decays another quantity
 
 
 def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Checkpointing:
@@ -33,8 +31,8 @@ def check_hardware(quantization: QuantizationSettings, training: TrainingSetting
     """Check that what moves memory off a GPU has one to move it off, and that the base is all on `device`.
 
     Raises:
-        HardwareError: a paged optimizer, whose state is CUDA unified memory, or offloaded activations without a
-            GPU; or a base that is partly on the CPU, which the trainer can't train.
+        HardwareError: a paged optimizer, whose state is CUDA unified memory, offloaded activations or kernels in
+            Triton without a GPU; or a base that is partly on the CPU, which the trainer can't train.
     """
     if training.optimizer.is_paged and device.type != "cuda":
         raise HardwareError(
@@ -45,6 +43,11 @@ def check_hardware(quantization: QuantizationSettings, training: TrainingSetting
         raise HardwareError(
             "gradient_checkpointing offload keeps activations in host memory, where they are without a GPU",
             hint="Use --gradient-checkpointing on.",
+        )
+    if training.use_liger_kernel and device.type != "cuda":
+        raise HardwareError(
+            "Liger's kernels (training.use_liger_kernel) run on a GPU only, and there is none",
+            hint="Leave training.use_liger_kernel out.",
         )
     if quantization.int8_cpu_offload:
         raise HardwareError(
@@ -64,6 +67,42 @@ def _checkpointing_arguments(chosen: Checkpointing) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False, **offload}}
 
 
+def _warmup_steps(training: TrainingSettings, num_steps: int) -> int:
+    """Return the steps of warm-up: never all, so that the last one has the full learning rate at the latest."""
+    if training.schedule == Schedule.CONSTANT:
+        return 0
+    return min(round(training.warmup_ratio * num_steps), num_steps - 1)
+
+
+def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str, Any]:
+    """Return the schedule with all that shapes it, under the names that transformers gives each."""
+    warmup = _warmup_steps(training, num_steps)
+    shape: dict[Schedule, dict[str, float]] = {
+        Schedule.COSINE_WITH_MIN_LR: {"min_lr_rate": training.min_lr_ratio},
+        Schedule.COSINE_WITH_RESTARTS: {"num_cycles": training.cosine_cycles},
+        Schedule.POLYNOMIAL: {
+            "lr_end": training.min_lr_ratio * training.learning_rate,
+            "power": training.polynomial_power,
+        },
+        # Left out, it would be 10,000 steps in a run without warm-up: all but a constant.
+        Schedule.INVERSE_SQRT: {"timescale": max(1, warmup)},
+        Schedule.WARMUP_STABLE_DECAY: {
+            "num_decay_steps": min(max(1, round(training.decay_ratio * num_steps)), num_steps - warmup),
+            "min_lr_ratio": training.min_lr_ratio,
+        },
+    }
+    return {
+        "lr_scheduler_type": training.schedule.value,
+        "lr_scheduler_kwargs": shape.get(training.schedule, {}),
+        "warmup_steps": warmup,
+    }
+
+
+def save_interval(training: TrainingSettings, num_steps: int) -> int:
+    """Return the steps between two checkpoints: as asked for, or a tenth of the run."""
+    return training.save_steps or -(-num_steps // CHECKPOINTS_A_RUN)
+
+
 def training_arguments(
     settings: TrainSettings,
     *,
@@ -76,7 +115,6 @@ def training_arguments(
     """Return the arguments of a run of `num_steps` optimizer steps that writes to `output`."""
     training = settings.training
     checkpointing = resolve_checkpointing(training.gradient_checkpointing, device)
-    report_to = settings.output.report_to
     arguments = SFTConfig(
         output_dir=str(output),
         # The rows come tokenized, cut and masked from our own data path.
@@ -90,14 +128,18 @@ def training_arguments(
         per_device_eval_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule.value,
-        warmup_steps=round(training.warmup_ratio * num_steps),
+        **_schedule_arguments(training, num_steps),
         weight_decay=training.weight_decay,
-        adam_beta2=training.adam_beta2,
+        adam_beta2=LION_BETA2 if training.optimizer.is_lion else training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer.value,
+        neftune_noise_alpha=training.neftune_noise_alpha,
         seed=training.seed,
         data_seed=training.seed,
+        full_determinism=training.full_determinism,
+        torch_compile=training.torch_compile,
+        # Compiling would switch TF32 on, which rounds the positions of rotary embeddings beyond 1,024.
+        tf32=False,
         # Precision and memory. TRL turns bf16 and gradient checkpointing on by default.
         use_cpu=device.type == "cpu",
         bf16=dtype.name == Dtype.BF16,
@@ -108,15 +150,18 @@ def training_arguments(
         prediction_loss_only=True,
         eval_strategy="steps" if has_eval and training.eval_steps else "no",
         eval_steps=training.eval_steps,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
         # The trainer also saves at the last step, whatever the interval.
         save_strategy="steps",
-        save_steps=training.save_steps or num_steps,
+        save_steps=save_interval(training, num_steps),
         # Reports: every step to us, nothing to a terminal, NaN shown as NaN.
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none" if report_to == ReportTo.NONE else [report_to.value],
+        report_to="none",  # trackers come as callbacks of ours, which keep them out of the way
         run_name=settings.output.directory.name,
+        project=PROJECT,
     )
     # With several GPUs visible and no launcher, the trainer would wrap the model in DataParallel, which TRL
     # refuses. One process uses one GPU; the trainer sets the same attribute for models it finds placed.

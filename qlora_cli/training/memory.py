@@ -1,6 +1,7 @@
 """What a run will take on the GPU at hand, by the code of `qlora inspect-memory`, before its weights are read."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
@@ -11,8 +12,9 @@ from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.fitting import NO, YES, fit_on, suggest
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.request import Recipe
+from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
 from qlora_cli.training.result import PredictedMemory
 from qlora_cli.units import format_bytes
@@ -27,6 +29,25 @@ def gpu_at_hand(blueprint: Blueprint) -> Gpu | None:
     return replace(gpu, total_bytes=min(gpu.total_bytes, blueprint.free_bytes + gpu.context_bytes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run was predicted to take on its GPU, and the way to ask for less.
+
+    `estimate_of` predicts other settings; `asked` are those of the run.
+    """
+
+    predicted: PredictedMemory
+    estimate: Estimate
+    asked: EstimateSettings
+    gpu: Gpu
+    estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
+
+    def ways(self) -> str:
+        """Return the changes of flags that are predicted to fit, with what they take; empty if there are none."""
+        found = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
+        return "; ".join(f"{way.flags} ({format_bytes(way.process_bytes)})" for way in found if way.fits != NO)
+
+
 def check_memory(
     settings: TrainSettings,
     blueprint: Blueprint,
@@ -35,7 +56,7 @@ def check_memory(
     *,
     longest_row_tokens: int,
     force: bool,
-) -> PredictedMemory | None:
+) -> Outlook | None:
     """Return what a run takes on `gpu`, whose longest row has `longest_row_tokens`; None if it can't be predicted.
 
     Raises:
@@ -51,21 +72,24 @@ def check_memory(
     except QloraError as error:
         reporter.report(Noted(level="warning", message=f"how much memory it will take is not known: {error}"))
         return None
+    for sentence in untraced(settings.training):
+        reporter.report(Noted(message=f"predicted memory: {sentence}"))
     fit = fit_on(estimate, gpu)
+    predicted = _as_predicted(estimate, fit.fits)
+    outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimator.estimate)
     if fit.fits != YES:
-        found = suggest(asked, gpu, estimator.estimate, estimate)
-        ways = "; ".join(f"{way.flags} ({format_bytes(way.process_bytes)})" for way in found if way.fits != NO)
+        ways = outlook.ways()
         what = (
             f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
             f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are there"
         )
-        if fit.fits == NO and not force:
+        if fit.fits == NO and not force and not settings.training.auto_micro_batch:
             hint = f"It would fit with {ways}." if ways else "No change of flags makes it fit: take a larger GPU."
             raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
         more = f"; more room with {ways}" if ways else ""
-        verdict = "it is predicted not to fit, but forced" if fit.fits == NO else "memory is tight"
+        verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
         reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
-    return _as_predicted(estimate, fit.fits)
+    return outlook
 
 
 def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens: int) -> EstimateSettings:
@@ -84,12 +108,18 @@ def _adapter(asked: LoraSettings, blueprint: Blueprint) -> LoraSettings:
     if blueprint.source.adapter is None:
         return asked
     config = read_json(blueprint.source.adapter / ADAPTER_CONFIG)
-    modules, parameters = config.get("target_modules"), config.get("target_parameters")
-    named = {"rank": config.get("r", asked.rank)}
-    if isinstance(modules, list):
-        named["target_modules"] = tuple(modules)
-    if parameters:
-        named["target_parameters"] = tuple(parameters)
+    named: dict[str, object] = {
+        "rank": config.get("r", asked.rank),
+        "dropout": config.get("lora_dropout", asked.dropout),
+        "use_dora": bool(config.get("use_dora")),
+        "rank_pattern": config.get("rank_pattern") or None,
+        "alpha_pattern": config.get("alpha_pattern") or None,
+    }
+    if isinstance(config.get("target_modules"), list):
+        named["target_modules"] = tuple(config["target_modules"])
+    for key in ("target_parameters", "modules_to_save"):
+        if config.get(key):
+            named[key] = tuple(config[key])
     return asked.model_copy(update=named)
 
 
@@ -102,4 +132,11 @@ def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:
         reserved_bytes=estimate.predicted.reserved_bytes,
         process_bytes=estimate.predicted.process_bytes,
         fits=fits,
+        consumers=_consumers(estimate.components),
     )
+
+
+def _consumers(components: Components) -> dict[str, int]:
+    """Return what the memory is for at its peak, in bytes, the largest first."""
+    found = {name: getattr(components, f"{name}_bytes") for name in COMPONENTS}
+    return {name: size for name, size in sorted(found.items(), key=lambda item: -item[1]) if size}

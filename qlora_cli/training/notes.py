@@ -5,6 +5,9 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.data.preview import preview_rows
 from qlora_cli.events import Noted, Reporter
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.training.environment import package_versions
+from qlora_cli.training.resume import Resume, changed_versions, check_changes
 from qlora_cli.units import counted
 
 LINE_CHARACTERS = 240
@@ -64,3 +67,21 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
     reporter.report(
         Noted(message=f"{counted(counts['read'], 'row')} of the stream read, ahead of what was fed: {became}{lost}")
     )
+
+
+def note_resume(resume: Resume, settings: TrainSettings, reporter: Reporter, *, trains_given_adapter: bool) -> None:
+    """Say that an earlier run goes on, from where, and what changed since.
+
+    Raises:
+        SettingsError: what changed would make the result another than the record says.
+    """
+    for damaged in resume.damaged:
+        reporter.report(Noted(level="warning", message=f"a checkpoint is damaged and not used: {damaged}"))
+    if resume.checkpoint is None and not resume.is_done:
+        reporter.report(Noted(message=f"{resume.run.path} holds a run without a checkpoint: it begins anew"))
+    for change in check_changes(resume, settings, trains_given_adapter=trains_given_adapter):
+        reporter.report(Noted(level="warning", message=f"changed since: {change}"))
+    for change in changed_versions(resume, package_versions()):
+        reporter.report(
+            Noted(level="warning", message=f"another version than before, so the last bits may differ: {change}")
+        )

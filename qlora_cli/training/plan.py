@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
@@ -13,30 +14,62 @@ from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.files import check_disk_space
+from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.loading.adapter import attach_adapter
+from qlora_cli.loading.adapter_init import is_pissa
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
-from qlora_cli.settings.models import LoraSettings, Optimizer, TrainSettings
+from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
+from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
-from qlora_cli.training.arguments import check_hardware, resolve_checkpointing
-from qlora_cli.training.memory import check_memory, gpu_at_hand
-from qlora_cli.training.notes import note_data
+from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
+from qlora_cli.training.environment import base_digest
+from qlora_cli.training.liger import use_liger_kernels
+from qlora_cli.training.memory import Outlook, check_memory, gpu_at_hand
+from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
 from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.result import PredictedMemory, TrainPlan
+from qlora_cli.training.push import check_push
+from qlora_cli.training.result import TrainPlan, TrainResult
+from qlora_cli.training.resume import Resume, check_base, check_length, check_rows, find_resume
 
-EIGHT_BIT = {Optimizer.ADAMW_8BIT, Optimizer.PAGED_ADAMW_8BIT}
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
+class SettledRun:
+    """A run of which all is known that can be known before its weights are read.
+
+    `resume` is the earlier run that it goes on with; `num_steps` those of the whole run.
+    """
+
+    resolved: Resolved[TrainSettings]
+    blueprint: Blueprint
+    rows: TrainingData
+    outlook: Outlook | None
+    resume: Resume | None
+    num_steps: int
+    started: float
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do."""
+        resume = self.resume
+        is_same = resume is not None and resume.run.path.resolve() == self.resolved.settings.output.directory.resolve()
+        if resume is None or not is_same or not resume.is_done:
+            return False
+        result = TrainResult.from_record(resume.record)
+        return result is not None and result.num_steps == self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that is ready for its first step."""
+    """A run that is ready for its first step, or for the one that it goes on with. `end_ids` end an answer."""
 
     resolved: Resolved[TrainSettings]
     loaded: LoadedModel
@@ -44,6 +77,9 @@ class PreparedRun:
     train_data: PreparedData
     eval_data: PreparedData | None
     plan: TrainPlan
+    outlook: Outlook | None
+    resume: Resume | None
+    end_ids: frozenset[int]
     started: float
 
     @property
@@ -53,10 +89,15 @@ class PreparedRun:
 
 
 def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
-    """Do everything up to the first step; writes nothing.
+    """Do everything up to the first step; writes nothing. See `settle_run` and `load_run`."""
+    return load_run(settle_run(resolved, reporter, force=force), reporter)
 
-    Cheap checks come first: names and files, then what the model takes, then the data, then what training takes,
-    then the weights. `force` goes on although training is predicted not to fit.
+
+def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
+    """Settle all that needs no weights.
+
+    Cheap checks come first: names and files, then what the model takes, then the data, then what training takes.
+    `force` goes on although training is predicted not to fit.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
@@ -64,28 +105,60 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
     started = time.monotonic()
     settings = resolved.settings
     check_train_inputs(resolved)
+    check_push(resolved, reporter)
+    resume = find_resume(settings.output)
     is_asked = "max_length" in settings.data.model_fields_set
     blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
     _check_adapter_settings(settings.lora, blueprint)
     resolved = _as_loaded(resolved, blueprint)
     data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
     resolved = Resolved(resolved.settings.model_copy(update={"data": data}), resolved.origins)
+    if resume is not None:
+        resolved = _as_lowered(resolved, resume)
+        trains_given = blueprint.source.adapter is not None
+        note_resume(resume, resolved.settings, reporter, trains_given_adapter=trains_given)
+        check_base(resume, base_digest(blueprint.source.path), blueprint.dtype.name.value)
     settings = resolved.settings
     check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
     rows = _prepare_data(settings, blueprint, reporter)
-    predicted = _check_memory(settings, blueprint, rows, reporter, force=force)
-    loaded = load_planned(blueprint, reporter, trains_adapter=True)
+    num_steps = num_optimizer_steps(settings, None if rows.train.stream is not None else len(rows.train.dataset))
+    if resume is not None:
+        evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
+        check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
+        check_length(resume, settings, num_steps)
+    return SettledRun(
+        resolved=resolved,
+        blueprint=blueprint,
+        rows=rows,
+        outlook=_check_memory(settings, blueprint, rows, reporter, force=force),
+        resume=resume,
+        num_steps=num_steps,
+        started=started,
+    )
+
+
+def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
+    """Read the weights of a settled run and attach its adapter.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    resolved, blueprint, rows = settled.resolved, settled.blueprint, settled.rows
+    settings = resolved.settings
+    loaded = load_planned(blueprint, reporter, trains_adapter=True, lora=settings.lora)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
     if loaded.source.adapter is not None:
         resolved = _with_adapter(resolved, model, loaded.source.adapter)
+    if settings.training.use_liger_kernel:
+        use_liger_kernels(model)
     if settings.data.packing:
         check_packing(loaded, model)
-    plan = _plan(settings, loaded, model, rows, predicted)
+    plan = _plan(settled, loaded, model)
     check_disk_space(
         settings.output.directory,
-        plan.disk_bytes,
+        max(0, plan.disk_bytes - size_of(settings.output.directory)),
         hint="Free room, choose another --output, or lower output.max_checkpoints or --rank.",
     )
     reporter.report(Noted(message=batch_arithmetic(plan)))
@@ -96,8 +169,48 @@ def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force:
         train_data=rows.train,
         eval_data=rows.evaluation,
         plan=plan,
-        started=started,
+        outlook=settled.outlook,
+        resume=settled.resume,
+        end_ids=blueprint.tokenizer.end_ids,
+        started=settled.started,
     )
+
+
+def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
+    """Return a run with another micro-batch and the same batch: `size` divides it."""
+    training = prepared.settings.training
+    accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
+    changed = {"micro_batch_size": size, "gradient_accumulation_steps": accumulation}
+    resolved = _with_training(prepared.resolved, changed, Origin(kind="default", where="training.auto_micro_batch"))
+    plan = replace(
+        prepared.plan,
+        micro_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        padding_share=_padding_share(resolved.settings, prepared.train_data),
+    )
+    return replace(prepared, resolved=resolved, plan=plan)
+
+
+def _as_lowered(resolved: Resolved[TrainSettings], resume: Resume) -> Resolved[TrainSettings]:
+    """Return the settings with the micro-batch that the earlier run found to fit, if it looked for one."""
+    training, before = resolved.settings.training, resume.record.get("settings", {}).get("training", {})
+    size, accumulation = before.get("micro_batch_size"), before.get("gradient_accumulation_steps")
+    is_lower = isinstance(size, int) and isinstance(accumulation, int) and size < training.micro_batch_size
+    is_same_batch = is_lower and size * accumulation == (
+        training.micro_batch_size * training.gradient_accumulation_steps
+    )
+    if not training.auto_micro_batch or not is_same_batch:
+        return resolved
+    where = Origin(kind="file", where=str(resume.run.run_file))
+    return _with_training(resolved, {"micro_batch_size": size, "gradient_accumulation_steps": accumulation}, where)
+
+
+def _with_training(
+    resolved: Resolved[TrainSettings], changed: Mapping[str, int], where: Origin
+) -> Resolved[TrainSettings]:
+    training = resolved.settings.training.model_copy(update=dict(changed))
+    origins = {**resolved.origins, **{f"training.{key}": where for key in changed}}
+    return Resolved(resolved.settings.model_copy(update={"training": training}), origins)
 
 
 def _check_memory(
@@ -107,7 +220,7 @@ def _check_memory(
     reporter: Reporter,
     *,
     force: bool,
-) -> PredictedMemory | None:
+) -> Outlook | None:
     gpu = gpu_at_hand(blueprint)
     if gpu is None:
         return None
@@ -162,6 +275,12 @@ def _with_adapter(resolved: Resolved[TrainSettings], model: PeftModel, directory
         "dropout": config.lora_dropout,
         "target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())),
         "target_parameters": tuple(sorted(parameters)) if parameters else None,
+        "rank_pattern": dict(config.rank_pattern) if config.rank_pattern else None,
+        "alpha_pattern": dict(config.alpha_pattern) if config.alpha_pattern else None,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": LoraInit.PISSA if is_pissa(config) else LoraInit.DEFAULT,
+        "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
     }
     settings = resolved.settings.model_copy(update={"lora": resolved.settings.lora.model_copy(update=lora)})
     where = Origin(kind="file", where=str(directory / ADAPTER_CONFIG))
@@ -213,20 +332,16 @@ def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
     return padding_share(data.lengths, order, settings.training.micro_batch_size)
 
 
-def _plan(
-    settings: TrainSettings,
-    loaded: LoadedModel,
-    model: PeftModel,
-    data: TrainingData,
-    predicted_memory: PredictedMemory | None,
-) -> TrainPlan:
+def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPlan:
+    settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
     training, report = settings.training, data.train.report
     num_rows = None if data.train.stream is not None else len(data.train.dataset)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_steps = num_optimizer_steps(settings, num_rows)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable = sum(parameter.numel() for parameter in trained)
+    num_steps = settled.num_steps
     adapter_bytes = 4 * num_trainable
-    # AdamW keeps two moments for each parameter: 4 bytes each, or 1 in the 8-bit optimizers.
-    optimizer_bytes = (2 if training.optimizer in EIGHT_BIT else 8) * num_trainable
+    optimizer = optimizer_steps(training.optimizer, [trained], clips=False, embeddings=embeddings_of(model))
+    optimizer_bytes = optimizer.state_bytes
     checkpoint_bytes = adapter_bytes + optimizer_bytes + SMALL_FILES_BYTES
     return TrainPlan(
         model=loaded.source.name,
@@ -256,9 +371,17 @@ def _plan(
         num_devices=1,
         examples_per_step=training.micro_batch_size * training.gradient_accumulation_steps,
         num_steps=num_steps,
+        save_steps=save_interval(training, num_steps),
         num_epochs=None if num_rows is None else num_steps / _steps_per_epoch(settings, num_rows),
         adapter_bytes=adapter_bytes,
-        # The newest checkpoint is complete before the oldest is deleted.
-        disk_bytes=adapter_bytes + SMALL_FILES_BYTES + (settings.output.max_checkpoints + 1) * checkpoint_bytes,
-        predicted_memory=predicted_memory,
+        optimizer_bytes=optimizer_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        # The newest checkpoint is complete before the oldest is deleted; the best one stays besides.
+        disk_bytes=adapter_bytes + SMALL_FILES_BYTES + _most_checkpoints(settings) * checkpoint_bytes,
+        predicted_memory=outlook.predicted if outlook is not None else None,
     )
+
+
+def _most_checkpoints(settings: TrainSettings) -> int:
+    has_best = settings.training.eval_steps is not None
+    return settings.output.max_checkpoints + 1 + int(has_best)

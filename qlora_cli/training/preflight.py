@@ -4,10 +4,12 @@ import importlib.util
 
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.files import check_output_directory
 from qlora_cli.loading.source import check_model_name
-from qlora_cli.settings.models import ReportTo, TrainSettings
+from qlora_cli.settings.choices import ReportTo
+from qlora_cli.settings.models import TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.push import push_problem
+from qlora_cli.training.resume import output_problem
 
 
 def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
@@ -19,8 +21,10 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
     settings = resolved.settings
     found = {
         "model.name": check_model_name(settings.model),
-        "output.directory": check_output_directory(settings.output.directory),
+        "output.directory": output_problem(settings.output),
         "output.report_to": _check_tracker(settings.output.report_to),
+        "output.push_to_hub": push_problem(settings.output),
+        "training.use_liger_kernel": _check_liger(settings.training),
     }
     problems = [
         Problem(where=resolved.origin_of(path).where, message=error.message, hint=error.hint)
@@ -33,7 +37,17 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
 
 
 def _check_tracker(report_to: ReportTo) -> QloraError | None:
-    if report_to == ReportTo.NONE or importlib.util.find_spec(report_to.value) is not None:
+    if report_to == ReportTo.NONE:
         return None
-    name = report_to.value
-    return QloraError(f"{name} is not installed", hint=f"Run: pip install 'qlora-cli[{name}]'")
+    # mlflow-skinny lacks what a database takes, the one place on the disk that MLflow still writes to.
+    needed = ("mlflow", "sqlalchemy", "alembic") if report_to == ReportTo.MLFLOW else (report_to.value,)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return QloraError(f"{missing[0]} is not installed", hint=f"Run: pip install 'qlora-cli[{report_to.value}]'")
+
+
+def _check_liger(training: TrainingSettings) -> QloraError | None:
+    if not training.use_liger_kernel or importlib.util.find_spec("liger_kernel") is not None:
+        return None
+    return QloraError("liger-kernel is not installed", hint="Run: pip install 'qlora-cli[liger]'")

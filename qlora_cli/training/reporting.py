@@ -2,18 +2,21 @@
 
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_cli.errors import TrainingError
-from qlora_cli.events import EvalDone, Reporter, StepDone
+from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, StepDone
 from qlora_cli.memory.measure import current_memory
+from qlora_cli.runs.report import write_report
+from qlora_cli.training.loop_state import Progress
 
 
 class ReportingCallback(TrainerCallback):
-    """Reports each logged step and evaluation, and remembers what the result needs.
+    """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
 
     Evaluation time is left out of `tokens_per_second`.
     """
@@ -22,11 +25,12 @@ class ReportingCallback(TrainerCallback):
         self._reporter = reporter
         self._device = device
         self._start = self._last_time = 0.0
-        self._last_tokens = 0
-        self.losses: list[float] = []
-        self.eval_losses: dict[int, float] = {}
-        self.num_tokens = 0
-        self.stepping_seconds = 0.0
+        self.progress = Progress(eval_losses={})
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Take up what an earlier process had reported."""
+        self.progress = progress
+        self._start = time.monotonic() - progress.elapsed_seconds
 
     def on_train_begin(
         self,
@@ -46,34 +50,36 @@ class ReportingCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Report a step or an evaluation.
-
-        Raises:
-            TrainingError: the loss or the gradient norm is not a finite number.
-        """
+        """Report a step or an evaluation."""
         logs = logs or {}
         if "loss" in logs:
             self._report_step(state, logs)
         elif "eval_loss" in logs:
-            loss = float(logs["eval_loss"])
-            self.eval_losses[state.global_step] = loss
-            seconds = float(logs["eval_runtime"])
-            self._last_time = time.monotonic()
-            self._reporter.report(EvalDone(step=state.global_step, loss=loss, seconds=seconds))
+            self._report_evaluation(state.global_step, float(logs["eval_loss"]), float(logs["eval_runtime"]))
+
+    def _report_evaluation(self, step: int, loss: float, seconds: float) -> None:
+        self.progress = replace(self.progress, eval_losses={**self.progress.eval_losses, step: loss})
+        is_best = self.progress.best_step == step
+        if not math.isfinite(loss):
+            message = f"step {step}: the held-out loss is {loss}; it counts as none"
+            self._reporter.report(Noted(level="warning", message=message))
+        self._last_time = time.monotonic()
+        self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best))
 
     def _report_step(self, state: TrainerState, logs: dict[str, float]) -> None:
-        loss, grad_norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"step {state.global_step}: the loss is {loss} and the gradient norm {grad_norm}",
-                hint="Lower --learning-rate; with fp16, try --dtype bf16 or fp32.",
-            )
-        now = time.monotonic()
-        self.num_tokens = int(logs["num_tokens"])
-        seconds, tokens = now - self._last_time, self.num_tokens - self._last_tokens
-        self._last_time, self._last_tokens = now, self.num_tokens
-        self.stepping_seconds += seconds
-        self.losses.append(loss)
+        before, now, loss = self.progress, time.monotonic(), float(logs["loss"])
+        num_tokens, seconds = int(logs["num_tokens"]), now - self._last_time
+        tokens = num_tokens - before.num_tokens
+        self._last_time = now
+        self.progress = replace(
+            before,
+            loss_sum=before.loss_sum + loss,
+            num_losses=before.num_losses + 1,
+            last_loss=loss,
+            num_tokens=num_tokens,
+            stepping_seconds=before.stepping_seconds + seconds,
+            elapsed_seconds=now - self._start,
+        )
         self._reporter.report(
             StepDone(
                 step=state.global_step,
@@ -81,10 +87,31 @@ class ReportingCallback(TrainerCallback):
                 epoch=float(state.epoch or 0.0),
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
-                grad_norm=grad_norm,
-                num_tokens=self.num_tokens,
+                grad_norm=float(logs["grad_norm"]),
+                num_tokens=num_tokens,
                 tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
                 elapsed_seconds=now - self._start,
                 memory=current_memory(self._device),
             )
         )
+
+
+class ReportWriter:
+    """A reporter that draws `report.html` anew when something is worth looking at: not at every step."""
+
+    def __init__(self, directory: Path, reporter: Reporter) -> None:
+        self._directory = directory
+        self._reporter = reporter
+
+    def report(self, event: Event) -> None:
+        """Draw the page after checkpoints and evaluations."""
+        if isinstance(event, CheckpointSaved | EvalDone):
+            draw_report(self._directory, self._reporter)
+
+
+def draw_report(directory: Path, reporter: Reporter) -> None:
+    """Draw `report.html` of a run; a page that can't be written is said, and costs no run its training."""
+    try:
+        write_report(directory)
+    except OSError as error:
+        reporter.report(Noted(level="warning", message=f"report.html can't be written: {error.strerror}"))

@@ -1,14 +1,18 @@
 """What a run is about to do, and what it did, as plain values. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedMemory:
     """What a run was predicted to take on its GPU, in bytes; `allocated_bytes` counts from after loading.
 
-    `fits` is `yes`, `tight` or `no`.
+    `fits` is `yes`, `tight` or `no`. `consumers` are what the process holds at its peak, the largest first, by name.
     """
 
     gpu: str
@@ -16,6 +20,7 @@ class PredictedMemory:
     reserved_bytes: int
     process_bytes: int
     fits: str
+    consumers: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,11 @@ class TrainPlan:
     num_devices: int
     examples_per_step: int
     num_steps: int
+    save_steps: int
     num_epochs: float | None
     adapter_bytes: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
     disk_bytes: int
     predicted_memory: PredictedMemory | None
 
@@ -75,7 +83,9 @@ class TrainResult:
 
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all of
     them; both count supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
-    with its evaluations and checkpoints, `total_seconds` everything with loading.
+    with its evaluations and checkpoints, `total_seconds` everything with loading. Of a run that was resumed, losses,
+    tokens and evaluations are those of the whole run, times and peaks those of the last process. `best_step` is that
+    of the lowest held-out loss. `pushed_to` is where the adapter is on the hub.
     """
 
     output: Path
@@ -95,3 +105,17 @@ class TrainResult:
     num_trainable_parameters: int
     interrupted_by: str | None
     checkpoints: tuple[Path, ...]
+    resumed_from_step: int | None
+    stopped_early: bool
+    best_step: int | None
+    best_eval_loss: float | None
+    num_skipped_steps: int
+    pushed_to: str | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "TrainResult | None":
+        """Return the result that a `run.json` holds; None if it holds none, or that of another version."""
+        try:
+            return TypeAdapter(cls).validate_python(record.get("result"))
+        except ValidationError:
+            return None

@@ -1,50 +1,41 @@
 """Train: the main job, from resolved settings to a run directory."""
 
-import errno
+import gc
+import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers.trainer_callback import PrinterCallback
 
-from qlora_cli.data.collate import make_collator
-from qlora_cli.errors import DataError, OutOfMemoryError, QloraError, TrainingError
-from qlora_cli.events import (
-    EvalStarted,
-    Noted,
-    Reporter,
-    Reporters,
-    TrainingEnded,
-    TrainingStarted,
-)
-from qlora_cli.files import write_directory
-from qlora_cli.loading import adapter
-from qlora_cli.memory.measure import (
-    peak_device_allocated_bytes,
-    peak_device_reserved_bytes,
-    peak_host_bytes,
-    reset_device_peak,
-)
-from qlora_cli.settings.models import Checkpointing, TrainSettings
+from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.events import Noted, Reporter, Reporters
+from qlora_cli.files import write_directory, write_file
+from qlora_cli.runs.report import write_report
+from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.arguments import training_arguments
-from qlora_cli.training.environment import describe_hardware, package_versions
+from qlora_cli.training.checkpoints import PREFIX, CheckpointStore, damage_of, list_checkpoints, step_of
+from qlora_cli.training.determinism import determinism
+from qlora_cli.training.environment import base_digest, describe_hardware, package_versions
+from qlora_cli.training.failures import explained, smaller_micro_batch
+from qlora_cli.training.loop_state import LoopState
 from qlora_cli.training.notes import note_stream
-from qlora_cli.training.order import RowOrder
-from qlora_cli.training.plan import PreparedRun, prepare_run
-from qlora_cli.training.reporting import ReportingCallback
-from qlora_cli.training.result import PeakMemory, TrainPlan, TrainResult
-from qlora_cli.training.run_directory import MetricsWriter, RunDirectory
-from qlora_cli.training.stop import StopCallback, StopSignal
-from qlora_cli.training.trainer import QloraTrainer
-
-ALMOST_NOTHING_BYTES = 64 * 1024
+from qlora_cli.training.plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
+from qlora_cli.training.push import push_adapter
+from qlora_cli.training.rehearsal import RehearsalError
+from qlora_cli.training.reporting import ReportWriter, draw_report
+from qlora_cli.training.result import TrainPlan, TrainResult
+from qlora_cli.training.resume import result_of_done
+from qlora_cli.training.run_directory import MetricsWriter, RunDirectory, RunLock
+from qlora_cli.training.session import Session
+from qlora_cli.training.stop import StopSignal
+from qlora_cli.training.trackers import tracking
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
@@ -55,11 +46,12 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     Raises:
         QloraError: of the kind that fits what is wrong.
     """
-    return prepare_run(resolved, reporter, force=force).plan
+    with determinism(resolved.settings.training):
+        return prepare_run(resolved, reporter, force=force).plan
 
 
 def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
-    """Train an adapter and return what came of it.
+    """Train an adapter and return what came of it; go on with the run that is in the output directory, if one is.
 
     Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint and the adapter as it is
     then; the result says so. `force` goes on although the run is predicted not to fit on the GPU.
@@ -67,124 +59,198 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     Raises:
         QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
     """
-    return run(prepare_run(resolved, reporter, force=force), reporter)
+    if (result := result_of_done(resolved.settings)) is not None:
+        return _already_done(resolved.settings, result, reporter)
+    with determinism(resolved.settings.training):
+        return _train_settled(settle_run(resolved, reporter, force=force), reporter)
+
+
+def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
+    if settled.is_done and settled.resume is not None:
+        result = TrainResult.from_record(settled.resume.record)
+        assert result is not None, "seen when it was settled"
+        return _already_done(settled.resolved.settings, result, reporter)
+    return run(load_run(settled, reporter), reporter)
+
+
+def _already_done(settings: TrainSettings, result: TrainResult, reporter: Reporter) -> TrainResult:
+    directory = RunDirectory(settings.output.directory)
+    reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
+    return _pushed(settings, directory, directory.read_run_file() or {}, result, reporter)
 
 
 def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
     """Train a prepared run; see `train`."""
     directory = RunDirectory(prepared.plan.output)
-    directory.create()
-    reporter = Reporters([MetricsWriter(directory), reporter])
-    record = _opening_record(prepared)
+    with RunLock(directory):
+        return _run_locked(prepared, directory, reporter)
+
+
+def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
+    _check_unchanged(prepared, directory)
+    _take_over(prepared, directory, reporter)
+    writer = MetricsWriter(directory)
+    reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    record = _opening_record(prepared, started)
     directory.write_run_file(record)
+    directory.create()
+    writer.end_cut_line()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
     directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
     if prepared.train_data.stream is not None:
         prepared.train_data.stream.skipped_file = directory.path / "skipped_rows_of_stream.jsonl"
     try:
-        with _failures_explained(prepared):
-            result = _train(prepared, directory, reporter)
+        prepared, result = _train(prepared, directory, reporter, started)
     except BaseException as error:
-        directory.write_run_file({**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        with suppress(OSError):  # the disk may be full, which is what `error` says
+            failed = {"status": status, "error": f"{type(error).__name__}: {error}"}
+            directory.write_run_file({**(directory.read_run_file() or record), **failed})
+            write_report(directory.path)
         raise
+    note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
-    directory.write_run_file({**record, "status": status, "result": result})
+    record = {**_opening_record(prepared, started), "status": status, "result": result}
+    directory.write_run_file(record)
+    draw_report(directory.path, reporter)
+    return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
+
+
+def _pushed(
+    settings: TrainSettings,
+    directory: RunDirectory,
+    record: Mapping[str, Any],
+    result: TrainResult,
+    reporter: Reporter,
+) -> TrainResult:
+    """Push the adapter of a run that is done, if that is asked for and was not done; return the result that says so.
+
+    Raises:
+        PushError: it can't be pushed. The run stays as it is.
+    """
+    if settings.output.push_to_hub is None or result.pushed_to is not None:
+        return result
+    result = replace(result, pushed_to=push_adapter(settings.output, directory.adapter, reporter))
+    directory.write_run_file({**record, "result": result})
     return result
 
 
-def _train(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
-    device, num_steps = prepared.loaded.device, prepared.plan.num_steps
-    reset_device_peak(device)
-    stop = StopSignal()
-    callback = ReportingCallback(reporter, device)
-    trainer = make_trainer(prepared, directory, reporter, callbacks=[callback, StopCallback(stop)])
-    reporter.report(TrainingStarted(num_steps=num_steps, output=directory.path))
-    start = time.monotonic()
-    with stop:
-        with _data_failures_explained(trainer, directory):
-            trainer.train()
-        step = trainer.state.global_step
-        if prepared.eval_data is not None and stop.name is None and step not in callback.eval_losses:
-            reporter.report(EvalStarted(step=step))
-            trainer.evaluate()
-        train_seconds = time.monotonic() - start
-        save_adapter(prepared, directory)
-    note_stream(prepared.train_data, reporter)
-    # A signal during the last step or after it changes nothing: all was done.
-    interrupted_by = stop.name if step < num_steps else None
-    reporter.report(TrainingEnded(step=step, num_steps=num_steps, interrupted_by=interrupted_by))
-    return TrainResult(
-        output=directory.path,
-        adapter=directory.adapter,
-        steps=step,
-        num_steps=num_steps,
-        epochs=None if prepared.train_data.stream is not None else float(trainer.state.epoch or 0.0),
-        final_loss=callback.losses[-1] if callback.losses else None,
-        train_loss=sum(callback.losses) / len(callback.losses) if callback.losses else None,
-        eval_loss=callback.eval_losses.get(step),
-        num_tokens=callback.num_tokens,
-        tokens_per_second=callback.num_tokens / callback.stepping_seconds if callback.stepping_seconds else 0.0,
-        train_seconds=train_seconds,
-        total_seconds=time.monotonic() - prepared.started,
-        peak_memory=PeakMemory(
-            host_bytes=peak_host_bytes(),
-            device_allocated_bytes=peak_device_allocated_bytes(device),
-            device_reserved_bytes=peak_device_reserved_bytes(device),
-        ),
-        predicted_memory=prepared.plan.predicted_memory,
-        num_trainable_parameters=prepared.plan.num_trainable_parameters,
-        interrupted_by=interrupted_by,
-        checkpoints=tuple(directory.list_checkpoints()),
-    )
+def _train(
+    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, started: str
+) -> tuple[PreparedRun, TrainResult]:
+    """Train, with smaller micro-batches if they do not fit and may be lowered; return what ran in the end."""
+    if prepared.loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
+        reporter.report(
+            Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {prepared.loaded.device}")
+        )
+    with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
+        while True:
+            session = Session(prepared, directory, reporter, stop, trackers)
+            try:
+                return prepared, session.train()
+            except RehearsalError as error:
+                session.trainer.abandon()
+                smaller = _smaller(prepared)
+                if smaller is None:
+                    raise explained(error, prepared, session.trainer.phase, "") from error
+            except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is kept; then it goes on
+                kept = _save_what_is_done(session, error)
+                told = explained(error, prepared, session.trainer.phase, kept)
+                raise told from (None if told is error else error)
+            # What the failed pass held is free only when its traceback is gone.
+            del session
+            gc.collect()
+            torch.cuda.empty_cache()
+            flags = smaller_micro_batch(prepared.plan, smaller)
+            reporter.report(
+                Noted(
+                    level="warning",
+                    message=f"{prepared.plan.micro_batch_size} rows at once do not fit in memory: lowered to {flags}",
+                )
+            )
+            prepared = with_micro_batch(prepared, smaller)
+            directory.write_run_file(_opening_record(prepared, started))
 
 
-def make_trainer(
-    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, callbacks: list[Any]
-) -> QloraTrainer:
-    """Return the trainer of a prepared run."""
-    tokenizer, loaded, data = prepared.loaded.tokenizer, prepared.loaded, prepared.train_data
-    if loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
-        reporter.report(Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {loaded.device}"))
-    trainer = QloraTrainer(
-        directory=directory,
-        reporter=reporter,
-        max_checkpoints=prepared.settings.output.max_checkpoints,
-        order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
-        model=prepared.model,
-        args=training_arguments(
-            prepared.settings,
-            output=directory.checkpoints,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            num_steps=prepared.plan.num_steps,
-            has_eval=prepared.eval_data is not None,
-        ),
-        processing_class=tokenizer,
-        data_collator=make_collator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
-        train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
-        eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _smaller(prepared: PreparedRun) -> int | None:
+    """Return half the micro-batch, or less, as it divides the batch; None if it is not to be lowered, or can't be."""
+    size, rows = prepared.plan.micro_batch_size, prepared.plan.examples_per_step
+    if not prepared.settings.training.auto_micro_batch or size == 1:
+        return None
+    return next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
 
 
-def save_adapter(prepared: PreparedRun, directory: RunDirectory) -> None:
-    """Write `adapter/`: the PEFT adapter, the tokenizer and its chat template, complete or absent."""
+def _save_what_is_done(session: Session, error: Exception) -> str:
+    """Save the state after the last complete step, from within one that failed; return where it is, in words."""
+    try:
+        session.trainer.save_last_step()
+    except Exception as another:  # noqa: BLE001 - the first failure is what is told
+        error.add_note(f"nor could the last step be saved: {another}")
+    newest = session.store.all()[-1:]
+    if not newest:
+        return ""
+    return f"What was trained until step {step_of(newest[0]):,} is in {newest[0]}."
 
-    def fill(path: Path) -> None:
-        adapter.save_adapter(prepared.model, path)
-        prepared.loaded.tokenizer.save_pretrained(path)
 
-    write_directory(directory.adapter, fill)
+def _check_unchanged(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Check that no other process trained into the directory while this one was loading.
+
+    Raises:
+        OutputDirectoryError: one did.
+    """
+    resume = prepared.resume
+    known = resume is not None and resume.run.path.resolve() == directory.path.resolve()
+    newest = list_checkpoints(directory.checkpoints)[-1:]
+    is_behind = resume is not None and known and newest and step_of(newest[0]) > resume.step and not resume.damaged
+    if is_behind or (directory.run_file.exists() and not known):
+        raise OutputDirectoryError(
+            f"another process has written to {directory.path} meanwhile", hint="Give the same command again."
+        )
 
 
-def _opening_record(prepared: PreparedRun) -> dict[str, Any]:
-    settings, loaded = prepared.settings, prepared.loaded
+def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> None:
+    """Make the directory one that the run can go on in, before it says that it does.
+
+    Of a run in another directory, the checkpoint, the best one and what was reported are copied. Damaged checkpoints
+    are renamed, so that they do not count as newer than those to come.
+    """
+    resume = prepared.resume
+    if resume is None:
+        return
+    store = CheckpointStore(directory.checkpoints, num_kept=1, needed_bytes=0, journal=directory.metrics_file)
+    if resume.run.path.resolve() == directory.path.resolve():
+        for moved in store.set_aside(resume.step):
+            reporter.report(Noted(level="warning", message=f"the damaged checkpoint is now {moved}"))
+        return
+    if resume.checkpoint is None:
+        return
+    directory.create()
+    best = resume.checkpoint.with_name(f"{PREFIX}{LoopState.read(resume.checkpoint).progress.best_step}")
+    for checkpoint in {resume.checkpoint, best}:
+        if damage_of(checkpoint) is None:
+            write_directory(store.path_of(step_of(checkpoint)), partial(_copy_into, checkpoint))
+    if resume.run.metrics_file.is_file():
+        write_file(directory.metrics_file, resume.run.metrics_file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _copy_into(folder: Path, target: Path) -> None:
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+
+
+def _opening_record(prepared: PreparedRun, now: str) -> dict[str, Any]:
+    settings, loaded, resume = prepared.settings, prepared.loaded, prepared.resume
     evaluation = prepared.eval_data
+    earlier = resume.record if resume is not None else {}
+    resumed = [*earlier.get("resumed", [])]
+    if resume is not None:
+        resumed.append({"time": now, "step": resume.step, "checkpoint": resume.checkpoint})
     return {
         "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": earlier.get("started", now),
+        "resumed": resumed,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
         "settings": settings.model_dump(mode="json"),
         "origins": {path: origin.where for path, origin in prepared.resolved.origins.items()},
         "seed": settings.training.seed,
@@ -192,60 +258,10 @@ def _opening_record(prepared: PreparedRun) -> dict[str, Any]:
         "hardware": describe_hardware(loaded.device),
         "base_model": loaded.report(),
         "base_model_path": loaded.source.path,
+        "base_model_digest": base_digest(loaded.source.path),
         "data": {
             "train": prepared.train_data.report,
             "eval": evaluation.report if evaluation else None,
         },
         "plan": prepared.plan,
     }
-
-
-@contextmanager
-def _data_failures_explained(trainer: QloraTrainer, directory: RunDirectory) -> Iterator[None]:
-    """Keep what was trained until a row of a stream could not be used."""
-    try:
-        yield
-    except DataError as error:
-        step = trainer.state.global_step
-        if step and not any(path.name == f"step-{step}" for path in directory.list_checkpoints()):
-            trainer._save_checkpoint(trainer.model, None)
-        kept = f" What was trained until step {step} is in {directory.checkpoints}." if step else ""
-        raise TrainingError(str(error), hint=f"{error.hint or ''}{kept}".strip()) from error
-
-
-@contextmanager
-def _failures_explained(prepared: PreparedRun) -> Iterator[None]:
-    """Turn what a machine runs out of into errors that say what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(prepared, error) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, QloraError) or not _is_disk_full(error, prepared.plan.output):
-            raise
-        raise TrainingError(
-            f"the disk of {prepared.plan.output} is full: {error}",
-            hint="Free room and run again with another --output; complete checkpoints are kept.",
-        ) from error
-
-
-def _is_disk_full(error: Exception, directory: Path) -> bool:
-    # safetensors and torch.save write a full disk as errors of their own, without an errno.
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING_BYTES
-
-
-def _out_of_memory(prepared: PreparedRun, error: torch.OutOfMemoryError) -> OutOfMemoryError:
-    plan, settings = prepared.plan, prepared.settings
-    flags = []
-    if plan.micro_batch_size > 1:
-        accumulation = plan.gradient_accumulation_steps * plan.micro_batch_size
-        flags.append(f"--micro-batch-size 1 --gradient-accumulation-steps {accumulation}")
-    if plan.gradient_checkpointing == Checkpointing.OFF:
-        flags.append("--gradient-checkpointing on")
-    if not settings.training.optimizer.is_paged:
-        flags.append("--optimizer paged_adamw_8bit")
-    longest = settings.data.max_length if settings.data.packing else plan.longest_row_tokens
-    flags.append(f"--max-length {max(8, longest // 2)}")
-    return OutOfMemoryError(f"{plan.device} ran out of memory: {error}", hint=f"Try: {' or '.join(flags)}")

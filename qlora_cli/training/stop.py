@@ -1,20 +1,32 @@
-"""Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint; a second one ends it at once."""
+"""What is asked of a run from outside: to stop, by Ctrl-C or SIGTERM, or to write a checkpoint, by a file."""
 
 import signal
+import sys
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_cli.events import Noted, Reporter
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopSignal:
-    """While entered, remembers the first stop signal instead of dying of it; restores the handlers after."""
+class StoppedError(Exception):
+    """A signal came during an evaluation, which is not worth its end."""
 
-    def __init__(self) -> None:
+
+class StopSignal:
+    """While entered, remembers the first stop signal instead of dying of it; restores the handlers after.
+
+    What a signal will do is said at once: a step may take minutes, and a second signal is not as kind.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
         self.name: str | None = None
+        self._reporter = reporter
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -30,25 +42,59 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
-        if self.name is not None:
-            raise KeyboardInterrupt
+        if self.name is not None:  # asked twice: at once
+            sys.exit(128 + number)
         self.name = signal.Signals(number).name
+        message = f"{self.name}: training stops after the step in progress, with a checkpoint; again to leave at once"
+        self._reporter.report(Noted(level="warning", message=message))
 
 
 class StopCallback(TrainerCallback):
-    """Saves a checkpoint and leaves the loop at the end of the step in which a signal came."""
+    """Saves a checkpoint and leaves the loop at the end of the step in which a signal came.
 
-    def __init__(self, stop: StopSignal) -> None:
+    Saves one, and goes on, if the file `request` is there; deletes it when that is done.
+    """
+
+    def __init__(self, stop: StopSignal, request: Path) -> None:
         self._stop = stop
+        self._request = request
 
     def on_step_end(
         self,
-        args: TrainingArguments,  # noqa: ARG002 - the signature is that of transformers
+        args: TrainingArguments,  # noqa: ARG002 - the signatures are those of transformers
         state: TrainerState,  # noqa: ARG002
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Ask the trainer to save and stop, if a signal came."""
+        """Ask the trainer for what was asked of the run."""
         if self._stop.name is not None:
             control.should_save = True
             control.should_training_stop = True
+            control.should_evaluate = False
+        if self._request.exists():
+            control.should_save = True
+
+    def on_save(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """The checkpoint that was asked for is complete."""
+        self._request.unlink(missing_ok=True)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Leave an evaluation.
+
+        Raises:
+            StoppedError: a signal came.
+        """
+        if self._stop.name is not None:
+            raise StoppedError

@@ -181,7 +181,7 @@ def test_load_prints_every_promised_key_and_the_bytes_add_up(run_qlora: RunQlora
     assert single["quantization_constant_bytes"] == 4 * n // 64 + 28 * 4 * 16
 
 
-def test_train_ends_with_one_object_and_refuses_to_overwrite(
+def test_train_ends_with_one_object_and_trains_nothing_twice(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -202,8 +202,12 @@ def test_train_ends_with_one_object_and_refuses_to_overwrite(
     assert "1 micro-batch x 2 accumulation x 1 device = 2 examples a step; 2 steps" in done.stderr
     assert "\x1b" not in done.stderr
     again = run_qlora(*arguments)
-    assert again.code == 2
-    assert "already holds a run" in again.stderr
+    assert again.code == 0
+    assert again.json == done.json
+    assert "nothing is left to train" in again.stderr
+    never = run_qlora(*arguments, "--resume", "never")
+    assert never.code == 2
+    assert "already holds a run" in never.stderr
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,38 @@ def test_the_demo_config_says_what_the_demo_runs() -> None:
     assert settings.data.eval_dataset is not None
     for name in (settings.model.name, *settings.data.dataset, *settings.data.eval_dataset):
         assert (ROOT / name).exists()
+
+
+# arXiv 2305.14314, appendix B: what all sizes share, then learning rate, dropout and trained parameters of each.
+PAPER = {
+    "model.dtype": "bf16",
+    "quantization.method": "nf4",
+    "quantization.double_quant": True,
+    "quantization.compute_dtype": "bf16",
+    "lora.rank": 64,
+    "lora.alpha": 16,
+    "lora.target_modules": "all-linear",
+    "training.schedule": "constant",
+    "training.adam_beta2": 0.999,
+    "training.max_grad_norm": 0.3,
+    "training.optimizer": "paged_adamw_32bit",
+    "training.gradient_checkpointing": "on",
+}
+PAPER_SIZES = {"7b": (2e-4, 0.1), "13b": (2e-4, 0.1), "33b": (1e-4, 0.05), "65b": (1e-4, 0.05)}
+
+
+@pytest.mark.parametrize("size", PAPER_SIZES)
+def test_the_configs_of_the_paper_have_its_values(size: str) -> None:
+    path = ROOT / "configs" / "paper" / f"llama-{size}.yaml"
+    settings = resolve(Sources(config=path, flags=LEFT_TO_THE_USER), TrainSettings).settings
+    for name, value in PAPER.items():
+        section, key = name.split(".")
+        assert getattr(getattr(settings, section), key) == value, name
+    training = settings.training
+    assert (training.learning_rate, settings.lora.dropout) == PAPER_SIZES[size]
+    assert training.micro_batch_size * training.gradient_accumulation_steps == 16
+
+
+def test_every_config_of_the_paper_is_in_the_test_above() -> None:
+    found = {path.stem.removeprefix("llama-") for path in (ROOT / "configs" / "paper").iterdir()}
+    assert found == set(PAPER_SIZES)

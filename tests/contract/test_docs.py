@@ -17,6 +17,7 @@ from qlora_cli.data.inspection import Bar, Batches, DataInspection, Trouble
 from qlora_cli.data.preview import Piece, RowPreview
 from qlora_cli.data.report import DataReport
 from qlora_cli.demo.result import DemoResult
+from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.loading.report import LoadReport
 from qlora_cli.memory.prediction import (
     COMPONENTS,
@@ -30,6 +31,9 @@ from qlora_cli.memory.prediction import (
     Suggestion,
     SweepPoint,
 )
+from qlora_cli.runs.detail import RunDetail
+from qlora_cli.runs.samples import Answer, Sample
+from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS
 from qlora_cli.settings.resolve import describe
 from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
@@ -130,6 +134,7 @@ def test_local_links_and_paths_lead_somewhere() -> None:
 
 
 DATA = (DataReport, DataInspection, Batches, Trouble, Bar, RowPreview, Piece)
+RUN = (RunDetail, Sample, Answer, EvalDone, StepSkipped, Noted)
 MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
 
 
@@ -155,6 +160,16 @@ def test_every_json_key_of_an_inspection_is_documented_in_its_section() -> None:
     # The report on the rows to train on is on the same level as the rest.
     keys = {field.name for result in DATA for field in fields(result)} - {"data"}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_json_key_of_runs_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    of_all, of_one = (
+        page.partition(f"### {name}\n")[2].partition("\n### ")[0] for name in ("qlora runs", "qlora runs show")
+    )
+    assert [field.name for field in fields(RunSummary) if f"`{field.name}`" not in of_all] == []
+    keys = {field.name for result in RUN for field in fields(result)} - {"summary"} | {"value", "origin"}
+    assert sorted(key for key in keys if f"`{key}`" not in of_one) == []
 
 
 def test_every_flag_of_a_prediction_that_is_no_setting_is_documented() -> None:

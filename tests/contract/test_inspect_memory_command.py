@@ -19,7 +19,7 @@ from qlora_cli.cli.sweeps import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, Recipe, lengths_up_to
-from qlora_cli.settings.models import Attention, Checkpointing, Quantization
+from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
 from tests.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
+from qlora_cli.settings.choices import Optimizer
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import Recorder, train_settings
@@ -17,7 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.parametrize("optimizer", [optimizer.value for optimizer in Optimizer])
 def test_training_on_cuda(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
     settings = train_settings(
         base_model,

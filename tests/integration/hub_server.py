@@ -1,9 +1,11 @@
 """A small hub on loopback: repositories with branches and commits, and ways to misbehave.
 
 It answers what the real client asks: info on models and data sets, the file tree, HEAD and GET of files. Files are
-redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there.
+redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there. It tells who
+a token belongs to, makes repositories and takes commits, weights by way of LFS.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,6 +28,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]]
     refs: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     is_gated: bool = False
+    is_private: bool = False
 
     def resolve(self, revision: str) -> str | None:
         commit = self.refs.get(revision, revision)
@@ -57,6 +61,9 @@ class Hub:
     # By file: what it claims to be long.
     claimed_bytes: dict[str, int] = field(default_factory=dict)
     ignores_ranges: bool = False
+    # By token: what `whoami-v2` answers. Others are not accepted.
+    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lfs: dict[str, bytes] = field(default_factory=dict)
     # The file whose request moves the branch `main` to the other commit.
     moves_main_at: str | None = None
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -104,6 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
 
@@ -116,7 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(statuses.pop(0))
                 return
         parts = path.strip("/").removeprefix("datasets/").split("/")
-        if parts[:2] in (["api", "models"], ["api", "datasets"]):
+        if self.command in {"POST", "PUT"}:
+            self._take(parts, self._read_body())
+        elif parts == ["api", "whoami-v2"]:
+            account = self.hub.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            self._send(401) if account is None else self._send_json(account)
+        elif parts[:2] in (["api", "models"], ["api", "datasets"]):
             self._answer_api("/".join(parts[2:4]), parts[4:])
         elif parts[0] == "cdn":
             self._send_content("/".join(parts[1:3]), parts[3], "/".join(parts[4:]), start)
@@ -140,6 +158,69 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in repo.commits[commit]]
             info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
             self._send(200, {}, json.dumps(info).encode())
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _take(self, parts: list[str], content: bytes) -> None:
+        """Take what is written: repositories, files, commits."""
+        address = f"http://127.0.0.1:{self.hub.port}"
+        if (
+            self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.hub.accounts
+            and parts[0] != "lfs"
+        ):
+            self._send(401)
+        elif parts == ["api", "repos", "create"]:
+            asked = json.loads(content)
+            name = f"{asked['organization']}/{asked['name']}"
+            is_there = name in self.hub.repos
+            if not is_there:
+                self.hub.repos[name] = Repo({COMMIT: {}}, is_private=asked.get("visibility") == "private")
+            self._send_json({"url": f"{address}/{name}"}, 409 if is_there else 200)
+        elif parts[-3:] == ["lfs", "objects", "batch"]:
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
+                for one in json.loads(content)["objects"]
+            ]
+            self._send_json({"transfer": "basic", "objects": objects})
+        elif parts[0] == "lfs":
+            self.hub.lfs[parts[1]] = content
+            self._send(200)
+        elif parts[4:5] == ["preupload"]:
+            files = [
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for path in (one["path"] for one in json.loads(content)["files"])
+            ]
+            self._send_json({"files": files})
+        elif parts[4:5] == ["commit"]:
+            name = "/".join(parts[2:4])
+            self._commit(self.hub.repos[name], content)
+            self._send_json({"commitUrl": f"{address}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self._send(404)
+
+    def _commit(self, repo: Repo, content: bytes) -> None:
+        for line in content.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                repo.commits[COMMIT][value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                repo.commits[COMMIT][value["path"]] = self.hub.lfs[value["oid"]]
+
+    def _send_json(self, value: object, code: int = 200) -> None:
+        self._send(code, {}, json.dumps(value).encode())
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         repo = self.hub.repos.get(name)

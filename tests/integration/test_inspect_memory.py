@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.facts import ModelFacts
+from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
 from tests.integration.hub_server import COMMIT, Hub
 
@@ -207,6 +213,11 @@ def test_the_plain_recipe_has_its_own_defaults_and_keeps_what_is_not_quantized_i
         (("--packing", "--micro-batch-size", "2"), None),
         (("--dtype", "fp32"), None),
         (("--eval",), None),
+        (("--optimizer", "lion_32bit"), "optimizer_bytes"),
+        (("--optimizer", "adafactor"), None),
+        (("--optimizer", "sgd"), None),
+        (("--set", "training.loraplus_lr_ratio=16"), None),
+        (("--set", "training.full_determinism=true"), "workspaces_bytes"),
     ],
 )
 def test_every_flag_changes_the_answer(
@@ -220,3 +231,61 @@ def test_every_flag_changes_the_answer(
     )
     if less is not None:
         assert changed["components"][less] < base["components"][less]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("torch_compile", "torch.compile is not traced"),
+        ("use_liger_kernel", "Liger's kernels are not traced"),
+        ("full_determinism", "the smaller workspaces of cuBLAS are counted"),
+    ],
+)
+def test_what_is_not_traced_is_said(config: Path, alone: dict[str, str], setting: str, said: str) -> None:
+    assert not any(said in line for line in asked(config, alone)["assumptions"])
+    (line,) = [
+        line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if said in line
+    ]
+    assert line == line.strip()
+
+
+def test_noise_on_embeddings_is_followed(config: Path) -> None:
+    facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
+    births = []
+    for alpha in (None, 5.0):
+        estimator = Estimator(facts, recipe=Recipe.QLORA)
+        settings = EstimateSettings(
+            model=ModelSettings(name="m"),
+            data=EstimateDataSettings(max_length=64),
+            training=TrainingSettings(neftune_noise_alpha=alpha),
+        )
+        passes = estimator.traced(settings, find_gpu("RTX 4090")).events.step
+        births.append(sum(event >= 0 for event in passes.events["first forward"]))
+    assert births[1] == births[0] + 2  # the noise, and the sum
+
+
+# Hidden and intermediate size, layers, heads of the first LLaMA models; parameters that train with rank 64; the card.
+LLAMA = {
+    "7b": (4096, 11008, 32, 32, 159_907_840, "24GiB"),
+    "13b": (5120, 13824, 40, 40, 250_347_520, "24GiB"),
+    "33b": (6656, 17920, 60, 52, 487_587_840, "24GiB"),
+    "65b": (8192, 22016, 80, 64, 799_539_200, "48GiB"),
+}
+
+
+@pytest.mark.parametrize("size", LLAMA)
+def test_the_configs_of_the_paper_fit_the_card_that_they_name(
+    tmp_path: Path, alone: dict[str, str], size: str
+) -> None:
+    hidden, intermediate, layers, heads, num_trained, gpu = LLAMA[size]
+    shapes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    model = LlamaConfig(**shapes, num_attention_heads=heads, vocab_size=32_000, architectures=["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path)
+    file = Path(__file__).parent.parent.parent / "configs" / "paper" / f"llama-{size}.yaml"
+    command = ["inspect-memory", str(tmp_path), "--config", str(file), "--gpu", gpu, "--json"]
+    done = CliRunner().invoke(app, command, env=alone)
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["num_trainable_parameters"] == num_trained
+    assert [fit["fits"] for fit in answer["fits"]] == ["yes"]
+    assert f" # {answer['predicted']['process_bytes'] / 1024**3:.1f} GiB, as " in file.read_text()

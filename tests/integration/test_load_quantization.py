@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.events import SilentReporter, StepDone
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.conflicts import EFFECTIVE_WITH
-from qlora_cli.settings.models import SECTIONS, Quantization, QuantizationSettings, TrainingSettings
+from qlora_cli.settings.models import SECTIONS, QuantizationSettings, TrainingSettings
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings

@@ -38,8 +38,9 @@ def blueprint(settings: TrainSettings) -> Blueprint:
 
 def test_a_run_that_fits_goes_on_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:
     reporter = Recorder()
-    predicted = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
-    assert predicted is not None
+    outlook = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
+    assert outlook is not None
+    predicted = outlook.predicted
     assert predicted.fits == "yes"
     assert 0 < predicted.allocated_bytes <= predicted.reserved_bytes <= predicted.process_bytes
     assert not [event for event in reporter.events if isinstance(event, Noted)]
@@ -57,8 +58,9 @@ def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(
 
 def test_force_goes_on_and_warns(settings: TrainSettings, blueprint: Blueprint) -> None:
     reporter = Recorder()
-    predicted = check_memory(settings, blueprint, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
-    assert predicted is not None
+    outlook = check_memory(settings, blueprint, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
+    assert outlook is not None
+    predicted = outlook.predicted
     assert predicted.fits == "no"
     (note,) = [event for event in reporter.events if isinstance(event, Noted)]
     assert note.level == "warning"
@@ -75,8 +77,8 @@ def test_the_hint_names_flags_that_fit(settings: TrainSettings, blueprint: Bluep
     least = check_memory(one, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert roomy is not None
     assert least is not None
-    between = (roomy.allocated_bytes + least.allocated_bytes) // 2
-    assert least.allocated_bytes < between < roomy.allocated_bytes
+    between = (roomy.predicted.allocated_bytes + least.predicted.allocated_bytes) // 2
+    assert least.predicted.allocated_bytes < between < roomy.predicted.allocated_bytes
     with pytest.raises(OutOfMemoryError) as caught:
         check_memory(large, blueprint, card(between), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert "--micro-batch-size" in str(caught.value.hint) or "--gradient-checkpointing" in str(caught.value.hint)
@@ -89,7 +91,7 @@ def test_longer_rows_take_more(settings: TrainSettings, blueprint: Blueprint) ->
     )
     assert few is not None
     assert many is not None
-    assert few.allocated_bytes < many.allocated_bytes
+    assert few.predicted.allocated_bytes < many.predicted.allocated_bytes
 
 
 def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(

@@ -27,10 +27,13 @@ from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import TracedStep, trace_step
 from qlora_cli.memory.trace import MemoryTrace, Segment
 from qlora_cli.memory.twin import META, Twin, build_twin
-from qlora_cli.settings.models import LoraSettings, Optimizer
+from qlora_cli.settings.choices import Optimizer
+from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import make_trainer
+from qlora_cli.training.rehearsal import RehearsalCallback
 from qlora_cli.training.run_directory import RunDirectory
+from qlora_cli.training.session import Session
+from qlora_cli.training.stop import StopSignal
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load, save_model
 from tests.integration.tracing import peaks, step_settings
@@ -180,8 +183,53 @@ def test_attention_composed_by_pytorch_is_the_same(pair: Make, step: str) -> Non
         assert_same(*pair("plain").traced(attention="sdpa", **STEPS[step]))
 
 
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_the_noise_of_neftune_is_the_same_but_for_numbers_that_stay_on_the_host(
+    pair: Make, checkpointing: str
+) -> None:
+    traced = pair("plain").traced(checkpointing=checkpointing, batch_size=2, adds_noise=True)
+    real, meta = (passes_of(step.trace) for step in traced)
+    single = 8  # bytes at most: the scale of the noise is computed on the host, which here is the device
+    found, expected = (
+        {name: [size for _, size in events if abs(size) > single] for name, events in lives(passes).items()}
+        for passes in (meta, real)
+    )
+    assert found == expected
+    (without,) = (
+        passes_of(step.trace) for step in pair("plain").traced(checkpointing=checkpointing, batch_size=2)[1:]
+    )
+    noise = 2 * 20 * 64 * 4  # of each embedded token, in fp32, twice: itself and the sum
+    sizes = [size for _, size in lives(without)["first forward"] if abs(size) > single]
+    assert len(found["first forward"]) > len(sizes)
+    assert found["first forward"].count(noise) - sizes.count(noise) == 2
+    assert found["evaluation"] == [size for _, size in lives(without)["evaluation"] if abs(size) > single]
+
+
 def test_adapters_on_experts_are_the_same(pair: Make) -> None:
     assert_same(*pair("experts", LoraSettings(rank=8, target_parameters="all-experts")).traced())
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "DoRA with dropout": {"use_dora": True, "dropout": 0.1},
+    "ranks by layer": {"rank_pattern": {"down_proj": 4, "layers.1.mlp.down_proj": 2, "q_proj": 16}},
+    "rsLoRA": {"use_rslora": True},
+    "head": {"modules_to_save": ("lm_head",)},
+    "embedding": {"modules_to_save": ("embed_tokens",)},
+    "norms": {"modules_to_save": ("norm", "input_layernorm")},
+}
+
+
+@pytest.mark.parametrize("step", ["checkpointing", "no checkpointing"])
+@pytest.mark.parametrize("model", ["plain", "tied embeddings"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_other_adapters_are_the_same(pair: Make, adapter: str, model: str, step: str) -> None:
+    assert_same(*pair(model, LoraSettings(rank=8, **ADAPTERS[adapter])).traced(**STEPS[step]))
+
+
+@pytest.mark.parametrize("model", ["transposed weights", "biases", "experts", "state space"])
+def test_dora_is_the_same_on_other_layers(pair: Make, model: str) -> None:
+    assert_same(*pair(model, LoraSettings(rank=8, use_dora=True)).traced())
 
 
 def test_dropout_is_the_same(pair: Make) -> None:
@@ -195,7 +243,7 @@ def test_adamw_leaves_and_takes_the_same_for_a_real_adapter(pair: Make) -> None:
     optimizer = torch.optim.AdamW(trained, foreach=True)
     counters = 4  # bytes: steps are counted on the host, also where parameters are on a GPU
     trace = _around(optimizer, trained)
-    predicted = optimizer_steps(Optimizer.ADAMW_TORCH, trained, clips=False).passes
+    predicted = optimizer_steps(Optimizer.ADAMW_TORCH, [trained], clips=False).passes
     expected = [predicted.storages[event].num_bytes for event in predicted.events[FIRST] if event >= 0]
     assert [storage.num_bytes for storage in trace.storages if storage.num_bytes > counters] == expected
     assert len(expected) == 3 * len(trained)
@@ -217,7 +265,7 @@ def test_8_bit_adamw_leaves_the_same_for_a_real_adapter(pair: Make) -> None:
     optimizer = bitsandbytes.optim.AdamW8bit(trained)
     optimizer.step()
     real = [value.nbytes for state in optimizer.state.values() for value in state.values() if _is_tensor(value)]
-    predicted = optimizer_steps(Optimizer.ADAMW_8BIT, trained, clips=False).passes
+    predicted = optimizer_steps(Optimizer.ADAMW_8BIT, [trained], clips=False).passes
     assert [predicted.storages[event].num_bytes for event in predicted.events[FIRST]] == real
 
 
@@ -241,7 +289,8 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
     prepared = prepare_run(settings, Recorder())
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    trainer = make_trainer(prepared, directory, Recorder(), callbacks=[])
+    trainer = Session(prepared, directory, Recorder(), StopSignal(Recorder())).trainer
+    trainer.remove_callback(RehearsalCallback)  # what is compared is the first pass
     base = prepared.loaded.base
     base.enable_input_require_grads()  # so that there is a gradient where the layers' backward pass ends
     stack = find_stack(base)

@@ -19,8 +19,10 @@ from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.loader import load_model
 from qlora_cli.settings.models import LoadSettings, LoraSettings, ModelSettings
 from qlora_cli.training.plan import PreparedRun, prepare_run
-from qlora_cli.training.run import make_trainer, run, train
+from qlora_cli.training.run import run, train
 from qlora_cli.training.run_directory import RunDirectory
+from qlora_cli.training.session import Session
+from qlora_cli.training.stop import StopSignal
 from tests.conftest import Recorder, train_settings, write_jsonl
 
 
@@ -120,17 +122,17 @@ def gradients_of_first_step(prepared: PreparedRun, directory: Path) -> tuple[flo
 
     from transformers import TrainerCallback
 
-    from qlora_cli.training.reporting import ReportingCallback
-
     class Capture(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
             for name, parameter in prepared.model.named_parameters():
                 if parameter.grad is not None:
                     captured[name] = parameter.grad.detach().clone()
 
-    reporting = ReportingCallback(recorder, prepared.loaded.device)
-    make_trainer(prepared, run_directory, recorder, [reporting, Capture()]).train()
-    return reporting.losses[0], captured
+    session = Session(prepared, run_directory, recorder, StopSignal(Recorder()))
+    session.trainer.add_callback(Capture())
+    session.trainer.train()
+    assert session.progress.last_loss is not None
+    return session.progress.last_loss, captured
 
 
 def test_gradient_accumulation_changes_neither_loss_nor_gradients(
@@ -276,7 +278,7 @@ def test_a_disk_that_fills_up_is_said_and_keeps_what_is_complete(
 ) -> None:
     from safetensors import SafetensorError
 
-    from qlora_cli.training import run as module
+    from qlora_cli.training import session as module
 
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.loading.device import ComputeDtype
-from qlora_cli.settings.models import Checkpointing, Dtype, QuantizationSettings, TrainingSettings, TrainSettings
+from qlora_cli.settings.choices import Checkpointing, Dtype, Optimizer
+from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, training_arguments
 from tests.conftest import train_settings
 
@@ -42,6 +43,18 @@ def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
     assert arguments.disable_tqdm
     assert arguments.report_to == []
     assert arguments.n_gpu <= 1
+    # TF32 has 10 bits of mantissa; transformers switches it on when it compiles, and for bf16 whatever was asked for.
+    assert arguments.tf32 is False
+    assert arguments.optim == "adamw_torch"  # TRL takes the fused one
+    assert arguments.project == "qlora"
+    assert not arguments.push_to_hub  # what is pushed, and when, is our own affair
+    assert not arguments.full_determinism
+    assert not arguments.torch_compile
+    assert not arguments.use_liger_kernel  # deprecated in TRL, which warns of it; applied by us
+    assert arguments.neftune_noise_alpha is None
+    assert arguments.label_smoothing_factor == 0
+    assert arguments.loss_type == "nll"
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +70,10 @@ def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
         ("training__gradient_accumulation_steps", 5, "gradient_accumulation_steps", 5),
         ("training__gradient_checkpointing", "on", "gradient_checkpointing", True),
         ("training__optimizer", "adamw_8bit", "optim", "adamw_8bit"),
+        ("training__optimizer", "lion_8bit", "adam_beta2", 0.99),  # Lion's own: AdamW's means something else
+        ("training__neftune_noise_alpha", 5, "neftune_noise_alpha", 5.0),
+        ("training__full_determinism", True, "full_determinism", True),
+        ("training__torch_compile", True, "torch_compile", True),
         ("training__seed", 9, "seed", 9),
         ("training__seed", 9, "data_seed", 9),
         ("training__logging_steps", 7, "logging_steps", 7),
@@ -68,6 +85,20 @@ def test_every_setting_changes_an_argument(
 ) -> None:
     assert getattr(arguments_for(tmp_path), attribute) != expected
     assert getattr(arguments_for(tmp_path, has_eval=False, **{setting: value}), attribute) == expected
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_every_optimizer_is_one_that_transformers_makes(tmp_path: Path, optimizer: Optimizer) -> None:
+    arguments = arguments_for(tmp_path, training__optimizer=optimizer.value, training__weight_decay=0.25)
+    assert arguments.optim == optimizer.value
+    kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    assert values["lr"] == arguments.learning_rate
+    family = (
+        "AdamW" if optimizer.is_adam else "Lion" if optimizer.is_lion else {"sgd": "SGD"}.get(optimizer, "Adafactor")
+    )
+    assert kind.__name__ == family
+    assert values.get("is_paged", False) == optimizer.is_paged
+    assert (values.get("optim_bits") == 8) == optimizer.is_8bit
 
 
 def test_evaluation_runs_at_the_interval_asked_for(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ TO_FP32: dict[str, Function] = {
     "cumsum": lambda a: a.cumsum(-1),
     "prod": lambda a: a.prod(-1),
     "norm": lambda a: a.norm(),
+    "linalg.norm": lambda a: torch.linalg.norm(a, dim=1),
     "logsumexp": lambda a: a.logsumexp(-1),
     "cross_entropy": lambda a: F.cross_entropy(a, torch.zeros(a.shape[0], dtype=torch.long, device=a.device)),
     "nll_loss": lambda a: F.nll_loss(a, torch.zeros(a.shape[0], dtype=torch.long, device=a.device)),

@@ -37,7 +37,7 @@ from qlora_cli.data.page import (
 from qlora_cli.data.page_file import check_page
 from qlora_cli.data.preview import Piece, RowPreview
 from qlora_cli.data.report import DataReport
-from qlora_cli.data.visible import visible
+from qlora_cli.visible import visible
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = (

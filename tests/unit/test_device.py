@@ -6,7 +6,7 @@ import torch
 from qlora_cli.errors import HardwareError
 from qlora_cli.loading import device as choosing
 from qlora_cli.loading.device import choose_compute_dtype
-from qlora_cli.settings.models import Dtype
+from qlora_cli.settings.choices import Dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

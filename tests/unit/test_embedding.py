@@ -14,7 +14,8 @@ from qlora_cli.loading.embedding import embedding_of, grow, offloading_map
 from qlora_cli.loading.fit import needed_bytes
 from qlora_cli.loading.layout import build_on_meta, plan_layout
 from qlora_cli.loading.loader import load_model, load_planned
-from qlora_cli.settings.models import Dtype, LoadSettings, ModelSettings, QuantizationSettings
+from qlora_cli.settings.choices import Dtype
+from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 from tests.integration.loading import save_model
 from tests.tiny_models import tiny_config, tiny_model
 

@@ -12,7 +12,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.memory.fitting import FLAGS, MOST_SUGGESTIONS, fit_on, flags_of, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
-from qlora_cli.settings.models import EstimateSettings, Quantization
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.units import GIB, MIB
 
@@ -111,7 +112,8 @@ def process_bytes(settings: EstimateSettings) -> int:
     bits = BITS[quantization.method] - (0.37 if quantization.double_quant and quantization.method.is_4bit else 0)
     modules = 4 if "q_proj" in lora.target_modules else 7
     num_trained = lora.rank * modules * 400_000
-    optimizer_bytes = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0}.get(training.optimizer, 8)
+    of_state = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "lion_32bit": 4, "lion_8bit": 1}
+    optimizer_bytes = {**of_state, "paged_lion_8bit": 0}.get(training.optimizer, 8)
     length = settings.data.max_length
     each = {"off": 1536 * 1024, "on": 256 * 1024, "offload": 64 * 1024}[effective_checkpointing(settings)]
     attention = length * 64 if settings.model.attention == "eager" else 0
@@ -206,6 +208,12 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
     ]
     assert len(found) == MOST_SUGGESTIONS
     assert {suggestion.fits for suggestion in found} == {"yes"}
+
+
+def test_lion_stays_lion() -> None:
+    settings = settings_of(training__optimizer="lion_32bit", training__gradient_checkpointing="on")
+    found = flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker()))
+    assert [flags for flags in found if "--optimizer" in flags] == ["--optimizer lion_8bit"]
 
 
 def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:

@@ -7,7 +7,8 @@ import pytest
 from qlora_cli.data.formats import Layout, recognise
 from qlora_cli.data.rows import Completion, Conversation, Example, RowError, RowReader, Tokenized
 from qlora_cli.errors import DataError
-from qlora_cli.settings.models import DataFormat, DataSettings, LossOn
+from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.models import DataSettings
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

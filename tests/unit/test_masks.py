@@ -12,7 +12,7 @@ from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.render import Renderer, _asks_always_alike
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, RowError, Tokenized
 from qlora_cli.data.tokens import Tokenizer, Tokens
-from qlora_cli.settings.models import LossOn
+from qlora_cli.settings.choices import LossOn
 from tests.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}

@@ -8,11 +8,12 @@ import bitsandbytes.optim
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 from qlora_cli.memory.kernels import Kernels
-from qlora_cli.memory.optimizers import FIRST, LATER, MAP_BYTES, optimizer_steps
+from qlora_cli.memory.optimizers import FIRST, LATER, MAP_BYTES, embeddings_of, in_groups, optimizer_steps
 from qlora_cli.memory.trace import MemoryTrace
-from qlora_cli.settings.models import Optimizer
+from qlora_cli.settings.choices import Optimizer
 
 SHAPES = ((8, 64), (64, 8), (8, 130), (300, 8), (16, 256), (256, 16), (17, 300))
 # Around the sizes where bitsandbytes stores otherwise: 8 bit from 4096 numbers, paged from 100,000.
@@ -41,8 +42,10 @@ def lives(events: Sequence[int], sizes: Sequence[int]) -> Life:
     return found
 
 
-def predicted(optimizer: Optimizer, trained: Sequence[nn.Parameter], name: str, *, clips: bool) -> Life:
-    passes = optimizer_steps(optimizer, trained, clips=clips).passes
+def predicted(
+    optimizer: Optimizer, trained: Sequence[nn.Parameter], name: str, *, clips: bool, decays: bool = False
+) -> Life:
+    passes = optimizer_steps(optimizer, [trained], clips=clips, decays=decays).passes
     return lives(passes.events[name], [storage.num_bytes for storage in passes.storages])
 
 
@@ -52,23 +55,29 @@ def _foreach_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_device_has_foreach_support", lambda _: True)
 
 
-def recorded(trained: Sequence[nn.Parameter], *, clips: bool) -> list[Life]:
-    """Return what two steps of AdamW by lists do to memory."""
-    optimizer = torch.optim.AdamW(trained, foreach=True)
+def recorded(optimizer: torch.optim.Optimizer, *, clips: bool) -> list[Life]:
+    """Return what two steps of an optimizer by lists do to memory."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trace = traced(optimizer, clipped=trained if clips else ())
+    sizes = [storage.num_bytes for storage in trace.storages]
+    return [lives(segment.events, sizes) for segment in trace.segments[1:]]
+
+
+def traced(optimizer: torch.optim.Optimizer, clipped: Sequence[nn.Parameter] = ()) -> MemoryTrace:
     trace = MemoryTrace(Kernels((8, 0)))
-    for parameter in trained:
-        trace.ignore(parameter)
-        assert parameter.grad is not None
-        trace.ignore(parameter.grad)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            trace.ignore(parameter)
+            assert parameter.grad is not None
+            trace.ignore(parameter.grad)
     with trace:
         for step in (FIRST, LATER):
             trace.mark(step)
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True) if clips else None
+            norm = torch.nn.utils.clip_grad_norm_(clipped, 1.0, foreach=True) if clipped else None
             optimizer.step()
             del norm
-    sizes = [storage.num_bytes for storage in trace.storages]
     assert trace.segments[0].events == []
-    return [lives(segment.events, sizes) for segment in trace.segments[1:]]
+    return trace
 
 
 @pytest.mark.usefixtures("_foreach_on_meta")
@@ -77,8 +86,45 @@ def recorded(trained: Sequence[nn.Parameter], *, clips: bool) -> list[Life]:
 def test_adamw_takes_what_the_real_one_does_event_by_event(shapes: tuple[tuple[int, ...], ...], clips: bool) -> None:
     trained = parameters(shapes)
     found = [predicted(Optimizer.ADAMW_TORCH, trained, name, clips=clips) for name in (FIRST, LATER)]
-    assert found == recorded(trained, clips=clips)
+    assert found == recorded(torch.optim.AdamW(trained, foreach=True), clips=clips)
     assert any(size < 0 for _, size in found[1])
+
+
+@pytest.mark.usefixtures("_foreach_on_meta")
+def test_lora_plus_makes_adamw_go_through_two_groups_one_after_another() -> None:
+    slow, fast = parameters(SHAPES[:3]), parameters(SHAPES[3:])
+    groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr": 1.0}]
+    passes = optimizer_steps(Optimizer.ADAMW_TORCH, [slow, fast], clips=True).passes
+    sizes = [storage.num_bytes for storage in passes.storages]
+    found = [lives(passes.events[name], sizes) for name in (FIRST, LATER)]
+    assert found == recorded(torch.optim.AdamW(groups, foreach=True), clips=True)
+    assert found[1] != predicted(Optimizer.ADAMW_TORCH, [*slow, *fast], LATER, clips=True)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("shapes", [SHAPES, AT_THE_LIMITS])
+def test_sgd_takes_what_the_real_one_does_event_by_event(shapes: tuple[tuple[int, ...], ...], decay: float) -> None:
+    trained = parameters(shapes)
+    found = [predicted(Optimizer.SGD, trained, name, clips=False, decays=decay > 0) for name in (FIRST, LATER)]
+    assert found == recorded(torch.optim.SGD(trained, lr=0.1, weight_decay=decay, foreach=True), clips=False)
+    assert bool(found[1]) == (decay > 0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], ((40,), (8, 64), (50,)), ((3, 8, 16), (4,))])
+def test_adafactor_takes_what_the_real_one_does_event_by_event(
+    shapes: tuple[tuple[int, ...], ...], decay: float
+) -> None:
+    trained = parameters(shapes)
+    # As transformers makes it: `trainer_optimizer.py`, `_get_adafactor`.
+    real = Adafactor(trained, lr=0.1, weight_decay=decay, scale_parameter=False, relative_step=False)
+    trace = traced(real)
+    sizes = [storage.num_bytes for storage in trace.storages]
+    first, later = (segment.events for segment in trace.segments[1:])
+    assert predicted(Optimizer.ADAFACTOR, trained, FIRST, clips=False) == lives(first, sizes)
+    # In a later step a number takes the place of that of the step before, whose death comes in its stead.
+    in_order = [sizes[event] if event >= 0 else -sizes[~event] for event in later]
+    assert [size for _, size in predicted(Optimizer.ADAFACTOR, trained, LATER, clips=False)] == in_order
 
 
 def test_a_later_step_leaves_nothing_and_the_first_leaves_the_state() -> None:
@@ -98,23 +144,44 @@ def state_sizes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> li
     ]
 
 
+EIGHT_BIT = [
+    (Optimizer.ADAMW_8BIT, bitsandbytes.optim.AdamW8bit, 2),
+    (Optimizer.LION_8BIT, bitsandbytes.optim.Lion8bit, 1),
+]
+
+
 @pytest.mark.parametrize("shape", AT_THE_LIMITS)
-def test_8_bit_states_are_those_of_bitsandbytes(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("optimizer", "real_class", "num_moments"), EIGHT_BIT)
+def test_8_bit_states_are_those_of_bitsandbytes(
+    shape: tuple[int, ...], optimizer: Optimizer, real_class: Any, num_moments: int
+) -> None:
     (parameter,) = trained = parameters([shape], "cpu")
-    real = bitsandbytes.optim.AdamW8bit(trained)
+    real = real_class(trained)
     real.init_state(real.param_groups[0], parameter, 0, 0)
     levels = [value.nbytes for name, value in real.state[parameter].items() if name.startswith("qmap")]
-    assert levels == ([MAP_BYTES] * 2 if parameter.numel() >= 4096 else [])
-    found = [size for _, size in predicted(Optimizer.ADAMW_8BIT, trained, FIRST, clips=False)]
+    assert levels == ([MAP_BYTES] * num_moments if parameter.numel() >= 4096 else [])
+    found = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
     assert found == [*levels, *state_sizes(real, parameter)]
     assert real.state[parameter]["state1"].element_size() == (1 if parameter.numel() >= 4096 else 4)
 
 
-def test_the_levels_of_8_bit_states_are_there_once_and_made_with_the_first_that_needs_them() -> None:
+@pytest.mark.parametrize(("optimizer", "_", "num_moments"), EIGHT_BIT)
+def test_the_levels_of_8_bit_states_are_there_once_and_made_with_the_first_that_needs_them(
+    optimizer: Optimizer, _: Any, num_moments: int
+) -> None:
     trained = parameters([(8, 8), (64, 128), (64, 128)])
-    found = [size for _, size in predicted(Optimizer.ADAMW_8BIT, trained, FIRST, clips=False)]
-    own = [8192, 8192, 8192 // 256 * 4, 8192 // 256 * 4]
-    assert found == [256, 256, MAP_BYTES, MAP_BYTES, *own, *own]
+    found = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
+    own = [8192] * num_moments + [8192 // 256 * 4] * num_moments
+    assert found == [256] * num_moments + [MAP_BYTES] * num_moments + own + own
+
+
+@pytest.mark.parametrize("shape", AT_THE_LIMITS)
+def test_the_state_of_lion_in_32_bit_is_one_moment(shape: tuple[int, ...]) -> None:
+    (parameter,) = trained = parameters([shape], "cpu")
+    real = bitsandbytes.optim.Lion32bit(trained)
+    real.init_state(real.param_groups[0], parameter, 0, 0)
+    found = [size for _, size in predicted(Optimizer.LION_32BIT, trained, FIRST, clips=False)]
+    assert found == state_sizes(real, parameter) == [parameter.numel() * 4]
 
 
 @pytest.mark.parametrize("shape", AT_THE_LIMITS)
@@ -123,6 +190,8 @@ def test_the_levels_of_8_bit_states_are_there_once_and_made_with_the_first_that_
     [
         (Optimizer.PAGED_ADAMW_8BIT, bitsandbytes.optim.PagedAdamW8bit),
         (Optimizer.PAGED_ADAMW_32BIT, bitsandbytes.optim.PagedAdamW32bit),
+        (Optimizer.PAGED_LION_8BIT, bitsandbytes.optim.PagedLion8bit),
+        (Optimizer.PAGED_LION_32BIT, bitsandbytes.optim.PagedLion32bit),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -134,12 +203,47 @@ def test_paged_states_are_out_of_the_pool_from_100_000_numbers_on(
     real = real_class(trained)
     real.init_state(real.param_groups[0], parameter, 0, 0)
     state = real.state[parameter]
-    steps = optimizer_steps(optimizer, trained, clips=False)
+    steps = optimizer_steps(optimizer, [trained], clips=False)
     is_paged = parameter.numel() >= 1e5
-    assert steps.paged_bytes == (state["state1"].nbytes + state["state2"].nbytes if is_paged else 0)
-    in_pool = sum(steps.passes.storages[number].num_bytes for number in steps.passes.permanent)
-    levels = 2 * MAP_BYTES if "qmap1" in state else 0
-    assert in_pool + steps.paged_bytes == sum(state_sizes(real, parameter)) + levels
+    moments = [state[name].nbytes for name in ("state1", "state2") if name in state]
+    assert len(moments) == (1 if optimizer.is_lion else 2)
+    assert steps.paged_bytes == (sum(moments) if is_paged else 0)
+    levels = MAP_BYTES * sum(name.startswith("qmap") for name in state)
+    assert steps.state_bytes == sum(state_sizes(real, parameter)) + levels
+
+
+def test_the_state_of_an_embedding_stays_in_fp32_in_8_bit_optimizers() -> None:
+    """transformers says so to bitsandbytes (`Trainer.create_optimizer`), whose manager is asked here as it does."""
+    embedding = nn.Embedding(128, 64)
+    (weight,) = embedding.parameters()
+    weight.grad = torch.zeros_like(weight)
+    real = bitsandbytes.optim.AdamW8bit([weight])
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    try:
+        real.step()
+    finally:
+        manager.initialize()  # what it knows is of the whole process
+    steps = optimizer_steps(Optimizer.ADAMW_8BIT, [[weight]], clips=False, embeddings=embeddings_of(embedding))
+    sizes = [steps.passes.storages[event].num_bytes for event in steps.passes.events[FIRST]]
+    assert sizes == state_sizes(real, weight) == [weight.numel() * 4] * 2
+
+
+def test_lora_plus_puts_the_b_matrices_of_all_layers_into_a_group_of_their_own() -> None:
+    model = nn.ModuleDict(
+        {
+            "lora_A": nn.ModuleDict({"default": nn.Linear(8, 4, bias=False)}),
+            "lora_B": nn.ModuleDict({"default": nn.Linear(4, 8, bias=False)}),
+        }
+    )
+    model = nn.ModuleDict({"q_proj": model})
+    a, b = model.parameters()
+    trained = [a, b, a, b]  # one layer stands for two
+    assert [[id(one) for one in group] for group in in_groups(model, trained, loraplus=True)] == [
+        [id(a)] * 2,
+        [id(b)] * 2,
+    ]
+    assert in_groups(model, trained, loraplus=False) == [trained]
 
 
 def test_fused_adamw_takes_no_temporaries_and_keeps_its_counters_on_the_device() -> None:
@@ -160,7 +264,8 @@ def test_more_trained_numbers_take_more_in_every_optimizer() -> None:
     for optimizer in Optimizer:
         totals = []
         for width in (64, 4096, 65536):
-            steps = optimizer_steps(optimizer, parameters([(8, width)]), clips=True)
-            kept = sum(steps.passes.storages[number].num_bytes for number in steps.passes.permanent)
-            totals.append(kept + steps.paged_bytes)
-        assert all(less < more for less, more in pairwise(totals)), optimizer
+            totals.append(optimizer_steps(optimizer, [parameters([(8, width)])], clips=True).state_bytes)
+        if optimizer == Optimizer.SGD:
+            assert totals == [0, 0, 0]  # it keeps none
+        else:
+            assert all(less < more for less, more in pairwise(totals)), optimizer

@@ -16,7 +16,8 @@ from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share, row_order
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.errors import DataError, SettingsError
-from qlora_cli.settings.models import DataSettings, Sampling, TrainSettings
+from qlora_cli.settings.choices import Sampling
+from qlora_cli.settings.models import DataSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.chat_tokenizers import make_tokenizer
 from tests.conftest import write_jsonl

@@ -11,7 +11,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.prequantized import check_settings, read_prequantized
-from qlora_cli.settings.models import Quantization, QuantizationSettings
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import QuantizationSettings
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,

@@ -1,21 +1,35 @@
-"""What a run looks like: plain lines without a terminal, a live display on one."""
+"""What a run says while it goes on, as plain lines: in a log, a pipe, or a terminal that can't redraw."""
 
 import io
+import pickle
+import statistics
+import time
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import pytest
 from rich.console import Console
 
-from qlora_cli.cli.progress import TRANSFERS, Direction, LiveReporter, PlainReporter, Transfer, describe_memory
+from qlora_cli.cli.describe import describe_age, describe_event, describe_memory, describe_prediction
+from qlora_cli.cli.progress_live import LiveReporter
+from qlora_cli.cli.progress_plain import PlainReporter
+from qlora_cli.cli.run_state import Direction, RunState
+from qlora_cli.cli.transfers import TRANSFERS, Transfer
 from qlora_cli.events import (
     BytesDone,
     CheckpointSaved,
     EvalDone,
+    EvalStarted,
+    Event,
     MemoryUse,
     Noted,
     PhaseStarted,
+    Rehearsed,
+    SampleDone,
     StepDone,
+    StepSkipped,
     TrainingEnded,
+    TrainingResumed,
     TrainingStarted,
 )
 
@@ -23,6 +37,8 @@ GIB = 1024**3
 GPU = MemoryUse(
     host_bytes=GIB, device_allocated_bytes=6 * GIB, device_reserved_bytes=7 * GIB, device_total_bytes=24 * GIB
 )
+
+GPU_PREDICTED = 7 * GIB * 102 // 100
 
 
 def step(number: int, *, of: int = 10, memory: MemoryUse = GPU) -> StepDone:
@@ -44,14 +60,15 @@ def test_plain_lines_are_the_first_the_last_and_one_an_interval() -> None:
     file = io.StringIO()
     reporter = PlainReporter(file, interval_seconds=1000)
     reporter.report(PhaseStarted(title="Loading"))
-    reporter.report(TrainingStarted(num_steps=10, output=Path("run")))
+    reporter.report(TrainingStarted(num_steps=10, output=Path("run"), predicted_reserved_bytes=GPU_PREDICTED))
     for number in range(1, 11):
         reporter.report(step(number))
     lines = file.getvalue().splitlines()
     assert lines[:2] == ["Loading …", "Training 10 steps into run"]
     assert [line.split()[1] for line in lines[2:]] == ["1/10", "10/10"]
     assert "loss 0.0000 ↓" in lines[-1]
-    assert "VRAM 6.00 GiB allocated / 7.00 GiB reserved / of 24.00 GiB" in lines[-1]
+    assert "VRAM 6.00 allocated / 7.00 reserved of 24.00 GiB  " in lines[-1]
+    assert "predicted 7.14 (+2.0 %)" in lines[-1]
     assert "\x1b" not in file.getvalue()
     every = io.StringIO()
     eager = PlainReporter(every, interval_seconds=0)
@@ -64,31 +81,15 @@ def test_plain_lines_for_everything_else() -> None:
     file = io.StringIO()
     reporter = PlainReporter(file)
     reporter.report(Noted(message="cut", level="warning"))
-    reporter.report(EvalDone(step=3, loss=1.5, seconds=2))
+    reporter.report(EvalDone(step=3, loss=1.5, seconds=2, is_best=True))
     reporter.report(CheckpointSaved(step=3, path=Path("run/checkpoints/step-3")))
     reporter.report(TrainingEnded(step=3, num_steps=9, interrupted_by="SIGTERM"))
     assert file.getvalue().splitlines() == [
         "warning: cut",
-        "step 3: held-out loss 1.5000 (2.00 s)",
+        "step 3: held-out loss 1.5000, best so far (2.00 s)",
         "step 3: checkpoint run/checkpoints/step-3",
         "Stopped by SIGTERM after step 3 of 9",
     ]
-
-
-def test_the_live_display_shows_progress_loss_rate_and_memory() -> None:
-    file = io.StringIO()
-    reporter = LiveReporter(Console(file=file, force_terminal=True, width=100, highlight=False))
-    with reporter.live:
-        reporter.report(TrainingStarted(num_steps=10, output=Path("run")))
-        reporter.report(Noted(message="something was cut", level="warning"))
-        reporter.report(step(1))
-        reporter.report(step(2))
-        reporter.live.refresh()
-    shown = file.getvalue()
-    for expected in ("2/10", "loss 4.0000 ↓", "lr 2.00e-04", "grad 0.500", "1,234 tok/s", "VRAM 6.00 GiB", "ETA"):
-        assert expected in shown
-    assert "something was cut" in shown
-    assert shown.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in shown  # the cursor is back
 
 
 def downloaded(done_bytes: int, total_bytes: int = 4 * GIB) -> BytesDone:
@@ -122,30 +123,6 @@ def test_an_empty_transfer_is_not_worth_a_line() -> None:
     assert file.getvalue() == ""
 
 
-def test_the_live_display_has_a_bar_for_each_transfer_until_it_is_complete() -> None:
-    file = io.StringIO()
-    reporter = LiveReporter(Console(file=file, force_terminal=True, width=100, highlight=False))
-
-    def shown() -> str:
-        before = file.tell()
-        reporter.live.refresh()
-        file.seek(before)
-        return file.read()
-
-    with reporter.live:
-        reporter.report(downloaded(GIB))
-        reporter.report(BytesDone(kind="quantize", done_bytes=GIB, total_bytes=2 * GIB))
-        both = shown()
-        for expected in ("Downloading", "1.0/4.0 GiB", "Quantizing", "1.0/2.0 GiB", "ETA"):
-            assert expected in both
-        reporter.report(downloaded(4 * GIB))
-        one = shown()
-        assert "Downloading" not in one
-        assert "Quantizing" in one
-        reporter.report(BytesDone(kind="quantize", done_bytes=2 * GIB, total_bytes=2 * GIB))
-        assert "GiB" not in shown()
-
-
 def test_every_kind_of_transfer_has_its_words() -> None:
     kinds = get_args(get_type_hints(BytesDone)["kind"])
     assert set(kinds) == set(TRANSFERS)
@@ -159,6 +136,136 @@ def test_memory_on_a_cpu_is_that_of_the_process() -> None:
     assert describe_memory(MemoryUse(host_bytes=3 * GIB)) == "memory 3.00 GiB resident"
 
 
+def test_a_gpu_figure_is_compared_with_its_prediction() -> None:
+    assert describe_memory(GPU, is_short=True) == "VRAM 6.00 / 7.00 of 24.00 GiB"
+    assert describe_prediction(GPU, 7 * GIB) == "predicted 7.00 (+0.0 %)"
+    assert describe_prediction(GPU, None) is None
+    assert describe_prediction(MemoryUse(host_bytes=GIB), 7 * GIB) is None
+
+
 def test_direction_follows_the_trend() -> None:
     direction = Direction()
     assert [direction.update(value) for value in (4.0, 3.0, 3.9, 5.0)] == [" ", "↓", "→", "↑"]
+
+
+def test_a_loss_that_is_not_finite_spoils_no_later_arrow() -> None:
+    direction = Direction()
+    assert [direction.update(value) for value in (4.0, float("nan"), float("inf"), 3.0)] == [" ", " ", " ", "↓"]
+
+
+def rehearsed(device_bytes: int | None) -> Rehearsed:
+    return Rehearsed(
+        micro_batch_size=2,
+        longest_row_tokens=2048,
+        seconds=12,
+        device_allocated_bytes=device_bytes,
+        device_reserved_bytes=device_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            TrainingResumed(step=200, num_steps=1000, checkpoint=Path("runs/x/checkpoints/step-200")),
+            "Resuming at step 200 of 1,000 from runs/x/checkpoints/step-200",
+        ),
+        (
+            TrainingResumed(step=0, num_steps=1000, checkpoint=Path("runs/x")),
+            "Beginning anew in runs/x: the earlier run left no checkpoint",
+        ),
+        (
+            rehearsed(7 * GIB),
+            "largest micro-batch (2 rows of 2,048 tokens) fits: 7.00 GiB allocated, 7.00 GiB reserved, took 12 s",
+        ),
+        (rehearsed(None), "largest micro-batch (2 rows of 2,048 tokens) tried, took 12 s"),
+        (
+            StepSkipped(step=7, reason="the loss is nan", rows=("a.jsonl:1", "a.jsonl:2")),
+            "warning: step 7 skipped: the loss is nan; its rows: a.jsonl:1, a.jsonl:2",
+        ),
+        (
+            StepSkipped(step=7, reason="the loss is nan", rows=tuple(f"a:{row}\x1b" for row in range(1002))),
+            "warning: step 7 skipped: the loss is nan; its rows: a:0[U+001B], a:1[U+001B], a:2[U+001B] and 999 more",
+        ),
+        (StepSkipped(step=7, reason="the loss is nan", rows=()), "warning: step 7 skipped: the loss is nan"),
+        (EvalDone(step=3, loss=1.5, seconds=2, is_best=False), "step 3: held-out loss 1.5000 (2.00 s)"),
+        (EvalDone(step=3, loss=float("nan"), seconds=2, is_best=False), "step 3: held-out loss nan (2.00 s)"),
+        (
+            SampleDone(step=5, prompt=" What is it?\nSay.", answer="A \x1b[31mred\x1b[0m\tthing.\n"),
+            "step 5: sample: What is it?⏎ Say. -> A [U+001B][31mred[U+001B][0m→thing.",
+        ),
+        (SampleDone(step=0, prompt="p", answer="\n"), "step 0: sample: p -> (empty)"),
+        (SampleDone(step=0, prompt="p", answer="1\n2\n3\n4\n5\n6"), "step 0: sample: p -> 1⏎ 2⏎ 3⏎ 4 …"),
+        (SampleDone(step=0, prompt="p", answer="x" * 10**6), f"step 0: sample: p -> {'x' * 300} …"),
+    ],
+)
+def test_an_event_is_one_plain_line(event: Event, line: str) -> None:
+    assert describe_event(event) == line
+    file = io.StringIO()
+    PlainReporter(file).report(event)
+    assert file.getvalue() == line + "\n"
+
+
+def test_the_course_of_the_loss_ends_a_log() -> None:
+    file = io.StringIO()
+    reporter = PlainReporter(file)
+    for number in range(1, 11):
+        reporter.report(step(number))
+    reporter.report(TrainingEnded(step=10, num_steps=10, interrupted_by=None))
+    assert file.getvalue().splitlines()[-1] == "losses ██▇▆▅▄▃▂▁▁  0 to 4.5"
+
+
+def test_an_encoding_without_blocks_gets_no_curve() -> None:
+    raw = io.BytesIO()
+    reporter = PlainReporter(io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace"))
+    for number in range(1, 11):
+        reporter.report(step(number))
+    reporter.report(TrainingEnded(step=10, num_steps=10, interrupted_by=None))
+    lines = raw.getvalue().decode("ascii").splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "10/10"]
+
+
+def test_the_time_left_of_a_resumed_run_counts_its_own_steps() -> None:
+    state = RunState()
+    state.update(TrainingResumed(step=5, num_steps=10, checkpoint=Path("step-5")), 0.0)
+    assert state.step == 5
+    state.update(step(6), 1.0)
+    assert state.seconds_left is None  # how long that step took is not known
+    state.update(step(8), 2.0)  # a second a step, by `step`
+    assert state.seconds_left == 2.0
+
+
+def test_the_state_follows_what_goes_on() -> None:
+    state = RunState()
+    state.update(TrainingStarted(num_steps=10, output=Path("run")), 0.0)
+    state.update(EvalStarted(step=1), 0.0)
+    assert state.status == "Evaluating …"
+    state.update(EvalDone(step=1, loss=1.0, seconds=1, is_best=True), 0.0)
+    assert state.status == "Training 10 steps into run"
+    state.update(EvalDone(step=2, loss=2.0, seconds=1, is_best=False), 0.0)
+    assert state.last_eval is not None
+    assert state.best_eval is not None
+    assert (state.last_eval.step, state.best_eval.step) == (2, 1)
+    state.update(StepSkipped(step=3, reason="nan", rows=()), 0.0)
+    assert (state.step, state.num_skipped) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "age"),
+    [(0.9, "0s ago"), (59.9, "59s ago"), (200, "3m ago"), (7500, "2h 5m ago"), (100_000, "1d 3h ago")],
+)
+def test_ages_are_told_in_whole_units(seconds: float, age: str) -> None:
+    assert describe_age(seconds) == age
+
+
+def test_taking_a_step_is_quick_and_keeps_little() -> None:
+    live = LiveReporter(Console(file=io.StringIO(), force_terminal=True, width=100))
+    live.report(TrainingStarted(num_steps=100_000, output=Path("run")))
+    seconds = []
+    for number in range(1, 20_001):
+        event = step(number, of=100_000)
+        start = time.perf_counter()
+        live.report(event)
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 100e-6
+    assert len(pickle.dumps(vars(live)["_state"])) < 20_000

@@ -1,5 +1,6 @@
 """Reporting that must not hurt a run, and results that stay readable."""
 
+import errno
 import io
 import os
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_cli.cli.progress import LiveReporter, PlainReporter, reporting, seconds_left
+from qlora_cli.cli.progress import reporting
+from qlora_cli.cli.progress_live import LiveReporter
+from qlora_cli.cli.progress_plain import PlainReporter
 from qlora_cli.cli.render import render_plan
 from qlora_cli.cli.render_load import bars, errors_by_layer, render_load
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
@@ -93,8 +96,11 @@ PLAN = TrainPlan(
     num_devices=1,
     examples_per_step=6,
     num_steps=2,
+    save_steps=1,
     num_epochs=1.0,
     adapter_bytes=400,
+    optimizer_bytes=800,
+    checkpoint_bytes=1600,
     predicted_memory=None,
     disk_bytes=2000,
 )
@@ -107,7 +113,6 @@ def test_slow_steps_have_an_eta() -> None:
         reporter.report(TrainingStarted(num_steps=100, output=Path("run")))
         reporter.report(STEP)  # 40 seconds a step, 91 to go
         reporter.live.refresh()
-    assert seconds_left(STEP) == 40 * 91
     assert "ETA 1:00:40" in file.getvalue()
 
 
@@ -148,6 +153,34 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch: pytest.Monk
         reporter.report(Noted(message="hello"))
     assert isinstance(reporter, PlainReporter)
     assert terminal.getvalue() == "hello\n"
+
+
+def test_a_closed_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after `2>&-`
+    with reporting() as reporter:
+        print("a tracker's line")
+        reporter.report(Noted(message="nobody reads this"))
+        reporter.report(STEP)
+    print("result")
+    assert capsys.readouterr().out == "result\n"
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+
+    def hang_up(_: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with reporting() as reporter:
+        assert isinstance(reporter, LiveReporter)
+        monkeypatch.setattr(terminal, "write", hang_up)
+        reporter.report(TrainingStarted(num_steps=100, output=Path("run")))
+        reporter.report(Noted(message="nobody reads this"))
+        reporter.report(STEP)
+        reporter.live.refresh()
 
 
 def test_progress_shows_no_token() -> None:

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.models import (
-    SECTIONS,
-    Checkpointing,
-    EstimateSettings,
-    LoadSettings,
-    TrainSettings,
-    json_schema,
-)
+from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.settings.models import SECTIONS, EstimateSettings, LoadSettings, TrainSettings, json_schema
 from qlora_cli.settings.resolve import Sources, describe, resolve
 
 REQUIRED = {

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from qlora_cli.data.visible import Part, parts, visible
+from qlora_cli.visible import Part, parts, visible
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_a_row_of_nothing_but_spaces_takes_no_time() -> None:
 
 def test_it_needs_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    light = "visible", "page_file", "page"
-    code = f"import sys\nfor name in {light}: __import__(f'qlora_cli.data.{{name}}')\nassert not {heavy}, {heavy}"
+    light = "visible", "data.page_file", "data.page"
+    code = f"import sys\nfor name in {light}: __import__(f'qlora_cli.{{name}}')\nassert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

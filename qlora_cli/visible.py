@@ -6,10 +6,7 @@ Data is untrusted: what could turn text around, hide in it, or drive a terminal 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # it imports transformers
-    from qlora_cli.data.preview import Piece
+from typing import Protocol
 
 LINE_BREAK, TAB, SPACE_AT_END = "⏎", "→", "·"
 
@@ -37,6 +34,22 @@ class Part:
     is_sign: bool
 
 
+class Piece(Protocol):
+    """Text of a row whose tokens are shown together."""
+
+    @property
+    def text(self) -> str:
+        """As it is."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its tokens are supervised."""
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is a special token."""
+
+
 def visible(text: str, *, is_end: bool = True) -> str:
     """Return `text` with signs in place of what can't be seen.
 
@@ -58,7 +71,7 @@ def parts(text: str, *, is_end: bool = True) -> Iterator[Part]:
         yield Part(text[place:], is_sign=False)
 
 
-def line_ends(pieces: Sequence["Piece"]) -> list[bool]:
+def line_ends(pieces: Sequence[Piece]) -> list[bool]:
     """Return after which pieces of a row a line, a turn or trained text ends: a space before is one too many."""
     ends: list[bool] = []
     is_end, is_trained = True, None

@@ -1,0 +1,44 @@
+"""What is said of bytes on their way: how far, how fast, how long yet."""
+
+from dataclasses import dataclass
+
+from qlora_cli.events import BytesDone
+from qlora_cli.units import format_bytes, format_duration
+
+# What is said of bytes while they go on, and once all are done.
+TRANSFERS = {
+    "download": ("Downloading", "downloaded"),
+    "quantize": ("Quantizing", "quantized"),
+    "load": ("Loading", "loaded"),
+}
+
+
+@dataclass(kw_only=True)
+class Transfer:
+    """One transfer on its way, since when and from where on: what was there before does not count as speed."""
+
+    started: float
+    first_bytes: int
+    last_line: float = -float("inf")
+
+    def describe(self, event: BytesDone, now: float) -> str:
+        """Return how far it is, and after a while how fast it goes and how long it will take."""
+        line = (
+            f"{TRANSFERS[event.kind][0]}: {format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)} "
+            f"({event.done_bytes / event.total_bytes:.0%})"
+        )
+        speed = self._bytes_per_second(event, now)
+        if not speed:
+            return line
+        left = format_duration((event.total_bytes - event.done_bytes) / speed)
+        return f"{line}, {format_bytes(round(speed))}/s, {left} left"
+
+    def describe_end(self, event: BytesDone, now: float) -> str:
+        """Return what all of it was, and how fast it went."""
+        line = f"{format_bytes(event.total_bytes)} {TRANSFERS[event.kind][1]}"
+        speed = self._bytes_per_second(event, now)
+        return f"{line} in {format_duration(now - self.started)} ({format_bytes(round(speed))}/s)" if speed else line
+
+    def _bytes_per_second(self, event: BytesDone, now: float) -> float:
+        seconds = now - self.started
+        return max(0, event.done_bytes - self.first_bytes) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,197 @@
+"""How the matrices of an adapter begin, beyond what PEFT does alike for every base; and PiSSA's way back to LoRA.
+
+PEFT's own orthogonal beginning takes the dtype of the stored weight, which is that of packed codes here, and its LoftQ
+quantizes by itself. PiSSA is PEFT's: adapters that say so in their config are begun by it again when they are loaded.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.loftq import Losses
+from qlora_cli.loading.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.loading.targets import ADAPTER, BASE, rank_of
+from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.models import LoraSettings
+
+START = "qlora_pissa_start"  # the attribute of a model that holds the A and B which its base has lost
+
+PeftInit = bool | str
+
+
+def init_for_peft(init: LoraInit) -> PeftInit:
+    """Return the word for PEFT's config: its default where what it does is replaced afterwards."""
+    return init.value if init in {LoraInit.GAUSSIAN, LoraInit.PISSA} else True
+
+
+def is_pissa(config: LoraConfig) -> bool:
+    """Whether an adapter holds the principal parts of its base, which PEFT takes out of the base on attaching."""
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith("pissa")
+
+
+def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]) -> None:
+    """Check that adapters on `layers`, full names, can begin so.
+
+    Raises:
+        ModelError: they can't.
+    """
+    init = settings.init_lora_weights
+    if init == LoraInit.LOFTQ and _losses_of(model) is None:
+        raise ModelError(
+            "lora.init_lora_weights=loftq needs the weights as they were before quantization, which were not kept",
+            hint="Load the 16-bit model with --quant nf4 or fp4, or use another lora.init_lora_weights.",
+        )
+    for name in layers if init in {LoraInit.PISSA, LoraInit.ORTHOGONAL} else ():
+        layer, rank = model.get_submodule(name), rank_of(name, settings)
+        if init == LoraInit.ORTHOGONAL and rank % 2:
+            raise ModelError(
+                f"lora.init_lora_weights=orthogonal needs an even rank, and {name} has {rank}",
+                hint="Change lora.rank or lora.rank_pattern.",
+            )
+        if init == LoraInit.PISSA:
+            check_pissa(layer)
+            _check_rank(name, layer, rank)
+
+
+def check_pissa(module: nn.Module) -> None:
+    """Check that no weight in `module` is quantized.
+
+    Raises:
+        ModelError: one is.
+    """
+    if any(isinstance(layer, Linear4bit | Linear8bitLt) for layer in module.modules()):
+        raise ModelError(
+            "PiSSA can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
+            "left would have to be quantized anew, to a base that fits this adapter only",
+            hint="Use --quant none, or loftq, which begins with what quantization lost.",
+        )
+
+
+def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if rank > min(weight.shape):
+        raise ModelError(
+            f"lora.init_lora_weights=pissa: {name} is {' x '.join(map(str, weight.shape))}, and has no {rank} "
+            "principal parts",
+            hint="Lower lora.rank, or give the layer another in lora.rank_pattern.",
+        )
+
+
+def begin(model: PeftModel, init: LoraInit) -> None:
+    """Give the matrices of the adapter of `model`, which was attached with `init_for_peft`, their first values."""
+    if init == LoraInit.PISSA:
+        remember_start(model)
+    elif init == LoraInit.ORTHOGONAL:
+        for _, layer in _lora_layers(model):
+            _orthogonal(layer)
+    elif init == LoraInit.LOFTQ:
+        losses = _losses_of(model.get_base_model())
+        assert losses is not None, "checked before the adapter was attached"
+        for name, layer in _lora_layers(model):
+            part = losses.parts.pop(f"{name}.weight", None)
+            if part is not None:  # else the layer is not stored in 4 bit
+                root = layer.scaling[ADAPTER] ** 0.5
+                _begin_with(layer, part.left / root, part.right / root)
+
+
+def _losses_of(model: PreTrainedModel) -> Losses | None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    losses = getattr(getattr(quantizer, "quantization_config", None), "losses", None)
+    return losses if isinstance(losses, Losses) and losses.parts else None
+
+
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            yield name.removeprefix(BASE), module
+
+
+def _orthogonal(layer: LoraLayer) -> None:
+    """Begin with A and B neither of which is zero and whose product is, as PEFT does for unquantized weights.
+
+    The rows of A are made of one half of an orthonormal basis, the columns of B of the other.
+    """
+    rank = layer.r[ADAPTER]
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank))
+    right = (torch.randn(layer.in_features, rank // 2) @ basis[0::2]).T / 10
+    left = torch.randn(rank // 2, layer.out_features).T @ basis[1::2] / 10
+    _begin_with(layer, left, right)
+
+
+@torch.no_grad()
+def _begin_with(layer: LoraLayer, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Write `left` and `right` to B and A; where the rank is larger, what A and B have beyond is left as it is."""
+    lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    lora_a[: right.shape[0]] = right
+    lora_b[:, : left.shape[1]] = left
+    if ADAPTER in layer.lora_magnitude_vector:  # of the weight with its update
+        layer.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=layer.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=layer.scaling[ADAPTER]
+        )
+
+
+def remember_start(model: PeftModel) -> None:
+    """Keep the A and B that PiSSA took out of the base of `model`, in host memory, for `to_plain_lora`."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    start = {key: value.detach().to("cpu", copy=True) for key, value in state.items() if _is_factor(key)}
+    setattr(model, START, start)
+
+
+def _is_factor(key: str) -> bool:
+    return key.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def as_trained(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what was saved of the adapter of `model` as it trains: without what `to_plain_lora` has added."""
+    start: dict[str, torch.Tensor] = getattr(model, START, {})
+    found = dict(state)
+    for key, first in start.items():
+        dim, sign = _joined(key)
+        length = first.shape[dim]
+        if key in state and state[key].shape[dim] == 2 * length:
+            raw, added = torch.split(state[key], length, dim=dim)
+            if torch.equal(added, sign * first):
+                found[key] = raw.contiguous()
+    return found
+
+
+def _joined(key: str) -> tuple[int, int]:
+    """Return along which dimension a factor of PiSSA's start is added to the one that was trained, and its sign."""
+    return (0, 1) if key.endswith(".lora_A.weight") else (1, -1)
+
+
+def to_plain_lora(model: PeftModel, directory: Path) -> None:
+    """Turn the PiSSA adapter of `model`, saved in `directory`, into LoRA of twice the rank on the base as it was.
+
+    The base that was trained on is W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B, -B0] [A; A0]. PEFT's own
+    conversion would leave out DoRA's magnitudes and modules that train whole, and not scale rsLoRA by a pattern.
+    """
+    start: dict[str, torch.Tensor] = getattr(model, START)
+    state = load_file(directory / ADAPTER_WEIGHTS)
+    assert start.keys() == {key for key in state if _is_factor(key)}, "the adapter is not the one that was begun"
+    for key, first in start.items():
+        dim, sign = _joined(key)
+        state[key] = torch.cat([state[key], sign * first], dim=dim)
+    save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = read_json(directory / ADAPTER_CONFIG)
+    factor = 2**0.5 if config["use_rslora"] else 2  # so that the scale stays what it was
+    config |= {
+        "init_lora_weights": True,
+        "r": 2 * config["r"],
+        "lora_alpha": factor * config["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config["alpha_pattern"].items()},
+    }
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

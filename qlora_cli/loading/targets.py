@@ -1,0 +1,199 @@
+"""Find what of a model gets an adapter, by the names that settings give: layers, fused experts, and their ranks."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.kept import fused_experts, linear_layers
+from qlora_cli.settings.models import LoraSettings
+
+ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
+READ_BY_KERNEL = re.compile(r"\.(mamba|mixer)\.out_proj$")
+
+ADAPTER = "default"  # what PEFT calls an adapter that it was given no name for
+BASE = "base_model.model."  # and where it puts the base
+
+Value = TypeVar("Value", int, float)
+
+
+def named(names: Iterable[str], ends: Iterable[str]) -> list[str]:
+    """Return those of the full `names` that are one of `ends`, or end with one after a dot."""
+    wanted = tuple(f".{end}" for end in ends)
+    return [name for name in names if f".{name}".endswith(wanted)]
+
+
+def adapted_layers(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
+    """Return the full names of the linear layers that `modules`, the targets, are names or ends of names of."""
+    return named(_adaptable(model), modules)
+
+
+def _adaptable(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [name for name, module in linear_layers(model) if module is not head and not ROUTER.search(name)]
+
+
+def target_modules(model: PreTrainedModel, settings: LoraSettings) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names for PEFT, resolved, and notes: what it makes of `all-linear` differs between architectures.
+
+    Raises:
+        ModelError: a target names no linear layer, or one whose adapter could not be loaded again.
+    """
+    linears = _adaptable(model)
+    lost = _leaves(_lost_on_loading(model, linears))
+    if settings.target_modules != "all-linear":
+        _check_targets(linears, settings.target_modules)
+        if renamed := sorted(set(_leaves(settings.target_modules)) & set(lost)):
+            raise ModelError(
+                f"an adapter on {', '.join(renamed)} could be trained, but not loaded: PEFT renames its weights",
+                hint="Leave these names out of lora.target_modules.",
+            )
+        return list(settings.target_modules), ()
+    fused = [name for name in linears if READ_BY_KERNEL.search(name)]
+    targets, refused = _accepted(
+        model, _leaves(name for name in linears if name not in fused and _leaf(name) not in lost)
+    )
+    if not targets:
+        raise ModelError(f"{type(model).__name__} has no linear layer that can be adapted")
+    notes = []
+    if fused:
+        notes.append(f"no adapter on {_shown(fused)}: a fused kernel reads the weight and would pass an adapter over")
+    if lost_layers := [name for name in linears if _leaf(name) in lost]:
+        notes.append(f"no adapter on {_shown(lost_layers)}: PEFT renames weights of theirs on loading")
+    if taken := [name for name in linears if _leaf(name) in refused]:
+        notes.append(f"no adapter on {_shown(taken)}: PEFT takes these names for those of the experts here")
+    return targets, tuple(notes)
+
+
+def _shown(names: list[str]) -> str:
+    return f"{len(names)} layers ({', '.join(_leaves(names))}), such as {names[0]}"
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({_leaf(name) for name in names})
+
+
+def _leaf(name: str) -> str:
+    """Return the last part of a name that says what a layer is: of a layer with a number, its container's too."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _lost_on_loading(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return the layers whose adapter PEFT would not find again: it renames weights as those of older models."""
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.empty(0)))
+    return [name for key, name in keys.items() if key not in found]
+
+
+def _accepted(model: PreTrainedModel, leaves: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names that PEFT leaves as they are, and those it would turn into targets among the experts."""
+    accepted: list[str] = []
+    refused: list[str] = []
+    for leaf in leaves:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one half of a fused pair
+            refused.append(leaf)
+            continue
+        (accepted if leaf in config.target_modules else refused).append(leaf)
+    return accepted, refused
+
+
+def _check_targets(linears: list[str], targets: tuple[str, ...]) -> None:
+    for target in targets:
+        if not named(linears, [target]):
+            raise ModelError(
+                f"target module {target!r} matches no linear layer of the model",
+                hint=f"Its linear layers are {', '.join(_leaves(linears))}; or use all-linear.",
+            )
+
+
+def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
+    """Return the full names of the fused parameters that get an adapter.
+
+    Raises:
+        ModelError: there are none of the name, or they can't be adapted as asked.
+    """
+    if settings.target_parameters is None:
+        return []
+    shapes = dict(fused_experts(model))
+    known = list(shapes)
+    if any(len(shape) == 2 for shape in shapes.values()):
+        raise ModelError(
+            f"{type(model).__name__} lays its experts in a row, which PEFT adapts as if they were one",
+            hint="Leave lora.target_parameters out.",
+        )
+    if not known:
+        raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave lora.target_parameters out.")
+    if settings.dropout:
+        raise ModelError(
+            f"lora.dropout={settings.dropout} can't be applied to fused experts: their update is part of the weight",
+            hint="Set lora.dropout to 0, or leave lora.target_parameters out.",
+        )
+    if settings.use_dora:
+        raise ModelError(
+            "lora.use_dora can't be applied to fused experts: PEFT has no magnitudes for them",
+            hint="Leave lora.use_dora or lora.target_parameters out.",
+        )
+    if settings.init_lora_weights.needs_layers:
+        raise ModelError(
+            f"lora.init_lora_weights={settings.init_lora_weights.value} can't be applied to fused experts: it is made "
+            "for the weight of one layer",
+            hint="Use default or gaussian, or leave lora.target_parameters out.",
+        )
+    if settings.target_parameters == "all-experts":
+        return known
+    found: list[str] = []
+    for target in settings.target_parameters:
+        matches = named(known, [target])
+        if not matches:
+            raise ModelError(
+                f"target parameter {target!r} matches no fused parameter of the model",
+                hint=f"They are {', '.join(_leaves(known))}; or use all-experts.",
+            )
+        found += matches
+    return found
+
+
+def resolve_pattern(pattern: Mapping[str, Value] | None, adapted: Sequence[str], setting: str) -> dict[str, Value]:
+    """Return `pattern` for PEFT, whose keys are names, or ends of names, of what is `adapted`, by full names.
+
+    Of several keys that end a name the longest holds. PEFT takes the first instead, and sorts them when it saves an
+    adapter: where one key yields to another for some layers, it is written out as the names of the rest.
+
+    Raises:
+        ModelError: a key of the setting, `setting`, decides nothing.
+    """
+    resolved: dict[str, Value] = {}
+    for key, value in (pattern or {}).items():
+        matched = named(adapted, [key])
+        names = [name for name in matched if _longest_key(pattern or {}, name) == key]
+        if not names:
+            why = "has no effect: longer keys hold for all its layers" if matched else "matches no adapted layer"
+            raise ModelError(
+                f"{setting}: {key!r} {why}",
+                hint=f"Adapted are {', '.join(_leaves(adapted))}; a key is a full name or, after a dot, its end.",
+            )
+        resolved |= dict.fromkeys([key] if names == matched else names, value)
+    return resolved
+
+
+def rank_of(name: str, settings: LoraSettings) -> int:
+    """Return the rank of the adapter on the layer with this full name."""
+    pattern = settings.rank_pattern or {}
+    key = _longest_key(pattern, name)
+    return settings.rank if key is None else pattern[key]
+
+
+def _longest_key(pattern: Mapping[str, Value], name: str) -> str | None:
+    return max((key for key in pattern if named([name], [key])), key=len, default=None)

@@ -1,0 +1,49 @@
+"""Runs found below a directory, and each of them read whole."""
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qlora_cli.runs.history import METRICS_FILE, RunHistory, empty_history, parse_time, read_history
+from qlora_cli.runs.record import RUN_FILE, RunRecord, read_record
+from qlora_cli.runs.summary import RunSummary, summarize
+
+UNKNOWN = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known of a run."""
+
+    summary: RunSummary
+    history: RunHistory
+    record: RunRecord
+
+
+def read_run(directory: Path, *, now: datetime | None = None) -> Run:
+    """Return the run in `directory`; what can't be read is among the problems of its summary."""
+    record, problem = read_record(directory), None
+    try:
+        history = read_history(directory)
+    except OSError as error:
+        history, problem = empty_history(), f"{METRICS_FILE} can't be read: {error.strerror}"
+    return Run(summarize(directory, record, history, problem=problem, now=now), history, record)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of a run."""
+    return any((directory / name).is_file() for name in (RUN_FILE, METRICS_FILE))
+
+
+def find_runs(directory: Path) -> list[RunSummary]:
+    """Return the runs in `directory`, which may be one itself, in the order in which they began.
+
+    Links are not followed, and nothing is looked for within a run.
+    """
+    found = []
+    for folder, below, files in os.walk(directory):
+        if RUN_FILE in files or METRICS_FILE in files:
+            found.append(read_run(Path(folder)).summary)
+            below.clear()
+    return sorted(found, key=lambda run: (parse_time(run.started) or UNKNOWN, str(run.path)))

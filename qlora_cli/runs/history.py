@@ -1,0 +1,365 @@
+"""The history of a run, read from its `metrics.jsonl` alone: what a run that was never interrupted would have.
+
+A run that goes on behind a step appends to the same file, so what was reported of later steps before no longer
+counts. The file is read line by line, and of the steps only numbers are kept.
+"""
+
+import json
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_cli.events import (
+    CheckpointSaved,
+    EvalDone,
+    Noted,
+    Rehearsed,
+    SampleDone,
+    StepSkipped,
+    TrainingEnded,
+    TrainingResumed,
+    TrainingStarted,
+)
+
+METRICS_FILE = "metrics.jsonl"
+NAN = float("nan")
+MOST_NOTES = 1000
+OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
+OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
+# What shows that the loop was at work at that time, and not only about to be.
+ACTIVITY = frozenset({"step_done", "step_skipped", "eval_done", "sample_done", "checkpoint_saved", "training_ended"})
+
+OfStep = TypeVar("OfStep", EvalDone, SampleDone, StepSkipped, CheckpointSaved, TrainingResumed)
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepColumns:
+    """The optimizer steps in order, a column for each figure; NaN where there is none. Memory in use, in bytes."""
+
+    step: Sequence[int]
+    loss: Sequence[float]
+    learning_rate: Sequence[float]
+    grad_norm: Sequence[float]
+    num_tokens: Sequence[float]
+    tokens_per_second: Sequence[float]
+    host_bytes: Sequence[float]
+    device_allocated_bytes: Sequence[float]
+    device_reserved_bytes: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """What a run reported, less what a resumption undid.
+
+    Attributes:
+        steps: The optimizer steps.
+        start: What was about to begin; None before that.
+        num_steps: How many steps there are to be; None before training began.
+        evaluations: In order; `is_best` is that of this history.
+        samples: Answers to fixed prompts, in order of steps.
+        skipped: Steps that changed nothing because they were not finite.
+        checkpoints: Those that were saved; some may have been deleted since.
+        resumes: Where training went on behind a checkpoint, in order.
+        stops: Where a signal ended it.
+        end: The end of the loop, if nothing came after it.
+        rehearsal: The last one before the first step.
+        notes: What was noted, each message once.
+        device_total_bytes: The memory of the GPU.
+        started: When the first event was written; None without any.
+        last_event: When the last one was.
+        active_seconds: Between the start of the loop and its last sign of life, summed over all its resumptions.
+        num_damaged_lines: Lines that could not be read; a cut last line is none.
+    """
+
+    steps: StepColumns
+    start: TrainingStarted | None
+    num_steps: int | None
+    evaluations: tuple[EvalDone, ...]
+    samples: tuple[SampleDone, ...]
+    skipped: tuple[StepSkipped, ...]
+    checkpoints: tuple[CheckpointSaved, ...]
+    resumes: tuple[TrainingResumed, ...]
+    stops: tuple[TrainingEnded, ...]
+    end: TrainingEnded | None
+    rehearsal: Rehearsed | None
+    notes: tuple[Noted, ...]
+    device_total_bytes: int | None
+    started: datetime | None
+    last_event: datetime | None
+    active_seconds: float
+    num_damaged_lines: int
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was reported in any way; 0 before the first."""
+        last = [*self.steps.step[-1:], *([self.end.step] if self.end else [])]
+        for events in (self.skipped, self.evaluations, self.resumes):
+            last += [event.step for event in events[-1:]]
+        return max(last, default=0)
+
+    @property
+    def best(self) -> EvalDone | None:
+        """The evaluation that no other was better than; of equal ones the last."""
+        return next((event for event in reversed(self.evaluations) if event.is_best), None)
+
+
+def read_history(directory: Path) -> RunHistory:
+    """Return the history of the run in `directory`; an empty one if it has no `metrics.jsonl`.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    reader = _Reader()
+    try:
+        with (directory / METRICS_FILE).open("rb") as file:
+            for line in file:
+                reader.take(line)
+    except FileNotFoundError:
+        pass
+    return reader.history()
+
+
+def empty_history() -> RunHistory:
+    """Return that of a run that reported nothing."""
+    return _Reader().history()
+
+
+class _Reader:
+    """Takes the lines of a file in order, and forgets what a resumption undoes."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, array[Any]] = {
+            "step": array("q"),
+            **{name: array("d") for name in (*OF_STEP, *OF_MEMORY)},
+        }
+        self._add_figures = [column.append for name, column in self._columns.items() if name != "step"]
+        self._evaluations: list[EvalDone] = []
+        self._samples: dict[tuple[int, str], SampleDone] = {}
+        self._skipped: list[StepSkipped] = []
+        self._checkpoints: dict[int, CheckpointSaved] = {}
+        self._resumes: list[TrainingResumed] = []
+        self._stops: list[TrainingEnded] = []
+        self._end: TrainingEnded | None = None
+        self._rehearsal: Rehearsed | None = None
+        self._notes: dict[str, Noted] = {}
+        self._start: TrainingStarted | None = None
+        self._num_steps: object = None
+        self._device_total_bytes: object = None
+        self._times = _Times()
+        self._num_damaged_lines = 0
+        self._take: dict[str, Callable[[Fields], None]] = {
+            "step_done": self._take_step,
+            "eval_done": self._take_evaluation,
+            "sample_done": self._take_sample,
+            "step_skipped": self._take_skipped,
+            "checkpoint_saved": self._take_checkpoint,
+            "training_started": self._take_start,
+            "training_resumed": self._take_resumption,
+            "training_ended": self._take_end,
+            "rehearsed": self._take_rehearsal,
+            "noted": self._take_note,
+        }
+
+    def take(self, line: bytes) -> None:
+        """Take one line with its line end, if it has one; events of other kinds only count as signs of life."""
+        try:
+            event = json.loads(line.decode(errors="replace"))
+            name = event["event"]
+            if take := self._take.get(name):
+                take(event)
+            self._times.take(name, event.get("time"))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            # Only the last line can lack its end: a process was killed while it wrote it.
+            self._num_damaged_lines += line.endswith(b"\n") and bool(line.strip())
+
+    def history(self) -> RunHistory:
+        """Return the history so far."""
+        return RunHistory(
+            steps=StepColumns(**self._columns),
+            start=self._start,
+            num_steps=_integer(self._num_steps),
+            evaluations=_with_best(self._evaluations),
+            samples=tuple(self._samples.values()),
+            skipped=tuple(self._skipped),
+            checkpoints=tuple(self._checkpoints.values()),
+            resumes=tuple(self._resumes),
+            stops=tuple(self._stops),
+            end=self._end,
+            rehearsal=self._rehearsal,
+            notes=tuple(self._notes.values()),
+            device_total_bytes=_integer(self._device_total_bytes),
+            started=self._times.first,
+            last_event=self._times.last,
+            active_seconds=self._times.active_seconds,
+            num_damaged_lines=self._num_damaged_lines,
+        )
+
+    def _take_step(self, event: Fields) -> None:
+        step, memory, steps = int(event["step"]), event.get("memory") or {}, self._columns["step"]
+        if steps and step <= steps[-1]:  # begun anew without a checkpoint to go on from
+            self._forget_after(step - 1)
+        figures = [*map(event.get, OF_STEP), *map(memory.get, OF_MEMORY)]
+        steps.append(step)
+        for add, figure in zip(self._add_figures, figures, strict=True):
+            add(figure if isinstance(figure, float) else _number(figure))
+        self._num_steps = event.get("num_steps") or self._num_steps
+        self._device_total_bytes = memory.get("device_total_bytes") or self._device_total_bytes
+        self._end = None
+
+    def _take_evaluation(self, event: Fields) -> None:
+        done = EvalDone(
+            step=int(event["step"]),
+            loss=_number(event["loss"]),
+            seconds=_number(event.get("seconds")),
+            is_best=False,
+        )
+        # The same step again: a run was resumed behind its last step.
+        self._evaluations = [*_until(self._evaluations, done.step - 1), done]
+
+    def _take_sample(self, event: Fields) -> None:
+        done = SampleDone(step=int(event["step"]), prompt=str(event["prompt"]), answer=str(event["answer"]))
+        self._samples[done.step, done.prompt] = done
+
+    def _take_skipped(self, event: Fields) -> None:
+        rows = tuple(map(str, event.get("rows") or ()))
+        skipped = StepSkipped(step=int(event["step"]), reason=str(event.get("reason", "")), rows=rows)
+        self._skipped = [*_until(self._skipped, skipped.step - 1), skipped]
+
+    def _take_checkpoint(self, event: Fields) -> None:
+        step = int(event["step"])
+        self._checkpoints[step] = CheckpointSaved(step=step, path=Path(str(event["path"])))
+
+    def _take_start(self, event: Fields) -> None:
+        self._num_steps = event.get("num_steps") or self._num_steps
+        self._start = TrainingStarted(
+            num_steps=_integer(self._num_steps) or 0,
+            output=Path(str(event.get("output", ""))),
+            predicted_allocated_bytes=_integer(event.get("predicted_allocated_bytes")),
+            predicted_reserved_bytes=_integer(event.get("predicted_reserved_bytes")),
+        )
+
+    def _take_resumption(self, event: Fields) -> None:
+        step = int(event["step"])
+        self._num_steps = event.get("num_steps") or self._num_steps
+        self._forget_after(step)
+        self._end = None
+        if step:  # else there was no checkpoint, and the run began anew
+            path = Path(str(event.get("checkpoint", "")))
+            num_steps = _integer(self._num_steps) or 0
+            self._resumes.append(TrainingResumed(step=step, num_steps=num_steps, checkpoint=path))
+
+    def _take_end(self, event: Fields) -> None:
+        signal = event.get("interrupted_by")
+        self._end = TrainingEnded(
+            step=int(event["step"]),
+            num_steps=_integer(event.get("num_steps")) or _integer(self._num_steps) or 0,
+            interrupted_by=None if signal is None else str(signal),
+        )
+        if signal is not None:
+            self._stops.append(self._end)
+
+    def _take_rehearsal(self, event: Fields) -> None:
+        self._rehearsal = Rehearsed(
+            micro_batch_size=int(event["micro_batch_size"]),
+            longest_row_tokens=int(event["longest_row_tokens"]),
+            seconds=_number(event.get("seconds")),
+            device_allocated_bytes=_integer(event.get("device_allocated_bytes")),
+            device_reserved_bytes=_integer(event.get("device_reserved_bytes")),
+        )
+
+    def _take_note(self, event: Fields) -> None:
+        message = str(event["message"])
+        if len(self._notes) < MOST_NOTES:
+            self._notes.setdefault(
+                message, Noted(message=message, level="warning" if event.get("level") == "warning" else "info")
+            )
+
+    def _forget_after(self, step: int) -> None:
+        steps = self._columns["step"]
+        num_kept = len(steps)
+        while num_kept and steps[num_kept - 1] > step:
+            num_kept -= 1
+        for column in self._columns.values():
+            del column[num_kept:]
+        self._evaluations = _until(self._evaluations, step)
+        self._skipped = _until(self._skipped, step)
+        self._resumes = _until(self._resumes, step)
+        self._samples = {key: sample for key, sample in self._samples.items() if sample.step <= step}
+        self._checkpoints = {at: saved for at, saved in self._checkpoints.items() if at <= step}
+
+
+class _Times:
+    """When things happened; the time between a run's end and its resumption does not count as activity."""
+
+    def __init__(self) -> None:
+        self._first = self._last = self._begun = self._alive = ""
+        self._before_seconds = 0.0
+
+    def take(self, name: str, time: object) -> None:
+        """Take the time of an event."""
+        if not isinstance(time, str):
+            return
+        self._first = self._first or time
+        self._last = time
+        if name in ACTIVITY:
+            self._begun = self._begun or time
+            self._alive = time
+        elif name in {"training_started", "training_resumed"}:
+            self._before_seconds = self.active_seconds
+            self._begun, self._alive = time, ""
+
+    @property
+    def first(self) -> datetime | None:
+        """The time of the first event."""
+        return parse_time(self._first)
+
+    @property
+    def last(self) -> datetime | None:
+        """The time of the last event."""
+        return parse_time(self._last)
+
+    @property
+    def active_seconds(self) -> float:
+        """How long the loop ran, all resumptions together."""
+        begun, alive = parse_time(self._begun), parse_time(self._alive)
+        if begun is None or alive is None:
+            return self._before_seconds
+        return self._before_seconds + max(0.0, (alive - begun).total_seconds())
+
+
+def parse_time(text: object) -> datetime | None:
+    """Return an ISO time with its zone, UTC if it names none; None if it is no time."""
+    try:
+        time = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _until(events: list[OfStep], step: int) -> list[OfStep]:
+    return events if not events or events[-1].step <= step else [event for event in events if event.step <= step]
+
+
+def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:
+    found, best = [], math.inf
+    for done in evaluations:
+        is_best = math.isfinite(done.loss) and done.loss <= best
+        best = done.loss if is_best else best
+        found.append(EvalDone(step=done.step, loss=done.loss, seconds=done.seconds, is_best=is_best))
+    return tuple(found)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else NAN
+
+
+def _integer(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None

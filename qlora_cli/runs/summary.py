@@ -1,0 +1,216 @@
+"""A run in a few figures, from its directory alone, whatever became of it."""
+
+import math
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import psutil
+
+from qlora_cli.runs.history import METRICS_FILE, RunHistory, parse_time
+from qlora_cli.runs.record import RUN_FILE, RunRecord
+from qlora_cli.units import counted
+
+State = Literal["running", "done", "interrupted", "failed", "killed"]
+ENDED: dict[str, State] = {"done": "done", "interrupted": "interrupted", "failed": "failed"}
+
+RECENT_STEPS = 50
+QUIET_SECONDS = 15 * 60  # longer without an event, and a run whose process can't be asked for is taken for dead
+CHECKPOINT_PREFIX = "step-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run in a few figures. Sizes are in bytes, times in seconds; None is what is not known.
+
+    Attributes:
+        name: The name of the directory.
+        path: The directory.
+        state: `killed` is a run that says it is running although its process is gone.
+        step: The last step that is part of the run.
+        num_steps: How many there are to be.
+        loss: Of that step.
+        best_loss: The lowest on held-out data.
+        best_step: The step it was measured after.
+        tokens_per_second: The median of the last 50 steps.
+        peak_allocated_bytes: The most that tensors held on the GPU, as far as it was seen.
+        peak_reserved_bytes: The most that PyTorch's allocator held for them.
+        peak_host_bytes: The largest resident set of the process.
+        predicted_allocated_bytes: What was predicted of the same.
+        predicted_reserved_bytes: What was predicted of the same.
+        predicted_process_bytes: With the CUDA context.
+        gpu: The GPU that was predicted for.
+        started: ISO 8601.
+        duration_seconds: Of training, all resumptions together.
+        model: The base, as it was asked for.
+        dataset: The data sets, as they were asked for.
+        checkpoints: Those that are there, oldest first.
+        num_resumes: How often training went on behind a checkpoint.
+        num_skipped_steps: Steps that changed nothing because they were not finite.
+        error: Why it failed.
+        problems: What could not be read of the directory, in sentences.
+    """
+
+    name: str
+    path: Path
+    state: State
+    step: int
+    num_steps: int | None
+    loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    tokens_per_second: float | None
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_host_bytes: int | None
+    predicted_allocated_bytes: int | None
+    predicted_reserved_bytes: int | None
+    predicted_process_bytes: int | None
+    gpu: str | None
+    started: str | None
+    duration_seconds: float
+    model: str | None
+    dataset: tuple[str, ...]
+    checkpoints: tuple[Path, ...]
+    num_resumes: int
+    num_skipped_steps: int
+    error: str | None
+    problems: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """How far the run is, or came."""
+        of = f" of {self.num_steps:,}" if self.num_steps else ""
+        when = f"after step {self.step:,}{of}" if self.step else "before the first step"
+        return {
+            "running": f"Running, {when}",
+            "done": f"Done, {self.step:,}{of} steps",
+            "interrupted": f"Interrupted {when}",
+            "failed": f"Failed {when}",
+            "killed": f"Killed {when}",
+        }[self.state]
+
+
+def summarize(
+    directory: Path, record: RunRecord, history: RunHistory, *, problem: str | None = None, now: datetime | None = None
+) -> RunSummary:
+    """Return the summary of the run in `directory`; `problem` says why its history could not be read."""
+    path = directory.absolute()
+    steps, best, rehearsal, start = history.steps, history.best, history.rehearsal, history.start
+    state = state_of(directory, record, history, now or datetime.now(UTC))
+    return RunSummary(
+        name=path.name or str(path),
+        path=directory,
+        state=state,
+        step=max(history.last_step, record.integer("result", "steps") or 0),
+        num_steps=history.num_steps or record.integer("plan", "num_steps"),
+        loss=_finite(steps.loss[-1]) if len(steps) else None,
+        best_loss=best.loss if best else None,
+        best_step=best.step if best else None,
+        tokens_per_second=_recent_speed(steps.tokens_per_second),
+        peak_allocated_bytes=_peak(
+            record.integer("result", "peak_memory", "device_allocated_bytes"),
+            rehearsal.device_allocated_bytes if rehearsal else None,
+            steps.device_allocated_bytes,
+        ),
+        peak_reserved_bytes=_peak(
+            record.integer("result", "peak_memory", "device_reserved_bytes"),
+            rehearsal.device_reserved_bytes if rehearsal else None,
+            steps.device_reserved_bytes,
+        ),
+        peak_host_bytes=_peak(record.integer("result", "peak_memory", "host_bytes"), None, steps.host_bytes),
+        predicted_allocated_bytes=record.integer("plan", "predicted_memory", "allocated_bytes")
+        or (start.predicted_allocated_bytes if start else None),
+        predicted_reserved_bytes=record.integer("plan", "predicted_memory", "reserved_bytes")
+        or (start.predicted_reserved_bytes if start else None),
+        predicted_process_bytes=record.integer("plan", "predicted_memory", "process_bytes"),
+        gpu=record.text("plan", "predicted_memory", "gpu") or record.text("hardware", "gpu"),
+        started=_started(record, history),
+        duration_seconds=history.active_seconds,
+        model=record.text("settings", "model", "name") or record.text("plan", "model"),
+        dataset=record.texts("settings", "data", "dataset"),
+        checkpoints=find_checkpoints(directory),
+        num_resumes=len(history.resumes),
+        num_skipped_steps=len(history.skipped),
+        error=record.text("error") if state == "failed" else None,
+        problems=tuple(_problems(record, history, problem)),
+    )
+
+
+def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> State:
+    """Return what became of a run, or that it still goes on."""
+    if ended := ENDED.get(record.text("status") or ""):
+        return ended
+    if record.text("status") != "running" and history.end is not None:
+        return "done" if history.end.interrupted_by is None else "interrupted"
+    return "running" if _goes_on(directory, record, history, now) else "killed"
+
+
+def _goes_on(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> bool:
+    """Whether the process that writes to a run is there; on another host, whether it has written lately."""
+    pid = record.integer("pid")
+    if pid is not None and record.text("host") == socket.gethostname():
+        return _is_alive(pid, _written_at(directory / RUN_FILE))
+    last = history.last_event or parse_time(record.text("started"))
+    return last is not None and (now - last).total_seconds() < QUIET_SECONDS
+
+
+def _is_alive(pid: int, recorded_at: float) -> bool:
+    """Whether a process is the one that wrote its number down at `recorded_at`: the system gives numbers out again."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= recorded_at + 1
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _started(record: RunRecord, history: RunHistory) -> str | None:
+    """Return when the run began first: a resumed one has a newer record."""
+    times = [time for time in (parse_time(record.text("started")), history.started) if time]
+    return min(times).isoformat(timespec="seconds") if times else None
+
+
+def _recent_speed(speeds: Sequence[float]) -> float | None:
+    recent = [speed for speed in speeds[-RECENT_STEPS:] if math.isfinite(speed)]
+    return median(recent) if recent else None
+
+
+def _peak(recorded: int | None, rehearsed: int | None, seen: Iterable[float]) -> int | None:
+    """Return the largest; the record has only the peak of the process that ended the run."""
+    figures = [figure for figure in (recorded, rehearsed) if figure is not None]
+    figures.append(int(max((figure for figure in seen if math.isfinite(figure)), default=0)))
+    return max(figures) or None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _problems(record: RunRecord, history: RunHistory, problem: str | None) -> Iterable[str]:
+    if record.problem:
+        yield record.problem
+    if problem:
+        yield problem
+    if history.num_damaged_lines:
+        yield f"{counted(history.num_damaged_lines, 'line')} of {METRICS_FILE} could not be read"
+
+
+def find_checkpoints(directory: Path) -> tuple[Path, ...]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [
+        (int(number), path)
+        for path in (directory / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*")
+        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isascii() and number.isdigit()
+    ]
+    return tuple(path for _, path in sorted(found))

@@ -1,0 +1,187 @@
+"""The settings that take one of several words, by the names that the field gives them."""
+
+from enum import StrEnum
+
+
+class Quantization(StrEnum):
+    """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    INT8 = "int8"
+    NONE = "none"
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether two weights share a byte."""
+        return self in {Quantization.NF4, Quantization.FP4}
+
+
+class Storage(StrEnum):
+    """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
+
+    UINT8 = "uint8"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Dtype(StrEnum):
+    """The dtype that matrix products are computed in."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where the model lives."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Attention(StrEnum):
+    """The attention kernel."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+
+
+class DataFormat(StrEnum):
+    """How a row is read. `auto` recognises it by its columns."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    PROMPT_COMPLETION = "prompt_completion"
+    ALPACA = "alpaca"
+    QUESTION_ANSWER = "question_answer"
+    TEXT = "text"
+    TOKENS = "tokens"
+
+
+class LossOn(StrEnum):
+    """Which tokens are trained: all answers, the last answer of a row only, or every token of it."""
+
+    COMPLETIONS = "completions"
+    LAST = "last"
+    ALL = "all"
+
+
+class OnLong(StrEnum):
+    """What becomes of a row that is longer than `max_length`."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class OnBadRow(StrEnum):
+    """What becomes of a row that can't be read."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
+class Sampling(StrEnum):
+    """The order of rows, by the name that transformers gives it."""
+
+    RANDOM = "random"
+    SEQUENTIAL = "sequential"
+    GROUP_BY_LENGTH = "group_by_length"
+
+
+class Checkpointing(StrEnum):
+    """Whether activations are recomputed in the backward pass; `offload` keeps the layers' inputs in host memory."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+    OFFLOAD = "offload"
+
+
+class LoraInit(StrEnum):
+    """How the LoRA matrices begin, by the name that PEFT gives it; `default` is a random A and a B of zeros."""
+
+    DEFAULT = "default"
+    GAUSSIAN = "gaussian"
+    ORTHOGONAL = "orthogonal"
+    PISSA = "pissa"
+    LOFTQ = "loftq"
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it is made for the weight of a layer, `(out, in)`, and not for a stack of experts'."""
+        return self in {LoraInit.ORTHOGONAL, LoraInit.PISSA, LoraInit.LOFTQ}
+
+
+class OnNan(StrEnum):
+    """What becomes of a step whose loss or gradient norm is not a finite number."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class Optimizer(StrEnum):
+    """The optimizer, by the name that transformers gives it."""
+
+    ADAMW_TORCH = "adamw_torch"
+    ADAMW_TORCH_FUSED = "adamw_torch_fused"
+    ADAMW_8BIT = "adamw_8bit"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+    LION_8BIT = "lion_8bit"
+    LION_32BIT = "lion_32bit"
+    PAGED_LION_8BIT = "paged_lion_8bit"
+    PAGED_LION_32BIT = "paged_lion_32bit"
+    ADAFACTOR = "adafactor"
+    SGD = "sgd"
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the state lives in CUDA unified memory."""
+        return self.value.startswith("paged_")
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the state of large parameters is kept in 8 bit."""
+        return self.value.endswith("_8bit")
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether it is AdamW, which keeps a first and a second moment of each gradient."""
+        return "adamw" in self.value
+
+    @property
+    def is_lion(self) -> bool:
+        """Whether it is Lion (arXiv 2302.06675), which keeps one moment and steps by its sign."""
+        return "lion" in self.value
+
+
+class Schedule(StrEnum):
+    """How the learning rate runs, after warm-up in all but `constant`; by the name that transformers gives it."""
+
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
+
+
+class ReportTo(StrEnum):
+    """A tracker that the run is also reported to."""
+
+    NONE = "none"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+    MLFLOW = "mlflow"

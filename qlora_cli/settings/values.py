@@ -1,0 +1,83 @@
+"""The kinds of values that settings take: how each is read from the text of a flag or a file."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+def read_switch(value: object) -> object:
+    # YAML 1.1 reads a bare `on` and `off` as booleans.
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _split_commas(value: object) -> object:
+    if not isinstance(value, str) or value in {"all-linear", "all-experts"}:
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise ValueError("must name at least one")
+    return parts
+
+
+def _check_rope_scaling(value: str | None) -> str | None:
+    if value is None:
+        return None
+    kind, _, factor = value.partition(":")
+    if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
+        raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
+    return value
+
+
+def as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _read_pairs(value: object) -> object:
+    """Read `ours=theirs,…` into a mapping; a settings file may hold the mapping itself."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not pairs or any(not equals or not ours.strip() or not theirs.strip() for ours, equals, theirs in pairs):
+        raise ValueError("expected pairs such as name=value,other=value")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def held_out_share(text: str) -> float | int | None:
+    """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
+
+    Raises:
+        ValueError: it is a share or a number that makes no sense.
+    """
+    if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)? *%?", text):
+        return None
+    number = float(text.removesuffix("%"))
+    if text.endswith("%") and 0 < number < 100:
+        return number / 100
+    if not text.endswith("%") and number >= 1 and number == int(number):
+        return int(number)
+    raise ValueError("expected a share above 0% and below 100%, a whole number of rows, or the name of a split")
+
+
+def check_eval_split(value: object) -> object:
+    # YAML reads a bare number as one.
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        held_out_share(text)
+    return text
+
+
+ROPE_TYPES = ("linear", "dynamic", "yarn")
+RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
+TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
+NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
+Name = Annotated[str, Field(min_length=1)]
+Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(as_list)]
+Texts = Annotated[Annotated[tuple[Name, ...], Field(min_length=1)] | None, BeforeValidator(as_list)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Ranks = Annotated[Mapping[str, Rank] | None, BeforeValidator(_read_pairs)]
+Alphas = Annotated[Mapping[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_read_pairs)]
+Columns = Annotated[Mapping[str, Name] | None, BeforeValidator(_read_pairs)]

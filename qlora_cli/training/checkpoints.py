@@ -1,0 +1,145 @@
+"""The checkpoints of a run: complete or absent, sealed with checksums, the oldest deleted. Imports no torch."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_cli.errors import TrainingError
+from qlora_cli.files import flush, publish_directory
+from qlora_cli.units import format_bytes
+
+CHECKSUMS = "checksums.json"
+TRAINER_STATE = "trainer_state.json"
+PREFIX = "step-"
+STAGING = ".saving"
+DELETING = ".deleting"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def seal(folder: Path) -> None:
+    """Write the size and the SHA-256 of every file of a checkpoint into it."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None if every file is as it was written."""
+    try:
+        files = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.resolve().is_relative_to(checkpoint.resolve()):
+                return f"{CHECKSUMS} names {name}, which is elsewhere"
+            if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{CHECKSUMS} can't be read ({error})"
+    if TRAINER_STATE not in files:
+        return f"{TRAINER_STATE} is missing"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The folder of checkpoints of one run, of which the newest `num_kept` and the best one stay.
+
+    `needed_bytes` is what one of them takes. `journal` must not be behind a checkpoint when the power fails.
+    """
+
+    folder: Path
+    num_kept: int
+    needed_bytes: int
+    journal: Path
+
+    @property
+    def staging(self) -> Path:
+        """Where a checkpoint is written before it is moved into place."""
+        return self.folder / STAGING
+
+    def all(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return list_checkpoints(self.folder)
+
+    def path_of(self, step: int) -> Path:
+        """Return where the checkpoint of a step is, or would be."""
+        return self.folder / f"{PREFIX}{step}"
+
+    def clear_left_overs(self) -> None:
+        """Delete what a killed process left half-written, or half-deleted."""
+        for name in (STAGING, DELETING):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def set_aside(self, step: int) -> list[Path]:
+        """Rename the checkpoints behind `step`, which are damaged, so that they do not count as newer ones."""
+        moved = []
+        for checkpoint in self.all():
+            if step_of(checkpoint) > step:
+                aside = self.folder / f".damaged-{checkpoint.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                moved.append(checkpoint.rename(aside))
+        return moved
+
+    def check_room(self) -> None:
+        """Check that another checkpoint fits on the disk, before a byte of it is written.
+
+        Raises:
+            TrainingError: it does not.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < self.needed_bytes:
+            raise TrainingError(
+                f"no room for a checkpoint: it takes up to {format_bytes(self.needed_bytes)}, and "
+                f"{format_bytes(free)} are free on the disk of {self.folder}",
+                hint="Free room and give the same command again: it goes on from the last checkpoint.",
+            )
+
+    def publish(self, finished: Path, step: int, best_step: int | None) -> Path:
+        """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit."""
+        seal(finished)
+        if self.journal.exists():
+            flush(self.journal)
+        target = self.path_of(step)
+        publish_directory(finished, target)
+        shutil.rmtree(self.staging)
+        for old in beyond_limit(self.all(), self.num_kept, best_step):
+            if old != target:
+                self._delete(old)
+        return target
+
+    def _delete(self, checkpoint: Path) -> None:
+        # Renamed first: what is deleted half-way must not look like a checkpoint.
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+            return
+        doomed = self.folder / DELETING
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def beyond_limit(checkpoints: list[Path], num_kept: int, best_step: int | None) -> list[Path]:
+    """Return the checkpoints to delete: all but the newest `num_kept` and the best."""
+    return [path for path in checkpoints[:-num_kept] if step_of(path) != best_step]

@@ -1,0 +1,43 @@
+"""Reproducible kernels for the length of a run, and the process as it was after it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qlora_cli.settings.models import TrainingSettings
+
+# What `enable_full_determinism` of transformers sets. cuBLAS looks at the first when its handle is made, so that one
+# has to be there before the trainer is.
+WORKSPACES = ("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+VARIABLES = (
+    WORKSPACES[0],
+    *("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
+)
+
+
+@contextmanager
+def determinism(training: TrainingSettings) -> Iterator[None]:
+    """Let cuBLAS compute reproducibly within, if `training.full_determinism`; the trainer sees to the rest.
+
+    To be entered before CUDA is initialised. Afterwards all that transformers switches on for it is as before.
+    """
+    if not training.full_determinism:
+        yield
+        return
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    os.environ.update([WORKSPACES])
+    try:
+        yield
+    finally:
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

@@ -1,0 +1,92 @@
+"""A step whose loss or gradient norm is not a finite number changes nothing: the run stops before it, or skips it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from qlora_cli.errors import TrainingError
+from qlora_cli.events import Reporter, StepSkipped
+from qlora_cli.settings.choices import OnNan
+from qlora_cli.settings.models import TrainingSettings
+
+NameRows = Callable[[int, int], tuple[str, ...]]
+# A gradient scaler begins far too high, and halves until the gradients of fp16 are finite: 2**16 takes 17 halvings.
+MOST_SCALER_SKIPS = 24
+
+
+class StepGuard:
+    """Watches the micro-batches of a step; a bad one spoils the whole step.
+
+    `name_rows` takes a step and a place in it, both from 0. `num_skipped` counts over the whole run, resumed or not.
+    """
+
+    def __init__(self, settings: TrainingSettings, name_rows: NameRows, reporter: Reporter) -> None:
+        self._settings = settings
+        self._name_rows = name_rows
+        self._reporter = reporter
+        self._micro_batch = 0
+        self._fault: tuple[str, tuple[str, ...]] | None = None
+        self._scaler_skips = 0
+        self.num_skipped = 0
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        self._micro_batch = 0
+        self._fault = None
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the step in progress, or the one that has just ended, is skipped."""
+        return self._fault is not None
+
+    def check_loss(self, step: int, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss of the next micro-batch of `step`, which counts from 0; 0 if it is not finite.
+
+        Raises:
+            TrainingError: it is not finite, and that is to stop the run.
+        """
+        place, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        if bool(torch.isfinite(loss)):
+            return loss
+        self._found(step, f"the loss is {float(loss)}", self._name_rows(step, place))
+        return torch.zeros_like(loss)
+
+    def check_norm(self, step: int, norm: float, *, is_scaled: bool) -> bool:
+        """Return whether the update may be made. `is_scaled`: by fp16's scaler, which begins too high.
+
+        Raises:
+            TrainingError: the norm is not finite, and that is to stop the run.
+        """
+        if self.is_skipping:
+            return False
+        if math.isfinite(norm):
+            self._scaler_skips = 0
+            return True
+        if is_scaled and self._scaler_skips < MOST_SCALER_SKIPS:
+            self._scaler_skips += 1
+            self._fault = ("fp16 gradients overflowed, and their scale is lowered", ())
+            self._reporter.report(StepSkipped(step=step + 1, reason=self._fault[0], rows=()))
+            return False
+        rows = tuple(row for place in range(self._micro_batch) for row in self._name_rows(step, place))
+        self._found(step, f"the gradient norm is {norm}", rows)
+        return False
+
+    def _found(self, step: int, reason: str, rows: tuple[str, ...]) -> None:
+        if self._settings.on_nan == OnNan.STOP:
+            raise TrainingError(
+                f"step {step + 1}: {reason}; nothing was updated. The rows: {', '.join(rows)}",
+                hint="Look at them with qlora inspect-data. Then --on-nan skip goes on without such steps; or start "
+                "anew with a lower --learning-rate, or with --dtype bf16 or fp32 instead of fp16.",
+            )
+        if self._fault is not None:
+            return
+        self._fault = (reason, rows)
+        self.num_skipped += 1
+        if self.num_skipped > self._settings.max_nan_skips:
+            raise TrainingError(
+                f"step {step + 1}: {reason}, as in {self.num_skipped - 1} steps that were skipped before it; "
+                f"the rows: {', '.join(rows)}",
+                hint="Start anew with a lower --learning-rate, or allow more by training.max_nan_skips.",
+            )
+        self._reporter.report(StepSkipped(step=step + 1, reason=reason, rows=rows))

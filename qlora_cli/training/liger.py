@@ -1,0 +1,26 @@
+"""Liger's kernels in the layers of a model. Not its loss: TRL has one of its own, which never builds the logits."""
+
+from peft import PeftModel
+from transformers.integrations.liger import apply_liger_kernel
+
+from qlora_cli.errors import ModelError
+
+# The trainer's own `use_liger_kernel` is deprecated in TRL 1.16, and says nothing of a model that has no kernels.
+NO_LOSS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def use_liger_kernels(model: PeftModel) -> None:
+    """Compute norms, rotary embeddings and MLPs of `model`, as far as it has them, by Liger's kernels from now on.
+
+    Raises:
+        ModelError: there are none for this architecture.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # needs a GPU's Triton
+
+    model_type = model.get_base_model().config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(
+            f"Liger has no kernels for a model of type {model_type}",
+            hint="Leave training.use_liger_kernel out, or install a newer liger-kernel.",
+        )
+    apply_liger_kernel(model, NO_LOSS)

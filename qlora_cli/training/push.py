@@ -1,0 +1,177 @@
+"""The adapter on the hub: whether it may be pushed is seen before anything is loaded, the push comes after the run.
+
+Imports no torch, and the hub's client only if something is to be pushed.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import Problem, PushError, QloraError, SettingsError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.transfer import http_error_type
+from qlora_cli.settings.models import OutputSettings, TrainSettings
+from qlora_cli.settings.resolve import Resolved
+
+SETTING = "output.push_to_hub"
+LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."
+# The adapter, its config, the tokenizer and its chat template.
+PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+WRITES, CAN_WRITE = "repo.write", {"admin", "write", "contributor"}  # a permission of tokens, roles in organizations
+
+
+def push_problem(output: OutputSettings) -> QloraError | None:
+    """Return why nothing can be pushed, as far as that is known without asking the hub."""
+    if output.push_to_hub is None:
+        return None
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # lazy there
+
+    owner, slash, name = output.push_to_hub.partition("/")
+    try:
+        validate_repo_id(output.push_to_hub)
+    except HFValidationError as error:
+        return QloraError(f"{output.push_to_hub!r} is no name of a repository: {error}", hint="Give OWNER/NAME.")
+    if not (owner and slash and name):
+        hint = "Give OWNER/NAME: your name on the hub, or an organization's, before the slash."
+        return QloraError(f"{output.push_to_hub!r} does not say whose repository it is", hint=hint)
+    if constants.HF_HUB_OFFLINE:
+        hint = f"Unset HF_HUB_OFFLINE, or push later: {push_command(output, Path('RUN/adapter'))}"
+        return QloraError("nothing can be pushed to the hub offline, and HF_HUB_OFFLINE is set", hint=hint)
+    if get_token() is None:
+        return QloraError(f"{output.push_to_hub} can't be pushed to without a login to the hub", hint=LOG_IN)
+    return None
+
+
+def check_push(resolved: Resolved[TrainSettings], reporter: Reporter) -> None:
+    """Ask the hub whether the token may write to the repository of the settings, as far as it tells.
+
+    A hub that can't be asked now may be there at the end: that is a warning.
+
+    Raises:
+        SettingsError: the token is none, or may not write there.
+    """
+    output = resolved.settings.output
+    if output.push_to_hub is None:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = _lacks(HfApi().whoami(), output.push_to_hub)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in {401, 403}:
+            _warn(reporter, f"HTTP {error.response.status_code}", output)
+            return
+        found = QloraError("the hub does not accept the token that is set or stored", hint=LOG_IN)
+    except (http_error_type(), OSError, ValueError) as error:
+        # The text may quote the header with the token.
+        _warn(reporter, type(error).__name__, output)
+        return
+    if found is not None:
+        where = resolved.origin_of(SETTING).where
+        raise SettingsError([Problem(where=where, message=found.message, hint=found.hint)])
+
+
+def _warn(reporter: Reporter, reason: str, output: OutputSettings) -> None:
+    message = f"the hub did not say whether {output.push_to_hub} can be pushed to ({reason}); it is tried at the end"
+    reporter.report(Noted(level="warning", message=message))
+
+
+def _lacks(who: Mapping[str, Any], repository: str) -> QloraError | None:
+    """Return what the account, or its token, lacks to write to `repository`; None if nothing is known to be missing.
+
+    `who` is the answer of `whoami-v2`.
+    """
+    owner = repository.partition("/")[0]
+    roles = {who.get("name"): "admin", **{one.get("name"): one.get("roleInOrg") for one in who.get("orgs") or ()}}
+    if owner not in roles:
+        mine = ", ".join(sorted(name for name in roles if name))
+        hint = f"Push to one of: {mine}; or log in with another token: hf auth login"
+        return QloraError(
+            f"the token is that of {who.get('name')}, who can't write to repositories of {owner}", hint=hint
+        )
+    if roles[owner] is not None and roles[owner] not in CAN_WRITE:
+        return QloraError(f"{who.get('name')} may only read in {owner}", hint="Ask its owners for the right to write.")
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        return QloraError("the token of the hub can only read", hint=LOG_IN)
+    if token.get("role") == "fineGrained" and not _is_granted(token.get("fineGrained") or {}, owner, repository):
+        hint = "Give it write access at https://huggingface.co/settings/tokens, or use another: hf auth login"
+        return QloraError(f"the token of the hub may not write to repositories of {owner}", hint=hint)
+    return None
+
+
+def _is_granted(fine: Mapping[str, Any], owner: str, repository: str) -> bool:
+    """Whether a fine-grained token may write to a repository, or does not say what it may."""
+    scopes = fine.get("scoped")
+    if not isinstance(scopes, list) or WRITES in (fine.get("global") or ()):
+        return True
+    return any(
+        WRITES in (scope.get("permissions") or ()) and (scope.get("entity") or {}).get("name") in {owner, repository}
+        for scope in scopes
+    )
+
+
+def push_adapter(output: OutputSettings, adapter: Path, reporter: Reporter) -> str:
+    """Push what is in `adapter` to the repository of the settings; return its address. It is made if need be.
+
+    Raises:
+        PushError: it can't be pushed; the hint is the command that pushes it later.
+    """
+    from huggingface_hub import HfApi
+
+    repository = output.push_to_hub
+    assert repository is not None, "there is nowhere to push to"
+    reporter.report(PhaseStarted(title=f"Pushing the adapter to {repository}"))
+    try:
+        with _without_bars():
+            api = HfApi()
+            address = api.create_repo(repository, private=output.hub_private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=adapter,
+                allow_patterns=list(PUSHED),
+                commit_message="Upload the adapter",
+            )
+    except (http_error_type(), OSError, ValueError, RuntimeError) as error:  # the last, of single files
+        raise PushError(
+            f"the run is done, but its adapter was not pushed to {repository}: {_told(error)}",
+            hint=f"Push it later: {push_command(output, adapter)}",
+        ) from None  # the client's error quotes what it sent
+    reporter.report(Noted(message=f"the adapter is at {address}"))
+    return str(address)
+
+
+def push_command(output: OutputSettings, adapter: Path) -> str:
+    """Return the command that pushes `adapter` by hand."""
+    private = " --private" if output.hub_private else ""
+    return f"hf upload {output.push_to_hub} {shlex.quote(str(adapter))}{private}"
+
+
+def _told(error: Exception) -> str:
+    """Return the first line of an error, and of what caused it, without the token, should it quote one."""
+    from huggingface_hub import get_token
+
+    errors = (error, error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else (error,)
+    text = ": ".join((str(one).strip().splitlines() or [type(one).__name__])[0].rstrip(".") for one in errors)
+    token = get_token()
+    return text.replace(token, "<token>") if token else text
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the client's bars from being drawn over ours."""
+    from huggingface_hub import utils
+
+    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined] # lazy there
+        yield
+        return
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+"""Before the first step: the largest micro-batch forward and backward, and the largest of an evaluation forward.
+
+What does not fit ends the run in its first minute, not after hours at its longest row.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_cli.events import Noted, Rehearsed, Reporter
+from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_device_reserved_bytes
+from qlora_cli.training.batches import Row
+from qlora_cli.training.trainer import QloraTrainer
+
+Batch = dict[str, Any]
+# What CUDA says outside of PyTorch's allocator (unified and pinned memory, cuBLAS), and the CPU's allocator.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+class RehearsalError(Exception):
+    """The largest micro-batch does not fit in memory; its cause is what PyTorch raised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What is tried: rows of training, and of an evaluation if there is one.
+
+    `state_bytes` is what the optimizer will keep on the GPU from its first step on; that much is held meanwhile.
+    """
+
+    rows: list[Row]
+    eval_rows: list[Row] | None
+    collate: Callable[[list[Row]], Batch]
+    state_bytes: int
+
+
+class RehearsalCallback(TrainerCallback):
+    """Tries the largest micro-batches as soon as the loop begins."""
+
+    def __init__(self, trainer: QloraTrainer, rehearsal: Rehearsal, reporter: Reporter) -> None:
+        self._trainer = trainer
+        self._rehearsal = rehearsal
+        self._reporter = reporter
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002 - the signature is that of transformers
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Try them.
+
+        Raises:
+            RehearsalError: they do not fit.
+        """
+        start = time.monotonic()
+        try:
+            self._try_out(args.device)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise RehearsalError from error
+            raise
+        if never_used := self._trainer.never_used:
+            layers = f"{len(never_used)} of {self._trainer.num_adapted} layers with an adapter"
+            message = f"the model does not call {layers} in its largest micro-batch, such as {never_used[0]}"
+            self._reporter.report(Noted(level="warning", message=message))
+        self._reporter.report(
+            Rehearsed(
+                micro_batch_size=len(self._rehearsal.rows),
+                longest_row_tokens=max(len(row["input_ids"]) for row in self._rehearsal.rows),
+                seconds=time.monotonic() - start,
+                device_allocated_bytes=peak_device_allocated_bytes(args.device),
+                device_reserved_bytes=peak_device_reserved_bytes(args.device),
+            )
+        )
+
+    def _try_out(self, device: torch.device) -> None:
+        rehearsal = self._rehearsal
+        has_state = bool(self._trainer.optimizer.state)  # of a run that goes on
+        held = 0 if has_state or device.type != "cuda" else rehearsal.state_bytes
+        room = torch.empty(held, dtype=torch.uint8, device=device)
+        self._trainer.try_out(rehearsal.collate(rehearsal.rows))
+        if rehearsal.eval_rows is not None:
+            self._trainer.try_out_evaluation(rehearsal.collate(rehearsal.eval_rows))
+        del room
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's memory, or the host's, is used up."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

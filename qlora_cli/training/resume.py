@@ -1,0 +1,324 @@
+"""Whether a run goes on where an earlier one ended: from which checkpoint, and with which settings changed. No torch.
+
+A run may only go on if what comes out is what its `run.json` says. So settings that shape the adapter must be those of
+before; others may change, and are listed.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
+from qlora_cli.files import as_json, check_output_directory
+from qlora_cli.settings.choices import Schedule
+from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings
+from qlora_cli.training.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
+from qlora_cli.training.result import TrainResult
+from qlora_cli.training.run_directory import RunDirectory, RunLock, only_began
+
+AUTO, NEVER = "auto", "never"
+
+# Settings that change neither the adapter nor what is said of it: where it is written, when one looks at it, on what
+# and how it is computed. The data may be named otherwise as long as the rows are the same, which is checked by digest,
+# and the dtype as long as it comes to the same.
+FREE = {
+    "model": {"dtype", "device", "attention", "offload_embedding", "trust_remote_code", "allow_pickle"},
+    "data": {"dataset", "eval_dataset", "format", "columns", "accept_lost", "on_bad_row"},
+    "training": {
+        *("logging_steps", "save_steps", "eval_steps", "early_stopping_patience", "load_best_model_at_end"),
+        *("sample_prompts", "sample_tokens", "on_nan", "max_nan_skips", "auto_micro_batch"),
+        *("gradient_checkpointing", "torch_compile", "use_liger_kernel", "full_determinism"),
+    },
+    "output": set(OutputSettings.model_fields),
+}
+# Checked by what they come to.
+BATCH = ("micro_batch_size", "gradient_accumulation_steps")
+LENGTH = ("max_steps", "epochs")
+CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """An earlier run that goes on.
+
+    Attributes:
+        run: Its directory.
+        record: Its `run.json`.
+        checkpoint: The last good checkpoint; None if there is none yet, so that training begins anew.
+        damaged: Newer checkpoints that can't be used, each with the reason.
+    """
+
+    run: RunDirectory
+    record: Mapping[str, Any]
+    checkpoint: Path | None
+    damaged: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """The step after which training goes on."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the earlier run has done all it was to do."""
+        return self.record.get("status") == "done"
+
+
+def output_problem(output: OutputSettings) -> QloraError | None:
+    """Return why a run can't be written to its directory, or what is to be resumed is none."""
+    directory = RunDirectory(output.directory)
+    record = directory.read_run_file()
+    holds_run = record is not None
+    if record is None and directory.run_file.exists():
+        return OutputDirectoryError(
+            f"{directory.run_file} can't be read: it is no JSON object", hint="Restore it, or choose another --output."
+        )
+    if output.resume == NEVER and holds_run:
+        return OutputDirectoryError(
+            f"{directory.path} already holds a run, which is not to be resumed",
+            hint="Leave --resume never out to go on with it, choose another --output, or delete the run.",
+        )
+    asked = _path_of(output)
+    if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
+        return wrong
+    if holds_run:
+        return _is_busy(directory)
+    if directory.path.is_dir() and only_began(directory.path, takes_over=asked is not None):
+        return None
+    return check_output_directory(directory.path)
+
+
+def _path_of(output: OutputSettings) -> Path | None:
+    return None if output.resume in {AUTO, NEVER} else Path(output.resume)
+
+
+def _came_from(record: Mapping[str, Any] | None, checkpoint: Path) -> bool:
+    """Whether a run is one that went on from `checkpoint` already, so that it is its own checkpoints that count."""
+    entries = (record or {}).get("resumed") or []
+    return any(Path(entry["checkpoint"]).resolve() == checkpoint.resolve() for entry in entries if entry["checkpoint"])
+
+
+def _is_busy(directory: RunDirectory) -> QloraError | None:
+    try:
+        with RunLock(directory):
+            return None
+    except OutputDirectoryError as error:
+        return error
+
+
+def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
+    hint = "Name a folder step-N in the checkpoints of a run, or a run directory."
+    run = _run_of(path)
+    if run is None or run.read_run_file() is None:
+        return OutputDirectoryError(f"--resume {path}: there is no checkpoint of a run", hint=hint)
+    is_same = run.path.resolve() == output.path.resolve()
+    if output.read_run_file() is not None and not is_same:
+        return OutputDirectoryError(
+            f"{output.path} already holds a run, other than the one that --resume {path} goes on with",
+            hint="Choose a new --output, or that of the run to go on with.",
+        )
+    newest = list_checkpoints(run.checkpoints)[-1:]
+    if is_same and (path / TRAINER_STATE).is_file() and [path.resolve()] != [found.resolve() for found in newest]:
+        return OutputDirectoryError(
+            f"{output.path} has checkpoints after {path.name}, which the run would write over",
+            hint="Go on from there in a new --output.",
+        )
+    return None
+
+
+def _run_of(path: Path) -> RunDirectory | None:
+    """Return the run that `path` is, or is a checkpoint of."""
+    if (path / TRAINER_STATE).is_file():
+        return RunDirectory(path.absolute().parent.parent)
+    return RunDirectory(path) if (path / "run.json").is_file() else None
+
+
+def find_resume(output: OutputSettings) -> Resume | None:
+    """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
+
+    Raises:
+        OutputDirectoryError: there are checkpoints, and none is good.
+    """
+    asked = _path_of(output)
+    if asked is not None and _came_from(RunDirectory(output.directory).read_run_file(), asked):
+        asked = None
+    run = RunDirectory(output.directory) if asked is None else _run_of(asked)
+    record = None if run is None else run.read_run_file()
+    if run is None or record is None:
+        return None
+    is_one = asked is not None and (asked / TRAINER_STATE).is_file()
+    candidates = [asked] if asked is not None and is_one else list_checkpoints(run.checkpoints)
+    damaged: list[str] = []
+    for checkpoint in reversed(candidates):
+        reason = damage_of(checkpoint)
+        if reason is None:
+            return Resume(run=run, record=record, checkpoint=checkpoint, damaged=tuple(damaged))
+        damaged.append(f"{checkpoint}: {reason}")
+    if damaged and record.get("status") != "done":
+        raise OutputDirectoryError(
+            f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
+            hint="Start anew with another --output.",
+        )
+    return Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
+
+
+def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
+    """Return by `section.key` what settings were in the earlier run and are now, where they differ."""
+    before, now = resume.record.get("settings") or {}, as_json(settings.model_dump(mode="json"))
+    found = {}
+    for section, values in now.items():
+        known = before.get(section) or {}
+        for key, value in values.items():
+            # An older version's run did without a setting as its default does now.
+            default = as_json(SECTIONS[section].model_fields[key].get_default(call_default_factory=True))
+            if (was := known.get(key, default)) != value:
+                found[f"{section}.{key}"] = (was, value)
+    return found
+
+
+def result_of_done(settings: TrainSettings) -> TrainResult | None:
+    """Return the result of the run in the output directory, if it is done and is the one that is asked for."""
+    run = RunDirectory(settings.output.directory)
+    record = run.read_run_file()
+    if record is None or record.get("status") != "done" or settings.output.resume == NEVER:
+        return None
+    resume = Resume(run=run, record=record, checkpoint=None, damaged=())
+    if any(not path.startswith("output.") for path in changed_settings(resume, settings)):
+        return None
+    return TrainResult.from_record(record)
+
+
+def check_changes(resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool) -> list[str]:
+    """Return what of the settings changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
+
+    Raises:
+        SettingsError: with every change that would make the result another than the record says.
+    """
+    changed = changed_settings(resume, settings)
+    if resume.checkpoint is None and not resume.is_done:  # it begins anew
+        return []
+    problems = [
+        Problem(
+            where=path,
+            message=f"is {_shown(now)}, and was {_shown(before)} until step {resume.step:,}",
+            hint=f"Leave it as it was, or start anew with another --output{_or_train_on(resume)}.",
+        )
+        for path, (before, now) in changed.items()
+        if not _is_free(path) and not (trains_given_adapter and path.startswith("lora."))
+    ]
+    problems += _batch_problems(resume, changed, settings)
+    if problems:
+        raise SettingsError(problems)
+    return [f"{path}: {_shown(before)} before, {_shown(now)} now" for path, (before, now) in changed.items()]
+
+
+def _or_train_on(resume: Resume) -> str:
+    return "" if resume.checkpoint is None else f"; or train its adapter on with --model {resume.checkpoint}"
+
+
+def _is_free(path: str) -> bool:
+    section, key = path.split(".")
+    return key in FREE.get(section, ()) or (section == "training" and key in {*BATCH, *LENGTH})
+
+
+def _batch_problems(
+    resume: Resume, changed: Mapping[str, tuple[Any, Any]], settings: TrainSettings
+) -> Iterator[Problem]:
+    if not any(f"training.{key}" in changed for key in BATCH):
+        return
+    training, before = settings.training, resume.record["settings"]["training"]
+    rows, rows_before = training.micro_batch_size * training.gradient_accumulation_steps, 1
+    for key in BATCH:
+        rows_before *= before[key]
+    if rows != rows_before:
+        yield Problem(
+            where="training.micro_batch_size x training.gradient_accumulation_steps",
+            message=f"is {rows} rows a step, and was {rows_before}",
+            hint=f"Choose them so that their product is {rows_before}, or start anew with another --output.",
+        )
+
+
+def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> None:
+    """Check that a run that is to be longer or shorter than it was has the learning rates it would have had.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    before = (resume.record.get("plan") or {}).get("num_steps", num_steps)
+    if num_steps == before or (resume.checkpoint is None and not resume.is_done):
+        return
+    training = settings.training
+    warmup = round(training.warmup_ratio * max(num_steps, before))
+    if training.schedule in CONSTANT and resume.step >= warmup and num_steps >= resume.step:
+        return
+    raise SettingsError(
+        [
+            Problem(
+                where="training.max_steps, training.epochs",
+                message=f"come to {num_steps:,} steps, and were {before:,}; the learning rates until step "
+                f"{resume.step:,} were those of {before:,} steps",
+                hint=f"Leave them as they were, or start anew with another --output{_or_train_on(resume)}.",
+            )
+        ]
+    )
+
+
+def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
+    """Check that the rows, by the digests of what is trained (`train`) and held out (`eval`), are those of before.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    if resume.checkpoint is None and not resume.is_done:
+        return
+    data = resume.record.get("data") or {}
+    before = {name: (data.get(name) or {}).get("fingerprint") for name in fingerprints}
+    problems = [
+        Problem(
+            where=f"data ({'training' if name == 'train' else 'held out'})",
+            message=f"the rows are not those that were trained until step {resume.step:,}",
+            hint=f"Restore them, or start anew with another --output{_or_train_on(resume)}.",
+        )
+        for name, fingerprint in fingerprints.items()
+        if fingerprint != before[name]
+    ]
+    if problems:
+        raise SettingsError(problems)
+
+
+def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
+    """Check that the base is the one that was trained on, and computed in the same dtype.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if resume.checkpoint is None:
+        return
+    known = resume.record.get("base_model_digest", digest)
+    hint = f"Start anew with another --output{_or_train_on(resume)}."
+    if known != digest:
+        raise ModelError(
+            f"the weights of the base are not those that were trained on until step {resume.step:,}",
+            hint=f"Restore them, or name their --revision. {hint}",
+        )
+    before = (resume.record.get("plan") or {}).get("compute_dtype", compute_dtype)
+    if before != compute_dtype:
+        raise ModelError(
+            f"model.dtype comes to {compute_dtype} here, and was {before} until step {resume.step:,}",
+            hint=f"Go on with --dtype {before}, if this machine has it. {hint}",
+        )
+
+
+def changed_versions(resume: Resume, versions: Mapping[str, str]) -> list[str]:
+    """Return the libraries that are not those of before, in words."""
+    before = resume.record.get("versions") or {}
+    return [
+        f"{name}: {before[name]} before, {version} now"
+        for name, version in versions.items()
+        if name in before and before[name] != version
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

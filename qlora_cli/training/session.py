@@ -1,0 +1,282 @@
+"""One attempt at a run: the trainer with all that watches it, from the first step, or the one it goes on behind."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from qlora_cli.data.collate import make_collator
+from qlora_cli.errors import TrainingError
+from qlora_cli.events import (
+    Noted,
+    PhaseStarted,
+    Reporter,
+    TrainingEnded,
+    TrainingResumed,
+    TrainingStarted,
+)
+from qlora_cli.files import write_directory
+from qlora_cli.loading.adapter import save_trained_adapter
+from qlora_cli.loading.adapter_state import restore_adapter
+from qlora_cli.memory.measure import (
+    peak_device_allocated_bytes,
+    peak_device_reserved_bytes,
+    peak_host_bytes,
+    reset_device_peak,
+)
+from qlora_cli.training.adapter_check import check_saved, check_trained
+from qlora_cli.training.arguments import training_arguments
+from qlora_cli.training.batches import Batches, largest_held_out
+from qlora_cli.training.checkpoints import CheckpointStore, damage_of
+from qlora_cli.training.early_stop import EarlyStopCallback
+from qlora_cli.training.guard import StepGuard
+from qlora_cli.training.loop_state import Progress
+from qlora_cli.training.order import RowOrder
+from qlora_cli.training.plan import PreparedRun
+from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
+from qlora_cli.training.reporting import ReportingCallback
+from qlora_cli.training.result import PeakMemory, TrainResult
+from qlora_cli.training.run_directory import RunDirectory
+from qlora_cli.training.samples import Answerer, SampleCallback
+from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
+from qlora_cli.training.trainer import QloraTrainer
+
+
+class Session:
+    """A trainer of a prepared run; `trainer` is what TRL runs."""
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        directory: RunDirectory,
+        reporter: Reporter,
+        stop: StopSignal,
+        trackers: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self._prepared = prepared
+        self._directory = directory
+        self._reporter = reporter
+        self._stop = stop
+        self._reporting = ReportingCallback(reporter, prepared.loaded.device)
+        self.store = CheckpointStore(
+            directory.checkpoints,
+            prepared.settings.output.max_checkpoints,
+            prepared.plan.checkpoint_bytes,
+            directory.metrics_file,
+        )
+        self._samples: SampleCallback | None = None
+        self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
+        self.trainer = self._make_trainer()
+        for callback in (*self._callbacks(), *trackers):
+            self.trainer.add_callback(callback)
+
+    def _make_trainer(self) -> QloraTrainer:
+        prepared, data = self._prepared, self._prepared.train_data
+        loaded, tokenizer = prepared.loaded, prepared.loaded.tokenizer
+        trainer = QloraTrainer(
+            store=self.store,
+            reporter=self._reporter,
+            reporting=self._reporting,
+            guard=self._guard,
+            order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
+            loraplus_lr_ratio=prepared.settings.training.loraplus_lr_ratio,
+            model=prepared.model,
+            args=training_arguments(
+                prepared.settings,
+                output=self._directory.checkpoints,
+                device=loaded.device,
+                dtype=loaded.dtype,
+                num_steps=prepared.plan.num_steps,
+                has_eval=prepared.eval_data is not None,
+            ),
+            processing_class=tokenizer,
+            data_collator=make_collator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
+            train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
+            eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
+            callbacks=[self._reporting],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _batches(self) -> Batches:
+        data, settings = self._prepared.train_data, self._prepared.settings
+        return Batches(data, settings.training, settings.data.max_length, settings.data.packing)
+
+    def _what_to_rehearse(self) -> Rehearsal:
+        prepared, evaluation = self._prepared, self._prepared.eval_data
+        size = prepared.settings.training.micro_batch_size
+        return Rehearsal(
+            rows=self._batches().largest(prepared.plan.num_epochs or 1),
+            eval_rows=None if evaluation is None else largest_held_out(evaluation, size),
+            collate=self.trainer.data_collator,
+            state_bytes=0 if prepared.settings.training.optimizer.is_paged else prepared.plan.optimizer_bytes,
+        )
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        training, loaded = self._prepared.settings.training, self._prepared.loaded
+        found: list[TrainerCallback] = [
+            RehearsalCallback(self.trainer, self._what_to_rehearse(), self._reporter),
+            StopCallback(self._stop, self._directory.request_file),
+        ]
+        if training.early_stopping_patience is not None:
+            found.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
+        if training.sample_prompts:
+            answerer = Answerer(
+                tokenizer=loaded.tokenizer,
+                end_ids=self._prepared.end_ids,
+                dtype=loaded.dtype.torch_dtype,
+                max_tokens=training.sample_tokens,
+            )
+            self._samples = SampleCallback(answerer, training.sample_prompts, self._reporter)
+            found.append(self._samples)
+        return found
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.trainer.state.global_step)
+
+    @property
+    def progress(self) -> Progress:
+        """What was reported so far."""
+        return self._reporting.progress
+
+    def train(self) -> TrainResult:
+        """Train to the end, or until a signal comes; write `adapter/` and return what came of it.
+
+        Raises:
+            RehearsalError: the largest micro-batch does not fit.
+            TrainingError: the loss was not finite, or the adapter is not what was trained.
+        """
+        prepared, num_steps = self._prepared, self._prepared.plan.num_steps
+        reset_device_peak(prepared.loaded.device)
+        start = time.monotonic()
+        self._announce()
+        was_cut = self._loop()
+        was_cut = was_cut or self._evaluate_at_end()
+        if was_cut:
+            self.trainer.save_last_step()
+        is_whole = self._stop.name is None or (self.step >= num_steps and self._is_evaluated)
+        interrupted_by = None if is_whole else self._stop.name
+        train_seconds = time.monotonic() - start
+        self._write_adapter(is_whole=is_whole)
+        self._reporter.report(TrainingEnded(step=self.step, num_steps=num_steps, interrupted_by=interrupted_by))
+        return self._result(train_seconds, interrupted_by)
+
+    def _announce(self) -> None:
+        plan, resume = self._prepared.plan, self._prepared.resume
+        predicted = plan.predicted_memory
+        self._reporter.report(
+            TrainingStarted(
+                num_steps=plan.num_steps,
+                output=self._directory.path,
+                predicted_allocated_bytes=predicted.allocated_bytes if predicted else None,
+                predicted_reserved_bytes=predicted.reserved_bytes if predicted else None,
+            )
+        )
+        if resume is not None:
+            checkpoint = resume.checkpoint or self._directory.path
+            self._reporter.report(TrainingResumed(step=resume.step, num_steps=plan.num_steps, checkpoint=checkpoint))
+
+    def _loop(self) -> bool:
+        """Train the steps that are left; return whether a signal cut an evaluation short."""
+        resume = self._prepared.resume
+        checkpoint = self.store.path_of(resume.step) if resume is not None and resume.checkpoint is not None else None
+        try:
+            if checkpoint is not None:
+                self.trainer.resume(checkpoint)
+            if checkpoint is None or not self._has_ended:
+                self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            elif self._samples is not None:
+                self._samples.answer_last(self._prepared.model, self.step)
+        except StoppedError:
+            return True
+        return False
+
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether there is no evaluation of the last step to come."""
+        return self._prepared.eval_data is None or self.step in self.progress.eval_losses
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the run that goes on has done its steps, or was stopping early: it was killed before its end."""
+        patience = self._prepared.settings.training.early_stopping_patience
+        stops_early = patience is not None and self.progress.num_since_best >= patience
+        return stops_early or self.step >= self._prepared.plan.num_steps
+
+    def _evaluate_at_end(self) -> bool:
+        """Evaluate after the last step, if that was not done; return whether a signal cut it short."""
+        if self._is_evaluated or self._stop.name is not None:
+            return False
+        try:
+            self.trainer.note_evaluation(self.trainer.evaluate())
+        except StoppedError:
+            return True
+        return False
+
+    def _write_adapter(self, *, is_whole: bool) -> None:
+        if is_whole:
+            self._take_best()
+            check_trained(self._prepared.model, self.trainer.never_used)
+        save_adapter(self._prepared, self._directory)
+        if is_whole:
+            self._reporter.report(PhaseStarted(title="Checking the adapter"))
+            check_saved(self._prepared.model, self._directory.adapter, len(self._prepared.loaded.tokenizer))
+
+    def _take_best(self) -> None:
+        """Give the adapter the weights of the best evaluation, if that is asked for."""
+        best = self.progress.best_step
+        if not self._prepared.settings.training.load_best_model_at_end or best is None or best == self.step:
+            return
+        if damage := damage_of(self.store.path_of(best)):
+            raise TrainingError(
+                f"the checkpoint of the best evaluation, step {best:,}, can't be used: {damage}",
+                hint="Without training.load_best_model_at_end the run ends with the adapter of its last step.",
+            )
+        restore_adapter(self._prepared.model, self.store.path_of(best))
+        self._reporter.report(Noted(message=f"adapter/ is that of step {best:,}, the best evaluation"))
+
+    def _result(self, train_seconds: float, interrupted_by: str | None) -> TrainResult:
+        prepared, progress, device = self._prepared, self.progress, self._prepared.loaded.device
+        return TrainResult(
+            output=self._directory.path,
+            adapter=self._directory.adapter,
+            steps=self.step,
+            num_steps=prepared.plan.num_steps,
+            epochs=None if prepared.train_data.stream is not None else float(self.trainer.state.epoch or 0.0),
+            final_loss=progress.last_loss,
+            train_loss=progress.loss_sum / progress.num_losses if progress.num_losses else None,
+            eval_loss=progress.eval_losses.get(self.step),
+            num_tokens=progress.num_tokens,
+            tokens_per_second=progress.num_tokens / progress.stepping_seconds if progress.stepping_seconds else 0.0,
+            train_seconds=train_seconds,
+            total_seconds=time.monotonic() - prepared.started,
+            peak_memory=PeakMemory(
+                host_bytes=peak_host_bytes(),
+                device_allocated_bytes=peak_device_allocated_bytes(device),
+                device_reserved_bytes=peak_device_reserved_bytes(device),
+            ),
+            predicted_memory=prepared.plan.predicted_memory,
+            num_trainable_parameters=prepared.plan.num_trainable_parameters,
+            interrupted_by=interrupted_by,
+            checkpoints=tuple(self.store.all()),
+            resumed_from_step=prepared.resume.step if prepared.resume is not None else None,
+            stopped_early=interrupted_by is None and self.step < prepared.plan.num_steps,
+            best_step=progress.best_step,
+            best_eval_loss=progress.eval_losses[progress.best_step] if progress.best_step is not None else None,
+            num_skipped_steps=self._guard.num_skipped,
+            pushed_to=None,
+        )
+
+
+def save_adapter(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Write `adapter/`: the PEFT adapter, the tokenizer and its chat template, complete or absent."""
+
+    def fill(path: Path) -> None:
+        save_trained_adapter(prepared.model, path)
+        prepared.loaded.tokenizer.save_pretrained(path)
+
+    write_directory(directory.adapter, fill)

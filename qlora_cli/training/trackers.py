@@ -1,0 +1,212 @@
+"""Trackers that a run is also reported to: never in its way.
+
+What they write goes into the run directory, what they print to stderr. A login or a network that is missing neither
+blocks nor asks, and a tracker that fails is left behind; the run goes on.
+"""
+
+import netrc
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.settings.choices import ReportTo
+from qlora_cli.settings.models import OutputSettings
+
+PROJECT = "qlora"  # what runs are grouped by, unless the user has named it
+WANDB_ADDRESS = "https://api.wandb.ai"
+REACH_SECONDS = 3.0
+PATIENCE_SECONDS = "60"  # for what is left to send, at the beginning and at the end
+
+
+class Tracker(TrainerCallback):
+    """The callback of a tracker, whose failures are told and end it, not the run.
+
+    It sees the run begin, what is reported, and, by `close`, the end: the trainer is done before the last evaluation.
+    Checkpoints are not its affair: transformers' callbacks would look for them where ours are not.
+    """
+
+    def __init__(self, name: ReportTo, inner: TrainerCallback, reporter: Reporter) -> None:
+        self._name = name.value
+        self._inner: TrainerCallback | None = inner
+        self._reporter = reporter
+        self._end: Callable[[], None] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Begin to track."""
+        self._tell("on_train_begin", args, state, control, others)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Hand on what is reported."""
+        self._tell("on_log", args, state, control, others)
+
+    def close(self) -> None:
+        """End what was tracked, once."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+    def _tell(
+        self,
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        others: Mapping[str, Any],
+    ) -> None:
+        self._try(event, args, state, control, others)
+        if self._inner is not None:
+            self._end = lambda: self._try("on_train_end", args, state, control, others)
+
+    def _try(self, event: str, args: Any, state: Any, control: Any, others: Mapping[str, Any]) -> None:
+        if self._inner is None:
+            return
+        try:
+            getattr(self._inner, event)(args, state, control, **others)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the run
+            self._inner = self._end = None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = f"{self._name} failed and is reported to no more; the run goes on: {reason}"
+            self._reporter.report(Noted(level="warning", message=message))
+
+
+@contextmanager
+def tracking(output: OutputSettings, directory: Path, reporter: Reporter) -> Iterator[tuple[TrainerCallback, ...]]:
+    """Give the callbacks of the tracker that a run is reported to; `directory` is that of the run, and exists.
+
+    Within, stdout goes to stderr. Afterwards the tracker is closed and the environment as before.
+    """
+    name = output.report_to
+    if name == ReportTo.NONE:
+        yield ()
+        return
+    before = dict(os.environ)
+    with _stdout_aside():
+        os.environ.update(_variables(name, directory.absolute(), reporter))
+        try:
+            (kind,) = get_reporting_integration_callbacks([name.value])
+            tracker = Tracker(name, kind(), reporter)
+            try:
+                yield (tracker,)
+            finally:
+                tracker.close()
+                _let_go(name)
+        finally:
+            # Its own too: MLflow hands the number of an experiment on, which in another run's database is another's.
+            _restore(before, f"{name.value.upper()}_")
+
+
+@contextmanager
+def _stdout_aside() -> Iterator[None]:
+    """Let go to stderr what is written to stdout, by processes that are started here too."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _restore(before: Mapping[str, str], prefix: str) -> None:
+    """Set the variables of the environment that begin with `prefix` as they were."""
+    for key in [key for key in os.environ if key.startswith(prefix) and key not in before]:
+        del os.environ[key]
+    os.environ.update({key: value for key, value in before.items() if key.startswith(prefix)})
+
+
+def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str, str]:
+    """Return the variables that keep a tracker in the run directory; the user's own are left as they are."""
+    wanted: dict[str, str] = {}
+    if name == ReportTo.TENSORBOARD:
+        wanted = {"TENSORBOARD_LOGGING_DIR": str(directory / "tensorboard")}
+    elif name == ReportTo.TRACKIO:
+        wanted = {"TRACKIO_DIR": str(directory / "trackio")}
+    elif name == ReportTo.MLFLOW:
+        wanted = {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{directory / 'mlflow.db'}",
+            "MLFLOW_EXPERIMENT_NAME": PROJECT,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+    elif name == ReportTo.WANDB:
+        wanted = {
+            "WANDB_DIR": str(directory),
+            "WANDB_CACHE_DIR": str(directory / "wandb" / "cache"),
+            "WANDB_DATA_DIR": str(directory / "wandb" / "data"),
+            "WANDB_PROJECT": PROJECT,
+            "WANDB_ERROR_REPORTING": "false",
+            "WANDB_CONSOLE": "off",  # it would keep every frame of a progress bar
+            "WANDB_INIT_TIMEOUT": PATIENCE_SECONDS,
+            "WANDB_FINISH_TIMEOUT": PATIENCE_SECONDS,
+        }
+    found = {key: value for key, value in wanted.items() if key not in os.environ}
+    if name == ReportTo.TRACKIO and (kept := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):
+        message = f"trackio writes to {kept} for as long as this process lives, where its first run was"
+        reporter.report(Noted(level="warning", message=message))
+    if name == ReportTo.WANDB and (reason := _why_offline()):
+        found["WANDB_MODE"] = "offline"
+        folder = Path(os.environ.get("WANDB_DIR", directory)) / "wandb"
+        message = f"Weights & Biases is recorded offline: {reason}. Send it later: wandb sync {folder}/offline-run-*"
+        reporter.report(Noted(message=message))
+    return found
+
+
+def _why_offline() -> str | None:
+    """Return why Weights & Biases can't be sent to; None if it can, or if the user has chosen another mode."""
+    if os.environ.get("WANDB_MODE") not in {None, "", "online"}:
+        return None
+    address = os.environ.get("WANDB_BASE_URL") or WANDB_ADDRESS
+    host = urlsplit(address).netloc
+    if not _has_login(host):
+        return f"there is no login for {host} (wandb login, or WANDB_API_KEY)"
+    return None if _is_reached(address) else f"{host} can't be reached"
+
+
+def _has_login(host: str) -> bool:
+    """Whether a key is set, or stored where `wandb login` stores it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    stored = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
+    path = next((path.expanduser() for path in stored if path.expanduser().exists()), None)
+    try:
+        return path is not None and netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _is_reached(address: str) -> bool:
+    """Whether a server answers at all, or is behind a proxy, so that it can't be told."""
+    parts = urlsplit(address)
+    if parts.scheme in getproxies():
+        return True
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        with socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def _let_go(name: ReportTo) -> None:
+    """End what a tracker would only end with the process, so that a next run begins another."""
+    module = sys.modules.get(name.value)
+    if name == ReportTo.WANDB and module is not None:
+        if module.run is not None:
+            module.finish()
+        with suppress(SystemExit):  # as it ends where its own process failed
+            module.teardown()  # else it would keep the directory of its first run
+    elif name == ReportTo.MLFLOW and module is not None:
+        module.end_run()

@@ -1,0 +1,247 @@
+"""Trackers with their real packages, where they are installed: all goes into the run directory, nothing is blocked."""
+
+import importlib.util
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from qlora_cli.errors import SettingsError
+from qlora_cli.events import Noted
+from qlora_cli.settings.choices import ReportTo
+from qlora_cli.settings.models import OutputSettings
+from qlora_cli.training import trackers
+from qlora_cli.training.preflight import check_train_inputs
+from qlora_cli.training.trackers import Tracker, tracking
+from tests.conftest import Recorder, RunQlora, train_settings
+
+TRAIN = (
+    *("--dtype", "fp32", "--device", "cpu", "--max-length", "128", "--max-steps", "3"),
+    *("--gradient-accumulation-steps", "1", "--eval-split", "4", "--eval-steps", "2", "--json"),
+)
+PACKAGES = {
+    ReportTo.TENSORBOARD: ("tensorboard",),
+    ReportTo.WANDB: ("wandb",),
+    ReportTo.TRACKIO: ("trackio",),
+    ReportTo.MLFLOW: ("mlflow", "sqlalchemy", "alembic"),
+}
+
+
+def need(name: ReportTo) -> None:
+    for package in PACKAGES[name]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (pip install 'qlora-cli[{name.value}]')")
+
+
+def tensorboard_losses(run: Path) -> dict[str, list[int]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-not-found]
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {name: [event.step for event in events.Scalars(name)] for name in ("train/loss", "eval/loss")}
+
+
+def mlflow_losses(run: Path) -> dict[str, list[int]]:
+    with sqlite3.connect(run / "mlflow.db") as database:
+        assert database.execute("SELECT name, status FROM runs").fetchall() == [(run.name, "FINISHED")]
+        rows = database.execute(
+            "SELECT key, step FROM metrics WHERE key IN ('loss', 'eval_loss') ORDER BY step"
+        ).fetchall()
+    return {
+        name: [step for key, step in rows if key == column]
+        for name, column in (("train/loss", "loss"), ("eval/loss", "eval_loss"))
+    }
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_tracker_writes_into_the_run_directory_and_leaves_stdout_and_all_other_places_alone(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, name: ReportTo
+) -> None:
+    need(name)
+    home, here, run = tmp_path / "home", tmp_path / "here", tmp_path / "run"
+    home.mkdir()
+    here.mkdir()
+    cleared = {key: "" for key in ("WANDB_API_KEY", "WANDB_MODE", "NETRC") if key in os.environ}
+    done = run_qlora(
+        *("train", "--model", base_model, "--dataset", rows, "--output", run, *TRAIN, "--report-to", name.value),
+        env={"HOME": str(home), **cleared},
+        cwd=here,
+    )
+    assert done.code == 0, done.stderr
+    assert done.json["steps"] == 3  # one object, and nothing else, on stdout
+    assert list(here.iterdir()) == []
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+    if name == ReportTo.TENSORBOARD:
+        # The trainer is done before the last evaluation, which is reported all the same.
+        assert tensorboard_losses(run) == {"train/loss": [1, 2, 3], "eval/loss": [2, 3]}
+    elif name == ReportTo.MLFLOW:
+        assert mlflow_losses(run) == {"train/loss": [1, 2, 3], "eval/loss": [2, 3]}
+    elif name == ReportTo.WANDB:
+        (folder,) = (run / "wandb").glob("offline-run-*")
+        (file,) = folder.glob("*.wandb")
+        assert file.stat().st_size > 0
+        assert f"wandb sync {run / 'wandb'}/offline-run-*" in done.stderr
+        assert "no login for api.wandb.ai" in done.stderr
+    else:
+        with sqlite3.connect(run / "trackio" / "qlora.db") as database:
+            runs = database.execute("SELECT DISTINCT run_name FROM metrics").fetchall()
+        assert runs == [("run",)]
+
+
+def test_every_tracker_is_in_the_test_above() -> None:
+    assert {*PACKAGES, ReportTo.NONE} == set(ReportTo)
+
+
+@pytest.fixture
+def _no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key in [key for key in os.environ if key.startswith(("WANDB_", "TENSORBOARD_", "MLFLOW_", "TRACKIO_"))]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.usefixtures("_no_wandb_settings")
+def test_wandb_is_offline_without_a_login_or_a_server_and_only_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: str
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", answering)
+    assert "no login" in str(trackers._why_offline())
+    (tmp_path / "netrc").write_text(f"machine {answering.removeprefix('http://')} login user password {'a' * 40}\n")
+    assert trackers._why_offline() is None
+    (tmp_path / "netrc").write_text(f"machine other.example login user password {'a' * 40}\n")
+    assert "no login" in str(trackers._why_offline())
+    (tmp_path / "netrc").write_text("no netrc at all")
+    assert "no login" in str(trackers._why_offline())
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert trackers._why_offline() is None
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert trackers._why_offline() == "127.0.0.1:9 can't be reached"
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert trackers._why_offline() is None  # behind a proxy it can't be told
+    monkeypatch.delenv("WANDB_API_KEY")
+    for mode in ("offline", "disabled", "shared"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert trackers._why_offline() is None  # the user's choice
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert "no login" in str(trackers._why_offline())  # it would ask for one
+
+
+@pytest.mark.usefixtures("_no_wandb_settings")
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (ReportTo.TENSORBOARD, "TENSORBOARD_LOGGING_DIR", "{run}/tensorboard"),
+        (ReportTo.WANDB, "WANDB_DIR", "{run}"),
+        (ReportTo.TRACKIO, "TRACKIO_DIR", "{run}/trackio"),
+        (ReportTo.MLFLOW, "MLFLOW_TRACKING_URI", "sqlite:///{run}/mlflow.db"),
+    ],
+)
+def test_what_the_user_has_set_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: ReportTo, key: str, value: str
+) -> None:
+    found = trackers._variables(name, tmp_path, Recorder())
+    assert found[key] == value.format(run=tmp_path)
+    monkeypatch.setenv(key, "mine")
+    assert key not in trackers._variables(name, tmp_path, Recorder())
+
+
+def test_the_environment_is_as_before_and_the_callback_is_there_within(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    need(ReportTo.TENSORBOARD)
+    monkeypatch.setenv("TENSORBOARD_MINE", "1")
+    before = dict(os.environ)
+    output = OutputSettings(directory=tmp_path, report_to=ReportTo.TENSORBOARD)
+
+    def failing_run() -> None:
+        with tracking(output, tmp_path, Recorder()) as found:
+            assert len(found) == 1
+            assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
+            os.environ["TENSORBOARD_THEIRS"] = "1"
+            os.environ["TENSORBOARD_MINE"] = "2"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing_run()
+    assert dict(os.environ) == before
+    with tracking(OutputSettings(directory=tmp_path), tmp_path, Recorder()) as found:
+        assert found == ()
+
+
+class Inner(TrainerCallback):
+    """A tracker that fails in one of its events."""
+
+    def __init__(self, fails_in: str | None = None) -> None:
+        self.fails_in = fails_in
+        self.told: list[str] = []
+
+    def _tell(self, event: str) -> None:
+        self.told.append(event)
+        if event == self.fails_in:
+            raise ConnectionError("the network is gone\nand more")
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._tell("begin")
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        self._tell("log")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._tell("end")
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._tell("save")
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "told"),
+    [
+        (None, ["begin", "log", "log", "end"]),
+        ("begin", ["begin"]),
+        ("log", ["begin", "log"]),
+        ("end", ["begin", "log", "log", "end"]),
+    ],
+)
+def test_a_tracker_that_fails_is_told_of_once_and_left_behind(fails_in: str | None, told: list[str]) -> None:
+    inner, recorder = Inner(fails_in), Recorder()
+    tracker = Tracker(ReportTo.WANDB, inner, recorder)
+    args: Any = SimpleNamespace()
+    state, control = TrainerState(), TrainerControl()
+    tracker.on_train_begin(args, state, control)
+    tracker.on_log(args, state, control, logs={"loss": 1.0})
+    tracker.on_save(args, state, control)
+    tracker.on_train_end(args, state, control)  # the last evaluation is still to come
+    tracker.on_log(args, state, control, logs={"eval_loss": 1.0})
+    tracker.close()
+    tracker.close()
+    assert inner.told == told
+    warnings = [event.message for event in recorder.events if isinstance(event, Noted)]
+    expected = ["wandb failed and is reported to no more; the run goes on: the network is gone"]
+    assert warnings == ([] if fails_in is None else expected)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, base_model: Path, rows: Path, tmp_path: Path, name: ReportTo
+) -> None:
+    real = importlib.util.find_spec
+    hidden = PACKAGES[name][-1]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == hidden else real(package))
+    with pytest.raises(SettingsError) as caught:
+        check_train_inputs(train_settings(base_model, rows, tmp_path / "run", output__report_to=name.value))
+    (problem,) = caught.value.problems
+    assert "is not installed" in problem.message
+    assert problem.hint == f"Run: pip install 'qlora-cli[{name.value}]'"

@@ -1,0 +1,163 @@
+"""Settings of the adapter that can't work together, patterns resolved, and the best matrix of a low rank."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_cli.errors import ModelError, SettingsError
+from qlora_cli.loading.loftq import best_of_rank
+from qlora_cli.loading.targets import named, rank_of, resolve_pattern
+from qlora_cli.settings.models import EstimateSettings, LoraSettings, TrainSettings
+from qlora_cli.settings.resolve import Sources, resolve
+
+REQUIRED = {"model.name": "base", "data.dataset": "rows.jsonl", "output.directory": "run"}
+NAMES = [
+    f"model.layers.{index}.{name}" for index in (0, 1, 11) for name in ("attn.q_proj", "mlp.up_proj", "norm.up_proj")
+]
+
+
+def settings(kind: Any = TrainSettings, **assignments: str) -> LoraSettings:
+    flags = {path: (path, value) for path, value in REQUIRED.items() if kind is TrainSettings or path == "model.name"}
+    given = [f"{name.replace('__', '.')}={value}" for name, value in assignments.items()]
+    lora: LoraSettings = resolve(Sources(flags=flags, assignments=given), kind).settings.lora
+    return lora
+
+
+def refused(kind: Any = TrainSettings, **assignments: str) -> str:
+    """Return the one problem, with its hint."""
+    with pytest.raises(SettingsError) as caught:
+        settings(kind, **assignments)
+    (problem,) = caught.value.problems
+    assert problem.hint
+    return f"{problem} | {problem.hint}"
+
+
+ON_EXPERTS = "can't be applied to fused experts"
+EVEN = "orthogonal needs even ranks"
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "message", "hint"),
+    [
+        ({"dropout": "0.1", "target_parameters": "all-experts"}, "dropout", ON_EXPERTS, "Set it to 0"),
+        ({"use_dora": "yes", "target_parameters": "all-experts"}, "use_dora", ON_EXPERTS, "out."),
+        (
+            {"init_lora_weights": "loftq", "target_parameters": "a"},
+            "init_lora_weights",
+            ON_EXPERTS,
+            "default or gaussian",
+        ),
+        ({"init_lora_weights": "orthogonal", "target_parameters": "a"}, "init_lora_weights", ON_EXPERTS, "default or"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights",
+            "PiSSA can't be used on a quantized base",
+            "--quant none",
+        ),
+        ({"init_lora_weights": "orthogonal", "rank": "7"}, "init_lora_weights", f"{EVEN}, a half", "lora.rank"),
+        (
+            {"init_lora_weights": "orthogonal", "rank_pattern": "a=3"},
+            "init_lora_weights",
+            "and 3 is asked",
+            "rank_pattern",
+        ),
+        (
+            {"modules_to_save": "a,b", "target_modules": "b"},
+            "modules_to_save",
+            "b is in lora.modules_to_save",
+            "one of them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [TrainSettings, EstimateSettings])
+def test_what_cannot_work_together_is_refused_before_a_model_is_looked_for(
+    kind: Any, given: dict[str, str], path: str, message: str, hint: str
+) -> None:
+    said = refused(kind, **{f"lora__{name}": value for name, value in given.items()})
+    assert said.startswith(f"--set lora.{path}: ")
+    assert message in said.split(" | ")[0]
+    assert hint in said.split(" | ")[1]
+
+
+@pytest.mark.parametrize("method", ["int8", "none"])
+def test_loftq_needs_a_loss(method: str) -> None:
+    said = refused(lora__init_lora_weights="loftq", quantization__method=method)
+    assert f"with --quant {method} there is no such loss" in said
+    assert "--quant nf4 or fp4" in said
+
+
+@pytest.mark.parametrize("method", ["fp4", "int8"])
+def test_pissa_needs_weights_as_they_are(method: str) -> None:
+    said = refused(lora__init_lora_weights="pissa", quantization__method=method)
+    assert "would have to be quantized anew, to a base that fits this adapter only" in said
+
+
+def test_what_works_together_is_taken() -> None:
+    assert settings(lora__init_lora_weights="pissa", quantization__method="none").init_lora_weights == "pissa"
+    for method in ("nf4", "fp4"):
+        assert settings(lora__init_lora_weights="loftq", quantization__method=method).init_lora_weights == "loftq"
+    lora = settings(lora__rank_pattern="q_proj=4,layers.0.mlp.down_proj=8", lora__alpha_pattern="q_proj=2.5")
+    assert lora.rank_pattern == {"q_proj": 4, "layers.0.mlp.down_proj": 8}
+    assert lora.alpha_pattern == {"q_proj": 2.5}
+    both = settings(lora__target_parameters="all-experts", lora__rank_pattern="down_proj=4", lora__use_rslora="yes")
+    assert both.rank_pattern == {"down_proj": 4}
+    assert settings(lora__init_lora_weights="gaussian", lora__target_parameters="all-experts").rank == 16
+
+
+def test_a_name_is_an_end_between_dots() -> None:
+    assert named(NAMES, ["up_proj"]) == [name for name in NAMES if "up" in name]
+    assert named(NAMES, ["mlp.up_proj"]) == [name for name in NAMES if "mlp" in name]
+    assert named(NAMES, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]  # and not of layer 11
+    assert named(NAMES, [NAMES[0]]) == [NAMES[0]]
+    assert named(NAMES, ["proj", ""]) == []
+
+
+@pytest.mark.parametrize("keys", [("up_proj", "mlp.up_proj"), ("mlp.up_proj", "up_proj")])
+def test_the_longest_key_holds_and_no_two_keys_fit_one_layer(keys: tuple[str, ...]) -> None:
+    values = {"up_proj": 4, "mlp.up_proj": 8}
+    resolved = resolve_pattern({key: values[key] for key in keys}, NAMES, "lora.rank_pattern")
+    assert resolved == {"mlp.up_proj": 8, **{name: 4 for name in NAMES if "norm" in name}}
+    lora = LoraSettings(rank=16, rank_pattern={key: values[key] for key in keys})
+    for name in NAMES:
+        fits = [value for key, value in resolved.items() if named([name], [key])]
+        assert fits == ([] if "q_proj" in name else [rank_of(name, lora)])
+
+
+def test_a_pattern_without_overlaps_stays_as_it_is_written() -> None:
+    pattern = {"q_proj": 4, "layers.1.mlp.up_proj": 8}
+    assert resolve_pattern(pattern, NAMES, "lora.rank_pattern") == pattern
+    assert resolve_pattern(None, NAMES, "lora.rank_pattern") == {}
+
+
+def test_a_key_that_decides_nothing_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"lora.alpha_pattern: 'o_proj' matches no adapted layer") as caught:
+        resolve_pattern({"o_proj": 4.0}, NAMES, "lora.alpha_pattern")
+    assert caught.value.hint == "Adapted are q_proj, up_proj; a key is a full name or, after a dot, its end."
+    with pytest.raises(ModelError, match="'q_proj' has no effect: longer keys hold for all its layers"):
+        resolve_pattern({"q_proj": 4, "attn.q_proj": 8}, NAMES, "lora.rank_pattern")
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("rank", [1, 5, 24, 60])
+def test_the_best_of_a_rank_is_that_of_a_singular_value_decomposition(shape: tuple[int, int], rank: int) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+    found = best_of_rank(matrix, rank)
+    kept = min(rank, *shape)
+    assert found.left.shape == (shape[0], kept)
+    assert found.right.shape == (kept, shape[1])
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    best = left[:, :kept] * values[:kept] @ right[:kept]
+    torch.testing.assert_close(found.left @ found.right, best, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1), rtol=1e-3, atol=1e-5)
+
+
+def test_of_a_matrix_of_a_lower_rank_nothing_is_left_over() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(32, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
+    found = best_of_rank(matrix, 8)
+    assert found.left.isfinite().all()
+    assert found.right.isfinite().all()
+    torch.testing.assert_close(found.left @ found.right, matrix, rtol=1e-3, atol=1e-4)
+    nothing = best_of_rank(torch.zeros(8, 16), 4)
+    assert not (nothing.left @ nothing.right).any()

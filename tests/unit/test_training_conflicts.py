@@ -1,0 +1,118 @@
+"""Settings of the loop that have no effect, or can't work, beside the others: an error that names both."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.errors import Problem, SettingsError
+from qlora_cli.settings.choices import Optimizer, Schedule
+from qlora_cli.settings.conflicts_training import SHAPES
+from qlora_cli.settings.models import EstimateSettings, LoadSettings, TrainSettings
+from qlora_cli.settings.resolve import Sources, resolve
+
+HELD_OUT = {"data.eval_split": "10%", "training.eval_steps": "5"}
+
+
+def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -> list[Problem]:
+    flags = {"model.name": "m", "data.dataset": "d.jsonl", "output.directory": "run", **values}
+    try:
+        resolve(Sources(flags={path: (f"--{path}", value) for path, value in flags.items()}), kind)
+    except SettingsError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "said"),
+    [
+        ({"schedule": "constant", "warmup_ratio": "0.1"}, "warmup_ratio", "no effect with --schedule constant"),
+        ({"schedule": "cosine", "min_lr_ratio": "0.1"}, "min_lr_ratio", "no effect with --schedule cosine"),
+        ({"schedule": "linear", "decay_ratio": "0.1"}, "decay_ratio", "no effect with --schedule linear"),
+        ({"schedule": "linear", "polynomial_power": "2"}, "polynomial_power", "no effect with --schedule linear"),
+        ({"cosine_cycles": "3"}, "cosine_cycles", "no effect with --schedule cosine"),
+        ({"schedule": "warmup_stable_decay", "decay_ratio": "0.98"}, "decay_ratio", "more than a run has"),
+        ({"schedule": "warmup_stable_decay", "warmup_ratio": "0.95"}, "warmup_ratio", "more than a run has"),
+        ({"optimizer": "sgd", "adam_beta2": "0.95"}, "adam_beta2", "keeps no such average"),
+        ({"optimizer": "adafactor", "adam_beta2": "0.95"}, "adam_beta2", "keeps no such average"),
+        ({"optimizer": "lion_8bit", "adam_beta2": "0.95"}, "adam_beta2", "Lion keeps to its own, 0.99"),
+        ({"torch_compile": "true", "gradient_checkpointing": "offload"}, "torch_compile", "out of reach"),
+        ({"sample_tokens": "10"}, "sample_tokens", "without prompts"),
+        ({"max_nan_skips": "3"}, "max_nan_skips", "nothing is skipped"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TrainSettings, EstimateSettings])
+def test_a_setting_that_another_makes_idle_or_impossible_is_refused(
+    kind: type[LoadSettings], values: dict[str, str], where: str, said: str
+) -> None:
+    (problem,) = problems({f"training.{key}": value for key, value in values.items()}, kind)
+    assert problem.where == f"--training.{where}"
+    assert said in problem.message
+    assert f"training.{where}" in problem.message or "more than a run has" in problem.message
+    assert problem.hint is not None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule": "constant", "warmup_ratio": "0"},
+        {"schedule": "constant_with_warmup", "warmup_ratio": "0.1"},
+        {"schedule": "warmup_stable_decay", "warmup_ratio": "0.25", "decay_ratio": "0.75", "min_lr_ratio": "0"},
+        {"schedule": "polynomial", "polynomial_power": "2", "min_lr_ratio": "0.2"},
+        {"schedule": "cosine_with_restarts", "cosine_cycles": "3"},
+        {"schedule": "cosine_with_min_lr", "min_lr_ratio": "0.2"},
+        {"optimizer": "paged_adamw_8bit", "adam_beta2": "0.95"},
+        {"optimizer": "sgd", "weight_decay": "0.1"},
+        {"torch_compile": "true", "gradient_checkpointing": "on"},
+        {"sample_tokens": "10", "sample_prompts": "Hello"},
+        {"max_nan_skips": "3", "on_nan": "skip"},
+        {"auto_micro_batch": "true", "micro_batch_size": "1"},
+        {"load_best_model_at_end": "false"},
+    ],
+)
+def test_what_works_together_is_taken(values: dict[str, str]) -> None:
+    assert problems({f"training.{key}": value for key, value in values.items()}) == []
+
+
+@pytest.mark.parametrize(("setting", "value"), [("early_stopping_patience", "2"), ("load_best_model_at_end", "true")])
+def test_what_goes_by_evaluations_needs_them(setting: str, value: str) -> None:
+    path = f"training.{setting}"
+    (neither,) = problems({path: value})
+    assert "without training.eval_steps and held-out data" in neither.message
+    (no_steps,) = problems({path: value, "data.eval_split": "10%"})
+    assert "without training.eval_steps:" in no_steps.message
+    no_data = problems({path: value, "training.eval_steps": "5"})
+    assert any("without held-out data:" in problem.message and problem.where == f"--{path}" for problem in no_data)
+    assert problems({path: value, **HELD_OUT}) == []
+    assert problems({path: value}, EstimateSettings) == []  # reads no data
+
+
+def test_a_repository_that_nothing_is_pushed_to_can_not_be_private() -> None:
+    (problem,) = problems({"output.hub_private": "true"})
+    assert problem.message == "output.hub_private has no effect without output.push_to_hub"
+    assert problems({"output.hub_private": "false", "output.push_to_hub": "me/adapter"}) == []
+
+
+def test_every_setting_that_shapes_a_schedule_is_bound_to_one_that_exists() -> None:
+    assert {schedule for shaped in SHAPES.values() for schedule in shaped} <= set(Schedule)
+    for path, shaped in SHAPES.items():
+        assert TrainSettings.model_fields["training"].annotation.model_fields[path.split(".")[1]]  # type: ignore[union-attr]
+        assert shaped
+
+
+def test_each_optimizer_is_of_one_family_or_none() -> None:
+    assert {name.value for name in Optimizer if name.is_adam} == {
+        *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+    }
+    lions = {name.value for name in Optimizer if name.is_lion}
+    assert lions == {"lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"}
+    assert {name.value for name in Optimizer if not name.is_adam and not name.is_lion} == {"sgd", "adafactor"}
+    assert {name.value for name in Optimizer if name.is_8bit} == {
+        *("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+    }
+
+
+def test_the_file_and_line_of_a_conflict_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("model:\n  name: m\ndata:\n  dataset: d\ntraining:\n  optimizer: sgd\n  adam_beta2: 0.9\n")
+    with pytest.raises(SettingsError, match=r"s\.yaml:7"):
+        resolve(Sources(config=path, flags={"output.directory": ("--output", "run")}), TrainSettings)
