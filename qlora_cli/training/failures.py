@@ -29,6 +29,10 @@ def explained(error: Exception, prepared: PreparedRun, phase: str, kept: str) ->
         return _out_of_memory(error, prepared, phase, kept)
     if isinstance(error, QloraError):
         return _with_kept(error, kept)
+    if "does not have a deterministic implementation" in str(error):
+        return TrainingError(
+            str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {kept}".strip()
+        )
     if is_disk_full(error, prepared.plan.output):
         return TrainingError(
             f"the disk of {prepared.plan.output} is full: {error}",

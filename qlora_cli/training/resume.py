@@ -249,8 +249,10 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
     if num_steps == before or (resume.checkpoint is None and not resume.is_done):
         return
     training = settings.training
-    warmup = round(training.warmup_ratio * max(num_steps, before))
-    if training.schedule in CONSTANT and resume.step >= warmup and num_steps >= resume.step:
+    is_same_warmup = training.schedule == Schedule.CONSTANT or (
+        round(training.warmup_ratio * num_steps) == round(training.warmup_ratio * before)
+    )
+    if training.schedule in CONSTANT and is_same_warmup and num_steps >= resume.step:
         return
     raise SettingsError(
         [

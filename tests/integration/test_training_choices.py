@@ -214,6 +214,8 @@ def test_a_compiled_model_trains_to_the_same_losses(
             arguments.torch_compile_backend = "aot_eager"
         return arguments
 
+    # Commands that compile nothing switch the compiler off for their process, which may be that of the tests.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     monkeypatch.setattr("qlora_cli.training.session.training_arguments", not_to_c)
     flags = {
         "data__packing": True,

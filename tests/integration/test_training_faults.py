@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import pytest
 import torch
 
 from qlora_cli.errors import OutOfMemoryError, TrainingError
-from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Rehearsed, SampleDone, StepDone, StepSkipped
+from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone, StepSkipped
 from qlora_cli.loading.adapter_state import adapter_state
+from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.checkpoints import CheckpointStore
+from qlora_cli.training.memory import check_memory
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.rehearsal import RehearsalCallback, is_out_of_memory
 from qlora_cli.training.run import run, train
+from qlora_cli.units import format_bytes
 from tests.conftest import Recorder, train_settings, write_jsonl
 
 
@@ -280,30 +285,6 @@ def test_what_says_that_memory_is_used_up(error: Exception, expected: bool) -> N
     assert is_out_of_memory(error) is expected
 
 
-def test_a_held_out_loss_that_is_no_number_is_said_and_never_the_best(
-    base_model: Path, rows: Path, tmp_path: Path
-) -> None:
-    held_out = write_jsonl(tmp_path / "held-out.jsonl", [messages(f"What is {n}?", "bad " * 80) for n in range(3)])
-    changed = {**EVALUATED, "data__eval_split": None, "data__eval_dataset": str(held_out), "training__max_steps": 3}
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
-    evaluated = iter(range(100))
-
-    def spoil(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        is_first = inputs[0].shape[1] > 150 and not prepared.model.training and next(evaluated) < 3
-        return output * math.nan if is_first else output  # in the first pass, and in the first evaluation
-
-    prepared.model.get_input_embeddings().register_forward_hook(spoil)
-    recorder = Recorder()
-    result = run(prepared, recorder)
-    first, *others = evaluations(recorder)
-    assert math.isnan(first.loss)
-    assert not first.is_best
-    assert others[0].is_best
-    assert result.best_step != 1
-    assert result.best_eval_loss == min(event.loss for event in others)
-    assert any("the held-out loss is nan" in e.message for e in recorder.events if isinstance(e, Noted))
-
-
 def test_memory_that_runs_out_later_keeps_what_was_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", training__max_steps=5, lora__dropout=0.1)
     prepared = prepare_run(settings, Recorder())
@@ -426,67 +407,23 @@ def test_what_was_saved_is_held_against_what_was_trained(base_model: Path, rows:
         check_saved(prepared.model, adapter, 100)
 
 
-EVALUATED: dict[str, object] = {
-    "data__eval_split": "3",
-    "training__eval_steps": 1,
-    "training__max_steps": 8,
-    "training__schedule": "constant",
-}
-
-
-def evaluations(recorder: Recorder) -> list[EvalDone]:
-    return [event for event in recorder.events if isinstance(event, EvalDone)]
-
-
-def test_training_stops_early_and_the_best_adapter_is_kept(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    changed = {
-        **EVALUATED,
-        "training__max_steps": 30,
-        "training__learning_rate": 0.02,  # far too high, so that the held-out loss soon rises
-        "training__early_stopping_patience": 3,
-        "training__load_best_model_at_end": True,
-        "output__max_checkpoints": 1,
-    }
-    recorder = Recorder()
-    result = train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
-    losses = {event.step: event.loss for event in evaluations(recorder)}
-    best = min(losses, key=lambda step: losses[step])
-    assert result.stopped_early
-    assert result.steps == best + 3 < 30
-    assert (result.best_step, result.best_eval_loss) == (best, losses[best])
-    assert [event.step for event in evaluations(recorder) if event.is_best][-1] == best
-    # The best one survives although only one is to be kept, and is what the adapter is.
-    assert [path.name for path in result.checkpoints] == [f"step-{best}", f"step-{result.steps}"]
-    name = "adapter_model.safetensors"
-    assert (result.adapter / name).read_bytes() == (result.checkpoints[0] / name).read_bytes()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
-
-
-def test_evaluating_does_not_change_what_is_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    name = "adapter/adapter_model.safetensors"
-    for run_name, steps in (("often", 1), ("once", None)):
-        changed = {**EVALUATED, "training__eval_steps": steps, "lora__dropout": 0.2}
-        train(train_settings(base_model, rows, tmp_path / run_name, **changed), Recorder())
-    assert (tmp_path / "often" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
-
-
-def test_prompts_are_answered_before_training_and_at_each_evaluation(
+def test_memory_that_was_predicted_otherwise_is_told_with_what_it_is_for(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    changed = {
-        **EVALUATED,
-        "training__eval_steps": 4,
-        "training__learning_rate": 5e-3,
-        "training__sample_prompts": ["What does os.getcwd() do?", "What is a list?"],
-        "training__sample_tokens": 12,
-    }
-    recorder = Recorder()
-    train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
-    samples = [event for event in recorder.events if isinstance(event, SampleDone)]
-    assert [event.step for event in samples] == [0, 0, 4, 4, 8, 8]
-    assert {event.prompt for event in samples} == set(changed["training__sample_prompts"])  # type: ignore[call-overload]
-    assert len({event.answer for event in samples if event.prompt == "What is a list?"}) > 1
-    without = {key: value for key, value in changed.items() if "sample" not in key}
-    train(train_settings(base_model, rows, tmp_path / "without", **without), Recorder())
-    name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    settings = train_settings(base_model, rows, tmp_path / "run", training__micro_batch_size=4)
+    card = replace(find_gpu("RTX 4090"), total_bytes=1 << 34)
+    blueprint = plan_load(settings.settings, Recorder())
+    outlook = check_memory(settings.settings, blueprint, card, Recorder(), longest_row_tokens=64, force=False)
+    assert outlook is not None
+    prepared = prepare_run(settings, Recorder())
+    prepared = replace(prepared, outlook=outlook, plan=replace(prepared.plan, predicted_memory=outlook.predicted))
+    fail_above(prepared, 1)
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(prepared, Recorder())
+    told = str(caught.value)
+    predicted = outlook.predicted
+    assert f"predicted {format_bytes(predicted.allocated_bytes)} allocated" in told
+    largest = sorted(predicted.consumers.items(), key=lambda item: -item[1])[:3]
+    assert f"largest: {', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}" in told
+    # Where the prediction was that it fits, it knows of nothing better; what always takes less is named.
+    assert "--micro-batch-size 1 --gradient-accumulation-steps 4" in str(caught.value.hint)
