@@ -14,6 +14,8 @@ from qlora_cli.memory.measure import current_memory
 from qlora_cli.runs.report import write_report
 from qlora_cli.training.loop_state import Progress
 
+MOST_OFTEN = 100  # times of drawing a page between two of them
+
 
 class ReportingCallback(TrainerCallback):
     """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
@@ -97,16 +99,24 @@ class ReportingCallback(TrainerCallback):
 
 
 class ReportWriter:
-    """A reporter that draws `report.html` anew when something is worth looking at: not at every step."""
+    """A reporter that draws `report.html` anew when something is worth looking at: not at every step.
+
+    All of the run is read for it, which takes longer the longer it goes on; so pages are left out where drawing would
+    take more than a hundredth of the time.
+    """
 
     def __init__(self, directory: Path, reporter: Reporter) -> None:
         self._directory = directory
         self._reporter = reporter
+        self._not_before = -math.inf
 
     def report(self, event: Event) -> None:
         """Draw the page after checkpoints and evaluations."""
-        if isinstance(event, CheckpointSaved | EvalDone):
+        start = time.monotonic()
+        if isinstance(event, CheckpointSaved | EvalDone) and start >= self._not_before:
             draw_report(self._directory, self._reporter)
+            now = time.monotonic()
+            self._not_before = now + MOST_OFTEN * (now - start)
 
 
 def draw_report(directory: Path, reporter: Reporter) -> None:

@@ -1,0 +1,53 @@
+"""The page of a run is drawn while it goes on, but drawing it must not take the time of training."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.events import CheckpointSaved, Noted
+from qlora_cli.training import reporting
+from qlora_cli.training.reporting import ReportWriter
+from tests.conftest import Recorder
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+SAVED = CheckpointSaved(step=1, path=Path("step-1"))
+
+
+def test_a_page_that_takes_long_is_drawn_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    drawn: list[float] = []
+
+    def draw(directory: Path) -> None:
+        assert directory == tmp_path
+        drawn.append(clock.now)
+        clock.now += 2
+
+    monkeypatch.setattr(reporting, "write_report", draw)
+    monkeypatch.setattr(reporting, "time", clock)
+    writer = ReportWriter(tmp_path, Recorder())
+    for now in (0, 3, 201, 203, 250):
+        clock.now = now
+        writer.report(SAVED)
+    assert drawn == [0, 203]  # the first took until 2, and the next may come 200 seconds later
+
+
+def test_a_page_that_cannot_be_written_is_said_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(directory: Path) -> None:
+        raise OSError(28, "No space left on device", str(directory))
+
+    monkeypatch.setattr(reporting, "write_report", full)
+    recorder = Recorder()
+    ReportWriter(tmp_path, recorder).report(SAVED)
+    (note,) = [event for event in recorder.events if isinstance(event, Noted)]
+    assert (note.level, note.message) == ("warning", "report.html can't be written: No space left on device")
