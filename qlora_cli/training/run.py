@@ -153,10 +153,10 @@ def _train(
                 session.trainer.abandon()
                 smaller = _smaller(prepared)
                 if smaller is None:
-                    raise explained(error, prepared, session.trainer.phase, "") from error
+                    raise explained(error, prepared, session.trainer.phase, _what_is_kept(session)) from error
             except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is kept; then it goes on
-                kept = _save_what_is_done(session, error)
-                told = explained(error, prepared, session.trainer.phase, kept)
+                _save_last_step(session, error)
+                told = explained(error, prepared, session.trainer.phase, _what_is_kept(session))
                 raise told from (None if told is error else error)
             # What the failed pass held is free only when its traceback is gone.
             del session
@@ -181,12 +181,16 @@ def _smaller(prepared: PreparedRun) -> int | None:
     return next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
 
 
-def _save_what_is_done(session: Session, error: Exception) -> str:
-    """Save the state after the last complete step, from within one that failed; return where it is, in words."""
+def _save_last_step(session: Session, error: Exception) -> None:
+    """Save the state after the last complete step, from within one that failed."""
     try:
         session.trainer.save_last_step()
     except Exception as another:  # noqa: BLE001 - the first failure is what is told
         error.add_note(f"nor could the last step be saved: {another}")
+
+
+def _what_is_kept(session: Session) -> str:
+    """Return where the last state is that was saved, in words; empty if there is none."""
     newest = session.store.all()[-1:]
     if not newest:
         return ""
