@@ -102,6 +102,16 @@ SHAPES = {
         vocab_size=128_256,
         tied=False,
     ),
+    # The shape of Llama-3.2-3B.
+    "3b": Shape(
+        hidden_size=3072,
+        num_layers=28,
+        intermediate_size=8192,
+        num_heads=24,
+        num_kv_heads=8,
+        vocab_size=128_256,
+        tied=True,
+    ),
     # One and three of the 48 layers of Qwen3-30B-A3B, and a smaller vocabulary.
     **{
         name: Shape(

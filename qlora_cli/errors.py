@@ -121,3 +121,17 @@ class TrainingError(QloraError, RuntimeError):
 
 class PushError(QloraError, ConnectionError):
     """What a run made could not be pushed to the hub; it is on the disk as before."""
+
+
+class TerminatedError(QloraError, InterruptedError):
+    """The process was asked to end, by SIGTERM."""
+
+    exit_code = 143
+
+
+class MergeError(QloraError, RuntimeError):
+    """What was merged is not the model that was to be merged."""
+
+
+class ExportError(QloraError, RuntimeError):
+    """A merged model could not be written in another format, or what was written is not the model."""

@@ -31,7 +31,7 @@ class PhaseStarted:
 class BytesDone:
     """A transfer went on: so many of so many bytes. Each kind has a bar of its own."""
 
-    kind: Literal["download", "quantize", "load"]
+    kind: Literal["download", "quantize", "load", "merge"]
     done_bytes: int
     total_bytes: int
 
@@ -110,6 +110,17 @@ class EvalStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationAdvanced:
+    """`qlora evaluate` went on: so many of so many rows, or requests of a task, of what `title` names."""
+
+    title: str
+    unit: Literal["row", "request"]
+    num_done: int
+    num_all: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalDone:
     """`loss` is the mean over the supervised tokens of the evaluation set, as the trainer batches it.
 
@@ -158,6 +169,7 @@ Event = (
     | StepSkipped
     | StepDone
     | EvalStarted
+    | EvaluationAdvanced
     | EvalDone
     | SampleDone
     | CheckpointSaved

@@ -1,9 +1,11 @@
 """Files and folders as the project writes them: checked before, complete or absent after."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from glob import escape
 from pathlib import Path
@@ -15,6 +17,7 @@ from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import format_bytes
 
 LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
+MOVED = "moved.json"  # in it: what is being moved out of it, by name and inode
 
 
 def existing_path(name: str | Path) -> Path | None:
@@ -37,7 +40,8 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
 
 def _output_problem(directory: Path, flag: str) -> QloraError | None:
     if directory.is_dir():
-        held = sorted(path.name for path in directory.iterdir() if path.name != LEFT_OVER)
+        own = {path.name for path in _half_moved(directory)} | {LEFT_OVER}
+        held = sorted(path.name for path in directory.iterdir() if path.name not in own)
         if "run.json" in held:
             return OutputDirectoryError(
                 f"{directory} already holds a run", hint=f"Choose another {flag}, or delete that one."
@@ -93,12 +97,16 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(left_over, ignore_errors=True)
     saving = target.with_name(f".{target.name}.{os.getpid()}.saving")
     shutil.rmtree(saving, ignore_errors=True)
+    made = [parent for parent in saving.parents if not parent.exists()]
     saving.mkdir(parents=True)
     try:
         fill(saving)
         publish_directory(saving, target)
     except BaseException:
         shutil.rmtree(saving, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # something else is in it by now
+                parent.rmdir()
         raise
 
 
@@ -112,14 +120,35 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
         write_directory(target, fill)
         return
     inside = target / LEFT_OVER
+    _take_back(target)
     shutil.rmtree(inside, ignore_errors=True)
     inside.mkdir()
     try:
         write_directory(inside / "whole", fill)
-        for path in sorted((inside / "whole").iterdir(), key=lambda path: path.name == "config.json"):
+        whole = sorted((inside / "whole").iterdir(), key=lambda path: path.name == "config.json")
+        write_file(inside / MOVED, json.dumps({path.name: path.stat().st_ino for path in whole}))
+        for path in whole:
             path.rename(target / path.name)
+    except BaseException:
+        _take_back(target)
+        raise
     finally:
         shutil.rmtree(inside, ignore_errors=True)
+
+
+def _take_back(directory: Path) -> None:
+    for path in _half_moved(directory):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _half_moved(directory: Path) -> list[Path]:
+    """Return what was moved into `directory` by a process that was to move more, and was killed."""
+    journal, whole = directory / LEFT_OVER / MOVED, directory / LEFT_OVER / "whole"
+    if not journal.is_file() or not any(whole.iterdir()):
+        return []
+    inodes: dict[str, int] = json.loads(journal.read_text(encoding="utf-8"))
+    places = [directory / name for name in inodes]
+    return [path for path in places if path.exists() and path.stat().st_ino == inodes[path.name]]
 
 
 def publish_directory(finished: Path, target: Path) -> None:

@@ -9,13 +9,17 @@ from typing import Annotated
 import typer
 
 from qlora_cli import __version__
+from qlora_cli.cli.chat import chat
 from qlora_cli.cli.config import config_app
 from qlora_cli.cli.demo import demo
 from qlora_cli.cli.doctor import doctor
+from qlora_cli.cli.evaluate import evaluate
 from qlora_cli.cli.failures import FailureGroup
+from qlora_cli.cli.generate import generate
 from qlora_cli.cli.inspect_data import inspect_data
 from qlora_cli.cli.inspect_memory import inspect_memory
 from qlora_cli.cli.load import load
+from qlora_cli.cli.merge import merge
 from qlora_cli.cli.runs import runs_app
 from qlora_cli.cli.train import train
 
@@ -35,6 +39,10 @@ app.command()(inspect_data)
 app.command()(inspect_memory)
 app.command()(load)
 app.command()(train)
+app.command()(merge)
+app.command()(generate)
+app.command()(chat)
+app.command()(evaluate)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(runs_app)

@@ -29,6 +29,7 @@ from qlora_cli.events import (
     BytesDone,
     EvalDone,
     EvalStarted,
+    EvaluationAdvanced,
     Event,
     Noted,
     PhaseStarted,
@@ -105,7 +106,7 @@ class LiveReporter:
                 self._report_bytes(event)
             case TrainingStarted():
                 self._task = self._steps.add_task("train", total=event.num_steps, eta="-:--")
-            case StepDone() | PhaseStarted() | EvalStarted():
+            case StepDone() | PhaseStarted() | EvalStarted() | EvaluationAdvanced():
                 pass  # drawn from the state
             case SampleDone():
                 self._print(f"step {event.step}: sample")

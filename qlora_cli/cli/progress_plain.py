@@ -9,7 +9,7 @@ from qlora_cli.cli.lasting import LastingStream
 from qlora_cli.cli.run_state import RunState
 from qlora_cli.cli.sparkline import can_show_blocks
 from qlora_cli.cli.transfers import Transfer
-from qlora_cli.events import BytesDone, Event, StepDone, TrainingEnded
+from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, StepDone, TrainingEnded
 from qlora_cli.units import format_duration
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -34,6 +34,8 @@ class PlainReporter:
             self._report_step(event)
         elif isinstance(event, BytesDone):
             self._report_bytes(event)
+        elif isinstance(event, EvaluationAdvanced):
+            self._report_evaluation(event)
         else:
             if isinstance(event, TrainingEnded) and self._shows_curves:
                 self._write(describe_losses(self._state.losses.means(), CURVE_WIDTH))
@@ -53,6 +55,12 @@ class PlainReporter:
         if (seconds := self._state.seconds_left) is not None:
             figures.append(f"{format_duration(seconds)} left")
         return figures
+
+    def _report_evaluation(self, event: EvaluationAdvanced) -> None:
+        now = time.monotonic()
+        if event.num_done < event.num_all and now - self._last_line >= self._interval_seconds:
+            self._last_line = now
+            self._write(describe_event(event))
 
     def _report_bytes(self, event: BytesDone) -> None:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
     EvalStarted,
+    EvaluationAdvanced,
     Event,
     PhaseStarted,
     StepDone,
@@ -74,7 +75,7 @@ class RunState:
         match event:
             case StepDone():
                 self._take_step(event)
-            case PhaseStarted() | EvalStarted():
+            case PhaseStarted() | EvalStarted() | EvaluationAdvanced():
                 self.status = describe_event(event) or ""
             case TrainingStarted():
                 self.started = event

@@ -10,6 +10,7 @@ TRANSFERS = {
     "download": ("Downloading", "downloaded"),
     "quantize": ("Quantizing", "quantized"),
     "load": ("Loading", "loaded"),
+    "merge": ("Merging", "merged"),
 }
 
 

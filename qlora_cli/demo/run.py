@@ -6,12 +6,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
-
+from qlora_cli.answering.answerer import Answerer
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.demo.result import DemoResult
+from qlora_cli.evaluating.losses import measure_losses
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
@@ -62,12 +60,13 @@ def run_demo(output: Path | None, reporter: Reporter) -> DemoResult:
         assert prepared.eval_data is not None, "the demonstration has held-out rows"
         prompt, reference = _question(ASSETS / "held_out.jsonl")
         reporter.report(PhaseStarted(title="Measuring the base on held-out rows"))
-        loss_before = mean_loss(prepared, prepared.eval_data)
-        answer_before = answer(prepared.model, prepared.loaded.tokenizer, prompt)
+        loss_before = _held_out_loss(prepared, prepared.eval_data, reporter)
+        answerer = _answerer(prepared)
+        answer_before = answerer.answer(prepared.model, prompt)
         result = run(prepared, reporter)
         reporter.report(PhaseStarted(title="Measuring the fine-tuned model on held-out rows"))
-        loss_after = mean_loss(prepared, prepared.eval_data)
-        answer_after = answer(prepared.model, prepared.loaded.tokenizer, prompt)
+        loss_after = _held_out_loss(prepared, prepared.eval_data, reporter)
+        answer_after = answerer.answer(prepared.model, prompt)
     if output is None:
         reporter.report(Noted(message="the run directory was temporary; keep one with --output"))
     inventory = prepared.loaded.inventory
@@ -87,34 +86,28 @@ def run_demo(output: Path | None, reporter: Reporter) -> DemoResult:
     )
 
 
-@torch.no_grad()
-def mean_loss(prepared: PreparedRun, data: PreparedData) -> float:
-    """Return the mean loss over all supervised tokens of `data`, one row at a time, in the compute dtype."""
-    model, device = prepared.model, prepared.loaded.device
-    was_training = model.training
-    model.eval()
-    total = num_tokens = 0.0
-    for row in data.dataset:
-        labels = torch.tensor([row["labels"]], device=device)
-        count = int((labels[:, 1:] != -100).sum())
-        total += count * float(model(input_ids=torch.tensor([row["input_ids"]], device=device), labels=labels).loss)
-        num_tokens += count
-    model.train(was_training)
-    return total / num_tokens
+def _held_out_loss(prepared: PreparedRun, data: PreparedData, reporter: Reporter) -> float:
+    """Return the mean loss over all supervised tokens of `data`."""
+    loaded = prepared.loaded
+    losses = measure_losses(
+        prepared.model,
+        data,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        dtype=loaded.dtype.torch_dtype,
+        batch_size=prepared.plan.micro_batch_size,
+        title="held-out rows",
+        reporter=reporter,
+    )
+    return losses.loss
 
 
-@torch.no_grad()
-def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return what the model answers to `prompt`, decoded greedily."""
-    was_training = model.training
-    model.eval()
-    question = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-    model.train(was_training)
-    answered = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(answered).strip()
+def _answerer(prepared: PreparedRun) -> Answerer:
+    return Answerer(
+        tokenizer=prepared.loaded.tokenizer,
+        end_ids=prepared.end_ids,
+        dtype=prepared.loaded.dtype.torch_dtype,
+        max_tokens=MAX_ANSWER_TOKENS,
+    )
 
 
 def _question(path: Path) -> tuple[str, str]:

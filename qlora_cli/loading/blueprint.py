@@ -90,7 +90,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     stretched = apply_rope_scaling(base.config, settings.model.rope_scaling)
     prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
     if prequantized is not None:
-        prequantized = _with_our_names(prequantized, base)
+        prequantized = with_our_names(prequantized, base)
     settings = settings.model_copy(
         update={"quantization": effective_quantization(settings.quantization, source, prequantized)}
     )
@@ -229,7 +229,7 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
     return wanted.value
 
 
-def _with_our_names(prequantized: Prequantized, base: ModelConfig) -> Prequantized:
+def with_our_names(prequantized: Prequantized, base: ModelConfig) -> Prequantized:
     """Return the same with the modules that stay in 16 bit by their names in the model that is built."""
     skipped = prequantized.config.get("llm_int8_skip_modules")
     if not skipped:

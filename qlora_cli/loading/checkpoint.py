@@ -9,7 +9,7 @@ belongs to another model.
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, TypeGuard
 
@@ -31,13 +31,14 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """A tensor as its file announces it. `dtype` is the format's name, such as BF16."""
+    """A tensor as its file announces it: `dtype` by the format's name, such as BF16; its bytes begin at `offset`."""
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ def read_header(directory: Path, file: str) -> list[TensorHeader]:
         raise ModelError(f"{path} can't be read: {error.strerror}", hint="Check its permissions.") from error
     except ValueError as error:
         raise ModelError(f"{path} is damaged: {error}", hint=again(directory, file)) from error
-    return [tensor for tensor, _, _ in tensors]
+    return [replace(tensor, offset=start + begin) for tensor, begin, _ in tensors]
 
 
 def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:

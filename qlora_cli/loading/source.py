@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG, ADAPTER_CONFIG, RUN_FILE = "config.json", "adapter_config.json", "run.json"
+MERGED = "merged"  # in a run directory, what `qlora merge` writes unless told otherwise
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 # Besides the weights. In the root only: other folders hold the same model in other formats.
@@ -118,10 +119,10 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
     return None
 
 
-def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
+def find_model(settings: ModelSettings, reporter: Reporter = _SILENT, *, base_model: str | None = None) -> ModelSource:
     """Return where the model's files are; of one on the hub all but the base's weights are downloaded.
 
-    Of an adapter or a run directory the base is found too, at the revision that it names.
+    Of an adapter or a run directory the base is found too, at the revision that it names; `base_model` is another.
 
     Raises:
         ModelNotFoundError: no such directory or repository, or no access to it; also of an adapter's base.
@@ -132,13 +133,15 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSo
         raise problem
     if not looks_local(settings.name):
         found = _download(settings.name, settings.revision, settings, reporter)
-        return _attached(found, settings, reporter) if found.is_adapter else _plain(found, settings)
+        if not found.is_adapter:
+            return _plain(found, settings)
+        return _attached(found, settings, reporter, base_model=base_model)
     path = Path(settings.name).expanduser().resolve()
     adapter = _adapter_of_run(path)
     found = _Files(name=settings.name, path=adapter or path)
     if not found.is_adapter:
         return _plain(found, settings)
-    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
+    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None, base_model)
 
 
 def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
@@ -320,13 +323,20 @@ def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
 
 
 def _attached(
-    adapter: _Files, settings: ModelSettings, reporter: Reporter, run: Mapping[str, Any] | None = None
+    adapter: _Files,
+    settings: ModelSettings,
+    reporter: Reporter,
+    run: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
 ) -> ModelSource:
-    """Find the base of `adapter`; `run` is the record of the run directory that was named, if one was."""
+    """Find the base of `adapter`, which is `base_model` if that is given.
+
+    `run` is the record of the run directory that was named, if one was.
+    """
     _check_code(adapter, settings)
     record = _run_around(adapter.path) if run is None else run
     named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
-    base = _find_base(named, adapter, settings, reporter)
+    base = _find_base(named if base_model is None else _Base(name=base_model), adapter, settings, reporter)
     has_tokenizer = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
     return ModelSource(
         name=adapter.name,
@@ -417,5 +427,5 @@ def _no_base(named: _Base, adapter: _Files, places: list[Path]) -> ModelNotFound
     return ModelNotFoundError(
         f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",
         hint=f"Put it there, or set base_model_name_or_path in {adapter.path / ADAPTER_CONFIG}; "
-        "the base alone loads with --model BASE.",
+        "the base alone loads with --model BASE, and qlora merge takes another with --base-model BASE.",
     )

@@ -12,6 +12,9 @@ import torch
 
 from qlora_cli.events import MemoryUse
 
+# What CUDA says outside of PyTorch's allocator (unified and pinned memory, cuBLAS), and the CPU's allocator.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
 
 def current_memory(device: torch.device) -> MemoryUse:
     """Return the memory in use now by this process on the host and on `device`."""
@@ -57,3 +60,10 @@ def peak_device_allocated_bytes(device: torch.device) -> int | None:
 def peak_device_reserved_bytes(device: torch.device) -> int | None:
     """Return the peak of the caching allocator since the last reset; None without a GPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's memory, or the host's, is used up."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -185,3 +185,39 @@ class ReportTo(StrEnum):
     WANDB = "wandb"
     TRACKIO = "trackio"
     MLFLOW = "mlflow"
+
+
+class BaseWeights(StrEnum):
+    """What an adapter is merged into: the weights as stored, or as training saw them, quantized and dequantized."""
+
+    AUTO = "auto"
+    ORIGINAL = "original"
+    DEQUANTIZED = "dequantized"
+
+
+class MergeDtype(StrEnum):
+    """What a merged model is written in; `keep` is each tensor's own."""
+
+    KEEP = "keep"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class ExportFormat(StrEnum):
+    """What a merged model is written as: for transformers in 16 bit or in NF4, for llama.cpp, or for Ollama."""
+
+    HF = "hf"
+    NF4 = "nf4"
+    GGUF = "gguf"
+    OLLAMA = "ollama"
+
+
+class GgufType(StrEnum):
+    """The type of the weights in a GGUF file, by llama.cpp's name; `auto` is that of the merged model."""
+
+    AUTO = "auto"
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"

@@ -18,8 +18,10 @@ from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.adapter_init import is_pissa
 from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.digest import base_digest
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
+from qlora_cli.loading.push import check_push
 from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
 from qlora_cli.settings.choices import LoraInit
@@ -27,14 +29,12 @@ from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
-from qlora_cli.training.environment import base_digest
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.memory import Outlook, check_memory, gpu_at_hand
 from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
 from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.push import check_push
 from qlora_cli.training.result import TrainPlan, TrainResult
 from qlora_cli.training.resume import Resume, check_base, check_length, check_rows, find_resume
 

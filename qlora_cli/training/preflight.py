@@ -4,11 +4,11 @@ import importlib.util
 
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import Problem, QloraError, SettingsError
+from qlora_cli.loading.push import push_problem
 from qlora_cli.loading.source import check_model_name
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.push import push_problem
 from qlora_cli.training.resume import output_problem
 
 

@@ -12,13 +12,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_cli.events import Noted, Rehearsed, Reporter
-from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_device_reserved_bytes
+from qlora_cli.memory.measure import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.training.batches import Row
 from qlora_cli.training.trainer import QloraTrainer
 
 Batch = dict[str, Any]
-# What CUDA says outside of PyTorch's allocator (unified and pinned memory, cuBLAS), and the CPU's allocator.
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 class RehearsalError(Exception):
@@ -88,10 +86,3 @@ class RehearsalCallback(TrainerCallback):
         if rehearsal.eval_rows is not None:
             self._trainer.try_out_evaluation(rehearsal.collate(rehearsal.eval_rows))
         del room
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's memory, or the host's, is used up."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -17,17 +17,18 @@ import torch
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.files import write_directory, write_file
+from qlora_cli.loading.digest import base_digest
+from qlora_cli.loading.push import push_adapter
 from qlora_cli.runs.report import write_report
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.checkpoints import PREFIX, CheckpointStore, damage_of, list_checkpoints, step_of
 from qlora_cli.training.determinism import determinism
-from qlora_cli.training.environment import base_digest, describe_hardware, package_versions
+from qlora_cli.training.environment import describe_hardware, package_versions
 from qlora_cli.training.failures import explained, smaller_micro_batch
 from qlora_cli.training.loop_state import LoopState
 from qlora_cli.training.notes import note_stream
 from qlora_cli.training.plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
-from qlora_cli.training.push import push_adapter
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.reporting import ReportWriter, draw_report
 from qlora_cli.training.result import TrainPlan, TrainResult

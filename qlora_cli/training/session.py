@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from qlora_cli.answering.answerer import Answerer
 from qlora_cli.data.collate import make_collator
 from qlora_cli.errors import TrainingError
 from qlora_cli.events import (
@@ -39,7 +40,7 @@ from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.result import PeakMemory, TrainResult
 from qlora_cli.training.run_directory import RunDirectory
-from qlora_cli.training.samples import Answerer, SampleCallback
+from qlora_cli.training.samples import SampleCallback
 from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import typer.main
 
+from qlora_cli.answering.result import Answer as GivenAnswer
+from qlora_cli.answering.result import GenerationReport, PromptAnswers
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.data.inspection import Bar, Batches, DataInspection, Trouble
 from qlora_cli.data.preview import Piece, RowPreview
 from qlora_cli.data.report import DataReport
 from qlora_cli.demo.result import DemoResult
+from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.loading.report import LoadReport
 from qlora_cli.memory.prediction import (
@@ -30,6 +33,16 @@ from qlora_cli.memory.prediction import (
     Solution,
     Suggestion,
     SweepPoint,
+)
+from qlora_cli.merging.result import (
+    ActionCount,
+    AppliedAdapter,
+    BaseChoice,
+    Divergence,
+    MergeReport,
+    MergeResult,
+    TensorPlan,
+    Verification,
 )
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.samples import Answer, Sample
@@ -135,6 +148,8 @@ def test_local_links_and_paths_lead_somewhere() -> None:
 
 DATA = (DataReport, DataInspection, Batches, Trouble, Bar, RowPreview, Piece)
 RUN = (RunDetail, Sample, Answer, EvalDone, StepSkipped, Noted)
+MERGE = (MergeResult, Verification, Divergence, BaseChoice, AppliedAdapter)
+MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
 MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
 
 
@@ -152,6 +167,45 @@ def test_every_json_key_of_a_prediction_is_documented_in_its_section() -> None:
         *(f"{name}_bytes" for name in COMPONENTS),
     }
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_json_key_and_flag_of_a_merge_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    for heading, results in (("qlora merge\n", MERGE), ("qlora merge --dry-run\n", MERGE_PLAN)):
+        section = page.partition(f"### {heading}")[2].partition("\n### ")[0]
+        keys = {field.name for result in results for field in fields(result)}
+        assert sorted(key for key in keys if f"`{key}`" not in section) == []
+    flags = page.partition("## Flags of qlora merge")[2].partition("\n## ")[0]
+    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
+    own = {flag for flag in flags_of(command) if flag.startswith("--")} - {"--json"}
+    assert own >= {"--base", "--format", "--no-verify", "--dry-run"}
+    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
+
+
+def test_every_json_key_and_flag_of_an_evaluation_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.partition("### qlora evaluate\n")[2].partition("\n### ")[0]
+    keys = {field.name for result in (Evaluation, SourceResult, TaskResult) for field in fields(result)}
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+    flags = page.partition("## Flags of qlora evaluate")[2].partition("\n## ")[0]
+    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
+    settings = {flag for path in options.FLAGS for flag in (options.FLAGS[path], f"--no-{options.FLAGS[path][2:]}")}
+    own = {flag for flag in flags_of(command) - settings if flag.startswith("--")} - {"--config", "--set", "--json"}
+    assert own >= {"--merged", "--tasks", "--no-base"}
+    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
+
+
+def test_every_json_key_and_flag_of_answers_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.partition("### qlora generate\n")[2].partition("\n### ")[0]
+    keys = {field.name for result in (GenerationReport, PromptAnswers, GivenAnswer) for field in fields(result)}
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+    flags = page.partition("## Flags of qlora generate and qlora chat")[2].partition("\n## ")[0]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    load, asking = flags_of(commands["load"]), flags_of(commands["generate"]) | flags_of(commands["chat"])
+    own = {flag for flag in asking - load if flag.startswith("--")}
+    assert own >= {"--prompt", "--compare", "--merged", "--seed"}
+    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
 
 
 def test_every_json_key_of_an_inspection_is_documented_in_its_section() -> None:

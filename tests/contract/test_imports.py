@@ -25,11 +25,26 @@ ALLOWED: dict[str, set[str]] = {
     "data": BOTTOM,
     "memory": BOTTOM | {"loading", "memory.measure"},
     "runs": BOTTOM,
-    "training": BOTTOM | {"loading", "data", "memory", "memory.measure", "runs"},
-    "merging": BOTTOM | {"loading"},
-    "demo": BOTTOM | {"training", "loading", "data", "memory", "memory.measure"},
+    "answering": BOTTOM | {"loading"},
+    "training": BOTTOM | {"answering", "loading", "data", "memory", "memory.measure", "runs"},
+    "merging": BOTTOM | {"loading", "data", "memory.measure"},
+    "demo": BOTTOM | {"answering", "evaluating", "training", "loading", "data", "memory", "memory.measure"},
+    "evaluating": BOTTOM | {"loading", "data", "memory.measure"},
     "doctor": BOTTOM | {"loading", "memory.measure"},
-    "cli": BOTTOM | {"training", "merging", "memory", "memory.measure", "data", "loading", "demo", "doctor", "runs"},
+    "cli": BOTTOM
+    | {
+        "answering",
+        "evaluating",
+        "training",
+        "merging",
+        "memory",
+        "memory.measure",
+        "data",
+        "loading",
+        "demo",
+        "doctor",
+        "runs",
+    },
 }
 MOST_LINES = 500
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}

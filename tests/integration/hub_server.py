@@ -177,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
             and parts[0] != "lfs"
         ):
             self._send(401)
+        elif parts == ["api", "validate-yaml"]:
+            self._send_json({"errors": [], "warnings": []})
         elif parts == ["api", "repos", "create"]:
             asked = json.loads(content)
             name = f"{asked['organization']}/{asked['name']}"

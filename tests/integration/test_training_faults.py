@@ -18,11 +18,12 @@ from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone,
 from qlora_cli.loading.adapter_state import adapter_state
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.measure import is_out_of_memory
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.checkpoints import CheckpointStore
 from qlora_cli.training.memory import check_memory
 from qlora_cli.training.plan import PreparedRun, prepare_run
-from qlora_cli.training.rehearsal import RehearsalCallback, is_out_of_memory
+from qlora_cli.training.rehearsal import RehearsalCallback
 from qlora_cli.training.run import run, train
 from qlora_cli.units import format_bytes
 from tests.conftest import Recorder, train_settings, write_jsonl

@@ -1,11 +1,19 @@
 """Paths that can be none, and directories that are written whole or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qlora_cli.data.sources import check_dataset_name
-from qlora_cli.files import check_output_directory, existing_path, fill_directory
+from qlora_cli.files import (
+    LEFT_OVER,
+    check_output_directory,
+    existing_path,
+    fill_directory,
+    write_directory,
+)
 
 IMPOSSIBLE = ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "a\0b"]
 
@@ -85,3 +93,89 @@ def test_what_a_killed_process_left_in_a_directory_is_no_content_and_goes(tmp_pa
     assert check_output_directory(target) is None
     fill_directory(target, fill)
     assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+FILL = """
+import os, sys
+from pathlib import Path
+from qlora_cli.files import fill_directory
+
+def fill(path):
+    (path / "a.txt").write_text("half")
+    (path / "b").mkdir()
+    (path / "b" / "c.txt").write_text("half")
+    (path / "config.json").write_text("{}")
+
+renamed = []
+rename = Path.rename
+def rename_and_die(path, target):
+    if path.parent.name == "whole":
+        renamed.append(path)
+        if len(renamed) == int(sys.argv[2]):
+            os._exit(9)
+    return rename(path, target)
+
+Path.rename = rename_and_die
+fill_directory(Path(sys.argv[1]), fill)
+"""
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3])
+def test_what_a_killed_process_had_moved_into_an_empty_directory_is_taken_back_and_nothing_else(
+    tmp_path: Path, dies_at: int
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    died = subprocess.run([sys.executable, "-c", FILL, target, str(dies_at)], check=False)
+    assert died.returncode == 9
+    assert not (target / "config.json").exists(), "it looks complete"
+    assert len([path for path in target.iterdir() if path.name != LEFT_OVER]) == dies_at - 1
+    assert check_output_directory(target) is None
+    (target / "mine.txt").write_text("mine")
+    assert "holds something else (mine.txt)" in str(check_output_directory(target))
+    (target / "mine.txt").unlink()
+
+    def fill(path: Path) -> None:
+        (path / "config.json").write_text("new")
+
+    fill_directory(target, fill)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"config.json": "new"}
+
+
+def test_a_file_of_the_user_by_a_name_that_was_being_moved_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    assert subprocess.run([sys.executable, "-c", FILL, target, "3"], check=False).returncode == 9
+    (target / "a.txt").rename(tmp_path / "elsewhere.txt")
+    (target / "a.txt").write_text("mine")
+    assert "holds something else (a.txt)" in str(check_output_directory(target))
+
+
+def test_an_interrupt_while_files_are_moved_leaves_the_directory_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    target.mkdir()
+
+    def interrupted(path: Path, place: Path) -> Path:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    def fill(path: Path) -> None:
+        for name in ("a.txt", "config.json"):
+            (path / name).write_text("half")
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill_directory(target, fill)
+    assert list(target.iterdir()) == []
+
+
+def test_parents_that_were_made_for_what_failed_are_gone(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_directory(tmp_path / "a" / "b" / "out", fail)
+    assert list(tmp_path.iterdir()) == []

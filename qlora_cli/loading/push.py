@@ -1,10 +1,10 @@
-"""The adapter on the hub: whether it may be pushed is seen before anything is loaded, the push comes after the run.
+"""Pushing to the hub: whether it may be done is seen before anything is loaded, the push comes after the work.
 
 Imports no torch, and the hub's client only if something is to be pushed.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from qlora_cli.settings.resolve import Resolved
 
 SETTING = "output.push_to_hub"
 LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."
-# The adapter, its config, the tokenizer and its chat template.
+# An adapter or a model, configs, the tokenizer and its chat template.
 PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 WRITES, CAN_WRITE = "repo.write", {"admin", "write", "contributor"}  # a permission of tokens, roles in organizations
 
 
-def push_problem(output: OutputSettings) -> QloraError | None:
-    """Return why nothing can be pushed, as far as that is known without asking the hub."""
+def push_problem(output: OutputSettings, folder: Path = Path("RUN/adapter")) -> QloraError | None:
+    """Return why `folder` can't be pushed, as far as that is known without asking the hub."""
     if output.push_to_hub is None:
         return None
     from huggingface_hub import constants, get_token
@@ -39,7 +39,7 @@ def push_problem(output: OutputSettings) -> QloraError | None:
         hint = "Give OWNER/NAME: your name on the hub, or an organization's, before the slash."
         return QloraError(f"{output.push_to_hub!r} does not say whose repository it is", hint=hint)
     if constants.HF_HUB_OFFLINE:
-        hint = f"Unset HF_HUB_OFFLINE, or push later: {push_command(output, Path('RUN/adapter'))}"
+        hint = f"Unset HF_HUB_OFFLINE, or push later: {push_command(output, folder)}"
         return QloraError("nothing can be pushed to the hub offline, and HF_HUB_OFFLINE is set", hint=hint)
     if get_token() is None:
         return QloraError(f"{output.push_to_hub} can't be pushed to without a login to the hub", hint=LOG_IN)
@@ -49,31 +49,35 @@ def push_problem(output: OutputSettings) -> QloraError | None:
 def check_push(resolved: Resolved[TrainSettings], reporter: Reporter) -> None:
     """Ask the hub whether the token may write to the repository of the settings, as far as it tells.
 
-    A hub that can't be asked now may be there at the end: that is a warning.
-
     Raises:
         SettingsError: the token is none, or may not write there.
     """
-    output = resolved.settings.output
+    found = push_refusal(resolved.settings.output, reporter)
+    if found is not None:
+        where = resolved.origin_of(SETTING).where
+        raise SettingsError([Problem(where=where, message=found.message, hint=found.hint)])
+
+
+def push_refusal(output: OutputSettings, reporter: Reporter) -> QloraError | None:
+    """Return why the token may not write to the repository of the settings, if the hub says that it may not.
+
+    A hub that can't be asked now may be there at the end: that is a warning.
+    """
     if output.push_to_hub is None:
-        return
+        return None
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = _lacks(HfApi().whoami(), output.push_to_hub)
+        return _lacks(HfApi().whoami(), output.push_to_hub)
     except HfHubHTTPError as error:
-        if error.response.status_code not in {401, 403}:
-            _warn(reporter, f"HTTP {error.response.status_code}", output)
-            return
-        found = QloraError("the hub does not accept the token that is set or stored", hint=LOG_IN)
+        if error.response.status_code in {401, 403}:
+            return QloraError("the hub does not accept the token that is set or stored", hint=LOG_IN)
+        _warn(reporter, f"HTTP {error.response.status_code}", output)
     except (http_error_type(), OSError, ValueError) as error:
         # The text may quote the header with the token.
         _warn(reporter, type(error).__name__, output)
-        return
-    if found is not None:
-        where = resolved.origin_of(SETTING).where
-        raise SettingsError([Problem(where=where, message=found.message, hint=found.hint)])
+    return None
 
 
 def _warn(reporter: Reporter, reason: str, output: OutputSettings) -> None:
@@ -122,27 +126,36 @@ def push_adapter(output: OutputSettings, adapter: Path, reporter: Reporter) -> s
     Raises:
         PushError: it can't be pushed; the hint is the command that pushes it later.
     """
+    return push_folder(output, adapter, PUSHED, "the run is done, but its adapter", reporter)
+
+
+def push_folder(output: OutputSettings, folder: Path, patterns: Sequence[str], what: str, reporter: Reporter) -> str:
+    """Push the files in `folder` that match; `what` it is opens the sentence that says that it was not pushed.
+
+    Raises:
+        PushError: it can't be pushed; the hint is the command that pushes it later.
+    """
     from huggingface_hub import HfApi
 
     repository = output.push_to_hub
     assert repository is not None, "there is nowhere to push to"
-    reporter.report(PhaseStarted(title=f"Pushing the adapter to {repository}"))
+    reporter.report(PhaseStarted(title=f"Pushing {folder} to {repository}"))
     try:
         with _without_bars():
             api = HfApi()
             address = api.create_repo(repository, private=output.hub_private, exist_ok=True)
             api.upload_folder(
                 repo_id=repository,
-                folder_path=adapter,
-                allow_patterns=list(PUSHED),
-                commit_message="Upload the adapter",
+                folder_path=folder,
+                allow_patterns=list(patterns),
+                commit_message="Upload by qlora",
             )
     except (http_error_type(), OSError, ValueError, RuntimeError) as error:  # the last, of single files
         raise PushError(
-            f"the run is done, but its adapter was not pushed to {repository}: {_told(error)}",
-            hint=f"Push it later: {push_command(output, adapter)}",
+            f"{what} was not pushed to {repository}: {_told(error)}",
+            hint=f"Push it later: {push_command(output, folder)}",
         ) from None  # the client's error quotes what it sent
-    reporter.report(Noted(message=f"the adapter is at {address}"))
+    reporter.report(Noted(message=f"{folder} is at {address}"))
     return str(address)
 
 

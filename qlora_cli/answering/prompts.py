@@ -1,0 +1,82 @@
+"""From messages to the tokens that ask for an answer: by the chat template, or as plain text without one."""
+
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.errors import ModelError
+
+Message = dict[str, str]
+
+# A template is a program: what it does to messages that it was not written for may fail in any way.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+OTHER_TEMPLATE = "Give a template that does (--chat-template chatml, or a file)."
+
+
+def messages_of(prompt: str, system: str | None = None) -> list[Message]:
+    """Return a conversation that begins with `prompt`."""
+    return [*system_messages(system), {"role": "user", "content": prompt}]
+
+
+def system_messages(system: str | None) -> list[Message]:
+    """Return the message that a system prompt is, or none."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Return the ids that ask for an answer to `messages`; without a chat template there is one, continued as it is.
+
+    Raises:
+        ModelError: the chat template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        (message,) = messages
+        return _encode_plain(tokenizer, message["content"])
+    ids: list[int] = tokenizer(written(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return `messages` as the chat template writes them, and asks for an answer.
+
+    Raises:
+        ModelError: it refuses them.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except TEMPLATE_ERRORS as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ModelError(
+            f"the chat template refuses these messages ({roles}): {error}", hint=OTHER_TEMPLATE
+        ) from error
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Check that a system prompt reaches the model.
+
+    Raises:
+        ModelError: there is no chat template, or it does not write the system prompt.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "--system can't be used: the tokenizer has no chat template, so a prompt is continued as it is",
+            hint="Put it into the prompt, or give a template (--chat-template chatml, or a file).",
+        )
+    text = system.strip()
+    without = written(tokenizer, messages_of("Hello"))
+    if written(tokenizer, messages_of("Hello", system)).count(text) <= without.count(text):
+        raise ModelError(
+            f"the chat template does not write a system prompt: {text[:40]!r} is not in the text",
+            hint=f"Put it into the prompt. {OTHER_TEMPLATE}",
+        )
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]  # some tokenizers end every text, also one that shall go on
+    if begin is not None and ids[:2] == [begin, begin]:  # the text has one of its own
+        ids = ids[1:]
+    return ids

@@ -1,0 +1,79 @@
+"""What was answered, by what and how fast. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from qlora_cli.units import counted
+
+Source = Literal["base", "adapter", "merged"]
+# The model ended the answer; it had as many tokens as it may have; somebody stopped it.
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer, without special tokens.
+
+    `num_new_tokens` counts the token that ended it, if one did; `seconds` and `tokens_per_second` include reading the
+    prompt.
+    """
+
+    source: Source
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    finish_reason: FinishReason
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAnswers:
+    """A prompt and its answers, of the base first. `differ` is None where there is only one."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+    differ: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """What `qlora generate` answered. `adapter` and `merged` are None where there was none."""
+
+    model: str
+    base_model: str
+    adapter: Path | None
+    merged: Path | None
+    answers: tuple[PromptAnswers, ...]
+    notes: tuple[str, ...]
+
+
+class Listener(Protocol):
+    """Hears an answer while it is given."""
+
+    def begin(self, source: Source) -> None:
+        """An answer begins."""
+
+    def text(self, piece: str) -> None:
+        """It goes on with `piece`."""
+
+    def stops(self) -> bool:
+        """Whether it shall end here; asked after each token."""
+
+    def end(self, answer: Answer) -> None:
+        """It is complete."""
+
+
+def collect(prompt: str, answers: list[Answer]) -> PromptAnswers:
+    """Return the answers to a prompt, compared if there are several."""
+    differ = len({answer.text for answer in answers}) > 1 if len(answers) > 1 else None
+    return PromptAnswers(prompt=prompt, answers=tuple(answers), differ=differ)
+
+
+def cut_note(answer: Answer, max_new_tokens: int) -> str | None:
+    """Return a sentence on an answer that did not come to its end, and what ended it, or None."""
+    if answer.finish_reason != "length":
+        return None
+    why = "--max-new-tokens" if answer.num_new_tokens >= max_new_tokens else "the model has no more positions"
+    return f"the answer ({answer.source}) was cut off after {counted(answer.num_new_tokens, 'token')}: {why}"

@@ -1,0 +1,113 @@
+"""What can be known to be wrong with an evaluation before torch is imported: names, files, what has no effect."""
+
+import importlib.util
+from collections.abc import Iterator
+
+from qlora_cli.data.sources import check_dataset_name, find_dataset
+from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
+from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
+from qlora_cli.files import existing_path
+from qlora_cli.loading.source import ADAPTER_CONFIG, RUN_FILE, check_model_name, looks_local
+from qlora_cli.settings.models import ModelSettings
+from qlora_cli.settings.resolve import Resolved
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def check_evaluation(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> None:
+    """Check names and files, all at once.
+
+    Raises:
+        MissingDependencyError: tasks are asked for, and lm-eval is not installed.
+        SettingsError: with every problem found.
+    """
+    if request.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"--tasks {','.join(request.tasks)} needs lm-eval, which is not installed",
+            hint="Run: pip install 'qlora-cli[eval]'",
+        )
+    if problems := list(_problems(resolved, request)):
+        raise SettingsError(problems)
+
+
+def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:
+    """Whether the rows to evaluate were named, by --dataset. In a settings file, `data.dataset` is what is trained."""
+    return resolved.origin_of("data.dataset").kind == "flag"
+
+
+def _problems(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> Iterator[Problem]:
+    if wrong := check_model_name(resolved.settings.model):
+        yield _problem(resolved.origin_of("model.name").where, wrong)
+    if request.merged is not None and (wrong := _check_merged(str(request.merged))):
+        yield _problem("--merged", wrong)
+    yield from _about_data(resolved, request)
+    yield from _about_tasks(request)
+
+
+def _problem(where: str, error: QloraError) -> Problem:
+    return Problem(where=where, message=error.message, hint=error.hint)
+
+
+def _check_merged(name: str) -> QloraError | None:
+    path = existing_path(name)
+    if path is None:
+        return QloraError(f"there is no directory {name}", hint="Check the path.")
+    if any((path / file).is_file() for file in (RUN_FILE, ADAPTER_CONFIG)):
+        hint = "Give the directory that qlora merge wrote; a run or an adapter is evaluated as MODEL."
+        return QloraError(f"{name} is no merged model", hint=hint)
+    return check_model_name(ModelSettings(name=name))
+
+
+def _about_data(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> Iterator[Problem]:
+    data = resolved.settings.data
+    if not names_rows(resolved):
+        if request.split is not None:
+            message = "has no effect without --dataset"
+            yield Problem(where="--split", message=message, hint="Name a data set of the hub with --dataset.")
+        holds_out = data.eval_dataset is not None or (data.dataset is not None and data.eval_split is not None)
+        if not holds_out and not request.tasks and not _may_hold_out(resolved):
+            yield Problem(
+                where="--dataset",
+                message="is missing. Only of a run the rows to evaluate are known: those that it held out",
+                hint="Name the rows with --dataset.",
+            )
+    for name in _named(resolved):
+        if wrong := check_dataset_name(name):
+            yield _problem("--dataset", wrong)
+            continue
+        found = find_dataset(name)
+        if found.weight != 1:
+            message = f"{name} has a weight, and every row is evaluated once"
+            yield Problem(where="--dataset", message=message, hint="Leave the weight out.")
+        if found.is_local and request.split is not None:
+            message = f"has no effect on {name}, which is on this disk: only hub data sets have splits"
+            yield Problem(where="--split", message=message, hint="Leave it out.")
+
+
+def _named(resolved: Resolved[EvaluateSettings]) -> tuple[str, ...]:
+    """Return the names of the rows that are evaluated, as far as they are on the command line or in a file."""
+    data = resolved.settings.data
+    return (data.dataset if names_rows(resolved) else data.eval_dataset) or ()
+
+
+def _may_hold_out(resolved: Resolved[EvaluateSettings]) -> bool:
+    """Whether the model may be a run, or a part of one, that knows what it held out; what is not there may be any."""
+    name = resolved.settings.model.name
+    path = existing_path(name)
+    if path is None:
+        return looks_local(name)
+    return any((path / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG))
+
+
+def _about_tasks(request: EvaluationRequest) -> Iterator[Problem]:
+    for flag, value in (("--limit", request.limit), ("--task-path", request.task_path)):
+        if value is not None and not request.tasks:
+            yield Problem(where=flag, message="has no effect without --tasks", hint="Leave it out, or give --tasks.")
+    if request.task_path is not None and not request.task_path.is_dir():
+        yield Problem(
+            where="--task-path", message=f"there is no directory {request.task_path}", hint="Check the path."
+        )
+    for task in request.tasks:
+        path = existing_path(task)
+        if task.endswith(YAML_SUFFIXES) and (path is None or not path.is_file()):
+            yield Problem(where="--tasks", message=f"there is no file {task}", hint="Check the path.")

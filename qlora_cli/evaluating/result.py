@@ -1,0 +1,85 @@
+"""What an evaluation measured, as plain numbers. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["model", "base", "adapter", "merged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceResult:
+    """One model on the rows. Losses are means over all supervised tokens, however the rows were batched.
+
+    Attributes:
+        source: What it is; `model` is one that has no adapter.
+        path: Its name: a directory, or a hub id.
+        quantization: How its linear layers are stored.
+        loss: Mean negative log-likelihood of a token, in nats; None if it is not finite.
+        loss_stderr: Standard error of that, over rows; None of a single row.
+        perplexity: exp(loss); None if it is not finite.
+        token_accuracy: Share of supervised tokens that are the most likely one.
+        num_rows, num_tokens: Rows, and supervised tokens in them.
+        seconds: The time that it took, without loading.
+        tokens_per_second: All tokens of the rows in that time, padding left out.
+        difference: The loss less that of the base; None without a base.
+        difference_stderr: Standard error of that, from the differences of each row.
+    """
+
+    source: Kind
+    path: str
+    quantization: str
+    loss: float | None
+    loss_stderr: float | None
+    perplexity: float | None
+    token_accuracy: float
+    num_rows: int
+    num_tokens: int
+    seconds: float
+    tokens_per_second: float
+    difference: float | None
+    difference_stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One figure of one of lm-eval's tasks for one model; `metric` is as lm-eval names it, with its filter."""
+
+    source: Kind
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    num_documents: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `qlora evaluate` measured.
+
+    Attributes:
+        model: As it was asked for.
+        base_model: The base it stands for: the same, unless it is an adapter or a run.
+        adapter: The adapter, if it is or has one.
+        merged: The merged model, if one was compared with.
+        device, compute_dtype: Where, and in which dtype.
+        dataset: The rows, as they were named; None if only tasks were run.
+        fingerprint: A SHA-256 over the tokens and labels of the rows.
+        is_training_data: Whether the adapter is known to have been trained on that data.
+        sources: One of each model, the base first.
+        tasks: The figures of lm-eval.
+        notes: What one should know to read the figures.
+    """
+
+    model: str
+    base_model: str
+    adapter: Path | None
+    merged: Path | None
+    device: str
+    compute_dtype: str
+    dataset: str | None
+    fingerprint: str | None
+    is_training_data: bool
+    sources: tuple[SourceResult, ...]
+    tasks: tuple[TaskResult, ...]
+    notes: tuple[str, ...]

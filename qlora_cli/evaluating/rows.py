@@ -1,0 +1,142 @@
+"""Which rows are evaluated: those that were named, or those that a run held out, read by the code that trained it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_cli.data.encode import TextTokenizer
+from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
+from qlora_cli.data.sources import find_dataset
+from qlora_cli.errors import DataError, ModelError, QloraError
+from qlora_cli.evaluating.preflight import names_rows
+from qlora_cli.evaluating.settings import EvaluateSettings
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.source import RUN_FILE
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.resolve import Resolved
+
+NAME_THEM = "Name the rows to evaluate with --dataset."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run says of the rows that it was trained on and evaluated on."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    seed: int
+    train_fingerprint: str | None
+    eval_fingerprint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Rows to evaluate. `is_training_data`: known to be what the run was trained on; `notes` say what is off."""
+
+    data: PreparedData
+    is_training_data: bool
+    notes: tuple[str, ...]
+
+
+def read_run(run: Path | None) -> RunRecord | None:
+    """Return the record of a run directory, if there is one.
+
+    Raises:
+        ModelError: it does not say how its data was read.
+    """
+    if run is None:
+        return None
+    record = read_json(run / RUN_FILE)
+    try:
+        reports = record["data"]
+        fingerprints = [(reports[part] or {}).get("fingerprint") for part in ("train", "eval")]
+        settings, seed = dict(record["settings"]["data"]), int(record["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{run / RUN_FILE} does not say how the data of the run was read: {error!r}",
+            hint="Was it written by qlora train?",
+        ) from error
+    return RunRecord(
+        path=run, settings=settings, seed=seed, train_fingerprint=fingerprints[0], eval_fingerprint=fingerprints[1]
+    )
+
+
+def data_settings(
+    resolved: Resolved[EvaluateSettings], run: RunRecord | None, split: str | None
+) -> DataSettings | None:
+    """Return how rows are read, and which: as asked for, else as the run was trained, else as training would.
+
+    None if neither were rows named nor did the run hold any out.
+
+    Raises:
+        ModelError: the run's settings can't be read.
+    """
+    asked = resolved.settings.data
+    given = {key: getattr(asked, key) for key in asked.model_fields_set}
+    values = {**(run.settings if run is not None else {}), **given, "packing": False}
+    if names_rows(resolved):
+        values |= _alone(values["dataset"], split)
+    elif values.get("eval_dataset") is not None:
+        values |= _alone(values["eval_dataset"], values.get("eval_split"))
+    elif values.get("eval_split") is None or values.get("dataset") is None:
+        return None
+    try:
+        return DataSettings.model_validate(values)
+    except ValidationError as error:
+        where = run.path / RUN_FILE if run is not None else "data"
+        raise ModelError(
+            f"the data settings in {where} can't be read: {error.errors()[0]['msg']}",
+            hint="Was it written by a newer qlora?",
+        ) from error
+
+
+def read_rows(
+    settings: DataSettings, run: RunRecord | None, text: TextTokenizer, *, seed: int, are_named: bool
+) -> HeldOut:
+    """Read and tokenize the rows that `settings` name, or hold out of what they name.
+
+    Raises:
+        DatasetNotFoundError: no such data set.
+        DataError: what `prepare_data` raises; or the rows that a run held out can't be told any more.
+    """
+    found = prepare_data(settings, text, seed=seed)
+    data = found.evaluation or found.train
+    if run is None:
+        return HeldOut(data=data, is_training_data=False, notes=())
+    if are_named:
+        is_same = data.report.fingerprint == run.train_fingerprint or _shares_files(settings, run)
+        note = f"{run.path.name} was trained on {data.report.name}: a low loss on it says nothing about other rows"
+        return HeldOut(data=data, is_training_data=is_same, notes=(note,) if is_same else ())
+    if data.report.fingerprint == run.eval_fingerprint:
+        return HeldOut(data=data, is_training_data=False, notes=())
+    changed = f"the held-out rows are not those of {run.path}: data, settings or tokenizer are others than then"
+    if found.evaluation is not None:  # drawn from the data that is trained, so that others may have been trained
+        raise DataError(changed, hint=f"Leave out what was changed, or name them. {NAME_THEM}")
+    return HeldOut(data=data, is_training_data=False, notes=(changed,))
+
+
+def nothing_held_out(model: str, run: RunRecord | None) -> DataError:
+    """Return the error of an evaluation whose rows are not known."""
+    if run is not None:
+        return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)
+    return DataError(f"{model} is no run, so that its rows to evaluate are not known", hint=NAME_THEM)
+
+
+def _alone(names: Any, split: str | None) -> dict[str, Any]:
+    """Return the settings by which nothing is read but `names`, all of it."""
+    whole = {"eval_dataset": None, "eval_split": None, "streaming": False}
+    return {"dataset": names, "split": split or EVAL_SPLIT, **whole}
+
+
+def _shares_files(settings: DataSettings, run: RunRecord) -> bool:
+    """Whether a file is read that the run was trained on."""
+    trained: set[Path] = set()
+    for name in run.settings.get("dataset") or ():
+        try:
+            trained |= {path.resolve() for path in find_dataset(name).files}
+        except QloraError:  # moved or deleted since: it can't be one that is read now
+            continue
+    return any(path.resolve() in trained for name in settings.dataset for path in find_dataset(name).files)

@@ -1,0 +1,197 @@
+"""Evaluate: base and adapter from one loaded model, then what was merged from them, on the same tokens."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from qlora_cli.data.encode import TextTokenizer
+from qlora_cli.data.prepare import PreparedData
+from qlora_cli.errors import ModelError
+from qlora_cli.evaluating.losses import RowLosses, measure_losses
+from qlora_cli.evaluating.merged import Merged, find_merged
+from qlora_cli.evaluating.preflight import check_evaluation, names_rows
+from qlora_cli.evaluating.result import Evaluation, Kind, SourceResult, TaskResult
+from qlora_cli.evaluating.rows import HeldOut, RunRecord, data_settings, nothing_held_out, read_rows, read_run
+from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
+from qlora_cli.evaluating.statistics import summarize
+from qlora_cli.evaluating.tasks import Tasks, find_tasks
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.positions import num_positions, within_positions
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.units import counted
+
+TITLES: dict[Kind, str] = {
+    "model": "the model",
+    "base": "the base",
+    "adapter": "the adapter",
+    "merged": "the merged model",
+}
+
+
+def evaluate(resolved: Resolved[EvaluateSettings], request: EvaluationRequest, reporter: Reporter) -> Evaluation:
+    """Measure loss and perplexity of a model, of its base and of what was merged, and run the tasks on each.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    check_evaluation(resolved, request)
+    if request.tasks:
+        reporter.report(PhaseStarted(title="Finding the tasks"))
+    tasks = find_tasks(request)
+    data = resolved.settings.data
+    is_asked = "max_length" in data.model_fields_set
+    blueprint = plan_load(resolved.settings, reporter, max_length=data.max_length if is_asked else None)
+    _check_base(request, blueprint)
+    rows = _find_rows(resolved, request, blueprint, reporter)
+    merged = find_merged(request, blueprint, rows, reporter)
+    bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter)
+    _evaluate_first(bench, blueprint, has_merged=merged is not None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if merged is not None:
+        _evaluate_merged(bench, merged)
+    return Evaluation(
+        model=blueprint.source.name,
+        base_model=blueprint.source.base_name,
+        adapter=blueprint.source.adapter,
+        merged=merged.path if merged is not None else None,
+        device=str(blueprint.device),
+        compute_dtype=blueprint.dtype.name.value,
+        dataset=rows.data.report.name if rows is not None else None,
+        fingerprint=rows.data.report.fingerprint if rows is not None else None,
+        is_training_data=rows is not None and rows.is_training_data,
+        sources=tuple(bench.sources),
+        tasks=tuple(bench.figures),
+        notes=rows.notes if rows is not None else (),
+    )
+
+
+def _check_base(request: EvaluationRequest, blueprint: Blueprint) -> None:
+    if request.with_base is not None and blueprint.source.adapter is None:
+        flag = "--base" if request.with_base else "--no-base"
+        raise ModelError(f"{flag} has no effect: {blueprint.source.name} has no adapter", hint="Leave it out.")
+
+
+def _find_rows(
+    resolved: Resolved[EvaluateSettings], request: EvaluationRequest, blueprint: Blueprint, reporter: Reporter
+) -> HeldOut | None:
+    """Return the rows to evaluate on; None if there are none and tasks are all that is asked for."""
+    run = read_run(blueprint.source.run)
+    data = data_settings(resolved, run, request.split)
+    if data is None:
+        if request.tasks:
+            return None
+        raise nothing_held_out(resolved.settings.model.name, run)
+    data = within_positions(data, num_positions(blueprint.base.config), reporter)
+    reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
+    text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
+    seed = _seed(resolved, run)
+    rows = read_rows(data, run, text, seed=seed, are_named=names_rows(resolved))
+    _note_rows(rows, reporter)
+    return rows
+
+
+def _seed(resolved: Resolved[EvaluateSettings], run: RunRecord | None) -> int:
+    training = resolved.settings.training
+    return training.seed if run is None or "seed" in training.model_fields_set else run.seed
+
+
+def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
+    report = rows.data.report
+    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them evaluated"
+    reporter.report(
+        Noted(message=f"{report.name}: {counted(report.rows_trained, 'row')} of {report.recognised}; {tokens}")
+    )
+    lost = [
+        f"{report.name}: {counted(number, 'row')} {what}"
+        for number, what in (
+            (report.truncated_rows, f"cut; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
+            (report.dropped_rows, "longer than --max-length, dropped"),
+            (report.rows_without_supervision, "without a token to evaluate"),
+            (report.bad_rows, "that can't be used, skipped"),
+        )
+        if number
+    ]
+    for message in (*rows.data.notes, *lost, *rows.notes):
+        reporter.report(Noted(level="warning", message=message))
+
+
+@dataclass(kw_only=True)
+class _Bench:
+    """What each model is put to, and what came of it so far. `base` is what others are compared with."""
+
+    request: EvaluationRequest
+    rows: HeldOut | None
+    tasks: Tasks | None
+    reporter: Reporter
+    base: RowLosses | None = None
+    sources: list[SourceResult] = field(default_factory=list)
+    figures: list[TaskResult] = field(default_factory=list)
+
+    def measure(self, kind: Kind, path: str, loaded: LoadedModel) -> None:
+        """Evaluate a model as it is now: its adapter may be switched off."""
+        if self.rows is not None:
+            self._measure_rows(kind, path, loaded, self.rows.data)
+        if self.tasks is not None:
+            title = f"{', '.join(self.tasks.names)} on {TITLES[kind]}"
+            self.reporter.report(PhaseStarted(title=f"Evaluating {title}"))
+            self.figures += self.tasks.run(
+                kind,
+                loaded.model,
+                loaded.tokenizer,
+                dtype=loaded.dtype.torch_dtype,
+                title=title,
+                reporter=self.reporter,
+            )
+
+    def _measure_rows(self, kind: Kind, path: str, loaded: LoadedModel, data: PreparedData) -> None:
+        self.reporter.report(PhaseStarted(title=f"Evaluating {TITLES[kind]}"))
+        losses = measure_losses(
+            loaded.model,
+            data,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            dtype=loaded.dtype.torch_dtype,
+            batch_size=self.request.batch_size,
+            title=TITLES[kind],
+            reporter=self.reporter,
+        )
+        if bad := int((~np.isfinite(losses.nll)).sum()):
+            message = f"the loss of {TITLES[kind]} is no finite number in {counted(bad, 'row')}"
+            self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
+        quantization = loaded.settings.quantization.method.value
+        self.sources.append(summarize(kind, path, quantization, losses, self.base))
+        if kind == "base":
+            self.base = losses
+
+
+def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool) -> None:
+    """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
+    loaded = load_planned(blueprint, bench.reporter)
+    for kind, path, state in _states(loaded, bench.request, has_merged=has_merged):
+        with state:
+            bench.measure(kind, path, loaded)
+
+
+def _states(
+    loaded: LoadedModel, request: EvaluationRequest, *, has_merged: bool
+) -> Iterator[tuple[Kind, str, AbstractContextManager[None]]]:
+    """Yield what the loaded model is to be evaluated as, with the context in which it is that."""
+    source, model = loaded.source, loaded.model
+    if not isinstance(model, PeftModel):
+        yield "base" if has_merged else "model", source.name, nullcontext()
+        return
+    if request.with_base is not False:
+        yield "base", source.base_name, model.disable_adapter()
+    yield "adapter", str(source.adapter), nullcontext()
+
+
+def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
+    loaded = load_planned(plan_load(merged.settings, bench.reporter), bench.reporter)
+    bench.measure("merged", str(merged.path), loaded)

@@ -1,0 +1,39 @@
+"""Tell files apart: an adapter by all of it, a base without reading all of its weights."""
+
+import hashlib
+from pathlib import Path
+
+from qlora_cli.loading.checkpoint import INDEX_SUFFIX, read_weight_map, weights_entry
+
+NUM_SAMPLES, SAMPLE_BYTES = 64, 16 * 1024
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_digest(directory: Path) -> str:
+    """Return a digest that tells bases apart: names and sizes of the weight files, and samples of their bytes.
+
+    All of them would take minutes to read; other weights differ nearly everywhere.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(NUM_SAMPLES):
+                file.seek(place * max(0, size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the files that the model is loaded from; others may come to lie beside them."""
+    entry = weights_entry([path.name for path in directory.iterdir()], allow_pickle=True)
+    assert entry is not None, "a base has weights"
+    if not entry.endswith(INDEX_SUFFIX):
+        return [directory / entry]
+    return [directory / name for name in sorted(set(read_weight_map(directory / entry).values()))]

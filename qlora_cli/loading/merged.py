@@ -1,0 +1,62 @@
+"""The model that was merged from a run, where a run is asked for what became of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.device import ComputeDtype
+from qlora_cli.loading.digest import file_digest
+from qlora_cli.loading.prequantized import read_prequantized
+from qlora_cli.loading.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, MERGED, ModelSource
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
+
+RECORD = "merge.json"  # what `qlora merge` writes beside a merged model
+
+
+def adapter_digest(adapter: Path) -> str:
+    """Return the SHA-256 of an adapter's weights."""
+    weights = adapter / ADAPTER_WEIGHTS
+    return file_digest(weights if weights.is_file() else adapter / ADAPTER_PICKLE)
+
+
+def staleness(merged: Path, source: ModelSource) -> str | None:
+    """Return in words that a model was merged from another adapter than `source` has now; None if not known to be."""
+    if source.adapter is None or not (merged / RECORD).is_file():
+        return None
+    adapters = read_json(merged / RECORD).get("adapters")
+    known = [one.get("sha256") for one in adapters if isinstance(one, Mapping)] if isinstance(adapters, list) else []
+    if not any(known) or adapter_digest(source.adapter) in known:
+        return None
+    return f"{merged} was merged from another adapter than {source.name} has now: merge it anew"
+
+
+def merged_model_of(source: ModelSource) -> Path | None:
+    """Return what was merged from the run that was named, in the format of transformers; None if nothing was.
+
+    It is of the run's adapter, not of one of its checkpoints.
+    """
+    if source.run is None or source.adapter != source.run / "adapter":
+        return None
+    places = (source.run / MERGED, source.run / MERGED / "hf")
+    return next((place for place in places if (place / CONFIG).is_file()), None)
+
+
+def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) -> LoadSettings:
+    """Return how a merged model is loaded: computing as `model`, unquantized unless it is stored so.
+
+    Longer positions and more rows are in its own config; it has no revision.
+    """
+    settings = model.model_copy(
+        update={
+            "name": str(path.absolute()),
+            "revision": None,
+            "dtype": dtype.name,
+            "offload_embedding": False,
+            "rope_scaling": None,
+            "new_tokens": None,
+        }
+    )
+    is_stored = read_prequantized(read_json(path / CONFIG), str(path)) is not None
+    quantization = QuantizationSettings() if is_stored else QuantizationSettings(method=Quantization.NONE)
+    return LoadSettings(model=settings, quantization=quantization)

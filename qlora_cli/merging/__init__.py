@@ -1,0 +1,1 @@
+"""Merge adapters into their base: planned, checked, applied tensor by tensor, and compared."""

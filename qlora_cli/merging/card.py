@@ -1,0 +1,134 @@
+"""What a merged model says of itself: `merge.json` for programs, a model card for people."""
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_cli import __version__
+from qlora_cli.files import as_json
+from qlora_cli.loading.merged import RECORD, adapter_digest
+from qlora_cli.merging.beside import write_json
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.request import name_of
+from qlora_cli.merging.result import Divergence, MergeResult
+from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.visible import visible
+
+CARD = "README.md"
+MARKUP = re.compile(r"[`|<>\[\]]")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def write_record(target: Path, inputs: Inputs, result: MergeResult, written: ExportFormat) -> None:
+    """Write what `target`, a result in the format `written`, was merged from, how, and how it was verified.
+
+    Both may be published with the weights: what is a path on this machine is named by its end.
+    """
+    data = _data(inputs)
+    record = {
+        "written_by": f"qlora {__version__}",
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "format": written,
+        "base_model": _shown(result.base_model),
+        "commit": result.commit,
+        "adapters": [
+            {
+                "name": _shown(adapter.name),
+                "weight": adapter.weight,
+                "kind": adapter.kind,
+                "sha256": adapter_digest(adapter.path),
+            }
+            for adapter in result.adapters
+        ],
+        "data": data,
+        "base": result.base,
+        "base_choice": result.base_choice,
+        "dtype": result.dtype,
+        "num_tensors": result.num_tensors,
+        "num_merged_tensors": result.num_merged_tensors,
+        "verification": result.verification,
+        "nf4": result.nf4 if written == ExportFormat.NF4 else None,
+    }
+    write_json(target / RECORD, as_json(record))
+    (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
+
+
+def _data(inputs: Inputs) -> list[dict[str, Any]]:
+    """Return what the run was trained on: name, rows, and the fingerprint of its tokens."""
+    recorded = (inputs.record or {}).get("data")
+    train = recorded.get("train") if isinstance(recorded, Mapping) else None
+    if not isinstance(train, Mapping):
+        return []
+    name = _shown(str(train.get("name")))
+    return [{"name": name, **{key: train.get(key) for key in ("rows_trained", "supervised_tokens", "fingerprint")}}]
+
+
+def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: ExportFormat) -> Iterator[str]:
+    yield "---"
+    yield yaml.safe_dump(_front(inputs, result, written), sort_keys=False).strip()
+    yield "---"
+    yield ""
+    yield f"# {name_of(result.output)}"
+    yield ""
+    at = f" at commit `{result.commit}`" if result.commit else ""
+    yield f"`{_shown(result.base_model)}`{at}, with the adapter merged into its weights."
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for adapter in result.adapters:
+        weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
+        yield f"| adapter | `{_shown(adapter.name)}`: {adapter.kind}{weight} |"
+    for one in data:
+        yield f"| trained on | `{one['name']}`, {one['rows_trained']} rows, fingerprint `{one['fingerprint']}` |"
+    yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
+    yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
+    yield f"| verified | {_verified(result)} |"
+    if written == ExportFormat.NF4:
+        yield f"| quantized again | to NF4 with double quantization: {_from_merged(result.nf4)} |"
+    yield ""
+    yield f"Merged by qlora {__version__}; `{RECORD}` holds all figures."
+
+
+def _front(inputs: Inputs, result: MergeResult, written: ExportFormat) -> dict[str, Any]:
+    front: dict[str, Any] = {
+        "library_name": "gguf" if written == ExportFormat.GGUF else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora", "lora"],
+    }
+    if inputs.source.commit is not None:  # else it is a path of the machine that it was merged on
+        front["base_model"] = result.base_model
+    return front
+
+
+def _shown(name: str) -> str:
+    """Return a name for others to read: a path of this machine says nothing to them but its end.
+
+    It may come from somebody else's run, and must not end the line, cell or code of the card that it stands in.
+    """
+    return MARKUP.sub("_", visible(Path(name).name if Path(name).is_absolute() else name))
+
+
+def _from_merged(found: Divergence | None) -> str:
+    return "not compared" if found is None else f"from the merged model, {_in_short(found)}"
+
+
+def _verified(result: MergeResult) -> str:
+    found = result.verification
+    if found is None:
+        return "no"
+    passed = "" if found.passed else "**failed**: "
+    tokens = f"{found.divergence.num_tokens:,} tokens"
+    return f"{passed}against the base with the adapter beside it, over {tokens}: {_in_short(found.divergence)}"
+
+
+def _in_short(found: Divergence) -> str:
+    return (
+        f"mean KL divergence {found.mean_kl:.2g} nats a token, top token the same at {found.top_token_agreement:.1%}, "
+        f"perplexity {found.perplexity:.4g} against {found.reference_perplexity:.4g}"
+    )

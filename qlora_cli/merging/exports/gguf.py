@@ -1,0 +1,131 @@
+"""Write a merged model as GGUF, for llama.cpp and what is built on it, and look at what was written."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_cli.errors import ExportError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.config import read_config
+from qlora_cli.loading.layout import build_on_meta
+from qlora_cli.loading.source import CONFIG, find_model
+from qlora_cli.loading.tokenizer import load_tokenizer
+from qlora_cli.merging.exports.converter import Converter, convert
+from qlora_cli.merging.exports.turns import writes_bos
+from qlora_cli.settings.choices import GgufType
+from qlora_cli.settings.models import ModelSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufExport:
+    """A GGUF file that was written and looked at. `outtype` is what was asked for."""
+
+    file: Path
+    num_bytes: int
+    outtype: str
+    architecture: str
+    num_tensors: int
+    num_parameters: int
+    vocabulary_size: int
+
+
+def check_gguf(base: Path, tokenizer: PreTrainedTokenizerBase, converter: Converter, reporter: Reporter) -> None:
+    """Let the converter write a vocabulary, before anything is merged: most of what it can't convert fails at that.
+
+    Of the model in `base`, which may hold other weights than are merged, only config and vocabulary are read.
+
+    Raises:
+        ExportError: the converter does not know the architecture or the tokenizer, or lacks something.
+    """
+    reporter.report(PhaseStarted(title="Trying llama.cpp's converter on the tokenizer"))
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        tokenizer.save_pretrained(directory)
+        for file in base.glob("*.model"):
+            shutil.copy(file, directory)
+        values = _as_merged(read_json(base / CONFIG), tokenizer)
+        (directory / CONFIG).write_text(json.dumps(values), encoding="utf-8")
+        convert(converter, directory, directory / "vocabulary.gguf", GgufType.F16, vocabulary_only=True)
+
+
+def _as_merged(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the config as a merged model will have it: not quantized, with a row for every token."""
+    config.pop("quantization_config", None)
+    largest = max(tokenizer.get_vocab().values())
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
+            part["vocab_size"] = max(part["vocab_size"], largest + 1)
+    return config
+
+
+def export_gguf(
+    model: Path,
+    target_file: Path,
+    converter: Converter,
+    outtype: GgufType,
+    reporter: Reporter,
+    *,
+    trust_remote_code: bool = False,
+) -> GgufExport:
+    """Write the 16-bit model in the directory `model` to `target_file`, and check that it is the same model.
+
+    Raises:
+        ExportError: the converter failed, or what it wrote is not this model; nothing is left of it.
+    """
+    reporter.report(PhaseStarted(title=f"Converting to GGUF ({outtype.value}) with llama.cpp"))
+    convert(converter, model, target_file, outtype)
+    try:
+        return _check(model, target_file, outtype, reporter, trust_remote_code=trust_remote_code)
+    except BaseException:
+        target_file.unlink(missing_ok=True)
+        raise
+
+
+def _check(
+    model: Path, target_file: Path, outtype: GgufType, reporter: Reporter, *, trust_remote_code: bool
+) -> GgufExport:
+    from qlora_cli.merging.exports.gguf_file import mismatches, read_gguf  # needs a package that is optional
+
+    reporter.report(PhaseStarted(title=f"Checking {target_file.name}"))
+    source = find_model(ModelSettings(name=str(model), trust_remote_code=trust_remote_code))
+    tokenizer = load_tokenizer(source, ModelSettings(name=str(model), trust_remote_code=trust_remote_code)).tokenizer
+    config = read_config(source, trust_remote_code=trust_remote_code).config
+    facts = read_gguf(target_file)
+    wrong = mismatches(facts, config, tokenizer, _num_parameters(config, trust_remote_code=trust_remote_code))
+    if wrong:
+        raise ExportError(
+            f"{target_file.name} is not the model that was merged: it has {'; and '.join(wrong)}",
+            hint="Update llama.cpp (git pull): its converter does not know all of this model.",
+        )
+    _warn_of_bos(facts.adds_bos, tokenizer, reporter)
+    return GgufExport(
+        file=target_file,
+        num_bytes=target_file.stat().st_size,
+        outtype=outtype.value,
+        architecture=facts.architecture,
+        num_tensors=facts.num_tensors,
+        num_parameters=facts.num_parameters,
+        vocabulary_size=facts.vocabulary_size,
+    )
+
+
+def _num_parameters(config: PreTrainedConfig, *, trust_remote_code: bool) -> int:
+    model = build_on_meta(config, torch.bfloat16, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _warn_of_bos(adds_bos: bool | None, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
+    if adds_bos is None or adds_bos == writes_bos(tokenizer):
+        return
+    message = (
+        f"llama.cpp will {'begin' if adds_bos else 'not begin'} text with {tokenizer.bos_token or 'a begin token'}, "
+        f"and the tokenizer that the model was trained with {'does not' if adds_bos else 'does'}"
+    )
+    reporter.report(Noted(level="warning", message=message))

@@ -1,0 +1,133 @@
+"""What a GGUF file holds, beside the model that it was made from: it must read and end text as the model does.
+
+Needs the package `gguf`, which nothing else does: import this module only once it is known to be there.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_cli.errors import ExportError
+
+BLOCK = re.compile(r"blk\.(\d+)\.")
+EMBEDDING = "token_embd.weight"
+# What the reader raises on a file that is none, or cut off; it checks little by itself.
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, OverflowError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFacts:
+    """What stands in a GGUF file.
+
+    Attributes:
+        num_announced_blocks: Layers, by the metadata; `blocks` are those that have tensors.
+        width: The hidden size.
+        num_rows: The rows of the embedding.
+        adds_bos: Whether text is to begin with BOS; None if the file leaves it to the reader.
+    """
+
+    architecture: str
+    num_tensors: int
+    num_parameters: int
+    num_announced_blocks: int | None
+    blocks: frozenset[int]
+    width: int | None
+    num_rows: int
+    vocabulary_size: int
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool | None
+    chat_template: str | None
+
+
+def read_gguf(path: Path) -> GgufFacts:
+    """Return what `path` holds.
+
+    Raises:
+        ExportError: it is no GGUF file, or not all of one.
+    """
+    try:
+        return _facts(GGUFReader(path))
+    except UNREADABLE as error:
+        raise ExportError(
+            f"what llama.cpp's converter wrote to {path.name} can't be read as GGUF: {error}",
+            hint="Is the disk full? Otherwise update llama.cpp (git pull).",
+        ) from error
+
+
+def _facts(reader: GGUFReader) -> GgufFacts:
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    architecture = value("general.architecture")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    names = [str(tensor.name) for tensor in reader.tensors]
+    rows = [int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == EMBEDDING]
+    if architecture is None or tokens is None or not rows:
+        missing = "architecture" if architecture is None else "vocabulary" if tokens is None else "embedding"
+        raise ValueError(f"it has no {missing}")
+    return GgufFacts(
+        architecture=architecture,
+        num_tensors=len(names),
+        num_parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        num_announced_blocks=value(f"{architecture}.block_count"),
+        blocks=frozenset(int(found[1]) for name in names if (found := BLOCK.match(name))),
+        width=value(f"{architecture}.embedding_length"),
+        num_rows=rows[0],
+        vocabulary_size=len(tokens.data),
+        bos_id=value("tokenizer.ggml.bos_token_id"),
+        eos_id=value("tokenizer.ggml.eos_token_id"),
+        adds_bos=value("tokenizer.ggml.add_bos_token"),
+        chat_template=value("tokenizer.chat_template"),
+    )
+
+
+def mismatches(
+    facts: GgufFacts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, num_parameters: int
+) -> list[str]:
+    """Return in words where the file is not the model of `config` and `tokenizer` with `num_parameters` weights."""
+    return [*_of_weights(facts, config, num_parameters), *_of_tokenizer(facts, config, tokenizer)]
+
+
+def _of_weights(facts: GgufFacts, config: PreTrainedConfig, num_parameters: int) -> list[str]:
+    layers: int = config.num_hidden_layers
+    found = []
+    if facts.num_announced_blocks != layers or facts.blocks != frozenset(range(layers)):
+        found.append(
+            f"{len(facts.blocks)} layers, {facts.num_announced_blocks} by its metadata, and the model has {layers}"
+        )
+    if facts.width != config.hidden_size:
+        found.append(f"a hidden size of {facts.width}, and the model has {config.hidden_size}")
+    # It may hold more: factors of rotary positions that a config has in words.
+    if facts.num_parameters < num_parameters:
+        found.append(f"{facts.num_parameters:,} weights, and the model has {num_parameters:,}")
+    return found
+
+
+def _of_tokenizer(facts: GgufFacts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    found = []
+    needed = max(config.vocab_size, *tokenizer.get_vocab().values())
+    if facts.vocabulary_size != facts.num_rows or facts.num_rows < needed:
+        found.append(
+            f"{facts.vocabulary_size:,} tokens and {facts.num_rows:,} rows of the embedding, "
+            f"and the model has {config.vocab_size:,}"
+        )
+    if facts.eos_id != tokenizer.eos_token_id:
+        found.append(f"the end token {facts.eos_id}, and the tokenizer has {tokenizer.eos_token_id}")
+    if tokenizer.bos_token_id is not None and facts.bos_id != tokenizer.bos_token_id:
+        found.append(f"the begin token {facts.bos_id}, and the tokenizer has {tokenizer.bos_token_id}")
+    if facts.chat_template != default_template(tokenizer):
+        what = "no chat template" if facts.chat_template is None else "another chat template than the tokenizer"
+        found.append(what)
+    return found
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template that is used unless another is asked for by name."""
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own

@@ -1,0 +1,144 @@
+"""Write a merged model in NF4: about a quarter of its 16-bit weights, for plain transformers.
+
+It is quantized anew, so it is not what was trained to the last bit, even if the adapter was trained on an NF4 base.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
+from qlora_cli.files import size_of
+from qlora_cli.loading.checkpoint import read_checkpoint, read_json
+from qlora_cli.loading.config import read_config
+from qlora_cli.loading.device import choose_device
+from qlora_cli.loading.kept import HEAD
+from qlora_cli.loading.layout import build_on_meta, plan_layout
+from qlora_cli.loading.loader import load_model
+from qlora_cli.loading.save import NOTE, save_quantized
+from qlora_cli.loading.source import ModelSource
+from qlora_cli.settings.choices import Device, Dtype, Quantization
+from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
+
+NF4 = QuantizationSettings(method=Quantization.NF4, double_quant=True)
+STORED = {"BF16": Dtype.BF16, "F16": Dtype.FP16, "F32": Dtype.FP32}
+MOST_REASONS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4Export:
+    """A quantized checkpoint that was written. `dtype` is that of what is not quantized.
+
+    The bytes are those of the weights, of the merged model and of the quantized one, and of all files of the latter.
+    """
+
+    num_bytes: int
+    merged_weight_bytes: int
+    weight_bytes: int
+    num_parameters: int
+    num_quantized_parameters: int
+    dtype: str
+
+    @property
+    def times_smaller(self) -> float:
+        """How many times the merged weights take what the quantized ones do."""
+        return self.merged_weight_bytes / self.weight_bytes
+
+
+def check_nf4(base: Path, *, trust_remote_code: bool, device: Device) -> tuple[str, ...]:
+    """Check by the config.json in `base`, before anything is merged, that such a model can be stored in NF4.
+
+    Returns what a user should know of the result: layers that stay in 16 bit, experts that need qlora to be loaded.
+
+    Raises:
+        ModelError: nothing of it can be quantized, or its config can't be read.
+    """
+    source = ModelSource(name=str(base), path=base, base_name=str(base), tokenizer_path=base)
+    config = read_config(source, trust_remote_code=trust_remote_code).config
+    shapes = build_on_meta(config, torch.bfloat16, trust_remote_code=trust_remote_code)
+    try:
+        layout = plan_layout(shapes, NF4, torch.bfloat16, device=choose_device(device))
+    except ModelError as error:
+        raise ModelError(error.message, hint="Leave nf4 out of --format.") from error
+    notes = []
+    if layout.experts:
+        notes.append(
+            "the experts are quantized too, which transformers has no way to load: the NF4 checkpoint needs qlora"
+        )
+    reasons = sorted({reason for reason in layout.kept.values() if reason != HEAD})
+    if reasons:
+        more = ", …" if len(reasons) > MOST_REASONS else ""
+        notes.append(f"not all layers are quantized in NF4: {', '.join(reasons[:MOST_REASONS])}{more}")
+    return tuple(notes)
+
+
+def export_nf4(model: Path, target: Path, *, trust_remote_code: bool, device: Device, reporter: Reporter) -> Nf4Export:
+    """Quantize the model in the directory `model` and write it to `target`, which is empty or absent.
+
+    Raises:
+        ModelError: nothing of it can be quantized.
+        DiskSpaceError: it does not fit on the disk.
+        OutOfMemoryError: it does not fit in memory.
+    """
+    reporter.report(PhaseStarted(title="Quantizing the merged model to NF4"))
+    merged_bytes, stored = _weights_of(model)
+    dtype, device = _kept_in(stored, device, reporter)
+    settings = LoadSettings(
+        model=ModelSettings(name=str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+        quantization=NF4,
+    )
+    quiet = _WithoutPhases(reporter)
+    loaded = load_model(settings, quiet)
+    save_quantized(loaded, target, quiet)
+    _forget_source(target / NOTE)
+    return Nf4Export(
+        num_bytes=size_of(target),
+        merged_weight_bytes=merged_bytes,
+        weight_bytes=_weights_of(target)[0],
+        num_parameters=loaded.inventory.num_parameters,
+        num_quantized_parameters=loaded.inventory.num_quantized_parameters,
+        dtype=dtype.value,
+    )
+
+
+class _WithoutPhases:
+    """A reporter that leaves out what the loader is about to do: it names a directory that is gone soon."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def report(self, event: Event) -> None:
+        if not isinstance(event, PhaseStarted):
+            self._reporter.report(event)
+
+
+def _forget_source(note: Path) -> None:
+    """Take out of the note where the model was read from: a directory that is gone once the merge is done."""
+    kept = {key: value for key, value in read_json(note).items() if key not in {"source", "revision", "commit"}}
+    note.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _weights_of(directory: Path) -> tuple[int, Dtype]:
+    """Return what the weights in `directory` take, and the floating-point dtype that most of them are in."""
+    tensors = read_checkpoint(directory, allow_pickle=False).tensors.values()
+    by_dtype = {name: sum(tensor.num_bytes for tensor in tensors if tensor.dtype == name) for name in STORED}
+    most = max(by_dtype, key=lambda name: by_dtype[name])
+    return sum(tensor.num_bytes for tensor in tensors), STORED[most]
+
+
+def _kept_in(stored: Dtype, device: Device, reporter: Reporter) -> tuple[Dtype, Device]:
+    """Return the dtype for what is not quantized, that of the merged model, and a device that it can be loaded on.
+
+    Left to itself the loader takes what the device computes fastest in; on most CPUs that is fp32, twice the size.
+    """
+    chosen = choose_device(device)
+    if stored == Dtype.BF16 and chosen.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return stored, Device.CPU  # the loader refuses to compute so there, and nothing is computed here
+    if stored == Dtype.FP16 and chosen.type == "cpu":
+        message = "what is not quantized is written in bf16: the merged model is in fp16, which a CPU does not load"
+        reporter.report(Noted(message=message))
+        return Dtype.BF16, device
+    return stored, device

@@ -1,0 +1,200 @@
+"""Write a Modelfile, from which Ollama makes a model that is prompted and stopped as it was trained.
+
+What Ollama takes is in its sources: parser/parser.go (Modelfile), template/template.go (TEMPLATE), convert/ (what it
+reads of safetensors) of github.com/ollama/ollama.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.files import write_file
+from qlora_cli.loading.checkpoint import read_json
+from qlora_cli.loading.source import CONFIG, find_model
+from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.merging.exports.go_template import go_template
+from qlora_cli.merging.exports.turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
+from qlora_cli.settings.models import ModelSettings
+
+MODELFILE = "Modelfile"
+NO_TEMPLATE = "{{ .Prompt }}"
+# Half a million positions are no reason to reserve the memory for their keys and values.
+MOST_CONTEXT_TOKENS = 8192
+# By the names of generation_config.json; the first counts without sampling too.
+PARAMETERS = {
+    "repetition_penalty": "repeat_penalty",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+}
+# What Ollama's importer knows in safetensors: the switch in convert/convert.go, as of August 2026.
+IMPORTED = frozenset(
+    f"{name}For{head}"
+    for head, names in {
+        "CausalLM": "Cohere DeepseekV3 Gemma Gemma2 Gemma3 Gemma4 Glm4MoeLite GptOss Laguna Lfm2 Lfm2Moe Llama "
+        "Ministral3 Mixtral NemotronH Olmo3 Phi3 Qwen2 Qwen3Next",
+        "ConditionalGeneration": "Gemma3 Gemma3n Gemma4 GlmOcr Lfm2Vl Llama4 Mistral3 Mllama Qwen2_5_VL Qwen3VL "
+        "Qwen3VLMoe Qwen3_5 Qwen3_5Moe",
+    }.items()
+    for name in names.split()
+)
+PLAIN_NAME = re.compile(r"[\w./+-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OllamaExport:
+    """A Modelfile that was written. `has_template`: TEMPLATE writes what the model's chat template does."""
+
+    modelfile: Path
+    source: str
+    has_template: bool
+    stops: tuple[str, ...]
+    parameters: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def check_ollama(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check, before anything is merged, that a TEMPLATE can write what the chat template does.
+
+    Raises:
+        ModelError: it can't.
+    """
+    if tokenizer.chat_template is not None:
+        for drops_bos in (False, True):  # it depends on what FROM names
+            derive_turns(tokenizer, drops_bos=drops_bos)
+
+
+def write_modelfile(
+    model: Path, target: Path, *, source: str, reporter: Reporter, trust_remote_code: bool = False
+) -> OllamaExport:
+    """Write the Modelfile `target` of the model in the directory `model`, and report what a user should know of it.
+
+    `source` is what FROM names, relative to the Modelfile: `.` for safetensors beside it, or `./NAME.gguf`.
+
+    Raises:
+        ModelError: no TEMPLATE can write what the chat template does, or `source` can't be named in a Modelfile.
+    """
+    settings = ModelSettings(name=str(model), trust_remote_code=trust_remote_code)
+    loaded = load_tokenizer(find_model(settings), settings)
+    config = read_json(model / CONFIG)
+    generation = _read_if_there(model / "generation_config.json")
+    adds_bos = writes_bos(loaded.tokenizer) if source.endswith(".gguf") else _imports_bos(model)
+    turns = None
+    if loaded.tokenizer.chat_template is not None:
+        turns = derive_turns(loaded.tokenizer, drops_bos=adds_bos)
+    parameters = {**_context(config), **_sampling(generation)}
+    stops = _stops(loaded, turns)
+    template = NO_TEMPLATE if turns is None else go_template(replace(turns, opening="") if adds_bos else turns)
+    write_file(target, _modelfile(source, template, stops, parameters))
+    notes = [*_notes(loaded.tokenizer, turns, adds_bos=adds_bos), *_notes_on_source(config, source)]
+    for note in notes:
+        reporter.report(note)
+    return OllamaExport(
+        modelfile=target,
+        source=source,
+        has_template=turns is not None,
+        stops=stops,
+        parameters=parameters,
+        notes=tuple(note.message for note in notes),
+    )
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _imports_bos(model: Path) -> bool:
+    """Whether Ollama begins text with BOS when it made the model of safetensors: it goes by this setting alone."""
+    return bool(_read_if_there(model / "tokenizer_config.json").get("add_bos_token"))
+
+
+def _modelfile(source: str, template: str, stops: tuple[str, ...], parameters: Mapping[str, float]) -> str:
+    lines = [
+        f"FROM {_named(source)}",
+        "",
+        f'TEMPLATE """{template}"""',
+        "",
+        *(f"PARAMETER stop {_quoted(stop)}" for stop in stops),
+        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _named(source: str) -> str:
+    if not source.isprintable() or '"' in source:
+        raise ModelError(f"a Modelfile can't name {source!r}", hint="Choose a file name of plain letters and digits.")
+    return source if PLAIN_NAME.fullmatch(source) else f'"{source}"'
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
+
+
+def _stops(loaded: LoadedTokenizer, turns: Turns | None) -> tuple[str, ...]:
+    """Return the texts that end an answer: those of the end tokens, and the token that ends a turn."""
+    tokenizer = loaded.tokenizer
+    ids = sorted(loaded.end_ids)
+    if turns is not None:
+        behind = tokenizer.encode(turns.after[ASSISTANT].strip(), add_special_tokens=False)
+        ids += [number for number in behind[:1] if number in tokenizer.added_tokens_decoder]
+    texts = (str(tokenizer.decode([number], skip_special_tokens=False)) for number in ids)
+    return tuple(dict.fromkeys(text for text in texts if text.strip() and text.isprintable()))
+
+
+def _context(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the length of the context: what the model has positions for, within bounds."""
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings") or text.get("n_positions") or config.get("max_position_embeddings")
+    return {"num_ctx": min(positions, MOST_CONTEXT_TOKENS)} if isinstance(positions, int) else {}
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
+    """Return how the next token is chosen, as far as generation_config.json says it."""
+    return {
+        theirs: generation[ours]
+        for ours, theirs in PARAMETERS.items()
+        if isinstance(generation.get(ours), int | float)
+        and (generation.get("do_sample") or theirs == "repeat_penalty")
+    }
+
+
+def _notes(tokenizer: PreTrainedTokenizerBase, turns: Turns | None, *, adds_bos: bool) -> list[Noted]:
+    if turns is None:
+        return [Noted(message="the tokenizer has no chat template: the Modelfile passes prompts on as they are")]
+    notes = []
+    if turns.place == SystemPlace.NOWHERE:
+        notes.append(Noted(message="the chat template has no place for a system message: Ollama will leave it out"))
+    if trims(tokenizer, turns):
+        message = "the chat template takes away white space around messages, which a TEMPLATE can't: send them without"
+        notes.append(Noted(message=message))
+    if "strftime_now" in str(tokenizer.chat_template):
+        message = "the chat template writes the date of today, which the Modelfile keeps as it is now"
+        notes.append(Noted(message=message, level="warning"))
+    if adds_bos and not turns.opening:
+        message = (
+            f"Ollama begins prompts with {tokenizer.bos_token}, as the tokenizer does, but the chat template that was "
+            "trained does not"
+        )
+        notes.append(Noted(message=message, level="warning"))
+    return notes
+
+
+def _notes_on_source(config: Mapping[str, Any], source: str) -> list[Noted]:
+    if source.endswith(".gguf"):
+        return []
+    [architecture, *_] = config.get("architectures") or ["a model without architectures in its config.json"]
+    if architecture not in IMPORTED:
+        message = f"Ollama's importer knows no {architecture} in safetensors: add --format gguf"
+        return [Noted(message=message, level="warning")]
+    message = (
+        "what Ollama imports from safetensors differs between its versions, and newer ones run it by MLX only; "
+        "a GGUF is understood by all (add --format gguf)"
+    )
+    return [Noted(message=message)]

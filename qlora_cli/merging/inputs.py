@@ -1,0 +1,296 @@
+"""What a merge begins with: the base and the adapters, found, read as far as their headers, and checked."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization, with_our_names
+from qlora_cli.loading.checkpoint import Checkpoint, read_checkpoint, read_json
+from qlora_cli.loading.config import ModelConfig, read_config
+from qlora_cli.loading.device import TORCH_DTYPES
+from qlora_cli.loading.digest import base_digest
+from qlora_cli.loading.embedding import embedding_of
+from qlora_cli.loading.layout import build_on_meta, plan_layout
+from qlora_cli.loading.pickles import check_pickle
+from qlora_cli.loading.positions import apply_rope_scaling
+from qlora_cli.loading.prequantized import read_prequantized
+from qlora_cli.loading.source import CONFIG, RUN_FILE, ModelSource, fetch_weights, find_model
+from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.loading.weights import check_shapes
+from qlora_cli.merging.adapters import AdapterChanges, Read, read_changes
+from qlora_cli.merging.base import Base, BaseModel, parameter_groups
+from qlora_cli.merging.changes import Weighted
+from qlora_cli.merging.conversions import read_conversions
+from qlora_cli.merging.names import rows_of_adapter, with_twins
+from qlora_cli.merging.plan import Changes
+from qlora_cli.merging.request import MergeRequest
+from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.settings.choices import BaseWeights, Dtype, Quantization
+from qlora_cli.settings.models import ModelSettings, QuantizationSettings
+
+OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a merge reads.
+
+    Attributes:
+        source: The base, and the first adapter.
+        config: That of the base, with what training changed of it: rotary positions, the size of the vocabulary.
+        config_changes: Those changes, by the key of the config.
+        record: What the run wrote down, if the first adapter is that of a run.
+        is_recorded: Whether it is known how training stored the base.
+        changes: What all adapters together do, by the name of the parameter.
+    """
+
+    request: MergeRequest
+    source: ModelSource
+    config: ModelConfig
+    config_changes: Mapping[str, Any]
+    tokenizer: LoadedTokenizer
+    record: Mapping[str, Any] | None
+    is_recorded: bool
+    base: BaseModel
+    adapters: tuple[AdapterChanges, ...]
+    changes: Changes
+
+    @property
+    def was_quantized(self) -> bool:
+        """Whether training had quantized weights."""
+        return bool(self.base.quantized)
+
+
+def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
+    """Find base and adapters, and read all but the weights.
+
+    Raises:
+        ModelNotFoundError: one of them is not there.
+        ModelError: they can't be read, or do not belong together.
+    """
+    transformers_logging.disable_progress_bar()
+    reporter.report(PhaseStarted(title=f"Finding {request.adapters[0]} and its base"))
+    sources = _find_all(request, reporter)
+    source = sources[0]
+    _check_trained_alike(sources)
+    record = _record_of(source)
+    settings = effective_model(_model_settings(request, source.name), source)
+    config = read_config(source, trust_remote_code=request.trust_remote_code)
+    before = config.config.to_dict()
+    apply_rope_scaling(config.config, settings.rope_scaling)
+    tokenizer = load_tokenizer(source, settings)
+    fetch_weights(source, reporter)
+    checkpoint = read_checkpoint(source.path, allow_pickle=request.allow_pickle)
+    for file in checkpoint.files if checkpoint.is_pickle else ():
+        check_pickle(file)
+    for one in sources:
+        _check_digest(one, request, reporter)
+    base = read_base(source, config, checkpoint, tokenizer, record, request)
+    after = config.config.to_dict()
+    stored = _reader(base)
+    adapters = tuple(
+        read_changes(_on_meta(config, base, request), config, one.adapter, stored, allow_pickle=request.allow_pickle)
+        for one in sources
+        if one.adapter is not None
+    )
+    return Inputs(
+        request=request,
+        source=source,
+        config=config,
+        config_changes={
+            key: value for key, value in after.items() if before.get(key) != value and key not in OF_THE_BUILD
+        },
+        tokenizer=tokenizer,
+        record=record,
+        is_recorded=record is not None or base.layout.prequantized is not None,
+        base=base,
+        adapters=adapters,
+        changes=_together(adapters, request.weights),
+    )
+
+
+def _model_settings(request: MergeRequest, name: str) -> ModelSettings:
+    return ModelSettings(
+        name=name,
+        revision=request.revision if name == request.adapters[0] else None,
+        allow_pickle=request.allow_pickle,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _find_all(request: MergeRequest, reporter: Reporter) -> list[ModelSource]:
+    sources = [
+        find_model(_model_settings(request, name), reporter, base_model=request.base_model)
+        for name in request.adapters
+    ]
+    for name, source in zip(request.adapters, sources, strict=True):
+        if source.adapter is None:
+            raise ModelError(
+                f"{name} is a model, not an adapter: there is nothing to merge into it",
+                hint="Name a run directory, or an adapter; it names its base.",
+            )
+        if source.path.resolve() != sources[0].path.resolve():
+            raise ModelError(
+                f"{name} belongs to the base {source.base_name}, and {request.adapters[0]} to {sources[0].base_name}",
+                hint="Adapters of one base can be merged together; name it with --base-model if they are the same.",
+            )
+    return sources
+
+
+def _record_of(source: ModelSource) -> dict[str, Any] | None:
+    return read_json(source.run / RUN_FILE) if source.run is not None else None
+
+
+def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
+    """Check that runs whose adapters are added were trained on one base, stored alike."""
+    first = sources[0]
+    for other in sources[1:]:
+        if first.run_model is None or other.run_model is None:
+            continue
+        differing = [f"model.{key}" for key in TAKEN_FROM_RUN if first.run_model.get(key) != other.run_model.get(key)]
+        if first.run_quantization != other.run_quantization:
+            differing.append("quantization")
+        if differing:
+            raise ModelError(
+                f"{other.name} and {first.name} were trained on bases that differ in {', '.join(differing)}",
+                hint="Merge adapters that were trained on the same base, stored the same way.",
+            )
+
+
+def _check_digest(source: ModelSource, request: MergeRequest, reporter: Reporter) -> None:
+    """Check that the base is the one that the run was trained on, by samples of its bytes."""
+    recorded = (_record_of(source) or {}).get("base_model_digest")
+    if recorded is None or recorded == base_digest(source.path):
+        return
+    message = f"{source.path} is not the base that {source.name} was trained on: its weights are others"
+    if request.base_model is None:
+        raise ModelError(
+            message, hint="Put back the base as it was, or name the right one with --base-model, at your own risk."
+        )
+    reporter.report(Noted(level="warning", message=f"{message}, or in other files"))
+
+
+def read_base(
+    source: ModelSource,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    tokenizer: LoadedTokenizer,
+    record: Mapping[str, Any] | None,
+    request: MergeRequest,
+) -> BaseModel:
+    """Return the base on the meta device, with what is known of how training, or its file, has stored it.
+
+    Raises:
+        ModelError: weights are not as config.json says.
+    """
+    prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
+    if prequantized is not None:
+        prequantized = with_our_names(prequantized, config)
+    dtype = _trained_in(config.config, record)
+    trust = request.trust_remote_code
+    model = build_on_meta(config.config, dtype, trust_remote_code=trust)
+    settings = effective_quantization(QuantizationSettings(), source, prequantized)
+    device = torch.device("cpu" if _trained_on_cpu(record) else "cuda")
+    try:
+        layout = plan_layout(model, settings, dtype, prequantized, device=device)
+    except ModelError:
+        if record is not None or prequantized is not None:
+            raise
+        # By others, and nothing of it can be quantized as we do: then it was not.
+        layout = plan_layout(model, QuantizationSettings(method=Quantization.NONE), dtype, device=device)
+    check_shapes(source, checkpoint, model, layout)
+    tensors = StoredTensors(source.path, checkpoint)
+    brought = rows_of_adapter(model, source.adapter) if source.adapter is not None else 0
+    grown, num_rows = _grow(model, config, max(brought, _rows_for(tokenizer)))
+    if grown:
+        model = build_on_meta(config.config, dtype, trust_remote_code=trust)
+    conversions = read_conversions(model, list(tensors.headers), config.key_mapping)
+    keeps = settings.method == Quantization.INT8 and settings.int8_has_fp16_weight
+    quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized and not keeps)
+    return BaseModel(
+        model=model,
+        layout=layout,
+        tensors=tensors,
+        groups=conversions.groups,
+        num_rows=num_rows,
+        grown=frozenset(grown),
+        quantized=quantized,
+        packed=quantized if prequantized is not None else frozenset(),
+    )
+
+
+def _trained_in(config: PreTrainedConfig, record: Mapping[str, Any] | None) -> torch.dtype:
+    """Return the dtype that training held unquantized weights in; of an adapter of others, that of the base."""
+    if record is not None:
+        sizes = record["base_model"].get("dtype_bytes", {})
+        held = {dtype: sizes.get(str(dtype).removeprefix("torch."), 0) for dtype in TORCH_DTYPES.values()}
+        name = record["settings"]["model"].get("dtype", Dtype.AUTO)
+        if name != Dtype.AUTO:
+            return TORCH_DTYPES[Dtype(name)]
+        if any(held.values()):  # all but a few norms are in one
+            return max(held, key=lambda dtype: held[dtype])
+    stored = config.dtype
+    return stored if isinstance(stored, torch.dtype) and stored in TORCH_DTYPES.values() else torch.bfloat16
+
+
+def _trained_on_cpu(record: Mapping[str, Any] | None) -> bool:
+    return record is not None and str(record["base_model"].get("device", "")).startswith("cpu")
+
+
+def _rows_for(tokenizer: LoadedTokenizer) -> int:
+    return max(tokenizer.tokenizer.get_vocab().values(), default=0) + 1
+
+
+def _grow(model: PreTrainedModel, config: ModelConfig, needed: int) -> tuple[list[str], int | None]:
+    """Write the size of the vocabulary into `config` if `needed` are more rows than `model` has.
+
+    Returns the names of the parameters that have more rows then, and how many.
+    """
+    embedding, head = embedding_of(model), model.get_output_embeddings()
+    if needed <= embedding.num_embeddings:
+        return [], None
+    config.config.vocab_size = needed
+    modules = {id(module) for module in (embedding, head) if module is not None}
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in modules
+        for name, _ in module.named_parameters()
+    ], needed
+
+
+def _reader(base: BaseModel) -> Read:
+    original, groups = Base(base, BaseWeights.ORIGINAL), parameter_groups(base.groups)
+    stored = with_twins(groups, base.model.all_tied_weights_keys or {})
+    return lambda name: original.parameters(groups[stored[name]])[stored[name]]
+
+
+def _on_meta(config: ModelConfig, base: BaseModel, request: MergeRequest) -> PreTrainedModel:
+    return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.trust_remote_code)
+
+
+def _together(adapters: Sequence[AdapterChanges], weights: Sequence[float]) -> Changes:
+    """Return what all adapters do to each parameter, each as much as it counts.
+
+    Raises:
+        ModelError: one of them does more than add, and not alone or not as a whole.
+    """
+    changes: dict[str, list[Weighted]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, change in adapter.changes.items():
+            changes.setdefault(name, []).append(Weighted(change=change, weight=weight))
+    for name, all_of_it in changes.items():
+        is_alone = len(all_of_it) == 1 and all_of_it[0].weight == 1
+        if not is_alone and not all(one.is_update for one in all_of_it):
+            raise ModelError(
+                f"{name} was trained whole, in rows, or with DoRA, which can't be weighed or added to another adapter",
+                hint="Merge that adapter alone and without --weight.",
+            )
+    return changes

@@ -1,0 +1,235 @@
+"""Where models are compared: on which texts, on which device, and what each model's weights are."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.loading.checkpoint import read_checkpoint
+from qlora_cli.loading.config import read_config
+from qlora_cli.loading.device import choose_device
+from qlora_cli.loading.embedding import embedding_of
+from qlora_cli.loading.fit import free_bytes
+from qlora_cli.loading.layout import build_on_meta
+from qlora_cli.loading.source import ModelSource
+from qlora_cli.memory.measure import is_out_of_memory
+from qlora_cli.merging.adapters import Read
+from qlora_cli.merging.base import Base, BaseModel, parameter_groups
+from qlora_cli.merging.changes import Experts
+from qlora_cli.merging.compare import divergence
+from qlora_cli.merging.conversions import Group, read_conversions
+from qlora_cli.merging.inputs import Inputs, read_base
+from qlora_cli.merging.merger import merged
+from qlora_cli.merging.plan import Changes, MergePlan, plan_merge
+from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit
+from qlora_cli.merging.texts import Texts, read_texts
+from qlora_cli.settings.choices import BaseWeights, MergeDtype
+
+# What lies between two models is their weights then, not the rounding of every product, which in bf16 is larger.
+COMPUTE_DTYPE = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was run from files: its logits, how many parameters were read, and which are other bits than planned."""
+
+    logits: torch.Tensor
+    num_parameters: int
+    differing: tuple[str, ...]
+
+
+class Laboratory:
+    """Runs the models that a merge is about over the same texts, each in one pass."""
+
+    def __init__(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Choose the device and read the texts.
+
+        Raises:
+            OutOfMemoryError: not even one layer fits on the device.
+        """
+        self._inputs, self._reporter = inputs, reporter
+        self.device = choose_device(inputs.request.device)
+        check_fit(inputs.base.model, COMPUTE_DTYPE, free_bytes(self.device))
+        vocabulary = embedding_of(inputs.base.model).num_embeddings
+        self.texts: Texts = read_texts(inputs.tokenizer, inputs.record, vocabulary, reporter)
+        self._trained: torch.Tensor | None = None
+        self._planned: dict[tuple[BaseWeights, MergeDtype], torch.Tensor] = {}
+
+    def trained(self) -> torch.Tensor:
+        """Return the logits of the model that was trained: the base as training saw it, and the adapters beside it."""
+        if self._trained is None:
+            self._trained = self.beside(BaseWeights.DEQUANTIZED)
+        return self._trained
+
+    def reference(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits that those of the merged model are held against: of its base, the adapters beside it."""
+        return self.trained() if plan.base == BaseWeights.DEQUANTIZED else self.beside(plan.base)
+
+    def beside(self, kind: BaseWeights) -> torch.Tensor:
+        """Return the logits of a base with the adapters beside it, as PEFT runs them.
+
+        Several that PEFT can't run beside each other are added in fp32 instead.
+        """
+        inputs = self._inputs
+        if len(inputs.adapters) > 1 and not _run_together(inputs.changes):
+            exact = plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype.FP32)
+            return self.planned(exact)
+        self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter beside it"))
+        base = Base(inputs.base, kind)
+        read = base_reader(inputs.base, base)
+        adapters = [
+            Beside(adapter=adapter, weight=weight)
+            for adapter, weight in zip(inputs.adapters, inputs.request.weights, strict=True)
+        ]
+        return self._logits(inputs.config.config, read, adapters)
+
+    def unrounded(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write if it were written in fp32."""
+        inputs = self._inputs
+        return self.planned(plan_merge(inputs.base, inputs.config, inputs.changes, plan.base, MergeDtype.FP32))
+
+    def planned(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write; they are kept."""
+        key = (plan.base, plan.dtype)
+        if key not in self._planned:
+            self._planned[key] = self._run_planned(plan)
+        return self._planned[key]
+
+    def _run_planned(self, plan: MergePlan) -> torch.Tensor:
+        written = "in fp32" if plan.dtype == MergeDtype.FP32 else "as it is written"
+        self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {written}"))
+        inputs = self._inputs
+        config = deepcopy(inputs.config.config)
+        if plan.unties:
+            config.tie_word_embeddings = False
+        return self._logits(config, planned_reader(inputs.base, plan))
+
+    def written(self, directory: Path, plan: MergePlan) -> "Written":
+        """Return the logits of the model in a directory, and what of it is not as `plan` would write it."""
+        expected, compared, differing = planned_reader(self._inputs.base, plan), [], []
+        read, config = self._file_reader(directory)
+
+        def read_and_compare(name: str) -> torch.Tensor:
+            value, wanted = read(name), expected(name)
+            compared.append(name)
+            if value.dtype != wanted.dtype or not torch.equal(value, wanted):
+                differing.append(name)
+            return value
+
+        logits = self._logits(config, read_and_compare)
+        return Written(logits=logits, num_parameters=len(set(compared)), differing=tuple(dict.fromkeys(differing)))
+
+    def stored(self, directory: Path) -> torch.Tensor:
+        """Return the logits of the model in a directory."""
+        read, config = self._file_reader(directory)
+        return self._logits(config, read)
+
+    def _file_reader(self, directory: Path) -> tuple[Read, PreTrainedConfig]:
+        self._reporter.report(PhaseStarted(title="Running the merged model from its files"))
+        config = read_config(_source(directory), trust_remote_code=self._inputs.request.trust_remote_code)
+        checkpoint = read_checkpoint(directory, allow_pickle=False)
+        tensors = StoredTensors(directory, checkpoint)
+        model = build_on_meta(config.config, COMPUTE_DTYPE, trust_remote_code=self._inputs.request.trust_remote_code)
+        groups = read_conversions(model, list(tensors.headers), config.key_mapping).groups
+        by_name = parameter_groups(groups)
+
+        def read(name: str) -> torch.Tensor:
+            group = by_name[name]
+            return group.forward(model, {key: tensors[key] for key in group.keys})[name]
+
+        return _with_twins(read, by_name, model.all_tied_weights_keys or {}), config.config
+
+    def quantized(self, directory: Path) -> torch.Tensor:
+        """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
+        self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
+        source = _source(directory)
+        config = read_config(source, trust_remote_code=self._inputs.request.trust_remote_code)
+        checkpoint = read_checkpoint(directory, allow_pickle=False)
+        base = read_base(source, config, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
+        return self._logits(config.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
+
+    def compare(self, reference: torch.Tensor, other: torch.Tensor) -> Divergence:
+        """Return how far logits are from those of a reference."""
+        return divergence(reference, other, self.texts.targets)
+
+    def _logits(self, config: PreTrainedConfig, read: Read, adapters: Sequence[Beside] = ()) -> torch.Tensor:
+        model = StreamedModel(
+            config,
+            read,
+            device=self.device,
+            dtype=COMPUTE_DTYPE,
+            adapters=adapters,
+            trust_remote_code=self._inputs.request.trust_remote_code,
+        )
+        try:
+            return self._run(model)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"comparing did not fit into the memory of {self.device}",
+                hint="Compare on the CPU with --device cpu, or merge with --no-verify and a --base.",
+            ) from error
+
+    def _run(self, model: StreamedModel) -> torch.Tensor:
+        return model.logits(*self.texts.batch(self._inputs.tokenizer.tokenizer.pad_token_id))
+
+
+def _run_together(changes: Changes) -> bool:
+    """Whether PEFT can run several adapters at once: not with what trained whole, nor with experts of one of them."""
+    return all(
+        one.is_update and not isinstance(one.change, Experts) for all_of_it in changes.values() for one in all_of_it
+    )
+
+
+def _source(directory: Path) -> ModelSource:
+    return ModelSource(name=str(directory), path=directory, base_name=str(directory), tokenizer_path=directory)
+
+
+def base_reader(model: BaseModel, base: Base) -> Read:
+    """Return what reads the parameters of a base."""
+    groups = parameter_groups(model.groups)
+    return _with_twins(
+        lambda name: base.parameters(groups[name])[name], groups, model.model.all_tied_weights_keys or {}
+    )
+
+
+def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
+    """Return what reads the parameters that `plan` would write, in the dtype that they would be written in."""
+    base, groups = Base(model, plan.base), parameter_groups(model.groups)
+    apart = {tensor.name: tensor for tensor in plan.tensors if tensor.name not in model.tensors.headers}
+    written = {target: tensor.dtype for tensor in plan.tensors if tensor.group for target in tensor.group.targets}
+    changes: dict[str, Changes] = {
+        target: tensor.changes
+        for tensor in plan.tensors
+        if tensor.group is not None and tensor.name not in apart
+        for target in tensor.group.targets
+    }
+
+    def read(name: str) -> torch.Tensor:
+        if name in apart:
+            planned = apart[name]
+            assert planned.group is not None, "it is made of the tensors of its twin"
+            twin = planned.group.targets[0]
+            return merged(base.parameters(planned.group)[twin], planned.changes.get(twin, ()), planned.dtype)
+        value = base.parameters(groups[name])[name]
+        return merged(value, changes[name].get(name, ()), written[name])
+
+    return _with_twins(read, {**groups, **dict.fromkeys(apart)}, model.model.all_tied_weights_keys or {})
+
+
+def _with_twins(read: Read, known: Mapping[str, Group | None], tied: Mapping[str, str]) -> Read:
+    """Return what reads a parameter by its own name, or by that of one which it is one with."""
+    twins = {**{other: one for one, other in tied.items()}, **tied}
+
+    def read_any(name: str) -> torch.Tensor:
+        return read(name if name in known else twins[name])
+
+    return read_any

@@ -1,0 +1,118 @@
+"""The values of merged tensors: one at a time, computed in fp32, cast once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from qlora_cli.errors import ModelError
+from qlora_cli.merging.base import Base, BaseModel
+from qlora_cli.merging.changes import Rows, Weighted, Whole, total_delta
+from qlora_cli.merging.plan import PlannedTensor
+from qlora_cli.merging.room import Room
+
+PIECE_SIZE = 256 * 1024  # weights that are added up and cast at a time, so that they stay in the processor's cache
+
+
+class Merger:
+    """Computes the tensors of a plan. A value is good until the second one after it is asked for."""
+
+    def __init__(self, model: BaseModel, base: Base) -> None:
+        self._model = model
+        self._base = base
+        # While one tensor is written, the next one is computed.
+        self._room, self._other_room, self._delta_room = Room(), Room(), Room()
+
+    @torch.no_grad()
+    def value(self, planned: PlannedTensor) -> torch.Tensor:
+        """Return a tensor as it is written.
+
+        Raises:
+            ModelError: it would hold infinite values, or NaN.
+        """
+        self._room, self._other_room = self._other_room, self._room
+        if planned.group is None:
+            value = cast(self._model.tensors.read(planned.header.name, self._room), planned.dtype)
+        elif planned.group.converter is None:
+            target = planned.group.targets[0]
+            (weight,) = self._base.parameters(planned.group, room=self._room).values()
+            value = merged(weight, planned.changes.get(target, ()), planned.dtype, room=self._delta_room)
+        else:
+            value = cast(self._converted(planned), planned.dtype)
+        if value.is_floating_point() and not is_finite(value):
+            raise _not_finite(planned)
+        return value.reshape(planned.shape)
+
+    def _converted(self, planned: PlannedTensor) -> torch.Tensor:
+        """Return a tensor that makes up parameters with others: they are put together, changed, and taken apart."""
+        group = planned.group
+        assert group is not None, "it makes up a parameter"
+        made = self._base.parameters(group, planned.index)
+        for target, changes in planned.changes.items():
+            made[target] = merged(made[target], changes, torch.float32, planned.index)
+        return group.backward(self._model.model, made, planned.index)[planned.header.name]
+
+
+def merged(
+    weight: torch.Tensor,
+    changes: Sequence[Weighted],
+    dtype: torch.dtype,
+    index: int | None = None,
+    room: Room | None = None,
+) -> torch.Tensor:
+    """Return `weight`, or the slice `index` of one, with `changes`: computed in fp32, cast once to `dtype`.
+
+    `weight` may be written to; what is added to it is computed in `room`, if that is given.
+    """
+    if not changes:
+        return cast(weight, dtype)
+    if not all(one.is_update for one in changes):
+        assert len(changes) == 1, "refused when the changes were put together"
+        change = changes[0].change
+        if isinstance(change, Whole) and index is None:
+            return cast(change.values, dtype)
+        if isinstance(change, Rows):
+            result = cast(weight, dtype)
+            result[torch.tensor(change.indices)] = change.values.to(dtype)
+            return result
+        return cast(change.apply(weight.to(torch.float32, copy=True), index), dtype)
+    if weight.dim() < 3 or index is not None:
+        return _added(weight, total_delta(changes, index, room), dtype)
+    experts = torch.empty(weight.shape, dtype=dtype)
+    for expert in range(len(weight)):
+        piece = slice(expert, expert + 1)
+        experts[piece] = _added(weight[piece], total_delta(changes, expert, room), dtype)
+    return experts
+
+
+def _added(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the sum, cast once; a weight that nothing is added to keeps its bits, also those of a negative zero.
+
+    Where it is of one dtype with the result, `weight`, which nobody else has, is written to.
+    """
+    if delta is None:
+        return cast(weight, dtype)
+    result = weight if weight.dtype == dtype and weight.is_contiguous() else torch.empty(weight.shape, dtype=dtype)
+    pieces = zip(*(torch.split(tensor.reshape(-1), PIECE_SIZE) for tensor in (result, weight, delta)), strict=True)
+    for into, one, other in pieces:
+        into.copy_(one.float() + other)
+    return result
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether all of a tensor is finite; the extremes of one that holds NaN are NaN."""
+    return value.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))
+
+
+def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `weight` in `dtype`, or itself."""
+    return weight.to(dtype)
+
+
+def _not_finite(planned: PlannedTensor) -> ModelError:
+    if planned.dtype == torch.float16:
+        return ModelError(
+            f"{planned.name} overflows fp16: it would hold infinite values", hint="Use --dtype bf16 or --dtype fp32."
+        )
+    return ModelError(
+        f"{planned.name} would hold NaN or infinite values", hint="Does the base hold some? Download it again."
+    )

@@ -1,0 +1,161 @@
+"""What a merge is about to do, and what it did, as plain values. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class Action(StrEnum):
+    """What becomes of a tensor of the base."""
+
+    COPY = "copy"
+    CAST = "cast"
+    DEQUANTIZE = "dequantize"
+    MERGE = "merge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedAdapter:
+    """An adapter that is merged: `weight` is how much it counts, `kind` what it is, such as LoRA of rank 8."""
+
+    name: str
+    path: Path
+    weight: float
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionCount:
+    """How many tensors meet the same, and what they take: in the files of the base, and in those of the result."""
+
+    action: Action
+    num_tensors: int
+    base_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """A tensor of the result: the file that it is written to, and what becomes of the one of the base."""
+
+    name: str
+    file: str
+    action: Action
+    base_dtype: str
+    dtype: str
+    shape: tuple[int, ...]
+    written_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge will do. `disk_bytes` is the room that it needs; `base` is `auto` if it is yet to be measured."""
+
+    output: Path
+    base_model: str
+    commit: str | None
+    adapters: tuple[AppliedAdapter, ...]
+    base: str
+    formats: tuple[str, ...]
+    num_tensors: int
+    num_merged_tensors: int
+    base_bytes: int
+    disk_bytes: int
+    actions: tuple[ActionCount, ...]
+    tensors: tuple[TensorPlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """How far one model is from another, over the same tokens.
+
+    Differences are of logits; divergences are Kullback-Leibler, in nats a token, of the other from the reference.
+    """
+
+    num_tokens: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    max_kl: float
+    mean_kl: float
+    top_token_agreement: float
+    reference_perplexity: float
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice:
+    """Which base was merged into, and why; the divergences are from the model that was trained, if measured."""
+
+    base: str
+    reason: str
+    original: Divergence | None
+    dequantized: Divergence | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The merged files against the base with the adapter beside it. All is computed in fp32.
+
+    What lies between the two is rounding, which depends on the dtype. What rounding does not explain is measured
+    apart, and must be next to nothing, however little the adapter does.
+
+    Attributes:
+        max_divergence: The largest mean KL divergence that passes.
+        max_unexplained: The largest of `unrounded` that passes.
+        divergence: Of the files from the base with the adapter beside it.
+        unrounded: Of the merge, if it were written in fp32, from the same.
+        num_parameters: How many parameters were read from the files, and compared with the merge bit by bit.
+        differing_parameters: Those of them that are not as they were to be written; none, if it passes.
+        num_prompts: How many fixed prompts were compared on.
+        num_rows: How many rows of the data.
+    """
+
+    passed: bool
+    max_divergence: float
+    max_unexplained: float
+    divergence: Divergence
+    unrounded: Divergence
+    num_parameters: int
+    differing_parameters: tuple[str, ...]
+    num_prompts: int
+    num_rows: int
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """A merge that was done.
+
+    Attributes:
+        output: The directory that holds the result, or one directory a format.
+        outputs: Where each format is.
+        base: What was merged into: `original` or `dequantized`.
+        num_merged_tensors: Tensors that an adapter has changed.
+        bytes_written: What is in the output, all files.
+        merge_seconds: Reading, merging and writing the 16-bit model; without comparing and exporting.
+        peak_host_bytes: The largest resident set of the process until the model was written.
+        verification: None if it was not asked for.
+        nf4: How far the 4-bit format is from the merged model, if it was written.
+        notes: What was said on the way.
+    """
+
+    output: Path
+    outputs: Mapping[str, Path]
+    base_model: str
+    commit: str | None
+    adapters: tuple[AppliedAdapter, ...]
+    base: str
+    base_choice: BaseChoice
+    dtype: str
+    num_tensors: int
+    num_merged_tensors: int
+    bytes_written: int
+    merge_seconds: float
+    total_seconds: float
+    peak_host_bytes: int
+    verification: Verification | None
+    nf4: Divergence | None
+    pushed_to: str | None
+    notes: tuple[str, ...]

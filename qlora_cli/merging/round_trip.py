@@ -1,0 +1,81 @@
+"""Weights as training saw them: quantized as `train` does on loading, and dequantized as every pass does.
+
+The bits are those of bitsandbytes on the whole tensor; here in bounded memory, and of stacked experts one by one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
+
+from qlora_cli.loading.blocks import BLOCK_SIZE, PIECE_SIZE, FourBit, quantize
+from qlora_cli.loading.quantizer_int8 import quantize_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A weight of `shape` in 4 bit: packed codes, and a constant for each block in fp32."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    quant_type: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, packed: torch.Tensor, state: QuantState) -> "Quantized":
+        """Return what bitsandbytes has stored, its constants restored."""
+        absmax = state.absmax
+        if state.nested:
+            absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return cls(
+            packed=packed.contiguous().view(torch.uint8).view(-1),
+            absmax=absmax.float(),
+            code=state.code,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+            shape=state.shape,
+        )
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight."""
+        return self._between(0, self.shape.numel()).view(self.shape)
+
+    def slice(self, index: int) -> torch.Tensor:
+        """Return the part `(1, …)` along the first dimension, dequantized."""
+        size = self.shape[1:].numel()
+        if size % BLOCK_SIZE:  # a block spans two parts
+            return self.dequantized()[index : index + 1]
+        return self._between(index * size, (index + 1) * size).view(1, *self.shape[1:])
+
+    def _between(self, start: int, stop: int) -> torch.Tensor:
+        """Return the weights from one to another, flat; `start` is where a block begins."""
+        weights = torch.empty(stop - start, dtype=self.dtype)
+        for begin in range(start, stop, PIECE_SIZE):
+            end = min(begin + PIECE_SIZE, stop)
+            state = QuantState(
+                absmax=self.absmax[begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)],
+                shape=torch.Size((end - begin,)),
+                dtype=self.dtype,
+                blocksize=BLOCK_SIZE,
+                code=self.code,
+                quant_type=self.quant_type,
+            )
+            codes = self.packed[begin // 2 : -(-end // 2)].unsqueeze(1)
+            weights[begin - start : end - start] = functional.dequantize_4bit(codes, state).view(-1)
+        return weights
+
+
+def quantized(pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBit) -> Quantized:
+    """Return a weight in 4 bit as `train` stores it, given in pieces of whole blocks."""
+    return Quantized.of(*quantize(pieces, shape, how))
+
+
+def through_int8(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight`, `(out, in)`, as LLM.int8() computes with it (arXiv 2208.07339, section 2)."""
+    codes, scales = quantize_rows(weight)
+    restored: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
+    return restored.to(weight.dtype)

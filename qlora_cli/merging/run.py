@@ -1,0 +1,295 @@
+"""`qlora merge`: plan, validate, apply, verify; what is written is there as a whole, or not at all."""
+
+import errno
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+
+from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
+from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
+from qlora_cli.files import check_disk_space, check_output_directory, fill_directory, size_of
+from qlora_cli.loading.push import push_folder, push_refusal
+from qlora_cli.memory.measure import peak_host_bytes
+from qlora_cli.merging.base import Base
+from qlora_cli.merging.beside import check_tokenizer, write_beside
+from qlora_cli.merging.card import write_record
+from qlora_cli.merging.choose import choose_base, settled_base
+from qlora_cli.merging.formats import Formats
+from qlora_cli.merging.inputs import Inputs, read_inputs
+from qlora_cli.merging.laboratory import Laboratory
+from qlora_cli.merging.merger import Merger
+from qlora_cli.merging.plan import MergePlan, plan_merge
+from qlora_cli.merging.preflight import check_merge, refused_push
+from qlora_cli.merging.report import applied_adapters, report_of
+from qlora_cli.merging.request import MergeRequest, name_of, output_of, pushed_to
+from qlora_cli.merging.result import BaseChoice, Divergence, MergeReport, MergeResult, Verification
+from qlora_cli.merging.write import write_weights
+from qlora_cli.settings.choices import BaseWeights, ExportFormat
+from qlora_cli.units import counted
+
+# Nats a token. The order of sums in fp32 makes 1e-10 or so; an update that is missing from one layer, far more.
+MAX_UNEXPLAINED = 1e-6
+OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
+CODE = "*.py"
+MODEL_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    *("*.gguf", "Modelfile", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+)
+
+
+def plan(request: MergeRequest, reporter: Reporter) -> MergeReport:
+    """Return what `merge` would do; nothing is written.
+
+    Raises:
+        QloraError: as `merge` does before it writes.
+    """
+    check_merge(request)
+    settled = _settle(request, reporter)
+    return report_of(settled.inputs, settled.plans[0], output_of(request), settled.disk_bytes, settled.base)
+
+
+def merge(request: MergeRequest, reporter: Reporter) -> MergeResult:
+    """Merge adapters into their base and write what `request` asks for.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong; then nothing is left behind.
+        MergeError: the result is not the model that was to be merged; it is kept under a name that says so.
+    """
+    start = time.monotonic()
+    check_merge(request)
+    notes = _Notes(reporter)
+    if problem := push_refusal(pushed_to(request), notes):
+        raise refused_push(problem)
+    settled = _settle(request, notes)
+    laboratory = Laboratory(settled.inputs, notes) if request.verify or settled.base == BaseWeights.AUTO else None
+    choice = settled.choice or choose_base(_needed(laboratory), settled.plans, notes)
+    chosen = next(one for one in settled.plans if one.base == choice.base)
+    job = _Job(settled=settled, plan=chosen, choice=choice, laboratory=laboratory, reporter=notes)
+    output = output_of(request)
+    _fill(output, job)
+    result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
+    if request.push_to_hub is not None:
+        folder = settled.formats.pushed(output)
+        patterns = (*MODEL_FILES, CODE) if request.trust_remote_code else MODEL_FILES
+        address = push_folder(pushed_to(request), folder, patterns, f"{folder} is done, but it", notes)
+        result = replace(result, pushed_to=address)
+    return result
+
+
+def _fill(output: Path, job: "_Job") -> None:
+    try:
+        fill_directory(output, job.fill)
+    except Exception as error:
+        if isinstance(error, QloraError) or not _is_disk_full(error):
+            raise
+        raise MergeError(
+            f"the disk of {output} is full: {error}",
+            hint="Nothing was left there. Free room, or choose another directory with --output.",
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return "No space left" in str(error)  # of tokenizers and safetensors, without an errno
+
+
+class _Notes:
+    """A reporter that keeps what was noted."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.messages: list[str] = []
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, Noted):
+            self.messages.append(event.message)
+        self._reporter.report(event)
+
+
+def _needed(laboratory: Laboratory | None) -> Laboratory:
+    assert laboratory is not None, "there is one whenever something is measured"
+    return laboratory
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settled:
+    """All that is known before a weight is read. `choice` is None if the base is yet to be measured."""
+
+    inputs: Inputs
+    formats: Formats
+    base: BaseWeights
+    choice: BaseChoice | None
+    plans: Sequence[MergePlan]
+    disk_bytes: int
+
+
+def _settle(request: MergeRequest, reporter: Reporter) -> _Settled:
+    formats = Formats.of(request)
+    inputs = read_inputs(request, reporter)
+    formats.check(inputs, reporter)
+    choice = settled_base(inputs)
+    kinds = (BaseWeights(choice.base),) if choice else (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)
+    reporter.report(PhaseStarted(title="Planning the merge"))
+    plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.dtype) for kind in kinds]
+    disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
+    check_disk_space(output_of(request), disk_bytes, hint="Free room, or choose another directory with --output.")
+    if choice is not None:
+        reporter.report(Noted(message=f"merging into the {choice.base} base: {choice.reason}"))
+    base = BaseWeights(choice.base) if choice else BaseWeights.AUTO
+    return _Settled(inputs=inputs, formats=formats, base=base, choice=choice, plans=plans, disk_bytes=disk_bytes)
+
+
+class _Job:
+    """What is written into the directory that becomes the output, and what came of it."""
+
+    def __init__(
+        self,
+        *,
+        settled: _Settled,
+        plan: MergePlan,
+        choice: BaseChoice,
+        laboratory: Laboratory | None,
+        reporter: Reporter,
+    ) -> None:
+        self._settled, self._plan, self._choice = settled, plan, choice
+        self._laboratory, self._reporter = laboratory, reporter
+        self._result: MergeResult | None = None
+
+    def fill(self, directory: Path) -> None:
+        """Write everything into `directory`, and compare it.
+
+        Raises:
+            MergeError: what was written is not what was to be merged; it is moved aside.
+            OutOfMemoryError: it could not be compared; it is moved aside too.
+            OutputDirectoryError: the output is not empty any more.
+        """
+        inputs, formats = self._settled.inputs, self._settled.formats
+        request = inputs.request
+        model = formats.model(directory)
+        model.mkdir(exist_ok=True)
+        started = time.monotonic()
+        self._reporter.report(PhaseStarted(title=f"Merging into {output_of(request)}"))
+        merger = Merger(inputs.base, Base(inputs.base, self._plan.base))
+        write_weights(self._plan, inputs.source.path, model, merger.value, self._reporter)
+        write_beside(inputs, self._plan, model)
+        if request.verify:
+            check_tokenizer(inputs, model)
+        seconds, peak_bytes = time.monotonic() - started, peak_host_bytes()
+        try:
+            verification = self._verified(model) if request.verify else None
+        except OutOfMemoryError as error:
+            kept = _set_aside(directory, output_of(request), "failed-verification")
+            raise OutOfMemoryError(
+                error.message, hint=f"The merged model is in {kept}, and was not compared. {error.hint}"
+            ) from error
+        result = self._outcome(seconds, peak_bytes, verification)
+        if verification is not None and not verification.passed:
+            write_record(model, inputs, result, ExportFormat.HF)
+            raise _failed(verification, _set_aside(directory, output_of(request), "failed-verification"))
+        nf4 = self._exported(directory)
+        result = replace(result, nf4=nf4)
+        for name, place in formats.places(directory).items():
+            write_record(place, inputs, result, ExportFormat(name))
+        self._result = replace(result, bytes_written=size_of(directory))
+        if problem := check_output_directory(output_of(request)):
+            raise problem  # something has come there meanwhile, such as another merge, and is not replaced
+
+    def _exported(self, directory: Path) -> Divergence | None:
+        """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
+        formats, output = self._settled.formats, output_of(self._settled.inputs.request)
+        try:
+            return formats.write(directory, name_of(output), self._laboratory, self._reporter)
+        except QloraError as error:
+            kept = formats.model(_set_aside(directory, output, "failed-export"))
+            error.hint = f"{error.hint or ''} The merged 16-bit model is done, and in {kept}.".strip()
+            raise
+
+    def done(self) -> MergeResult:
+        """Return what came of it."""
+        assert self._result is not None, "it was filled"
+        return self._result
+
+    def _verified(self, model: Path) -> Verification:
+        laboratory, started = _needed(self._laboratory), time.monotonic()
+        reference = laboratory.reference(self._plan)
+        unrounded = laboratory.compare(reference, laboratory.unrounded(self._plan))
+        written = laboratory.written(model, self._plan)
+        found = laboratory.compare(reference, written.logits)
+        most = self._settled.inputs.request.max_divergence
+        is_exact = unrounded.mean_kl <= MAX_UNEXPLAINED and not written.differing
+        return Verification(
+            passed=found.mean_kl <= most and is_exact,  # NaN is not
+            max_divergence=most,
+            max_unexplained=MAX_UNEXPLAINED,
+            divergence=found,
+            unrounded=unrounded,
+            num_parameters=written.num_parameters,
+            differing_parameters=written.differing,
+            num_prompts=laboratory.texts.num_prompts,
+            num_rows=laboratory.texts.num_rows,
+            device=str(laboratory.device),
+            seconds=time.monotonic() - started,
+        )
+
+    def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:
+        inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
+        return MergeResult(
+            output=output,
+            outputs=self._settled.formats.places(output),
+            base_model=inputs.source.base_name,
+            commit=inputs.source.commit,
+            adapters=applied_adapters(inputs),
+            base=self._plan.base.value,
+            base_choice=self._choice,
+            dtype=self._plan.main_dtype,
+            num_tensors=len(self._plan.tensors),
+            num_merged_tensors=self._plan.num_merged,
+            bytes_written=0,  # once all is written
+            merge_seconds=seconds,
+            total_seconds=0.0,
+            peak_host_bytes=peak_bytes,
+            verification=verification,
+            nf4=None,
+            pushed_to=None,
+            notes=(),
+        )
+
+
+def _set_aside(directory: Path, output: Path, why: str) -> Path:
+    """Keep what failed under a name that says so: beside the output, or in it if a disk is mounted there."""
+    first = output / why if output.is_mount() else output.absolute().with_name(f"{output.name}-{why}")
+    numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    place = next(place for place in chain([first], numbered) if not place.exists())
+    directory.rename(place)
+    return place
+
+
+def _failed(verification: Verification, kept: Path) -> MergeError:
+    found = verification.divergence
+    if math.isnan(found.mean_kl):
+        return MergeError(
+            "the base with its adapter, or the merged model, computes NaN, so that the two can't be compared",
+            hint=f"The merged model is in {kept}, to look at. Does the base hold NaN, or the adapter huge values?",
+        )
+    report = f"It is kept in {kept}, to look at. Please report it with its merge.json."
+    if differing := verification.differing_parameters:
+        return MergeError(
+            f"{counted(len(differing), 'weight')} not in the files as merged, such as {differing[0]}",
+            hint=f"{report} Is the disk sound?",
+        )
+    if verification.unrounded.mean_kl > verification.max_unexplained:
+        return MergeError(
+            "the merged model is not the base with its adapter: rounding does not explain a mean KL divergence of "
+            f"{verification.unrounded.mean_kl:.2g} nats a token",
+            hint=report,
+        )
+    return MergeError(
+        f"the merged model is not the base with its adapter: the mean KL divergence is {found.mean_kl:.2g} nats a "
+        f"token, more than {verification.max_divergence:.2g} (top token the same at {found.top_token_agreement:.1%})",
+        hint=f"It is kept in {kept}, to look at. Rounding alone can do this: --dtype fp32 rounds less, and "
+        "--max-divergence accepts more.",
+    )

@@ -1,0 +1,80 @@
+"""Tensors of a checkpoint, read from its files one at a time: nothing else of them is in memory."""
+
+from collections.abc import Mapping
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.loading.checkpoint import Checkpoint, TensorHeader
+from qlora_cli.merging.room import Room
+
+# As the headers of safetensors name them.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class StoredTensors:
+    """Reads tensors by name from the files of a checkpoint."""
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint) -> None:
+        self._directory = directory
+        self._unpickled: dict[str, torch.Tensor] = {}
+        for file in checkpoint.files if checkpoint.is_pickle else ():
+            self._unpickled |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        self.is_pickle = checkpoint.is_pickle
+        self.headers = dict(checkpoint.tensors) or {
+            name: _header(name, tensor) for name, tensor in self._unpickled.items()
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor, which is the caller's own."""
+        return self.read(name)
+
+    def read(self, name: str, room: Room | None = None) -> torch.Tensor:
+        """Return a tensor, which is the caller's own; in `room`, if it is given."""
+        if self._unpickled:
+            return self._unpickled[name].clone(memory_format=torch.contiguous_format)
+        header = self.headers[name]
+        dtype = DTYPES[header.dtype]
+        tensor = torch.empty(header.shape, dtype=dtype) if room is None else room.lend(header.shape, dtype)
+        with (self._directory / header.file).open("rb", buffering=0) as file:
+            file.seek(header.offset)
+            _fill(file, bytes_of(tensor))
+        return tensor
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, not copied."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _fill(file: RawIOBase, buffer: memoryview) -> None:
+    while len(buffer):
+        num_read = file.readinto(buffer)
+        if not num_read:
+            raise OSError("the file ended within a tensor: it was changed while it was read")
+        buffer = buffer[num_read:]
+
+
+def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
+    return TensorHeader(
+        name=name,
+        file="model.safetensors",
+        dtype=NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        num_bytes=tensor.nbytes,
+    )

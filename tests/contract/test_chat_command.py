@@ -1,0 +1,200 @@
+"""`qlora chat` from a pipe, line by line, and on a real terminal with Ctrl-C and Ctrl-D."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qlora_cli.cli.app import app
+from tests.contract.test_generate_command import CPU, answered, only
+from tests.contract.test_generate_command import adapter as adapter
+from tests.integration.loading import save_model
+
+
+def qlora_chat(model: Path, *lines: str, flags: tuple[str, ...] = CPU) -> Result:
+    """Run the command on lines from a pipe, in this process, which has imported torch already."""
+    return CliRunner().invoke(app, ["chat", str(model), *flags], input="".join(f"{line}\n" for line in lines))
+
+
+# ---- from a pipe
+
+
+def test_each_line_of_a_pipe_is_answered_and_its_end_ends_the_chat(base_model: Path) -> None:
+    done = qlora_chat(base_model, "hello", "", "/reset", "hello")
+    assert done.exit_code == 0, done.output
+    text = only(answered(base_model, "--prompt", "hello"))["text"]
+    assert done.stdout == f"{text}\n{text}\n"
+    assert "what was said is forgotten" in done.stderr
+
+
+def test_quit_ends_before_the_lines_that_follow(base_model: Path) -> None:
+    done = qlora_chat(base_model, "/quit", "hello")
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
+def test_a_system_prompt_is_set_by_flag_and_by_command_and_taken_away(base_model: Path) -> None:
+    pirate = "Answer with the name of a function and nothing more, please."
+    by_flag = qlora_chat(base_model, "What is a list?", flags=(*CPU, "--system", pirate, "--temperature", "1"))
+    by_command = qlora_chat(base_model, f"/system {pirate}", "What is a list?", flags=(*CPU, "--temperature", "1"))
+    without = qlora_chat(
+        base_model, f"/system {pirate}", "/system", "What is a list?", flags=(*CPU, "--temperature", "1")
+    )
+    plain = qlora_chat(base_model, "What is a list?", flags=(*CPU, "--temperature", "1"))
+    assert by_flag.stdout == by_command.stdout != plain.stdout
+    assert without.stdout == plain.stdout
+    assert "the system prompt holds from here on" in by_command.stderr
+
+
+def test_a_command_that_there_is_not_is_told_and_not_sent(base_model: Path) -> None:
+    done = qlora_chat(base_model, "/restart", "/reset now")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "error: no command /restart" in done.stderr
+    assert "/reset forgets" in done.stderr
+    sent = qlora_chat(base_model, " /restart")
+    assert sent.stdout == only(answered(base_model, "--prompt", "/restart"))["text"] + "\n"
+
+
+def test_base_and_adapter_answer_each_turn_one_below_the_other(adapter: Path) -> None:
+    done = qlora_chat(adapter, "hello", flags=(*CPU, "--compare"))
+    base, changed = answered(adapter, "--prompt", "hello", "--compare")["answers"][0]["answers"]
+    assert done.stdout == f"base\n{base['text']}\nadapter\n{changed['text']}\n"
+    assert base["text"] != changed["text"]
+
+
+def test_a_conversation_that_is_full_asks_for_a_reset_and_goes_on(base_model: Path) -> None:
+    done = qlora_chat(base_model, "word " * 600, "/reset", "hello")
+    assert done.exit_code == 0, done.output
+    assert "the model has 512 positions" in done.stderr
+    assert "hint: /reset begins anew" in done.stderr
+    assert done.stdout == only(answered(base_model, "--prompt", "hello"))["text"] + "\n"
+
+
+def test_a_template_that_refuses_a_turn_does_not_end_the_chat(base_model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "once.jinja"
+    template.write_text(
+        "{% if messages | length > 1 %}{{ raise_exception('once') }}{% endif %}{{ messages[0].content }}"
+    )
+    done = qlora_chat(base_model, "hello", "again", "/reset", "hello", flags=(*CPU, "--chat-template", str(template)))
+    assert done.exit_code == 0, done.output
+    assert "the chat template refuses these messages (user, assistant, user): once" in done.stderr
+    text = only(answered(base_model, "--prompt", "hello", "--chat-template", template))["text"]
+    assert done.stdout == f"{text}\n{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--compare",), "has nothing to compare"),
+        (("--top-p", "0.5"), "--top-p: has no effect"),
+        (("--system", " "), "--system: is empty"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2(base_model: Path, flags: tuple[str, ...], expected: str) -> None:
+    done = qlora_chat(base_model, "hello", flags=(*CPU, *flags))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert expected in done.stderr
+
+
+def test_a_model_without_a_template_can_be_asked_but_not_talked_to(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    done = qlora_chat(base, "hello")
+    assert done.exit_code == 2
+    assert "has no chat template, which a chat needs" in done.stderr
+    assert "--chat-template chatml" in done.stderr
+
+
+def test_stray_bytes_in_a_pipe_are_a_mistake(base_model: Path) -> None:
+    done = CliRunner().invoke(app, ["chat", str(base_model), *CPU], input=b"a\xff\n")
+    assert done.exit_code == 2
+    assert "not UTF-8" in done.stderr
+
+
+# ---- on a terminal
+
+
+# Takes stdin as the terminal that keys like Ctrl-C come from, and becomes the command.
+ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class Terminal:
+    """A `qlora chat` on a pseudo-terminal, as a person has it."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._master, slave = pty.openpty()
+        command = [sys.executable, "-c", ON_TERMINAL, sys.executable, "-m", "qlora_cli", "chat", *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "TERM": "dumb"},  # no colours, and nothing that is redrawn
+            start_new_session=True,
+        )
+        os.close(slave)
+        self._seen = ""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
+
+    def type(self, keys: str) -> None:
+        """Press keys; `\\x03` is Ctrl-C and `\\x04` Ctrl-D."""
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, text: str, *, pressing: str = "") -> str:
+        """Return what was shown since the last call, up to and with `text`; `pressing` keys again if nothing comes."""
+        deadline = time.monotonic() + 90
+        self.type(pressing)
+        while text not in self._seen:
+            assert time.monotonic() < deadline, f"{text!r} was not shown: {self._seen}"
+            if select.select([self._master], [], [], 3)[0]:
+                self._seen += os.read(self._master, 4096).decode(errors="replace")
+            else:
+                self.type(pressing)
+        before, _, self._seen = self._seen.partition(text)
+        return before + text
+
+    def exit_code(self) -> int:
+        """Wait for the end; what is still written fits into the terminal's buffer."""
+        return self._process.wait(timeout=30)
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(base_model: Path, tmp_path: Path) -> None:
+    endless = shutil.copytree(base_model, tmp_path / "endless")  # has positions for minutes
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 10**6}))
+    with Terminal(endless, "--device", "cpu", "--max-new-tokens", "100000") as terminal:
+        terminal.wait_for("> ")
+        terminal.type("hello\n")
+        terminal.wait_for("def ")
+        terminal.type("\x03")
+        terminal.wait_for("stopped; what there is of the answer stays in the conversation")
+        terminal.wait_for("> ")
+        terminal.type("/reset\n")
+        terminal.wait_for("what was said is forgotten")
+        terminal.wait_for("> ")
+        # Between showing the prompt and waiting for keys, Python notes a signal but does not look.
+        terminal.wait_for("interrupted", pressing="\x03")
+        assert terminal.exit_code() == 130
+
+
+def test_ctrl_d_ends_the_chat(base_model: Path) -> None:
+    with Terminal(base_model, "--device", "cpu", "--max-new-tokens", "4") as terminal:
+        assert "/quit or Ctrl-D ends" in terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0

@@ -1,0 +1,264 @@
+"""`qlora merge` as scripts and eyes see it: flags, keys of --json, the dry run, where the result goes, refusals."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.merging.result import (
+    AppliedAdapter,
+    BaseChoice,
+    Divergence,
+    MergeReport,
+    MergeResult,
+    TensorPlan,
+    Verification,
+)
+from tests.conftest import RunQlora
+from tests.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+
+NO_TORCH = """
+import sys
+sys.argv = ["qlora", *sys.argv[1:]]
+from qlora_cli.cli.app import main
+try:
+    main()
+except SystemExit as error:
+    print("exit", error.code, file=sys.stderr)
+print("heavy", sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules)), file=sys.stderr)
+"""
+FLAGS = (
+    *("--output", "--base", "--dtype", "--format", "--weight", "--verify", "--no-verify", "--max-divergence"),
+    *("--dry-run", "--base-model", "--revision", "--device", "--llama-cpp", "--gguf-type", "--push-to-hub"),
+    *("--allow-pickle", "--trust-remote-code", "--json"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("merge"))
+
+
+@pytest.fixture(scope="module")
+def result(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return merged(run, "--output", tmp_path_factory.mktemp("result") / "out")
+
+
+def keys(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+# ---- what is shown
+
+
+def test_json_is_one_object_with_every_key(result: dict[str, Any]) -> None:
+    assert list(result) == keys(MergeResult)
+    assert list(result["verification"]) == keys(Verification)
+    assert list(result["verification"]["divergence"]) == keys(Divergence)
+    assert list(result["base_choice"]) == keys(BaseChoice)
+    assert list(result["adapters"][0]) == keys(AppliedAdapter)
+    assert set(result) >= {
+        *("output", "base", "num_merged_tensors", "bytes_written", "merge_seconds", "peak_host_bytes", "verification")
+    }
+
+
+def test_the_figures_are_of_what_was_done(run: Path, result: dict[str, Any]) -> None:
+    output = Path(result["output"])
+    assert (result["num_tensors"], result["num_merged_tensors"]) == (38, 28)
+    assert result["bytes_written"] == sum(path.stat().st_size for path in output.iterdir())
+    assert 0 < result["merge_seconds"] < result["total_seconds"]
+    assert result["peak_host_bytes"] > 50 << 20
+    assert result["outputs"] == {"hf": str(output)}
+    assert result["adapters"][0]["path"] == str(run / "adapter")
+    found = result["verification"]
+    assert found["passed"]
+    assert found["divergence"]["mean_kl"] < found["max_divergence"] == 1e-3
+    assert (found["num_prompts"], found["num_rows"]) == (4, 8)
+
+
+def test_auto_takes_the_nearer_base_and_says_how_near_both_are(result: dict[str, Any]) -> None:
+    choice = result["base_choice"]
+    distances = {base: choice[base]["mean_kl"] for base in ("original", "dequantized")}
+    assert choice["base"] == result["base"] == min(distances, key=lambda base: distances[base])
+    assert any("is" in note and "into the original base" in note for note in result["notes"])
+
+
+def test_the_text_says_what_was_merged_and_how_near_it_is(run: Path, tmp_path: Path) -> None:
+    done = qlora_merge(run, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    first, *lines = done.stdout.splitlines()
+    assert first == str(tmp_path / "out")
+    for expected in ("28 of 38 merged, in bfloat16", "the nearer one as measured", "LoRA of rank 16"):
+        assert expected in done.stdout
+    headings = [line for line in lines if not line.startswith(" ")]
+    assert headings == [
+        "Distance from the model that was trained",
+        "Verified against the base with the adapter beside it",
+    ]
+    assert "\x1b" not in done.stdout
+    assert "Merging into" in done.stderr
+
+
+def test_a_dry_run_says_what_each_tensor_becomes_and_writes_nothing(run: Path, tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    found = merged(run, *output, "--dry-run", "--base", "dequantized", "--dtype", "fp32")
+    assert list(found) == keys(MergeReport)
+    assert list(found["tensors"][0]) == keys(TensorPlan)
+    by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
+    query = by_name["model.layers.0.self_attn.q_proj.weight"]
+    assert (query["action"], query["base_dtype"], query["dtype"]) == ("merge", "BF16", "F32")
+    assert (query["shape"], query["written_bytes"]) == ([256, 256], 4 * 256 * 256)
+    assert by_name["model.norm.weight"]["action"] == "cast"
+    actions = {count["action"]: count["num_tensors"] for count in found["actions"]}
+    assert actions == {"cast": 10, "merge": 28}
+    assert sum(count["written_bytes"] for count in found["actions"]) < found["disk_bytes"]
+    assert found["base"] == "dequantized"
+    text = qlora_merge(run, *output, "--dry-run")
+    assert text.exit_code == 0
+    assert text.stdout.startswith(f"{tmp_path / 'out'} (not written)\n")
+    assert "merged, 256 x 256, BF16, in model.safetensors" in text.stdout
+    assert "copied as bytes" in text.stdout
+    assert "whichever base is measured to be nearer" in text.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_and_the_merge_agree(run: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    plan = merged(run, "--output", tmp_path / "out", "--dry-run", "--base", result["base"])
+    for key in ("num_tensors", "num_merged_tensors", "base_model", "adapters"):
+        assert plan[key] == result[key]
+    weights = Path(result["output"]) / "model.safetensors"
+    written = sum(tensor["written_bytes"] for tensor in plan["tensors"])
+    assert written < weights.stat().st_size < written + 10_000  # the header
+
+
+# ---- flags
+
+
+def test_it_has_every_promised_flag(run_qlora: RunQlora) -> None:
+    shown = run_qlora("merge", "--help").stdout.replace("\n", " ") + " "
+    assert [flag for flag in FLAGS if f" {flag} " not in shown] == []
+
+
+def test_the_base_the_dtype_and_the_weight_change_what_is_written(run: Path, tmp_path: Path) -> None:
+    plain = ("--no-verify", "--base", "original")
+    contents = {}
+    for name, options in {
+        "original": plain,
+        "dequantized": ("--no-verify", "--base", "dequantized"),
+        "fp16": (*plain, "--dtype", "fp16"),
+        "half": (*plain, "--weight", "0.5"),
+    }.items():
+        found = merged(run, "--output", tmp_path / name, *options)
+        contents[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        assert found["base"] == ("dequantized" if name == "dequantized" else "original")
+        assert found["dtype"] == ("float16" if name == "fp16" else "bfloat16")
+        assert found["adapters"][0]["weight"] == (0.5 if name == "half" else 1)
+    assert len(set(contents.values())) == 4
+
+
+def test_several_adapters_are_added_together(run: Path, tmp_path: Path) -> None:
+    twice = merged(
+        run, run, "--weight", "0.5", "--weight", "0.5", "--output", tmp_path / "twice", "--base", "original"
+    )
+    merged(run, "--output", tmp_path / "once", "--base", "original")
+    assert [adapter["weight"] for adapter in twice["adapters"]] == [0.5, 0.5]
+    assert twice["verification"]["passed"]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice")]
+    assert files[0] == files[1]
+
+
+# ---- where the result goes
+
+
+def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = copy_run(run, tmp_path / "own")
+    plain = ("--no-verify", "--base", "original")
+    assert merged(there, *plain)["output"] == str(there / "merged")
+    assert "holds something else" in refused(there, *plain)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert merged(adapter_alone(there), *plain)["output"] == "alone-merged"
+    assert merged(there / "adapter", *plain)["output"] == "adapter-merged"
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter-merged", "alone-merged"]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["missing argument 'RUN_OR_ADAPTER...'"]),
+        (["./no"], ["RUN_OR_ADAPTER: no model at ./no"]),
+        (
+            ["./no", "--output", "FILE", "--weight", "0"],
+            ["no model at ./no", "--output: ", "--weight: must", "3 problems"],
+        ),
+        (["RUN", "--weight", "1", "--weight", "2"], ["--weight: is given 2 times for 1 adapter"]),
+        (["RUN", "--weight", "nan"], ["--weight: must be a number other than 0, got nan"]),
+        (["RUN", "RUN"], ["--output: is missing"]),
+        (["RUN", "--max-divergence", "-1"], ["--max-divergence: must be a number of nats"]),
+        (["RUN", "--max-divergence", "1", "--no-verify"], ["--max-divergence: has no effect with --no-verify"]),
+        (["RUN", "--llama-cpp", "."], ["--llama-cpp: has no effect without --format gguf"]),
+        (["RUN", "--gguf-type", "f16"], ["--gguf-type: has no effect without --format gguf"]),
+        (["RUN", "--format", "gguf", "--llama-cpp", "./no"], ["--llama-cpp no is not there"]),
+        (["RUN", "--push-to-hub", "me/x"], ["--push-to-hub: nothing can be pushed to the hub offline"]),
+        (["RUN", "--base", "orignal"], ["invalid value for '--base'"]),
+        (["RUN", "--outptu", "x"], ["Did you mean --output?"]),
+    ],
+)
+def test_mistakes_end_with_2_before_torch_is_imported(
+    arguments: list[str], expected: list[str], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    given = [part.replace("RUN", str(run)).replace("FILE", str(tmp_path / "file")) for part in arguments]
+    command = [sys.executable, "-c", NO_TORCH, "merge", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path)
+    assert "exit 2\n" in done.stderr
+    assert "heavy []" in done.stderr
+    assert [text for text in expected if text not in done.stderr] == []
+    assert "hint: " in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_error_with_json_is_one_object(run: Path) -> None:
+    done = qlora_merge(run, "--revision", "main", "--json")
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert (error["type"], error["exit_code"]) == ("ModelError", 2)
+    assert "Leave --revision out" in error["hint"]
+
+
+# ---- streams
+
+
+def test_whoever_reads_may_leave_and_the_model_is_there(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qlora_cli", "merge", str(run), "--output", str(tmp_path / "out"), "--no-verify"]
+    process = subprocess.Popen([*command, "--base", "original"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 141
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_stdout_that_is_full_ends_with_1_and_the_model_is_there(run: Path, tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full here")
+    command = [sys.executable, "-m", "qlora_cli", "merge", str(run), "--output", str(tmp_path / "out"), "--no-verify"]
+    with full.open("w") as stdout:
+        done = subprocess.run(
+            [*command, "--base", "original", "--json"], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "config.json").is_file()

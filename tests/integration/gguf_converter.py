@@ -1,0 +1,106 @@
+"""A stand-in for llama.cpp's converter, which no package has: writes a real GGUF of a Llama, with the same arguments.
+
+`WRONG` in the environment names one thing that is written wrongly, as an older converter might.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from safetensors import deserialize
+
+Array = npt.NDArray[np.float16]
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """Return what llama.cpp calls a tensor of a Llama."""
+    layer, _, kind = name.rpartition(".")
+    if layer in NAMES:
+        return f"{NAMES[layer]}.{kind}"
+    number, _, part = layer.removeprefix("model.layers.").partition(".")
+    return f"blk.{number}.{BLOCK_NAMES[part]}.{kind}"
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the bf16 tensors of a file as fp16; torch would take longer to import than all of it takes."""
+    for name, stored in deserialize(file.read_bytes()):  # type: ignore[no-untyped-call]
+        bits = np.frombuffer(stored["data"], dtype=np.uint16).astype(np.uint32) << 16
+        yield name, bits.view(np.float32).astype(np.float16).reshape(stored["shape"])
+
+
+def write(model: Path, target: Path, wrong: str | None, *, vocabulary_only: bool) -> None:
+    """Write `target` from `model`."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    assert max(tokens_of(vocabulary).values()) < config["vocab_size"]
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_block_count(config["num_hidden_layers"] - (wrong == "layers"))
+    writer.add_embedding_length(config["hidden_size"] + (wrong == "width"))
+    _add_vocabulary(writer, vocabulary, config, wrong)
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    if wrong != "no template":
+        writer.add_chat_template(template + (" " if wrong == "template" else ""))
+    for name, tensor in () if vocabulary_only else tensors_of(model / "model.safetensors"):
+        if not (wrong == "weights" and name.endswith("q_proj.weight")):
+            rows = slice(0, -1 if wrong == "rows" and "embed_tokens" in name else None)
+            writer.add_tensor(gguf_name(name), tensor[rows])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tokens_of(stored: Any) -> dict[str, int]:
+    """Return the ids of the tokens in a tokenizer.json."""
+    return {**stored["model"]["vocab"], **{token["content"]: token["id"] for token in stored["added_tokens"]}}
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, stored: Any, config: dict[str, Any], wrong: str | None) -> None:
+    tokens = tokens_of(stored)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokens, key=lambda token: tokens[token]))
+    writer.add_eos_token_id(config["eos_token_id"] + (wrong == "eos"))
+    writer.add_bos_token_id(config["bos_token_id"] + (wrong == "bos"))
+    writer.add_add_bos_token(wrong != "adds no bos")
+
+
+def main() -> None:
+    """Take the converter's arguments."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--outfile", type=Path, required=True)
+    parser.add_argument("--outtype", required=True)
+    parser.add_argument("--model-name", required=True)
+    parser.add_argument("--vocab-only", action="store_true")
+    arguments = parser.parse_args()
+    wrong = os.environ.get("WRONG")
+    if wrong == "tokenizer":
+        raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
+    write(arguments.model, arguments.outfile, wrong, vocabulary_only=arguments.vocab_only)
+    whole = arguments.outfile.read_bytes()
+    if wrong == "garbage":
+        arguments.outfile.write_bytes(b"garbage!" * 100)
+    elif wrong == "cut off":
+        arguments.outfile.write_bytes(whole[: len(whole) // 2])
+
+
+if __name__ == "__main__":
+    main()

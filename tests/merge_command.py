@@ -1,0 +1,66 @@
+"""What tests of `qlora merge` share: a run to merge, and the command, run in this process, which has torch already."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from qlora_cli.cli.app import app
+from qlora_cli.training.run import train
+from tests.conftest import ASSETS, Recorder, train_settings
+
+
+def qlora_merge(*arguments: str | Path) -> Result:
+    """Run the command and return what came of it."""
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)])
+
+
+def merged(*arguments: str | Path) -> dict[str, Any]:
+    """Run the command, which must succeed, and return its JSON."""
+    done = qlora_merge(*arguments, "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def refused(*arguments: str | Path) -> str:
+    """Run the command, which must end with 2, and return its messages and hints."""
+    done = qlora_merge(*arguments, "--device", "cpu", "--json")
+    assert done.exit_code == 2, done.output
+    error = json.loads(done.stdout)["error"]
+    told = error["problems"] or [error]
+    assert all(problem["hint"] for problem in told)
+    return "\n".join(f"{problem['message']} | {problem['hint']}" for problem in told)
+
+
+def trained_run(directory: Path, **flags: object) -> Path:
+    """Train the bundled model for two steps, and return the run: it has its base beside it, as a copy."""
+    base = directory / "base"
+    shutil.copytree(ASSETS / "base", base)
+    rows = directory / "rows.jsonl"
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    changed = {"training__max_steps": 2, **flags}
+    return train(train_settings(base, rows, directory / "run", **changed), Recorder()).output
+
+
+def copy_run(run: Path, directory: Path) -> Path:
+    """Copy a run with its base, so that either can be damaged, and return the run; it names its own base."""
+    shutil.copytree(run.parent, directory, ignore=shutil.ignore_patterns("merged*"))
+    for file in ("run.json", "adapter/adapter_config.json"):
+        path = directory / "run" / file
+        content = path.read_text(encoding="utf-8")
+        assert str(run.parent / "base") in content
+        path.write_text(content.replace(str(run.parent / "base"), str(directory / "base")), encoding="utf-8")
+    return directory / "run"
+
+
+def adapter_alone(run: Path, directory: Path | None = None) -> Path:
+    """Copy the adapter of a run to where nothing tells that it is of one, and return it."""
+    directory = directory or run.parent / "alone"
+    directory.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / "adapter" / file, directory / file)
+    return directory

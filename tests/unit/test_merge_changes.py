@@ -1,0 +1,134 @@
+"""What adapters do to a weight: the formulas of the papers, in fp32, and when two of them do the same."""
+
+import pytest
+import torch
+
+from qlora_cli.merging.changes import (
+    Added,
+    Change,
+    Directed,
+    Experts,
+    LowRank,
+    Replaced,
+    Rows,
+    Weighted,
+    Whole,
+    total_delta,
+)
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+LEFT, RIGHT, WEIGHT = values(6, 2), values(2, 4), values(6, 4)
+PRODUCT = 1.5 * (LEFT @ RIGHT)
+
+
+def low_rank(*, is_transposed: bool = False, scale: float = 1.5) -> LowRank:
+    return LowRank(left=LEFT, right=RIGHT, scale=scale, is_transposed=is_transposed)
+
+
+def test_lora_adds_the_scaled_product() -> None:
+    torch.testing.assert_close(low_rank().apply(WEIGHT.clone()), WEIGHT + PRODUCT)
+    torch.testing.assert_close(low_rank(is_transposed=True).apply(WEIGHT.T.clone()), (WEIGHT + PRODUCT).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_in_16_bit_are_multiplied_in_fp32(dtype: torch.dtype) -> None:
+    left, right = LEFT.to(dtype), RIGHT.to(dtype)
+    found = LowRank(left=left, right=right, scale=1.5).delta()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, left.float() @ right.float() * 1.5)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_each_expert_has_its_own_factors_as_peft_lays_them_out(is_transposed: bool) -> None:
+    num_experts, rank = 3, 2
+    left, right = values(6, rank * num_experts), values(num_experts * rank, 4)
+    update = Experts(left=left, right=right, scale=0.5, num_experts=num_experts, is_transposed=is_transposed)
+    # As in `peft.tuners.lora.layer.ParamWrapper.get_delta_weight`.
+    one = right.reshape(num_experts, rank, 4)
+    other = left.reshape(6, rank, num_experts)
+    expected = torch.einsum("o r e, e r i -> e o i", other, one) * 0.5
+    expected = expected.transpose(1, 2) if is_transposed else expected
+    torch.testing.assert_close(update.delta(), expected)
+    for expert in range(num_experts):
+        assert torch.equal(update.delta(expert), update.delta()[expert : expert + 1])
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_dora_gives_each_row_its_magnitude_and_the_direction_of_the_sum(is_transposed: bool) -> None:
+    magnitude = values(6).abs()
+    change = Directed(update=low_rank(is_transposed=is_transposed), magnitude=magnitude)
+    moved = WEIGHT + PRODUCT
+    expected = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    weight, expected = (WEIGHT.T, expected.T) if is_transposed else (WEIGHT, expected)
+    found = change.apply(weight.clone())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.norm(dim=0 if is_transposed else 1), magnitude)
+
+
+def test_a_bias_is_scaled_too() -> None:
+    torch.testing.assert_close(Added(values=LEFT[:, 0], scale=2.0).apply(torch.ones(6)), 1 + 2 * LEFT[:, 0])
+
+
+def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> None:
+    rows = Rows(indices=(4, 1), values=values(2, 4).bfloat16())
+    found = rows.apply(WEIGHT.clone())
+    assert torch.equal(found[[4, 1]], rows.values.float())
+    assert torch.equal(found[[0, 2, 3, 5]], WEIGHT[[0, 2, 3, 5]])
+    whole = values(6, 4)
+    assert torch.equal(Whole(values=whole).apply(WEIGHT), whole)
+    assert torch.equal(Whole(values=whole).apply(WEIGHT, 2), whole[2:3])
+    replaced = Replaced(values=whole, change=low_rank())
+    kept = whole.clone()
+    torch.testing.assert_close(replaced.apply(WEIGHT), whole + PRODUCT)
+    assert torch.equal(whole, kept)  # the adapter's own values stay as they are
+
+
+def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> None:
+    zero = LowRank(left=torch.zeros(6, 2), right=RIGHT, scale=3.0)
+    many = [Weighted(change=low_rank(), weight=0.5), Weighted(change=zero), Weighted(change=low_rank(), weight=-2)]
+    found = total_delta(many)
+    assert found is not None
+    torch.testing.assert_close(found, -1.5 * PRODUCT)
+    assert total_delta([Weighted(change=zero), Weighted(change=zero)]) is None
+    assert total_delta([]) is None
+
+
+SAME = LowRank(left=RIGHT.T.clone(), right=LEFT.T.clone(), scale=1.5, is_transposed=True)
+PAIRS: dict[str, tuple[Change, Change, bool]] = {
+    "copies": (low_rank(), low_rank(), True),
+    "held the other way round": (low_rank(), SAME, True),
+    "transposed": (low_rank(), low_rank(is_transposed=True), False),
+    "another scale": (low_rank(), low_rank(scale=2.0), False),
+    "other values": (low_rank(), LowRank(left=LEFT, right=RIGHT + 1, scale=1.5), False),
+    "another kind": (low_rank(), Whole(values=LEFT), False),
+    "DoRA": (
+        Directed(update=low_rank(), magnitude=LEFT[:, 0]),
+        Directed(update=low_rank(), magnitude=LEFT[:, 0].clone()),
+        True,
+    ),
+    "DoRA of another scale": (
+        Directed(update=low_rank(), magnitude=LEFT[:, 0]),
+        Directed(update=low_rank(scale=2.0), magnitude=LEFT[:, 0]),
+        False,
+    ),
+    "rows": (Rows(indices=(1, 2), values=LEFT[:2]), Rows(indices=(1, 2), values=LEFT[:2].clone()), True),
+    "other rows": (Rows(indices=(1, 2), values=LEFT[:2]), Rows(indices=(2, 1), values=LEFT[:2]), False),
+    "replaced": (Replaced(values=WEIGHT, change=low_rank()), Replaced(values=WEIGHT, change=SAME), True),
+    "replaced by others": (
+        Replaced(values=WEIGHT, change=low_rank()),
+        Replaced(values=WEIGHT + 1, change=low_rank()),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_two_changes_are_the_same_if_they_do_the_same(kind: str) -> None:
+    one, other, is_same = PAIRS[kind]
+    assert one.equals(other) == other.equals(one) == is_same

@@ -1,0 +1,164 @@
+"""What `qlora merge` prints, from frozen results: whole lines, nothing that was not measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.cli.render_merge import render_merge, render_merge_plan
+from qlora_cli.merging.result import (
+    Action,
+    ActionCount,
+    AppliedAdapter,
+    BaseChoice,
+    Divergence,
+    MergeReport,
+    MergeResult,
+    TensorPlan,
+    Verification,
+)
+
+NEAR = Divergence(
+    num_tokens=479,
+    max_logit_difference=0.046,
+    mean_logit_difference=0.0045,
+    max_kl=1.1e-4,
+    mean_kl=1.02e-5,
+    top_token_agreement=0.9937,
+    reference_perplexity=234.0024,
+    perplexity=233.9858,
+)
+FAR = replace(NEAR, mean_kl=0.0293, top_token_agreement=0.8935, perplexity=244.606)
+ADAPTER = AppliedAdapter(name="runs/demo", path=Path("runs/demo/adapter"), weight=1.0, kind="LoRA of rank 16")
+RESULT = MergeResult(
+    output=Path("runs/demo/merged"),
+    outputs={"hf": Path("runs/demo/merged")},
+    base_model="owner/base",
+    commit="0123abc",
+    adapters=(ADAPTER,),
+    base="dequantized",
+    base_choice=BaseChoice(base="dequantized", reason="measured", original=FAR, dequantized=NEAR),
+    dtype="bfloat16",
+    num_tensors=1038,
+    num_merged_tensors=28,
+    bytes_written=7 << 20,
+    merge_seconds=0.31,
+    total_seconds=4.29,
+    peak_host_bytes=562 << 20,
+    verification=Verification(
+        passed=True,
+        max_divergence=1e-3,
+        max_unexplained=1e-6,
+        divergence=NEAR,
+        unrounded=NEAR,
+        num_parameters=38,
+        differing_parameters=(),
+        num_prompts=4,
+        num_rows=8,
+        device="cpu",
+        seconds=0.4,
+    ),
+    nf4=None,
+    pushed_to=None,
+    notes=(),
+)
+REPORT = MergeReport(
+    output=Path("out"),
+    base_model="base",
+    commit=None,
+    adapters=(ADAPTER, replace(ADAPTER, name="other", weight=0.5)),
+    base="auto",
+    formats=("hf", "nf4"),
+    num_tensors=3,
+    num_merged_tensors=1,
+    base_bytes=3 << 20,
+    disk_bytes=70 << 20,
+    actions=(
+        ActionCount(action=Action.COPY, num_tensors=2, base_bytes=1 << 20, written_bytes=1 << 20),
+        ActionCount(action=Action.MERGE, num_tensors=1, base_bytes=2 << 20, written_bytes=4 << 20),
+    ),
+    tensors=(
+        TensorPlan(
+            name="scale",
+            file="a.safetensors",
+            action=Action.COPY,
+            base_dtype="F32",
+            dtype="F32",
+            shape=(),
+            written_bytes=4,
+        ),
+        TensorPlan(
+            name="q_proj.weight",
+            file="b.safetensors",
+            action=Action.MERGE,
+            base_dtype="BF16",
+            dtype="F32",
+            shape=(8, 4),
+            written_bytes=128,
+        ),
+    ),
+)
+
+
+def shown(result: MergeResult | MergeReport, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
+    """Return what is printed, and its rows by their names."""
+    render_merge(result) if isinstance(result, MergeResult) else render_merge_plan(result)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    rows = (line.strip().split("  ", 1) for line in text.splitlines() if line.startswith("  "))
+    return text, {name: value.strip() for name, value in rows}
+
+
+def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    text, rows = shown(RESULT, capsys)
+    assert text.startswith("runs/demo/merged\n")
+    assert rows["base"] == "owner/base at 0123abc"
+    assert rows["merged into"] == "the dequantized base, the nearer one as measured"
+    assert rows["tensors"] == "28 of 1,038 merged, in bfloat16"
+    assert rows["original"].startswith("KL divergence 0.029 nats a token, top token the same at 89.35%")
+    assert rows["dequantized"].startswith("KL divergence 1e-05 nats a token")
+    assert rows["over"] == "479 tokens of 4 prompts and 8 rows of the data"
+    assert rows["passed"] == "KL divergence at most 0.001"
+    assert rows["before rounding"].startswith("KL divergence ")
+    assert rows["in the files"] == "38 parameters, to the bit as merged"
+    assert "hf" not in rows  # one format, and its place is the heading
+    assert "on the hub" not in rows
+
+
+def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = BaseChoice(base="original", reason="as asked", original=None, dequantized=None)
+    text, rows = shown(replace(RESULT, base="original", base_choice=asked, verification=None), capsys)
+    assert rows["merged into"] == "the original base: as asked"
+    assert "Distance" not in text
+    assert "not verified (--no-verify)" in text
+    assert "Verified" not in text
+    assert RESULT.verification is not None
+    text, rows = shown(replace(RESULT, verification=replace(RESULT.verification, num_rows=0)), capsys)
+    assert rows["over"] == "479 tokens of 4 prompts"
+
+
+def test_each_format_is_told_with_its_place_and_nf4_with_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = {"hf": Path("out/hf"), "nf4": Path("out/nf4")}
+    text, rows = shown(replace(RESULT, outputs=outputs, nf4=FAR, pushed_to="https://hub/me/x"), capsys)
+    assert (rows["hf"], rows["nf4"], rows["on the hub"]) == ("out/hf", "out/nf4", "https://hub/me/x")
+    last = text.partition("The 4-bit model against the merged one\n")[2]
+    assert "0.029 nats a token" in last
+    text, rows = shown(replace(RESULT, outputs={"gguf": Path("out")}), capsys)
+    assert rows["gguf"] == "out"
+
+
+def test_a_weight_is_told_if_it_is_not_1(capsys: pytest.CaptureFixture[str]) -> None:
+    text, _ = shown(REPORT, capsys)
+    assert "runs/demo, LoRA of rank 16\n" in text
+    assert "other, LoRA of rank 16, counting 0.5\n" in text
+
+
+def test_a_plan_says_what_each_tensor_becomes(capsys: pytest.CaptureFixture[str]) -> None:
+    text, rows = shown(REPORT, capsys)
+    assert text.startswith("out (not written)\n")
+    assert rows["merged into"] == "whichever base is measured to be nearer"
+    assert rows["room on the disk"] == "70.00 MiB for hf, nf4"
+    assert rows["copied as bytes"] == "2 tensors, 1.00 MiB read, 1.00 MiB written"
+    assert rows["merged"] == "1 tensor, 2.00 MiB read, 4.00 MiB written"
+    assert rows["scale"] == "copied as bytes, scalar, F32, in a.safetensors"
+    assert rows["q_proj.weight"] == "merged, 8 x 4, BF16 to F32, in b.safetensors"
