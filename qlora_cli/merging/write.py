@@ -1,7 +1,6 @@
 """Write the tensors of a plan as safetensors, file by file, in the order of the base: bytes where nothing changes."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
@@ -26,15 +25,16 @@ Value = Callable[[PlannedTensor], torch.Tensor]
 def write_weights(plan: MergePlan, base: Path, target: Path, value: Value, reporter: Reporter) -> None:
     """Write the weights of `plan` to the directory `target`, with an index if they are in several files.
 
-    `value` computes what is not copied from the files in `base`. While one tensor is written, the next is computed.
+    `value` computes what is not copied from the files in `base`. While one tensor is written, the next is computed and
+    the one after it is read.
     """
     progress = _Progress(plan.num_bytes, reporter)
-    with ThreadPoolExecutor(max_workers=1) as writer:
+    with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         for file, tensors in plan.files.items():
             (target / file).parent.mkdir(parents=True, exist_ok=True)  # an index may name folders
             with (target / file).open("wb", buffering=0) as stream:
                 _write_header(stream, base / tensors[0].header.file, tensors)
-                _write_tensors(tensors, base, stream, value, writer, progress)
+                _write_tensors(tensors, base, stream, value, reader, writer, progress)
     if list(plan.files) != [SAFETENSORS]:
         _write_index(plan, target)
 
@@ -44,6 +44,7 @@ def _write_tensors(
     base: Path,
     stream: RawIOBase,
     value: Value,
+    reader: Executor,
     writer: Executor,
     progress: "_Progress",
 ) -> None:
@@ -52,7 +53,7 @@ def _write_tensors(
     try:
         for planned, following in zip(tensors, [*tensors[1:], None], strict=True):
             if following is not None:
-                _read_ahead(base / following.header.file, following)
+                reader.submit(_read_ahead, base / following.header.file, following)
             if planned.action == Action.COPY:
                 job = partial(_copy, base / planned.header.file, planned.header.offset, planned.num_bytes, stream)
             else:
@@ -67,11 +68,14 @@ def _write_tensors(
 
 
 def _read_ahead(file: Path, planned: PlannedTensor) -> None:
-    """Let the system begin to read a tensor."""
-    if not hasattr(os, "posix_fadvise") or not file.is_file():  # not on macOS and Windows; not of a pickle
+    """Read a tensor and forget it: the system has it in memory then, when it is asked for."""
+    if not file.is_file():  # of a pickle
         return
+    buffer = bytearray(min(planned.header.num_bytes, PIECE_BYTES))
     with file.open("rb", buffering=0) as source:
-        os.posix_fadvise(source.fileno(), planned.header.offset, planned.header.num_bytes, os.POSIX_FADV_WILLNEED)
+        source.seek(planned.header.offset)
+        for _ in range(0, planned.header.num_bytes, PIECE_BYTES):
+            source.readinto(buffer)
 
 
 def _write(content: memoryview, stream: RawIOBase) -> None:
