@@ -144,7 +144,7 @@ def _take_back(directory: Path) -> None:
 def _half_moved(directory: Path) -> list[Path]:
     """Return what was moved into `directory` by a process that was to move more, and was killed."""
     journal, whole = directory / LEFT_OVER / MOVED, directory / LEFT_OVER / "whole"
-    if not journal.is_file() or not any(whole.iterdir()):
+    if not (journal.is_file() and whole.is_dir() and any(whole.iterdir())):  # none, or all was moved
         return []
     inodes: dict[str, int] = json.loads(journal.read_text(encoding="utf-8"))
     places = [directory / name for name in inodes]

@@ -179,3 +179,14 @@ def test_parents_that_were_made_for_what_failed_are_gone(tmp_path: Path) -> None
     with pytest.raises(OSError, match="full"):
         write_directory(tmp_path / "a" / "b" / "out", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_what_was_moved_as_a_whole_before_the_process_was_killed_stays(tmp_path: Path, is_empty: bool) -> None:
+    (tmp_path / LEFT_OVER).mkdir()
+    if is_empty:  # else the clearing up had begun
+        (tmp_path / LEFT_OVER / "whole").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    inode = (tmp_path / "config.json").stat().st_ino
+    (tmp_path / LEFT_OVER / "moved.json").write_text(f'{{"config.json": {inode}}}')
+    assert "holds something else (config.json)" in str(check_output_directory(tmp_path))
