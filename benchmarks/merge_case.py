@@ -73,7 +73,7 @@ def write_adapter(base: Path, adapter: Path) -> None:
 
 
 def _figures(watcher: AnonymousPeak, seconds: float) -> dict[str, Any]:
-    from qlora_cli.memory.measure import peak_host_bytes
+    from qlora_cli.counters import peak_host_bytes
 
     return {
         "seconds": seconds,

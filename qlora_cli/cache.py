@@ -24,8 +24,9 @@ def versions_of(packages: Iterable[str]) -> list[str]:
 
 
 def digests_of_code(parts: Iterable[str]) -> list[str]:
-    """Return the digest of every file of our own in these parts of the package."""
-    files = [path for part in parts for path in sorted((PACKAGE / part).glob("*.*"))]
+    """Return the digest of every file of our own in these parts of the package: folders, or single files by name."""
+    places = [PACKAGE / part for part in parts]
+    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("*.*")))]
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 

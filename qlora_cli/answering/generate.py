@@ -10,7 +10,7 @@ from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.answering.result import Answer, GenerationReport, Listener, collect, cut_note
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.merged import merged_model_of, settings_of_merged, staleness
+from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import LoadSettings
 
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
+from qlora_cli.adapters.initialization import is_pissa
+from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.answering.answerer import Answerer, Completion, Model, Watch
 from qlora_cli.answering.prompts import check_system, encode, messages_of
 from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.answering.result import Answer, Listener, Source
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.adapter_init import is_pissa
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions
-from qlora_cli.loading.targets import ADAPTER
 from qlora_cli.settings.models import LoadSettings
 
 NO_TEMPLATE = "the tokenizer has no chat template: a prompt is continued as plain text"

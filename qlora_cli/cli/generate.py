@@ -11,7 +11,7 @@ from qlora_cli.answering.request import AnswerRequest, Sampling, check_merged, r
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import SettingsError, UsageError
-from qlora_cli.loading.source import check_model_name
+from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.models import LoadSettings
 
 # New rows are random until they are trained, so nothing can be asked of them.

@@ -28,7 +28,7 @@ def load(
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the settings are right
     from qlora_cli.cli.render_load import render_load
     from qlora_cli.files import check_output_directory
-    from qlora_cli.loading.source import check_model_name
+    from qlora_cli.model_files.source import check_model_name
 
     if problem := check_model_name(resolved.settings.model):
         raise problem

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
-from qlora_cli.loading.report import KindCount, LoadReport, WeightError
+from qlora_cli.quantization.report import KindCount, LoadReport, WeightError
 from qlora_cli.units import format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -60,7 +60,7 @@ def check_device(device_name: str) -> Outcome:
     """Quantize and multiply on a device, in NF4 and int8, in the dtype that a run would compute in there."""
     import torch
 
-    from qlora_cli.loading.device import choose_compute_dtype
+    from qlora_cli.device import choose_compute_dtype
 
     device = torch.device(device_name)
     compute = choose_compute_dtype(Dtype.AUTO, device)

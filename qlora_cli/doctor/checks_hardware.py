@@ -187,7 +187,7 @@ def _look_at(index: int) -> Gpu:
 def check_attention() -> Outcome:
     """Run every backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
 
-    from qlora_cli.loading.device import choose_compute_dtype, choose_device
+    from qlora_cli.device import choose_compute_dtype, choose_device
 
     device = choose_device(Device.AUTO)
     dtype = choose_compute_dtype(Dtype.AUTO, device)

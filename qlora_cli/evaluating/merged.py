@@ -8,8 +8,8 @@ from qlora_cli.evaluating.rows import HeldOut
 from qlora_cli.evaluating.settings import EvaluationRequest
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.loading.blueprint import Blueprint
-from qlora_cli.loading.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.loading.text import load_text_side
+from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import LoadSettings
 
 

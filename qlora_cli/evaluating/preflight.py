@@ -7,7 +7,7 @@ from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.files import existing_path
-from qlora_cli.loading.source import ADAPTER_CONFIG, RUN_FILE, check_model_name, looks_local
+from qlora_cli.model_files.source import ADAPTER_CONFIG, RUN_FILE, check_model_name, looks_local
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.settings.resolve import Resolved
 

@@ -13,8 +13,8 @@ from qlora_cli.data.sources import find_dataset
 from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.evaluating.settings import EvaluateSettings
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.source import RUN_FILE
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import RUN_FILE
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.resolve import Resolved
 

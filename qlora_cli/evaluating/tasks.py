@@ -14,13 +14,13 @@ from datasets.exceptions import DatasetsError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_cli.counters import is_out_of_memory
 from qlora_cli.errors import DataError, OutOfMemoryError, QloraError
 from qlora_cli.evaluating.preflight import YAML_SUFFIXES
 from qlora_cli.evaluating.result import Kind, TaskResult
 from qlora_cli.evaluating.settings import EvaluationRequest
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
-from qlora_cli.memory.measure import is_out_of_memory
 
 STDERR = "_stderr"
 

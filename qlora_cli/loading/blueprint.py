@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from qlora_cli.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.config import ModelConfig, read_config
-from qlora_cli.loading.device import ComputeDtype, choose_compute_dtype, choose_device
-from qlora_cli.loading.embedding import check_offload, embedding_of
-from qlora_cli.loading.fit import check_fit, free_bytes
-from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.loading.positions import apply_rope_scaling, check_length
-from qlora_cli.loading.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
-from qlora_cli.loading.source import CONFIG, ModelSource, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.config import ModelConfig, read_config
+from qlora_cli.model_files.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
+from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
+from qlora_cli.quantization.embedding import check_offload, embedding_of
+from qlora_cli.quantization.fit import check_fit, free_bytes
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Attention, Dtype, Quantization
 from qlora_cli.settings.conflicts import EFFECTIVE_WITH
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section

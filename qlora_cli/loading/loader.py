@@ -11,21 +11,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_cli.adapters.adapter import check_adapter_file, load_adapter
+from qlora_cli.adapters.loftq import plan_losses
+from qlora_cli.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
+from qlora_cli.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
-from qlora_cli.loading.adapter import check_adapter_file, load_adapter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
-from qlora_cli.loading.checkpoint import Checkpoint, read_checkpoint
-from qlora_cli.loading.device import TORCH_DTYPES, ComputeDtype
-from qlora_cli.loading.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
-from qlora_cli.loading.fit import fits_unquantized
-from qlora_cli.loading.inventory import Inventory, take_inventory
-from qlora_cli.loading.layout import Layout
-from qlora_cli.loading.loftq import Losses, plan_losses
-from qlora_cli.loading.pickles import check_pickle
-from qlora_cli.loading.quantizer import QloraQuantizer
-from qlora_cli.loading.report import LoadReport, WeightError
-from qlora_cli.loading.source import ModelSource, fetch_weights
 from qlora_cli.loading.weights import (
     check_materialized,
     check_shapes,
@@ -33,7 +25,16 @@ from qlora_cli.loading.weights import (
     load_weights,
     quantization_config,
 )
-from qlora_cli.memory.measure import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
+from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.model_files.source import ModelSource, fetch_weights
+from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
+from qlora_cli.quantization.fit import fits_unquantized
+from qlora_cli.quantization.inventory import Inventory, take_inventory
+from qlora_cli.quantization.layout import Layout
+from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.quantizer import QloraQuantizer
+from qlora_cli.quantization.report import LoadReport, WeightError
 from qlora_cli.settings.choices import Dtype, Quantization
 from qlora_cli.settings.models import LoadSettings, LoraSettings
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.config import read_config
 from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
-from qlora_cli.loading.source import CONFIG, find_tokenizer
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.source import CONFIG, find_tokenizer
 from qlora_cli.settings.models import ModelSettings
 
 

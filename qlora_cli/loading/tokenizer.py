@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
-from qlora_cli.loading.checkpoint import again, read_json
-from qlora_cli.loading.source import ModelSource
+from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 
 # Tokens that tokenizers carry for padding, best first. <|endoftext|> ends the text in many models; then it is out.

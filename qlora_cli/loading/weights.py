@@ -16,13 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
-from qlora_cli.loading.checkpoint import Checkpoint, TensorHeader
-from qlora_cli.loading.config import ModelConfig
-from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
-from qlora_cli.loading.loftq import Losses
-from qlora_cli.loading.quantizer import METHOD, QloraConfig
-from qlora_cli.loading.quantizer_int8 import INT8_METHOD, Int8Config
-from qlora_cli.loading.source import ModelSource
+from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
+from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
+from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.quantizer import METHOD, QloraConfig
+from qlora_cli.quantization.quantizer_int8 import INT8_METHOD, Int8Config
 from qlora_cli.settings.choices import Quantization
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for

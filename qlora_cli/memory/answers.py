@@ -19,7 +19,8 @@ from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-PARTS = ("memory", "loading", "settings")  # of our own code: what an answer depends on
+# Of our own code: what an answer depends on.
+PARTS = ("memory", "loading", "adapters", "quantization", "model_files", "settings", "device.py", "counters.py")
 MOST_ANSWERS = 500
 
 

@@ -12,14 +12,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
-from qlora_cli.loading.config import config_from
-from qlora_cli.loading.device import TORCH_DTYPES, settle_compute_dtype
-from qlora_cli.loading.embedding import embedding_of, is_tied
-from qlora_cli.loading.kept import fused_experts
-from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
-from qlora_cli.loading.prequantized import check_settings, read_prequantized, stored_settings
 from qlora_cli.memory.attention import AMPERE, Backend
 from qlora_cli.memory.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.facts import ModelFacts
@@ -34,6 +29,11 @@ from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
+from qlora_cli.model_files.config import config_from
+from qlora_cli.model_files.prequantized import check_settings, read_prequantized, stored_settings
+from qlora_cli.quantization.embedding import embedding_of, is_tied
+from qlora_cli.quantization.kept import fused_experts
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Quantization
 from qlora_cli.settings.models import EstimateSettings
 

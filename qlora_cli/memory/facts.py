@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, HUB_ID, RUN_FILE, looks_local
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG, HUB_ID, RUN_FILE, looks_local
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -113,7 +113,7 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
 def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts:
     if not HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"no model at {name!r}: no such path, and not a hub id", hint=_known(name))
-    from qlora_cli.loading.hub import fetch_files, open_repository
+    from qlora_cli.hub.repository import fetch_files, open_repository
 
     try:
         repository = open_repository(name, revision, reporter)

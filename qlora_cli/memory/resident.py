@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from qlora_cli.loading.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.loading.inventory import Entry
-from qlora_cli.loading.layout import CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES, Layout
 from qlora_cli.memory.layers import Stack, contexts
 from qlora_cli.memory.passes import Passes, Recorder
 from qlora_cli.memory.request import Recipe
+from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_cli.quantization.inventory import Entry
+from qlora_cli.quantization.layout import CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES, Layout
 from qlora_cli.settings.choices import Quantization
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter
-from qlora_cli.loading.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
 from qlora_cli.loading.weights import quantization_config
 from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, representatives
 from qlora_cli.memory.request import Recipe
+from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
 from qlora_cli.settings.choices import LoraInit, Quantization
 from qlora_cli.settings.models import LoraSettings
 

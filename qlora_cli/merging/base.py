@@ -13,12 +13,12 @@ from bitsandbytes.nn import Params4bit
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.loading.blocks import BLOCK_SIZE, FourBit
-from qlora_cli.loading.layout import STORAGE_DTYPES, Layout
 from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.room import Room
-from qlora_cli.merging.round_trip import Quantized, quantized, through_int8
 from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit
+from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
+from qlora_cli.quantization.round_trip import Quantized, quantized, through_int8
 from qlora_cli.settings.choices import BaseWeights
 
 # What bitsandbytes stores beside packed codes.

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_cli.errors import MergeError
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.source import CONFIG
 from qlora_cli.loading.tokenizer import LoadedTokenizer
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.plan import WRITTEN_IN, MergePlan
 from qlora_cli.merging.texts import PROMPTS
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import CONFIG
 from qlora_cli.settings.choices import MergeDtype
 
 GENERATION_CONFIG = "generation_config.json"

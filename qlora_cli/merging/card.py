@@ -11,11 +11,11 @@ import yaml
 
 from qlora_cli import __version__
 from qlora_cli.files import as_json
-from qlora_cli.loading.merged import RECORD, adapter_digest
 from qlora_cli.merging.beside import write_json
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.request import name_of
 from qlora_cli.merging.result import Divergence, MergeResult
+from qlora_cli.model_files.merged import RECORD, adapter_digest
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.visible import visible
 

@@ -9,19 +9,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization, with_our_names
-from qlora_cli.loading.checkpoint import Checkpoint, read_checkpoint, read_json
-from qlora_cli.loading.config import ModelConfig, read_config
-from qlora_cli.loading.device import TORCH_DTYPES
-from qlora_cli.loading.digest import base_digest
-from qlora_cli.loading.embedding import embedding_of
-from qlora_cli.loading.layout import build_on_meta, plan_layout
-from qlora_cli.loading.pickles import check_pickle
 from qlora_cli.loading.positions import apply_rope_scaling
-from qlora_cli.loading.prequantized import read_prequantized
-from qlora_cli.loading.source import CONFIG, RUN_FILE, ModelSource, fetch_weights, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.loading.weights import check_shapes
 from qlora_cli.merging.adapters import AdapterChanges, Read, read_changes
@@ -32,6 +24,14 @@ from qlora_cli.merging.names import rows_of_adapter, with_twins
 from qlora_cli.merging.plan import Changes
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint, read_json
+from qlora_cli.model_files.config import ModelConfig, read_config
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.model_files.prequantized import read_prequantized
+from qlora_cli.model_files.source import CONFIG, RUN_FILE, ModelSource, fetch_weights, find_model
+from qlora_cli.quantization.embedding import embedding_of
+from qlora_cli.quantization.layout import build_on_meta, plan_layout
 from qlora_cli.settings.choices import BaseWeights, Dtype, Quantization
 from qlora_cli.settings.models import ModelSettings, QuantizationSettings
 

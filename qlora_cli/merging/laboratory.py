@@ -8,16 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_cli.counters import is_out_of_memory
+from qlora_cli.device import choose_device
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import PhaseStarted, Reporter
-from qlora_cli.loading.checkpoint import read_checkpoint
-from qlora_cli.loading.config import read_config
-from qlora_cli.loading.device import choose_device
-from qlora_cli.loading.embedding import embedding_of
-from qlora_cli.loading.fit import free_bytes
-from qlora_cli.loading.layout import build_on_meta
-from qlora_cli.loading.source import ModelSource
-from qlora_cli.memory.measure import is_out_of_memory
 from qlora_cli.merging.adapters import Read
 from qlora_cli.merging.base import Base, BaseModel, parameter_groups
 from qlora_cli.merging.changes import Experts
@@ -30,6 +24,12 @@ from qlora_cli.merging.result import Divergence
 from qlora_cli.merging.stored import StoredTensors
 from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit
 from qlora_cli.merging.texts import Texts, read_texts
+from qlora_cli.model_files.checkpoint import read_checkpoint
+from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.embedding import embedding_of
+from qlora_cli.quantization.fit import free_bytes
+from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
 # What lies between two models is their weights then, not the rounding of every product, which in bf16 is larger.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from qlora_cli.loading.checkpoint import TensorHeader, read_header
-from qlora_cli.loading.source import ADAPTER_WEIGHTS
-from qlora_cli.loading.targets import BASE
+from qlora_cli.adapters.targets import BASE
+from qlora_cli.model_files.checkpoint import TensorHeader, read_header
+from qlora_cli.model_files.source import ADAPTER_WEIGHTS
 
 
 def in_base(path: str) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.files import check_output_directory
-from qlora_cli.loading.push import push_problem
-from qlora_cli.loading.source import check_model_name
+from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.request import MAX_DIVERGENCE, MergeRequest, output_of, pushed_to
+from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.units import counted

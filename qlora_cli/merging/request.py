@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.loading.source import MERGED, RUN_FILE, looks_local
+from qlora_cli.model_files.source import MERGED, RUN_FILE, looks_local
 from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
 from qlora_cli.settings.models import OutputSettings
 

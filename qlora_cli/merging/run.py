@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
+from qlora_cli.counters import peak_host_bytes
 from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, check_output_directory, fill_directory, size_of
-from qlora_cli.loading.push import push_folder, push_refusal
-from qlora_cli.memory.measure import peak_host_bytes
+from qlora_cli.hub.push import push_folder, push_refusal
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import check_tokenizer, write_beside
 from qlora_cli.merging.card import write_record

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qlora_cli.loading.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.merging.room import Room
+from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
 
 # As the headers of safetensors name them.
 DTYPES: Mapping[str, torch.dtype] = {

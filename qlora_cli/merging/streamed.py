@@ -20,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.loading.targets import BASE
 from qlora_cli.merging.adapters import AdapterChanges, Read
 from qlora_cli.merging.names import in_base
 from qlora_cli.units import format_bytes

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from qlora_cli.device import ComputeDtype
 from qlora_cli.errors import HardwareError
-from qlora_cli.loading.device import ComputeDtype
 from qlora_cli.settings.choices import Checkpointing, Dtype, Schedule
 from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
 from qlora_cli.training.trackers import PROJECT

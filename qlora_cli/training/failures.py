@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
-from qlora_cli.memory.measure import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.plan import PreparedRun
 from qlora_cli.training.rehearsal import RehearsalError

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.blueprint import Blueprint
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.fitting import NO, YES, fit_on, suggest
@@ -15,6 +13,8 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.untraced import untraced
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
 from qlora_cli.training.result import PredictedMemory
 from qlora_cli.units import format_bytes

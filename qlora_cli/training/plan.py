@@ -9,21 +9,21 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import set_seed
 
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.initialization import is_pissa
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
-from qlora_cli.loading.adapter import attach_adapter
-from qlora_cli.loading.adapter_init import is_pissa
+from qlora_cli.hub.push import check_push
 from qlora_cli.loading.blueprint import Blueprint, plan_load
-from qlora_cli.loading.digest import base_digest
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
-from qlora_cli.loading.push import check_push
-from qlora_cli.loading.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved

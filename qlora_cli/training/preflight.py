@@ -4,8 +4,8 @@ import importlib.util
 
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.loading.push import push_problem
-from qlora_cli.loading.source import check_model_name
+from qlora_cli.hub.push import push_problem
+from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved

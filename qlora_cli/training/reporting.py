@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_cli.counters import current_memory
 from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, StepDone
-from qlora_cli.memory.measure import current_memory
 from qlora_cli.runs.report import write_report
 from qlora_cli.training.loop_state import Progress
 

@@ -17,8 +17,8 @@ import torch
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.files import write_directory, write_file
-from qlora_cli.loading.digest import base_digest
-from qlora_cli.loading.push import push_adapter
+from qlora_cli.hub.push import push_adapter
+from qlora_cli.model_files.digest import base_digest
 from qlora_cli.runs.report import write_report
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved

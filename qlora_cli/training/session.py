@@ -7,7 +7,15 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from qlora_cli.adapters.adapter import save_trained_adapter
+from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.answering.answerer import Answerer
+from qlora_cli.counters import (
+    peak_device_allocated_bytes,
+    peak_device_reserved_bytes,
+    peak_host_bytes,
+    reset_device_peak,
+)
 from qlora_cli.data.collate import make_collator
 from qlora_cli.errors import TrainingError
 from qlora_cli.events import (
@@ -19,14 +27,6 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.files import write_directory
-from qlora_cli.loading.adapter import save_trained_adapter
-from qlora_cli.loading.adapter_state import restore_adapter
-from qlora_cli.memory.measure import (
-    peak_device_allocated_bytes,
-    peak_device_reserved_bytes,
-    peak_host_bytes,
-    reset_device_peak,
-)
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import Batches, largest_held_out

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
-from qlora_cli.loading.report import LoadReport
+from qlora_cli.quantization.report import LoadReport
 from qlora_cli.training.result import TrainPlan, TrainResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
 

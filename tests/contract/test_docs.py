@@ -21,7 +21,6 @@ from qlora_cli.data.report import DataReport
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped
-from qlora_cli.loading.report import LoadReport
 from qlora_cli.memory.prediction import (
     COMPONENTS,
     PHASES,
@@ -44,6 +43,7 @@ from qlora_cli.merging.result import (
     TensorPlan,
     Verification,
 )
+from qlora_cli.quantization.report import LoadReport
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.samples import Answer, Sample
 from qlora_cli.runs.summary import RunSummary

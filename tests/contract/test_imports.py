@@ -8,6 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 BOTTOM = {"errors", "units", "events", "files", "cache", "garbage", "visible", "settings", "__init__"}
+# Counters and the device, which need torch but know nothing of models.
+MACHINE = {"counters", "device"}
+FILES = {"hub", "model_files"}
+MODEL = FILES | {"quantization", "adapters", "loading"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -19,44 +23,36 @@ ALLOWED: dict[str, set[str]] = {
     "visible": set(),
     "files": {"errors", "units"},
     "settings": {"errors"},
-    # Reads counters, knows nothing of models: the one thing below the loader.
-    "memory.measure": BOTTOM,
-    "loading": BOTTOM | {"memory.measure"},
-    "data": BOTTOM,
-    "memory": BOTTOM | {"loading", "memory.measure"},
+    "counters": BOTTOM,
+    "device": BOTTOM,
     "runs": BOTTOM,
-    "answering": BOTTOM | {"loading"},
-    "training": BOTTOM | {"answering", "loading", "data", "memory", "memory.measure", "runs"},
-    "merging": BOTTOM | {"loading", "data", "memory.measure"},
-    "demo": BOTTOM | {"answering", "evaluating", "training", "loading", "data", "memory", "memory.measure"},
-    "evaluating": BOTTOM | {"loading", "data", "memory.measure"},
-    "doctor": BOTTOM | {"loading", "memory.measure"},
+    "hub": BOTTOM,
+    "model_files": BOTTOM | MACHINE | {"hub", "runs"},
+    "quantization": BOTTOM | MACHINE | FILES,
+    "adapters": BOTTOM | MACHINE | FILES | {"quantization"},
+    "loading": BOTTOM | MACHINE | FILES | {"quantization", "adapters", "runs"},
+    "data": BOTTOM,
+    "memory": BOTTOM | MACHINE | MODEL | {"runs"},
+    "answering": BOTTOM | MACHINE | MODEL | {"runs"},
+    "training": BOTTOM | MACHINE | MODEL | {"answering", "data", "memory", "runs"},
+    "merging": BOTTOM | MACHINE | MODEL | {"data", "runs"},
+    "demo": BOTTOM | MACHINE | MODEL | {"answering", "evaluating", "training", "data", "memory"},
+    "evaluating": BOTTOM | MACHINE | MODEL | {"data", "runs"},
+    "doctor": BOTTOM | MACHINE | MODEL,
     "cli": BOTTOM
-    | {
-        "answering",
-        "evaluating",
-        "training",
-        "merging",
-        "memory",
-        "memory.measure",
-        "data",
-        "loading",
-        "demo",
-        "doctor",
-        "runs",
-    },
+    | MACHINE
+    | MODEL
+    | {"answering", "evaluating", "training", "merging", "memory", "data", "demo", "doctor", "runs"},
 }
 MOST_LINES = 500
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-PACKAGES = {"qlora_cli", "qlora_cli.memory"}
+PACKAGES = {"qlora_cli"}
 LIGHT = BOTTOM | {"cli", "runs", "__main__"}
 
 
 def part_of(module: str) -> str:
     """Return the part that a dotted module of the package belongs to."""
     names = module.split(".")[1:]
-    if names[:2] == ["memory", "measure"]:
-        return "memory.measure"
     return names[0] if names else "__init__"
 
 
@@ -75,7 +71,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
                 yield alias.name, node.lineno, at_once
         elif isinstance(node, ast.ImportFrom):
             module = "." if node.level else str(node.module)
-            # `from qlora_cli.memory import measure` may name a module, too.
+            # `from qlora_cli import counters` may name a module, too.
             names = [f"{module}.{alias.name}" for alias in node.names] if module in PACKAGES else [module]
             for name in names:
                 yield name, node.lineno, at_once
@@ -119,7 +115,7 @@ def test_every_import_runs_the_right_way() -> None:
         ("errors.py", "from qlora_cli import cli\n", "errors must not import cli"),
         ("training/a.py", "from .run import train\n", "relative import"),
         ("loading/a.py", "from qlora_cli.memory import trace\n", "loading must not import memory"),
-        ("memory/measure.py", "from qlora_cli.loading import loader\n", "memory.measure must not import loading"),
+        ("counters.py", "from qlora_cli.loading import loader\n", "counters must not import loading"),
     ],
 )
 def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expected: str) -> None:
@@ -133,7 +129,7 @@ def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expecte
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("loading/a.py", "from qlora_cli.memory import measure\n"),
+        ("loading/a.py", "from qlora_cli import counters\n"),
         ("cli/a.py", "def f():\n    import torch\n"),
         ("cli/b.py", "from qlora_cli import __version__\n"),
         ("training/a.py", "from qlora_cli.data.prepare import prepare_data\n"),

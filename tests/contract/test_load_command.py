@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from qlora_cli.cli.render_load import BARS
 from qlora_cli.loading import blueprint
-from qlora_cli.loading.report import KindCount, LoadReport
+from qlora_cli.quantization.report import KindCount, LoadReport
 from tests.conftest import RunQlora
 from tests.integration.loading import save_model
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import Shape, write_model
 from qlora_cli.events import StepDone
-from qlora_cli.loading.embedding import embedding_of
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import Recorder, train_settings

@@ -8,8 +8,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.settings.models import LoraSettings

@@ -18,11 +18,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_cli.adapters.adapter import attach_adapter, save_adapter
 from qlora_cli.errors import QloraError
 from qlora_cli.events import SilentReporter
 from qlora_cli.files import as_json
-from qlora_cli.loading.adapter import attach_adapter, save_adapter
-from qlora_cli.loading.source import ADAPTER_WEIGHTS
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import write_beside
 from qlora_cli.merging.inputs import Inputs, read_inputs
@@ -32,6 +31,7 @@ from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.streamed import Beside, StreamedModel
 from qlora_cli.merging.write import write_weights
+from qlora_cli.model_files.source import ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from tests.integration.adapters import PREFIX, settings_of
 from tests.integration.loading import load, logits

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 
+from qlora_cli.adapters.adapter import attach_adapter, save_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter, save_adapter
-from qlora_cli.loading.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import adapt, assert_loads_again, frozen, lora_layers, settings_of, train_steps

@@ -11,14 +11,14 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter, save_trained_adapter
+from qlora_cli.adapters.initialization import as_trained, begin
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.adapter import attach_adapter, load_adapter, save_adapter, save_trained_adapter
-from qlora_cli.loading.adapter_init import as_trained, begin
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.loading.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run

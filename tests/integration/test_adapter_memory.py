@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.adapters.adapter import save_adapter
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.adapter import save_adapter
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.memory.estimator import Estimator, Traced
 from qlora_cli.memory.facts import ModelFacts

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_cli.adapters.adapter import save_adapter
 from qlora_cli.answering import generate as answering
 from qlora_cli.answering.chat import Chat
 from qlora_cli.answering.generate import generate
@@ -19,7 +20,6 @@ from qlora_cli.answering.request import AnswerRequest, Sampling
 from qlora_cli.answering.result import Answer, GenerationReport, Source
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter, SilentReporter
-from qlora_cli.loading.adapter import save_adapter
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized

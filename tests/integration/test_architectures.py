@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.loading import load, logits, refused, save_model

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.experts import MOE, parametrized, save_moe

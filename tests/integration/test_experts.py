@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading import quantizer
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.quantization import quantizer
 from qlora_cli.units import format_bytes
 from tests.integration.experts import MOE, parametrized, save_moe
 from tests.integration.loading import copy_tokenizer, load, logits, refused

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.synthetic import SHAPES, config_of, num_parameters, write_model
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.loading.fit import check_fit, needed_bytes
-from qlora_cli.loading.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.fit import check_fit, needed_bytes
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings

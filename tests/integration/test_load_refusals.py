@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.files import write_directory
-from qlora_cli.loading.hub import Repository, fetch_files
+from qlora_cli.hub.repository import Repository, fetch_files
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
 from tests.conftest import RunQlora
@@ -87,8 +87,8 @@ def test_dropout_on_fused_experts_is_refused_by_the_settings_alone() -> None:
 
 
 def test_a_cache_that_is_no_directory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from qlora_cli.loading import hub
-    from qlora_cli.loading.transfer import RemoteFile
+    from qlora_cli.hub import repository as hub
+    from qlora_cli.hub.transfer import RemoteFile
 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))

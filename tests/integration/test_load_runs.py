@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.loading.blueprint import effective_model, plan_load
-from qlora_cli.loading.embedding import is_tied
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.loading.source import find_model
+from qlora_cli.model_files.source import find_model
+from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.settings.models import ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.plan import PreparedRun, prepare_run

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import HardwareError, ModelError
-from qlora_cli.loading.embedding import check_offload, keep_on_host
+from qlora_cli.quantization.embedding import check_offload, keep_on_host
 from qlora_cli.settings.conflicts import ONLY_BY_HAND
 from qlora_cli.settings.models import SECTIONS
 from tests.conftest import RunQlora

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
 from qlora_cli.errors import ModelError, OutOfMemoryError
-from qlora_cli.loading import quantizer
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.quantization import quantizer
 from tests.conftest import Recorder
 from tests.integration.loading import DAMAGED_PICKLES, layers_of, load, logits, refused, save_model
 from tests.tiny_models import tiny_config

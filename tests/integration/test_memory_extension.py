@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.layout import build_on_meta
 from qlora_cli.memory import estimator
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.extension import UnevenError, extend, passes_of
@@ -23,6 +22,7 @@ from qlora_cli.memory.replay import Peaks
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import trace_step
 from qlora_cli.memory.trace import MemoryTrace
+from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.integration.tracing import deep_config, peaks, step_settings, twin_of
 from tests.tiny_models import FAMILIES

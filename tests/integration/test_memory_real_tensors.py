@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qlora_cli.loading.adapter import attach_adapter
-from qlora_cli.loading.layout import build_on_meta
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.memory.attention import Backend
 from qlora_cli.memory.extension import passes_of
 from qlora_cli.memory.kernels import Kernels
@@ -27,6 +26,7 @@ from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import TracedStep, trace_step
 from qlora_cli.memory.trace import MemoryTrace, Segment
 from qlora_cli.memory.twin import META, Twin, build_twin
+from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.plan import prepare_run

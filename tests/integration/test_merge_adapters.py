@@ -11,8 +11,8 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.loading.config import TOWERS
-from qlora_cli.loading.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.model_files.config import TOWERS
+from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.integration.loading import copy_tokenizer, save_model
 from tests.integration.merging import (
     adapted,

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.config import TOWERS
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import MergeResult
 from qlora_cli.merging.run import merge
+from qlora_cli.model_files.config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl

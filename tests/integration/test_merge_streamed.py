@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.kept import fused_experts
-from qlora_cli.loading.source import ADAPTER_WEIGHTS
 from qlora_cli.merging.adapters import Read
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory, base_reader
 from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
+from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.settings.choices import BaseWeights
 from tests.integration.loading import save_model
 from tests.integration.merging import on_plain, planned, request_of, save

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import PushError, SettingsError
 from qlora_cli.events import Noted
-from qlora_cli.loading.push import check_push, push_adapter, push_command, push_problem
+from qlora_cli.hub.push import check_push, push_adapter, push_command, push_problem
 from qlora_cli.settings.models import OutputSettings
 from tests.conftest import Recorder, RunQlora, train_settings
 from tests.integration.hub_server import COMMIT, Hub, Repo

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.loading import load, logits, refused
 from tests.integration.plain import IDS, round_trip_weights

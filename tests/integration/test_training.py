@@ -13,9 +13,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import DiskSpaceError, HardwareError, SettingsError, TrainingError
 from qlora_cli.events import CheckpointSaved, EvalDone, Noted, StepDone
-from qlora_cli.loading.adapter import attach_adapter
 from qlora_cli.loading.loader import load_model
 from qlora_cli.settings.models import LoadSettings, LoraSettings, ModelSettings
 from qlora_cli.training.plan import PreparedRun, prepare_run

@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 from trl import SFTConfig
 
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import HardwareError, SettingsError
 from qlora_cli.events import Event, StepDone
-from qlora_cli.loading.adapter import attach_adapter
-from qlora_cli.loading.embedding import embedding_of, keep_on_host
+from qlora_cli.quantization.embedding import embedding_of, keep_on_host
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.arguments import training_arguments

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_cli.adapters.state import adapter_state
+from qlora_cli.counters import is_out_of_memory
 from qlora_cli.errors import OutOfMemoryError, TrainingError
 from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone, StepSkipped
-from qlora_cli.loading.adapter_state import adapter_state
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.measure import is_out_of_memory
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.checkpoints import CheckpointStore
 from qlora_cli.training.memory import check_memory

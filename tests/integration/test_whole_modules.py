@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_cli.adapters.whole_modules import whole_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter import attach_adapter, load_adapter, save_adapter
-from qlora_cli.loading.embedding import embedding_of
-from qlora_cli.loading.source import ADAPTER_WEIGHTS
-from qlora_cli.loading.whole_modules import whole_modules
+from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import adapt, assert_loads_again, frozen, settings_of, train_steps

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from qlora_cli.loading.layout import build_on_meta, plan_layout
 from qlora_cli.memory.allocator import CachingAllocator
 from qlora_cli.memory.attention import Backend
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import StepSettings
 from qlora_cli.memory.twin import Twin, build_twin
+from qlora_cli.quantization.layout import build_on_meta, plan_layout
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from tests.tiny_models import FAMILIES, tiny_config
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_cli.adapters.targets import named, rank_of, resolve_pattern
 from qlora_cli.errors import ModelError, SettingsError
-from qlora_cli.loading.loftq import best_of_rank
-from qlora_cli.loading.targets import named, rank_of, resolve_pattern
+from qlora_cli.quantization.lost_weights import best_of_rank
 from qlora_cli.settings.models import EstimateSettings, LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qlora_cli.loading import blocks, quantizer_int8
-from qlora_cli.loading.blocks import FourBit, quantize
-from qlora_cli.loading.quantizer_int8 import quantize_rows
+from qlora_cli.quantization import blocks, quantizer_int8
+from qlora_cli.quantization.blocks import FourBit, quantize
+from qlora_cli.quantization.quantizer_int8 import quantize_rows
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.checkpoint import DTYPE_BITS, read_checkpoint, read_header
+from qlora_cli.model_files.checkpoint import DTYPE_BITS, read_checkpoint, read_header
 
 ONE, TWO, INDEX = (
     "model-00001-of-00002.safetensors",

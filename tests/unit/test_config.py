@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.config import read_config
-from qlora_cli.loading.source import ModelSource
+from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.source import ModelSource
 
 
 def source(path: Path, model_type: str, **values: object) -> ModelSource:

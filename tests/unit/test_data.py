@@ -11,8 +11,8 @@ from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData, prepare_data
 from qlora_cli.data.sources import check_dataset_name
 from qlora_cli.errors import DataError
-from qlora_cli.loading.source import ModelSource
 from qlora_cli.loading.tokenizer import load_tokenizer
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import DataSettings, ModelSettings
 from tests.conftest import ASSETS, write_jsonl
 

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from qlora_cli.loading import fit
-from qlora_cli.loading.fit import Limit, free_bytes
+from qlora_cli.quantization import fit
+from qlora_cli.quantization.fit import Limit, free_bytes
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qlora_cli.loading.blocks import PIECE_SIZE, FourBit
-from qlora_cli.merging.round_trip import quantized, through_int8
+from qlora_cli.quantization.blocks import PIECE_SIZE, FourBit
+from qlora_cli.quantization.round_trip import quantized, through_int8
 
 ODD_SHAPES = [(5, 96), (3, 40), (7, 1), (1, 1), (2, 3, 40)]  # of which rows or the whole do not end with a block
 SHAPES = [(6, 64), (4, 192), (3, 8, 64)]

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.prequantized import check_settings, read_prequantized
+from qlora_cli.model_files.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 

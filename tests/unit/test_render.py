@@ -16,7 +16,7 @@ from qlora_cli.cli.progress_plain import PlainReporter
 from qlora_cli.cli.render import render_plan
 from qlora_cli.cli.render_load import bars, errors_by_layer, render_load
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
-from qlora_cli.loading.report import KindCount, LoadReport, WeightError
+from qlora_cli.quantization.report import KindCount, LoadReport, WeightError
 from qlora_cli.training.result import TrainPlan
 
 STEP = StepDone(

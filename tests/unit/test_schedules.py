@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from qlora_cli.loading.device import ComputeDtype
+from qlora_cli.device import ComputeDtype
 from qlora_cli.settings.choices import Dtype, Schedule
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.optimizers import let_b_learn_faster

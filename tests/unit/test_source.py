@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
-from qlora_cli.loading.source import check_model_name, find_model
+from qlora_cli.model_files.source import check_model_name, find_model
 from qlora_cli.settings.models import ModelSettings
 
 
@@ -55,7 +55,7 @@ def write_run(path: Path, base: Path, *, commit: str | None = None) -> Path:
 def test_names_are_checked_before_any_library_is_imported() -> None:
     code = (
         "import sys\n"
-        "import qlora_cli.loading.source, qlora_cli.loading.checkpoint, qlora_cli.loading.prequantized\n"
+        "import qlora_cli.model_files.source, qlora_cli.model_files.checkpoint, qlora_cli.model_files.prequantized\n"
         "print(*{'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.source import ModelSource
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 
 END = "</s>"

@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.config import read_config
-from qlora_cli.loading.layout import build_on_meta
-from qlora_cli.loading.source import CONFIG, find_model
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.merging.exports.converter import Converter, convert
 from qlora_cli.merging.exports.turns import writes_bos
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.source import CONFIG, find_model
+from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import GgufType
 from qlora_cli.settings.models import ModelSettings
 

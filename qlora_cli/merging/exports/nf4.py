@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
+from qlora_cli.device import choose_device
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import size_of
-from qlora_cli.loading.checkpoint import read_checkpoint, read_json
-from qlora_cli.loading.config import read_config
-from qlora_cli.loading.device import choose_device
-from qlora_cli.loading.kept import HEAD
-from qlora_cli.loading.layout import build_on_meta, plan_layout
 from qlora_cli.loading.loader import load_model
 from qlora_cli.loading.save import NOTE, save_quantized
-from qlora_cli.loading.source import ModelSource
+from qlora_cli.model_files.checkpoint import read_checkpoint, read_json
+from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.kept import HEAD
+from qlora_cli.quantization.layout import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Device, Dtype, Quantization
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.files import write_file
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.source import CONFIG, find_model
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.merging.exports.go_template import go_template
 from qlora_cli.merging.exports.turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.settings.models import ModelSettings
 
 MODELFILE = "Modelfile"

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
-from qlora_cli.loading.blocks import PIECE_SIZE
+from qlora_cli.quantization.blocks import PIECE_SIZE
 
 INT8_METHOD = "qlora_int8"
 

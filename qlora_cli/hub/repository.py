@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from qlora_cli.errors import DiskSpaceError, ModelError, ModelNotFoundError, OutputDirectoryError, QloraError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.transfer import (
+from qlora_cli.hub.transfer import (
     RemoteFile,
     Retry,
     describe_failure,

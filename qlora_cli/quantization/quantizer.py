@@ -20,8 +20,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
-from qlora_cli.loading.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
-from qlora_cli.loading.loftq import Losses
+from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
+from qlora_cli.quantization.lost_weights import Losses
 
 METHOD = "qlora"
 Errors = dict[str, float]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.checkpoint import again
+from qlora_cli.model_files.checkpoint import again
 
 NOT_ALLOWED = re.compile(r"Unsupported global: GLOBAL (\S+)")
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.files import existing_path
-from qlora_cli.loading.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
+from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
 from qlora_cli.settings.models import ModelSettings
 
 if TYPE_CHECKING:
-    from qlora_cli.loading.hub import Repository
+    from qlora_cli.hub.repository import Repository
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG, ADAPTER_CONFIG, RUN_FILE = "config.json", "adapter_config.json", "run.json"
@@ -177,7 +177,7 @@ def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
         ModelNotFoundError: the hub can't be reached, or does not hand them out.
         DiskSpaceError: they do not fit on the disk.
     """
-    from qlora_cli.loading.hub import fetch_files
+    from qlora_cli.hub.repository import fetch_files
 
     if source.pending is not None:
         fetch_files(source.pending.repository, source.pending.names, reporter)
@@ -248,7 +248,7 @@ def _adapter_of_run(path: Path) -> Path | None:
 
 def _download(name: str, revision: str | None, settings: ModelSettings, reporter: Reporter) -> _Files:
     """Fetch a model or an adapter: first the small files, then the weights that they speak of."""
-    from qlora_cli.loading.hub import fetch_files, open_repository
+    from qlora_cli.hub.repository import fetch_files, open_repository
 
     repository = open_repository(name, revision, reporter)
     names = repository.file_names
@@ -274,7 +274,7 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
 
 
 def _download_small(name: str, settings: ModelSettings, reporter: Reporter) -> _Files:
-    from qlora_cli.loading.hub import fetch_files, open_repository
+    from qlora_cli.hub.repository import fetch_files, open_repository
 
     repository = open_repository(name, settings.revision, reporter)
     small = [file for file in repository.file_names if _is_small(file, with_code=settings.trust_remote_code)]

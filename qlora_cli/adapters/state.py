@@ -6,9 +6,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from qlora_cli.adapters.initialization import as_trained
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter_init import as_trained
-from qlora_cli.loading.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.source import ADAPTER_WEIGHTS
 
 State = dict[str, torch.Tensor]
 

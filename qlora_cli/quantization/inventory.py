@@ -12,8 +12,8 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.loading.kept import HEAD, ROUTER_NAME, holds_experts
-from qlora_cli.loading.report import KindCount
+from qlora_cli.quantization.kept import HEAD, ROUTER_NAME, holds_experts
+from qlora_cli.quantization.report import KindCount
 
 IN_EVERY_PRODUCT = "quantized in every product (int8_has_fp16_weight)"
 

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import OutOfMemoryError, QloraError
-from qlora_cli.loading.embedding import is_tied
-from qlora_cli.loading.layout import Layout, plan_layout
+from qlora_cli.quantization.embedding import is_tied
+from qlora_cli.quantization.layout import Layout, plan_layout
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes

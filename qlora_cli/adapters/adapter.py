@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from qlora_cli.errors import ModelError
-from qlora_cli.loading.adapter_init import (
+from qlora_cli.adapters.expert_lora import use_for_quantized_experts
+from qlora_cli.adapters.initialization import (
     begin,
     check_init,
     check_pissa,
@@ -21,12 +21,12 @@ from qlora_cli.loading.adapter_init import (
     remember_start,
     to_plain_lora,
 )
-from qlora_cli.loading.checkpoint import read_header
-from qlora_cli.loading.expert_lora import use_for_quantized_experts
-from qlora_cli.loading.pickles import check_pickle
-from qlora_cli.loading.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS
-from qlora_cli.loading.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
-from qlora_cli.loading.whole_modules import find_whole_modules, train_in_fp32, whole_modules
+from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
+from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.checkpoint import read_header
+from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.model_files.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.settings.models import LoraSettings
 
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from qlora_cli.loading.checkpoint import INDEX_SUFFIX, read_weight_map, weights_entry
+from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, read_weight_map, weights_entry
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 16 * 1024
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_cli.errors import Problem, PushError, QloraError, SettingsError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.transfer import http_error_type
+from qlora_cli.hub.transfer import http_error_type
 from qlora_cli.settings.models import OutputSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_cli.adapters.targets import ADAPTER, BASE, rank_of
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.loftq import Losses
-from qlora_cli.loading.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.loading.targets import ADAPTER, BASE, rank_of
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings
 

@@ -10,8 +10,8 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
-from qlora_cli.loading.blocks import BLOCK_SIZE, PIECE_SIZE, FourBit, quantize
-from qlora_cli.loading.quantizer_int8 import quantize_rows
+from qlora_cli.quantization.blocks import BLOCK_SIZE, PIECE_SIZE, FourBit, quantize
+from qlora_cli.quantization.quantizer_int8 import quantize_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_cli.loading.checkpoint import read_json
-from qlora_cli.loading.device import ComputeDtype
-from qlora_cli.loading.digest import file_digest
-from qlora_cli.loading.prequantized import read_prequantized
-from qlora_cli.loading.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, MERGED, ModelSource
+from qlora_cli.device import ComputeDtype
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.digest import file_digest
+from qlora_cli.model_files.prequantized import read_prequantized
+from qlora_cli.model_files.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, MERGED, ModelSource
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.source import ModelSource
+from qlora_cli.model_files.source import ModelSource
 
 # Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
 # multi-part rotary positions are the ordinary ones. With what a plain one has to be told besides.

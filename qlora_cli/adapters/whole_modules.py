@@ -13,9 +13,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_cli.adapters.targets import ADAPTER, BASE, named
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.embedding import embedding_of, is_tied
-from qlora_cli.loading.targets import ADAPTER, BASE, named
+from qlora_cli.quantization.embedding import embedding_of, is_tied
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 

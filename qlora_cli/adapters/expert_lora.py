@@ -11,8 +11,8 @@ from peft.tuners.lora import layer
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_cli.loading.kept import fused_experts
-from qlora_cli.loading.layout import build_on_meta
+from qlora_cli.quantization.kept import fused_experts
+from qlora_cli.quantization.layout import build_on_meta
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]

@@ -17,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.loading.inventory import (
+from qlora_cli.model_files.prequantized import Prequantized
+from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_cli.quantization.inventory import (
     IN_EVERY_PRODUCT,
     Entry,
     Inventory,
@@ -26,8 +27,7 @@ from qlora_cli.loading.inventory import (
     dtype_name,
     parameters_once,
 )
-from qlora_cli.loading.kept import fused_experts, has_part, kept_layers, linear_layers
-from qlora_cli.loading.prequantized import Prequantized
+from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers
 from qlora_cli.settings.choices import Quantization, Storage
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes

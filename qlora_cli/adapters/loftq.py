@@ -1,0 +1,44 @@
+"""What 4-bit quantization lost of a weight, at a low rank: what an adapter of LoftQ begins as.
+
+LoftQ (arXiv 2310.08659) alternates between quantizing W - BA and fitting BA to W - Q. This is its first step, in which
+Q is the ordinary quantized weight: the adapter then fits the ordinary quantized base, and nothing else has to be kept.
+The weights are there only while they are read, so that is when their loss is taken down. PEFT's
+`replace_lora_weights_loftq` reads them once more, by the names of modules, which are not those in the files of every
+architecture, and leaves the scale of the adapter out.
+"""
+
+from transformers import PreTrainedModel
+
+from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
+from qlora_cli.errors import ModelError
+from qlora_cli.quantization.layout import Layout
+from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.models import LoraSettings
+
+
+def plan_losses(shapes: PreTrainedModel, layout: Layout, settings: LoraSettings) -> Losses | None:
+    """Return which losses to take down for the adapter of `settings` while a model is read; None if it needs none.
+
+    `shapes` is the model on the meta device, stored as `layout` says.
+
+    Raises:
+        ModelError: there is none to be had.
+    """
+    if settings.init_lora_weights != LoraInit.LOFTQ:
+        return None
+    if layout.prequantized is not None:
+        raise ModelError(
+            "lora.init_lora_weights=loftq needs the weights as they were before quantization, and the checkpoint "
+            "holds them quantized",
+            hint="Give the 16-bit model, or use another lora.init_lora_weights.",
+        )
+    modules, _ = target_modules(shapes, settings)
+    layers = [name for name in adapted_layers(shapes, modules) if name not in layout.kept]
+    if not layout.settings.method.is_4bit or not layers:
+        raise ModelError(
+            "lora.init_lora_weights=loftq begins with what 4-bit quantization lost, and no adapted layer is stored in "
+            "4 bit",
+            hint="Use --quant nf4 or fp4, or another lora.init_lora_weights.",
+        )
+    return Losses(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})

@@ -1,0 +1,1 @@
+"""The hub: repositories opened, files fetched, results pushed."""
