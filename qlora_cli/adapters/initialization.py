@@ -22,7 +22,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 START = "qlora_pissa_start"  # the attribute of a model that holds the A and B which its base has lost
@@ -48,9 +48,10 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
     """
     init = settings.init_lora_weights
     if init == LoraInit.LOFTQ and _losses_of(model) is None:
+        measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
             "lora.init_lora_weights=loftq needs the weights as they were before quantization, which were not kept",
-            hint="Load the 16-bit model with --quant nf4 or fp4, or use another lora.init_lora_weights.",
+            hint=f"Load the 16-bit model with {measurable}, or use another lora.init_lora_weights.",
         )
     for name in layers if init in {LoraInit.PISSA, LoraInit.ORTHOGONAL} else ():
         layer, rank = model.get_submodule(name), rank_of(name, settings)

@@ -13,7 +13,7 @@ from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 
@@ -35,10 +35,11 @@ def plan_losses(shapes: PreTrainedModel, layout: Layout, settings: LoraSettings)
         )
     modules, _ = target_modules(shapes, settings)
     layers = [name for name in adapted_layers(shapes, modules) if name not in layout.kept]
-    if not layout.settings.method.is_4bit or not layers:
+    if not layout.settings.method.traits.measures_error or not layers:
+        measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
             "lora.init_lora_weights=loftq begins with what 4-bit quantization lost, and no adapted layer is stored in "
             "4 bit",
-            hint="Use --quant nf4 or fp4, or another lora.init_lora_weights.",
+            hint=f"Use {measurable}, or another lora.init_lora_weights.",
         )
     return Losses(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})

@@ -22,8 +22,7 @@ from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
-from qlora_cli.settings.choices import Attention, Dtype, Quantization
-from qlora_cli.settings.conflicts import EFFECTIVE_WITH
+from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -51,14 +50,12 @@ class Blueprint:
     def describe_storage(self) -> str:
         """Return in a few words how the model is stored: `NF4, double quantization`."""
         settings = self.layout.settings
-        if settings.method == Quantization.NONE:
-            return "not quantized"
-        stored = ", as stored" if self.layout.prequantized is not None else ""
-        if settings.method == Quantization.INT8:
-            return f"LLM.int8(){stored}"
-        return (
-            f"{settings.method.value.upper()}, {'double' if settings.double_quant else 'single'} quantization{stored}"
-        )
+        parts = [settings.method.traits.label]
+        if settings.method.takes("double_quant"):
+            parts.append(f"{'double' if settings.double_quant else 'single'} quantization")
+        if self.layout.prequantized is not None:
+            parts.append("as stored")
+        return ", ".join(parts)
 
 
 def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | None = None) -> Blueprint:
@@ -183,7 +180,7 @@ def effective_quantization(
     else:
         return asked
     for key in sorted(asked.model_fields_set):
-        if effective.method not in EFFECTIVE_WITH.get(f"quantization.{key}", Quantization):
+        if not effective.method.takes(key):
             raise ModelError(
                 f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
                 hint="Leave it out.",

@@ -35,7 +35,7 @@ from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.quantizer import QloraQuantizer
 from qlora_cli.quantization.report import LoadReport, WeightError
-from qlora_cli.settings.choices import Dtype, Quantization
+from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
 
 _SILENT = SilentReporter()
@@ -94,7 +94,7 @@ class LoadedModel:
             architecture=type(self.base).__name__,
             device=str(self.device),
             quantization=quantization.method.value,
-            double_quant=quantization.method.is_4bit and quantization.double_quant,
+            double_quant=quantization.method.takes("double_quant") and quantization.double_quant,
             prequantized=self.layout.prequantized is not None,
             num_parameters=inventory.num_parameters,
             num_quantized_parameters=inventory.num_quantized_parameters,
@@ -208,7 +208,7 @@ def _load(
         compute_as_asked(model, blueprint.layout, compute_dtype)
     if settings.model.offload_embedding:
         bring_home(model)
-        if blueprint.layout.settings.method != Quantization.NONE:
+        if blueprint.layout.settings.method.is_quantized:
             # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
             setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
         keep_on_host(embedding_of(model), device)
@@ -262,6 +262,6 @@ def _errors_of(model: PreTrainedModel) -> dict[str, float]:
 
 
 def _check_measurable(layout: Layout) -> None:
-    if layout.prequantized is not None or not layout.settings.method.is_4bit:
+    if layout.prequantized is not None or not layout.settings.method.traits.measures_error:
         what = "is quantized already" if layout.prequantized is not None else "is not quantized to 4 bit"
         raise ModelError(f"the model {what}, so there is no 4-bit error to measure", hint="Leave --error out.")

@@ -20,7 +20,6 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space, fill_directory
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel
-from qlora_cli.settings.choices import Quantization
 
 NOTE = "qlora.json"
 SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a CPU nothing is copied
@@ -35,7 +34,7 @@ def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
         DiskSpaceError: it does not fit on the disk.
     """
     quantization, source = planned.settings.quantization, planned.source
-    if quantization.method == Quantization.NONE or quantization.int8_has_fp16_weight:
+    if not quantization.method.is_quantized or quantization.int8_has_fp16_weight:
         raise ModelError("--save writes a quantized checkpoint, and nothing is quantized", hint="Leave --save out.")
     if quantization.int8_cpu_offload:
         raise ModelError("a model that is partly on the CPU can't be saved", hint="Leave int8_cpu_offload out.")

@@ -34,7 +34,7 @@ from qlora_cli.model_files.prequantized import check_settings, read_prequantized
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
-from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Quantization
+from qlora_cli.settings.choices import Attention, Checkpointing, Dtype
 from qlora_cli.settings.models import EstimateSettings
 
 CUDA = torch.device("cuda")
@@ -199,7 +199,7 @@ class Estimator:
                 optimizer=optimized.passes,
                 num_micro_batches=step.gradient_accumulation_steps,
                 evaluates=self._evaluates,
-                empties_cache=not is_ours and layout.settings.method != Quantization.NONE,
+                empties_cache=not is_ours and layout.settings.method.is_quantized,
             ),
             backends=traced.backends,
             paged_bytes=optimized.paged_bytes,

@@ -7,7 +7,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room, with_values
-from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer, Quantization
+from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import MIB
 
@@ -273,7 +273,7 @@ def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[Step]:
 
 
 def _double_quant(settings: EstimateSettings) -> Iterator[Step]:
-    if settings.quantization.method.is_4bit and not settings.quantization.double_quant:
+    if settings.quantization.method.takes("double_quant") and not settings.quantization.double_quant:
         yield Step(
             values={"quantization.double_quant": True},
             effect="the weights' scales in 8 bit, their error stays nearly the same",
@@ -312,11 +312,9 @@ def _sdpa(settings: EstimateSettings) -> Iterator[Step]:
 
 
 def _fewer_bits(settings: EstimateSettings) -> Iterator[Step]:
-    method = settings.quantization.method
-    if method in {Quantization.INT8, Quantization.NONE}:
-        yield Step(values={"quantization.method": Quantization.NF4}, effect="weights in 4 bit, less exact")
-    if method == Quantization.NONE:
-        yield Step(values={"quantization.method": Quantization.INT8}, effect="weights in 8 bit, a little less exact")
+    for method in reversed(settings.quantization.method.smaller()):
+        assert method.traits.proposal is not None, "only what is proposed is smaller"
+        yield Step(values={"quantization.method": method}, effect=method.traits.proposal)
 
 
 def _lower_rank(settings: EstimateSettings) -> Iterator[Step]:

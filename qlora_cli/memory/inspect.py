@@ -166,7 +166,7 @@ def _shown(settings: EstimateSettings, estimate: Estimate, accumulation: int) ->
         "attention": settings.model.attention.value,
         "optimizer": settings.training.optimizer.value,
     }
-    if quantization.method.is_4bit:
+    if quantization.method.takes("double_quant"):
         shown["double-quant"] = "on" if quantization.double_quant else "off"
     return shown
 

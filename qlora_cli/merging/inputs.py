@@ -32,8 +32,8 @@ from qlora_cli.model_files.prequantized import read_prequantized
 from qlora_cli.model_files.source import CONFIG, RUN_FILE, ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout
-from qlora_cli.settings.choices import BaseWeights, Dtype, Quantization
-from qlora_cli.settings.models import ModelSettings, QuantizationSettings
+from qlora_cli.settings.choices import BaseWeights, Dtype
+from qlora_cli.settings.models import UNQUANTIZED, ModelSettings, QuantizationSettings
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -204,7 +204,7 @@ def read_base(
         if record is not None or prequantized is not None:
             raise
         # By others, and nothing of it can be quantized as we do: then it was not.
-        layout = plan_layout(model, QuantizationSettings(method=Quantization.NONE), dtype, device=device)
+        layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
     check_shapes(source, checkpoint, model, layout)
     tensors = StoredTensors(source.path, checkpoint)
     brought = rows_of_adapter(model, source.adapter) if source.adapter is not None else 0
@@ -212,8 +212,7 @@ def read_base(
     if grown:
         model = build_on_meta(config.config, dtype, trust_remote_code=trust)
     conversions = read_conversions(model, list(tensors.headers), config.key_mapping)
-    keeps = settings.method == Quantization.INT8 and settings.int8_has_fp16_weight
-    quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized and not keeps)
+    quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized)
     return BaseModel(
         model=model,
         layout=layout,

@@ -8,8 +8,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.prequantized import read_prequantized
 from qlora_cli.model_files.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, MERGED, ModelSource
-from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
+from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
 
 RECORD = "merge.json"  # what `qlora merge` writes beside a merged model
 
@@ -58,5 +57,5 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
         }
     )
     is_stored = read_prequantized(read_json(path / CONFIG), str(path)) is not None
-    quantization = QuantizationSettings() if is_stored else QuantizationSettings(method=Quantization.NONE)
+    quantization = QuantizationSettings() if is_stored else UNQUANTIZED
     return LoadSettings(model=settings, quantization=quantization)

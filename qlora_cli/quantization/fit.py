@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.layout import Layout, plan_layout
-from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
 
@@ -134,11 +133,13 @@ def _changes(
 
 def _smaller(settings: QuantizationSettings) -> dict[str, QuantizationSettings]:
     """Return the settings that store less than `settings`, by the flag that makes them so."""
-    if settings.method.is_4bit:
-        return {} if settings.double_quant else {"--double-quant": settings.model_copy(update={"double_quant": True})}
-    methods = [Quantization.INT8, Quantization.NF4] if settings.method == Quantization.NONE else [Quantization.NF4]
-    skipped = settings.skip_modules
-    return {f"--quant {method}": QuantizationSettings(method=method, skip_modules=skipped) for method in methods}
+    smaller = {
+        f"--quant {method}": QuantizationSettings(method=method, skip_modules=settings.skip_modules)
+        for method in settings.method.smaller()
+    }
+    if settings.method.takes("double_quant") and not settings.double_quant:
+        return {"--double-quant": settings.model_copy(update={"double_quant": True}), **smaller}
+    return smaller
 
 
 def fits_unquantized(layout: Layout, free: int) -> bool:
@@ -146,7 +147,7 @@ def fits_unquantized(layout: Layout, free: int) -> bool:
 
     False for one that is not quantized, or that came so.
     """
-    if layout.settings.method == Quantization.NONE or layout.prequantized is not None:
+    if not layout.settings.method.is_quantized or layout.prequantized is not None:
         return False
     return 2 * layout.inventory.num_parameters * layout.dtype.itemsize <= free
 

@@ -1,6 +1,32 @@
-"""The settings that take one of several words, by the names that the field gives them."""
+"""The settings that take one of several words, by the names that the field gives them.
 
+What settings and texts need to know of a word stands beside it, so that nobody else asks for it by name.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodTraits:
+    """A quantization method as settings and texts know it; how it stores and restores weights is in its module.
+
+    Attributes:
+        module: Its module in `qlora_cli/quantization/methods`.
+        label: What people call it.
+        bits: What a weight takes, constants aside.
+        settings: The settings of the section `quantization` that have an effect with it.
+        measures_error: Whether what a weight loses can be measured while it is quantized.
+        proposal: What changes for somebody who takes it to save memory; None if it is never proposed.
+    """
+
+    module: str
+    label: str
+    bits: int
+    settings: tuple[str, ...] = ()
+    measures_error: bool = False
+    proposal: str | None = None
 
 
 class Quantization(StrEnum):
@@ -12,9 +38,59 @@ class Quantization(StrEnum):
     NONE = "none"
 
     @property
+    def traits(self) -> MethodTraits:
+        """What settings and texts need to know of it."""
+        return METHODS[self]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers are stored in fewer bits than they come in."""
+        return self.traits.bits < UNQUANTIZED_BITS
+
+    @property
     def is_4bit(self) -> bool:
         """Whether two weights share a byte."""
-        return self in {Quantization.NF4, Quantization.FP4}
+        return self.traits.bits == 4
+
+    def takes(self, setting: str) -> bool:
+        """Whether the setting `quantization.<setting>` has an effect with it."""
+        return setting == "method" or setting in self.traits.settings
+
+    def smaller(self) -> list["Quantization"]:
+        """Return the methods that are proposed where this one takes too much, what changes the model least first."""
+        found = [method for method in Quantization if method.traits.proposal and method.traits.bits < self.traits.bits]
+        return sorted(found, key=lambda method: -method.traits.bits)
+
+
+UNQUANTIZED_BITS = 16
+FOUR_BIT_SETTINGS = ("double_quant", "compute_dtype", "quant_storage", "skip_modules")
+METHODS: Mapping[Quantization, MethodTraits] = {
+    Quantization.NF4: MethodTraits(
+        module="four_bit",
+        label="NF4",
+        bits=4,
+        settings=FOUR_BIT_SETTINGS,
+        measures_error=True,
+        proposal="weights in 4 bit, less exact",
+    ),
+    Quantization.FP4: MethodTraits(
+        module="four_bit", label="FP4", bits=4, settings=FOUR_BIT_SETTINGS, measures_error=True
+    ),
+    Quantization.INT8: MethodTraits(
+        module="int8",
+        label="LLM.int8()",
+        bits=8,
+        settings=("skip_modules", "int8_threshold", "int8_has_fp16_weight", "int8_cpu_offload"),
+        proposal="weights in 8 bit, a little less exact",
+    ),
+    Quantization.NONE: MethodTraits(module="unquantized", label="not quantized", bits=UNQUANTIZED_BITS),
+}
+DEFAULT_METHOD, UNQUANTIZED_METHOD = Quantization.NF4, Quantization.NONE
+
+
+def quant_flag(methods: Iterable[Quantization]) -> str:
+    """Return what to type for one of `methods`: `--quant nf4 or fp4`."""
+    return f"--quant {' or '.join(methods)}"
 
 
 class Storage(StrEnum):

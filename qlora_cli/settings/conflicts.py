@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_cli.errors import Problem
-from qlora_cli.settings.choices import OnLong, Quantization, Sampling
+from qlora_cli.settings.choices import OnLong, Quantization, Sampling, quant_flag
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
-from qlora_cli.settings.models import DataSettings, EstimateDataSettings, TrainingSettings
+from qlora_cli.settings.models import DataSettings, EstimateDataSettings, QuantizationSettings, TrainingSettings
 from qlora_cli.settings.sources import Entry
 from qlora_cli.settings.values import held_out_share
 
@@ -102,17 +102,6 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-# The methods that each setting of quantization has an effect with.
-FOUR_BIT = (Quantization.NF4, Quantization.FP4)
-EFFECTIVE_WITH: Mapping[str, tuple[Quantization, ...]] = {
-    "quantization.double_quant": FOUR_BIT,
-    "quantization.compute_dtype": FOUR_BIT,
-    "quantization.quant_storage": FOUR_BIT,
-    "quantization.skip_modules": (*FOUR_BIT, Quantization.INT8),
-    "quantization.int8_threshold": (Quantization.INT8,),
-    "quantization.int8_has_fp16_weight": (Quantization.INT8,),
-    "quantization.int8_cpu_offload": (Quantization.INT8,),
-}
 # What runs code that comes with a model: a settings file that somebody else wrote must not switch it on.
 ONLY_BY_HAND = ("model.trust_remote_code", "model.allow_pickle")
 
@@ -122,10 +111,10 @@ def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[P
         Problem(
             where=merged[path].origin.where,
             message=f"{path} has no effect with --quant {method.value}",
-            hint=f"Leave it out, or use --quant {' or '.join(methods)}.",
+            hint=f"Leave it out, or use {quant_flag(other for other in Quantization if other.takes(key))}.",
         )
-        for path, methods in EFFECTIVE_WITH.items()
-        if path in merged and method not in methods
+        for key in QuantizationSettings.model_fields
+        if (path := f"quantization.{key}") in merged and not method.takes(key)
     ]
 
 

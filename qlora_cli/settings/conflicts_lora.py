@@ -1,6 +1,6 @@
 """Settings of the adapter that can't work together, or beside the others, whatever the model."""
 
-from qlora_cli.settings.choices import LoraInit, Quantization
+from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 Conflict = tuple[str, str, str]
@@ -35,17 +35,18 @@ def _on_experts(lora: LoraSettings) -> list[Conflict]:
 def _about_beginning(lora: LoraSettings, method: Quantization) -> list[Conflict]:
     """Return what the first values of the matrices can't be made of."""
     path, init = "lora.init_lora_weights", lora.init_lora_weights
-    if init == LoraInit.PISSA and method != Quantization.NONE:
+    if init == LoraInit.PISSA and method.is_quantized:
         message = (
             "PiSSA can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
             "left would have to be quantized anew, to a base that fits this adapter only"
         )
         return [(path, message, "Use --quant none, or loftq, which begins with what quantization lost.")]
-    if init == LoraInit.LOFTQ and not method.is_4bit:
+    if init == LoraInit.LOFTQ and not method.traits.measures_error:
         message = (
             f"loftq begins with what 4-bit quantization lost, and with --quant {method.value} there is no such loss"
         )
-        return [(path, message, "Use --quant nf4 or fp4, or another lora.init_lora_weights.")]
+        measurable = quant_flag(other for other in Quantization if other.traits.measures_error)
+        return [(path, message, f"Use {measurable}, or another lora.init_lora_weights.")]
     odd = [rank for rank in (lora.rank, *(lora.rank_pattern or {}).values()) if rank % 2]
     if init == LoraInit.ORTHOGONAL and odd:
         message = f"orthogonal needs even ranks, a half for A and a half for B, and {odd[0]} is asked for"

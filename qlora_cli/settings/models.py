@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from qlora_cli.settings.choices import (
+    DEFAULT_METHOD,
+    UNQUANTIZED_METHOD,
     Attention,
     Checkpointing,
     DataFormat,
@@ -103,7 +105,7 @@ class QuantizationSettings(Section):
     """How the frozen base is quantized on loading."""
 
     method: Quantization = Field(
-        default=Quantization.NF4, description="Data type of the frozen linear layers; none keeps 16 or 32 bit."
+        default=DEFAULT_METHOD, description="Data type of the frozen linear layers; none keeps 16 or 32 bit."
     )
     double_quant: bool = Field(
         default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter)."
@@ -126,6 +128,9 @@ class QuantizationSettings(Section):
     int8_cpu_offload: bool = Field(
         default=False, description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training."
     )
+
+
+UNQUANTIZED = QuantizationSettings(method=UNQUANTIZED_METHOD)
 
 
 class LoraSettings(Section):

@@ -16,7 +16,6 @@ from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.events import SilentReporter, StepDone
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.conflicts import EFFECTIVE_WITH
 from qlora_cli.settings.models import SECTIONS, QuantizationSettings, TrainingSettings
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.run import train
@@ -183,7 +182,12 @@ def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trai
 
 @pytest.mark.parametrize(
     ("path", "method"),
-    [(path, method) for path, methods in EFFECTIVE_WITH.items() for method in Quantization if method not in methods],
+    [
+        (f"quantization.{key}", method)
+        for key in QuantizationSettings.model_fields
+        for method in Quantization
+        if not method.takes(key)
+    ],
 )
 def test_a_setting_that_the_method_ignores_is_an_error_that_names_it(
     base_model: Path, path: str, method: Quantization

@@ -109,7 +109,8 @@ def effective_checkpointing(settings: EstimateSettings) -> str:
 def process_bytes(settings: EstimateSettings) -> int:
     """Return what a run of an 8B takes, roughly: in which every change has its part."""
     quantization, lora, training = settings.quantization, settings.lora, settings.training
-    bits = BITS[quantization.method] - (0.37 if quantization.double_quant and quantization.method.is_4bit else 0)
+    is_nested = quantization.method.takes("double_quant") and quantization.double_quant
+    bits = BITS[quantization.method] - (0.37 if is_nested else 0)
     modules = 4 if "q_proj" in lora.target_modules else 7
     num_trained = lora.rank * modules * 400_000
     of_state = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "lion_32bit": 4, "lion_8bit": 1}
