@@ -24,9 +24,9 @@ from qlora_cli.adapters.initialization import (
 from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.pickles import check_pickle
-from qlora_cli.model_files.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.settings.models import LoraSettings
 
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."

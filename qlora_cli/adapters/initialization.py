@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import ADAPTER, BASE, rank_of
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings

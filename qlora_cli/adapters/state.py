@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from qlora_cli.adapters.initialization import as_trained
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 
 State = dict[str, torch.Tensor]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import ModelError, Problem, QloraError
-from qlora_cli.model_files.source import ADAPTER_CONFIG, RUN_FILE, check_model_name, looks_local
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
+from qlora_cli.model_files.source import RUN_FILE, check_model_name, looks_local
 from qlora_cli.settings.models import ModelSettings
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."

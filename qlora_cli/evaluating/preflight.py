@@ -7,7 +7,8 @@ from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.files import existing_path
-from qlora_cli.model_files.source import ADAPTER_CONFIG, RUN_FILE, check_model_name, looks_local
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
+from qlora_cli.model_files.source import RUN_FILE, check_model_name, looks_local
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.settings.resolve import Resolved
 

@@ -15,8 +15,9 @@ from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG, HUB_ID, RUN_FILE, looks_local
+from qlora_cli.model_files.source import CONFIG, HUB_ID, RUN_FILE, looks_local
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -67,8 +68,8 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
     if (path / RUN_FILE).is_file():
         return _of_run(path, settings, reporter)
     if (path / ADAPTER_CONFIG).is_file():
-        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
+        base = read_adapter_config(path).base_model_name_or_path
+        if not base:
             raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
         return _named(base, settings, reporter)
     file = path / CONFIG if path.is_dir() else path

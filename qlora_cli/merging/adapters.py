@@ -25,9 +25,9 @@ from qlora_cli.adapters.targets import ADAPTER, BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.changes import Added, Change, Directed, Experts, LowRank, Replaced, Rows, Whole
 from qlora_cli.merging.names import ends_of, in_base, with_twins
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import ModelConfig
-from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 
 Read = Callable[[str], torch.Tensor]
 # A parameter of a module by its name there, its change, and the adapter's tensors that say so.

@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import BASE
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
 
 
 def in_base(path: str) -> str:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_cli.device import ComputeDtype
+from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.prequantized import read_prequantized
-from qlora_cli.model_files.source import ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, MERGED, ModelSource
+from qlora_cli.model_files.source import CONFIG, MERGED, ModelSource
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
 
 RECORD = "merge.json"  # what `qlora merge` writes beside a merged model

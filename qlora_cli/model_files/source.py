@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.files import existing_path
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, read_adapter_config
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
 from qlora_cli.settings.models import ModelSettings
 
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from qlora_cli.hub.repository import Repository
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-CONFIG, ADAPTER_CONFIG, RUN_FILE = "config.json", "adapter_config.json", "run.json"
+CONFIG, RUN_FILE = "config.json", "run.json"
 MERGED = "merged"  # in a run directory, what `qlora merge` writes unless told otherwise
-ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 # Besides the weights. In the root only: other folders hold the same model in other formats.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -203,7 +203,16 @@ def _check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
             hint=f"Give one of its checkpoints: {path.parent / 'checkpoints'}/step-…",
         )
     names = [file.relative_to(path).as_posix() for file in path.iterdir()]
-    return _check_files(str(path), names, settings)
+    problem = _check_files(str(path), names, settings)
+    return _check_config(path) if problem is None and ADAPTER_CONFIG in names else problem
+
+
+def _check_config(adapter: Path) -> QloraError | None:
+    try:
+        read_adapter_config(adapter)
+    except ModelError as error:
+        return error
+    return None
 
 
 def _check_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:
@@ -334,6 +343,7 @@ def _attached(
     `run` is the record of the run directory that was named, if one was.
     """
     _check_code(adapter, settings)
+    read_adapter_config(adapter.path)  # of a run too, which names the base itself
     record = _run_around(adapter.path) if run is None else run
     named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
     base = _find_base(named if base_model is None else _Base(name=base_model), adapter, settings, reporter)
@@ -385,9 +395,9 @@ def _base_of_run(adapter: Path, record: Mapping[str, Any]) -> _Base:
 
 
 def _base_of_adapter(adapter: Path) -> _Base:
-    config = read_json(adapter / ADAPTER_CONFIG)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name:
+    config = read_adapter_config(adapter)
+    name, revision = config.base_model_name_or_path, config.revision
+    if not name:
         raise ModelError(
             f"the adapter in {adapter} does not name its base model",
             hint=f"Set base_model_name_or_path in its {ADAPTER_CONFIG}.",

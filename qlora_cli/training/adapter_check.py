@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from qlora_cli.adapters.initialization import as_trained
 from qlora_cli.adapters.state import adapter_state, difference, restore_adapter
 from qlora_cli.errors import TrainingError
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
 MOST_NORM = 1e6  # of one matrix: far above what trains, far below what overflows

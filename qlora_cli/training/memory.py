@@ -13,8 +13,9 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.untraced import untraced
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG
+from qlora_cli.model_files.source import CONFIG
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
 from qlora_cli.training.result import PredictedMemory
 from qlora_cli.units import format_bytes

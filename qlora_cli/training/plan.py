@@ -22,8 +22,9 @@ from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.model_files.source import ADAPTER_CONFIG, CONFIG, RUN_FILE
+from qlora_cli.model_files.source import CONFIG, RUN_FILE
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved

@@ -31,7 +31,7 @@ from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.streamed import Beside, StreamedModel
 from qlora_cli.merging.write import write_weights
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from tests.integration.adapters import PREFIX, settings_of
 from tests.integration.loading import load, logits

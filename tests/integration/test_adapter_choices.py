@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_cli.adapters.adapter import attach_adapter, save_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import adapt, assert_loads_again, frozen, lora_layers, settings_of, train_steps

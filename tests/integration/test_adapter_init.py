@@ -18,7 +18,7 @@ from qlora_cli.events import SilentReporter
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run

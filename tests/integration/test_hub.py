@@ -166,9 +166,15 @@ def test_pickles_on_the_hub_are_left_there_unless_allowed(find: Find, hub: Hub) 
     assert (Path(found.result["path"]) / "pytorch_model.bin").read_bytes() == b"a pickle"
 
 
+def adapter_config(base: str, **values: str) -> bytes:
+    return json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, **values}).encode()
+
+
 def test_an_adapter_on_the_hub_brings_its_base_at_the_revision_it_names(find: Find, hub: Hub) -> None:
     adapter = {
-        "adapter_config.json": json.dumps({"base_model_name_or_path": "owner/tiny", "revision": "v1"}).encode(),
+        "adapter_config.json": json.dumps(
+            {"peft_type": "LORA", "base_model_name_or_path": "owner/tiny", "revision": "v1"}
+        ).encode(),
         "adapter_model.safetensors": b"adapter",
         "tokenizer.json": b"{}",
         "optimizer.pt": b"large",
@@ -180,11 +186,21 @@ def test_an_adapter_on_the_hub_brings_its_base_at_the_revision_it_names(find: Fi
     assert {path.name for path in Path(found["adapter"]).iterdir()} == set(adapter) - {"optimizer.pt"}
     assert found["tokenizer_path"] == found["adapter"]
     hub.repos["owner/second"] = Repo(
-        commits={COMMIT: {**adapter, "adapter_config.json": b'{"base_model_name_or_path": "owner/adapter"}'}}
+        commits={
+            COMMIT: {
+                **adapter,
+                "adapter_config.json": adapter_config("owner/adapter"),
+            }
+        }
     )
     assert "an adapter itself" in find("owner/second").result["message"]
     hub.repos["owner/third"] = Repo(
-        commits={COMMIT: {**adapter, "adapter_config.json": b'{"base_model_name_or_path": "owner/nothing"}'}}
+        commits={
+            COMMIT: {
+                **adapter,
+                "adapter_config.json": adapter_config("owner/nothing"),
+            }
+        }
     )
     message = find("owner/third").result["message"]
     assert "base of the adapter owner/third" in message

@@ -11,8 +11,8 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.config import TOWERS
-from qlora_cli.model_files.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.integration.loading import copy_tokenizer, save_model
 from tests.integration.merging import (
     adapted,
@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "it began by loftq, which changed its",
     ),
     "OLoRA": ({"init_lora_weights": "olora"}, "it began by olora, which changed its base"),
-    "rank 0": ({"r": 0}, "`r` should be a positive integer"),
+    "rank 0": ({"r": 0}, "r is 0, and should be greater than 0"),
     "another rank": ({"r": 5}, ", and the base asks for (5, "),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "active from its invocation tokens on only"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "it repeats layers of its base"),
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more targets": ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, "lacks 4 of its weights"),
     "fewer targets": ({"target_modules": ["q_proj"]}, "has 4 weights that the base has no place for"),
     "another base": ({"target_modules": ["query_key_value"]}, "can't be put on its base"),
-    "a broken config": ({"target_modules": 5}, "the adapter in"),
+    "a broken config": ({"target_modules": 5}, "target_modules is 5, and should be"),
 }
 
 

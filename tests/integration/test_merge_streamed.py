@@ -16,7 +16,7 @@ from qlora_cli.merging.base import Base
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory, base_reader
 from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.settings.choices import BaseWeights
 from tests.integration.loading import save_model

@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.adapters.whole_modules import whole_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.source import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings

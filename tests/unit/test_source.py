@@ -35,7 +35,9 @@ def write_model(path: Path, **config: object) -> Path:
 
 def write_adapter(path: Path, base: object, **config: object) -> Path:
     path.mkdir(parents=True)
-    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, **config}))
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, **config})
+    )
     (path / "adapter_model.safetensors").write_bytes(b"")
     return path
 

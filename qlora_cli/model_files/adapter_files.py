@@ -1,0 +1,97 @@
+"""The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.checkpoint import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+LORA = "LORA"
+MOST_CHARACTERS = 60
+NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"
+
+Names = list[str]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class AdapterConfig(BaseModel):
+    """The fields of a LoRA config that decide what the adapter is, of the types that PEFT takes.
+
+    Fields of other names and of later versions are left to PEFT; `content` is all of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: Positive = 8
+    lora_alpha: Annotated[float, Field(allow_inf_nan=False)] = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Names | str | None = None
+    target_parameters: Names | None = None
+    exclude_modules: Names | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: Names | str | None = None
+    rank_pattern: dict[str, Positive] = {}
+    alpha_pattern: dict[str, float] = {}
+    modules_to_save: Names | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    content: dict[str, Any]
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """Return the config of the LoRA adapter in `directory`.
+
+    Raises:
+        ModelError: it can't be read, is of another kind of adapter, or holds a value of another type.
+    """
+    file = directory / ADAPTER_CONFIG
+    content = read_json(file)
+    given = {key: value for key, value in content.items() if value is not None or key in NOT_NULL}
+    _check_kind(file, given)
+    try:
+        return AdapterConfig.model_validate({**given, "content": given})
+    except ValidationError as error:
+        raise ModelError(
+            f"{file} can't be used: {_reason(error, given)}",
+            hint="Was it edited by hand? PEFT writes it with the right types; copy the original again.",
+        ) from error
+
+
+def _check_kind(file: Path, content: Mapping[str, Any]) -> None:
+    kind = content.get("peft_type")
+    if kind is None:
+        raise ModelError(
+            f"{file} has no peft_type, so it does not say what kind of adapter this is",
+            hint=f'If it is LoRA, add "peft_type": "{LORA}" to it.',
+        )
+    if kind != LORA:
+        raise ModelError(
+            f"the adapter in {file.parent} is {kind}, not LoRA",
+            hint="Only LoRA adapters are used here; merge it into its base with PEFT, and name the result.",
+        )
+
+
+def _reason(error: ValidationError, content: Mapping[str, Any]) -> str:
+    """Return what is wrong with the first field that is: every alternative that its value is none of."""
+    problems = error.errors()
+    key = str(problems[0]["loc"][0])
+    wanted = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in problems if one["loc"][0] == key)
+    return f"{key} is {_shown(content[key])}, and should be {' or '.join(wanted)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"

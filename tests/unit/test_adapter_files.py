@@ -1,0 +1,85 @@
+"""What an adapter's config may hold: LoRA, named by its type, with values of the types that PEFT takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
+from qlora_cli.model_files.source import check_model_name
+from qlora_cli.settings.models import ModelSettings
+
+GOOD = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+WRONG_TYPES: dict[str, list[object]] = {
+    "r": [4.0, "4", True, 0, -1, None],
+    "lora_alpha": ["16", None, [1], float("nan")],
+    "lora_dropout": ["0", -0.1, 1.0],
+    "target_modules": [5, [5], {"q_proj": 1}],
+    "target_parameters": ["experts", 5],
+    "exclude_modules": [5, [None]],
+    "layers_to_transform": ["1", [1.5]],
+    "rank_pattern": [[], {"q_proj": 4.5}, {"q_proj": 0}],
+    "alpha_pattern": ["x", {"q_proj": "8"}],
+    "modules_to_save": ["lm_head", 5],
+    "trainable_token_indices": [5, ["a"], {"embed_tokens": 5}],
+    "bias": ["some", 5],
+    "init_lora_weights": [5],
+    "use_dora": ["yes", 1],
+    "use_rslora": ["yes"],
+    "fan_in_fan_out": [0],
+    "lora_bias": ["no"],
+    "base_model_name_or_path": [5],
+    "revision": [5],
+}
+
+
+def write(directory: Path, content: object) -> Path:
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(content))
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    return directory
+
+
+def message_of(directory: Path, content: object) -> str:
+    """Return the message; the preflight check, which imports no torch, says the same."""
+    write(directory, content)
+    with pytest.raises(ModelError) as caught:
+        read_adapter_config(directory)
+    problem = check_model_name(ModelSettings(name=str(directory)))
+    assert str(problem) == str(caught.value)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG_TYPES.items() for value in values], ids=str
+)
+def test_a_value_of_another_type_is_named_with_its_key_and_file(tmp_path: Path, key: str, value: object) -> None:
+    message = message_of(tmp_path, {**GOOD, key: value})
+    assert message.startswith(f"{tmp_path / ADAPTER_CONFIG} can't be used: {key} is {value!r}, and should be ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "IA3", "PROMPT_TUNING", "of a later version", 5])
+def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path: Path, kind: object) -> None:
+    assert f"is {kind}, not LoRA" in message_of(tmp_path, {**GOOD, "peft_type": kind})
+
+
+def test_a_config_without_its_type_says_so(tmp_path: Path) -> None:
+    assert "has no peft_type" in message_of(tmp_path, {key: GOOD[key] for key in GOOD if key != "peft_type"})
+
+
+@pytest.mark.parametrize("content", [[], 5, None, "LORA"])
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: object) -> None:
+    assert "holds no JSON object" in message_of(tmp_path, content)
+
+
+def test_null_stands_for_a_key_that_was_not_given(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(WRONG_TYPES.keys() - GOOD.keys())
+    config = read_adapter_config(write(tmp_path, {**GOOD, **nulls, "of_a_later_version": {"a": 1}}))
+    assert config == read_adapter_config(write(tmp_path, {**GOOD, "of_a_later_version": {"a": 1}}))
+    assert config.content["of_a_later_version"] == {"a": 1}
+
+
+def test_a_long_value_is_cut(tmp_path: Path) -> None:
+    assert len(message_of(tmp_path, {**GOOD, "bias": "x" * 30_000})) < 300 + len(str(tmp_path))
