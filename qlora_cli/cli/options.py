@@ -21,6 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 FLAGS: dict[str, str] = {
     "model.name": "--model",
     "model.revision": "--revision",
+    "model.base_model": "--base-model",
     "model.dtype": "--dtype",
     "model.device": "--device",
     "model.attention": "--attention",

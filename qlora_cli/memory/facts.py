@@ -17,7 +17,7 @@ from qlora_cli.files import existing_path
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import CONFIG, HUB_ID, RUN_FILE, looks_local
+from qlora_cli.model_files.source import CONFIG, HUB_ID, RUN_FILE, base_model_problem, looks_local
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -53,8 +53,12 @@ def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFac
         if isinstance(stored, Mapping) and stored.get("quant_method") in STORED_OTHERWISE:
             del content["quantization_config"]
             notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
-        return ModelFacts(name=known.name, content=content, notes=tuple(notes)), settings
-    return _from_hub(name, revision, reporter), settings
+        found = ModelFacts(name=known.name, content=content, notes=tuple(notes))
+    else:
+        found = _from_hub(name, revision, reporter)
+    if problem := base_model_problem(name, settings.model):
+        raise problem
+    return found, settings
 
 
 def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
@@ -68,10 +72,12 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
     if (path / RUN_FILE).is_file():
         return _of_run(path, settings, reporter)
     if (path / ADAPTER_CONFIG).is_file():
-        base = read_adapter_config(path).base_model_name_or_path
+        base = settings.model.base_model or read_adapter_config(path).base_model_name_or_path
         if not base:
             raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
         return _named(base, settings, reporter)
+    if problem := base_model_problem(name, settings.model):
+        raise problem
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"{path} has no {CONFIG}", hint="Give a model's directory, its config.json, or a hub id.")
@@ -82,7 +88,7 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
 
 def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
     """Return what is known of the model that an adapter or a run names as its base."""
-    model = settings.model.model_copy(update={"name": base, "revision": None})
+    model = settings.model.model_copy(update={"name": base, "revision": None, "base_model": None})
     return find_facts(settings.model_copy(update={"model": model}), reporter)
 
 
@@ -105,7 +111,7 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
             f"{path / RUN_FILE} does not say how the run was trained: {error}",
             hint="Was it written by qlora train? Else give the base model.",
         ) from error
-    name = str(base_path) if (base_path / CONFIG).is_file() else base
+    name = settings.model.base_model or (str(base_path) if (base_path / CONFIG).is_file() else base)
     facts, taken = _named(name, taken, reporter)
     note = f"settings of the run {path}, but for what was given here"
     return ModelFacts(name=base, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken

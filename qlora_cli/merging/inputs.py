@@ -120,16 +120,14 @@ def _model_settings(request: MergeRequest, name: str) -> ModelSettings:
     return ModelSettings(
         name=name,
         revision=request.revision if name == request.adapters[0] else None,
+        base_model=request.base_model,
         allow_pickle=request.allow_pickle,
         trust_remote_code=request.trust_remote_code,
     )
 
 
 def _find_all(request: MergeRequest, reporter: Reporter) -> list[ModelSource]:
-    sources = [
-        find_model(_model_settings(request, name), reporter, base_model=request.base_model)
-        for name in request.adapters
-    ]
+    sources = [find_model(_model_settings(request, name), reporter) for name in request.adapters]
     for name, source in zip(request.adapters, sources, strict=True):
         if source.adapter is None:
             raise ModelError(

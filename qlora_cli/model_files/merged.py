@@ -51,6 +51,7 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
         update={
             "name": str(path.absolute()),
             "revision": None,
+            "base_model": None,
             "dtype": dtype.name,
             "offload_embedding": False,
             "rope_scaling": None,

@@ -110,7 +110,10 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
             return ModelNotFoundError(f"no model at {name}: no such directory", hint="Check the path.")
         if problem := _check_path(path, settings.revision):
             return problem
-        return _check_directory(_adapter_of_run(path) or path, settings)
+        directory = _adapter_of_run(path) or path
+        problem = _check_directory(directory, settings)
+        is_adapter = problem is not None or (directory / ADAPTER_CONFIG).is_file()
+        return problem if is_adapter else base_model_problem(name, settings)
     if not HUB_ID.fullmatch(name):
         return ModelNotFoundError(
             f"no model at {name!r}: no such directory, and not a hub id",
@@ -119,10 +122,10 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
     return None
 
 
-def find_model(settings: ModelSettings, reporter: Reporter = _SILENT, *, base_model: str | None = None) -> ModelSource:
+def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
     """Return where the model's files are; of one on the hub all but the base's weights are downloaded.
 
-    Of an adapter or a run directory the base is found too, at the revision that it names; `base_model` is another.
+    Of an adapter or a run directory the base is found too: at the revision that it names, or `settings.base_model`.
 
     Raises:
         ModelNotFoundError: no such directory or repository, or no access to it; also of an adapter's base.
@@ -135,13 +138,13 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT, *, base_mo
         found = _download(settings.name, settings.revision, settings, reporter)
         if not found.is_adapter:
             return _plain(found, settings)
-        return _attached(found, settings, reporter, base_model=base_model)
+        return _attached(found, settings, reporter)
     path = Path(settings.name).expanduser().resolve()
     adapter = _adapter_of_run(path)
     found = _Files(name=settings.name, path=adapter or path)
     if not found.is_adapter:
         return _plain(found, settings)
-    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None, base_model)
+    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
 
 
 def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
@@ -319,6 +322,8 @@ def _check_code(base: _Files, settings: ModelSettings) -> None:
 
 
 def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
+    if problem := base_model_problem(found.name, settings):
+        raise problem
     _check_code(found, settings)
     return ModelSource(
         name=found.name,
@@ -331,22 +336,29 @@ def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
     )
 
 
+def base_model_problem(name: str, settings: ModelSettings) -> ModelError | None:
+    """Return the error if another base is asked for than that of `name`, which is a whole model."""
+    if settings.base_model is None:
+        return None
+    return ModelError(
+        f"--base-model {settings.base_model} has no effect: {name} is a whole model, not an adapter or a run",
+        hint="Leave it out, or name the adapter as the model.",
+    )
+
+
 def _attached(
     adapter: _Files,
     settings: ModelSettings,
     reporter: Reporter,
     run: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
 ) -> ModelSource:
-    """Find the base of `adapter`, which is `base_model` if that is given.
-
-    `run` is the record of the run directory that was named, if one was.
-    """
+    """Find the base of `adapter`; `run` is the record of the run directory that was named, if one was."""
     _check_code(adapter, settings)
     read_adapter_config(adapter.path)  # of a run too, which names the base itself
     record = _run_around(adapter.path) if run is None else run
     named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
-    base = _find_base(named if base_model is None else _Base(name=base_model), adapter, settings, reporter)
+    asked = settings.base_model
+    base = _find_base(named if asked is None else _Base(name=asked), adapter, settings, reporter)
     has_tokenizer = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
     return ModelSource(
         name=adapter.name,
@@ -436,6 +448,5 @@ def _no_base(named: _Base, adapter: _Files, places: list[Path]) -> ModelNotFound
     looked = " and ".join(dict.fromkeys(written))
     return ModelNotFoundError(
         f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",
-        hint=f"Put it there, or set base_model_name_or_path in {adapter.path / ADAPTER_CONFIG}; "
-        "the base alone loads with --model BASE, and qlora merge takes another with --base-model BASE.",
+        hint="Put it there, or say where it is: --base-model BASE.",
     )

@@ -69,6 +69,11 @@ class ModelSettings(Section):
     revision: str | None = Field(
         default=None, description="Branch, tag or commit of a hub id; the default branch if not given."
     )
+    base_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Base of the adapter or run, as a directory or a hub id, instead of the one that it names.",
+    )
     dtype: Dtype = Field(
         default=Dtype.AUTO,
         description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",

@@ -23,7 +23,7 @@ AUTO, NEVER = "auto", "never"
 # and how it is computed. The data may be named otherwise as long as the rows are the same, which is checked by digest,
 # and the dtype as long as it comes to the same.
 FREE = {
-    "model": {"dtype", "device", "attention", "offload_embedding", "trust_remote_code", "allow_pickle"},
+    "model": {"base_model", "dtype", "device", "attention", "offload_embedding", "trust_remote_code", "allow_pickle"},
     "data": {"dataset", "eval_dataset", "format", "columns", "accept_lost", "on_bad_row"},
     "training": {
         *("logging_steps", "save_steps", "eval_steps", "early_stopping_patience", "load_best_model_at_end"),

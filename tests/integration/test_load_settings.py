@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.quantization.embedding import check_offload, keep_on_host
@@ -35,6 +36,19 @@ def test_a_revision_of_a_directory_is_refused(base_model: Path) -> None:
     message = refused(base_model, ModelError, model__revision="v1")
     assert "a revision (v1) has no meaning for the local directory" in message
     assert "Leave --revision out" in message
+
+
+@proves("base_model")
+def test_another_base_than_the_adapter_names_is_taken_when_asked_and_refused_on_a_whole_model(tmp_path: Path) -> None:
+    one, other = save_model(tmp_path / "one"), save_model(tmp_path / "other", seed=1)
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(one)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    found = load(adapter, model__base_model=str(other))
+    assert found.report().base_model == str(other)
+    assert torch.equal(logits(found.base), logits(load(other).base))
+    message = refused(one, ModelError, model__base_model=str(other))
+    assert f"--base-model {other} has no effect: {one} is a whole model" in message
 
 
 @proves("dtype")

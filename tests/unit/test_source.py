@@ -117,7 +117,14 @@ def test_a_base_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -
         find_model(settings(adapter))
     assert f"is ../gone, which is not here (looked for {Path.cwd() / '../gone'} and " in str(caught.value)
     assert str(adapter / "../gone") in str(caught.value)
-    assert "--model BASE" in str(caught.value.hint)
+    assert "--base-model BASE" in str(caught.value.hint)
+    moved = write_model(tmp_path / "moved")
+    assert find_model(settings(adapter, base_model=str(moved))).path == moved
+
+
+def test_another_base_has_no_effect_on_a_whole_model(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    assert "--base-model x has no effect" in problem_of(model, base_model="x")
 
 
 @pytest.mark.parametrize(("base", "expected"), [(None, "does not name its base"), ("{adapter}", "an adapter itself")])
