@@ -18,12 +18,13 @@ from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.merging.adapters import AdapterChanges, Read
 from qlora_cli.merging.names import in_base
+from qlora_cli.model_files.construction import build_model
 from qlora_cli.units import format_bytes
 
 
@@ -116,9 +117,7 @@ class StreamedModel:
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
     config = deepcopy(config)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = build_model(config, dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False)
     return model
 

@@ -2,16 +2,24 @@
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.source import ModelSource
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.construction import (
+    ABOUT_ITSELF,
+    build_config,
+    check_sizes,
+    faulty_keys,
+    is_ours,
+    refused,
+    text_config,
+)
+from qlora_cli.model_files.source import CONFIG, ModelSource
 
 # Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
 # multi-part rotary positions are the ordinary ones. With what a plain one has to be told besides.
@@ -29,7 +37,6 @@ DECODER_NAMES: Mapping[str, str] = {
 }
 # Their configs say `is_decoder: false`, as those of encoders do, which transformers also offers a causal head for.
 DECODERS_ALL_THE_SAME = ("gpt_neox", "gpt_neox_japanese")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 TOWERS = ("vision", "visual", "audio", "image", "projector", "connector", "merger", "speech", "embed_vision")
 
 
@@ -64,13 +71,14 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
     Raises:
         ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
     """
+    content = read_json(source.path / CONFIG)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise _unreadable(source.name, error) from error
+    except Exception as error:  # whatever the code of an architecture raises
+        raise _unreadable(source.name, str(source.path), content, error) from error
     if trust_remote_code and getattr(config, "auto_map", None):
         return ModelConfig(config=config, key_mapping=None)
-    return _settled(source.name, config)
+    return _settled(source.name, str(source.path), content, config)
 
 
 def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
@@ -79,25 +87,29 @@ def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
     """
-    values = deepcopy(dict(content))  # transformers changes what is nested in it
-    model_type = values.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise _unreadable(name, ValueError("it names no model_type"))
-    if "auto_map" in values and model_type not in CONFIG_MAPPING:
-        raise _unreadable(name, ValueError("it needs trust_remote_code"))
+    model_type = content.get("model_type")
+    if "auto_map" in content and model_type not in CONFIG_MAPPING:
+        raise _needs_code(name)
     try:
-        config = AutoConfig.for_model(model_type, **values)
-    except UNREADABLE as error:
-        raise _unreadable(name, error) from error
-    return _settled(name, config)
+        config = build_config(content)
+    except Exception as error:  # whatever the code of an architecture raises
+        raise _unreadable(name, name, content, error) from error
+    config.name_or_path = name
+    return _settled(name, name, content, config)
 
 
-def _settled(name: str, config: PreTrainedConfig) -> ModelConfig:
-    text = config.get_text_config(decoder=True)
+def _settled(name: str, where: str, content: Mapping[str, Any], config: PreTrainedConfig) -> ModelConfig:
+    """Return what is built of `config`, that of the model `name`, whose `content` lies in `where`."""
+    try:
+        text = text_config(config)
+    except Exception as error:  # whatever the code of an architecture raises
+        raise _unreadable(name, where, content, error) from error
+    check_sizes(where, text)
     if text is config:
         _check_class(name, config)
         return ModelConfig(config=config, key_mapping=None)
     text = _plain(text)
+    text.name_or_path = config.name_or_path
     _check_class(name, text)
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # what the whole model goes by
     note = f"{config.model_type} sees more than text; only its text decoder ({text.model_type}) is loaded"
@@ -131,15 +143,26 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _unreadable(name: str, error: Exception) -> ModelError:
-    text = str(error)
-    if "trust_remote_code" in text:
+def _unreadable(name: str, where: str, content: Mapping[str, Any], error: Exception) -> Exception:
+    """Return what to raise for an `error` of transformers over the `content` of a config.json."""
+    if is_ours(error):
+        return error
+    if "trust_remote_code" in str(error):
+        return _needs_code(name)
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        return refused(where, content, ["model_type"], "it must name the architecture")
+    if model_type not in CONFIG_MAPPING and "auto_map" not in content:
         return ModelError(
-            f"{name} can't be loaded: it comes with Python code of its own, which is not run unasked",
-            hint="Read the code; if you trust its author, give --trust-remote-code.",
+            f"{name} can't be loaded: the installed transformers knows no architecture {model_type!r}",
+            hint="A newer transformers may know it: pip install -U transformers",
         )
-    hint = "Is it a causal language model?"
-    if "does not recognize this architecture" in text or "model_type" in text:
-        text = text.split("\n")[0]
-        hint = "A newer transformers may know it: pip install -U transformers"
-    return ModelError(f"{name} can't be loaded: its config.json can't be read: {text}", hint=hint)
+    keys = faulty_keys(content, [key for key in content if key not in ABOUT_ITSELF], error, build_config)
+    return refused(where, content, keys, error)
+
+
+def _needs_code(name: str) -> ModelError:
+    return ModelError(
+        f"{name} can't be loaded: it comes with Python code of its own, which is not run unasked",
+        hint="Read the code; if you trust its author, give --trust-remote-code.",
+    )

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.construction import build_model
 from qlora_cli.model_files.prequantized import Prequantized
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_cli.quantization.inventory import (
@@ -79,12 +80,14 @@ class Layout:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model without its weights: shapes only."""
+    """Return the model without its weights: shapes only.
+
+    Raises:
+        ModelError: its architecture builds none of this config.
+        MissingDependencyError: its code needs a package that is not installed.
+    """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return model
+        return build_model(config, dtype, trust_remote_code=trust_remote_code)
 
 
 def plan_layout(

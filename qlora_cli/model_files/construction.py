@@ -1,0 +1,231 @@
+"""Build configs and models by transformers, and find the key of a config.json that can't be built from.
+
+Whatever the code of an architecture raises while it builds from a config is an error of that config. The key is found
+by leaving out one after the other: where its default builds instead, it is named. A fault in our own code is not
+caught.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from itertools import dropwhile, islice
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import qlora_cli
+from qlora_cli.errors import MissingDependencyError, ModelError
+from qlora_cli.model_files.checkpoint import again, read_json
+
+CONFIG = "config.json"
+PACKAGE = Path(qlora_cli.__file__).parent
+MOST_NAMED = 3
+MOST_CHARACTERS = 200
+# Sizes that are whole numbers above zero in every architecture that transformers has, where it has them at all.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUM_CHOSEN = "num_experts_per_tok"
+# What a config says about itself; leaving it out changes nothing of what is built.
+ABOUT_ITSELF = {"model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"}
+FLOAT = "__float__"  # {"__float__": "Infinity"}
+OLDER_NAMES = {"rope_parameters": "rope_scaling", "dtype": "torch_dtype"}
+VALIDATION = re.compile(r"Validation error for field '(?P<key>\w+)'")
+CLASS_VALIDATION = re.compile(r"Class validation error for validator")
+EXPECTED = re.compile(r"expected (?P<type>[\w ]+), got (?P<found>\w+)")
+
+
+class NoConfigError(TypeError):
+    """A part of a config is none."""
+
+
+SPEAKING = (ValueError, OSError, ImportError, NoConfigError)  # what these say needs no type before it
+
+
+def build_config(content: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config of transformers for what a config.json holds.
+
+    Raises:
+        Exception: whatever the architecture's code raises.
+    """
+    kind: type[PreTrainedConfig] = CONFIG_MAPPING[content["model_type"]]
+    config = kind.from_dict(_decoded(content))  # a copy: transformers changes what is nested in it
+    text_config(config)
+    return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the part of `config` that the text decoder is built from, which may be all of it.
+
+    Raises:
+        Exception: whatever the architecture's code raises if a part of it is none.
+    """
+    text = config.get_text_config(decoder=True)
+    if not isinstance(text, PreTrainedConfig):
+        raise NoConfigError("it must be an object with keys of its own")
+    text.to_dict()  # building copies it so
+    return text
+
+
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model that `config` describes, wherever torch makes tensors now.
+
+    Raises:
+        ModelError: its architecture builds none of it; names file, key and value.
+        MissingDependencyError: its code needs a package that is not installed.
+    """
+
+    def build(described: PreTrainedConfig) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            described, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return model
+
+    try:
+        return build(config)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{config.model_type} can't be built: {told(error)}", hint="Install what its code needs."
+        ) from error
+    except Exception as error:  # whatever the code of an architecture raises
+        if is_ours(error):
+            raise
+        values = config.to_dict()
+        changed = [] if trust_remote_code else _changed(config, values)
+        keys = faulty_keys(values, changed, error, lambda content: build(type(config).from_dict(dict(content))))
+        raise refused(config.name_or_path or config.model_type, values, keys, error) from error
+
+
+def check_sizes(where: str, config: PreTrainedConfig) -> None:
+    """Check what architectures take unseen and fail on when they compute: sizes below one, heads that do not divide.
+
+    Raises:
+        ModelError: a size can't be; names file, key and value.
+    """
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise refused(where, {"dtype": str(config.dtype)}, ["dtype"], "torch has no such dtype")
+    values, own = config.to_dict(), {field.name for field in fields(config)}
+    names = {key: config.attribute_map.get(key, key) for key in (*SIZES, *NUM_EXPERTS, NUM_CHOSEN)}
+    found = {key: values[name] for key, name in names.items() if name in own and type(values.get(name)) is int}
+    for key in SIZES:
+        if found.get(key, 1) < 1:
+            raise refused(where, values, [names[key]], "it must be at least 1")
+    heads, shared = found.get("num_attention_heads"), found.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        keys = [names["num_attention_heads"], names["num_key_value_heads"]]
+        raise refused(where, values, keys, "the first must be a multiple of the second")
+    experts = {names[key]: found[key] for key in NUM_EXPERTS if key in found}
+    if 1 < max(experts.values(), default=0) < found.get(NUM_CHOSEN, 0):  # with one, or none, there is no choice
+        raise refused(where, values, [names[NUM_CHOSEN], *experts], "there are fewer experts than a token is given")
+
+
+def refused(where: str, content: Mapping[str, Any], keys: list[str], reason: Exception | str) -> ModelError:
+    """Return the error for the config.json of `where`, a directory, a file or a name, which `keys` make unusable."""
+    path = Path(where)
+    file = path / CONFIG if path.is_dir() else path
+    is_file = file.is_file()
+    written = _as_written(file) if is_file else {}
+    shown = [f"{_written_name(key, written)} is {_shown(content.get(key))}" for key in keys]
+    why = reason if isinstance(reason, str) else told(reason)
+    return ModelError(
+        f"{file if is_file else f'{CONFIG} of {where}'} describes no model that can be built: "
+        f"{', '.join(shown)}{': ' if shown else ''}{why}",
+        hint=f"Correct it there, or get the file anew. {again(file.parent, file.name)}"
+        if is_file
+        else "Correct it there.",
+    )
+
+
+def faulty_keys(
+    content: Mapping[str, Any],
+    candidates: Iterable[str],
+    error: Exception,
+    builds: Callable[[Mapping[str, Any]], object],
+) -> list[str]:
+    """Return those of `candidates` without any one of which, or with null, `builds` makes something of `content`.
+
+    If `error` speaks of some of them, by name or by value, it is those alone.
+    """
+    said = str(error)
+    spoken = [key for key in candidates if _is_spoken_of(key, content[key], said)]
+    others = [key for key in candidates if key not in spoken]
+
+    def is_faulty(key: str) -> bool:
+        others = {other: value for other, value in content.items() if other != key}
+        return any(_succeeds(builds, changed) for changed in (others, {**others, key: None}))
+
+    found = list(islice(filter(is_faulty, spoken), MOST_NAMED))
+    return found or list(islice(filter(is_faulty, others), MOST_NAMED))
+
+
+def _succeeds(builds: Callable[[Mapping[str, Any]], object], content: Mapping[str, Any]) -> bool:
+    try:
+        builds(content)
+    except Exception:  # noqa: BLE001 - it fails as before, or otherwise, whatever it raises
+        return False
+    return True
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether what was raised under a call of a library comes from our own code, or has passed through it."""
+    if isinstance(error, NoConfigError):
+        return False
+    frames = [Path(frame.f_code.co_filename).is_relative_to(PACKAGE) for frame, _ in walk_tb(error.__traceback__)]
+    below = list(dropwhile(bool, frames))  # what the library did
+    return not below or any(below)
+
+
+def told(error: Exception) -> str:
+    """Return what `error` says in one line, and of what type it is where that says more."""
+    text = str(error)
+    if field := VALIDATION.search(text):
+        types = [match for match in EXPECTED.findall(text) if match[0] != "NoneType"]
+        return f"it must be {' or '.join(dict.fromkeys(kind for kind, _ in types))}" if types else field[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    if CLASS_VALIDATION.match(text):
+        last = last.removeprefix("ValueError: ")
+    elif not last or not isinstance(error, SPEAKING):
+        last = f"{type(error).__name__}: {last}".removesuffix(": ")
+    return last if len(last) <= MOST_CHARACTERS else f"{last[:MOST_CHARACTERS]}…"
+
+
+def _decoded(value: Any) -> Any:
+    """Return a copy of what a JSON file holds, and in it as floats what JSON has no numbers for."""
+    if isinstance(value, Mapping):
+        return float(value[FLOAT]) if value.keys() == {FLOAT} else {key: _decoded(part) for key, part in value.items()}
+    return [_decoded(part) for part in value] if isinstance(value, list) else value
+
+
+def _changed(config: PreTrainedConfig, values: Mapping[str, Any]) -> list[str]:
+    """Return the keys of `values`, those of `config`, that are not at the default of its class."""
+    try:
+        default = type(config)().to_dict()
+    except Exception:  # noqa: BLE001 - some classes have no default, and raise what they like
+        default = {}
+    return [key for key, value in values.items() if key not in ABOUT_ITSELF and default.get(key) != value]
+
+
+def _is_spoken_of(key: str, value: object, said: str) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else [value]
+    values = [str(part) for part in parts if isinstance(part, str | int) and not isinstance(part, bool)]
+    return any(re.search(rf"(?<![\w-]){re.escape(word)}(?!\w)", said) for word in (key, *values) if word)
+
+
+def _as_written(file: Path) -> Mapping[str, Any]:
+    content = read_json(file)
+    text = content.get("text_config")
+    return {**content, **text} if isinstance(text, Mapping) else content
+
+
+def _written_name(key: str, written: Mapping[str, Any]) -> str:
+    older = OLDER_NAMES.get(key, key)
+    return older if older in written and key not in written else key
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}…"

@@ -1,0 +1,141 @@
+"""A config.json that an architecture refuses: one error that names file, key and value, whatever the code raises."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import ModelError
+from qlora_cli.memory.catalogue import catalogue
+from qlora_cli.model_files.config import config_from, read_config
+from qlora_cli.model_files.construction import build_model, is_ours, text_config
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.layout import build_on_meta
+from tests.tiny_models import FAMILIES, VOCABULARY_SIZE, tiny_config
+
+BROKEN: Mapping[str, Any] = {
+    "pad_token_id": VOCABULARY_SIZE,
+    "rope_parameters": {"rope_type": "ntk-aware", "factor": 2.0, "rope_theta": 1e4},
+    "hidden_act": "nonsense",
+    "activation_function": "nonsense",
+    "vocab_size": "128",
+    "hidden_size": -64,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 0,
+    "num_key_value_heads": 3,
+    "layer_types": ["full_attention"],
+    "dtype": "float99",
+    "quantization_config": "nf4",
+    "text_config": 5,
+    "max_position_embeddings": "many",
+    "num_experts_per_tok": 99,
+}
+KINDS = ("llama", "gpt2", "bloom", "phi3", "mixtral", "gemma3_text", "deepseek_v3", "falcon", "mamba2", "nemotron_h")
+ALWAYS_REFUSED = ("vocab_size", "dtype", "quantization_config", "text_config")
+
+
+def write(directory: Path, content: Mapping[str, Any]) -> ModelSource:
+    (directory / "config.json").write_text(json.dumps(content))
+    return ModelSource(name="tiny", path=directory, base_name="tiny", tokenizer_path=directory)
+
+
+def content_of(family: str, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(tiny_config(family).to_json_string())
+    return {**values, **changes}
+
+
+def built(source: ModelSource) -> PreTrainedModel:
+    return build_on_meta(read_config(source, trust_remote_code=False).config, torch.bfloat16)
+
+
+def names_of(family: str, key: str) -> set[str]:
+    return {key, tiny_config(family).attribute_map.get(key, key)}
+
+
+def refusal(source: ModelSource) -> ModelError | None:
+    """Return the error of building a model; any other than ours ends the test."""
+    try:
+        built(source)
+    except ModelError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_what_an_architecture_refuses_is_one_error_that_names_file_and_key(family: str, tmp_path: Path) -> None:
+    refused = set()
+    for key, value in BROKEN.items():
+        error = refusal(write(tmp_path, content_of(family, **{key: value})))
+        if error is None:  # this architecture does without the key
+            continue
+        refused.add(key)
+        assert str(tmp_path / "config.json") in error.message
+        assert "config.json" in str(error.hint)
+        assert any(name in error.message for name in names_of(family, key)), error.message
+        assert "\n" not in error.message
+        assert len(error.message) < 1000
+    assert refused >= set(ALWAYS_REFUSED)
+    assert len(refused) >= 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_right_builds_the_same_from_the_file_and_from_its_content(family: str, tmp_path: Path) -> None:
+    source = write(tmp_path, content_of(family))
+    from_content = build_on_meta(config_from("tiny", content_of(family)).config, torch.bfloat16)
+    shapes = {name: parameter.shape for name, parameter in built(source).named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in from_content.named_parameters()}
+
+
+def test_no_model_of_the_catalogue_has_a_size_that_is_refused() -> None:
+    assert len([config_from(model.name, model.config) for model in catalogue()]) > 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pad_token_id": 128}, "pad_token_id is 128: AssertionError: Padding_idx must be within num_embeddings"),
+        ({"rope_parameters": BROKEN["rope_parameters"]}, '"rope_type": "ntk-aware"'),
+        ({"vocab_size": "128"}, 'vocab_size is "128": it must be int'),
+        ({"dtype": "float99"}, 'dtype is "float99"'),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, num_key_value_heads is 3: the first must be a mult"),
+    ],
+)
+def test_the_key_that_is_wrong_is_named_and_no_other(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        built(write(tmp_path, content_of("llama", **changes)))
+    assert said in caught.value.message
+    assert caught.value.message.count(" is ") <= 2
+
+
+def test_the_key_is_called_what_the_file_calls_it(tmp_path: Path) -> None:
+    content = content_of("llama", rope_scaling={"type": "ntk-aware", "factor": 2.0}, torch_dtype="bfloat16")
+    content.pop("rope_parameters")
+    with pytest.raises(ModelError, match=r"rope_scaling is \{"):
+        built(write(tmp_path, content))
+
+
+def test_the_decoder_of_a_checkpoint_with_towers_is_named_by_its_file_too(tmp_path: Path) -> None:
+    text = content_of("gemma3_text", pad_token_id=128)
+    source = write(tmp_path, {"model_type": "gemma3", "text_config": text})
+    with pytest.raises(ModelError, match="pad_token_id is 128") as caught:
+        built(source)
+    assert str(tmp_path / "config.json") in caught.value.message
+
+
+def test_a_config_of_the_network_is_named_by_its_model() -> None:
+    with pytest.raises(ModelError, match=r"^config\.json of some/model .*pad_token_id is 128"):
+        build_on_meta(config_from("some/model", content_of("llama", pad_token_id=128)).config, torch.bfloat16)
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_fault_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of the package that a constructor calls back raises: that passes through as it is."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda *_: text_config("no config"))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="get_text_config") as caught:
+        build_model(tiny_config("llama"), torch.bfloat16)
+    assert is_ours(caught.value)
