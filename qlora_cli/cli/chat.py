@@ -16,7 +16,6 @@ from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.cli import options
 from qlora_cli.cli.generate import (
     MAX_NEW_TOKENS,
-    WITHOUT_EFFECT,
     MaxNewTokens,
     Seed,
     System,
@@ -27,6 +26,7 @@ from qlora_cli.cli.generate import (
     sampling_of,
 )
 from qlora_cli.errors import QloraError, UsageError
+from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import LoadSettings
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 HELP = "/reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
 
-@options.takes("model", "quantization", positional="model.name", without=WITHOUT_EFFECT)
+@options.takes(Command.CHAT, LoadSettings, positional="model.name")
 def chat(
     context: typer.Context,
     system: System = None,

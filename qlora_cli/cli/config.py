@@ -4,7 +4,8 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
-from qlora_cli.settings.models import SECTIONS, json_schema
+from qlora_cli.settings.marks import Command
+from qlora_cli.settings.models import TrainSettings, json_schema
 from qlora_cli.settings.resolve import describe
 
 config_app = typer.Typer(
@@ -13,7 +14,7 @@ config_app = typer.Typer(
 
 
 @config_app.command()
-@options.takes(*SECTIONS)
+@options.takes(Command.TRAIN, TrainSettings)
 def show(context: typer.Context, json: options.Json = False) -> None:
     """Print every setting, its value and where the value comes from. Takes the flags of train."""
     rows = describe(options.read_sources(context))

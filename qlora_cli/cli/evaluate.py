@@ -11,23 +11,8 @@ from qlora_cli.cli.output import print_json
 from qlora_cli.errors import UsageError
 from qlora_cli.evaluating.preflight import check_evaluation
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
+from qlora_cli.settings.marks import Command
 
-# What only training reads; and what a command of its own option says better.
-WITHOUT = (
-    *("model.new_tokens", "data.dataset", "data.eval_dataset", "data.eval_split", "data.packing", "data.streaming"),
-    *(path for path in options.FLAGS if path.startswith("training.") and path != "training.seed"),
-)
-
-Dataset = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dataset",
-        metavar="TEXT",
-        help="Rows to evaluate on, named as training data is; may be repeated. Of a run: by default those that it "
-        "held out.",
-        show_default=False,
-    ),
-]
 Split = Annotated[
     str | None,
     typer.Option("--split", metavar="TEXT", help="Split of a hub data set. [default: test]", show_default=False),
@@ -69,10 +54,9 @@ Limit = Annotated[
 ]
 
 
-@options.takes("model", "quantization", "data", "training", positional="model.name", without=WITHOUT)
+@options.takes(Command.EVALUATE, EvaluateSettings, positional="model.name")
 def evaluate(
     context: typer.Context,
-    dataset: Dataset = None,  # noqa: ARG001 - a setting: read from the context, under help that fits here
     split: Split = None,
     base: WithBase = None,
     merged: Merged = None,

@@ -12,10 +12,9 @@ from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import SettingsError, UsageError
 from qlora_cli.model_files.source import check_model_name
+from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import LoadSettings
 
-# New rows are random until they are trained, so nothing can be asked of them.
-WITHOUT_EFFECT = ("model.new_tokens",)
 MAX_NEW_TOKENS = 256
 FROM_STDIN = "-"
 
@@ -46,7 +45,7 @@ Seed = Annotated[
 ]
 
 
-@options.takes("model", "quantization", positional="model.name", without=WITHOUT_EFFECT)
+@options.takes(Command.GENERATE, LoadSettings, positional="model.name")
 def generate(
     context: typer.Context,
     prompt: Prompt,

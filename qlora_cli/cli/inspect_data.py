@@ -10,15 +10,8 @@ from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
+from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import InspectDataSettings
-
-# They say nothing about data. In a settings file, and by --set, they are checked all the same.
-WITHOUT_EFFECT = (
-    *("model.dtype", "model.device", "model.attention", "model.offload_embedding", "model.allow_pickle"),
-    *("data.packing", "data.streaming", "training.learning_rate", "training.epochs", "training.max_steps"),
-    *("training.gradient_checkpointing", "training.optimizer", "training.schedule", "training.auto_micro_batch"),
-    *("training.on_nan", "training.eval_steps", "training.save_steps", "training.sample_prompts"),
-)
 
 Rows = Annotated[int, typer.Option("--rows", min=0, metavar="INTEGER", help="Rows to show token by token.")]
 Html = Annotated[
@@ -27,7 +20,7 @@ Html = Annotated[
 ]
 
 
-@options.takes("model", "data", "training", without=WITHOUT_EFFECT)
+@options.takes(Command.INSPECT_DATA, InspectDataSettings)
 def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json: options.Json = False) -> None:
     """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
 

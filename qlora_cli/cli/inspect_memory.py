@@ -13,17 +13,8 @@ from qlora_cli.cli.output import print_json
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.solve import SETTINGS
-
-# They make no difference to the memory of a GPU. In a settings file, and by --set, they are checked all the same.
-WITHOUT_EFFECT = (
-    *("model.device", "model.chat_template", "model.allow_pickle", "lora.alpha"),
-    *("data.dataset", "data.eval_dataset", "data.eval_split", "data.format", "data.columns", "data.loss_on"),
-    *("data.on_long", "data.accept_lost", "data.on_bad_row", "data.drop_duplicates", "data.streaming"),
-    *("training.sampling", "training.longest_first"),
-    *("training.learning_rate", "training.schedule", "training.epochs", "training.max_steps", "training.seed"),
-    *("training.auto_micro_batch", "training.on_nan", "training.save_steps", "training.sample_prompts"),
-)
-
+from qlora_cli.settings.marks import Command
+from qlora_cli.settings.models import EstimateSettings
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
 Gpus = Annotated[
@@ -77,7 +68,7 @@ Plot = Annotated[
 ]
 
 
-@options.takes("model", "quantization", "lora", "data", "training", positional="model.name", without=WITHOUT_EFFECT)
+@options.takes(Command.INSPECT_MEMORY, EstimateSettings, positional="model.name")
 def inspect_memory(
     context: typer.Context,
     words: Words = None,

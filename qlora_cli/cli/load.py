@@ -9,10 +9,11 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
+from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import LoadSettings
 
 
-@options.takes("model", "quantization", positional="model.name")
+@options.takes(Command.LOAD, LoadSettings, positional="model.name")
 def load(
     context: typer.Context,
     save: Annotated[

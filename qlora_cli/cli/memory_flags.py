@@ -112,7 +112,7 @@ def check_plot(path: Path) -> QloraError | None:
 def _misplaced(context: typer.Context, given: Given) -> list[Problem]:
     """Return words where none belong, and a sweep in the place of MODEL."""
     problems = []
-    model = str(context.params.get("model") or "")
+    model = str(context.params.get(options.parameter_of("model.name")) or "")
     if model.partition("=")[0] in SETTINGS:
         hint = "Put MODEL before --sweep, or quote all that is swept: --sweep 'rank=8,16 max-length=512..4096'."
         problems.append(Problem(where="MODEL", message=f"{model!r} is no model, but values to sweep", hint=hint))

@@ -1,134 +1,60 @@
-"""The flags: which setting each one sets. Help, choices and defaults come from the setting itself.
+"""The flags of settings: made from the settings themselves, whose marks say which flag, and which commands take it.
 
 Every flag of a setting takes text, so that pydantic sees all values and all problems are told at once.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import typer
+from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.models import SECTIONS, LoadSettings
-from qlora_cli.settings.resolve import Resolved, Sources, choices_of, resolve
+from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.models import Section, marks
+from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
+from qlora_cli.settings.shown import is_switch, metavar, shown_default
 
-SettingsT = TypeVar("SettingsT", bound=LoadSettings)
-Command = TypeVar("Command", bound=Callable[..., None])
+SettingsT = TypeVar("SettingsT", bound=Section)
+Function = TypeVar("Function", bound=Callable[..., None])
 
-FLAGS: dict[str, str] = {
-    "model.name": "--model",
-    "model.revision": "--revision",
-    "model.base_model": "--base-model",
-    "model.dtype": "--dtype",
-    "model.device": "--device",
-    "model.attention": "--attention",
-    "model.offload_embedding": "--offload-embedding",
-    "model.new_tokens": "--new-tokens",
-    "model.resize_vocab": "--resize-vocab",
-    "model.rope_scaling": "--rope-scaling",
-    "model.chat_template": "--chat-template",
-    "model.allow_pickle": "--allow-pickle",
-    "model.trust_remote_code": "--trust-remote-code",
-    "quantization.method": "--quant",
-    "quantization.double_quant": "--double-quant",
-    "lora.rank": "--rank",
-    "lora.alpha": "--alpha",
-    "lora.target_modules": "--target-modules",
-    "data.dataset": "--dataset",
-    "data.eval_dataset": "--eval-dataset",
-    "data.eval_split": "--eval-split",
-    "data.format": "--format",
-    "data.columns": "--columns",
-    "data.loss_on": "--loss-on",
-    "data.max_length": "--max-length",
-    "data.on_long": "--on-long",
-    "data.accept_lost": "--accept-lost",
-    "data.on_bad_row": "--on-bad-row",
-    "data.drop_duplicates": "--drop-duplicates",
-    "data.packing": "--packing",
-    "data.streaming": "--streaming",
-    "training.learning_rate": "--learning-rate",
-    "training.epochs": "--epochs",
-    "training.max_steps": "--max-steps",
-    "training.micro_batch_size": "--micro-batch-size",
-    "training.gradient_accumulation_steps": "--gradient-accumulation-steps",
-    "training.gradient_checkpointing": "--gradient-checkpointing",
-    "training.auto_micro_batch": "--auto-micro-batch",
-    "training.optimizer": "--optimizer",
-    "training.schedule": "--schedule",
-    "training.sampling": "--sampling",
-    "training.longest_first": "--longest-first",
-    "training.seed": "--seed",
-    "training.on_nan": "--on-nan",
-    "training.eval_steps": "--eval-steps",
-    "training.save_steps": "--save-steps",
-    "training.sample_prompts": "--sample-prompt",
-    "output.directory": "--output",
-    "output.resume": "--resume",
-    "output.report_to": "--report-to",
-    "output.push_to_hub": "--push-to-hub",
-}
-# The parameter of a command that takes each setting, by the flag's name: `--max-length` is `max_length`.
-PARAMETERS = {path: flag.removeprefix("--").replace("-", "_") for path, flag in FLAGS.items()}
-REPEATABLE = ("data.dataset", "data.eval_dataset", "training.sample_prompts")
-METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
+SEPARATOR = "__"  # of section and key in the name of a command's parameter: `lora__rank` takes lora.rank
 
 
-def setting(path: str) -> inspect.Parameter:
-    """Return the parameter of a command that takes the setting `section.key`, described by the setting itself."""
-    flag = FLAGS[path]
-    if is_switch(path):
-        kind: Any = bool | None
-        option = typer.Option(f"{flag}/--no-{flag.removeprefix('--')}", help=describe(path), show_default=False)
-    else:
-        kind = list[str] | None if is_repeatable(path) else str | None
-        option = typer.Option(flag, help=describe(path), metavar=metavar(path), show_default=False)
-    return _parameter(PARAMETERS[path], Annotated[kind, option])
+def settings_of(command: Command, kind: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting of `kind` that `command` has a flag for, as `section.key` and its field there."""
+    for name, section in sections_of(kind).items():
+        for key, field in section.model_fields.items():
+            if name in kind.model_fields and marks(f"{name}.{key}").is_taken_by(command):
+                yield f"{name}.{key}", field
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def parameter_of(path: str) -> str:
+    """Return the name of the parameter of a command that takes the setting `section.key`."""
+    return path.replace(".", SEPARATOR)
 
 
-def is_switch(path: str) -> bool:
-    """Whether the setting is on or off."""
-    section, key = path.split(".")
-    return SECTIONS[section].model_fields[key].annotation is bool
-
-
-def is_repeatable(path: str) -> bool:
-    """Whether the setting's flag may be given several times."""
-    return path in REPEATABLE
-
-
-def takes(
-    *sections: str, positional: str | None = None, without: Collection[str] = ()
-) -> Callable[[Command], Command]:
-    """Give a command the flags of every setting in `sections`, and `--config` and `--set`.
+def takes(command: Command, kind: type[Section], *, positional: str | None = None) -> Callable[[Function], Function]:
+    """Give a command the flags of every setting of `kind` that it takes, and `--config` and `--set`.
 
     The command itself names only what is its own; settings are read from the context by `resolve_settings`.
-    `positional` is a setting that is given as an argument, not by its flag; `without` are settings that mean nothing
-    to the command, which get no flag.
+    `positional` is a setting that is given as an argument, not by its flag.
     """
-    assert set(without) <= FLAGS.keys(), "a setting without a flag can't be left out"
 
-    def give(command: Command) -> Command:
-        own = inspect.signature(command).parameters
+    def give(function: Function) -> Function:
+        own = inspect.signature(function).parameters
 
-        @functools.wraps(command)
+        @functools.wraps(function)
         def wrapper(context: typer.Context, **given: Any) -> Any:
-            return command(context, **{name: value for name, value in given.items() if name in own})
+            return function(context, **{name: value for name, value in given.items() if name in own})
 
+        fields = dict(settings_of(command, kind))
         parameters = [own["context"]]
         if positional is not None:
-            argument = typer.Argument(help=describe(positional), show_default=False)
-            parameters.append(_parameter(PARAMETERS[positional], Annotated[str | None, argument]))
-        given_otherwise = {positional, *without}
-        paths = (path for path in FLAGS if path.split(".")[0] in sections and path not in given_otherwise)
-        parameters += [setting(path) for path in paths]
+            parameters.append(_argument(positional, fields.pop(positional)))
+        parameters += [_option(path, field) for path, field in fields.items()]
         parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
         parameters += [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -138,32 +64,50 @@ def takes(
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         del wrapper.__wrapped__  # what would otherwise be read for type hints
-        return cast(Command, wrapper)
+        return cast(Function, wrapper)
 
     return give
 
 
-def describe(path: str) -> str:
+def _option(path: str, field: FieldInfo) -> inspect.Parameter:
+    """Return the parameter of a command that takes a setting by its flag, described by the setting itself."""
+    marked = marks(path)
+    flag = cast(str, marked.flag)
+    if is_switch(field):
+        kind: Any = bool | None
+        option = typer.Option(f"{flag}/{off_flag(marked)}", help=describe(field), show_default=False)
+    else:
+        kind = list[str] | None if marked.is_repeatable else str | None
+        option = typer.Option(flag, help=describe(field), metavar=metavar(field), show_default=False)
+    return _parameter(parameter_of(path), Annotated[kind, option])
+
+
+def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
+    """Return the parameter of a command that takes a setting without a flag."""
+    marked = marks(path)
+    argument = typer.Argument(metavar=argument_name(marked), help=describe(field), show_default=False)
+    kind: Any = list[str] | None if marked.is_repeatable else str | None
+    return _parameter(parameter_of(path), Annotated[kind, argument])
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def off_flag(marked: Marks) -> str:
+    """Return the flag that turns a switch off."""
+    return marked.off_flag or f"--no-{cast(str, marked.flag).removeprefix('--')}"
+
+
+def argument_name(marked: Marks) -> str:
+    """Return what a setting is called that is given without its flag: `MODEL` for `--model`."""
+    return marked.metavar or cast(str, marked.flag).removeprefix("--").replace("-", "_").upper()
+
+
+def describe(field: FieldInfo) -> str:
     """Return a setting's line of help with its default."""
-    section, key = path.split(".")
-    field = SECTIONS[section].model_fields[key]
-    text = field.description or ""
-    if field.is_required() or field.default is None:
-        return text
-    default = field.default.value if isinstance(field.default, Enum) else field.default
-    return f"{text} [default: {str(default).lower() if isinstance(default, bool) else default}]"
-
-
-def metavar(path: str) -> str:
-    """Return what a flag takes: its choices, or the kind of value."""
-    if choices := choices_of(path):
-        return "|".join(choices)
-    section, key = path.split(".")
-    annotation = str(SECTIONS[section].model_fields[key].annotation)
-    for kind, name in METAVARS:
-        if kind.__name__ in annotation:
-            return name
-    return "TEXT"
+    default = shown_default(field)
+    return f"{field.description or ''}{'' if default is None else f' [default: {default}]'}"
 
 
 Config = Annotated[
@@ -179,11 +123,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 def read_sources(context: typer.Context) -> Sources:
     """Return what the command line gave, from the parameters of the command that is running."""
     given: dict[str, Any] = context.params
-    flags = {
-        path: (_given_as(context, path, given[name]), given[name])
-        for path, name in PARAMETERS.items()
-        if given.get(name) not in (None, ())  # of a flag that may be repeated, no value is an empty tuple
-    }
+    flags = {}
+    for name, value in given.items():
+        section, separator, key = name.partition(SEPARATOR)
+        if separator and value not in (None, ()):  # of a flag that may be repeated, no value is an empty tuple
+            path = f"{section}.{key}"
+            flags[path] = (_given_as(context, path, value), value)
     assignments: Iterable[str] = given.get("assignments") or ()
     return Sources(config=given.get("config"), assignments=tuple(assignments), flags=flags)
 
@@ -194,18 +139,19 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
     Raises:
         SettingsError: with every problem found.
     """
-    names = {path: _name_of(context, path) for path in FLAGS}
-    return resolve(read_sources(context), kind, names)
+    named = (name.partition(SEPARATOR) for name in context.params if SEPARATOR in name)
+    paths = [f"{section}.{key}" for section, _, key in named]
+    return resolve(read_sources(context), kind, {path: _name_of(context, path) for path in paths})
 
 
 def _given_as(context: typer.Context, path: str, value: Any) -> str:
     """Return what was typed for a setting: a switch that is off was `--no-…`."""
-    name = _name_of(context, path)
-    return f"--no-{name.removeprefix('--')}" if value is False else name
+    return off_flag(marks(path)) if value is False else _name_of(context, path)
 
 
 def _name_of(context: typer.Context, path: str) -> str:
     """Return what the running command calls a setting: a flag, or an argument in capitals."""
-    name = PARAMETERS[path]
+    name = parameter_of(path)
     positional = {parameter.name for parameter in context.command.params if parameter.param_type_name == "argument"}
-    return name.upper() if name in positional else FLAGS[path]
+    marked = marks(path)
+    return argument_name(marked) if name in positional else cast(str, marked.flag)

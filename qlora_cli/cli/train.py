@@ -7,11 +7,12 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
-from qlora_cli.settings.models import SECTIONS, TrainSettings
+from qlora_cli.settings.marks import Command
+from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.preflight import check_train_inputs
 
 
-@options.takes(*SECTIONS)
+@options.takes(Command.TRAIN, TrainSettings)
 def train(
     context: typer.Context,
     dry_run: Annotated[

@@ -13,7 +13,9 @@ class EvaluateDataSettings(DataSettings):
     """The rows, which a run that is named brings along."""
 
     dataset: Datasets | None = Field(  # type: ignore[assignment]
-        default=None, description="Rows to evaluate on, named as training data is; of a run those that it held out."
+        default=None,
+        description="Rows to evaluate on, named as training data is; may be repeated. Of a run: by default those that "
+        "it held out.",
     )
 
 

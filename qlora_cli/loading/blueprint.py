@@ -23,6 +23,7 @@ from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Attention, Dtype
+from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -180,7 +181,7 @@ def effective_quantization(
     else:
         return asked
     for key in sorted(asked.model_fields_set):
-        if not effective.method.takes(key):
+        if not effective.method.takes(key) and not asks_for_nothing(getattr(asked, key)):
             raise ModelError(
                 f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
                 hint="Leave it out.",

@@ -17,6 +17,7 @@ from qlora_cli.cache import cache_folder, digest_of, digests_of_code, versions_o
 from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.settings.models import all_settings, marks
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Of our own code: what an answer depends on.
@@ -27,9 +28,13 @@ MOST_ANSWERS = 500
 def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the name that the answer to `request` about a model with this config goes by."""
     asked = dataclasses.asdict(dataclasses.replace(request, settings=None))  # type: ignore[arg-type]
-    asked["settings"] = request.settings.model_dump(mode="json")
-    # What is not given depends on the model, or on whose run it is.
-    asked["given"] = [sorted(getattr(request.settings, part).model_fields_set) for part in ("data", "training")]
+    settings = request.settings
+    values = settings.model_dump(mode="json")
+    for path in (path for path in all_settings() if marks(path).affects_memory):
+        section, key = path.split(".")
+        asked[path] = values[section][key]
+        # What is not given depends on the model, or on whose run it is.
+        asked[f"{path} is given"] = key in getattr(settings, section).model_fields_set
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
     return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
 

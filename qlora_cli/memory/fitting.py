@@ -8,24 +8,11 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room, with_values
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.models import EstimateSettings, marks
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"
 
-# The flags of the settings that a suggestion changes. The command line has them all; this part does not import it.
-FLAGS = {
-    "model.attention": "--attention",
-    "quantization.method": "--quant",
-    "quantization.double_quant": "--double-quant",
-    "lora.rank": "--rank",
-    "lora.target_modules": "--target-modules",
-    "data.max_length": "--max-length",
-    "training.micro_batch_size": "--micro-batch-size",
-    "training.gradient_accumulation_steps": "--gradient-accumulation-steps",
-    "training.gradient_checkpointing": "--gradient-checkpointing",
-    "training.optimizer": "--optimizer",
-}
 LEAST_RANK = 8
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -218,7 +205,8 @@ class Trials:
 def flags_of(values: Mapping[str, object]) -> str:
     """Return values by `section.key` as the flags that set them."""
     return " ".join(
-        FLAGS[path] if value is True else f"{FLAGS[path]} {_text(value)}" for path, value in values.items()
+        f"{marks(path).flag}" if value is True else f"{marks(path).flag} {_text(value)}"
+        for path, value in values.items()
     )
 
 

@@ -3,9 +3,27 @@
 What settings and texts need to know of a word stands beside it, so that nobody else asks for it by name.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+
+# What PyTorch and others call a dtype, by the name that it has here.
+DTYPE_SYNONYMS: Mapping[str, str] = {
+    prefix + synonym: name
+    for name, synonyms in (("bf16", ("bfloat16",)), ("fp16", ("float16", "half")), ("fp32", ("float32", "float")))
+    for synonym in synonyms
+    for prefix in ("", "torch.")
+}
+
+
+class DtypeName(StrEnum):
+    """A choice among dtypes, which also goes by the names that PyTorch gives them."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "DtypeName | None":
+        name = DTYPE_SYNONYMS.get(str(value))
+        return next((member for member in cls if member.value == name), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +54,25 @@ class Quantization(StrEnum):
     FP4 = "fp4"
     INT8 = "int8"
     NONE = "none"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Quantization | None":
+        """Return the one method with the bits that `8bit` or `int8` names; several are a matter of choice."""
+        found = cls.of_bits(str(value))
+        return found[0] if len(found) == 1 else None
+
+    @classmethod
+    def of_bits(cls, text: str) -> list["Quantization"]:
+        """Return the methods that store a weight in the bits that `text` names, as `4bit`, `4-bit` or `int4` do."""
+        named = re.fullmatch(r"(?:int)?(\d+)(?:[-_ ]?bits?)?", text.lower())
+        bits = int(named[1]) if named and not text.isdigit() else UNQUANTIZED_BITS
+        return [method for method in cls if method.is_quantized and method.traits.bits == bits]
+
+    @classmethod
+    def hint_for(cls, value: str) -> str | None:
+        """Return what to choose from where `value` names bits that several methods store a weight in."""
+        found = cls.of_bits(value)
+        return f"Choose {' or '.join(found)}; the first is the default." if DEFAULT_METHOD in found else None
 
     @property
     def traits(self) -> MethodTraits:
@@ -93,7 +130,7 @@ def quant_flag(methods: Iterable[Quantization]) -> str:
     return f"--quant {' or '.join(methods)}"
 
 
-class Storage(StrEnum):
+class Storage(DtypeName):
     """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
 
     UINT8 = "uint8"
@@ -102,7 +139,7 @@ class Storage(StrEnum):
     FP32 = "fp32"
 
 
-class Dtype(StrEnum):
+class Dtype(DtypeName):
     """The dtype that matrix products are computed in."""
 
     AUTO = "auto"
@@ -271,7 +308,7 @@ class BaseWeights(StrEnum):
     DEQUANTIZED = "dequantized"
 
 
-class MergeDtype(StrEnum):
+class MergeDtype(DtypeName):
     """What a merged model is written in; `keep` is each tensor's own."""
 
     KEEP = "keep"

@@ -1,15 +1,24 @@
 """Settings that can have no effect beside others, or can't work together: an error, never silence."""
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import OnLong, Quantization, Sampling, quant_flag
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
-from qlora_cli.settings.models import DataSettings, EstimateDataSettings, QuantizationSettings, TrainingSettings
+from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.models import (
+    DataSettings,
+    EstimateDataSettings,
+    QuantizationSettings,
+    Section,
+    TrainingSettings,
+    marks,
+)
 from qlora_cli.settings.sources import Entry
-from qlora_cli.settings.values import held_out_share
+from qlora_cli.settings.values import either, held_out_share
 
 
 def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
@@ -34,7 +43,10 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
             for path, message, hint in about_lora(lora, validated["quantization"].method)
             if path in merged
         ]
-    return problems + _without_effect(validated["quantization"].method, merged) + not_from_a_file(merged)
+    for name, section in validated.items():
+        problems += _by_marks(name, section, merged)
+    problems += _without_effect(validated["quantization"], merged)
+    return problems + not_from_a_file(merged)
 
 
 Conflict = tuple[str, str, str]
@@ -102,11 +114,9 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-# What runs code that comes with a model: a settings file that somebody else wrote must not switch it on.
-ONLY_BY_HAND = ("model.trust_remote_code", "model.allow_pickle")
-
-
-def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[Problem]:
+def _without_effect(quantization: QuantizationSettings, merged: Mapping[str, Entry]) -> list[Problem]:
+    """Return what the method makes nothing of."""
+    method = quantization.method
     return [
         Problem(
             where=merged[path].origin.where,
@@ -114,8 +124,31 @@ def _without_effect(method: Quantization, merged: Mapping[str, Entry]) -> list[P
             hint=f"Leave it out, or use {quant_flag(other for other in Quantization if other.takes(key))}.",
         )
         for key in QuantizationSettings.model_fields
-        if (path := f"quantization.{key}") in merged and not method.takes(key)
+        if (path := f"quantization.{key}") in merged
+        and not method.takes(key)
+        and not asks_for_nothing(getattr(quantization, key))
     ]
+
+
+def _by_marks(name: str, section: Section, merged: Mapping[str, Entry]) -> list[Problem]:
+    """Return what has no effect because of another setting of its section, as the marks of its field say."""
+    problems = []
+    for key, field in type(section).model_fields.items():
+        path, needed = f"{name}.{key}", marks_of(field).effective_with
+        if needed is None or path not in merged or asks_for_nothing(getattr(section, key)):
+            continue
+        other = getattr(section, needed.key)
+        if other not in needed.values:
+            flag = marks(f"{name}.{needed.key}").flag
+            message = f"{path} has no effect with {flag} {other.value}{': ' if needed.why else ''}{needed.why}"
+            hint = f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
+            problems.append(Problem(where=merged[path].origin.where, message=message, hint=hint))
+    return problems
+
+
+def asks_for_nothing(value: object) -> bool:
+    """Whether a value is that of a setting which is off: no harm where there is nothing to be had."""
+    return value is None or value is False or (isinstance(value, StrEnum) and value.value in {"auto", "none", "off"})
 
 
 def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
@@ -124,8 +157,8 @@ def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
         Problem(
             where=f"{merged[path].origin.where} {path}",
             message="can't be switched on by a settings file: it runs code that comes with the model",
-            hint=f"Give --{path.split('.')[1].replace('_', '-')} on the command line if you trust the model's author.",
+            hint=f"Give {marks(path).flag} on the command line if you trust the model's author.",
         )
-        for path in ONLY_BY_HAND
-        if path in merged and merged[path].origin.kind == "file" and merged[path].value is not False
+        for path, entry in merged.items()
+        if marks(path).is_only_by_hand and entry.origin.kind == "file" and entry.value is not False
     ]

@@ -1,19 +1,12 @@
 """Settings of the loop and of where it is reported that have no effect, or can't work, beside the others."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
-from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Schedule
+from qlora_cli.settings.choices import Checkpointing, Optimizer, Schedule
 from qlora_cli.settings.models import DataSettings, OutputSettings, TrainingSettings
+from qlora_cli.settings.values import either
 
 Conflict = tuple[str, str, str]
-
-# The schedules that each setting shapes.
-SHAPES: dict[str, tuple[Schedule, ...]] = {
-    "training.min_lr_ratio": (Schedule.COSINE_WITH_MIN_LR, Schedule.POLYNOMIAL, Schedule.WARMUP_STABLE_DECAY),
-    "training.decay_ratio": (Schedule.WARMUP_STABLE_DECAY,),
-    "training.polynomial_power": (Schedule.POLYNOMIAL,),
-    "training.cosine_cycles": (Schedule.COSINE_WITH_RESTARTS,),
-}
 
 
 def about_training(training: TrainingSettings) -> list[Conflict]:
@@ -51,10 +44,6 @@ def about_output(output: OutputSettings) -> list[Conflict]:
 
 def _about_schedule(training: TrainingSettings) -> Iterator[Conflict]:
     schedule = training.schedule
-    for path, shaped in SHAPES.items():
-        if schedule not in shaped:
-            hint = f"Leave it out, or use --schedule {_either(shaped)}."
-            yield path, f"{path} has no effect with --schedule {schedule.value}", hint
     if schedule == Schedule.CONSTANT and training.warmup_ratio:
         message = "training.warmup_ratio has no effect with --schedule constant, which begins at the full rate"
         yield "training.warmup_ratio", message, "Leave it out, or use --schedule constant_with_warmup."
@@ -71,7 +60,7 @@ def _about_optimizer(training: TrainingSettings) -> Iterator[Conflict]:
     optimizer = training.optimizer
     if not optimizer.is_adam:
         whose = "Lion keeps to its own, 0.99" if optimizer.is_lion else "it keeps no such average"
-        adams = _either([name for name in Optimizer if name.is_adam])
+        adams = either([name for name in Optimizer if name.is_adam])
         message = f"training.adam_beta2 has no effect with --optimizer {optimizer.value}: {whose}"
         yield "training.adam_beta2", message, f"Leave it out, or use --optimizer {adams}."
 
@@ -90,12 +79,3 @@ def _alone(training: TrainingSettings) -> Iterator[Conflict]:
     if training.sample_prompts is None:
         message = "training.sample_tokens has no effect without prompts to answer"
         yield "training.sample_tokens", message, "Leave it out, or give --sample-prompt."
-    if training.on_nan != OnNan.SKIP:
-        message = f"training.max_nan_skips has no effect with --on-nan {training.on_nan.value}: nothing is skipped"
-        yield "training.max_nan_skips", message, "Leave it out, or use --on-nan skip."
-
-
-def _either(names: Collection[str]) -> str:
-    """Return names as one may be chosen: a, b or c."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last

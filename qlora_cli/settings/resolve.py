@@ -6,20 +6,19 @@ once. Nothing here imports torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
-from qlora_cli.settings.models import SECTIONS, LoadSettings, Section
+from qlora_cli.settings.models import SECTIONS, Section, field_of
+from qlora_cli.settings.shown import choices_of, hint_for
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
-SettingsT = TypeVar("SettingsT", bound=LoadSettings)
+SettingsT = TypeVar("SettingsT", bound=Section)
 DEFAULT = Origin(kind="default", where="default")
 
 
@@ -58,7 +57,7 @@ def resolve(
     """
     merged, problems = merge(sources)
     required = set(kind.model_fields)
-    validated, more = _validate(merged, _sections_of(kind), required=required, flag_names=flag_names or {})
+    validated, more = _validate(merged, sections_of(kind), required=required, flag_names=flag_names or {})
     problems += more
     if problems:
         raise SettingsError(problems)
@@ -104,7 +103,7 @@ def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
     return rows
 
 
-def _sections_of(kind: type[LoadSettings]) -> dict[str, type[Section]]:
+def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
     """Return the class of every section: the one that `kind` has for it, else the common one."""
     sections = dict(SECTIONS)
     for name, field in kind.model_fields.items():
@@ -143,10 +142,9 @@ def _validate(
 def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
     flag = flag_names.get(path)
     section, key = path.split(".")
-    description = SECTIONS[section].model_fields[key].description or ""
     return Problem(
         where=flag or path,
-        message=f"is missing. {description}",
+        message=f"is missing. {field_of(path).description or ''}",
         hint=f"Give {flag}, or {key} under {section} in a --config file." if flag else f"Set {path}.",
     )
 
@@ -157,10 +155,11 @@ def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     if entry.origin.kind == "file":
         where = f"{where} {path}"
     shown = repr(entry.value if isinstance(entry.value, str | int | float | bool) else str(entry.value))
-    choices = choices_of(path)
+    choices = choices_of(field_of(path))
     if choices and detail["type"] in {"enum", "literal_error"}:
         message = f"{shown} is not one of {', '.join(choices)}"
-        return Problem(where=where, message=message, hint=did_you_mean(str(entry.value), choices))
+        hint = hint_for(field_of(path), str(entry.value)) or did_you_mean(str(entry.value), choices)
+        return Problem(where=where, message=message, hint=hint)
     messages = {
         "int_parsing": "expected a whole number",
         "int_from_float": "expected a whole number",
@@ -179,14 +178,3 @@ def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     is_number = detail["type"] == "string_type" and isinstance(entry.value, int | float)
     hint = "Put it in quotes: YAML reads it as a number." if is_number else None
     return Problem(where=where, message=f"{expected}, got {shown}", hint=hint)
-
-
-def choices_of(path: str) -> list[str]:
-    """Return the values that an enumerated setting takes; empty for any other."""
-    section, key = path.split(".")
-    annotation = SECTIONS[section].model_fields[key].annotation
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for member in members:
-        if isinstance(member, type) and issubclass(member, Enum):
-            return [str(choice.value) for choice in member]
-    return []

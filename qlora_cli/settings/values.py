@@ -1,10 +1,16 @@
 """The kinds of values that settings take: how each is read from the text of a flag or a file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+
+def either(names: Collection[str]) -> str:
+    """Return names as one may be chosen: a, b or c."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def read_switch(value: object) -> object:

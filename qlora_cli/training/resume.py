@@ -1,7 +1,8 @@
 """Whether a run goes on where an earlier one ended: from which checkpoint, and with which settings changed. No torch.
 
 A run may only go on if what comes out is what its `run.json` says. So settings that shape the adapter must be those of
-before; others may change, and are listed.
+before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may be named
+otherwise as long as the rows are the same, which is checked by digest, and the dtype as long as it comes to the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,29 +13,14 @@ from typing import Any
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory
 from qlora_cli.settings.choices import Schedule
-from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings
+from qlora_cli.settings.marks import OnResume
+from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
 from qlora_cli.training.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
 from qlora_cli.training.result import TrainResult
 from qlora_cli.training.run_directory import RunDirectory, RunLock, only_began
 
 AUTO, NEVER = "auto", "never"
 
-# Settings that change neither the adapter nor what is said of it: where it is written, when one looks at it, on what
-# and how it is computed. The data may be named otherwise as long as the rows are the same, which is checked by digest,
-# and the dtype as long as it comes to the same.
-FREE = {
-    "model": {"base_model", "dtype", "device", "attention", "offload_embedding", "trust_remote_code", "allow_pickle"},
-    "data": {"dataset", "eval_dataset", "format", "columns", "accept_lost", "on_bad_row"},
-    "training": {
-        *("logging_steps", "save_steps", "eval_steps", "early_stopping_patience", "load_best_model_at_end"),
-        *("sample_prompts", "sample_tokens", "on_nan", "max_nan_skips", "auto_micro_batch"),
-        *("gradient_checkpointing", "torch_compile", "use_liger_kernel", "full_determinism"),
-    },
-    "output": set(OutputSettings.model_fields),
-}
-# Checked by what they come to.
-BATCH = ("micro_batch_size", "gradient_accumulation_steps")
-LENGTH = ("max_steps", "epochs")
 CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
 
 
@@ -205,7 +191,7 @@ def check_changes(resume: Resume, settings: TrainSettings, *, trains_given_adapt
             hint=f"Leave it as it was, or start anew with another --output{_or_train_on(resume)}.",
         )
         for path, (before, now) in changed.items()
-        if not _is_free(path) and not (trains_given_adapter and path.startswith("lora."))
+        if marks(path).on_resume is OnResume.SAME and not (trains_given_adapter and path.startswith("lora."))
     ]
     problems += _batch_problems(resume, changed, settings)
     if problems:
@@ -217,20 +203,14 @@ def _or_train_on(resume: Resume) -> str:
     return "" if resume.checkpoint is None else f"; or train its adapter on with --model {resume.checkpoint}"
 
 
-def _is_free(path: str) -> bool:
-    section, key = path.split(".")
-    return key in FREE.get(section, ()) or (section == "training" and key in {*BATCH, *LENGTH})
-
-
 def _batch_problems(
     resume: Resume, changed: Mapping[str, tuple[Any, Any]], settings: TrainSettings
 ) -> Iterator[Problem]:
-    if not any(f"training.{key}" in changed for key in BATCH):
+    if not any(marks(path).on_resume is OnResume.BATCH for path in changed):
         return
     training, before = settings.training, resume.record["settings"]["training"]
-    rows, rows_before = training.micro_batch_size * training.gradient_accumulation_steps, 1
-    for key in BATCH:
-        rows_before *= before[key]
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    rows_before = before["micro_batch_size"] * before["gradient_accumulation_steps"]
     if rows != rows_before:
         yield Problem(
             where="training.micro_batch_size x training.gradient_accumulation_steps",

@@ -47,7 +47,7 @@ from qlora_cli.quantization.report import LoadReport
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.samples import Answer, Sample
 from qlora_cli.runs.summary import RunSummary
-from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.models import SECTIONS, all_settings, marks
 from qlora_cli.settings.resolve import describe
 from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.training.run_directory import EVENT_NAMES
@@ -189,7 +189,9 @@ def test_every_json_key_and_flag_of_an_evaluation_is_documented_in_its_section()
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
     flags = page.partition("## Flags of qlora evaluate")[2].partition("\n## ")[0]
     command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
-    settings = {flag for path in options.FLAGS for flag in (options.FLAGS[path], f"--no-{options.FLAGS[path][2:]}")}
+    settings = {
+        flag for mark in map(marks, all_settings()) if mark.flag for flag in (mark.flag, options.off_flag(mark))
+    }
     own = {flag for flag in flags_of(command) - settings if flag.startswith("--")} - {"--config", "--set", "--json"}
     assert own >= {"--merged", "--tasks", "--no-base"}
     assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
@@ -230,7 +232,9 @@ def test_every_flag_of_a_prediction_that_is_no_setting_is_documented() -> None:
     page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
     section = page.partition("## Flags of qlora inspect-memory")[2].partition("\n## ")[0]
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
-    settings = {flag for path in options.FLAGS for flag in (options.FLAGS[path], f"--no-{options.FLAGS[path][2:]}")}
+    settings = {
+        flag for mark in map(marks, all_settings()) if mark.flag for flag in (mark.flag, options.off_flag(mark))
+    }
     own = {flag for flag in flags_of(command) - settings if flag.startswith("--")}
     assert own >= {"--gpu", "--solve", "--sweep", "--plot"}
     assert sorted(flag for flag in own - {"--config", "--set", "--json"} if f"`{flag}`" not in section) == []

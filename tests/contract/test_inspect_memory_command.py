@@ -14,12 +14,12 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.cli.options import FLAGS
 from qlora_cli.cli.sweeps import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, Recipe, lengths_up_to
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
+from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
 from tests.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
@@ -126,7 +126,7 @@ def test_flags_without_a_meaning_for_memory_are_not_there() -> None:
     missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
     assert not missing & flags
     assert {"--max-length", "--rank", "--optimizer", "--gradient-checkpointing", "--revision"} <= flags
-    assert set(FLAGS.values()) >= missing
+    assert {marks(path).flag for path in all_settings()} >= missing
 
 
 def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_the_error_of_a_checkpoint_that_was_saved_quantized_can_not_be_measured(
             ["--set quantization.int8_threshold: must be greater", "--rope-scaling: expected TYPE:FACTOR"],
         ),
         (
-            ["--quant", "int8", "--no-double-quant", "--set", "quantization.quant_storage=bf16"],
-            ["--no-double-quant: quantization.double_quant", "--set quantization.quant_storage: quant", "2 problems"],
+            ["--quant", "int8", "--double-quant", "--set", "quantization.quant_storage=bf16"],
+            ["--double-quant: quantization.double_quant", "--set quantization.quant_storage: quant", "2 problems"],
         ),
         (["--revision", "v1"], ["a revision (v1) has no meaning"]),
         (["--device", "cpu", "--offload-embedding"], ["--offload-embedding has no effect"]),

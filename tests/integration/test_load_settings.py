@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.quantization.embedding import check_offload, keep_on_host
-from qlora_cli.settings.conflicts import ONLY_BY_HAND
-from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.models import SECTIONS, all_settings, marks
 from tests.conftest import RunQlora
 from tests.integration.loading import Proofs, layers_of, load, logits, refused, save_model, weight_of
 from tests.tiny_models import tiny_model
@@ -220,7 +219,7 @@ def test_what_runs_code_of_others_is_never_switched_on_by_a_file(
     config.write_text("model:\n  allow_pickle: true\n  trust_remote_code: true\n")
     done = run_qlora("load", base_model, "--config", config)
     assert done.code == 2
-    for line, path in enumerate(sorted(ONLY_BY_HAND), start=2):
+    for line, path in enumerate(sorted(path for path in all_settings() if marks(path).is_only_by_hand), start=2):
         assert f"error: {config}:{line} {path}: can't be switched on by a settings file" in done.stderr
         assert f"Give --{path.split('.')[1].replace('_', '-')} on the command line" in done.stderr
     assert "2 problems" in done.stderr

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.cli.options import FLAGS as ALL_FLAGS
-from qlora_cli.cli.options import is_switch
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting import FLAGS, MOST_SUGGESTIONS, fit_on, flags_of, suggest
+from qlora_cli.memory.fitting import MOST_SUGGESTIONS, fit_on, flags_of, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.shown import is_switch
 from qlora_cli.units import GIB, MIB
 
 MOST_ASKS = 20
@@ -157,12 +156,12 @@ def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple
 
 def with_flags(settings: EstimateSettings, text: str) -> EstimateSettings:
     """Return the settings with flags as the command line would read them."""
-    paths = {flag: path for path, flag in ALL_FLAGS.items()}
+    paths = {marks(path).flag: path for path in all_settings()}
     flags: dict[str, tuple[str, Any]] = {}
     words = text.split()
     while words:
         flag = words.pop(0)
-        flags[paths[flag]] = (flag, True if is_switch(paths[flag]) else words.pop(0))
+        flags[paths[flag]] = (flag, True if is_switch(field_of(paths[flag])) else words.pop(0))
     read = resolve(Sources(flags={"model.name": ("MODEL", "m"), **flags}), EstimateSettings).settings
     dumped, given = settings.model_dump(), read.model_dump()
     for path in flags:
@@ -184,10 +183,6 @@ FULL = settings_of(
     lora__rank=64,
     data__max_length=1500,
 )
-
-
-def test_the_flags_of_suggestions_are_those_of_the_command_line() -> None:
-    assert {path: ALL_FLAGS[path] for path in FLAGS} == FLAGS
 
 
 def test_a_run_that_fits_gets_no_suggestion_and_asks_nothing() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.settings.choices import Checkpointing, Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, LoadSettings, TrainSettings, json_schema
 from qlora_cli.settings.resolve import Sources, describe, resolve
 
@@ -171,6 +171,66 @@ def test_a_setting_that_can_have_no_effect_is_an_error() -> None:
         "quantization.double_quant": ("--double-quant", True),
     }
     assert "no effect with --quant none" in problems_of(Sources(flags=unquantized))[0]
+
+
+@pytest.mark.parametrize("method", list(Quantization))
+@pytest.mark.parametrize(
+    ("key", "off"),
+    [
+        ("double_quant", "false"),
+        ("compute_dtype", "auto"),
+        ("skip_modules", "null"),
+        ("int8_has_fp16_weight", "false"),
+        ("int8_cpu_offload", "false"),
+    ],
+)
+def test_a_value_that_asks_for_nothing_is_no_error_where_nothing_is_to_be_had(
+    method: Quantization, key: str, off: str
+) -> None:
+    sources = Sources(assignments=[f"quantization.{key}={off}", f"quantization.method={method.value}"], flags=REQUIRED)
+    assert resolve(sources, TrainSettings).settings.quantization.method is method
+
+
+@pytest.mark.parametrize(
+    ("path", "synonym", "canonical"),
+    [
+        (path, synonym, name)
+        for path in ("model.dtype", "quantization.compute_dtype", "quantization.quant_storage")
+        for name, synonyms in {
+            "bf16": ("bfloat16", "torch.bfloat16"),
+            "fp16": ("float16", "half", "torch.float16"),
+            "fp32": ("float32", "float", "torch.float32"),
+        }.items()
+        for synonym in synonyms
+    ]
+    + [("quantization.method", "8bit", "int8"), ("quantization.method", "8-bit", "int8")],
+)
+def test_what_others_call_a_value_is_understood_and_shown_by_our_name(path: str, synonym: str, canonical: str) -> None:
+    sources = Sources(assignments=[f"{path}={synonym}"], flags=REQUIRED)
+    section, key = path.split(".")
+    assert getattr(getattr(resolve(sources, TrainSettings).settings, section), key).value == canonical
+    shown = {path: value for path, value, _ in describe(sources)}
+    assert shown[path].value == canonical
+
+
+@pytest.mark.parametrize("value", ["4bit", "int4", "4-bit"])
+def test_a_word_that_two_methods_answer_to_is_a_hint_not_a_guess(value: str) -> None:
+    (found,) = problems_of(Sources(assignments=[f"quantization.method={value}"], flags=REQUIRED))
+    assert found.endswith("Choose nf4 or fp4; the first is the default.")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "training.early_stopping_patience=null",
+        "training.load_best_model_at_end=false",
+        "data.accept_lost=false",
+        "training.eval_steps=null",
+        "training.sample_prompts=null",
+    ],
+)
+def test_what_is_off_needs_nothing_else(assignment: str) -> None:
+    assert resolve(Sources(assignments=[assignment, "data.on_long=error"], flags=REQUIRED), TrainSettings)
 
 
 def test_schema_and_show_know_every_setting() -> None:

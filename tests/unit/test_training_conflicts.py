@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.choices import Optimizer, Schedule
-from qlora_cli.settings.conflicts_training import SHAPES
-from qlora_cli.settings.models import EstimateSettings, LoadSettings, TrainSettings
+from qlora_cli.settings.choices import Optimizer
+from qlora_cli.settings.models import EstimateSettings, LoadSettings, TrainSettings, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
 
 HELD_OUT = {"data.eval_split": "10%", "training.eval_steps": "5"}
@@ -92,11 +91,13 @@ def test_a_repository_that_nothing_is_pushed_to_can_not_be_private() -> None:
     assert problems({"output.hub_private": "false", "output.push_to_hub": "me/adapter"}) == []
 
 
-def test_every_setting_that_shapes_a_schedule_is_bound_to_one_that_exists() -> None:
-    assert {schedule for shaped in SHAPES.values() for schedule in shaped} <= set(Schedule)
-    for path, shaped in SHAPES.items():
-        assert TrainSettings.model_fields["training"].annotation.model_fields[path.split(".")[1]]  # type: ignore[union-attr]
-        assert shaped
+def test_every_setting_that_needs_another_names_values_that_the_other_takes() -> None:
+    needing = {path: needed for path in all_settings() if (needed := marks(path).effective_with) is not None}
+    assert len(needing) >= 5
+    for path, needed in needing.items():
+        other = field_of(f"{path.split('.')[0]}.{needed.key}")
+        assert needed.values
+        assert {type(value) for value in needed.values} == {other.annotation}
 
 
 def test_each_optimizer_is_of_one_family_or_none() -> None:

@@ -1,0 +1,111 @@
+"""The rows to train and evaluate on."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from qlora_cli.settings.choices import DataFormat, LossOn, OnBadRow, OnLong
+from qlora_cli.settings.marks import Command, Marks, OnResume
+from qlora_cli.settings.section import Section
+from qlora_cli.settings.values import Columns, Datasets, Name, check_eval_split
+
+
+class DataSettings(Section):
+    """The rows to train and evaluate on."""
+
+    dataset: Annotated[
+        Datasets,
+        Marks(
+            flag="--dataset",
+            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            on_resume=OnResume.FREE,
+            is_repeatable=True,
+        ),
+    ] = Field(
+        description="Training data: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory or a glob of "
+        "them, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 behind it takes a sample, *2 every row twice. "
+        "May be given several times.",
+    )
+    eval_dataset: Annotated[
+        Datasets | None,
+        Marks(
+            flag="--eval-dataset",
+            commands=(Command.TRAIN, Command.INSPECT_DATA),
+            on_resume=OnResume.FREE,
+            is_repeatable=True,
+        ),
+    ] = Field(default=None, description="Held-out data, named the same way.")
+    split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
+    eval_split: Annotated[
+        Name | None,
+        BeforeValidator(check_eval_split),
+        Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA)),
+    ] = Field(
+        default=None,
+        description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
+        "set to evaluate on.",
+    )
+    format: Annotated[
+        DataFormat,
+        Marks(
+            flag="--format", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
+        ),
+    ] = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
+    columns: Annotated[
+        Columns,
+        Marks(
+            flag="--columns", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
+        ),
+    ] = Field(
+        default=None, description="What the columns of a format are called here, as prompt=question,completion=reply."
+    )
+    loss_on: Annotated[
+        LossOn, Marks(flag="--loss-on", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+    ] = Field(
+        default=LossOn.COMPLETIONS,
+        description="Train on all answers (completions, assistant turns), on the last one of a row, or on all tokens.",
+    )
+    max_length: Annotated[
+        int,
+        Marks(
+            flag="--max-length", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), affects_memory=True
+        ),
+    ] = Field(default=2048, ge=8, description="Longest row in tokens.")
+    on_long: Annotated[
+        OnLong, Marks(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+    ] = Field(
+        default=OnLong.TRUNCATE,
+        description="What becomes of longer rows: cut, dropped, or an error; said in any case.",
+    )
+    accept_lost: Annotated[
+        bool,
+        Marks(
+            flag="--accept-lost",
+            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            on_resume=OnResume.FREE,
+        ),
+    ] = Field(
+        default=False,
+        description="Go on although more than 1 % of the tokens to train are lost with what is too long.",
+    )
+    on_bad_row: Annotated[
+        OnBadRow,
+        Marks(
+            flag="--on-bad-row",
+            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            on_resume=OnResume.FREE,
+        ),
+    ] = Field(
+        default=OnBadRow.ERROR,
+        description="What becomes of a row that can't be read; skipped ones are written to a file.",
+    )
+    drop_duplicates: Annotated[
+        bool, Marks(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+    ] = Field(default=False, description="Train on each distinct row once.")
+    packing: Annotated[bool, Marks(flag="--packing", affects_memory=True)] = Field(
+        default=False, description="Fill rows up to max_length with several short ones, kept apart from each other."
+    )
+    streaming: Annotated[bool, Marks(flag="--streaming")] = Field(
+        default=False,
+        description="Read and tokenize rows while training, for what does not fit on the disk; needs max_steps.",
+    )

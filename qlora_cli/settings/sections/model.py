@@ -1,0 +1,75 @@
+"""The base model."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_cli.settings.choices import Attention, Device, Dtype
+from qlora_cli.settings.marks import LOADERS, TOKENIZERS, Command, Marks, OnResume
+from qlora_cli.settings.section import Section
+from qlora_cli.settings.values import NameList, RopeScaling
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    name: Annotated[str, Marks(flag="--model", commands=TOKENIZERS, affects_memory=True)] = Field(
+        min_length=1, description="Base model: a local directory or a hub id."
+    )
+    revision: Annotated[str | None, Marks(flag="--revision", commands=TOKENIZERS, affects_memory=True)] = Field(
+        default=None, description="Branch, tag or commit of a hub id; the default branch if not given."
+    )
+    base_model: Annotated[
+        str | None,
+        Marks(flag="--base-model", commands=TOKENIZERS, affects_memory=True, on_resume=OnResume.FREE),
+    ] = Field(
+        default=None,
+        min_length=1,
+        description="Base of the adapter or run, as a directory or a hub id, instead of the one that it names.",
+    )
+    dtype: Annotated[Dtype, Marks(flag="--dtype", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)] = (
+        Field(
+            default=Dtype.AUTO,
+            description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
+        )
+    )
+    device: Annotated[Device, Marks(flag="--device", commands=LOADERS, on_resume=OnResume.FREE)] = Field(
+        default=Device.AUTO, description="auto: the GPU if there is one, else the CPU."
+    )
+    attention: Annotated[
+        Attention, Marks(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own.")
+    offload_embedding: Annotated[
+        bool, Marks(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(default=False, description="Keep the embedding in host memory and look tokens up there; needs a GPU.")
+    new_tokens: Annotated[
+        NameList,
+        Marks(flag="--new-tokens", commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
+    ] = Field(default=None, description="Comma-separated tokens to add to the vocabulary; their rows are trained.")
+    resize_vocab: Annotated[bool, Marks(flag="--resize-vocab", commands=TOKENIZERS, affects_memory=True)] = Field(
+        default=False, description="Grow the embedding (and head) when the tokenizer has more ids than rows."
+    )
+    rope_scaling: Annotated[RopeScaling, Marks(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True)] = (
+        Field(
+            default=None,
+            description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
+        )
+    )
+    chat_template: Annotated[str | None, Marks(flag="--chat-template", commands=TOKENIZERS)] = Field(
+        default=None,
+        min_length=1,
+        description="Chat template: a .jinja file, a name that the tokenizer has, or chatml.",
+    )
+    allow_pickle: Annotated[
+        bool, Marks(flag="--allow-pickle", commands=LOADERS, on_resume=OnResume.FREE, is_only_by_hand=True)
+    ] = Field(default=False, description="Read pickled .bin weights if there are no safetensors; never from a file.")
+    trust_remote_code: Annotated[
+        bool,
+        Marks(
+            flag="--trust-remote-code",
+            commands=TOKENIZERS,
+            affects_memory=True,
+            on_resume=OnResume.FREE,
+            is_only_by_hand=True,
+        ),
+    ] = Field(default=False, description="Run the Python code that comes with the model; never from a file.")

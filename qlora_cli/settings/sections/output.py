@@ -1,0 +1,38 @@
+"""Where a run is written and reported to."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_cli.settings.choices import ReportTo
+from qlora_cli.settings.marks import Marks, OnResume
+from qlora_cli.settings.section import Section
+
+
+class OutputSettings(Section):
+    """Where the run is written and reported to."""
+
+    directory: Annotated[Path, Marks(flag="--output", on_resume=OnResume.FREE)] = Field(
+        description="Run directory: empty, not there yet, or of a run to resume."
+    )
+    resume: Annotated[str, Marks(flag="--resume", on_resume=OnResume.FREE)] = Field(
+        default="auto",
+        min_length=1,
+        description="auto: go on from the last good checkpoint in the run directory, if there is one; never; or the "
+        "path of a checkpoint.",
+    )
+    max_checkpoints: Annotated[int, Marks(on_resume=OnResume.FREE)] = Field(
+        default=2, ge=1, description="Older checkpoints than this many are deleted, but for the best one."
+    )
+    report_to: Annotated[ReportTo, Marks(flag="--report-to", on_resume=OnResume.FREE)] = Field(
+        default=ReportTo.NONE, description="Tracker that the run is also reported to."
+    )
+    push_to_hub: Annotated[str | None, Marks(flag="--push-to-hub", on_resume=OnResume.FREE)] = Field(
+        default=None,
+        min_length=1,
+        description="Hub repository, as OWNER/NAME, that the adapter is pushed to at the end.",
+    )
+    hub_private: Annotated[bool, Marks(on_resume=OnResume.FREE)] = Field(
+        default=True, description="Whether that repository is private, if it is made."
+    )

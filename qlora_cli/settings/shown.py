@@ -1,0 +1,61 @@
+"""A setting as it is shown to people: what it takes, and its default."""
+
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.marks import marks_of
+
+METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Whether the setting is on or off."""
+    return field.annotation is bool or field.annotation == bool | None
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """Return the values that an enumerated setting takes; empty for any other."""
+    return [str(choice.value) for kind in _parts(field.annotation) if issubclass(kind, Enum) for choice in kind]
+
+
+def hint_for(field: FieldInfo, value: str) -> str | None:
+    """Return what to choose where `value` is near several choices, if the setting knows better than their spelling."""
+    hints = (kind.hint_for(value) for kind in _parts(field.annotation) if issubclass(kind, Quantization))
+    return next(hints, None)
+
+
+def _parts(annotation: object) -> list[type]:
+    """Return the types that an annotation is made of: `int | None` and `tuple[int, ...]` of `int`."""
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        return [part for member in get_args(annotation) for part in _parts(member)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def metavar(field: FieldInfo) -> str:
+    """Return what a flag takes: its choices, or the kind of value."""
+    if given := marks_of(field).metavar:
+        return given
+    if choices := choices_of(field):
+        return "|".join(choices)
+    annotation = str(field.annotation)
+    return next((name for kind, name in METAVARS if kind.__name__ in annotation), "TEXT")
+
+
+def shown_default(field: FieldInfo) -> str | None:
+    """Return the default as it would be written in a file; None if there is none."""
+    default = None if field.is_required() else field.default
+    if default is None:
+        return None
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
+    return _shown(default)
+
+
+def _shown(value: object) -> str:
+    plain = value.value if isinstance(value, Enum) else value
+    return str(plain).lower() if isinstance(plain, bool) else str(plain)

@@ -1,0 +1,76 @@
+"""Which settings a prediction of memory goes by: those whose field says so, and no others.
+
+Answers are kept by these settings, and `inspect-memory` takes their flags; one that is read without the mark would
+give another run's answer.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.events import SilentReporter
+from qlora_cli.memory.answers import key_of
+from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.inspect import inspect_memory
+from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.settings.models import SECTIONS, EstimateSettings, Section, all_settings, marks
+from qlora_cli.settings.resolve import Sources, resolve
+
+# They go into the config of the adapter that is attached: numbers that its updates are multiplied by.
+SCALES = {"lora.alpha", "lora.alpha_pattern", "lora.use_rslora"}
+
+
+def estimate_settings(base: Path, **values: str) -> EstimateSettings:
+    given = {"model.name": str(base), **{name.replace("__", "."): value for name, value in values.items()}}
+    return resolve(Sources(flags={path: (path, value) for path, value in given.items()}), EstimateSettings).settings
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return the settings that are read from now on, as `section.key`."""
+    found: set[str] = set()
+    names = {model: name for name, model in SECTIONS.items()}
+    get = Section.__getattribute__
+
+    def listen(section: Section, key: str) -> object:
+        kinds = [kind for kind in type(section).__mro__ if kind in names]
+        if kinds and key in type(section).model_fields:
+            found.add(f"{names[kinds[0]]}.{key}")
+        return get(section, key)
+
+    monkeypatch.setattr(Section, "__getattribute__", listen)
+    return found
+
+
+@pytest.mark.parametrize("recipe", list(Recipe))
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"quantization__method": "int8", "training__optimizer": "paged_adamw_8bit", "model__attention": "eager"},
+        {"quantization__method": "none", "lora__use_dora": "true", "data__packing": "true"},
+    ],
+)
+def test_a_prediction_reads_no_setting_without_the_mark(
+    base_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: set[str],
+    values: dict[str, str],
+    recipe: Recipe,
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    settings = estimate_settings(base_model, data__max_length="64", **values)
+    read.clear()
+    inspect_memory(MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), recipe=recipe), SilentReporter())
+    marked = {path for path in all_settings() if marks(path).affects_memory}
+    assert read - marked - SCALES == set()
+    assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
+
+
+def test_an_answer_is_found_again_by_what_memory_depends_on_alone(base_model: Path) -> None:
+    def key(**values: str) -> str:
+        return key_of(MemoryRequest(settings=estimate_settings(base_model, **values)), {"model_type": "llama"})
+
+    assert key() == key(training__learning_rate="1e-5", lora__alpha="8", data__on_long="drop")
+    assert len({key(), key(lora__rank="8"), key(data__max_length="2048"), key(model__attention="eager")}) == 4
