@@ -8,7 +8,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.merging.preflight import check_merge
-from qlora_cli.merging.request import MAX_DIVERGENCE, MergeRequest
+from qlora_cli.merging.request import MergeRequest
 from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
 
 
@@ -59,9 +59,14 @@ def merge(
         bool, typer.Option("--verify/--no-verify", help="Compare the result with the base and the adapter beside it.")
     ] = True,
     max_divergence: Annotated[
-        float,
-        typer.Option("--max-divergence", metavar="NATS", help="Largest mean KL divergence a token that passes."),
-    ] = MAX_DIVERGENCE,
+        float | None,
+        typer.Option(
+            "--max-divergence",
+            metavar="NATS",
+            help="Largest mean KL divergence a token that rounding may make; no bound if it is not given.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, tensor by tensor.")] = False,
     base_model: Annotated[
         str | None,

@@ -11,6 +11,7 @@ from qlora_cli.merging.result import (
     Divergence,
     MergeReport,
     MergeResult,
+    ModuleCheck,
     TensorPlan,
     Verification,
 )
@@ -113,9 +114,22 @@ def _verification_rows(found: Verification) -> Iterator[Row]:
     rows = f" and {counted(found.num_rows, 'row')} of the data" if found.num_rows else ""
     yield "over", f"{found.divergence.num_tokens:,} tokens of {found.num_prompts} prompts{rows}"
     yield "computed", f"in fp32 on {found.device}, in {format_duration(found.seconds)}"
-    yield "before rounding", f"KL divergence {found.unrounded.mean_kl:.1g}, at most {found.max_unexplained:g}"
+    yield (
+        "before rounding",
+        f"KL divergence {found.unrounded.median_kl:.1g} at the median token, at most {found.max_unexplained:g}",
+    )
+    if found.modules is not None:
+        yield "each module", _describe_modules(found.modules)
     yield "in the files", f"{found.num_parameters:,} parameters, to the bit as merged"
-    yield "passed", f"KL divergence at most {found.max_divergence:g}"
+    if found.less_rounded is not None:
+        yield "less rounding", f"--dtype {found.less_rounded.dtype}, KL divergence {found.less_rounded.mean_kl:.2g}"
+    if found.max_divergence is not None:
+        yield "passed", f"KL divergence at most {found.max_divergence:g}"
+
+
+def _describe_modules(found: ModuleCheck) -> str:
+    share = f"off by at most {found.difference:.1g} of what the adapter does there"
+    return f"{counted(found.num_modules, 'adapted module')} one by one, {share}"
 
 
 def _divergence_rows(found: Divergence) -> Iterator[Row]:

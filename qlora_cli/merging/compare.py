@@ -36,6 +36,7 @@ def divergence(reference: torch.Tensor, other: torch.Tensor, targets: torch.Tens
         mean_logit_difference=float(torch.cat(differences).mean()),
         max_kl=float(kl.max()),
         mean_kl=float(kl.mean()),
+        median_kl=float(kl.median()),
         top_token_agreement=float(torch.cat(agreements).mean()),
         reference_perplexity=float(torch.cat(losses).mean().exp()),
         perplexity=float(torch.cat(other_losses).mean().exp()),

@@ -1,6 +1,6 @@
 """Where models are compared: on which texts, on which device, and what each model's weights are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +9,20 @@ import torch
 from transformers import PreTrainedConfig
 
 from qlora_cli.counters import is_out_of_memory
-from qlora_cli.device import choose_device
+from qlora_cli.device import OVERFLOWS_FP16, choose_device
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.merging.adapted import ModuleWatch
 from qlora_cli.merging.adapters import Read
 from qlora_cli.merging.base import Base, BaseModel, parameter_groups
 from qlora_cli.merging.changes import Experts
 from qlora_cli.merging.compare import divergence
-from qlora_cli.merging.conversions import Group, read_conversions
+from qlora_cli.merging.conversions import read_conversions
 from qlora_cli.merging.inputs import Inputs, read_base
 from qlora_cli.merging.merger import merged
-from qlora_cli.merging.plan import Changes, MergePlan, plan_merge
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.plan import Changes, MergePlan, PlannedTensor, plan_merge
+from qlora_cli.merging.reread import differing_files, is_same
+from qlora_cli.merging.result import Divergence, ModuleCheck
 from qlora_cli.merging.stored import StoredTensors
 from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit
 from qlora_cli.merging.texts import Texts, read_texts
@@ -60,6 +62,7 @@ class Laboratory:
         vocabulary = embedding_of(inputs.base.model).num_embeddings
         self.texts: Texts = read_texts(inputs.tokenizer, inputs.record, vocabulary, reporter)
         self._trained: torch.Tensor | None = None
+        self._checks: dict[BaseWeights, ModuleCheck | None] = {}
         self._planned: dict[tuple[BaseWeights, MergeDtype], torch.Tensor] = {}
 
     def trained(self) -> torch.Tensor:
@@ -75,12 +78,12 @@ class Laboratory:
     def beside(self, kind: BaseWeights) -> torch.Tensor:
         """Return the logits of a base with the adapters beside it, as PEFT runs them.
 
-        Several that PEFT can't run beside each other are added in fp32 instead.
+        Several that PEFT can't run beside each other are added in fp32 instead. Else, if the merge is to be verified,
+        each adapted module is compared with the merged one on the way.
         """
         inputs = self._inputs
         if len(inputs.adapters) > 1 and not _run_together(inputs.changes):
-            exact = plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype.FP32)
-            return self.planned(exact)
+            return self.planned(self.in_fp32(kind))
         self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter beside it"))
         base = Base(inputs.base, kind)
         read = base_reader(inputs.base, base)
@@ -88,12 +91,35 @@ class Laboratory:
             Beside(adapter=adapter, weight=weight)
             for adapter, weight in zip(inputs.adapters, inputs.request.weights, strict=True)
         ]
-        return self._logits(inputs.config.config, read, adapters)
+        watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.verify else None
+        logits = self._logits(inputs.config.config, read, adapters, watch)
+        self._checks[kind] = None if watch is None else watch.check()
+        return logits
+
+    def modules(self, plan: MergePlan) -> ModuleCheck | None:
+        """Return how the adapted modules compared when the reference of `plan` ran."""
+        return self._checks.get(plan.base)
 
     def unrounded(self, plan: MergePlan) -> torch.Tensor:
         """Return the logits of the model that `plan` would write if it were written in fp32."""
+        return self.planned(self.in_fp32(plan.base))
+
+    @property
+    def may_be_fp16(self) -> bool:
+        """Whether models of this kind are known to compute in fp16: some grow activations beyond its range."""
+        return not self._inputs.config.config.model_type.startswith(OVERFLOWS_FP16)
+
+    def in_dtype(self, plan: MergePlan, dtype: MergeDtype) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write in another dtype."""
+        return self.planned(self._planned_in(plan.base, dtype))
+
+    def in_fp32(self, kind: BaseWeights) -> MergePlan:
+        """Return the plan of the same merge in fp32."""
+        return self._planned_in(kind, MergeDtype.FP32)
+
+    def _planned_in(self, kind: BaseWeights, dtype: MergeDtype) -> MergePlan:
         inputs = self._inputs
-        return self.planned(plan_merge(inputs.base, inputs.config, inputs.changes, plan.base, MergeDtype.FP32))
+        return plan_merge(inputs.base, inputs.config, inputs.changes, kind, dtype)
 
     def planned(self, plan: MergePlan) -> torch.Tensor:
         """Return the logits of the model that `plan` would write; they are kept."""
@@ -103,7 +129,7 @@ class Laboratory:
         return self._planned[key]
 
     def _run_planned(self, plan: MergePlan) -> torch.Tensor:
-        written = "in fp32" if plan.dtype == MergeDtype.FP32 else "as it is written"
+        written = "as it is written" if plan.dtype == self._inputs.request.dtype else f"in {plan.dtype.value}"
         self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {written}"))
         inputs = self._inputs
         config = deepcopy(inputs.config.config)
@@ -113,13 +139,14 @@ class Laboratory:
 
     def written(self, directory: Path, plan: MergePlan) -> "Written":
         """Return the logits of the model in a directory, and what of it is not as `plan` would write it."""
-        expected, compared, differing = planned_reader(self._inputs.base, plan), [], []
+        expected = cast_once_reader(self._inputs.base, plan, self.in_fp32(plan.base))
+        compared, differing = [], list(differing_files(directory, self._inputs, plan))
         read, config = self._file_reader(directory)
 
         def read_and_compare(name: str) -> torch.Tensor:
             value, wanted = read(name), expected(name)
             compared.append(name)
-            if value.dtype != wanted.dtype or not torch.equal(value, wanted):
+            if not is_same(value, wanted):
                 differing.append(name)
             return value
 
@@ -159,13 +186,20 @@ class Laboratory:
         """Return how far logits are from those of a reference."""
         return divergence(reference, other, self.texts.targets)
 
-    def _logits(self, config: PreTrainedConfig, read: Read, adapters: Sequence[Beside] = ()) -> torch.Tensor:
+    def _logits(
+        self,
+        config: PreTrainedConfig,
+        read: Read,
+        adapters: Sequence[Beside] = (),
+        watch: ModuleWatch | None = None,
+    ) -> torch.Tensor:
         model = StreamedModel(
             config,
             read,
             device=self.device,
             dtype=COMPUTE_DTYPE,
             adapters=adapters,
+            watch=watch,
             trust_remote_code=self._inputs.request.trust_remote_code,
         )
         try:
@@ -204,7 +238,7 @@ def base_reader(model: BaseModel, base: Base) -> Read:
 def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
     """Return what reads the parameters that `plan` would write, in the dtype that they would be written in."""
     base, groups = Base(model, plan.base), parameter_groups(model.groups)
-    apart = {tensor.name: tensor for tensor in plan.tensors if tensor.name not in model.tensors.headers}
+    apart = {tensor.name: tensor for tensor in plan.tensors if _is_apart(model, tensor)}
     written = {target: tensor.dtype for tensor in plan.tensors if tensor.group for target in tensor.group.targets}
     changes: dict[str, Changes] = {
         target: tensor.changes
@@ -222,10 +256,37 @@ def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
         value = base.parameters(groups[name])[name]
         return merged(value, changes[name].get(name, ()), written[name])
 
-    return _with_twins(read, {**groups, **dict.fromkeys(apart)}, model.model.all_tied_weights_keys or {})
+    return _with_twins(read, groups.keys() | apart.keys(), model.model.all_tied_weights_keys or {})
 
 
-def _with_twins(read: Read, known: Mapping[str, Group | None], tied: Mapping[str, str]) -> Read:
+def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> Read:
+    """Return what reads the parameters as they must be in the files of `plan`.
+
+    What an adapter changes is the merge in fp32, cast once by torch: so a value that was rounded on the way, or twice,
+    is another. What none changes is as the base has it.
+    """
+    as_planned, exact = planned_reader(model, plan), planned_reader(model, in_fp32)
+    changed = {
+        target: tensor.dtype
+        for tensor in plan.tensors
+        for target in ([tensor.name] if _is_apart(model, tensor) else tensor.changes)
+        if tensor.changes
+    }
+
+    def read(name: str) -> torch.Tensor:
+        return exact(name).to(changed[name]) if name in changed else as_planned(name)
+
+    known = {target for tensor in plan.tensors if tensor.group is not None for target in tensor.group.targets}
+    apart = {tensor.name for tensor in plan.tensors if _is_apart(model, tensor)}
+    return _with_twins(read, known | apart, model.model.all_tied_weights_keys or {})
+
+
+def _is_apart(model: BaseModel, tensor: PlannedTensor) -> bool:
+    """Whether it is of a parameter that the base has no tensor of its own for."""
+    return tensor.name not in model.tensors.headers
+
+
+def _with_twins(read: Read, known: Collection[str], tied: Mapping[str, str]) -> Read:
     """Return what reads a parameter by its own name, or by that of one which it is one with."""
     twins = {**{other: one for one, other in tied.items()}, **tied}
 

@@ -7,7 +7,7 @@ from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.files import check_output_directory
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
-from qlora_cli.merging.request import MAX_DIVERGENCE, MergeRequest, output_of, pushed_to
+from qlora_cli.merging.request import MergeRequest, output_of, pushed_to
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import ModelSettings
@@ -81,7 +81,7 @@ def _about_numbers(request: MergeRequest) -> Iterator[Problem]:
                 where="--weight", message=f"must be a number other than 0, got {weight:g}", hint="Such as 0.5."
             )
     most = request.max_divergence
-    if not math.isfinite(most) or most < 0:
+    if most is not None and (not math.isfinite(most) or most < 0):
         yield Problem(
             where="--max-divergence",
             message=f"must be a number of nats from 0 on, got {most:g}",
@@ -101,7 +101,7 @@ def _about_what_has_no_effect(request: MergeRequest) -> Iterator[Problem]:
                     message="has no effect without --format gguf",
                     hint="Leave it out, or give --format gguf.",
                 )
-    if not request.verify and request.max_divergence != MAX_DIVERGENCE:
+    if not request.verify and request.max_divergence is not None:
         yield Problem(
             where="--max-divergence", message="has no effect with --no-verify", hint="Leave one of them out."
         )

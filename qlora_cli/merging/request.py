@@ -7,8 +7,6 @@ from qlora_cli.model_files.source import MERGED, RUN_FILE, looks_local
 from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
 from qlora_cli.settings.models import OutputSettings
 
-MAX_DIVERGENCE = 1e-3  # in nats a token: what rounding to bf16 makes of a merge lies far below
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
@@ -24,7 +22,7 @@ class MergeRequest:
         dtype: What the result is written in.
         formats: What is written.
         verify: Whether the result is compared with the base and the adapter beside it.
-        max_divergence: The largest mean KL divergence, in nats a token, that the comparison may find.
+        max_divergence: The largest mean KL divergence, in nats a token, that rounding may make; None for no bound.
         device: Where models run to be compared. Merging itself is done on the CPU.
     """
 
@@ -37,7 +35,7 @@ class MergeRequest:
     dtype: MergeDtype = MergeDtype.KEEP
     formats: tuple[ExportFormat, ...] = (ExportFormat.HF,)
     verify: bool = True
-    max_divergence: float = MAX_DIVERGENCE
+    max_divergence: float | None = None
     device: Device = Device.AUTO
     allow_pickle: bool = False
     trust_remote_code: bool = False

@@ -78,6 +78,7 @@ class Divergence:
     mean_logit_difference: float
     max_kl: float
     mean_kl: float
+    median_kl: float
     top_token_agreement: float
     reference_perplexity: float
     perplexity: float
@@ -94,28 +95,66 @@ class BaseChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleCheck:
+    """Each adapted module, merged in fp32, against itself with the adapter beside it, both given the same input.
+
+    Attributes:
+        num_modules: How many were compared.
+        worst: The one that differs most, by its name in the base.
+        difference: What its outputs differ by there, as a share of what the adapter does to them.
+        max_difference: The largest that passes.
+    """
+
+    num_modules: int
+    worst: str
+    difference: float
+    max_difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of them compute the same; NaN is not."""
+        return self.difference <= self.max_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What another dtype would make of the same merge: the mean KL divergence, and the bytes of the weights."""
+
+    dtype: str
+    mean_kl: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """The merged files against the base with the adapter beside it. All is computed in fp32.
 
-    What lies between the two is rounding, which depends on the dtype. What rounding does not explain is measured
-    apart, and must be next to nothing, however little the adapter does.
+    What must be exact is the arithmetic (`modules`, `unrounded`) and what lies in the files (`differing_parameters`),
+    however little the adapter does. What rounding to the dtype of the files costs on top of it is a figure,
+    `divergence`, which fails only where a bound was set.
 
     Attributes:
-        max_divergence: The largest mean KL divergence that passes.
-        max_unexplained: The largest of `unrounded` that passes.
-        divergence: Of the files from the base with the adapter beside it.
+        is_exact: Whether all that must be exact is.
+        max_divergence: The largest mean KL divergence that passes; None if no bound was set.
+        max_unexplained: The largest median KL divergence of `unrounded` that passes.
+        divergence: Of the files from the base with the adapter beside it: the cost of rounding.
         unrounded: Of the merge, if it were written in fp32, from the same.
+        modules: The adapted modules, one by one; None if PEFT can't run the adapters beside each other.
+        less_rounded: The same merge in the dtype that rounds less, measured where rounding costs much; else None.
         num_parameters: How many parameters were read from the files, and compared with the merge bit by bit.
-        differing_parameters: Those of them that are not as they were to be written; none, if it passes.
+        differing_parameters: What is in the files otherwise than it was to be written; nothing, if it passes.
         num_prompts: How many fixed prompts were compared on.
         num_rows: How many rows of the data.
     """
 
     passed: bool
-    max_divergence: float
+    is_exact: bool
+    max_divergence: float | None
     max_unexplained: float
     divergence: Divergence
     unrounded: Divergence
+    modules: ModuleCheck | None
+    less_rounded: Rounding | None
     num_parameters: int
     differing_parameters: tuple[str, ...]
     num_prompts: int

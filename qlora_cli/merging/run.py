@@ -1,7 +1,6 @@
 """`qlora merge`: plan, validate, apply, verify; what is written is there as a whole, or not at all."""
 
 import errno
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +25,10 @@ from qlora_cli.merging.preflight import check_merge, refused_push
 from qlora_cli.merging.report import applied_adapters, report_of
 from qlora_cli.merging.request import MergeRequest, name_of, output_of, pushed_to
 from qlora_cli.merging.result import BaseChoice, Divergence, MergeReport, MergeResult, Verification
+from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.settings.choices import BaseWeights, ExportFormat
-from qlora_cli.units import counted
 
-# Nats a token. The order of sums in fp32 makes 1e-10 or so; an update that is missing from one layer, far more.
-MAX_UNEXPLAINED = 1e-6
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 CODE = "*.py"
 MODEL_FILES = (
@@ -189,7 +186,7 @@ class _Job:
         result = self._outcome(seconds, peak_bytes, verification)
         if verification is not None and not verification.passed:
             write_record(model, inputs, result, ExportFormat.HF)
-            raise _failed(verification, _set_aside(directory, output_of(request), "failed-verification"))
+            raise failure(verification, _set_aside(directory, output_of(request), "failed-verification"))
         nf4 = self._exported(directory)
         result = replace(result, nf4=nf4)
         for name, place in formats.places(directory).items():
@@ -214,26 +211,8 @@ class _Job:
         return self._result
 
     def _verified(self, model: Path) -> Verification:
-        laboratory, started = _needed(self._laboratory), time.monotonic()
-        reference = laboratory.reference(self._plan)
-        unrounded = laboratory.compare(reference, laboratory.unrounded(self._plan))
-        written = laboratory.written(model, self._plan)
-        found = laboratory.compare(reference, written.logits)
         most = self._settled.inputs.request.max_divergence
-        is_exact = unrounded.mean_kl <= MAX_UNEXPLAINED and not written.differing
-        return Verification(
-            passed=found.mean_kl <= most and is_exact,  # NaN is not
-            max_divergence=most,
-            max_unexplained=MAX_UNEXPLAINED,
-            divergence=found,
-            unrounded=unrounded,
-            num_parameters=written.num_parameters,
-            differing_parameters=written.differing,
-            num_prompts=laboratory.texts.num_prompts,
-            num_rows=laboratory.texts.num_rows,
-            device=str(laboratory.device),
-            seconds=time.monotonic() - started,
-        )
+        return verify(_needed(self._laboratory), self._plan, self._choice, model, most, self._reporter)
 
     def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:
         inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
@@ -266,30 +245,3 @@ def _set_aside(directory: Path, output: Path, why: str) -> Path:
     place = next(place for place in chain([first], numbered) if not place.exists())
     directory.rename(place)
     return place
-
-
-def _failed(verification: Verification, kept: Path) -> MergeError:
-    found = verification.divergence
-    if math.isnan(found.mean_kl):
-        return MergeError(
-            "the base with its adapter, or the merged model, computes NaN, so that the two can't be compared",
-            hint=f"The merged model is in {kept}, to look at. Does the base hold NaN, or the adapter huge values?",
-        )
-    report = f"It is kept in {kept}, to look at. Please report it with its merge.json."
-    if differing := verification.differing_parameters:
-        return MergeError(
-            f"{counted(len(differing), 'weight')} not in the files as merged, such as {differing[0]}",
-            hint=f"{report} Is the disk sound?",
-        )
-    if verification.unrounded.mean_kl > verification.max_unexplained:
-        return MergeError(
-            "the merged model is not the base with its adapter: rounding does not explain a mean KL divergence of "
-            f"{verification.unrounded.mean_kl:.2g} nats a token",
-            hint=report,
-        )
-    return MergeError(
-        f"the merged model is not the base with its adapter: the mean KL divergence is {found.mean_kl:.2g} nats a "
-        f"token, more than {verification.max_divergence:.2g} (top token the same at {found.top_token_agreement:.1%})",
-        hint=f"It is kept in {kept}, to look at. Rounding alone can do this: --dtype fp32 rounds less, and "
-        "--max-divergence accepts more.",
-    )

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.merging.adapted import ModuleWatch
 from qlora_cli.merging.adapters import AdapterChanges, Read
 from qlora_cli.merging.names import in_base
 from qlora_cli.model_files.construction import build_model
@@ -56,8 +57,10 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         adapters: Sequence[Beside] = (),
+        watch: ModuleWatch | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        """Build it; `watch` compares the adapted modules while it runs."""
         self._read, self._device, self._dtype = read, device, dtype
         self._base = _empty(config, dtype, trust_remote_code=trust_remote_code)
         self._kept: dict[str, torch.dtype] = self._base._get_dtype_plan(dtype)
@@ -70,6 +73,8 @@ class StreamedModel:
             self._model, self._replaced = _put_beside(self._base, adapters, names, device)
         self._units = [_slots(self._module(path), names, deep=deep) for path, deep in units]
         self._modules = [self._module(path) for path, _ in units]
+        if watch is not None:
+            watch.attach(self._model, names, self._placed)
         self._hold_places()
         self._model.eval()
 
@@ -109,8 +114,12 @@ class StreamedModel:
         return found
 
     def _put(self, slot: Slot) -> torch.Tensor:
-        kept = next((dtype for pattern, dtype in self._kept.items() if re.search(pattern, slot.name)), self._dtype)
         value = self._replaced[slot.name] if slot.name in self._replaced else self._read(slot.name)
+        return self._placed(value, slot.name)
+
+    def _placed(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the value of the parameter `name` where it is computed with, in the dtype that it is computed in."""
+        kept = next((dtype for pattern, dtype in self._kept.items() if re.search(pattern, name)), self._dtype)
         return value.to(self._device, kept)
 
 

@@ -40,6 +40,8 @@ from qlora_cli.merging.result import (
     Divergence,
     MergeReport,
     MergeResult,
+    ModuleCheck,
+    Rounding,
     TensorPlan,
     Verification,
 )
@@ -148,7 +150,7 @@ def test_local_links_and_paths_lead_somewhere() -> None:
 
 DATA = (DataReport, DataInspection, Batches, Trouble, Bar, RowPreview, Piece)
 RUN = (RunDetail, Sample, Answer, EvalDone, StepSkipped, Noted)
-MERGE = (MergeResult, Verification, Divergence, BaseChoice, AppliedAdapter)
+MERGE = (MergeResult, Verification, ModuleCheck, Rounding, Divergence, BaseChoice, AppliedAdapter)
 MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
 MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
 

@@ -76,7 +76,8 @@ def test_the_figures_are_of_what_was_done(run: Path, result: dict[str, Any]) -> 
     assert result["adapters"][0]["path"] == str(run / "adapter")
     found = result["verification"]
     assert found["passed"]
-    assert found["divergence"]["mean_kl"] < found["max_divergence"] == 1e-3
+    assert found["max_divergence"] is None
+    assert found["divergence"]["mean_kl"] < 1e-3
     assert (found["num_prompts"], found["num_rows"]) == (4, 8)
 
 

@@ -25,11 +25,13 @@ from qlora_cli.files import as_json
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import write_beside
 from qlora_cli.merging.inputs import Inputs, read_inputs
-from qlora_cli.merging.laboratory import base_reader
+from qlora_cli.merging.laboratory import Laboratory, base_reader
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.request import MergeRequest
+from qlora_cli.merging.result import BaseChoice, Verification
 from qlora_cli.merging.streamed import Beside, StreamedModel
+from qlora_cli.merging.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
@@ -204,6 +206,13 @@ def streamed_logits(
         adapters=[Beside(adapter=adapter) for adapter in inputs.adapters if beside],
     )
     return model.logits(ids, torch.ones_like(ids))
+
+
+def verified(merged: Merged) -> Verification:
+    """Return how what was written compares with the base and the adapters beside it."""
+    choice = BaseChoice(base=merged.plan.base.value, reason="asked", original=None, dequantized=None)
+    laboratory = Laboratory(merged.inputs, SilentReporter())
+    return verify(laboratory, merged.plan, choice, merged.directory, None, SilentReporter())
 
 
 def plain_logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -27,6 +27,7 @@ from tests.integration.merging import (
     save,
     stored,
     streamed_logits,
+    verified,
 )
 from tests.integration.plain import ROWS, plain
 from tests.integration.vision_language import load_full, save_full
@@ -205,6 +206,23 @@ def test_an_adapter_on_a_model_with_towers_is_merged_if_it_leaves_them_alone(fam
     merged = merge(save(model, tmp_path / "adapter"), output=tmp_path / "merged", dtype="fp32")
     found = plain_logits(load_full(merged.directory, family))
     torch.testing.assert_close(found, plain_logits(model), rtol=1e-4, atol=1e-4)
+    assert verified(merged).is_exact
+
+
+def test_what_the_text_model_has_no_part_in_is_compared_too(tmp_path: Path) -> None:
+    base = save_full(tmp_path / "base", "gemma3")
+    config = config_of(target_modules=["down_proj"], base_model_name_or_path=str(base))
+    merged = merge(save(adapted(load_full(base, "gemma3"), config), tmp_path / "adapter"), output=tmp_path / "merged")
+    assert verified(merged).differing_parameters == ()
+    name = next(tensor.name for tensor in merged.plan.tensors if tensor.group is None)
+    (file,) = merged.directory.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name].neg()}, file)  # also of a zero
+    assert verified(merged).differing_parameters == (name,)
+    del tensors[name]
+    save_file({**tensors, "one.too.many": torch.zeros(1)}, file)
+    assert not verified(merged).is_exact
+    assert set(verified(merged).differing_parameters) == {"one.too.many", name}
 
 
 # ---- several

@@ -29,6 +29,7 @@ from tests.integration.merging import (
     save,
     stored,
     streamed_logits,
+    verified,
 )
 from tests.integration.plain import ROWS, plain
 from tests.tiny_models import FAMILIES
@@ -114,6 +115,15 @@ def test_streamed_it_computes_as_plain_transformers_and_peft_to_the_bit(case: Ca
     """What a merge is verified with must be right where PEFT, loading the adapter from its file, is not."""
     assert torch.equal(streamed_logits(case.merged, beside=False), case.base_logits)
     assert torch.equal(streamed_logits(case.merged, beside=True), case.adapted_logits)
+
+
+def test_verified_each_adapted_module_computes_the_same(case: Case) -> None:
+    found = verified(case.merged)
+    assert found.is_exact, found
+    assert found.modules is not None
+    changed = {name.rpartition(".")[0] for name in case.merged.inputs.changes}
+    assert found.modules.num_modules == len(changed)
+    assert found.modules.difference < found.modules.max_difference / 10
 
 
 def test_with_an_adapter_that_is_zero_every_file_of_weights_is_that_of_the_base(case: Case, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.integration.merging import (
     plain_logits,
     save,
     streamed_logits,
+    verified,
 )
 from tests.integration.plain import ROWS, plain
 
@@ -107,7 +108,11 @@ def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged,
     exact = merge(adapter, output=place / "exact", dtype="fp32")
     torch.testing.assert_close(plain_logits(loaded_plain(exact.directory)), adapted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(streamed_logits(exact, beside=True), adapted, rtol=1e-5, atol=1e-5)
-    return merge(adapter, output=place / "merged"), merged_by_peft(model, torch.bfloat16, place / "by-peft")
+    merged = merge(adapter, output=place / "merged")
+    found = verified(merged)
+    assert found.is_exact, found
+    assert found.modules is not None
+    return merged, merged_by_peft(model, torch.bfloat16, place / "by-peft")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,6 +162,8 @@ def test_a_head_that_is_the_embedding_parts_from_it_only_where_they_differ(
     adapted = plain_logits(model)
     exact = merge(adapter, output=tmp_path / "exact", dtype="fp32")
     assert exact.plan.unties == parts
+    found = verified(exact)
+    assert found.is_exact, found
     assert ("lm_head.weight" in exact.tensors) == parts
     loaded = loaded_plain(exact.directory)
     assert loaded.config.tie_word_embeddings == (not parts)

@@ -1,21 +1,27 @@
 """What verification finds, however little an adapter does; and a merged model that is not of the adapter any more."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
+from qlora_cli.merging import beside, merger
 from qlora_cli.merging.changes import LowRank
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.plan import PlannedTensor
+from qlora_cli.merging.plan import MergePlan, PlannedTensor
 from qlora_cli.merging.result import Action
 from qlora_cli.merging.room import Room
 from tests.conftest import write_jsonl
-from tests.merge_command import copy_run, merged, qlora_merge, refused, trained_run
+from tests.integration.merging import change_adapter
+from tests.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,6 +79,141 @@ def test_a_tensor_that_was_not_merged_into_its_file_is_found(
     monkeypatch.setattr(Merger, "value", forgetful)
     message = failed(copy_run(gentle, tmp_path / "copy"), "--base", "original")
     assert message == f"1 weight not in the files as merged, such as {forgotten[0]}"
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_one_module_whose_update_is_of_another_scale_is_named(
+    gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    delta, seen = LowRank.delta, []
+
+    def scaled(self: LowRank, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+        seen.append(self.left)  # of the same layer each time: the values lie in the file of the adapter
+        wrong = self.left.data_ptr() == seen[0].data_ptr()
+        return delta(self, index, room).mul_(factor if wrong else 1.0)
+
+    monkeypatch.setattr(LowRank, "delta", scaled)
+    message = failed(copy_run(gentle, tmp_path / "copy"), "--base", "original")
+    assert "computes something else with the adapter merged" in message
+    assert "model.layers.0." in message
+
+
+def rounded_twice(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return (weight.float() + delta).half().bfloat16()
+
+
+def update_rounded_first(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return weight.bfloat16() + delta.bfloat16()
+
+
+def rounded_towards_zero(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return (weight.float() + delta).view(torch.int32).bitwise_and(-65536).view(torch.float32).bfloat16()
+
+
+@pytest.mark.parametrize("rounded", [rounded_twice, update_rounded_first, rounded_towards_zero])
+def test_a_value_that_is_not_the_sum_in_fp32_cast_once_is_found(
+    gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounded: Callable[..., torch.Tensor]
+) -> None:
+    """Also where the same code says what the file should hold: in fp32 it is right."""
+    added = merger._added
+
+    def wrong(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        if delta is None or dtype != torch.bfloat16:
+            return added(weight, delta, dtype)
+        return rounded(weight, delta)
+
+    monkeypatch.setattr(merger, "_added", wrong)
+    message = failed(copy_run(gentle, tmp_path / "copy"), "--base", "original")
+    assert message.startswith("28 weights not in the files as merged, such as model.layers.0.")
+
+
+def test_a_tensor_in_another_dtype_is_found(gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copy_run(gentle, tmp_path / "copy")
+    fill = beside.write_beside
+
+    def also_change(inputs: Inputs, plan: MergePlan, model: Path) -> None:
+        fill(inputs, plan, model)
+        tensors = load_file(model / "model.safetensors")
+        save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].float()}, model / "model.safetensors")
+
+    monkeypatch.setattr("qlora_cli.merging.run.write_beside", also_change)
+    assert failed(run, "--base", "original") == "1 weight not in the files as merged, such as model.norm.weight"
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.1, True), (0.6, False)])
+def test_what_moves_few_tokens_in_fp32_is_the_routing_of_experts_and_what_moves_most_is_a_wrong_merge(
+    gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, passes: bool
+) -> None:
+    unrounded = Laboratory.unrounded
+
+    def moved(self: Laboratory, plan: MergePlan) -> torch.Tensor:
+        logits = unrounded(self, plan).clone()
+        logits[: int(share * len(logits)), ::2] += 1
+        return logits
+
+    monkeypatch.setattr(Laboratory, "unrounded", moved)
+    run = copy_run(gentle, tmp_path / "copy")
+    if passes:
+        found = merged(run, "--base", "original")["verification"]
+        assert found["unrounded"]["mean_kl"] > found["max_unexplained"] > found["unrounded"]["median_kl"]
+    else:
+        assert "in fp32 the median KL divergence is" in failed(run, "--base", "original")
+
+
+# ---- what rounding costs
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def coarse(run: Path) -> Path:
+    """Return a strong adapter on a base of weights around 0.5, of which rounding to bf16 loses much of the update."""
+    file, adapter = run.parent / "base" / "model.safetensors", adapter_alone(run)
+    tensors = load_file(file)
+    for name in tensors:
+        if "up_proj" in name or "v_proj" in name:
+            tensors[name] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    change_adapter(adapter, lambda state: {k: v * (40 if "lora_B" in k else 1) for k, v in state.items()})
+    return adapter
+
+
+def test_a_right_merge_that_rounding_moves_far_passes_and_the_dtype_that_rounds_less_is_told(
+    gentle: Path, tmp_path: Path
+) -> None:
+    adapter = coarse(copy_run(gentle, tmp_path / "copy"))
+    found = merged(adapter, "--output", tmp_path / "bf16")
+    verification = found["verification"]
+    assert verification["passed"]
+    assert verification["is_exact"]
+    far, less = verification["divergence"]["mean_kl"], verification["less_rounded"]
+    assert far > 1e-3
+    assert less["dtype"] == "fp16"
+    assert less["mean_kl"] < far / 10
+    assert any(f"--dtype fp16 moves it by {less['mean_kl']:.2g}, at the same size" in note for note in found["notes"])
+    in_fp16 = merged(adapter, "--output", tmp_path / "fp16", "--dtype", "fp16")["verification"]
+    assert in_fp16["divergence"]["mean_kl"] == pytest.approx(less["mean_kl"], rel=1e-3)
+    assert in_fp16["less_rounded"] is None
+
+
+ATTENTION = tuple(f"layers.0.self_attn.{name}_proj" for name in "qkv")
+
+
+def scaled(tensors: Tensors, ends: tuple[str, ...], factor: float) -> Tensors:
+    return {name: value * factor if any(end in name for end in ends) else value for name, value in tensors.items()}
+
+
+def test_where_the_range_of_fp16_is_too_small_fp32_is_told(gentle: Path, tmp_path: Path) -> None:
+    """A weight beyond the range, and others smaller for it: the model computes the same."""
+    adapter = coarse(copy_run(gentle, tmp_path / "copy"))
+    file = adapter.parent / "base" / "model.safetensors"
+    large = scaled(load_file(file), ("layers.0.input_layernorm",), 2.0**20)
+    save_file(scaled(large, ATTENTION, 2.0**-20), file, metadata={"format": "pt"})
+    change_adapter(adapter, lambda state: scaled(state, tuple(f"{name}.lora_A" for name in ATTENTION), 2.0**-20))
+    verification = merged(adapter, "--output", tmp_path / "out")["verification"]
+    assert verification["passed"]
+    assert verification["less_rounded"]["dtype"] == "fp32"
+    assert verification["less_rounded"]["mean_kl"] < 1e-6
 
 
 def test_a_bound_below_what_rounding_does_fails(gentle: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from qlora_cli.merging.result import (
     Divergence,
     MergeReport,
     MergeResult,
+    ModuleCheck,
+    Rounding,
     TensorPlan,
     Verification,
 )
@@ -24,6 +26,7 @@ NEAR = Divergence(
     mean_logit_difference=0.0045,
     max_kl=1.1e-4,
     mean_kl=1.02e-5,
+    median_kl=0.9e-5,
     top_token_agreement=0.9937,
     reference_perplexity=234.0024,
     perplexity=233.9858,
@@ -47,10 +50,15 @@ RESULT = MergeResult(
     peak_host_bytes=562 << 20,
     verification=Verification(
         passed=True,
-        max_divergence=1e-3,
+        is_exact=True,
+        max_divergence=None,
         max_unexplained=1e-6,
         divergence=NEAR,
         unrounded=NEAR,
+        modules=ModuleCheck(
+            num_modules=28, worst="model.layers.3.mlp.down_proj", difference=2.3e-5, max_difference=0.01
+        ),
+        less_rounded=None,
         num_parameters=38,
         differing_parameters=(),
         num_prompts=4,
@@ -118,11 +126,24 @@ def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.Capture
     assert rows["original"].startswith("KL divergence 0.029 nats a token, top token the same at 89.35%")
     assert rows["dequantized"].startswith("KL divergence 1e-05 nats a token")
     assert rows["over"] == "479 tokens of 4 prompts and 8 rows of the data"
-    assert rows["passed"] == "KL divergence at most 0.001"
+    assert rows["each module"] == (
+        "28 adapted modules one by one, off by at most 2e-05 of what the adapter does there"
+    )
+    assert "passed" not in rows  # no bound was set
+    assert "less rounding" not in rows  # it costs next to nothing
     assert rows["before rounding"].startswith("KL divergence ")
     assert rows["in the files"] == "38 parameters, to the bit as merged"
     assert "hf" not in rows  # one format, and its place is the heading
     assert "on the hub" not in rows
+
+
+def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert RESULT.verification is not None
+    less = Rounding(dtype="fp16", mean_kl=1.3e-6, num_bytes=7 << 20)
+    found = replace(RESULT.verification, max_divergence=1e-3, less_rounded=less)
+    _, rows = shown(replace(RESULT, verification=found), capsys)
+    assert rows["passed"] == "KL divergence at most 0.001"
+    assert rows["less rounding"] == "--dtype fp16, KL divergence 1.3e-06"
 
 
 def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
