@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 import qlora_cli
 from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.source import CONFIG
 
-CONFIG = "config.json"
 PACKAGE = Path(qlora_cli.__file__).parent
 MOST_NAMED = 3
 MOST_CHARACTERS = 200
