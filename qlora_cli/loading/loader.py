@@ -4,7 +4,7 @@ The one way to a model: `load`, `train` and every other command go through `load
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from qlora_cli.loading.weights import (
     quantization_config,
 )
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
 from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
@@ -163,7 +164,9 @@ def load_planned(
     model = _load(blueprint, checkpoint, reporter, measure_error=measure_error, losses=losses)
     grown = _grow_vocabulary(model, blueprint)
     _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
-    for note in grown:
+    ahead = note_on_prediction(model.config, checkpoint.tensors)
+    found = [*grown, *([ahead] if ahead else [])]
+    for note in found:
         reporter.report(Noted(message=note))
     inventory = take_inventory(model, blueprint.layout.kept)
     adapter = blueprint.source.adapter
@@ -183,7 +186,7 @@ def load_planned(
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_allocated_bytes(device),
-        notes=(*blueprint.notes, *grown),
+        notes=(*blueprint.notes, *found),
     )
 
 
@@ -220,8 +223,9 @@ def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
     """Bring the weights' files here, and check that they are whole and of the planned shapes."""
     fetch_weights(blueprint.source, reporter)
     checkpoint = read_checkpoint(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
-    for file in checkpoint.files if checkpoint.is_pickle else ():
-        check_pickle(file)
+    if checkpoint.is_pickle:
+        tensors = [check_pickle(file) for file in checkpoint.files]
+        checkpoint = replace(checkpoint, tensors={name: one for part in tensors for name, one in part.items()})
     if blueprint.source.adapter is not None:
         check_adapter_file(blueprint.source.adapter)
     check_shapes(blueprint.source, checkpoint, blueprint.shapes, blueprint.layout)

@@ -18,6 +18,7 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.left_over import by_name, may_be_left_out
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
 from qlora_cli.quantization.lost_weights import Losses
@@ -173,7 +174,7 @@ def load_weights(
         if LOAD_REPORT not in warning:
             reporter.report(Noted(message=warning))
     model: PreTrainedModel = loaded[0]
-    _check_complete(source, checkpoint, base, loaded[1])
+    _check_complete(source, checkpoint, base, model, loaded[1])
     _keep_stored_bytes(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
@@ -218,10 +219,17 @@ def compute_as_asked(model: PreTrainedModel, layout: Layout, compute_dtype: torc
     config.bnb_4bit_compute_dtype, config.llm_int8_threshold = compute_dtype, layout.settings.int8_threshold
 
 
-def _check_complete(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, info: Mapping[str, Any]) -> None:
+def _check_complete(
+    source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel, info: Mapping[str, Any]
+) -> None:
     missing = sorted(info.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
-    unexpected = sorted(key for key in info.get("unexpected_keys") or () if not base.is_left_out(key))
+    headers = checkpoint.tensors
+    unexpected = sorted(
+        key
+        for key in info.get("unexpected_keys") or ()
+        if not may_be_left_out(model, base, key, by_name(headers, key))
+    )
     if missing or mismatched:
         what, keys = ("missing", missing) if missing else ("of another shape", mismatched)
         raise ModelError(
@@ -229,7 +237,7 @@ def _check_complete(source: ModelSource, checkpoint: Checkpoint, base: ModelConf
             hint="These tensors would be random. Check that the directory holds the whole model.",
         )
     if unexpected:
-        where = {checkpoint.tensors[key].file for key in unexpected if key in checkpoint.tensors}
+        where = {header.file for key in unexpected if (header := by_name(headers, key))}
         files = f" (in {', '.join(sorted(where))})" if where else ""
         raise ModelError(
             f"{source.base_name} holds weights that its config.json has no place for: {_counted(unexpected)}{files}",

@@ -4,7 +4,6 @@ transformers renames, stacks, joins and transposes what it reads (`core_model_lo
 functions, say here where a parameter's update belongs in the files, so that a merge keeps their names and shapes.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -30,7 +29,6 @@ from transformers.core_model_loading import (
 from qlora_cli.errors import ModelError
 
 Tensors = Mapping[str, torch.Tensor]
-ROTARY_CACHE = r"rotary_emb\.inv_freq$"  # in checkpoints of the age of Llama 2; transformers passes over it by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +206,3 @@ def _num_slices(converter: WeightConverter, sources: Mapping[str, tuple[str, ...
             continue
         return None
     return sizes.pop()
-
-
-def may_be_left(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers passes over a tensor of that name that the model has no place for."""
-    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY_CACHE)
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -11,12 +11,13 @@ from qlora_cli.adapters.adapter import SAME_BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.base import BaseModel, parameter_groups, weight_of_constant
 from qlora_cli.merging.changes import Weighted
-from qlora_cli.merging.conversions import Group, may_be_left
+from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.names import ends_of
 from qlora_cli.merging.result import Action
-from qlora_cli.merging.stored import DTYPES
 from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.left_over import may_be_left_out
+from qlora_cli.model_files.pickles import DTYPES
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
 Changes = Mapping[str, Sequence[Weighted]]
@@ -143,7 +144,7 @@ def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> Non
 
 
 def _check_left_over(model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader) -> None:
-    if not (config.is_left_out(name) or may_be_left(model, name)):
+    if not may_be_left_out(model, config, name, header):
         raise ModelError(
             f"the base holds {name} (in {header.file}), which its config.json has no place for",
             hint="Is config.json of another model or version?",

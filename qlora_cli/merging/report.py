@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.plan import MergePlan, PlannedTensor
 from qlora_cli.merging.result import Action, ActionCount, AppliedAdapter, MergeReport, TensorPlan
-from qlora_cli.merging.stored import NAMES
+from qlora_cli.model_files.pickles import NAMES
 from qlora_cli.settings.choices import BaseWeights
 
 

@@ -1,6 +1,5 @@
 """Tensors of a checkpoint, read from its files one at a time: nothing else of them is in memory."""
 
-from collections.abc import Mapping
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -8,22 +7,8 @@ from typing import Any
 import torch
 
 from qlora_cli.merging.room import Room
-from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
-
-# As the headers of safetensors name them.
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from qlora_cli.model_files.checkpoint import SAFETENSORS, Checkpoint
+from qlora_cli.model_files.pickles import DTYPES, header_of
 
 
 class StoredTensors:
@@ -36,7 +21,7 @@ class StoredTensors:
             self._unpickled |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         self.is_pickle = checkpoint.is_pickle
         self.headers = dict(checkpoint.tensors) or {
-            name: _header(name, tensor) for name, tensor in self._unpickled.items()
+            name: header_of(name, tensor, SAFETENSORS) for name, tensor in self._unpickled.items()
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -68,13 +53,3 @@ def _fill(file: RawIOBase, buffer: memoryview) -> None:
         if not num_read:
             raise OSError("the file ended within a tensor: it was changed while it was read")
         buffer = buffer[num_read:]
-
-
-def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
-    return TensorHeader(
-        name=name,
-        file="model.safetensors",
-        dtype=NAMES[tensor.dtype],
-        shape=tuple(tensor.shape),
-        num_bytes=tensor.nbytes,
-    )

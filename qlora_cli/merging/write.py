@@ -12,8 +12,9 @@ import torch
 from qlora_cli.events import BytesDone, Reporter
 from qlora_cli.merging.plan import MergePlan, PlannedTensor
 from qlora_cli.merging.result import Action
-from qlora_cli.merging.stored import NAMES, bytes_of
+from qlora_cli.merging.stored import bytes_of
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, SAFETENSORS
+from qlora_cli.model_files.pickles import NAMES
 
 HEADER_ALIGNMENT = 8  # the format's: padded with spaces
 # Written or copied at a time. Measured on ext4: 50 MB at a time take Linux four times as long as 1 MiB.

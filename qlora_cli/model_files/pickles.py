@@ -3,18 +3,40 @@
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import again
+from qlora_cli.model_files.checkpoint import TensorHeader, again
 
+# As the headers of safetensors name them.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NOT_ALLOWED = re.compile(r"Unsupported global: GLOBAL (\S+)")
 
 
-def check_pickle(path: Path) -> None:
-    """Check that `path` holds tensors by name, and nothing else.
+def header_of(name: str, tensor: torch.Tensor, file: str) -> TensorHeader:
+    """Return the tensor `name` as `file` would announce it if it were in safetensors."""
+    return TensorHeader(
+        name=name, file=file, dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), num_bytes=tensor.nbytes
+    )
+
+
+def check_pickle(path: Path) -> dict[str, TensorHeader]:
+    """Check that `path` holds tensors by name, and nothing else; return them.
 
     A file from before PyTorch 1.6 has to be read as a whole for that.
 
@@ -32,6 +54,11 @@ def check_pickle(path: Path) -> None:
             f"{path} can't be read: it holds a {type(found).__name__}, not tensors by name",
             hint=again(path.parent, path.name),
         )
+    return {
+        name: header_of(name, value, path.name)
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and value.dtype in NAMES
+    }
 
 
 def _reason(path: Path, error: Exception) -> str:

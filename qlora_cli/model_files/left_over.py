@@ -1,0 +1,85 @@
+"""Tensors of a checkpoint that the model has no place for, and that may be passed over all the same, by kind.
+
+Everything else that is left over is an error: the model would not be the one that was saved. The loader and `merge`
+ask the same function; what the one passes over, the other copies as it is.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_cli.model_files.checkpoint import TensorHeader
+from qlora_cli.model_files.config import ModelConfig
+
+# Computed anew wherever they are needed: rotary frequencies and their tables, of each layer in older checkpoints.
+ROTARY = re.compile(r"(^|\.)\w*(rotary|pos_emb)\w*\.(\w*inv_freq|cos_cached|sin_cached|cos_sin_cache)$")
+# Causal masks, and the number that they mask with, which GPT-2 and its kin stored in each layer. A bias is a vector.
+MASK = re.compile(r"(^|\.)\w*(attn|attention)\.((attn|attention)\.)?(bias|masked_bias|causal_mask)$")
+POSITIONS = re.compile(r"(^|\.)position_ids$")
+WHOLE_NUMBERS = {"I64", "I32"}
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def may_be_left_out(model: PreTrainedModel, base: ModelConfig, name: str, header: TensorHeader | None) -> bool:
+    """Whether the tensor `name` of a checkpoint, for which `model` has no place, is no part of what is trained.
+
+    `name` is that of the file, or what transformers makes of it; `header` tells its shape, if it is known.
+    """
+    renamed = base.renamed(name)
+    return (
+        base.is_left_out(name)
+        or any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+        or any(_is_same(renamed, buffer, model.base_model_prefix) for buffer in _computed(model))
+        or ROTARY.search(name) is not None
+        or _is_mask(name, header)
+        or (POSITIONS.search(name) is not None and header is not None and header.dtype in WHOLE_NUMBERS)
+        or _predicted_by(model.config, name) is not None
+    )
+
+
+def note_on_prediction(config: PreTrainedConfig, names: Collection[str]) -> str | None:
+    """Return in words which layers of a checkpoint predict tokens further ahead, and are not loaded; None if none."""
+    layers = sorted({layer for name in names if (layer := _predicted_by(config, name)) is not None})
+    if not layers:
+        return None
+    which = (
+        f"layer {layers[0]} of the checkpoint predicts"
+        if len(layers) == 1
+        else f"layers {', '.join(map(str, layers))} predict"
+    )
+    return f"{which} tokens further ahead (num_nextn_predict_layers): not loaded, and not trained"
+
+
+def by_name(headers: Mapping[str, TensorHeader], name: str) -> TensorHeader | None:
+    """Return the tensor that transformers calls `name`: it may have put the name of the base model before it."""
+    if name in headers:
+        return headers[name]
+    return next((header for key, header in headers.items() if name.endswith(f".{key}")), None)
+
+
+def _computed(model: PreTrainedModel) -> set[str]:
+    """Return the names of the buffers that `model` computes by itself and does not store."""
+    return {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+
+
+def _is_same(name: str, buffer: str, prefix: str) -> bool:
+    return name == buffer or f"{prefix}.{name}" == buffer
+
+
+def _is_mask(name: str, header: TensorHeader | None) -> bool:
+    if header is None or MASK.search(name) is None:
+        return False
+    shape = header.shape
+    if name.endswith("masked_bias"):
+        return shape in {(), (1,)}
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+
+
+def _predicted_by(config: PreTrainedConfig, name: str) -> int | None:
+    """Return the layer that a tensor is of, if it is one behind the last that predicts tokens further ahead."""
+    ahead, match = getattr(config, "num_nextn_predict_layers", None), LAYER.search(name)
+    if not ahead or match is None:
+        return None
+    layer = int(match[1])
+    return layer if config.num_hidden_layers <= layer < config.num_hidden_layers + ahead else None
