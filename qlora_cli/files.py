@@ -42,10 +42,6 @@ def _output_problem(directory: Path, flag: str) -> QloraError | None:
     if directory.is_dir():
         own = {path.name for path in _half_moved(directory)} | {LEFT_OVER}
         held = sorted(path.name for path in directory.iterdir() if path.name not in own)
-        if "run.json" in held:
-            return OutputDirectoryError(
-                f"{directory} already holds a run", hint=f"Choose another {flag}, or delete that one."
-            )
         if held:
             return OutputDirectoryError(
                 f"{directory} holds something else ({', '.join(held[:3])})",

@@ -3,14 +3,12 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.events import EvalDone, Event, MemoryUse, SampleDone, StepDone
-from qlora_cli.files import as_json
-from qlora_cli.training.run_directory import EVENT_NAMES
+from qlora_cli.runs.metrics import event_line
 from qlora_cli.units import GIB
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -64,16 +62,7 @@ def sample_done(step: int, prompt: str = "Why?", answer: str | None = None) -> S
 
 def lines_of(events: Iterable[Event], start: datetime = START) -> list[str]:
     """Return the lines of `metrics.jsonl`, a second between one and the next."""
-    return [
-        json.dumps(
-            {
-                "event": EVENT_NAMES[type(event)],
-                "time": (start + timedelta(seconds=second)).isoformat(timespec="milliseconds"),
-                **as_json(asdict(event)),
-            }
-        )
-        for second, event in enumerate(events)
-    ]
+    return [event_line(event, start + timedelta(seconds=second)) for second, event in enumerate(events)]
 
 
 def write_run(

@@ -44,6 +44,8 @@ def generate(
         model=source.name,
         base_model=source.base_name,
         adapter=source.adapter,
+        adapter_step=source.adapter_step,
+        run_is_done=source.run_is_done,
         merged=merged,
         answers=tuple(collect(prompt, given) for prompt, given in zip(prompts, answers, strict=True)),
         notes=notes,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError, Problem, QloraError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
-from qlora_cli.model_files.source import RUN_FILE, check_model_name, looks_local
+from qlora_cli.model_files.source import check_model_name, looks_local
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import ModelSettings
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
@@ -69,7 +70,7 @@ def check_merged(directory: Path) -> QloraError | None:
     """Return what is wrong with a merged model that was named, as far as that shows at once."""
     if not directory.is_dir() or not looks_local(str(directory)):
         return ModelError(f"--merged {directory}: no such directory", hint="Merge first: qlora merge RUN")
-    if (directory / RUN_FILE).is_file() or (directory / ADAPTER_CONFIG).is_file():
+    if RunDirectory(directory).is_run or (directory / ADAPTER_CONFIG).is_file():
         return ModelError(
             f"--merged {directory} is an adapter or a run, not a merged model",
             hint="Name the directory that the merged model was written to.",

@@ -39,11 +39,16 @@ class PromptAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationReport:
-    """What `qlora generate` answered. `adapter` and `merged` are None where there was none."""
+    """What `qlora generate` answered. `adapter` and `merged` are None where there was none.
+
+    Of a run, `adapter_step` is the step of its weights, and `run_is_done` whether it came to its end.
+    """
 
     model: str
     base_model: str
     adapter: Path | None
+    adapter_step: int | None = None
+    run_is_done: bool | None = None
     merged: Path | None
     answers: tuple[PromptAnswers, ...]
     notes: tuple[str, ...]

@@ -17,9 +17,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Fine-tune the bundled tiny model with NF4 and LoRA, and compare it before and after."""
-    from qlora_cli.files import check_output_directory
+    from qlora_cli.runs.directory import check_free_directory
 
-    if output is not None and (problem := check_output_directory(output)):
+    if output is not None and (problem := check_free_directory(output)):
         raise problem
 
     from qlora_cli.cli.progress import reporting

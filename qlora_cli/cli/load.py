@@ -28,12 +28,12 @@ def load(
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the settings are right
     from qlora_cli.cli.render_load import render_load
-    from qlora_cli.files import check_output_directory
     from qlora_cli.model_files.source import check_model_name
+    from qlora_cli.runs.directory import check_free_directory
 
     if problem := check_model_name(resolved.settings.model):
         raise problem
-    if save is not None and (wrong := check_output_directory(save, "--save")):
+    if save is not None and (wrong := check_free_directory(save, "--save")):
         raise wrong
     with reporting() as reporter:
         from qlora_cli.loading.blueprint import plan_load

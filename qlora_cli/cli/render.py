@@ -8,8 +8,8 @@ from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.result import DemoResult
+from qlora_cli.runs.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.settings.sources import Origin
-from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import RunNotFoundError
+from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 
 DEFAULT_COMMAND = "list"
 
@@ -68,7 +69,7 @@ def show(
 
     if not is_run(run):
         raise RunNotFoundError(
-            f"{run} is no run directory: it holds neither run.json nor metrics.jsonl",
+            f"{run} is no run directory: it holds neither {RUN_FILE} nor {METRICS_FILE}",
             hint=f"List the runs in it: qlora runs {run}",
         )
     if html is not None and (problem := check_place(html)):

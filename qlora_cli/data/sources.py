@@ -88,6 +88,17 @@ def find_dataset(name: str) -> DatasetSource:
     return _find_on_hub(name, readings[-1])
 
 
+def first_local(names: Iterable[str]) -> str | None:
+    """Return the first of the names of data sets that is of something on this disk; None if none is."""
+    for name in names:
+        try:
+            if find_dataset(name).is_local:
+                return name
+        except QloraError:
+            continue
+    return None
+
+
 def check_dataset_name(name: str) -> QloraError | None:
     """Return what is wrong with a data set's name, as far as this machine can tell at once."""
     try:

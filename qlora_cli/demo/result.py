@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.training.result import TrainResult
+from qlora_cli.runs.result import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)

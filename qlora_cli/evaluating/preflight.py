@@ -2,13 +2,15 @@
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
-from qlora_cli.model_files.source import RUN_FILE, check_model_name, looks_local
+from qlora_cli.model_files.source import check_model_name, looks_local
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -53,7 +55,7 @@ def _check_merged(name: str) -> QloraError | None:
     path = existing_path(name)
     if path is None:
         return QloraError(f"there is no directory {name}", hint="Check the path.")
-    if any((path / file).is_file() for file in (RUN_FILE, ADAPTER_CONFIG)):
+    if _is_run_or_adapter(path):
         hint = "Give the directory that qlora merge wrote; a run or an adapter is evaluated as MODEL."
         return QloraError(f"{name} is no merged model", hint=hint)
     return check_model_name(ModelSettings(name=name))
@@ -97,7 +99,11 @@ def _may_hold_out(resolved: Resolved[EvaluateSettings]) -> bool:
     path = existing_path(name)
     if path is None:
         return looks_local(name)
-    return any((path / name).is_file() for name in (RUN_FILE, ADAPTER_CONFIG))
+    return _is_run_or_adapter(path)
+
+
+def _is_run_or_adapter(path: Path) -> bool:
+    return RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file()
 
 
 def _about_tasks(request: EvaluationRequest) -> Iterator[Problem]:

@@ -61,6 +61,8 @@ class Evaluation:
         model: As it was asked for.
         base_model: The base it stands for: the same, unless it is an adapter or a run.
         adapter: The adapter, if it is or has one.
+        adapter_step: Of a run, the step of its weights.
+        run_is_done: Whether that run came to its end.
         merged: The merged model, if one was compared with.
         device, compute_dtype: Where, and in which dtype.
         dataset: The rows, as they were named; None if only tasks were run.
@@ -74,6 +76,8 @@ class Evaluation:
     model: str
     base_model: str
     adapter: Path | None
+    adapter_step: int | None = None
+    run_is_done: bool | None = None
     merged: Path | None
     device: str
     compute_dtype: str

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.sources import find_dataset, first_local
 from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.evaluating.settings import EvaluateSettings
-from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import RUN_FILE
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -22,8 +23,8 @@ NAME_THEM = "Name the rows to evaluate with --dataset."
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What a run says of the rows that it was trained on and evaluated on."""
+class TrainedRows:
+    """What a run says of the rows that it was trained on and evaluated on; data sets are named by where they are."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -41,31 +42,40 @@ class HeldOut:
     notes: tuple[str, ...]
 
 
-def read_run(run: Path | None) -> RunRecord | None:
-    """Return the record of a run directory, if there is one.
+def trained_rows(source: ModelSource) -> TrainedRows | None:
+    """Return what the run that was named says of its rows, if one was.
 
     Raises:
-        ModelError: it does not say how its data was read.
+        ModelError: it does not say how its data was read, or the data is nowhere that it may be.
     """
-    if run is None:
+    run, record = source.run, source.record
+    if run is None or record is None:
         return None
-    record = read_json(run / RUN_FILE)
-    try:
-        reports = record["data"]
-        fingerprints = [(reports[part] or {}).get("fingerprint") for part in ("train", "eval")]
-        settings, seed = dict(record["settings"]["data"]), int(record["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{run / RUN_FILE} does not say how the data of the run was read: {error!r}",
-            hint="Was it written by qlora train?",
-        ) from error
-    return RunRecord(
-        path=run, settings=settings, seed=seed, train_fingerprint=fingerprints[0], eval_fingerprint=fingerprints[1]
+    how = "how the data of the run was read"
+    settings = record.settings_of("data", how)
+    if record.seed is None:
+        raise record.lacks(how, "seed")
+    if record.data.train is None:
+        raise record.lacks(how, "data.train")
+    named = {key: _located(settings[key], record) for key in ("dataset", "eval_dataset") if key in settings}
+    return TrainedRows(
+        path=run,
+        settings={**settings, **named},
+        seed=record.seed,
+        train_fingerprint=record.data.train.fingerprint,
+        eval_fingerprint=None if record.data.eval is None else record.data.eval.fingerprint,
     )
 
 
+def _located(names: JsonValue, record: RunRecord) -> JsonValue:
+    """Return names of data sets as they are found from here: relative ones were given in another directory."""
+    if not isinstance(names, list):
+        return names
+    return [first_local(map(str, record.places_of(str(name)))) or str(name) for name in names]
+
+
 def data_settings(
-    resolved: Resolved[EvaluateSettings], run: RunRecord | None, split: str | None
+    resolved: Resolved[EvaluateSettings], run: TrainedRows | None, split: str | None
 ) -> DataSettings | None:
     """Return how rows are read, and which: as asked for, else as the run was trained, else as training would.
 
@@ -86,7 +96,7 @@ def data_settings(
     try:
         return DataSettings.model_validate(values)
     except ValidationError as error:
-        where = run.path / RUN_FILE if run is not None else "data"
+        where = RunDirectory(run.path).run_file if run is not None else "data"
         raise ModelError(
             f"the data settings in {where} can't be read: {error.errors()[0]['msg']}",
             hint="Was it written by a newer qlora?",
@@ -94,7 +104,7 @@ def data_settings(
 
 
 def read_rows(
-    settings: DataSettings, run: RunRecord | None, text: TextTokenizer, *, seed: int, are_named: bool
+    settings: DataSettings, run: TrainedRows | None, text: TextTokenizer, *, seed: int, are_named: bool
 ) -> HeldOut:
     """Read and tokenize the rows that `settings` name, or hold out of what they name.
 
@@ -118,7 +128,7 @@ def read_rows(
     return HeldOut(data=data, is_training_data=False, notes=(changed,))
 
 
-def nothing_held_out(model: str, run: RunRecord | None) -> DataError:
+def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
     """Return the error of an evaluation whose rows are not known."""
     if run is not None:
         return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)
@@ -131,7 +141,7 @@ def _alone(names: Any, split: str | None) -> dict[str, Any]:
     return {"dataset": names, "split": split or EVAL_SPLIT, **whole}
 
 
-def _shares_files(settings: DataSettings, run: RunRecord) -> bool:
+def _shares_files(settings: DataSettings, run: TrainedRows) -> bool:
     """Whether a file is read that the run was trained on."""
     trained: set[Path] = set()
     for name in run.settings.get("dataset") or ():

@@ -16,7 +16,7 @@ from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged import Merged, find_merged
 from qlora_cli.evaluating.preflight import check_evaluation, names_rows
 from qlora_cli.evaluating.result import Evaluation, Kind, SourceResult, TaskResult
-from qlora_cli.evaluating.rows import HeldOut, RunRecord, data_settings, nothing_held_out, read_rows, read_run
+from qlora_cli.evaluating.rows import HeldOut, TrainedRows, data_settings, nothing_held_out, read_rows, trained_rows
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
@@ -61,6 +61,8 @@ def evaluate(resolved: Resolved[EvaluateSettings], request: EvaluationRequest, r
         model=blueprint.source.name,
         base_model=blueprint.source.base_name,
         adapter=blueprint.source.adapter,
+        adapter_step=blueprint.source.adapter_step,
+        run_is_done=blueprint.source.run_is_done,
         merged=merged.path if merged is not None else None,
         device=str(blueprint.device),
         compute_dtype=blueprint.dtype.name.value,
@@ -83,7 +85,7 @@ def _find_rows(
     resolved: Resolved[EvaluateSettings], request: EvaluationRequest, blueprint: Blueprint, reporter: Reporter
 ) -> HeldOut | None:
     """Return the rows to evaluate on; None if there are none and tasks are all that is asked for."""
-    run = read_run(blueprint.source.run)
+    run = trained_rows(blueprint.source)
     data = data_settings(resolved, run, request.split)
     if data is None:
         if request.tasks:
@@ -98,7 +100,7 @@ def _find_rows(
     return rows
 
 
-def _seed(resolved: Resolved[EvaluateSettings], run: RunRecord | None) -> int:
+def _seed(resolved: Resolved[EvaluateSettings], run: TrainedRows | None) -> int:
     training = resolved.settings.training
     return training.seed if run is None or "seed" in training.model_fields_set else run.seed
 

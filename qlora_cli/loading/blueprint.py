@@ -22,6 +22,7 @@ from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.runs.directory import RUN_FILE
 from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
@@ -196,7 +197,7 @@ def _over_run(asked: SectionT, recorded: Mapping[str, Any], source: ModelSource)
         return type(asked).model_validate({**recorded, **given})
     except ValidationError as error:
         raise ModelError(
-            f"the settings in run.json of {source.name} can't be read: {error.errors()[0]['msg']}",
+            f"the settings in {RUN_FILE} of {source.name} can't be read: {error.errors()[0]['msg']}",
             hint="Was it written by a newer qlora?",
         ) from error
 

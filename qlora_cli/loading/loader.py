@@ -92,6 +92,8 @@ class LoadedModel:
             revision=self.source.revision,
             commit=self.source.commit,
             adapter=self.source.adapter,
+            adapter_step=self.source.adapter_step,
+            run_is_done=self.source.run_is_done,
             architecture=type(self.base).__name__,
             device=str(self.device),
             quantization=quantization.method.value,

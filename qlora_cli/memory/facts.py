@@ -17,7 +17,9 @@ from qlora_cli.files import existing_path
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import CONFIG, HUB_ID, RUN_FILE, base_model_problem, looks_local
+from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import load_record
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -69,7 +71,7 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
         raise ModelError(
             f"a revision ({settings.model.revision}) has no meaning for the local {path}", hint="Leave it out."
         )
-    if (path / RUN_FILE).is_file():
+    if RunDirectory(path).is_run:
         return _of_run(path, settings, reporter)
     if (path / ADAPTER_CONFIG).is_file():
         base = settings.model.base_model or read_adapter_config(path).base_model_name_or_path
@@ -93,10 +95,10 @@ def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
 
 
 def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    record = read_json(path / RUN_FILE)
+    record = load_record(path)
+    base = record.base()
+    recorded = {section: record.settings_of(section, "how the run was trained") for section in OF_A_RUN}
     try:
-        recorded = {section: dict(record["settings"][section]) for section in OF_A_RUN}
-        base, base_path = str(record["base_model"]["base_model"]), Path(str(record["base_model_path"]))
         merged = {
             section: {
                 **{key: value for key, value in recorded[section].items() if key in type(own).model_fields},
@@ -106,15 +108,16 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
             for own in (getattr(settings, section),)
         }
         taken = EstimateSettings.model_validate(merged)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except ValidationError as error:
         raise ModelError(
-            f"{path / RUN_FILE} does not say how the run was trained: {error}",
+            f"{RunDirectory(path).run_file} does not say how the run was trained: {error}",
             hint="Was it written by qlora train? Else give the base model.",
         ) from error
-    name = settings.model.base_model or (str(base_path) if (base_path / CONFIG).is_file() else base)
+    here = next((str(place) for place in base.places if (place / CONFIG).is_file()), base.name)
+    name = settings.model.base_model or here
     facts, taken = _named(name, taken, reporter)
     note = f"settings of the run {path}, but for what was given here"
-    return ModelFacts(name=base, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken
+    return ModelFacts(name=base.name, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken
 
 
 def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts:

@@ -1,7 +1,7 @@
-"""What a merged model says of itself: `merge.json` for programs, a model card for people."""
+"""What a merged model says of itself: a record for programs, a model card for people."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from qlora_cli import __version__
-from qlora_cli.files import as_json
 from qlora_cli.merging.beside import write_json
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.request import name_of
 from qlora_cli.merging.result import Divergence, MergeResult
-from qlora_cli.model_files.merged import RECORD, adapter_digest
+from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
+from qlora_cli.model_files.merged import adapter_digest
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.visible import visible
 
@@ -30,7 +30,7 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
     Both may be published with the weights: what is a path on this machine is named by its end.
     """
     data = _data(inputs)
-    record = {
+    content = {
         "written_by": f"qlora {__version__}",
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in LIBRARIES},
@@ -43,6 +43,8 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
                 "weight": adapter.weight,
                 "kind": adapter.kind,
                 "sha256": adapter_digest(adapter.path),
+                "step": adapter.step,
+                "run_is_done": adapter.run_is_done,
             }
             for adapter in result.adapters
         ],
@@ -55,18 +57,18 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
         "verification": result.verification,
         "nf4": result.nf4 if written == ExportFormat.NF4 else None,
     }
-    write_json(target / RECORD, as_json(record))
+    record = new_merge_record(content)
+    write_json(target / MERGE_FILE, record.model_dump(mode="json", exclude_unset=True))
     (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
 
 
 def _data(inputs: Inputs) -> list[dict[str, Any]]:
     """Return what the run was trained on: name, rows, and the fingerprint of its tokens."""
-    recorded = (inputs.record or {}).get("data")
-    train = recorded.get("train") if isinstance(recorded, Mapping) else None
-    if not isinstance(train, Mapping):
+    train = None if inputs.record is None else inputs.record.data.train
+    if train is None:
         return []
-    name = _shown(str(train.get("name")))
-    return [{"name": name, **{key: train.get(key) for key in ("rows_trained", "supervised_tokens", "fingerprint")}}]
+    figures = {key: train.integer(key) for key in ("rows_trained", "supervised_tokens")}
+    return [{"name": _shown(str(train.name)), **figures, "fingerprint": train.fingerprint}]
 
 
 def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: ExportFormat) -> Iterator[str]:
@@ -92,7 +94,7 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     if written == ExportFormat.NF4:
         yield f"| quantized again | to NF4 with double quantization: {_from_merged(result.nf4)} |"
     yield ""
-    yield f"Merged by qlora {__version__}; `{RECORD}` holds all figures."
+    yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
 
 
 def _front(inputs: Inputs, result: MergeResult, written: ExportFormat) -> dict[str, Any]:

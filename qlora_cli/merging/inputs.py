@@ -29,9 +29,10 @@ from qlora_cli.model_files.config import ModelConfig, read_config
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.prequantized import read_prequantized
-from qlora_cli.model_files.source import CONFIG, RUN_FILE, ModelSource, fetch_weights, find_model
+from qlora_cli.model_files.source import CONFIG, ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, ModelSettings, QuantizationSettings
 
@@ -44,6 +45,7 @@ class Inputs:
 
     Attributes:
         source: The base, and the first adapter.
+        sources: The same of every adapter.
         config: That of the base, with what training changed of it: rotary positions, the size of the vocabulary.
         config_changes: Those changes, by the key of the config.
         record: What the run wrote down, if the first adapter is that of a run.
@@ -53,10 +55,11 @@ class Inputs:
 
     request: MergeRequest
     source: ModelSource
+    sources: tuple[ModelSource, ...]
     config: ModelConfig
     config_changes: Mapping[str, Any]
     tokenizer: LoadedTokenizer
-    record: Mapping[str, Any] | None
+    record: RunRecord | None
     is_recorded: bool
     base: BaseModel
     adapters: tuple[AdapterChanges, ...]
@@ -80,7 +83,7 @@ def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
     sources = _find_all(request, reporter)
     source = sources[0]
     _check_trained_alike(sources)
-    record = _record_of(source)
+    record = source.record
     settings = effective_model(_model_settings(request, source.name), source)
     config = read_config(source, trust_remote_code=request.trust_remote_code)
     before = config.config.to_dict()
@@ -103,6 +106,7 @@ def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
     return Inputs(
         request=request,
         source=source,
+        sources=tuple(sources),
         config=config,
         config_changes={
             key: value for key, value in after.items() if before.get(key) != value and key not in OF_THE_BUILD
@@ -142,10 +146,6 @@ def _find_all(request: MergeRequest, reporter: Reporter) -> list[ModelSource]:
     return sources
 
 
-def _record_of(source: ModelSource) -> dict[str, Any] | None:
-    return read_json(source.run / RUN_FILE) if source.run is not None else None
-
-
 def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
     """Check that runs whose adapters are added were trained on one base, stored alike."""
     first = sources[0]
@@ -164,7 +164,7 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
 
 def _check_digest(source: ModelSource, request: MergeRequest, reporter: Reporter) -> None:
     """Check that the base is the one that the run was trained on, by samples of its bytes."""
-    recorded = (_record_of(source) or {}).get("base_model_digest")
+    recorded = None if source.record is None else source.record.base_model_digest
     if recorded is None or recorded == base_digest(source.path):
         return
     message = f"{source.path} is not the base that {source.name} was trained on: its weights are others"
@@ -180,7 +180,7 @@ def read_base(
     config: ModelConfig,
     checkpoint: Checkpoint,
     tokenizer: LoadedTokenizer,
-    record: Mapping[str, Any] | None,
+    record: RunRecord | None,
     request: MergeRequest,
 ) -> BaseModel:
     """Return the base on the meta device, with what is known of how training, or its file, has stored it.
@@ -223,13 +223,13 @@ def read_base(
     )
 
 
-def _trained_in(config: PreTrainedConfig, record: Mapping[str, Any] | None) -> torch.dtype:
+def _trained_in(config: PreTrainedConfig, record: RunRecord | None) -> torch.dtype:
     """Return the dtype that training held unquantized weights in; of an adapter of others, that of the base."""
     if record is not None:
-        sizes = record["base_model"].get("dtype_bytes", {})
+        sizes = {} if record.base_model is None else record.base_model.dtype_bytes
         held = {dtype: sizes.get(str(dtype).removeprefix("torch."), 0) for dtype in TORCH_DTYPES.values()}
-        name = record["settings"]["model"].get("dtype", Dtype.AUTO)
-        if name != Dtype.AUTO:
+        name = record.setting("model.dtype")
+        if name in set(Dtype) - {Dtype.AUTO}:
             return TORCH_DTYPES[Dtype(name)]
         if any(held.values()):  # all but a few norms are in one
             return max(held, key=lambda dtype: held[dtype])
@@ -237,8 +237,9 @@ def _trained_in(config: PreTrainedConfig, record: Mapping[str, Any] | None) -> t
     return stored if isinstance(stored, torch.dtype) and stored in TORCH_DTYPES.values() else torch.bfloat16
 
 
-def _trained_on_cpu(record: Mapping[str, Any] | None) -> bool:
-    return record is not None and str(record["base_model"].get("device", "")).startswith("cpu")
+def _trained_on_cpu(record: RunRecord | None) -> bool:
+    device = None if record is None or record.base_model is None else record.base_model.device
+    return device is not None and device.startswith("cpu")
 
 
 def _rows_for(tokenizer: LoadedTokenizer) -> int:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.files import check_output_directory
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.request import MergeRequest, output_of, pushed_to
 from qlora_cli.model_files.source import check_model_name
+from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.units import counted
@@ -59,7 +59,7 @@ def _check_name(name: str, request: MergeRequest) -> QloraError | None:
 
 
 def _about_places(request: MergeRequest) -> Iterator[Problem]:
-    if wrong := check_output_directory(output_of(request)):
+    if wrong := check_free_directory(output_of(request)):
         yield _problem("--output", wrong)
     if request.push_to_hub == "":
         yield Problem(where=PUSH, message="names no repository", hint="Give OWNER/NAME.")

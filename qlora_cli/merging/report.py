@@ -31,8 +31,17 @@ def applied_adapters(inputs: Inputs) -> tuple[AppliedAdapter, ...]:
     """Return the adapters, and how much each counts."""
     request = inputs.request
     return tuple(
-        AppliedAdapter(name=name, path=adapter.directory, weight=weight, kind=adapter.summary)
-        for name, adapter, weight in zip(request.adapters, inputs.adapters, request.weights, strict=True)
+        AppliedAdapter(
+            name=name,
+            path=adapter.directory,
+            weight=weight,
+            kind=adapter.summary,
+            step=source.adapter_step,
+            run_is_done=source.run_is_done,
+        )
+        for name, adapter, weight, source in zip(
+            request.adapters, inputs.adapters, request.weights, inputs.sources, strict=True
+        )
     )
 
 

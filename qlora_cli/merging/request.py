@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.model_files.source import MERGED, RUN_FILE, looks_local
+from qlora_cli.model_files.source import looks_local
+from qlora_cli.runs.directory import MERGED, RunDirectory
 from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
 from qlora_cli.settings.models import OutputSettings
 
@@ -52,7 +53,7 @@ def output_of(request: MergeRequest) -> Path:
     name = request.adapters[0]
     if looks_local(name):
         path = Path(name).expanduser()
-        return path / MERGED if (path / RUN_FILE).is_file() else Path(f"{path.resolve().name}-merged")
+        return RunDirectory(path).merged if RunDirectory(path).is_run else Path(f"{path.resolve().name}-merged")
     return Path(f"{name.rpartition('/')[2]}-merged")
 
 

@@ -17,12 +17,17 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedAdapter:
-    """An adapter that is merged: `weight` is how much it counts, `kind` what it is, such as LoRA of rank 8."""
+    """An adapter that is merged: `weight` is how much it counts, `kind` what it is, such as LoRA of rank 8.
+
+    Of a run, `step` is the step of its weights, and `run_is_done` whether it came to its end.
+    """
 
     name: str
     path: Path
     weight: float
     kind: str
+    step: int | None = None
+    run_is_done: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_cli.counters import peak_host_bytes
 from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
-from qlora_cli.files import check_disk_space, check_output_directory, fill_directory, size_of
+from qlora_cli.files import check_disk_space, fill_directory, size_of
 from qlora_cli.hub.push import push_folder, push_refusal
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import check_tokenizer, write_beside
@@ -27,6 +27,7 @@ from qlora_cli.merging.request import MergeRequest, name_of, output_of, pushed_t
 from qlora_cli.merging.result import BaseChoice, Divergence, MergeReport, MergeResult, Verification
 from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
+from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import BaseWeights, ExportFormat
 
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
@@ -192,7 +193,7 @@ class _Job:
         for name, place in formats.places(directory).items():
             write_record(place, inputs, result, ExportFormat(name))
         self._result = replace(result, bytes_written=size_of(directory))
-        if problem := check_output_directory(output_of(request)):
+        if problem := check_free_directory(output_of(request)):
             raise problem  # something has come there meanwhile, such as another merge, and is not replaced
 
     def _exported(self, directory: Path) -> Divergence | None:

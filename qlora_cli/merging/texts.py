@@ -1,18 +1,18 @@
 """What models are compared on: fixed prompts, and a few rows of what was trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.encode import TextTokenizer, tokenize_source
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.sources import find_dataset, first_local
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.tokenizer import LoadedTokenizer
+from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 
@@ -54,9 +54,7 @@ class Texts:
         return torch.tensor([token for row in self.rows for token in (*row[1:], -100)])
 
 
-def read_texts(
-    tokenizer: LoadedTokenizer, record: Mapping[str, Any] | None, vocabulary: int, reporter: Reporter
-) -> Texts:
+def read_texts(tokenizer: LoadedTokenizer, record: RunRecord | None, vocabulary: int, reporter: Reporter) -> Texts:
     """Return the prompts and, of a run, a few rows of its data, as many tokens as logits fit in memory."""
     prompts = [_tokens(tokenizer.tokenizer, text) for text in PROMPTS]
     rows = [] if record is None else _rows_of_run(tokenizer, record, reporter)
@@ -78,15 +76,16 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
     return ids
 
 
-def _rows_of_run(tokenizer: LoadedTokenizer, record: Mapping[str, Any], reporter: Reporter) -> list[Sequence[int]]:
+def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Reporter) -> list[Sequence[int]]:
     """Return rows of the run's data as they were trained, if the data can still be read here."""
     try:
-        settings = DataSettings.model_validate(record["settings"]["data"])
+        settings = DataSettings.model_validate(record.settings_of("data", "which data it was trained on"))
         few = settings.model_copy(update={"on_bad_row": OnBadRow.SKIP})
         text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids)
-        source = find_dataset(settings.dataset[0])
-        found = tokenize_source(source, settings.split, few, text, int(record["seed"]), head=NUM_ROWS)
-    except (QloraError, ValidationError, KeyError) as error:
+        name = settings.dataset[0]
+        source = find_dataset(first_local(map(str, record.places_of(name))) or name)
+        found = tokenize_source(source, settings.split, few, text, record.seed or 0, head=NUM_ROWS)
+    except (QloraError, ValidationError) as error:
         reporter.report(Noted(message=f"the run's data can't be read here ({error}): compared on fixed prompts only"))
         return []
     return [row["input_ids"] for row in found.dataset]

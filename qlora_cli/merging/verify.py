@@ -16,6 +16,7 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.plan import MergePlan
 from qlora_cli.merging.result import BaseChoice, Divergence, Rounding, Verification
+from qlora_cli.model_files.merge_record import MERGE_FILE
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from qlora_cli.units import counted, format_bytes
 
@@ -100,7 +101,7 @@ def failure(verification: Verification, kept: Path) -> MergeError:
             hint=f"The merged model is in {kept}, to look at. Does the base hold NaN, or the adapter huge values?",
         )
     if not verification.is_exact:
-        report = f"It is kept in {kept}, to look at. Please report it with its merge.json."
+        report = f"It is kept in {kept}, to look at. Please report it with its {MERGE_FILE}."
         return MergeError(_inexact(verification), hint=report)
     assert verification.max_divergence is not None, "nothing else fails"
     return MergeError(

@@ -1,17 +1,16 @@
 """The model that was merged from a run, where a run is asked for what became of it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_cli.device import ComputeDtype
 from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import file_digest
+from qlora_cli.model_files.merge_record import read_merge_record
 from qlora_cli.model_files.prequantized import read_prequantized
-from qlora_cli.model_files.source import CONFIG, MERGED, ModelSource
+from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
-
-RECORD = "merge.json"  # what `qlora merge` writes beside a merged model
 
 
 def adapter_digest(adapter: Path) -> str:
@@ -22,10 +21,10 @@ def adapter_digest(adapter: Path) -> str:
 
 def staleness(merged: Path, source: ModelSource) -> str | None:
     """Return in words that a model was merged from another adapter than `source` has now; None if not known to be."""
-    if source.adapter is None or not (merged / RECORD).is_file():
+    record = None if source.adapter is None else read_merge_record(merged)
+    if source.adapter is None or record is None:
         return None
-    adapters = read_json(merged / RECORD).get("adapters")
-    known = [one.get("sha256") for one in adapters if isinstance(one, Mapping)] if isinstance(adapters, list) else []
+    known = [one.sha256 for one in record.adapters]
     if not any(known) or adapter_digest(source.adapter) in known:
         return None
     return f"{merged} was merged from another adapter than {source.name} has now: merge it anew"
@@ -36,9 +35,10 @@ def merged_model_of(source: ModelSource) -> Path | None:
 
     It is of the run's adapter, not of one of its checkpoints.
     """
-    if source.run is None or source.adapter != source.run / "adapter":
+    run = None if source.run is None else RunDirectory(source.run)
+    if run is None or source.adapter != run.adapter:
         return None
-    places = (source.run / MERGED, source.run / MERGED / "hf")
+    places = (run.merged, run.merged / "hf")
     return next((place for place in places if (place / CONFIG).is_file()), None)
 
 

@@ -9,21 +9,31 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, read_adapter_config
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
+from qlora_cli.runs.directory import RunDirectory, run_around
+from qlora_cli.runs.record import RunRecord, Values, load_record
+from qlora_cli.runs.weights import (
+    RunWeights,
+    is_complete,
+    may_have_weights,
+    missing_weights,
+    weights_of,
+    weights_of_part,
+)
 from qlora_cli.settings.models import ModelSettings
 
 if TYPE_CHECKING:
     from qlora_cli.hub.repository import Repository
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-CONFIG, RUN_FILE = "config.json", "run.json"
-MERGED = "merged"  # in a run directory, what `qlora merge` writes unless told otherwise
+CONFIG = "config.json"
+HOW_TRAINED = "what the run was based on, and how"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 # Besides the weights. In the root only: other folders hold the same model in other formats.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -52,9 +62,9 @@ class ModelSource:
         commit: What that resolved to, for a hub id.
         base_name: The base's own name, a hub id or a path; equals `name` when no adapter was named.
         adapter: The adapter to attach, when the user named an adapter or a run directory.
-        run_quantization: The quantization settings that a run was trained with, if it or a part of it was named.
-        run_model: Its model settings, as they were asked for or taken over from the run before it.
         run: The run directory that was named, itself or by a part of it.
+        record: What that run recorded of itself.
+        weights: Which of its weights `adapter` is.
         tokenizer_path: Where the tokenizer is read from: the adapter if it has one of its own.
         pending: The weights of the base, if they come from the hub: `fetch_weights` brings them.
     """
@@ -65,11 +75,31 @@ class ModelSource:
     commit: str | None = None
     base_name: str
     adapter: Path | None = None
-    run_quantization: Mapping[str, Any] | None = None
-    run_model: Mapping[str, Any] | None = None
     run: Path | None = None
+    record: RunRecord | None = None
+    weights: RunWeights | None = None
     tokenizer_path: Path
     pending: "PendingWeights | None" = None
+
+    @property
+    def adapter_step(self) -> int | None:
+        """The step of the run that the adapter is of, if it is of a run, and that is known."""
+        return None if self.weights is None else self.weights.step
+
+    @property
+    def run_is_done(self) -> bool | None:
+        """Whether the run came to its end; None if none was named."""
+        return None if self.weights is None else self.weights.is_done
+
+    @property
+    def run_quantization(self) -> Values | None:
+        """The quantization settings that the run was trained with, if one was named."""
+        return None if self.record is None else self.record.settings_of("quantization", HOW_TRAINED)
+
+    @property
+    def run_model(self) -> Values | None:
+        """Its model settings, as they were asked for or taken over from the run before it."""
+        return None if self.record is None else self.record.settings_of("model", HOW_TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +119,14 @@ class _Files:
 
 @dataclass(frozen=True, kw_only=True)
 class _Base:
-    """How an adapter names its base. `is_hub`: known to come from the hub, so no directory may take its place."""
+    """A base as an adapter, a run or the user names it, and the `places` on this disk that it may be at.
+
+    A base that is known to come from the hub has none: no directory may take its place.
+    """
 
     name: str
     revision: str | None = None
-    is_hub: bool = False
+    places: tuple[Path, ...] = ()
 
 
 def looks_local(name: str) -> bool:
@@ -110,9 +143,10 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
             return ModelNotFoundError(f"no model at {name}: no such directory", hint="Check the path.")
         if problem := _check_path(path, settings.revision):
             return problem
-        directory = _adapter_of_run(path) or path
-        problem = _check_directory(directory, settings)
-        is_adapter = problem is not None or (directory / ADAPTER_CONFIG).is_file()
+        if RunDirectory(path).is_run:
+            return _check_run(RunDirectory(path), settings)
+        problem = _check_directory(path, settings)
+        is_adapter = problem is not None or (path / ADAPTER_CONFIG).is_file()
         return problem if is_adapter else base_model_problem(name, settings)
     if not HUB_ID.fullmatch(name):
         return ModelNotFoundError(
@@ -140,11 +174,11 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSo
             return _plain(found, settings)
         return _attached(found, settings, reporter)
     path = Path(settings.name).expanduser().resolve()
-    adapter = _adapter_of_run(path)
-    found = _Files(name=settings.name, path=adapter or path)
-    if not found.is_adapter:
-        return _plain(found, settings)
-    return _attached(found, settings, reporter, read_json(path / RUN_FILE) if adapter else None)
+    found = _Files(name=settings.name, path=path)
+    run = RunDirectory(path) if RunDirectory(path).is_run else run_around(path) if found.is_adapter else None
+    if run is not None:
+        return _of_run(path, run, settings, reporter)
+    return _attached(found, settings, reporter) if found.is_adapter else _plain(found, settings)
 
 
 def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
@@ -164,7 +198,7 @@ def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> Mod
             return find_model(settings, reporter)  # says so
         if problem := _check_path(path, settings.revision):
             raise problem
-        if (path / RUN_FILE).is_file() or (path / ADAPTER_CONFIG).is_file():
+        if RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file():
             return find_model(settings, reporter)
         return _plain(_Files(name=name, path=path.resolve()), settings)
     if problem := check_model_name(settings):
@@ -199,12 +233,18 @@ def _check_path(path: Path, revision: str | None) -> QloraError | None:
     return None
 
 
+def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
+    """Return what is wrong with a run, as far as that shows without reading all of its weights."""
+    if not may_have_weights(run):
+        return missing_weights(run)
+    try:
+        record = load_record(run.path)
+    except ModelError as error:
+        return error
+    return _check_directory(run.adapter, settings) if is_complete(run, record) else None
+
+
 def _check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
-    if not path.is_dir():
-        return ModelError(
-            f"the run in {path.parent} has no adapter: it has not come to its end",
-            hint=f"Give one of its checkpoints: {path.parent / 'checkpoints'}/step-…",
-        )
     names = [file.relative_to(path).as_posix() for file in path.iterdir()]
     problem = _check_files(str(path), names, settings)
     return _check_config(path) if problem is None and ADAPTER_CONFIG in names else problem
@@ -251,11 +291,6 @@ def _check_adapter_files(where: str, names: Collection[str], settings: ModelSett
             hint="Save it again with a current PEFT, or use --allow-pickle if you trust its author.",
         )
     return ModelError(f"the adapter in {where} has no {ADAPTER_WEIGHTS}", hint="Save it again, or copy all of it.")
-
-
-def _adapter_of_run(path: Path) -> Path | None:
-    """Return the adapter's folder if `path` is a run directory; it is there once the run has ended."""
-    return path / "adapter" if (path / RUN_FILE).is_file() else None
 
 
 def _download(name: str, revision: str | None, settings: ModelSettings, reporter: Reporter) -> _Files:
@@ -350,15 +385,16 @@ def _attached(
     adapter: _Files,
     settings: ModelSettings,
     reporter: Reporter,
-    run: Mapping[str, Any] | None = None,
+    record: RunRecord | None = None,
 ) -> ModelSource:
-    """Find the base of `adapter`; `run` is the record of the run directory that was named, if one was."""
+    """Find the base of `adapter`; `record` is that of the run that it is of, if it is of one."""
     _check_code(adapter, settings)
     read_adapter_config(adapter.path)  # of a run too, which names the base itself
-    record = _run_around(adapter.path) if run is None else run
-    named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
     asked = settings.base_model
-    base = _find_base(named if asked is None else _Base(name=asked), adapter, settings, reporter)
+    named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
+    base = _find_base(
+        named if asked is None else _Base(name=asked, places=(Path(asked),)), adapter, settings, reporter
+    )
     has_tokenizer = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
     return ModelSource(
         name=adapter.name,
@@ -367,43 +403,35 @@ def _attached(
         commit=base.commit,
         base_name=base.name,
         adapter=adapter.path,
-        run_quantization=None if record is None else record["settings"]["quantization"],
-        run_model=None if record is None else record["settings"]["model"],
-        run=_run_of(adapter.path),
+        record=record,
         tokenizer_path=adapter.path if has_tokenizer else base.path,
         pending=base.pending,
     )
 
 
-def _run_of(adapter: Path) -> Path | None:
-    """Return the run directory that `adapter` is a part of: its result, or one of its checkpoints."""
-    places = {"adapter": adapter.parent, "checkpoints": adapter.parent.parent}
-    run = places.get(adapter.name) or places.get(adapter.parent.name)
-    return run if run is not None and (run / RUN_FILE).is_file() else None
+def _of_run(path: Path, run: RunDirectory, settings: ModelSettings, reporter: Reporter) -> ModelSource:
+    """Return what `path` is: a run, of which the weights that count are taken, or a part of one."""
+    record = load_record(run.path)
+    is_part = path != run.path
+    weights = weights_of_part(path, run, record) if is_part else weights_of(run, record)
+    if problem := _check_directory(weights.path, settings):
+        raise problem
+    for damage in weights.damaged:
+        reporter.report(Noted(level="warning", message=f"passed over in {run.path}: {damage}"))
+    reporter.report(Noted(message=f"{settings.name}: {weights.sentence}"))
+    source = _attached(_Files(name=settings.name, path=weights.path), settings, reporter, record)
+    return replace(source, run=run.path, weights=weights)
 
 
-def _run_around(adapter: Path) -> Mapping[str, Any] | None:
-    run = _run_of(adapter)
-    return read_json(run / RUN_FILE) if run else None
-
-
-def _base_of_run(adapter: Path, record: Mapping[str, Any]) -> _Base:
-    try:
-        base, path = record["base_model"], str(record["base_model_path"])
-        name, commit = base["base_model"], base["commit"]
-        if not (isinstance(name, str) and isinstance(commit, str | None)):
-            raise TypeError("base_model names none")
-        for section in ("quantization", "model"):  # what a named run needs besides
-            if not isinstance(record["settings"][section], Mapping):
-                raise TypeError(f"settings.{section} holds no settings")
-    except (KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        run = _run_of(adapter) or adapter.parent
-        raise ModelError(
-            f"{run / RUN_FILE} does not say what the run was based on, and how: {reason}",
-            hint="Was it written by qlora train, and to its end?",
-        ) from error
-    return _Base(name=name, revision=commit, is_hub=True) if commit else _Base(name=path)
+def _base_of_run(adapter: Path, record: RunRecord) -> _Base:
+    for section in ("quantization", "model"):  # what a named run needs besides
+        record.settings_of(section, HOW_TRAINED)
+    base = record.base()
+    if base.commit is not None:
+        return _Base(name=base.name, revision=base.commit)
+    own = read_adapter_config(adapter).base_model_name_or_path
+    places = (*base.places, *((Path(own),) if own else ()))  # which its owner may have set since
+    return _Base(name=str(base.places[0]), places=places)
 
 
 def _base_of_adapter(adapter: Path) -> _Base:
@@ -414,20 +442,20 @@ def _base_of_adapter(adapter: Path) -> _Base:
             f"the adapter in {adapter} does not name its base model",
             hint=f"Set base_model_name_or_path in its {ADAPTER_CONFIG}.",
         )
-    return _Base(name=name, revision=revision or None, is_hub=bool(revision) and bool(HUB_ID.fullmatch(name)))
+    is_hub = bool(revision) and HUB_ID.fullmatch(name) is not None
+    return _Base(name=name, revision=revision or None, places=() if is_hub else (Path(name), adapter / name))
 
 
 def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter: Reporter) -> _Files:
-    places = [] if named.is_hub else [Path(named.name), adapter.path / named.name]
-    found = [existing_path(place) for place in places]
+    found = [existing_path(place) for place in named.places]
     path = next((place.resolve() for place in found if place is not None and place.is_dir()), None)
     if path is None and (named.name.startswith((".", "~")) or not HUB_ID.fullmatch(named.name)):
-        raise _no_base(named, adapter, places)
+        raise _no_base(named, adapter)
     try:
         if path is None:
             base = _download(named.name, named.revision, settings, reporter)
         else:
-            if not Path(named.name).is_absolute():
+            if path != named.places[0].absolute().resolve() or not Path(named.name).is_absolute():
                 reporter.report(Noted(message=f"the base {named.name} is taken from the directory {path}"))
             base = _Files(name=str(path), path=path)
             if problem := _check_directory(path, settings):
@@ -443,8 +471,8 @@ def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter:
     return base
 
 
-def _no_base(named: _Base, adapter: _Files, places: list[Path]) -> ModelNotFoundError:
-    written = [str(place if str(place).startswith("~") else place.absolute()) for place in places]
+def _no_base(named: _Base, adapter: _Files) -> ModelNotFoundError:
+    written = [str(place if str(place).startswith("~") else place.absolute()) for place in named.places]
     looked = " and ".join(dict.fromkeys(written))
     return ModelNotFoundError(
         f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",

@@ -35,7 +35,8 @@ class LoadReport:
     `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
     `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized. `errors` are measured
-    if asked for; `saved` is the quantized checkpoint, if one was written.
+    if asked for; `saved` is the quantized checkpoint, if one was written. Of a run, `adapter_step` is the step of its
+    weights, and `run_is_done` whether it came to its end.
     """
 
     model: str
@@ -43,6 +44,8 @@ class LoadReport:
     revision: str | None
     commit: str | None
     adapter: Path | None
+    adapter_step: int | None = None
+    run_is_done: bool | None = None
     architecture: str
     device: str
     quantization: str

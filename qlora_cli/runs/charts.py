@@ -43,7 +43,7 @@ def grad_norm_chart(history: RunHistory, record: RunRecord) -> Chart | None:
     if not found:
         return None
     is_log = found[0] > 0 and found[-1] > WIDE * found[len(found) // 2]
-    limit = record.section("settings", "training").get("max_grad_norm")
+    limit = record.setting("training.max_grad_norm")
     limits = [float(limit)] if isinstance(limit, int | float) and limit > 0 and is_drawable(limit) else []
     up = spanning([*found, *limits], from_zero=True, is_log=is_log)
     labels = Labels(

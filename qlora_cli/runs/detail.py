@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.files import as_json
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.find import Run
 from qlora_cli.runs.record import SettingUsed
 from qlora_cli.runs.samples import Sample, answers_by_prompt
@@ -49,7 +50,7 @@ def detail_of(run: Run) -> RunDetail:
     """Return a run in detail."""
     return RunDetail(
         summary=run.summary,
-        settings=tuple(setting for setting in run.record.settings if not setting.is_default),
+        settings=tuple(setting for setting in run.record.settings_used if not setting.is_default),
         evaluations=run.history.evaluations,
         samples=answers_by_prompt(run.history),
         skipped_steps=run.history.skipped,
@@ -64,9 +65,9 @@ def _next_step(run: Run) -> str | None:
     if summary.state == "running":
         return None
     if summary.state == "done":
-        adapter = summary.path / "adapter"
+        adapter = RunDirectory(summary.path).adapter
         return f"the adapter is in {adapter}" if adapter.is_dir() else None
-    never = " without --resume never" if run.record.text("settings", "output", "resume") == "never" else ""
+    never = " without --resume never" if run.record.setting("output.resume") == "never" else ""
     if not summary.checkpoints:
         return f"run the same qlora train again{never}: it begins anew, as there is no checkpoint"
     return f"run the same qlora train again{never}: it goes on from {summary.checkpoints[-1].name}"

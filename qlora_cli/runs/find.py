@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qlora_cli.runs.history import METRICS_FILE, RunHistory, empty_history, parse_time, read_history
-from qlora_cli.runs.record import RUN_FILE, RunRecord, read_record
+from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
+from qlora_cli.runs.history import RunHistory, empty_history, parse_time, read_history
+from qlora_cli.runs.record import RunRecord, read_record
 from qlora_cli.runs.summary import RunSummary, summarize
 
 UNKNOWN = datetime.min.replace(tzinfo=UTC)

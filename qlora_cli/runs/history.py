@@ -7,7 +7,7 @@ counts. The file is read line by line, and of the steps only numbers are kept.
 import json
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,25 +16,27 @@ from typing import Any, TypeVar
 from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
+    Event,
     Noted,
     Rehearsed,
     SampleDone,
+    StepDone,
     StepSkipped,
     TrainingEnded,
     TrainingResumed,
     TrainingStarted,
 )
+from qlora_cli.runs.directory import METRICS_FILE
+from qlora_cli.runs.metrics import read_event
 
-METRICS_FILE = "metrics.jsonl"
 NAN = float("nan")
 MOST_NOTES = 1000
 OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
 OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
 # What shows that the loop was at work at that time, and not only about to be.
-ACTIVITY = frozenset({"step_done", "step_skipped", "eval_done", "sample_done", "checkpoint_saved", "training_ended"})
+ACTIVITY = (StepDone, StepSkipped, EvalDone, SampleDone, CheckpointSaved, TrainingEnded)
 
 OfStep = TypeVar("OfStep", EvalDone, SampleDone, StepSkipped, CheckpointSaved, TrainingResumed)
-Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,31 +153,19 @@ class _Reader:
         self._rehearsal: Rehearsed | None = None
         self._notes: dict[str, Noted] = {}
         self._start: TrainingStarted | None = None
-        self._num_steps: object = None
-        self._device_total_bytes: object = None
+        self._num_steps: int | None = None
+        self._device_total_bytes: int | None = None
         self._times = _Times()
         self._num_damaged_lines = 0
-        self._take: dict[str, Callable[[Fields], None]] = {
-            "step_done": self._take_step,
-            "eval_done": self._take_evaluation,
-            "sample_done": self._take_sample,
-            "step_skipped": self._take_skipped,
-            "checkpoint_saved": self._take_checkpoint,
-            "training_started": self._take_start,
-            "training_resumed": self._take_resumption,
-            "training_ended": self._take_end,
-            "rehearsed": self._take_rehearsal,
-            "noted": self._take_note,
-        }
 
     def take(self, line: bytes) -> None:
-        """Take one line with its line end, if it has one; events of other kinds only count as signs of life."""
+        """Take one line with its line end, if it has one; an event of a kind unknown here is a sign of life only."""
         try:
-            event = json.loads(line.decode(errors="replace"))
-            name = event["event"]
-            if take := self._take.get(name):
-                take(event)
-            self._times.take(name, event.get("time"))
+            content = json.loads(line.decode(errors="replace"))
+            event = read_event(content)
+            if event is not None:
+                self._keep(event)
+            self._times.take(event, content.get("time"))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             # Only the last line can lack its end: a process was killed while it wrote it.
             self._num_damaged_lines += line.endswith(b"\n") and bool(line.strip())
@@ -185,7 +175,7 @@ class _Reader:
         return RunHistory(
             steps=StepColumns(**self._columns),
             start=self._start,
-            num_steps=_integer(self._num_steps),
+            num_steps=self._num_steps,
             evaluations=_with_best(self._evaluations),
             samples=tuple(self._samples.values()),
             skipped=tuple(self._skipped),
@@ -195,92 +185,58 @@ class _Reader:
             end=self._end,
             rehearsal=self._rehearsal,
             notes=tuple(self._notes.values()),
-            device_total_bytes=_integer(self._device_total_bytes),
+            device_total_bytes=self._device_total_bytes,
             started=self._times.first,
             last_event=self._times.last,
             active_seconds=self._times.active_seconds,
             num_damaged_lines=self._num_damaged_lines,
         )
 
-    def _take_step(self, event: Fields) -> None:
-        step, memory, steps = int(event["step"]), event.get("memory") or {}, self._columns["step"]
-        if steps and step <= steps[-1]:  # begun anew without a checkpoint to go on from
-            self._forget_after(step - 1)
-        figures = [*map(event.get, OF_STEP), *map(memory.get, OF_MEMORY)]
-        steps.append(step)
-        for add, figure in zip(self._add_figures, figures, strict=True):
-            add(figure if isinstance(figure, float) else _number(figure))
-        self._num_steps = event.get("num_steps") or self._num_steps
-        self._device_total_bytes = memory.get("device_total_bytes") or self._device_total_bytes
+    def _keep(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self._keep_step(event)
+            case EvalDone():  # the same step again: a run was resumed behind its last step
+                self._evaluations = [*_until(self._evaluations, event.step - 1), event]
+            case SampleDone():
+                self._samples[event.step, event.prompt] = event
+            case StepSkipped():
+                self._skipped = [*_until(self._skipped, event.step - 1), event]
+            case CheckpointSaved():
+                self._checkpoints[event.step] = event
+            case TrainingStarted():
+                self._num_steps, self._start = event.num_steps or self._num_steps, event
+            case TrainingResumed():
+                self._keep_resumption(event)
+            case TrainingEnded():
+                self._end = event
+                if event.interrupted_by is not None:
+                    self._stops.append(event)
+            case Rehearsed():
+                self._rehearsal = event
+            case Noted():
+                if len(self._notes) < MOST_NOTES:
+                    self._notes.setdefault(event.message, event)
+
+    def _keep_step(self, event: StepDone) -> None:
+        steps, memory = self._columns["step"], event.memory
+        if steps and event.step <= steps[-1]:  # begun anew without a checkpoint to go on from
+            self._forget_after(event.step - 1)
+        steps.append(event.step)
+        figures = (event.loss, event.learning_rate, event.grad_norm, event.num_tokens, event.tokens_per_second)
+        in_use = (memory.host_bytes or NAN, memory.device_allocated_bytes, memory.device_reserved_bytes)
+        for add, figure in zip(self._add_figures, (*figures, *in_use), strict=True):
+            add(NAN if figure is None else figure)
+        self._num_steps = event.num_steps or self._num_steps
+        self._device_total_bytes = memory.device_total_bytes or self._device_total_bytes
         self._end = None
 
-    def _take_evaluation(self, event: Fields) -> None:
-        done = EvalDone(
-            step=int(event["step"]),
-            loss=_number(event["loss"]),
-            seconds=_number(event.get("seconds")),
-            is_best=False,
-        )
-        # The same step again: a run was resumed behind its last step.
-        self._evaluations = [*_until(self._evaluations, done.step - 1), done]
-
-    def _take_sample(self, event: Fields) -> None:
-        done = SampleDone(step=int(event["step"]), prompt=str(event["prompt"]), answer=str(event["answer"]))
-        self._samples[done.step, done.prompt] = done
-
-    def _take_skipped(self, event: Fields) -> None:
-        rows = tuple(map(str, event.get("rows") or ()))
-        skipped = StepSkipped(step=int(event["step"]), reason=str(event.get("reason", "")), rows=rows)
-        self._skipped = [*_until(self._skipped, skipped.step - 1), skipped]
-
-    def _take_checkpoint(self, event: Fields) -> None:
-        step = int(event["step"])
-        self._checkpoints[step] = CheckpointSaved(step=step, path=Path(str(event["path"])))
-
-    def _take_start(self, event: Fields) -> None:
-        self._num_steps = event.get("num_steps") or self._num_steps
-        self._start = TrainingStarted(
-            num_steps=_integer(self._num_steps) or 0,
-            output=Path(str(event.get("output", ""))),
-            predicted_allocated_bytes=_integer(event.get("predicted_allocated_bytes")),
-            predicted_reserved_bytes=_integer(event.get("predicted_reserved_bytes")),
-        )
-
-    def _take_resumption(self, event: Fields) -> None:
-        step = int(event["step"])
-        self._num_steps = event.get("num_steps") or self._num_steps
-        self._forget_after(step)
+    def _keep_resumption(self, event: TrainingResumed) -> None:
+        self._num_steps = event.num_steps or self._num_steps
+        self._forget_after(event.step)
         self._end = None
-        if step:  # else there was no checkpoint, and the run began anew
-            path = Path(str(event.get("checkpoint", "")))
-            num_steps = _integer(self._num_steps) or 0
-            self._resumes.append(TrainingResumed(step=step, num_steps=num_steps, checkpoint=path))
-
-    def _take_end(self, event: Fields) -> None:
-        signal = event.get("interrupted_by")
-        self._end = TrainingEnded(
-            step=int(event["step"]),
-            num_steps=_integer(event.get("num_steps")) or _integer(self._num_steps) or 0,
-            interrupted_by=None if signal is None else str(signal),
-        )
-        if signal is not None:
-            self._stops.append(self._end)
-
-    def _take_rehearsal(self, event: Fields) -> None:
-        self._rehearsal = Rehearsed(
-            micro_batch_size=int(event["micro_batch_size"]),
-            longest_row_tokens=int(event["longest_row_tokens"]),
-            seconds=_number(event.get("seconds")),
-            device_allocated_bytes=_integer(event.get("device_allocated_bytes")),
-            device_reserved_bytes=_integer(event.get("device_reserved_bytes")),
-        )
-
-    def _take_note(self, event: Fields) -> None:
-        message = str(event["message"])
-        if len(self._notes) < MOST_NOTES:
-            self._notes.setdefault(
-                message, Noted(message=message, level="warning" if event.get("level") == "warning" else "info")
-            )
+        if event.step:  # else there was no checkpoint, and the run began anew
+            self._resumes.append(event)
 
     def _forget_after(self, step: int) -> None:
         steps = self._columns["step"]
@@ -303,16 +259,16 @@ class _Times:
         self._first = self._last = self._begun = self._alive = ""
         self._before_seconds = 0.0
 
-    def take(self, name: str, time: object) -> None:
-        """Take the time of an event."""
+    def take(self, event: Event | None, time: object) -> None:
+        """Take the time of an event; None is one of an unknown kind."""
         if not isinstance(time, str):
             return
         self._first = self._first or time
         self._last = time
-        if name in ACTIVITY:
+        if isinstance(event, ACTIVITY):
             self._begun = self._begun or time
             self._alive = time
-        elif name in {"training_started", "training_resumed"}:
+        elif isinstance(event, TrainingStarted | TrainingResumed):
             self._before_seconds = self.active_seconds
             self._begun, self._alive = time, ""
 
@@ -355,11 +311,3 @@ def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:
         best = done.loss if is_best else best
         found.append(EvalDone(step=done.step, loss=done.loss, seconds=done.seconds, is_best=is_best))
     return tuple(found)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else NAN
-
-
-def _integer(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,14 +1,118 @@
-"""What `run.json` says, as far as it can be read: a run that was killed, or is older than a key, is no error."""
+"""What a run records of itself: written from one model, and read through it, by every command.
+
+A run that was killed, or written by an older version, is no error: what is missing is None, what can't be read is left
+out and said in `problems`. A command that can't do without a part asks for it by `need`, `base` or `settings_of`.
+"""
 
 import json
-import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-RUN_FILE = "run.json"
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError
+
+from qlora_cli.errors import ModelError
+from qlora_cli.files import as_json, write_file
+from qlora_cli.runs.directory import RUN_FILE, RunDirectory
+
+SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
 DEFAULT = "default"
+BY_QLORA = "Was it written by qlora train, and to its end?"
+
+Values = Mapping[str, JsonValue]
+
+
+class Part(BaseModel):
+    """A part of the record: what it needs of it by name, and all else as it was written."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that was written, by key."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def integer(self, key: str) -> int | None:
+        """Return the whole number that was written under a key; None if none was."""
+        found = self.content.get(key)
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+class Resumption(Part):
+    """That the run went on behind a step; `checkpoint` is within the run, or absolute."""
+
+    time: str | None = None
+    step: int = 0
+    checkpoint: Path | None = None
+
+
+class NamedFrom(Part):
+    """The working directory that relative names were given in, and where that is as seen from the run."""
+
+    directory: Path
+    from_run: Path
+
+
+class LoadedBase(Part):
+    """How the base was loaded."""
+
+    base_model: str | None = None
+    commit: str | None = None
+    device: str | None = None
+    dtype_bytes: Mapping[str, int] = Field(default_factory=dict)
+
+
+class Rows(Part):
+    """What became of a data set's rows."""
+
+    name: str | None = None
+    fingerprint: str | None = None
+
+
+class Data(Part):
+    """The rows that were trained, and those that were held out."""
+
+    train: Rows | None = None
+    eval: Rows | None = None
+
+
+class Predicted(Part):
+    """What the run was predicted to take on its GPU, in bytes."""
+
+    gpu: str | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
+
+
+class Plan(Part):
+    """What was settled before the first step."""
+
+    model: str | None = None
+    device: str | None = None
+    compute_dtype: str | None = None
+    num_steps: int | None = None
+    predicted_memory: Predicted | None = None
+
+
+class Peak(Part):
+    """The largest memory seen by the process that ended the run, in bytes."""
+
+    host_bytes: int | None = None
+    device_allocated_bytes: int | None = None
+    device_reserved_bytes: int | None = None
+
+
+class Result(Part):
+    """What came of a run that ended by itself, or by a signal."""
+
+    steps: int | None = None
+    num_steps: int | None = None
+    best_step: int | None = None
+    peak_memory: Peak | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,70 +134,212 @@ class SettingUsed:
         return self.origin == DEFAULT
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """The content of `run.json`. `problem` says why there is none."""
+@dataclass(frozen=True, kw_only=True)
+class BaseUsed:
+    """The base of a run: its name, and its commit if it is on the hub, or else the places that it may be at."""
 
-    content: Mapping[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    name: str
+    commit: str | None
+    places: tuple[Path, ...]
 
-    def section(self, *keys: str) -> Mapping[str, Any]:
-        """Return the object at a place; an empty one if there is none."""
-        found = self._at(*keys)
-        return found if isinstance(found, dict) else {}
 
-    def text(self, *keys: str) -> str | None:
-        """Return the text at a place."""
-        found = self._at(*keys)
-        return found if isinstance(found, str) else None
+class RunRecord(Part):
+    """The record of a run. `problems` are what could not be read of it, in sentences."""
 
-    def integer(self, *keys: str) -> int | None:
-        """Return the whole number at a place."""
-        found = self._at(*keys)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-            return None
-        return int(found)
+    schema_version: int = 0
+    status: Literal["running", "done", "interrupted", "failed"] | None = None
+    error: str | None = None
+    started: str | None = None
+    resumed: tuple[Resumption, ...] = ()
+    pid: int | None = None
+    host: str | None = None
+    named_from: NamedFrom | None = None
+    settings: Mapping[str, Values] = Field(default_factory=dict)
+    origins: Mapping[str, str] = Field(default_factory=dict)
+    seed: int | None = None
+    versions: Mapping[str, str] = Field(default_factory=dict)
+    hardware: Values = Field(default_factory=dict)
+    base_model: LoadedBase | None = None
+    base_model_path: Path | None = None
+    base_model_digest: str | None = None
+    data: Data = Field(default_factory=Data)
+    plan: Plan = Field(default_factory=Plan)
+    result: Result | None = None
 
-    def texts(self, *keys: str) -> tuple[str, ...]:
-        """Return the list of texts at a place; a text alone is a list of one."""
-        found = self._at(*keys)
-        return tuple(map(str, found)) if isinstance(found, list) else (found,) if isinstance(found, str) else ()
+    _directory: Path = PrivateAttr(default=Path())
+    _problems: tuple[str, ...] = PrivateAttr(default=())
+    _is_readable: bool = PrivateAttr(default=True)
 
     @property
-    def settings(self) -> tuple[SettingUsed, ...]:
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read, in sentences."""
+        return self._problems
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has done all it was to do."""
+        return self.status == "done"
+
+    @property
+    def settings_used(self) -> tuple[SettingUsed, ...]:
         """Every setting, those that somebody set first."""
-        origins = self.section("origins")
         used = [
-            SettingUsed(
-                path=f"{section}.{key}",
-                value=value,
-                origin=str(origins.get(f"{section}.{key}", DEFAULT)),
-            )
-            for section in self.section("settings")
-            for key, value in self.section("settings", section).items()
+            SettingUsed(path=f"{section}.{key}", value=value, origin=self.origins.get(f"{section}.{key}", DEFAULT))
+            for section, values in self.settings.items()
+            for key, value in values.items()
         ]
         return tuple(sorted(used, key=lambda setting: setting.is_default))
 
-    def _at(self, *keys: str) -> object:
-        found: object = self.content
-        for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+    def changed(self, **content: object) -> "RunRecord":
+        """Return the record with other content under some keys."""
+        record = RunRecord.model_validate({**self.content, **as_json(content)})
+        record._directory = self._directory
+        return record
+
+    def setting(self, path: str) -> JsonValue:
+        """Return the value of the setting `section.key`; None if there is none."""
+        section, key = path.split(".")
+        return self.settings.get(section, {}).get(key)
+
+    def lacks(self, purpose: str, key: str) -> ModelError:
+        """Return the error of a record without what it must say: `purpose` in words, `key` in the file."""
+        reasons = [problem for problem in self._problems if problem.startswith(key.split(".")[0])]
+        reason = reasons[0] if reasons else f"{key} is missing"
+        return ModelError(f"{self._directory / RUN_FILE} does not say {purpose}: {reason}", hint=BY_QLORA)
+
+    def settings_of(self, section: str, purpose: str) -> Values:
+        """Return a section of the settings.
+
+        Raises:
+            ModelError: there is none.
+        """
+        if section not in self.settings:
+            raise self.lacks(purpose, f"settings.{section}")
+        return self.settings[section]
+
+    def base(self) -> BaseUsed:
+        """Return the base that the run was trained on.
+
+        Raises:
+            ModelError: the record names none.
+        """
+        purpose = "what the run was based on, and how"
+        loaded = self.base_model
+        if loaded is None or loaded.base_model is None:
+            raise self.lacks(purpose, "base_model.base_model")
+        if self.base_model_path is None:
+            raise self.lacks(purpose, "base_model_path")
+        places = (self.base_model_path, *self.places_of(loaded.base_model))
+        return BaseUsed(name=loaded.base_model, commit=loaded.commit, places=tuple(dict.fromkeys(places)))
+
+    def places_of(self, name: str) -> tuple[Path, ...]:
+        """Return where a relative path may be: where it was named from, and there as seen from the run; else none."""
+        if self.named_from is None or Path(name).is_absolute() or name.startswith("~"):
+            return ()
+        moved = Path(os.path.normpath(self._directory.absolute() / self.named_from.from_run))
+        return tuple(dict.fromkeys((self.named_from.directory / name, moved / name)))
 
 
 def read_record(directory: Path) -> RunRecord:
-    """Return what the run in `directory` recorded of itself."""
+    """Return what the run in `directory` recorded of itself, as far as it can be read; never an error."""
     try:
-        found = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+        content = _parsed((directory / RUN_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return RunRecord(problem=f"there is no {RUN_FILE}")
+        return _unreadable(directory, f"there is no {RUN_FILE}")
     except OSError as error:
-        return RunRecord(problem=f"{RUN_FILE} can't be read: {error.strerror}")
+        return _unreadable(directory, f"{RUN_FILE} can't be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        return RunRecord(problem=f"{RUN_FILE} is damaged: {error}")
-    if not isinstance(found, dict):
-        return RunRecord(problem=f"{RUN_FILE} is damaged: it holds no object")
-    return RunRecord(found)
+        return _unreadable(directory, f"{RUN_FILE} is damaged: {error}")
+    if not isinstance(content, dict):
+        return _unreadable(directory, f"{RUN_FILE} is damaged: it holds no object")
+    version = content.get("schema_version", 0)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        known = f"and this qlora knows versions up to {SCHEMA_VERSION}: update it"
+        return _unreadable(directory, f"{RUN_FILE} is of schema version {version}, {known}")
+    return _read(directory, content)
+
+
+def load_record(directory: Path) -> RunRecord:
+    """Return the record of a run.
+
+    Raises:
+        ModelError: it can't be read, or was written by a newer version.
+    """
+    record = read_record(directory)
+    if not record._is_readable:
+        raise ModelError(f"{directory}: {record.problems[0]}", hint=f"Restore {RUN_FILE}. {BY_QLORA}")
+    return record
+
+
+def write_record(directory: RunDirectory, record: RunRecord) -> None:
+    """Replace the record of a run in one move."""
+    write_file(directory.run_file, json.dumps(record.content, indent=2) + "\n")
+
+
+def new_record(directory: RunDirectory, content: Mapping[str, object]) -> RunRecord:
+    """Return a record for the run in `directory`, whose relative names are given in the present working directory."""
+    here = Path.cwd()
+    place = directory.path.absolute()
+    named_from = {"directory": here, "from_run": os.path.relpath(here, place)}
+    whole = {"schema_version": SCHEMA_VERSION, "named_from": named_from, **content}
+    record = RunRecord.model_validate(as_json(whole))
+    record._directory = directory.path
+    return record
+
+
+def within(directory: RunDirectory, path: Path) -> Path:
+    """Return a path as a record holds it: of the run's own relative to it, so that it may be moved, else absolute."""
+    place, absolute = directory.path.absolute(), path.absolute()
+    return absolute.relative_to(place) if absolute.is_relative_to(place) else absolute
+
+
+def _unreadable(directory: Path, problem: str) -> RunRecord:
+    record = RunRecord()
+    record._directory, record._problems, record._is_readable = directory, (problem,), False
+    return record
+
+
+def _parsed(text: str) -> object:
+    found = json.loads(text)
+    if "\\ud" not in text.lower():
+        return found
+    # Halves of characters, as of a file name that is not UTF-8, which no text may hold.
+    raw = json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json.loads(raw.decode("utf-8", "replace"))
+
+
+def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
+    content, problems = deepcopy(content), []
+    while True:
+        try:
+            record = RunRecord.model_validate(content)
+        except ValidationError as error:
+            for problem in error.errors(include_url=False):
+                problems.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+                _leave_out(content, problem["loc"])
+            continue
+        record._directory, record._problems = directory, tuple(problems)
+        return record
+
+
+def _leave_out(content: dict[str, Any], place: tuple[int | str, ...]) -> None:
+    """Remove what is at a place; of a list, all of it."""
+    holder: dict[str, Any] = content
+    for key in place[:-1]:
+        inner = holder.get(str(key))
+        if not isinstance(inner, dict):
+            holder.pop(str(key), None)
+            return
+        if place[-1] not in inner and key == place[-2]:  # a part that lacks what it can't be without
+            holder.pop(str(key))
+            return
+        holder = inner
+    holder.pop(str(place[-1]), None)
+
+
+def as_name(value: object) -> str | None:
+    """Return a value that is a name; None if it is none."""
+    return value if isinstance(value, str) else None
 
 
 def as_text(value: object) -> str:

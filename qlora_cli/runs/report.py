@@ -14,16 +14,16 @@ from qlora_cli import __version__
 from qlora_cli.files import write_file
 from qlora_cli.runs.charts import charts_of
 from qlora_cli.runs.curve import HEIGHT, WIDTH
+from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.find import Run, read_run
 from qlora_cli.runs.history import RunHistory, parse_time
-from qlora_cli.runs.record import RunRecord, as_text
+from qlora_cli.runs.record import Rows, RunRecord, as_name, as_text
 from qlora_cli.runs.samples import answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import format_bytes, format_count, format_duration
 from qlora_cli.visible import visible
 
-REPORT_FILE = "report.html"
-TEMPLATE = "report.html.jinja"
+TEMPLATE = f"{REPORT_FILE}.jinja"
 MOST_SKIPPED = 20  # steps that are listed
 BYTES, SECONDS = "_bytes", "_seconds"
 ABBREVIATIONS = {"cpus": "CPUs", "gpu": "GPU", "cuda": "CUDA", "dtype": "data type"}
@@ -107,10 +107,10 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         samples=answers_by_prompt(history),
         skipped=history.skipped[:MOST_SKIPPED],
         data=list(data_rows(record)),
-        has_evaluation=bool(record.section("data", "eval")),
+        has_evaluation=record.data.eval is not None,
         facts=[(title, pairs) for title, pairs in facts_of(record).items() if pairs],
-        settings=record.settings,
-        fingerprint=record.text("data", "train", "fingerprint"),
+        settings=record.settings_used,
+        fingerprint=record.data.train.fingerprint if record.data.train else None,
         version=__version__,
     )
 
@@ -118,7 +118,7 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
 def about(summary: RunSummary, record: RunRecord) -> Pairs:
     """Return what was trained on what, where and when."""
     started = parse_time(summary.started)
-    device = record.text("hardware", "gpu") or record.text("plan", "device")
+    device = as_name(record.hardware.get("gpu")) or record.plan.device
     pairs = [
         ("Model", summary.model),
         ("Data", ", ".join(summary.dataset) or None),
@@ -171,8 +171,9 @@ def _difference(predicted: int | None, measured: int | None) -> str:
 
 def data_rows(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield what became of the rows: the name of a figure, that of the trained and that of the held-out rows."""
+    trained, evaluated = record.data.train or Rows(), record.data.eval or Rows()
     for key, name in DATA_ROWS:
-        train, held_out = record.integer("data", "train", key), record.integer("data", "eval", key)
+        train, held_out = trained.integer(key), evaluated.integer(key)
         if train is not None or held_out is not None:
             yield name, _count(train), _count(held_out)
 
@@ -183,11 +184,11 @@ def _count(value: int | None) -> str:
 
 def facts_of(record: RunRecord) -> dict[str, Pairs]:
     """Return plan, machine and versions as names and values."""
-    plan = {key: value for key, value in record.section("plan").items() if key not in WITHOUT_PLAN}
+    plan = {key: value for key, value in record.plan.content.items() if key not in WITHOUT_PLAN}
     return {
         "Plan": _pairs(plan),
-        "Machine": _pairs(record.section("hardware")),
-        "Versions": [(key, as_text(value)) for key, value in record.section("versions").items()],
+        "Machine": _pairs(record.hardware),
+        "Versions": [(key, as_text(value)) for key, value in record.versions.items()],
     }
 
 

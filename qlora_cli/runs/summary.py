@@ -11,8 +11,10 @@ from typing import Literal
 
 import psutil
 
-from qlora_cli.runs.history import METRICS_FILE, RunHistory, parse_time
-from qlora_cli.runs.record import RUN_FILE, RunRecord
+from qlora_cli.runs.checkpoints import list_checkpoints
+from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE, RunDirectory
+from qlora_cli.runs.history import RunHistory, parse_time
+from qlora_cli.runs.record import Peak, Predicted, Result, RunRecord, as_name
 from qlora_cli.units import counted
 
 State = Literal["running", "done", "interrupted", "failed", "killed"]
@@ -20,7 +22,6 @@ ENDED: dict[str, State] = {"done": "done", "interrupted": "interrupted", "failed
 
 RECENT_STEPS = 50
 QUIET_SECONDS = 15 * 60  # longer without an event, and a run whose process can't be asked for is taken for dead
-CHECKPOINT_PREFIX = "step-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,61 +102,61 @@ def summarize(
     """Return the summary of the run in `directory`; `problem` says why its history could not be read."""
     path = directory.absolute()
     steps, best, rehearsal, start = history.steps, history.best, history.rehearsal, history.start
+    result, foreseen = record.result or Result(), record.plan.predicted_memory or Predicted()
+    peak = result.peak_memory or Peak()
     state = state_of(directory, record, history, now or datetime.now(UTC))
     return RunSummary(
         name=path.name or str(path),
         path=directory,
         state=state,
-        step=max(history.last_step, record.integer("result", "steps") or 0),
-        num_steps=history.num_steps or record.integer("plan", "num_steps"),
+        step=max(history.last_step, result.steps or 0),
+        num_steps=history.num_steps or record.plan.num_steps,
         loss=_finite(steps.loss[-1]) if len(steps) else None,
         best_loss=best.loss if best else None,
         best_step=best.step if best else None,
         tokens_per_second=_recent_speed(steps.tokens_per_second),
         peak_allocated_bytes=_peak(
-            record.integer("result", "peak_memory", "device_allocated_bytes"),
+            peak.device_allocated_bytes,
             rehearsal.device_allocated_bytes if rehearsal else None,
             steps.device_allocated_bytes,
         ),
         peak_reserved_bytes=_peak(
-            record.integer("result", "peak_memory", "device_reserved_bytes"),
+            peak.device_reserved_bytes,
             rehearsal.device_reserved_bytes if rehearsal else None,
             steps.device_reserved_bytes,
         ),
-        peak_host_bytes=_peak(record.integer("result", "peak_memory", "host_bytes"), None, steps.host_bytes),
-        predicted_allocated_bytes=record.integer("plan", "predicted_memory", "allocated_bytes")
-        or (start.predicted_allocated_bytes if start else None),
-        predicted_reserved_bytes=record.integer("plan", "predicted_memory", "reserved_bytes")
-        or (start.predicted_reserved_bytes if start else None),
-        predicted_process_bytes=record.integer("plan", "predicted_memory", "process_bytes"),
-        gpu=record.text("plan", "predicted_memory", "gpu") or record.text("hardware", "gpu"),
+        peak_host_bytes=_peak(peak.host_bytes, None, steps.host_bytes),
+        predicted_allocated_bytes=foreseen.allocated_bytes or (start.predicted_allocated_bytes if start else None),
+        predicted_reserved_bytes=foreseen.reserved_bytes or (start.predicted_reserved_bytes if start else None),
+        predicted_process_bytes=foreseen.process_bytes,
+        gpu=foreseen.gpu or as_name(record.hardware.get("gpu")),
         started=_started(record, history),
         duration_seconds=history.active_seconds,
-        model=record.text("settings", "model", "name") or record.text("plan", "model"),
-        dataset=record.texts("settings", "data", "dataset"),
-        checkpoints=find_checkpoints(directory),
+        model=as_name(record.setting("model.name")) or record.plan.model,
+        dataset=_names(record.setting("data.dataset")),
+        checkpoints=tuple(list_checkpoints(RunDirectory(directory).checkpoints)),
         num_resumes=len(history.resumes),
         num_skipped_steps=len(history.skipped),
-        error=record.text("error") if state == "failed" else None,
+        error=record.error if state == "failed" else None,
         problems=tuple(_problems(record, history, problem)),
     )
 
 
 def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> State:
     """Return what became of a run, or that it still goes on."""
-    if ended := ENDED.get(record.text("status") or ""):
+    if ended := ENDED.get(record.status or ""):
         return ended
-    if record.text("status") != "running" and history.end is not None:
+    if record.status != "running" and history.end is not None:
         return "done" if history.end.interrupted_by is None else "interrupted"
     return "running" if _goes_on(directory, record, history, now) else "killed"
 
 
 def _goes_on(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> bool:
     """Whether the process that writes to a run is there; on another host, whether it has written lately."""
-    pid = record.integer("pid")
-    if pid is not None and record.text("host") == socket.gethostname():
+    pid = record.pid
+    if pid is not None and record.host == socket.gethostname():
         return _is_alive(pid, _written_at(directory / RUN_FILE))
-    last = history.last_event or parse_time(record.text("started"))
+    last = history.last_event or parse_time(record.started)
     return last is not None and (now - last).total_seconds() < QUIET_SECONDS
 
 
@@ -177,7 +178,7 @@ def _written_at(path: Path) -> float:
 
 def _started(record: RunRecord, history: RunHistory) -> str | None:
     """Return when the run began first: a resumed one has a newer record."""
-    times = [time for time in (parse_time(record.text("started")), history.started) if time]
+    times = [time for time in (parse_time(record.started), history.started) if time]
     return min(times).isoformat(timespec="seconds") if times else None
 
 
@@ -193,24 +194,17 @@ def _peak(recorded: int | None, rehearsed: int | None, seen: Iterable[float]) ->
     return max(figures) or None
 
 
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else (value,) if isinstance(value, str) else ()
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 def _problems(record: RunRecord, history: RunHistory, problem: str | None) -> Iterable[str]:
-    if record.problem:
-        yield record.problem
+    yield from record.problems
     if problem:
         yield problem
     if history.num_damaged_lines:
         yield f"{counted(history.num_damaged_lines, 'line')} of {METRICS_FILE} could not be read"
-
-
-def find_checkpoints(directory: Path) -> tuple[Path, ...]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [
-        (int(number), path)
-        for path in (directory / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*")
-        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isascii() and number.isdigit()
-    ]
-    return tuple(path for _, path in sorted(found))

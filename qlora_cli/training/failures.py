@@ -8,10 +8,10 @@ import torch
 
 from qlora_cli.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
+from qlora_cli.runs.result import PeakMemory, TrainPlan
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.plan import PreparedRun
 from qlora_cli.training.rehearsal import RehearsalError
-from qlora_cli.training.result import PeakMemory, TrainPlan
 from qlora_cli.units import format_bytes
 
 ALMOST_NOTHING_BYTES = 64 * 1024

@@ -16,8 +16,8 @@ from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG
+from qlora_cli.runs.result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
-from qlora_cli.training.result import PredictedMemory
 from qlora_cli.units import format_bytes
 
 

@@ -24,7 +24,9 @@ from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.model_files.source import CONFIG, RUN_FILE
+from qlora_cli.model_files.source import CONFIG
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.result import TrainPlan, TrainResult
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -36,7 +38,6 @@ from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
 from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.result import TrainPlan, TrainResult
 from qlora_cli.training.resume import Resume, check_base, check_length, check_rows, find_resume
 
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
@@ -62,9 +63,9 @@ class SettledRun:
         """Whether there is nothing left to do."""
         resume = self.resume
         is_same = resume is not None and resume.run.path.resolve() == self.resolved.settings.output.directory.resolve()
-        if resume is None or not is_same or not resume.is_done:
+        if resume is None or not is_same or not resume.is_complete:
             return False
-        result = TrainResult.from_record(resume.record)
+        result = TrainResult.of_run(resume.run, resume.record)
         return result is not None and result.num_steps == self.num_steps
 
 
@@ -194,13 +195,12 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
 
 def _as_lowered(resolved: Resolved[TrainSettings], resume: Resume) -> Resolved[TrainSettings]:
     """Return the settings with the micro-batch that the earlier run found to fit, if it looked for one."""
-    training, before = resolved.settings.training, resume.record.get("settings", {}).get("training", {})
-    size, accumulation = before.get("micro_batch_size"), before.get("gradient_accumulation_steps")
-    is_lower = isinstance(size, int) and isinstance(accumulation, int) and size < training.micro_batch_size
-    is_same_batch = is_lower and size * accumulation == (
-        training.micro_batch_size * training.gradient_accumulation_steps
-    )
-    if not training.auto_micro_batch or not is_same_batch:
+    training, keys = resolved.settings.training, ("micro_batch_size", "gradient_accumulation_steps")
+    size, accumulation = (resume.record.setting(f"training.{key}") for key in keys)
+    if not (training.auto_micro_batch and isinstance(size, int) and isinstance(accumulation, int)):
+        return resolved
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    if size >= training.micro_batch_size or size * accumulation != rows:
         return resolved
     where = Origin(kind="file", where=str(resume.run.run_file))
     return _with_training(resolved, {"micro_batch_size": size, "gradient_accumulation_steps": accumulation}, where)
@@ -243,7 +243,7 @@ def _check_adapter_settings(settings: LoraSettings, blueprint: Blueprint) -> Non
 def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resolved[TrainSettings]:
     """Return the settings with what the base was loaded with, as far as a run or a checkpoint that was named says."""
     source = blueprint.source
-    run, config = (source.run or Path(source.name)) / RUN_FILE, source.path / CONFIG
+    run, config = RunDirectory(source.run or Path(source.name)).run_file, source.path / CONFIG
     places = {"model": run, "quantization": run if blueprint.layout.prequantized is None else config}
     sections = {"model": blueprint.settings.model, "quantization": blueprint.settings.quantization}
     origins = dict(resolved.origins)

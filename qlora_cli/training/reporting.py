@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.counters import current_memory
 from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, StepDone
+from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report import write_report
 from qlora_cli.training.loop_state import Progress
 
@@ -124,4 +125,4 @@ def draw_report(directory: Path, reporter: Reporter) -> None:
     try:
         write_report(directory)
     except OSError as error:
-        reporter.report(Noted(level="warning", message=f"report.html can't be written: {error.strerror}"))
+        reporter.report(Noted(level="warning", message=f"{REPORT_FILE} can't be written: {error.strerror}"))

@@ -1,7 +1,7 @@
 """Whether a run goes on where an earlier one ended: from which checkpoint, and with which settings changed. No torch.
 
-A run may only go on if what comes out is what its `run.json` says. So settings that shape the adapter must be those of
-before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may be named
+A run may only go on if what comes out is what it recorded of itself. So settings that shape the adapter must be those
+of before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may be named
 otherwise as long as the rows are the same, which is checked by digest, and the dtype as long as it comes to the same.
 """
 
@@ -12,12 +12,14 @@ from typing import Any
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory
+from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
+from qlora_cli.runs.directory import STEP_PREFIX, RunDirectory, RunLock, only_began
+from qlora_cli.runs.record import RunRecord, load_record, read_record
+from qlora_cli.runs.result import TrainResult
+from qlora_cli.runs.weights import is_complete
 from qlora_cli.settings.choices import Schedule
 from qlora_cli.settings.marks import OnResume
 from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
-from qlora_cli.training.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
-from qlora_cli.training.result import TrainResult
-from qlora_cli.training.run_directory import RunDirectory, RunLock, only_began
 
 AUTO, NEVER = "auto", "never"
 
@@ -30,13 +32,13 @@ class Resume:
 
     Attributes:
         run: Its directory.
-        record: Its `run.json`.
+        record: What it recorded of itself.
         checkpoint: The last good checkpoint; None if there is none yet, so that training begins anew.
         damaged: Newer checkpoints that can't be used, each with the reason.
     """
 
     run: RunDirectory
-    record: Mapping[str, Any]
+    record: RunRecord
     checkpoint: Path | None
     damaged: tuple[str, ...]
 
@@ -48,27 +50,30 @@ class Resume:
     @property
     def is_done(self) -> bool:
         """Whether the earlier run has done all it was to do."""
-        return self.record.get("status") == "done"
+        return self.record.is_done
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has, and the adapter that it ended with is there."""
+        return is_complete(self.run, self.record)
 
 
 def output_problem(output: OutputSettings) -> QloraError | None:
     """Return why a run can't be written to its directory, or what is to be resumed is none."""
     directory = RunDirectory(output.directory)
-    record = directory.read_run_file()
-    holds_run = record is not None
-    if record is None and directory.run_file.exists():
-        return OutputDirectoryError(
-            f"{directory.run_file} can't be read: it is no JSON object", hint="Restore it, or choose another --output."
-        )
-    if output.resume == NEVER and holds_run:
+    try:
+        record = _record_in(directory)
+    except OutputDirectoryError as error:
+        return error
+    if output.resume == NEVER and record is not None:
         return OutputDirectoryError(
             f"{directory.path} already holds a run, which is not to be resumed",
             hint="Leave --resume never out to go on with it, choose another --output, or delete the run.",
         )
     asked = _path_of(output)
-    if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
+    if asked is not None and not _came_from(directory, record, asked) and (wrong := _path_problem(asked, directory)):
         return wrong
-    if holds_run:
+    if record is not None:
         return _is_busy(directory)
     if directory.path.is_dir() and only_began(directory.path, takes_over=asked is not None):
         return None
@@ -79,10 +84,27 @@ def _path_of(output: OutputSettings) -> Path | None:
     return None if output.resume in {AUTO, NEVER} else Path(output.resume)
 
 
-def _came_from(record: Mapping[str, Any] | None, checkpoint: Path) -> bool:
+def _record_in(directory: RunDirectory) -> RunRecord | None:
+    """Return what the run in a directory recorded; None if there is no run.
+
+    Raises:
+        OutputDirectoryError: it can't be read.
+    """
+    if not directory.run_file.exists():
+        return None
+    try:
+        return load_record(directory.path)
+    except ModelError as error:
+        raise OutputDirectoryError(str(error), hint="Restore it, or choose another --output.") from error
+
+
+def _came_from(directory: RunDirectory, record: RunRecord | None, checkpoint: Path) -> bool:
     """Whether a run is one that went on from `checkpoint` already, so that it is its own checkpoints that count."""
-    entries = (record or {}).get("resumed") or []
-    return any(Path(entry["checkpoint"]).resolve() == checkpoint.resolve() for entry in entries if entry["checkpoint"])
+    entries = () if record is None else record.resumed
+    known = [entry.checkpoint for entry in entries if entry.checkpoint is not None]
+    # Within the run, or as it was given, which may be relative in a record of an older version.
+    places = {place.resolve() for path in known for place in (directory.path / path, path)}
+    return checkpoint.resolve() in places
 
 
 def _is_busy(directory: RunDirectory) -> QloraError | None:
@@ -94,12 +116,12 @@ def _is_busy(directory: RunDirectory) -> QloraError | None:
 
 
 def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
-    hint = "Name a folder step-N in the checkpoints of a run, or a run directory."
+    hint = f"Name a folder {STEP_PREFIX}N in the checkpoints of a run, or a run directory."
     run = _run_of(path)
-    if run is None or run.read_run_file() is None:
+    if run is None or _record_in(run) is None:
         return OutputDirectoryError(f"--resume {path}: there is no checkpoint of a run", hint=hint)
     is_same = run.path.resolve() == output.path.resolve()
-    if output.read_run_file() is not None and not is_same:
+    if output.run_file.exists() and not is_same:
         return OutputDirectoryError(
             f"{output.path} already holds a run, other than the one that --resume {path} goes on with",
             hint="Choose a new --output, or that of the run to go on with.",
@@ -117,20 +139,20 @@ def _run_of(path: Path) -> RunDirectory | None:
     """Return the run that `path` is, or is a checkpoint of."""
     if (path / TRAINER_STATE).is_file():
         return RunDirectory(path.absolute().parent.parent)
-    return RunDirectory(path) if (path / "run.json").is_file() else None
+    return RunDirectory(path) if RunDirectory(path).is_run else None
 
 
 def find_resume(output: OutputSettings) -> Resume | None:
     """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
 
     Raises:
-        OutputDirectoryError: there are checkpoints, and none is good.
+        OutputDirectoryError: there are checkpoints, and none is good; or a run that is done has lost its weights.
     """
-    asked = _path_of(output)
-    if asked is not None and _came_from(RunDirectory(output.directory).read_run_file(), asked):
+    asked, own = _path_of(output), RunDirectory(output.directory)
+    if asked is not None and _came_from(own, _record_in(own), asked):
         asked = None
-    run = RunDirectory(output.directory) if asked is None else _run_of(asked)
-    record = None if run is None else run.read_run_file()
+    run = own if asked is None else _run_of(asked)
+    record = None if run is None else _record_in(run)
     if run is None or record is None:
         return None
     is_one = asked is not None and (asked / TRAINER_STATE).is_file()
@@ -141,20 +163,24 @@ def find_resume(output: OutputSettings) -> Resume | None:
         if reason is None:
             return Resume(run=run, record=record, checkpoint=checkpoint, damaged=tuple(damaged))
         damaged.append(f"{checkpoint}: {reason}")
-    if damaged and record.get("status") != "done":
+    if damaged and not is_complete(run, record):
         raise OutputDirectoryError(
             f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
             hint="Start anew with another --output.",
+        )
+    if record.is_done and not is_complete(run, record):
+        raise OutputDirectoryError(
+            f"the run in {run.path} is done, and neither its adapter nor a checkpoint is there any more",
+            hint="Put one of them back, or start anew with another --output.",
         )
     return Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
 
 
 def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
     """Return by `section.key` what settings were in the earlier run and are now, where they differ."""
-    before, now = resume.record.get("settings") or {}, as_json(settings.model_dump(mode="json"))
     found = {}
-    for section, values in now.items():
-        known = before.get(section) or {}
+    for section, values in as_json(settings.model_dump(mode="json")).items():
+        known = resume.record.settings.get(section, {})
         for key, value in values.items():
             # An older version's run did without a setting as its default does now.
             default = as_json(SECTIONS[section].model_fields[key].get_default(call_default_factory=True))
@@ -166,13 +192,13 @@ def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple
 def result_of_done(settings: TrainSettings) -> TrainResult | None:
     """Return the result of the run in the output directory, if it is done and is the one that is asked for."""
     run = RunDirectory(settings.output.directory)
-    record = run.read_run_file()
-    if record is None or record.get("status") != "done" or settings.output.resume == NEVER:
+    record = read_record(run.path)
+    if not is_complete(run, record) or settings.output.resume == NEVER:
         return None
     resume = Resume(run=run, record=record, checkpoint=None, damaged=())
     if any(not path.startswith("output.") for path in changed_settings(resume, settings)):
         return None
-    return TrainResult.from_record(record)
+    return TrainResult.of_run(run, record)
 
 
 def check_changes(resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool) -> list[str]:
@@ -208,9 +234,11 @@ def _batch_problems(
 ) -> Iterator[Problem]:
     if not any(marks(path).on_resume is OnResume.BATCH for path in changed):
         return
-    training, before = settings.training, resume.record["settings"]["training"]
-    rows = training.micro_batch_size * training.gradient_accumulation_steps
-    rows_before = before["micro_batch_size"] * before["gradient_accumulation_steps"]
+    training = settings.training
+    rows, rows_before = training.micro_batch_size * training.gradient_accumulation_steps, 1
+    for key in ("micro_batch_size", "gradient_accumulation_steps"):
+        before = resume.record.setting(f"training.{key}")
+        rows_before *= before if isinstance(before, int) else 1
     if rows != rows_before:
         yield Problem(
             where="training.micro_batch_size x training.gradient_accumulation_steps",
@@ -225,7 +253,7 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
     Raises:
         SettingsError: it does not.
     """
-    before = (resume.record.get("plan") or {}).get("num_steps", num_steps)
+    before = resume.record.plan.num_steps or num_steps
     if num_steps == before or (resume.checkpoint is None and not resume.is_done):
         return
     training = settings.training
@@ -254,8 +282,8 @@ def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
     """
     if resume.checkpoint is None and not resume.is_done:
         return
-    data = resume.record.get("data") or {}
-    before = {name: (data.get(name) or {}).get("fingerprint") for name in fingerprints}
+    rows = {"train": resume.record.data.train, "eval": resume.record.data.eval}
+    before = {name: None if (known := rows[name]) is None else known.fingerprint for name in fingerprints}
     problems = [
         Problem(
             where=f"data ({'training' if name == 'train' else 'held out'})",
@@ -277,14 +305,14 @@ def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
     """
     if resume.checkpoint is None:
         return
-    known = resume.record.get("base_model_digest", digest)
+    known = resume.record.base_model_digest or digest
     hint = f"Start anew with another --output{_or_train_on(resume)}."
     if known != digest:
         raise ModelError(
             f"the weights of the base are not those that were trained on until step {resume.step:,}",
             hint=f"Restore them, or name their --revision. {hint}",
         )
-    before = (resume.record.get("plan") or {}).get("compute_dtype", compute_dtype)
+    before = resume.record.plan.compute_dtype or compute_dtype
     if before != compute_dtype:
         raise ModelError(
             f"model.dtype comes to {compute_dtype} here, and was {before} until step {resume.step:,}",
@@ -294,7 +322,7 @@ def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
 
 def changed_versions(resume: Resume, versions: Mapping[str, str]) -> list[str]:
     """Return the libraries that are not those of before, in words."""
-    before = resume.record.get("versions") or {}
+    before = resume.record.versions
     return [
         f"{name}: {before[name]} before, {version} now"
         for name, version in versions.items()

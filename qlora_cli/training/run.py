@@ -4,13 +4,11 @@ import gc
 import os
 import shutil
 import socket
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,10 +17,22 @@ from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.files import write_directory, write_file
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.model_files.digest import base_digest
+from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, step_of
+from qlora_cli.runs.directory import RunDirectory, RunLock
+from qlora_cli.runs.metrics import MetricsWriter
+from qlora_cli.runs.record import (
+    Resumption,
+    RunRecord,
+    load_record,
+    new_record,
+    read_record,
+    within,
+    write_record,
+)
 from qlora_cli.runs.report import write_report
+from qlora_cli.runs.result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.checkpoints import PREFIX, CheckpointStore, damage_of, list_checkpoints, step_of
 from qlora_cli.training.determinism import determinism
 from qlora_cli.training.environment import describe_hardware, package_versions
 from qlora_cli.training.failures import explained, smaller_micro_batch
@@ -31,9 +41,7 @@ from qlora_cli.training.notes import note_stream
 from qlora_cli.training.plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.reporting import ReportWriter, draw_report
-from qlora_cli.training.result import TrainPlan, TrainResult
 from qlora_cli.training.resume import result_of_done
-from qlora_cli.training.run_directory import MetricsWriter, RunDirectory, RunLock
 from qlora_cli.training.session import Session
 from qlora_cli.training.stop import StopSignal
 from qlora_cli.training.trackers import tracking
@@ -68,7 +76,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
 
 def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
     if settled.is_done and settled.resume is not None:
-        result = TrainResult.from_record(settled.resume.record)
+        result = TrainResult.of_run(settled.resume.run, settled.resume.record)
         assert result is not None, "seen when it was settled"
         return _already_done(settled.resolved.settings, result, reporter)
     return run(load_run(settled, reporter), reporter)
@@ -77,7 +85,7 @@ def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
 def _already_done(settings: TrainSettings, result: TrainResult, reporter: Reporter) -> TrainResult:
     directory = RunDirectory(settings.output.directory)
     reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
-    return _pushed(settings, directory, directory.read_run_file() or {}, result, reporter)
+    return _pushed(settings, directory, load_record(directory.path), result, reporter)
 
 
 def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
@@ -93,27 +101,29 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     writer = MetricsWriter(directory)
     reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    record = _opening_record(prepared, started)
-    directory.write_run_file(record)
+    record = _opening_record(prepared, directory, started)
+    write_record(directory, record)
+    directory.drop_adapter()
     directory.create()
     writer.end_cut_line()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
     directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
     if prepared.train_data.stream is not None:
-        prepared.train_data.stream.skipped_file = directory.path / "skipped_rows_of_stream.jsonl"
+        prepared.train_data.stream.skipped_file = directory.skipped_rows_of_stream
     try:
         prepared, result = _train(prepared, directory, reporter, started)
     except BaseException as error:
         status = "failed" if isinstance(error, Exception) else "interrupted"
         with suppress(OSError):  # the disk may be full, which is what `error` says
             failed = {"status": status, "error": f"{type(error).__name__}: {error}"}
-            directory.write_run_file({**(directory.read_run_file() or record), **failed})
+            written = read_record(directory.path)
+            write_record(directory, (record if written.problems else written).changed(**failed))
             write_report(directory.path)
         raise
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
-    record = {**_opening_record(prepared, started), "status": status, "result": result}
-    directory.write_run_file(record)
+    record = _opening_record(prepared, directory, started).changed(status=status, result=result.recorded())
+    write_record(directory, record)
     draw_report(directory.path, reporter)
     return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
 
@@ -121,7 +131,7 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
 def _pushed(
     settings: TrainSettings,
     directory: RunDirectory,
-    record: Mapping[str, Any],
+    record: RunRecord,
     result: TrainResult,
     reporter: Reporter,
 ) -> TrainResult:
@@ -133,7 +143,7 @@ def _pushed(
     if settings.output.push_to_hub is None or result.pushed_to is not None:
         return result
     result = replace(result, pushed_to=push_adapter(settings.output, directory.adapter, reporter))
-    directory.write_run_file({**record, "result": result})
+    write_record(directory, record.changed(result=result.recorded()))
     return result
 
 
@@ -171,7 +181,7 @@ def _train(
                 )
             )
             prepared = with_micro_batch(prepared, smaller)
-            directory.write_run_file(_opening_record(prepared, started))
+            write_record(directory, _opening_record(prepared, directory, started))
 
 
 def _smaller(prepared: PreparedRun) -> int | None:
@@ -231,7 +241,8 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
     if resume.checkpoint is None:
         return
     directory.create()
-    best = resume.checkpoint.with_name(f"{PREFIX}{LoopState.read(resume.checkpoint).progress.best_step}")
+    best_step = LoopState.read(resume.checkpoint).progress.best_step
+    best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
     for checkpoint in {resume.checkpoint, best}:
         if damage_of(checkpoint) is None:
             write_directory(store.path_of(step_of(checkpoint)), partial(_copy_into, checkpoint))
@@ -243,17 +254,18 @@ def _copy_into(folder: Path, target: Path) -> None:
     shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
-def _opening_record(prepared: PreparedRun, now: str) -> dict[str, Any]:
+def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) -> RunRecord:
     settings, loaded, resume = prepared.settings, prepared.loaded, prepared.resume
     evaluation = prepared.eval_data
-    earlier = resume.record if resume is not None else {}
-    resumed = [*earlier.get("resumed", [])]
+    earlier = resume.record if resume is not None else RunRecord()
+    resumed = [*earlier.resumed]
     if resume is not None:
-        resumed.append({"time": now, "step": resume.step, "checkpoint": resume.checkpoint})
-    return {
+        checkpoint = None if resume.checkpoint is None else within(directory, resume.checkpoint)
+        resumed.append(Resumption(time=now, step=resume.step, checkpoint=checkpoint))
+    content = {
         "status": "running",
-        "started": earlier.get("started", now),
-        "resumed": resumed,
+        "started": earlier.started or now,
+        "resumed": [entry.content for entry in resumed],
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "settings": settings.model_dump(mode="json"),
@@ -262,11 +274,12 @@ def _opening_record(prepared: PreparedRun, now: str) -> dict[str, Any]:
         "versions": package_versions(),
         "hardware": describe_hardware(loaded.device),
         "base_model": loaded.report(),
-        "base_model_path": loaded.source.path,
+        "base_model_path": loaded.source.path.absolute(),
         "base_model_digest": base_digest(loaded.source.path),
         "data": {
             "train": prepared.train_data.report,
             "eval": evaluation.report if evaluation else None,
         },
-        "plan": prepared.plan,
+        "plan": replace(prepared.plan, output=within(directory, prepared.plan.output)),
     }
+    return new_record(directory, content)

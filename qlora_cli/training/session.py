@@ -27,10 +27,12 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.files import write_directory
+from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.result import PeakMemory, TrainResult
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import Batches, largest_held_out
-from qlora_cli.training.checkpoints import CheckpointStore, damage_of
 from qlora_cli.training.early_stop import EarlyStopCallback
 from qlora_cli.training.guard import StepGuard
 from qlora_cli.training.loop_state import Progress
@@ -38,8 +40,6 @@ from qlora_cli.training.order import RowOrder
 from qlora_cli.training.plan import PreparedRun
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.reporting import ReportingCallback
-from qlora_cli.training.result import PeakMemory, TrainResult
-from qlora_cli.training.run_directory import RunDirectory
 from qlora_cli.training.samples import SampleCallback
 from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.trainer import QloraTrainer

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from qlora_cli.adapters.adapter import save_adapter
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.events import CheckpointSaved, EvalStarted, Reporter
-from qlora_cli.training.checkpoints import TRAINER_STATE, CheckpointStore
+from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore
 from qlora_cli.training.guard import StepGuard
 from qlora_cli.training.loop_state import (
     Generators,

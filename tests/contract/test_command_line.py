@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
 from qlora_cli.quantization.report import LoadReport
-from qlora_cli.training.result import TrainPlan, TrainResult
+from qlora_cli.runs.result import TrainPlan, TrainResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
 
 RUN_AND_LIST_MODULES = """

@@ -47,12 +47,12 @@ from qlora_cli.merging.result import (
 )
 from qlora_cli.quantization.report import LoadReport
 from qlora_cli.runs.detail import RunDetail
+from qlora_cli.runs.metrics import EVENT_NAMES
+from qlora_cli.runs.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.runs.samples import Answer, Sample
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, all_settings, marks
 from qlora_cli.settings.resolve import describe
-from qlora_cli.training.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
-from qlora_cli.training.run_directory import EVENT_NAMES
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

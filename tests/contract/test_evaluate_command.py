@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
 from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
-from qlora_cli.training.result import TrainResult
+from qlora_cli.runs.result import TrainResult
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, RunQlora, train_settings, write_jsonl
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "answering": BOTTOM | MACHINE | MODEL | {"runs"},
     "training": BOTTOM | MACHINE | MODEL | {"answering", "data", "memory", "runs"},
     "merging": BOTTOM | MACHINE | MODEL | {"data", "runs"},
-    "demo": BOTTOM | MACHINE | MODEL | {"answering", "evaluating", "training", "data", "memory"},
+    "demo": BOTTOM | MACHINE | MODEL | {"answering", "evaluating", "training", "data", "memory", "runs"},
     "evaluating": BOTTOM | MACHINE | MODEL | {"data", "runs"},
     "doctor": BOTTOM | MACHINE | MODEL,
     "cli": BOTTOM

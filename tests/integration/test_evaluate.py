@@ -18,8 +18,8 @@ from qlora_cli.evaluating.run import evaluate
 from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.events import Noted
 from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.runs.result import TrainResult
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.training.result import TrainResult
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import copy_tokenizer

@@ -27,11 +27,11 @@ from qlora_cli.memory.steps import TracedStep, trace_step
 from qlora_cli.memory.trace import MemoryTrace, Segment
 from qlora_cli.memory.twin import META, Twin, build_twin
 from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.rehearsal import RehearsalCallback
-from qlora_cli.training.run_directory import RunDirectory
 from qlora_cli.training.session import Session
 from qlora_cli.training.stop import StopSignal
 from tests.conftest import Recorder, train_settings

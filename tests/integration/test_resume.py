@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, SettingsError
 from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
+from qlora_cli.runs.checkpoints import list_checkpoints
+from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.history import read_history
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.checkpoints import list_checkpoints
 from qlora_cli.training.run import train
-from qlora_cli.training.run_directory import RunDirectory, RunLock
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.training_process import SignalAt, start_training
 

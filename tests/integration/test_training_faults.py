@@ -19,8 +19,8 @@ from qlora_cli.errors import OutOfMemoryError, TrainingError
 from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone, StepSkipped
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.runs.checkpoints import CheckpointStore
 from qlora_cli.training.adapter_check import check_saved, check_trained
-from qlora_cli.training.checkpoints import CheckpointStore
 from qlora_cli.training.memory import check_memory
 from qlora_cli.training.plan import PreparedRun, prepare_run
 from qlora_cli.training.rehearsal import RehearsalCallback

@@ -17,7 +17,7 @@ from qlora_cli.cli.render import render_plan
 from qlora_cli.cli.render_load import bars, errors_by_layer, render_load
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
 from qlora_cli.quantization.report import KindCount, LoadReport, WeightError
-from qlora_cli.training.result import TrainPlan
+from qlora_cli.runs.result import TrainPlan
 
 STEP = StepDone(
     step=9,

@@ -1,11 +1,14 @@
 """What a run is about to do, and what it did, as plain values. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+
+from qlora_cli.runs.checkpoints import list_checkpoints
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import RunRecord, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +115,27 @@ class TrainResult:
     num_skipped_steps: int
     pushed_to: str | None
 
+    def recorded(self) -> dict[str, object]:
+        """Return it as the run records it: its own paths are relative to it, so that it may be moved."""
+        directory = RunDirectory(self.output)
+        own = {
+            "output": within(directory, self.output),
+            "adapter": within(directory, self.adapter),
+            "checkpoints": [within(directory, path) for path in self.checkpoints],
+        }
+        return {**asdict(self), **own}
+
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "TrainResult | None":
-        """Return the result that a `run.json` holds; None if it holds none, or that of another version."""
+    def of_run(cls, directory: RunDirectory, record: RunRecord) -> "TrainResult | None":
+        """Return the result that a run recorded; None if it recorded none, or one that lacks what is said now."""
+        if record.result is None:
+            return None
+        own = {
+            "output": directory.path,
+            "adapter": directory.adapter,
+            "checkpoints": list_checkpoints(directory.checkpoints),
+        }
         try:
-            return TypeAdapter(cls).validate_python(record.get("result"))
+            return TypeAdapter(cls).validate_python({**record.result.content, **own})
         except ValidationError:
             return None

@@ -8,18 +8,23 @@ from pathlib import Path
 
 from qlora_cli.errors import TrainingError
 from qlora_cli.files import flush, publish_directory
+from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
 
 CHECKSUMS = "checksums.json"
 TRAINER_STATE = "trainer_state.json"
-PREFIX = "step-"
 STAGING = ".saving"
 DELETING = ".deleting"
 
 
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint was written after."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(checkpoint.name.removeprefix(STEP_PREFIX))
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is in a folder of them, or would be."""
+    return folder / f"{STEP_PREFIX}{step}"
 
 
 def seal(folder: Path) -> None:
@@ -79,7 +84,7 @@ class CheckpointStore:
 
     def path_of(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
-        return self.folder / f"{PREFIX}{step}"
+        return checkpoint_of(self.folder, step)
 
     def clear_left_overs(self) -> None:
         """Delete what a killed process left half-written, or half-deleted."""
@@ -136,8 +141,8 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    numbered = ((path, path.name.removeprefix(STEP_PREFIX)) for path in folder.glob(f"{STEP_PREFIX}*"))
+    return sorted((path for path, number in numbered if number.isascii() and number.isdigit()), key=step_of)
 
 
 def beyond_limit(checkpoints: list[Path], num_kept: int, best_step: int | None) -> list[Path]:

@@ -1,0 +1,90 @@
+"""What stands beside a merged model and says what it was merged from, how, and how it was verified: for programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from qlora_cli.errors import ModelError
+from qlora_cli.files import as_json
+
+MERGE_FILE = "merge.json"
+MERGE_SCHEMA_VERSION = 1  # a record that names none is of version 0
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class MergedAdapter(_Part):
+    """An adapter that was merged. `sha256` is that of its weights; `step` is that of the run that it is of."""
+
+    name: str | None = None
+    weight: float | None = None
+    kind: str | None = None
+    sha256: str | None = None
+    step: int | None = None
+    run_is_done: bool | None = None
+
+
+class MergedRows(_Part):
+    """The data that the first adapter's run was trained on."""
+
+    name: str
+    rows_trained: int | None = None
+    supervised_tokens: int | None = None
+    fingerprint: str | None = None
+
+
+class MergeRecord(_Part):
+    """The record of a merge. Paths of the machine are named by their ends: it may be published with the weights."""
+
+    schema_version: int = 0
+    written_by: str | None = None
+    written: str | None = None
+    versions: Mapping[str, str] = {}
+    format: str | None = None
+    base_model: str | None = None
+    commit: str | None = None
+    adapters: tuple[MergedAdapter, ...] = ()
+    data: tuple[MergedRows, ...] = ()
+    base: str | None = None
+    base_choice: JsonValue = None
+    dtype: str | None = None
+    num_tensors: int | None = None
+    num_merged_tensors: int | None = None
+    verification: JsonValue = None
+    nf4: JsonValue = None
+
+
+def new_merge_record(content: Mapping[str, object]) -> MergeRecord:
+    """Return a record of this version."""
+    return MergeRecord.model_validate(as_json({"schema_version": MERGE_SCHEMA_VERSION, **content}))
+
+
+def read_merge_record(directory: Path) -> MergeRecord | None:
+    """Return the record beside a merged model; None if there is none.
+
+    Raises:
+        ModelError: it can't be read, or was written by a newer version.
+    """
+    file = directory / MERGE_FILE
+    if not file.is_file():
+        return None
+    hint = "Merge it anew."
+    try:
+        record = MergeRecord.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"])) or "it"
+        raise ModelError(f"{file} is damaged: {place}: {problem['msg']}", hint=hint) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} can't be read: {error}", hint=hint) from error
+    if record.schema_version > MERGE_SCHEMA_VERSION:
+        raise ModelError(
+            f"{file} is of schema version {record.schema_version}, and this qlora knows versions up to "
+            f"{MERGE_SCHEMA_VERSION}",
+            hint="Update qlora, or merge it anew.",
+        )
+    return record

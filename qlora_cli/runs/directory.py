@@ -1,0 +1,161 @@
+"""The run directory: everything that later commands need, nothing that they must ask for. Every name in it is here.
+
+run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
+metrics.jsonl    one line an event
+report.html      all of it, to look at
+checkpoints/     step-…/, complete or absent
+skipped_rows.jsonl  rows that could not be used, if they were to be skipped
+adapter/         PEFT adapter, tokenizer, chat template
+merged/          what `qlora merge` writes unless told otherwise
+"""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from qlora_cli.errors import OutputDirectoryError, QloraError
+from qlora_cli.files import check_output_directory
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MERGED = "merged"
+LOCK_FILE = "run.lock"
+STEP_PREFIX = "step-"  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths in a run directory."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        """The record."""
+        return self.path / RUN_FILE
+
+    @property
+    def metrics_file(self) -> Path:
+        """The events."""
+        return self.path / METRICS_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.path / ADAPTER
+
+    @property
+    def merged(self) -> Path:
+        """The folder of the merged model."""
+        return self.path / MERGED
+
+    @property
+    def report_file(self) -> Path:
+        """The page."""
+        return self.path / REPORT_FILE
+
+    @property
+    def request_file(self) -> Path:
+        """A file that asks for a checkpoint by being there."""
+        return self.path / "checkpoint-now"
+
+    @property
+    def skipped_rows_of_stream(self) -> Path:
+        """The rows of a stream that could not be used."""
+        return self.path / "skipped_rows_of_stream.jsonl"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run wrote its record here."""
+        return self.run_file.is_file()
+
+    def create(self) -> None:
+        """Make the directory and the folder of checkpoints."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def drop_adapter(self) -> None:
+        """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay."""
+        dropped = self.path / f".{ADAPTER}.dropped"
+        shutil.rmtree(dropped, ignore_errors=True)
+        if self.adapter.is_dir():
+            self.adapter.rename(dropped)  # first: an adapter is there whole, or not at all
+            shutil.rmtree(dropped)
+
+    def keep_skipped_rows(self, lists: Collection[Path]) -> None:
+        """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
+        if lists:
+            with (self.path / "skipped_rows.jsonl").open("wb") as file:
+                for path in lists:
+                    file.write(path.read_bytes())
+
+
+def run_around(part: Path) -> RunDirectory | None:
+    """Return the run that a directory is a part of, as its adapter or one of its checkpoints; None if of none."""
+    places = {ADAPTER: part.parent, CHECKPOINTS: part.parent.parent}
+    place = places.get(part.name) or places.get(part.parent.name)
+    return RunDirectory(place) if place is not None and RunDirectory(place).is_run else None
+
+
+def check_free_directory(directory: Path, flag: str = "--output") -> QloraError | None:
+    """Return why nothing can be written to `directory`, which `flag` names; a run is not written over."""
+    if RunDirectory(directory).is_run:
+        hint = f"Choose another {flag}, or delete that one."
+        return OutputDirectoryError(f"{directory} already holds a run", hint=hint)
+    return check_output_directory(directory, flag)
+
+
+# What a run may have written when it was killed before its first record; the last two if it goes on from another.
+BEGINNINGS = {LOCK_FILE, f".{RUN_FILE}.saving", f".{METRICS_FILE}.saving"}
+TAKEN_OVER = {CHECKPOINTS, METRICS_FILE}
+
+
+def only_began(directory: Path, *, takes_over: bool) -> bool:
+    """Whether a directory holds no more than what a run makes first; `takes_over`: one that goes on from another."""
+    allowed = BEGINNINGS | TAKEN_OVER if takes_over else BEGINNINGS
+    return {path.name for path in directory.iterdir()} <= allowed
+
+
+class RunLock:
+    """Held while a process writes to a run directory, so that no second one does; freed with the process."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._path = directory.path
+        self._lock = FileLock(directory.path / LOCK_FILE)
+
+    def __enter__(self) -> "RunLock":
+        """Take it.
+
+        Raises:
+            OutputDirectoryError: another process has it.
+        """
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputDirectoryError(
+                f"another process is training into {self._path}",
+                hint="Wait for it, stop it, or choose another --output.",
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or "its disk has no locks"
+            raise OutputDirectoryError(
+                f"{self._path} can't be written to: {reason}", hint="Choose another --output."
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()

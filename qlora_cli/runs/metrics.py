@@ -1,0 +1,111 @@
+"""The events of a run as lines of a file: written and read by one union of their types, each named by its class."""
+
+import functools
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, get_args
+
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
+
+from qlora_cli.events import EvaluationAdvanced, Event
+from qlora_cli.files import as_json
+from qlora_cli.runs.directory import RunDirectory
+
+
+def _name_of(kind: type[Event]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+_KINDS = [kind for kind in get_args(Event) if kind is not EvaluationAdvanced]  # which is none of a run
+EVENT_NAMES: dict[type[Event], str] = {kind: _name_of(kind) for kind in _KINDS}
+_KNOWN = frozenset(EVENT_NAMES.values())
+
+
+def _tag_of(value: Any) -> str:
+    name: str = value["event"] if isinstance(value, dict) else EVENT_NAMES[type(value)]
+    return name
+
+
+_TAGGED: Any = functools.reduce(operator.or_, (Annotated[kind, Tag(name)] for kind, name in EVENT_NAMES.items()))
+_EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[_TAGGED, Discriminator(_tag_of)])
+
+# What a line may lack, or hold no number for, so that a figure is a gap and the line still counts.
+NAN = math.nan
+_GAPS: Mapping[str, Mapping[str, object]] = {
+    "step_done": {
+        **dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "elapsed_seconds"), NAN),
+        **dict.fromkeys(("num_steps", "num_tokens"), 0),
+        "memory": {"host_bytes": 0},
+    },
+    "eval_done": {"seconds": NAN, "is_best": False},
+    "rehearsed": {"seconds": NAN, "device_allocated_bytes": None, "device_reserved_bytes": None},
+    "step_skipped": {"reason": "", "rows": ()},
+    "training_started": {"num_steps": 0, "output": ""},
+    "training_resumed": {"num_steps": 0, "checkpoint": ""},
+    "training_ended": {"num_steps": 0, "interrupted_by": None},
+}
+
+
+def event_line(event: Event, time: datetime) -> str:
+    """Return an event as a line, without its end."""
+    content = {"event": EVENT_NAMES[type(event)], "time": time.isoformat(timespec="milliseconds")}
+    return json.dumps({**content, **as_json(_EVENTS.dump_python(event))})
+
+
+def read_event(content: Mapping[str, Any]) -> Event | None:
+    """Return the event of a line that was parsed; None if it is of a kind that this version does not know.
+
+    Raises:
+        ValueError: it lacks what an event of its kind can't be without.
+        KeyError: it names no kind.
+    """
+    if content["event"] not in _KNOWN:
+        return None
+    try:
+        return _EVENTS.validate_python(content)
+    except ValidationError as error:
+        return _EVENTS.validate_python(_with_gaps(content, error))
+
+
+def _with_gaps(content: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
+    """Return what a line holds with gaps for what is no figure, and without text that UTF-8 has no bytes for."""
+    found, gaps = dict(content), _GAPS.get(content["event"], {})
+    for problem in error.errors(include_url=False):
+        key = str(problem["loc"][1]) if len(problem["loc"]) > 1 else ""
+        if problem["type"] == "string_unicode":
+            found[key] = _in_unicode(found[key])
+        elif key in gaps and (key != "memory" or found.get(key) is None):
+            found[key] = gaps[key]
+    return found
+
+
+def _in_unicode(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return [_in_unicode(part) for part in value] if isinstance(value, list) else value
+
+
+class MetricsWriter:
+    """A reporter that appends each event to the file of events as one line."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._file = directory.metrics_file
+
+    def report(self, event: Event) -> None:
+        """Append `event`; opened anew each time, so that a line is on its way to disk when this returns."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(event_line(event, datetime.now(UTC)) + "\n")
+
+    def end_cut_line(self) -> None:
+        """End a line that a killed process left unfinished, so that the next one stands alone."""
+        if not self._file.is_file() or self._file.stat().st_size == 0:
+            return
+        with self._file.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

@@ -1,0 +1,129 @@
+"""Which weights are a run's: the adapter that it ended with, or the newest good checkpoint of a run that did not end.
+
+`adapter/` of a run that was stopped holds the weights of that stop. When the run goes on it is taken away; versions
+before this one left it there, so that only what the record says of it counts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_cli.errors import ModelError
+from qlora_cli.runs.checkpoints import damage_of, list_checkpoints, step_of
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import RunRecord
+from qlora_cli.units import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunWeights:
+    """Weights of a run.
+
+    Attributes:
+        path: Their directory.
+        step: The step that they are of; None if that is not known.
+        num_steps: How many the run is to have.
+        is_done: Whether the run has come to its end.
+        is_result: Whether they are what it ended with.
+        damaged: Newer checkpoints that can't be used, each with the reason.
+    """
+
+    path: Path
+    step: int | None
+    num_steps: int | None
+    is_done: bool
+    is_result: bool
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """Which step they are of, and whether the run came to its end."""
+        of = f" of {self.num_steps:,}" if self.num_steps else ""
+        where = "of a step that is not known" if self.step is None else f"of step {self.step:,}{of}"
+        if self.is_result:
+            return f"the weights are those {where}, with which the run ended"
+        end = "the run ended with others" if self.is_done else "the run has not come to its end"
+        return f"the weights are those {where}; {end} ({self.path})"
+
+
+def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
+    """Return the weights of a run. Every file of a checkpoint is read once, and checked.
+
+    Raises:
+        ModelError: it has none that are whole.
+    """
+    stopped_at = _step_of_adapter(run, record)
+    if stopped_at is not None and record.is_done:
+        return _of(run.adapter, stopped_at, record)
+    damaged: list[str] = []
+    for checkpoint in _best_first(list_checkpoints(run.checkpoints), record):
+        if stopped_at is not None and step_of(checkpoint) <= stopped_at:
+            break
+        if reason := damage_of(checkpoint):
+            damaged.append(f"{checkpoint.name}: {reason}")
+        else:
+            return _of(checkpoint, step_of(checkpoint), record, tuple(damaged))
+    if _has_adapter(run):
+        return _of(run.adapter, stopped_at, record, tuple(damaged))
+    raise missing_weights(run, tuple(damaged))
+
+
+def weights_of_part(part: Path, run: RunDirectory, record: RunRecord) -> RunWeights:
+    """Return what is known of a checkpoint or an adapter of a run that was named itself."""
+    if part in list_checkpoints(run.checkpoints):
+        return _of(part, step_of(part), record)
+    return _of(part, _step_of_adapter(run, record) if part == run.adapter else None, record)
+
+
+def may_have_weights(run: RunDirectory) -> bool:
+    """Whether there is an adapter or a checkpoint, which may yet prove to be damaged."""
+    return _has_adapter(run) or bool(list_checkpoints(run.checkpoints))
+
+
+def is_complete(run: RunDirectory, record: RunRecord) -> bool:
+    """Whether a run is done and the adapter that it ended with is there."""
+    return record.is_done and _has_adapter(run)
+
+
+def missing_weights(run: RunDirectory, damaged: tuple[str, ...] = ()) -> ModelError:
+    """Return the error of a run that has neither an adapter nor a checkpoint that is whole."""
+    why = f"; {counted(len(damaged), 'checkpoint')} can't be used ({'; '.join(damaged)})" if damaged else ""
+    return ModelError(
+        f"the run in {run.path} has no weights yet: no adapter, and no whole checkpoint{why}",
+        hint="Give the same qlora train command again: it goes on, or begins anew without a checkpoint.",
+    )
+
+
+def _of(path: Path, step: int | None, record: RunRecord, damaged: tuple[str, ...] = ()) -> RunWeights:
+    return RunWeights(
+        path=path,
+        step=step,
+        num_steps=record.plan.num_steps,
+        is_done=record.is_done,
+        is_result=record.is_done and step is not None and step == _last_step(record),
+        damaged=damaged,
+    )
+
+
+def _last_step(record: RunRecord) -> int | None:
+    """Return the step that a run ended with: of one that takes its best evaluation, that."""
+    if record.result is None:
+        return None
+    if record.is_done and record.setting("training.load_best_model_at_end") is True:
+        return record.result.best_step or record.result.steps
+    return record.result.steps
+
+
+def _has_adapter(run: RunDirectory) -> bool:
+    return run.adapter.is_dir() and any(run.adapter.iterdir())
+
+
+def _step_of_adapter(run: RunDirectory, record: RunRecord) -> int | None:
+    """Return the step that the adapter is of; None if there is none, or the run went on since it was written."""
+    has_ended = record.status in {"done", "interrupted"}
+    return _last_step(record) if has_ended and _has_adapter(run) else None
+
+
+def _best_first(checkpoints: list[Path], record: RunRecord) -> list[Path]:
+    """Return checkpoints, the newest first; of a run that is done, that which it ended with before all others."""
+    last = _last_step(record) if record.is_done else None
+    return sorted(checkpoints, key=lambda path: (step_of(path) == last, step_of(path)), reverse=True)

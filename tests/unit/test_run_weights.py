@@ -1,0 +1,143 @@
+"""Which weights are a run's, however it was stopped, killed, resumed or damaged; no model is needed to tell."""
+
+import json
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.errors import ModelError
+from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import load_record
+from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
+
+
+def make_run(
+    path: Path,
+    *,
+    status: str,
+    steps: int | None,
+    adapter: bool,
+    good: tuple[int, ...] = (),
+    damaged: tuple[int, ...] = (),
+    record: Mapping[str, object] | None = None,
+) -> RunDirectory:
+    """Write a run of 10 steps; `steps` is what its result says, `good` and `damaged` are its checkpoints."""
+    run = RunDirectory(path)
+    run.create()
+    result = {} if steps is None else {"result": {"steps": steps}}
+    run.run_file.write_text(json.dumps({"status": status, "plan": {"num_steps": 10}, **result, **(record or {})}))
+    for step in (*good, *damaged):
+        checkpoint = run.checkpoints / f"step-{step}"
+        checkpoint.mkdir()
+        (checkpoint / TRAINER_STATE).write_text("{}")
+        seal(checkpoint)
+        if step in damaged:
+            (checkpoint / TRAINER_STATE).write_text("[]")
+    if adapter:
+        run.adapter.mkdir()
+        (run.adapter / "adapter_config.json").write_text("{}")
+    return run
+
+
+def found(run: RunDirectory) -> RunWeights:
+    return weights_of(run, load_record(run.path))
+
+
+def test_a_run_that_came_to_its_end_is_its_adapter(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="done", steps=10, adapter=True, good=(8, 10))
+    weights = found(run)
+    assert (weights.path, weights.step, weights.num_steps) == (run.adapter, 10, 10)
+    assert weights.is_done
+    assert weights.is_result
+    assert weights.sentence == "the weights are those of step 10 of 10, with which the run ended"
+    assert is_complete(run, load_record(run.path))
+
+
+def test_a_run_that_was_stopped_is_the_adapter_of_that_stop(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="interrupted", steps=5, adapter=True, good=(4, 5))
+    weights = found(run)
+    assert (weights.path, weights.step, weights.is_done, weights.is_result) == (run.adapter, 5, False, False)
+    assert "step 5 of 10; the run has not come to its end" in weights.sentence
+
+
+# As a version that left adapter/ of an earlier stop behind wrote it: the record says that the run went on since.
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_the_adapter_of_an_earlier_stop_never_passes_for_a_later_state(tmp_path: Path, status: str) -> None:
+    run = make_run(tmp_path, status=status, steps=None, adapter=True, good=(3, 6, 8))
+    weights = found(run)
+    assert (weights.path, weights.step, weights.is_done) == (run.checkpoints / "step-8", 8, False)
+    part = weights_of_part(run.adapter, run, load_record(run.path))
+    assert (part.step, part.is_done) == (None, False)
+    assert "of a step that is not known" in part.sentence
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="running", steps=None, adapter=False, good=(2, 4), damaged=(6, 8))
+    weights = found(run)
+    assert weights.step == 4
+    assert [damage.split(":")[0] for damage in weights.damaged] == ["step-8", "step-6"]
+
+
+def test_a_run_without_weights_says_what_was_looked_at(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", status="running", steps=None, adapter=False, damaged=(2,))
+    assert may_have_weights(run)
+    with pytest.raises(ModelError, match=r"has no weights yet.*1 checkpoint can't be used \(step-2: trainer_state"):
+        found(run)
+    empty = make_run(tmp_path / "b", status="failed", steps=None, adapter=False)
+    assert not may_have_weights(empty)
+    with pytest.raises(ModelError, match="has no weights yet"):
+        found(empty)
+
+
+def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="done", steps=10, adapter=False, good=(8, 10))
+    weights = found(run)
+    assert (weights.step, weights.is_done, weights.is_result) == (10, True, True)
+    assert not is_complete(run, load_record(run.path))
+
+
+def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -> None:
+    best = {"settings": {"training": {"load_best_model_at_end": True}}, "result": {"steps": 10, "best_step": 6}}
+    run = make_run(tmp_path / "a", status="done", steps=None, adapter=True, good=(6, 10), record=best)
+    assert (found(run).path, found(run).step, found(run).is_result) == (run.adapter, 6, True)
+    gone = make_run(tmp_path / "b", status="done", steps=None, adapter=False, good=(6, 10), record=best)
+    assert (found(gone).step, found(gone).is_result) == (6, True)
+    lost = make_run(tmp_path / "c", status="done", steps=None, adapter=False, good=(10,), damaged=(6,), record=best)
+    assert (found(lost).step, found(lost).is_result) == (10, False)
+    assert "the run ended with others" in found(lost).sentence
+
+
+def test_whatever_is_there_the_newest_good_state_is_taken(tmp_path: Path) -> None:
+    """Over every combination: nothing older than a good checkpoint, unless it is what the run ended with."""
+    states = product(
+        ("running", "failed", "interrupted", "done"), (False, True), ((), (4,), (4, 8)), ((), (9,)), (None, 4, 8)
+    )
+    num_cases = 0
+    for number, (status, adapter, good, damaged, steps) in enumerate(states):
+        run = make_run(tmp_path / str(number), status=status, steps=steps, adapter=adapter, good=good, damaged=damaged)
+        if not adapter and not good:
+            with pytest.raises(ModelError):
+                found(run)
+            continue
+        weights = found(run)
+        num_cases += 1
+        if status == "done" and steps is not None and (adapter or steps in good):
+            assert (weights.step, weights.is_result) == (steps, True)
+            assert (weights.path == run.adapter) == adapter
+            continue
+        known = steps if adapter and status in {"interrupted", "done"} else None
+        newest = max((*good, *((known,) if known is not None else ())), default=None)
+        assert weights.step == newest, (status, adapter, good, damaged, steps)
+        assert weights.is_done == (status == "done")
+        assert weights.path.is_dir()
+    assert num_cases > 100
+
+
+def test_a_folder_beside_the_checkpoints_is_of_no_known_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path, status="running", steps=None, adapter=False, good=(2,))
+    other = run.checkpoints / ".damaged-step-1"
+    assert weights_of_part(other, run, load_record(run.path)).step is None
+    assert weights_of_part(run.checkpoints / "step-2", run, load_record(run.path)).step == 2
