@@ -11,6 +11,7 @@ import yaml
 
 from qlora_cli import __version__
 from qlora_cli.merging.beside import write_json
+from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.request import name_of
 from qlora_cli.merging.result import Divergence, MergeResult
@@ -55,7 +56,7 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
         "num_tensors": result.num_tensors,
         "num_merged_tensors": result.num_merged_tensors,
         "verification": result.verification,
-        "nf4": result.nf4 if written == ExportFormat.NF4 else None,
+        "nf4": result.nf4 if FORMATS[written].quantized_again else None,
     }
     record = new_merge_record(content)
     write_json(target / MERGE_FILE, record.model_dump(mode="json", exclude_unset=True))
@@ -91,15 +92,15 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
     yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
     yield f"| verified | {_verified(result)} |"
-    if written == ExportFormat.NF4:
-        yield f"| quantized again | to NF4 with double quantization: {_from_merged(result.nf4)} |"
+    if (again := FORMATS[written].quantized_again) is not None:
+        yield f"| quantized again | to {again}: {_from_merged(result.nf4)} |"
     yield ""
     yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
 
 
 def _front(inputs: Inputs, result: MergeResult, written: ExportFormat) -> dict[str, Any]:
     front: dict[str, Any] = {
-        "library_name": "gguf" if written == ExportFormat.GGUF else "transformers",
+        "library_name": FORMATS[written].library,
         "pipeline_tag": "text-generation",
         "tags": ["qlora", "lora"],
     }

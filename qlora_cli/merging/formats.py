@@ -4,34 +4,29 @@ All of them are made from the 16-bit model in the format of transformers. One fo
 several into a directory each.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_cli.events import Noted, Reporter
-from qlora_cli.merging.exports.converter import Converter, find_converter
-from qlora_cli.merging.exports.gguf import check_gguf, export_gguf
-from qlora_cli.merging.exports.nf4 import check_nf4, export_nf4
-from qlora_cli.merging.exports.ollama import check_ollama, write_modelfile
+from qlora_cli.events import Reporter
+from qlora_cli.merging.exports.format import Export, Format
+from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import Divergence
 from qlora_cli.settings.choices import ExportFormat
-from qlora_cli.units import format_bytes, format_count
 
-MODEL = "model"  # the 16-bit model, where it is none of the formats that were asked for
-NF4_SHARE, GGUF_SHARE = 0.4, 1.0  # of the 16-bit weights, at most
+MODEL = "model"  # the 16-bit model, where it is part of none of the formats that were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formats:
-    """The formats of a request. `converter` is llama.cpp's, if it is needed."""
+    """The formats of a request, in the order that they are written in."""
 
-    request: MergeRequest
-    converter: Converter | None
+    asked: tuple[ExportFormat, ...]
+    by_name: Mapping[ExportFormat, Format]
 
     @classmethod
     def of(cls, request: MergeRequest) -> "Formats":
@@ -40,8 +35,8 @@ class Formats:
         Raises:
             MissingDependencyError: what converts to one of them is not here.
         """
-        needs_it = ExportFormat.GGUF in request.formats
-        return cls(request=request, converter=find_converter(request.llama_cpp) if needs_it else None)
+        made = {name: kind(request) for name, kind in FORMATS.items() if name in request.formats}
+        return cls(asked=request.formats, by_name=made)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check that the model can be written in them, and note what will be different.
@@ -49,87 +44,59 @@ class Formats:
         Raises:
             ModelError: it can't.
         """
-        trust = self.request.trust_remote_code
-        if ExportFormat.NF4 in self.request.formats:
-            notes = check_nf4(inputs.source.path, trust_remote_code=trust, device=self.request.device)
-            for note in notes:
-                reporter.report(Noted(message=note))
-        if self.converter is not None:
-            check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self.converter, reporter)
-        if ExportFormat.OLLAMA in self.request.formats:
-            check_ollama(inputs.tokenizer.tokenizer)
+        for one in self.by_name.values():
+            one.check(inputs, reporter)
 
-    def places(self, output: Path) -> Mapping[str, Path]:
+    def places(self, output: Path) -> Mapping[ExportFormat, Path]:
         """Return where each format is in `output`."""
-        return {one.value: self._place(one, output) for one in self.request.formats}
+        return {name: self._place(name, output) for name in self.asked}
 
     def model(self, output: Path) -> Path:
-        """Return where the 16-bit model is written: the place of a format that is it, else one of its own."""
-        for one in (ExportFormat.HF, ExportFormat.OLLAMA):
-            if one in self.request.formats and not (one == ExportFormat.OLLAMA and self._has_gguf):
-                return self._place(one, output)
-        return output / MODEL
+        """Return where the 16-bit model is written: the place of the first format that holds it, or its own."""
+        holding = (self._place(name, output) for name, one in self.by_name.items() if one.holds_model)
+        return next(holding, output / MODEL)
 
     def pushed(self, output: Path) -> Path:
         """Return what is pushed to the hub: the first format that was asked for."""
-        return self._place(self.request.formats[0], output)
+        return self._place(self.asked[0], output)
 
     def disk_bytes(self, model_bytes: int) -> int:
         """Return the room that all formats take while they are written."""
-        shares = {ExportFormat.NF4: NF4_SHARE, ExportFormat.GGUF: GGUF_SHARE}
-        return model_bytes + sum(int(model_bytes * shares.get(one, 0)) for one in self.request.formats)
+        return model_bytes + sum(int(model_bytes * one.share) for one in self.by_name.values())
 
-    @property
-    def _has_gguf(self) -> bool:
-        return ExportFormat.GGUF in self.request.formats
+    def _place(self, name: ExportFormat, output: Path) -> Path:
+        return output if len(self.asked) == 1 else output / name.value
 
-    def _place(self, one: ExportFormat, output: Path) -> Path:
-        return output if len(self.request.formats) == 1 else output / one.value
-
-    def write(self, output: Path, name: str, laboratory: Laboratory | None, reporter: Reporter) -> Divergence | None:
-        """Write all formats but the 16-bit model, which is there; return how far NF4 is from it, if it is compared."""
-        model, nf4 = self.model(output), None
-        trust, device = self.request.trust_remote_code, self.request.device
-        if ExportFormat.NF4 in self.request.formats:
-            place = self._aside(ExportFormat.NF4, output)
-            written = export_nf4(model, place, trust_remote_code=trust, device=device, reporter=reporter)
-            reporter.report(Noted(message=f"in NF4 the weights take {written.times_smaller:.2f} times less"))
-            if laboratory is not None:
-                nf4 = laboratory.compare(laboratory.stored(model), laboratory.quantized(place))
-        if self.converter is not None:
-            file = self._aside(ExportFormat.GGUF, output) / f"{name}.gguf"
-            file.parent.mkdir(exist_ok=True)
-            made = export_gguf(model, file, self.converter, self.request.gguf_type, reporter, trust_remote_code=trust)
-            told = (
-                f"{made.architecture}, {format_count(made.num_parameters)} parameters, {format_bytes(made.num_bytes)}"
+    def write(
+        self, output: Path, name: str, laboratory: Laboratory | None, reporter: Reporter
+    ) -> Mapping[ExportFormat, Divergence]:
+        """Write all formats, given the 16-bit model; return how far those that were compared are from it."""
+        model, found = self.model(output), {}
+        for kind, one in self.by_name.items():
+            export = Export(
+                model=model,
+                target=self._place(kind, output) if one.holds_model else self._aside(kind, output),
+                name=name,
+                places=self.places(output),
+                laboratory=laboratory,
+                reporter=reporter,
             )
-            reporter.report(Noted(message=f"{file.name} was opened and holds {told}"))
-        if ExportFormat.OLLAMA in self.request.formats:
-            place = self._place(ExportFormat.OLLAMA, output)
-            place.mkdir(exist_ok=True)
-            source = self._source(output, name)
-            write_modelfile(model, place / "Modelfile", source=source, trust_remote_code=trust, reporter=reporter)
+            if (divergence := one.write(export)) is not None:
+                found[kind] = divergence
         if model == output / MODEL:
             self._move_up(output, model)
-        return nf4
+        return found
 
-    def _aside(self, one: ExportFormat, output: Path) -> Path:
+    def _aside(self, name: ExportFormat, output: Path) -> Path:
         """Return where a format is written: if it is the only one, beside the model that it is made from."""
-        place = self._place(one, output)
-        return output / one.value if place == output else place
-
-    def _source(self, output: Path, name: str) -> str:
-        """Return what Ollama's file names as the model, seen from its place."""
-        place = self._place(ExportFormat.OLLAMA, output)
-        if self._has_gguf:
-            return os.path.relpath(self._place(ExportFormat.GGUF, output) / f"{name}.gguf", place)
-        return os.path.relpath(self.model(output), place)
+        place = self._place(name, output)
+        return output / name.value if place == output else place
 
     def _move_up(self, output: Path, model: Path) -> None:
         """Remove the 16-bit model, which was not asked for, and put a single format where it was asked for."""
         shutil.rmtree(model)
-        if len(self.request.formats) == 1:
-            aside = self._aside(self.request.formats[0], output)
+        if len(self.asked) == 1:
+            aside = self._aside(self.asked[0], output)
             for path in sorted(aside.iterdir()):
                 path.rename(output / path.name)
             aside.rmdir()

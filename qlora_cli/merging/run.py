@@ -2,7 +2,7 @@
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -188,15 +188,14 @@ class _Job:
         if verification is not None and not verification.passed:
             write_record(model, inputs, result, ExportFormat.HF)
             raise failure(verification, _set_aside(directory, output_of(request), "failed-verification"))
-        nf4 = self._exported(directory)
-        result = replace(result, nf4=nf4)
+        result = replace(result, nf4=self._exported(directory).get(ExportFormat.NF4))
         for name, place in formats.places(directory).items():
-            write_record(place, inputs, result, ExportFormat(name))
+            write_record(place, inputs, result, name)
         self._result = replace(result, bytes_written=size_of(directory))
         if problem := check_free_directory(output_of(request)):
             raise problem  # something has come there meanwhile, such as another merge, and is not replaced
 
-    def _exported(self, directory: Path) -> Divergence | None:
+    def _exported(self, directory: Path) -> Mapping[ExportFormat, Divergence]:
         """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
         formats, output = self._settled.formats, output_of(self._settled.inputs.request)
         try:
@@ -219,7 +218,7 @@ class _Job:
         inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
         return MergeResult(
             output=output,
-            outputs=self._settled.formats.places(output),
+            outputs={name.value: place for name, place in self._settled.formats.places(output).items()},
             base_model=inputs.source.base_name,
             commit=inputs.source.commit,
             adapters=applied_adapters(inputs),

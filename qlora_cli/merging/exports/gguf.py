@@ -13,14 +13,54 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.tokenizer import load_tokenizer
-from qlora_cli.merging.exports.converter import Converter, convert
+from qlora_cli.merging.exports.converter import Converter, convert, find_converter
+from qlora_cli.merging.exports.format import Export, Format
 from qlora_cli.merging.exports.turns import writes_bos
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.request import MergeRequest
+from qlora_cli.merging.result import Divergence
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import GgufType
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.units import format_bytes, format_count
+
+
+class GgufFormat(Format):
+    """A file for llama.cpp, written by its own converter."""
+
+    share = 1.0
+    library = "gguf"
+
+    def __init__(self, request: MergeRequest) -> None:
+        """Find the converter.
+
+        Raises:
+            MissingDependencyError: it is not here, or a package that it needs.
+        """
+        super().__init__(request)
+        self._converter = find_converter(request.llama_cpp)
+
+    def check(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Let the converter write the vocabulary."""
+        check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self._converter, reporter)
+
+    def write(self, export: Export) -> Divergence | None:
+        """Convert the model, and open the file again."""
+        file = gguf_file(export.target, export.name)
+        file.parent.mkdir(exist_ok=True)
+        trust, outtype = self.request.trust_remote_code, self.request.gguf_type
+        done = export_gguf(export.model, file, self._converter, outtype, export.reporter, trust_remote_code=trust)
+        held = f"{done.architecture}, {format_count(done.num_parameters)} parameters, {format_bytes(done.num_bytes)}"
+        export.reporter.report(Noted(message=f"{file.name} was opened and holds {held}"))
+        return None
+
+
+def gguf_file(place: Path, name: str) -> Path:
+    """Return what the file in the directory `place` is called."""
+    return place / f"{name}.gguf"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,9 @@ from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import size_of
 from qlora_cli.loading.loader import load_model
 from qlora_cli.loading.save import NOTE, save_quantized
+from qlora_cli.merging.exports.format import Export, Format
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.result import Divergence
 from qlora_cli.model_files.checkpoint import read_checkpoint, read_json
 from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import ModelSource
@@ -26,6 +29,31 @@ from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationS
 NF4 = QuantizationSettings(method=Quantization.NF4, double_quant=True)
 STORED = {"BF16": Dtype.BF16, "F16": Dtype.FP16, "F32": Dtype.FP32}
 MOST_REASONS = 3
+
+
+class Nf4Format(Format):
+    """A checkpoint that is quantized anew."""
+
+    share = 0.4
+    quantized_again = "NF4 with double quantization"
+
+    def check(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Check by the base's config that something of it can be quantized, and note what can't."""
+        trust, device = self.request.trust_remote_code, self.request.device
+        for note in check_nf4(inputs.source.path, trust_remote_code=trust, device=device):
+            reporter.report(Noted(message=note))
+
+    def write(self, export: Export) -> Divergence | None:
+        """Write it, and compare it with the 16-bit model."""
+        trust, device = self.request.trust_remote_code, self.request.device
+        done = export_nf4(
+            export.model, export.target, trust_remote_code=trust, device=device, reporter=export.reporter
+        )
+        export.reporter.report(Noted(message=f"in NF4 the weights take {done.times_smaller:.2f} times less"))
+        if export.laboratory is None:
+            return None
+        merged = export.laboratory.stored(export.model)
+        return export.laboratory.compare(merged, export.laboratory.quantized(export.target))
 
 
 @dataclass(frozen=True, kw_only=True)

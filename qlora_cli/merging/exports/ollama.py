@@ -4,6 +4,7 @@ What Ollama takes is in its sources: parser/parser.go (Modelfile), template/temp
 reads of safetensors) of github.com/ollama/ollama.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +17,15 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.files import write_file
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.merging.exports.format import Export, Format
+from qlora_cli.merging.exports.gguf import gguf_file
 from qlora_cli.merging.exports.go_template import go_template
 from qlora_cli.merging.exports.turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.result import Divergence
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, find_model
+from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import ModelSettings
 
 MODELFILE = "Modelfile"
@@ -46,6 +52,34 @@ IMPORTED = frozenset(
     for name in names.split()
 )
 PLAIN_NAME = re.compile(r"[\w./+-]+")
+
+
+class OllamaFormat(Format):
+    """A Modelfile, beside the 16-bit model unless it names a GGUF."""
+
+    @property
+    def holds_model(self) -> bool:
+        """It names the safetensors, unless a GGUF is written too."""
+        return ExportFormat.GGUF not in self.request.formats
+
+    def check(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Check that the chat template can be written in Ollama's language."""
+        del reporter  # what will be different is noted once the Modelfile is written
+        check_ollama(inputs.tokenizer.tokenizer)
+
+    def write(self, export: Export) -> Divergence | None:
+        """Write the Modelfile; what it names is seen from its place."""
+        export.target.mkdir(exist_ok=True)
+        gguf = export.places.get(ExportFormat.GGUF)
+        source = export.model if gguf is None else gguf_file(gguf, export.name)
+        write_modelfile(
+            export.model,
+            export.target / MODELFILE,
+            source=os.path.relpath(source, export.target),
+            trust_remote_code=self.request.trust_remote_code,
+            reporter=export.reporter,
+        )
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,77 @@
+"""What a format of the merged model is: what it refuses, what it takes, how it is written."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from qlora_cli.events import Reporter
+from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.laboratory import Laboratory
+from qlora_cli.merging.request import MergeRequest
+from qlora_cli.merging.result import Divergence
+from qlora_cli.settings.choices import ExportFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What a format is written from, and where.
+
+    Attributes:
+        model: The merged 16-bit model in the format of transformers.
+        target: The directory to write to, which may not be there yet.
+        name: What the result is called.
+        places: The directory of each format that was asked for.
+        laboratory: What compares models; None if nothing is to be compared.
+    """
+
+    model: Path
+    target: Path
+    name: str
+    places: Mapping[ExportFormat, Path]
+    laboratory: Laboratory | None
+    reporter: Reporter
+
+
+class Format(ABC):
+    """A format, as one merge asks for it; making one checks that what it needs is installed.
+
+    Attributes:
+        share: The room that it takes beside the 16-bit model, as a share of that, at most.
+        library: What loads it, as model cards call that.
+        quantized_again: What the weights are quantized to anew, if they are.
+    """
+
+    share: ClassVar[float] = 0.0
+    library: ClassVar[str] = "transformers"
+    quantized_again: ClassVar[str | None] = None
+
+    def __init__(self, request: MergeRequest) -> None:
+        """Take what was asked for.
+
+        Raises:
+            MissingDependencyError: what converts to it is not here.
+        """
+        self.request = request
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether the 16-bit model itself is part of it."""
+        return False
+
+    @abstractmethod
+    def check(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Check, before anything is merged, that the model can be written in it, and note what will be different.
+
+        Raises:
+            ModelError: it can't.
+        """
+
+    @abstractmethod
+    def write(self, export: Export) -> Divergence | None:
+        """Write it; return how far it is from the 16-bit model, if that was to be measured.
+
+        Raises:
+            QloraError: it can't be written, or is not the model in the end.
+        """

@@ -1,0 +1,17 @@
+"""The formats that a merged model can be written in, in the order that they are written in."""
+
+from collections.abc import Mapping
+
+from qlora_cli.merging.exports.format import Format
+from qlora_cli.merging.exports.gguf import GgufFormat
+from qlora_cli.merging.exports.hf import HfFormat
+from qlora_cli.merging.exports.nf4 import Nf4Format
+from qlora_cli.merging.exports.ollama import OllamaFormat
+from qlora_cli.settings.choices import ExportFormat
+
+FORMATS: Mapping[ExportFormat, type[Format]] = {
+    ExportFormat.HF: HfFormat,
+    ExportFormat.NF4: Nf4Format,
+    ExportFormat.GGUF: GgufFormat,
+    ExportFormat.OLLAMA: OllamaFormat,  # names the GGUF, if there is one
+}
