@@ -8,8 +8,9 @@ import torch
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.plan import MergePlan, PlannedTensor
 from qlora_cli.merging.result import Action
-from qlora_cli.merging.stored import NAMES, StoredTensors
+from qlora_cli.merging.stored import StoredTensors
 from qlora_cli.model_files.checkpoint import TensorHeader, read_checkpoint
+from qlora_cli.model_files.pickles import NAMES
 
 PIECE_BYTES = 1024**2
 
