@@ -4,10 +4,11 @@ Each class carries the exit code of the command that it ends and also inherits t
 it refines, so that library users can catch what they know. A message names what was wrong and the value;
 the hint says what to do next.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input or settings, 3 does not fit in memory, 130 interrupted,
-143 terminated.
+Exit codes: 0 done, 1 the run failed, 2 bad input or settings, 3 does not fit in memory, 129 the terminal was closed,
+130 interrupted, 143 terminated.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,9 +125,11 @@ class PushError(QloraError, ConnectionError):
 
 
 class TerminatedError(QloraError, InterruptedError):
-    """The process was asked to end, by SIGTERM."""
+    """The process was asked to end, by SIGTERM, or by SIGHUP when its terminal was closed."""
 
-    exit_code = 143
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"terminated by {number.name}", hint="The same command begins anew.")
+        self.exit_code = 128 + number
 
 
 class MergeError(QloraError, RuntimeError):

@@ -31,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: whole flag names at any width, and half the time
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models on one GPU with QLoRA: predict, plan, train, prove.",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 does not fit in memory, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 does not fit in memory, 129 terminal closed, "
+    "130 interrupted, 143 terminated.",
 )
 
 # A new command is one file and one line here; its module must not import torch.

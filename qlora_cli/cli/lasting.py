@@ -1,7 +1,29 @@
 """A stream that a run can write to for days: its reader may leave without costing the run its training."""
 
-from contextlib import suppress
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+
+@contextmanager
+def dropped_without_terminal() -> Iterator[None]:
+    """Drop what is printed on stdout when that was a terminal that is gone: what it says is in the run's own files."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        let_go(sys.stdout)
+
+
+def let_go(file: TextIO) -> None:
+    """Turn a stream that can't be written to into one that drops everything, also what is in its buffer."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class LastingStream:
@@ -12,14 +34,22 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         """Write `text` if that can be done."""
-        with suppress(OSError):
+        try:
             self._file.write(text)
+        except OSError as error:
+            self._give_up(error)
         return len(text)
 
     def flush(self) -> None:
         """Flush if that can be done."""
-        with suppress(OSError):
+        try:
             self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if error.errno == errno.EIO:  # the terminal is gone for good: libraries that print must not fail either
+            let_go(self._file)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

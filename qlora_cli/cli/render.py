@@ -81,11 +81,18 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("loss", f"{_loss(result.final_loss)} at the last step, {_loss(result.train_loss)} on average"),
         ("held-out loss", _loss(result.eval_loss)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s ({result.num_tokens:,} tokens)"),
-        ("time", f"{format_duration(result.train_seconds)} training, {format_duration(result.total_seconds)} in all"),
+        ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]
+
+
+def _describe_time(result: TrainResult) -> str:
+    time = f"{format_duration(result.train_seconds)} training, {format_duration(result.total_seconds)} in all"
+    if result.resumed_from_step is None:
+        return time
+    return f"{time}; of the whole run, as all figures but peaks (resumed behind step {result.resumed_from_step:,})"
 
 
 def render_demo(result: DemoResult) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli import options
+from qlora_cli.cli.lasting import dropped_without_terminal
 from qlora_cli.cli.output import print_json
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import TrainSettings
@@ -40,6 +41,7 @@ def train(
     if dry_run:
         print_json(plan) if json else render_plan(plan)
         return
-    print_json(result) if json else render_training(result)
+    with dropped_without_terminal():
+        print_json(result) if json else render_training(result)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])

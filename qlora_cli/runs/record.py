@@ -61,6 +61,7 @@ class LoadedBase(Part):
 
     base_model: str | None = None
     commit: str | None = None
+    adapter: Path | None = None
     device: str | None = None
     dtype_bytes: Mapping[str, int] = Field(default_factory=dict)
 

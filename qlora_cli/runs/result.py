@@ -86,9 +86,10 @@ class TrainResult:
 
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all of
     them; both count supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
-    with its evaluations and checkpoints, `total_seconds` everything with loading. Of a run that was resumed, losses,
-    tokens and evaluations are those of the whole run, times and peaks those of the last process. `best_step` is that
-    of the lowest held-out loss. `pushed_to` is where the adapter is on the hub.
+    with its evaluations and checkpoints, `total_seconds` everything with loading, and `tokens_per_second` are over
+    the seconds of the steps alone. Of a run that was resumed, all figures but the peaks, which are those of the last
+    process, are those of the steps that count: what a killed process did behind its last checkpoint is in neither
+    tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the hub.
     """
 
     output: Path

@@ -49,7 +49,11 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run has reported so far, as its result will need it. `eval_losses` by step."""
+    """What a run has reported so far, as its result will need it. `eval_losses` by step.
+
+    `stepping_seconds` are those of steps alone, `elapsed_seconds` those of the loop with its evaluations and
+    checkpoints, `loading_seconds` those before it, of all processes that led to this step.
+    """
 
     loss_sum: float = 0.0
     num_losses: int = 0
@@ -57,6 +61,7 @@ class Progress:
     num_tokens: int = 0
     stepping_seconds: float = 0.0
     elapsed_seconds: float = 0.0
+    loading_seconds: float = 0.0
     num_skipped: int = 0
     eval_losses: Mapping[int, float]
 

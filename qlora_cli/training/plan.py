@@ -118,8 +118,9 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     if resume is not None:
         resolved = _as_lowered(resolved, resume)
         trains_given = blueprint.source.adapter is not None
-        note_resume(resume, resolved.settings, reporter, trains_given_adapter=trains_given)
-        check_base(resume, base_digest(blueprint.source.path), blueprint.dtype.name.value)
+        digest = base_digest(blueprint.source.path)
+        note_resume(resume, resolved.settings, reporter, trains_given_adapter=trains_given, digest=digest)
+        check_base(resume, digest, blueprint.dtype.name.value)
     settings = resolved.settings
     check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
     rows = _prepare_data(settings, blueprint, reporter)

@@ -21,18 +21,21 @@ MOST_OFTEN = 100  # times of drawing a page between two of them
 class ReportingCallback(TrainerCallback):
     """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
 
-    Evaluation time is left out of `tokens_per_second`.
+    Evaluation time is left out of `tokens_per_second`. `earlier` is what earlier processes had come to.
     """
 
-    def __init__(self, reporter: Reporter, device: torch.device) -> None:
+    def __init__(self, reporter: Reporter, device: torch.device, *, loading_seconds: float) -> None:
         self._reporter = reporter
         self._device = device
         self._start = self._last_time = 0.0
-        self.progress = Progress(eval_losses={})
+        self._loading_seconds = loading_seconds
+        self.earlier = Progress(eval_losses={})
+        self.progress = replace(self.earlier, loading_seconds=loading_seconds)
 
     def go_on_from(self, progress: Progress) -> None:
         """Take up what an earlier process had reported."""
-        self.progress = progress
+        self.earlier = progress
+        self.progress = replace(progress, loading_seconds=progress.loading_seconds + self._loading_seconds)
         self._start = time.monotonic() - progress.elapsed_seconds
 
     def on_train_begin(
@@ -67,6 +70,7 @@ class ReportingCallback(TrainerCallback):
             message = f"step {step}: the held-out loss is {loss}; it counts as none"
             self._reporter.report(Noted(level="warning", message=message))
         self._last_time = time.monotonic()
+        self.progress = replace(self.progress, elapsed_seconds=self._last_time - self._start)
         self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best))
 
     def _report_step(self, state: TrainerState, logs: dict[str, float]) -> None:

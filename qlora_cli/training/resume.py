@@ -22,6 +22,7 @@ from qlora_cli.settings.marks import OnResume
 from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
 
 AUTO, NEVER = "auto", "never"
+NAMES_OF_BASE = ("model.name", "model.revision")
 
 CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
 
@@ -201,8 +202,12 @@ def result_of_done(settings: TrainSettings) -> TrainResult | None:
     return TrainResult.of_run(run, record)
 
 
-def check_changes(resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool) -> list[str]:
+def check_changes(
+    resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool, digest: str | None = None
+) -> list[str]:
     """Return what of the settings changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
+
+    The base may have another name as long as it is the same, by the `digest` of its weights.
 
     Raises:
         SettingsError: with every change that would make the result another than the record says.
@@ -217,12 +222,21 @@ def check_changes(resume: Resume, settings: TrainSettings, *, trains_given_adapt
             hint=f"Leave it as it was, or start anew with another --output{_or_train_on(resume)}.",
         )
         for path, (before, now) in changed.items()
-        if marks(path).on_resume is OnResume.SAME and not (trains_given_adapter and path.startswith("lora."))
+        if marks(path).on_resume is OnResume.SAME
+        and not (trains_given_adapter and path.startswith("lora."))
+        and not (path in NAMES_OF_BASE and not trains_given_adapter and _is_trained_on(resume, digest))
     ]
     problems += _batch_problems(resume, changed, settings)
     if problems:
         raise SettingsError(problems)
     return [f"{path}: {_shown(before)} before, {_shown(now)} now" for path, (before, now) in changed.items()]
+
+
+def _is_trained_on(resume: Resume, digest: str | None) -> bool:
+    """Whether the run trained a new adapter on the base with this digest."""
+    loaded = resume.record.base_model
+    began_anew = loaded is not None and loaded.adapter is None
+    return began_anew and digest is not None and digest == resume.record.base_model_digest
 
 
 def _or_train_on(resume: Resume) -> str:

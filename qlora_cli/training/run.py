@@ -62,7 +62,7 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
 def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
     """Train an adapter and return what came of it; go on with the run that is in the output directory, if one is.
 
-    Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint and the adapter as it is
+    Ctrl-C, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint and the adapter as it is
     then; the result says so. `force` goes on although the run is predicted not to fit on the GPU.
 
     Raises:

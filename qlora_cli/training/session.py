@@ -60,7 +60,8 @@ class Session:
         self._directory = directory
         self._reporter = reporter
         self._stop = stop
-        self._reporting = ReportingCallback(reporter, prepared.loaded.device)
+        loading_seconds = time.monotonic() - prepared.started
+        self._reporting = ReportingCallback(reporter, prepared.loaded.device, loading_seconds=loading_seconds)
         self.store = CheckpointStore(
             directory.checkpoints,
             prepared.settings.output.max_checkpoints,
@@ -242,6 +243,7 @@ class Session:
 
     def _result(self, train_seconds: float, interrupted_by: str | None) -> TrainResult:
         prepared, progress, device = self._prepared, self.progress, self._prepared.loaded.device
+        earlier = self._reporting.earlier
         return TrainResult(
             output=self._directory.path,
             adapter=self._directory.adapter,
@@ -253,8 +255,8 @@ class Session:
             eval_loss=progress.eval_losses.get(self.step),
             num_tokens=progress.num_tokens,
             tokens_per_second=progress.num_tokens / progress.stepping_seconds if progress.stepping_seconds else 0.0,
-            train_seconds=train_seconds,
-            total_seconds=time.monotonic() - prepared.started,
+            train_seconds=earlier.elapsed_seconds + train_seconds,
+            total_seconds=earlier.elapsed_seconds + earlier.loading_seconds + time.monotonic() - prepared.started,
             peak_memory=PeakMemory(
                 host_bytes=peak_host_bytes(),
                 device_allocated_bytes=peak_device_allocated_bytes(device),

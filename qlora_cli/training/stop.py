@@ -1,4 +1,4 @@
-"""What is asked of a run from outside: to stop, by Ctrl-C or SIGTERM, or to write a checkpoint, by a file."""
+"""What is asked of a run from outside: to stop, by Ctrl-C, SIGTERM or SIGHUP, or to write a checkpoint, by a file."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.events import Noted, Reporter
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed, or the connection lost
 
 
 class StoppedError(Exception):
@@ -32,7 +32,9 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # Python delivers signals to the main thread only, and only there may handlers be set.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            # A signal that is ignored stays so: under nohup a run outlives its terminal.
+            taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
     def __exit__(

@@ -38,8 +38,9 @@ import make_reference
 from qlora_cli.cli.app import app
 from qlora_cli.settings.models import TrainSettings, all_settings, json_schema, marks
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import RunRecord
 from qlora_cli.training.resume import Resume, check_changes
-from qlora_cli.training.run_directory import RunDirectory
 from qlora_cli.errors import SettingsError
 
 commands = typer.main.get_command(app).commands
@@ -53,7 +54,7 @@ flags = {"model.name": "m", "data.dataset": "d", "output.directory": "o", "train
 def settings(**more):
     given = {**flags, **{f"training.{key}": value for key, value in more.items()}}
     return resolve(Sources(flags={path: (path, value) for path, value in given.items()}), TrainSettings).settings
-record = {"settings": settings().model_dump(mode="json"), "status": "done"}
+record = RunRecord(settings=settings().model_dump(mode="json"), status="done")
 def resumed(**more):
     resume = Resume(run=RunDirectory(Path("o")), record=record, checkpoint=None, damaged=())
     try:

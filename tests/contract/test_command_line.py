@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
 from qlora_cli.quantization.report import LoadReport
+from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.result import TrainPlan, TrainResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
 
@@ -245,7 +248,7 @@ def test_an_output_that_holds_something_else_is_refused(
     assert precious.read_text() == "years"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_with_a_checkpoint(
     base_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -269,6 +272,55 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
     assert f"Stopped by {number.name}" in stderr
+
+
+def start_on_terminal(command: list[str]) -> tuple[int, int]:
+    """Start a command whose terminal is one of our own; return its number, and the other end of the terminal."""
+    number, terminal = pty.fork()
+    if number == 0:
+        os.execv(command[0], command)  # noqa: S606 - no shell is wanted
+    return number, terminal
+
+
+def read_until(terminal: int, path: Path, text: str) -> None:
+    """Read what is written to a terminal until a file holds some text."""
+    deadline = time.monotonic() + 300
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{text} did not come"
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+
+
+@pytest.mark.parametrize("style", ["xterm", "dumb"])  # redrawn, and in plain lines
+def test_a_terminal_that_is_closed_ends_a_run_with_a_checkpoint(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
+) -> None:
+    monkeypatch.setenv("TERM", style)
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "qlora_cli", "train", "--model", str(base_model), "--output", str(output)]
+    command += ["--dataset", str(ASSETS / "train.jsonl"), "--epochs", "50"]
+    number, terminal = start_on_terminal(command)
+    read_until(terminal, output / "metrics.jsonl", "step_done")
+    os.close(terminal)  # the kernel sends SIGHUP, and every later write fails
+    _, status = os.waitpid(number, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", "SIGHUP")
+    (checkpoint,) = record["result"]["checkpoints"]
+    assert damage_of(output / checkpoint) is None
+
+
+def test_a_run_that_ignores_the_hangup_outlives_its_terminal(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    # As nohup starts a command, but for its output, which stays on the terminal.
+    command = ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-m", "qlora_cli", "train"]
+    command += ["--model", str(base_model), "--output", str(output), "--dataset", str(rows), "--max-steps", "3"]
+    number, terminal = start_on_terminal(command)
+    read_until(terminal, output / "run.json", "running")
+    os.close(terminal)
+    _, status = os.waitpid(number, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert json.loads((output / "run.json").read_text())["status"] == "done"
 
 
 def test_the_demo_learns(run_qlora: RunQlora, tmp_path: Path) -> None:

@@ -419,7 +419,7 @@ def test_a_merge_that_is_killed_anywhere_leaves_nothing_that_looks_complete(
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_signal_ends_a_merge_with_its_code_and_leaves_nothing(
     large: Path, tmp_path: Path, number: signal.Signals, code: int, is_there: bool
