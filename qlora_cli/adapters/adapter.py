@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
@@ -27,6 +26,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.quantization.methods import why_no_dora
+from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
@@ -90,14 +91,9 @@ def attach_adapter(
 
 def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:
     for name in layers:
-        layer = model.get_submodule(name)
-        # PEFT 0.21 reads the weight to measure it, and loses its scales: on a CPU with the first pass.
-        if isinstance(layer, Linear8bitLt) and (layer.weight.device.type == "cpu" or layer.state.has_fp16_weights):
-            where = "keeps 16-bit weights" if layer.state.has_fp16_weights else "is on a CPU"
-            raise ModelError(
-                f"lora.use_dora can't be used on an 8-bit base that {where}: PEFT does not restore its weights there",
-                hint="Use --quant nf4, or leave lora.use_dora out.",
-            )
+        if reason := why_no_dora(model.get_submodule(name)):
+            hint = f"Use {quant_flag([DEFAULT_METHOD])}, or leave lora.use_dora out."
+            raise ModelError(f"lora.use_dora can't be used on {reason}", hint=hint)
 
 
 @contextmanager

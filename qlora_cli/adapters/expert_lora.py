@@ -1,11 +1,10 @@
-"""LoRA on fused experts that are stored in 4 bit: PEFT's wrapper of a parameter, mended, and put on in plain order."""
+"""LoRA on fused experts that are quantized: PEFT's wrapper of a parameter, mended, and put on in plain order."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import LoraConfig
 from peft.tuners.lora import layer
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.methods import restores_weight, stored_weight
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
@@ -32,13 +32,13 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         if chain is None:
             unquantized: torch.Tensor = super().get_param()
             return unquantized
-        state = chain[0].quant_state
-        return torch.empty((), dtype=state.dtype, device=chain.original.device).expand(state.shape)
+        stored = stored_weight(self.get_base_layer(), self.parameter_name, chain.original)
+        return torch.empty((), dtype=stored.dtype, device=chain.original.device).expand(stored.shape)
 
     def _quantized(self) -> Any:
         """Return what the weight is stored as, a list of parametrizations; None if it is not quantized."""
         chain = dict(getattr(self.get_base_layer(), "parametrizations", {})).get(self.parameter_name)
-        return chain if chain is not None and isinstance(chain[0], Bnb4bitParametrization) else None
+        return chain if chain is not None and restores_weight(chain[0]) else None
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -88,7 +88,7 @@ def use_for_quantized_experts(config: LoraConfig, model: PreTrainedModel) -> Non
         type(module).__bases__[0]: ParamWrapper
         for module in model.modules()
         if any(
-            isinstance(parametrization, Bnb4bitParametrization)
+            restores_weight(parametrization)
             for chain in getattr(module, "parametrizations", {}).values()
             for parametrization in chain
         )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -22,6 +21,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.methods import is_quantized_layer
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
@@ -71,7 +71,7 @@ def check_pissa(module: nn.Module) -> None:
     Raises:
         ModelError: one is.
     """
-    if any(isinstance(layer, Linear4bit | Linear8bitLt) for layer in module.modules()):
+    if any(is_quantized_layer(layer) for layer in module.modules()):
         raise ModelError(
             "PiSSA can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
             "left would have to be quantized anew, to a base that fits this adapter only",

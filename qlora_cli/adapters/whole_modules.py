@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import PeftModel
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import ModulesToSaveWrapper
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 from qlora_cli.adapters.targets import ADAPTER, BASE, named
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.embedding import embedding_of, is_tied
+from qlora_cli.quantization.methods import is_quantized_layer, restores_weight
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -77,11 +76,7 @@ def _check_trainable(name: str, module: nn.Module) -> None:
             f"lora.modules_to_save: {name} is a {type(module).__name__}, which holds modules and is none that runs",
             hint="Name the modules in it.",
         )
-    parts = list(module.modules())
-    is_quantized = any(isinstance(part, Bnb4bitParametrization) for part in parts) or any(
-        isinstance(parameter, Params4bit | Int8Params) for parameter in module.parameters()
-    )
-    if is_quantized:
+    if any(is_quantized_layer(part) or restores_weight(part) for part in module.modules()):
         raise ModelError(
             f"lora.modules_to_save: {name} is stored quantized, and codes can't be trained",
             hint=f"Keep it unquantized with --set quantization.skip_modules={name.rpartition('.')[2]}, or give it an "

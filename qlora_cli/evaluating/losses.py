@@ -23,6 +23,7 @@ from qlora_cli.data.prepare import PreparedData
 from qlora_cli.data.table import Numbers
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
+from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,8 @@ def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:
     if num_rows == 1:
         raise OutOfMemoryError(
             f"a row of {length:,} tokens does not fit in memory beside the model",
-            hint=f"Use --max-length {max(8, length // 2)}, or --quant nf4 if the model is not quantized.",
+            hint=f"Use --max-length {max(8, length // 2)}, or {quant_flag([DEFAULT_METHOD])} if the model is not "
+            "quantized.",
         )
     smaller = num_rows // 2
     reporter.report(

@@ -1,7 +1,7 @@
 """Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +17,12 @@ from qlora_cli.loading.positions import apply_rope_scaling, check_length
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import ModelConfig, read_config
-from qlora_cli.model_files.prequantized import Prequantized, check_settings, read_prequantized, stored_settings
 from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.runs.directory import RUN_FILE
 from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.conflicts import asks_for_nothing
@@ -74,7 +75,9 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     """
     transformers_logging.disable_progress_bar()  # bytes are reported by us, and stdout is for the result
     device = choose_device(settings.model.device)
-    _check_cpu_offload(settings, device)
+    asked = settings.quantization
+    offloads = settings.model.offload_embedding
+    method_of(asked.method).check_placement(asked, device, offloads_embedding=offloads)
     reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
     source = find_model(settings.model, reporter)
     for difference in _differences(settings, source):
@@ -89,7 +92,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     stretched = apply_rope_scaling(base.config, settings.model.rope_scaling)
     prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
     if prequantized is not None:
-        prequantized = with_our_names(prequantized, base)
+        prequantized = prequantized.renamed(base.renamed)
     settings = settings.model_copy(
         update={"quantization": effective_quantization(settings.quantization, source, prequantized)}
     )
@@ -103,8 +106,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     attention = choose_attention(settings.model.attention, device, shapes)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, prequantized, device=device)
     free = free_bytes(device)
-    offloads = settings.model.offload_embedding
-    on_both = free + (free_bytes(torch.device("cpu")) if settings.quantization.int8_cpu_offload else 0)
+    on_both = free + (free_bytes(torch.device("cpu")) if layout.method.spills_to_host(layout.settings) else 0)
     check_fit(
         settings.model.name,
         shapes,
@@ -174,8 +176,8 @@ def effective_quantization(
     """
     if prequantized is not None:
         check_settings(prequantized, asked, source.name)
-        threshold = prequantized.config.get("llm_int8_threshold", asked.int8_threshold)
-        stored = {"int8_threshold": threshold, **(source.run_quantization or {}), **stored_settings(prequantized)}
+        free = method_of(prequantized.method).free_settings(prequantized.config)
+        stored = {**free, **(source.run_quantization or {}), **prequantized.settings}
         effective = _over_run(asked, stored, source)
     elif source.run_quantization is not None:
         effective = _over_run(asked, source.run_quantization, source)
@@ -226,28 +228,6 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
         if not shapes._supports_flash_attn:
             raise ModelError(f"{name} does not compute attention by flash-attn", hint="Use --attention eager.")
     return wanted.value
-
-
-def with_our_names(prequantized: Prequantized, base: ModelConfig) -> Prequantized:
-    """Return the same with the modules that stay in 16 bit by their names in the model that is built."""
-    skipped = prequantized.config.get("llm_int8_skip_modules")
-    if not skipped:
-        return prequantized
-    names = [base.renamed(name) for name in skipped]
-    return replace(prequantized, config={**prequantized.config, "llm_int8_skip_modules": names})
-
-
-def _check_cpu_offload(settings: LoadSettings, device: torch.device) -> None:
-    if settings.quantization.int8_cpu_offload and device.type != "cuda":
-        raise HardwareError(
-            f"quantization.int8_cpu_offload has no effect: the model is on {device} as a whole", hint="Leave it out."
-        )
-    if settings.quantization.int8_cpu_offload and settings.model.offload_embedding:
-        raise ModelError(
-            "--offload-embedding and quantization.int8_cpu_offload can't be used together: the latter decides by "
-            "itself what stays on the CPU",
-            hint="Leave one of them out.",
-        )
 
 
 def _missing_rows(shapes: PreTrainedModel, tokenizer: LoadedTokenizer) -> int:

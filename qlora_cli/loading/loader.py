@@ -30,11 +30,11 @@ from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
 from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
+from qlora_cli.quantization.entries import Inventory
 from qlora_cli.quantization.fit import fits_unquantized
-from qlora_cli.quantization.inventory import Inventory, take_inventory
+from qlora_cli.quantization.inventory import take_inventory
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.quantizer import QloraQuantizer
 from qlora_cli.quantization.report import LoadReport, WeightError
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
@@ -183,7 +183,7 @@ def load_planned(
         attention=blueprint.attention,
         layout=blueprint.layout,
         inventory=inventory,
-        errors=_errors_of(model) if measure_error else None,
+        errors=blueprint.layout.method.measured_errors(model) if measure_error else None,
         unquantized_fits=fits_unquantized(blueprint.layout, blueprint.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
@@ -235,7 +235,7 @@ def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
 
 
 def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
-    if blueprint.settings.quantization.int8_cpu_offload:
+    if blueprint.layout.method.spills_to_host(blueprint.layout.settings):
         return "auto"
     if blueprint.settings.model.offload_embedding:
         return offloading_map(blueprint.shapes, blueprint.device)
@@ -259,12 +259,6 @@ def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
         return []
     grow(model, needed)
     return [f"the embedding was grown from {before:,} to {needed:,} rows"]
-
-
-def _errors_of(model: PreTrainedModel) -> dict[str, float]:
-    quantizer = getattr(model, "hf_quantizer", None)
-    assert isinstance(quantizer, QloraQuantizer), "errors are measured while quantizing to 4 bit"
-    return dict(quantizer.quantization_config.errors or {})
 
 
 def _check_measurable(layout: Layout) -> None:

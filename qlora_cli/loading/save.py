@@ -10,9 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitsandbytes.nn import Int8Params
 from huggingface_hub import save_torch_state_dict
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from qlora_cli import __version__
 from qlora_cli.errors import ModelError
@@ -33,14 +32,11 @@ def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
         ModelError: nothing is quantized, or an adapter is attached.
         DiskSpaceError: it does not fit on the disk.
     """
-    quantization, source = planned.settings.quantization, planned.source
-    if not quantization.method.is_quantized or quantization.int8_has_fp16_weight:
-        raise ModelError("--save writes a quantized checkpoint, and nothing is quantized", hint="Leave --save out.")
-    if quantization.int8_cpu_offload:
-        raise ModelError("a model that is partly on the CPU can't be saved", hint="Leave int8_cpu_offload out.")
+    layout, source = planned.layout, planned.source
+    layout.method.check_savable(layout.settings)
     if source.adapter is not None:
         raise ModelError(f"{source.name} is an adapter: --save writes a base model", hint="Name the base to save it.")
-    needed = planned.layout.inventory.total_bytes + OTHER_FILES_BYTES
+    needed = layout.inventory.total_bytes + OTHER_FILES_BYTES
     check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
 
 
@@ -57,7 +53,7 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
     reporter.report(PhaseStarted(title=f"Writing {directory}"))
 
     def fill(path: Path) -> None:
-        _save_model(loaded.base, path)
+        _save_model(loaded, path)
         loaded.tokenizer.save_pretrained(path)
         for weights in path.glob("*.safetensors"):
             weights.chmod((path / "config.json").stat().st_mode)  # the writer makes them private
@@ -68,12 +64,12 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def _save_model(model: PreTrainedModel, path: Path) -> None:
+def _save_model(loaded: LoadedModel, path: Path) -> None:
     # `save_pretrained` would take fused experts apart again, and knows no packed ones.
+    model = loaded.base
     state = model.state_dict()
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, Int8Params) and parameter.SCB is not None:
-            state.setdefault(name.removesuffix("weight") + "SCB", parameter.SCB)
+    for name, tensor in loaded.layout.method.extra_state(model).items():
+        state.setdefault(name, tensor)
     tied = set(model.all_tied_weights_keys or {})
     save_torch_state_dict(
         {name: tensor.contiguous() for name, tensor in state.items() if name not in tied},

@@ -2,17 +2,16 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
@@ -20,11 +19,8 @@ from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import by_name, may_be_left_out
 from qlora_cli.model_files.source import ModelSource
-from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
+from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.quantizer import METHOD, QloraConfig
-from qlora_cli.quantization.quantizer_int8 import INT8_METHOD, Int8Config
-from qlora_cli.settings.choices import Quantization
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
@@ -39,30 +35,15 @@ FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\.
 
 def quantization_config(
     layout: Layout, compute_dtype: torch.dtype, *, measure_error: bool = False, losses: Losses | None = None
-) -> BitsAndBytesConfig | None:
-    """Return the layout as bitsandbytes takes it; None to load as stored, or unquantized.
-
-    Every field is set: the defaults of `BitsAndBytesConfig` are FP4 without double quantization, in fp32.
-    """
-    settings = layout.settings
-    if layout.prequantized is not None or settings.method == Quantization.NONE:
+) -> QuantizationConfigMixin | None:
+    """Return the layout as `from_pretrained` takes it; None to load as stored, or unquantized."""
+    if layout.prequantized is not None:
         return None
-    kept = sorted(layout.kept)
-    if settings.method == Quantization.INT8:
-        return Int8Config(
-            llm_int8_threshold=settings.int8_threshold,
-            llm_int8_skip_modules=kept,
-            llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
-            llm_int8_enable_fp32_cpu_offload=settings.int8_cpu_offload,
-        )
-    return QloraConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.method.value,
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=STORAGE_DTYPES[settings.quant_storage],
-        llm_int8_skip_modules=kept,
-        quantized_parameters=list(layout.experts),
+    return layout.method.config(
+        layout.settings,
+        kept=sorted(layout.kept),
+        experts=layout.experts,
+        compute_dtype=compute_dtype,
         measure_error=measure_error,
         losses=losses,
     )
@@ -89,7 +70,7 @@ def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedM
                 hint="It was quantized by something that its config.json does not name; give the 16-bit model.",
             )
         if name in sizes:
-            _check_packed(source, checkpoint, header, sizes[name])
+            _check_packed(source, checkpoint, header, sizes[name], layout.method.constant_names(name))
         elif header.shape != tuple(parameter.shape):
             raise _contradiction(source, header, f"config.json says {tuple(parameter.shape)}")
     siblings: dict[str, TensorHeader] = {}
@@ -106,7 +87,9 @@ def _contradiction(source: ModelSource, header: TensorHeader, other: str) -> Mod
     )
 
 
-def _check_packed(source: ModelSource, checkpoint: Checkpoint, header: TensorHeader, num_bytes: int) -> None:
+def _check_packed(
+    source: ModelSource, checkpoint: Checkpoint, header: TensorHeader, num_bytes: int, constants: Sequence[str]
+) -> None:
     name = header.name
     if header.num_bytes != num_bytes:
         raise ModelError(
@@ -114,7 +97,6 @@ def _check_packed(source: ModelSource, checkpoint: Checkpoint, header: TensorHea
             f"config.json says it has {num_bytes}",
             hint="If it is the 16-bit model, take quantization_config out of its config.json.",
         )
-    constants = (f"{name}.absmax", f"{name}.quant_map") if header.dtype != "I8" else (f"{name[: -len('weight')]}SCB",)
     if absent := [constant for constant in constants if constant not in checkpoint.tensors]:
         raise ModelError(
             f"{source.path / header.file}: {name} is quantized, but its constants {absent[0]} are missing",
@@ -129,7 +111,7 @@ def load_weights(
     layout: Layout,
     *,
     device_map: Mapping[str, Any] | str,
-    quantization: BitsAndBytesConfig | None,
+    quantization: QuantizationConfigMixin | None,
     attention: str,
     trust_remote_code: bool,
     reporter: Reporter,
@@ -175,7 +157,7 @@ def load_weights(
             reporter.report(Noted(message=warning))
     model: PreTrainedModel = loaded[0]
     _check_complete(source, checkpoint, base, model, loaded[1])
-    _keep_stored_bytes(model)
+    layout.method.settle(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
         model.name_or_path = model.config.name_or_path = source.base_name
@@ -196,8 +178,7 @@ def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:
         stored = {
             key: value for key, value in layout.prequantized.config.items() if not key.startswith(("_", "load_"))
         }
-        method = METHOD if layout.prequantized.method.is_4bit else INT8_METHOD
-        config.quantization_config = {**stored, "quant_method": method}
+        config.quantization_config = {**stored, "quant_method": layout.method.loader}
     return config
 
 
@@ -207,16 +188,7 @@ def compute_as_asked(model: PreTrainedModel, layout: Layout, compute_dtype: torc
     for name, parameter in model.named_parameters():
         if name in planned:  # transformers leaves the dtype that it was stored in
             parameter.data = parameter.data.to(getattr(torch, planned[name]))
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = compute_dtype
-            module.weight.quant_state.dtype = layout.dtype
-        elif isinstance(module, Linear8bitLt):
-            module.state.threshold = layout.settings.int8_threshold
-        elif isinstance(module, Bnb4bitParametrization):
-            module.quant_state.dtype = layout.dtype
-    config = model.config.quantization_config
-    config.bnb_4bit_compute_dtype, config.llm_int8_threshold = compute_dtype, layout.settings.int8_threshold
+    layout.method.compute_as_asked(model, layout.settings, layout.dtype, compute_dtype)
 
 
 def _check_complete(
@@ -263,14 +235,6 @@ def check_materialized(source: ModelSource, model: nn.Module) -> None:
             raise ModelError(
                 f"{source.base_name}: {name} was not read", hint="Download the model again; a file may be damaged."
             )
-
-
-def _keep_stored_bytes(model: PreTrainedModel) -> None:
-    # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation and then computes
-    # with bf16 scales: another model than the one that trains, and other bytes than the ones loaded.
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 class _Collector(logging.Handler):

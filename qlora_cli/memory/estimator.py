@@ -30,10 +30,11 @@ from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.model_files.config import config_from
-from qlora_cli.model_files.prequantized import check_settings, read_prequantized, stored_settings
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype
 from qlora_cli.settings.models import EstimateSettings
 
@@ -85,11 +86,7 @@ class Estimator:
             ModelError: the model can't be run so.
             HardwareError: the GPU can't compute so.
         """
-        if settings.quantization.int8_cpu_offload:
-            raise HardwareError(
-                "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
-                hint="Leave it out, and use --quant nf4 if the model does not fit.",
-            )
+        method_of(settings.quantization.method).check_trainable(settings.quantization)
         traced = self.traced(settings, gpu)
         return estimate_of(
             self.peaks(settings, gpu),
@@ -130,7 +127,7 @@ class Estimator:
             asked = quantization
             if found is not None:
                 check_settings(found, asked, self._facts.name)
-                asked = asked.model_copy(update=stored_settings(found))
+                asked = asked.model_copy(update=found.settings)
             return plan_layout(self.shapes(settings, dtype), asked, TORCH_DTYPES[dtype], found, device=CUDA)
 
         return self._once(key, plan)

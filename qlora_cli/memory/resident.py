@@ -12,10 +12,9 @@ from torch import nn
 from qlora_cli.memory.layers import Stack, contexts
 from qlora_cli.memory.passes import Passes, Recorder
 from qlora_cli.memory.request import Recipe
-from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.quantization.inventory import Entry
-from qlora_cli.quantization.layout import CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES, Layout
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.quantization.entries import Entry
+from qlora_cli.quantization.layout import Layout
+from qlora_cli.quantization.methods.base import Part
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "quantized_weights",
@@ -23,6 +22,7 @@ QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "unquantized_weights",
     "adapters",
 )
+LABELS = {Part.WEIGHT: UNQUANTIZED, Part.CODES: QUANTIZED, Part.CONSTANTS: CONSTANTS}
 FLOAT_BYTES = 4
 LOAD, UPCAST, ADAPT = "load", "upcast", "adapt"
 
@@ -44,7 +44,7 @@ def load_weights(
     entries = [entry for entry in layout.inventory.entries if entry.name not in skipped]
     # transformers takes a block as large as the model first, so that the driver is asked once
     # (`caching_allocator_warmup`); an unquantized model of the plain recipe comes by way of the host.
-    is_direct = recipe == Recipe.PEFT and layout.settings.method == Quantization.NONE
+    is_direct = recipe == Recipe.PEFT and not layout.settings.method.is_quantized
     if not is_direct:
         load.died(load.born(sum(entry.weight_bytes for entry in entries)))
         entries = sorted(entries, key=_natural)
@@ -56,12 +56,10 @@ def load_weights(
         elif layout.prequantized is not None:
             load.born(entry.weight_bytes, QUANTIZED)
             load.born(entry.constant_bytes, CONSTANTS)
-        elif layout.settings.method == Quantization.INT8:
-            _int8(load, entry, layout)
         else:
-            _four_bit(load, entry, layout, num_experts if entry.kind == "experts" else 1)
+            _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
     load.born(layout.inventory.buffer_bytes)
-    if recipe == Recipe.PEFT and layout.settings.method != Quantization.NONE:
+    if recipe == Recipe.PEFT and layout.settings.method.is_quantized:
         _upcast(Recorder(passes, UPCAST, UNQUANTIZED), layout, upcast)
     return passes
 
@@ -71,29 +69,14 @@ def _natural(entry: Entry) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", entry.name)]
 
 
-def _four_bit(load: Recorder, entry: Entry, layout: Layout, num_pieces: int) -> None:
-    """Quantize a weight as `loading.blocks.quantize` does on a GPU: as a whole, or expert by expert."""
-    count = entry.num_parameters
-    num_blocks = -(-count // BLOCK_SIZE)
-    weight = load.born(count // num_pieces * layout.dtype.itemsize)
-    nested = layout.settings.double_quant
-    constants = load.born(num_blocks * FLOAT_BYTES, CONSTANTS)
-    load.born(entry.weight_bytes, QUANTIZED)
-    load.born(CODE_BYTES, CONSTANTS)
-    if nested:
-        load.born(OFFSET_BYTES, CONSTANTS)
-        load.born(num_blocks, CONSTANTS)
-        load.born(-(-num_blocks // NESTED_BLOCK_SIZE) * FLOAT_BYTES, CONSTANTS)
-        load.born(NESTED_CODE_BYTES, CONSTANTS)
-        load.died(constants)
-    load.died(weight)
-
-
-def _int8(load: Recorder, entry: Entry, layout: Layout) -> None:
-    weight = load.born(entry.num_parameters * layout.dtype.itemsize)
-    load.born(entry.weight_bytes, QUANTIZED)
-    load.born(entry.constant_bytes, CONSTANTS)
-    load.died(weight)
+def _quantize(load: Recorder, entry: Entry, layout: Layout, num_pieces: int) -> None:
+    """Take what the method takes for a weight in 16 bit, and give back what it does not keep."""
+    passing = []
+    for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
+        number = load.born(allocation.num_bytes, LABELS[allocation.part])
+        if not allocation.is_kept:
+            passing.append(number)
+    load.died(*reversed(passing))
 
 
 def _upcast(recorder: Recorder, layout: Layout, upcast: Sequence[tuple[Entry, int]]) -> None:

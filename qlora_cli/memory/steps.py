@@ -24,7 +24,9 @@ from qlora_cli.memory.kernels import Kernels
 from qlora_cli.memory.loss import fused_loss
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
-from qlora_cli.memory.twin import META, Twin
+from qlora_cli.memory.twin import Twin
+from qlora_cli.quantization.methods import held_tensors
+from qlora_cli.quantization.methods.base import META
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
@@ -123,7 +125,7 @@ class _Step:
         """Switch on what the settings ask for, and take it back afterwards."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
-            tensors += _constants(module, self.settings.device)
+            tensors += (tensor for tensor in held_tensors(module) if tensor.device == self.settings.device)
         for tensor in tensors:
             self.trace.ignore(tensor)
         hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
@@ -325,16 +327,6 @@ def _check_checkpointing(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not support gradient checkpointing",
             hint="Use --gradient-checkpointing off.",
         )
-
-
-def _constants(module: nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """Return what a quantized weight is restored with."""
-    weight = getattr(module, "weight", None)
-    states: list[Any] = [getattr(weight, "quant_state", None), getattr(module, "quant_state", None)]
-    states += [state.state2 for state in states if getattr(state, "nested", False)]
-    found = [value for state in states if state is not None for value in vars(state).values()]
-    found += [getattr(weight, name, None) for name in ("CB", "SCB")]
-    return [value for value in found if isinstance(value, torch.Tensor) and value.device == device]
 
 
 def _flash_attention(

@@ -8,37 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, modules
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization, _register_parametrization_hooks
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.weights import quantization_config
 from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, representatives
 from qlora_cli.memory.request import Recipe
-from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
-from qlora_cli.settings.choices import LoraInit, Quantization
+from qlora_cli.quantization.layout import Layout
+from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, quant_flag
 from qlora_cli.settings.models import LoraSettings
-
-META = torch.device("meta")
-
-
-class Params4bit(modules.Params4bit):  # type: ignore[misc] # bitsandbytes is untyped
-    """Packed codes on the meta device. PEFT copies a layer to measure its weight for DoRA, and theirs can't be copied.
-
-    PEFT knows quantized weights by the name of their class, so this one has the same.
-    """
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Params4bit":
-        return self  # there are no values that could change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +59,7 @@ def build_twin(
         # PEFT's own wrapper switches autocast off by the name of the device, and PyTorch has none for this one.
         raise ModelError(
             "what adapters on experts take can't be predicted where the experts are not quantized",
-            hint="Use --quant nf4, or leave lora.target_parameters out.",
+            hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave lora.target_parameters out.",
         )
     stack = None if whole or _names_layers(lora) else find_stack(model, marks)
     chosen = tuple(representatives(stack.kinds)) if stack else ()
@@ -88,7 +67,10 @@ def build_twin(
     if stack:
         keep_layers(model, stack, chosen)
         kept, experts = _there(kept, stack, chosen), _there(experts, stack, chosen)
-    _store(model, layout, kept, experts, compute_dtype)
+    # A checkpoint that came quantized is laid out as its own settings say, which `layout` has taken over.
+    layout.method.store_on_meta(
+        model, layout.settings, layout.dtype, kept=kept, experts=experts, compute_dtype=compute_dtype
+    )
     if recipe == Recipe.PEFT:
         return Twin(model=_as_peft_prepares(model, lora, layout), stack=stack, chosen=chosen, notes=())
     # What a run takes does not depend on the values that it begins with, and there are none here.
@@ -110,103 +92,12 @@ def _there(names: Sequence[str], stack: Stack, chosen: Sequence[int]) -> tuple[s
     return tuple(name for name in found if name is not None)
 
 
-def _store(
-    model: PreTrainedModel, layout: Layout, kept: Sequence[str], experts: Sequence[str], compute_dtype: torch.dtype
-) -> None:
-    """Replace what is quantized by what bitsandbytes computes with."""
-    if layout.settings.method == Quantization.NONE:
-        return
-    is_4bit = layout.settings.method.is_4bit
-    # A checkpoint that came quantized is laid out as its own settings say, which `layout` has taken over.
-    config = quantization_config(
-        Layout(
-            settings=layout.settings,
-            dtype=layout.dtype,
-            kept=dict.fromkeys(kept, ""),
-            experts=tuple(experts),
-            prequantized=None,
-            inventory=layout.inventory,
-        ),
-        compute_dtype,
-    )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if set(linears) - set(kept):
-        replace_with_bnb_linear(model, list(kept), config)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            module.weight, module.quant_state = _packed(module.weight.shape, layout, module)
-        elif isinstance(module, Linear8bitLt):
-            _fill_int8(module)
-        if name in linears and isinstance(module, Linear4bit | Linear8bitLt) and module.bias is not None:
-            bias = linears[name].bias
-            assert bias is not None
-            module.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
-    for name in experts:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        packed, state = _packed(getattr(module, leaf).shape, layout, None)
-        setattr(module, leaf, nn.Parameter(packed.data, requires_grad=False))
-        register_parametrization(module, leaf, Bnb4bitParametrization(state), unsafe=True)
-        _register_parametrization_hooks(module, leaf)
-    # What PEFT asks a quantized model for.
-    for name, value in (("is_loaded_in_4bit", is_4bit), ("is_loaded_in_8bit", not is_4bit)):
-        setattr(model, name, value)
-    model.config.quantization_config = config
-
-
-def _packed(shape: torch.Size, layout: Layout, module: Linear4bit | None) -> tuple[Params4bit, functional.QuantState]:
-    settings = layout.settings
-    codes, state = functional.quantize_4bit(
-        torch.empty(shape, dtype=layout.dtype, device=META),
-        blocksize=BLOCK_SIZE,
-        quant_type=settings.method.value,
-        quant_storage=STORAGE_DTYPES[settings.quant_storage],
-    )
-    if settings.double_quant:
-        _nest(state)
-    weight = Params4bit(
-        codes,
-        requires_grad=False,
-        quant_state=state,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=settings.double_quant,
-        quant_type=settings.method.value,
-        quant_storage=STORAGE_DTYPES[settings.quant_storage],
-        module=module,
-        bnb_quantized=True,
-    )
-    return weight, state
-
-
-def _nest(state: functional.QuantState) -> None:
-    """Quantize the constants by hand: bitsandbytes would keep the levels on this device, and use them on any."""
-    num_blocks = state.absmax.numel()
-    state.nested = True
-    state.offset = torch.empty((), dtype=torch.float32, device=META)
-    state.absmax = torch.empty(num_blocks, dtype=torch.uint8, device=META)
-    state.state2 = functional.QuantState(
-        absmax=torch.empty(-(-num_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device=META),
-        blocksize=NESTED_BLOCK_SIZE,
-        code=torch.empty(256, dtype=torch.float32, device=META),
-        dtype=torch.float32,
-    )
-
-
-def _fill_int8(module: Linear8bitLt) -> None:
-    shape = module.weight.shape
-    if module.state.has_fp16_weights:
-        return
-    codes = torch.empty(shape, dtype=torch.int8, device=META)
-    scales = torch.empty(shape[0], dtype=torch.float32, device=META)
-    module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-
-
 def _as_peft_prepares(model: PreTrainedModel, lora: LoraSettings, layout: Layout) -> PeftModel:
     """Return the model as `prepare_model_for_kbit_training` and `get_peft_model` leave it: all else in fp32."""
     if lora.target_parameters is not None:
         raise ModelError("--recipe peft has no adapters on experts", hint="Leave lora.target_parameters out.")
     model.requires_grad_(False)
-    if layout.settings.method != Quantization.NONE:
+    if layout.settings.method.is_quantized:
         # Checkpointing is switched on by the step, as the settings say.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = "all-linear" if lora.target_modules == "all-linear" else list(lora.target_modules)

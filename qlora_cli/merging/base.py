@@ -3,26 +3,20 @@
 `Base` gives any parameter of the model, whichever tensors of whichever files it is made of.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Params4bit
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.room import Room
 from qlora_cli.merging.stored import StoredTensors
-from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit
-from qlora_cli.quantization.layout import STORAGE_DTYPES, Layout
-from qlora_cli.quantization.round_trip import Quantized, quantized, through_int8
+from qlora_cli.quantization.layout import Layout
+from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods.base import Stack
 from qlora_cli.settings.choices import BaseWeights
-
-# What bitsandbytes stores beside packed codes.
-CONSTANT = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +46,11 @@ class Base:
         self._base = base
         self.kind = kind
         self._through = base.quantized - base.packed if kind == BaseWeights.DEQUANTIZED else frozenset()
-        self._stacked: tuple[Group, str, Quantized] | None = None
+        self._constants: dict[str, list[str]] = {}  # by the name of their weight
+        for name in base.tensors.headers if base.packed else ():
+            if weight := weight_of_constant(name):
+                self._constants.setdefault(weight, []).append(name)
+        self._stacked: tuple[Group, str, Stack] | None = None
 
     def parameters(self, group: Group, index: int | None = None, room: Room | None = None) -> dict[str, torch.Tensor]:
         """Return the parameters of a group, or the slice `index` of each, in the dtype that they have in the base.
@@ -84,57 +82,43 @@ class Base:
         flips = self._is_conv1d(target)  # stored as (in, out), and quantized as (out, in)
         weight = value.to(layout.dtype)
         weight = weight.T.contiguous() if flips else weight
-        if layout.settings.method.is_4bit:
-            weight = quantized([weight], weight.shape, _four_bit(layout)).dequantized()
-        else:
-            weight = through_int8(weight)
+        weight = layout.method.round_trip(weight, layout.settings)
         return weight.T.contiguous() if flips else weight
 
     def _is_conv1d(self, target: str) -> bool:
         return isinstance(self._base.model.get_submodule(target.rpartition(".")[0]), Conv1D)
 
-    def _stack(self, group: Group, target: str) -> Quantized:
-        """Return stacked experts in 4 bit; the last ones are kept, since their tensors come one after another."""
+    def _stack(self, group: Group, target: str) -> Stack:
+        """Return stacked experts, quantized; the last ones are kept, since their tensors come one after another."""
         if self._stacked is not None and self._stacked[0] is group and self._stacked[1] == target:
             return self._stacked[2]
         self._stacked = None
         shape = self._base.model.get_parameter(target).shape
         assert group.num_slices is not None, "asked for by slices"
-        stack = quantized(self._slices(group, target, group.num_slices), shape, _four_bit(self._base.layout))
+        layout = self._base.layout
+        stack = layout.method.stacked(self._slices(group, target, group.num_slices), shape, layout.settings)
         self._stacked = (group, target, stack)
         return stack
 
     def _slices(self, group: Group, target: str, num_slices: int) -> Iterator[torch.Tensor]:
-        spans = self._base.model.get_parameter(target).shape[1:].numel() % BLOCK_SIZE != 0  # a block two slices
-        for index in (None,) if spans else range(num_slices):
+        num_weights = self._base.model.get_parameter(target).shape[1:].numel()
+        for index in range(num_slices) if self._base.layout.method.is_divisible(num_weights) else (None,):
             stored = {key: self._base.tensors[key].to(self._base.layout.dtype) for key in group.keys_of(index)}
             yield group.forward(self._base.model, stored)[target]
 
     def _unpacked(self, key: str, target: str, codes: torch.Tensor) -> torch.Tensor:
         """Return a weight that is stored quantized, dequantized."""
         flips = self._is_conv1d(target)
-        tensors, dtype = self._base.tensors, self._base.layout.dtype
-        if codes.dtype == torch.int8:
-            scales = tensors[f"{key.removesuffix('weight')}SCB"]
-            weight: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales).to(dtype)
-        else:
-            names = [
-                name for name in tensors.headers if name.startswith(f"{key}.") and weight_of_constant(name) == key
-            ]
-            constants = {name.removeprefix(f"{key}."): tensors[name] for name in names}
-            packed = Params4bit.from_prequantized(codes, constants, device=torch.device("cpu"))
-            packed.quant_state.dtype = dtype
-            weight = Quantized.of(packed.data, packed.quant_state).dequantized()
+        tensors, layout = self._base.tensors, self._base.layout
+        constants = {name: tensors[name] for name in self._constants[key]}
+        weight = layout.method.restored(key, codes, constants, layout.dtype)
         return weight.T.contiguous() if flips else weight
 
 
 def weight_of_constant(name: str) -> str | None:
     """Return the weight that a tensor of a quantized checkpoint holds constants of; None if it looks like none."""
-    for suffix in ("SCB", "weight_format"):
-        if name.endswith(f".{suffix}"):
-            return f"{name.removesuffix(suffix)}weight"
-    match = CONSTANT.fullmatch(name)
-    return match[1] if match else None
+    found = (method.weight_of_constant(name) for method in all_methods())
+    return next((weight for weight in found if weight is not None), None)
 
 
 def grown(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -147,15 +131,6 @@ def grown(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tens
     more[: len(values)] = values
     more[len(values) :] = mean
     return more
-
-
-def _four_bit(layout: Layout) -> FourBit:
-    settings = layout.settings
-    return FourBit(
-        quant_type=settings.method.value,
-        double_quant=settings.double_quant,
-        storage=STORAGE_DTYPES[settings.quant_storage],
-    )
 
 
 def parameter_groups(groups: tuple[Group, ...]) -> Mapping[str, Group]:

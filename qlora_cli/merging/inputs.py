@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization, with_our_names
+from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization
 from qlora_cli.loading.positions import apply_rope_scaling
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.loading.weights import check_shapes
@@ -28,10 +28,10 @@ from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint, read_j
 from qlora_cli.model_files.config import ModelConfig, read_config
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.pickles import check_pickle
-from qlora_cli.model_files.prequantized import read_prequantized
 from qlora_cli.model_files.source import CONFIG, ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, ModelSettings, QuantizationSettings
@@ -190,7 +190,7 @@ def read_base(
     """
     prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
     if prequantized is not None:
-        prequantized = with_our_names(prequantized, config)
+        prequantized = prequantized.renamed(config.renamed)
     dtype = _trained_in(config.config, record)
     trust = request.trust_remote_code
     model = build_on_meta(config.config, dtype, trust_remote_code=trust)

@@ -98,6 +98,17 @@ def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
     return _settled(name, name, content, config)
 
 
+def quantization_config_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a `config.json` says of how its weights are quantized; None if it says nothing."""
+    text_config = config.get("text_config")
+    places = [config, text_config] if isinstance(text_config, Mapping) else [config]
+    for place in places:
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if isinstance(found := place.get(key), Mapping) and found:
+                return found
+    return None
+
+
 def _settled(name: str, where: str, content: Mapping[str, Any], config: PreTrainedConfig) -> ModelConfig:
     """Return what is built of `config`, that of the model `name`, whose `content` lies in `where`."""
     try:

@@ -5,9 +5,9 @@ from pathlib import Path
 from qlora_cli.device import ComputeDtype
 from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.config import quantization_config_of
 from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.merge_record import read_merge_record
-from qlora_cli.model_files.prequantized import read_prequantized
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
@@ -58,6 +58,6 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
             "new_tokens": None,
         }
     )
-    is_stored = read_prequantized(read_json(path / CONFIG), str(path)) is not None
+    is_stored = quantization_config_of(read_json(path / CONFIG)) is not None
     quantization = QuantizationSettings() if is_stored else UNQUANTIZED
     return LoadSettings(model=settings, quantization=quantization)

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_cli.quantization.methods import stored_weight
 
 HEAD = "output head"
 ROUTER_NAME = re.compile(r"(^|\.)(router|gate|[a-z_]*router[a-z_]*|shared_expert_gate)(\.|$)")
@@ -98,8 +99,7 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
             continue
         shapes = {name: weight.shape for name, weight in module._parameters.items() if weight is not None}
         for name, chain in getattr(module, "parametrizations", {}).items():
-            packed = isinstance(chain[0], Bnb4bitParametrization)
-            shapes[name] = chain[0].quant_state.shape if packed else chain.original.shape
+            shapes[name] = stored_weight(module, name, chain.original).shape
         for name, shape in shapes.items():
             if holds_experts(f"{path}.{name}", module, len(shape)):
                 yield f"{path}.{name}", shape

@@ -12,36 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.construction import build_model
-from qlora_cli.model_files.prequantized import Prequantized
-from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora_cli.quantization.inventory import (
-    IN_EVERY_PRODUCT,
-    Entry,
-    Inventory,
-    classify,
-    dtype_name,
-    parameters_once,
-)
+from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
+from qlora_cli.quantization.inventory import classify, parameters_once
 from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers
-from qlora_cli.settings.choices import Quantization, Storage
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.methods.base import Method
+from qlora_cli.quantization.prequantized import KEPT, Prequantized
+from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
-
-STORAGE_DTYPES = {
-    Storage.UINT8: torch.uint8,
-    Storage.BF16: torch.bfloat16,
-    Storage.FP16: torch.float16,
-    Storage.FP32: torch.float32,
-}
-CODE_BYTES = 16 * 4  # the 16 levels, one table a weight
-NESTED_CODE_BYTES = 256 * 4  # the levels of the constants, likewise
-OFFSET_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +44,20 @@ class Layout:
     inventory: Inventory
 
     @property
+    def method(self) -> Method:
+        """What stores the weights."""
+        return method_of(self.settings.method)
+
+    @property
     def transient_bytes(self) -> int:
         """The most that is held beside the model while it is loaded: one weight before it is quantized.
 
-        Its constants are in fp32 before they are quantized too. Fused experts that stay unquantized are put together
+        Its constants may take more than they do afterwards. Fused experts that stay unquantized are put together
         from tensors that are there at the same time.
         """
         if self.prequantized is not None:
             return 0
-        constants = 4 / BLOCK_SIZE if self.settings.method.is_4bit and self.settings.double_quant else 0
+        constants = self.method.transient_constant_bytes(self.settings)
         return max(
             (
                 int(entry.num_parameters * (self.dtype.itemsize + (constants if entry.is_quantized else 0)))
@@ -103,21 +92,21 @@ def plan_layout(
     Raises:
         ModelError: nothing of it can be quantized as `settings` say, or its experts can't.
     """
+    method = method_of(settings.method)
     if prequantized is not None:
         kept = _kept_as_stored(model, prequantized.config)
         experts = tuple(prequantized.config.get("quantized_parameters") or ())
         kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
         _check_skipped(model, settings.skip_modules, kept)
         _check_restorable(model, prequantized, kept, device)
-    elif settings.method == Quantization.NONE:
+    elif not settings.method.is_quantized:
         kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
     else:
         kept = kept_layers(model, settings.skip_modules)
         _check_matches(model, settings.skip_modules or ())
-        if settings.method.is_4bit and device.type == "cpu":
-            kept = {**_wrong_on_cpu(model), **kept}
+        kept = {**method.unstorable(model, device), **kept}
         experts = tuple(name for name, _ in fused_experts(model) if name not in kept)
-        if experts and not settings.method.is_4bit:
+        if experts and not method.stores_experts:
             raise _no_place_for_experts(model, settings.method, experts)
         if not experts and all(name in kept for name, _ in linear_layers(model)):
             raise _nothing_to_quantize(model, settings.method, kept)
@@ -129,9 +118,7 @@ def plan_layout(
 
 def _kept_as_stored(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, str]:
     """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with."""
-    patterns = HfQuantizer.get_modules_to_not_convert(
-        model, config.get("llm_int8_skip_modules"), list(model._keep_in_fp32_modules or ())
-    )
+    patterns = HfQuantizer.get_modules_to_not_convert(model, config.get(KEPT), list(model._keep_in_fp32_modules or ()))
     reasons = kept_layers(model, None)
     return {
         name: reasons.get(name, "as stored")
@@ -160,48 +147,27 @@ def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: 
         )
 
 
-def _wrong_on_cpu(model: PreTrainedModel) -> dict[str, str]:
-    """Return the linear layers and fused experts that bitsandbytes restores wrongly from 4 bit on a CPU.
-
-    Its AVX-512 kernel (0.50) takes the constants of other blocks when a row does not end with a block. Such weights
-    stay in 16 bit on every CPU, so that a run does not depend on which one it is.
-    """
-    widths = {name: _row_width(module) for name, module in linear_layers(model)}
-    widths |= {name: shape[-1] for name, shape in fused_experts(model)}
-    return {
-        name: f"rows of {width} weights, no multiple of {BLOCK_SIZE}: bitsandbytes restores them wrongly on a CPU"
-        for name, width in widths.items()
-        if width % BLOCK_SIZE
-    }
-
-
-def _row_width(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
-
-
 def _check_restorable(
     model: PreTrainedModel, prequantized: Prequantized, kept: Mapping[str, str], device: torch.device
 ) -> None:
-    if device.type != "cpu" or not prequantized.method.is_4bit:
-        return
-    wrong = [(name, reason) for name, reason in _wrong_on_cpu(model).items() if name not in kept]
+    unstorable = method_of(prequantized.method).unstorable(model, device)
+    wrong = [(name, reason) for name, reason in unstorable.items() if name not in kept]
     if wrong:
         name, reason = wrong[0]
         raise ModelError(
-            f"{len(wrong)} weights can't be used on a CPU as they are stored: {name} has {reason}",
+            f"{len(wrong)} weights can't be used on a {device.type.upper()} as they are stored: {name} has {reason}",
             hint="Use a GPU, or load the 16-bit model, whose weights of this shape are kept unquantized.",
         )
 
 
 def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
     total = sum(parameter.numel() for parameter in model.parameters())
+    storing = quant_flag(other for other in Quantization if method_of(other).stores_experts)
     num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
     return ModelError(
         f"--quant {method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
         f"{format_bytes(2 * total)} would silently stay in 16 bit",
-        hint="Use --quant nf4 or fp4, which quantize experts too; or keep them in 16 bit knowingly with "
+        hint=f"Use {storing}, which quantize experts too; or keep them in 16 bit knowingly with "
         "--set quantization.skip_modules=experts",
     )
 
@@ -211,7 +177,7 @@ def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, kept: Map
     return ModelError(
         f"nothing of {type(model).__name__} can be stored in {method.value}: "
         f"{'; '.join(reasons) or 'it has no linear layer'}",
-        hint="Load it with --quant none, for LoRA on a 16-bit base.",
+        hint=f"Load it with {quant_flag([UNQUANTIZED_METHOD])}, for LoRA on a 16-bit base.",
     )
 
 
@@ -225,12 +191,10 @@ def _predict(
     for name, module, parameter in parameters_once(model):
         kind, why_not = classify(name, module, parameter.dim(), kept)
         is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
-        if not (name in experts or (is_linear and settings.method != Quantization.NONE)):
-            entries.append(_unquantized(model, name, kind, why_not, parameter))
-        elif settings.method == Quantization.INT8:
-            entries.append(_int8(name, kind, parameter, keeps_16_bit=settings.int8_has_fp16_weight))
+        if name in experts or is_linear:
+            entries.append(method_of(settings.method).entry(name, kind, parameter, settings))
         else:
-            entries.append(_four_bit(name, kind, parameter.numel(), settings))
+            entries.append(_unquantized(model, name, kind, why_not, parameter))
     buffer_bytes = sum(
         buffer.numel() * _stored_dtype(model, name, buffer).itemsize for name, buffer in model.named_buffers()
     )
@@ -253,35 +217,4 @@ def _unquantized(model: PreTrainedModel, name: str, kind: str, why_not: str | No
         weight_bytes=parameter.numel() * dtype.itemsize,
         constant_bytes=0,
         dtype=dtype_name(dtype),
-    )
-
-
-def _int8(name: str, kind: str, parameter: nn.Parameter, *, keeps_16_bit: bool) -> Entry:
-    num_rows = parameter.shape[0]
-    return Entry(
-        name=name,
-        kind=kind,
-        why_not=IN_EVERY_PRODUCT if keeps_16_bit else None,
-        num_parameters=parameter.numel(),
-        weight_bytes=parameter.numel() * (parameter.dtype.itemsize if keeps_16_bit else 1),
-        constant_bytes=0 if keeps_16_bit else 4 * num_rows,
-        dtype=dtype_name(parameter.dtype) if keeps_16_bit else "int8",
-    )
-
-
-def _four_bit(name: str, kind: str, count: int, settings: QuantizationSettings) -> Entry:
-    """Return what a weight takes in 4 bit, by the closed form (QLoRA, arXiv 2305.14314, section 3)."""
-    storage = STORAGE_DTYPES[settings.quant_storage]
-    num_blocks = -(-count // BLOCK_SIZE)
-    constants = 4 * num_blocks
-    if settings.double_quant:
-        constants = num_blocks + 4 * -(-num_blocks // NESTED_BLOCK_SIZE) + OFFSET_BYTES + NESTED_CODE_BYTES
-    return Entry(
-        name=name,
-        kind=kind,
-        why_not=None,
-        num_parameters=count,
-        weight_bytes=-(-count // 2),
-        constant_bytes=constants + CODE_BYTES,
-        dtype=dtype_name(storage),
     )

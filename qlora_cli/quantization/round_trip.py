@@ -1,4 +1,4 @@
-"""Weights as training saw them: quantized as `train` does on loading, and dequantized as every pass does.
+"""Weights in 4 bit as training saw them: quantized as `train` does on loading, dequantized as every pass does.
 
 The bits are those of bitsandbytes on the whole tensor; here in bounded memory, and of stacked experts one by one.
 """
@@ -11,7 +11,6 @@ from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
 from qlora_cli.quantization.blocks import BLOCK_SIZE, PIECE_SIZE, FourBit, quantize
-from qlora_cli.quantization.quantizer_int8 import quantize_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,3 @@ class Quantized:
 def quantized(pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBit) -> Quantized:
     """Return a weight in 4 bit as `train` stores it, given in pieces of whole blocks."""
     return Quantized.of(*quantize(pieces, shape, how))
-
-
-def through_int8(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight`, `(out, in)`, as LLM.int8() computes with it (arXiv 2208.07339, section 2)."""
-    codes, scales = quantize_rows(weight)
-    restored: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
-    return restored.to(weight.dtype)

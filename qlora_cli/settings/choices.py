@@ -84,11 +84,6 @@ class Quantization(StrEnum):
         """Whether linear layers are stored in fewer bits than they come in."""
         return self.traits.bits < UNQUANTIZED_BITS
 
-    @property
-    def is_4bit(self) -> bool:
-        """Whether two weights share a byte."""
-        return self.traits.bits == 4
-
     def takes(self, setting: str) -> bool:
         """Whether the setting `quantization.<setting>` has an effect with it."""
         return setting == "method" or setting in self.traits.settings

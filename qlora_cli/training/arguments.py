@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from qlora_cli.device import ComputeDtype
 from qlora_cli.errors import HardwareError
+from qlora_cli.quantization.methods import method_of
 from qlora_cli.settings.choices import Checkpointing, Dtype, Schedule
 from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
 from qlora_cli.training.trackers import PROJECT
@@ -49,11 +50,7 @@ def check_hardware(quantization: QuantizationSettings, training: TrainingSetting
             "Liger's kernels (training.use_liger_kernel) run on a GPU only, and there is none",
             hint="Leave training.use_liger_kernel out.",
         )
-    if quantization.int8_cpu_offload:
-        raise HardwareError(
-            "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
-            hint="Leave it out, and use --quant nf4 if the model does not fit.",
-        )
+    method_of(quantization.method).check_trainable(quantization)
 
 
 def _checkpointing_arguments(chosen: Checkpointing) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import TracedStep, trace_step
 from qlora_cli.memory.trace import MemoryTrace, Segment
-from qlora_cli.memory.twin import META, Twin, build_twin
+from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.methods.base import META
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings

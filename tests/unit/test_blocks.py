@@ -4,9 +4,10 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qlora_cli.quantization import blocks, quantizer_int8
+from qlora_cli.quantization import blocks
 from qlora_cli.quantization.blocks import FourBit, quantize
-from qlora_cli.quantization.quantizer_int8 import quantize_rows
+from qlora_cli.quantization.methods import int8
+from qlora_cli.quantization.methods.int8 import quantize_rows
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,7 +56,7 @@ def test_int8_in_pieces_of_rows_is_int8_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool, piece: int
 ) -> None:
     weight = random_weight(65, 33, dtype=dtype).T if transposed else random_weight(33, 65, dtype=dtype)
-    monkeypatch.setattr(quantizer_int8, "PIECE_SIZE", piece)
+    monkeypatch.setattr(int8, "PIECE_SIZE", piece)
     codes, scales = quantize_rows(weight)
     expected, largest, _ = functional.int8_vectorwise_quant(weight.half().contiguous())
     assert torch.equal(codes, expected)

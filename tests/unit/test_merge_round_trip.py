@@ -5,7 +5,10 @@ import torch
 from bitsandbytes import functional
 
 from qlora_cli.quantization.blocks import PIECE_SIZE, FourBit
-from qlora_cli.quantization.round_trip import quantized, through_int8
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.round_trip import quantized
+from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.models import QuantizationSettings
 
 ODD_SHAPES = [(5, 96), (3, 40), (7, 1), (1, 1), (2, 3, 40)]  # of which rows or the whole do not end with a block
 SHAPES = [(6, 64), (4, 192), (3, 8, 64)]
@@ -74,7 +77,7 @@ def test_a_weight_of_many_pieces_is_that_of_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_has_a_scale_for_each_row(dtype: torch.dtype) -> None:
     weight = weight_of((6, 40), dtype)
-    found = through_int8(weight)
+    found = method_of(Quantization.INT8).round_trip(weight, QuantizationSettings(method=Quantization.INT8))
     half = weight.half().float()  # bitsandbytes quantizes from fp16
     largest = half.abs().amax(1, keepdim=True)
     expected = (half * 127 / largest).round() * largest / 127

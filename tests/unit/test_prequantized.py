@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.prequantized import check_settings, read_prequantized
+from qlora_cli.quantization.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 
@@ -45,7 +45,8 @@ def test_a_bitsandbytes_checkpoint_is_recognised(
 ) -> None:
     found = read_prequantized({"quantization_config": config}, "x")
     assert found is not None
-    assert (found.method, found.double_quant) == (method, double_quant)
+    assert found.method == found.settings["method"] == method
+    assert found.settings.get("double_quant", False) == double_quant
     assert found.config == config
 
 

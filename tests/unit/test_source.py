@@ -57,7 +57,7 @@ def write_run(path: Path, base: Path, *, commit: str | None = None) -> Path:
 def test_names_are_checked_before_any_library_is_imported() -> None:
     code = (
         "import sys\n"
-        "import qlora_cli.model_files.source, qlora_cli.model_files.checkpoint, qlora_cli.model_files.prequantized\n"
+        "import qlora_cli.model_files.source, qlora_cli.model_files.checkpoint\n"
         "print(*{'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

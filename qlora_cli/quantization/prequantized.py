@@ -4,18 +4,19 @@ Bitsandbytes checkpoints are loaded as they are. Those of any other quantizer ar
 be trained through by a QLoRA step as written here, and reading them as anything else would be another model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.config import quantization_config_of
+from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods.base import ORIGINAL
+from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 
-BITSANDBYTES = "bitsandbytes"
-QLORA = "qlora"  # ours: the keys of bitsandbytes, for checkpoints whose experts are quantized too
-
-ORIGINAL = "Take the 16-bit model that it was made from; qlora quantizes that on loading."
+KEPT = "llm_int8_skip_modules"  # the modules that stay in 16 bit, in 4 bit too
 
 
 def _dequantize(config_class: str) -> str:
@@ -59,11 +60,23 @@ _OTHERS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prequantized:
-    """How the weights of a checkpoint are quantized. `config` is its `quantization_config` as written."""
+    """How the weights of a checkpoint are quantized.
+
+    Attributes:
+        method: What with.
+        settings: Those of the section `quantization` that are baked into the weights; dtypes of computing are free.
+        config: Its `quantization_config` as written.
+    """
 
     method: Quantization
-    double_quant: bool
+    settings: Mapping[str, object]
     config: Mapping[str, Any]
+
+    def renamed(self, rename: Callable[[str], str]) -> "Prequantized":
+        """Return the same with the modules that stay in 16 bit by the names that `rename` gives them."""
+        if not (kept := self.config.get(KEPT)):
+            return self
+        return replace(self, config={**self.config, KEPT: [rename(name) for name in kept]})
 
 
 def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | None:
@@ -72,19 +85,21 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
     Raises:
         ModelError: it was quantized by something that can't be trained on here, or its config is unreadable.
     """
-    found = _quantization_config(config)
+    found = quantization_config_of(config)
     if found is None:
         return None
-    method = _quant_method(found)
-    if method not in {BITSANDBYTES, QLORA}:
-        raise _refusal(method, name)
-    if method == QLORA:
-        found = {**found, "load_in_4bit": True}  # left out of the file, as transformers would take it for its own
-    return Prequantized(
-        method=_bitsandbytes_method(found, name),
-        double_quant=bool(found.get("load_in_4bit")) and bool(found.get("bnb_4bit_use_double_quant")),
-        config=found,
-    )
+    quant_method = _quant_method(found)
+    claims = [(method, claim) for method in all_methods() if (claim := method.claim(quant_method, found)) is not None]
+    if not claims and quant_method != BITSANDBYTES:
+        raise _refusal(quant_method, name)
+    if len(claims) != 1:
+        raise ModelError(
+            f"the quantization_config of {name} must set one of load_in_4bit and load_in_8bit",
+            hint="Save the quantized model again with save_pretrained(), or give the 16-bit model.",
+        )
+    ((method, claimed),) = claims
+    settings = method.stored_settings(claimed, name)
+    return Prequantized(method=Quantization(str(settings["method"])), settings=settings, config=claimed)
 
 
 def check_settings(found: Prequantized, settings: QuantizationSettings, name: str) -> None:
@@ -95,27 +110,16 @@ def check_settings(found: Prequantized, settings: QuantizationSettings, name: st
     Raises:
         ModelError: naming each of them with what the checkpoint has.
     """
-    stored = stored_settings(found)
     wrong = [
-        f"quantization.{key} is {_shown(getattr(settings, key))}, the checkpoint has {_shown(stored[key])}"
-        for key in sorted(settings.model_fields_set & stored.keys())
-        if getattr(settings, key) != stored[key]
+        f"quantization.{key} is {_shown(getattr(settings, key))}, the checkpoint has {_shown(found.settings[key])}"
+        for key in sorted(settings.model_fields_set & found.settings.keys())
+        if getattr(settings, key) != found.settings[key]
     ]
     if wrong:
         raise ModelError(
             f"{name} is quantized already, and not as asked: {'; '.join(wrong)}",
             hint="Leave these settings out to load it as it is, or give the 16-bit model.",
         )
-
-
-def _quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    text_config = config.get("text_config")
-    places = [config, text_config] if isinstance(text_config, Mapping) else [config]
-    for place in places:
-        for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(found := place.get(key), Mapping) and found:
-                return found
-    return None
 
 
 def _quant_method(found: Mapping[str, Any]) -> str:
@@ -134,35 +138,6 @@ def _refusal(method: str, name: str) -> ModelError:
         return ModelError(f"{name} is quantized with {method}: {reason}, and can't be trained here", hint=way_out)
     called = f"an unknown method, {method!r}" if method else "a method that its config.json does not name"
     return ModelError(f"{name} is quantized with {called}", hint=ORIGINAL)
-
-
-def _bitsandbytes_method(found: Mapping[str, Any], name: str) -> Quantization:
-    in_4bit, in_8bit = bool(found.get("load_in_4bit")), bool(found.get("load_in_8bit"))
-    if in_4bit == in_8bit:
-        raise ModelError(
-            f"the quantization_config of {name} must set one of load_in_4bit and load_in_8bit",
-            hint="Save the quantized model again with save_pretrained(), or give the 16-bit model.",
-        )
-    if in_8bit:
-        return Quantization.INT8
-    kind = found.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
-    if kind not in {Quantization.NF4.value, Quantization.FP4.value}:
-        raise ModelError(f"{name} is quantized with bitsandbytes to {kind!r}, neither nf4 nor fp4", hint=ORIGINAL)
-    return Quantization(kind)
-
-
-def stored_settings(found: Prequantized) -> dict[str, object]:
-    """Return the settings that are baked into the stored weights; dtypes of computing are free."""
-    if not found.method.is_4bit:
-        # Not whether 16-bit weights are kept: the checkpoint holds none.
-        return {"method": found.method, "int8_has_fp16_weight": False}
-    storage = str(found.config.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
-    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    return {
-        "method": found.method,
-        "double_quant": found.double_quant,
-        "quant_storage": names.get(storage, storage),
-    }
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,32 @@
+"""What the methods of bitsandbytes have in common: their layers on the meta device."""
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from qlora_cli.quantization.kept import linear_layers
+
+BITSANDBYTES = "bitsandbytes"  # the quant_method of a checkpoint
+
+
+def replace_layers(model: PreTrainedModel, kept: list[str], config: BitsAndBytesConfig) -> list[nn.Module]:
+    """Replace the linear layers of `model` that are not `kept` by those of bitsandbytes; return these, still empty.
+
+    `model` is on the meta device, and says afterwards what PEFT and the trainer ask a quantized model for.
+    """
+    linears = dict(linear_layers(model))
+    if set(linears) - set(kept):
+        replace_with_bnb_linear(model, kept, config)
+    replaced: list[nn.Module] = []
+    for name, before in linears.items():
+        layer = model.get_submodule(name)
+        if layer is before:
+            continue
+        if before.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(before.bias), requires_grad=False)
+        replaced.append(layer)
+    for attribute, value in (("is_loaded_in_4bit", config.load_in_4bit), ("is_loaded_in_8bit", config.load_in_8bit)):
+        setattr(model, attribute, value)
+    model.config.quantization_config = config
+    return replaced

@@ -1,0 +1,307 @@
+"""LLM.int8() (arXiv 2208.07339): codes of 8 bit and a scale for each row, loaded in bounded memory.
+
+transformers' own quantizer holds two 16-bit copies of a weight on a GPU and several fp32 ones on a CPU, and refuses an
+embedding in host memory. Rows are quantized independently of one another (section 2), so a weight can be quantized in
+pieces of whole rows, to the bits that bitsandbytes gives.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Int8Params, Linear8bitLt
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationMethod
+
+from qlora_cli.errors import HardwareError, ModelError
+from qlora_cli.quantization.blocks import PIECE_SIZE
+from qlora_cli.quantization.entries import Entry, dtype_name
+from qlora_cli.quantization.methods.base import META, Allocation, Method, Part, StoredWeight, nothing_quantized
+from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, replace_layers
+from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
+from qlora_cli.settings.models import QuantizationSettings
+
+LOADER = "qlora_int8"
+SCALES = "SCB"  # as bitsandbytes names them
+IN_EVERY_PRODUCT = "quantized in every product (int8_has_fp16_weight)"
+
+
+@register_quantization_config(LOADER)
+class Int8Config(BitsAndBytesConfig):
+    """`BitsAndBytesConfig` for `Int8Quantizer`; no checkpoint carries it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "load_in_8bit": True})  # type: ignore[no-untyped-call]
+        self.quant_method = LOADER  # type: ignore[assignment] # their enumeration is of their own methods
+
+    def plain(self) -> BitsAndBytesConfig:
+        """Return the same as transformers' own quantizer takes it."""
+        content = {key: value for key, value in self.to_dict().items() if not key.startswith(("quant_method", "_"))}
+        return BitsAndBytesConfig(**content)
+
+
+@register_quantizer(LOADER)
+class Int8Quantizer(Bnb8BitHfQuantizer):
+    """Quantizes linear layers while they are read, or reads them quantized."""
+
+    quantization_config: Int8Config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check nothing: the loader has, and the embedding may lie in host memory."""
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that quantizes one weight."""
+        return _QuantizeRows()
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # What PEFT, TRL and the trainer ask a quantized model for.
+        setattr(model, "quantization_method", QuantizationMethod.BITS_AND_BYTES)  # noqa: B010 - theirs, undeclared
+        model.config.quantization_config = self.quantization_config.plain()
+        done: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
+        return done
+
+
+class _QuantizeRows(ConversionOps):
+    """Quantizes one weight of a linear layer."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return `input_dict` with its weights quantized."""
+        return {name: _convert(kwargs["model"], name, value) for name, value in input_dict.items()}
+
+
+def _convert(model: PreTrainedModel, name: str, value: Any) -> Int8Params:
+    weight = value[0] if isinstance(value, list) else value
+    module, _ = get_module_from_name(model, name)
+    if issubclass(module.source_cls, Conv1D):
+        weight = weight.T  # stored as (in, out)
+    if module.weight.has_fp16_weights:
+        return Int8Params(weight.contiguous(), requires_grad=False, has_fp16_weights=True)
+    codes, scales = quantize_rows(weight)
+    return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of `weight`, `(out, in)` in int8, and the largest magnitude of each row, `(out,)` in fp32."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    num_rows = max(1, PIECE_SIZE // weight.shape[1])
+    for start in range(0, weight.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        # bitsandbytes quantizes from fp16, whatever the weight comes in.
+        codes[rows], scales[rows], _ = functional.int8_vectorwise_quant(weight[rows].to(torch.float16).contiguous())
+    return codes, scales
+
+
+class Int8(Method):
+    """LLM.int8(); `int8_has_fp16_weight` stores weights as they are, and quantizes them in every product."""
+
+    loader = LOADER
+    layer_types = (Linear8bitLt,)
+
+    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
+        """Return what a weight, `(out, in)`, takes: a byte each, and a scale in fp32 for each row."""
+        keeps = settings.int8_has_fp16_weight
+        return Entry(
+            name=name,
+            kind=kind,
+            why_not=IN_EVERY_PRODUCT if keeps else None,
+            num_parameters=parameter.numel(),
+            weight_bytes=parameter.numel() * (parameter.dtype.itemsize if keeps else 1),
+            constant_bytes=0 if keeps else 4 * parameter.shape[0],
+            dtype=dtype_name(parameter.dtype if keeps else torch.int8),
+        )
+
+    def stored(self, module: nn.Module, name: str, parameter: nn.Parameter) -> StoredWeight | None:
+        """Return how `parameter` is stored, if it is the weight of a layer that multiplies in 8 bit."""
+        if not isinstance(parameter, Int8Params):
+            return None
+        if parameter.dtype != torch.int8:
+            return StoredWeight(shape=parameter.shape, dtype=parameter.dtype, why_not=IN_EVERY_PRODUCT)
+        assert isinstance(module, Linear8bitLt)
+        # They move from the weight to the layer's state at the first product.
+        scales = parameter.SCB if parameter.SCB is not None else module.state.SCB
+        return StoredWeight(shape=parameter.shape, dtype=torch.float16, constants=(scales,))
+
+    def config(
+        self,
+        settings: QuantizationSettings,
+        *,
+        kept: Sequence[str],
+        **_: Any,
+    ) -> Int8Config:
+        """Return what `Int8Quantizer` goes by."""
+        return Int8Config(
+            llm_int8_threshold=settings.int8_threshold,
+            llm_int8_skip_modules=list(kept),
+            llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
+            llm_int8_enable_fp32_cpu_offload=settings.int8_cpu_offload,
+        )
+
+    def spills_to_host(self, settings: QuantizationSettings) -> bool:
+        """Whether what does not fit on the GPU is kept on the CPU."""
+        return settings.int8_cpu_offload
+
+    def check_placement(
+        self, settings: QuantizationSettings, device: torch.device, *, offloads_embedding: bool
+    ) -> None:
+        """Check that there is a GPU to offload from, and that nobody else decides what stays on the CPU.
+
+        Raises:
+            HardwareError: there is none.
+            ModelError: somebody does.
+        """
+        if settings.int8_cpu_offload and device.type != "cuda":
+            raise HardwareError(
+                f"quantization.int8_cpu_offload has no effect: the model is on {device} as a whole",
+                hint="Leave it out.",
+            )
+        if settings.int8_cpu_offload and offloads_embedding:
+            raise ModelError(
+                "--offload-embedding and quantization.int8_cpu_offload can't be used together: the latter decides by "
+                "itself what stays on the CPU",
+                hint="Leave one of them out.",
+            )
+
+    def check_trainable(self, settings: QuantizationSettings) -> None:
+        """Check that the model is on the GPU as a whole.
+
+        Raises:
+            HardwareError: it may not be.
+        """
+        if settings.int8_cpu_offload:
+            raise HardwareError(
+                "a model that is partly on the CPU (quantization.int8_cpu_offload) can be loaded, but not trained",
+                hint=f"Leave it out, and use {quant_flag([DEFAULT_METHOD])} if the model does not fit.",
+            )
+
+    def claim(self, quant_method: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return `config` if it says that weights are in 8 bit."""
+        return config if quant_method == BITSANDBYTES and config.get("load_in_8bit") else None
+
+    def stored_settings(self, config: Mapping[str, Any], name: str) -> dict[str, object]:
+        """Return what is baked into the weights; not whether 16-bit ones are kept: the checkpoint holds none."""
+        return {"method": Quantization.INT8, "int8_has_fp16_weight": False}
+
+    def free_settings(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Return the threshold that the checkpoint was saved with."""
+        return {"int8_threshold": config["llm_int8_threshold"]} if "llm_int8_threshold" in config else {}
+
+    def constant_names(self, name: str) -> tuple[str, ...]:
+        """Return the tensor of the scales."""
+        return (f"{name.removesuffix('weight')}{SCALES}",)
+
+    def weight_of_constant(self, name: str) -> str | None:
+        """Return the weight that the tensor `name` holds the scales of, or says how the codes of are ordered."""
+        suffix = next((suffix for suffix in (SCALES, "weight_format") if name.endswith(f".{suffix}")), None)
+        return None if suffix is None else f"{name.removesuffix(suffix)}weight"
+
+    def compute_as_asked(
+        self,
+        model: PreTrainedModel,
+        settings: QuantizationSettings,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Give the layers of `model` the threshold of `settings`."""
+        for module in model.modules():
+            if isinstance(module, Linear8bitLt):
+                module.state.threshold = settings.int8_threshold
+        model.config.quantization_config.llm_int8_threshold = settings.int8_threshold
+
+    def check_savable(self, settings: QuantizationSettings) -> None:
+        """Check that there are codes, all of them in one place.
+
+        Raises:
+            ModelError: there are not.
+        """
+        if settings.int8_has_fp16_weight:
+            raise nothing_quantized()
+        if settings.int8_cpu_offload:
+            raise ModelError("a model that is partly on the CPU can't be saved", hint="Leave int8_cpu_offload out.")
+
+    def extra_state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Return the scales that have not moved to the state of a layer yet."""
+        return {
+            f"{name.removesuffix('weight')}{SCALES}": parameter.SCB
+            for name, parameter in model.named_parameters()
+            if isinstance(parameter, Int8Params) and parameter.SCB is not None
+        }
+
+    def store_on_meta(
+        self,
+        model: PreTrainedModel,
+        settings: QuantizationSettings,
+        dtype: torch.dtype,
+        *,
+        kept: Sequence[str],
+        experts: Sequence[str],
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Replace the linear layers of `model` by those that multiply in 8 bit."""
+        assert not experts, "planned without"
+        config = self.config(settings, kept=kept)
+        for layer in replace_layers(model, list(kept), config):
+            if settings.int8_has_fp16_weight:
+                continue
+            shape = layer.weight.shape
+            assert isinstance(shape, torch.Size)
+            codes = torch.empty(shape, dtype=torch.int8, device=META)
+            scales = torch.empty(shape[0], dtype=torch.float32, device=META)
+            layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+
+    def allocations(
+        self,
+        entry: Entry,
+        settings: QuantizationSettings,
+        dtype: torch.dtype,
+        num_pieces: int,
+    ) -> Iterator[Allocation]:
+        """Yield the weight, its codes and their scales."""
+        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=Part.WEIGHT, is_kept=False)
+        yield Allocation(num_bytes=entry.weight_bytes, part=Part.CODES)
+        yield Allocation(num_bytes=entry.constant_bytes, part=Part.CONSTANTS)
+
+    def held(self, module: nn.Module) -> Iterator[torch.Tensor]:
+        """Yield the codes and scales of a layer's weight."""
+        if isinstance(weight := getattr(module, "weight", None), Int8Params):
+            yield from (tensor for tensor in (weight.CB, weight.SCB) if tensor is not None)
+
+    def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
+        """Return `weight`, `(out, in)`, as its products are computed."""
+        codes, scales = quantize_rows(weight)
+        return _dequantized(codes, scales, weight.dtype)
+
+    def restored(
+        self, name: str, codes: torch.Tensor, constants: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the weight of `codes`, `(out, in)`."""
+        (scales,) = (tensor for name, tensor in constants.items() if name.endswith(f".{SCALES}"))
+        return _dequantized(codes, scales, dtype)
+
+    def why_no_dora(self, layer: nn.Module) -> str | None:
+        """Return why PEFT can't measure the weight of `layer`: it reads it, and loses its scales on the first pass."""
+        if isinstance(layer, Linear8bitLt) and (layer.weight.device.type == "cpu" or layer.state.has_fp16_weights):
+            where = "keeps 16-bit weights" if layer.state.has_fp16_weights else "is on a CPU"
+            return f"an 8-bit base that {where}: PEFT does not restore its weights there"
+        return None
+
+
+def _dequantized(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    weight: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
+    return weight.to(dtype)
+
+
+METHOD = Int8()

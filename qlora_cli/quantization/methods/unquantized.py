@@ -1,0 +1,60 @@
+"""No quantization: the weights of linear layers stay in 16 or 32 bit, as all others do."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.quantization.entries import Entry, dtype_name
+from qlora_cli.quantization.methods.base import Allocation, Method, Part
+from qlora_cli.settings.models import QuantizationSettings
+
+
+class Unquantized(Method):
+    """Weights as they are."""
+
+    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
+        """Return what the weight takes."""
+        return Entry(
+            name=name,
+            kind=kind,
+            why_not="not asked for",
+            num_parameters=parameter.numel(),
+            weight_bytes=parameter.nbytes,
+            constant_bytes=0,
+            dtype=dtype_name(parameter.dtype),
+        )
+
+    def config(self, settings: QuantizationSettings, **_: Any) -> None:
+        """Return nothing: weights are loaded as they are."""
+
+    def store_on_meta(
+        self,
+        model: PreTrainedModel,
+        settings: QuantizationSettings,
+        dtype: torch.dtype,
+        *,
+        kept: Sequence[str],
+        experts: Sequence[str],
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Leave `model` as it is."""
+
+    def allocations(
+        self,
+        entry: Entry,
+        settings: QuantizationSettings,
+        dtype: torch.dtype,
+        num_pieces: int,
+    ) -> Iterator[Allocation]:
+        """Yield the weight."""
+        yield Allocation(num_bytes=entry.weight_bytes, part=Part.WEIGHT)
+
+    def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
+        """Return the weight."""
+        return weight
+
+
+METHOD = Unquantized()
