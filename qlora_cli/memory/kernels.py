@@ -1,31 +1,22 @@
 """What a CUDA kernel takes besides its results: temporaries that no tensor shows, and the workspaces of cuBLAS.
 
-Each term has its cause in the source of PyTorch, bitsandbytes or the kernel itself, named beside it.
+Each term has its cause in the source of PyTorch or the kernel itself, named beside it. What the products of quantized
+weights take is said by their methods.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods.base import Inside, Operator
 
 aten = torch.ops.aten
 KIB, MIB = 1024, 1024**2
 WORKSPACES = "workspaces"
 CUBLAS = "cublas"  # its workspaces, which are as large as the GPU's generation has them: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
-# Of the features of a layer, those that LLM.int8() multiplies in 16 bit (arXiv 2208.07339, section 3.2).
-OUTLIER_SHARE = 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class Inside:
-    """Temporaries of one call: those taken `before` its results and `after` them, in bytes."""
-
-    before: Sequence[int] = ()
-    after: Sequence[int] = ()
-    uses_cublas: bool = False
 
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Inside]
@@ -64,29 +55,26 @@ class Kernels:
                 _gemm,
             ),
         }
+        self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
     def inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside | None:
         """Return what `func` takes besides its results; None for nothing."""
         rule = self._rules.get(func)
         if rule is not None:
             return rule(args, kwargs)
-        rule = OF_BITSANDBYTES.get(func._opname) if func.namespace == "bitsandbytes" else None
-        return None if rule is None else rule(args, kwargs)
+        operator = self._operator(func)
+        return None if operator is None else operator.inside(args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `func` does, also where the size of its result depends on values that are not there."""
-        if func.namespace != "bitsandbytes" or args[0].device.type != "meta":
+        operator = self._operator(func)
+        if operator is None or operator.on_meta is None or args[0].device.type != "meta":
             return func(*args, **kwargs)
-        activations = args[0]
-        if func._opname == "int8_vectorwise_quant" and _threshold(args, kwargs):
-            codes, scales, _ = func(activations)
-            num_outliers = max(1, round(OUTLIER_SHARE * activations.shape[-1]))
-            return codes, scales, activations.new_empty(num_outliers, dtype=torch.int64)
-        if func._opname == "int8_mixed_scaled_mm":
-            weight, outliers = args[2], args[5]
-            rows = activations.shape[:-1]
-            return activations.new_empty(*rows, weight.shape[0]), activations.new_empty(*rows, outliers.numel())
-        return func(*args, **kwargs)
+        return operator.on_meta(func, args, kwargs)
+
+    def _operator(self, func: Any) -> Operator | None:
+        """Return what a quantization method says of an operator that is none of PyTorch's own."""
+        return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
 
     def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
         """Return what the backward pass of the memory-efficient kernel takes.
@@ -135,40 +123,3 @@ def _flash_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
     if key.shape[1] != heads:
         sizes += 2 * [batch * heads * key.shape[2] * width * key.element_size()]
     return Inside(after=tuple(sizes))
-
-
-def _threshold(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    return float(args[1] if len(args) > 1 else kwargs.get("threshold", 0.0))
-
-
-def _int8_quant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside:
-    # bitsandbytes/backends/cuda/ops.py: `A.abs() >= threshold` to find outliers.
-    activations = args[0]
-    return Inside(before=(_nbytes(activations), activations.numel()) if _threshold(args, kwargs) else ())
-
-
-def _int8_product(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
-    # int8_scaled_mm: the product in int32, and what is restored from it in fp16, before the outliers are added.
-    rows, columns = args[0].shape[0], args[2].shape[0]
-    return Inside(before=(rows * columns * 4,), after=(rows * columns * 2,))
-
-
-def _gemm_4bit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside:
-    """Return what a product with a 4-bit weight takes in the forward pass.
-
-    `bitsandbytes/backends/cuda/ops.py`: beyond 1536 rows the whole weight is dequantized and multiplied by cuBLAS;
-    with double quantization its constants are too, to fp32. Below, a fused kernel may need neither, by rules of speed
-    for each GPU: what it saves is no part of a peak, since the backward pass always dequantizes.
-    """
-    activations, shape = args[0], args[2]
-    num_weights = prod(shape)
-    constants = num_weights // args[4] * FLOAT_BYTES if kwargs.get("absmax_8bit") is not None else 0
-    weight = num_weights * activations.element_size()
-    return Inside(before=(constants, weight) if constants else (weight,), uses_cublas=True)
-
-
-OF_BITSANDBYTES: dict[str, Rule] = {
-    "gemm_4bit": _gemm_4bit,
-    "int8_vectorwise_quant": _int8_quant,
-    "int8_mixed_scaled_mm": _int8_product,
-}

@@ -4,9 +4,10 @@ A method is a module of this package that holds a `METHOD`, and an entry of `MET
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,28 @@ class Allocation:
     is_kept: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """Temporaries of one call on a GPU: those taken `before` its results and `after` them, in bytes."""
+
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+    uses_cublas: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What is known of an operator that computes with quantized weights, from the arguments that it is called with.
+
+    Attributes:
+        inside: What it takes besides its results.
+        on_meta: What it returns on the meta device, where that depends on values that are not there.
+    """
+
+    inside: Callable[[tuple[Any, ...], dict[str, Any]], Inside]
+    on_meta: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
 class Stack(Protocol):
     """Stacked weights as training saw them."""
 
@@ -74,12 +97,14 @@ class Method(ABC):
         stores_experts: Whether the fused experts of a layer can be stored so.
         layer_types: The layers that multiply with its weights, in place of linear ones.
         parametrization_types: What restores its weights elsewhere, whenever they are read.
+        operators: What it computes with that takes memory besides its results, as `namespace::name`.
     """
 
     loader: str | None = None
     stores_experts: bool = False
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()
+    operators: Mapping[str, Operator] = MappingProxyType({})
 
     # What it takes, from shapes alone.
 

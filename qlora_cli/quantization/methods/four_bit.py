@@ -5,6 +5,8 @@ How they are quantized is in `blocks`, while a model is loaded in `quantizer`, a
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +24,16 @@ from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qlora_cli.quantization.entries import Entry, dtype_name
 from qlora_cli.quantization.kept import fused_experts, linear_layers
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.methods.base import META, ORIGINAL, Allocation, Method, Part, StoredWeight
+from qlora_cli.quantization.methods.base import (
+    META,
+    ORIGINAL,
+    Allocation,
+    Inside,
+    Method,
+    Operator,
+    Part,
+    StoredWeight,
+)
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, replace_layers
 from qlora_cli.quantization.quantizer import METHOD as LOADER
 from qlora_cli.quantization.quantizer import QloraConfig, QloraQuantizer
@@ -43,6 +54,20 @@ OFFSET_BYTES = FLOAT_BYTES = 4
 CONSTANT = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__\w+)")
 
 
+def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside:
+    """Return what a product with a 4-bit weight takes in the forward pass.
+
+    `bitsandbytes/backends/cuda/ops.py`: beyond 1536 rows the whole weight is dequantized and multiplied by cuBLAS;
+    with double quantization its constants are too, to fp32. Below, a fused kernel may need neither, by rules of speed
+    for each GPU: what it saves is no part of a peak, since the backward pass always dequantizes.
+    """
+    activations, shape = args[0], args[2]
+    num_weights = prod(shape)
+    constants = num_weights // args[4] * FLOAT_BYTES if kwargs.get("absmax_8bit") is not None else 0
+    weight = num_weights * activations.element_size()
+    return Inside(before=(constants, weight) if constants else (weight,), uses_cublas=True)
+
+
 class FourBitMethod(Method):
     """NF4 or FP4, whichever `settings.method` says."""
 
@@ -50,6 +75,7 @@ class FourBitMethod(Method):
     stores_experts = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
+    operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(inside=_product)})
 
     def unstorable(self, model: PreTrainedModel, device: torch.device) -> Mapping[str, str]:
         """Return the linear layers and fused experts that bitsandbytes restores wrongly on a CPU.

@@ -6,6 +6,7 @@ pieces of whole rows, to the bits that bitsandbytes gives.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,13 +24,23 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.quantization.blocks import PIECE_SIZE
 from qlora_cli.quantization.entries import Entry, dtype_name
-from qlora_cli.quantization.methods.base import META, Allocation, Method, Part, StoredWeight, nothing_quantized
+from qlora_cli.quantization.methods.base import (
+    META,
+    Allocation,
+    Inside,
+    Method,
+    Operator,
+    Part,
+    StoredWeight,
+    nothing_quantized,
+)
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, replace_layers
 from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 
 LOADER = "qlora_int8"
 SCALES = "SCB"  # as bitsandbytes names them
+OUTLIER_SHARE = 0.001  # of the features of a layer, those that are multiplied in 16 bit (section 3.2)
 IN_EVERY_PRODUCT = "quantized in every product (int8_has_fp16_weight)"
 
 
@@ -105,11 +116,48 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
+def _threshold(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    return float(args[1] if len(args) > 1 else kwargs.get("threshold", 0.0))
+
+
+def _inside_quant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside:
+    # bitsandbytes/backends/cuda/ops.py: `A.abs() >= threshold` to find outliers.
+    activations = args[0]
+    return Inside(before=(activations.nbytes, activations.numel()) if _threshold(args, kwargs) else ())
+
+
+def _quant_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _threshold(args, kwargs):
+        return func(*args, **kwargs)
+    activations = args[0]
+    codes, scales, _ = func(activations)
+    num_outliers = max(1, round(OUTLIER_SHARE * activations.shape[-1]))
+    return codes, scales, activations.new_empty(num_outliers, dtype=torch.int64)
+
+
+def _inside_product(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
+    # int8_scaled_mm: the product in int32, and what is restored from it in fp16, before the outliers are added.
+    rows, columns = args[0].shape[0], args[2].shape[0]
+    return Inside(before=(rows * columns * 4,), after=(rows * columns * 2,))
+
+
+def _product_on_meta(_: Any, args: tuple[Any, ...], __: dict[str, Any]) -> Any:
+    activations, weight, outliers = args[0], args[2], args[5]
+    rows = activations.shape[:-1]
+    return activations.new_empty(*rows, weight.shape[0]), activations.new_empty(*rows, outliers.numel())
+
+
 class Int8(Method):
     """LLM.int8(); `int8_has_fp16_weight` stores weights as they are, and quantizes them in every product."""
 
     loader = LOADER
     layer_types = (Linear8bitLt,)
+    operators = MappingProxyType(
+        {
+            "bitsandbytes::int8_vectorwise_quant": Operator(inside=_inside_quant, on_meta=_quant_on_meta),
+            "bitsandbytes::int8_mixed_scaled_mm": Operator(inside=_inside_product, on_meta=_product_on_meta),
+        }
+    )
 
     def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
         """Return what a weight, `(out, in)`, takes: a byte each, and a scale in fp32 for each row."""
