@@ -12,10 +12,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from qlora_cli.answering.prompts import encode, messages_of
-from qlora_cli.answering.request import GREEDY, Sampling
 from qlora_cli.answering.result import FinishReason
+from qlora_cli.settings.models import AnswerSettings
 
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
+
+GREEDY = AnswerSettings()
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -63,14 +65,16 @@ class Watch(StoppingCriteria):
 class Answerer:
     """Answers a prompt: by the chat template, if the tokenizer has one. Stops at each of `end_ids`.
 
-    Products are in `dtype`; an answer has at most `max_tokens`.
+    Products are in `dtype`; an answer has at most `max_tokens`. What is drawn at random is drawn by the seed of
+    `sampling` and `turn`, so that a question which is asked again in a conversation has another answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
     end_ids: Collection[int]
     dtype: torch.dtype
     max_tokens: int
-    sampling: Sampling = GREEDY
+    sampling: AnswerSettings = GREEDY
+    turn: int = 0
 
     def answer(self, model: Model, prompt: str) -> str:
         """Return the answer to one prompt, without special tokens.
@@ -87,8 +91,8 @@ class Answerer:
         inputs = torch.tensor([ids], device=_device_of(model))
         if watch is not None:
             watch.begin(lambda so_far: self._text_of(so_far[len(ids) :]))
-        if self.sampling.seed is not None:
-            torch.manual_seed(self.sampling.seed)
+        if (seed := self.sampling.drawn_seed) is not None:
+            torch.manual_seed((seed + self.turn) % 2**32)
         with _evaluating(model), self._computing(inputs.device):
             output = cast(Any, model).generate(  # which transformers gives to each class that can
                 input_ids=inputs,

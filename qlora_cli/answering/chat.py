@@ -4,15 +4,15 @@ import dataclasses
 
 from qlora_cli.answering.opened import OpenModel
 from qlora_cli.answering.prompts import Message, check_system, encode, system_messages
-from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.answering.result import Answer, Listener
 from qlora_cli.errors import ModelError
+from qlora_cli.settings.models import AnswerSettings
 
 
 class Chat:
     """What was said so far. Where base and adapter both answer, the conversation goes on with the adapter's answer."""
 
-    def __init__(self, opened: OpenModel, request: AnswerRequest) -> None:
+    def __init__(self, opened: OpenModel, request: AnswerSettings) -> None:
         self._opened = opened
         self._system = request.system
         self._messages: list[Message] = []
@@ -28,11 +28,8 @@ class Chat:
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = encode(self._opened.loaded.tokenizer, [*system_messages(self._system), *messages])
-        answerer = self._opened.answerer
-        sampling = answerer.sampling
-        if sampling.seed is not None:  # or a question that is asked again would have the same answer again
-            sampling = dataclasses.replace(sampling, seed=(sampling.seed + self._num_asked) % 2**32)
-        answerer = dataclasses.replace(answerer, max_tokens=self._room(len(ids)), sampling=sampling)
+        room = self._room(len(ids))
+        answerer = dataclasses.replace(self._opened.answerer, max_tokens=room, turn=self._num_asked)
         answers = tuple(
             self._opened.answer(source, ids, listener, answerer=answerer) for source in self._opened.sources
         )

@@ -7,15 +7,14 @@ import torch
 
 from qlora_cli.answering.opened import OpenModel, open_model
 from qlora_cli.answering.prompts import encode, messages_of
-from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.answering.result import Answer, GenerationReport, Listener, collect, cut_note
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import AnswerSettings, LoadSettings
 
 
 def generate(
-    settings: LoadSettings, request: AnswerRequest, prompts: Sequence[str], reporter: Reporter
+    settings: LoadSettings, request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
 ) -> GenerationReport:
     """Load the model and answer each prompt; to compare, answer as base, adapter and merged model.
 
@@ -35,9 +34,8 @@ def generate(
         of_merged = settings_of_merged(merged, opened.loaded.settings.model, opened.loaded.dtype)
         del opened
         _let_go()
-        second = AnswerRequest(max_new_tokens=request.max_new_tokens, sampling=request.sampling, system=request.system)
-        opened = open_model(of_merged, second, reporter, prompts=prompts, is_merged=True)
-        more = answer_all(opened, second, prompts, reporter)
+        opened = open_model(of_merged, request, reporter, prompts=prompts, is_merged=True)
+        more = answer_all(opened, request, prompts, reporter)
         answers = [before + after for before, after in zip(answers, more, strict=True)]
         notes = tuple(dict.fromkeys((*notes, *opened.notes)))
     return GenerationReport(
@@ -53,7 +51,7 @@ def generate(
 
 
 def answer_all(
-    opened: OpenModel, request: AnswerRequest, prompts: Sequence[str], reporter: Reporter
+    opened: OpenModel, request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
 ) -> list[list[Answer]]:
     """Return for each prompt the answers of all sources of `opened`."""
     answers = []
@@ -68,7 +66,7 @@ def answer_all(
 
 
 def answer_prompt(
-    opened: OpenModel, request: AnswerRequest, prompt: str, listener: Listener | None = None
+    opened: OpenModel, request: AnswerSettings, prompt: str, listener: Listener | None = None
 ) -> list[Answer]:
     """Return the answers of all sources of `opened` to one prompt."""
     ids = encode(opened.loaded.tokenizer, messages_of(prompt, request.system))

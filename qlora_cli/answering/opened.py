@@ -11,14 +11,13 @@ from qlora_cli.adapters.initialization import is_pissa
 from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.answering.answerer import Answerer, Completion, Model, Watch
 from qlora_cli.answering.prompts import check_system, encode, messages_of
-from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.answering.result import Answer, Listener, Source
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import AnswerSettings, LoadSettings
 
 NO_TEMPLATE = "the tokenizer has no chat template: a prompt is continued as plain text"
 
@@ -73,7 +72,7 @@ class OpenModel:
 
 def open_model(
     settings: LoadSettings,
-    request: AnswerRequest,
+    request: AnswerSettings,
     reporter: Reporter,
     *,
     prompts: Sequence[str] = (),
@@ -91,7 +90,8 @@ def open_model(
     blueprint = plan_load(settings, reporter)
     tokenizer = blueprint.tokenizer.tokenizer
     positions = num_positions(blueprint.base.config)
-    if request.compare:
+    compares = request.compare and not is_merged
+    if compares:
         _check_comparable(blueprint, request)
     if is_chat and tokenizer.chat_template is None:
         raise ModelError(
@@ -107,14 +107,14 @@ def open_model(
     for note in notes:
         reporter.report(Noted(message=note))
     loaded = load_planned(blueprint, reporter)
-    if request.compare:
+    if compares:
         _check_base(loaded)
     answerer = Answerer(
         tokenizer=loaded.tokenizer,
         end_ids=blueprint.tokenizer.end_ids,
         dtype=loaded.dtype.torch_dtype,
         max_tokens=request.max_new_tokens,
-        sampling=request.sampling,
+        sampling=request,
     )
     return OpenModel(
         loaded=loaded,
@@ -125,7 +125,7 @@ def open_model(
     )
 
 
-def _sources(loaded: LoadedModel, request: AnswerRequest, *, is_merged: bool) -> tuple[Source, ...]:
+def _sources(loaded: LoadedModel, request: AnswerSettings, *, is_merged: bool) -> tuple[Source, ...]:
     if is_merged:
         return ("merged",)
     if not isinstance(loaded.model, PeftModel):
@@ -133,7 +133,7 @@ def _sources(loaded: LoadedModel, request: AnswerRequest, *, is_merged: bool) ->
     return ("base", "adapter") if request.compare else ("adapter",)
 
 
-def _check_comparable(blueprint: Blueprint, request: AnswerRequest) -> None:
+def _check_comparable(blueprint: Blueprint, request: AnswerSettings) -> None:
     source = blueprint.source
     if source.adapter is None and request.merged is None:
         raise ModelError(

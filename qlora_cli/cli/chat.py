@@ -8,26 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from qlora_cli.answering.request import AnswerRequest
 from qlora_cli.cli import options
-from qlora_cli.cli.generate import (
-    MAX_NEW_TOKENS,
-    MaxNewTokens,
-    Seed,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-    check_request,
-    sampling_of,
-)
+from qlora_cli.cli.generate import check_request
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.marks import Command
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import ChatSettings
 
 if TYPE_CHECKING:
     from qlora_cli.answering.chat import Chat
@@ -40,33 +29,16 @@ COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 HELP = "/reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
 
-@options.takes(Command.CHAT, LoadSettings, positional="model.name")
-def chat(
-    context: typer.Context,
-    system: System = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Answer as base and with the adapter; the latter goes on.")
-    ] = False,
-    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    temperature: Temperature = 0.0,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-) -> None:
+@options.takes(Command.CHAT, ChatSettings, positional="model.name")
+def chat(context: typer.Context) -> None:
     """Talk to a model, an adapter or a run, with its chat template. Reads lines from a pipe, too.
 
     /reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
     """
-    settings = options.resolve_settings(context, LoadSettings).settings
-    request = AnswerRequest(
-        system=system,
-        compare=compare,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling_of(temperature, top_p, top_k, seed),
-    )
+    settings = options.resolve_settings(context, ChatSettings).settings
     if sys.stdin is None:
         raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
-    check_request(settings, request)
+    check_request(settings)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the input is right
 
@@ -74,8 +46,8 @@ def chat(
         from qlora_cli.answering.chat import Chat
         from qlora_cli.answering.opened import open_model
 
-        opened = open_model(settings, request, reporter, is_chat=True)
-    _converse(opened, Chat(opened, request), max_new_tokens)
+        opened = open_model(settings, settings.generate, reporter, is_chat=True)
+    _converse(opened, Chat(opened, settings.generate), settings.generate.max_new_tokens)
 
 
 def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:

@@ -1,8 +1,6 @@
 """`qlora inspect-data`: what is read, which tokens are trained, and what is lost, before a weight is read."""
 
 import os
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -13,15 +11,9 @@ from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import InspectDataSettings
 
-Rows = Annotated[int, typer.Option("--rows", min=0, metavar="INTEGER", help="Rows to show token by token.")]
-Html = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="FILE", help="Write all of it as a web page, in one file.", show_default=False),
-]
-
 
 @options.takes(Command.INSPECT_DATA, InspectDataSettings)
-def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json: options.Json = False) -> None:
+def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
 
     Ends with exit code 2, after the report, where train would refuse the data: for a row that can't be used
@@ -29,6 +21,7 @@ def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json
     """
     resolved = options.resolve_settings(context, InspectDataSettings)
     settings = resolved.settings
+    html = settings.inspect_data.html
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
 
@@ -52,7 +45,7 @@ def inspect_data(context: typer.Context, rows: Rows = 3, html: Html = None, json
         data = within_positions(settings.data, text.num_positions, reporter)
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
         tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
-        inspection = look_at(data, settings.training, tokenizer, num_previews=rows)
+        inspection = look_at(data, settings.training, tokenizer, num_previews=settings.inspect_data.rows)
         if html is not None:
             from qlora_cli.data.page import write_page
 

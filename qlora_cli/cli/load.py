@@ -2,29 +2,20 @@
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.settings.marks import Command
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import LoadCommandSettings
 
 
-@options.takes(Command.LOAD, LoadSettings, positional="model.name")
-def load(
-    context: typer.Context,
-    save: Annotated[
-        Path | None,
-        typer.Option("--save", metavar="DIRECTORY", help="Write the quantized checkpoint here.", show_default=False),
-    ] = None,
-    error: Annotated[bool, typer.Option("--error", help="Measure the quantization error of every weight.")] = False,
-    json: options.Json = False,
-) -> None:
+@options.takes(Command.LOAD, LoadCommandSettings, positional="model.name")
+def load(context: typer.Context, json: options.Json = False) -> None:
     """Load a model, quantized to 4 bit by default, and show what came of it: parameters, bytes, dtype, time, peaks."""
-    resolved = options.resolve_settings(context, LoadSettings)
+    resolved = options.resolve_settings(context, LoadCommandSettings)
+    save, error = resolved.settings.load.save, resolved.settings.load.error
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the settings are right
     from qlora_cli.cli.render_load import render_load
@@ -33,7 +24,7 @@ def load(
 
     if problem := check_model_name(resolved.settings.model):
         raise problem
-    if save is not None and (wrong := check_free_directory(save, "--save")):
+    if save is not None and (wrong := check_free_directory(save, resolved.where_of("load.save"))):
         raise wrong
     with reporting() as reporter:
         from qlora_cli.loading.blueprint import plan_load

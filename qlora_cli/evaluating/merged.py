@@ -5,12 +5,11 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluating.rows import HeldOut
-from qlora_cli.evaluating.settings import EvaluationRequest
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.text import load_text_side
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import EvaluationSettings, LoadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class Merged:
 
 
 def find_merged(
-    request: EvaluationRequest, blueprint: Blueprint, rows: HeldOut | None, reporter: Reporter
+    request: EvaluationSettings, blueprint: Blueprint, rows: HeldOut | None, reporter: Reporter
 ) -> Merged | None:
     """Return the merged model that was named, or that is in the run directory; None if there is none.
 

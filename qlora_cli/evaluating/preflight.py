@@ -6,30 +6,30 @@ from pathlib import Path
 
 from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
-from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.source import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.models import ModelSettings
+from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
-def check_evaluation(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> None:
+def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
     """Check names and files, all at once.
 
     Raises:
         MissingDependencyError: tasks are asked for, and lm-eval is not installed.
         SettingsError: with every problem found.
     """
+    request = resolved.settings.evaluate
     if request.tasks and importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
             f"--tasks {','.join(request.tasks)} needs lm-eval, which is not installed",
             hint="Run: pip install 'qlora-cli[eval]'",
         )
-    if problems := list(_problems(resolved, request)):
+    if problems := list(_problems(resolved)):
         raise SettingsError(problems)
 
 
@@ -38,13 +38,14 @@ def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:
     return resolved.origin_of("data.dataset").kind == "flag"
 
 
-def _problems(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> Iterator[Problem]:
+def _problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+    request = resolved.settings.evaluate
     if wrong := check_model_name(resolved.settings.model):
         yield _problem(resolved.origin_of("model.name").where, wrong)
     if request.merged is not None and (wrong := _check_merged(str(request.merged))):
-        yield _problem("--merged", wrong)
-    yield from _about_data(resolved, request)
-    yield from _about_tasks(request)
+        yield _problem(resolved.where_of("evaluate.merged"), wrong)
+    yield from _about_data(resolved)
+    yield from _about_tasks(resolved)
 
 
 def _problem(where: str, error: QloraError) -> Problem:
@@ -61,12 +62,16 @@ def _check_merged(name: str) -> QloraError | None:
     return check_model_name(ModelSettings(name=name))
 
 
-def _about_data(resolved: Resolved[EvaluateSettings], request: EvaluationRequest) -> Iterator[Problem]:
-    data = resolved.settings.data
+def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+    data, request = resolved.settings.data, resolved.settings.evaluate
     if not names_rows(resolved):
         if request.split is not None:
             message = "has no effect without --dataset"
-            yield Problem(where="--split", message=message, hint="Name a data set of the hub with --dataset.")
+            yield Problem(
+                where=resolved.where_of("evaluate.split"),
+                message=message,
+                hint="Name a data set of the hub with --dataset.",
+            )
         holds_out = data.eval_dataset is not None or (data.dataset is not None and data.eval_split is not None)
         if not holds_out and not request.tasks and not _may_hold_out(resolved):
             yield Problem(
@@ -84,7 +89,7 @@ def _about_data(resolved: Resolved[EvaluateSettings], request: EvaluationRequest
             yield Problem(where="--dataset", message=message, hint="Leave the weight out.")
         if found.is_local and request.split is not None:
             message = f"has no effect on {name}, which is on this disk: only hub data sets have splits"
-            yield Problem(where="--split", message=message, hint="Leave it out.")
+            yield Problem(where=resolved.where_of("evaluate.split"), message=message, hint="Leave it out.")
 
 
 def _named(resolved: Resolved[EvaluateSettings]) -> tuple[str, ...]:
@@ -106,15 +111,21 @@ def _is_run_or_adapter(path: Path) -> bool:
     return RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file()
 
 
-def _about_tasks(request: EvaluationRequest) -> Iterator[Problem]:
-    for flag, value in (("--limit", request.limit), ("--task-path", request.task_path)):
-        if value is not None and not request.tasks:
-            yield Problem(where=flag, message="has no effect without --tasks", hint="Leave it out, or give --tasks.")
+def _about_tasks(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+    request = resolved.settings.evaluate
+    for key in ("limit", "task_path"):
+        if getattr(request, key) is not None and not request.tasks:
+            where = resolved.where_of(f"evaluate.{key}")
+            yield Problem(where=where, message="has no effect without --tasks", hint="Leave it out, or give --tasks.")
     if request.task_path is not None and not request.task_path.is_dir():
         yield Problem(
-            where="--task-path", message=f"there is no directory {request.task_path}", hint="Check the path."
+            where=resolved.where_of("evaluate.task_path"),
+            message=f"there is no directory {request.task_path}",
+            hint="Check the path.",
         )
     for task in request.tasks:
         path = existing_path(task)
         if task.endswith(YAML_SUFFIXES) and (path is None or not path.is_file()):
-            yield Problem(where="--tasks", message=f"there is no file {task}", hint="Check the path.")
+            yield Problem(
+                where=resolved.where_of("evaluate.tasks"), message=f"there is no file {task}", hint="Check the path."
+            )

@@ -12,11 +12,10 @@ from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
 from qlora_cli.data.sources import find_dataset, first_local
 from qlora_cli.errors import DataError, ModelError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
-from qlora_cli.evaluating.settings import EvaluateSettings
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
 
 NAME_THEM = "Name the rows to evaluate with --dataset."

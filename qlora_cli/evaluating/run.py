@@ -17,13 +17,13 @@ from qlora_cli.evaluating.merged import Merged, find_merged
 from qlora_cli.evaluating.preflight import check_evaluation, names_rows
 from qlora_cli.evaluating.result import Evaluation, Kind, SourceResult, TaskResult
 from qlora_cli.evaluating.rows import HeldOut, TrainedRows, data_settings, nothing_held_out, read_rows, trained_rows
-from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
+from qlora_cli.settings.models import EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.units import counted
 
@@ -35,13 +35,14 @@ TITLES: dict[Kind, str] = {
 }
 
 
-def evaluate(resolved: Resolved[EvaluateSettings], request: EvaluationRequest, reporter: Reporter) -> Evaluation:
+def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evaluation:
     """Measure loss and perplexity of a model, of its base and of what was merged, and run the tasks on each.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
     """
-    check_evaluation(resolved, request)
+    check_evaluation(resolved)
+    request = resolved.settings.evaluate
     if request.tasks:
         reporter.report(PhaseStarted(title="Finding the tasks"))
     tasks = find_tasks(request)
@@ -49,7 +50,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], request: EvaluationRequest, r
     is_asked = "max_length" in data.model_fields_set
     blueprint = plan_load(resolved.settings, reporter, max_length=data.max_length if is_asked else None)
     _check_base(request, blueprint)
-    rows = _find_rows(resolved, request, blueprint, reporter)
+    rows = _find_rows(resolved, blueprint, reporter)
     merged = find_merged(request, blueprint, rows, reporter)
     bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter)
     _evaluate_first(bench, blueprint, has_merged=merged is not None)
@@ -75,16 +76,15 @@ def evaluate(resolved: Resolved[EvaluateSettings], request: EvaluationRequest, r
     )
 
 
-def _check_base(request: EvaluationRequest, blueprint: Blueprint) -> None:
+def _check_base(request: EvaluationSettings, blueprint: Blueprint) -> None:
     if request.with_base is not None and blueprint.source.adapter is None:
         flag = "--base" if request.with_base else "--no-base"
         raise ModelError(f"{flag} has no effect: {blueprint.source.name} has no adapter", hint="Leave it out.")
 
 
-def _find_rows(
-    resolved: Resolved[EvaluateSettings], request: EvaluationRequest, blueprint: Blueprint, reporter: Reporter
-) -> HeldOut | None:
+def _find_rows(resolved: Resolved[EvaluateSettings], blueprint: Blueprint, reporter: Reporter) -> HeldOut | None:
     """Return the rows to evaluate on; None if there are none and tasks are all that is asked for."""
+    request = resolved.settings.evaluate
     run = trained_rows(blueprint.source)
     data = data_settings(resolved, run, request.split)
     if data is None:
@@ -129,7 +129,7 @@ def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
 class _Bench:
     """What each model is put to, and what came of it so far. `base` is what others are compared with."""
 
-    request: EvaluationRequest
+    request: EvaluationSettings
     rows: HeldOut | None
     tasks: Tasks | None
     reporter: Reporter
@@ -182,7 +182,7 @@ def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool) ->
 
 
 def _states(
-    loaded: LoadedModel, request: EvaluationRequest, *, has_merged: bool
+    loaded: LoadedModel, request: EvaluationSettings, *, has_merged: bool
 ) -> Iterator[tuple[Kind, str, AbstractContextManager[None]]]:
     """Yield what the loaded model is to be evaluated as, with the context in which it is that."""
     source, model = loaded.source, loaded.model

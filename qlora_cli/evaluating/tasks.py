@@ -18,9 +18,9 @@ from qlora_cli.counters import is_out_of_memory
 from qlora_cli.errors import DataError, OutOfMemoryError, QloraError
 from qlora_cli.evaluating.preflight import YAML_SUFFIXES
 from qlora_cli.evaluating.result import Kind, TaskResult
-from qlora_cli.evaluating.settings import EvaluationRequest
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
+from qlora_cli.settings.models import EvaluationSettings
 
 STDERR = "_stderr"
 
@@ -79,7 +79,7 @@ class Tasks:
         return tuple(_figures(source, found))
 
 
-def find_tasks(request: EvaluationRequest) -> Tasks | None:
+def find_tasks(request: EvaluationSettings) -> Tasks | None:
     """Return the tasks that are asked for, if any are.
 
     Raises:

@@ -1,11 +1,12 @@
 """Settings that can have no effect beside others, or can't work together: an error, never silence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import OnLong, Quantization, Sampling, quant_flag
+from qlora_cli.settings.conflicts_commands import about_answers
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
 from qlora_cli.settings.marks import marks_of
@@ -20,48 +21,48 @@ from qlora_cli.settings.models import (
 from qlora_cli.settings.sources import Entry
 from qlora_cli.settings.values import either, held_out_share
 
+Conflict = tuple[str, str, str]
+
 
 def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
     """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
+    found = [*_about_run(validated), *_about_commands(validated)]
+    if (lora := validated.get("lora")) is not None:
+        found += about_lora(lora, validated["quantization"].method)
+    for name, section in validated.items():
+        found += _by_marks(name, section)
+    found += _without_effect(validated["quantization"])
     problems = [
-        Problem(where=merged[path].origin.where, message=message, hint=hint)
-        for path, message, hint in _about_run(validated)
+        Problem(where=_where(merged[path], message), message=message, hint=hint)
+        for path, message, hint in found
         if path in merged
     ]
-    data, training = validated.get("data"), validated.get("training")
-    # A prediction reads no data.
-    if isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings) and training is not None:
-        problems += [
-            Problem(where=merged[path].origin.where, message=message, hint=hint)
-            for path, message, hint in (*_about_data(data, training), *_about_streaming(data, training))
-            if path in merged
-        ]
-    lora = validated.get("lora")
-    if lora is not None:
-        problems += [
-            Problem(where=merged[path].origin.where, message=message, hint=hint)
-            for path, message, hint in about_lora(lora, validated["quantization"].method)
-            if path in merged
-        ]
-    for name, section in validated.items():
-        problems += _by_marks(name, section, merged)
-    problems += _without_effect(validated["quantization"], merged)
     return problems + not_from_a_file(merged)
 
 
-Conflict = tuple[str, str, str]
+def _where(entry: Entry, message: str) -> str:
+    """Return where a value came from, and its name where nothing else says it."""
+    return entry.origin.where if entry.path in message else entry.origin.of(entry.path)
 
 
 def _about_run(validated: Mapping[str, Any]) -> list[Conflict]:
     """Return path, message and hint of each conflict of the loop, with what it is evaluated on and written to."""
-    found = []
+    found: list[Conflict] = []
     data, training, output = (validated.get(section) for section in ("data", "training", "output"))
     if training is not None:
         found += about_training(training)
     # A prediction reads no data.
     if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
         found += about_evaluation(training, data)
+        found += _about_data(data, training)
+        found += _about_streaming(data, training)
     return found + (about_output(output) if output is not None else [])
+
+
+def _about_commands(validated: Mapping[str, Any]) -> list[Conflict]:
+    """Return path, message and hint of each conflict within the section of one command."""
+    about: tuple[tuple[str, Callable[[Any], Iterable[Conflict]]], ...] = (("generate", about_answers),)
+    return [conflict for name, check in about if name in validated for conflict in check(validated[name])]
 
 
 def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
@@ -114,36 +115,27 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-def _without_effect(quantization: QuantizationSettings, merged: Mapping[str, Entry]) -> list[Problem]:
-    """Return what the method makes nothing of."""
+def _without_effect(quantization: QuantizationSettings) -> Iterator[Conflict]:
+    """Yield path, message and hint of what the method makes nothing of."""
     method = quantization.method
-    return [
-        Problem(
-            where=merged[path].origin.where,
-            message=f"{path} has no effect with --quant {method.value}",
-            hint=f"Leave it out, or use {quant_flag(other for other in Quantization if other.takes(key))}.",
-        )
-        for key in QuantizationSettings.model_fields
-        if (path := f"quantization.{key}") in merged
-        and not method.takes(key)
-        and not asks_for_nothing(getattr(quantization, key))
-    ]
+    for key in QuantizationSettings.model_fields:
+        if not method.takes(key) and not asks_for_nothing(getattr(quantization, key)):
+            path = f"quantization.{key}"
+            hint = f"Leave it out, or use {quant_flag(other for other in Quantization if other.takes(key))}."
+            yield path, f"{path} has no effect with --quant {method.value}", hint
 
 
-def _by_marks(name: str, section: Section, merged: Mapping[str, Entry]) -> list[Problem]:
-    """Return what has no effect because of another setting of its section, as the marks of its field say."""
-    problems = []
+def _by_marks(name: str, section: Section) -> Iterator[Conflict]:
+    """Yield path, message and hint of what another setting of its section, by the marks of its field, needs."""
     for key, field in type(section).model_fields.items():
-        path, needed = f"{name}.{key}", marks_of(field).effective_with
-        if needed is None or path not in merged or asks_for_nothing(getattr(section, key)):
+        needed = marks_of(field).effective_with
+        if needed is None or asks_for_nothing(getattr(section, key)):
             continue
         other = getattr(section, needed.key)
         if other not in needed.values:
-            flag = marks(f"{name}.{needed.key}").flag
+            path, flag = f"{name}.{key}", marks(f"{name}.{needed.key}").flag
             message = f"{path} has no effect with {flag} {other.value}{': ' if needed.why else ''}{needed.why}"
-            hint = f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
-            problems.append(Problem(where=merged[path].origin.where, message=message, hint=hint))
-    return problems
+            yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
 
 
 def asks_for_nothing(value: object) -> bool:
@@ -155,7 +147,7 @@ def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
     """Return what a settings file switches on and must not."""
     return [
         Problem(
-            where=f"{merged[path].origin.where} {path}",
+            where=entry.origin.of(path),
             message="can't be switched on by a settings file: it runs code that comes with the model",
             hint=f"Give {marks(path).flag} on the command line if you trust the model's author.",
         )

@@ -12,25 +12,38 @@ from pydantic.fields import FieldInfo
 from qlora_cli.settings.marks import Marks, marks_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.data import DataSettings
+from qlora_cli.settings.sections.evaluate import EvaluationSettings
+from qlora_cli.settings.sections.generate import AnswerSettings
+from qlora_cli.settings.sections.inspect_data import PreviewSettings
+from qlora_cli.settings.sections.load import SavingSettings
 from qlora_cli.settings.sections.lora import LoraSettings
 from qlora_cli.settings.sections.model import ModelSettings
 from qlora_cli.settings.sections.output import OutputSettings
 from qlora_cli.settings.sections.quantization import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.sections.training import TrainingSettings
-from qlora_cli.settings.values import Datasets
+from qlora_cli.settings.values import Datasets, Prompts
 
 __all__ = [
     "SECTIONS",
     "UNQUANTIZED",
+    "AnswerSettings",
+    "ChatSettings",
     "DataSettings",
     "EstimateDataSettings",
     "EstimateSettings",
+    "EvaluateSettings",
+    "EvaluationSettings",
+    "GenerateSettings",
     "InspectDataSettings",
+    "LoadCommandSettings",
     "LoadSettings",
     "LoraSettings",
     "ModelSettings",
     "OutputSettings",
+    "PreviewSettings",
+    "PromptedSettings",
     "QuantizationSettings",
+    "SavingSettings",
     "Section",
     "TrainSettings",
     "TrainingSettings",
@@ -39,10 +52,16 @@ __all__ = [
 
 
 class LoadSettings(Section):
-    """What `qlora load` needs."""
+    """What loading a model needs."""
 
     model: ModelSettings
     quantization: QuantizationSettings = Field(default_factory=QuantizationSettings)
+
+
+class LoadCommandSettings(LoadSettings):
+    """What `qlora load` needs."""
+
+    load: SavingSettings = Field(default_factory=SavingSettings)
 
 
 class TrainSettings(LoadSettings):
@@ -59,6 +78,43 @@ class InspectDataSettings(LoadSettings):
 
     data: DataSettings
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    inspect_data: PreviewSettings = Field(default_factory=PreviewSettings)
+
+
+class EvaluateDataSettings(DataSettings):
+    """The rows, which a run that is named brings along."""
+
+    dataset: Datasets | None = Field(  # type: ignore[assignment]
+        default=None,
+        description="Rows to evaluate on, named as training data is; may be repeated. Of a run: by default those that "
+        "it held out.",
+    )
+
+
+class EvaluateSettings(LoadSettings):
+    """What `qlora evaluate` needs: what of `train` decides which tokens are trained, and what is measured."""
+
+    data: EvaluateDataSettings = Field(default_factory=EvaluateDataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+
+class ChatSettings(LoadSettings):
+    """What `qlora chat` needs."""
+
+    generate: AnswerSettings = Field(default_factory=AnswerSettings)
+
+
+class PromptedSettings(AnswerSettings):
+    """How prompts are answered that are given beforehand."""
+
+    prompts: Prompts = Field(description="What to answer; may be given several times. - reads it from stdin.")
+
+
+class GenerateSettings(LoadSettings):
+    """What `qlora generate` needs."""
+
+    generate: PromptedSettings
 
 
 class EstimateDataSettings(DataSettings):
@@ -84,6 +140,10 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSettings,
     "training": TrainingSettings,
     "output": OutputSettings,
+    "load": SavingSettings,
+    "inspect_data": PreviewSettings,
+    "generate": AnswerSettings,
+    "evaluate": EvaluationSettings,
 }
 
 

@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
-from qlora_cli.settings.models import SECTIONS, Section, field_of
-from qlora_cli.settings.shown import choices_of, hint_for
+from qlora_cli.settings.models import SECTIONS, Section, field_of, marks
+from qlora_cli.settings.shown import choices_of, example_of, hint_for
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -41,6 +41,10 @@ class Resolved(Generic[SettingsT]):
     def origin_of(self, path: str) -> Origin:
         """Return where the value of `section.key` came from."""
         return self.origins.get(path, DEFAULT)
+
+    def where_of(self, path: str) -> str:
+        """Return where the value of `section.key` was given, or the flag that would give it."""
+        return self.origins[path].of(path) if path in self.origins else marks(path).flag or path
 
 
 def resolve(
@@ -127,13 +131,14 @@ def _validate(
         try:
             validated[section] = model(**values)
         except ValidationError as error:
-            seen: set[str] = set()
+            seen: set[tuple[str, int]] = set()
             for detail in error.errors():
-                key = str(detail["loc"][0])
+                key, *inner = detail["loc"]
+                position = inner[0] if inner and isinstance(inner[0], int) else 0  # in a list
                 missing = detail["type"] == "missing"
-                if key in seen or (missing and section not in required):
+                if (str(key), position) in seen or (missing and section not in required):
                     continue
-                seen.add(key)  # a union reports one error a member; the first says enough
+                seen.add((str(key), position))  # a union reports one error a member; the first says enough
                 path = f"{section}.{key}"
                 problems.append(_missing(path, flag_names) if missing else _explain(detail, path, merged[path]))
     return validated, problems
@@ -151,15 +156,16 @@ def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
 
 def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     """Say what is wrong with one value in the words of the command line."""
-    where = entry.origin.where
-    if entry.origin.kind == "file":
-        where = f"{where} {path}"
-    shown = repr(entry.value if isinstance(entry.value, str | int | float | bool) else str(entry.value))
+    where = entry.origin.of(path)
+    value = detail["input"] if isinstance(entry.value, list | tuple) else entry.value
+    shown = repr(value if isinstance(value, str | int | float | bool) else str(value))
     choices = choices_of(field_of(path))
     if choices and detail["type"] in {"enum", "literal_error"}:
         message = f"{shown} is not one of {', '.join(choices)}"
-        hint = hint_for(field_of(path), str(entry.value)) or did_you_mean(str(entry.value), choices)
+        hint = hint_for(field_of(path), str(value)) or did_you_mean(str(value), choices)
         return Problem(where=where, message=message, hint=hint)
+    if detail["type"] == "refused":
+        return Problem(where=where, message=detail["msg"], hint=detail["ctx"]["hint"])
     messages = {
         "int_parsing": "expected a whole number",
         "int_from_float": "expected a whole number",
@@ -175,6 +181,6 @@ def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     expected = messages.get(
         detail["type"], detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     )
-    is_number = detail["type"] == "string_type" and isinstance(entry.value, int | float)
-    hint = "Put it in quotes: YAML reads it as a number." if is_number else None
+    is_number = detail["type"] == "string_type" and isinstance(value, int | float)
+    hint = "Put it in quotes: YAML reads it as a number." if is_number else example_of(field_of(path))
     return Problem(where=where, message=f"{expected}, got {shown}", hint=hint)

@@ -56,6 +56,12 @@ def shown_default(field: FieldInfo) -> str | None:
     return _shown(default)
 
 
+def example_of(field: FieldInfo) -> str | None:
+    """Return what to give a setting instead of a value that it does not take."""
+    default = shown_default(field)
+    return f"The default is {default}." if default else field.description
+
+
 def _shown(value: object) -> str:
     plain = value.value if isinstance(value, Enum) else value
     return str(plain).lower() if isinstance(plain, bool) else str(plain)

@@ -25,6 +25,10 @@ class Origin:
     kind: Kind
     where: str
 
+    def of(self, path: str) -> str:
+        """Return where the setting `section.key` is given, with its name where a file holds it."""
+        return f"{self.where} {path}" if self.kind == "file" else self.where
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 
 def either(names: Collection[str]) -> str:
@@ -50,6 +51,24 @@ def _read_pairs(value: object) -> object:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
+def refused(message: str, hint: str) -> PydanticCustomError:
+    """Return the error of a value that is refused in words of its own, with what to do instead."""
+    return PydanticCustomError("refused", message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
+
+
+def check_prompt(text: str) -> str:
+    """Return a text that a model can be asked.
+
+    Raises:
+        PydanticCustomError: it is empty, or has characters that no encoding has.
+    """
+    if not text.strip():
+        raise refused("is empty", "Give some text, or - to read a prompt from stdin.")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for stray bytes
+        raise refused("is not UTF-8", "Check the encoding of your terminal or file.")
+    return text
+
+
 def held_out_share(text: str) -> float | int | None:
     """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
 
@@ -80,6 +99,11 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
 TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
 NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
+DistinctNames = Annotated[
+    tuple[str, ...], BeforeValidator(_split_commas), AfterValidator(lambda names: tuple(dict.fromkeys(names)))
+]
+PromptText = Annotated[str, AfterValidator(check_prompt)]
+Prompts = Annotated[tuple[PromptText, ...], Field(min_length=1), BeforeValidator(as_list)]
 Name = Annotated[str, Field(min_length=1)]
 Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(as_list)]
 Texts = Annotated[Annotated[tuple[Name, ...], Field(min_length=1)] | None, BeforeValidator(as_list)]

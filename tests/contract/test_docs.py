@@ -51,7 +51,7 @@ from qlora_cli.runs.metrics import EVENT_NAMES
 from qlora_cli.runs.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.runs.samples import Answer, Sample
 from qlora_cli.runs.summary import RunSummary
-from qlora_cli.settings.models import SECTIONS, all_settings, marks
+from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, marks
 from qlora_cli.settings.resolve import describe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,6 +96,12 @@ def flags_of(command: Any) -> set[str]:
     """Return every flag of a command and of those below it."""
     found = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     return found.union(*(flags_of(below) for below in getattr(command, "commands", {}).values()))
+
+
+def flags_of_train() -> set[str]:
+    """Return every flag of the settings that `qlora train` has, which are documented with the settings."""
+    marked = [marks(path) for path in all_settings() if path.split(".")[0] in TrainSettings.model_fields]
+    return {flag for mark in marked if mark.flag for flag in (mark.flag, options.off_flag(mark))}
 
 
 def test_there_are_commands_and_examples_to_check() -> None:
@@ -191,10 +197,11 @@ def test_every_json_key_and_flag_of_an_evaluation_is_documented_in_its_section()
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
     flags = page.partition("## Flags of qlora evaluate")[2].partition("\n## ")[0]
     command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
-    settings = {
-        flag for mark in map(marks, all_settings()) if mark.flag for flag in (mark.flag, options.off_flag(mark))
+    own = {flag for flag in flags_of(command) - flags_of_train() if flag.startswith("--")} - {
+        "--config",
+        "--set",
+        "--json",
     }
-    own = {flag for flag in flags_of(command) - settings if flag.startswith("--")} - {"--config", "--set", "--json"}
     assert own >= {"--merged", "--tasks", "--no-base"}
     assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
 
@@ -234,10 +241,7 @@ def test_every_flag_of_a_prediction_that_is_no_setting_is_documented() -> None:
     page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
     section = page.partition("## Flags of qlora inspect-memory")[2].partition("\n## ")[0]
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
-    settings = {
-        flag for mark in map(marks, all_settings()) if mark.flag for flag in (mark.flag, options.off_flag(mark))
-    }
-    own = {flag for flag in flags_of(command) - settings if flag.startswith("--")}
+    own = {flag for flag in flags_of(command) - flags_of_train() if flag.startswith("--")}
     assert own >= {"--gpu", "--solve", "--sweep", "--plot"}
     assert sorted(flag for flag in own - {"--config", "--set", "--json"} if f"`{flag}`" not in section) == []
 

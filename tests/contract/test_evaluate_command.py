@@ -128,7 +128,7 @@ def test_several_data_sets_are_evaluated_together(base_model: Path, held_out: Pa
         (["BASE", "--dataset", "ROWS", "--limit", "3"], ["--limit: has no effect without --tasks"]),
         (["BASE", "--dataset", "ROWS", "--task-path", "no"], ["--task-path: has no effect", "there is no directory"]),
         (["BASE", "--dataset", "ROWS", "--batch-size", "0"], ["--batch-size"]),
-        (["BASE", "--tasks", ","], ["--tasks must name at least one"]),
+        (["BASE", "--tasks", ","], ["--tasks: must name at least one"]),
         (["BASE", "--dataset", "ROWS", "--epochs", "2"], ["no such option: --epochs"]),
     ],
 )

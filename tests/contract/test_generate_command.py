@@ -161,12 +161,12 @@ def test_seed_top_p_and_top_k_shape_what_is_drawn(base_model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["missing option '--prompt'"]),
+        ([], ["--prompt: is missing. What to answer"]),
         (["--prompt", " "], ["--prompt: is empty"]),
         (["--prompt", "-", "--prompt", "-"], ["--prompt - is given twice"]),
         (["--prompt", "a", "--top-k", "5"], ["--top-k: has no effect", "Give --temperature above 0"]),
-        (["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"], ["--temperature: -1", "2 problems"]),
-        (["--prompt", "a", "--temperature", "warm"], ["invalid value for '--temperature'"]),
+        (["--prompt", "a", "--temperature", "-1", "--max-new-tokens", "0"], ["--temperature: must be", "2 problems"]),
+        (["--prompt", "a", "--temperature", "warm"], ["--temperature: expected a number, got 'warm'"]),
         (["--prompt", "a", "--compare"], ["--compare has nothing to compare", "has no adapter"]),
         (["--prompt", "a", "--merged", "m"], ["--merged: has no effect without --compare"]),
         (["--prompt", "a", "--compare", "--merged", "m"], ["--merged m: no such directory", "qlora merge RUN"]),

@@ -16,14 +16,13 @@ from qlora_cli.answering.chat import Chat
 from qlora_cli.answering.generate import generate
 from qlora_cli.answering.opened import open_model
 from qlora_cli.answering.prompts import Message, encode
-from qlora_cli.answering.request import AnswerRequest, Sampling
 from qlora_cli.answering.result import Answer, GenerationReport, Source
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.settings.models import LoadSettings
+from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings
@@ -35,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "What does os.getcwd() do?"
 SILENT = SilentReporter()
-REQUEST = AnswerRequest(max_new_tokens=12)
-COMPARE = AnswerRequest(max_new_tokens=12, compare=True)
+REQUEST = AnswerSettings(max_new_tokens=12)
+COMPARE = AnswerSettings(max_new_tokens=12, compare=True)
 AS_TRAINED: dict[str, Any] = {"model__dtype": None}
 LOAD_PLANNED = "qlora_cli.answering.opened.load_planned"
 
@@ -47,7 +46,7 @@ def texts(report: GenerationReport) -> dict[Source, str]:
     return {answer.source: answer.text for answer in given.answers}
 
 
-def ask(model: Path, request: AnswerRequest = REQUEST, prompt: str = PROMPT, **flags: object) -> GenerationReport:
+def ask(model: Path, request: AnswerSettings = REQUEST, prompt: str = PROMPT, **flags: object) -> GenerationReport:
     return generate(load_settings(model, **flags), request, [prompt], SILENT)
 
 
@@ -176,7 +175,7 @@ def test_the_merged_model_of_a_run_is_found_and_answers_as_adapter_and_base_toge
 
 
 def test_a_merged_model_is_compared_with_a_plain_base_too(ended: Ended, base_model: Path) -> None:
-    request = AnswerRequest(max_new_tokens=12, compare=True, merged=ended.merged)
+    request = AnswerSettings(max_new_tokens=12, compare=True, merged=ended.merged)
     found = texts(ask(base_model, request))
     assert list(found) == ["base", "merged"]
     assert found["merged"] == texts(ask(ended.merged, quantization__method="none"))["base"]
@@ -211,7 +210,7 @@ def test_the_merged_model_is_loaded_unquantized_after_the_first_is_let_go(
     ended: Ended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = loadings(monkeypatch)
-    ask(ended.run, AnswerRequest(max_new_tokens=2, compare=True, merged=ended.merged), **AS_TRAINED)
+    ask(ended.run, AnswerSettings(max_new_tokens=2, compare=True, merged=ended.merged), **AS_TRAINED)
     assert seen == [Loading("fp4", "fp32", 0), Loading("none", "fp32", 0)]
 
 
@@ -220,7 +219,7 @@ def test_a_merged_checkpoint_that_is_quantized_is_loaded_as_it_is_stored(
 ) -> None:
     save_quantized(load(ended.merged), tmp_path / "stored", SILENT)
     seen = loadings(monkeypatch)
-    ask(ended.run, AnswerRequest(max_new_tokens=2, compare=True, merged=tmp_path / "stored"), **AS_TRAINED)
+    ask(ended.run, AnswerSettings(max_new_tokens=2, compare=True, merged=tmp_path / "stored"), **AS_TRAINED)
     assert [each.quantization for each in seen] == ["fp4", "nf4"]
 
 
@@ -238,10 +237,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_weights")
 def test_a_prompt_that_is_too_long_for_the_positions_says_how_much_room_there_is(base_model: Path) -> None:
     with pytest.raises(ModelError, match=r"has 12 tokens, .* allows 501 more: .* the 512 positions") as caught:
-        ask(base_model, AnswerRequest(max_new_tokens=501), prompt="hi")
+        ask(base_model, AnswerSettings(max_new_tokens=501), prompt="hi")
     assert caught.value.hint == "Use --max-new-tokens 500, or a shorter prompt."
     with pytest.raises(ModelError) as caught:
-        ask(base_model, AnswerRequest(max_new_tokens=1), prompt="hi " * 600)
+        ask(base_model, AnswerSettings(max_new_tokens=1), prompt="hi " * 600)
     assert caught.value.hint == "Use a shorter prompt."
 
 
@@ -310,7 +309,7 @@ class Ear:
         assert self.heard[-1] == f"{answer.source}:{answer.text}"
 
 
-def chat_with(settings: LoadSettings, request: AnswerRequest = REQUEST) -> Chat:
+def chat_with(settings: LoadSettings, request: AnswerSettings = REQUEST) -> Chat:
     return Chat(open_model(settings, request, SILENT, is_chat=True), request)
 
 
@@ -378,7 +377,7 @@ def test_a_conversation_fills_the_positions_says_so_and_goes_on_after_a_reset(ba
 
 
 def test_an_answer_takes_only_the_positions_that_are_left(base_model: Path) -> None:
-    request = AnswerRequest(max_new_tokens=1000)
+    request = AnswerSettings(max_new_tokens=1000)
     opened = open_model(load_settings(base_model), request, SILENT, is_chat=True)
     num_tokens = len(encode(opened.loaded.tokenizer, [{"role": "user", "content": "word " * 240}]))
     (answer,) = Chat(opened, request).ask("word " * 240, Ear())
@@ -386,7 +385,7 @@ def test_an_answer_takes_only_the_positions_that_are_left(base_model: Path) -> N
 
 
 def test_a_question_that_is_asked_again_draws_another_answer_and_a_chat_repeats(base_model: Path) -> None:
-    request = AnswerRequest(max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=3))
+    request = AnswerSettings(max_new_tokens=12, temperature=1.0, seed=3)
 
     def twice() -> list[str]:
         chat, found = chat_with(load_settings(base_model), request), []

@@ -15,10 +15,10 @@ from qlora_cli.errors import DataError, ModelError, QloraError, SettingsError
 from qlora_cli.evaluating import run as evaluating
 from qlora_cli.evaluating.result import Evaluation, SourceResult
 from qlora_cli.evaluating.run import evaluate
-from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.events import Noted
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.runs.result import TrainResult
+from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
@@ -72,8 +72,9 @@ def run_evaluation(
 ) -> Evaluation:
     values = {"model.name": str(model), "model.device": "cpu"}
     given = {**values, **{name.replace("__", "."): value for name, value in flags.items()}}
+    given |= {f"evaluate.{key}": value for key, value in (request or {}).items()}
     resolved = resolve(Sources(flags={path: (path, value) for path, value in given.items()}), EvaluateSettings)
-    return evaluate(resolved, EvaluationRequest(**(request or {})), recorder or Recorder())
+    return evaluate(resolved, recorder or Recorder())
 
 
 def by_source(evaluation: Evaluation) -> dict[str, SourceResult]:
@@ -272,8 +273,8 @@ def test_settings_of_a_file_hold_rows_out_as_training_would(folder: Path, merged
     config.write_text(json.dumps({"data": data, "training": {"seed": 3}}))  # JSON is YAML
     flags = {path: (path, value) for path, value in {"model.name": str(ASSETS / "base")}.items()}
     resolved = resolve(Sources(config=config, flags=flags), EvaluateSettings)
-    evaluation = evaluate(resolved, EvaluationRequest(), Recorder())
+    evaluation = evaluate(resolved, Recorder())
     assert evaluation.fingerprint == run_evaluation(merged_run.output, request={"with_base": False}).fingerprint
     config.write_text(json.dumps({"data": {"dataset": data["dataset"]}}))
     with pytest.raises(SettingsError, match="--dataset"):
-        evaluate(resolve(Sources(config=config, flags=flags), EvaluateSettings), EvaluationRequest(), Recorder())
+        evaluate(resolve(Sources(config=config, flags=flags), EvaluateSettings), Recorder())

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from qlora_cli.errors import ModelNotFoundError, OutputDirectoryError, SettingsError
 from qlora_cli.evaluating.result import Evaluation
 from qlora_cli.evaluating.run import evaluate
-from qlora_cli.evaluating.settings import EvaluateSettings, EvaluationRequest
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
-from qlora_cli.settings.models import ModelSettings
+from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings
@@ -53,7 +52,7 @@ def notes_of(recorder: Recorder) -> str:
 def evaluated(run: Path, **flags: object) -> Evaluation:
     values = {"model.name": str(run), "model.device": "cpu", **flags}
     given = Sources(flags={path: (path, value) for path, value in values.items()})
-    return evaluate(resolve(given, EvaluateSettings), EvaluationRequest(), Recorder())
+    return evaluate(resolve(given, EvaluateSettings), Recorder())
 
 
 def test_stopped_gone_on_with_and_killed_a_run_is_its_newest_checkpoint(

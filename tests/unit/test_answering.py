@@ -9,12 +9,15 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_cli.answering.answerer import Answerer, Watch
+from qlora_cli.answering.preflight import check_merged
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
-from qlora_cli.answering.request import AnswerRequest, Sampling, check_merged, request_problems
 from qlora_cli.answering.result import Answer, FinishReason, GenerationReport, Source, collect, cut_note
 from qlora_cli.cli import render_answers
 from qlora_cli.cli.render_answers import Teller, shown, verdict
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, SettingsError
+from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
+from qlora_cli.settings.resolve import Sources, resolve
 from tests.chat_tokenizers import make_sentencepiece, make_tokenizer
 
 HOSTILE = "[bold]a\x1b[2J\x07\x9b1m\u202eb\nc\td\r"
@@ -53,34 +56,46 @@ def an_answer(text: str = "yes", source: Source = "base", reason: FinishReason =
 # ---- what is asked for
 
 
+def problems_of(*given: tuple[str, object]) -> list[str]:
+    """Return what is wrong with the settings of generate, given by these flags."""
+    fields = SECTIONS["generate"].model_fields
+    paths = {marks_of(field).flag: f"generate.{key}" for key, field in fields.items()}
+    flags = {"model.name": ("MODEL", "m"), "generate.prompts": ("--prompt", ["a"])}
+    try:
+        resolve(Sources(flags={**flags, **{paths[flag]: (flag, value) for flag, value in given}}), GenerateSettings)
+    except SettingsError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
 @pytest.mark.parametrize(
-    ("sampling", "flags"),
+    ("given", "refused"),
     [
-        (Sampling(), []),
-        (Sampling(temperature=0.7, top_p=1.0, top_k=1, seed=0), []),
-        (Sampling(top_p=0.9, top_k=5, seed=1), ["--top-p", "--top-k", "--seed"]),
-        (Sampling(temperature=1.0, top_p=0.0, top_k=0, seed=-1), ["--top-p", "--top-k", "--seed"]),
-        (Sampling(temperature=1.0, top_p=1.5, seed=2**32), ["--top-p", "--seed"]),
-        (Sampling(temperature=float("nan"), top_k=0), ["--temperature"]),
-        (Sampling(temperature=float("inf")), ["--temperature"]),
-        (Sampling(temperature=-1.0), ["--temperature"]),
+        ({}, []),
+        ({"--temperature": "0.7", "--top-p": "1.0", "--top-k": "1", "--seed": "0"}, []),
+        ({"--top-p": "0.9", "--top-k": "5", "--seed": "1"}, ["--top-p", "--top-k", "--seed"]),
+        ({"--temperature": "1", "--top-p": "0", "--top-k": "0", "--seed": "-1"}, ["--top-p", "--top-k", "--seed"]),
+        ({"--temperature": "1", "--top-p": "1.5", "--seed": str(2**32)}, ["--top-p", "--seed"]),
+        ({"--temperature": "nan", "--top-k": "1"}, ["--temperature"]),
+        ({"--temperature": "inf"}, ["--temperature"]),
+        ({"--temperature": "-1"}, ["--temperature"]),
     ],
 )
-def test_sampling_out_of_bounds_or_without_effect_is_refused_by_its_flag(sampling: Sampling, flags: list[str]) -> None:
-    problems = request_problems(AnswerRequest(max_new_tokens=1, sampling=sampling))
-    assert [problem.where for problem in problems] == flags
+def test_sampling_out_of_bounds_or_without_effect_is_refused_by_its_flag(
+    given: dict[str, str], refused: list[str]
+) -> None:
+    assert [problem.split(":")[0] for problem in problems_of(*given.items())] == refused
 
 
-def test_all_problems_of_a_request_are_told_at_once() -> None:
-    request = AnswerRequest(max_new_tokens=0, system=" ", merged=Path("m"))
-    problems = request_problems(request, ["fine", "", "x\udcff"])
-    assert [str(problem) for problem in problems] == [
+def test_all_problems_of_what_is_asked_are_told_at_once() -> None:
+    prompts = ("--prompt", ["fine", "", "x\udcff"])
+    assert problems_of(prompts, ("--system", " "), ("--max-new-tokens", "0"), ("--merged", "m")) == [
         "--prompt: is empty",
         "--prompt: is not UTF-8",
         "--system: is empty",
-        "--max-new-tokens: 0 is less than 1",
-        "--merged: has no effect without --compare",
+        "--max-new-tokens: must be greater than or equal to 1, got '0'",
     ]
+    assert problems_of(("--merged", "m")) == ["--merged: has no effect without --compare"]
 
 
 def test_a_merged_model_that_is_an_adapter_or_not_there_is_refused(base_model: Path, tmp_path: Path) -> None:
@@ -157,7 +172,7 @@ def test_an_answer_stops_at_each_end_token_and_says_so(model: PreTrainedModel, a
 
 def test_what_is_drawn_repeats_by_the_seed_and_differs_by_another(model: PreTrainedModel, answerer: Answerer) -> None:
     def drawn(**how: float) -> str:
-        return replace(answerer, sampling=Sampling(temperature=1.0, **how)).answer(model, PROMPT)  # type: ignore[arg-type]
+        return replace(answerer, sampling=AnswerSettings(temperature=1.0, **how)).answer(model, PROMPT)
 
     greedy = answerer.answer(model, PROMPT)
     assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
@@ -170,7 +185,7 @@ def test_the_flags_and_not_the_models_generation_config_say_how_tokens_are_chose
     base_model: Path, answerer: Answerer
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    draws = replace(answerer, sampling=Sampling(temperature=1.5, seed=5))
+    draws = replace(answerer, sampling=AnswerSettings(temperature=1.5, seed=5))
     before = [each.answer(model, PROMPT) for each in (answerer, draws)]
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=1, top_p=0.1, min_p=0.9)
     assert [each.answer(model, PROMPT) for each in (answerer, draws)] == before

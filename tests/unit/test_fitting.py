@@ -156,7 +156,7 @@ def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple
 
 def with_flags(settings: EstimateSettings, text: str) -> EstimateSettings:
     """Return the settings with flags as the command line would read them."""
-    paths = {marks(path).flag: path for path in all_settings()}
+    paths = {marks(path).flag: path for path in all_settings() if path.split(".")[0] in EstimateSettings.model_fields}
     flags: dict[str, tuple[str, Any]] = {}
     words = text.split()
     while words:

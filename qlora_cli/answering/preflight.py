@@ -1,0 +1,21 @@
+"""A merged model that was named to be compared with: what shows to be wrong before torch is imported."""
+
+from pathlib import Path
+
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
+from qlora_cli.model_files.source import check_model_name, looks_local
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.settings.models import ModelSettings
+
+
+def check_merged(directory: Path) -> QloraError | None:
+    """Return what is wrong with a merged model that was named, as far as that shows at once."""
+    if not directory.is_dir() or not looks_local(str(directory)):
+        return ModelError(f"--merged {directory}: no such directory", hint="Merge first: qlora merge RUN")
+    if RunDirectory(directory).is_run or (directory / ADAPTER_CONFIG).is_file():
+        return ModelError(
+            f"--merged {directory} is an adapter or a run, not a merged model",
+            hint="Name the directory that the merged model was written to.",
+        )
+    return check_model_name(ModelSettings(name=str(directory.absolute())))

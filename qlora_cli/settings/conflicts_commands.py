@@ -1,0 +1,19 @@
+"""Settings of single commands that have no effect beside the others."""
+
+from collections.abc import Iterator
+
+from qlora_cli.settings.models import AnswerSettings
+
+Conflict = tuple[str, str, str]
+
+TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
+
+
+def about_answers(answers: AnswerSettings) -> Iterator[Conflict]:
+    """Yield path, message and hint of what has no effect on how a model answers."""
+    for key in ("top_p", "top_k", "seed"):
+        if answers.is_greedy and getattr(answers, key) is not None:
+            yield f"generate.{key}", "has no effect: nothing is drawn at random", TEMPERATURE_HINT
+    if answers.merged is not None and not answers.compare:
+        hint = f"Add --compare, or ask the merged model alone: qlora generate {answers.merged}"
+        yield "generate.merged", "has no effect without --compare", hint
