@@ -1,12 +1,11 @@
-"""Attach a LoRA adapter to a frozen base: a new one, or one that was trained before; and save it."""
+"""Attach a LoRA adapter to a frozen base: a new one, or one that was read from its files."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from copy import deepcopy
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
@@ -18,19 +17,16 @@ from qlora_cli.adapters.initialization import (
     init_for_peft,
     is_pissa,
     remember_start,
-    to_plain_lora,
 )
-from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
+from qlora_cli.adapters.kept import keep
+from qlora_cli.adapters.reader import Adapter, put_on
+from qlora_cli.adapters.state import put_values, remember_origin
+from qlora_cli.adapters.targets import adapted_layers, resolve_pattern, target_modules, target_parameters
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
-from qlora_cli.model_files.checkpoint import read_header
-from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.quantization.methods import why_no_dora
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 from qlora_cli.settings.models import LoraSettings
-
-SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
 
 
 def attach_adapter(
@@ -106,89 +102,35 @@ def _checked_here() -> Iterator[None]:
         yield
 
 
-def check_adapter_file(directory: Path) -> None:
-    """Check that the weights of the adapter in `directory` can be read, before its base is.
+def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    """Return `model` with an adapter that was read for it, in fp32 as far as it was saved so.
+
+    What the adapter's file holds of the base itself is in its place while the adapter is on; the base's own is when it
+    is off.
 
     Raises:
-        ModelError: they can't; names the file.
+        ModelError: the adapter can't be put on a base that is stored so.
     """
-    if (directory / ADAPTER_WEIGHTS).is_file():
-        read_header(directory, ADAPTER_WEIGHTS)
-    else:
-        check_pickle(directory / ADAPTER_PICKLE)
-
-
-def load_adapter(model: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
-    """Return `model` with the adapter in `directory`, in fp32 as far as it was saved so.
-
-    Its file can be read, as `check_adapter_file` has seen.
-
-    Raises:
-        ModelError: the adapter does not fit the model, or its config can't be read.
-    """
-    try:
-        with _checked_here():
-            config = PeftConfig.from_pretrained(directory)
-        if not isinstance(config, LoraConfig):
-            raise ModelError(
-                f"the adapter in {directory} is {config.peft_type.value}, not LoRA",
-                hint="Train a LoRA adapter on the base.",
-            )
+    config = deepcopy(adapter.lora)
+    if is_pissa(config):
+        check_pissa(model)
+    use_for_quantized_experts(config, model)
+    config.inference_mode = not trainable
+    model.requires_grad_(False)
+    adapted = put_on(model, config, adapter.directory)
+    config.bias = "none"  # those that were trained are kept beside those of the base
+    if trainable:
         if is_pissa(config):
-            check_pissa(model)
-        use_for_quantized_experts(config, model)
-        model.requires_grad_(False)
-        with _checked_here():
-            # PEFT would go on with adapters that do nothing where it found none.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = _begun(model, config, directory, trainable=trainable)
-            config.exclude_modules = None
-            # It drops what it finds no place for, and only here says so.
-            left_over = adapted.load_adapter(directory, ADAPTER, is_trainable=trainable).unexpected_keys
-    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason, *more = [line.strip() for line in str(error).splitlines() if "Error(s) in loading" not in line]
-        others = f" (and {len(more)} more)" if more else ""
-        raise ModelError(f"the adapter in {directory} can't be attached: {reason}{others}", hint=SAME_BASE) from error
-    if left_over:
-        raise ModelError(
-            f"the adapter in {directory} has {len(left_over)} weights that the base has no place for, such as "
-            f"{left_over[0]}",
-            hint=SAME_BASE,
-        )
+            remember_start(adapted)
+        train_in_fp32(adapted)
+    else:
+        adapted.eval()
+        adapted.requires_grad_(False)
+    put_values(adapted, adapter.values)
+    keep(adapted, adapter.kept, given=adapter.given, trained=adapter.trained if trainable else frozenset())
+    remember_origin(adapted, adapter)
     _complete_head(model)
     return adapted
-
-
-def _begun(model: PreTrainedModel, config: LoraConfig, directory: Path, *, trainable: bool) -> PeftModel:
-    """Return `model` with the adapter in `directory` attached, ready for its values to be read as they were saved."""
-    if not trainable:
-        return PeftModel.from_pretrained(model, directory, config=config)
-    if is_pissa(config):
-        config.inference_mode = False
-        adapted = get_peft_model(model, config)
-        remember_start(adapted)
-    else:
-        adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=True)
-    train_in_fp32(adapted)
-    return adapted
-
-
-def save_adapter(model: PeftModel, directory: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the adapter of `model` to `directory` as it trains, with the rows that it trains and no others."""
-    # By itself PEFT asks the hub whether the embedding was grown, and if so writes all of it, gigabytes.
-    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
-
-
-def save_trained_adapter(model: PeftModel, directory: Path) -> None:
-    """Write the adapter of `model` to `directory`, for the base as it was before the adapter was attached.
-
-    PiSSA takes parts out of the base: what `save_adapter` writes of it is for training on, and for PEFT alone.
-    """
-    save_adapter(model, directory)
-    if is_pissa(model.peft_config[ADAPTER]):
-        to_plain_lora(model, directory)
 
 
 def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, list[int]] | None:

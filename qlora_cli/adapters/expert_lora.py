@@ -1,5 +1,6 @@
 """LoRA on fused experts that are quantized: PEFT's wrapper of a parameter, mended, and put on in plain order."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -97,9 +98,18 @@ def use_for_quantized_experts(config: LoraConfig, model: PreTrainedModel) -> Non
         return
     config._register_custom_module(wrapped)
     # Among what holds a fused weight is a module of its name, which may be that of a linear layer: down_proj.
-    config.exclude_modules = r".*\.parametrizations\..*"
+    config.exclude_modules = _also_excluding(r".*\.parametrizations\..*", config.exclude_modules)
     if config.target_parameters:
         config.target_parameters = _in_plain_order(config.target_parameters, model)
+
+
+def _also_excluding(pattern: str, excluded: Iterable[str] | str | None) -> str:
+    """Return one pattern for the modules of `pattern` and those that are excluded: a pattern, or ends of names."""
+    if not excluded:
+        return pattern
+    if not isinstance(excluded, str):
+        excluded = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})"
+    return f"(?:{excluded})|(?:{pattern})"
 
 
 def _in_plain_order(targets: Iterable[str], model: PreTrainedModel) -> list[str]:

@@ -1,22 +1,74 @@
-"""The weights of an adapter in a model: compared with a file, and put back from it, value for value."""
+"""The tensors of an adapter in a model: as they are saved, compared with a file, and put back from it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from qlora_cli.adapters.initialization import as_trained
+from qlora_cli.adapters.kept import kept_in
+from qlora_cli.adapters.reader import Adapter
+from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 
 State = dict[str, torch.Tensor]
+ORIGIN = "qlora_adapter"  # the attribute of a model that holds the adapter which it was given from files
 
 
-def adapter_state(model: PeftModel) -> State:
-    """Return the weights of the adapter as they are saved, by the names in the file; not copied."""
-    state: State = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+def remember_origin(model: PeftModel, adapter: Adapter) -> None:
+    """Keep with `model` what its adapter was read from."""
+    setattr(model, ORIGIN, adapter)
+
+
+def origin_of(model: PeftModel) -> Adapter | None:
+    """Return what the adapter of `model` was read from; None if it is a new one."""
+    found: Adapter | None = getattr(model, ORIGIN, None)
+    return found
+
+
+def adapter_state(model: PeftModel, state: State | None = None) -> State:
+    """Return the tensors of the adapter, by PEFT's keys; not copied. `state` are all of the model, if given."""
+    kept = kept_in(model)
+    return {**parts_of(model, state), **(kept.state if kept is not None else {})}
+
+
+def parts_of(model: PeftModel, state: State | None = None) -> State:
+    """Return what PEFT itself knows as the adapter's; not copied."""
+    # Given the state, PEFT does not take the biases of LoRA layers for shards of something.
+    given = model.state_dict() if state is None else state
+    found: State = get_peft_model_state_dict(model, given, save_embedding_layers=False)
+    return found
+
+
+@torch.no_grad()
+def put_values(model: PeftModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Give every tensor of the adapter its value, by PEFT's keys.
+
+    Not by PEFT's own way, which renames some once more and then loses them.
+    """
+    for key, room in parts_of(model).items():
+        room.copy_(values[key])
+
+
+def in_file(state: State, origin: Adapter | None) -> State:
+    """Return the tensors of an adapter under the names that its file had, if it came from one."""
+    renaming = origin.renaming if origin is not None else None
+    if renaming is None:
+        return state
+    return {f"{BASE}{renaming.in_whole(key.removeprefix(BASE))}": value for key, value in state.items()}
+
+
+def read_state(model: PeftModel, directory: Path) -> State:
+    """Return what was saved in `directory` of the adapter of `model`, by PEFT's keys."""
+    saved = load_file(directory / ADAPTER_WEIGHTS)
+    origin = origin_of(model)
+    if origin is not None and origin.renaming is not None:
+        in_decoder = origin.renaming.in_decoder
+        saved = {f"{BASE}{in_decoder(key.removeprefix(BASE))}": value for key, value in saved.items()}
+    return as_trained(model, saved)
 
 
 def restore_adapter(model: PeftModel, directory: Path) -> None:
@@ -25,10 +77,12 @@ def restore_adapter(model: PeftModel, directory: Path) -> None:
     Raises:
         ModelError: not every weight is as in the file afterwards: it is of another adapter.
     """
-    saved = as_trained(model, load_file(directory / ADAPTER_WEIGHTS))
+    saved = read_state(model, directory)
     wrong = _misfits(adapter_state(model), saved)
     if not wrong:
-        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+        put_values(model, saved)
+        if kept := kept_in(model):
+            kept.put(kept.by_name(saved))
         wrong = difference(adapter_state(model), saved)
     if wrong:
         raise ModelError(

@@ -1,6 +1,7 @@
 """Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, open_adapter, rows_of
 from qlora_cli.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
@@ -36,7 +38,10 @@ TAKEN_FROM_RUN = ("dtype", "rope_scaling", "resize_vocab")
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """All that is settled before a weight is read. `shapes` is the model on the meta device."""
+    """All that is settled before a weight is read. `shapes` is the model on the meta device.
+
+    `num_rows` are the rows of the embedding that tokenizer and adapter need; the base may have more.
+    """
 
     settings: LoadSettings
     source: ModelSource
@@ -48,6 +53,8 @@ class Blueprint:
     dtype: ComputeDtype
     attention: str
     free_bytes: int
+    adapter: Adapter | None
+    num_rows: int
     notes: tuple[str, ...]
 
     def describe_storage(self) -> str:
@@ -102,7 +109,10 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     shapes = build_on_meta(base.config, dtype.torch_dtype, trust_remote_code=trust)
     if settings.model.offload_embedding:
         check_offload(shapes, device)
-    _check_new_rows(shapes, tokenizer, source, settings.model)
+    stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.model.allow_pickle)
+    num_rows = max(_rows_for(tokenizer), 0 if stored is None else rows_of(stored, shapes, base))
+    _check_new_rows(shapes, tokenizer, num_rows, source, settings.model)
+    adapter = None if stored is None else _fitted(stored, base, dtype.torch_dtype, num_rows, settings.model)
     attention = choose_attention(settings.model.attention, device, shapes)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, prequantized, device=device)
     free = free_bytes(device)
@@ -114,7 +124,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
         device,
         on_both,
         offload_embedding=offloads,
-        grows=_missing_rows(shapes, tokenizer) > 0,
+        grows=num_rows > embedding_of(shapes).num_embeddings,
     )
     notes = (*base.notes, *((stretched,) if stretched else ()), *tokenizer.notes)
     for note in notes:
@@ -130,6 +140,8 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
         dtype=dtype,
         attention=attention,
         free_bytes=free,
+        adapter=adapter,
+        num_rows=num_rows,
         notes=notes,
     )
 
@@ -230,21 +242,32 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
     return wanted.value
 
 
-def _missing_rows(shapes: PreTrainedModel, tokenizer: LoadedTokenizer) -> int:
-    """Return how many rows the embedding lacks for the tokenizer."""
-    largest = max(tokenizer.tokenizer.get_vocab().values(), default=0)
-    return max(0, largest + 1 - embedding_of(shapes).num_embeddings)
+def _rows_for(tokenizer: LoadedTokenizer) -> int:
+    """Return how many rows of an embedding the tokenizer needs."""
+    return max(tokenizer.tokenizer.get_vocab().values(), default=0) + 1
+
+
+def _fitted(
+    stored: StoredAdapter, base: ModelConfig, dtype: torch.dtype, num_rows: int, settings: ModelSettings
+) -> Adapter:
+    """Return the adapter as it goes on the base, whose vocabulary has at least `num_rows`."""
+    config = deepcopy(base.config)
+    model = build_on_meta(config, dtype, trust_remote_code=settings.trust_remote_code)
+    if num_rows > embedding_of(model).num_embeddings:
+        config.vocab_size = num_rows
+        model = build_on_meta(config, dtype, trust_remote_code=settings.trust_remote_code)
+    return fit(stored, model, base).adapter
 
 
 def _check_new_rows(
-    shapes: PreTrainedModel, tokenizer: LoadedTokenizer, source: ModelSource, settings: ModelSettings
+    shapes: PreTrainedModel, tokenizer: LoadedTokenizer, needed: int, source: ModelSource, settings: ModelSettings
 ) -> None:
     num_rows = embedding_of(shapes).num_embeddings
     beyond = {number for number in tokenizer.tokenizer.get_vocab().values() if number >= num_rows}
     # New tokens bring their rows along, and an adapter's own tokenizer says how far its base was grown.
     if source.adapter is None and not beyond <= set(tokenizer.new_token_ids):
         check_vocabulary(tokenizer.tokenizer, num_rows, settings)
-    if beyond and settings.offload_embedding:
+    if needed > num_rows and settings.offload_embedding:
         raise ModelError(
             "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
         )

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_cli.adapters.adapter import check_adapter_file, load_adapter
+from qlora_cli.adapters.adapter import load_adapter
 from qlora_cli.adapters.loftq import plan_losses
+from qlora_cli.adapters.reader import Adapter
 from qlora_cli.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
 from qlora_cli.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.errors import ModelError
@@ -26,6 +27,7 @@ from qlora_cli.loading.weights import (
     quantization_config,
 )
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
@@ -53,6 +55,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     new_token_ids: tuple[int, ...]
     source: ModelSource
+    adapter: Adapter | None
+    config: ModelConfig
     settings: LoadSettings
     device: torch.device
     dtype: ComputeDtype
@@ -171,12 +175,14 @@ def load_planned(
     for note in found:
         reporter.report(Noted(message=note))
     inventory = take_inventory(model, blueprint.layout.kept)
-    adapter = blueprint.source.adapter
+    adapter = blueprint.adapter
     return LoadedModel(
         model=model if adapter is None else load_adapter(model, adapter, trainable=trains_adapter),
         tokenizer=blueprint.tokenizer.tokenizer,
         new_token_ids=blueprint.tokenizer.new_token_ids,
         source=blueprint.source,
+        adapter=adapter,
+        config=blueprint.base,
         settings=settings,
         device=device,
         dtype=blueprint.dtype,
@@ -228,8 +234,6 @@ def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
     if checkpoint.is_pickle:
         tensors = [check_pickle(file) for file in checkpoint.files]
         checkpoint = replace(checkpoint, tensors={name: one for part in tensors for name, one in part.items()})
-    if blueprint.source.adapter is not None:
-        check_adapter_file(blueprint.source.adapter)
     check_shapes(blueprint.source, checkpoint, blueprint.shapes, blueprint.layout)
     return checkpoint
 
@@ -254,11 +258,13 @@ def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
     before = embedding_of(model).num_embeddings
-    needed = max(blueprint.tokenizer.tokenizer.get_vocab().values(), default=0) + 1
+    needed = blueprint.num_rows
     if needed <= before:
         return []
     grow(model, needed)
-    return [f"the embedding was grown from {before:,} to {needed:,} rows"]
+    said = f"the embedding was grown from {before:,} to {needed:,} rows"
+    without = "" if blueprint.adapter is None else "; without the adapter, the new ones are the mean of the others"
+    return [f"{said}{without}"]
 
 
 def _check_measurable(layout: Layout) -> None:

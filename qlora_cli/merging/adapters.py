@@ -1,41 +1,26 @@
-"""An adapter as changes of the parameters of its base, by PEFT's own reading of its config.
+"""An adapter as changes of the parameters of its base. Its values stay in their file until they are used."""
 
-PEFT puts the adapter on the base on the meta device: what it wraps, with which rank and scale, is what the adapter was
-trained as. Its values stay in their file, mapped into memory, until they are used.
-"""
-
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.adapter import SAME_BASE, check_adapter_file
+from qlora_cli.adapters.keys import in_base
+from qlora_cli.adapters.reader import BEGUN_BY_PEFT, BY_PEFT, Adapter, StoredAdapter, changed_base, fit
 from qlora_cli.adapters.targets import ADAPTER, BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.changes import Added, Change, Directed, Experts, LowRank, Replaced, Rows, Whole
-from qlora_cli.merging.names import ends_of, in_base, with_twins
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
-from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import ModelConfig
 
 Read = Callable[[str], torch.Tensor]
 # A parameter of a module by its name there, its change, and the adapter's tensors that say so.
 Found = tuple[str, Change, tuple[str, ...]]
-# Beginnings that take something out of the base, which is gone unless the adapter was converted when it was saved.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
-BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,192 +28,73 @@ class AdapterChanges:
     """What one adapter does: its changes by the full name of the parameter.
 
     Attributes:
-        config: As PEFT reads it, without dropout.
-        state: Its values, by the names that PEFT has for them on this base.
-        beside: Embedding and head that were saved beside it and are not those of the base, by their names there.
+        adapter: The adapter as it goes on the base.
+        beside: Parameters of the base that its file holds and that are not as the base has them, by their names there.
     """
 
-    directory: Path
-    config: LoraConfig
-    state: Mapping[str, torch.Tensor]
+    adapter: Adapter
     beside: Mapping[str, torch.Tensor]
     changes: Mapping[str, Change]
     summary: str
 
     @property
+    def directory(self) -> Path:
+        """Where it was read."""
+        return self.adapter.directory
+
+    @property
+    def config(self) -> LoraConfig:
+        """Its config for PEFT on this base."""
+        return self.adapter.lora
+
+    @property
     def num_tensors(self) -> int:
         """How many tensors it consists of."""
-        return len(self.state)
+        return len(self.adapter.values)
 
 
-def read_changes(
-    model: PreTrainedModel, base: ModelConfig, directory: Path, stored: Read, *, allow_pickle: bool
-) -> AdapterChanges:
-    """Return what the adapter in `directory` does to `model`, which is on the meta device; `stored` reads its weights.
+def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapter, read: Read) -> AdapterChanges:
+    """Return what an adapter does to `model`, which is on the meta device; `read` reads its weights.
 
     Raises:
-        ModelError: it is no LoRA adapter, does not fit the model, can't be merged, or holds what is no number.
+        ModelError: it does not fit the model, or can't be merged.
     """
-    check_adapter_file(directory)
-    config = _read_config(directory)
-    state = _of_decoder(_read_state(directory, allow_pickle=allow_pickle), base, directory)
-    ends = {name: model.get_parameter(name) for name in ends_of(model)}
-    tied = dict(model.all_tied_weights_keys or {})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of tied weights and stored orders, which are seen to here
-            warnings.simplefilter("ignore", RuntimeWarning)
-            adapted = get_peft_model(model, deepcopy(config), autocast_adapter_dtype=False)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the adapter in {directory} can't be put on its base: {reason}", hint=SAME_BASE) from error
-    state, beside = _checked(adapted, config, state, ends, directory)
-    # PEFT puts them into the base, where those that are one stay one.
-    twins = with_twins(beside, tied)
-    beside = {name: beside[twin] for name, twin in twins.items() if not _is_same(beside[twin], stored(name))}
-    changes = dict(_changes(adapted, state, directory))
+    _check_mergeable(stored)
+    fitted = fit(stored, model, base)
+    adapter, directory = fitted.adapter, stored.directory
+    beside = {name: value for name, value in adapter.kept.items() if not _is_same(value, read(name))}
+    changes = dict(_changes(fitted.model, adapter.values, directory))
     for name, values in beside.items():
         changes[name] = Replaced(values=values, change=changes[name]) if name in changes else Whole(values=values)
     if not changes:
         raise ModelError(f"the adapter in {directory} changes nothing", hint="Train it first.")
-    return AdapterChanges(
-        directory=directory,
-        config=config,
-        state=state,
-        beside=beside,
-        changes=changes,
-        summary=_summary(config, changes),
-    )
+    return AdapterChanges(adapter=adapter, beside=beside, changes=changes, summary=_summary(adapter.lora, changes))
 
 
-def _read_config(directory: Path) -> LoraConfig:
-    content = read_json(directory / ADAPTER_CONFIG)
-    init = content.get("init_lora_weights")
-    # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
-    content |= {"init_lora_weights": True, "loftq_config": {}}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = PeftConfig.from_peft_type(**content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the config of the adapter in {directory} can't be read: {error}", hint=SAME_BASE) from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"the adapter in {directory} is {config.peft_type.value}, not LoRA", hint=BY_PEFT)
-    if reason := _not_mergeable(config, init):
-        raise ModelError(f"the adapter in {directory} can't be merged: {reason[0]}", hint=reason[1])
-    config.lora_dropout = 0.0  # of training only
-    return config
+def _check_mergeable(stored: StoredAdapter) -> None:
+    init = stored.config.init_lora_weights
+    if isinstance(init, str) and init.startswith(BEGUN_BY_PEFT):
+        raise changed_base(stored.directory, init)
+    if reason := _not_mergeable(stored):
+        raise ModelError(f"the adapter in {stored.directory} can't be merged: {reason[0]}", hint=reason[1])
 
 
-def _not_mergeable(config: LoraConfig, init: object) -> tuple[str, str] | None:
-    if isinstance(init, str) and init.startswith(CHANGES_BASE):
-        return (
-            f"it began by {init}, which changed its base, and says nothing of the base as it was",
-            "Of a run, merge its adapter/, which was converted; else save it with "
-            "path_initial_model_for_weight_conversion.",
-        )
-    if config.layer_replication:
+def _not_mergeable(stored: StoredAdapter) -> tuple[str, str] | None:
+    given = stored.config.given
+    if given.get("layer_replication"):
         return "it repeats layers of its base (layer_replication)", "Save the model with the repeated layers first."
-    if config.alora_invocation_tokens:
+    if given.get("alora_invocation_tokens"):
         return "it is active from its invocation tokens on only (aLoRA)", "Serve it as an adapter."
-    for one in fields(config):
-        if one.metadata.get("is_lora_variant") and one.name != "use_dora" and getattr(config, one.name):
+    for one in fields(LoraConfig):
+        # An empty config of a variant is one.
+        is_used = one.metadata.get("is_lora_variant") and given.get(one.name) not in (None, False, [])
+        if is_used and one.name != "use_dora":
             return f"it is of a kind of its own ({one.name})", BY_PEFT
     return None
 
 
-def _read_state(directory: Path, *, allow_pickle: bool) -> dict[str, torch.Tensor]:
-    if (directory / ADAPTER_WEIGHTS).is_file():
-        return load_file(directory / ADAPTER_WEIGHTS)
-    assert allow_pickle, "refused when it was found"
-    state: dict[str, torch.Tensor] = torch.load(directory / ADAPTER_PICKLE, map_location="cpu", weights_only=True)
-    return state
-
-
-def _of_decoder(state: dict[str, torch.Tensor], base: ModelConfig, directory: Path) -> dict[str, torch.Tensor]:
-    """Return the values by the names of the text decoder, where the adapter was put on a model with towers around it.
-
-    On towers it may be, as long as it does nothing there: training on text alone leaves it so.
-    """
-    if not base.text_only:
-        return state
-    towers = {key: value for key, value in state.items() if base.is_left_out(key)}
-    trained = [key for key, value in towers.items() if "lora_A" not in key and value.any()]
-    if trained:
-        raise ModelError(
-            f"the adapter in {directory} changes more than the text decoder: {in_base(trained[0])}", hint=BY_PEFT
-        )
-    kept = {key.removeprefix(BASE): value for key, value in state.items() if key not in towers}
-    return {f"{BASE}{base.renamed(name)}": value for name, value in kept.items()}
-
-
 def _is_same(values: torch.Tensor, stored: torch.Tensor) -> bool:
     return values.shape == stored.shape and torch.equal(values.to(stored.dtype), stored)
-
-
-def _is_copy(key: str, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a weight is that of a module that trained whole, or of its base, once more.
-
-    PEFT writes both beside it if it takes them for an embedding that was resized.
-    """
-    plain = COPIES.sub(".", key)
-    return plain != key and plain in state
-
-
-def _checked(
-    adapted: PeftModel,
-    config: LoraConfig,
-    state: dict[str, torch.Tensor],
-    ends: Mapping[str, torch.Tensor],
-    directory: Path,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the values by the names that PEFT expects, every one, and those of `ends` that were saved beside.
-
-    Those are embedding and head, which PEFT saves unasked, by their names in the base.
-    """
-    # Given the state, PEFT does not take the biases of LoRA layers for shards of something.
-    expected = get_peft_model_state_dict(adapted, adapted.state_dict(), save_embedding_layers=False)
-    if state.keys() != expected.keys():
-        state = convert_peft_adapter_state_dict_for_transformers(adapted, config, state)
-    state = {key: value for key, value in state.items() if not key.startswith(_followers(adapted))}
-    state = {key: value for key, value in state.items() if not _is_copy(key, state)}
-    beside = {key: in_base(key) for key in state if key not in expected and in_base(key) in ends}
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ModelError(
-            f"the adapter in {directory} lacks {len(missing)} of its weights, such as {missing[0]}", hint=SAME_BASE
-        )
-    if unknown := sorted(state.keys() - expected.keys() - beside.keys()):
-        raise ModelError(
-            f"the adapter in {directory} has {len(unknown)} weights that the base has no place for, such as "
-            f"{unknown[0]}",
-            hint=SAME_BASE,
-        )
-    for key, value in state.items():
-        _check_value(key, value, ends[beside[key]] if key in beside else expected[key], directory)
-    return {key: state[key] for key in expected}, {name: state[key] for key, name in beside.items()}
-
-
-def _followers(adapted: PeftModel) -> tuple[str, ...]:
-    """Return where the names of tied heads begin whose rows are those of the embedding; PEFT may save them twice."""
-    return tuple(
-        f"{path}."
-        for path, module in adapted.named_modules()
-        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is not None
-    )
-
-
-def _check_value(key: str, value: torch.Tensor, expected: torch.Tensor, directory: Path) -> None:
-    if value.shape != expected.shape:
-        raise ModelError(
-            f"the adapter in {directory}: {key} is {tuple(value.shape)}, and the base asks for "
-            f"{tuple(expected.shape)}",
-            hint=SAME_BASE,
-        )
-    if not torch.isfinite(value).all():
-        raise ModelError(
-            f"the adapter in {directory} is broken: {key} holds NaN or infinite values",
-            hint="Take an earlier checkpoint of the run.",
-        )
 
 
 def _changes(adapted: PeftModel, state: Mapping[str, torch.Tensor], directory: Path) -> Iterator[tuple[str, Change]]:
@@ -245,8 +111,7 @@ def _changes(adapted: PeftModel, state: Mapping[str, torch.Tensor], directory: P
         for name, change, keys in found:
             read |= set(keys)
             yield f"{in_base(path)}.{name}", change
-    for key in sorted(state.keys() - read):  # biases that were trained beside (bias="all")
-        yield in_base(key), Whole(values=state[key])
+    assert read == state.keys(), "a tensor of the adapter does nothing"
 
 
 def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], directory: Path) -> Iterator[Found]:

@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from qlora_cli.adapters.keys import with_twins
+from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
 from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
@@ -20,7 +22,6 @@ from qlora_cli.merging.adapters import AdapterChanges, Read, read_changes
 from qlora_cli.merging.base import Base, BaseModel, parameter_groups
 from qlora_cli.merging.changes import Weighted
 from qlora_cli.merging.conversions import read_conversions
-from qlora_cli.merging.names import rows_of_adapter, with_twins
 from qlora_cli.merging.plan import Changes
 from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.stored import StoredTensors
@@ -95,14 +96,13 @@ def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
         check_pickle(file)
     for one in sources:
         _check_digest(one, request, reporter)
-    base = read_base(source, config, checkpoint, tokenizer, record, request)
+    opened = [
+        open_adapter(one.adapter, allow_pickle=request.allow_pickle) for one in sources if one.adapter is not None
+    ]
+    base = read_base(source, config, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
-    stored = _reader(base)
-    adapters = tuple(
-        read_changes(_on_meta(config, base, request), config, one.adapter, stored, allow_pickle=request.allow_pickle)
-        for one in sources
-        if one.adapter is not None
-    )
+    read = _reader(base)
+    adapters = tuple(read_changes(_on_meta(config, base, request), config, one, read) for one in opened)
     return Inputs(
         request=request,
         source=source,
@@ -182,8 +182,11 @@ def read_base(
     tokenizer: LoadedTokenizer,
     record: RunRecord | None,
     request: MergeRequest,
+    adapters: Sequence[StoredAdapter] = (),
 ) -> BaseModel:
     """Return the base on the meta device, with what is known of how training, or its file, has stored it.
+
+    It has rows for the tokenizer and for `adapters`.
 
     Raises:
         ModelError: weights are not as config.json says.
@@ -205,8 +208,8 @@ def read_base(
         layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
     check_shapes(source, checkpoint, model, layout)
     tensors = StoredTensors(source.path, checkpoint)
-    brought = rows_of_adapter(model, source.adapter) if source.adapter is not None else 0
-    grown, num_rows = _grow(model, config, max(brought, _rows_for(tokenizer)))
+    needed = max([_rows_for(tokenizer), *(rows_of(one, model, config) for one in adapters)])
+    grown, num_rows = _grow(model, config, needed)
     if grown:
         model = build_on_meta(config.config, dtype, trust_remote_code=trust)
     conversions = read_conversions(model, list(tensors.headers), config.key_mapping)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.adapter import SAME_BASE
+from qlora_cli.adapters.keys import ends_of
+from qlora_cli.adapters.reader import SAME_BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.base import BaseModel, parameter_groups, weight_of_constant
 from qlora_cli.merging.changes import Weighted
 from qlora_cli.merging.conversions import Group
-from qlora_cli.merging.names import ends_of
 from qlora_cli.merging.result import Action
 from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.config import ModelConfig

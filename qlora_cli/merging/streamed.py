@@ -24,7 +24,6 @@ from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.merging.adapted import ModuleWatch
 from qlora_cli.merging.adapters import AdapterChanges, Read
-from qlora_cli.merging.names import in_base
 from qlora_cli.model_files.construction import build_model
 from qlora_cli.units import format_bytes
 
@@ -222,7 +221,8 @@ def _put_beside(
             else:
                 model.add_adapter(label, config)
             _materialize(model, names, device)
-            replaced |= {**one.adapter.beside, **_fill(model, label, one.adapter.state)}
+            _fill(model, label, one.adapter.adapter.values)
+            replaced |= one.adapter.beside
         assert model is not None, "there is an adapter"
         model.base_model.set_adapter(labels if len(labels) > 1 else labels[0])
     for module in model.modules():
@@ -233,19 +233,14 @@ def _put_beside(
     return model, replaced
 
 
-def _fill(model: PeftModel, label: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give an adapter its values, and return those that are parameters of the base, by their names there.
+def _fill(model: PeftModel, label: str, values: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter its values, but for those of parameters of the base, such as biases.
 
     Not by PEFT's own way, which renames some once more and then loses them.
     """
     rooms = get_peft_model_state_dict(model, adapter_name=label, save_embedding_layers=False)
-    replaced = {}
-    for key, room in rooms.items():
-        if room.is_meta:
-            replaced[in_base(key)] = state[key]
-        else:
-            room.copy_(state[key])
-    return replaced
+    for key, value in values.items():
+        rooms[key].copy_(value)
 
 
 def _materialize(model: PeftModel, names: dict[int, str], device: torch.device) -> None:

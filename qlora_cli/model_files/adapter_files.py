@@ -50,6 +50,11 @@ class AdapterConfig(BaseModel):
     use_dora: bool = False
     content: dict[str, Any]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the file says, without what it says nothing of."""
+        return {key: value for key, value in self.content.items() if value is not None}
+
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
     """Return the config of the LoRA adapter in `directory`.
@@ -62,7 +67,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     given = {key: value for key, value in content.items() if value is not None or key in NOT_NULL}
     _check_kind(file, given)
     try:
-        return AdapterConfig.model_validate({**given, "content": given})
+        return AdapterConfig.model_validate({**given, "content": content})
     except ValidationError as error:
         raise ModelError(
             f"{file} can't be used: {_reason(error, given)}",

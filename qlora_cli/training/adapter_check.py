@@ -2,16 +2,25 @@
 
 import re
 from collections.abc import Collection
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import PreTrainedModel
 
-from qlora_cli.adapters.initialization import as_trained
-from qlora_cli.adapters.state import adapter_state, difference, restore_adapter
+from qlora_cli.adapters.initialization import as_trained, is_pissa
+from qlora_cli.adapters.kept import kept_in
+from qlora_cli.adapters.keys import ends_of, in_base
+from qlora_cli.adapters.reader import fit, open_adapter
+from qlora_cli.adapters.state import difference, parts_of, put_values
+from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.errors import TrainingError
-from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
+from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.model_files.checkpoint import read_checkpoint
+from qlora_cli.quantization.layout import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
 MOST_NORM = 1e6  # of one matrix: far above what trains, far below what overflows
@@ -46,25 +55,39 @@ def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
 
 
 @torch.no_grad()
-def check_saved(model: PeftModel, directory: Path, num_tokens: int) -> None:
-    """Check that the adapter that was saved gives the logits of the one in memory, which it replaces meanwhile.
+def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
+    """Check that the adapter that was saved, on the base's own files, gives the logits of the one in memory.
 
-    `num_tokens` is the size of the vocabulary.
+    It is read as every command reads it, and takes the place of the one in memory meanwhile: there is no second base.
 
     Raises:
         TrainingError: it does not.
     """
-    saved = as_trained(model, load_file(directory / ADAPTER_WEIGHTS))
-    if wrong := difference(adapter_state(model), saved):
+    shapes = _shapes(model, loaded)
+    ends = ends_of(shapes)
+    fitted = fit(open_adapter(directory, allow_pickle=False), shapes, loaded.config)
+    written = as_trained(model, dict(fitted.adapter.values))
+    kept = kept_in(model)
+    wrong = (
+        _changed_base(model, ends, loaded)
+        or difference(parts_of(model), written)
+        or difference(kept.named if kept else {}, {name: fitted.adapter.kept[name] for name in fitted.adapter.given})
+        or _other_scales(model, fitted.model)
+    )
+    if wrong:
         raise TrainingError(f"{directory} does not hold what was trained: {wrong}", hint="The checkpoints are kept.")
     was_training = model.training
     model.eval()
+    num_tokens = len(loaded.tokenizer)
     before = _logits(model, num_tokens)
     noise = _distance(before, _logits(model, num_tokens))  # of kernels that add in no fixed order
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.zero_()
-    restore_adapter(model, directory)
+    put_values(model, written)
+    if kept:
+        kept.put({name: torch.zeros_like(value) for name, value in kept.named.items()})
+        kept.put(fitted.adapter.kept)
     moved = _distance(before, _logits(model, num_tokens))
     model.train(was_training)
     if not moved <= noise:
@@ -72,6 +95,41 @@ def check_saved(model: PeftModel, directory: Path, num_tokens: int) -> None:
             f"the adapter in {directory} gives other logits than the trained model: they move by {moved:.2g}",
             hint="The checkpoints are kept.",
         )
+
+
+def _shapes(model: PeftModel, loaded: LoadedModel) -> PreTrainedModel:
+    """Return the base of `model`, with the rows that it has, on the meta device."""
+    config, trust = deepcopy(model.get_base_model().config), loaded.settings.model.trust_remote_code
+    return build_on_meta(config, loaded.dtype.torch_dtype, trust_remote_code=trust)
+
+
+def _changed_base(model: PeftModel, ends: Collection[str], loaded: LoadedModel) -> str | None:
+    """Return which of `ends`, embedding and head of the base, is not as in its files: an adapter was put into it."""
+    checkpoint = read_checkpoint(loaded.source.path, allow_pickle=loaded.settings.model.allow_pickle)
+    if checkpoint.is_pickle or is_pissa(model.peft_config[ADAPTER]):
+        return None
+    stored = {loaded.config.renamed(name): header for name, header in checkpoint.tensors.items()}
+    with model.disable_adapter():
+        held = {in_base(name): parameter for name, parameter in model.get_base_model().named_parameters()}
+        for name in sorted(ends & held.keys() & stored.keys()):
+            header = stored[name]
+            with safe_open(loaded.source.path / header.file, framework="pt") as file:
+                value = file.get_tensor(header.name)
+            rows = held[name][: value.shape[0]]
+            if not torch.equal(value.to(rows.device, rows.dtype), rows):
+                return f"{header.name} of the base is not that of {header.file}"
+    return None
+
+
+def _other_scales(model: PeftModel, written: PeftModel) -> str | None:
+    """Return which layer the written config gives another scale, or no adapter."""
+    scales, others = _scales(model), _scales(written)
+    differing = sorted(path for path in scales.keys() | others.keys() if scales.get(path) != others.get(path))
+    return f"its config gives another scale to {differing[0]}" if differing else None
+
+
+def _scales(model: PeftModel) -> dict[str, float]:
+    return {path: layer.scaling[ADAPTER] for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from qlora_cli.adapters.adapter import save_trained_adapter
 from qlora_cli.adapters.state import restore_adapter
+from qlora_cli.adapters.writer import save_trained_adapter
 from qlora_cli.answering.answerer import Answerer
 from qlora_cli.counters import (
     peak_device_allocated_bytes,
@@ -226,7 +226,7 @@ class Session:
         save_adapter(self._prepared, self._directory)
         if is_whole:
             self._reporter.report(PhaseStarted(title="Checking the adapter"))
-            check_saved(self._prepared.model, self._directory.adapter, len(self._prepared.loaded.tokenizer))
+            check_saved(self._prepared.model, self._directory.adapter, self._prepared.loaded)
 
     def _take_best(self) -> None:
         """Give the adapter the weights of the best evaluation, if that is asked for."""

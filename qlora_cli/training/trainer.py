@@ -12,8 +12,8 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 from transformers.integrations.neftune import deactivate_neftune
 from trl import SFTTrainer
 
-from qlora_cli.adapters.adapter import save_adapter
 from qlora_cli.adapters.state import restore_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.events import CheckpointSaved, EvalStarted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore
 from qlora_cli.training.guard import StepGuard

@@ -1,5 +1,6 @@
 """Adapters on tiny models: loaded, attached as settings say, trained a few steps, saved and loaded again."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from transformers import PreTrainedModel
 
-from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter, load_adapter
+from qlora_cli.adapters.reader import Adapter, fit, open_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.loading import load, load_settings, logits
 from tests.integration.plain import IDS
@@ -65,8 +71,20 @@ def train_steps(model: PeftModel, num_steps: int = 2, learning_rate: float = 1e-
     return losses
 
 
+def read_for(model: PreTrainedModel, directory: Path) -> Adapter:
+    """Return the adapter in `directory` as it goes on `model`."""
+    shapes = build_on_meta(deepcopy(model.config), model.dtype)
+    base = ModelConfig(config=model.config, key_mapping=None)
+    return fit(open_adapter(directory, allow_pickle=False), shapes, base).adapter
+
+
+def put_back(model: PreTrainedModel, directory: Path, *, trainable: bool = True) -> PeftModel:
+    """Return `model` with the adapter in `directory`."""
+    return load_adapter(model, read_for(model, directory), trainable=trainable)
+
+
 def assert_loads_again(model: PeftModel, checkpoint: Path, directory: Path, **flags: object) -> None:
     """Save the adapter of `model`, put it on a fresh base, and compare the logits to the bit."""
     save_adapter(model, directory)
-    again = load_adapter(load(checkpoint, **flags).base, directory, trainable=True)
+    again = put_back(load(checkpoint, **flags).base, directory)
     assert torch.equal(logits(again, IDS), logits(model, IDS))

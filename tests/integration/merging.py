@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_cli.adapters.adapter import attach_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import QloraError
 from qlora_cli.events import SilentReporter
 from qlora_cli.files import as_json

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 
-from qlora_cli.adapters.adapter import attach_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.training.run import train

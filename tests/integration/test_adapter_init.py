@@ -11,8 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter, save_trained_adapter
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.initialization import as_trained, begin
+from qlora_cli.adapters.writer import save_adapter, save_trained_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.blueprint import plan_load
@@ -23,7 +24,15 @@ from qlora_cli.settings.choices import LoraInit
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import Recorder, train_settings
-from tests.integration.adapters import adapt, assert_loads_again, load_for, lora_layers, settings_of, train_steps
+from tests.integration.adapters import (
+    adapt,
+    assert_loads_again,
+    load_for,
+    lora_layers,
+    put_back,
+    settings_of,
+    train_steps,
+)
 from tests.integration.experts import save_moe
 from tests.integration.loading import load, load_settings, logits, save_model, weight_of
 from tests.integration.plain import IDS, ROWS, plain
@@ -147,7 +156,7 @@ def test_pissa_takes_the_principal_parts_and_what_is_saved_at_the_end_fits_the_b
     assert (config["r"], config["init_lora_weights"]) == (16, True)
     other = logits(PeftModel.from_pretrained(plain(base), tmp_path), IDS)
     torch.testing.assert_close(other, trained, rtol=1e-4, atol=1e-4)
-    ours = logits(load_adapter(load(base, **UNQUANTIZED).base, tmp_path, trainable=True), IDS)
+    ours = logits(put_back(load(base, **UNQUANTIZED).base, tmp_path), IDS)
     torch.testing.assert_close(ours, trained, rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +197,7 @@ def test_from_a_raw_checkpoint_of_pissa_training_goes_on_and_ends_on_the_base_as
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8), **UNQUANTIZED)
     train_steps(model, learning_rate=1e-3)
     save_adapter(model, tmp_path / "raw")
-    again = load_adapter(load(llama, **UNQUANTIZED).base, tmp_path / "raw", trainable=True)
+    again = put_back(load(llama, **UNQUANTIZED).base, tmp_path / "raw")
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     losses = train_steps(again, learning_rate=1e-3)
     assert losses[0] > losses[2]
@@ -201,10 +210,10 @@ def test_a_raw_checkpoint_of_pissa_gives_its_logits_also_without_training(llama:
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8), **UNQUANTIZED)
     train_steps(model, learning_rate=1e-3)
     save_adapter(model, tmp_path)
-    again = load_adapter(load(llama, **UNQUANTIZED).base, tmp_path, trainable=False)
+    again = put_back(load(llama, **UNQUANTIZED).base, tmp_path, trainable=False)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="PiSSA can't be used on a quantized base"):
-        load_adapter(load(llama).base, tmp_path, trainable=False)
+        put_back(load(llama).base, tmp_path, trainable=False)
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

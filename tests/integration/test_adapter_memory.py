@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.adapters.adapter import save_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.blueprint import plan_load

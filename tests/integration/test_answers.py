@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_cli.adapters.adapter import save_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.answering import generate as answering
 from qlora_cli.answering.chat import Chat
 from qlora_cli.answering.generate import generate

@@ -15,10 +15,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import LoraSettings
+from tests.integration.adapters import put_back
 from tests.integration.loading import load, logits, refused, save_model
 from tests.integration.plain import IDS, ROWS, dequantized, plain
 from tests.integration.test_training import base_digest
@@ -173,7 +175,7 @@ def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_the_base_sta
 
     save_adapter(model, tmp_path / "adapter")
     # Trainable, as the other is: torch folds a product with a batch differently if its weight has a gradient.
-    again = load_adapter(load(checkpoint).base, tmp_path / "adapter", trainable=True)
+    again = put_back(load(checkpoint).base, tmp_path / "adapter")
     assert torch.equal(logits(again, IDS), trained)
 
 

@@ -177,9 +177,9 @@ def test_an_adapter_of_plain_peft_loads_to_the_logits_of_plain_peft(plain_adapte
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"hidden_size": 128}, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
+        ({"hidden_size": 128}, "layers.0.mlp.down_proj.lora_B.weight is (64, 2), and the base asks for (128, 2)"),
         ({"num_hidden_layers": 1}, "has 4 weights that the base has no place for, such as base_model.model.model."),
-        ({"num_hidden_layers": 3}, "Found missing adapter keys"),
+        ({"num_hidden_layers": 3}, "lacks 4 of its weights, such as base_model.model.model.layers.2."),
         ({"family": "gpt2"}, "not found in the base model"),
     ],
 )

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from benchmarks.synthetic import Shape, num_parameters, write_model
 from qlora_cli import __version__
-from qlora_cli.adapters.adapter import attach_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.cli.app import app
 from qlora_cli.errors import DiskSpaceError
 from qlora_cli.loading import save as saving

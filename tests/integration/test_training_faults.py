@@ -401,11 +401,11 @@ def test_what_was_saved_is_held_against_what_was_trained(base_model: Path, rows:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     adapter = run(prepared, Recorder()).adapter
     before = {name: tensor.clone() for name, tensor in adapter_state(prepared.model).items()}
-    check_saved(prepared.model, adapter, 100)
+    check_saved(prepared.model, adapter, prepared.loaded)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state(prepared.model).items())
     next(p for p in prepared.model.parameters() if p.requires_grad).data[0, 0] += 1
     with pytest.raises(TrainingError, match="does not hold what was trained"):
-        check_saved(prepared.model, adapter, 100)
+        check_saved(prepared.model, adapter, prepared.loaded)
 
 
 def test_memory_that_was_predicted_otherwise_is_told_with_what_it_is_for(

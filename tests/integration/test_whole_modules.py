@@ -9,14 +9,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
-from qlora_cli.adapters.adapter import attach_adapter, load_adapter, save_adapter
+from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.whole_modules import whole_modules
+from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
-from tests.integration.adapters import adapt, assert_loads_again, frozen, settings_of, train_steps
+from tests.integration.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
 from tests.integration.loading import load, logits, save_model
 from tests.integration.plain import IDS, ROWS, dequantized
 
@@ -103,7 +104,7 @@ def test_a_head_that_is_the_embedding_trains_as_one_with_it(
     assert not torch.equal(base.get_input_embeddings().weight, before)
     assert is_one()
     assert_loads_again(model, tied, tmp_path)
-    again = load_adapter(load(tied).base, tmp_path, trainable=True).get_base_model()
+    again = put_back(load(tied).base, tmp_path).get_base_model()
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
     other = PeftModel.from_pretrained(dequantized(tied, load(tied)), tmp_path)
     torch.testing.assert_close(logits(other, IDS), logits(model, IDS), rtol=1e-4, atol=1e-5)
@@ -140,7 +141,7 @@ def test_the_head_trains_in_the_trainer_and_is_in_the_adapter_that_it_writes(
         moved = (last - first.float()).abs()
         assert (moved > 1e-5).float().mean() > 0.9, name
         assert moved.max() < 0.01
-    with_both = load_adapter(base.base, adapter, trainable=True)
+    with_both = put_back(base.base, adapter)
     without = {name: value for name, value in stored.items() if "lm_head" not in name}
     assert len(without) == len(stored) - 1
     assert not torch.equal(with_both.get_base_model().get_output_embeddings().weight, first)

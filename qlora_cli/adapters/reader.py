@@ -1,0 +1,330 @@
+"""The one reader of an adapter: its files, brought to the names and shapes of its base, and checked.
+
+`open_adapter` maps the files into memory. `fit` puts the adapter on its base on the meta device, by PEFT's own reading
+of its config: what PEFT wraps, with which rank and scale, is what the adapter was trained as. What merges it, attaches
+it or predicts it goes by the result; nothing else reads adapters.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from qlora_cli.adapters.decoder import Renaming, on_decoder, renaming_of
+from qlora_cli.adapters.keys import Key, Names, beginning_of, ends_of, in_base, with_twins, without_wrappers
+from qlora_cli.adapters.targets import BASE
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.adapter_files import (
+    ADAPTER_PICKLE,
+    ADAPTER_WEIGHTS,
+    AdapterConfig,
+    read_adapter_config,
+)
+from qlora_cli.model_files.checkpoint import read_header
+from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.pickles import check_pickle
+
+SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
+BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
+# Beginnings that take something out of the base, or put something in, of which the adapter's files do not tell.
+CHANGES_BASE = ("corda", "loftq", "lora_ga")
+BEGUN_BY_PEFT = ("pissa", "olora")  # computed from the base alone, so PEFT does it again
+MOST_CHARACTERS = 300
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """The files of an adapter: its config, and its tensors by their keys there."""
+
+    directory: Path
+    file: Path
+    config: AdapterConfig
+    tensors: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter as it goes on its base.
+
+    Attributes:
+        directory: Where it was read.
+        config: Its config as it stands in the file.
+        lora: The same for PEFT, on this base.
+        values: Its tensors, all that PEFT expects, by PEFT's keys on this base.
+        kept: Parameters of the base that its file holds, by their names in the base: embedding and head of a grown
+            vocabulary, biases that were trained.
+        given: Those of them that the file itself holds; others are one with them in the base.
+        trained: Those of them that train: biases, as the config says.
+        renaming: What its file calls the decoder, where it was put on a model with towers.
+        is_converted: Whether config and tensors were those of another layout of the model's weights.
+    """
+
+    directory: Path
+    config: AdapterConfig
+    lora: LoraConfig
+    values: State
+    kept: State
+    given: frozenset[str]
+    trained: frozenset[str]
+    renaming: Renaming | None = None
+    is_converted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """An adapter, and its base on the meta device with the adapter on it."""
+
+    adapter: Adapter
+    model: PeftModel = field(repr=False)
+
+
+def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
+    """Return the adapter in `directory`, its tensors mapped into memory.
+
+    Raises:
+        ModelError: its files are no LoRA adapter, are damaged, or hold what is no number.
+    """
+    config = read_adapter_config(directory)
+    _check_beginning(directory, config)
+    file = directory / ADAPTER_WEIGHTS
+    if file.is_file():
+        read_header(directory, ADAPTER_WEIGHTS)
+        tensors = load_file(file)
+    else:
+        assert allow_pickle, "refused when it was found"
+        file = directory / ADAPTER_PICKLE
+        check_pickle(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"the adapter in {directory} is broken: {key} in {file.name} holds NaN or infinite values",
+                hint="Take an earlier checkpoint of the run.",
+            )
+    return StoredAdapter(directory=directory, file=file, config=config, tensors=tensors)
+
+
+def _check_beginning(directory: Path, config: AdapterConfig) -> None:
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise changed_base(directory, init)
+
+
+def changed_base(directory: Path, init: str) -> ModelError:
+    """Return the error for an adapter that began by changing its base, and is needed with the base as it was."""
+    return ModelError(
+        f"the adapter in {directory} can't be used: it began by {init}, which changed its base, and says nothing of "
+        "the base as it was",
+        hint="Of a run, take its adapter/, which was converted; else save it with "
+        "path_initial_model_for_weight_conversion.",
+    )
+
+
+def rows_of(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> int:
+    """Return how many rows the vocabulary had that an adapter was trained with, as far as it tells; 0 if it does not.
+
+    Other tools give a vocabulary more rows than their tokenizer has ids, up to a multiple of 32 or 64.
+    """
+    names, ends = Names(model, base), ends_of(model)
+    modules = {end.rpartition(".")[0] for end in ends}
+    rows = [0]
+    for key, tensor in stored.tensors.items():
+        found = names.read(key)
+        if found is None or in_base(found.module) not in modules or not tensor.ndim:
+            continue
+        if in_base(found.name) in ends:
+            rows.append(tensor.shape[0])
+        elif found.tail == "lora_embedding_A":
+            rows.append(tensor.shape[1])
+        elif found.tail == "lora_B.weight":
+            rows.append(tensor.shape[0])
+    return max(rows)
+
+
+def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fitted:
+    """Put an adapter on `model`, which is on the meta device, and bring its tensors to the names there.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    names = Names(model, base)
+    keys = _keys(stored, names, base)
+    renaming = renaming_of([key for key, _ in keys.values()])
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tied = dict(model.all_tied_weights_keys or {})
+    config = _for_peft(stored)
+    if renaming is not None:
+        on_decoder(config, model, renaming)
+    lora = deepcopy(config)
+    config.init_lora_weights = True  # there are no values that an adapter could begin with here
+    adapted = put_on(model, config, stored.directory)
+    state = {f"{BASE}{name}": tensor for name, (_, tensor) in keys.items()}
+    expected = expected_state(adapted)
+    is_converted = _lora_keys(state) != _lora_keys(expected)
+    if is_converted:
+        state = dict(convert_peft_adapter_state_dict_for_transformers(adapted, config, state))
+    state = {key: value for key, value in state.items() if not key.startswith(_followers(adapted))}
+    beside = _parameters_in(state, expected, adapted, parameters)
+    _check(stored, state, expected, beside, parameters)
+    kept = {name: state[key] for key, name in beside.items()}
+    twins = with_twins(kept, tied)
+    adapter = Adapter(
+        directory=stored.directory,
+        config=stored.config,
+        lora=lora,
+        values={key: state[key] for key in expected if key not in beside},
+        kept={name: kept[twin] for name, twin in twins.items()},
+        given=frozenset(kept),
+        trained=frozenset(name for key, name in beside.items() if key in expected),
+        renaming=renaming,
+        is_converted=is_converted,
+    )
+    return Fitted(adapter=adapter, model=adapted)
+
+
+def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftModel:
+    """Return `model` with an adapter of `config`, whose values are still to be set.
+
+    Raises:
+        ModelError: the model has nothing that the config names, or can't be adapted so.
+    """
+    try:
+        with unheard():
+            return get_peft_model(model, config)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        reason = reason if len(reason) <= MOST_CHARACTERS else f"{reason[:MOST_CHARACTERS]}…"
+        raise ModelError(f"the adapter in {directory} can't be put on its base: {reason}", hint=SAME_BASE) from error
+
+
+def expected_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the adapter on `model`, as it would save them."""
+    # Given the state, PEFT does not take the biases of LoRA layers for shards of something.
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    return found
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Leave out what PEFT warns of without cause, or what is seen to here: tied weights, stored orders, patterns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _for_peft(stored: StoredAdapter) -> LoraConfig:
+    content: dict[str, Any] = {key: value for key, value in stored.config.given.items() if key != "runtime_config"}
+    init = stored.config.init_lora_weights
+    if not (isinstance(init, str) and init.startswith(BEGUN_BY_PEFT)):
+        # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
+        content |= {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}
+    try:
+        with unheard():
+            config = PeftConfig.from_peft_type(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the config of the adapter in {stored.directory} can't be read: {error}", hint=SAME_BASE
+        ) from error
+    assert isinstance(config, LoraConfig), "its type was checked"
+    return config
+
+
+def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, tuple[Key, torch.Tensor]]:
+    """Return the tensors by their names in the base, each with its key, taken apart; towers are left out."""
+    found: dict[str, tuple[Key, torch.Tensor]] = {}
+    adapters: set[str] = set()
+    for key, tensor in stored.tensors.items():
+        if base.is_left_out(key):
+            _check_tower(stored, key, tensor)
+            continue
+        read = names.read(key)
+        if read is None or (read.is_copy and read.name in found):
+            continue
+        if read.adapter is not None:
+            adapters.add(read.adapter)
+        before = found.get(read.name)
+        if before is not None and not before[0].is_copy and not torch.equal(before[1], tensor):
+            many = f": {', '.join(sorted(adapters))}" if len(adapters) > 1 else ""
+            raise ModelError(
+                f"{stored.file} holds more than one adapter{many}: {read.name} is in it twice",
+                hint="Save the one that is meant alone: PEFT's save_pretrained(…, selected_adapters=[…]).",
+            )
+        found[read.name] = (read, tensor)
+    return found
+
+
+def _check_tower(stored: StoredAdapter, key: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor on a tower, which is not loaded, does nothing: training on text alone leaves it so."""
+    if "lora_A" not in key and tensor.any():
+        raise ModelError(
+            f"the adapter in {stored.directory} changes more than the text decoder: {without_wrappers(key)}",
+            hint=BY_PEFT,
+        )
+
+
+def _lora_keys(state: State) -> set[str]:
+    return {key for key in state if ".lora_" in key}
+
+
+def _followers(adapted: PeftModel) -> tuple[str, ...]:
+    """Return where the names of tied heads begin whose rows are those of the embedding; PEFT may save them twice."""
+    return tuple(
+        f"{path}."
+        for path, module in adapted.named_modules()
+        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is not None
+    )
+
+
+def _parameters_in(
+    state: State, expected: State, adapted: PeftModel, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Return the keys of what are parameters of the base, by which no module trains whole, and their names there."""
+    whole = tuple(f"{path}." for path, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    keys = dict.fromkeys([*expected, *state])
+    return {key: in_base(key) for key in keys if in_base(key) in parameters and not key.startswith(whole)}
+
+
+def _check(
+    stored: StoredAdapter,
+    state: State,
+    expected: State,
+    beside: Mapping[str, str],
+    parameters: Mapping[str, torch.Tensor],
+) -> None:
+    """Check that the tensors are all that are expected, of the right shapes, and no others."""
+    if unknown := sorted(state.keys() - expected.keys() - beside.keys()):
+        names = [without_wrappers(key) for key in unknown]
+        raise ModelError(
+            f"the adapter in {stored.directory} has {len(unknown)} weights that the base has no place for, such as "
+            f"{unknown[0][:MOST_CHARACTERS]}; they begin with {beginning_of(names)[:MOST_CHARACTERS]}, and the base's "
+            f"with {beginning_of(list(parameters))}",
+            hint=SAME_BASE,
+        )
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ModelError(
+            f"the adapter in {stored.directory} lacks {len(missing)} of its weights, such as {missing[0]}",
+            hint=SAME_BASE,
+        )
+    for key, value in state.items():
+        wanted = parameters[beside[key]] if key in beside else expected[key]
+        if value.shape != wanted.shape:
+            raise ModelError(
+                f"the adapter in {stored.directory}: {key} is {tuple(value.shape)}, and the base asks for "
+                f"{tuple(wanted.shape)}",
+                hint=SAME_BASE,
+            )
