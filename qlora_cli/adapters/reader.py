@@ -32,6 +32,7 @@ from qlora_cli.model_files.adapter_files import (
 )
 from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import check_pickle
 
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
@@ -108,7 +109,7 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
         check_pickle(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(
                 f"the adapter in {directory} is broken: {key} in {file.name} holds NaN or infinite values",
                 hint="Take an earlier checkpoint of the run.",

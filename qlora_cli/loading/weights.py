@@ -17,6 +17,7 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.left_over import by_name, may_be_left_out
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.layout import Layout
@@ -150,13 +151,14 @@ def load_weights(
                 error.add_note("\n".join(warned))
                 raise
             hint = "Is it a causal language model, and are all its files of one version?"
-            details = _failed_conversions(warned) or "\n".join([str(error), *warned])
+            details = _failed_conversions(warned, _files(checkpoint, base)) or "\n".join([str(error), *warned])
             raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
     for warning in warned:
         if LOAD_REPORT not in warning:
             reporter.report(Noted(message=warning))
     model: PreTrainedModel = loaded[0]
     _check_complete(source, checkpoint, base, model, loaded[1])
+    _check_finite(source, checkpoint, base, model)
     layout.method.settle(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
@@ -165,10 +167,36 @@ def load_weights(
     return model
 
 
-def _failed_conversions(warned: list[str]) -> str:
+def _failed_conversions(warned: list[str], files: Mapping[str, str]) -> str:
     """Return which weights could not be put together and why, as transformers says in its table; else nothing."""
     found = [match for warning in warned for match in FAILED_CONVERSION.findall(warning)]
-    return "; ".join(f"{name}: {reason}" for reason, name in found[:MOST_NAMED])
+    return "; ".join(f"{name}{_in_file(name, files)}: {reason}" for reason, name in found[:MOST_NAMED])
+
+
+def _files(checkpoint: Checkpoint, base: ModelConfig) -> dict[str, str]:
+    """Return the file of each weight that is stored as it is, by its name in the model."""
+    return {base.renamed(name): header.file for name, header in checkpoint.tensors.items()}
+
+
+def _in_file(name: str, files: Mapping[str, str]) -> str:
+    return f" (in {files[name]})" if name in files else ""
+
+
+def _check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel) -> None:
+    """Check that all that is held as it was stored are numbers; what is quantized is checked on the way."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.device.type == "meta" or is_finite(parameter):
+            continue
+        where = f"{source.base_name}: {name}{_in_file(name, _files(checkpoint, base))}"
+        stored = checkpoint.tensors.get(name)
+        if parameter.dtype == torch.float16 and (stored is None or stored.dtype != "F16"):
+            raise ModelError(
+                f"{where} holds values that fp16 can't, or none at all (NaN)", hint="Use --dtype bf16 or --dtype fp32."
+            )
+        raise ModelError(
+            f"{where} holds values that are not finite (NaN or infinite)",
+            hint="The model is damaged; download or save it again.",
+        )
 
 
 def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from qlora_cli.merging.base import Base, BaseModel
 from qlora_cli.merging.changes import Rows, Weighted, Whole, total_delta
 from qlora_cli.merging.plan import PlannedTensor
 from qlora_cli.merging.room import Room
+from qlora_cli.model_files.finite import is_finite
 
 PIECE_SIZE = 256 * 1024  # weights that are added up and cast at a time, so that they stay in the processor's cache
 
@@ -96,11 +97,6 @@ def _added(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype)
     for into, one, other in pieces:
         into.copy_(one.float() + other)
     return result
-
-
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether all of a tensor is finite; the extremes of one that holds NaN are NaN."""
-    return value.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))
 
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
+from qlora_cli.model_files.finite import is_finite
+
 BLOCK_SIZE = 64  # weights that share a constant
 NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
 PIECE_SIZE = 1024**2  # weights quantized at a time; a multiple of the block
@@ -53,9 +55,9 @@ def quantize(
     done = 0
     for whole in pieces:
         for piece in _split(whole.reshape(-1)):
-            codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
-            if not torch.isfinite(state.absmax).all():
+            if not is_finite(piece):
                 raise ValueError("it holds values that are not finite (NaN or infinite)")
+            codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
             if packed is None or absmax is None:
                 code, dtype = state.code, piece.dtype
                 packed, absmax = _room_for(num_weights, codes, state)

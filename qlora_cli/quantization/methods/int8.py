@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.quantization.blocks import PIECE_SIZE
 from qlora_cli.quantization.entries import Entry, dtype_name
@@ -112,7 +113,10 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         # bitsandbytes quantizes from fp16, whatever the weight comes in.
-        codes[rows], scales[rows], _ = functional.int8_vectorwise_quant(weight[rows].to(torch.float16).contiguous())
+        values = weight[rows].to(torch.float16).contiguous()
+        if not is_finite(values):
+            raise ValueError("it holds values that are not finite (NaN or infinite)")
+        codes[rows], scales[rows], _ = functional.int8_vectorwise_quant(values)
     return codes, scales
 
 
