@@ -125,9 +125,10 @@ def keep(model: PeftModel, kept: State, *, given: frozenset[str], trained: froze
         assert held is not None, "it is a parameter of the base"
         if name not in trained and _is_same(held, value):
             continue
-        key = (value.data_ptr(), _dtype_of(held))
+        dtype = held.dtype if held.is_floating_point() else model.get_base_model().dtype  # of codes
+        key = (value.data_ptr(), dtype)
         if key not in shared:  # a head that is the embedding stays so
-            shared[key] = nn.Parameter(value.to(held.device, key[1], copy=True), requires_grad=name in trained)
+            shared[key] = nn.Parameter(value.to(held.device, dtype, copy=True), requires_grad=name in trained)
         held.requires_grad_(False)
         live[name] = shared[key]
         places += _places(model, module, leaf, live[name])
@@ -146,15 +147,6 @@ def kept_in(model: PeftModel) -> KeptParameters | None:
 
 def _is_same(held: torch.Tensor, value: torch.Tensor) -> bool:
     return held.shape == value.shape and torch.equal(value.to(held.device, held.dtype), held)
-
-
-def _dtype_of(held: nn.Parameter) -> torch.dtype:
-    """Return the dtype that a parameter is held in: that of the base, or what quantized codes stand for."""
-    if held.is_floating_point():
-        return held.dtype
-    state = getattr(held, "quant_state", None)
-    dtype: torch.dtype = state.dtype if state is not None else torch.float16
-    return dtype
 
 
 def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter) -> Iterator[Place]:

@@ -158,7 +158,7 @@ def load_weights(
             reporter.report(Noted(message=warning))
     model: PreTrainedModel = loaded[0]
     _check_complete(source, checkpoint, base, model, loaded[1])
-    _check_finite(source, checkpoint, base, model)
+    check_finite(source, checkpoint, base, model)
     layout.method.settle(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
@@ -182,20 +182,20 @@ def _in_file(name: str, files: Mapping[str, str]) -> str:
     return f" (in {files[name]})" if name in files else ""
 
 
-def _check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel) -> None:
-    """Check that all that is held as it was stored are numbers; what is quantized is checked on the way."""
+def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel) -> None:
+    """Check that all that is held as it was stored are numbers; what is quantized is checked on the way.
+
+    Raises:
+        ModelError: one is none; names tensor and file.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.device.type == "meta" or is_finite(parameter):
             continue
-        where = f"{source.base_name}: {name}{_in_file(name, _files(checkpoint, base))}"
-        stored = checkpoint.tensors.get(name)
-        if parameter.dtype == torch.float16 and (stored is None or stored.dtype != "F16"):
-            raise ModelError(
-                f"{where} holds values that fp16 can't, or none at all (NaN)", hint="Use --dtype bf16 or --dtype fp32."
-            )
+        overflows = " If it is not, it overflows fp16: use --dtype bf16." if parameter.dtype == torch.float16 else ""
         raise ModelError(
-            f"{where} holds values that are not finite (NaN or infinite)",
-            hint="The model is damaged; download or save it again.",
+            f"{source.base_name}: {name}{_in_file(name, _files(checkpoint, base))} holds values that are not finite "
+            "(NaN or infinite)",
+            hint=f"The model is damaged; download or save it again.{overflows}",
         )
 
 
