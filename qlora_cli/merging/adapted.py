@@ -15,8 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.func import functional_call
 
+from qlora_cli.adapters.keys import in_base
 from qlora_cli.merging.adapters import Read
-from qlora_cli.merging.names import in_base
 from qlora_cli.merging.result import ModuleCheck
 
 # Of what the adapter does. A doubled update, or one that is missing, is all of it.
