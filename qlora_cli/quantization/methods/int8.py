@@ -21,8 +21,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
-from qlora_cli.model_files.finite import is_finite
 from qlora_cli.errors import HardwareError, ModelError
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.quantization.blocks import PIECE_SIZE
 from qlora_cli.quantization.entries import Entry, dtype_name
 from qlora_cli.quantization.methods.base import (
