@@ -13,7 +13,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
+from qlora_cli.model_files.checkpoint import read_json
 
+JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
+OF_PROCESSOR = "chat_template.json"  # which transformers reads for a model that sees images, never for a tokenizer
 SUFFIXES = (".jinja", ".j2")
 MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>")
 
@@ -38,6 +41,40 @@ STANDARD_TEMPLATES = {
         tokens=("<|im_start|>", "<|im_end|>"),
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Templates:
+    """What a directory holds of chat templates: one, or several by name; `file` is where, or that of the first."""
+
+    text: str | dict[str, str]
+    file: Path
+
+    @property
+    def is_a_processors(self) -> bool:
+        """Whether they lie where only a processor of images looks for them."""
+        return self.file.name == OF_PROCESSOR
+
+
+def read_templates(directory: Path) -> Templates | None:
+    """Return the chat templates in `directory`, the files of their own before what configs hold; None without any.
+
+    Raises:
+        ModelError: a file of them can't be read.
+    """
+    files = {"default": directory / JINJA, **{path.stem: path for path in sorted((directory / NAMED).glob("*.jinja"))}}
+    files = {name: path for name, path in files.items() if path.is_file() and path.read_bytes().strip()}
+    if files:
+        texts = {name: _text_of(path, hint="Check its permissions.") for name, path in files.items()}
+        is_one = texts.keys() == {"default"}
+        return Templates(text=texts["default"] if is_one else texts, file=next(iter(files.values())))
+    for file in (directory / "tokenizer_config.json", directory / OF_PROCESSOR):
+        found = read_json(file).get("chat_template") if file.is_file() else None
+        if isinstance(found, list):
+            found = {one["name"]: one["template"] for one in found if {"name", "template"} <= set(one)}
+        if isinstance(found, str | dict) and found:
+            return Templates(text=found, file=file)
+    return None
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> list[str]:
@@ -94,17 +131,7 @@ def _list(names: dict[str, str]) -> str:
 
 
 def _read(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ModelError(
-            f"the chat template {path} can't be read: {error.strerror}", hint="Check --chat-template."
-        ) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ModelError(f"{path}, line {line}: not UTF-8", hint="Save the template as UTF-8.") from error
+    text = _text_of(path, hint="Check --chat-template.")
     if not text.strip():
         raise ModelError(f"{path} is empty: no chat template", hint="Check --chat-template.")
     try:
@@ -114,6 +141,18 @@ def _read(path: Path) -> str:
             f"{path}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
     return text
+
+
+def _text_of(path: Path, hint: str) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"the chat template {path} can't be read: {error.strerror}", hint=hint) from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ModelError(f"{path}, line {line}: not UTF-8", hint="Save the template as UTF-8.") from error
 
 
 def _is_one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

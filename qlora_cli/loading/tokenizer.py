@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
+from qlora_cli.loading.companions import open_tokenizer, places_of
 from qlora_cli.model_files.checkpoint import again, read_json
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
@@ -66,7 +67,7 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
             of its tokens in the text, which the loss mask is built from; a new token is none; or the chat
             template asked for can't be used.
     """
-    tokenizer = _open(source, settings)
+    tokenizer, differences = _open(source, settings)
     tokenizer.padding_side = "right"
     new_token_ids = _add_new_tokens(tokenizer, settings.new_tokens or ())
     notes = []
@@ -84,7 +85,7 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
         tokenizer=tokenizer,
         end_ids=facts.end_ids | {tokenizer.eos_token_id},
         new_token_ids=new_token_ids,
-        notes=tuple(notes),
+        notes=(*notes, *differences),
     )
 
 
@@ -106,11 +107,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings
     )
 
 
-def _open(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBase:
+def _open(source: ModelSource, settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.tokenizer_path, trust_remote_code=settings.trust_remote_code
+        tokenizer, notes = open_tokenizer(
+            source,
+            trust_remote_code=settings.trust_remote_code,
+            is_template_asked=settings.chat_template is not None,
         )
+    except ModelError:
+        raise
     except Exception as error:  # of a damaged file, tokenizers raises a bare one
         raise _why_not_opened(source, error) from error
     if not tokenizer.is_fast:
@@ -123,7 +128,7 @@ def _open(source: ModelSource, settings: ModelSettings) -> PreTrainedTokenizerBa
             f"the tokenizer of {source.name} has no eos token, so the model could never learn to stop",
             hint="Set eos_token in tokenizer_config.json.",
         )
-    return tokenizer
+    return tokenizer, notes
 
 
 def _why_not_opened(source: ModelSource, error: Exception) -> ModelError:
@@ -133,7 +138,8 @@ def _why_not_opened(source: ModelSource, error: Exception) -> ModelError:
             hint="Read the code; if you trust its author, give --trust-remote-code.",
         )
     try:
-        _check_files(source.tokenizer_path)
+        for place in places_of(source):
+            _check_files(place)
     except ModelError as damage:
         return damage
     reason = error if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"

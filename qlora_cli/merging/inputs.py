@@ -1,6 +1,6 @@
 """What a merge begins with: the base and the adapters, found, read as far as their headers, and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization
+from qlora_cli.loading.companions import templates_left_out
 from qlora_cli.loading.positions import apply_rope_scaling
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.loading.weights import check_shapes
@@ -28,6 +29,7 @@ from qlora_cli.merging.stored import StoredTensors
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint, read_json
 from qlora_cli.model_files.config import ModelConfig, read_config
 from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import CONFIG, ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of
@@ -101,6 +103,12 @@ def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
     ]
     base = read_base(source, config, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
+    for note in (
+        *tokenizer.notes,
+        *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
+        *_notes_on_rows(base, before.get("vocab_size")),
+    ):
+        reporter.report(Noted(message=note))
     read = _reader(base)
     adapters = tuple(read_changes(_on_meta(config, base, request), config, one, read) for one in opened)
     return Inputs(
@@ -118,6 +126,14 @@ def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
         adapters=adapters,
         changes=_together(adapters, request.weights),
     )
+
+
+def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
+    """Yield in words what the merged model has more than what is computed with: rows, and layers that are copied."""
+    if base.num_rows is not None:
+        yield f"the merged model's embedding has {base.num_rows:,} rows, the base's {before or 0:,}"
+    if note_on_prediction(base.model.config, base.tensors.headers) is not None:
+        yield "the layers that predict tokens further ahead are copied as they are: no adapter was trained on them"
 
 
 def _model_settings(request: MergeRequest, name: str) -> ModelSettings:

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG = "config.json"
 HOW_TRAINED = "what the run was based on, and how"
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+# What the tokens of a tokenizer are read from; a config of it alone is none.
+VOCABULARY = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json"),
+    "sentencepiece.bpe.model",
+)
 # Besides the weights. In the root only: other folders hold the same model in other formats.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TEMPLATES = "additional_chat_templates/*.jinja"
@@ -65,7 +69,7 @@ class ModelSource:
         run: The run directory that was named, itself or by a part of it.
         record: What that run recorded of itself.
         weights: Which of its weights `adapter` is.
-        tokenizer_path: Where the tokenizer is read from: the adapter if it has one of its own.
+        tokenizer_path: Where the vocabulary is read from: the adapter if it has one of its own.
         pending: The weights of the base, if they come from the hub: `fetch_weights` brings them.
     """
 
@@ -154,6 +158,11 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
             hint="Give a local directory or a hub id such as meta-llama/Llama-3.1-8B.",
         )
     return None
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether a directory holds the tokens of a tokenizer."""
+    return any((directory / file).is_file() for file in VOCABULARY)
 
 
 def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
@@ -395,7 +404,6 @@ def _attached(
     base = _find_base(
         named if asked is None else _Base(name=asked, places=(Path(asked),)), adapter, settings, reporter
     )
-    has_tokenizer = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
     return ModelSource(
         name=adapter.name,
         path=base.path,
@@ -404,7 +412,7 @@ def _attached(
         base_name=base.name,
         adapter=adapter.path,
         record=record,
-        tokenizer_path=adapter.path if has_tokenizer else base.path,
+        tokenizer_path=adapter.path if has_vocabulary(adapter.path) else base.path,
         pending=base.pending,
     )
 

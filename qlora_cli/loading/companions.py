@@ -1,0 +1,187 @@
+"""The files of a tokenizer, each from where it lies: beside the adapter, else beside the base.
+
+An adapter may bring all of them, a chat template alone, or nothing. The vocabulary is that of one place; config and
+chat template come from the nearest place that has one. Whatever differs from the base's own is said.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_cli.loading.chat_template import Templates, read_templates
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+MOST_NAMED = 3
+
+
+def places_of(source: ModelSource) -> tuple[Path, ...]:
+    """Return where files of the tokenizer may lie, the nearest first; the base comes last."""
+    return tuple(dict.fromkeys((source.adapter or source.tokenizer_path, source.path)))
+
+
+def open_tokenizer(
+    source: ModelSource, *, trust_remote_code: bool, is_template_asked: bool
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Return the tokenizer of a model or an adapter with its chat template, and notes on what is not the base's.
+
+    Nothing is said of the template if `is_template_asked`: another one is asked for, which is said.
+
+    Raises:
+        Exception: whatever transformers raises over files that are damaged or missing.
+        ModelError: a chat template can't be read.
+    """
+    places = places_of(source)
+    with _together(places) as directory:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+    tokenizer.name_or_path = str(_place_of_vocabulary(places))
+    notes = [note for place in reversed(places) for note in _add_listed(tokenizer, place)]
+    on_template = _take_template(tokenizer, source, places)
+    notes += [] if is_template_asked else on_template
+    if len(places) > 1 and has_vocabulary(places[0]):
+        notes += _differences(tokenizer, places[-1], trust_remote_code=trust_remote_code)
+    return tokenizer, notes
+
+
+def _place_of_vocabulary(places: Sequence[Path]) -> Path:
+    return next((place for place in places if has_vocabulary(place)), places[-1])
+
+
+def _before(place: Path, places: Sequence[Path]) -> Sequence[Path]:
+    return places[: places.index(place)]
+
+
+def _as_config(special_tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a special_tokens_map.json holds as a tokenizer_config.json writes it."""
+    return {
+        key: {"__type": "AddedToken", **value} if isinstance(value, Mapping) else value
+        for key, value in special_tokens.items()
+    }
+
+
+@contextmanager
+def _together(places: Sequence[Path]) -> Iterator[Path]:
+    """Yield a directory with the files of one tokenizer: the one that has them all, or copies for as long."""
+    vocabulary = _place_of_vocabulary(places)
+    configs = [place for place in places if (place / TOKENIZER_CONFIG).is_file()]
+    config = configs[0] if configs else vocabulary
+    special = next((place for place in _before(config, places) if (place / SPECIAL_TOKENS).is_file()), config)
+    if vocabulary == config == special:
+        yield vocabulary
+        return
+    content: dict[str, Any] = {}
+    for place in reversed(configs) if config in _before(vocabulary, places) else configs[:1]:
+        content |= read_json(place / TOKENIZER_CONFIG)
+        if "added_tokens_decoder" not in content and (place / SPECIAL_TOKENS).is_file():  # as transformers does
+            content |= _as_config(read_json(place / SPECIAL_TOKENS))
+    if special != config:
+        content |= _as_config(read_json(special / SPECIAL_TOKENS))
+    with TemporaryDirectory(prefix="qlora-tokenizer-") as name:
+        target = Path(name)
+        code = [path.name for path in config.glob("*.py")] if "auto_map" in content else []
+        for place, files in ((vocabulary, VOCABULARY), (places[-1], (CONFIG,)), (config, code)):
+            for file in files:
+                if (place / file).is_file():
+                    shutil.copyfile(place / file, target / file)
+        (target / TOKENIZER_CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        yield target
+
+
+def _add_listed(tokenizer: PreTrainedTokenizerBase, place: Path) -> list[str]:
+    """Add the tokens of an added_tokens.json that the tokenizer lacks; return notes on them.
+
+    transformers reads that file only beside a config of its own age.
+    """
+    file = place / ADDED_TOKENS
+    listed = read_json(file) if file.is_file() else {}
+    known = tokenizer.get_vocab()
+    lacking = {token: wanted for token, wanted in listed.items() if token not in known and isinstance(wanted, int)}
+    following = max(known.values(), default=-1) + 1
+    added: list[str] = []
+    for token, wanted in sorted(lacking.items(), key=lambda one: one[1]):
+        if wanted == following + len(added):
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+            added.append(token)
+    left = [token for token in lacking if token not in added]
+    return [
+        *([f"{file} adds {_named(added, lacking)}"] if added else []),
+        *([f"{file} names {_named(left, lacking, 'whose ids do not follow the last one, left out')}"] if left else []),
+    ]
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, source: ModelSource, places: Sequence[Path]) -> list[str]:
+    """Give `tokenizer` the nearest chat template; return a note if base and adapter differ in that."""
+    found = [(place, read_templates(place)) for place in places]
+    chosen = next(((place, templates) for place, templates in found if templates is not None), None)
+    if chosen is None:
+        return []
+    place, templates = chosen
+    if len(places) == 1 and not templates.is_a_processors:
+        return []  # transformers has read it
+    tokenizer.chat_template = templates.text
+    if len(places) == 1:
+        return [f"chat template read from {templates.file}"]
+    return _on_template(source, place, templates, found[-1][1])
+
+
+def _on_template(source: ModelSource, place: Path, chosen: Templates, of_base: Templates | None) -> list[str]:
+    if place == source.path:
+        if not has_vocabulary(places_of(source)[0]):
+            return []  # the whole tokenizer is the base's
+        return [f"chat template: that of the base ({chosen.file}); the adapter's tokenizer has none"]
+    if of_base is None:
+        return [f"chat template: the adapter's ({chosen.file}); the base has none"]
+    if of_base.text != chosen.text:
+        return [f"chat template: the adapter's ({chosen.file}), not that of the base"]
+    return []
+
+
+def _differences(tokenizer: PreTrainedTokenizerBase, base: Path, *, trust_remote_code: bool) -> list[str]:
+    """Return in words which tokens an adapter's tokenizer has gained, lost or moved against the base's."""
+    if not has_vocabulary(base):
+        return ["the tokenizer is the adapter's; the base has none"]
+    try:
+        theirs: Mapping[str, int] = AutoTokenizer.from_pretrained(
+            base, trust_remote_code=trust_remote_code
+        ).get_vocab()
+    except Exception as error:  # noqa: BLE001 - of a damaged file, tokenizers raises a bare one; it is not used
+        return [f"the tokenizer is the adapter's; that of the base can't be read: {str(error).splitlines()[0]}"]
+    ours: dict[str, int] = tokenizer.get_vocab()
+    gained = [token for token in ours if token not in theirs]
+    lost = [token for token in theirs if token not in ours]
+    moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
+    return [
+        *([f"the adapter's tokenizer has {_named(gained, ours, 'more than the base')}"] if gained else []),
+        *([f"the adapter's tokenizer lacks {_named(lost, theirs, 'of the base')}"] if lost else []),
+        *([f"the adapter's tokenizer has {_named(moved, ours, 'with another id than in the base')}"] if moved else []),
+    ]
+
+
+def _named(tokens: Sequence[str], ids: Mapping[str, int], how: str = "") -> str:
+    ordered = sorted(tokens, key=lambda token: ids[token])
+    shown = ", ".join(f"{token!r} (id {ids[token]})" for token in ordered[:MOST_NAMED])
+    more = f" and {len(ordered) - MOST_NAMED:,} more" if len(ordered) > MOST_NAMED else ""
+    counted = f"{len(ordered):,} token{'s' if len(ordered) > 1 else ''} {how}".strip()
+    return f"{counted}: {shown}{more}"
+
+
+def templates_left_out(source: ModelSource, others: Sequence[ModelSource], template: object) -> list[str]:
+    """Return in words whose chat templates a model merged from `source` and other adapters goes without."""
+    return [
+        f"chat template: that of {source.name}; the one of {other.name} ({found.file}) is left out"
+        for other in others
+        if other.adapter is not None
+        and (found := read_templates(other.adapter)) is not None
+        and found.text != template
+    ]

@@ -1,0 +1,214 @@
+"""Tokenizer, chat template and added tokens, each from the place that has it; what is not the base's is said."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.model_files.source import ModelSource, has_vocabulary
+from qlora_cli.settings.models import ModelSettings
+from tests.unit.test_tokenizer import END, PAD, TURN, write_tokenizer
+
+OF_BASE, OF_ADAPTER = "{{ 'base' }}", "{{ 'adapter' }}"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    directory = tmp_path / "base"
+    num_ids = write_tokenizer(directory, tokens=(END, PAD), pad_token=PAD)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": num_ids + 8}))
+    return directory
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    return directory
+
+
+def load(base: Path, adapter: Path | None = None, **settings: Any) -> LoadedTokenizer:
+    tokenizer_path = adapter if adapter is not None and has_vocabulary(adapter) else base
+    source = ModelSource(name="tiny", path=base, base_name="tiny", adapter=adapter, tokenizer_path=tokenizer_path)
+    return load_tokenizer(source, ModelSettings(name="tiny", **settings))
+
+
+def put_template(directory: Path, text: str, how: str) -> None:
+    if how == "jinja":
+        (directory / "chat_template.jinja").write_text(text)
+    elif how == "json":
+        (directory / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    elif how == "named":
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "additional_chat_templates" / "default.jinja").write_text(text)
+    else:
+        file = directory / "tokenizer_config.json"
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**content, "chat_template": text}))
+
+
+HOW = ["jinja", "json", "named", "config"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_template_beside_a_base_is_used_whichever_file_it_is_in(base: Path, how: str) -> None:
+    put_template(base, OF_BASE, how)
+    loaded = load(base)
+    assert loaded.tokenizer.chat_template == OF_BASE
+    assert [str(base / "chat_template.json") in note for note in loaded.notes] == ([True] if how == "json" else [])
+
+
+@pytest.mark.parametrize("of_base", [*HOW, None])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("has_tokenizer", [True, False], ids=["with a tokenizer", "alone"])
+def test_a_template_beside_an_adapter_wins_over_the_bases_and_it_is_said(
+    base: Path, adapter: Path, how: str, of_base: str | None, has_tokenizer: bool
+) -> None:
+    if of_base is not None:
+        put_template(base, OF_BASE, of_base)
+    if has_tokenizer:
+        write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
+    put_template(adapter, OF_ADAPTER, how)
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.chat_template == OF_ADAPTER
+    (note,) = loaded.notes
+    assert note.startswith(f"chat template: the adapter's ({adapter}")
+    assert note.endswith("the base has none" if of_base is None else "not that of the base")
+
+
+@pytest.mark.parametrize("of_base", HOW)
+def test_an_adapters_tokenizer_without_template_keeps_the_bases_and_it_is_said(
+    base: Path, adapter: Path, of_base: str
+) -> None:
+    put_template(base, OF_BASE, of_base)
+    write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.chat_template == OF_BASE
+    (note,) = loaded.notes
+    assert note.startswith("chat template: that of the base (")
+    assert note.endswith("the adapter's tokenizer has none")
+
+
+@pytest.mark.parametrize("how", ["jinja", "config"])
+def test_nothing_is_said_where_adapter_and_base_agree(base: Path, adapter: Path, how: str) -> None:
+    put_template(base, OF_BASE, "jinja")
+    assert load(base, adapter).notes == ()  # no file of a tokenizer beside it
+    write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
+    put_template(adapter, OF_BASE, how)
+    assert load(base, adapter).notes == ()
+
+
+def test_what_is_asked_for_wins_and_is_what_is_said(base: Path, adapter: Path) -> None:
+    put_template(base, OF_BASE, "jinja")
+    put_template(adapter, OF_ADAPTER, "jinja")
+    (base / "own.jinja").write_text("{{ 'own' }}")
+    loaded = load(base, adapter, chat_template=str(base / "own.jinja"))
+    assert loaded.tokenizer.chat_template == "{{ 'own' }}"
+    assert loaded.notes == (f"chat template read from {base / 'own.jinja'}",)
+
+
+def test_several_templates_go_together(base: Path, adapter: Path) -> None:
+    put_template(adapter, OF_ADAPTER, "jinja")
+    put_template(adapter, "{{ 'tools' }}", "named")
+    (adapter / "additional_chat_templates" / "default.jinja").rename(
+        adapter / "additional_chat_templates" / "tool_use.jinja"
+    )
+    assert load(base, adapter).tokenizer.chat_template == {"default": OF_ADAPTER, "tool_use": "{{ 'tools' }}"}
+
+
+def test_special_tokens_beside_an_adapter_go_with_the_bases_tokenizer(base: Path, adapter: Path) -> None:
+    config = base / "tokenizer_config.json"
+    decoder = {"1": {"content": PAD, "special": True, "lstrip": False, "rstrip": False, "normalized": False}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "added_tokens_decoder": decoder}))
+    assert load(base, adapter).tokenizer.eos_token == END
+    (adapter / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": PAD}, "pad_token": END}))
+    tokenizer = load(base, adapter).tokenizer
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == (PAD, 1)
+    assert tokenizer.name_or_path == str(base)
+    tokenizer.save_pretrained(adapter / "saved")
+    assert load(adapter / "saved").tokenizer.eos_token == PAD
+
+
+def test_a_config_beside_an_adapter_goes_with_the_bases_vocabulary(base: Path, adapter: Path) -> None:
+    values = json.loads((base / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps({**values, "eos_token": PAD, "pad_token": None}))
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.eos_token == PAD
+    assert loaded.tokenizer.get_vocab() == load(base).tokenizer.get_vocab()
+
+
+def test_a_vocabulary_beside_an_adapter_goes_with_the_bases_config(base: Path, adapter: Path) -> None:
+    write_tokenizer(adapter, tokens=(END, PAD, TURN))
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        (adapter / file).unlink(missing_ok=True)
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.eos_token == END
+    assert loaded.tokenizer.convert_tokens_to_ids(TURN) == 2
+    assert any("1 token more than the base: '<turn>' (id 2)" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize("place", ["base", "adapter"])
+@pytest.mark.parametrize("is_older", [True, False], ids=["a config of its age", "a newer config"])
+def test_added_tokens_are_added_under_their_ids(base: Path, adapter: Path, place: str, is_older: bool) -> None:
+    size = len(load(base).tokenizer.get_vocab())
+    if not is_older:  # transformers reads no added_tokens.json beside such a one
+        config = base / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "added_tokens_decoder": {}}))
+    added = {"<second>": size + 1, "<first>": size, END: 0}
+    ({"base": base, "adapter": adapter}[place] / "added_tokens.json").write_text(json.dumps(added))
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.convert_tokens_to_ids(["<first>", "<second>"]) == [size, size + 1]
+    assert loaded.tokenizer("<first>")["input_ids"] == [size]
+    if place == "adapter":
+        said = f"added_tokens.json adds 2 tokens: '<first>' (id {size}), '<second>' (id {size + 1})"
+        assert [note.endswith(said) for note in loaded.notes] == [True]
+
+
+def test_added_tokens_that_have_no_place_are_left_out_and_it_is_said(base: Path, adapter: Path) -> None:
+    (adapter / "added_tokens.json").write_text(json.dumps({"<far>": 100_000}))
+    loaded = load(base, adapter)
+    assert "<far>" not in loaded.tokenizer.get_vocab()
+    assert loaded.notes[0].endswith("1 token whose ids do not follow the last one, left out: '<far>' (id 100000)")
+
+
+def test_tokens_gained_lost_and_moved_are_said(base: Path, adapter: Path) -> None:
+    write_tokenizer(adapter, tokens=(END, TURN, "<new>"), pad_token=TURN)
+    notes = load(base, adapter).notes
+    assert "the adapter's tokenizer has 2 tokens more than the base: '<turn>' (id 1), '<new>' (id 2)" in notes
+    assert f"the adapter's tokenizer lacks 1 token of the base: '{PAD}' (id 1)" in notes
+    assert any(note.startswith("the adapter's tokenizer has 257 tokens with another id") for note in notes)
+    assert all(len(note) < 200 for note in notes)
+
+
+def test_a_base_without_a_tokenizer_is_said(base: Path, adapter: Path) -> None:
+    write_tokenizer(adapter)
+    for path in base.glob("*token*"):
+        path.unlink()
+    assert "the tokenizer is the adapter's; the base has none" in load(base, adapter).notes
+
+
+def test_a_template_that_is_no_text_is_named(base: Path, adapter: Path) -> None:
+    (adapter / "chat_template.jinja").write_bytes(b"line\n\xff")
+    with pytest.raises(ModelError, match=r"adapter/chat_template\.jinja, line 2: not UTF-8"):
+        load(base, adapter)
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "added_tokens.json", "special_tokens_map.json"])
+def test_a_damaged_file_beside_an_adapter_is_named(base: Path, adapter: Path, file: str) -> None:
+    (adapter / file).write_text("{")
+    with pytest.raises(ModelError) as caught:
+        load(base, adapter)
+    assert f"{adapter / file} can't be read as JSON" in caught.value.message
+
+
+def test_nothing_is_left_of_what_was_put_together(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = adapter.parent / "temporary"
+    places.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(places))
+    shutil.copy(base / "tokenizer_config.json", adapter)
+    load(base, adapter)
+    assert list(places.iterdir()) == []
