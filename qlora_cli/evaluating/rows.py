@@ -1,5 +1,6 @@
 """Which rows are evaluated: those that were named, or those that a run held out, read by the code that trained it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from pydantic import JsonValue, ValidationError
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
-from qlora_cli.data.sources import find_dataset, first_local
-from qlora_cli.errors import DataError, ModelError, QloraError
+from qlora_cli.data.sources import check_dataset_name, find_dataset, first_local
+from qlora_cli.errors import DataError, DatasetNotFoundError, ModelError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
@@ -26,6 +27,7 @@ class TrainedRows:
     """What a run says of the rows that it was trained on and evaluated on; data sets are named by where they are."""
 
     path: Path
+    record: RunRecord
     settings: Mapping[str, Any]
     seed: int
     train_fingerprint: str | None
@@ -45,7 +47,7 @@ def trained_rows(source: ModelSource) -> TrainedRows | None:
     """Return what the run that was named says of its rows, if one was.
 
     Raises:
-        ModelError: it does not say how its data was read, or the data is nowhere that it may be.
+        ModelError: it does not say how its data was read.
     """
     run, record = source.run, source.record
     if run is None or record is None:
@@ -59,6 +61,7 @@ def trained_rows(source: ModelSource) -> TrainedRows | None:
     named = {key: _located(settings[key], record) for key in ("dataset", "eval_dataset") if key in settings}
     return TrainedRows(
         path=run,
+        record=record,
         settings={**settings, **named},
         seed=record.seed,
         train_fingerprint=record.data.train.fingerprint,
@@ -73,6 +76,22 @@ def _located(names: JsonValue, record: RunRecord) -> JsonValue:
     return [first_local(map(str, record.places_of(str(name)))) or str(name) for name in names]
 
 
+def _check_there(names: Any, run: TrainedRows) -> None:
+    """Check that the data that a run names is there.
+
+    Raises:
+        DatasetNotFoundError: it is at none of the places that it may be at.
+    """
+    for name in names:
+        if isinstance(wrong := check_dataset_name(name), DatasetNotFoundError):
+            places = [str(place) for place in run.record.places_of(name)]
+            looked = ", ".join(dict.fromkeys([*places, os.path.abspath(name)]))  # noqa: PTH100 - it may be a glob
+            raise DatasetNotFoundError(
+                f"the data of the run {run.path} is {name}, which is not there any more (looked for {looked})",
+                hint=f"Put it back. {NAME_THEM}",
+            ) from wrong
+
+
 def data_settings(
     resolved: Resolved[EvaluateSettings], run: TrainedRows | None, split: str | None
 ) -> DataSettings | None:
@@ -82,6 +101,7 @@ def data_settings(
 
     Raises:
         ModelError: the run's settings can't be read.
+        DatasetNotFoundError: the run's data is gone.
     """
     asked = resolved.settings.data
     given = {key: getattr(asked, key) for key in asked.model_fields_set}
@@ -92,6 +112,8 @@ def data_settings(
         values |= _alone(values["eval_dataset"], values.get("eval_split"))
     elif values.get("eval_split") is None or values.get("dataset") is None:
         return None
+    if run is not None and values["dataset"] in (run.settings.get("dataset"), run.settings.get("eval_dataset")):
+        _check_there(values["dataset"], run)
     try:
         return DataSettings.model_validate(values)
     except ValidationError as error:

@@ -19,6 +19,7 @@ from qlora_cli.loading.positions import apply_rope_scaling, check_length
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import ModelConfig, read_config
+from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
@@ -87,7 +88,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     method_of(asked.method).check_placement(asked, device, offloads_embedding=offloads)
     reporter.report(PhaseStarted(title=f"Finding {settings.model.name}"))
     source = find_model(settings.model, reporter)
-    for difference in _differences(settings, source):
+    for difference in (*_differences(settings, source), *_other_base(source)):
         reporter.report(Noted(level="warning", message=difference))
     settings = settings.model_copy(update={"model": effective_model(settings.model, source)})
     trust = settings.model.trust_remote_code
@@ -155,6 +156,17 @@ def _differences(asked: LoadSettings, source: ModelSource) -> list[str]:
         for key in sorted(values.model_fields_set & recorded[section].keys())
         if getattr(values, key) != recorded[section][key]
     ]
+
+
+def _other_base(source: ModelSource) -> list[str]:
+    """Return in words that the base is not the one that the run was trained on, by samples of its bytes.
+
+    One on the hub is asked for by its commit.
+    """
+    known = None if source.record is None or source.commit is not None else source.record.base_model_digest
+    if known is None or known == base_digest(source.path):
+        return []
+    return [f"{source.path} is not the base that {source.name} was trained on: its weights are others"]
 
 
 def effective_model(asked: ModelSettings, source: ModelSource) -> ModelSettings:

@@ -14,7 +14,7 @@ from qlora_cli.merging.beside import write_json
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.request import name_of
-from qlora_cli.merging.result import Divergence, MergeResult
+from qlora_cli.merging.result import AppliedAdapter, Divergence, MergeResult
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.model_files.merged import adapter_digest
 from qlora_cli.settings.choices import ExportFormat
@@ -86,7 +86,7 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield "|---|---|"
     for adapter in result.adapters:
         weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
-        yield f"| adapter | `{_shown(adapter.name)}`: {adapter.kind}{weight} |"
+        yield f"| adapter | `{_shown(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
     for one in data:
         yield f"| trained on | `{one['name']}`, {one['rows_trained']} rows, fingerprint `{one['fingerprint']}` |"
     yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
@@ -96,6 +96,14 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
         yield f"| quantized again | to {again}: {_from_merged(result.nf4)} |"
     yield ""
     yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
+
+
+def _unfinished(adapter: AppliedAdapter) -> str:
+    """Return of an adapter of a run that did not end which step it is of, in words."""
+    if adapter.run_is_done is not False:
+        return ""
+    step = "a step" if adapter.step is None else f"step {adapter.step:,}"
+    return f", after {step} of a run that has not come to its end"
 
 
 def _front(inputs: Inputs, result: MergeResult, written: ExportFormat) -> dict[str, Any]:

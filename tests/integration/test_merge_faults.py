@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import qlora_cli.cli.progress
 from qlora_cli.events import Event, PhaseStarted, Reporter
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.runs.checkpoints import list_checkpoints, step_of
 from tests.conftest import Recorder
 from tests.integration.loading import load, save_model
 from tests.integration.merge_process import start_merge
@@ -121,8 +122,7 @@ def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
     assert merged(own, "--base-model", moved)["base_model"] == str(moved)
     shutil.rmtree(own / "merged")
     change(moved / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
-    (note, *_) = merged(own, "--base-model", moved)["notes"]
-    assert "is not the base that" in note
+    assert "is not the base that" in "\n".join(merged(own, "--base-model", moved)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,23 @@ def test_an_adapter_that_is_damaged_or_holds_nan_is_refused(own: Path) -> None:
 
 def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> None:
     shutil.rmtree(own / "adapter")
-    assert "has no adapter: it has not come to its end" in refused(own)
-    checkpoint = sorted((own / "checkpoints").iterdir())[-1]
-    found = merged(checkpoint, "--output", own.parent / "out")
-    assert found["num_merged_tensors"] == 28
-    assert found["verification"]["num_rows"] > 0  # of the run's data
+    record = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps({**record, "status": "failed"}))
+    checkpoint = list_checkpoints(own / "checkpoints")[-1]
+    for name in (own, checkpoint):
+        found = merged(name, "--output", own.parent / "out")
+        assert found["num_merged_tensors"] == 28
+        assert found["verification"]["num_rows"] > 0  # of the run's data
+        (adapter,) = found["adapters"]
+        assert (adapter["path"], adapter["step"], adapter["run_is_done"]) == (
+            str(checkpoint),
+            step_of(checkpoint),
+            False,
+        )
+        assert "of a run that has not come to its end" in (own.parent / "out" / "README.md").read_text()
+        shutil.rmtree(own.parent / "out")
+    shutil.rmtree(own / "checkpoints")
+    assert "has no weights yet" in refused(own)
 
 
 def test_a_model_is_no_adapter(own: Path) -> None:

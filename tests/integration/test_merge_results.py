@@ -154,7 +154,10 @@ def test_the_record_holds_what_the_command_said_and_no_path(run: Path, model: Pa
     for key in ("verification", "base", "base_choice", "num_tensors", "num_merged_tensors", "dtype", "commit"):
         assert record[key] == result[key]
     digest = hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert record["adapters"] == [{"name": "run", "weight": 1.0, "kind": "LoRA of rank 16", "sha256": digest}]
+    steps = read(run / "run.json")["result"]["steps"]
+    adapter = {"name": "run", "weight": 1.0, "kind": "LoRA of rank 16", "sha256": digest}
+    assert record["adapters"] == [{**adapter, "step": steps, "run_is_done": True}]
+    assert [(one["step"], one["run_is_done"]) for one in result["adapters"]] == [(steps, True)]
     assert (record["base_model"], record["format"]) == ("base", "hf")
     assert str(run.parent) not in (model / "merge.json").read_text() + (model / "README.md").read_text()
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from qlora_cli.errors import ModelNotFoundError, OutputDirectoryError, SettingsError
+from qlora_cli.errors import DatasetNotFoundError, ModelNotFoundError, OutputDirectoryError, SettingsError
 from qlora_cli.evaluating.result import Evaluation
 from qlora_cli.evaluating.run import evaluate
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
+from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
-from qlora_cli.settings.models import EvaluateSettings, ModelSettings
+from qlora_cli.settings.models import EvaluateSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings
@@ -161,6 +162,13 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     named = find_model(ModelSettings(name=str(moved / "runs" / "a"), base_model=str(base)))
     assert named.path == base
 
+    (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so did the data
+    with pytest.raises(DatasetNotFoundError) as lost:
+        evaluated(moved / "runs" / "a", **{"model.base_model": str(base)})
+    for place in (project, moved):
+        assert str(place / "held-out.jsonl") in str(lost.value)
+    assert lost.value.exit_code == 2
+
 
 def test_a_run_goes_on_with_its_base_under_another_name(tmp_path: Path, rows: Path) -> None:
     base = Path(shutil.copytree(ASSETS / "base", tmp_path / "base"))
@@ -171,3 +179,18 @@ def test_a_run_goes_on_with_its_base_under_another_name(tmp_path: Path, rows: Pa
     assert (result.steps, result.resumed_from_step) == (4, first.steps)
     with pytest.raises(SettingsError, match=r"model\.name"):
         train(train_settings(tmp_path / "run" / "adapter", rows, tmp_path / "run", **changed), Recorder())
+
+
+def test_another_base_than_that_of_the_run_is_said(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    train(train_settings(base_model, rows, tmp_path / "run", training__max_steps=1), Recorder())
+    other = Path(shutil.copytree(base_model, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    recorder = Recorder()
+    model = {"name": str(tmp_path / "run"), "base_model": str(other), "device": "cpu"}
+    plan_load(LoadSettings.model_validate({"model": model}), recorder)
+    assert f"{other} is not the base that {tmp_path / 'run'} was trained on" in notes_of(recorder)
+    copy = Path(shutil.copytree(base_model, tmp_path / "copy"))
+    recorder = Recorder()
+    plan_load(LoadSettings.model_validate({"model": {**model, "base_model": str(copy)}}), recorder)
+    assert "is not the base" not in notes_of(recorder)
