@@ -24,9 +24,12 @@ def versions_of(packages: Iterable[str]) -> list[str]:
 
 
 def digests_of_code(parts: Iterable[str]) -> list[str]:
-    """Return the digest of every file of our own in these parts of the package: folders, or single files by name."""
+    """Return the digest of all code of our own in these parts of the package.
+
+    A part is a folder with all that is below it, or a single file by its name. A page's template is no code.
+    """
     places = [PACKAGE / part for part in parts]
-    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("*.*")))]
+    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 

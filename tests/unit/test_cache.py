@@ -1,0 +1,39 @@
+"""A result that is kept depends on all code that computes it."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli import cache
+from qlora_cli.data import encode
+from qlora_cli.memory import answers
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    for name in ("one/a.py", "one/below/deeper/b.py", "other/c.py", "single.py", "one/page.html.jinja"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("changed", ["one/a.py", "one/below/deeper/b.py", "single.py"])
+def test_code_at_any_depth_counts(package: Path, changed: str) -> None:
+    before = cache.digests_of_code(("one", "single.py"))
+    (package / changed).write_text("changed")
+    assert cache.digests_of_code(("one", "single.py")) != before
+
+
+@pytest.mark.parametrize("changed", ["other/c.py", "one/page.html.jinja"])
+def test_other_parts_and_templates_of_pages_do_not(package: Path, changed: str) -> None:
+    before = cache.digests_of_code(("one", "single.py"))
+    (package / changed).write_text("changed")
+    assert cache.digests_of_code(("one", "single.py")) == before
+
+
+@pytest.mark.parametrize("parts", [answers.PARTS, encode.PARTS])
+def test_every_part_that_is_named_is_there(parts: tuple[str, ...]) -> None:
+    for part in parts:
+        assert cache.digests_of_code((part,)), part
