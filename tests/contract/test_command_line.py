@@ -341,6 +341,13 @@ def test_a_misspelt_dataset_column_names_the_columns(run_qlora: RunQlora, base_m
     assert "promt, completion" in done.stderr
 
 
+def test_libraries_say_nothing_when_they_are_imported() -> None:
+    """On CPUs with bf16 bitsandbytes asks for a kernel that is not used; any module may be the first to import it."""
+    code = "import logging, qlora_cli.device as _; print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("40\n", "")
+
+
 def test_no_environment_is_needed(run_qlora: RunQlora, base_model: Path) -> None:
     # A cache directory that can't be made must not matter for local files.
     done = run_qlora("load", base_model, "--device", "cpu", "--json", env={"HF_HOME": os.devnull + "/no"})
