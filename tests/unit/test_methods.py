@@ -1,7 +1,32 @@
-"""The quantization methods: complete, and every setting of theirs has an effect with one of them."""
+"""The quantization methods: complete, every setting of theirs has an effect with one, and what they say agrees."""
 
+import pytest
+import torch
+
+from qlora_cli.quantization.inventory import parameters_once
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
+from tests.tiny_models import tiny_config
+
+CUDA = torch.device("cuda")  # a label: nothing is put there
+WAYS = {
+    "nf4": QuantizationSettings(),
+    "nf4, single": QuantizationSettings(double_quant=False),
+    "fp4 in bf16": QuantizationSettings.model_validate({"method": "fp4", "quant_storage": "bf16"}),
+    "int8": QuantizationSettings.model_validate({"method": "int8"}),
+    "int8 in every product": QuantizationSettings.model_validate({"method": "int8", "int8_has_fp16_weight": True}),
+    "none": UNQUANTIZED,
+}
+FAMILIES = ("llama", "gpt2", "qwen3_moe")
+
+
+def layout_of(family: str, settings: QuantizationSettings) -> Layout:
+    model = build_on_meta(tiny_config(family), torch.bfloat16)
+    if family == "qwen3_moe" and not method_of(settings.method).stores_experts and settings.method.is_quantized:
+        settings = settings.model_copy(update={"skip_modules": ("experts",)})
+    return plan_layout(model, settings, torch.bfloat16, device=CUDA)
 
 
 def test_every_method_has_its_traits() -> None:
@@ -25,3 +50,47 @@ def test_what_is_proposed_takes_less_and_what_changes_the_model_least_comes_firs
 
 def test_a_hint_names_every_method_that_would_do() -> None:
     assert quant_flag(method for method in Quantization if method.traits.measures_error) == "--quant nf4 or fp4"
+
+
+def test_every_method_has_a_module_and_a_module_may_have_several_names() -> None:
+    assert {type(method_of(name)) for name in Quantization} == {type(method) for method in all_methods()}
+    assert method_of(Quantization.NF4) is method_of(Quantization.FP4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
+    layout = layout_of(family, WAYS[way])
+    for entry in layout.inventory.entries:
+        if not entry.is_quantized:
+            continue
+        for num_pieces in (1, 4):
+            taken = list(layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces))
+            kept = sum(allocation.num_bytes for allocation in taken if allocation.is_kept)
+            assert kept == entry.weight_bytes + entry.constant_bytes, entry.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: str) -> None:
+    layout = layout_of(family, WAYS[way])
+    model = build_on_meta(tiny_config(family), torch.bfloat16)
+    layout.method.store_on_meta(
+        model,
+        layout.settings,
+        layout.dtype,
+        kept=list(layout.kept),
+        experts=layout.experts,
+        compute_dtype=torch.bfloat16,
+    )
+    found = {}
+    for name, module, parameter in parameters_once(model):
+        stored = stored_weight(module, name.rpartition(".")[2], parameter)
+        found[name] = (stored.shape.numel(), parameter.nbytes, sum(tensor.nbytes for tensor in stored.constants))
+    planned = {
+        entry.name: (entry.num_parameters, entry.weight_bytes, entry.constant_bytes)
+        for entry in layout.inventory.entries
+    }
+    assert found == planned
+    replaced = any(is_quantized_layer(module) or restores_weight(module) for module in model.modules())
+    assert replaced == layout.settings.method.is_quantized
