@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -192,7 +193,8 @@ def _predict(
         kind, why_not = classify(name, module, parameter.dim(), kept)
         is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
         if name in experts or is_linear:
-            entries.append(method_of(settings.method).entry(name, kind, parameter, settings))
+            shape = parameter.T.shape if isinstance(module, Conv1D) else parameter.shape  # that one is (in, out)
+            entries.append(method_of(settings.method).entry(name, kind, shape, parameter.dtype, settings))
         else:
             entries.append(_unquantized(model, name, kind, why_not, parameter))
     buffer_bytes = sum(

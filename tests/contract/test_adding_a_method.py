@@ -92,8 +92,8 @@ class Fix(ConversionOps):
 class Fixed(Method):
     layer_types = (FixedLinear,)
 
-    def entry(self, name, kind, parameter, settings):
-        count = parameter.numel()
+    def entry(self, name, kind, shape, dtype, settings):
+        count = shape.numel()
         return Entry(name=name, kind=kind, why_not=None, num_parameters=count, weight_bytes=count, constant_bytes=0,
                      dtype="int8")
 

@@ -113,8 +113,10 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
-        """Return what the weight `parameter`, on the meta device, takes as it is stored."""
+    def entry(
+        self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
+    ) -> Entry:
+        """Return what a weight of `shape`, `(out, in)` or stacked, that comes in `dtype` takes as it is stored."""
 
     def transient_constant_bytes(self, settings: QuantizationSettings) -> float:
         """Return what the constants take for each weight while it is loaded, beside what they take afterwards."""

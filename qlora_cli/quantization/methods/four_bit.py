@@ -93,9 +93,11 @@ class FourBitMethod(Method):
             if width % BLOCK_SIZE
         }
 
-    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
+    def entry(
+        self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
+    ) -> Entry:
         """Return what a weight takes, by the closed form (section 3)."""
-        count = parameter.numel()
+        count = shape.numel()
         num_blocks = -(-count // BLOCK_SIZE)
         constants = FLOAT_BYTES * num_blocks
         if settings.double_quant:

@@ -163,17 +163,19 @@ class Int8(Method):
         }
     )
 
-    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
+    def entry(
+        self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
+    ) -> Entry:
         """Return what a weight, `(out, in)`, takes: a byte each, and a scale in fp32 for each row."""
         keeps = settings.int8_has_fp16_weight
         return Entry(
             name=name,
             kind=kind,
             why_not=IN_EVERY_PRODUCT if keeps else None,
-            num_parameters=parameter.numel(),
-            weight_bytes=parameter.numel() * (parameter.dtype.itemsize if keeps else 1),
-            constant_bytes=0 if keeps else 4 * parameter.shape[0],
-            dtype=dtype_name(parameter.dtype if keeps else torch.int8),
+            num_parameters=shape.numel(),
+            weight_bytes=shape.numel() * (dtype.itemsize if keeps else 1),
+            constant_bytes=0 if keeps else 4 * shape[0],
+            dtype=dtype_name(dtype if keeps else torch.int8),
         )
 
     def stored(self, module: nn.Module, name: str, parameter: nn.Parameter) -> StoredWeight | None:
@@ -306,10 +308,12 @@ class Int8(Method):
         assert not experts, "planned without"
         config = self.config(settings, kept=kept)
         for layer in replace_layers(model, list(kept), config):
-            if settings.int8_has_fp16_weight:
-                continue
             shape = layer.weight.shape
             assert isinstance(shape, torch.Size)
+            if settings.int8_has_fp16_weight:
+                weight = torch.empty(shape, dtype=dtype, device=META)
+                layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=True)
+                continue
             codes = torch.empty(shape, dtype=torch.int8, device=META)
             scales = torch.empty(shape[0], dtype=torch.float32, device=META)
             layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.quantization.entries import Entry, dtype_name
@@ -15,16 +14,18 @@ from qlora_cli.settings.models import QuantizationSettings
 class Unquantized(Method):
     """Weights as they are."""
 
-    def entry(self, name: str, kind: str, parameter: nn.Parameter, settings: QuantizationSettings) -> Entry:
+    def entry(
+        self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
+    ) -> Entry:
         """Return what the weight takes."""
         return Entry(
             name=name,
             kind=kind,
             why_not="not asked for",
-            num_parameters=parameter.numel(),
-            weight_bytes=parameter.nbytes,
+            num_parameters=shape.numel(),
+            weight_bytes=shape.numel() * dtype.itemsize,
             constant_bytes=0,
-            dtype=dtype_name(parameter.dtype),
+            dtype=dtype_name(dtype),
         )
 
     def config(self, settings: QuantizationSettings, **_: Any) -> None:
