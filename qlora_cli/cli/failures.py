@@ -7,13 +7,14 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from qlora_cli.cli.lasting import dropped_without_terminal, let_go
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
@@ -51,7 +52,7 @@ def failures_explained(arguments: list[str]) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail(_with_code(QloraError("interrupted"), 130), as_json=as_json)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        _drop_stdout()
+        let_go(sys.stdout)
         raise typer.Exit(141) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -60,7 +61,7 @@ def failures_explained(arguments: list[str]) -> Iterator[None]:
             try:
                 sys.stdout.flush()
             except OSError:  # it is stdout that is full, not the run's own files
-                _drop_stdout()
+                let_go(sys.stdout)
             _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
         typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
@@ -80,6 +81,17 @@ def problems_of(error: QloraError) -> tuple[Problem, ...]:
 
 
 def _fail(error: QloraError, *, as_json: bool) -> None:
+    with dropped_without_terminal(sys.stderr):  # the exit code stays
+        _tell(error)
+    if as_json:
+        try:
+            typer.echo(json.dumps({"error": _as_object(error)}, indent=2))
+        except OSError:  # a full disk, or no reader: stderr has said what went wrong, and the exit code stays
+            let_go(sys.stdout)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _tell(error: QloraError) -> None:
     problems = problems_of(error)
     if problems:
         for problem in problems:
@@ -92,18 +104,6 @@ def _fail(error: QloraError, *, as_json: bool) -> None:
         typer.echo(redact(f"error: {error}"), err=True)
         if error.hint:
             typer.echo(redact(f"  hint: {error.hint}"), err=True)
-    if as_json:
-        try:
-            typer.echo(json.dumps({"error": _as_object(error)}, indent=2))
-        except OSError:  # a full disk, or no reader: stderr has said what went wrong, and the exit code stays
-            _drop_stdout()
-    raise typer.Exit(error.exit_code) from None
-
-
-def _drop_stdout() -> None:
-    # What could not be written stays in the buffer; at exit Python would try again and complain.
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_code(error: QloraError, exit_code: int) -> QloraError:

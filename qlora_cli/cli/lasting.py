@@ -2,22 +2,22 @@
 
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
 @contextmanager
-def dropped_without_terminal() -> Iterator[None]:
-    """Drop what is printed on stdout when that was a terminal that is gone: what it says is in the run's own files."""
+def dropped_without_terminal(file: TextIO | None) -> Iterator[None]:
+    """Drop what is printed to `file`, stdout or stderr, when that was a terminal that is gone."""
     try:
         yield
-        sys.stdout.flush()
+        if file is not None:
+            file.flush()
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno != errno.EIO or file is None:
             raise
-        let_go(sys.stdout)
+        let_go(file)
 
 
 def let_go(file: TextIO) -> None:

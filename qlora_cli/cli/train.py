@@ -1,6 +1,7 @@
 """`qlora train`: fine-tune a LoRA adapter on a quantized base."""
 
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -41,7 +42,7 @@ def train(
     if dry_run:
         print_json(plan) if json else render_plan(plan)
         return
-    with dropped_without_terminal():
+    with dropped_without_terminal(sys.stdout):  # the run directory holds all of it
         print_json(result) if json else render_training(result)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])

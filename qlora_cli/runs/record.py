@@ -6,7 +6,7 @@ out and said in `problems`. A command that can't do without a part asks for it b
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,10 +235,21 @@ class RunRecord(Part):
 
     def places_of(self, name: str) -> tuple[Path, ...]:
         """Return where a relative path may be: where it was named from, and there as seen from the run; else none."""
-        if self.named_from is None or Path(name).is_absolute() or name.startswith("~"):
+        if Path(name).is_absolute() or name.startswith("~"):
             return ()
-        moved = Path(os.path.normpath(self._directory.absolute() / self.named_from.from_run))
-        return tuple(dict.fromkeys((self.named_from.directory / name, moved / name)))
+        return tuple(dict.fromkeys(place / name for place in self._named_from()))
+
+    def _named_from(self) -> Iterator[Path]:
+        """Yield the directory that relative names were given in, and where that is as seen from the run."""
+        if self.named_from is not None:
+            yield self.named_from.directory
+            yield Path(os.path.normpath(self._directory.resolve() / self.named_from.from_run))
+            return
+        # Version 0 did not say; a relative name of the run itself tells.
+        output, here = self.setting("output.directory"), self._directory.resolve()
+        parts = Path(os.path.normpath(output)).parts if isinstance(output, str) else ()
+        if parts and here.parts[-len(parts) :] == parts:
+            yield Path(*here.parts[: -len(parts)])
 
 
 def read_record(directory: Path) -> RunRecord:
@@ -280,8 +291,7 @@ def write_record(directory: RunDirectory, record: RunRecord) -> None:
 def new_record(directory: RunDirectory, content: Mapping[str, object]) -> RunRecord:
     """Return a record for the run in `directory`, whose relative names are given in the present working directory."""
     here = Path.cwd()
-    place = directory.path.absolute()
-    named_from = {"directory": here, "from_run": os.path.relpath(here, place)}
+    named_from = {"directory": here, "from_run": os.path.relpath(here, directory.path.resolve())}
     whole = {"schema_version": SCHEMA_VERSION, "named_from": named_from, **content}
     record = RunRecord.model_validate(as_json(whole))
     record._directory = directory.path

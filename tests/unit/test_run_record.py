@@ -167,6 +167,19 @@ def test_relative_names_are_looked_for_where_they_were_given_and_where_that_move
     assert record.base().places == (project / "models" / "base", moved / "models" / "base")
 
 
+def test_a_record_of_version_0_tells_by_its_own_name_where_others_were_given(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(VERSION_0, tmp_path / "project" / "runs" / "old"))
+    for output, found in (
+        ("runs/old", (tmp_path / "project" / "rows.jsonl",)),
+        ("./runs/old/", (tmp_path / "project" / "rows.jsonl",)),
+        ("elsewhere/old", ()),
+        ("/runs/old", ()),
+        ("../old", ()),
+    ):
+        change(run, settings={**WHOLE["settings"], "output": {"directory": output}})
+        assert load_record(run).places_of("rows.jsonl") == found
+
+
 def test_paths_of_the_run_are_recorded_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     directory = RunDirectory(Path("run"))
