@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
@@ -21,7 +22,7 @@ from qlora_cli.adapters.initialization import (
 from qlora_cli.adapters.kept import keep
 from qlora_cli.adapters.reader import Adapter, put_on
 from qlora_cli.adapters.state import put_values, remember_origin
-from qlora_cli.adapters.targets import adapted_layers, resolve_pattern, target_modules, target_parameters
+from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.methods import why_no_dora
@@ -102,6 +103,19 @@ def _checked_here() -> Iterator[None]:
         yield
 
 
+def place_adapter(model: PreTrainedModel, lora: LoraConfig, directory: Path) -> PeftModel:
+    """Return `model` frozen, with an adapter by the config that was read from `directory`, ready for its values.
+
+    Raises:
+        ModelError: the model has nothing that the config names, or can't be adapted so.
+    """
+    config = deepcopy(lora)
+    use_for_quantized_experts(config, model)
+    config.inference_mode = False
+    model.requires_grad_(False)
+    return put_on(model, config, directory)
+
+
 def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
     """Return `model` with an adapter that was read for it, in fp32 as far as it was saved so.
 
@@ -111,16 +125,13 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -
     Raises:
         ModelError: the adapter can't be put on a base that is stored so.
     """
-    config = deepcopy(adapter.lora)
-    if is_pissa(config):
+    if is_pissa(adapter.lora):
         check_pissa(model)
-    use_for_quantized_experts(config, model)
-    config.inference_mode = not trainable
-    model.requires_grad_(False)
-    adapted = put_on(model, config, adapter.directory)
-    config.bias = "none"  # those that were trained are kept beside those of the base
+    adapted = place_adapter(model, adapter.lora, adapter.directory)
+    adapted.peft_config[ADAPTER].inference_mode = not trainable
+    adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept beside those of the base
     if trainable:
-        if is_pissa(config):
+        if is_pissa(adapter.lora):
             remember_start(adapted)
         train_in_fp32(adapted)
     else:

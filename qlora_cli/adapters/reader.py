@@ -28,6 +28,7 @@ from qlora_cli.model_files.adapter_files import (
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
     AdapterConfig,
+    AdapterOutline,
     read_adapter_config,
 )
 from qlora_cli.model_files.checkpoint import read_header
@@ -115,6 +116,14 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
                 hint="Take an earlier checkpoint of the run.",
             )
     return StoredAdapter(directory=directory, file=file, config=config, tensors=tensors)
+
+
+def without_values(outline: AdapterOutline) -> StoredAdapter:
+    """Return an adapter with tensors on the meta device."""
+    _check_beginning(outline.directory, outline.config)
+    tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers}
+    file = outline.directory / ADAPTER_WEIGHTS
+    return StoredAdapter(directory=outline.directory, file=file, config=outline.config, tensors=tensors)
 
 
 def _check_beginning(directory: Path, config: AdapterConfig) -> None:
@@ -259,7 +268,7 @@ def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, t
         if read.adapter is not None:
             adapters.add(read.adapter)
         before = found.get(read.name)
-        if before is not None and not before[0].is_copy and not torch.equal(before[1], tensor):
+        if before is not None and not before[0].is_copy and not _are_equal(before[1], tensor):
             many = f": {', '.join(sorted(adapters))}" if len(adapters) > 1 else ""
             raise ModelError(
                 f"{stored.file} holds more than one adapter{many}: {read.name} is in it twice",
@@ -269,9 +278,13 @@ def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, t
     return found
 
 
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape if one.is_meta else torch.equal(one, other)
+
+
 def _check_tower(stored: StoredAdapter, key: str, tensor: torch.Tensor) -> None:
     """Check that a tensor on a tower, which is not loaded, does nothing: training on text alone leaves it so."""
-    if "lora_A" not in key and tensor.any():
+    if "lora_A" not in key and not tensor.is_meta and tensor.any():
         raise ModelError(
             f"the adapter in {stored.directory} changes more than the text decoder: {without_wrappers(key)}",
             hint=BY_PEFT,

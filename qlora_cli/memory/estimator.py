@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from qlora_cli.adapters.reader import Adapter, fit, rows_of, without_values
 from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
@@ -29,7 +30,7 @@ from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.model_files.config import config_from
+from qlora_cli.model_files.config import ModelConfig, config_from
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
@@ -77,6 +78,7 @@ class Estimator:
         self._is_packed = is_packed
         self._evaluates = evaluates
         self._whole = whole
+        self._stored = None if facts.adapter is None else without_values(facts.adapter)
         self._cache: dict[Any, Any] = {}
 
     def estimate(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
@@ -113,9 +115,28 @@ class Estimator:
 
     def _build(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         model = settings.model
-        config = self._config(model.trust_remote_code)
+        config = deepcopy(self._config(model.trust_remote_code).config)
         apply_rope_scaling(config, model.rope_scaling)
+        shapes = build_on_meta(config, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
+        num_rows = self._num_rows(shapes, model.trust_remote_code)
+        if num_rows <= embedding_of(shapes).num_embeddings:
+            return shapes
+        config.vocab_size = num_rows
         return build_on_meta(config, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
+
+    def _num_rows(self, shapes: PreTrainedModel, trust_remote_code: bool) -> int:
+        """Return how many rows the adapter that trains on has for the vocabulary."""
+        if self._stored is None:
+            return 0
+        stored, base = self._stored, self._config(trust_remote_code)
+        return self._once("rows", lambda: rows_of(stored, shapes, base))
+
+    def _adapter(self, settings: EstimateSettings, dtype: Dtype) -> Adapter | None:
+        """Return the adapter that trains on, as it goes on the model."""
+        if self._stored is None:
+            return None
+        stored, base = self._stored, self._config(settings.model.trust_remote_code)
+        return self._once(("adapter", dtype), lambda: fit(stored, self._build(settings, dtype), base).adapter)
 
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
         """Return how the weights are stored."""
@@ -178,7 +199,8 @@ class Estimator:
             num_experts=self._num_experts(settings, dtype),
             on_host=self._on_host(settings, dtype),
         )
-        attach(resident, trained)
+        adapter = self._adapter(settings, dtype)
+        attach(resident, trained, [] if adapter is None else _held_bytes(adapter, TORCH_DTYPES[dtype]))
         is_ours = self._recipe == Recipe.QLORA
         training = settings.training
         optimized = optimizer_steps(
@@ -245,6 +267,7 @@ class Estimator:
                 recipe=self._recipe,
                 compute_dtype=compute_dtype,
                 new_token_ids=tuple(range(last - num_new, last)),
+                adapter=self._adapter(settings, dtype),
                 whole=whole,
             )
 
@@ -255,7 +278,7 @@ class Estimator:
         return (
             dtype,
             settings.quantization.model_dump_json(),
-            settings.lora.model_dump_json(),
+            settings.lora.model_dump_json() if self._stored is None else "",
             model.rope_scaling,
             model.new_tokens,
         )
@@ -309,11 +332,12 @@ class Estimator:
         embedding = embedding_of(shapes)
         return tuple(f"{name}.weight" for name, module in shapes.named_modules() if module is embedding)
 
-    def _config(self, trust_remote_code: bool) -> Any:
+    def _config(self, trust_remote_code: bool) -> ModelConfig:
         content: Mapping[str, Any] = self._facts.content
         if trust_remote_code and "auto_map" in content and self._facts.path is not None:
-            return AutoConfig.from_pretrained(self._facts.path, trust_remote_code=True)
-        return deepcopy(config_from(self._facts.name, content).config)
+            config = AutoConfig.from_pretrained(self._facts.path, trust_remote_code=True)
+            return ModelConfig(config=config, key_mapping=None)
+        return config_from(self._facts.name, content)
 
     def _once(self, key: Any, make: Callable[[], Value]) -> Value:
         if key not in self._cache:
@@ -330,3 +354,9 @@ def kernels_like(capability: tuple[int, int]) -> tuple[int, int]:
 def _checkpointing(settings: EstimateSettings) -> str:
     asked = settings.training.gradient_checkpointing
     return (Checkpointing.ON if asked == Checkpointing.AUTO else asked).value
+
+
+def _held_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
+    """Return what the parameters of the base take that an adapter's file holds and that do not train, one by one."""
+    held = {id(value): value for name, value in adapter.kept.items() if name not in adapter.trained}
+    return [value.numel() * dtype.itemsize for value in held.values()]

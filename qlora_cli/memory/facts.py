@@ -5,7 +5,7 @@ one file. Imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterOutline, check_unchanged, read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory
@@ -29,12 +29,22 @@ STORED_OTHERWISE = ("mxfp4", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The config of a model. `path` is its directory if it is on this disk; `notes` are for the answer."""
+    """The config of a model. `path` is its directory if it is on this disk; `notes` are for the answer.
+
+    `adapter` is the one that was named, and trains on.
+    """
 
     name: str
     content: Mapping[str, Any]
     path: Path | None = None
+    adapter: AdapterOutline | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that an answer depends on."""
+        adapter = {} if self.adapter is None else {"adapter that trains on": self.adapter.description}
+        return {**self.content, **adapter}
 
 
 def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
@@ -74,10 +84,7 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
     if RunDirectory(path).is_run:
         return _of_run(path, settings, reporter)
     if (path / ADAPTER_CONFIG).is_file():
-        base = settings.model.base_model or read_adapter_config(path).base_model_name_or_path
-        if not base:
-            raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
-        return _named(base, settings, reporter)
+        return _of_adapter(path, settings, reporter)
     if problem := base_model_problem(name, settings.model):
         raise problem
     file = path / CONFIG if path.is_dir() else path
@@ -86,6 +93,19 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
     if file.suffix != ".json":
         raise ModelError(f"{file} is no config.json", hint="Give a model's directory, its config.json, or a hub id.")
     return ModelFacts(name=name, content=read_json(file), path=file.parent), settings
+
+
+def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+    outline = read_outline(path)
+    check_unchanged(str(path), outline.config, settings.lora)
+    base = settings.model.base_model or outline.config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
+    beside = path / base
+    is_beside = existing_path(base) is None and beside.is_dir()
+    facts, settings = _named(str(beside) if is_beside else base, settings, reporter)
+    note = f"the adapter {path} trains on, as it is"
+    return replace(facts, adapter=outline, notes=(*facts.notes, note)), settings
 
 
 def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:

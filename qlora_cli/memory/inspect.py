@@ -1,10 +1,11 @@
 """The answer of `qlora inspect-memory`: predict, judge, solve, suggest. Torch is imported only for a new question."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora_cli.errors import HardwareError
+from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import uncollected
 from qlora_cli.memory import answers
@@ -34,7 +35,8 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
     start = time.monotonic()
     facts, settings = find_facts(request.settings, reporter)
     request = replace(request, settings=settings)
-    key = answers.key_of(request, facts.content)
+    _check_askable(request, facts)
+    key = answers.key_of(request, facts.description)
     known = answers.recall(key)
     if known is not None:
         return replace(known, model=request.settings.model.name, estimate_seconds=time.monotonic() - start)
@@ -45,6 +47,14 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
     report = replace(report, estimate_seconds=time.monotonic() - start)
     answers.keep(key, report)
     return report
+
+
+def _check_askable(request: MemoryRequest, facts: ModelFacts) -> None:
+    if facts.adapter is not None and "rank" in (*request.solve, *request.sweep):
+        raise ModelError(
+            f"the rank of {facts.adapter.directory} is {facts.adapter.config.r}, which training on keeps",
+            hint="Name the base model to ask about another rank.",
+        )
 
 
 def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
@@ -82,7 +92,7 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
         num_trainable_parameters=traced.num_trained,
         recipe=request.recipe.value,
-        settings=_shown(settings, estimate, estimator.accumulation(settings)),
+        settings=_shown(settings, facts, estimate, estimator.accumulation(settings)),
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
@@ -150,14 +160,14 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
     )
 
 
-def _shown(settings: EstimateSettings, estimate: Estimate, accumulation: int) -> dict[str, str]:
+def _shown(settings: EstimateSettings, facts: ModelFacts, estimate: Estimate, accumulation: int) -> dict[str, str]:
     """Return the settings that memory depends on, by the flag's name without dashes."""
-    targets = settings.lora.target_modules
+    rank, targets = _adapter_of(settings, facts)
     quantization = settings.quantization
     shown = {
         "quant": quantization.method.value,
         "dtype": estimate.dtype,
-        "rank": str(settings.lora.rank),
+        "rank": str(rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),
         "micro-batch-size": str(settings.training.micro_batch_size),
         "gradient-accumulation-steps": str(accumulation),
@@ -169,6 +179,15 @@ def _shown(settings: EstimateSettings, estimate: Estimate, accumulation: int) ->
     if quantization.method.takes("double_quant"):
         shown["double-quant"] = "on" if quantization.double_quant else "off"
     return shown
+
+
+def _adapter_of(settings: EstimateSettings, facts: ModelFacts) -> tuple[int, str | Sequence[str]]:
+    """Return rank and targets: of the adapter that trains on, or as asked for a new one."""
+    if facts.adapter is None:
+        return settings.lora.rank, settings.lora.target_modules
+    config = facts.adapter.config
+    targets = config.target_modules
+    return config.r, targets if isinstance(targets, str) else sorted(targets or config.target_parameters or ())
 
 
 def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, left_out: tuple[str, ...]) -> list[str]:

@@ -87,9 +87,11 @@ def _upcast(recorder: Recorder, layout: Layout, upcast: Sequence[tuple[Entry, in
         recorder.died(number)
 
 
-def attach(passes: Passes, trained: Sequence[nn.Parameter]) -> None:
-    """Add the birth of the adapter, parameter by parameter, as pass `adapt`."""
+def attach(passes: Passes, trained: Sequence[nn.Parameter], held_bytes: Sequence[int] = ()) -> None:
+    """Add the birth of the adapter, parameter by parameter, and of what it holds besides, as pass `adapt`."""
     adapt = Recorder(passes, ADAPT, ADAPTERS)
+    for num_bytes in held_bytes:
+        adapt.born(num_bytes)
     for parameter in trained:
         adapt.born(parameter.numel() * parameter.element_size())
 

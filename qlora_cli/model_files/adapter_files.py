@@ -1,13 +1,15 @@
 """The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
+from qlora_cli.settings.models import LoraSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -56,6 +58,32 @@ class AdapterConfig(BaseModel):
         return {key: value for key, value in self.content.items() if value is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterOutline:
+    """An adapter without its values: its config, and the headers of its tensors; none of a pickle, which has none."""
+
+    directory: Path
+    config: AdapterConfig
+    headers: tuple[TensorHeader, ...]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All of it, in plain values."""
+        return {"config": self.config.content, "shapes": {one.name: one.shape for one in self.headers}}
+
+
+def read_outline(directory: Path) -> AdapterOutline:
+    """Return the outline of the LoRA adapter in `directory`.
+
+    Raises:
+        ModelError: its config can't be used, or its file of tensors is damaged.
+    """
+    config = read_adapter_config(directory)
+    has_header = (directory / ADAPTER_WEIGHTS).is_file()
+    headers = tuple(read_header(directory, ADAPTER_WEIGHTS)) if has_header else ()
+    return AdapterOutline(directory=directory, config=config, headers=headers)
+
+
 def read_adapter_config(directory: Path) -> AdapterConfig:
     """Return the config of the LoRA adapter in `directory`.
 
@@ -73,6 +101,27 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             f"{file} can't be used: {_reason(error, given)}",
             hint="Was it edited by hand? PEFT writes it with the right types; copy the original again.",
         ) from error
+
+
+def check_unchanged(name: str, config: AdapterConfig, asked: LoraSettings) -> None:
+    """Check that `asked` gives no setting of a new adapter for the one that is called `name` and trains on.
+
+    Raises:
+        ModelError: it gives one that the adapter does not have.
+    """
+    its_own = {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+    changed = sorted(key for key in asked.model_fields_set if its_own.get(key) != getattr(asked, key))
+    if changed:
+        raise ModelError(
+            f"{name} is an adapter, which trains on as it is: lora.{changed[0]} can't be changed",
+            hint="Leave the lora settings out, or name the base model.",
+        )
 
 
 def _check_kind(file: Path, content: Mapping[str, Any]) -> None:

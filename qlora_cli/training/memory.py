@@ -13,11 +13,11 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.untraced import untraced
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
+from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.runs.result import PredictedMemory
-from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, LoraSettings, TrainSettings
+from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes
 
 
@@ -65,7 +65,13 @@ def check_memory(
     """
     asked = _as_asked(settings, blueprint, longest_row_tokens)
     model = settings.model.name
-    facts = ModelFacts(name=model, content=read_json(blueprint.source.path / CONFIG), path=blueprint.source.path)
+    source = blueprint.source
+    facts = ModelFacts(
+        name=model,
+        content=read_json(source.path / CONFIG),
+        path=source.path,
+        adapter=None if source.adapter is None else read_outline(source.adapter),
+    )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
     estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates, is_packed=settings.data.packing)
     try:
@@ -98,30 +104,10 @@ def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens:
     return EstimateSettings(
         model=blueprint.settings.model,
         quantization=blueprint.settings.quantization,
-        lora=_adapter(settings.lora, blueprint),
+        lora=settings.lora,
         data=EstimateDataSettings(max_length=max(8, longest_row_tokens), packing=settings.data.packing),
         training=settings.training,
     )
-
-
-def _adapter(asked: LoraSettings, blueprint: Blueprint) -> LoraSettings:
-    """Return the adapter that trains: as asked for, or the one that the model comes with."""
-    if blueprint.source.adapter is None:
-        return asked
-    config = read_json(blueprint.source.adapter / ADAPTER_CONFIG)
-    named: dict[str, object] = {
-        "rank": config.get("r", asked.rank),
-        "dropout": config.get("lora_dropout", asked.dropout),
-        "use_dora": bool(config.get("use_dora")),
-        "rank_pattern": config.get("rank_pattern") or None,
-        "alpha_pattern": config.get("alpha_pattern") or None,
-    }
-    if isinstance(config.get("target_modules"), list):
-        named["target_modules"] = tuple(config["target_modules"])
-    for key in ("target_parameters", "modules_to_save"):
-        if config.get(key):
-            named[key] = tuple(config[key])
-    return asked.model_copy(update=named)
 
 
 def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:

@@ -14,7 +14,6 @@ from qlora_cli.adapters.initialization import is_pissa
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
-from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hub.push import check_push
@@ -22,7 +21,7 @@ from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, check_unchanged
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.runs.directory import RunDirectory
@@ -111,7 +110,8 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     resume = find_resume(settings.output)
     is_asked = "max_length" in settings.data.model_fields_set
     blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
-    _check_adapter_settings(settings.lora, blueprint)
+    if blueprint.adapter is not None:
+        check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
     resolved = _as_loaded(resolved, blueprint)
     data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
     resolved = Resolved(resolved.settings.model_copy(update={"data": data}), resolved.origins)
@@ -230,15 +230,6 @@ def _check_memory(
     if settings.data.streaming:  # longer rows than the first may come
         longest = settings.data.max_length
     return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
-
-
-def _check_adapter_settings(settings: LoraSettings, blueprint: Blueprint) -> None:
-    given = sorted(settings.model_fields_set)
-    if blueprint.source.adapter is not None and given:
-        raise ModelError(
-            f"{blueprint.source.name} is an adapter, which trains on as it is: lora.{given[0]} can't be changed",
-            hint="Leave the lora settings out, or name the base model.",
-        )
 
 
 def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resolved[TrainSettings]:

@@ -1,0 +1,119 @@
+"""What training on from an adapter takes is predicted by that adapter's own config and shapes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftModel
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import SilentReporter
+from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.loader import load_planned
+from qlora_cli.memory import answers
+from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.inspect import inspect_memory
+from qlora_cli.memory.prediction import MemoryReport
+from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.settings.models import EstimateSettings
+from tests.integration.loading import load_settings, save_model
+from tests.integration.merging import adapted, save
+from tests.integration.plain import ROWS, plain
+from tests.integration.vision_language import load_full, save_full
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Answer every question anew, and keep it in a place of its own."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+
+
+KINDS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "another rank": ("llama", {"r": 3}, 0),
+    "rank by pattern": ("llama", {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, 0),
+    "a pattern": ("llama", {"target_modules": r".*\.1\..*(q_proj|v_proj)"}, 0),
+    "one layer": ("llama", {"layers_to_transform": [1]}, 0),
+    "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}, 0),
+    "DoRA": ("llama", {"use_dora": True}, 0),
+    "LoRA on the head": ("llama", {"target_modules": ["q_proj", "lm_head"]}, 0),
+    "LoRA on the embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, 0),
+    "modules trained whole": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, 0),
+    "tied modules trained whole": ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}, 0),
+    "rows": ("llama", {"trainable_token_indices": [5, 7]}, 0),
+    "a grown vocabulary": ("llama", {}, 64),
+    "a grown vocabulary trained whole": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, 64),
+    "biases": ("qwen2", {"bias": "all"}, 0),
+    "a model with towers": ("gemma3", {"target_modules": r".*language_model.*(q_proj|down_proj)"}, 0),
+}
+
+
+def base_of(kind: str, place: Path) -> Path:
+    if kind == "gemma3":
+        return save_full(place, kind)
+    family = kind if kind == "qwen2" else "llama"
+    return save_model(place, family, vocab_size=ROWS, tie_word_embeddings=kind == "tied")
+
+
+def adapter_of(kind: str, place: Path) -> Path:
+    base, values, more_rows = KINDS[kind]
+    checkpoint = base_of(base, place / "base")
+    model = load_full(checkpoint, base) if base == "gemma3" else plain(checkpoint)
+    if more_rows:
+        model.resize_token_embeddings(ROWS + more_rows, mean_resizing=False)
+    config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **values}
+    lora = LoraConfig(**config, base_model_name_or_path=str(checkpoint))
+    return save(adapted(model, lora), place / "adapter")
+
+
+def predicted(model: Path, recipe: Recipe = Recipe.QLORA, **lora: object) -> MemoryReport:
+    settings = EstimateSettings.model_validate(
+        {"model": {"name": str(model)}, "lora": lora, "data": {"max_length": 64}}
+    )
+    request = MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), recipe=recipe)
+    return inspect_memory(request, SilentReporter())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_parameters_are_predicted_to_train_as_do(kind: str, tmp_path: Path) -> None:
+    adapter = adapter_of(kind, tmp_path)
+    settings, silent = load_settings(adapter, model__dtype="bf16", quantization__method="nf4"), SilentReporter()
+    loaded = load_planned(plan_load(settings, silent), silent, trains_adapter=True)
+    assert isinstance(loaded.model, PeftModel)
+    trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    report = predicted(adapter)
+    assert report.num_trainable_parameters == sum(parameter.numel() for parameter in trained)
+    assert report.num_parameters == loaded.inventory.num_parameters
+    held = sum(parameter.nbytes for parameter in trained)
+    if KINDS[kind][2] and "modules_to_save" not in KINDS[kind][1]:  # embedding and head are held beside the base's
+        held += 2 * 2 * (ROWS + 64) * loaded.base.config.hidden_size
+    assert report.components.adapters_bytes >= held
+    if kind == "another rank":
+        assert (report.settings["rank"], report.settings["target-modules"]) == ("3", "down_proj,q_proj")
+
+
+def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for_change(tmp_path: Path) -> None:
+    adapter = adapter_of("another rank", tmp_path)
+    of_new = predicted(tmp_path / "base", rank=3, target_modules="q_proj,down_proj")
+    assert predicted(adapter).predicted == of_new.predicted == predicted(adapter, rank=3).predicted
+    with pytest.raises(ModelError, match=r"is an adapter, which trains on as it is: lora\.rank can't be changed"):
+        predicted(adapter, rank=4)
+    by_plain_loop = predicted(adapter, Recipe.PEFT)
+    assert by_plain_loop.num_trainable_parameters == of_new.num_trainable_parameters
+    settings = EstimateSettings.model_validate({"model": {"name": str(adapter)}})
+    request = MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), solve=("rank",))
+    with pytest.raises(ModelError, match="which training on keeps"):
+        inspect_memory(request, SilentReporter())
+
+
+def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
+    first = adapter_of("another rank", tmp_path / "first")
+    second = adapter_of("rows", tmp_path / "second")
+    keys = set()
+    for adapter in (first, second, tmp_path / "first" / "base"):
+        before = set((tmp_path / "cache" / "memory").glob("*.json"))
+        predicted(adapter)
+        keys |= set((tmp_path / "cache" / "memory").glob("*.json")) - before
+    assert len(keys) == 3
+    assert answers.recall("none of them") is None
