@@ -19,7 +19,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterOutline, 
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.record import load_record
+from qlora_cli.runs.record import BaseUsed, load_record
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -133,11 +133,22 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
             f"{RunDirectory(path).run_file} does not say how the run was trained: {error}",
             hint="Was it written by qlora train? Else give the base model.",
         ) from error
-    here = next((str(place) for place in base.places if (place / CONFIG).is_file()), base.name)
-    name = settings.model.base_model or here
+    name = settings.model.base_model or _place_of(base, path)
     facts, taken = _named(name, taken, reporter)
     note = f"settings of the run {path}, but for what was given here"
     return ModelFacts(name=base.name, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken
+
+
+def _place_of(base: BaseUsed, run: Path) -> str:
+    """Return the base of a run by where it is on this disk, or by its name on the hub."""
+    here = next((str(place) for place in base.places if (place / CONFIG).is_file()), None)
+    if here is None and base.commit is None:
+        looked = " and ".join(map(str, base.places))
+        raise ModelNotFoundError(
+            f"the base of the run {run} is {base.name}, which is not here (looked for {looked})",
+            hint="Put it there, or say where it is: --base-model BASE.",
+        )
+    return here or base.name
 
 
 def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts:

@@ -13,9 +13,10 @@ from qlora_cli.evaluating.result import Evaluation
 from qlora_cli.evaluating.run import evaluate
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
 from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.memory.facts import find_facts
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
-from qlora_cli.settings.models import EvaluateSettings, LoadSettings, ModelSettings
+from qlora_cli.settings.models import EstimateSettings, EvaluateSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings
@@ -161,6 +162,12 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     assert "--base-model" in str(caught.value.hint)
     named = find_model(ModelSettings(name=str(moved / "runs" / "a"), base_model=str(base)))
     assert named.path == base
+    asked = {"model": {"name": str(moved / "runs" / "a")}}
+    with pytest.raises(ModelNotFoundError, match=str(moved / "models" / "base")):
+        find_facts(EstimateSettings.model_validate(asked), Recorder())
+    asked["model"]["base_model"] = str(base)
+    facts, _ = find_facts(EstimateSettings.model_validate(asked), Recorder())
+    assert facts.path == base
 
     (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so did the data
     with pytest.raises(DatasetNotFoundError) as lost:
