@@ -16,11 +16,11 @@ from benchmarks.load_case import AnonymousPeak
 def merge_with_qlora(adapter: Path, output: Path, base: str) -> dict[str, Any]:
     """Merge by the code of `qlora merge --no-verify`."""
     from qlora_cli.events import SilentReporter
-    from qlora_cli.merging.request import MergeRequest
     from qlora_cli.merging.run import merge
     from qlora_cli.settings.choices import BaseWeights
+    from qlora_cli.settings.models import MergeSettings
 
-    request = MergeRequest(
+    request = MergeSettings(
         adapters=(str(adapter),), weights=(1.0,), output=output, base=BaseWeights(base), verify=False
     )
     watcher, start = AnonymousPeak(), time.monotonic()

@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.marks import Command, Marks
-from qlora_cli.settings.models import Section, marks
+from qlora_cli.settings.models import Section, field_of, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
 from qlora_cli.settings.shown import is_switch, metavar, shown_default
 
@@ -51,6 +51,8 @@ def takes(command: Command, kind: type[Section], *, positional: str | None = Non
             return function(context, **{name: value for name, value in given.items() if name in own})
 
         fields = dict(settings_of(command, kind))
+        if positional is not None:
+            fields.setdefault(positional, field_of(positional))
         parameters = [own["context"]]
         if positional is not None:
             parameters.append(_argument(positional, fields.pop(positional)))
@@ -101,7 +103,7 @@ def off_flag(marked: Marks) -> str:
 
 def argument_name(marked: Marks) -> str:
     """Return what a setting is called that is given without its flag: `MODEL` for `--model`."""
-    return marked.metavar or cast(str, marked.flag).removeprefix("--").replace("-", "_").upper()
+    return marked.metavar or f"{marked.flag}".removeprefix("--").replace("-", "_").upper()
 
 
 def describe(field: FieldInfo) -> str:

@@ -13,7 +13,7 @@ from qlora_cli import __version__
 from qlora_cli.merging.beside import write_json
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.request import name_of
+from qlora_cli.merging.places import name_of
 from qlora_cli.merging.result import AppliedAdapter, Divergence, MergeResult
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.model_files.merged import adapter_digest

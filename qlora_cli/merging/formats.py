@@ -14,9 +14,9 @@ from qlora_cli.merging.exports.format import Export, Format
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import Divergence
 from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.settings.models import MergeSettings
 
 MODEL = "model"  # the 16-bit model, where it is part of none of the formats that were asked for
 
@@ -29,7 +29,7 @@ class Formats:
     by_name: Mapping[ExportFormat, Format]
 
     @classmethod
-    def of(cls, request: MergeRequest) -> "Formats":
+    def of(cls, request: MergeSettings) -> "Formats":
         """Return the formats that were asked for.
 
         Raises:

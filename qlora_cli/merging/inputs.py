@@ -24,7 +24,6 @@ from qlora_cli.merging.base import Base, BaseModel, parameter_groups
 from qlora_cli.merging.changes import Weighted
 from qlora_cli.merging.conversions import read_conversions
 from qlora_cli.merging.plan import Changes
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.stored import StoredTensors
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint, read_json
 from qlora_cli.model_files.config import ModelConfig, read_config
@@ -37,7 +36,7 @@ from qlora_cli.quantization.layout import build_on_meta, plan_layout
 from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
-from qlora_cli.settings.models import UNQUANTIZED, ModelSettings, QuantizationSettings
+from qlora_cli.settings.models import UNQUANTIZED, MergeSettings, ModelSettings, QuantizationSettings
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -56,7 +55,7 @@ class Inputs:
         changes: What all adapters together do, by the name of the parameter.
     """
 
-    request: MergeRequest
+    request: MergeSettings
     source: ModelSource
     sources: tuple[ModelSource, ...]
     config: ModelConfig
@@ -74,7 +73,7 @@ class Inputs:
         return bool(self.base.quantized)
 
 
-def read_inputs(request: MergeRequest, reporter: Reporter) -> Inputs:
+def read_inputs(request: MergeSettings, reporter: Reporter) -> Inputs:
     """Find base and adapters, and read all but the weights.
 
     Raises:
@@ -136,7 +135,7 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
         yield "the layers that predict tokens further ahead are copied as they are: no adapter was trained on them"
 
 
-def _model_settings(request: MergeRequest, name: str) -> ModelSettings:
+def _model_settings(request: MergeSettings, name: str) -> ModelSettings:
     return ModelSettings(
         name=name,
         revision=request.revision if name == request.adapters[0] else None,
@@ -146,7 +145,7 @@ def _model_settings(request: MergeRequest, name: str) -> ModelSettings:
     )
 
 
-def _find_all(request: MergeRequest, reporter: Reporter) -> list[ModelSource]:
+def _find_all(request: MergeSettings, reporter: Reporter) -> list[ModelSource]:
     sources = [find_model(_model_settings(request, name), reporter) for name in request.adapters]
     for name, source in zip(request.adapters, sources, strict=True):
         if source.adapter is None:
@@ -178,7 +177,7 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
             )
 
 
-def _check_digest(source: ModelSource, request: MergeRequest, reporter: Reporter) -> None:
+def _check_digest(source: ModelSource, request: MergeSettings, reporter: Reporter) -> None:
     """Check that the base is the one that the run was trained on, by samples of its bytes."""
     recorded = None if source.record is None else source.record.base_model_digest
     if recorded is None or recorded == base_digest(source.path):
@@ -197,7 +196,7 @@ def read_base(
     checkpoint: Checkpoint,
     tokenizer: LoadedTokenizer,
     record: RunRecord | None,
-    request: MergeRequest,
+    request: MergeSettings,
     adapters: Sequence[StoredAdapter] = (),
 ) -> BaseModel:
     """Return the base on the meta device, with what is known of how training, or its file, has stored it.
@@ -289,7 +288,7 @@ def _reader(base: BaseModel) -> Read:
     return lambda name: original.parameters(groups[stored[name]])[stored[name]]
 
 
-def _on_meta(config: ModelConfig, base: BaseModel, request: MergeRequest) -> PreTrainedModel:
+def _on_meta(config: ModelConfig, base: BaseModel, request: MergeSettings) -> PreTrainedModel:
     return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.trust_remote_code)
 
 

@@ -20,15 +20,16 @@ from qlora_cli.merging.formats import Formats
 from qlora_cli.merging.inputs import Inputs, read_inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.merger import Merger
+from qlora_cli.merging.places import name_of, output_of, pushed_to
 from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.preflight import check_merge, refused_push
 from qlora_cli.merging.report import applied_adapters, report_of
-from qlora_cli.merging.request import MergeRequest, name_of, output_of, pushed_to
 from qlora_cli.merging.result import BaseChoice, Divergence, MergeReport, MergeResult, Verification
 from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import BaseWeights, ExportFormat
+from qlora_cli.settings.models import MergeSettings
 
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 CODE = "*.py"
@@ -38,7 +39,7 @@ MODEL_FILES = (
 )
 
 
-def plan(request: MergeRequest, reporter: Reporter) -> MergeReport:
+def plan(request: MergeSettings, reporter: Reporter) -> MergeReport:
     """Return what `merge` would do; nothing is written.
 
     Raises:
@@ -49,7 +50,7 @@ def plan(request: MergeRequest, reporter: Reporter) -> MergeReport:
     return report_of(settled.inputs, settled.plans[0], output_of(request), settled.disk_bytes, settled.base)
 
 
-def merge(request: MergeRequest, reporter: Reporter) -> MergeResult:
+def merge(request: MergeSettings, reporter: Reporter) -> MergeResult:
     """Merge adapters into their base and write what `request` asks for.
 
     Raises:
@@ -125,7 +126,7 @@ class _Settled:
     disk_bytes: int
 
 
-def _settle(request: MergeRequest, reporter: Reporter) -> _Settled:
+def _settle(request: MergeSettings, reporter: Reporter) -> _Settled:
     formats = Formats.of(request)
     inputs = read_inputs(request, reporter)
     formats.check(inputs, reporter)

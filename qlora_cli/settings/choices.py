@@ -72,7 +72,8 @@ class Quantization(StrEnum):
     def hint_for(cls, value: str) -> str | None:
         """Return what to choose from where `value` names bits that several methods store a weight in."""
         found = cls.of_bits(value)
-        return f"Choose {' or '.join(found)}; the first is the default." if DEFAULT_METHOD in found else None
+        default = f"; {DEFAULT_METHOD.value} is the default" if DEFAULT_METHOD in found else ""
+        return f"Choose {' or '.join(found)}{default}." if found else None
 
     @property
     def traits(self) -> MethodTraits:

@@ -17,6 +17,7 @@ from qlora_cli.settings.sections.generate import AnswerSettings
 from qlora_cli.settings.sections.inspect_data import PreviewSettings
 from qlora_cli.settings.sections.load import SavingSettings
 from qlora_cli.settings.sections.lora import LoraSettings
+from qlora_cli.settings.sections.merge import MergeSettings
 from qlora_cli.settings.sections.model import ModelSettings
 from qlora_cli.settings.sections.output import OutputSettings
 from qlora_cli.settings.sections.quantization import UNQUANTIZED, QuantizationSettings
@@ -38,6 +39,8 @@ __all__ = [
     "LoadCommandSettings",
     "LoadSettings",
     "LoraSettings",
+    "MergeCommandSettings",
+    "MergeSettings",
     "ModelSettings",
     "OutputSettings",
     "PreviewSettings",
@@ -117,6 +120,12 @@ class GenerateSettings(LoadSettings):
     generate: PromptedSettings
 
 
+class MergeCommandSettings(Section):
+    """What `qlora merge` needs."""
+
+    merge: MergeSettings
+
+
 class EstimateDataSettings(DataSettings):
     """The rows, of which a prediction needs the length alone."""
 
@@ -144,6 +153,7 @@ SECTIONS: dict[str, type[Section]] = {
     "inspect_data": PreviewSettings,
     "generate": AnswerSettings,
     "evaluate": EvaluationSettings,
+    "merge": MergeSettings,
 }
 
 

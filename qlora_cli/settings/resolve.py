@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
-from qlora_cli.settings.models import SECTIONS, Section, field_of, marks
-from qlora_cli.settings.shown import choices_of, example_of, hint_for
+from qlora_cli.settings.models import SECTIONS, Section, field_of
+from qlora_cli.settings.shown import choices_of, example_of, hint_for, shown_name
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -44,7 +44,7 @@ class Resolved(Generic[SettingsT]):
 
     def where_of(self, path: str) -> str:
         """Return where the value of `section.key` was given, or the flag that would give it."""
-        return self.origins[path].of(path) if path in self.origins else marks(path).flag or path
+        return self.origins[path].of(path) if path in self.origins else shown_name(field_of(path))
 
 
 def resolve(

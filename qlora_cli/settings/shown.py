@@ -13,6 +13,12 @@ from qlora_cli.settings.marks import marks_of
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
 
+def shown_name(field: FieldInfo) -> str:
+    """Return what gives a setting on the command line: its flag, or an argument in capitals."""
+    marked = marks_of(field)
+    return marked.flag or str(marked.metavar)
+
+
 def is_switch(field: FieldInfo) -> bool:
     """Whether the setting is on or off."""
     return field.annotation is bool or field.annotation == bool | None
@@ -49,7 +55,7 @@ def metavar(field: FieldInfo) -> str:
 def shown_default(field: FieldInfo) -> str | None:
     """Return the default as it would be written in a file; None if there is none."""
     default = None if field.is_required() else field.default
-    if default is None:
+    if default is None or default == ():
         return None
     if isinstance(default, tuple):
         return ",".join(map(_shown, default))

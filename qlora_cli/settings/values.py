@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Collection, Mapping
+from math import inf
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+
+from qlora_cli.settings.choices import ExportFormat
 
 
 def either(names: Collection[str]) -> str:
@@ -69,6 +72,31 @@ def check_prompt(text: str) -> str:
     return text
 
 
+def _as_numbers(value: object) -> object:
+    return [value] if isinstance(value, str | int | float) else value
+
+
+def _check_repository(value: str) -> str:
+    if not value:
+        raise refused("names no repository", "Give OWNER/NAME.")
+    return value
+
+
+def _check_nats(value: object) -> object:
+    number = _number(value)
+    if number is not None and not 0 <= number < inf:
+        raise refused(f"must be a number of nats from 0 on, got {number:g}", "Such as 0.001.")
+    return value
+
+
+def _number(value: object) -> float | None:
+    """Return the number that a value is or is written as; None if it is none."""
+    try:
+        return float(value) if isinstance(value, str | int | float) else None
+    except ValueError:
+        return None
+
+
 def held_out_share(text: str) -> float | int | None:
     """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
 
@@ -104,6 +132,15 @@ DistinctNames = Annotated[
 ]
 PromptText = Annotated[str, AfterValidator(check_prompt)]
 Prompts = Annotated[tuple[PromptText, ...], Field(min_length=1), BeforeValidator(as_list)]
+Weights = Annotated[tuple[Annotated[float, Field(allow_inf_nan=True)], ...], BeforeValidator(_as_numbers)]
+Repository = Annotated[str, AfterValidator(_check_repository)]
+Nats = Annotated[float, BeforeValidator(_check_nats)]
+Formats = Annotated[
+    tuple[ExportFormat, ...],
+    Field(min_length=1),
+    BeforeValidator(as_list),
+    AfterValidator(lambda formats: tuple(dict.fromkeys(formats))),
+]
 Name = Annotated[str, Field(min_length=1)]
 Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(as_list)]
 Texts = Annotated[Annotated[tuple[Name, ...], Field(min_length=1)] | None, BeforeValidator(as_list)]

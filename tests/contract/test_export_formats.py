@@ -12,8 +12,7 @@ PACKAGE = Path(qlora_cli.__file__).parent
 NAMED = re.compile(r"ExportFormat\.([A-Z]\w+)\b")
 # A default; what llama.cpp's flags are for, before torch is imported; the key of the JSON that is called after it.
 ELSEWHERE = {
-    ("cli/merge.py", "HF"),
-    ("merging/request.py", "HF"),
+    ("settings/sections/merge.py", "HF"),
     ("merging/preflight.py", "GGUF"),
     ("merging/run.py", "HF"),
     ("merging/run.py", "NF4"),

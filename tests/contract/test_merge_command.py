@@ -195,7 +195,7 @@ def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["missing argument 'RUN_OR_ADAPTER...'"]),
+        ([], ["RUN_OR_ADAPTER: is missing"]),
         (["./no"], ["RUN_OR_ADAPTER: no model at ./no"]),
         (
             ["./no", "--output", "FILE", "--weight", "0"],
@@ -210,7 +210,7 @@ def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it
         (["RUN", "--gguf-type", "f16"], ["--gguf-type: has no effect without --format gguf"]),
         (["RUN", "--format", "gguf", "--llama-cpp", "./no"], ["--llama-cpp no is not there"]),
         (["RUN", "--push-to-hub", "me/x"], ["--push-to-hub: nothing can be pushed to the hub offline"]),
-        (["RUN", "--base", "orignal"], ["invalid value for '--base'"]),
+        (["RUN", "--base", "orignal"], ["--base: 'orignal' is not one of", "Did you mean original?"]),
         (["RUN", "--outptu", "x"], ["Did you mean --output?"]),
     ],
 )

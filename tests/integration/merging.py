@@ -29,13 +29,13 @@ from qlora_cli.merging.inputs import Inputs, read_inputs
 from qlora_cli.merging.laboratory import Laboratory, base_reader
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.plan import MergePlan, plan_merge
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import BaseChoice, Verification
 from qlora_cli.merging.streamed import Beside, StreamedModel
 from qlora_cli.merging.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
+from qlora_cli.settings.models import MergeSettings
 from tests.integration.adapters import PREFIX, settings_of
 from tests.integration.loading import load, logits
 from tests.integration.plain import IDS, plain
@@ -65,9 +65,9 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def request_of(*adapters: Path, **values: Any) -> MergeRequest:
+def request_of(*adapters: Path, **values: Any) -> MergeSettings:
     """Return what is asked for by naming these adapters; `values` are fields of the request."""
-    return MergeRequest(
+    return MergeSettings(
         **{"adapters": tuple(map(str, adapters)), "weights": (1.0,) * len(adapters), "base": "original", **values}
     )
 
@@ -82,7 +82,7 @@ def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
     return Merged(directory=output, inputs=inputs, plan=plan)
 
 
-def planned(request: MergeRequest) -> tuple[Inputs, MergePlan]:
+def planned(request: MergeSettings) -> tuple[Inputs, MergePlan]:
     """Return all that is known before a weight is read."""
     inputs = read_inputs(request, SilentReporter())
     kind = BaseWeights.DEQUANTIZED if inputs.base.packed else BaseWeights(request.base)

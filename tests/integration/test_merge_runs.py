@@ -11,11 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_cli.events import SilentReporter
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import MergeResult
 from qlora_cli.merging.run import merge
 from qlora_cli.model_files.config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
+from qlora_cli.settings.models import MergeSettings
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.experts import save_moe
@@ -84,7 +84,7 @@ class Run:
     def merged(self, output: Path, **values: Any) -> MergeResult:
         """Merge it as the command does."""
         fields = {"weights": (1.0,), "device": Device.CPU, **values}
-        return merge(MergeRequest(adapters=(str(self.path),), output=output, **fields), SilentReporter())
+        return merge(MergeSettings(adapters=(str(self.path),), output=output, **fields), SilentReporter())
 
 
 def trained(base: Path, place: Path, kind: str, **how: Any) -> Run:

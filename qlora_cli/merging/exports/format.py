@@ -9,9 +9,9 @@ from typing import ClassVar
 from qlora_cli.events import Reporter
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import Divergence
 from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.settings.models import MergeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Format(ABC):
     library: ClassVar[str] = "transformers"
     quantized_again: ClassVar[str | None] = None
 
-    def __init__(self, request: MergeRequest) -> None:
+    def __init__(self, request: MergeSettings) -> None:
         """Take what was asked for.
 
         Raises:

@@ -17,14 +17,13 @@ from qlora_cli.merging.exports.converter import Converter, convert, find_convert
 from qlora_cli.merging.exports.format import Export, Format
 from qlora_cli.merging.exports.turns import writes_bos
 from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.request import MergeRequest
 from qlora_cli.merging.result import Divergence
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import GgufType
-from qlora_cli.settings.models import ModelSettings
+from qlora_cli.settings.models import MergeSettings, ModelSettings
 from qlora_cli.units import format_bytes, format_count
 
 
@@ -34,7 +33,7 @@ class GgufFormat(Format):
     share = 1.0
     library = "gguf"
 
-    def __init__(self, request: MergeRequest) -> None:
+    def __init__(self, request: MergeSettings) -> None:
         """Find the converter.
 
         Raises:

@@ -1,0 +1,76 @@
+"""What `qlora merge` merges, into what, and what it writes."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
+from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.section import Section
+from qlora_cli.settings.values import Datasets, Formats, Nats, Repository, Weights
+
+MERGE = (Command.MERGE,)
+
+
+class MergeSettings(Section):
+    """What `qlora merge` merges, into what, and what it writes. Merging itself is done on the CPU."""
+
+    adapters: Annotated[Datasets, Marks(metavar="RUN_OR_ADAPTER", commands=MERGE, is_repeatable=True)] = Field(
+        description="Run directory, adapter directory or hub id of an adapter; several are added together."
+    )
+    weights: Annotated[Weights, Marks(flag="--weight", commands=MERGE, metavar="NUMBER", is_repeatable=True)] = Field(
+        default=(), validate_default=True, description="How much an adapter counts, in their order; 1 if not given."
+    )
+    output: Annotated[Path | None, Marks(flag="--output", commands=MERGE)] = Field(
+        default=None, description="Where the result goes: merged/ in the run, or NAME-merged here, if it is not given."
+    )
+    base: Annotated[BaseWeights, Marks(flag="--base", commands=MERGE)] = Field(
+        default=BaseWeights.AUTO,
+        description="Weights to merge into: as stored, or dequantized, as training saw them. auto measures both.",
+    )
+    dtype: Annotated[MergeDtype, Marks(flag="--dtype", commands=MERGE)] = Field(
+        default=MergeDtype.KEEP, description="What the result is written in; keep is each tensor's own."
+    )
+    formats: Annotated[Formats, Marks(flag="--format", commands=MERGE, is_repeatable=True)] = Field(
+        default=(ExportFormat.HF,), description="What is written; may be given several times."
+    )
+    verify: Annotated[bool, Marks(flag="--verify", commands=MERGE)] = Field(
+        default=True, description="Compare the result with the base and the adapter beside it."
+    )
+    max_divergence: Annotated[Nats | None, Marks(flag="--max-divergence", commands=MERGE, metavar="NATS")] = Field(
+        default=None,
+        description="Largest mean KL divergence a token that rounding may make; no bound if it is not given.",
+    )
+    base_model: Annotated[str | None, Marks(flag="--base-model", commands=MERGE)] = Field(
+        default=None, min_length=1, description="Another base than the adapter names."
+    )
+    revision: Annotated[str | None, Marks(flag="--revision", commands=MERGE)] = Field(
+        default=None, description="Branch, tag or commit of an adapter on the hub."
+    )
+    device: Annotated[Device, Marks(flag="--device", commands=MERGE)] = Field(
+        default=Device.AUTO, description="Where models run to be compared; merging needs no GPU."
+    )
+    llama_cpp: Annotated[Path | None, Marks(flag="--llama-cpp", commands=MERGE)] = Field(
+        default=None, description="Checkout of llama.cpp, for --format gguf."
+    )
+    gguf_type: Annotated[GgufType, Marks(flag="--gguf-type", commands=MERGE)] = Field(
+        default=GgufType.AUTO, description="Type of the weights in the GGUF file."
+    )
+    push_to_hub: Annotated[Repository | None, Marks(flag="--push-to-hub", commands=MERGE, metavar="OWNER/NAME")] = (
+        Field(default=None, description="Push the result to this repository.")
+    )
+    hub_private: Annotated[bool, Marks(flag="--private", off_flag="--public", commands=MERGE)] = Field(
+        default=True, description="Whether that repository is private, if it is made."
+    )
+    allow_pickle: Annotated[bool, Marks(flag="--allow-pickle", commands=MERGE, is_only_by_hand=True)] = Field(
+        default=False, description="Read pickled .bin weights if there are no safetensors; never from a file."
+    )
+    trust_remote_code: Annotated[bool, Marks(flag="--trust-remote-code", commands=MERGE, is_only_by_hand=True)] = (
+        Field(default=False, description="Run the Python code that comes with the model; never from a file.")
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _one_for_each(cls, weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        return weights or (1.0,) * len(info.data.get("adapters", ()))
