@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MARK = "> "
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
-HELP = "/reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
+HELP = "/reset begins anew, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
 
 @options.takes(Command.CHAT, ChatSettings, positional="model.name")

@@ -34,7 +34,7 @@ def source_cells(source: SourceResult) -> tuple[str, ...]:
     return (
         f"{source.source} ({source.quantization})" if source.quantization != "none" else source.source,
         _with_stderr(source.loss, source.loss_stderr),
-        NOTHING if source.perplexity is None else f"{source.perplexity:,.4g}",
+        NOTHING if source.perplexity is None else _perplexity(source.perplexity),
         f"{source.token_accuracy:.1%}",
         "" if source.difference is None else _with_stderr(source.difference, source.difference_stderr, sign="+"),
         f"{source.tokens_per_second:,.0f}",
@@ -44,6 +44,12 @@ def source_cells(source: SourceResult) -> tuple[str, ...]:
 def task_cells(figure: TaskResult) -> tuple[str, ...]:
     """Return what a table says of one figure, by `TASK_HEADINGS`."""
     return visible(figure.task), figure.source, visible(figure.metric), _with_stderr(figure.value, figure.stderr)
+
+
+def _perplexity(value: float) -> str:
+    """Return it with four digits, and as many decimals as others of its size have."""
+    decimals = 2 if value < 100 else 1 if value < 1000 else 0
+    return f"{value:,.{decimals}f}" if value < 1e6 else f"{value:.4g}"
 
 
 def _with_stderr(value: float | None, stderr: float | None, sign: str = "") -> str:

@@ -134,8 +134,12 @@ def _verified(result: MergeResult) -> str:
     if found is None:
         return "no"
     passed = "" if found.passed else "**failed**: "
-    tokens = f"{found.divergence.num_tokens:,} tokens"
-    return f"{passed}against the base with the adapter beside it, over {tokens}: {_in_short(found.divergence)}"
+    exact = "exactly" if found.is_exact else "not exactly"
+    over = f"over {found.divergence.num_tokens:,} tokens"
+    return (
+        f"{passed}{exact} the base with the adapter beside it, rounded to {result.dtype}, which costs, {over}: "
+        f"{_in_short(found.divergence)}"
+    )
 
 
 def _in_short(found: Divergence) -> str:

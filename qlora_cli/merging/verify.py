@@ -46,7 +46,7 @@ def verify(
     )
     less = _less_rounded(laboratory, plan, reference, unrounded) if is_exact and found.mean_kl > NOTEWORTHY else None
     if less is not None:
-        reporter.report(Noted(message=_on_rounding(plan, choice, found, less)))
+        reporter.report(Noted(message=_on_rounding(plan, choice, found, less), level="warning"))
     return Verification(
         passed=is_exact and not math.isnan(found.mean_kl) and (most is None or found.mean_kl <= most),
         is_exact=is_exact,
@@ -87,7 +87,8 @@ def _on_rounding(plan: MergePlan, choice: BaseChoice, found: Divergence, less: R
     other = choice.original if plan.base == BaseWeights.DEQUANTIZED else choice.dequantized
     beside = "" if other is None else f" (quantizing the base had moved it by {other.mean_kl:.2g})"
     return (
-        f"rounding to {NAMES[plan.main_dtype]} moves the merged model by {found.mean_kl:.2g} nats a token{beside}; "
+        f"rounding to {NAMES[plan.main_dtype]} moves the merged model by {found.mean_kl:.2g} nats a token{beside}, "
+        f"and another token comes first at {1 - found.top_token_agreement:.1%} of them; "
         f"--dtype {less.dtype} moves it by {less.mean_kl:.2g}, at {size}"
     )
 

@@ -255,6 +255,13 @@ def test_columns_without_a_figure_are_left_out(capsys: pytest.CaptureFixture[str
     assert "lm-eval" not in shown
 
 
+@pytest.mark.parametrize(
+    ("perplexity", "shown"), [(54.3, "54.30"), (1.0, "1.00"), (226.79, "226.8"), (3000.0, "3,000"), (1.5e9, "1.5e+09")]
+)
+def test_perplexities_of_one_size_have_as_many_decimals(perplexity: float, shown: str) -> None:
+    assert source_cells(source(perplexity=perplexity))[2] == shown
+
+
 def test_what_is_no_number_is_a_dash() -> None:
     assert source_cells(source(loss=None, loss_stderr=None, perplexity=None))[1:3] == ("-", "-")
 

@@ -49,7 +49,7 @@ class Nf4Format(Format):
         done = export_nf4(
             export.model, export.target, trust_remote_code=trust, device=device, reporter=export.reporter
         )
-        export.reporter.report(Noted(message=f"in NF4 the weights take {done.times_smaller:.2f} times less"))
+        export.reporter.report(Noted(message=f"in NF4 the weights are {done.times_smaller:.2f} times smaller"))
         if export.laboratory is None:
             return None
         merged = export.laboratory.stored(export.model)
