@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.initialization import is_pissa
+from qlora_cli.adapters.reader import Adapter
+from qlora_cli.adapters.targets import BASE
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hub.push import check_push
@@ -112,6 +115,8 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
     if blueprint.adapter is not None:
         check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
+        _check_head(blueprint.adapter, blueprint.shapes)
+        resolved = _with_adapter(resolved, blueprint.adapter)
     resolved = _as_loaded(resolved, blueprint)
     data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
     resolved = Resolved(resolved.settings.model_copy(update={"data": data}), resolved.origins)
@@ -152,8 +157,6 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
-    if loaded.source.adapter is not None:
-        resolved = _with_adapter(resolved, model, loaded.source.adapter)
     if settings.training.use_liger_kernel:
         use_liger_kernels(model)
     if settings.data.packing:
@@ -258,25 +261,37 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
     return model
 
 
-def _with_adapter(resolved: Resolved[TrainSettings], model: PeftModel, directory: Path) -> Resolved[TrainSettings]:
+def _check_head(adapter: Adapter, shapes: PreTrainedModel) -> None:
+    """Check that an adapter that trains on has no LoRA on the head: the loss reads its weight, past the adapter."""
+    head = shapes.get_output_embeddings()
+    for name, module in shapes.named_modules():
+        if module is head and any(key.startswith(f"{BASE}{name}.lora_") for key in adapter.values):
+            raise ModelError(
+                f"the adapter in {adapter.directory} can't train on: it has LoRA on {name}, whose weight the loss is "
+                "computed from directly, so that part would never be trained",
+                hint="Merge it into its base with qlora merge, and train a new adapter on the result.",
+            )
+
+
+def _with_adapter(resolved: Resolved[TrainSettings], adapter: Adapter) -> Resolved[TrainSettings]:
     """Return the settings with those of the adapter that trains on, for the record of the run."""
-    config = model.peft_config[model.active_adapter]
+    config = adapter.config
     modules, parameters = config.target_modules, config.target_parameters
     lora = {
         "rank": config.r,
-        "alpha": float(config.lora_alpha),
+        "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
         "target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())),
         "target_parameters": tuple(sorted(parameters)) if parameters else None,
-        "rank_pattern": dict(config.rank_pattern) if config.rank_pattern else None,
-        "alpha_pattern": dict(config.alpha_pattern) if config.alpha_pattern else None,
+        "rank_pattern": config.rank_pattern or None,
+        "alpha_pattern": config.alpha_pattern or None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "init_lora_weights": LoraInit.PISSA if is_pissa(config) else LoraInit.DEFAULT,
+        "init_lora_weights": LoraInit.PISSA if is_pissa(adapter.lora) else LoraInit.DEFAULT,
         "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
     }
     settings = resolved.settings.model_copy(update={"lora": resolved.settings.lora.model_copy(update=lora)})
-    where = Origin(kind="file", where=str(directory / ADAPTER_CONFIG))
+    where = Origin(kind="file", where=str(adapter.directory / ADAPTER_CONFIG))
     return Resolved(settings, {**resolved.origins, **{f"lora.{key}": where for key in lora}})
 
 

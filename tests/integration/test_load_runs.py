@@ -19,7 +19,7 @@ from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.settings.models import ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.training.plan import PreparedRun, prepare_run
+from qlora_cli.training.plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import DAMAGED_PICKLES, IDS, load, load_settings, logits, refused, save_model
@@ -244,6 +244,37 @@ def test_a_run_trains_on_with_its_own_adapter_and_base(ended: Ended, data: Path,
     assert len(record["settings"]["lora"]["target_modules"]) == 7
     assert record["origins"]["lora.rank"] == str(ended.path / "adapter" / "adapter_config.json")
     assert record["base_model"]["base_model"] == str(ended.path.parent / "base")
+
+
+def test_the_same_command_again_warns_of_nothing(plain_adapter: Path, data: Path, tmp_path: Path) -> None:
+    """Also where the adapter is none of ours: what it trains is recorded as the adapter's own, and was no change."""
+    flags = {
+        **{"model.name": str(plain_adapter), "model.device": "cpu", "model.dtype": "fp32", "data.dataset": str(data)},
+        **{"output.directory": str(tmp_path / "on"), "training.max_steps": 2, "training.learning_rate": 0.01},
+    }
+    resolved = resolve(Sources(flags={path: (path, value) for path, value in flags.items()}), TrainSettings)
+    end(prepare_run(resolved, Recorder()))
+    lora = settings_of(tmp_path / "on")["lora"]
+    assert (lora["rank"], lora["target_modules"]) == (2, ["down_proj", "q_proj"])
+    recorder = Recorder()
+    settled = settle_run(resolved, recorder)
+    assert settled.is_done
+    notes = [event for event in recorder.events if isinstance(event, Noted)]
+    assert not [note.message for note in notes if note.level == "warning" or "changed" in note.message]
+
+
+def test_lora_on_the_head_is_not_trained_on_and_that_is_said_before_a_weight_is_read(
+    data: Path, tmp_path: Path
+) -> None:
+    """TRL computes the loss from the weight of the head, past the adapter on it."""
+    base = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"), dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert isinstance(load(tmp_path / "adapter").model, PeftModel)  # it answers, though
+    with pytest.raises(ModelError, match=r"can't train on: it has LoRA on lm_head, whose weight the loss") as caught:
+        settle_run(train_settings(tmp_path / "adapter", data, tmp_path / "on"), Recorder())
+    assert "qlora merge" in str(caught.value.hint)
+    assert not (tmp_path / "on").exists()
 
 
 def test_the_settings_of_an_adapter_that_trains_on_can_not_be_changed(
