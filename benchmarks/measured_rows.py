@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.memory.attention import Backend
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.prediction import Estimate
-from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.choices import Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import MIB
 
@@ -90,7 +89,7 @@ def settings_of(row: Mapping[str, Any]) -> EstimateSettings:
 def predict(row: Mapping[str, Any]) -> Estimate:
     """Return the prediction for a row."""
     facts = ModelFacts(name=row["config"]["name"], content=content_of(row["config"]))
-    backend = Backend.AUTO if row["run"]["kernel"] == "eager" else Backend.EFFICIENT
+    backend = SdpaBackend.AUTO if row["run"]["kernel"] == "eager" else SdpaBackend.EFFICIENT
     return Estimator(facts, recipe=Recipe.PEFT, backend=backend).estimate(settings_of(row), find_gpu("T4"))
 
 

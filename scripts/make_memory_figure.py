@@ -24,8 +24,8 @@ from qlora_cli.memory.kernels import CUBLAS, cublas_workspace_bytes
 from qlora_cli.memory.optimizers import FIRST, LATER
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.replay import RunEvents
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import ADAPT, LOAD, UPCAST
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 

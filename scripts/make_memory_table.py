@@ -19,7 +19,7 @@ from qlora_cli.memory.facts import STORED_OTHERWISE, ModelFacts
 from qlora_cli.memory.fitting import fit_on
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.inspect import REFERENCE
-from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
 

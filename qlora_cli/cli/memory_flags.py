@@ -1,8 +1,8 @@
-"""The flags of `qlora inspect-memory` that are no settings, as a request. Every problem is told at once."""
+"""What `qlora inspect-memory` is asked, as a request: GPUs found and sweeps read. Every problem is told at once."""
 
 import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,74 +20,62 @@ from qlora_cli.errors import (
     UsageError,
 )
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solve import SETTINGS
-from qlora_cli.settings.choices import Attention
-from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.sources import did_you_mean
+from qlora_cli.settings.choices import Attention, SdpaBackend
+from qlora_cli.settings.models import InspectMemorySettings
+from qlora_cli.settings.resolve import Resolved
 
-SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 HAS_SDPA = (Attention.AUTO, Attention.SDPA)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """What was typed for the flags that are no settings; `words` are the arguments after MODEL."""
-
-    words: Sequence[str]
-    gpus: Sequence[str]
-    recipe: str
-    sdpa_backend: str
-    evaluate: bool | None
-    solve: Sequence[str]
-    sweep: Sequence[str]
-    plot: Path | None
-
-
-def read_request(context: typer.Context, given: Given) -> MemoryRequest:
-    """Return what the command line asks.
+def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRequest, Path | None]:
+    """Return what the command line asks, and where the picture goes; `words` are the arguments after MODEL.
 
     Raises:
         SettingsError: with every problem found, those of the settings among them.
         QloraError: no picture can be drawn, or written where it is to be.
     """
-    problems = _misplaced(context, given)
     try:
-        settings = options.resolve_settings(context, EstimateSettings).settings
-    except SettingsError as error:
-        problems += error.problems
-        settings = None
-    gpus = _find_gpus(given.gpus, problems)
-    for flag, value, known in (
-        ("--recipe", given.recipe, list(Recipe)),
-        ("--sdpa-backend", given.sdpa_backend, SDPA_BACKENDS),
-        *(("--solve", setting, SETTINGS) for setting in given.solve),
-    ):
-        problems += _not_one_of(flag, value, known)
-    sweep, more = read_sweeps([*given.sweep, *given.words] if given.sweep else ())
-    problems += more
-    if given.solve and not given.gpus:
-        hint = "Name one: --gpu 'RTX 4090', --gpu 24GiB, or --gpu auto for this machine's."
-        problems.append(Problem(where="--solve", message="needs a GPU to fit on", hint=hint))
-    if settings is not None:
-        problems += _without_effect(settings, given)
-    if problems:
+        resolved = options.resolve_settings(context, InspectMemorySettings)
+    except SettingsError as error:  # what was asked about the run is looked at all the same
+        given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
+        read = _Read.of(given["gpus"] or (), given["sweep"] or (), words)
+        raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
+    settings = resolved.settings
+    asked = settings.inspect_memory
+    read = _Read.of(asked.gpus, asked.sweep, words)
+    if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
         raise SettingsError(problems)
-    assert settings is not None, "settings that can't be resolved are a problem"
-    if given.plot is not None:
-        if wrong := check_plot(given.plot):
-            raise wrong
-        sweep = {"max-length": (), **sweep}
-    return MemoryRequest(
+    if asked.plot is not None and (wrong := check_plot(asked.plot)):
+        raise wrong
+    request = MemoryRequest(
         settings=settings,
-        gpus=gpus,
-        recipe=Recipe(given.recipe),
-        sdpa_backend=given.sdpa_backend,
-        evaluates=_evaluates(settings) if given.evaluate is None else given.evaluate,
-        solve=tuple(dict.fromkeys(given.solve)),
-        sweep=sweep,
+        gpus=read.gpus,
+        recipe=asked.recipe,
+        sdpa_backend=asked.sdpa_backend,
+        evaluates=_evaluates(settings) if asked.evaluate is None else asked.evaluate,
+        solve=tuple(setting.value for setting in asked.solve),
+        sweep=read.sweep if asked.plot is None else {"max-length": (), **read.sweep},
     )
+    return request, asked.plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The GPUs and the values to sweep that texts name, and what is wrong with them."""
+
+    gpus: tuple[Gpu, ...]
+    sweep: dict[str, tuple[int, ...]]
+    problems: list[Problem]
+
+    @classmethod
+    def of(cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str]) -> "_Read":
+        problems: list[Problem] = []
+        found = _find_gpus(gpus, problems)
+        values, more = read_sweeps([*sweep, *words] if sweep else ())
+        return cls(gpus=found, sweep=values, problems=problems + more)
 
 
 def check_plot(path: Path) -> QloraError | None:
@@ -109,16 +97,16 @@ def check_plot(path: Path) -> QloraError | None:
     return None
 
 
-def _misplaced(context: typer.Context, given: Given) -> list[Problem]:
+def _misplaced(context: typer.Context, words: Sequence[str], sweep: Sequence[str] | None) -> list[Problem]:
     """Return words where none belong, and a sweep in the place of MODEL."""
     problems = []
     model = str(context.params.get(options.parameter_of("model.name")) or "")
     if model.partition("=")[0] in SETTINGS:
         hint = "Put MODEL before --sweep, or quote all that is swept: --sweep 'rank=8,16 max-length=512..4096'."
         problems.append(Problem(where="MODEL", message=f"{model!r} is no model, but values to sweep", hint=hint))
-    if given.words and not given.sweep:
+    if words and not sweep:
         hint = "One MODEL is inspected at a time; values to vary follow --sweep."
-        problems.append(Problem(where=given.words[0], message="is an argument too many", hint=hint))
+        problems.append(Problem(where=words[0], message="is an argument too many", hint=hint))
     return problems
 
 
@@ -134,22 +122,20 @@ def _find_gpus(texts: Sequence[str], problems: list[Problem]) -> tuple[Gpu, ...]
     return tuple(found.values())
 
 
-def _not_one_of(flag: str, value: str, known: Collection[str]) -> list[Problem]:
-    if value in known:
-        return []
-    message = f"{value!r} is not one of {', '.join(known)}"
-    return [Problem(where=flag, message=message, hint=did_you_mean(value, list(known)))]
+def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
+    attention, asked = resolved.settings.model.attention, resolved.settings.inspect_memory
+    if asked.solve and not asked.gpus:
+        hint = "Name one: --gpu 'RTX 4090', --gpu 24GiB, or --gpu auto for this machine's."
+        yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)
+    if asked.sdpa_backend is not SdpaBackend.AUTO and attention not in HAS_SDPA:
+        where, message = (
+            resolved.where_of("inspect_memory.sdpa_backend"),
+            f"has no effect with --attention {attention}",
+        )
+        yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
 
 
-def _without_effect(settings: EstimateSettings, given: Given) -> list[Problem]:
-    attention = settings.model.attention
-    if given.sdpa_backend == "auto" or attention in HAS_SDPA:
-        return []
-    message = f"has no effect with --attention {attention.value}"
-    return [Problem(where="--sdpa-backend", message=message, hint="Leave it out, or use --attention sdpa.")]
-
-
-def _evaluates(settings: EstimateSettings) -> bool:
+def _evaluates(settings: InspectMemorySettings) -> bool:
     """Whether `train` would evaluate with these settings."""
     data = settings.data
     held_out = data.eval_dataset is not None or data.eval_split is not None

@@ -4,23 +4,14 @@ PyTorch chooses a backend of `scaled_dot_product_attention` by device; on the me
 that stores all scores. A function mode puts the GPU's choice in its place, with what PyTorch does around the kernel.
 """
 
-from enum import StrEnum
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everyone knows it by
+
+from qlora_cli.settings.choices import SdpaBackend
 
 aten = torch.ops.aten
 AMPERE = (8, 0)
 MOST_FLASH_WIDTH = 256
-
-
-class Backend(StrEnum):
-    """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
-
-    AUTO = "auto"
-    FLASH = "flash"
-    EFFICIENT = "efficient"
-    MATH = "math"
 
 
 def choose_backend(
@@ -31,7 +22,7 @@ def choose_backend(
     has_mask: bool,
     enable_gqa: bool,
     capability: tuple[int, int],
-) -> Backend:
+) -> SdpaBackend:
     """Return what PyTorch takes on a GPU of `capability`; tensors are `(batch, heads, seq, head width)`.
 
     `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: flash before memory-efficient before math. cuDNN, which
@@ -40,15 +31,15 @@ def choose_backend(
     half = query.dtype in (torch.float16, torch.bfloat16)
     same_width = query.shape[-1] == key.shape[-1] == value.shape[-1]
     if capability >= AMPERE and half and not has_mask and same_width and query.shape[-1] <= MOST_FLASH_WIDTH:
-        return Backend.FLASH
+        return SdpaBackend.FLASH
     grouped = enable_gqa and key.shape[1] != query.shape[1]
     if not grouped and not (query.dtype == torch.bfloat16 and capability < AMPERE):
-        return Backend.EFFICIENT
-    return Backend.MATH
+        return SdpaBackend.EFFICIENT
+    return SdpaBackend.MATH
 
 
 def attend(
-    backend: Backend,
+    backend: SdpaBackend,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -60,12 +51,12 @@ def attend(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Return the result of attention, `(batch, heads, seq, head width)`, by the kernel of `backend`."""
-    if backend == Backend.FLASH:
+    if backend == SdpaBackend.FLASH:
         return _flash(query, key, value, dropout, is_causal, scale)
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if backend == Backend.EFFICIENT:
+    if backend == SdpaBackend.EFFICIENT:
         return _efficient(query, key, value, mask, dropout, is_causal, scale)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
 

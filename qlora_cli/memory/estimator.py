@@ -16,7 +16,7 @@ from qlora_cli.adapters.reader import Adapter, fit, rows_of, without_values
 from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
-from qlora_cli.memory.attention import AMPERE, Backend
+from qlora_cli.memory.attention import AMPERE
 from qlora_cli.memory.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.figures import estimate_of
@@ -26,7 +26,6 @@ from qlora_cli.memory.optimizers import embeddings_of, in_groups, optimizer_step
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replay import Peaks, RunEvents, replay
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
@@ -36,7 +35,7 @@ from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import check_settings, read_prequantized
-from qlora_cli.settings.choices import Attention, Checkpointing, Dtype
+from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 
 CUDA = torch.device("cuda")
@@ -66,7 +65,7 @@ class Estimator:
         facts: ModelFacts,
         *,
         recipe: Recipe,
-        backend: Backend = Backend.AUTO,
+        backend: SdpaBackend = SdpaBackend.AUTO,
         is_packed: bool = False,
         evaluates: bool = False,
         whole: bool = False,

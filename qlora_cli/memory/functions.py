@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from qlora_cli.memory.attention import AMPERE, Backend, attend, choose_backend
+from qlora_cli.memory.attention import AMPERE, attend, choose_backend
+from qlora_cli.settings.choices import SdpaBackend
 
 CUDA, META = "cuda", "meta"
 MAYBE_AUTOCAST = "maybe_autocast"  # of transformers.utils.generic
@@ -44,11 +45,11 @@ class GpuFunctions(TorchFunctionMode):
     """
 
     def __init__(
-        self, capability: tuple[int, int], *, backend: Backend = Backend.AUTO, dtype: torch.dtype | None = None
+        self, capability: tuple[int, int], *, backend: SdpaBackend = SdpaBackend.AUTO, dtype: torch.dtype | None = None
     ) -> None:
         """`dtype` is what autocast computes in; None without autocast."""
         super().__init__()
-        self.backends: set[Backend] = set()
+        self.backends: set[SdpaBackend] = set()
         self._capability = capability
         self._backend = backend
         self._dtype = dtype
@@ -165,7 +166,7 @@ class GpuFunctions(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         backend = self._backend
-        if backend == Backend.AUTO:
+        if backend == SdpaBackend.AUTO:
             backend = choose_backend(
                 query, key, value, has_mask=attn_mask is not None, enable_gqa=enable_gqa, capability=self._capability
             )

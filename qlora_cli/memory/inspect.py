@@ -13,9 +13,10 @@ from qlora_cli.memory.facts import ModelFacts, find_facts
 from qlora_cli.memory.fitting import YES, fit_on, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution
-from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solve import solve, sweep
 from qlora_cli.memory.untraced import untraced
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 
 if TYPE_CHECKING:
@@ -59,13 +60,12 @@ def _check_askable(request: MemoryRequest, facts: ModelFacts) -> None:
 
 def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
     """Return what predicts for a request; imports torch."""
-    from qlora_cli.memory.attention import Backend
     from qlora_cli.memory.estimator import Estimator
 
     return Estimator(
         facts,
         recipe=request.recipe,
-        backend=Backend(request.sdpa_backend),
+        backend=request.sdpa_backend,
         is_packed=request.settings.data.packing,
         evaluates=request.evaluates,
     )

@@ -2,20 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from qlora_cli.memory.gpus import Gpu
+from qlora_cli.settings.choices import Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 
 SHORTEST = 512  # tokens, where a picture begins
 LEAST_LENGTH = 8  # that data.max_length takes
-
-
-class Recipe(StrEnum):
-    """Whose run is predicted: that of `qlora train`, or a plain loop around PEFT's own preparation."""
-
-    QLORA = "qlora"
-    PEFT = "peft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +28,7 @@ class MemoryRequest:
     settings: EstimateSettings
     gpus: tuple[Gpu, ...] = ()
     recipe: Recipe = Recipe.QLORA
-    sdpa_backend: str = "auto"
+    sdpa_backend: SdpaBackend = SdpaBackend.AUTO
     evaluates: bool = False
     solve: tuple[str, ...] = ()
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

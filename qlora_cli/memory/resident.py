@@ -11,10 +11,10 @@ from torch import nn
 
 from qlora_cli.memory.layers import Stack, contexts
 from qlora_cli.memory.passes import Passes, Recorder
-from qlora_cli.memory.request import Recipe
 from qlora_cli.quantization.entries import Entry
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.methods.base import Part
+from qlora_cli.settings.choices import Recipe
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "quantized_weights",

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
+from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.models import EstimateSettings
 
 # Predicts a run on a GPU; raises a QloraError where the settings can't work together.
@@ -18,9 +19,9 @@ Ask = Callable[[EstimateSettings, Gpu], Estimate]
 
 # What can be solved for and swept, by the flag's name without dashes.
 SETTINGS = {
-    "max-length": "data.max_length",
-    "micro-batch-size": "training.micro_batch_size",
-    "rank": "lora.rank",
+    Solvable.MAX_LENGTH.value: "data.max_length",
+    Solvable.MICRO_BATCH_SIZE.value: "training.micro_batch_size",
+    Solvable.RANK.value: "lora.rank",
 }
 LENGTH_STEP = 64  # kernels work in tiles of 64 tokens or more, so that lengths between save next to nothing
 MOST_TOKENS, MOST_ROWS, MOST_RANK = 2**20, 1024, 4096

@@ -18,15 +18,15 @@ from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import uncollected
-from qlora_cli.memory.attention import Backend, attend
+from qlora_cli.memory.attention import attend
 from qlora_cli.memory.functions import GpuFunctions
 from qlora_cli.memory.kernels import Kernels
 from qlora_cli.memory.loss import fused_loss
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.memory.twin import Twin
 from qlora_cli.quantization.methods import held_tensors
 from qlora_cli.quantization.methods.base import META
+from qlora_cli.settings.choices import Recipe, SdpaBackend
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
@@ -48,7 +48,7 @@ class StepSettings:
     gradient_accumulation_steps: int
     checkpointing: str  # on, off or offload
     attention: str
-    backend: Backend
+    backend: SdpaBackend
     capability: tuple[int, int]
     dtype: torch.dtype
     is_autocast: bool
@@ -343,7 +343,7 @@ def _flash_attention(
     if attention_mask is not None:
         query, key, value = (tensor.clone() for tensor in (query, key, value))
     result = attend(
-        Backend.FLASH,
+        SdpaBackend.FLASH,
         query,
         key,
         value,

@@ -17,9 +17,8 @@ from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, representatives
-from qlora_cli.memory.request import Recipe
 from qlora_cli.quantization.layout import Layout
-from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, quant_flag
+from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, Recipe, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 

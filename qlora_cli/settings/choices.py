@@ -313,6 +313,30 @@ class MergeDtype(DtypeName):
     FP32 = "fp32"
 
 
+class Recipe(StrEnum):
+    """Whose run is predicted: that of `qlora train`, or a plain loop around PEFT's own preparation."""
+
+    QLORA = "qlora"
+    PEFT = "peft"
+
+
+class SdpaBackend(StrEnum):
+    """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
+
+    AUTO = "auto"
+    FLASH = "flash"
+    EFFICIENT = "efficient"
+    MATH = "math"
+
+
+class Solvable(StrEnum):
+    """What a prediction can find the largest value of, and be swept over, by the flag's name without dashes."""
+
+    MAX_LENGTH = "max-length"
+    MICRO_BATCH_SIZE = "micro-batch-size"
+    RANK = "rank"
+
+
 class ExportFormat(StrEnum):
     """What a merged model is written as: for transformers in 16 bit or in NF4, for llama.cpp, or for Ollama."""
 

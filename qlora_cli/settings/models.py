@@ -15,6 +15,7 @@ from qlora_cli.settings.sections.data import DataSettings
 from qlora_cli.settings.sections.evaluate import EvaluationSettings
 from qlora_cli.settings.sections.generate import AnswerSettings
 from qlora_cli.settings.sections.inspect_data import PreviewSettings
+from qlora_cli.settings.sections.inspect_memory import PredictionSettings
 from qlora_cli.settings.sections.load import SavingSettings
 from qlora_cli.settings.sections.lora import LoraSettings
 from qlora_cli.settings.sections.merge import MergeSettings
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluationSettings",
     "GenerateSettings",
     "InspectDataSettings",
+    "InspectMemorySettings",
     "LoadCommandSettings",
     "LoadSettings",
     "LoraSettings",
@@ -43,6 +45,7 @@ __all__ = [
     "MergeSettings",
     "ModelSettings",
     "OutputSettings",
+    "PredictionSettings",
     "PreviewSettings",
     "PromptedSettings",
     "QuantizationSettings",
@@ -135,11 +138,17 @@ class EstimateDataSettings(DataSettings):
 
 
 class EstimateSettings(LoadSettings):
-    """What `qlora inspect-memory` needs: what `train` takes, less the data and where the run is written."""
+    """What a prediction needs: what `train` takes, less the data and where the run is written."""
 
     lora: LoraSettings = Field(default_factory=LoraSettings)
     data: EstimateDataSettings = Field(default_factory=EstimateDataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+
+
+class InspectMemorySettings(EstimateSettings):
+    """What `qlora inspect-memory` needs: a run, and what is asked about it."""
+
+    inspect_memory: PredictionSettings = Field(default_factory=PredictionSettings)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -151,6 +160,7 @@ SECTIONS: dict[str, type[Section]] = {
     "output": OutputSettings,
     "load": SavingSettings,
     "inspect_data": PreviewSettings,
+    "inspect_memory": PredictionSettings,
     "generate": AnswerSettings,
     "evaluate": EvaluationSettings,
     "merge": MergeSettings,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.settings.choices import ExportFormat, Solvable
 
 
 def either(names: Collection[str]) -> str:
@@ -140,6 +140,10 @@ Formats = Annotated[
     Field(min_length=1),
     BeforeValidator(as_list),
     AfterValidator(lambda formats: tuple(dict.fromkeys(formats))),
+]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
+Solvables = Annotated[
+    tuple[Solvable, ...], BeforeValidator(as_list), AfterValidator(lambda names: tuple(dict.fromkeys(names)))
 ]
 Name = Annotated[str, Field(min_length=1)]
 Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(as_list)]

@@ -11,12 +11,12 @@ from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.fitting import NO, YES, fit_on, suggest
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.runs.result import PredictedMemory
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes
 

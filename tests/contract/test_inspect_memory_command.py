@@ -17,8 +17,8 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.sweeps import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
-from qlora_cli.memory.request import MemoryRequest, Recipe, lengths_up_to
-from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
+from qlora_cli.memory.request import MemoryRequest, lengths_up_to
+from qlora_cli.settings.choices import Attention, Checkpointing, Quantization, Recipe
 from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES

@@ -13,7 +13,7 @@ from qlora_cli.memory.estimator import Estimator, Traced
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.replay import Peaks
-from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.training.memory import check_memory
 from tests.conftest import Recorder, train_settings

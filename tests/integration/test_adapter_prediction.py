@@ -14,7 +14,8 @@ from qlora_cli.memory import answers
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.inspect import inspect_memory
 from qlora_cli.memory.prediction import MemoryReport
-from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from tests.integration.loading import load_settings, save_model
 from tests.integration.merging import adapted, save

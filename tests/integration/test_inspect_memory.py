@@ -13,7 +13,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.request import Recipe
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
 from tests.integration.hub_server import COMMIT, Hub

@@ -19,10 +19,10 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.layers import Stack, find_stack
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.replay import Peaks
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import trace_step
 from qlora_cli.memory.trace import MemoryTrace
 from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.integration.tracing import deep_config, peaks, step_settings, twin_of
 from tests.tiny_models import FAMILIES

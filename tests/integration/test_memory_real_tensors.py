@@ -16,20 +16,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.memory.attention import Backend
 from qlora_cli.memory.extension import passes_of
 from qlora_cli.memory.kernels import Kernels
 from qlora_cli.memory.layers import find_stack
 from qlora_cli.memory.optimizers import FIRST, optimizer_steps
 from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import TracedStep, trace_step
 from qlora_cli.memory.trace import MemoryTrace, Segment
 from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.quantization.methods.base import META
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.choices import Optimizer
+from qlora_cli.settings.choices import Optimizer, Recipe, SdpaBackend
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.rehearsal import RehearsalCallback
@@ -80,7 +78,7 @@ class Pair:
         """Return the same step of both."""
         found = []
         for twin, device in ((self.real, CPU), (self.meta, META)):
-            values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": Backend.MATH}
+            values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
             found.append(trace_step(twin, settings))
         return found[0], found[1]
@@ -313,7 +311,7 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
             is_autocast=False,
             dtype=torch.float32,
             attention="eager",
-            backend=Backend.MATH,
+            backend=SdpaBackend.MATH,
             batch_size=shape[0],
             length=shape[1],
             checkpointing=checkpointing,

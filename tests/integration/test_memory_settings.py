@@ -12,7 +12,8 @@ from qlora_cli.events import SilentReporter
 from qlora_cli.memory.answers import key_of
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.inspect import inspect_memory
-from qlora_cli.memory.request import MemoryRequest, Recipe
+from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, Section, all_settings, marks
 from qlora_cli.settings.resolve import Sources, resolve
 

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from qlora_cli.memory.allocator import CachingAllocator
-from qlora_cli.memory.attention import Backend
 from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.request import Recipe
 from qlora_cli.memory.steps import StepSettings
 from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.settings.choices import Recipe, SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from tests.tiny_models import FAMILIES, tiny_config
 
@@ -49,7 +48,7 @@ def step_settings(**changes: Any) -> StepSettings:
         "gradient_accumulation_steps": 4,
         "checkpointing": "on",
         "attention": "sdpa",
-        "backend": Backend.AUTO,
+        "backend": SdpaBackend.AUTO,
         "capability": (8, 0),
         "dtype": torch.bfloat16,
         "is_autocast": True,

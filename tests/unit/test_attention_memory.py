@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from qlora_cli.memory.attention import Backend, attend, choose_backend
+from qlora_cli.memory.attention import attend, choose_backend
 from qlora_cli.memory.functions import GpuFunctions
 from qlora_cli.memory.kernels import Kernels
 from qlora_cli.memory.trace import MemoryTrace
+from qlora_cli.settings.choices import SdpaBackend
 
 T4, A100 = (7, 5), (8, 0)
 BATCH, HEADS, SEQ, WIDTH = 2, 4, 96, 16
@@ -22,19 +23,19 @@ def heads(
 @pytest.mark.parametrize(
     ("capability", "dtype", "kv_heads", "widths", "has_mask", "expected"),
     [
-        (T4, torch.float16, 4, (64, 64), False, Backend.EFFICIENT),
-        (T4, torch.float16, 4, (64, 64), True, Backend.EFFICIENT),
-        (T4, torch.float16, 2, (64, 64), False, Backend.MATH),  # grouped queries, which only flash and math take
-        (T4, torch.bfloat16, 4, (64, 64), False, Backend.MATH),
-        (T4, torch.float32, 4, (64, 64), False, Backend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (64, 64), False, Backend.FLASH),
-        (A100, torch.float16, 2, (64, 64), False, Backend.FLASH),
-        (A100, torch.bfloat16, 4, (64, 64), True, Backend.EFFICIENT),
-        (A100, torch.bfloat16, 2, (64, 64), True, Backend.MATH),
-        (A100, torch.float32, 4, (64, 64), False, Backend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (256, 256), False, Backend.FLASH),
-        (A100, torch.bfloat16, 4, (512, 512), False, Backend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (192, 128), False, Backend.EFFICIENT),  # latent attention
+        (T4, torch.float16, 4, (64, 64), False, SdpaBackend.EFFICIENT),
+        (T4, torch.float16, 4, (64, 64), True, SdpaBackend.EFFICIENT),
+        (T4, torch.float16, 2, (64, 64), False, SdpaBackend.MATH),  # grouped queries, which only flash and math take
+        (T4, torch.bfloat16, 4, (64, 64), False, SdpaBackend.MATH),
+        (T4, torch.float32, 4, (64, 64), False, SdpaBackend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (64, 64), False, SdpaBackend.FLASH),
+        (A100, torch.float16, 2, (64, 64), False, SdpaBackend.FLASH),
+        (A100, torch.bfloat16, 4, (64, 64), True, SdpaBackend.EFFICIENT),
+        (A100, torch.bfloat16, 2, (64, 64), True, SdpaBackend.MATH),
+        (A100, torch.float32, 4, (64, 64), False, SdpaBackend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (256, 256), False, SdpaBackend.FLASH),
+        (A100, torch.bfloat16, 4, (512, 512), False, SdpaBackend.EFFICIENT),
+        (A100, torch.bfloat16, 4, (192, 128), False, SdpaBackend.EFFICIENT),  # latent attention
     ],
 )
 def test_the_backend_is_the_one_that_pytorch_takes(
@@ -43,7 +44,7 @@ def test_the_backend_is_the_one_that_pytorch_takes(
     kv_heads: int,
     widths: tuple[int, int],
     has_mask: bool,
-    expected: Backend,
+    expected: SdpaBackend,
 ) -> None:
     width, value_width = widths
     query, key, value = heads(4, width, dtype), heads(kv_heads, width, dtype), heads(kv_heads, value_width, dtype)
@@ -52,7 +53,7 @@ def test_the_backend_is_the_one_that_pytorch_takes(
 
 
 def run(
-    backend: Backend,
+    backend: SdpaBackend,
     *,
     mask: torch.Tensor | None = None,
     kv_heads: int = HEADS,
@@ -86,23 +87,23 @@ def run(
     return result, sizes[:num_forward], sizes[num_forward:]
 
 
-@pytest.mark.parametrize("backend", [Backend.FLASH, Backend.EFFICIENT, Backend.MATH])
+@pytest.mark.parametrize("backend", [SdpaBackend.FLASH, SdpaBackend.EFFICIENT, SdpaBackend.MATH])
 @pytest.mark.parametrize(("kv_heads", "widths"), [(4, (16, 16)), (2, (16, 16)), (4, (20, 20))])
-def test_the_result_has_the_shape_of_the_query(backend: Backend, kv_heads: int, widths: tuple[int, int]) -> None:
+def test_the_result_has_the_shape_of_the_query(backend: SdpaBackend, kv_heads: int, widths: tuple[int, int]) -> None:
     result, _, _ = run(backend, kv_heads=kv_heads, widths=widths)
     assert result.shape == (BATCH, HEADS, SEQ, widths[1])
     assert result.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", [Backend.EFFICIENT, Backend.MATH])
-def test_the_result_has_the_width_of_the_values_where_it_is_another(backend: Backend) -> None:
+@pytest.mark.parametrize("backend", [SdpaBackend.EFFICIENT, SdpaBackend.MATH])
+def test_the_result_has_the_width_of_the_values_where_it_is_another(backend: SdpaBackend) -> None:
     result, _, _ = run(backend, widths=(32, 16))
     assert result.shape == (BATCH, HEADS, SEQ, 16)
 
 
-@pytest.mark.parametrize("backend", [Backend.FLASH, Backend.EFFICIENT])
+@pytest.mark.parametrize("backend", [SdpaBackend.FLASH, SdpaBackend.EFFICIENT])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: Backend, kv_heads: int) -> None:
+def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: SdpaBackend, kv_heads: int) -> None:
     sums = []
     for seq in (1024, 2048):
         _, forward, backward = run(backend, kv_heads=kv_heads, seq=seq)
@@ -114,7 +115,7 @@ def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: Backend, kv_
 
 def test_scores_are_born_by_the_math_backend_and_grow_with_the_square_of_the_length() -> None:
     for seq in (SEQ, 2 * SEQ):
-        _, forward, backward = run(Backend.MATH, seq=seq)
+        _, forward, backward = run(SdpaBackend.MATH, seq=seq)
         scores = BATCH * HEADS * seq * seq * 2
         # In fp32, in which PyTorch's own composition computes: scores and probabilities, then a copy in 16 bit.
         assert [size for size in forward if size >= scores].count(2 * scores) >= 2
@@ -123,33 +124,33 @@ def test_scores_are_born_by_the_math_backend_and_grow_with_the_square_of_the_len
 
 def test_a_mask_of_truths_is_turned_into_numbers_and_its_rows_are_padded_to_16() -> None:
     mask = torch.ones((BATCH, 1, 90, 90), dtype=torch.bool, device="meta")
-    _, forward, _ = run(Backend.EFFICIENT, mask=mask, seq=90)
+    _, forward, _ = run(SdpaBackend.EFFICIENT, mask=mask, seq=90)
     converted, padded = BATCH * 90 * 90 * 2, BATCH * 90 * 96 * 2
     assert converted in forward
     assert padded in forward
     aligned = torch.ones((BATCH, 1, 96, 96), dtype=torch.bool, device="meta")
-    _, forward, _ = run(Backend.EFFICIENT, mask=aligned)
+    _, forward, _ = run(SdpaBackend.EFFICIENT, mask=aligned)
     assert forward.count(BATCH * 96 * 96 * 2) == 1  # converted, and not padded
     numbers = torch.zeros((BATCH, 1, 96, 96), dtype=torch.bfloat16, device="meta")
-    _, forward, _ = run(Backend.EFFICIENT, mask=numbers)
+    _, forward, _ = run(SdpaBackend.EFFICIENT, mask=numbers)
     assert BATCH * 96 * 96 * 2 not in forward  # taken as it is
 
 
 def test_grouped_keys_and_values_are_repeated_but_by_flash() -> None:
     repeated = BATCH * HEADS * SEQ * WIDTH * 2
-    assert run(Backend.EFFICIENT, kv_heads=2)[1].count(repeated) >= 3  # keys, values and the result
-    assert run(Backend.FLASH, kv_heads=2)[1].count(repeated) == 1  # the result
-    assert run(Backend.FLASH, kv_heads=2)[2].count(repeated) >= 3  # gradients of every head, in the backward pass
+    assert run(SdpaBackend.EFFICIENT, kv_heads=2)[1].count(repeated) >= 3  # keys, values and the result
+    assert run(SdpaBackend.FLASH, kv_heads=2)[1].count(repeated) == 1  # the result
+    assert run(SdpaBackend.FLASH, kv_heads=2)[2].count(repeated) >= 3  # gradients of every head, in the backward pass
 
 
 def test_widths_that_are_no_multiple_of_8_are_padded_by_flash() -> None:
     padded = BATCH * HEADS * SEQ * 24 * 2
-    assert run(Backend.FLASH, widths=(20, 20))[1].count(padded) == 4  # queries, keys, values, and the result
-    assert run(Backend.FLASH, widths=(24, 24))[1].count(padded) == 1
+    assert run(SdpaBackend.FLASH, widths=(20, 20))[1].count(padded) == 4  # queries, keys, values, and the result
+    assert run(SdpaBackend.FLASH, widths=(24, 24))[1].count(padded) == 1
 
 
 def test_a_pinned_backend_is_taken_whatever_the_gpu_would() -> None:
-    for pinned, expected in ((Backend.AUTO, Backend.FLASH), (Backend.MATH, Backend.MATH)):
+    for pinned, expected in ((SdpaBackend.AUTO, SdpaBackend.FLASH), (SdpaBackend.MATH, SdpaBackend.MATH)):
         functions = GpuFunctions(A100, backend=pinned)
         with functions:
             torch.nn.functional.scaled_dot_product_attention(heads(), heads(), heads(), is_causal=True)

@@ -1,0 +1,40 @@
+"""What `qlora inspect-memory` is asked besides the run."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.section import Section
+from qlora_cli.settings.values import Solvables, Words
+
+INSPECT = (Command.INSPECT_MEMORY,)
+
+
+class PredictionSettings(Section):
+    """What `qlora inspect-memory` is asked besides the run."""
+
+    gpus: Annotated[Words, Marks(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
+        Field(default=(), description="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated.")
+    )
+    recipe: Annotated[Recipe, Marks(flag="--recipe", commands=INSPECT)] = Field(
+        default=Recipe.QLORA, description="Whose run: that of train, or of a Trainer with plain PEFT."
+    )
+    sdpa_backend: Annotated[SdpaBackend, Marks(flag="--sdpa-backend", commands=INSPECT)] = Field(
+        default=SdpaBackend.AUTO,
+        description="Which backend scaled_dot_product_attention is pinned to; auto: the one that the GPU takes.",
+    )
+    evaluate: Annotated[bool | None, Marks(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
+        default=None, description="Run an evaluation batch too; if not given, where the settings ask for evaluation."
+    )
+    solve: Annotated[Solvables, Marks(flag="--solve", commands=INSPECT, is_repeatable=True)] = Field(
+        default=(), description="Find the largest that fits on each --gpu; may be repeated."
+    )
+    sweep: Annotated[Words, Marks(flag="--sweep", commands=INSPECT, metavar="NAME=VALUES", is_repeatable=True)] = (
+        Field(default=(), description="Vary what --solve takes: max-length=512..32768 (doubling), rank=8,16.")
+    )
+    plot: Annotated[Path | None, Marks(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
+        default=None, description="Draw memory against --max-length into this file (.png, .svg, .pdf)."
+    )
