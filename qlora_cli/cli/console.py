@@ -1,11 +1,14 @@
 """How results are written to stdout: headings, rows of two columns, whole lines whatever the width."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 Row = tuple[str, str]
+LEAST_ROOM = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
 class _PipeConsole(Console):
@@ -26,8 +29,19 @@ def title(text: str) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print names and values in two columns."""
+    """Print names and values in two columns; on a terminal, values are wrapped at words, under each other."""
+    out = console()
     width = max(len(name) for name, _ in rows)
+    room = out.width - width - 4 if out.is_terminal else 0
     for name, value in rows:
-        line = Text.assemble((f"  {name:<{width}}", "cyan"), "  ", value)
-        console().print(line, soft_wrap=True)  # whole lines, also into a pipe
+        for number, line in enumerate(_wrapped(value, room)):
+            label = name if number == 0 else ""
+            # Whole lines into a pipe; on a terminal only a word that is too long for it goes on in the next line.
+            out.print(Text.assemble((f"  {label:<{width}}", "cyan"), "  ", line), soft_wrap=True)
+
+
+def _wrapped(value: str, room: int) -> list[str]:
+    """Return `value` in lines of at most `room` columns, if there is room for some words."""
+    if room < LEAST_ROOM or cell_len(value) <= room:
+        return [value]
+    return wrap(value, room, break_long_words=False, break_on_hyphens=False)

@@ -17,7 +17,7 @@ from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.plan import MergePlan
 from qlora_cli.merging.result import BaseChoice, Divergence, Rounding, Verification
 from qlora_cli.model_files.merge_record import MERGE_FILE
-from qlora_cli.settings.choices import BaseWeights, MergeDtype
+from qlora_cli.settings.choices import MergeDtype
 from qlora_cli.units import counted, format_bytes
 
 # Nats, of the median token. Sums in fp32 come to 1e-10 or so; an update that is missing from one layer, to far more.
@@ -84,7 +84,7 @@ def _less_rounded(
 
 def _on_rounding(plan: MergePlan, choice: BaseChoice, found: Divergence, less: Rounding) -> str:
     size = "the same size" if less.num_bytes == plan.num_bytes else format_bytes(less.num_bytes)
-    other = choice.original if plan.base == BaseWeights.DEQUANTIZED else choice.dequantized
+    other = choice.original  # the same adapter on the base that was never quantized
     beside = "" if other is None else f" (quantizing the base had moved it by {other.mean_kl:.2g})"
     return (
         f"rounding to {NAMES[plan.main_dtype]} moves the merged model by {found.mean_kl:.2g} nats a token{beside}, "
