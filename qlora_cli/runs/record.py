@@ -334,18 +334,14 @@ def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
 
 
 def _leave_out(content: dict[str, Any], place: tuple[int | str, ...]) -> None:
-    """Remove what is at a place; of a list, all of it."""
-    holder: dict[str, Any] = content
-    for key in place[:-1]:
-        inner = holder.get(str(key))
-        if not isinstance(inner, dict):
-            holder.pop(str(key), None)
-            return
-        if place[-1] not in inner and key == place[-2]:  # a part that lacks what it can't be without
-            holder.pop(str(key))
-            return
-        holder = inner
-    holder.pop(str(place[-1]), None)
+    """Remove what is at a place; of a list, all of it, and a part that lacks what it can't be without as a whole."""
+    holder, key = content, str(place[0])
+    for inner_key in map(str, place[1:]):
+        inner = holder.get(key)
+        if not isinstance(inner, dict) or inner_key not in inner:
+            break
+        holder, key = inner, inner_key
+    holder.pop(key, None)
 
 
 def as_name(value: object) -> str | None:

@@ -432,7 +432,7 @@ def test_a_record_that_cannot_be_read_is_said(base_model: Path, rows: Path, tmp_
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
     stopped_at(settings, 2)
     (tmp_path / "run" / "run.json").write_text('{"status": "run')
-    with pytest.raises(SettingsError, match=r"run\.json can't be read"):
+    with pytest.raises(SettingsError, match=r"run\.json is damaged"):
         train(settings, Recorder())
 
 
