@@ -20,8 +20,10 @@ from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.left_over import by_name, may_be_left_out
 from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.methods import stored_weight
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
@@ -185,11 +187,16 @@ def _in_file(name: str, files: Mapping[str, str]) -> str:
 def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel) -> None:
     """Check that all that is held as it was stored are numbers; what is quantized is checked on the way.
 
+    Of quantized weights the constants are checked: codes may be kept in a dtype in which they are no numbers.
+
     Raises:
         ModelError: one is none; names tensor and file.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.device.type == "meta" or is_finite(parameter):
+    for name, module, parameter in parameters_once(model):
+        stored = stored_weight(module, name.rpartition(".")[2], parameter)
+        values = stored.constants if stored.why_not is None else (parameter,)
+        held = [value for value in values if value.is_floating_point() and value.device.type != "meta"]
+        if all(is_finite(value) for value in held):
             continue
         overflows = " If it is not, it overflows fp16: use --dtype bf16." if parameter.dtype == torch.float16 else ""
         raise ModelError(

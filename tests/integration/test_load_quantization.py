@@ -126,6 +126,34 @@ def test_codes_kept_in_another_dtype_are_the_same_codes_train_and_come_back(
     assert "the checkpoint has" in refused(tmp_path / "saved", ModelError, quantization__quant_storage="uint8")
 
 
+@pytest.mark.parametrize("storage", STORAGE)
+def test_codes_that_are_no_numbers_in_the_dtype_they_are_kept_in_are_codes_all_the_same(
+    tmp_path: Path, storage: str
+) -> None:
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name].fill_(0.02)  # the last code everywhere: all bits set
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(model, quantization__quant_storage=storage)
+    assert not torch.isfinite(loaded.base.get_parameter(name)).any()
+    assert torch.isfinite(logits(loaded.base)).all()
+
+
+@pytest.mark.parametrize(("method", "constants"), [("nf4", "absmax"), ("int8", "SCB")])
+def test_a_constant_that_is_no_number_is_named_with_its_weight(tmp_path: Path, method: str, constants: str) -> None:
+    flags = {"quantization__method": method} | ({"quantization__double_quant": False} if method == "nf4" else {})
+    save_quantized(load(save_model(tmp_path / "model"), **flags), tmp_path / "saved", SilentReporter())
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    damaged = next(name for name in tensors if name.endswith(constants))
+    tensors[damaged].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refused(tmp_path / "saved", ModelError)
+    assert "holds values that are not finite" in message
+    assert damaged.removesuffix(f".{constants}").removesuffix(".weight") in message
+
+
 @proves("skip_modules")
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_modules_to_skip_add_to_those_that_are_kept_anyway(tmp_path: Path, method: str) -> None:
