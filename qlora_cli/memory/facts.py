@@ -19,7 +19,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterOutline, 
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.record import BaseUsed, load_record
+from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.settings.models import EstimateSettings
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
@@ -136,7 +136,17 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
     name = settings.model.base_model or _place_of(base, path)
     facts, taken = _named(name, taken, reporter)
     note = f"settings of the run {path}, but for what was given here"
-    return ModelFacts(name=base.name, content=facts.content, path=facts.path, notes=(*facts.notes, note)), taken
+    adapter = _trained_on(path, record)
+    if adapter is not None:
+        check_unchanged(str(path), adapter.config, settings.lora)
+    return replace(facts, name=base.name, adapter=adapter, notes=(*facts.notes, note)), taken
+
+
+def _trained_on(path: Path, record: RunRecord) -> AdapterOutline | None:
+    """Return the adapter of a run that trained one on, which no settings describe; None if it made a new one."""
+    directory = RunDirectory(path).adapter
+    began_anew = record.base_model is None or record.base_model.adapter is None
+    return None if began_anew or not (directory / ADAPTER_CONFIG).is_file() else read_outline(directory)
 
 
 def _place_of(base: BaseUsed, run: Path) -> str:

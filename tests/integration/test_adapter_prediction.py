@@ -17,6 +17,8 @@ from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.training.run import train
+from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load_settings, save_model
 from tests.integration.merging import adapted, save
 from tests.integration.plain import ROWS, plain
@@ -118,3 +120,13 @@ def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
         keys |= set((tmp_path / "cache" / "memory").glob("*.json")) - before
     assert len(keys) == 3
     assert answers.recall("none of them") is None
+
+
+def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path, tmp_path: Path) -> None:
+    """Its targets are a pattern, which no settings can say."""
+    adapter = adapter_of("a pattern", tmp_path)
+    settings = train_settings(adapter, rows, tmp_path / "run", training__max_steps=1, training__learning_rate=0.01)
+    trained = train(settings, Recorder())
+    assert predicted(tmp_path / "run").num_trainable_parameters == trained.num_trainable_parameters
+    with pytest.raises(ModelError, match=r"lora\.rank can't be changed"):
+        predicted(tmp_path / "run", rank=8)
