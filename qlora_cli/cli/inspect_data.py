@@ -10,6 +10,7 @@ from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import InspectDataSettings
+from qlora_cli.settings.settle import asked_length
 
 
 @options.takes(Command.INSPECT_DATA, InspectDataSettings)
@@ -40,8 +41,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
         from qlora_cli.loading.positions import within_positions
         from qlora_cli.loading.text import load_text_side
 
-        is_asked = "max_length" in settings.data.model_fields_set
-        text = load_text_side(settings.model, reporter, max_length=settings.data.max_length if is_asked else None)
+        text = load_text_side(settings.model, reporter, max_length=asked_length(settings.data))
         data = within_positions(settings.data, text.num_positions, reporter)
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
         tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)

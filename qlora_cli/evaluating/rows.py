@@ -18,6 +18,7 @@ from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import given_values
 
 NAME_THEM = "Name the rows to evaluate with --dataset."
 
@@ -104,8 +105,7 @@ def data_settings(
         DatasetNotFoundError: the run's data is gone.
     """
     asked = resolved.settings.data
-    given = {key: getattr(asked, key) for key in asked.model_fields_set}
-    values = {**(run.settings if run is not None else {}), **given, "packing": False}
+    values = {**(run.settings if run is not None else {}), **given_values(asked), "packing": False}
     if names_rows(resolved):
         values |= _alone(values["dataset"], split)
     elif values.get("eval_dataset") is not None:

@@ -25,6 +25,7 @@ from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.settings.models import EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import asked_length, given
 from qlora_cli.units import counted
 
 TITLES: dict[Kind, str] = {
@@ -46,9 +47,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     if request.tasks:
         reporter.report(PhaseStarted(title="Finding the tasks"))
     tasks = find_tasks(request)
-    data = resolved.settings.data
-    is_asked = "max_length" in data.model_fields_set
-    blueprint = plan_load(resolved.settings, reporter, max_length=data.max_length if is_asked else None)
+    blueprint = plan_load(resolved.settings, reporter, max_length=asked_length(resolved.settings.data))
     _check_base(request, blueprint)
     rows = _find_rows(resolved, blueprint, reporter)
     merged = find_merged(request, blueprint, rows, reporter)
@@ -102,7 +101,7 @@ def _find_rows(resolved: Resolved[EvaluateSettings], blueprint: Blueprint, repor
 
 def _seed(resolved: Resolved[EvaluateSettings], run: TrainedRows | None) -> int:
     training = resolved.settings.training
-    return training.seed if run is None or "seed" in training.model_fields_set else run.seed
+    return training.seed if run is None or "seed" in given(training) else run.seed
 
 
 def _note_rows(rows: HeldOut, reporter: Reporter) -> None:

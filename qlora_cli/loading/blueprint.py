@@ -30,6 +30,7 @@ from qlora_cli.runs.directory import RUN_FILE
 from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
+from qlora_cli.settings.settle import given, over_recorded, with_sections
 
 SectionT = TypeVar("SectionT", bound=Section)
 # Of a run's model settings, those that made the base that its adapter fits. New tokens and chat template come with the
@@ -90,7 +91,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     source = find_model(settings.model, reporter)
     for difference in (*_differences(settings, source), *_other_base(source)):
         reporter.report(Noted(level="warning", message=difference))
-    settings = settings.model_copy(update={"model": effective_model(settings.model, source)})
+    settings = with_sections(settings, model=effective_model(settings.model, source))
     trust = settings.model.trust_remote_code
     base = read_config(source, trust_remote_code=trust)
     dtype = choose_compute_dtype(settings.model.dtype, device, base.config.model_type)
@@ -101,9 +102,8 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
     if prequantized is not None:
         prequantized = prequantized.renamed(base.renamed)
-    settings = settings.model_copy(
-        update={"quantization": effective_quantization(settings.quantization, source, prequantized)}
-    )
+    quantization = effective_quantization(settings.quantization, source, prequantized)
+    settings = with_sections(settings, quantization=quantization)
     compute = settings.quantization.compute_dtype
     if compute != Dtype.AUTO:  # may be another than that of the model, but no other rules hold for it
         choose_compute_dtype(compute, device, base.config.model_type)
@@ -153,7 +153,7 @@ def _differences(asked: LoadSettings, source: ModelSource) -> list[str]:
     return [
         f"{section}.{key} is {getattr(values, key)} as asked; {source.name} was trained with {recorded[section][key]}"
         for section, values in (("model", asked.model), ("quantization", asked.quantization))
-        for key in sorted(values.model_fields_set & recorded[section].keys())
+        for key in sorted(given(values) & recorded[section].keys())
         if getattr(values, key) != recorded[section][key]
     ]
 
@@ -207,7 +207,7 @@ def effective_quantization(
         effective = _over_run(asked, source.run_quantization, source)
     else:
         return asked
-    for key in sorted(asked.model_fields_set):
+    for key in sorted(given(asked)):
         if not effective.method.takes(key) and not asks_for_nothing(getattr(asked, key)):
             raise ModelError(
                 f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
@@ -218,9 +218,8 @@ def effective_quantization(
 
 def _over_run(asked: SectionT, recorded: Mapping[str, Any], source: ModelSource) -> SectionT:
     """Return the settings that a run recorded, with those that were given by name in their place."""
-    given = {key: getattr(asked, key) for key in asked.model_fields_set}
     try:
-        return type(asked).model_validate({**recorded, **given})
+        return over_recorded(asked, recorded)
     except ValidationError as error:
         raise ModelError(
             f"the settings in {RUN_FILE} of {source.name} can't be read: {error.errors()[0]['msg']}",

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
+from qlora_cli.settings import settle
 from qlora_cli.settings.models import DataSettings
 
 # The layers that see the whole row, in configs that keep rotary parameters for each type of layer.
@@ -61,10 +62,12 @@ def num_positions(config: PreTrainedConfig) -> int | None:
 
 def within_positions(data: DataSettings, positions: int | None, reporter: Reporter) -> DataSettings:
     """Return the settings with the default `max_length` lowered to the positions that the model has, and say so."""
-    if "max_length" in data.model_fields_set or positions is None or data.max_length <= positions:
-        return data
-    reporter.report(Noted(message=f"rows are cut at {positions:,} tokens, the positions that the model has"))
-    return data.model_copy(update={"max_length": positions})
+    settled = settle.within_positions(data, positions)
+    if settled != data:
+        reporter.report(
+            Noted(message=f"rows are cut at {settled.max_length:,} tokens, the positions that the model has")
+        )
+    return settled
 
 
 def apply_rope_scaling(config: PreTrainedConfig, text: str | None) -> str | None:

@@ -18,6 +18,7 @@ from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, marks
+from qlora_cli.settings.settle import given
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Of our own code: what an answer depends on.
@@ -34,7 +35,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
         section, key = path.split(".")
         asked[path] = values[section][key]
         # What is not given depends on the model, or on whose run it is.
-        asked[f"{path} is given"] = key in getattr(settings, section).model_fields_set
+        asked[f"{path} is given"] = key in given(getattr(settings, section))
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
     return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
 

@@ -37,6 +37,7 @@ from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import asked_length, changed, given, within_positions
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")
@@ -140,14 +141,14 @@ class Estimator:
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
         """Return how the weights are stored."""
         quantization = settings.quantization
-        key = ("layout", dtype, quantization.model_dump_json(), tuple(sorted(quantization.model_fields_set)))
+        key = ("layout", dtype, quantization.model_dump_json(), tuple(sorted(given(quantization))))
 
         def plan() -> Layout:
             found = read_prequantized(self._facts.content, self._facts.name)
             asked = quantization
             if found is not None:
                 check_settings(found, asked, self._facts.name)
-                asked = asked.model_copy(update=found.settings)
+                asked = changed(asked, **found.settings)
             return plan_layout(self.shapes(settings, dtype), asked, TORCH_DTYPES[dtype], found, device=CUDA)
 
         return self._once(key, plan)
@@ -158,17 +159,17 @@ class Estimator:
         Raises:
             ModelError: more was asked for than the model has.
         """
-        asked = settings.data.max_length
+        asked = asked_length(settings.data)
         config = self.shapes(settings, Dtype.BF16).config
-        if "max_length" in settings.data.model_fields_set:
+        if asked is not None:
             check_length(config, asked, settings.model.rope_scaling)
             return asked
-        return min(asked, num_positions(config) or asked)
+        return within_positions(settings.data, num_positions(config)).max_length
 
     def accumulation(self, settings: EstimateSettings) -> int:
         """Return the micro-batches of a step: as asked, or the default of the program whose run it is."""
         training = settings.training
-        if self._recipe == Recipe.QLORA or "gradient_accumulation_steps" in training.model_fields_set:
+        if self._recipe == Recipe.QLORA or "gradient_accumulation_steps" in given(training):
             return training.gradient_accumulation_steps
         return 1
 

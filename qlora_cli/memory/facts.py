@@ -21,6 +21,7 @@ from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, loo
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import given_values, with_values
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
@@ -110,8 +111,8 @@ def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> t
 
 def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
     """Return what is known of the model that an adapter or a run names as its base."""
-    model = settings.model.model_copy(update={"name": base, "revision": None, "base_model": None})
-    return find_facts(settings.model_copy(update={"model": model}), reporter)
+    model = {"model.name": base, "model.revision": None, "model.base_model": None}
+    return find_facts(with_values(settings, model), reporter)
 
 
 def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
@@ -122,7 +123,7 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
         merged = {
             section: {
                 **{key: value for key, value in recorded[section].items() if key in type(own).model_fields},
-                **{key: getattr(own, key) for key in own.model_fields_set},
+                **given_values(own),
             }
             for section in OF_A_RUN
             for own in (getattr(settings, section),)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
-from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room, with_values
+from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings, marks
+from qlora_cli.settings.settle import with_values
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"

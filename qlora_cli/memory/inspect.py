@@ -18,6 +18,7 @@ from qlora_cli.memory.solve import solve, sweep
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import with_values
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -118,7 +119,7 @@ def _with_length(settings: EstimateSettings, estimator: "Estimator") -> Estimate
     length = estimator.max_length(settings)
     if length == settings.data.max_length:
         return settings
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"max_length": length})})
+    return with_values(settings, {"data.max_length": length})
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[Fit, ...], tuple[str, ...]]:

@@ -13,6 +13,7 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
 from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import with_values
 
 # Predicts a run on a GPU; raises a QloraError where the settings can't work together.
 Ask = Callable[[EstimateSettings, Gpu], Estimate]
@@ -116,16 +117,6 @@ def with_value(settings: EstimateSettings, setting: str, value: int) -> Estimate
         expected = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise UsageError(f"{setting} {expected}, got {value}", hint=field.description) from None
     return with_values(settings, {SETTINGS[setting]: value})
-
-
-def with_values(settings: EstimateSettings, values: Mapping[str, object]) -> EstimateSettings:
-    """Return the settings with other, valid values of some, by `section.key`."""
-    sections: dict[str, dict[str, object]] = {}
-    for path, value in values.items():
-        section, key = path.split(".")
-        sections.setdefault(section, {})[key] = value
-    changed = {name: getattr(settings, name).model_copy(update=update) for name, update in sections.items()}
-    return settings.model_copy(update=changed)
 
 
 def narrow(low: Point, high: Point, room_at: Callable[[int], float], *, most_asks: int | None = None) -> int:

@@ -20,6 +20,7 @@ from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, rep
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, Recipe, quant_flag
 from qlora_cli.settings.models import LoraSettings
+from qlora_cli.settings.settle import changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def build_twin(
         train_in_fp32(trained)
         return Twin(model=trained, stack=stack, chosen=chosen, notes=())
     # What a run takes does not depend on the values that it begins with, and there are none here.
-    lora = lora.model_copy(update={"init_lora_weights": LoraInit.DEFAULT})
+    lora = changed(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)
     return Twin(model=adapted, stack=stack, chosen=chosen, notes=notes)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
 from qlora_cli.settings.models import LoraSettings
+from qlora_cli.settings.settle import given_values
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -116,7 +117,7 @@ def check_unchanged(name: str, config: AdapterConfig, asked: LoraSettings) -> No
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
-    changed = sorted(key for key in asked.model_fields_set if its_own.get(key) != getattr(asked, key))
+    changed = [key for key, value in given_values(asked).items() if its_own.get(key) != value]
     if changed:
         raise ModelError(
             f"{name} is an adapter, which trains on as it is: lora.{changed[0]} can't be changed",

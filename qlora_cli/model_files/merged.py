@@ -11,6 +11,7 @@ from qlora_cli.model_files.merge_record import read_merge_record
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
+from qlora_cli.settings.settle import changed
 
 
 def adapter_digest(adapter: Path) -> str:
@@ -47,16 +48,15 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
 
     Longer positions and more rows are in its own config; it has no revision.
     """
-    settings = model.model_copy(
-        update={
-            "name": str(path.absolute()),
-            "revision": None,
-            "base_model": None,
-            "dtype": dtype.name,
-            "offload_embedding": False,
-            "rope_scaling": None,
-            "new_tokens": None,
-        }
+    settings = changed(
+        model,
+        name=str(path.absolute()),
+        revision=None,
+        base_model=None,
+        dtype=dtype.name,
+        offload_embedding=False,
+        rope_scaling=None,
+        new_tokens=None,
     )
     is_stored = quantization_config_of(read_json(path / CONFIG)) is not None
     quantization = QuantizationSettings() if is_stored else UNQUANTIZED

@@ -12,6 +12,7 @@ from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.layout import Layout, plan_layout
 from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.settings.settle import changed
 from qlora_cli.units import format_bytes
 
 OFFLOAD = "--offload-embedding"
@@ -138,7 +139,7 @@ def _smaller(settings: QuantizationSettings) -> dict[str, QuantizationSettings]:
         for method in settings.method.smaller()
     }
     if settings.method.takes("double_quant") and not settings.double_quant:
-        return {"--double-quant": settings.model_copy(update={"double_quant": True}), **smaller}
+        return {"--double-quant": changed(settings, double_quant=True), **smaller}
     return smaller
 
 

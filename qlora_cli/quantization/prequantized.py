@@ -15,6 +15,7 @@ from qlora_cli.quantization.methods.base import ORIGINAL
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.settings.settle import given
 
 KEPT = "llm_int8_skip_modules"  # the modules that stay in 16 bit, in 4 bit too
 
@@ -112,7 +113,7 @@ def check_settings(found: Prequantized, settings: QuantizationSettings, name: st
     """
     wrong = [
         f"quantization.{key} is {_shown(getattr(settings, key))}, the checkpoint has {_shown(found.settings[key])}"
-        for key in sorted(settings.model_fields_set & found.settings.keys())
+        for key in sorted(given(settings) & found.settings.keys())
         if getattr(settings, key) != found.settings[key]
     ]
     if wrong:

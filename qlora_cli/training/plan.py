@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from qlora_cli.runs.result import TrainPlan, TrainResult
 from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import asked_length, taken_from, with_sections
 from qlora_cli.settings.sources import Origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.liger import use_liger_kernels
@@ -111,15 +111,14 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     check_train_inputs(resolved)
     check_push(resolved, reporter)
     resume = find_resume(settings.output)
-    is_asked = "max_length" in settings.data.model_fields_set
-    blueprint = plan_load(settings, reporter, max_length=settings.data.max_length if is_asked else None)
+    blueprint = plan_load(settings, reporter, max_length=asked_length(settings.data))
     if blueprint.adapter is not None:
         check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
         _check_head(blueprint.adapter, blueprint.shapes)
         resolved = _with_adapter(resolved, blueprint.adapter)
     resolved = _as_loaded(resolved, blueprint)
     data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
-    resolved = Resolved(resolved.settings.model_copy(update={"data": data}), resolved.origins)
+    resolved = Resolved(with_sections(resolved.settings, data=data), resolved.origins)
     if resume is not None:
         resolved = _as_lowered(resolved, resume)
         trains_given = blueprint.source.adapter is not None
@@ -186,8 +185,8 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     """Return a run with another micro-batch and the same batch: `size` divides it."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    changed = {"micro_batch_size": size, "gradient_accumulation_steps": accumulation}
-    resolved = _with_training(prepared.resolved, changed, Origin(kind="default", where="training.auto_micro_batch"))
+    changed = {"training.micro_batch_size": size, "training.gradient_accumulation_steps": accumulation}
+    resolved = taken_from(prepared.resolved, changed, Origin(kind="default", where="training.auto_micro_batch"))
     plan = replace(
         prepared.plan,
         micro_batch_size=size,
@@ -199,23 +198,15 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
 
 def _as_lowered(resolved: Resolved[TrainSettings], resume: Resume) -> Resolved[TrainSettings]:
     """Return the settings with the micro-batch that the earlier run found to fit, if it looked for one."""
-    training, keys = resolved.settings.training, ("micro_batch_size", "gradient_accumulation_steps")
-    size, accumulation = (resume.record.setting(f"training.{key}") for key in keys)
+    training, keys = resolved.settings.training, ("training.micro_batch_size", "training.gradient_accumulation_steps")
+    size, accumulation = (resume.record.setting(key) for key in keys)
     if not (training.auto_micro_batch and isinstance(size, int) and isinstance(accumulation, int)):
         return resolved
     rows = training.micro_batch_size * training.gradient_accumulation_steps
     if size >= training.micro_batch_size or size * accumulation != rows:
         return resolved
     where = Origin(kind="file", where=str(resume.run.run_file))
-    return _with_training(resolved, {"micro_batch_size": size, "gradient_accumulation_steps": accumulation}, where)
-
-
-def _with_training(
-    resolved: Resolved[TrainSettings], changed: Mapping[str, int], where: Origin
-) -> Resolved[TrainSettings]:
-    training = resolved.settings.training.model_copy(update=dict(changed))
-    origins = {**resolved.origins, **{f"training.{key}": where for key in changed}}
-    return Resolved(resolved.settings.model_copy(update={"training": training}), origins)
+    return taken_from(resolved, dict(zip(keys, (size, accumulation), strict=True)), where)
 
 
 def _check_memory(
@@ -241,13 +232,15 @@ def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resol
     run, config = RunDirectory(source.run or Path(source.name)).run_file, source.path / CONFIG
     places = {"model": run, "quantization": run if blueprint.layout.prequantized is None else config}
     sections = {"model": blueprint.settings.model, "quantization": blueprint.settings.quantization}
-    origins = dict(resolved.origins)
     for section, loaded in sections.items():
         before = getattr(resolved.settings, section)
-        for key in type(loaded).model_fields:
-            if getattr(loaded, key) != getattr(before, key):
-                origins[f"{section}.{key}"] = Origin(kind="file", where=str(places[section]))
-    return Resolved(resolved.settings.model_copy(update=sections), origins)
+        values = {
+            f"{section}.{key}": getattr(loaded, key)
+            for key in type(loaded).model_fields
+            if getattr(loaded, key) != getattr(before, key)
+        }
+        resolved = taken_from(resolved, values, Origin(kind="file", where=str(places[section])))
+    return resolved
 
 
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
@@ -290,9 +283,8 @@ def _with_adapter(resolved: Resolved[TrainSettings], adapter: Adapter) -> Resolv
         "init_lora_weights": LoraInit.PISSA if is_pissa(adapter.lora) else LoraInit.DEFAULT,
         "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
     }
-    settings = resolved.settings.model_copy(update={"lora": resolved.settings.lora.model_copy(update=lora)})
     where = Origin(kind="file", where=str(adapter.directory / ADAPTER_CONFIG))
-    return Resolved(settings, {**resolved.origins, **{f"lora.{key}": where for key in lora}})
+    return taken_from(resolved, {f"lora.{key}": value for key, value in lora.items()}, where)
 
 
 def batch_arithmetic(plan: TrainPlan) -> str:
