@@ -6,6 +6,7 @@ Whatever is chosen is saved with the tokenizer, so what is served is what was tr
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
-from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.checkpoint import again, read_json
 
 JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
 OF_PROCESSOR = "chat_template.json"  # which transformers reads for a model that sees images, never for a tokenizer
@@ -69,12 +70,22 @@ def read_templates(directory: Path) -> Templates | None:
         is_one = texts.keys() == {"default"}
         return Templates(text=texts["default"] if is_one else texts, file=next(iter(files.values())))
     for file in (directory / "tokenizer_config.json", directory / OF_PROCESSOR):
-        found = read_json(file).get("chat_template") if file.is_file() else None
-        if isinstance(found, list):
-            found = {one["name"]: one["template"] for one in found if {"name", "template"} <= set(one)}
-        if isinstance(found, str | dict) and found:
+        if file.is_file() and (found := _templates_in(file, read_json(file).get("chat_template"))):
             return Templates(text=found, file=file)
     return None
+
+
+def _templates_in(file: Path, value: Any) -> str | dict[str, str] | None:
+    """Return what a config holds under chat_template: a text, or several, listed with their names."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("name"): one.get("template") for one in value}
+    texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+    if value is not None and not all(isinstance(text, str) for text in texts):
+        raise ModelError(
+            f"{file}: chat_template is neither a text nor a list of them by name", hint=again(file.parent, file.name)
+        )
+    templates: str | dict[str, str] | None = value
+    return templates
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> list[str]:

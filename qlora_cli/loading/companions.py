@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.loading.chat_template import Templates, read_templates
 from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.construction import faulty_keys
 from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -88,14 +89,37 @@ def _together(places: Sequence[Path]) -> Iterator[Path]:
     if special != config:
         content |= _as_config(read_json(special / SPECIAL_TOKENS))
     with TemporaryDirectory(prefix="qlora-tokenizer-") as name:
-        target = Path(name)
-        code = [path.name for path in config.glob("*.py")] if "auto_map" in content else []
-        for place, files in ((vocabulary, VOCABULARY), (places[-1], (CONFIG,)), (config, code)):
-            for file in files:
-                if (place / file).is_file():
-                    shutil.copyfile(place / file, target / file)
-        (target / TOKENIZER_CONFIG).write_text(json.dumps(content), encoding="utf-8")
-        yield target
+        _copy(Path(name), vocabulary, config, places[-1], content)
+        yield Path(name)
+
+
+def _copy(target: Path, vocabulary: Path, config: Path, base: Path, content: Mapping[str, Any]) -> None:
+    """Put a tokenizer together in `target`, whose config is `content`, and whose code is beside `config`."""
+    code = [path.name for path in config.glob("*.py")] if "auto_map" in content else []
+    for place, files in ((vocabulary, VOCABULARY), (base, (CONFIG,)), (config, code)):
+        for file in files:
+            if (place / file).is_file():
+                shutil.copyfile(place / file, target / file)
+    (target / TOKENIZER_CONFIG).write_text(json.dumps(content), encoding="utf-8")
+
+
+def faulty_config(
+    source: ModelSource, error: Exception, *, trust_remote_code: bool
+) -> tuple[Path, str, object] | None:
+    """Return the tokenizer_config.json that `error` comes from, the key and its value; None if it is not found."""
+    places = places_of(source)
+    file = next((place / TOKENIZER_CONFIG for place in places if (place / TOKENIZER_CONFIG).is_file()), None)
+    if file is None or trust_remote_code:
+        return None
+
+    def builds(content: Mapping[str, Any]) -> None:
+        with TemporaryDirectory(prefix="qlora-tokenizer-") as name:
+            _copy(Path(name), _place_of_vocabulary(places), file.parent, places[-1], content)
+            AutoTokenizer.from_pretrained(name)
+
+    content = read_json(file)
+    keys = faulty_keys(content, content, error, builds)
+    return (file, keys[0], content[keys[0]]) if keys else None
 
 
 def _add_listed(tokenizer: PreTrainedTokenizerBase, place: Path) -> list[str]:

@@ -26,7 +26,7 @@ from qlora_cli.loading.weights import (
     load_weights,
     quantization_config,
 )
-from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.checkpoint import Checkpoint, check_for_transformers, read_checkpoint
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
@@ -231,6 +231,7 @@ def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
     """Bring the weights' files here, and check that they are whole and of the planned shapes."""
     fetch_weights(blueprint.source, reporter)
     checkpoint = read_checkpoint(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
+    check_for_transformers(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
     if checkpoint.is_pickle:
         tensors = [check_pickle(file) for file in checkpoint.files]
         checkpoint = replace(checkpoint, tensors={name: one for part in tensors for name, one in part.items()})

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
-from qlora_cli.loading.companions import open_tokenizer, places_of
+from qlora_cli.loading.companions import faulty_config, open_tokenizer, places_of
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.model_files.source import ModelSource
+from qlora_cli.model_files.construction import shown, told
+from qlora_cli.model_files.generation import read_generation_config
+from qlora_cli.model_files.source import CONFIG, ModelSource, has_vocabulary
 from qlora_cli.settings.models import ModelSettings
 
 # Tokens that tokenizers carry for padding, best first. <|endoftext|> ends the text in many models; then it is out.
@@ -34,6 +36,10 @@ RESERVED = re.compile(
     r"(<|\[|>>)\|?(reserved|unused|placeholder|dummy|extra|special|control)[a-z_]*\d+\|?(>|\]|<<)", re.IGNORECASE
 )
 ADDED_PAD = "<|pad|>"
+WHAT_THEY_HOLD: Mapping[str, tuple[type, ...]] = {
+    "added_tokens.json": (int,),
+    "special_tokens_map.json": (str, list, dict),
+}
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -117,7 +123,7 @@ def _open(source: ModelSource, settings: ModelSettings) -> tuple[PreTrainedToken
     except ModelError:
         raise
     except Exception as error:  # of a damaged file, tokenizers raises a bare one
-        raise _why_not_opened(source, error) from error
+        raise _why_not_opened(source, error, trust_remote_code=settings.trust_remote_code) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {source.name} ({type(tokenizer).__name__}) gives no character offsets",
@@ -131,30 +137,34 @@ def _open(source: ModelSource, settings: ModelSettings) -> tuple[PreTrainedToken
     return tokenizer, notes
 
 
-def _why_not_opened(source: ModelSource, error: Exception) -> ModelError:
+def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
             hint="Read the code; if you trust its author, give --trust-remote-code.",
         )
-    try:
-        for place in places_of(source):
-            _check_files(place)
-    except ModelError as damage:
-        return damage
-    reason = error if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-    return ModelError(
-        f"{source.name} has no tokenizer that can be loaded: {reason}",
-        hint="Save one beside the weights with tokenizer.save_pretrained().",
-    )
+    for place in places_of(source):
+        _check_files(place)
+    reason = told(error)
+    if faulty := faulty_config(source, error, trust_remote_code=trust_remote_code):
+        file, key, value = faulty
+        return ModelError(
+            f"{file} makes no tokenizer: {key} is {shown(value)}: {reason}",
+            hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
+        )
+    hint = "Save one beside the weights with tokenizer.save_pretrained()."
+    if has_vocabulary(source.tokenizer_path):
+        hint = "Get its files anew from where the model came from, all of one version."
+    return ModelError(f"{source.name} has no tokenizer that can be loaded: {reason}", hint=hint)
 
 
 def _check_files(directory: Path) -> None:
     """Raise the error of the first file of a tokenizer that is damaged, if one is."""
     for file in JSON_FILES:
         path = directory / file
-        if path.is_file():
-            read_json(path)
+        for key, value in read_json(path).items() if path.is_file() else ():
+            if not isinstance(value, WHAT_THEY_HOLD.get(file, object)):
+                raise ModelError(f"{path} makes no tokenizer: {key} is {shown(value)}", hint=again(directory, file))
     path = directory / "tokenizer.json"
     if path.is_file():
         try:
@@ -198,11 +208,9 @@ def _add(tokenizer: PreTrainedTokenizerBase, token: str, *, special: bool) -> in
 
 
 def _read_facts(source: ModelSource) -> _Facts:
-    texts = []
-    for file in ("config.json", "generation_config.json"):
-        if (path := source.path / file).is_file():
-            values = read_json(path)
-            texts += [part for part in (values, values.get("text_config")) if isinstance(part, dict)]
+    config = source.path / CONFIG
+    files = (read_json(config) if config.is_file() else {}, read_generation_config(source.path))
+    texts = [part for values in files for part in (values, values.get("text_config")) if isinstance(part, dict)]
     rows = [int(text["vocab_size"]) for text in texts if isinstance(text.get("vocab_size"), int)]
     return _Facts(
         num_rows=rows[-1] if rows else None,  # the text part's own, where there is one

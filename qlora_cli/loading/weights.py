@@ -17,6 +17,7 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
 from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.construction import is_ours
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.left_over import by_name, may_be_left_out
 from qlora_cli.model_files.source import ModelSource
@@ -149,10 +150,14 @@ def load_weights(
                     f"{source.base_name} does not fit on the device while loading: {shortage[1]}",
                     hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
                 ) from error
-            if isinstance(error, RuntimeError) and (FAULT in report or not OF_WEIGHTS.search(report)):
+            if (
+                is_ours(error)
+                or (isinstance(error, RuntimeError) and not OF_WEIGHTS.search(report))
+                or FAULT in report
+            ):
                 error.add_note("\n".join(warned))
                 raise
-            hint = "Is it a causal language model, and are all its files of one version?"
+            hint = "Are config.json and the weights of one version? Get the model anew as a whole."
             details = _failed_conversions(warned, _files(checkpoint, base)) or "\n".join([str(error), *warned])
             raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
     for warning in warned:

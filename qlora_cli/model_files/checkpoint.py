@@ -98,13 +98,35 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map", hint=again(index.parent, index.name))
+    suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_inside(file):
             raise ModelError(
                 f"{index} says that the tensor {name} is in {file!r}, which is no file of that directory",
                 hint="Don't load it: a model has no reason to point elsewhere.",
             )
+        if not file.endswith(suffix):
+            raise ModelError(
+                f"{index} says that the tensor {name} is in {file!r}, which is no {suffix} file",
+                hint=again(index.parent, index.name),
+            )
     return weight_map
+
+
+def check_for_transformers(directory: Path, *, allow_pickle: bool) -> None:
+    """Check what transformers asks of an index besides its weight_map: an object of metadata.
+
+    Raises:
+        ModelError: it has none.
+    """
+    entry = weights_entry([path.name for path in directory.iterdir()], allow_pickle=allow_pickle)
+    if entry is None or not entry.endswith(INDEX_SUFFIX):
+        return
+    if not isinstance(read_json(directory / entry).get("metadata"), dict):
+        raise ModelError(
+            f"{directory / entry}: metadata is no object, and transformers loads no index without one",
+            hint=f'Write "metadata": {{}} into it, or get it anew. {again(directory, entry)}',
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -128,11 +128,11 @@ def refused(where: str, content: Mapping[str, Any], keys: list[str], reason: Exc
     file = path / CONFIG if path.is_dir() else path
     is_file = file.is_file()
     written = _as_written(file) if is_file else {}
-    shown = [f"{_written_name(key, written)} is {_shown(content.get(key))}" for key in keys]
+    named = [f"{_written_name(key, written)} is {shown(content.get(key))}" for key in keys]
     why = reason if isinstance(reason, str) else told(reason)
     return ModelError(
         f"{file if is_file else f'{CONFIG} of {where}'} describes no model that can be built: "
-        f"{', '.join(shown)}{': ' if shown else ''}{why}",
+        f"{', '.join(named)}{': ' if named else ''}{why}",
         hint=f"Correct it there, or get the file anew. {again(file.parent, file.name)}"
         if is_file
         else "Correct it there.",
@@ -226,6 +226,7 @@ def _written_name(key: str, written: Mapping[str, Any]) -> str:
     return older if older in written and key not in written else key
 
 
-def _shown(value: object) -> str:
-    shown = json.dumps(value, default=str, ensure_ascii=False)
-    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}…"
+def shown(value: object) -> str:
+    """Return a value of a JSON file as it is written there, no longer than a line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"

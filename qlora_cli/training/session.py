@@ -17,7 +17,7 @@ from qlora_cli.counters import (
     reset_device_peak,
 )
 from qlora_cli.data.collate import make_collator
-from qlora_cli.errors import TrainingError
+from qlora_cli.errors import ModelError, TrainingError
 from qlora_cli.events import (
     Noted,
     PhaseStarted,
@@ -27,6 +27,7 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.files import write_directory
+from qlora_cli.model_files.construction import is_ours, told
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.result import PeakMemory, TrainResult
@@ -43,6 +44,9 @@ from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.samples import SampleCallback
 from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
+
+# What libraries refuse settings with; a device that runs out of memory or fails raises a RuntimeError.
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 
 
 class Session:
@@ -75,9 +79,27 @@ class Session:
             self.trainer.add_callback(callback)
 
     def _make_trainer(self) -> QloraTrainer:
+        """Return the trainer; TRL looks at settings, tokenizer and model while it is made.
+
+        Raises:
+            ModelError: it refuses one of them.
+        """
+        try:
+            trainer = self._new_trainer()
+        except REFUSALS as error:
+            if is_ours(error):
+                raise
+            raise ModelError(
+                f"TRL makes no trainer of {self._prepared.loaded.source.name} and these settings: {told(error)}",
+                hint="Change the setting that it speaks of; qlora config show lists all, and what was not a default.",
+            ) from error
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _new_trainer(self) -> QloraTrainer:
         prepared, data = self._prepared, self._prepared.train_data
         loaded, tokenizer = prepared.loaded, prepared.loaded.tokenizer
-        trainer = QloraTrainer(
+        return QloraTrainer(
             store=self.store,
             reporter=self._reporter,
             reporting=self._reporting,
@@ -99,8 +121,6 @@ class Session:
             eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
             callbacks=[self._reporting],
         )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
 
     def _batches(self) -> Batches:
         data, settings = self._prepared.train_data, self._prepared.settings

@@ -1,0 +1,59 @@
+"""Read a model's generation_config.json, and name the key that makes it none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.construction import faulty_keys, is_ours, shown, told
+
+GENERATION_CONFIG = "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+WHOLE_NUMBERS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
+    *("no_repeat_ngram_size", "num_beam_groups"),
+)
+NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+
+
+def read_generation_config(directory: Path) -> Mapping[str, Any]:
+    """Return what the generation_config.json in `directory` holds; nothing if there is none.
+
+    Raises:
+        ModelError: transformers makes no generation config of it, or generating with it would fail; names the key.
+    """
+    file = directory / GENERATION_CONFIG
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    for key, value in content.items():
+        if why := _what_it_must_be(key, value):
+            raise _refused(file, content, [key], why)
+    try:
+        GenerationConfig.from_dict(dict(content))
+    except Exception as error:  # whatever transformers raises
+        if is_ours(error):
+            raise
+        keys = faulty_keys(content, content, error, lambda values: GenerationConfig.from_dict(dict(values)))
+        raise _refused(file, content, keys, told(error)) from error
+    return content
+
+
+def _what_it_must_be(key: str, value: object) -> str | None:
+    parts = value if isinstance(value, list) and key in IDS else [value]
+    if key in (*IDS, *WHOLE_NUMBERS) and not all(part is None or type(part) is int for part in parts):
+        return "it must be a whole number"
+    if key in NUMBERS and not (value is None or type(value) in {int, float}):
+        return "it must be a number"
+    return None
+
+
+def _refused(file: Path, content: Mapping[str, Any], keys: list[str], why: str) -> ModelError:
+    named = ", ".join(f"{key} is {shown(content[key])}" for key in keys)
+    return ModelError(
+        f"{file} makes no generation config: {named}{': ' if named else ''}{why}",
+        hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
+    )
