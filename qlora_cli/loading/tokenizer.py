@@ -109,7 +109,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings
     )
     raise ModelError(
         f"the tokenizer of {settings.name} has ids up to {largest}, but the embedding only {num_rows} rows",
-        hint=f"{cause}; --resize-vocab grows the embedding.",
+        hint=f"{cause}: {_names_from(tokenizer, num_rows)} without a row; --resize-vocab grows the embedding.",
     )
 
 
@@ -272,6 +272,15 @@ def _pad_candidates(tokenizer: PreTrainedTokenizerBase, config_pad_ids: tuple[in
         token = tokenizer.convert_ids_to_tokens(token_id)
         if isinstance(token, str):
             yield token
+
+
+def _names_from(tokenizer: PreTrainedTokenizerBase, first: int) -> str:
+    """Return the tokens with ids from `first` on, in few words."""
+    names = [
+        token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]) if number >= first
+    ]
+    more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
+    return f"{names[0]!r}{more}"
 
 
 def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,12 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
-from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader
+from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, again
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.construction import is_ours
 from qlora_cli.model_files.finite import is_finite
-from qlora_cli.model_files.left_over import by_name, may_be_left_out
-from qlora_cli.model_files.source import ModelSource
+from qlora_cli.model_files.left_over import by_name, hint_on_left_over, may_be_left_out
+from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
@@ -81,13 +81,13 @@ def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedM
     for header in checkpoint.tensors.values():
         first = siblings.setdefault(EXPERT_NUMBER.sub(".experts.*.", header.name), header)
         if header.shape != first.shape:
-            raise _contradiction(source, header, f"{first.name} has {first.shape}")
+            raise _contradiction(source, header, f"{first.name} has {first.shape}", header.file)
 
 
-def _contradiction(source: ModelSource, header: TensorHeader, other: str) -> ModelError:
+def _contradiction(source: ModelSource, header: TensorHeader, other: str, file: str = CONFIG) -> ModelError:
     return ModelError(
         f"{source.path / header.file}: {header.name} has the shape {header.shape}, and {other}",
-        hint="The weights belong to another config.json; download the model again as a whole.",
+        hint=f"The two are of different models, or of two versions of one. {again(source.path, file)}",
     )
 
 
@@ -253,7 +253,7 @@ def _check_complete(
         files = f" (in {', '.join(sorted(where))})" if where else ""
         raise ModelError(
             f"{source.base_name} holds weights that its config.json has no place for: {_counted(unexpected)}{files}",
-            hint="The model would not be the one that was saved. Is config.json of another model or version?",
+            hint=hint_on_left_over(model.config, unexpected),
         )
 
 

@@ -16,7 +16,7 @@ from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.result import Action
 from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.config import ModelConfig
-from qlora_cli.model_files.left_over import may_be_left_out
+from qlora_cli.model_files.left_over import hint_on_left_over, may_be_left_out
 from qlora_cli.model_files.pickles import DTYPES
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
@@ -147,7 +147,7 @@ def _check_left_over(model: PreTrainedModel, config: ModelConfig, name: str, hea
     if not may_be_left_out(model, config, name, header):
         raise ModelError(
             f"the base holds {name} (in {header.file}), which its config.json has no place for",
-            hint="Is config.json of another model or version?",
+            hint=hint_on_left_over(model.config, [name]),
         )
 
 

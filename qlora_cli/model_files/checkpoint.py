@@ -8,6 +8,7 @@ belongs to another model.
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -18,6 +19,7 @@ from qlora_cli.units import format_bytes
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the format's own bound
 # Names as the format writes them; F4 and F6 are packed.
 DTYPE_BITS = {
@@ -76,6 +78,11 @@ def weights_entry(names: Collection[str], *, allow_pickle: bool) -> str | None:
 def no_weights(where: str, names: Collection[str]) -> ModelError:
     """Return the error for a model whose files, `names`, are no weights that may be read; it says what they are."""
     others = sorted(name for name in names if name.endswith(".safetensors"))
+    if shards := [name for name in others if SHARD.fullmatch(name)]:
+        index = SAFETENSORS + INDEX_SUFFIX
+        return ModelError(
+            f"{where} has {shards[0]}, but not {index}, which says what is in it", hint=again(Path(where), index)
+        )
     if others:
         return ModelError(
             f"{where} has {others[0]}, but neither {SAFETENSORS} nor {SAFETENSORS}{INDEX_SUFFIX}",

@@ -150,7 +150,7 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{name} can't be loaded: transformers has no causal language model for {config.model_type!r}",
-            hint="Is it a causal language model? Encoders, translation and speech models are not fine-tuned here.",
+            hint="Take a causal language model (a decoder); others are not fine-tuned here.",
         )
 
 

@@ -51,6 +51,22 @@ def note_on_prediction(config: PreTrainedConfig, names: Collection[str]) -> str 
     return f"{which} tokens further ahead (num_nextn_predict_layers): not loaded, and not trained"
 
 
+def hint_on_left_over(config: PreTrainedConfig, names: Collection[str]) -> str:
+    """Return what to do about weights that a checkpoint has too many, by what they are called."""
+    if any(".lora_" in name for name in names):
+        return (
+            "These are of an adapter: save the model without it, or merged (merge_and_unload), and the adapter apart."
+        )
+    layers = [int(match[1]) if (match := LAYER.search(name)) else -1 for name in names]
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if num_layers is not None and min(layers) >= num_layers:
+        return (
+            f"num_hidden_layers is {num_layers} in config.json, and the weights have layers up to number "
+            f"{max(layers)}: correct it, or get config.json anew."
+        )
+    return "The model would not be the one that was saved. Is config.json of another model or version?"
+
+
 def by_name(headers: Mapping[str, TensorHeader], name: str) -> TensorHeader | None:
     """Return the tensor that transformers calls `name`: it may have put the name of the base model before it."""
     if name in headers:

@@ -277,6 +277,11 @@ def _check_files(where: str, names: Collection[str], settings: ModelSettings) ->
                 hint="Give a directory that holds only one of them.",
             )
         return _check_adapter_files(where, names, settings)
+    if entry is None and {ADAPTER_WEIGHTS, ADAPTER_PICKLE} & set(names):
+        return ModelError(
+            f"{where} has the weights of an adapter, but no {ADAPTER_CONFIG}",
+            hint=f"Copy {ADAPTER_CONFIG} again from where the adapter came from.",
+        )
     if entry is None and any(name.endswith(".gguf") for name in names):
         return _gguf(where)
     if CONFIG not in names:

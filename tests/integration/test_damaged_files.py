@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
 from tests.conftest import RunQlora
+from tests.integration.adapters import PREFIX
 from tests.integration.loading import copy_tokenizer, load, refused, save_model
 
 GENERATION, TOKENIZER, INDEX = "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"
@@ -110,7 +113,7 @@ def test_an_index_that_is_damaged_is_named(
         (
             "config.json",
             {"pad_token_id": 99_999},
-            ("inspect-memory", "evaluate", "train", "merge"),
+            ("merge", "inspect-memory", "evaluate", "train"),
         ),
         (GENERATION, {"eos_token_id": "x"}, ("generate",)),
         (TOKENIZER, {"eos_token": 5}, ("inspect-data",)),
@@ -127,7 +130,9 @@ def test_every_command_refuses_it_and_leaves_nothing_behind(
         base_model_name_or_path=str(model),
         target_modules=["q_proj"],
     )
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    q_proj = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_"
+    tensors = {f"{q_proj}A.weight": torch.zeros(8, 64), f"{q_proj}B.weight": torch.zeros(64, 8)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
     change(model / file, **values)
     output = tmp_path / "output"
     arguments: dict[str, list[Any]] = {

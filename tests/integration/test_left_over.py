@@ -176,3 +176,20 @@ def test_a_merge_copies_what_the_loader_passes_over(family: str, tmp_path: Path)
     for name, value in extra.items():
         assert torch.equal(written[name].to(value.dtype), value), name
     assert torch.allclose(logits(load(merged.directory, quantization__method="none").base, IDS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            "num_hidden_layers is 2 in config.json, and the weights have layers",
+        ),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", "These are of an adapter"),
+        ("model.extra.weight", "Is config.json of another model or version?"),
+    ],
+)
+def test_the_hint_follows_from_what_is_left_over(name: str, hint: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    add(model, {name: torch.zeros(2, 2)})
+    assert hint in refused(model, ModelError)

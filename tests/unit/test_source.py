@@ -233,3 +233,12 @@ def test_code_of_another_repository_in_an_adapter_is_not_trusted_either(tmp_path
     assert find_model(settings(adapter)).adapter == adapter  # nothing is run
     with pytest.raises(ModelError, match=r"takes tok\.Own from another repository, evil/repo"):
         find_model(settings(adapter, trust_remote_code=True))
+
+
+def test_what_a_directory_lacks_is_named_by_what_it_has(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    assert "has model-00001-of-00002.safetensors, but not model.safetensors.index.json" in problem_of(model)
+    adapter = write_adapter(tmp_path / "adapter", base=str(model))
+    (adapter / "adapter_config.json").unlink()
+    assert "has the weights of an adapter, but no adapter_config.json" in problem_of(adapter)
