@@ -90,6 +90,11 @@ class KeptParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc] # PEFT is 
         }
 
     @property
+    def frozen_bytes(self) -> int:
+        """What those that do not train take in a file."""
+        return sum(value.nbytes for name, value in self._stored.values() if name not in self._trained)
+
+    @property
     def named(self) -> dict[str, torch.Tensor]:
         """What is saved of them, by their names in the base."""
         return self.by_name(self.state)

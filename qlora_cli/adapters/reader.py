@@ -109,6 +109,8 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
         file = directory / ADAPTER_PICKLE
         check_pickle(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+            raise ModelError(f"{file} holds {others[0]}, which is no tensor", hint="Save the adapter again with PEFT.")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(
@@ -116,6 +118,27 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
                 hint="Take an earlier checkpoint of the run.",
             )
     return StoredAdapter(directory=directory, file=file, config=config, tensors=tensors)
+
+
+def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConfig) -> Adapter:
+    """Return an adapter as it goes on `model`, by shapes alone; by its config alone where the shapes are not known.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    stored = without_values(outline)
+    if outline.headers:
+        return fit(stored, model, base).adapter
+    nothing: dict[str, torch.Tensor] = {}
+    return Adapter(
+        directory=outline.directory,
+        config=outline.config,
+        lora=_for_peft(stored),
+        values=nothing,
+        kept=nothing,
+        given=frozenset(),
+        trained=frozenset(),
+    )
 
 
 def without_values(outline: AdapterOutline) -> StoredAdapter:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from qlora_cli.adapters.reader import Adapter, fit, rows_of, without_values
+from qlora_cli.adapters.reader import Adapter, fit_outline, rows_of, without_values
 from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
@@ -78,7 +78,6 @@ class Estimator:
         self._is_packed = is_packed
         self._evaluates = evaluates
         self._whole = whole
-        self._stored = None if facts.adapter is None else without_values(facts.adapter)
         self._cache: dict[Any, Any] = {}
 
     def estimate(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
@@ -126,17 +125,15 @@ class Estimator:
 
     def _num_rows(self, shapes: PreTrainedModel, trust_remote_code: bool) -> int:
         """Return how many rows the adapter that trains on has for the vocabulary."""
-        if self._stored is None:
-            return 0
-        stored, base = self._stored, self._config(trust_remote_code)
-        return self._once("rows", lambda: rows_of(stored, shapes, base))
+        outline, base = self._facts.adapter, self._config(trust_remote_code)
+        return 0 if outline is None else self._once("rows", lambda: rows_of(without_values(outline), shapes, base))
 
     def _adapter(self, settings: EstimateSettings, dtype: Dtype) -> Adapter | None:
         """Return the adapter that trains on, as it goes on the model."""
-        if self._stored is None:
+        outline, base = self._facts.adapter, self._config(settings.model.trust_remote_code)
+        if outline is None:
             return None
-        stored, base = self._stored, self._config(settings.model.trust_remote_code)
-        return self._once(("adapter", dtype), lambda: fit(stored, self._build(settings, dtype), base).adapter)
+        return self._once(("adapter", dtype), lambda: fit_outline(outline, self._build(settings, dtype), base))
 
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
         """Return how the weights are stored."""
@@ -278,7 +275,7 @@ class Estimator:
         return (
             dtype,
             settings.quantization.model_dump_json(),
-            settings.lora.model_dump_json() if self._stored is None else "",
+            settings.lora.model_dump_json() if self._facts.adapter is None else "",
             model.rope_scaling,
             model.new_tokens,
         )

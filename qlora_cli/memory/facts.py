@@ -105,7 +105,8 @@ def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> t
     beside = path / base
     is_beside = existing_path(base) is None and beside.is_dir()
     facts, settings = _named(str(beside) if is_beside else base, settings, reporter)
-    note = f"the adapter {path} trains on, as it is"
+    seen = "" if outline.headers else "; by its config alone, since its weights are no safetensors here"
+    note = f"the adapter {path} trains on, as it is{seen}"
     return replace(facts, adapter=outline, notes=(*facts.notes, note)), settings
 
 

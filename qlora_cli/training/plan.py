@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.initialization import is_pissa
+from qlora_cli.adapters.kept import kept_in
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.data.encode import TextTokenizer
@@ -339,7 +340,8 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trainable = sum(parameter.numel() for parameter in trained)
     num_steps = settled.num_steps
-    adapter_bytes = 4 * num_trainable
+    kept = kept_in(model)
+    adapter_bytes = 4 * num_trainable + (0 if kept is None else kept.frozen_bytes)
     optimizer = optimizer_steps(training.optimizer, [trained], clips=False, embeddings=embeddings_of(model))
     optimizer_bytes = optimizer.state_bytes
     checkpoint_bytes = adapter_bytes + optimizer_bytes + SMALL_FILES_BYTES

@@ -110,6 +110,15 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
         inspect_memory(request, SilentReporter())
 
 
+def test_without_weights_that_have_a_header_the_config_alone_says_it(tmp_path: Path) -> None:
+    adapter = adapter_of("modules trained whole", tmp_path)
+    whole = predicted(adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    alone = predicted(adapter)
+    assert alone.num_trainable_parameters == whole.num_trainable_parameters
+    assert any("by its config alone" in assumption for assumption in alone.assumptions)
+
+
 def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
     first = adapter_of("another rank", tmp_path / "first")
     second = adapter_of("rows", tmp_path / "second")
