@@ -8,7 +8,10 @@ NUMBERS = (int, float, int | None, float | None)
 class Section(BaseModel):
     """A group of settings: frozen, its numbers finite, and an unknown name in it is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    # Validators are built when they are first needed: `--help` needs none.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

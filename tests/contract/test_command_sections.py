@@ -1,0 +1,169 @@
+"""Every command takes its settings from sections of one file, by --set and by flags, each with its origin."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from qlora_cli.cli import options
+from qlora_cli.cli.app import app
+from qlora_cli.settings.marks import Command, marks_of
+from qlora_cli.settings.models import (
+    SECTIONS,
+    ChatSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    InspectDataSettings,
+    InspectMemorySettings,
+    LoadCommandSettings,
+    MergeCommandSettings,
+    Section,
+    TrainSettings,
+    all_settings,
+    field_of,
+    marks,
+)
+from qlora_cli.settings.resolve import Sources, resolve
+from tests.conftest import RunQlora
+
+KINDS: dict[Command, type[Section]] = {
+    Command.LOAD: LoadCommandSettings,
+    Command.TRAIN: TrainSettings,
+    Command.INSPECT_MEMORY: InspectMemorySettings,
+    Command.INSPECT_DATA: InspectDataSettings,
+    Command.MERGE: MergeCommandSettings,
+    Command.GENERATE: GenerateSettings,
+    Command.CHAT: ChatSettings,
+    Command.EVALUATE: EvaluateSettings,
+}
+# A file that any command takes, whatever its own sections are.
+FILE = """
+model: {name: base}
+data: {dataset: rows.jsonl, max_length: 512}
+output: {directory: run}
+load: {save: quantized, error: true}
+inspect_data: {rows: 7}
+inspect_memory: {gpus: [RTX 4090, T4], solve: rank, recipe: peft, evaluate: true}
+generate: {prompts: [one, two], temperature: 0.5, top_k: 3}
+evaluate: {batch_size: 2, tasks: "a,b,a", with_base: false}
+merge: {adapters: [run], weights: [0.5], formats: [hf, nf4, hf], dtype: float16}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "all.yaml"
+    path.write_text(FILE, encoding="utf-8")
+    return path
+
+
+def test_every_command_is_of_a_kind_and_every_setting_with_a_flag_of_a_command() -> None:
+    assert set(KINDS) == set(Command)
+    taken = {path for command, kind in KINDS.items() for path, _ in options.settings_of(command, kind)}
+    assert {path for path in all_settings() if marks(path).flag} == taken
+
+
+@pytest.mark.parametrize("command", list(Command))
+def test_a_command_has_the_flags_that_the_marks_give_it_and_takes_a_file(command: Command) -> None:
+    parameters = typer.main.get_command(app).commands[command.value].params  # type: ignore[attr-defined]
+    names = {parameter.name for parameter in parameters}
+    assert {options.parameter_of(path) for path, _ in options.settings_of(command, KINDS[command])} <= names
+    assert {"config", "assignments"} <= names
+    sections = {name.partition("__")[0] for name in names if "__" in name}
+    assert sections <= set(KINDS[command].model_fields)
+
+
+@pytest.mark.parametrize("command", list(Command))
+def test_no_two_settings_of_a_command_share_a_flag(command: Command) -> None:
+    flags = [marks_of(field).flag or marks(path).flag for path, field in options.settings_of(command, KINDS[command])]
+    assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (LoadCommandSettings, {"load.save": Path("quantized"), "load.error": True}),
+        (InspectDataSettings, {"inspect_data.rows": 7}),
+        (
+            InspectMemorySettings,
+            {"inspect_memory.gpus": ("RTX 4090", "T4"), "inspect_memory.solve": ("rank",), "data.max_length": 512},
+        ),
+        (GenerateSettings, {"generate.prompts": ("one", "two"), "generate.temperature": 0.5, "generate.top_k": 3}),
+        (ChatSettings, {"generate.top_k": 3}),
+        (EvaluateSettings, {"evaluate.batch_size": 2, "evaluate.tasks": ("a", "b"), "evaluate.with_base": False}),
+        (MergeCommandSettings, {"merge.weights": (0.5,), "merge.formats": ("hf", "nf4"), "merge.dtype": "fp16"}),
+        (TrainSettings, {"output.directory": Path("run")}),
+    ],
+)
+def test_one_file_serves_every_command_and_says_where_each_value_is(
+    kind: type[Section], expected: dict[str, Any], config: Path
+) -> None:
+    resolved = resolve(Sources(config=config), kind)
+    for path, value in expected.items():
+        section, key = path.split(".")
+        assert getattr(getattr(resolved.settings, section), key) == value
+        line = FILE.splitlines().index(next(text for text in FILE.splitlines() if text.startswith(f"{section}:"))) + 1
+        assert resolved.where_of(path) == f"{config}:{line} {path}"
+
+
+def test_an_assignment_and_a_flag_stand_over_the_file(config: Path) -> None:
+    sources = Sources(
+        config=config,
+        assignments=["merge.dtype=fp32", "merge.base=original"],
+        flags={"merge.base": ("--base", "dequantized")},
+    )
+    resolved = resolve(sources, MergeCommandSettings)
+    merge = resolved.settings.merge
+    assert (merge.dtype, merge.base, merge.adapters) == ("fp32", "dequantized", ("run",))
+    assert resolved.where_of("merge.dtype") == "--set merge.dtype"
+    assert (resolved.where_of("merge.base"), resolved.where_of("merge.output")) == ("--base", "--output")
+    assert resolved.where_of("merge.adapters").endswith(" merge.adapters")
+
+
+def test_every_adapter_counts_as_much_if_no_weight_is_given() -> None:
+    given = {"merge.adapters": ("RUN_OR_ADAPTER", ["a", "b"])}
+    assert resolve(Sources(flags=given), MergeCommandSettings).settings.merge.weights == (1.0, 1.0)
+
+
+def test_config_show_has_the_settings_of_every_command(run_qlora: RunQlora, config: Path) -> None:
+    shown = run_qlora("config", "show", "--config", config, "--json").json
+    assert list(shown) == all_settings()
+    assert shown["merge.dtype"] == {"value": "fp16", "origin": f"{config}:10"}
+    assert shown["generate.seed"] == {"value": None, "origin": "default"}
+    assert {path.partition(".")[0] for path in shown} == set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "expected"),
+    [
+        ("merge", "merge: {gguf_type: f16}", "all.yaml:1 merge.gguf_type: has no effect without --format gguf"),
+        ("merge", "merge: {trust_remote_code: true}", "all.yaml:1 merge.trust_remote_code: can't be switched on by a"),
+        ("merge", "merge: {weights: [a]}", "all.yaml:1 merge.weights: expected a number, got 'a'"),
+        (
+            "generate",
+            "generate: {top_p: 0.5, prompts: a}",
+            "all.yaml:1 generate.top_p: has no effect: nothing is drawn",
+        ),
+        ("generate", "generate: {prompts: ['']}", "all.yaml:1 generate.prompts: is empty"),
+        ("evaluate", "evaluate: {limit: 3}", "all.yaml:1 evaluate.limit: has no effect without --tasks"),
+        ("evaluate", "evaluate: {batch_sise: 3}", "all.yaml:1: unknown setting 'evaluate.batch_sise'"),
+        ("inspect-memory", "inspect_memory: {recipe: pft}", "all.yaml:1 inspect_memory.recipe: 'pft' is not one of"),
+        ("inspect-memory", "inspect_memory: {solve: rank}", "all.yaml:1 inspect_memory.solve: needs a GPU to fit on"),
+        ("load", "merge: {dtype: bf17}", "all.yaml:1 merge.dtype: 'bf17' is not one of keep, bf16, fp16, fp32"),
+    ],
+)
+def test_a_mistake_in_a_section_is_told_with_file_line_and_name(
+    command: str, text: str, expected: str, tmp_path: Path, base_model: Path
+) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(text)
+    done = CliRunner().invoke(app, [command, str(base_model), "--config", str(path)])
+    assert done.exit_code == 2, done.output
+    assert expected in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_every_setting_has_one_line_of_help() -> None:
+    assert [path for path in all_settings() if not field_of(path).description] == []
