@@ -69,6 +69,7 @@ class TrainPlan:
     checkpoint_bytes: int
     disk_bytes: int
     predicted_memory: PredictedMemory | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ class TrainResult:
     with its evaluations and checkpoints, `total_seconds` everything with loading, and `tokens_per_second` are over
     the seconds of the steps alone. Of a run that was resumed, all figures but the peaks, which are those of the last
     process, are those of the steps that count: what a killed process did behind its last checkpoint is in neither
-    tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the hub.
+    tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the
+    hub, and `notes` what was said of model and tokenizer.
     """
 
     output: Path
@@ -115,6 +117,7 @@ class TrainResult:
     best_eval_loss: float | None
     num_skipped_steps: int
     pushed_to: str | None
+    notes: tuple[str, ...] = ()
 
     def recorded(self) -> dict[str, object]:
         """Return it as the run records it: its own paths are relative to it, so that it may be moved."""

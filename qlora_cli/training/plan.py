@@ -381,6 +381,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         # The newest checkpoint is complete before the oldest is deleted; the best one stays besides.
         disk_bytes=adapter_bytes + SMALL_FILES_BYTES + _most_checkpoints(settings) * checkpoint_bytes,
         predicted_memory=outlook.predicted if outlook is not None else None,
+        notes=loaded.notes,
     )
 
 

@@ -292,6 +292,7 @@ class Session:
             best_eval_loss=progress.eval_losses[progress.best_step] if progress.best_step is not None else None,
             num_skipped_steps=self._guard.num_skipped,
             pushed_to=None,
+            notes=prepared.loaded.notes,
         )
 
 

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 from qlora_cli.events import Noted
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.merging.inputs import read_inputs
-from tests.conftest import Recorder
+from qlora_cli.training.plan import prepare_run
+from qlora_cli.training.run import run
+from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load, load_settings, save_model
 from tests.integration.merging import merge, on_plain, request_of, save, stored
 
@@ -109,3 +111,13 @@ def test_layers_that_predict_ahead_are_said_to_be_copied(tmp_path: Path) -> None
     recorder = Recorder()
     read_inputs(request_of(adapter), recorder)
     assert any("copied as they are" in note for note in said(recorder))
+
+
+def test_training_says_it_in_its_plan_and_in_its_result(adapter: Path, rows: Path, tmp_path: Path) -> None:
+    expected, recorder = template_alone(adapter), Recorder()
+    settings = train_settings(adapter, rows, tmp_path / "run", training__max_steps=1)
+    prepared = prepare_run(settings, recorder)
+    result = run(prepared, recorder)
+    for notes in (prepared.plan.notes, result.notes, said(recorder)):
+        assert [expected in note for note in notes].count(True) == 1
+    assert AutoTokenizer.from_pretrained(result.adapter).chat_template == OWN
