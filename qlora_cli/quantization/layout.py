@@ -7,7 +7,6 @@ byte; tests compare the two for every architecture.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from qlora_cli.quantization.inventory import classify, parameters_once
 from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.base import Method
-from qlora_cli.quantization.prequantized import KEPT, Prequantized
+from qlora_cli.quantization.prequantized import Prequantized
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
@@ -95,7 +94,7 @@ def plan_layout(
     """
     method = method_of(settings.method)
     if prequantized is not None:
-        kept = _kept_as_stored(model, prequantized.config)
+        kept = _kept_as_stored(model, prequantized.kept)
         experts = tuple(prequantized.config.get("quantized_parameters") or ())
         kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
         _check_skipped(model, settings.skip_modules, kept)
@@ -117,9 +116,12 @@ def plan_layout(
     )
 
 
-def _kept_as_stored(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with."""
-    patterns = HfQuantizer.get_modules_to_not_convert(model, config.get(KEPT), list(model._keep_in_fp32_modules or ()))
+def _kept_as_stored(model: PreTrainedModel, named: list[str] | None) -> dict[str, str]:
+    """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with.
+
+    `named` are the modules that its config says so of.
+    """
+    patterns = HfQuantizer.get_modules_to_not_convert(model, named, list(model._keep_in_fp32_modules or ()))
     reasons = kept_layers(model, None)
     return {
         name: reasons.get(name, "as stored")

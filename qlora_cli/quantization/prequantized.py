@@ -10,14 +10,12 @@ from typing import Any
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.config import quantization_config_of
-from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods import all_methods, method_of
 from qlora_cli.quantization.methods.base import ORIGINAL
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.settings.settle import given
-
-KEPT = "llm_int8_skip_modules"  # the modules that stay in 16 bit, in 4 bit too
 
 
 def _dequantize(config_class: str) -> str:
@@ -73,11 +71,18 @@ class Prequantized:
     settings: Mapping[str, object]
     config: Mapping[str, Any]
 
+    @property
+    def kept(self) -> list[str] | None:
+        """The modules that are not quantized, if it names any."""
+        kept: list[str] | None = self.config.get(method_of(self.method).kept_key)
+        return kept
+
     def renamed(self, rename: Callable[[str], str]) -> "Prequantized":
-        """Return the same with the modules that stay in 16 bit by the names that `rename` gives them."""
-        if not (kept := self.config.get(KEPT)):
+        """Return the same with the modules that are not quantized by the names that `rename` gives them."""
+        if not self.kept:
             return self
-        return replace(self, config={**self.config, KEPT: [rename(name) for name in kept]})
+        kept_key = method_of(self.method).kept_key
+        return replace(self, config={**self.config, kept_key: [rename(name) for name in self.kept]})
 
 
 def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | None:

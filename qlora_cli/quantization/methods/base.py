@@ -94,6 +94,7 @@ class Method(ABC):
 
     Attributes:
         loader: What transformers knows its quantizer by; None if it needs none.
+        kept_key: The key of its config that holds the names of what is not quantized.
         stores_experts: Whether the fused experts of a layer can be stored so.
         layer_types: The layers that multiply with its weights, in place of linear ones.
         parametrization_types: What restores its weights elsewhere, whenever they are read.
@@ -101,6 +102,7 @@ class Method(ABC):
     """
 
     loader: str | None = None
+    kept_key: str = "modules_to_not_convert"
     stores_experts: bool = False
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()

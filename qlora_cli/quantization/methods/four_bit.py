@@ -34,7 +34,7 @@ from qlora_cli.quantization.methods.base import (
     Part,
     StoredWeight,
 )
-from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, replace_layers
+from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, KEPT, replace_layers
 from qlora_cli.quantization.quantizer import METHOD as LOADER
 from qlora_cli.quantization.quantizer import QloraConfig, QloraQuantizer
 from qlora_cli.quantization.round_trip import Quantized, quantized
@@ -72,6 +72,7 @@ class FourBitMethod(Method):
     """NF4 or FP4, whichever `settings.method` says."""
 
     loader = LOADER
+    kept_key = KEPT
     stores_experts = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)

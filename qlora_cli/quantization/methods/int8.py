@@ -35,7 +35,7 @@ from qlora_cli.quantization.methods.base import (
     StoredWeight,
     nothing_quantized,
 )
-from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, replace_layers
+from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, KEPT, replace_layers
 from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 
@@ -155,6 +155,7 @@ class Int8(Method):
     """LLM.int8(); `int8_has_fp16_weight` stores weights as they are, and quantizes them in every product."""
 
     loader = LOADER
+    kept_key = KEPT
     layer_types = (Linear8bitLt,)
     operators = MappingProxyType(
         {
