@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.targets import ADAPTER
+from qlora_cli.quantization.methods import is_quantized_layer
 
 State = Mapping[str, torch.Tensor]
 PLACE = "qlora_kept"  # the name of the module that switches them
@@ -156,11 +156,12 @@ def _is_same(held: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter) -> Iterator[Place]:
     held = module._parameters[leaf]
-    if not (leaf == "weight" and isinstance(module, Linear4bit | Linear8bitLt)):
+    if not (leaf == "weight" and is_quantized_layer(module)):
         assert held is not None, "it is a parameter of the base"
         yield Place(holder=module._parameters, leaf=leaf, on=value, off=held)
         return
     # Codes can't be replaced by a weight: the whole layer is.
+    assert isinstance(module, nn.Linear), "it stands in the place of one"
     plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     plain._parameters = {"weight": value, "bias": module.bias}
     for parent in list(model.modules()):
