@@ -68,7 +68,10 @@ def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFac
             notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
         found = ModelFacts(name=known.name, content=content, notes=tuple(notes))
     else:
-        found = _from_hub(name, revision, reporter)
+        path = _from_hub(name, revision, reporter)
+        if not (path / CONFIG).is_file():
+            return _of_adapter(path, settings, reporter)
+        found = ModelFacts(name=name, content=read_json(path / CONFIG), path=path)
     if problem := base_model_problem(name, settings.model):
         raise problem
     return found, settings
@@ -97,16 +100,16 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
 
 
 def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    outline = read_outline(path)
-    check_unchanged(str(path), outline.config, settings.lora)
+    outline, name = read_outline(path), settings.model.name
+    check_unchanged(name, outline.config, settings.lora)
     base = settings.model.base_model or outline.config.base_model_name_or_path
     if not base:
-        raise ModelError(f"the adapter in {path} does not name its base model", hint="Give the base model itself.")
+        raise ModelError(f"the adapter {name} does not name its base model", hint="Give the base model itself.")
     beside = path / base
     is_beside = existing_path(base) is None and beside.is_dir()
     facts, settings = _named(str(beside) if is_beside else base, settings, reporter)
-    seen = "" if outline.headers else "; by its config alone, since its weights are no safetensors here"
-    note = f"the adapter {path} trains on, as it is{seen}"
+    seen = "" if outline.headers else "; by its config alone, since its weights are not here as safetensors"
+    note = f"the adapter {name} trains on, as it is{seen}"
     return replace(facts, adapter=outline, notes=(*facts.notes, note)), settings
 
 
@@ -163,7 +166,8 @@ def _place_of(base: BaseUsed, run: Path) -> str:
     return here or base.name
 
 
-def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts:
+def _from_hub(name: str, revision: str | None, reporter: Reporter) -> Path:
+    """Return where the config of a model, or of an adapter, was brought to."""
     if not HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"no model at {name!r}: no such path, and not a hub id", hint=_known(name))
     from qlora_cli.hub.repository import fetch_files, open_repository
@@ -172,10 +176,10 @@ def _from_hub(name: str, revision: str | None, reporter: Reporter) -> ModelFacts
         repository = open_repository(name, revision, reporter)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(str(error), hint=f"{error.hint or ''} {_known(name)}".strip()) from error
-    if CONFIG not in repository.file_names:
+    wanted = next((file for file in (CONFIG, ADAPTER_CONFIG) if file in repository.file_names), None)
+    if wanted is None:
         raise ModelError(f"{name} has no {CONFIG} on the hub", hint="Give the repository of the base model.")
-    path = fetch_files(repository, [CONFIG], reporter)
-    return ModelFacts(name=name, content=read_json(path / CONFIG), path=path)
+    return fetch_files(repository, [wanted], reporter)
 
 
 def _known(name: str) -> str:

@@ -16,7 +16,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
-from tests.integration.hub_server import COMMIT, Hub
+from tests.integration.hub_server import COMMIT, Hub, Repo
 
 SHORT = ("--max-length", "64", "--micro-batch-size", "1")
 
@@ -66,6 +66,23 @@ def test_only_the_config_of_a_hub_id_is_fetched(
     pinned = ("inspect-memory", "owner/tiny", "--revision", COMMIT, *SHORT, "--json")
     again = run_qlora(*pinned, env={**hub_env, "QLORA_CACHE": str(tmp_path)})
     assert figures(again.json) == figures(done.json)
+
+
+def test_an_adapter_on_the_hub_is_predicted_by_its_config(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/tiny", "r": 4, "target_modules": ["q_proj"]}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"not asked for"}
+    hub.repos["owner/adapter"] = Repo(commits={COMMIT: files})
+    env = {**hub_env, "QLORA_CACHE": str(tmp_path)}
+    done = run_qlora("inspect-memory", "owner/adapter", *SHORT, "--json", env=env)
+    assert done.code == 0, done.stderr
+    asked = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
+    assert asked == {"config.json", "adapter_config.json"}
+    same = ("--rank", "4", "--target-modules", "q_proj")
+    of_base = run_qlora("inspect-memory", "owner/tiny", *SHORT, *same, "--json", env=env)
+    assert figures(of_base.json) == figures(done.json)
+    assert any("by its config alone" in assumption for assumption in done.json["assumptions"])
 
 
 def test_a_run_directory_answers_for_its_own_settings(
