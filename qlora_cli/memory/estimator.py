@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_cli.adapters.reader import Adapter, fit_outline, rows_of, without_values
 from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
@@ -29,7 +29,8 @@ from qlora_cli.memory.replay import Peaks, RunEvents, replay
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.model_files.config import ModelConfig, config_from
+from qlora_cli.model_files.config import ModelConfig, config_from, read_config
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
@@ -332,8 +333,9 @@ class Estimator:
     def _config(self, trust_remote_code: bool) -> ModelConfig:
         content: Mapping[str, Any] = self._facts.content
         if trust_remote_code and "auto_map" in content and self._facts.path is not None:
-            config = AutoConfig.from_pretrained(self._facts.path, trust_remote_code=True)
-            return ModelConfig(config=config, key_mapping=None)
+            name, path = self._facts.name, self._facts.path
+            source = ModelSource(name=name, path=path, base_name=name, tokenizer_path=path)
+            return read_config(source, trust_remote_code=True)
         return config_from(self._facts.name, content)
 
     def _once(self, key: Any, make: Callable[[], Value]) -> Value:

@@ -139,3 +139,18 @@ def test_a_bug_of_ours_is_not_taken_for_a_fault_of_the_config(monkeypatch: pytes
     with pytest.raises(AttributeError, match="get_text_config") as caught:
         build_model(tiny_config("llama"), torch.bfloat16)
     assert is_ours(caught.value)
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ZeroDivisionError", "AssertionError"])
+def test_code_that_comes_with_a_model_may_raise_what_it_likes(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    raising = f"    def __post_init__(self, **_):\n        raise {error}('{error} of theirs')\n"
+    code = f"from transformers import LlamaConfig\n\nclass Own(LlamaConfig):\n{raising}"
+    (tmp_path / f"own_{error.lower()}.py").write_text(code)
+    auto_map = {"AutoConfig": f"own_{error.lower()}.Own"}
+    source = write(tmp_path, {**content_of("llama"), "model_type": "own", "auto_map": auto_map})
+    with pytest.raises(ModelError, match=f"{error} of theirs") as caught:
+        read_config(source, trust_remote_code=True)
+    assert str(tmp_path / "config.json") in caught.value.message
