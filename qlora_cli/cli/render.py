@@ -135,13 +135,13 @@ def render_settings(rows: Sequence[tuple[str, Any, Origin]]) -> None:
 
 
 def _show(value: Any) -> str:
-    if value is None:
+    if value is None or value == ():
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Enum):
         return str(value.value)
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(_show, value)) if isinstance(value, tuple) else str(value)
 
 
 def _describe_peak(peak: PeakMemory, predicted: PredictedMemory | None) -> str:

@@ -30,12 +30,9 @@ from qlora_cli.runs.directory import RUN_FILE
 from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings, Section
-from qlora_cli.settings.settle import given, over_recorded, with_sections
+from qlora_cli.settings.settle import differences, given, of_run, over_recorded, with_sections
 
 SectionT = TypeVar("SectionT", bound=Section)
-# Of a run's model settings, those that made the base that its adapter fits. New tokens and chat template come with the
-# adapter's tokenizer; device and kernel are those of this machine; code of others is trusted anew each time.
-TAKEN_FROM_RUN = ("dtype", "rope_scaling", "resize_vocab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +146,11 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
 
 def _differences(asked: LoadSettings, source: ModelSource) -> list[str]:
     """Return in words where what was asked for by name is not what the run that was named was trained with."""
-    recorded = {"model": _taken(source), "quantization": source.run_quantization or {}}
-    return [
-        f"{section}.{key} is {getattr(values, key)} as asked; {source.name} was trained with {recorded[section][key]}"
-        for section, values in (("model", asked.model), ("quantization", asked.quantization))
-        for key in sorted(given(values) & recorded[section].keys())
-        if getattr(values, key) != recorded[section][key]
-    ]
+    found = {
+        **differences("model", asked.model, source.run_model),
+        **differences("quantization", asked.quantization, source.run_quantization),
+    }
+    return [f"{path} is {now} as asked; {source.name} was trained with {then}" for path, (now, then) in found.items()]
 
 
 def _other_base(source: ModelSource) -> list[str]:
@@ -182,12 +177,7 @@ def effective_model(asked: ModelSettings, source: ModelSource) -> ModelSettings:
         )
     if source.run_model is None:
         return asked
-    return _over_run(asked, {**asked.model_dump(), **_taken(source)}, source)
-
-
-def _taken(source: ModelSource) -> dict[str, Any]:
-    """Return what of a run's model settings made its base."""
-    return {key: value for key, value in (source.run_model or {}).items() if key in TAKEN_FROM_RUN}
+    return _over_run(asked, {**asked.model_dump(), **of_run("model", source.run_model)}, source)
 
 
 def effective_quantization(

@@ -21,7 +21,7 @@ from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, loo
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import given_values, with_values
+from qlora_cli.settings.settle import over_recorded, with_sections, with_values
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
@@ -124,15 +124,13 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
     base = record.base()
     recorded = {section: record.settings_of(section, "how the run was trained") for section in OF_A_RUN}
     try:
-        merged = {
-            section: {
-                **{key: value for key, value in recorded[section].items() if key in type(own).model_fields},
-                **given_values(own),
-            }
+        sections = {
+            section: over_recorded(own, {key: value for key, value in recorded[section].items() if key in known})
             for section in OF_A_RUN
             for own in (getattr(settings, section),)
+            for known in (type(own).model_fields,)
         }
-        taken = EstimateSettings.model_validate(merged)
+        taken = with_sections(settings, **sections)
     except ValidationError as error:
         raise ModelError(
             f"{RunDirectory(path).run_file} does not say how the run was trained: {error}",

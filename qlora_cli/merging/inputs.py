@@ -14,7 +14,7 @@ from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
 from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.blueprint import TAKEN_FROM_RUN, effective_model, effective_quantization
+from qlora_cli.loading.blueprint import effective_model, effective_quantization
 from qlora_cli.loading.companions import templates_left_out
 from qlora_cli.loading.positions import apply_rope_scaling
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
@@ -37,6 +37,7 @@ from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, MergeSettings, ModelSettings, QuantizationSettings
+from qlora_cli.settings.settle import of_run
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -167,7 +168,8 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
     for other in sources[1:]:
         if first.run_model is None or other.run_model is None:
             continue
-        differing = [f"model.{key}" for key in TAKEN_FROM_RUN if first.run_model.get(key) != other.run_model.get(key)]
+        one, two = (of_run("model", source.run_model) for source in (first, other))
+        differing = [f"model.{key}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
         if first.run_quantization != other.run_quantization:
             differing.append("quantization")
         if differing:

@@ -65,6 +65,7 @@ class Marks:
         is_repeatable: Whether the flag may be given several times.
         affects_memory: Whether the memory that training takes depends on it.
         on_resume: Whether it may change when a run goes on.
+        is_of_run: Whether a base is loaded as the run that is named was trained, unless another value is given.
         effective_with: The other setting that it needs to have an effect.
         is_only_by_hand: Whether a settings file must not switch it on, because it runs code that comes with a model.
     """
@@ -76,6 +77,7 @@ class Marks:
     is_repeatable: bool = False
     affects_memory: bool = False
     on_resume: OnResume = OnResume.SAME
+    is_of_run: bool = False
     effective_with: EffectiveWith | None = None
     is_only_by_hand: bool = False
 

@@ -7,7 +7,8 @@ comes of it is frozen as before, with the origin of every value.
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from qlora_cli.settings.models import DataSettings, Section
+from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.models import SECTIONS, DataSettings, Section
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
 
@@ -59,6 +60,22 @@ def over_recorded(asked: SectionT, recorded: Mapping[str, Any]) -> SectionT:
         ValidationError: the record can't be read.
     """
     return type(asked).model_validate({**recorded, **given_values(asked)})
+
+
+def of_run(section: str, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what of a section that a run recorded says how its base is loaded."""
+    known = {key for key, field in SECTIONS[section].model_fields.items() if marks_of(field).is_of_run}
+    return {key: value for key, value in (recorded or {}).items() if key in known}
+
+
+def differences(section: str, asked: Section, recorded: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    """Return by `section.key` what was given and is not what a run was trained with, and what that is."""
+    of_then, of_now = of_run(section, recorded), given_values(asked)
+    return {
+        f"{section}.{key}": (of_now[key], of_then[key])
+        for key in sorted(of_now.keys() & of_then.keys())
+        if of_now[key] != of_then[key]
+    }
 
 
 def asked_length(data: DataSettings) -> int | None:

@@ -133,6 +133,10 @@ def test_config_show_has_the_settings_of_every_command(run_qlora: RunQlora, conf
     assert shown["merge.dtype"] == {"value": "fp16", "origin": f"{config}:10"}
     assert shown["generate.seed"] == {"value": None, "origin": "default"}
     assert {path.partition(".")[0] for path in shown} == set(SECTIONS)
+    lines = run_qlora("config", "show", "--config", config).stdout.splitlines()
+    told = {path: value.split("  ")[0] for path, value in (line.split(maxsplit=1) for line in lines)}
+    assert list(told) == all_settings()
+    assert (told["merge.weights"], told["merge.formats"], told["inspect_memory.sweep"]) == ("0.5", "hf, nf4", "-")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from qlora_cli.settings.values import NameList, RopeScaling
 class ModelSettings(Section):
     """The base model."""
 
+    # Of a run's settings, those are taken over that made the base which its adapter fits. New tokens and chat template
+    # come with the adapter's tokenizer; device and kernel are those of this machine; code is trusted anew each time.
+
     name: Annotated[str, Marks(flag="--model", commands=TOKENIZERS, affects_memory=True)] = Field(
         min_length=1, description="Base model: a local directory or a hub id."
     )
@@ -27,11 +30,11 @@ class ModelSettings(Section):
         min_length=1,
         description="Base of the adapter or run, as a directory or a hub id, instead of the one that it names.",
     )
-    dtype: Annotated[Dtype, Marks(flag="--dtype", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)] = (
-        Field(
-            default=Dtype.AUTO,
-            description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
-        )
+    dtype: Annotated[
+        Dtype, Marks(flag="--dtype", commands=LOADERS, affects_memory=True, is_of_run=True, on_resume=OnResume.FREE)
+    ] = Field(
+        default=Dtype.AUTO,
+        description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
     )
     device: Annotated[Device, Marks(flag="--device", commands=LOADERS, on_resume=OnResume.FREE)] = Field(
         default=Device.AUTO, description="auto: the GPU if there is one, else the CPU."
@@ -46,14 +49,14 @@ class ModelSettings(Section):
         NameList,
         Marks(flag="--new-tokens", commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(default=None, description="Comma-separated tokens to add to the vocabulary; their rows are trained.")
-    resize_vocab: Annotated[bool, Marks(flag="--resize-vocab", commands=TOKENIZERS, affects_memory=True)] = Field(
-        default=False, description="Grow the embedding (and head) when the tokenizer has more ids than rows."
-    )
-    rope_scaling: Annotated[RopeScaling, Marks(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True)] = (
-        Field(
-            default=None,
-            description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
-        )
+    resize_vocab: Annotated[
+        bool, Marks(flag="--resize-vocab", commands=TOKENIZERS, affects_memory=True, is_of_run=True)
+    ] = Field(default=False, description="Grow the embedding (and head) when the tokenizer has more ids than rows.")
+    rope_scaling: Annotated[
+        RopeScaling, Marks(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True, is_of_run=True)
+    ] = Field(
+        default=None,
+        description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
     chat_template: Annotated[str | None, Marks(flag="--chat-template", commands=TOKENIZERS)] = Field(
         default=None,

@@ -13,36 +13,38 @@ from qlora_cli.settings.values import NameList
 class QuantizationSettings(Section):
     """How the frozen base is quantized on loading."""
 
-    method: Annotated[Quantization, Marks(flag="--quant", commands=LOADERS, affects_memory=True)] = Field(
-        default=DEFAULT_METHOD, description="Data type of the frozen linear layers; none keeps 16 or 32 bit."
-    )
+    method: Annotated[
+        Quantization,
+        Marks(flag="--quant", commands=LOADERS, affects_memory=True, is_of_run=True),
+    ] = Field(default=DEFAULT_METHOD, description="Data type of the frozen linear layers; none keeps 16 or 32 bit.")
     double_quant: Annotated[
         bool,
         Marks(
             flag="--double-quant",
             commands=LOADERS,
             affects_memory=True,
+            is_of_run=True,
         ),
     ] = Field(default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter).")
-    compute_dtype: Annotated[Dtype, Marks(affects_memory=True)] = Field(
+    compute_dtype: Annotated[Dtype, Marks(affects_memory=True, is_of_run=True)] = Field(
         default=Dtype.AUTO, description="Dtype that 4-bit layers multiply in. auto: the same as model.dtype."
     )
-    quant_storage: Annotated[Storage, Marks(affects_memory=True)] = Field(
+    quant_storage: Annotated[Storage, Marks(affects_memory=True, is_of_run=True)] = Field(
         default=Storage.UINT8, description="Dtype that holds the packed 4-bit codes; FSDP needs that of the model."
     )
     skip_modules: Annotated[
         NameList,
-        Marks(affects_memory=True),
+        Marks(affects_memory=True, is_of_run=True),
     ] = Field(
         default=None, description="Comma-separated modules to keep unquantized, besides heads, routers and the like."
     )
-    int8_threshold: Annotated[float, Marks(affects_memory=True)] = Field(
+    int8_threshold: Annotated[float, Marks(affects_memory=True, is_of_run=True)] = Field(
         default=6.0, ge=0, description="LLM.int8: input features with a larger value are multiplied in 16 bit."
     )
-    int8_has_fp16_weight: Annotated[bool, Marks(affects_memory=True)] = Field(
+    int8_has_fp16_weight: Annotated[bool, Marks(affects_memory=True, is_of_run=True)] = Field(
         default=False, description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory."
     )
-    int8_cpu_offload: Annotated[bool, Marks(affects_memory=True)] = Field(
+    int8_cpu_offload: Annotated[bool, Marks(affects_memory=True, is_of_run=True)] = Field(
         default=False, description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training."
     )
 
