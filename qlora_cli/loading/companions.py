@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.loading.chat_template import Templates, read_templates
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.construction import faulty_keys
+from qlora_cli.model_files.construction import faulty_keys, shown
 from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,11 +31,12 @@ def places_of(source: ModelSource) -> tuple[Path, ...]:
 
 
 def open_tokenizer(
-    source: ModelSource, *, trust_remote_code: bool, is_template_asked: bool
+    source: ModelSource, *, trust_remote_code: bool, is_template_asked: bool, num_rows: int
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Return the tokenizer of a model or an adapter with its chat template, and notes on what is not the base's.
 
-    Nothing is said of the template if `is_template_asked`: another one is asked for, which is said.
+    Nothing is said of the template if `is_template_asked`: another one is asked for, which is said. `num_rows` is how
+    many ids the base has a row for, or may be given one.
 
     Raises:
         Exception: whatever transformers raises over files that are damaged or missing.
@@ -46,12 +47,13 @@ def open_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
-    tokenizer.name_or_path = str(_place_of_vocabulary(places))
-    notes = [note for place in reversed(places) for note in _add_listed(tokenizer, place)]
+    vocabulary = _place_of_vocabulary(places)
+    tokenizer.name_or_path = str(vocabulary)
+    notes = _add_listed(tokenizer, (*_before(vocabulary, places), vocabulary), base=source.path, num_rows=num_rows)
     on_template = _take_template(tokenizer, source, places)
     notes += [] if is_template_asked else on_template
     if len(places) > 1 and has_vocabulary(places[0]):
-        notes += _differences(tokenizer, places[-1], trust_remote_code=trust_remote_code)
+        notes += _differences(tokenizer, places[-1], num_rows, trust_remote_code=trust_remote_code)
     return tokenizer, notes
 
 
@@ -122,26 +124,53 @@ def faulty_config(
     return (file, keys[0], content[keys[0]]) if keys else None
 
 
-def _add_listed(tokenizer: PreTrainedTokenizerBase, place: Path) -> list[str]:
-    """Add the tokens of an added_tokens.json that the tokenizer lacks; return notes on them.
+def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, base: Path, num_rows: int) -> list[str]:
+    """Add the tokens of each added_tokens.json that the tokenizer lacks; return notes on them.
 
-    transformers reads that file only beside a config of its own age.
+    transformers reads that file only beside a config of its own age. A token or an id that two of `places` name is
+    that of the first. Beside the base the file may be older than its weights: what has no row there is left out.
     """
-    file = place / ADDED_TOKENS
-    listed = read_json(file) if file.is_file() else {}
     known = tokenizer.get_vocab()
-    lacking = {token: wanted for token, wanted in listed.items() if token not in known and isinstance(wanted, int)}
-    following = max(known.values(), default=-1) + 1
-    added: list[str] = []
-    for token, wanted in sorted(lacking.items(), key=lambda one: one[1]):
-        if wanted == following + len(added):
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
-            added.append(token)
-    left = [token for token in lacking if token not in added]
-    return [
-        *([f"{file} adds {_named(added, lacking)}"] if added else []),
-        *([f"{file} names {_named(left, lacking, 'whose ids do not follow the last one, left out')}"] if left else []),
-    ]
+    told: list[tuple[Path, str, object, str]] = []
+    wanted: dict[int, tuple[str, Path]] = {}
+    for place in places:
+        for token, number in _listed(place).items():
+            if token in known or any(token == other for other, _ in wanted.values()):
+                continue
+            if type(number) is not int:
+                told.append((place, token, number, "whose id is no whole number"))
+            elif number in wanted:
+                told.append((place, token, number, "whose id the adapter gives another token"))
+            elif place == base and number >= num_rows:
+                told.append((place, token, number, f"beyond the {num_rows:,} rows of the embedding"))
+            else:
+                wanted[number] = (token, place)
+    for number, (token, place) in sorted(wanted.items()):
+        told.append((place, token, number, _added(tokenizer, token, number)))
+    return [note for place in places for note in _on_listed(place / ADDED_TOKENS, told)]
+
+
+def _listed(place: Path) -> Mapping[str, Any]:
+    file = place / ADDED_TOKENS
+    return read_json(file) if file.is_file() else {}
+
+
+def _added(tokenizer: PreTrainedTokenizerBase, token: str, number: int) -> str:
+    """Add `token` if it gets the id `number`; return why it was left out, or nothing."""
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    size, last_added = tokenizer.vocab_size, max(tokenizer.added_tokens_decoder, default=-1)
+    following = last_added + 1 if last_added >= size else size  # what the library gives, which counts over holes
+    if not number == last + 1 == following:
+        return "whose id does not follow the last one"
+    return "" if tokenizer.add_tokens([AddedToken(token, normalized=False)]) else "that can't be added"
+
+
+def _on_listed(file: Path, told: Sequence[tuple[Path, str, object, str]]) -> Iterator[str]:
+    """Yield in words what of an added_tokens.json was added, and what was left out and why."""
+    of_file = [(token, number, why) for place, token, number, why in told if place == file.parent]
+    for reason in dict.fromkeys(why for *_, why in of_file):
+        named = _named([(token, number) for token, number, why in of_file if why == reason], reason)
+        yield f"{file} names {named}; left out" if reason else f"{file} adds {named}"
 
 
 def _take_template(tokenizer: PreTrainedTokenizerBase, source: ModelSource, places: Sequence[Path]) -> list[str]:
@@ -171,33 +200,42 @@ def _on_template(source: ModelSource, place: Path, chosen: Templates, of_base: T
     return []
 
 
-def _differences(tokenizer: PreTrainedTokenizerBase, base: Path, *, trust_remote_code: bool) -> list[str]:
+def _differences(
+    tokenizer: PreTrainedTokenizerBase, base: Path, num_rows: int, *, trust_remote_code: bool
+) -> list[str]:
     """Return in words which tokens an adapter's tokenizer has gained, lost or moved against the base's."""
     if not has_vocabulary(base):
         return ["the tokenizer is the adapter's; the base has none"]
     try:
-        theirs: Mapping[str, int] = AutoTokenizer.from_pretrained(
-            base, trust_remote_code=trust_remote_code
-        ).get_vocab()
+        of_base: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        _add_listed(of_base, [base], base=base, num_rows=num_rows)
     except Exception as error:  # noqa: BLE001 - of a damaged file, tokenizers raises a bare one; it is not used
         return [f"the tokenizer is the adapter's; that of the base can't be read: {str(error).splitlines()[0]}"]
     ours: dict[str, int] = tokenizer.get_vocab()
-    gained = [token for token in ours if token not in theirs]
-    lost = [token for token in theirs if token not in ours]
-    moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
+    theirs: dict[str, int] = of_base.get_vocab()
+    gained = {token: number for token, number in ours.items() if token not in theirs}
+    lost = {token: number for token, number in theirs.items() if token not in ours}
+    moved = {token: number for token, number in ours.items() if theirs.get(token, number) != number}
     return [
-        *([f"the adapter's tokenizer has {_named(gained, ours, 'more than the base')}"] if gained else []),
-        *([f"the adapter's tokenizer lacks {_named(lost, theirs, 'of the base')}"] if lost else []),
-        *([f"the adapter's tokenizer has {_named(moved, ours, 'with another id than in the base')}"] if moved else []),
+        *([f"the adapter's tokenizer has {_named(_by_id(gained), 'more than the base')}"] if gained else []),
+        *([f"the adapter's tokenizer lacks {_named(_by_id(lost), 'of the base')}"] if lost else []),
+        *(
+            [f"the adapter's tokenizer has {_named(_by_id(moved), 'with another id than in the base')}"]
+            if moved
+            else []
+        ),
     ]
 
 
-def _named(tokens: Sequence[str], ids: Mapping[str, int], how: str = "") -> str:
-    ordered = sorted(tokens, key=lambda token: ids[token])
-    shown = ", ".join(f"{token!r} (id {ids[token]})" for token in ordered[:MOST_NAMED])
-    more = f" and {len(ordered) - MOST_NAMED:,} more" if len(ordered) > MOST_NAMED else ""
-    counted = f"{len(ordered):,} token{'s' if len(ordered) > 1 else ''} {how}".strip()
-    return f"{counted}: {shown}{more}"
+def _by_id(tokens: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(tokens.items(), key=lambda one: one[1])
+
+
+def _named(tokens: Sequence[tuple[str, object]], how: str = "") -> str:
+    shown_ones = ", ".join(f"{token!r} (id {shown(number)})" for token, number in tokens[:MOST_NAMED])
+    more = f" and {len(tokens) - MOST_NAMED:,} more" if len(tokens) > MOST_NAMED else ""
+    counted = f"{len(tokens):,} token{'s' if len(tokens) > 1 else ''} {how}".strip()
+    return f"{counted}: {shown_ones}{more}"
 
 
 def templates_left_out(source: ModelSource, others: Sequence[ModelSource], template: object) -> list[str]:

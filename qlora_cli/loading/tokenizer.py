@@ -73,7 +73,8 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
             of its tokens in the text, which the loss mask is built from; a new token is none; or the chat
             template asked for can't be used.
     """
-    tokenizer, differences = _open(source, settings)
+    facts = _read_facts(source)
+    tokenizer, differences = _open(source, settings, sys.maxsize if settings.resize_vocab else facts.num_rows or 0)
     tokenizer.padding_side = "right"
     new_token_ids = _add_new_tokens(tokenizer, settings.new_tokens or ())
     notes = []
@@ -81,7 +82,6 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
         ids = ", ".join(map(str, new_token_ids))
         notes.append(f"new tokens: {', '.join(settings.new_tokens or ())} (ids {ids})")
     notes += choose_chat_template(tokenizer, settings.chat_template)
-    facts = _read_facts(source)
     if source.adapter is not None and facts.num_rows is not None:
         # The base of an adapter is grown as far as its tokenizer goes, and was when it was trained.
         facts = replace(facts, num_rows=max(facts.num_rows, _largest_id(tokenizer) + 1))
@@ -113,12 +113,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings
     )
 
 
-def _open(source: ModelSource, settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
+def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[PreTrainedTokenizerBase, list[str]]:
     try:
         tokenizer, notes = open_tokenizer(
             source,
             trust_remote_code=settings.trust_remote_code,
             is_template_asked=settings.chat_template is not None,
+            num_rows=num_rows,
         )
     except ModelError:
         raise

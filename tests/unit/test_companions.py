@@ -172,7 +172,103 @@ def test_added_tokens_that_have_no_place_are_left_out_and_it_is_said(base: Path,
     (adapter / "added_tokens.json").write_text(json.dumps({"<far>": 100_000}))
     loaded = load(base, adapter)
     assert "<far>" not in loaded.tokenizer.get_vocab()
-    assert loaded.notes[0].endswith("1 token whose ids do not follow the last one, left out: '<far>' (id 100000)")
+    assert loaded.notes[0].endswith("1 token whose id does not follow the last one: '<far>' (id 100000); left out")
+
+
+def list_tokens(directory: Path, **ids: Any) -> None:
+    """Write an added_tokens.json, and make the config one beside which transformers reads none."""
+    (directory / "added_tokens.json").write_text(json.dumps({f"<{name}>": number for name, number in ids.items()}))
+    config = directory / "tokenizer_config.json"
+    if config.is_file():
+        config.write_text(json.dumps({**json.loads(config.read_text()), "added_tokens_decoder": {}}))
+
+
+def set_rows(base: Path, rows: int | None) -> int:
+    """Give the base as many rows as its tokenizer has ids, and return that number; none are told if `rows` is None."""
+    size = len(load(base).tokenizer.get_vocab())
+    told = {} if rows is None else {"vocab_size": size + rows}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **told}))
+    return size
+
+
+@pytest.mark.parametrize("rows", [0, 1, None])
+@pytest.mark.parametrize("has_adapter", [True, False], ids=["with an adapter", "alone"])
+def test_of_a_stale_list_beside_the_base_only_what_has_a_row_is_added(
+    base: Path, adapter: Path, rows: int | None, has_adapter: bool
+) -> None:
+    size = set_rows(base, rows)
+    list_tokens(base, first=size, second=size + 1)
+    loaded = load(base, adapter if has_adapter else None)
+    tokens = ["<first>", "<second>"]
+    added = tokens[: rows or 0]
+    assert [token for token in tokens if token in loaded.tokenizer.get_vocab()] == added
+    limit = size + rows if rows is not None else 0
+    assert any(
+        f"beyond the {limit:,} rows of the embedding: {tokens[len(added)]!r}" in note and note.endswith("; left out")
+        for note in loaded.notes
+    )
+    grown = load(base, adapter if has_adapter else None, resize_vocab=True)
+    assert grown.tokenizer.convert_tokens_to_ids(tokens) == [size, size + 1]
+
+
+def test_an_adapter_with_a_vocabulary_of_its_own_takes_no_listed_token_of_the_base(base: Path, adapter: Path) -> None:
+    size = set_rows(base, 8)
+    list_tokens(base, theirs=size)
+    write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
+    loaded = load(base, adapter)
+    assert "<theirs>" not in loaded.tokenizer.get_vocab()
+    assert loaded.notes == (f"the adapter's tokenizer lacks 1 token of the base: '<theirs>' (id {size})",)
+
+
+def test_an_adapters_list_gives_an_id_before_the_bases(base: Path, adapter: Path) -> None:
+    size = set_rows(base, 8)
+    list_tokens(base, theirs=size, both=size + 2)
+    list_tokens(adapter, ours=size, both=size + 1)
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.convert_tokens_to_ids(["<ours>", "<both>"]) == [size, size + 1]
+    assert any("whose id the adapter gives another token: '<theirs>'" in note for note in loaded.notes)
+
+
+def test_an_adapters_list_may_go_on_where_the_bases_ends(base: Path, adapter: Path) -> None:
+    size = set_rows(base, 1)
+    list_tokens(base, theirs=size)
+    list_tokens(adapter, ours=size + 1)
+    assert load(base, adapter).tokenizer.convert_tokens_to_ids(["<theirs>", "<ours>"]) == [size, size + 1]
+
+
+def test_what_the_base_lists_is_its_own_when_an_adapter_is_compared_with_it(base: Path, adapter: Path) -> None:
+    size = set_rows(base, 8)
+    list_tokens(base, theirs=size)
+    load(base).tokenizer.save_pretrained(adapter)
+    assert load(base, adapter).notes == ()
+
+
+def test_no_token_is_added_under_an_id_that_the_library_would_not_give(base: Path, adapter: Path) -> None:
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    largest = vocabulary["z"] = max(vocabulary.values()) + 50  # a hole before it
+    file.write_text(json.dumps(content))
+    list_tokens(adapter, next=largest + 1)
+    loaded = load(base, adapter)
+    assert "<next>" not in loaded.tokenizer.get_vocab()
+    assert "whose id does not follow the last one: '<next>'" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("number", [None, "3", 1.5, True, [7]])
+def test_an_id_that_is_none_is_left_out_and_it_is_said(base: Path, adapter: Path, number: object) -> None:
+    list_tokens(adapter, odd=number)
+    (note,) = load(base, adapter).notes
+    assert note.endswith(f"whose id is no whole number: '<odd>' (id {json.dumps(number)}); left out")
+
+
+def test_what_the_tokenizer_does_not_take_is_not_called_added(base: Path, adapter: Path) -> None:
+    size = len(load(base).tokenizer.get_vocab())
+    (adapter / "added_tokens.json").write_text(json.dumps({"": size}))
+    loaded = load(base, adapter)
+    assert len(loaded.tokenizer.get_vocab()) == size
+    (note,) = loaded.notes
+    assert note.endswith(f"names 1 token that can't be added: '' (id {size}); left out")
 
 
 def test_tokens_gained_lost_and_moved_are_said(base: Path, adapter: Path) -> None:
