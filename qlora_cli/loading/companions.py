@@ -133,20 +133,28 @@ def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, b
     known = tokenizer.get_vocab()
     told: list[tuple[Path, str, object, str]] = []
     wanted: dict[int, tuple[str, Path]] = {}
+    taken = set(known)
     for place in places:
         for token, number in _listed(place).items():
-            if token in known or any(token == other for other, _ in wanted.values()):
+            if token in taken:
                 continue
             if type(number) is not int:
                 told.append((place, token, number, "whose id is no whole number"))
             elif number in wanted:
-                told.append((place, token, number, "whose id the adapter gives another token"))
+                told.append((place, token, number, "whose id is given to another token"))
             elif place == base and number >= num_rows:
                 told.append((place, token, number, f"beyond the {num_rows:,} rows of the embedding"))
             else:
                 wanted[number] = (token, place)
+                taken.add(token)
+    following = _following(tokenizer, known)
     for number, (token, place) in sorted(wanted.items()):
-        told.append((place, token, number, _added(tokenizer, token, number)))
+        if number != following:
+            why = "whose id does not follow the last one"
+        else:
+            why = "" if tokenizer.add_tokens([AddedToken(token, normalized=False)]) else "that can't be added"
+            following += not why
+        told.append((place, token, number, why))
     return [note for place in places for note in _on_listed(place / ADDED_TOKENS, told)]
 
 
@@ -155,14 +163,11 @@ def _listed(place: Path) -> Mapping[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _added(tokenizer: PreTrainedTokenizerBase, token: str, number: int) -> str:
-    """Add `token` if it gets the id `number`; return why it was left out, or nothing."""
-    last = max(tokenizer.get_vocab().values(), default=-1)
+def _following(tokenizer: PreTrainedTokenizerBase, known: Mapping[str, int]) -> int | None:
+    """Return the id that the next token added to `known` gets; None if it would not be the one behind the last."""
     size, last_added = tokenizer.vocab_size, max(tokenizer.added_tokens_decoder, default=-1)
-    following = last_added + 1 if last_added >= size else size  # what the library gives, which counts over holes
-    if not number == last + 1 == following:
-        return "whose id does not follow the last one"
-    return "" if tokenizer.add_tokens([AddedToken(token, normalized=False)]) else "that can't be added"
+    given = last_added + 1 if last_added >= size else size  # the library counts over holes
+    return given if given == max(known.values(), default=-1) + 1 else None
 
 
 def _on_listed(file: Path, told: Sequence[tuple[Path, str, object, str]]) -> Iterator[str]:

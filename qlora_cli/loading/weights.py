@@ -19,7 +19,7 @@ from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, again
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.construction import is_ours
 from qlora_cli.model_files.finite import is_finite
-from qlora_cli.model_files.left_over import by_name, hint_on_left_over, may_be_left_out
+from qlora_cli.model_files.left_over import by_name, hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.layout import Layout
@@ -237,10 +237,11 @@ def _check_complete(
     missing = sorted(info.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
     headers = checkpoint.tensors
+    ahead = layers_ahead(model.config, headers)
     unexpected = sorted(
         key
         for key in info.get("unexpected_keys") or ()
-        if not may_be_left_out(model, base, key, by_name(headers, key))
+        if not may_be_left_out(model, base, key, by_name(headers, key), ahead)
     )
     if missing or mismatched:
         what, keys = ("missing", missing) if missing else ("of another shape", mismatched)

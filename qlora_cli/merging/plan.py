@@ -1,7 +1,7 @@
 """Which tensor of the checkpoint gets which change, from which file, settled and checked before a byte is written."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.result import Action
 from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.config import ModelConfig
-from qlora_cli.model_files.left_over import hint_on_left_over, may_be_left_out
+from qlora_cli.model_files.left_over import hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.pickles import DTYPES
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
@@ -113,12 +113,13 @@ def plan_merge(
     planner = _Planner(base=base, changes=changes, kind=kind, dtype=dtype)
     by_key = {key: group for group in base.groups for key in group.keys}
     packed_keys = {key for key, group in by_key.items() if group.targets[0] in base.packed}
+    ahead = layers_ahead(base.model.config, base.tensors.headers)
     tensors = []
     for name, header in base.tensors.headers.items():
         if name in by_key:
             tensors.append(planner.planned(name, header, by_key[name]))
         elif weight_of_constant(name) not in packed_keys:
-            _check_left_over(base.model, config, name, header)
+            _check_left_over(base.model, config, name, header, ahead)
             tensors.append(planner.left(name, header))
     for name, twin in untied.items():
         tensors.append(planner.untied(name, twin, groups[twin]))
@@ -143,8 +144,10 @@ def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> Non
         )
 
 
-def _check_left_over(model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader) -> None:
-    if not may_be_left_out(model, config, name, header):
+def _check_left_over(
+    model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader, ahead: Collection[int]
+) -> None:
+    if not may_be_left_out(model, config, name, header, ahead):
         raise ModelError(
             f"the base holds {name} (in {header.file}), which its config.json has no place for",
             hint=hint_on_left_over(model.config, [name]),

@@ -19,12 +19,17 @@ MASK = re.compile(r"(^|\.)\w*(attn|attention)\.((attn|attention)\.)?(bias|masked
 POSITIONS = re.compile(r"(^|\.)position_ids$")
 WHOLE_NUMBERS = {"I64", "I32"}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# What a layer that predicts tokens further ahead holds besides those of any other layer (DeepSeek-V3, GLM-4.5).
+AHEAD = re.compile(r"(?:^|\.)layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")
 
 
-def may_be_left_out(model: PreTrainedModel, base: ModelConfig, name: str, header: TensorHeader | None) -> bool:
+def may_be_left_out(
+    model: PreTrainedModel, base: ModelConfig, name: str, header: TensorHeader | None, ahead: Collection[int]
+) -> bool:
     """Whether the tensor `name` of a checkpoint, for which `model` has no place, is no part of what is trained.
 
-    `name` is that of the file, or what transformers makes of it; `header` tells its shape, if it is known.
+    `name` is that of the file, or what transformers makes of it; `header` tells its shape, if it is known; `ahead` are
+    the checkpoint's `layers_ahead`.
     """
     renamed = base.renamed(name)
     return (
@@ -34,13 +39,26 @@ def may_be_left_out(model: PreTrainedModel, base: ModelConfig, name: str, header
         or ROTARY.search(name) is not None
         or _is_mask(name, header)
         or (POSITIONS.search(name) is not None and header is not None and header.dtype in WHOLE_NUMBERS)
-        or _predicted_by(model.config, name) is not None
+        or _layer_of(name) in ahead
     )
+
+
+def layers_ahead(config: PreTrainedConfig, names: Collection[str]) -> frozenset[int]:
+    """Return which layers of a checkpoint with tensors of these `names` predict tokens further ahead.
+
+    They are behind the last, as many as the config says, and each holds what no other layer does.
+    """
+    number = getattr(config, "num_nextn_predict_layers", None)
+    if type(number) is not int:
+        return frozenset()
+    behind = range(config.num_hidden_layers, config.num_hidden_layers + number)
+    found = (int(match[1]) for name in names if (match := AHEAD.search(name)))
+    return frozenset(layer for layer in found if layer in behind)
 
 
 def note_on_prediction(config: PreTrainedConfig, names: Collection[str]) -> str | None:
     """Return in words which layers of a checkpoint predict tokens further ahead, and are not loaded; None if none."""
-    layers = sorted({layer for name in names if (layer := _predicted_by(config, name)) is not None})
+    layers = sorted(layers_ahead(config, names))
     if not layers:
         return None
     which = (
@@ -57,7 +75,7 @@ def hint_on_left_over(config: PreTrainedConfig, names: Collection[str]) -> str:
         return (
             "These are of an adapter: save the model without it, or merged (merge_and_unload), and the adapter apart."
         )
-    layers = [int(match[1]) if (match := LAYER.search(name)) else -1 for name in names]
+    layers = [-1 if (layer := _layer_of(name)) is None else layer for name in names]
     num_layers = getattr(config, "num_hidden_layers", None)
     if num_layers is not None and min(layers) >= num_layers:
         return (
@@ -92,10 +110,5 @@ def _is_mask(name: str, header: TensorHeader | None) -> bool:
     return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
 
 
-def _predicted_by(config: PreTrainedConfig, name: str) -> int | None:
-    """Return the layer that a tensor is of, if it is one behind the last that predicts tokens further ahead."""
-    ahead, match = getattr(config, "num_nextn_predict_layers", None), LAYER.search(name)
-    if not ahead or match is None:
-        return None
-    layer = int(match[1])
-    return layer if config.num_hidden_layers <= layer < config.num_hidden_layers + ahead else None
+def _layer_of(name: str) -> int | None:
+    return int(match[1]) if (match := LAYER.search(name)) else None

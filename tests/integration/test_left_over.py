@@ -3,6 +3,7 @@
 What is passed over changes nothing: the logits are those without it. A merge copies it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.config import ModelConfig
-from qlora_cli.model_files.left_over import may_be_left_out
+from qlora_cli.model_files.left_over import layers_ahead, may_be_left_out
 from qlora_cli.model_files.pickles import header_of
 from qlora_cli.quantization.layout import build_on_meta
 from tests.integration.loading import copy_tokenizer, load, logits, refused, save_model
@@ -90,7 +91,7 @@ def test_every_buffer_that_a_model_computes_may_be_stored_too_with_or_without_th
     base = ModelConfig(config=model.config, key_mapping=None)
     for name, value in own_buffers(model).items():
         for called in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-            assert may_be_left_out(model, base, called, header_of(called, value, "file")), called
+            assert may_be_left_out(model, base, called, header_of(called, value, "file"), ()), called
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +104,10 @@ def test_no_weight_of_any_model_would_be_passed_over_under_another_layer(family:
     for name, value in model.named_parameters():
         for called in (name.replace(".1.", ".7."), f"{name}_extra"):
             if called != name:
-                assert not may_be_left_out(model, base, called, header_of(called, value, "file")), (called, ignored)
+                assert not may_be_left_out(model, base, called, header_of(called, value, "file"), ()), (
+                    called,
+                    ignored,
+                )
 
 
 def test_buffers_of_its_own_in_the_file_change_nothing(tmp_path: Path) -> None:
@@ -137,6 +141,39 @@ def test_layers_that_predict_ahead_are_not_loaded_and_it_is_said(family: str, tm
     assert torch.equal(logits(loaded.base), before)
     assert any("layer 2 of the checkpoint predicts tokens further ahead" in note for note in loaded.notes)
     assert any("layer 2" in note for note in loaded.report().notes)
+
+
+LAYER_OF_ANY = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
+
+
+@pytest.mark.parametrize("held", ["eh_proj", "enorm", "hnorm", "shared_head.head", "embed_tokens"])
+@pytest.mark.parametrize(
+    ("number", "layers"), [(1, {2}), (2, {2, 3}), (0, set()), (-1, set()), ("a", set()), (None, set()), (True, set())]
+)
+def test_a_layer_is_ahead_if_the_config_counts_it_and_it_holds_what_no_other_does(
+    held: str, number: object, layers: set[int]
+) -> None:
+    config = tiny_config("llama")  # of two layers
+    setattr(config, "num_nextn_predict_layers", number)  # noqa: B010 - llama has none
+    plain = [f"model.layers.{layer}.{name}" for layer in range(6) for name in LAYER_OF_ANY]
+    marked = [f"model.layers.{layer}.{held}.weight" for layer in range(6)]
+    assert layers_ahead(config, plain) == frozenset()
+    assert layers_ahead(config, [*plain, *marked]) == layers
+    assert layers_ahead(config, [*plain, "model.embed_tokens.weight", f"model.layers.2.x{held}.weight"]) == frozenset()
+
+
+@pytest.mark.parametrize("number", [1, "a"])
+def test_a_real_layer_that_the_config_does_not_count_is_refused(number: object, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "base")
+    adapter = save(
+        on_plain(model, LoraConfig(r=2, target_modules=["o_proj"], layers_to_transform=[0])), tmp_path / "a"
+    )
+    config = model / "config.json"
+    changes = {"num_hidden_layers": 1, "num_nextn_predict_layers": number}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    for message in (refused(model, ModelError), merge_refused(adapter)):
+        assert "model.layers.1." in message
+        assert "num_hidden_layers is 1 in config.json, and the weights have layers up to number 1" in message
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_an_adapters_list_gives_an_id_before_the_bases(base: Path, adapter: Path
     list_tokens(adapter, ours=size, both=size + 1)
     loaded = load(base, adapter)
     assert loaded.tokenizer.convert_tokens_to_ids(["<ours>", "<both>"]) == [size, size + 1]
-    assert any("whose id the adapter gives another token: '<theirs>'" in note for note in loaded.notes)
+    assert any("whose id is given to another token: '<theirs>'" in note for note in loaded.notes)
 
 
 def test_an_adapters_list_may_go_on_where_the_bases_ends(base: Path, adapter: Path) -> None:
