@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -92,7 +93,7 @@ def open_model(
     positions = num_positions(blueprint.base.config)
     compares = request.compare and not is_merged
     if compares:
-        _check_comparable(blueprint, request)
+        _check_comparable(blueprint, None if is_chat else request.merged)
     if is_chat and tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer of {settings.model.name} has no chat template, which a chat needs",
@@ -133,12 +134,13 @@ def _sources(loaded: LoadedModel, request: AnswerSettings, *, is_merged: bool) -
     return ("base", "adapter") if request.compare else ("adapter",)
 
 
-def _check_comparable(blueprint: Blueprint, request: AnswerSettings) -> None:
+def _check_comparable(blueprint: Blueprint, merged: Path | None) -> None:
+    """Check that there is something to compare the base with: its adapter, or a merged model."""
     source = blueprint.source
-    if source.adapter is None and request.merged is None:
+    if source.adapter is None and merged is None:
         raise ModelError(
             f"--compare has nothing to compare: {source.name} has no adapter",
-            hint="Name a run or an adapter, or give --merged DIR too.",
+            hint="Name a run or an adapter; qlora generate compares a model with a merged one too, by --merged DIR.",
         )
 
 

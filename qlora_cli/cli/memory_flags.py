@@ -55,7 +55,7 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         gpus=read.gpus,
         recipe=asked.recipe,
         sdpa_backend=asked.sdpa_backend,
-        evaluates=_evaluates(settings) if asked.evaluate is None else asked.evaluate,
+        evaluate=asked.evaluate,
         solve=tuple(setting.value for setting in asked.solve),
         sweep=read.sweep if asked.plot is None else {"max-length": (), **read.sweep},
     )
@@ -133,10 +133,3 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
             f"has no effect with --attention {attention}",
         )
         yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
-
-
-def _evaluates(settings: InspectMemorySettings) -> bool:
-    """Whether `train` would evaluate with these settings."""
-    data = settings.data
-    held_out = data.eval_dataset is not None or data.eval_split is not None
-    return held_out or settings.training.eval_steps is not None

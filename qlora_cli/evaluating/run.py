@@ -22,7 +22,7 @@ from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.positions import num_positions, within_positions
+from qlora_cli.loading.positions import check_length, num_positions, within_positions
 from qlora_cli.settings.models import EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import asked_length, given
@@ -91,6 +91,7 @@ def _find_rows(resolved: Resolved[EvaluateSettings], blueprint: Blueprint, repor
             return None
         raise nothing_held_out(resolved.settings.model.name, run)
     data = within_positions(data, num_positions(blueprint.base.config), reporter)
+    check_length(blueprint.base.config, data.max_length, None)  # a run's length may be too much for another base
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
     seed = _seed(resolved, run)

@@ -30,6 +30,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the name that the answer to `request` about a model with this config goes by."""
     asked = dataclasses.asdict(dataclasses.replace(request, settings=None))  # type: ignore[arg-type]
     settings = request.settings
+    asked["evaluates"] = request.evaluates
     values = settings.model_dump(mode="json")
     for path in (path for path in all_settings() if marks(path).affects_memory):
         section, key = path.split(".")

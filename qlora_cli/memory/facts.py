@@ -18,10 +18,10 @@ from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterOutline, check_unchanged, read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
-from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import over_recorded, with_sections, with_values
+from qlora_cli.settings.settle import of_run, over_recorded, with_sections, with_values
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
@@ -45,7 +45,7 @@ class ModelFacts:
     def description(self) -> dict[str, Any]:
         """All that an answer depends on."""
         adapter = {} if self.adapter is None else {"adapter that trains on": self.adapter.description}
-        return {**self.content, **adapter}
+        return {**self.content, **adapter, "notes": list(self.notes)}
 
 
 def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
@@ -100,17 +100,52 @@ def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[M
 
 
 def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    outline, name = read_outline(path), settings.model.name
+    outline, name, run = read_outline(path), settings.model.name, run_around(path)
     check_unchanged(name, outline.config, settings.lora)
-    base = settings.model.base_model or outline.config.base_model_name_or_path
-    if not base:
-        raise ModelError(f"the adapter {name} does not name its base model", hint="Give the base model itself.")
-    beside = path / base
-    is_beside = existing_path(base) is None and beside.is_dir()
-    facts, settings = _named(str(beside) if is_beside else base, settings, reporter)
+    if run is None:
+        base = settings.model.base_model or _base_of_adapter(path, outline, name)
+    else:
+        record = load_record(run.path)
+        base = settings.model.base_model or _place_of(record.base(), run.path)
+        settings = _loaded_as(settings, record, run)
+    facts, settings = _named(base, settings, reporter)
     seen = "" if outline.headers else "; by its config alone, since its weights are not here as safetensors"
     note = f"the adapter {name} trains on, as it is{seen}"
     return replace(facts, adapter=outline, notes=(*facts.notes, note)), settings
+
+
+def _base_of_adapter(path: Path, outline: AdapterOutline, name: str) -> str:
+    base = outline.config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"the adapter {name} does not name its base model", hint="Give the base model itself.")
+    beside = path / base
+    return str(beside) if existing_path(base) is None and beside.is_dir() else base
+
+
+def _loaded_as(settings: EstimateSettings, record: RunRecord, run: RunDirectory) -> EstimateSettings:
+    """Return the settings by which a base is loaded as a run was trained; its adapter says the rest."""
+    purpose = "how the run was trained"
+    recorded = {
+        section: of_run(section, record.settings_of(section, purpose)) for section in ("model", "quantization")
+    }
+    return _over_record(settings, recorded, run)
+
+
+def _over_record(
+    settings: EstimateSettings, recorded: Mapping[str, Mapping[str, Any]], run: RunDirectory
+) -> EstimateSettings:
+    try:
+        sections = {
+            section: over_recorded(own, {key: value for key, value in values.items() if key in type(own).model_fields})
+            for section, values in recorded.items()
+            for own in (getattr(settings, section),)
+        }
+    except ValidationError as error:
+        raise ModelError(
+            f"{run.run_file} does not say how the run was trained: {error}",
+            hint="Was it written by qlora train? Else give the base model.",
+        ) from error
+    return with_sections(settings, **sections)
 
 
 def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
@@ -123,19 +158,7 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
     record = load_record(path)
     base = record.base()
     recorded = {section: record.settings_of(section, "how the run was trained") for section in OF_A_RUN}
-    try:
-        sections = {
-            section: over_recorded(own, {key: value for key, value in recorded[section].items() if key in known})
-            for section in OF_A_RUN
-            for own in (getattr(settings, section),)
-            for known in (type(own).model_fields,)
-        }
-        taken = with_sections(settings, **sections)
-    except ValidationError as error:
-        raise ModelError(
-            f"{RunDirectory(path).run_file} does not say how the run was trained: {error}",
-            hint="Was it written by qlora train? Else give the base model.",
-        ) from error
+    taken = _over_record(settings, recorded, RunDirectory(path))
     name = settings.model.base_model or _place_of(base, path)
     facts, taken = _named(name, taken, reporter)
     note = f"settings of the run {path}, but for what was given here"

@@ -19,7 +19,7 @@ class MemoryRequest:
         gpus: In the order in which they were named; empty if none was.
         sdpa_backend: What `scaled_dot_product_attention` is pinned to: `flash`, `efficient` or `math`. `auto`: the
             one that the GPU takes.
-        evaluates: Whether an evaluation batch is run too.
+        evaluate: Whether an evaluation batch is run too; None: if `train` would evaluate with these settings.
         solve: The settings to find the largest value of, by the flag's name without dashes.
         sweep: The values to predict for, rising, by the flag's name without dashes; every combination of them. Empty
             for `max-length`: those of a picture, up to the length of the run, which `swept` fills in.
@@ -29,9 +29,18 @@ class MemoryRequest:
     gpus: tuple[Gpu, ...] = ()
     recipe: Recipe = Recipe.QLORA
     sdpa_backend: SdpaBackend = SdpaBackend.AUTO
-    evaluates: bool = False
+    evaluate: bool | None = None
     solve: tuple[str, ...] = ()
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation batch is run too. Of a run that is named, its settings decide."""
+        if self.evaluate is not None:
+            return self.evaluate
+        data = self.settings.data
+        held_out = data.eval_dataset is not None or data.eval_split is not None
+        return held_out or self.settings.training.eval_steps is not None
 
     def swept(self, settings: EstimateSettings) -> dict[str, tuple[int, ...]]:
         """Return what is swept around a run with these settings, every value known."""

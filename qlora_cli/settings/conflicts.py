@@ -31,7 +31,8 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
         found += about_lora(lora, validated["quantization"].method)
     for name, section in validated.items():
         found += _by_marks(name, section)
-    found += _without_effect(validated["quantization"])
+    if (quantization := validated.get("quantization")) is not None:
+        found += _without_effect(quantization)
     problems = [
         Problem(where=_where(merged[path], message), message=message, hint=hint)
         for path, message, hint in found

@@ -52,8 +52,9 @@ def resolve(
 ) -> Resolved[SettingsT]:
     """Merge and validate `sources` into settings of `kind`.
 
-    A file may hold sections that `kind` has no use for; they are checked all the same, but nothing in
-    them is required. Where `kind` has a class of its own for a section, that is the one they are checked by.
+    A file may hold sections that `kind` has no use for. Their values are checked all the same, but nothing in them is
+    required, and what they make of each other is for the commands that they are for. Where `kind` has a class of its
+    own for a section, that is the one they are checked by.
     `flag_names` maps `section.key` to the flag that sets it, for hints.
 
     Raises:
@@ -66,7 +67,7 @@ def resolve(
     if problems:
         raise SettingsError(problems)
     settings = kind(**{name: validated[name] for name in kind.model_fields})
-    problems = conflicts(validated, merged)
+    problems = conflicts({name: validated[name] for name in kind.model_fields}, merged)
     if problems:
         raise SettingsError(problems)
     return Resolved(settings, {path: entry.origin for path, entry in merged.items()})

@@ -1,8 +1,9 @@
 """What every section of settings has in common."""
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from collections.abc import Mapping
+from typing import get_args
 
-NUMBERS = (int, float, int | None, float | None)
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -18,6 +19,17 @@ class Section(BaseModel):
     def _refuse_a_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
         # Python counts True as 1, so a bare `yes` in YAML would silently be a seed.
         assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in NUMBERS:
+        if _holds_switch(value) and _takes_numbers(cls.model_fields[info.field_name].annotation):
             raise ValueError("expected a number")
         return value
+
+
+def _holds_switch(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_switch, value.values()))
+    return any(map(_holds_switch, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _takes_numbers(annotation: object) -> bool:
+    """Whether a value is, or holds, a number: `int | None`, a tuple or a mapping of bounded ones."""
+    return annotation is int or annotation is float or any(map(_takes_numbers, get_args(annotation)))

@@ -56,10 +56,14 @@ def taken_from(resolved: Resolved[SettingsT], values: Mapping[str, object], wher
 def over_recorded(asked: SectionT, recorded: Mapping[str, Any]) -> SectionT:
     """Return the settings that a run or a checkpoint recorded, with those that were given in their place.
 
+    What runs code that comes with a model holds only where it was given: a record may be somebody else's.
+
     Raises:
         ValidationError: the record can't be read.
     """
-    return type(asked).model_validate({**recorded, **given_values(asked)})
+    by_hand = {key for key, field in type(asked).model_fields.items() if marks_of(field).is_only_by_hand}
+    trusted = {key: value for key, value in recorded.items() if key not in by_hand}
+    return type(asked).model_validate({**trusted, **given_values(asked)})
 
 
 def of_run(section: str, recorded: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
+from qlora_cli.errors import SettingsError
 from qlora_cli.settings.marks import Command, marks_of
 from qlora_cli.settings.models import (
     SECTIONS,
@@ -106,6 +107,29 @@ def test_one_file_serves_every_command_and_says_where_each_value_is(
         assert getattr(getattr(resolved.settings, section), key) == value
         line = FILE.splitlines().index(next(text for text in FILE.splitlines() if text.startswith(f"{section}:"))) + 1
         assert resolved.where_of(path) == f"{config}:{line} {path}"
+
+
+@pytest.mark.parametrize(
+    ("text", "complains"),
+    [
+        ("generate: {prompts: [one], top_p: 0.9}", {GenerateSettings}),
+        ("data: {dataset: rows.jsonl}\ntraining: {eval_steps: 5}", {TrainSettings}),
+        ("lora: {init_lora_weights: pissa}", {TrainSettings}),
+    ],
+)
+def test_what_sections_make_of_each_other_is_for_the_commands_that_take_them(
+    text: str, complains: set[type[Section]], config: Path
+) -> None:
+    rest = ["model: {name: base}", "output: {directory: run}", "merge: {adapters: [run]}"]
+    rest += [] if "data:" in text else ["data: {dataset: rows.jsonl}"]
+    rest += [] if "generate:" in text else ["generate: {prompts: [one]}"]
+    config.write_text("\n".join([text, *rest]))
+    for kind in (LoadCommandSettings, GenerateSettings, MergeCommandSettings, TrainSettings):
+        if kind in complains:
+            with pytest.raises(SettingsError, match=r"has no effect|can't be used"):
+                resolve(Sources(config=config), kind)
+        else:
+            assert resolve(Sources(config=config), kind).origins
 
 
 def test_an_assignment_and_a_flag_stand_over_the_file(config: Path) -> None:

@@ -251,6 +251,14 @@ def test_nothing_to_compare_is_an_error(base_model: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_chat_compares_no_merged_model(base_model: Path, tmp_path: Path) -> None:
+    request = AnswerSettings(max_new_tokens=12, compare=True, merged=tmp_path)
+    with pytest.raises(ModelError, match="has no adapter") as caught:
+        open_model(load_settings(base_model), request, SILENT, is_chat=True)
+    assert "qlora generate" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_chat_without_a_template_is_refused_with_the_way_out(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_the_adapter_has_the_loss_that_its_run_measured_and_the_base_another(tra
     assert evaluation.model == str(trained.output)
     assert (evaluation.base_model, evaluation.adapter) == (str(ASSETS / "base"), trained.adapter)
     assert evaluation.compute_dtype == "fp32"
+
+
+def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained: TrainResult, tmp_path: Path) -> None:
+    base = shutil.copytree(ASSETS / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    with pytest.raises(ModelError, match="more than the 16 positions"):
+        run_evaluation(trained.output, model__base_model=str(base))
 
 
 def test_the_base_beside_an_adapter_is_the_base_by_itself(trained: TrainResult, folder: Path) -> None:

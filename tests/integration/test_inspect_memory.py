@@ -114,6 +114,38 @@ def test_a_run_directory_answers_for_its_own_settings(
     assert own == asked
 
 
+def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
+) -> None:
+    base, run = shutil.copytree(base_model, tmp_path / "base"), tmp_path / "run"
+    trained = run_qlora(
+        *("train", "--model", base, "--dataset", rows, "--output", run, "--device", "cpu", "--max-steps", "1"),
+        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2", "--accept-lost", "--quant", "none"),
+        *("--eval-split", "20%"),
+    )
+    assert trained.code == 0, trained.stderr
+    # Also of the adapter alone: it was trained on a base that was not quantized, and so it goes on.
+    for name in (run, run / "adapter", *(run / "checkpoints").glob("step-*")):
+        predicted = run_qlora("inspect-memory", name, *SHORT, "--json", env=alone)
+        assert predicted.code == 0, predicted.stderr
+        assert predicted.json["settings"]["quant"] == "none"
+        assert ("evaluation" in {phase["name"] for phase in predicted.json["phases"]}) == (name == run)
+    again = shutil.copytree(run, tmp_path / "copy")
+    assert f"settings of the run {again}" in " ".join(
+        run_qlora("inspect-memory", again, *SHORT, "--json", env=alone).json["assumptions"]
+    )
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["model"] |= {"trust_remote_code": True, "allow_pickle": True}
+    (run / "run.json").write_text(json.dumps(record))
+    content = json.loads((base / "config.json").read_text())
+    content |= {"model_type": "own", "auto_map": {"AutoConfig": "payload.Own", "AutoModelForCausalLM": "payload.Own"}}
+    (base / "config.json").write_text(json.dumps(content))
+    (base / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused = run_qlora("inspect-memory", run, *SHORT, "--json", env=alone)
+    assert (refused.code, (tmp_path / "ran").exists()) == (2, False), refused.stderr
+    assert "code of its own" in refused.stderr
+
+
 def test_a_known_answer_is_the_same_and_needs_no_torch(
     run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:

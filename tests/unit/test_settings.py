@@ -254,6 +254,15 @@ def test_a_switch_is_not_a_number(tmp_path: Path) -> None:
     assert all("expected a number, got True" in line for line in found)
 
 
+@pytest.mark.parametrize(
+    "assignment",
+    ["merge.max_divergence=true", "merge.weights=[yes, 2]", "lora.rank_pattern={q_proj: on}", "generate.top_k=yes"],
+)
+def test_a_switch_is_not_a_number_within_something_else_either(assignment: str) -> None:
+    (found,) = problems_of(Sources(assignments=[assignment], flags=REQUIRED))
+    assert "expected a number" in found
+
+
 # ---- of a prediction
 
 MODEL_ONLY = {"model.name": ("MODEL", "base")}
