@@ -21,7 +21,7 @@ class StoppedError(Exception):
 class StopSignal:
     """While entered, remembers the first stop signal instead of dying of it; restores the handlers after.
 
-    What a signal will do is said at once: a step may take minutes, and a second signal is not as kind.
+    What a signal will do is said at once: a step may take minutes, and a second signal is not as kind, but for SIGHUP.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -44,10 +44,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
-        if self.name is not None:  # asked twice: at once
-            sys.exit(128 + number)
+        if self.name is not None:
+            if number == signal.SIGHUP:  # of one terminal that is closed, shell and kernel send one each
+                return
+            sys.exit(128 + number)  # asked twice: at once
         self.name = signal.Signals(number).name
-        message = f"{self.name}: training stops after the step in progress, with a checkpoint; again to leave at once"
+        again = "SIGTERM" if number == signal.SIGHUP else "again"
+        message = f"{self.name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
         self._reporter.report(Noted(level="warning", message=message))
 
 

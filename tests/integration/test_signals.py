@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.events import EvalStarted, StepDone
+from qlora_cli.events import EvalStarted, Noted, StepDone
+from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run import train
+from qlora_cli.training.stop import StopSignal
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.training_process import INTERRUPTED, SignalAt, start_training
 
@@ -92,6 +94,41 @@ def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> No
     assert process.exitcode == 128 + signal.SIGINT
     assert time.monotonic() - start < 10
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
+    """Of one terminal that is closed, shell and kernel send one each, at nearly the same time."""
+    recorder = Recorder()
+    before = signal.getsignal(signal.SIGHUP)
+    with StopSignal(recorder) as stop:
+        signal.raise_signal(first)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.name == first.name
+        (noted,) = recorder.events
+        assert isinstance(noted, Noted)
+        assert noted.message.endswith(f"{'SIGTERM' if first == signal.SIGHUP else 'again'} to leave at once")
+        for number in (signal.SIGTERM, signal.SIGINT):  # which still do
+            with pytest.raises(SystemExit) as ended:
+                signal.raise_signal(number)
+            assert ended.value.code == 128 + number
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_two_hangups_end_the_run_with_a_checkpoint(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_training(train_settings(base_model, rows, run, **LONG), tmp_path / "log")
+    wait_for(process, lambda: len(steps_of(run)) >= 2)
+    send(process, signal.SIGHUP)
+    time.sleep(0.0002)
+    send(process, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == INTERRUPTED, (tmp_path / "log").read_text()
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", "SIGHUP")
+    (checkpoint,) = record["result"]["checkpoints"]
+    assert damage_of(run / checkpoint) is None
 
 
 def whole_and_cut(
