@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
+from qlora_cli.runs.directory import ADAPTER_CONFIG as ADAPTER_CONFIG
+from qlora_cli.runs.directory import ADAPTER_PICKLE as ADAPTER_PICKLE
+from qlora_cli.runs.directory import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.settings.settle import given_values
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 LORA = "LORA"
 MOST_CHARACTERS = 60
 NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"

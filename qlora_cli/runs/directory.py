@@ -25,6 +25,8 @@ METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged"
 LOCK_FILE = "run.lock"
 STEP_PREFIX = "step-"  # of a checkpoint
@@ -85,9 +87,22 @@ class RunDirectory:
         """Make the directory and the folder of checkpoints."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def holds_adapter_weights(self) -> bool:
+        """Whether there are weights in the folder of the trained adapter, whatever else is there."""
+        return any((self.adapter / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the trained adapter is there: its config and its weights."""
+        return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
+
     def drop_adapter(self) -> None:
         """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay."""
         dropped = self.path / f".{ADAPTER}.dropped"
+        for place in (dropped, self.adapter):
+            if place.is_symlink():
+                place.unlink()  # and never what it leads to
         shutil.rmtree(dropped, ignore_errors=True)
         if self.adapter.is_dir():
             self.adapter.rename(dropped)  # first: an adapter is there whole, or not at all

@@ -1,8 +1,9 @@
 """What a run is about to do, and what it did, as plain values. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -91,7 +92,8 @@ class TrainResult:
     the seconds of the steps alone. Of a run that was resumed, all figures but the peaks, which are those of the last
     process, are those of the steps that count: what a killed process did behind its last checkpoint is in neither
     tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the
-    hub, and `notes` what was said of model and tokenizer.
+    hub, and `notes` what was said of model and tokenizer. Of a run of an older version, what that did not record is
+    None, or else 0.
     """
 
     output: Path
@@ -131,7 +133,11 @@ class TrainResult:
 
     @classmethod
     def of_run(cls, directory: RunDirectory, record: RunRecord) -> "TrainResult | None":
-        """Return the result that a run recorded; None if it recorded none, or one that lacks what is said now."""
+        """Return the result that a run recorded; None if it recorded none.
+
+        What it lacks, as those of older versions do, or has otherwise than it should be, is a gap: a run that is done
+        stays so.
+        """
         if record.result is None:
             return None
         own = {
@@ -139,7 +145,24 @@ class TrainResult:
             "adapter": directory.adapter,
             "checkpoints": list_checkpoints(directory.checkpoints),
         }
+        num_steps = record.plan.num_steps or 0
+        gaps = {**_gaps_of(cls), "steps": num_steps, "num_steps": num_steps, **own}
+        content = {**gaps, **record.result.content, **own}
         try:
-            return TypeAdapter(cls).validate_python({**record.result.content, **own})
-        except ValidationError:
-            return None
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            damaged = {str(problem["loc"][0]) for problem in error.errors(include_url=False)}
+            return TypeAdapter(cls).validate_python({**content, **{key: gaps[key] for key in damaged}})
+
+
+def _gaps_of(kind: Any) -> dict[str, object]:
+    return {field.name: _gap_of(field.type) for field in fields(kind)}
+
+
+def _gap_of(kind: Any) -> object:
+    """Return what stands for a value that is not known."""
+    if type(None) in get_args(kind):
+        return None
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(**_gaps_of(kind))
+    return kind()

@@ -62,7 +62,7 @@ def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
             damaged.append(f"{checkpoint.name}: {reason}")
         else:
             return _of(checkpoint, step_of(checkpoint), record, tuple(damaged))
-    if _has_adapter(run):
+    if run.has_adapter:
         return _of(run.adapter, stopped_at, record, tuple(damaged))
     raise missing_weights(run, tuple(damaged))
 
@@ -76,12 +76,12 @@ def weights_of_part(part: Path, run: RunDirectory, record: RunRecord) -> RunWeig
 
 def may_have_weights(run: RunDirectory) -> bool:
     """Whether there is an adapter or a checkpoint, which may yet prove to be damaged."""
-    return _has_adapter(run) or bool(list_checkpoints(run.checkpoints))
+    return run.has_adapter or bool(list_checkpoints(run.checkpoints))
 
 
 def is_complete(run: RunDirectory, record: RunRecord) -> bool:
     """Whether a run is done and the adapter that it ended with is there."""
-    return record.is_done and _has_adapter(run)
+    return record.is_done and run.has_adapter
 
 
 def missing_weights(run: RunDirectory, damaged: tuple[str, ...] = ()) -> ModelError:
@@ -113,14 +113,10 @@ def _last_step(record: RunRecord) -> int | None:
     return record.result.steps
 
 
-def _has_adapter(run: RunDirectory) -> bool:
-    return run.adapter.is_dir() and any(run.adapter.iterdir())
-
-
 def _step_of_adapter(run: RunDirectory, record: RunRecord) -> int | None:
     """Return the step that the adapter is of; None if there is none, or the run went on since it was written."""
     has_ended = record.status in {"done", "interrupted"}
-    return _last_step(record) if has_ended and _has_adapter(run) else None
+    return _last_step(record) if has_ended and run.has_adapter else None
 
 
 def _best_first(checkpoints: list[Path], record: RunRecord) -> list[Path]:

@@ -41,7 +41,14 @@ from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
 from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.resume import Resume, check_base, check_length, check_rows, find_resume
+from qlora_cli.training.resume import (
+    Resume,
+    check_adapter_kept,
+    check_base,
+    check_length,
+    check_rows,
+    find_resume,
+)
 
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
@@ -134,7 +141,7 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    return SettledRun(
+    settled = SettledRun(
         resolved=resolved,
         blueprint=blueprint,
         rows=rows,
@@ -143,6 +150,9 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
         num_steps=num_steps,
         started=started,
     )
+    if resume is not None and not settled.is_done:
+        check_adapter_kept(resume, settings.output)
+    return settled
 
 
 def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:

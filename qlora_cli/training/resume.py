@@ -13,7 +13,7 @@ from typing import Any
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
-from qlora_cli.runs.directory import STEP_PREFIX, RunDirectory, RunLock, only_began
+from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
 from qlora_cli.runs.record import RunRecord, load_record, read_record
 from qlora_cli.runs.result import TrainResult
 from qlora_cli.runs.weights import is_complete
@@ -147,7 +147,8 @@ def find_resume(output: OutputSettings) -> Resume | None:
     """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
 
     Raises:
-        OutputDirectoryError: there are checkpoints, and none is good; or a run that is done has lost its weights.
+        OutputDirectoryError: there are checkpoints, and none is good; or there is none, and to begin anew would delete
+            the adapter; or a run that is done has lost its weights.
     """
     asked, own = _path_of(output), RunDirectory(output.directory)
     if asked is not None and _came_from(own, _record_in(own), asked):
@@ -174,7 +175,25 @@ def find_resume(output: OutputSettings) -> Resume | None:
             f"the run in {run.path} is done, and neither its adapter nor a checkpoint is there any more",
             hint="Put one of them back, or start anew with another --output.",
         )
-    return Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
+    found = Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
+    if not record.is_done:
+        check_adapter_kept(found, output)
+    return found
+
+
+def check_adapter_kept(resume: Resume, output: OutputSettings) -> None:
+    """Check that a run which is to train in `output` does not delete the only weights that it has.
+
+    Raises:
+        OutputDirectoryError: it has an adapter, and no checkpoint to go on from.
+    """
+    run = resume.run
+    is_own = run.path.resolve() == output.directory.resolve()
+    if resume.checkpoint is None and is_own and run.holds_adapter_weights:
+        raise OutputDirectoryError(
+            f"{run.path} has no checkpoint to go on from, and its {ADAPTER}/ would be lost",
+            hint=f"Train it on with --model {run.adapter} in a new --output, or delete it.",
+        )
 
 
 def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:

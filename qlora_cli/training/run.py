@@ -103,7 +103,8 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     started = datetime.now(UTC).isoformat(timespec="seconds")
     record = _opening_record(prepared, directory, started)
     write_record(directory, record)
-    directory.drop_adapter()
+    if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
+        directory.drop_adapter()
     directory.create()
     writer.end_cut_line()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()

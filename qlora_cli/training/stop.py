@@ -50,7 +50,9 @@ class StopSignal:
             sys.exit(128 + number)  # asked twice: at once
         self.name = signal.Signals(number).name
         again = "SIGTERM" if number == signal.SIGHUP else "again"
-        message = f"{self.name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
+        message = (
+            f"{self.name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
+        )
         self._reporter.report(Noted(level="warning", message=message))
 
 

@@ -102,7 +102,7 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
     settings = train_settings(base_model, rows, run, training__max_steps=2)
     train(settings, Recorder())
     adapter = weights_in(run / "adapter")
-    shutil.rmtree(run / "adapter")
+    (run / "adapter" / WEIGHTS).unlink()  # what is left is no adapter
     found = find_model(ModelSettings(name=str(run)))
     assert (found.adapter_step, found.run_is_done) == (2, True)
     recorder = Recorder()
@@ -115,6 +115,49 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
         shutil.rmtree(run / folder)
     with pytest.raises(OutputDirectoryError, match="is done, and neither its adapter nor a checkpoint is there"):
         train(settings, Recorder())
+
+
+def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = train_settings(base_model, rows, run, **CHANGED)
+    train(settings, SignalAt(StepDone, 2))
+    shutil.rmtree(run / "checkpoints")
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for again in (settings, train_settings(base_model, rows, run, **CHANGED, lora__rank=4)):
+        with pytest.raises(
+            OutputDirectoryError, match="no checkpoint to go on from, and its adapter/ would be lost"
+        ) as no:
+            train(again, Recorder())
+        assert no.value.exit_code == 2
+        assert f"--model {run / 'adapter'} in a new --output" in str(no.value.hint)
+    assert {path: path.read_bytes() for path in files} == files
+    on = {"training__max_steps": 1}
+    assert train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1  # as it says
+
+
+def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    constant = {**CHANGED, "training__schedule": "constant", "training__warmup_ratio": 0.0}
+    settings = train_settings(base_model, rows, run, **{**constant, "training__max_steps": 2})
+    train(settings, Recorder())
+    shutil.rmtree(run / "checkpoints")
+    adapter = (run / "adapter" / WEIGHTS).read_bytes()
+    with pytest.raises(OutputDirectoryError, match="no checkpoint to go on from, and its adapter/ would be lost"):
+        train(train_settings(base_model, rows, run, **{**constant, "training__max_steps": 3}), Recorder())
+
+    record = json.loads((run / "run.json").read_text())
+    older = {key: record["result"][key] for key in ("steps", "num_steps", "final_loss")}
+    (run / "run.json").write_text(json.dumps({**record, "result": older}))
+    same_rows = Path(shutil.copyfile(rows, tmp_path / "named-otherwise.jsonl"))
+    for again in (settings, train_settings(base_model, same_rows, run, **{**constant, "training__max_steps": 2})):
+        recorder = Recorder()
+        result = train(again, recorder)
+        assert not [event for event in recorder.events if isinstance(event, StepDone)]
+        assert "it is done: nothing is left to train" in notes_of(recorder)
+        assert (result.steps, result.final_loss, result.train_loss) == (2, older["final_loss"], None)
+    assert (run / "adapter" / WEIGHTS).read_bytes() == adapter
 
 
 def test_figures_of_a_resumed_run_are_of_one_stretch(base_model: Path, rows: Path, tmp_path: Path) -> None:

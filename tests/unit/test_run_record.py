@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qlora_cli.runs.record import (
     within,
     write_record,
 )
-from qlora_cli.runs.result import TrainResult
+from qlora_cli.runs.result import PeakMemory, TrainResult
 from tests.run_directories import a_record
 
 VERSION_0 = Path(__file__).parent.parent / "records_of_version_0"  # as qlora wrote them before records had a version
@@ -61,6 +62,31 @@ def test_the_result_of_version_0_is_that_of_the_directory_it_is_in_now(old_run: 
     assert result is not None
     assert (result.output, result.adapter, result.steps) == (old_run, old_run / "adapter", 6)
     assert result.checkpoints == (old_run / "checkpoints" / "step-6",)
+
+
+@pytest.mark.parametrize("field", fields(TrainResult), ids=lambda field: str(field.name))
+@pytest.mark.parametrize("damage", ["missing", {"x": 1}])
+def test_a_result_with_a_gap_is_a_result(old_run: Path, field: Field[Any], damage: object) -> None:
+    whole = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
+    assert whole is not None
+    written = {key: value for key, value in WHOLE["result"].items() if key != field.name}
+    change(old_run, result=written if damage == "missing" else {**written, field.name: damage})
+    result = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
+    assert result is not None
+    assert replace(result, **{field.name: getattr(whole, field.name)}) == whole
+    own = {"output": old_run, "adapter": old_run / "adapter", "steps": 6, "num_steps": 6}
+    host = PeakMemory(host_bytes=0, device_allocated_bytes=None, device_reserved_bytes=None)
+    known = {**own, "peak_memory": host, "checkpoints": (), "notes": ()}
+    assert getattr(result, field.name) in ((known[field.name],) if field.name in known else (None, 0))
+
+
+def test_an_empty_result_is_that_of_all_steps_planned(old_run: Path) -> None:
+    change(old_run, result={})
+    result = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
+    assert result is not None
+    assert (result.steps, result.num_steps, result.final_loss, result.num_tokens) == (6, 6, None, 0)
+    change(old_run, result=None)
+    assert TrainResult.of_run(RunDirectory(old_run), load_record(old_run)) is None
 
 
 def test_a_merge_record_of_version_0_reads_as_it_was_meant() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
-from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.directory import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, RunDirectory
 from qlora_cli.runs.record import load_record
 from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
 
@@ -37,9 +37,14 @@ def make_run(
         if step in damaged:
             (checkpoint / TRAINER_STATE).write_text("[]")
     if adapter:
-        run.adapter.mkdir()
-        (run.adapter / "adapter_config.json").write_text("{}")
+        fill_adapter(run.adapter)
     return run
+
+
+def fill_adapter(folder: Path) -> None:
+    folder.mkdir()
+    (folder / ADAPTER_CONFIG).write_text("{}")
+    (folder / ADAPTER_WEIGHTS).write_text("weights")
 
 
 def found(run: RunDirectory) -> RunWeights:
@@ -97,6 +102,35 @@ def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -
     weights = found(run)
     assert (weights.step, weights.is_done, weights.is_result) == (10, True, True)
     assert not is_complete(run, load_record(run.path))
+
+
+@pytest.mark.parametrize("left", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE, ".DS_Store"])
+def test_a_folder_that_holds_no_whole_adapter_is_none(tmp_path: Path, left: str) -> None:
+    run = make_run(tmp_path, status="done", steps=10, adapter=False, good=(10,))
+    run.adapter.mkdir()
+    (run.adapter / left).touch()
+    assert (found(run).path, found(run).is_result) == (run.checkpoints / "step-10", True)
+    assert not is_complete(run, load_record(run.path))
+    assert run.holds_adapter_weights == left.startswith("adapter_model")
+    (run.adapter / ADAPTER_CONFIG).touch()
+    assert run.has_adapter == run.holds_adapter_weights
+
+
+def test_an_adapter_that_is_a_link_is_dropped_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=False, good=(4,))
+    fill_adapter(tmp_path / "elsewhere")
+    run.adapter.symlink_to(tmp_path / "elsewhere")
+    (run.path / ".adapter.dropped").symlink_to(tmp_path / "elsewhere")
+    assert found(run).path == run.adapter
+    run.drop_adapter()
+    assert not run.adapter.is_symlink()
+    assert not (run.path / ".adapter.dropped").is_symlink()
+    assert (tmp_path / "elsewhere" / ADAPTER_WEIGHTS).read_text() == "weights"
+    for is_there in (True, False):  # and a folder is dropped whole, whether it is there or not
+        if is_there:
+            fill_adapter(run.adapter)
+        run.drop_adapter()
+        assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints"}
 
 
 def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -> None:
