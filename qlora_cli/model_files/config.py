@@ -156,13 +156,13 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
 
 def _unreadable(name: str, where: str, content: Mapping[str, Any], error: Exception) -> Exception:
     """Return what to raise for an `error` of transformers over the `content` of a config.json."""
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        return refused(where, content, ["model_type"], "it must name the architecture")
     if is_ours(error):
         return error
     if "trust_remote_code" in str(error):
         return _needs_code(name)
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str):
-        return refused(where, content, ["model_type"], "it must name the architecture")
     if model_type not in CONFIG_MAPPING and "auto_map" not in content:
         return ModelError(
             f"{name} can't be loaded: the installed transformers knows no architecture {model_type!r}",

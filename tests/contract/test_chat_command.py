@@ -57,7 +57,7 @@ def test_a_command_that_there_is_not_is_told_and_not_sent(base_model: Path) -> N
     done = qlora_chat(base_model, "/restart", "/reset now")
     assert (done.exit_code, done.stdout) == (0, "")
     assert "error: no command /restart" in done.stderr
-    assert "/reset forgets" in done.stderr
+    assert "/reset begins anew" in done.stderr
     sent = qlora_chat(base_model, " /restart")
     assert sent.stdout == only(answered(base_model, "--prompt", "/restart"))["text"] + "\n"
 
