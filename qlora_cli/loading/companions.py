@@ -6,7 +6,7 @@ chat template come from the nearest place that has one. Whatever differs from th
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vo
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+KEYED = (SPECIAL_TOKENS, TOKENIZER_CONFIG, ADDED_TOKENS)  # what goes with a vocabulary
 MOST_NAMED = 3
 
 
@@ -99,29 +100,47 @@ def _copy(target: Path, vocabulary: Path, config: Path, base: Path, content: Map
     """Put a tokenizer together in `target`, whose config is `content`, and whose code is beside `config`."""
     code = [path.name for path in config.glob("*.py")] if "auto_map" in content else []
     for place, files in ((vocabulary, VOCABULARY), (base, (CONFIG,)), (config, code)):
-        for file in files:
-            if (place / file).is_file():
-                shutil.copyfile(place / file, target / file)
+        _copy_files(place, target, files)
     (target / TOKENIZER_CONFIG).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _copy_files(place: Path, target: Path, files: Iterable[str]) -> None:
+    for file in files:
+        if (place / file).is_file():
+            shutil.copyfile(place / file, target / file)
 
 
 def faulty_config(
     source: ModelSource, error: Exception, *, trust_remote_code: bool
 ) -> tuple[Path, str, object] | None:
-    """Return the tokenizer_config.json that `error` comes from, the key and its value; None if it is not found."""
-    places = places_of(source)
-    file = next((place / TOKENIZER_CONFIG for place in places if (place / TOKENIZER_CONFIG).is_file()), None)
-    if file is None or trust_remote_code:
+    """Return the file of keys and values that `error` comes from, with key and value; None if it is not found."""
+    if trust_remote_code:
         return None
+    places = places_of(source)
+    with TemporaryDirectory(prefix="qlora-tokenizer-") as name:
+        copies = {place: Path(name) / str(number) for number, place in enumerate(places)}
+        for place, copy in copies.items():
+            copy.mkdir()
+            _copy_files(place, copy, (*VOCABULARY, CONFIG, *KEYED))
+        files = (place / file for file in KEYED for place in places if (place / file).is_file())
+        for file in files:
+            content = read_json(file)
+            if key := _faulty_key(content, error, copies[file.parent] / file.name, tuple(copies.values())):
+                return file, key, content[key]
+    return None
 
-    def builds(content: Mapping[str, Any]) -> None:
-        with TemporaryDirectory(prefix="qlora-tokenizer-") as name:
-            _copy(Path(name), _place_of_vocabulary(places), file.parent, places[-1], content)
-            AutoTokenizer.from_pretrained(name)
 
-    content = read_json(file)
+def _faulty_key(content: Mapping[str, Any], error: Exception, file: Path, places: Sequence[Path]) -> str | None:
+    """Return the key of `file`, which holds `content`, without which the files in `places` make a tokenizer."""
+
+    def builds(changed: Mapping[str, Any]) -> None:
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        with _together(places) as directory:
+            AutoTokenizer.from_pretrained(directory)
+
     keys = faulty_keys(content, content, error, builds)
-    return (file, keys[0], content[keys[0]]) if keys else None
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return keys[0] if keys else None
 
 
 def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, base: Path, num_rows: int) -> list[str]:

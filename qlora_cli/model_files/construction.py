@@ -9,8 +9,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from itertools import dropwhile, islice
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
+from time import monotonic
 from traceback import walk_tb
 from typing import Any
 
@@ -25,6 +26,9 @@ from qlora_cli.model_files.source import CONFIG
 PACKAGE = Path(qlora_cli.__file__).parent
 MOST_NAMED = 3
 MOST_CHARACTERS = 200
+# How long a key is looked for; what is not found by then is left unnamed.
+MOST_TRIED = 64
+MOST_SECONDS = 20.0
 # Sizes that are whole numbers above zero in every architecture that transformers has, where it has them at all.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -147,18 +151,25 @@ def faulty_keys(
 ) -> list[str]:
     """Return those of `candidates` without any one of which, or with null, `builds` makes something of `content`.
 
-    If `error` speaks of some of them, by name or by value, it is those alone.
+    If `error` speaks of some of them, by name or by value, it is those alone. It is none if `builds` makes something
+    of all of `content`; and not all are tried if they are many, or building takes long.
     """
+    end = monotonic() + MOST_SECONDS
+    if _succeeds(builds, content):
+        return []
     said = str(error)
-    spoken = [key for key in candidates if _is_spoken_of(key, content[key], said)]
-    others = [key for key in candidates if key not in spoken]
+    spoken = [key for key in candidates if _is_spoken_of(key, content[key], said)][:MOST_TRIED]
+    others = [key for key in candidates if key not in spoken][: MOST_TRIED - len(spoken)]
 
     def is_faulty(key: str) -> bool:
-        others = {other: value for other, value in content.items() if other != key}
-        return any(_succeeds(builds, changed) for changed in (others, {**others, key: None}))
+        rest = {other: value for other, value in content.items() if other != key}
+        return any(_succeeds(builds, changed) for changed in (rest, {**rest, key: None}))
 
-    found = list(islice(filter(is_faulty, spoken), MOST_NAMED))
-    return found or list(islice(filter(is_faulty, others), MOST_NAMED))
+    def found_in(keys: Iterable[str]) -> list[str]:
+        tried = takewhile(lambda _: monotonic() < end, keys)
+        return list(islice(filter(is_faulty, tried), MOST_NAMED))
+
+    return found_in(spoken) or found_in(others)
 
 
 def _succeeds(builds: Callable[[Mapping[str, Any]], object], content: Mapping[str, Any]) -> bool:

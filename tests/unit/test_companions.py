@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
+from qlora_cli.loading.companions import faulty_config
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.model_files.source import ModelSource, has_vocabulary
 from qlora_cli.settings.models import ModelSettings
@@ -308,3 +309,37 @@ def test_nothing_is_left_of_what_was_put_together(base: Path, adapter: Path, mon
     shutil.copy(base / "tokenizer_config.json", adapter)
     load(base, adapter)
     assert list(places.iterdir()) == []
+
+
+BROKEN: dict[str, list[tuple[str, object]]] = {
+    "special_tokens_map.json": [("additional_special_tokens", "x"), ("mask_token", {"content": 5})],
+    "tokenizer_config.json": [("extra_special_tokens", "x"), ("eos_token", 5), ("added_tokens_decoder", 3)],
+}
+
+
+@pytest.mark.parametrize("has_both", [True, False], ids=["beside a good one", "alone"])
+@pytest.mark.parametrize("place", ["base", "adapter"])
+@pytest.mark.parametrize(
+    ("file", "key", "value"), [(file, key, value) for file, pairs in BROKEN.items() for key, value in pairs]
+)
+def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
+    base: Path, adapter: Path, place: str, file: str, key: str, value: object, has_both: bool
+) -> None:
+    faulty = {"base": base, "adapter": adapter}[place]
+    if has_both:
+        (faulty / "special_tokens_map.json").write_text(json.dumps({"eos_token": END, "pad_token": PAD}))
+        (faulty / "added_tokens.json").write_text(json.dumps({END: 0}))
+    content = json.loads((faulty / file).read_text()) if (faulty / file).is_file() else {}
+    (faulty / file).write_text(json.dumps({**content, key: value}))
+    if (key, has_both, file) == ("eos_token", True, "tokenizer_config.json"):
+        assert load(base, adapter).tokenizer.eos_token == END  # that of the map wins
+        return
+    with pytest.raises(ModelError) as caught:
+        load(base, adapter)
+    assert caught.value.message.startswith(f"{faulty / file} makes no tokenizer: {key} is {json.dumps(value)}: ")
+    assert file in str(caught.value.hint)
+
+
+def test_an_error_that_the_files_do_not_make_is_not_blamed_on_one(base: Path, adapter: Path) -> None:
+    source = ModelSource(name="tiny", path=base, base_name="tiny", adapter=adapter, tokenizer_path=base)
+    assert faulty_config(source, ValueError("eos_token"), trust_remote_code=False) is None

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.catalogue import catalogue
 from qlora_cli.model_files.config import config_from, read_config
-from qlora_cli.model_files.construction import build_model, is_ours, text_config
+from qlora_cli.model_files.construction import (
+    MOST_SECONDS,
+    MOST_TRIED,
+    build_model,
+    faulty_keys,
+    is_ours,
+    text_config,
+)
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.layout import build_on_meta
 from tests.tiny_models import FAMILIES, VOCABULARY_SIZE, tiny_config
@@ -109,6 +116,44 @@ def test_the_key_that_is_wrong_is_named_and_no_other(changes: dict[str, Any], sa
         built(write(tmp_path, content_of("llama", **changes)))
     assert said in caught.value.message
     assert caught.value.message.count(" is ") <= 2
+
+
+def without(*keys: str) -> Any:
+    """Return something that builds of what holds none of `keys`, or null there, and the contents that it was given."""
+    given: list[Mapping[str, Any]] = []
+
+    def builds(content: Mapping[str, Any]) -> None:
+        given.append(content)
+        if any(content.get(key) is not None for key in keys):
+            raise ValueError("it can't be")
+
+    return builds, given
+
+
+@pytest.mark.parametrize("said", ["it can't be", "key_2 can't be"])
+def test_no_key_is_blamed_for_what_builds(said: str) -> None:
+    builds, given = without()
+    assert faulty_keys({"key_1": 1, "key_2": 2}, ["key_1", "key_2"], ValueError(said), builds) == []
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("number", [0, MOST_TRIED - 1, MOST_TRIED, 1000])
+def test_a_key_is_looked_for_among_so_many_and_first_where_the_error_speaks_of_it(number: int) -> None:
+    content = {f"key_{index}": "value" for index in range(2000)}
+    builds, given = without(f"key_{number}")
+    found = faulty_keys(content, content, ValueError("it can't be"), builds)
+    assert found == ([f"key_{number}"] if number < MOST_TRIED else [])
+    assert len(given) <= 1 + 2 * MOST_TRIED
+    assert faulty_keys(content, content, ValueError(f"key_{number} can't be"), builds) == [f"key_{number}"]
+
+
+def test_a_key_is_not_looked_for_longer_than_a_user_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 10_000, 5))  # each build takes 5
+    monkeypatch.setattr("qlora_cli.model_files.construction.monotonic", lambda: next(seconds))
+    content = {f"key_{index}": "value" for index in range(60)}
+    builds, given = without("key_50")
+    assert faulty_keys(content, content, ValueError("it can't be"), builds) == []
+    assert 1 < len(given) <= 1 + 2 * MOST_SECONDS / 5
 
 
 def test_the_key_is_called_what_the_file_calls_it(tmp_path: Path) -> None:
