@@ -85,6 +85,6 @@ def read_merge_record(directory: Path) -> MergeRecord | None:
         raise ModelError(
             f"{file} is of schema version {record.schema_version}, and this qlora knows versions up to "
             f"{MERGE_SCHEMA_VERSION}",
-            hint="Update qlora, or merge it anew.",
+            hint="Update qlora: pip install -U qlora-cli, or merge it anew.",
         )
     return record

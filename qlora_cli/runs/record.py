@@ -21,6 +21,8 @@ from qlora_cli.runs.directory import RUN_FILE, RunDirectory
 SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
 DEFAULT = "default"
 BY_QLORA = "Was it written by qlora train, and to its end?"
+RESTORE = f"Restore {RUN_FILE} as qlora train wrote it"
+UPDATE = "Update qlora: pip install -U qlora-cli"
 
 Values = Mapping[str, JsonValue]
 
@@ -169,7 +171,7 @@ class RunRecord(Part):
 
     _directory: Path = PrivateAttr(default=Path())
     _problems: tuple[str, ...] = PrivateAttr(default=())
-    _is_readable: bool = PrivateAttr(default=True)
+    _remedy: str | None = PrivateAttr(default=None)  # of a record of which nothing can be read
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -265,9 +267,12 @@ def read_record(directory: Path) -> RunRecord:
     if not isinstance(content, dict):
         return _unreadable(directory, f"{RUN_FILE} is damaged: it holds no object")
     version = content.get("schema_version", 0)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        known = f"and this qlora knows versions up to {SCHEMA_VERSION}: update it"
-        return _unreadable(directory, f"{RUN_FILE} is of schema version {version}, {known}")
+    if not isinstance(version, int) or isinstance(version, bool):
+        found = json.dumps(version)
+        return _unreadable(directory, f"{RUN_FILE} is damaged: schema_version is {found}, which is no whole number")
+    if version > SCHEMA_VERSION:
+        known = f"and this qlora knows versions up to {SCHEMA_VERSION}"
+        return _unreadable(directory, f"{RUN_FILE} is of schema version {version}, {known}", UPDATE)
     return _read(directory, content)
 
 
@@ -278,8 +283,8 @@ def load_record(directory: Path) -> RunRecord:
         ModelError: it can't be read, or was written by a newer version.
     """
     record = read_record(directory)
-    if not record._is_readable:
-        raise ModelError(f"{directory}: {record.problems[0]}", hint=f"Restore {RUN_FILE}. {BY_QLORA}")
+    if record._remedy is not None:
+        raise ModelError(f"{directory}: {record.problems[0]}", hint=record._remedy)
     return record
 
 
@@ -304,9 +309,9 @@ def within(directory: RunDirectory, path: Path) -> Path:
     return absolute.relative_to(place) if absolute.is_relative_to(place) else absolute
 
 
-def _unreadable(directory: Path, problem: str) -> RunRecord:
+def _unreadable(directory: Path, problem: str, remedy: str = RESTORE) -> RunRecord:
     record = RunRecord()
-    record._directory, record._problems, record._is_readable = directory, (problem,), False
+    record._directory, record._problems, record._remedy = directory, (problem,), remedy
     return record
 
 

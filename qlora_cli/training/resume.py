@@ -96,7 +96,7 @@ def _record_in(directory: RunDirectory) -> RunRecord | None:
     try:
         return load_record(directory.path)
     except ModelError as error:
-        raise OutputDirectoryError(str(error), hint="Restore it, or choose another --output.") from error
+        raise OutputDirectoryError(str(error), hint=f"{error.hint}, or choose another --output.") from error
 
 
 def _came_from(directory: RunDirectory, record: RunRecord | None, checkpoint: Path) -> bool:

@@ -22,6 +22,8 @@ from qlora_cli.runs.record import (
     write_record,
 )
 from qlora_cli.runs.result import PeakMemory, TrainResult
+from qlora_cli.settings.models import OutputSettings
+from qlora_cli.training.resume import output_problem
 from tests.run_directories import a_record
 
 VERSION_0 = Path(__file__).parent.parent / "records_of_version_0"  # as qlora wrote them before records had a version
@@ -110,13 +112,31 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert (read.changed(status="done").status, read.status) == ("done", "interrupted")
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99, "2", None])
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
 def test_a_record_of_a_newer_version_says_so(old_run: Path, version: object) -> None:
     change(old_run, schema_version=version)
     with pytest.raises(ModelError, match=rf"run\.json is of schema version {version}") as caught:
         load_record(old_run)
     assert caught.value.exit_code == 2
+    assert caught.value.hint == "Update qlora: pip install -U qlora-cli"
     assert read_run(old_run).summary.problems  # a list of runs goes on
+    problem = output_problem(OutputSettings(directory=old_run))
+    assert problem is not None
+    assert problem.hint == "Update qlora: pip install -U qlora-cli, or choose another --output."
+
+
+@pytest.mark.parametrize("version", ["2", None, True, 1.5, [1]])
+def test_a_version_that_is_no_whole_number_is_damage(old_run: Path, version: object) -> None:
+    change(old_run, schema_version=version)
+    with pytest.raises(
+        ModelError, match=r"run\.json is damaged: schema_version is .*, which is no whole number"
+    ) as no:
+        load_record(old_run)
+    assert json.dumps(version) in str(no.value)
+    assert no.value.hint == "Restore run.json as qlora train wrote it"
+    problem = output_problem(OutputSettings(directory=old_run))
+    assert problem is not None
+    assert problem.hint == "Restore run.json as qlora train wrote it, or choose another --output."
 
 
 def test_a_merge_record_of_a_newer_version_or_a_damaged_one_says_so(tmp_path: Path) -> None:
