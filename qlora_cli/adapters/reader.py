@@ -160,8 +160,9 @@ def changed_base(directory: Path, init: str) -> ModelError:
     return ModelError(
         f"the adapter in {directory} can't be used: it began by {init}, which changed its base, and says nothing of "
         "the base as it was",
-        hint="Of a run, take its adapter/, which was converted when it ended; one that has none yet writes it when it "
-        "comes to its end, or is stopped by Ctrl-C. Else save it with path_initial_model_for_weight_conversion.",
+        hint="Of a run, take its adapter/, which was converted when it ended; if it has none, give the same qlora "
+        "train command again, which writes it at its end, or when it is stopped by Ctrl-C. Else save it with "
+        "path_initial_model_for_weight_conversion.",
     )
 
 

@@ -1,6 +1,7 @@
 """Runs of every kind, trained for two steps by `train` and merged from their directories, as `qlora merge` does."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
 from qlora_cli.merging.result import MergeResult
 from qlora_cli.merging.run import merge
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
 from qlora_cli.settings.models import MergeSettings
@@ -102,6 +106,22 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     make, how = KINDS[request.param]
     place = tmp_path_factory.mktemp("run")
     return trained(make(place / "base"), place, request.param, **how)
+
+
+def test_a_done_pissa_run_without_its_adapter_merges_once_the_same_command_wrote_it(tmp_path: Path) -> None:
+    make, how = KINDS["PiSSA"]
+    run = trained(make(tmp_path / "base"), tmp_path, "PiSSA", **how)
+    adapter = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
+    shutil.rmtree(run.path / "adapter")
+    with pytest.raises(ModelError, match="it began by pissa, which changed its base") as refused:
+        run.merged(tmp_path / "merged")
+    assert "give the same qlora train command again" in str(refused.value.hint)
+    trained(run.base, tmp_path, "PiSSA", **how)
+    again = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
+    assert all(torch.equal(again[name], value) for name, value in adapter.items())
+    done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
+    assert done.verification is not None
+    assert done.verification.passed
 
 
 def test_merged_it_is_the_model_that_was_trained(run: Run, tmp_path: Path) -> None:
