@@ -12,7 +12,17 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
-from qlora_cli.events import EvaluationAdvanced, Event
+from qlora_cli.events import (
+    EvalDone,
+    EvaluationAdvanced,
+    Event,
+    Rehearsed,
+    StepDone,
+    StepSkipped,
+    TrainingEnded,
+    TrainingResumed,
+    TrainingStarted,
+)
 from qlora_cli.files import as_json
 from qlora_cli.runs.directory import RunDirectory
 
@@ -36,19 +46,20 @@ _EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[_TAGGED, Discriminator(_tag_
 
 # What a line may lack, or hold no number for, so that a figure is a gap and the line still counts.
 NAN = math.nan
-_GAPS: Mapping[str, Mapping[str, object]] = {
-    "step_done": {
+GAPS: Mapping[type[Event], Mapping[str, object]] = {
+    StepDone: {
         **dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "elapsed_seconds"), NAN),
         **dict.fromkeys(("num_steps", "num_tokens"), 0),
         "memory": {"host_bytes": 0},
     },
-    "eval_done": {"seconds": NAN, "is_best": False},
-    "rehearsed": {"seconds": NAN, "device_allocated_bytes": None, "device_reserved_bytes": None},
-    "step_skipped": {"reason": "", "rows": ()},
-    "training_started": {"num_steps": 0, "output": ""},
-    "training_resumed": {"num_steps": 0, "checkpoint": ""},
-    "training_ended": {"num_steps": 0, "interrupted_by": None},
+    EvalDone: {"seconds": NAN, "is_best": False},
+    Rehearsed: {"seconds": NAN, "device_allocated_bytes": None, "device_reserved_bytes": None},
+    StepSkipped: {"reason": "", "rows": ()},
+    TrainingStarted: {"num_steps": 0, "output": ""},
+    TrainingResumed: {"num_steps": 0, "checkpoint": ""},
+    TrainingEnded: {"num_steps": 0, "interrupted_by": None},
 }
+_GAPS_OF = {EVENT_NAMES[kind]: gaps for kind, gaps in GAPS.items()}
 
 
 def event_line(event: Event, time: datetime) -> str:
@@ -74,7 +85,7 @@ def read_event(content: Mapping[str, Any]) -> Event | None:
 
 def _with_gaps(content: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
     """Return what a line holds with gaps for what is no figure, and without text that UTF-8 has no bytes for."""
-    found, gaps = dict(content), _GAPS.get(content["event"], {})
+    found, gaps = dict(content), _GAPS_OF.get(content["event"], {})
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][1]) if len(problem["loc"]) > 1 else ""
         if problem["type"] == "string_unicode":

@@ -4,7 +4,7 @@ import json
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.runs.history import RunHistory, read_history
+from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
 from tests.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
 
 STARTED = TrainingStarted(num_steps=10, output=Path("run"))
@@ -209,3 +210,9 @@ def test_a_step_takes_less_memory_than_its_line(tmp_path: Path) -> None:
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 20_000 * 150 < (tmp_path / "metrics.jsonl").stat().st_size
+
+
+def test_a_gap_is_that_of_a_field_of_its_event() -> None:
+    for kind, gaps in GAPS.items():
+        assert gaps.keys() <= {field.name for field in fields(kind)}, kind
+        assert kind in EVENT_NAMES
