@@ -44,11 +44,15 @@ class Part(BaseModel):
 
 
 class Resumption(Part):
-    """That the run went on behind a step; `checkpoint` is within the run, or absolute."""
+    """That the run went on behind a step; `checkpoint` is within the run, or absolute.
+
+    `from_run` is where one of another run is as seen from this one, so that the two may be moved together.
+    """
 
     time: str | None = None
     step: int = 0
     checkpoint: Path | None = None
+    from_run: Path | None = None
 
 
 class NamedFrom(Part):
@@ -286,6 +290,15 @@ def load_record(directory: Path) -> RunRecord:
     if record._remedy is not None:
         raise ModelError(f"{directory}: {record.problems[0]}", hint=record._remedy)
     return record
+
+
+def resumption(directory: RunDirectory, time: str, step: int, checkpoint: Path | None) -> Resumption:
+    """Return the entry of a run that goes on from a checkpoint, which may be another's; of none if it begins anew."""
+    if checkpoint is None:
+        return Resumption(time=time, step=step, checkpoint=None)
+    own = within(directory, checkpoint)
+    from_run = Path(os.path.relpath(checkpoint.resolve(), directory.path.resolve())) if own.is_absolute() else None
+    return Resumption(time=time, step=step, checkpoint=own, from_run=from_run)
 
 
 def write_record(directory: RunDirectory, record: RunRecord) -> None:

@@ -105,7 +105,8 @@ def _came_from(directory: RunDirectory, record: RunRecord | None, checkpoint: Pa
     known = [entry.checkpoint for entry in entries if entry.checkpoint is not None]
     # Within the run, or as it was given, which may be relative in a record of an older version.
     places = {place.resolve() for path in known for place in (directory.path / path, path)}
-    return checkpoint.resolve() in places
+    moved = {(directory.path.resolve() / entry.from_run).resolve() for entry in entries if entry.from_run is not None}
+    return checkpoint.resolve() in places | moved
 
 
 def _is_busy(directory: RunDirectory) -> QloraError | None:

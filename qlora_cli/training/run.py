@@ -21,11 +21,11 @@ from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of
 from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
-    Resumption,
     RunRecord,
     load_record,
     new_record,
     read_record,
+    resumption,
     within,
     write_record,
 )
@@ -261,8 +261,7 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
     earlier = resume.record if resume is not None else RunRecord()
     resumed = [*earlier.resumed]
     if resume is not None:
-        checkpoint = None if resume.checkpoint is None else within(directory, resume.checkpoint)
-        resumed.append(Resumption(time=now, step=resume.step, checkpoint=checkpoint))
+        resumed.append(resumption(directory, now, resume.step, resume.checkpoint))
     content = {
         "status": "running",
         "started": earlier.started or now,

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.merge_record import MERGE_SCHEMA_VERSION, new_merge_record, read_merge_record
+from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.find import read_run
 from qlora_cli.runs.record import (
@@ -18,12 +19,13 @@ from qlora_cli.runs.record import (
     load_record,
     new_record,
     read_record,
+    resumption,
     within,
     write_record,
 )
 from qlora_cli.runs.result import PeakMemory, TrainResult
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import output_problem
+from qlora_cli.training.resume import find_resume, output_problem
 from tests.run_directories import a_record
 
 VERSION_0 = Path(__file__).parent.parent / "records_of_version_0"  # as qlora wrote them before records had a version
@@ -230,6 +232,35 @@ def test_paths_of_the_run_are_recorded_relative_to_it(tmp_path: Path, monkeypatc
     assert within(directory, Path("run/checkpoints/step-2")) == Path("checkpoints/step-2")
     assert within(directory, tmp_path / "run") == Path()
     assert within(directory, Path("other/checkpoints/step-2")) == tmp_path / "other/checkpoints/step-2"
+
+
+def test_a_run_that_came_from_another_still_did_when_both_moved(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    first, second = RunDirectory(project / "first"), RunDirectory(project / "second")
+    for run in (first, second):
+        run.create()
+        for step in (3, 4):
+            checkpoint = run.checkpoints / f"step-{step}"
+            checkpoint.mkdir()
+            (checkpoint / TRAINER_STATE).write_text("{}")
+            seal(checkpoint)
+    entry = resumption(second, "now", 3, first.checkpoints / "step-3")
+    own = resumption(second, "now", 4, second.checkpoints / "step-4")
+    assert (entry.checkpoint, entry.from_run) == (first.checkpoints / "step-3", Path("../first/checkpoints/step-3"))
+    assert (own.checkpoint, own.from_run) == (Path("checkpoints/step-4"), None)
+    assert resumption(second, "now", 0, None).checkpoint is None
+    write_record(first, new_record(first, a_record("interrupted")))
+    write_record(second, new_record(second, {**a_record("running"), "resumed": [entry.content, own.content]}))
+    for place in (project, tmp_path / "moved"):
+        if place != project:
+            project.rename(place)
+        again = OutputSettings(directory=place / "second", resume=str(place / "first" / "checkpoints" / "step-3"))
+        assert output_problem(again) is None
+        found = find_resume(again)
+        assert found is not None
+        assert (found.run.path, found.step) == (place / "second", 4)  # from its own, and no more from the other's
+        other = OutputSettings(directory=place / "second", resume=str(place / "first" / "checkpoints" / "step-4"))
+        assert "already holds a run, other than the one" in str(output_problem(other))
 
 
 def test_an_empty_record_has_nothing_and_says_why(tmp_path: Path) -> None:
