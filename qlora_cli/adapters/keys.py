@@ -61,7 +61,7 @@ class Names:
     def read(self, key: str) -> Key | None:
         """Return a key of a file, taken apart; None for a copy of the base's own values."""
         name = without_wrappers(key)
-        if ORIGINAL in name:
+        if is_of_base(name):
             return None
         for pattern in PARTS:
             if match := pattern.fullmatch(name):
@@ -102,6 +102,11 @@ def without_wrappers(key: str) -> str:
     while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
         parts = parts[1 if parts[0] == "module" else 2 :]
     return ".".join(parts)
+
+
+def is_of_base(key: str) -> bool:
+    """Whether a key of a file is that of the base's own values, beside those of a module that trained whole."""
+    return ORIGINAL in key
 
 
 def in_base(path: str) -> str:

@@ -5,6 +5,7 @@ of its config: what PEFT wraps, with which rank and scale, is what the adapter w
 it or predicts it goes by the result; nothing else reads adapters.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,20 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.decoder import Renaming, on_decoder, renaming_of
-from qlora_cli.adapters.keys import Key, Names, beginning_of, ends_of, in_base, with_twins, without_wrappers
+from qlora_cli.adapters.keys import (
+    Key,
+    Names,
+    beginning_of,
+    ends_of,
+    in_base,
+    is_of_base,
+    with_twins,
+    without_wrappers,
+)
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
+    ADAPTER_CONFIG,
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
     AdapterConfig,
@@ -34,7 +45,7 @@ from qlora_cli.model_files.adapter_files import (
 from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.finite import is_finite
-from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.model_files.pickles import NAMES, check_pickle
 
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
 BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
@@ -42,6 +53,7 @@ BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
 CHANGES_BASE = ("corda", "loftq", "lora_ga")
 BEGUN_BY_PEFT = ("pissa", "olora")  # computed from the base alone, so PEFT does it again
 MOST_CHARACTERS = 300
+WEIGHTS_ARE = ("F64", "F32", "F16", "BF16")  # floats of 8 bits, and whole numbers, PEFT computes nothing from
 
 State = Mapping[str, torch.Tensor]
 
@@ -111,6 +123,7 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
             raise ModelError(f"{file} holds {others[0]}, which is no tensor", hint="Save the adapter again with PEFT.")
+    _check_dtypes(file, {key: NAMES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(
@@ -144,9 +157,21 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
 def without_values(outline: AdapterOutline) -> StoredAdapter:
     """Return an adapter with tensors on the meta device."""
     _check_beginning(outline.directory, outline.config)
-    tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers}
     file = outline.directory / ADAPTER_WEIGHTS
+    _check_dtypes(file, {one.name: one.dtype for one in outline.headers})
+    tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers}
     return StoredAdapter(directory=outline.directory, file=file, config=outline.config, tensors=tensors)
+
+
+def _check_dtypes(file: Path, dtypes: Mapping[str, str]) -> None:
+    """Check that all but copies of the base's own values are of a dtype that adapters are computed in."""
+    for key, dtype in dtypes.items():
+        if dtype not in WEIGHTS_ARE and not is_of_base(key):
+            raise ModelError(
+                f"{file} can't be used: {key} is of dtype {dtype.removeprefix('torch.')}, and weights of an adapter "
+                f"are one of {', '.join(WEIGHTS_ARE)}",
+                hint="Save the adapter again in 16 or 32 bits.",
+            )
 
 
 def _check_beginning(directory: Path, config: AdapterConfig) -> None:
@@ -234,15 +259,45 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
     Raises:
         ModelError: the model has nothing that the config names, or can't be adapted so.
     """
+    file = directory / ADAPTER_CONFIG
+    _check_numbers(model, config, file)
     try:
         with unheard():
             return get_peft_model(model, config)
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except ImportError as error:
+        key = "megatron_config of " if config.megatron_config else ""
+        raise ModelError(
+            f"the adapter in {directory} can't be put on its base: {key}{file} needs the package {error.name}",
+            hint="If its layers are those of the base, take the key out of the file.",
+        ) from error
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError, re.error) as error:
         if isinstance(error, ModelError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = reason if len(reason) <= MOST_CHARACTERS else f"{reason[:MOST_CHARACTERS]}…"
-        raise ModelError(f"the adapter in {directory} can't be put on its base: {reason}", hint=SAME_BASE) from error
+        raise ModelError(
+            f"the adapter in {directory} can't be put on its base, as {file.name} says: {reason}", hint=SAME_BASE
+        ) from error
+
+
+def _check_numbers(model: PreTrainedModel, config: LoraConfig, file: Path) -> None:
+    """Check that layers and rows that a config names by number are in the model."""
+    rows = config.trainable_token_indices or ()
+    named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
+    layers = [number for pair in config.layer_replication or () for number in pair]
+    num_layers = model.config.get_text_config().num_hidden_layers
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    num_rows = embedding.shape[0]
+    beyond = {
+        "layer_replication": ([one for one in layers if not 0 <= one <= num_layers], f"{num_layers} layers"),
+        "trainable_token_indices": ([one for one in named if not 0 <= one < num_rows], f"{num_rows:,} rows"),
+    }
+    for key, (numbers, size) in beyond.items():
+        if numbers:
+            raise ModelError(
+                f"{file} can't be used: {key} names {numbers[0]}, and the base has {size}", hint=SAME_BASE
+            )
 
 
 def expected_state(model: PeftModel) -> dict[str, torch.Tensor]:

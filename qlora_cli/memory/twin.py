@@ -101,7 +101,7 @@ def _names_layers(lora: LoraSettings) -> bool:
 
 def _chooses_layers(lora: LoraConfig) -> bool:
     """Whether an adapter is not the same on every layer, as far as its config can tell."""
-    if lora.layers_to_transform is not None or isinstance(lora.target_modules, str):
+    if lora.layers_to_transform is not None or lora.layer_replication or isinstance(lora.target_modules, str):
         return True
     names = [*(lora.target_modules or ()), *(lora.target_parameters or ()), *(lora.modules_to_save or ())]
     names += [*(lora.rank_pattern or {}), *(lora.alpha_pattern or {})]

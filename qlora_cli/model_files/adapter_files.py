@@ -1,11 +1,13 @@
 """The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
@@ -19,8 +21,19 @@ LORA = "LORA"
 MOST_CHARACTERS = 60
 NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"
 
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        reason = f"{value[:MOST_CHARACTERS]!r}: {error}"
+        raise PydanticCustomError("pattern", "a regular expression ({reason})", {"reason": reason}) from error
+    return value
+
+
 Names = list[str]
 Positive = Annotated[int, Field(gt=0)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class AdapterConfig(BaseModel):
@@ -37,13 +50,14 @@ class AdapterConfig(BaseModel):
     r: Positive = 8
     lora_alpha: Annotated[float, Field(allow_inf_nan=False)] = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Names | str | None = None
+    target_modules: Names | Pattern | None = None
     target_parameters: Names | None = None
-    exclude_modules: Names | str | None = None
+    exclude_modules: Names | Pattern | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: Names | str | None = None
-    rank_pattern: dict[str, Positive] = {}
-    alpha_pattern: dict[str, float] = {}
+    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
+    layers_pattern: list[Pattern] | Pattern | None = None
+    rank_pattern: dict[Pattern, Positive] = {}
+    alpha_pattern: dict[Pattern, float] = {}
     modules_to_save: Names | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -54,6 +54,10 @@ def check_pickle(path: Path) -> dict[str, TensorHeader]:
             f"{path} can't be read: it holds a {type(found).__name__}, not tensors by name",
             hint=again(path.parent, path.name),
         )
+    if others := [key for key in found if not isinstance(key, str)]:
+        raise ModelError(
+            f"{path} can't be read: its key {others[0]!r} is no name of a tensor", hint=again(path.parent, path.name)
+        )
     return {
         name: header_of(name, value, path.name)
         for name, value in found.items()

@@ -30,6 +30,7 @@ from qlora_cli.training.adapter_check import check_saved
 from tests.integration.loading import load_settings, logits, refused, save_model
 from tests.integration.merging import adapted, change_adapter, merge, on_plain, save
 from tests.integration.merging import plain_logits as logits_of_merged
+from tests.integration.merging import refused as not_merged
 from tests.integration.plain import ROWS, plain
 from tests.integration.vision_language import load_full, save_full
 
@@ -382,6 +383,59 @@ def test_values_of_an_adapter_that_are_no_numbers_are_named(
         (other / ADAPTER_WEIGHTS).unlink()
     message = refused(other, ModelError, model__allow_pickle=pickled)
     assert f"lora_B.weight in {file} holds NaN or infinite values" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_values_of_a_dtype_that_adapters_are_not_computed_in_are_named(
+    adapter: Path, dtype: torch.dtype, pickled: bool, tmp_path: Path
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    state = load_file(other / ADAPTER_WEIGHTS)
+    key = next(key for key in state if "lora_B" in key)
+    state[key] = state[key].to(dtype)
+    (other / ADAPTER_WEIGHTS).unlink()
+    file = other / ("adapter_model.bin" if pickled else ADAPTER_WEIGHTS)
+    (torch.save if pickled else save_file)(state, file)
+    message = refused(other, ModelError, model__allow_pickle=pickled)
+    assert message.startswith(f"{file} can't be used: {key} is of dtype ")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+def test_keys_that_are_no_names_are_refused(llama: Path, adapter: Path, kind: str, tmp_path: Path) -> None:
+    other = shutil.copytree({"adapter": adapter, "base": llama}[kind], tmp_path / "other")
+    before, after = {
+        "adapter": (ADAPTER_WEIGHTS, "adapter_model.bin"),
+        "base": ("model.safetensors", "pytorch_model.bin"),
+    }[kind]
+    state: dict[object, torch.Tensor] = dict(load_file(other / before).items())
+    state[5] = torch.ones(1)
+    torch.save(state, other / after)
+    (other / before).unlink()
+    message = refused(other, ModelError, model__allow_pickle=True)
+    assert f"{other / after} can't be read: its key 5 is no name of a tensor" in message
+
+
+BEYOND: dict[str, tuple[object, str]] = {
+    "layer_replication": ([[0, 2], [1, 9]], "names 9, and the base has"),
+    "trainable_token_indices": ([1, 10**6], "names 1000000, and the base has"),
+    "megatron_config": ({"tensor_model_parallel_size": 1}, "needs the package megatron"),
+}
+
+
+@pytest.mark.parametrize("key", BEYOND)
+@pytest.mark.parametrize("merges", [False, True])
+def test_what_a_config_names_and_is_not_there_is_told_by_its_key(
+    adapter: Path, key: str, merges: bool, tmp_path: Path
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    file = other / ADAPTER_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: BEYOND[key][0]}))
+    message = not_merged(other) if merges else refused(other, ModelError)
+    assert key in message
+    if not (merges and key == "layer_replication"):  # which can't be merged anyway
+        assert str(file) in message
+        assert BEYOND[key][1] in message
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
