@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.merging.conversions import Group
 from qlora_cli.merging.room import Room
-from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.merging.stored import StoredTensors, not_finite
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.methods import all_methods
 from qlora_cli.quantization.methods.base import Stack
@@ -38,6 +39,11 @@ class BaseModel:
     quantized: frozenset[str]
     packed: frozenset[str]
 
+    def is_weight(self, group: Group) -> bool:
+        """Whether a group makes up weights; a buffer may hold infinite values, as bounds do."""
+        module, _, leaf = group.targets[0].rpartition(".")
+        return leaf in self.model.get_submodule(module)._parameters
+
 
 class Base:
     """Gives the parameters of a base, as `kind` says."""
@@ -51,6 +57,7 @@ class Base:
             if weight := weight_of_constant(name):
                 self._constants.setdefault(weight, []).append(name)
         self._stacked: tuple[Group, str, Stack] | None = None
+        self._finite: set[str] = set()
 
     def parameters(self, group: Group, index: int | None = None, room: Room | None = None) -> dict[str, torch.Tensor]:
         """Return the parameters of a group, or the slice `index` of each, in the dtype that they have in the base.
@@ -65,10 +72,23 @@ class Base:
 
     def _stored(self, group: Group, key: str, room: Room | None) -> torch.Tensor:
         assert room is None or group.converter is None, "there is room for one"
-        tensor = self._base.tensors.read(key, room)
         if group.targets[0] not in self._base.packed:
-            return tensor
+            return self._read(group, key, room)
+        tensor = self._base.tensors.read(key, room)
         return self._unpacked(key, group.targets[0], tensor)
+
+    def _read(self, group: Group, key: str, room: Room | None = None) -> torch.Tensor:
+        """Return a tensor as it is stored; what is read more than once is checked once.
+
+        Raises:
+            ModelError: it holds what is no number.
+        """
+        tensor = self._base.tensors.read(key, room)
+        if key not in self._finite and tensor.is_floating_point() and self._base.is_weight(group):
+            if not is_finite(tensor):
+                raise not_finite(self._base.tensors.headers[key])
+            self._finite.add(key)
+        return tensor
 
     def _as_seen(self, target: str, value: torch.Tensor) -> torch.Tensor:
         if target in self._through:
@@ -103,7 +123,7 @@ class Base:
     def _slices(self, group: Group, target: str, num_slices: int) -> Iterator[torch.Tensor]:
         num_weights = self._base.model.get_parameter(target).shape[1:].numel()
         for index in range(num_slices) if self._base.layout.method.is_divisible(num_weights) else (None,):
-            stored = {key: self._base.tensors[key].to(self._base.layout.dtype) for key in group.keys_of(index)}
+            stored = {key: self._read(group, key).to(self._base.layout.dtype) for key in group.keys_of(index)}
             yield group.forward(self._base.model, stored)[target]
 
     def _unpacked(self, key: str, target: str, codes: torch.Tensor) -> torch.Tensor:

@@ -105,10 +105,12 @@ def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _not_finite(planned: PlannedTensor) -> ModelError:
+    name = f"{planned.name} (in {planned.file})"
     if planned.dtype == torch.float16:
         return ModelError(
-            f"{planned.name} overflows fp16: it would hold infinite values", hint="Use --dtype bf16 or --dtype fp32."
+            f"{name} overflows fp16: it would hold infinite values", hint="Use --dtype bf16 or --dtype fp32."
         )
     return ModelError(
-        f"{planned.name} would hold NaN or infinite values", hint="Does the base hold some? Download it again."
+        f"{name} would hold NaN or infinite values",
+        hint="Does the adapter hold huge values? Take an earlier checkpoint.",
     )

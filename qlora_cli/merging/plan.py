@@ -39,6 +39,7 @@ class PlannedTensor:
         group: The tensors that make up the same parameters; None if the model has no part in it.
         index: The slice of the group that it is.
         changes: The changes of each parameter of the group.
+        is_weight: Whether the model computes with it, so that it has to be finite.
     """
 
     name: str
@@ -50,6 +51,7 @@ class PlannedTensor:
     group: Group | None = None
     index: int | None = None
     changes: Changes = field(default_factory=dict)
+    is_weight: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -262,6 +264,7 @@ class _Planner:
             group=group,
             index=group.slice_of(name),
             changes=changes,
+            is_weight=self.base.is_weight(group),
         )
 
     def left(self, name: str, header: TensorHeader) -> PlannedTensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from qlora_cli.errors import ModelError
 from qlora_cli.merging.room import Room
-from qlora_cli.model_files.checkpoint import SAFETENSORS, Checkpoint
+from qlora_cli.model_files.checkpoint import SAFETENSORS, Checkpoint, TensorHeader
 from qlora_cli.model_files.pickles import DTYPES, header_of
 
 
@@ -37,8 +38,16 @@ class StoredTensors:
         tensor = torch.empty(header.shape, dtype=dtype) if room is None else room.lend(header.shape, dtype)
         with (self._directory / header.file).open("rb", buffering=0) as file:
             file.seek(header.offset)
-            _fill(file, bytes_of(tensor))
+            fill(file, bytes_of(tensor))
         return tensor
+
+
+def not_finite(header: TensorHeader) -> ModelError:
+    """Return the error for a tensor of a base that holds what is no number."""
+    return ModelError(
+        f"the base holds NaN or infinite values in {header.name} (in {header.file})",
+        hint="The model is damaged; download or save it again.",
+    )
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -47,7 +56,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _fill(file: RawIOBase, buffer: memoryview) -> None:
+def fill(file: RawIOBase, buffer: memoryview) -> None:
+    """Read from `file` until `buffer` is full."""
     while len(buffer):
         num_read = file.readinto(buffer)
         if not num_read:

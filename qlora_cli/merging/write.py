@@ -12,8 +12,9 @@ import torch
 from qlora_cli.events import BytesDone, Reporter
 from qlora_cli.merging.plan import MergePlan, PlannedTensor
 from qlora_cli.merging.result import Action
-from qlora_cli.merging.stored import bytes_of
+from qlora_cli.merging.stored import bytes_of, fill, not_finite
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, SAFETENSORS
+from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import NAMES
 
 HEADER_ALIGNMENT = 8  # the format's: padded with spaces
@@ -28,6 +29,9 @@ def write_weights(plan: MergePlan, base: Path, target: Path, value: Value, repor
 
     `value` computes what is not copied from the files in `base`. While one tensor is written, the next is computed and
     the one after it is read.
+
+    Raises:
+        ModelError: a tensor would hold what is no number.
     """
     progress = _Progress(plan.num_bytes, reporter)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
@@ -56,7 +60,7 @@ def _write_tensors(
             if following is not None:
                 reader.submit(_read_ahead, base / following.header.file, following)
             if planned.action == Action.COPY:
-                job = partial(_copy, base / planned.header.file, planned.header.offset, planned.num_bytes, stream)
+                job = partial(_copy, base / planned.header.file, planned, stream)
             else:
                 job = partial(_write, bytes_of(value(planned).contiguous()), stream)
             if waiting is not None:
@@ -120,16 +124,24 @@ def _stored_header(file: Path) -> bytes:
         return stream.read(int.from_bytes(stream.read(8), "little"))
 
 
-def _copy(file: Path, offset: int, num_bytes: int, stream: RawIOBase) -> None:
-    buffer = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
+def _copy(file: Path, planned: PlannedTensor, stream: RawIOBase) -> None:
+    """Copy the bytes of a tensor; what the model computes with is looked at on the way.
+
+    Raises:
+        ModelError: it holds what is no number.
+    """
+    checks = planned.is_weight and planned.dtype.is_floating_point
+    buffer = memoryview(bytearray(min(planned.num_bytes, PIECE_BYTES)))
     with file.open("rb", buffering=0) as source:
-        source.seek(offset)
-        left = num_bytes
+        source.seek(planned.header.offset)
+        left = planned.num_bytes
         while left:
-            num_read = source.readinto(buffer[: min(left, PIECE_BYTES)])
-            assert num_read, "the file was checked to hold it"
-            _write(buffer[:num_read], stream)
-            left -= num_read
+            piece = buffer[: min(left, PIECE_BYTES)]
+            fill(source, piece)
+            if checks and not is_finite(torch.frombuffer(piece, dtype=planned.dtype)):
+                raise not_finite(planned.header)
+            _write(piece, stream)
+            left -= len(piece)
 
 
 def _write_index(plan: MergePlan, target: Path) -> None:

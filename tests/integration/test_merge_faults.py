@@ -262,11 +262,31 @@ def test_what_fails_to_verify_is_kept_under_a_name_that_says_so(own: Path) -> No
 
 
 def test_nan_is_no_small_divergence(other: Path) -> None:
-    change(other.parent / "base" / WEIGHTS, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    change(other / ADAPTER, lambda tensors: [one.fill_(1e30) for key, one in tensors.items() if "lora_B" in key])
     done = qlora_merge(other, "--output", other.parent / "out")
     assert done.exit_code == 1
     assert "computes NaN" in done.stderr
     assert not (other.parent / "out").exists()
+
+
+FAULTY: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "a row of the embedding": ("model.embed_tokens.weight", lambda tensor: tensor[-1]),
+    "a norm": ("model.norm.weight", lambda tensor: tensor[3:4]),
+    "a layer that is merged": ("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor[0]),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flags", ["", "--no-verify", "--dtype fp32 --no-verify", "--base dequantized"])
+def test_a_base_that_holds_what_is_no_number_is_named_with_its_file(
+    other: Path, kind: str, value: float, flags: str
+) -> None:
+    name, part = FAULTY[kind]
+    change(other.parent / "base" / WEIGHTS, lambda tensors: part(tensors[name]).fill_(value))
+    told = refused(other, *flags.split(), "--output", other.parent / "out")
+    assert f"the base holds NaN or infinite values in {name} (in {WEIGHTS})" in told
+    assert not list(other.parent.glob("out*"))
 
 
 # ---- disks
