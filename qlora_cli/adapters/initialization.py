@@ -40,6 +40,22 @@ def is_pissa(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith("pissa")
 
 
+def is_olora(config: LoraConfig) -> bool:
+    """Whether an adapter was begun by OLoRA, which takes parts out of the base too."""
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() == "olora"
+
+
+def changes_its_base(config: LoraConfig) -> str | None:
+    """Return why the model is not its base while the adapter is switched off; None if it is."""
+    if is_pissa(config):
+        return "a PiSSA adapter that still trains holds a part of it"
+    if is_olora(config):
+        return "an OLoRA adapter holds a part of it"
+    if config.layer_replication:
+        return "the adapter repeats layers of it (layer_replication)"
+    return None
+
+
 def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]) -> None:
     """Check that adapters on `layers`, full names, can begin so.
 
@@ -61,19 +77,19 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
                 hint="Change lora.rank or lora.rank_pattern.",
             )
         if init == LoraInit.PISSA:
-            check_pissa(layer)
+            check_unquantized(layer, "PiSSA")
             _check_rank(name, layer, rank)
 
 
-def check_pissa(module: nn.Module) -> None:
-    """Check that no weight in `module` is quantized.
+def check_unquantized(module: nn.Module, kind: str) -> None:
+    """Check that no weight in `module`, which an adapter of `kind` takes parts out of, is quantized.
 
     Raises:
         ModelError: one is.
     """
     if any(is_quantized_layer(layer) for layer in module.modules()):
         raise ModelError(
-            "PiSSA can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
+            f"{kind} can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
             "left would have to be quantized anew, to a base that fits this adapter only",
             hint="Use --quant none, or loftq, which begins with what quantization lost.",
         )
@@ -186,13 +202,15 @@ def to_plain_lora(model: PeftModel, directory: Path) -> None:
         dim, sign = _joined(key)
         state[key] = torch.cat([state[key], sign * first], dim=dim)
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = read_json(directory / ADAPTER_CONFIG)
-    factor = 2**0.5 if config["use_rslora"] else 2  # so that the scale stays what it was
+    # The file is as its author had it: what it says nothing of is PEFT's default.
+    config, lora = read_json(directory / ADAPTER_CONFIG), model.peft_config[ADAPTER]
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    factor = 2**0.5 if lora.use_rslora else 2  # so that the scale stays what it was
     config |= {
         "init_lora_weights": True,
-        "r": 2 * config["r"],
-        "lora_alpha": factor * config["lora_alpha"],
-        "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
-        "alpha_pattern": {key: factor * alpha for key, alpha in config["alpha_pattern"].items()},
+        "r": 2 * lora.r,
+        "lora_alpha": factor * lora.lora_alpha,
+        "rank_pattern": {key: 2 * rank for key, rank in ranks.items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in alphas.items()},
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

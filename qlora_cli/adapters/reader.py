@@ -319,7 +319,7 @@ def unheard() -> Iterator[None]:
 def _for_peft(stored: StoredAdapter) -> LoraConfig:
     content: dict[str, Any] = {key: value for key, value in stored.config.given.items() if key != "runtime_config"}
     init = stored.config.init_lora_weights
-    if not (isinstance(init, str) and init.startswith(BEGUN_BY_PEFT)):
+    if not (isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT)):
         # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
         content |= {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}
     try:

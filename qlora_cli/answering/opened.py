@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_cli.adapters.initialization import is_pissa
-from qlora_cli.adapters.targets import ADAPTER
+from qlora_cli.adapters.initialization import changes_its_base
 from qlora_cli.answering.answerer import Answerer, Completion, Model, Watch
 from qlora_cli.answering.prompts import check_system, encode, messages_of
 from qlora_cli.answering.result import Answer, Listener, Source
@@ -94,6 +93,7 @@ def open_model(
     compares = request.compare and not is_merged
     if compares:
         _check_comparable(blueprint, None if is_chat else request.merged)
+        _check_base(blueprint)
     if is_chat and tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer of {settings.model.name} has no chat template, which a chat needs",
@@ -108,8 +108,6 @@ def open_model(
     for note in notes:
         reporter.report(Noted(message=note))
     loaded = load_planned(blueprint, reporter)
-    if compares:
-        _check_base(loaded)
     answerer = Answerer(
         tokenizer=loaded.tokenizer,
         end_ids=blueprint.tokenizer.end_ids,
@@ -144,13 +142,13 @@ def _check_comparable(blueprint: Blueprint, merged: Path | None) -> None:
         )
 
 
-def _check_base(loaded: LoadedModel) -> None:
-    model = loaded.model
-    if isinstance(model, PeftModel) and is_pissa(model.peft_config[ADAPTER]):
+def _check_base(blueprint: Blueprint) -> None:
+    """Check that the model is its base while the adapter is off."""
+    reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
+    if reason is not None:
         raise ModelError(
-            f"--compare can't show the base of {loaded.source.name}: a PiSSA adapter that still trains holds a part "
-            "of it",
-            hint="Name the run once it has ended, or leave --compare out.",
+            f"--compare can't show the base of {blueprint.source.name}: {reason}",
+            hint="Leave --compare out; of a run with PiSSA, name the run once it has ended.",
         )
 
 

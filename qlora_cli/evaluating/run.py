@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from qlora_cli.adapters.initialization import changes_its_base
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.errors import ModelError
@@ -48,11 +49,11 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         reporter.report(PhaseStarted(title="Finding the tasks"))
     tasks = find_tasks(request)
     blueprint = plan_load(resolved.settings, reporter, max_length=asked_length(resolved.settings.data))
-    _check_base(request, blueprint)
+    left_out = _without_base(request, blueprint, reporter)
     rows = _find_rows(resolved, blueprint, reporter)
     merged = find_merged(request, blueprint, rows, reporter)
     bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter)
-    _evaluate_first(bench, blueprint, has_merged=merged is not None)
+    _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=left_out is None)
     gc.collect()
     torch.cuda.empty_cache()
     if merged is not None:
@@ -71,14 +72,26 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         is_training_data=rows is not None and rows.is_training_data,
         sources=tuple(bench.sources),
         tasks=tuple(bench.figures),
-        notes=rows.notes if rows is not None else (),
+        notes=(*((left_out,) if left_out else ()), *(rows.notes if rows is not None else ())),
     )
 
 
-def _check_base(request: EvaluationSettings, blueprint: Blueprint) -> None:
+def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: Reporter) -> str | None:
+    """Return why the base is left out, which is noted; None if the model is its base while the adapter is off."""
     if request.with_base is not None and blueprint.source.adapter is None:
         flag = "--base" if request.with_base else "--no-base"
         raise ModelError(f"{flag} has no effect: {blueprint.source.name} has no adapter", hint="Leave it out.")
+    reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
+    if reason is None or request.with_base is False:
+        return None
+    if request.with_base:
+        raise ModelError(
+            f"--base can't show the base of {blueprint.source.name}: {reason}",
+            hint=f"Leave --base out, and evaluate the base by itself: qlora evaluate {blueprint.source.base_name}",
+        )
+    note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {blueprint.source.base_name}"
+    reporter.report(Noted(level="warning", message=note))
+    return note
 
 
 def _find_rows(resolved: Resolved[EvaluateSettings], blueprint: Blueprint, reporter: Reporter) -> HeldOut | None:
@@ -173,23 +186,25 @@ class _Bench:
             self.base = losses
 
 
-def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool) -> None:
+def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool, has_base: bool) -> None:
     """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
     loaded = load_planned(blueprint, bench.reporter)
-    for kind, path, state in _states(loaded, bench.request, has_merged=has_merged):
+    for kind, path, state in _states(
+        loaded, has_merged=has_merged, has_base=has_base and bench.request.with_base is not False
+    ):
         with state:
             bench.measure(kind, path, loaded)
 
 
 def _states(
-    loaded: LoadedModel, request: EvaluationSettings, *, has_merged: bool
+    loaded: LoadedModel, *, has_merged: bool, has_base: bool
 ) -> Iterator[tuple[Kind, str, AbstractContextManager[None]]]:
     """Yield what the loaded model is to be evaluated as, with the context in which it is that."""
     source, model = loaded.source, loaded.model
     if not isinstance(model, PeftModel):
         yield "base" if has_merged else "model", source.name, nullcontext()
         return
-    if request.with_base is not False:
+    if has_base:
         yield "base", source.base_name, model.disable_adapter()
     yield "adapter", str(source.adapter), nullcontext()
 

@@ -73,7 +73,7 @@ def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapte
 
 def _check_mergeable(stored: StoredAdapter) -> None:
     init = stored.config.init_lora_weights
-    if isinstance(init, str) and init.startswith(BEGUN_BY_PEFT):
+    if isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT):
         raise changed_base(stored.directory, init)
     if reason := _not_mergeable(stored):
         raise ModelError(f"the adapter in {stored.directory} can't be merged: {reason[0]}", hint=reason[1])

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.initialization import is_pissa
+from qlora_cli.adapters.initialization import changes_its_base, is_pissa
 from qlora_cli.adapters.kept import kept_in
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.targets import BASE
@@ -122,6 +122,7 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     blueprint = plan_load(settings, reporter, max_length=asked_length(settings.data))
     if blueprint.adapter is not None:
         check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
+        _check_trains_on(blueprint.adapter)
         _check_head(blueprint.adapter, blueprint.shapes)
         resolved = _with_adapter(resolved, blueprint.adapter)
     resolved = _as_loaded(resolved, blueprint)
@@ -263,6 +264,16 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
     for note in notes:
         reporter.report(Noted(level="warning", message=note))
     return model
+
+
+def _check_trains_on(adapter: Adapter) -> None:
+    """Check that what would be written is an adapter of the base as it was: PiSSA alone is turned into one."""
+    reason = changes_its_base(adapter.lora)
+    if reason is not None and not is_pissa(adapter.lora):
+        raise ModelError(
+            f"the adapter in {adapter.directory} can't train on: its base is not the model as it was, since {reason}",
+            hint="Train a new adapter on the base.",
+        )
 
 
 def _check_head(adapter: Adapter, shapes: PreTrainedModel) -> None:

@@ -33,7 +33,7 @@ from qlora_cli.merging.result import BaseChoice, Verification
 from qlora_cli.merging.streamed import Beside, StreamedModel
 from qlora_cli.merging.verify import verify
 from qlora_cli.merging.write import write_weights
-from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from qlora_cli.settings.models import MergeSettings
 from tests.integration.adapters import PREFIX, settings_of
@@ -126,6 +126,19 @@ def save(model: PeftModel, directory: Path, **how: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(directory, **how)
+    return directory
+
+
+def save_changing(base: Path, directory: Path, kind: str) -> Path:
+    """Write an adapter without which the model is not its base: PiSSA that still trains, OLoRA, repeated `layers`."""
+    values: dict[str, Any] = (
+        {"layer_replication": [[0, 2], [1, 2]]} if kind == "layers" else {"init_lora_weights": kind}
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **values)
+    model = on_plain(base, config)
+    save(model, directory)
+    file = directory / ADAPTER_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values, "base_model_name_or_path": str(base)}))
     return directory
 
 

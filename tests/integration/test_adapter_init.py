@@ -21,7 +21,7 @@ from qlora_cli.loading.loader import load_planned
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import LoraInit
-from qlora_cli.training.plan import prepare_run
+from qlora_cli.training.plan import prepare_run, settle_run
 from qlora_cli.training.run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import (
@@ -34,7 +34,8 @@ from tests.integration.adapters import (
     train_steps,
 )
 from tests.integration.experts import save_moe
-from tests.integration.loading import load, load_settings, logits, save_model, weight_of
+from tests.integration.loading import load, load_settings, logits, refused, save_model, weight_of
+from tests.integration.merging import save_changing
 from tests.integration.plain import IDS, ROWS, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,6 +215,52 @@ def test_a_raw_checkpoint_of_pissa_gives_its_logits_also_without_training(llama:
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="PiSSA can't be used on a quantized base"):
         put_back(load(llama).base, tmp_path, trainable=False)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_config_that_leaves_out_what_is_default_trains_on_and_ends_on_the_base_as_it_was(
+    llama: Path, use_rslora: bool, tmp_path: Path
+) -> None:
+    model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8, use_rslora=use_rslora), **UNQUANTIZED)
+    save_adapter(model, tmp_path / "raw")
+    file = tmp_path / "raw" / ADAPTER_CONFIG
+    content = json.loads(file.read_text())
+    needed = ["peft_type", "r", "target_modules", "init_lora_weights", "base_model_name_or_path", "task_type"]
+    kept = [*needed, *(["use_rslora"] if use_rslora else [])]
+    file.write_text(json.dumps({**{key: content[key] for key in kept}, "rank_pattern": None}))
+    again = put_back(load(llama, **UNQUANTIZED).base, tmp_path / "raw")
+    train_steps(again, learning_rate=1e-3)
+    save_trained_adapter(again, tmp_path / "final")
+    other = logits(PeftModel.from_pretrained(plain(llama), tmp_path / "final"), IDS)
+    torch.testing.assert_close(other, logits(again, IDS), rtol=1e-4, atol=1e-4)
+
+
+# ---- adapters without which the model is not the base
+
+
+@pytest.fixture(params=["pissa", "olora", "layers"])
+def changing(llama: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An adapter of plain PEFT that changes its base."""
+    return save_changing(llama, tmp_path / request.param, request.param)
+
+
+def test_training_on_is_refused_before_weights_are_read(changing: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(changing, rows, tmp_path / "run", quantization__method="none")
+    if changing.name == "pissa":
+        assert settle_run(settings, Recorder()).blueprint.adapter is not None
+        return
+    with pytest.raises(ModelError, match="can't train on") as caught:
+        settle_run(settings, Recorder())
+    assert caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_what_takes_parts_out_of_the_base_is_refused_on_a_quantized_one(changing: Path, method: str) -> None:
+    if changing.name == "layers":
+        assert load(changing, quantization__method=method).model is not None
+        return
+    assert "can't be used on a quantized base" in refused(changing, ModelError, quantization__method=method)
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

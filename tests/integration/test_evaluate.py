@@ -24,6 +24,7 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import copy_tokenizer
+from tests.integration.merging import save_changing
 
 NUM_HELD_OUT = 7
 # One batch of all held-out rows: the trainer averages the losses of batches, and that of one is its mean over tokens.
@@ -254,6 +255,20 @@ def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
 def test_a_model_without_an_adapter_has_no_base(with_base: bool, folder: Path) -> None:
     with pytest.raises(ModelError, match="has no effect"):
         run_evaluation(ASSETS / "base", data__dataset=str(folder / "others.jsonl"), request={"with_base": with_base})
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
+def test_a_base_that_the_adapter_changes_is_left_out_and_that_is_said(kind: str, folder: Path, tmp_path: Path) -> None:
+    adapter, recorder = save_changing(ASSETS / "base", tmp_path / "adapter", kind), Recorder()
+    flags: dict[str, Any] = {"data__dataset": str(folder / "others.jsonl"), "quantization__method": "none"}
+    found = run_evaluation(adapter, recorder, **flags)
+    assert list(by_source(found)) == ["adapter"]
+    (note,) = [note for note in found.notes if "the base is left out" in note]
+    assert note in warnings_of(recorder)
+    assert list(by_source(run_evaluation(adapter, request={"with_base": False}, **flags))) == ["adapter"]
+    with pytest.raises(ModelError, match="--base can't show the base of") as caught:
+        run_evaluation(adapter, request={"with_base": True}, **flags)
+    assert "evaluate the base by itself" in str(caught.value.hint)
 
 
 def broken(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
