@@ -27,6 +27,7 @@ from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, check_unchanged
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.source import CONFIG
+from qlora_cli.quantization.kept import linear_layers, tied_weights
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.result import TrainPlan, TrainResult
 from qlora_cli.settings.choices import LoraInit
@@ -120,6 +121,7 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     check_push(resolved, reporter)
     resume = find_resume(settings.output)
     blueprint = plan_load(settings, reporter, max_length=asked_length(settings.data))
+    _check_head_is_whole(blueprint)
     if blueprint.adapter is not None:
         check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
         _check_trains_on(blueprint.adapter)
@@ -274,6 +276,20 @@ def _check_trains_on(adapter: Adapter) -> None:
             f"the adapter in {adapter.directory} can't train on: its base is not the model as it was, since {reason}",
             hint="Train a new adapter on the base.",
         )
+
+
+def _check_head_is_whole(blueprint: Blueprint) -> None:
+    """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
+    shapes, layout = blueprint.shapes, blueprint.layout
+    tied = {name for pair in tied_weights(shapes).items() for name in pair}
+    for name, module in linear_layers(shapes):
+        is_head = module is shapes.get_output_embeddings() and f"{name}.weight" not in tied
+        if is_head and name not in layout.kept:
+            raise ModelError(
+                f"{blueprint.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
+                "computed from its weight directly",
+                hint="Give the 16-bit model, which is quantized without its head.",
+            )
 
 
 def _check_head(adapter: Adapter, shapes: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
@@ -22,7 +22,16 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.integration.loading import DAMAGED_PICKLES, IDS, load, load_settings, logits, refused, save_model
+from tests.integration.loading import (
+    DAMAGED_PICKLES,
+    IDS,
+    copy_tokenizer,
+    load,
+    load_settings,
+    logits,
+    refused,
+    save_model,
+)
 
 ADAPTER = "adapter/adapter_model.safetensors"
 AS_TRAINED = {"model__dtype": None}  # no flag: what the run was trained in
@@ -275,6 +284,27 @@ def test_lora_on_the_head_is_not_trained_on_and_that_is_said_before_a_weight_is_
         settle_run(train_settings(tmp_path / "adapter", data, tmp_path / "on"), Recorder())
     assert "qlora merge" in str(caught.value.hint)
     assert not (tmp_path / "on").exists()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("skipped", [["nothing"], ["lm_head"]])
+def test_a_checkpoint_whose_head_is_quantized_is_not_trained_on_and_that_is_said_before_a_weight_is_read(
+    data: Path, method: str, skipped: list[str], tmp_path: Path
+) -> None:
+    """TRL computes the loss from the weight of the head as it is stored."""
+    base = save_model(tmp_path / "base", tie_word_embeddings=False)
+    flags = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if method == "nf4" else {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=skipped)
+    stored = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    stored.save_pretrained(tmp_path / "stored")
+    copy_tokenizer(tmp_path / "stored")
+    settings = train_settings(tmp_path / "stored", data, tmp_path / "run", quantization__method=method)
+    if skipped == ["lm_head"]:
+        assert settle_run(settings, Recorder()).num_steps
+        return
+    with pytest.raises(ModelError, match="its head, lm_head, is quantized") as caught:
+        settle_run(settings, Recorder())
+    assert "16-bit model" in str(caught.value.hint)
 
 
 def test_the_settings_of_an_adapter_that_trains_on_can_not_be_changed(
