@@ -130,7 +130,7 @@ def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: P
         (("--eval-split", "5"), "can't be held out"),
         (("--eval-split", "validation"), "only hub data sets have splits"),
         (("--dataset", "nothing.jsonl"), "no data set at nothing.jsonl"),
-        (("--rows", "-1"), "should be greater than or equal to 0"),
+        (("--rows", "-1"), "must be greater than or equal to 0"),
     ],
 )
 def test_what_is_wrong_is_one_message(file: Path, tokenizer_only: Path, flags: tuple[str, ...], expected: str) -> None:
