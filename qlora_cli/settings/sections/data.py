@@ -31,6 +31,7 @@ class DataSettings(Section):
         Marks(
             flag="--eval-dataset",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
+            affects_memory=True,
             on_resume=OnResume.FREE,
             is_repeatable=True,
         ),
@@ -39,7 +40,7 @@ class DataSettings(Section):
     eval_split: Annotated[
         Name | None,
         BeforeValidator(check_eval_split),
-        Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA)),
+        Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
