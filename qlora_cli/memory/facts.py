@@ -20,6 +20,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
+from qlora_cli.runs.weights import may_have_weights, weights_of
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import of_run, over_recorded, with_sections, with_values
 
@@ -169,10 +170,25 @@ def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple
 
 
 def _trained_on(path: Path, record: RunRecord) -> AdapterOutline | None:
-    """Return the adapter of a run that trained one on, which no settings describe; None if it made a new one."""
-    directory = RunDirectory(path).adapter
-    began_anew = record.base_model is None or record.base_model.adapter is None
-    return None if began_anew or not (directory / ADAPTER_CONFIG).is_file() else read_outline(directory)
+    """Return the adapter of a run that trains one on, which no settings describe; None if it made a new one.
+
+    It is as the run's own weights are, or as the one that it began with before there are any.
+    """
+    began_with = None if record.base_model is None else record.base_model.adapter
+    if began_with is None:
+        return None
+    run = RunDirectory(path)
+    if may_have_weights(run):
+        return read_outline(weights_of(run, record).path)
+    places = (began_with, *record.places_of(str(began_with)))
+    here = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
+    if here is None:
+        raise ModelNotFoundError(
+            f"the run {path} has no weights yet, and the adapter that it trains on is not here (looked for "
+            f"{' and '.join(map(str, places))})",
+            hint="Put it there, or name an adapter of the same kind.",
+        )
+    return read_outline(here)
 
 
 def _place_of(base: BaseUsed, run: Path) -> str:

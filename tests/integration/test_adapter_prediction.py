@@ -1,12 +1,14 @@
 """What training on from an adapter takes is predicted by that adapter's own config and shapes."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftModel
 
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.loader import load_planned
@@ -139,3 +141,21 @@ def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path
     assert predicted(tmp_path / "run").num_trainable_parameters == trained.num_trainable_parameters
     with pytest.raises(ModelError, match=r"lora\.rank can't be changed"):
         predicted(tmp_path / "run", rank=8)
+
+
+def test_an_unfinished_run_that_trains_an_adapter_on_is_predicted_by_its_newest_checkpoint_or_what_it_began_with(
+    rows: Path, tmp_path: Path
+) -> None:
+    adapter, run = adapter_of("a pattern", tmp_path), tmp_path / "run"
+    steps = {"training__max_steps": 2, "training__save_steps": 1, "training__learning_rate": 0.01}
+    trained = train(train_settings(adapter, rows, run, **steps), Recorder())
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running", "result": None}))
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "step-2" / "adapter_config.json").write_text("{}")  # damaged
+    assert predicted(run).num_trainable_parameters == trained.num_trainable_parameters
+    shutil.rmtree(run / "checkpoints")
+    assert predicted(run).num_trainable_parameters == trained.num_trainable_parameters
+    adapter.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelNotFoundError, match="the adapter that it trains on is not here"):
+        predicted(run)
