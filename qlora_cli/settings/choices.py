@@ -1,29 +1,69 @@
-"""The settings that take one of several words, by the names that the field gives them.
+"""The settings that take one of several words, by the names that the field gives them, and how these are read.
 
 What settings and texts need to know of a word stands beside it, so that nobody else asks for it by name.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Self
 
-# What PyTorch and others call a dtype, by the name that it has here.
-DTYPE_SYNONYMS: Mapping[str, str] = {
-    prefix + synonym: name
-    for name, synonyms in (("bf16", ("bfloat16",)), ("fp16", ("float16", "half")), ("fp32", ("float32", "float")))
-    for synonym in synonyms
-    for prefix in ("", "torch.")
-}
+from pydantic import GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+# What a dtype is called: here, by llama.cpp, by PyTorch. A choice with one of a line's names goes by all of them.
+DTYPE_NAMES = (
+    ("bf16", "bfloat16", "torch.bfloat16"),
+    ("fp16", "f16", "float16", "half", "torch.float16", "torch.half"),
+    ("fp32", "f32", "float32", "float", "torch.float32", "torch.float"),
+    ("uint8", "torch.uint8"),
+)
 
 
-class DtypeName(StrEnum):
-    """A choice among dtypes, which also goes by the names that PyTorch gives them."""
+class Choice(StrEnum):
+    """A choice among words. Each is read in upper and in lower case, and by its synonyms."""
 
     @classmethod
-    def _missing_(cls, value: object) -> "DtypeName | None":
-        name = DTYPE_SYNONYMS.get(str(value))
-        return next((member for member in cls if member.value == name), None)
+    def synonyms(cls) -> dict[str, str]:
+        """Return what else a choice is called, in lower case, with its own word."""
+        return {}
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        if not isinstance(value, str):
+            return None
+        word = cls.synonyms().get(value.lower(), value.lower())
+        return next((member for member in cls if member.value == word), None)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        words = [*schema.pop("enum"), *cls.synonyms()]
+        # An editor offers the words of `enum`; the pattern is for those who write them in capitals.
+        schema["anyOf"] = [{"enum": words}, {"pattern": f"^({'|'.join(map(_in_any_case, words))})$"}]
+        return reference
+
+
+def _in_any_case(word: str) -> str:
+    """Return a regular expression for a word in any case; JSON schemas know no flag for it."""
+    return "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else f"[{letter}]" for letter in word)
+
+
+class DtypeChoice(Choice):
+    """A choice among dtypes, which also goes by the names that others give them."""
+
+    @classmethod
+    def synonyms(cls) -> dict[str, str]:
+        """Return what else a dtype is called, with the name that it has here."""
+        return {
+            name: member.value
+            for member in cls
+            for names in DTYPE_NAMES
+            if member.value in names
+            for name in names
+            if name != member.value
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +87,7 @@ class MethodTraits:
     proposal: str | None = None
 
 
-class Quantization(StrEnum):
+class Quantization(Choice):
     """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit."""
 
     NF4 = "nf4"
@@ -56,17 +96,21 @@ class Quantization(StrEnum):
     NONE = "none"
 
     @classmethod
-    def _missing_(cls, value: object) -> "Quantization | None":
-        """Return the one method with the bits that `8bit` or `int8` names; several are a matter of choice."""
-        found = cls.of_bits(str(value))
-        return found[0] if len(found) == 1 else None
+    def synonyms(cls) -> dict[str, str]:
+        """Return the names of bits that one method alone stores a weight in; several are a matter of choice."""
+        named = ((name, method) for method in cls for name in method.names_of_bits)
+        return {name: method.value for name, method in named if name != method.value and cls.of_bits(name) == [method]}
 
     @classmethod
     def of_bits(cls, text: str) -> list["Quantization"]:
         """Return the methods that store a weight in the bits that `text` names, as `4bit`, `4-bit` or `int4` do."""
-        named = re.fullmatch(r"(?:int)?(\d+)(?:[-_ ]?bits?)?", text.lower())
-        bits = int(named[1]) if named and not text.isdigit() else UNQUANTIZED_BITS
-        return [method for method in cls if method.is_quantized and method.traits.bits == bits]
+        return [method for method in cls if text.lower() in method.names_of_bits]
+
+    @property
+    def names_of_bits(self) -> tuple[str, ...]:
+        """What people call the bits that a weight is stored in; none if it is not quantized."""
+        forms = ("int{}", "{}bit", "{}-bit", "{}_bit", "{} bit", "{}bits", "{}-bits", "{} bits")
+        return tuple(form.format(self.traits.bits) for form in forms) if self.is_quantized else ()
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
@@ -126,7 +170,7 @@ def quant_flag(methods: Iterable[Quantization]) -> str:
     return f"--quant {' or '.join(methods)}"
 
 
-class Storage(DtypeName):
+class Storage(DtypeChoice):
     """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
 
     UINT8 = "uint8"
@@ -135,7 +179,7 @@ class Storage(DtypeName):
     FP32 = "fp32"
 
 
-class Dtype(DtypeName):
+class Dtype(DtypeChoice):
     """The dtype that matrix products are computed in."""
 
     AUTO = "auto"
@@ -144,7 +188,7 @@ class Dtype(DtypeName):
     FP32 = "fp32"
 
 
-class Device(StrEnum):
+class Device(Choice):
     """Where the model lives."""
 
     AUTO = "auto"
@@ -152,7 +196,7 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-class Attention(StrEnum):
+class Attention(Choice):
     """The attention kernel."""
 
     AUTO = "auto"
@@ -161,7 +205,7 @@ class Attention(StrEnum):
     FLASH_ATTENTION_2 = "flash_attention_2"
 
 
-class DataFormat(StrEnum):
+class DataFormat(Choice):
     """How a row is read. `auto` recognises it by its columns."""
 
     AUTO = "auto"
@@ -174,7 +218,7 @@ class DataFormat(StrEnum):
     TOKENS = "tokens"
 
 
-class LossOn(StrEnum):
+class LossOn(Choice):
     """Which tokens are trained: all answers, the last answer of a row only, or every token of it."""
 
     COMPLETIONS = "completions"
@@ -182,7 +226,7 @@ class LossOn(StrEnum):
     ALL = "all"
 
 
-class OnLong(StrEnum):
+class OnLong(Choice):
     """What becomes of a row that is longer than `max_length`."""
 
     TRUNCATE = "truncate"
@@ -190,14 +234,14 @@ class OnLong(StrEnum):
     ERROR = "error"
 
 
-class OnBadRow(StrEnum):
+class OnBadRow(Choice):
     """What becomes of a row that can't be read."""
 
     ERROR = "error"
     SKIP = "skip"
 
 
-class Sampling(StrEnum):
+class Sampling(Choice):
     """The order of rows, by the name that transformers gives it."""
 
     RANDOM = "random"
@@ -205,7 +249,7 @@ class Sampling(StrEnum):
     GROUP_BY_LENGTH = "group_by_length"
 
 
-class Checkpointing(StrEnum):
+class Checkpointing(Choice):
     """Whether activations are recomputed in the backward pass; `offload` keeps the layers' inputs in host memory."""
 
     AUTO = "auto"
@@ -214,7 +258,7 @@ class Checkpointing(StrEnum):
     OFFLOAD = "offload"
 
 
-class LoraInit(StrEnum):
+class LoraInit(Choice):
     """How the LoRA matrices begin, by the name that PEFT gives it; `default` is a random A and a B of zeros."""
 
     DEFAULT = "default"
@@ -229,14 +273,14 @@ class LoraInit(StrEnum):
         return self in {LoraInit.ORTHOGONAL, LoraInit.PISSA, LoraInit.LOFTQ}
 
 
-class OnNan(StrEnum):
+class OnNan(Choice):
     """What becomes of a step whose loss or gradient norm is not a finite number."""
 
     STOP = "stop"
     SKIP = "skip"
 
 
-class Optimizer(StrEnum):
+class Optimizer(Choice):
     """The optimizer, by the name that transformers gives it."""
 
     ADAMW_TORCH = "adamw_torch"
@@ -272,7 +316,7 @@ class Optimizer(StrEnum):
         return "lion" in self.value
 
 
-class Schedule(StrEnum):
+class Schedule(Choice):
     """How the learning rate runs, after warm-up in all but `constant`; by the name that transformers gives it."""
 
     CONSTANT = "constant"
@@ -286,7 +330,7 @@ class Schedule(StrEnum):
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
-class ReportTo(StrEnum):
+class ReportTo(Choice):
     """A tracker that the run is also reported to."""
 
     NONE = "none"
@@ -296,7 +340,7 @@ class ReportTo(StrEnum):
     MLFLOW = "mlflow"
 
 
-class BaseWeights(StrEnum):
+class BaseWeights(Choice):
     """What an adapter is merged into: the weights as stored, or as training saw them, quantized and dequantized."""
 
     AUTO = "auto"
@@ -304,7 +348,7 @@ class BaseWeights(StrEnum):
     DEQUANTIZED = "dequantized"
 
 
-class MergeDtype(DtypeName):
+class MergeDtype(DtypeChoice):
     """What a merged model is written in; `keep` is each tensor's own."""
 
     KEEP = "keep"
@@ -313,14 +357,14 @@ class MergeDtype(DtypeName):
     FP32 = "fp32"
 
 
-class Recipe(StrEnum):
+class Recipe(Choice):
     """Whose run is predicted: that of `qlora train`, or a plain loop around PEFT's own preparation."""
 
     QLORA = "qlora"
     PEFT = "peft"
 
 
-class SdpaBackend(StrEnum):
+class SdpaBackend(Choice):
     """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
 
     AUTO = "auto"
@@ -329,7 +373,7 @@ class SdpaBackend(StrEnum):
     MATH = "math"
 
 
-class Solvable(StrEnum):
+class Solvable(Choice):
     """What a prediction can find the largest value of, and be swept over, by the flag's name without dashes."""
 
     MAX_LENGTH = "max-length"
@@ -337,7 +381,7 @@ class Solvable(StrEnum):
     RANK = "rank"
 
 
-class ExportFormat(StrEnum):
+class ExportFormat(Choice):
     """What a merged model is written as: for transformers in 16 bit or in NF4, for llama.cpp, or for Ollama."""
 
     HF = "hf"
@@ -346,7 +390,7 @@ class ExportFormat(StrEnum):
     OLLAMA = "ollama"
 
 
-class GgufType(StrEnum):
+class GgufType(DtypeChoice):
     """The type of the weights in a GGUF file, by llama.cpp's name; `auto` is that of the merged model."""
 
     AUTO = "auto"

@@ -7,7 +7,7 @@ from typing import Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import Choice, Quantization
 from qlora_cli.settings.marks import marks_of
 
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
@@ -26,13 +26,22 @@ def is_switch(field: FieldInfo) -> bool:
 
 def choices_of(field: FieldInfo) -> list[str]:
     """Return the values that an enumerated setting takes; empty for any other."""
-    return [str(choice.value) for kind in _parts(field.annotation) if issubclass(kind, Enum) for choice in kind]
+    return [choice.value for kind in _choices(field) for choice in kind]
+
+
+def synonyms_of(field: FieldInfo) -> dict[str, str]:
+    """Return what else the values of an enumerated setting are called, with the value that is meant."""
+    return {synonym: value for kind in _choices(field) for synonym, value in kind.synonyms().items()}
 
 
 def hint_for(field: FieldInfo, value: str) -> str | None:
     """Return what to choose where `value` is near several choices, if the setting knows better than their spelling."""
-    hints = (kind.hint_for(value) for kind in _parts(field.annotation) if issubclass(kind, Quantization))
+    hints = (kind.hint_for(value) for kind in _choices(field) if issubclass(kind, Quantization))
     return next(hints, None)
+
+
+def _choices(field: FieldInfo) -> list[type[Choice]]:
+    return [kind for kind in _parts(field.annotation) if issubclass(kind, Choice)]
 
 
 def _parts(annotation: object) -> list[type]:

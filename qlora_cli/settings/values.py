@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qlora_cli.settings.choices import ExportFormat, Solvable
+from qlora_cli.settings.choices import Checkpointing, ExportFormat, Solvable
 
 
 def either(names: Collection[str]) -> str:
@@ -23,8 +23,10 @@ def read_switch(value: object) -> object:
 
 
 def _split_commas(value: object) -> object:
-    if not isinstance(value, str) or value in {"all-linear", "all-experts"}:
+    if not isinstance(value, str):
         return value
+    if value.lower() in {"all-linear", "all-experts"}:
+        return value.lower()
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not parts:
         raise ValueError("must name at least one")
@@ -34,10 +36,10 @@ def _split_commas(value: object) -> object:
 def _check_rope_scaling(value: str | None) -> str | None:
     if value is None:
         return None
-    kind, _, factor = value.partition(":")
+    kind, _, factor = value.lower().partition(":")
     if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
         raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
-    return value
+    return f"{kind}:{factor}"
 
 
 def as_list(value: object) -> object:
@@ -121,34 +123,55 @@ def check_eval_split(value: object) -> object:
     return text
 
 
+# A list may be given as one text or one value, and a mapping as a text, which the JSON schema says too.
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
+Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-TargetModules = Annotated[Literal["all-linear"] | Names, BeforeValidator(_split_commas)]
-TargetParameters = Annotated[Literal["all-experts"] | Names | None, BeforeValidator(_split_commas)]
-NameList = Annotated[Names | None, BeforeValidator(_split_commas)]
+_SomeNames = Annotated[tuple[Name, ...], Field(min_length=1)]
+TargetModules = Annotated[
+    Literal["all-linear"] | Names,
+    BeforeValidator(_split_commas, json_schema_input_type=Literal["all-linear"] | str | Names),
+]
+TargetParameters = Annotated[
+    Literal["all-experts"] | Names | None,
+    BeforeValidator(_split_commas, json_schema_input_type=Literal["all-experts"] | str | Names | None),
+]
+NameList = Annotated[Names | None, BeforeValidator(_split_commas, json_schema_input_type=str | Names | None)]
 DistinctNames = Annotated[
-    tuple[str, ...], BeforeValidator(_split_commas), AfterValidator(lambda names: tuple(dict.fromkeys(names)))
+    tuple[str, ...],
+    BeforeValidator(_split_commas, json_schema_input_type=str | tuple[str, ...]),
+    AfterValidator(lambda names: tuple(dict.fromkeys(names))),
 ]
 PromptText = Annotated[str, AfterValidator(check_prompt)]
-Prompts = Annotated[tuple[PromptText, ...], Field(min_length=1), BeforeValidator(as_list)]
-Weights = Annotated[tuple[Annotated[float, Field(allow_inf_nan=True)], ...], BeforeValidator(_as_numbers)]
+_SomePrompts = Annotated[tuple[PromptText, ...], Field(min_length=1)]
+Prompts = Annotated[_SomePrompts, BeforeValidator(as_list, json_schema_input_type=PromptText | _SomePrompts)]
+_Numbers = tuple[Annotated[float, Field(allow_inf_nan=True)], ...]
+Weights = Annotated[_Numbers, BeforeValidator(_as_numbers, json_schema_input_type=float | _Numbers)]
 Repository = Annotated[str, AfterValidator(_check_repository)]
 Nats = Annotated[float, BeforeValidator(_check_nats)]
+_SomeFormats = Annotated[tuple[ExportFormat, ...], Field(min_length=1)]
 Formats = Annotated[
-    tuple[ExportFormat, ...],
-    Field(min_length=1),
-    BeforeValidator(as_list),
+    _SomeFormats,
+    BeforeValidator(as_list, json_schema_input_type=ExportFormat | _SomeFormats),
     AfterValidator(lambda formats: tuple(dict.fromkeys(formats))),
 ]
-Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
+Words = Annotated[tuple[Name, ...], BeforeValidator(as_list, json_schema_input_type=Name | tuple[Name, ...])]
 Solvables = Annotated[
-    tuple[Solvable, ...], BeforeValidator(as_list), AfterValidator(lambda names: tuple(dict.fromkeys(names)))
+    tuple[Solvable, ...],
+    BeforeValidator(as_list, json_schema_input_type=Solvable | tuple[Solvable, ...]),
+    AfterValidator(lambda names: tuple(dict.fromkeys(names))),
 ]
-Name = Annotated[str, Field(min_length=1)]
-Datasets = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(as_list)]
-Texts = Annotated[Annotated[tuple[Name, ...], Field(min_length=1)] | None, BeforeValidator(as_list)]
+Datasets = Annotated[_SomeNames, BeforeValidator(as_list, json_schema_input_type=Name | _SomeNames)]
+Texts = Annotated[_SomeNames | None, BeforeValidator(as_list, json_schema_input_type=Name | _SomeNames | None)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
-Ranks = Annotated[Mapping[str, Rank] | None, BeforeValidator(_read_pairs)]
-Alphas = Annotated[Mapping[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_read_pairs)]
-Columns = Annotated[Mapping[str, Name] | None, BeforeValidator(_read_pairs)]
+_Ranks = Mapping[str, Rank] | None
+Ranks = Annotated[_Ranks, BeforeValidator(_read_pairs, json_schema_input_type=str | _Ranks)]
+_Alphas = Mapping[str, Annotated[float, Field(gt=0)]] | None
+Alphas = Annotated[_Alphas, BeforeValidator(_read_pairs, json_schema_input_type=str | _Alphas)]
+_Columns = Mapping[str, Name] | None
+Columns = Annotated[_Columns, BeforeValidator(_read_pairs, json_schema_input_type=str | _Columns)]
+HeldOut = Annotated[Name | None, BeforeValidator(check_eval_split, json_schema_input_type=Name | float | None)]
+CheckpointingSwitch = Annotated[
+    Checkpointing, BeforeValidator(read_switch, json_schema_input_type=Checkpointing | bool)
+]

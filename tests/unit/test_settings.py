@@ -103,7 +103,8 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expe
         ("lora:\n  alpha: .nan\n", "lora.alpha: must be"),
         ("model:\n  revision: 1234567\n", "got 1234567 | Put it in quotes: YAML reads it as a number."),
         ("model:\n  rope_scaling: ''\n", "model.rope_scaling: expected TYPE:FACTOR"),
-        ("model:\n  dtype: BF16\n", "'BF16' is not one of auto, bf16, fp16, fp32 | Did you mean bf16?"),
+        ("model:\n  dtype: BF17\n", "'BF17' is not one of auto, bf16, fp16, fp32 | Did you mean bf16?"),
+        ("quantization:\n  method:\n", "quantization.method: 'None' is not one of nf4, fp4, int8, none"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:

@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from qlora_cli.settings.choices import DataFormat, LossOn, OnBadRow, OnLong
 from qlora_cli.settings.marks import Command, Marks, OnResume
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.values import Columns, Datasets, Name, check_eval_split
+from qlora_cli.settings.values import Columns, Datasets, HeldOut
 
 
 class DataSettings(Section):
@@ -38,8 +38,7 @@ class DataSettings(Section):
     ] = Field(default=None, description="Held-out data, named the same way.")
     split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
     eval_split: Annotated[
-        Name | None,
-        BeforeValidator(check_eval_split),
+        HeldOut,
         Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=None,

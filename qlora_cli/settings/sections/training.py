@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
 from qlora_cli.settings.marks import Command, EffectiveWith, Marks, OnResume
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.values import Texts, read_switch
+from qlora_cli.settings.values import CheckpointingSwitch, Texts
 
 
 class TrainingSettings(Section):
@@ -74,8 +74,7 @@ class TrainingSettings(Section):
         ),
     ] = Field(default=16, ge=1, description="Micro-batches whose gradients are added up to one step.")
     gradient_checkpointing: Annotated[
-        Checkpointing,
-        BeforeValidator(read_switch),
+        CheckpointingSwitch,
         Marks(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
     ] = Field(
         default=Checkpointing.AUTO,
