@@ -7,7 +7,6 @@ from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.quantization.report import KindCount, LoadReport, WeightError
-from qlora_cli.settings.choices import Quantization
 from qlora_cli.units import format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -66,15 +65,8 @@ def _ratio(whole_bytes: int, stored_bytes: int) -> str:
 
 
 def _describe_quantization(report: LoadReport) -> str:
-    if report.bits_per_quantized_parameter is None:
-        return report.quantization
-    parts = [report.quantization]
-    if Quantization(report.quantization).takes("double_quant"):
-        parts.append("double quantization" if report.double_quant else "single quantization")
-    parts.append(f"{report.bits_per_quantized_parameter:.2f} bits a parameter")
-    if report.prequantized:
-        parts.append("as stored")
-    return ", ".join(parts)
+    bits = report.bits_per_quantized_parameter
+    return report.storage if bits is None else f"{report.storage}, {bits:.2f} bits a parameter"
 
 
 def kind_lines(kinds: Sequence[KindCount]) -> list[str]:

@@ -56,16 +56,6 @@ class Blueprint:
     num_rows: int
     notes: tuple[str, ...]
 
-    def describe_storage(self) -> str:
-        """Return in a few words how the model is stored: `NF4, double quantization`."""
-        settings = self.layout.settings
-        parts = [settings.method.traits.label]
-        if settings.method.takes("double_quant"):
-            parts.append(f"{'double' if settings.double_quant else 'single'} quantization")
-        if self.layout.prequantized is not None:
-            parts.append("as stored")
-        return ", ".join(parts)
-
 
 def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | None = None) -> Blueprint:
     """Settle everything that can be known without the weights; downloads the small files that are not here yet.
@@ -198,7 +188,7 @@ def effective_quantization(
     else:
         return asked
     for key in sorted(given(asked)):
-        if not effective.method.takes(key) and not asks_for_nothing(getattr(asked, key)):
+        if not effective.takes(key) and not asks_for_nothing(getattr(asked, key)):
             raise ModelError(
                 f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
                 hint="Leave it out.",

@@ -101,7 +101,8 @@ class LoadedModel:
             architecture=type(self.base).__name__,
             device=str(self.device),
             quantization=quantization.method.value,
-            double_quant=quantization.method.takes("double_quant") and quantization.double_quant,
+            quantization_settings={key: value for key, value in quantization.in_effect().items() if key != "method"},
+            storage=self.layout.describe(),
             prequantized=self.layout.prequantized is not None,
             num_parameters=inventory.num_parameters,
             num_quantized_parameters=inventory.num_quantized_parameters,
@@ -165,7 +166,7 @@ def load_planned(
     losses = None if lora is None else plan_losses(blueprint.shapes, blueprint.layout, lora)
     settings, device = blueprint.settings, blueprint.device
     checkpoint = _read_headers(blueprint, reporter)
-    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.describe_storage()})"))
+    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.layout.describe()})"))
     reset_device_peak(device)
     model = _load(blueprint, checkpoint, reporter, measure_error=measure_error, losses=losses)
     grown = _grow_vocabulary(model, blueprint)

@@ -8,8 +8,9 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
-from qlora_cli.settings.models import EstimateSettings, marks
+from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_values
+from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"
@@ -203,18 +204,6 @@ class Trials:
         )
 
 
-def flags_of(values: Mapping[str, object]) -> str:
-    """Return values by `section.key` as the flags that set them."""
-    return " ".join(
-        f"{marks(path).flag}" if value is True else f"{marks(path).flag} {_text(value)}"
-        for path, value in values.items()
-    )
-
-
-def _text(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
 def _values(together: Sequence[Chosen]) -> dict[str, object]:
     return {path: value for chosen in together for path, value in chosen.step.values.items()}
 
@@ -224,7 +213,7 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[Change]:
     gentle = (
         _checkpointing(base),
         _smaller_micro_batch(settings),
-        _double_quant(settings),
+        _denser_storage(settings),
         _smaller_optimizer(settings),
         _offload(base),
         _sdpa(settings),
@@ -261,12 +250,11 @@ def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[Step]:
             )
 
 
-def _double_quant(settings: EstimateSettings) -> Iterator[Step]:
-    if settings.quantization.method.takes("double_quant") and not settings.quantization.double_quant:
-        yield Step(
-            values={"quantization.double_quant": True},
-            effect="the weights' scales in 8 bit, their error stays nearly the same",
-        )
+def _denser_storage(settings: EstimateSettings) -> Iterator[Step]:
+    from qlora_cli.quantization.methods import method_of  # with torch
+
+    for saving in reversed(list(method_of(settings.quantization.method).savings(settings.quantization))):
+        yield Step(values={f"quantization.{saving.key}": saving.value}, effect=saving.effect)
 
 
 def _smaller_optimizer(settings: EstimateSettings) -> Iterator[Step]:

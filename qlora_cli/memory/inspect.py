@@ -19,6 +19,7 @@ from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_values
+from qlora_cli.settings.shown import shown_flags
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -164,9 +165,8 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
 def _shown(settings: EstimateSettings, facts: ModelFacts, estimate: Estimate, accumulation: int) -> dict[str, str]:
     """Return the settings that memory depends on, by the flag's name without dashes."""
     rank, targets = _adapter_of(settings, facts)
-    quantization = settings.quantization
-    shown = {
-        "quant": quantization.method.value,
+    return {
+        **shown_flags(settings.quantization),
         "dtype": estimate.dtype,
         "rank": str(rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),
@@ -177,9 +177,6 @@ def _shown(settings: EstimateSettings, facts: ModelFacts, estimate: Estimate, ac
         "attention": settings.model.attention.value,
         "optimizer": settings.training.optimizer.value,
     }
-    if quantization.method.takes("double_quant"):
-        shown["double-quant"] = "on" if quantization.double_quant else "off"
-    return shown
 
 
 def _adapter_of(settings: EstimateSettings, facts: ModelFacts) -> tuple[int, str | Sequence[str]]:

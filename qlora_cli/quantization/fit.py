@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.layout import Layout, plan_layout
+from qlora_cli.settings.choices import quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.settings.settle import changed
+from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import format_bytes
 
 OFFLOAD = "--offload-embedding"
@@ -122,7 +124,7 @@ def _changes(
         yield Change(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
     if layout.prequantized is not None:
         return
-    for flags, settings in _smaller(layout.settings).items():
+    for flags, settings in _smaller(layout).items():
         try:
             variant = plan_layout(model, settings, layout.dtype, device=device)
         except QloraError:  # this model can't be stored so, and then it is no change to propose
@@ -132,15 +134,18 @@ def _changes(
             yield Change(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
 
 
-def _smaller(settings: QuantizationSettings) -> dict[str, QuantizationSettings]:
-    """Return the settings that store less than `settings`, by the flag that makes them so."""
-    smaller = {
-        f"--quant {method}": QuantizationSettings(method=method, skip_modules=settings.skip_modules)
+def _smaller(layout: Layout) -> dict[str, QuantizationSettings]:
+    """Return the settings that store less than those of `layout`, by the flag that makes them so."""
+    settings = layout.settings
+    same_method = {
+        flags_of({f"quantization.{saving.key}": saving.value}): changed(settings, **{saving.key: saving.value})
+        for saving in layout.method.savings(settings)
+    }
+    fewer_bits = {
+        quant_flag([method]): QuantizationSettings(method=method, skip_modules=settings.skip_modules)
         for method in settings.method.smaller()
     }
-    if settings.method.takes("double_quant") and not settings.double_quant:
-        return {"--double-quant": changed(settings, double_quant=True), **smaller}
-    return smaller
+    return {**same_method, **fewer_bits}
 
 
 def fits_unquantized(layout: Layout, free: int) -> bool:

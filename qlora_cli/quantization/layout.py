@@ -48,6 +48,10 @@ class Layout:
         """What stores the weights."""
         return method_of(self.settings.method)
 
+    def describe(self) -> str:
+        """Return in a few words how the model is stored: `NF4, double quantization`."""
+        return self.method.describe(self.settings) + ("" if self.prequantized is None else ", as stored")
+
     @property
     def transient_bytes(self) -> int:
         """The most that is held beside the model while it is loaded: one weight before it is quantized.

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
+
 
 @dataclass(frozen=True, kw_only=True)
 class KindCount:
@@ -32,6 +34,7 @@ class WeightError:
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
+    `quantization_settings` are those that have an effect with the method `quantization`; `storage` is both in words.
     `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
     `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized. `errors` are measured
@@ -49,7 +52,8 @@ class LoadReport:
     architecture: str
     device: str
     quantization: str
-    double_quant: bool
+    quantization_settings: Mapping[str, JsonValue]
+    storage: str
     prequantized: bool
     num_parameters: int
     num_quantized_parameters: int

@@ -74,7 +74,6 @@ class MethodTraits:
         module: Its module in `qlora_cli/quantization/methods`.
         label: What people call it.
         bits: What a weight takes, constants aside.
-        settings: The settings of the section `quantization` that have an effect with it.
         measures_error: Whether what a weight loses can be measured while it is quantized.
         proposal: What changes for somebody who takes it to save memory; None if it is never proposed.
     """
@@ -82,7 +81,6 @@ class MethodTraits:
     module: str
     label: str
     bits: int
-    settings: tuple[str, ...] = ()
     measures_error: bool = False
     proposal: str | None = None
 
@@ -129,10 +127,6 @@ class Quantization(Choice):
         """Whether linear layers are stored in fewer bits than they come in."""
         return self.traits.bits < UNQUANTIZED_BITS
 
-    def takes(self, setting: str) -> bool:
-        """Whether the setting `quantization.<setting>` has an effect with it."""
-        return setting == "method" or setting in self.traits.settings
-
     def smaller(self) -> list["Quantization"]:
         """Return the methods that are proposed where this one takes too much, what changes the model least first."""
         found = [method for method in Quantization if method.traits.proposal and method.traits.bits < self.traits.bits]
@@ -140,29 +134,30 @@ class Quantization(Choice):
 
 
 UNQUANTIZED_BITS = 16
-FOUR_BIT_SETTINGS = ("double_quant", "compute_dtype", "quant_storage", "skip_modules")
 METHODS: Mapping[Quantization, MethodTraits] = {
     Quantization.NF4: MethodTraits(
         module="four_bit",
         label="NF4",
         bits=4,
-        settings=FOUR_BIT_SETTINGS,
         measures_error=True,
         proposal="weights in 4 bit, less exact",
     ),
-    Quantization.FP4: MethodTraits(
-        module="four_bit", label="FP4", bits=4, settings=FOUR_BIT_SETTINGS, measures_error=True
-    ),
+    Quantization.FP4: MethodTraits(module="four_bit", label="FP4", bits=4, measures_error=True),
     Quantization.INT8: MethodTraits(
         module="int8",
         label="LLM.int8()",
         bits=8,
-        settings=("skip_modules", "int8_threshold", "int8_has_fp16_weight", "int8_cpu_offload"),
         proposal="weights in 8 bit, a little less exact",
     ),
     Quantization.NONE: MethodTraits(module="unquantized", label="not quantized", bits=UNQUANTIZED_BITS),
 }
 DEFAULT_METHOD, UNQUANTIZED_METHOD = Quantization.NF4, Quantization.NONE
+QUANTIZED = tuple(method for method in Quantization if method.is_quantized)
+
+
+def methods_of(module: str) -> tuple[Quantization, ...]:
+    """Return the methods that `module`, of `qlora_cli/quantization/methods`, stores weights by."""
+    return tuple(method for method in Quantization if method.traits.module == module)
 
 
 def quant_flag(methods: Iterable[Quantization]) -> str:

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from qlora_cli.errors import Problem
-from qlora_cli.settings.choices import OnLong, Quantization, Sampling, quant_flag
+from qlora_cli.settings.choices import OnLong, Sampling
 from qlora_cli.settings.conflicts_commands import about_answers
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
@@ -13,7 +13,6 @@ from qlora_cli.settings.marks import marks_of
 from qlora_cli.settings.models import (
     DataSettings,
     EstimateDataSettings,
-    QuantizationSettings,
     Section,
     TrainingSettings,
     marks,
@@ -31,8 +30,6 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
         found += about_lora(lora, validated["quantization"].method)
     for name, section in validated.items():
         found += _by_marks(name, section)
-    if (quantization := validated.get("quantization")) is not None:
-        found += _without_effect(quantization)
     problems = [
         Problem(where=_where(merged[path], message), message=message, hint=hint)
         for path, message, hint in found
@@ -116,27 +113,16 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-def _without_effect(quantization: QuantizationSettings) -> Iterator[Conflict]:
-    """Yield path, message and hint of what the method makes nothing of."""
-    method = quantization.method
-    for key in QuantizationSettings.model_fields:
-        if not method.takes(key) and not asks_for_nothing(getattr(quantization, key)):
-            path = f"quantization.{key}"
-            hint = f"Leave it out, or use {quant_flag(other for other in Quantization if other.takes(key))}."
-            yield path, f"{path} has no effect with --quant {method.value}", hint
-
-
 def _by_marks(name: str, section: Section) -> Iterator[Conflict]:
     """Yield path, message and hint of what another setting of its section, by the marks of its field, needs."""
     for key, field in type(section).model_fields.items():
         needed = marks_of(field).effective_with
-        if needed is None or asks_for_nothing(getattr(section, key)):
+        if needed is None or section.takes(key) or asks_for_nothing(getattr(section, key)):
             continue
-        other = getattr(section, needed.key)
-        if other not in needed.values:
-            path, flag = f"{name}.{key}", marks(f"{name}.{needed.key}").flag
-            message = f"{path} has no effect with {flag} {other.value}{': ' if needed.why else ''}{needed.why}"
-            yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
+        path, flag = f"{name}.{key}", marks(f"{name}.{needed.key}").flag
+        other = getattr(section, needed.key).value
+        message = f"{path} has no effect with {flag} {other}{': ' if needed.why else ''}{needed.why}"
+        yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
 
 
 def asks_for_nothing(value: object) -> bool:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationInfo, field_validator
+
+from qlora_cli.settings.marks import marks_of
 
 
 class Section(BaseModel):
@@ -13,6 +15,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
+
+    def takes(self, key: str) -> bool:
+        """Whether the setting `key` has an effect beside the others of its section, by the marks of its field."""
+        needed = marks_of(type(self).model_fields[key]).effective_with
+        return needed is None or getattr(self, needed.key) in needed.values
+
+    def in_effect(self) -> dict[str, JsonValue]:
+        """Return the settings that have an effect beside the others, in plain values."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if self.takes(key)}
 
     @field_validator("*", mode="before")
     @classmethod

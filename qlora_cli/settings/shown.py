@@ -1,5 +1,6 @@
 """A setting as it is shown to people: what it takes, and its default."""
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -9,6 +10,8 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Choice, Quantization
 from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.models import marks
+from qlora_cli.settings.section import Section
 
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
@@ -17,6 +20,22 @@ def shown_name(field: FieldInfo) -> str:
     """Return what gives a setting on the command line: its flag, or an argument in capitals."""
     marked = marks_of(field)
     return marked.flag or str(marked.metavar)
+
+
+def flags_of(values: Mapping[str, object]) -> str:
+    """Return values by `section.key` as the flags that set them."""
+    return " ".join(
+        f"{marks(path).flag}" if value is True else f"{marks(path).flag} {_listed(value)}"
+        for path, value in values.items()
+    )
+
+
+def shown_flags(section: Section) -> dict[str, str]:
+    """Return the settings that have a flag, and an effect beside the others, by the flag's name without dashes."""
+    flags = {key: marks_of(type(section).model_fields[key]).flag for key in section.in_effect()}
+    return {
+        flag.removeprefix("--"): _on_or_off(getattr(section, key)) for key, flag in flags.items() if flag is not None
+    }
 
 
 def is_switch(field: FieldInfo) -> bool:
@@ -66,15 +85,21 @@ def shown_default(field: FieldInfo) -> str | None:
     default = None if field.is_required() else field.default
     if default is None or default == ():
         return None
-    if isinstance(default, tuple):
-        return ",".join(map(_shown, default))
-    return _shown(default)
+    return _listed(default)
 
 
 def example_of(field: FieldInfo) -> str | None:
     """Return what to give a setting instead of a value that it does not take."""
     default = shown_default(field)
     return f"The default is {default}." if default else field.description
+
+
+def _on_or_off(value: object) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else _listed(value)
+
+
+def _listed(value: object) -> str:
+    return ",".join(map(_shown, value)) if isinstance(value, tuple) else _shown(value)
 
 
 def _shown(value: object) -> str:

@@ -19,7 +19,7 @@ from tests.conftest import ASSETS
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "qlora_cli"
 ENTRY = """    Quantization.FIXED8: MethodTraits(
-        module="fixed", label="fixed point", bits=8, settings=("skip_modules",), proposal="weights in steps of 1/256"
+        module="fixed", label="fixed point", bits=8, proposal="weights in steps of 1/256"
     ),
 """
 MODULE = '''"""Weights in steps of 1/256."""
@@ -250,6 +250,8 @@ NAMED = re.compile(
 ALLOWED = {
     # What a method is, to settings and texts; the default; and beside it the export format of that name.
     "settings/choices.py": 9 + 2 + 1,
+    # The module whose settings are named after it.
+    "settings/sections/quantization.py": 1,
     # bitsandbytes itself is checked, by a reference of its own.
     "doctor/checks_bitsandbytes.py": 5,
     # An export format, which is a preset of that method, and the key of its figures in a merge's record.

@@ -54,7 +54,7 @@ def test_the_text_says_what_was_loaded_within_80_columns(shown: str, base_model:
     assert {key: rows[key].strip() for key in ("architecture", "parameters", "quantization", "compute dtype")} == {
         "architecture": "LlamaForCausalLM on cpu",
         "parameters": "3.54M, 2.75M of them quantized",
-        "quantization": "nf4, double quantization, 4.22 bits a parameter",
+        "quantization": "NF4, double quantization, 4.22 bits a parameter",
         "compute dtype": "fp32 (as asked)",
     }
     assert {"constants", "total", "load time", "peak host memory"} <= rows.keys()

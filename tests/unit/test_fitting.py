@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting import MOST_SUGGESTIONS, fit_on, flags_of, suggest
+from qlora_cli.memory.fitting import MOST_SUGGESTIONS, fit_on, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.settings.shown import is_switch
+from qlora_cli.settings.shown import flags_of, is_switch
 from qlora_cli.units import GIB, MIB
 
 MOST_ASKS = 20
@@ -108,7 +108,7 @@ def effective_checkpointing(settings: EstimateSettings) -> str:
 def process_bytes(settings: EstimateSettings) -> int:
     """Return what a run of an 8B takes, roughly: in which every change has its part."""
     quantization, lora, training = settings.quantization, settings.lora, settings.training
-    is_nested = quantization.method.takes("double_quant") and quantization.double_quant
+    is_nested = quantization.takes("double_quant") and quantization.double_quant
     bits = BITS[quantization.method] - (0.37 if is_nested else 0)
     modules = 4 if "q_proj" in lora.target_modules else 7
     num_trained = lora.rank * modules * 400_000

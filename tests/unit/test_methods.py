@@ -8,6 +8,8 @@ from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
+from qlora_cli.settings.settle import changed
+from qlora_cli.settings.shown import shown_flags
 from tests.tiny_models import tiny_config
 
 CUDA = torch.device("cuda")  # a label: nothing is put there
@@ -37,10 +39,57 @@ def test_every_method_has_its_traits() -> None:
 
 def test_every_setting_has_an_effect_with_a_method_and_none_without_quantization() -> None:
     keys = set(QuantizationSettings.model_fields) - {"method"}
-    assert {key for method in Quantization for key in keys if method.takes(key)} == keys
-    assert {setting for traits in METHODS.values() for setting in traits.settings} == keys
-    assert not any(UNQUANTIZED.method.takes(key) for key in keys)
-    assert all(method.takes("method") for method in Quantization)
+    sections = {method: QuantizationSettings(method=method) for method in Quantization}
+    assert {key for section in sections.values() for key in keys if section.takes(key)} == keys
+    assert not any(UNQUANTIZED.takes(key) for key in keys)
+    assert all(section.takes("method") for section in sections.values())
+    four_bit = {"double_quant", "compute_dtype", "quant_storage", "skip_modules"}
+    for method in (Quantization.NF4, Quantization.FP4):
+        assert {key for key in keys if sections[method].takes(key)} == four_bit
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    {
+        "nf4": "NF4, double quantization",
+        "nf4, single": "NF4, single quantization",
+        "fp4 in bf16": "FP4, double quantization",
+        "int8": "LLM.int8()",
+        "none": "not quantized",
+    }.items(),
+)
+def test_every_method_says_how_it_stores(way: str, words: str) -> None:
+    assert layout_of("llama", WAYS[way]).describe() == words
+
+
+def test_the_settings_that_are_shown_are_those_of_the_method() -> None:
+    shown = {way: shown_flags(settings) for way, settings in WAYS.items()}
+    assert shown["nf4"] == {"quant": "nf4", "double-quant": "on"}
+    assert shown["nf4, single"] == {"quant": "nf4", "double-quant": "off"}
+    assert shown["int8"] == {"quant": "int8"}
+    assert shown["none"] == {"quant": "none"}
+    assert WAYS["fp4 in bf16"].in_effect() == {
+        "method": "fp4",
+        "double_quant": True,
+        "compute_dtype": "auto",
+        "quant_storage": "bf16",
+        "skip_modules": None,
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_method_says_would_save_memory_does_and_stores_by_the_same_method(way: str) -> None:
+    settings = WAYS[way]
+    method = method_of(settings.method)
+    savings = list(method.savings(settings))
+    assert [saving.key for saving in savings] == (["double_quant"] if way == "nf4, single" else [])
+    for saving in savings:
+        less = changed(settings, **{saving.key: saving.value})
+        # Of a small weight, the table of levels would take more than its constants.
+        shape = torch.Size((4096, 4096))
+        few, many = (method.entry("a", "linear layers", shape, torch.bfloat16, one) for one in (less, settings))
+        assert few.weight_bytes + few.constant_bytes < many.weight_bytes + many.constant_bytes
+        assert list(method.savings(less)) == []
 
 
 def test_what_is_proposed_takes_less_and_what_changes_the_model_least_comes_first() -> None:

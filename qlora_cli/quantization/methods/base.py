@@ -87,6 +87,15 @@ class Stack(Protocol):
         """Return the part `(1, …)` along the first dimension."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Another value of the setting `quantization.<key>`, with which a method takes less, and its effect in words."""
+
+    key: str
+    value: object
+    effect: str
+
+
 class Method(ABC):
     """How weights are stored: planned from shapes, quantized while they are read, recognised, and restored.
 
@@ -107,6 +116,16 @@ class Method(ABC):
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
+
+    # How its settings are told.
+
+    def describe(self, settings: QuantizationSettings) -> str:
+        """Return in a few words how weights are stored: `NF4, double quantization`."""
+        return settings.method.traits.label
+
+    def savings(self, settings: QuantizationSettings) -> Iterable[Saving]:
+        """Yield the settings by which this method would take less memory, what changes the model least first."""
+        return ()
 
     # What it takes, from shapes alone.
 

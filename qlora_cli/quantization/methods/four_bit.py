@@ -32,6 +32,7 @@ from qlora_cli.quantization.methods.base import (
     Method,
     Operator,
     Part,
+    Saving,
     StoredWeight,
 )
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, KEPT, replace_layers
@@ -77,6 +78,16 @@ class FourBitMethod(Method):
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
     operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(inside=_product)})
+
+    def describe(self, settings: QuantizationSettings) -> str:
+        """Return the kind of codes, and how often their constants are quantized."""
+        return f"{super().describe(settings)}, {'double' if settings.double_quant else 'single'} quantization"
+
+    def savings(self, settings: QuantizationSettings) -> Iterator[Saving]:
+        """Yield double quantization (section 3), where it is off."""
+        if not settings.double_quant:
+            effect = "the weights' scales in 8 bit, their error stays nearly the same"
+            yield Saving(key="double_quant", value=True, effect=effect)
 
     def unstorable(self, model: PreTrainedModel, device: torch.device) -> Mapping[str, str]:
         """Return the linear layers and fused experts that bitsandbytes restores wrongly on a CPU.

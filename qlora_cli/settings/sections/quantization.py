@@ -4,10 +4,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import DEFAULT_METHOD, UNQUANTIZED_METHOD, Dtype, Quantization, Storage
-from qlora_cli.settings.marks import LOADERS, Marks
+from qlora_cli.settings.choices import (
+    DEFAULT_METHOD,
+    QUANTIZED,
+    UNQUANTIZED_METHOD,
+    Dtype,
+    Quantization,
+    Storage,
+    methods_of,
+)
+from qlora_cli.settings.marks import LOADERS, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import NameList
+
+# The methods that a setting has an effect with: those of one module, or all that quantize.
+OF_FOUR_BIT = EffectiveWith(key="method", values=methods_of("four_bit"))
+OF_INT8 = EffectiveWith(key="method", values=methods_of("int8"))
+OF_QUANTIZED = EffectiveWith(key="method", values=QUANTIZED)
 
 
 class QuantizationSettings(Section):
@@ -24,27 +37,28 @@ class QuantizationSettings(Section):
             commands=LOADERS,
             affects_memory=True,
             is_of_run=True,
+            effective_with=OF_FOUR_BIT,
         ),
     ] = Field(default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter).")
-    compute_dtype: Annotated[Dtype, Marks(affects_memory=True, is_of_run=True)] = Field(
+    compute_dtype: Annotated[Dtype, Marks(affects_memory=True, is_of_run=True, effective_with=OF_FOUR_BIT)] = Field(
         default=Dtype.AUTO, description="Dtype that 4-bit layers multiply in. auto: the same as model.dtype."
     )
-    quant_storage: Annotated[Storage, Marks(affects_memory=True, is_of_run=True)] = Field(
+    quant_storage: Annotated[Storage, Marks(affects_memory=True, is_of_run=True, effective_with=OF_FOUR_BIT)] = Field(
         default=Storage.UINT8, description="Dtype that holds the packed 4-bit codes; FSDP needs that of the model."
     )
     skip_modules: Annotated[
         NameList,
-        Marks(affects_memory=True, is_of_run=True),
+        Marks(affects_memory=True, is_of_run=True, effective_with=OF_QUANTIZED),
     ] = Field(
         default=None, description="Comma-separated modules to keep unquantized, besides heads, routers and the like."
     )
-    int8_threshold: Annotated[float, Marks(affects_memory=True, is_of_run=True)] = Field(
+    int8_threshold: Annotated[float, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
         default=6.0, ge=0, description="LLM.int8: input features with a larger value are multiplied in 16 bit."
     )
-    int8_has_fp16_weight: Annotated[bool, Marks(affects_memory=True, is_of_run=True)] = Field(
+    int8_has_fp16_weight: Annotated[bool, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
         default=False, description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory."
     )
-    int8_cpu_offload: Annotated[bool, Marks(affects_memory=True, is_of_run=True)] = Field(
+    int8_cpu_offload: Annotated[bool, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
         default=False, description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training."
     )
 
