@@ -1,10 +1,11 @@
 """The walk of CONTRIBUTING.md, "a training setting": one line in one file, and every table knows it.
 
-The package is copied, one field is added to the section `training`, and nothing else is touched.
+The package is copied, fields are added to the sections that a run has, and nothing else is touched.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FIELD = """
+IMPORTS = "from qlora_cli.settings.marks import Command, EffectiveWith, Marks, OnResume  # noqa\n"
+OF_MEMORY = """
+    surprise_size: Annotated[int, Marks(affects_memory=True)] = Field(default=1, description="Memory depends on it.")
+    plain_surprise: int = Field(default=3, description="A number without marks.")
+"""
+OF_TRAINING = """
     surprise_ratio: Annotated[
         float,
         Marks(
@@ -25,8 +31,27 @@ FIELD = """
             effective_with=EffectiveWith(key="schedule", values=(Schedule.LINEAR,), why="only lines surprise"),
         ),
     ] = Field(default=0.25, ge=0, lt=1, description="Share of the steps that surprise.")
-    plain_surprise: int = Field(default=3, description="A number without marks.")
 """
+OF_QUANTIZATION = """
+    int8_surprise: Annotated[
+        bool,
+        Marks(
+            flag="--int8-surprise",
+            commands=LOADERS,
+            affects_memory=True,
+            is_of_run=True,
+            effective_with=OF_INT8,
+        ),
+    ] = Field(default=True, description="Surprise in 8 bit.")
+"""
+# Of the sections that a prediction goes by.
+FIELDS = {
+    "model": OF_MEMORY,
+    "quantization": OF_MEMORY + OF_QUANTIZATION,
+    "lora": OF_MEMORY,
+    "data": OF_MEMORY,
+    "training": OF_MEMORY + OF_TRAINING,
+}
 # Run in the copied package: everything that is derived from the settings, as one object.
 ASK = """
 import json
@@ -36,7 +61,11 @@ from typer.testing import CliRunner
 import typer.main
 import make_reference
 from qlora_cli.cli.app import app
-from qlora_cli.settings.models import TrainSettings, all_settings, json_schema, marks
+from qlora_cli.memory.answers import key_of
+from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.settings.models import EstimateSettings, QuantizationSettings, TrainSettings, json_schema
+from qlora_cli.settings.settle import of_run
+from qlora_cli.settings.shown import shown_flags
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
@@ -44,7 +73,8 @@ from qlora_cli.training.resume import Resume, check_changes
 from qlora_cli.errors import SettingsError
 
 commands = typer.main.get_command(app).commands
-takes = [n for n, c in commands.items() if any("--surprise-ratio" in p.opts for p in c.params)]
+def takes(flag):
+    return [n for n, c in commands.items() if any(flag in p.opts for p in c.params)]
 run = lambda *arguments: CliRunner().invoke(app, list(arguments))
 shown = run("config", "show", "--json", "--schedule", "linear", "--surprise-ratio", "0.5")
 refused = run("train", "--model", "m", "--dataset", "d", "--output", "o", "--surprise-ratio", "0.5")
@@ -61,38 +91,56 @@ def resumed(**more):
         return check_changes(resume, settings(**more), trains_given_adapter=False)
     except SettingsError as error:
         return f"refused: {error.problems[0].where}"
+def key(path, value):
+    section, name = path.split(".")
+    given = {"model": {"name": "m"}}
+    given.setdefault(section, {})[name] = value
+    return key_of(MemoryRequest(settings=EstimateSettings.model_validate(given)), {})
+sections = ("model", "quantization", "lora", "data", "training")
+asked = {f"{s}.{n}": (1, 2) for s in sections for n in ("surprise_size", "plain_surprise")}
+asked |= {"training.surprise_ratio": (0.25, 0.5), "quantization.int8_surprise": (True, False)}
+in_8_bit = QuantizationSettings.model_validate({"method": "int8"})
 print(json.dumps({
-    "takes": takes,
+    "takes": takes("--surprise-ratio"),
+    "quantization takes": takes("--int8-surprise"),
+    "without 8 bit": run("load", "base", "--int8-surprise").output,
+    "in effect": in_8_bit.in_effect(),
+    "not in effect": QuantizationSettings().in_effect(),
+    "flags": shown_flags(in_8_bit),
+    "of a run": of_run("quantization", {"int8_surprise": False, "plain_surprise": 4}),
     "help": " ".join(run("train", "--help").output.split()),
     "shown": json.loads(shown.stdout)["training.surprise_ratio"],
     "refused": refused.output,
     "wrong": wrong.output,
     "schema": json_schema()["$defs"]["TrainingSettings"]["properties"]["surprise_ratio"],
     "page": make_reference.settings_page(),
-    "memory": marks("training.surprise_ratio").affects_memory,
+    "memory": [path for path, values in asked.items() if key(path, values[0]) != key(path, values[1])],
     "free": resumed(surprise_ratio="0.5"),
     "same": resumed(plain_surprise="4"),
 }))
 """
 
 
+def add_fields(section: Path, fields: str) -> None:
+    """Put fields at the beginning of the section's class."""
+    source = section.read_text(encoding="utf-8")
+    assert source.count("\nfrom pydantic import ") == 1
+    source = source.replace("\nfrom pydantic import ", f"\n{IMPORTS}from pydantic import ")
+    source, count = re.subn(
+        r'(\nclass \w+\(Section\):\n    """.*?"""\n)', lambda found: found[1] + fields, source, flags=re.S
+    )
+    assert count == 1
+    section.write_text(source, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def derived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what is derived from the settings of a copy in which one file has one field more."""
+    """Return what is derived from the settings of a copy in which the sections have fields more."""
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "qlora_cli", copy / "qlora_cli", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copytree(ROOT / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    section = copy / "qlora_cli" / "settings" / "sections" / "training.py"
-    source = section.read_text(encoding="utf-8")
-    assert source.count("class TrainingSettings(Section):") == 1
-    section.write_text(
-        source.replace(
-            "from qlora_cli.settings.marks import",
-            "from qlora_cli.settings.marks import Command  # noqa\nfrom qlora_cli.settings.marks import",
-        ).rstrip("\n")
-        + FIELD,
-        encoding="utf-8",
-    )
+    for section, fields in FIELDS.items():
+        add_fields(copy / "qlora_cli" / "settings" / "sections" / f"{section}.py", fields)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "scripts")])}
     done = subprocess.run(
         [sys.executable, "-c", ASK],
@@ -131,7 +179,21 @@ def test_its_bounds_and_what_it_needs_are_checked(derived: dict[str, Any]) -> No
     assert "Leave it out, or use --schedule linear." in derived["refused"]
 
 
-def test_what_goes_by_memory_and_by_a_run_that_goes_on_knows_it(derived: dict[str, Any]) -> None:
-    assert derived["memory"] is True
+def test_an_answer_is_kept_by_every_value_that_memory_depends_on_and_by_no_other(derived: dict[str, Any]) -> None:
+    sized = [f"{section}.surprise_size" for section in FIELDS]
+    assert derived["memory"] == [*sized, "training.surprise_ratio", "quantization.int8_surprise"]
+
+
+def test_a_setting_of_quantization_goes_with_the_methods_that_its_field_names(derived: dict[str, Any]) -> None:
+    assert sorted(derived["quantization takes"]) == ["chat", "evaluate", "generate", "inspect-memory", "load", "train"]
+    assert "quantization.int8_surprise has no effect with --quant nf4" in derived["without 8 bit"]
+    assert "Leave it out, or use --quant int8." in derived["without 8 bit"]
+    assert derived["in effect"]["int8_surprise"] is True
+    assert "int8_surprise" not in derived["not in effect"]
+    assert derived["flags"] == {"int8-surprise": "on", "quant": "int8"}
+    assert derived["of a run"] == {"int8_surprise": False}
+
+
+def test_a_run_that_goes_on_knows_what_may_change(derived: dict[str, Any]) -> None:
     assert derived["free"] == ["training.surprise_ratio: 0.25 before, 0.5 now"]
     assert derived["same"] == "refused: training.plain_surprise"
