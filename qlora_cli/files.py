@@ -90,7 +90,7 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     for left_over in target.parent.glob(f".{escape(target.name)}.*.saving"):
         writer = left_over.name.split(".")[-2]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):  # it was killed
-            shutil.rmtree(left_over, ignore_errors=True)
+            _delete(left_over)
     saving = target.with_name(f".{target.name}.{os.getpid()}.saving")
     shutil.rmtree(saving, ignore_errors=True)
     made = [parent for parent in saving.parents if not parent.exists()]
@@ -152,12 +152,20 @@ def publish_directory(finished: Path, target: Path) -> None:
     for path in [*finished.rglob("*"), finished]:
         flush(path)
     replaced = finished.with_name(f".{target.name}.old.{os.getpid()}.saving")
-    shutil.rmtree(replaced, ignore_errors=True)  # of an earlier process with our number
-    if target.exists():
+    _delete(replaced)  # of an earlier process with our number
+    if os.path.lexists(target):
         target.rename(replaced)
     finished.rename(target)
     flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _delete(replaced)
+
+
+def _delete(directory: Path) -> None:
+    """Delete a directory, if it is there; of a link to one, the link, which may lead to nothing."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

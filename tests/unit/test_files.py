@@ -47,6 +47,21 @@ def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     assert "is a link to nothing" in str(check_output_directory(tmp_path / "link"))
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_replaced_and_never_what_it_leads_to(tmp_path: Path, is_there: bool) -> None:
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "here" / "adapter"
+    target.parent.mkdir()
+    target.symlink_to(elsewhere)
+    if is_there:
+        elsewhere.mkdir()
+        (elsewhere / "kept").touch()
+    write_directory(target, lambda path: (path / "new").touch())
+    assert not target.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+    assert (elsewhere / "kept").exists() == is_there
+
+
 def test_an_empty_directory_is_filled_where_it_is_and_stays_empty_on_failure(tmp_path: Path) -> None:
     """Another one in its place would not be there for a shell in it, nor on the disk that is mounted there."""
     target = tmp_path / "target"
