@@ -10,7 +10,8 @@ merged/          what `qlora merge` writes unless told otherwise
 """
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,6 +141,17 @@ def only_began(directory: Path, *, takes_over: bool) -> bool:
     """Whether a directory holds no more than what a run makes first; `takes_over`: one that goes on from another."""
     allowed = BEGINNINGS | TAKEN_OVER if takes_over else BEGINNINGS
     return {path.name for path in directory.iterdir()} <= allowed
+
+
+def clear_beginning(directory: Path, made: Sequence[Path]) -> None:
+    """Delete what a run made first that did not come to its first record, and those of the folders `made` for it."""
+    if not only_began(directory, takes_over=True):
+        return
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in made:
+        with suppress(OSError):  # something else is in it by now
+            folder.rmdir()
 
 
 class RunLock:

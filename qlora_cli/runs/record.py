@@ -245,6 +245,18 @@ class RunRecord(Part):
             return ()
         return tuple(dict.fromkeys(place / name for place in self._named_from()))
 
+    def places_resumed(self, entry: Resumption) -> tuple[Path, ...]:
+        """Return where the checkpoint may be that an entry of `resumed` names, the likeliest place first."""
+        if entry.checkpoint is None:
+            return ()
+        here = self._directory.resolve()
+        places = [here / entry.checkpoint]
+        if entry.from_run is not None:
+            places.insert(0, Path(os.path.normpath(here / entry.from_run)))
+        elif self.schema_version == 0 and not entry.checkpoint.is_absolute():  # as it was given
+            places = [*self.places_of(str(entry.checkpoint)), entry.checkpoint.absolute(), *places]
+        return tuple(sorted(places, key=lambda place: not place.exists()))
+
     def _named_from(self) -> Iterator[Path]:
         """Yield the directory that relative names were given in, and where that is as seen from the run."""
         if self.named_from is not None:
@@ -292,13 +304,23 @@ def load_record(directory: Path) -> RunRecord:
     return record
 
 
-def resumption(directory: RunDirectory, time: str, step: int, checkpoint: Path | None) -> Resumption:
+def resumption(directory: RunDirectory, time: str | None, step: int, checkpoint: Path | None) -> Resumption:
     """Return the entry of a run that goes on from a checkpoint, which may be another's; of none if it begins anew."""
     if checkpoint is None:
         return Resumption(time=time, step=step, checkpoint=None)
     own = within(directory, checkpoint)
     from_run = Path(os.path.relpath(checkpoint.resolve(), directory.path.resolve())) if own.is_absolute() else None
     return Resumption(time=time, step=step, checkpoint=own, from_run=from_run)
+
+
+def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumption, ...]:
+    """Return when a run went on before, by its record, as a run in `directory` holds it that goes on with that one."""
+    if record._directory.resolve() == directory.path.resolve():
+        return record.resumed
+    return tuple(
+        resumption(directory, entry.time, entry.step, next(iter(record.places_resumed(entry)), None))
+        for entry in record.resumed
+    )
 
 
 def write_record(directory: RunDirectory, record: RunRecord) -> None:

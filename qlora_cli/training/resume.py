@@ -72,7 +72,7 @@ def output_problem(output: OutputSettings) -> QloraError | None:
             hint="Leave --resume never out to go on with it, choose another --output, or delete the run.",
         )
     asked = _path_of(output)
-    if asked is not None and not _came_from(directory, record, asked) and (wrong := _path_problem(asked, directory)):
+    if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
         return wrong
     if record is not None:
         return _is_busy(directory)
@@ -99,14 +99,12 @@ def _record_in(directory: RunDirectory) -> RunRecord | None:
         raise OutputDirectoryError(str(error), hint=f"{error.hint}, or choose another --output.") from error
 
 
-def _came_from(directory: RunDirectory, record: RunRecord | None, checkpoint: Path) -> bool:
-    """Whether a run is one that went on from `checkpoint` already, so that it is its own checkpoints that count."""
-    entries = () if record is None else record.resumed
-    known = [entry.checkpoint for entry in entries if entry.checkpoint is not None]
-    # Within the run, or as it was given, which may be relative in a record of an older version.
-    places = {place.resolve() for path in known for place in (directory.path / path, path)}
-    moved = {(directory.path.resolve() / entry.from_run).resolve() for entry in entries if entry.from_run is not None}
-    return checkpoint.resolve() in places | moved
+def _came_from(record: RunRecord | None, asked: Path) -> bool:
+    """Whether a run went on from `asked`, a checkpoint or its run, so that its own checkpoints count."""
+    if record is None:
+        return False
+    places = {place.resolve() for entry in record.resumed for place in record.places_resumed(entry)}
+    return asked.resolve() in places | {place.parent.parent for place in places}
 
 
 def _is_busy(directory: RunDirectory) -> QloraError | None:
@@ -148,11 +146,11 @@ def find_resume(output: OutputSettings) -> Resume | None:
     """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
 
     Raises:
-        OutputDirectoryError: there are checkpoints, and none is good; or there is none, and to begin anew would delete
-            the adapter; or a run that is done has lost its weights.
+        OutputDirectoryError: there are checkpoints, and none is good; or there is none, and the run is another's, or
+            to begin anew would delete the adapter; or a run that is done has lost its weights.
     """
     asked, own = _path_of(output), RunDirectory(output.directory)
-    if asked is not None and _came_from(own, _record_in(own), asked):
+    if asked is not None and _came_from(_record_in(own), asked):
         asked = None
     run = own if asked is None else _run_of(asked)
     record = None if run is None else _record_in(run)
@@ -166,10 +164,16 @@ def find_resume(output: OutputSettings) -> Resume | None:
         if reason is None:
             return Resume(run=run, record=record, checkpoint=checkpoint, damaged=tuple(damaged))
         damaged.append(f"{checkpoint}: {reason}")
-    if damaged and not is_complete(run, record):
+    is_own = run.path.resolve() == own.path.resolve()
+    if damaged and not (is_own and is_complete(run, record)):
         raise OutputDirectoryError(
             f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
             hint="Start anew with another --output.",
+        )
+    if not is_own:
+        raise OutputDirectoryError(
+            f"--resume {asked}: the run has no checkpoint to go on from",
+            hint="Leave --resume out to begin anew, or train its adapter on with --model.",
         )
     if record.is_done and not is_complete(run, record):
         raise OutputDirectoryError(

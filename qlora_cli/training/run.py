@@ -18,7 +18,7 @@ from qlora_cli.files import write_directory, write_file
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, step_of
-from qlora_cli.runs.directory import RunDirectory, RunLock
+from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
     RunRecord,
@@ -26,6 +26,7 @@ from qlora_cli.runs.record import (
     new_record,
     read_record,
     resumption,
+    resumptions_in,
     within,
     write_record,
 )
@@ -91,35 +92,28 @@ def _already_done(settings: TrainSettings, result: TrainResult, reporter: Report
 def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
     """Train a prepared run; see `train`."""
     directory = RunDirectory(prepared.plan.output)
+    made = [path for path in (directory.path, *directory.path.absolute().parents) if not path.exists()]
     with RunLock(directory):
-        return _run_locked(prepared, directory, reporter)
+        try:
+            return _run_locked(prepared, directory, reporter)
+        except BaseException:
+            if not directory.is_run:
+                clear_beginning(directory.path, made)
+            raise
 
 
 def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
     _check_unchanged(prepared, directory)
     _take_over(prepared, directory, reporter)
     writer = MetricsWriter(directory)
+    writer.end_cut_line()
     reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    record = _opening_record(prepared, directory, started)
-    write_record(directory, record)
-    if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
-        directory.drop_adapter()
-    directory.create()
-    writer.end_cut_line()
-    evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
-    directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
-    if prepared.train_data.stream is not None:
-        prepared.train_data.stream.skipped_file = directory.skipped_rows_of_stream
     try:
         prepared, result = _train(prepared, directory, reporter, started)
     except BaseException as error:
-        status = "failed" if isinstance(error, Exception) else "interrupted"
         with suppress(OSError):  # the disk may be full, which is what `error` says
-            failed = {"status": status, "error": f"{type(error).__name__}: {error}"}
-            written = read_record(directory.path)
-            write_record(directory, (record if written.problems else written).changed(**failed))
-            write_report(directory.path)
+            _record_failure(directory, error)
         raise
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
@@ -127,6 +121,27 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     write_record(directory, record)
     draw_report(directory.path, reporter)
     return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
+
+
+def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str) -> None:
+    """Write that the run goes on from here, and make its directory one that it can be written to."""
+    write_record(directory, _opening_record(prepared, directory, started))
+    if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
+        directory.drop_adapter()
+    directory.create()
+    evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
+    directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
+    if prepared.train_data.stream is not None:
+        prepared.train_data.stream.skipped_file = directory.skipped_rows_of_stream
+
+
+def _record_failure(directory: RunDirectory, error: BaseException) -> None:
+    """Write how the run ended, if this process came to begin it; else its record is as it was, or there is none."""
+    record = read_record(directory.path)
+    if record.status == "running" and record.pid == os.getpid():
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        write_record(directory, record.changed(status=status, error=f"{type(error).__name__}: {error}"))
+        write_report(directory.path)
 
 
 def _pushed(
@@ -159,6 +174,7 @@ def _train(
     with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
         while True:
             session = Session(prepared, directory, reporter, stop, trackers)
+            _record_beginning(prepared, directory, started)  # only now: TRL may refuse the run
             try:
                 return prepared, session.train()
             except RehearsalError as error:
@@ -182,7 +198,6 @@ def _train(
                 )
             )
             prepared = with_micro_batch(prepared, smaller)
-            write_record(directory, _opening_record(prepared, directory, started))
 
 
 def _smaller(prepared: PreparedRun) -> int | None:
@@ -239,8 +254,7 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
         for moved in store.set_aside(resume.step):
             reporter.report(Noted(level="warning", message=f"the damaged checkpoint is now {moved}"))
         return
-    if resume.checkpoint is None:
-        return
+    assert resume.checkpoint is not None, "refused when it was found"
     directory.create()
     best_step = LoopState.read(resume.checkpoint).progress.best_step
     best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
@@ -259,7 +273,7 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
     settings, loaded, resume = prepared.settings, prepared.loaded, prepared.resume
     evaluation = prepared.eval_data
     earlier = resume.record if resume is not None else RunRecord()
-    resumed = [*earlier.resumed]
+    resumed = [*resumptions_in(directory, earlier)]
     if resume is not None:
         resumed.append(resumption(directory, now, resume.step, resume.checkpoint))
     content = {

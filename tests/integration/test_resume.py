@@ -358,16 +358,52 @@ def test_a_named_checkpoint_goes_on_elsewhere_also_when_that_is_killed(
     checkpoint = str(tmp_path / "run" / "checkpoints" / "step-5")
     settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=checkpoint)
 
-    class Early(Recorder):
-        def report(self, event: object) -> None:
-            if isinstance(event, TrainingResumed):
-                raise Killed
-
     with pytest.raises(Killed):
-        train(settings, Early())  # before the new run has a checkpoint of its own
+        train(settings, KilledEarly())  # before the new run has a checkpoint of its own
     shutil.rmtree(tmp_path / "run")
     assert train(settings, Recorder()).resumed_from_step == 5  # the same command: from what was copied
     assert_same(tmp_path / "other", whole)
+
+
+class KilledEarly(Recorder):
+    """Leaves as a killed process would, before the first step of a run that goes on."""
+
+    def report(self, event: object) -> None:
+        if isinstance(event, TrainingResumed):
+            raise Killed
+
+
+def test_a_run_that_is_named_goes_on_elsewhere_by_the_same_command_and_in_a_third_place(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    run, other, third = (tmp_path / name for name in ("run", "other", "third"))
+    stopped_at(train_settings(base_model, rows, run, **EXACT), 3)
+    stopped_at(train_settings(base_model, rows, run, **EXACT), 5)
+    settings = train_settings(base_model, rows, other, **EXACT, output__resume=str(run))
+    with pytest.raises(Killed):
+        train(settings, KilledEarly())
+    stopped_at(settings, 7)
+    shutil.rmtree(run)
+    onward = train_settings(base_model, rows, third, **EXACT, output__resume=str(other))
+    assert train(onward, Recorder()).resumed_from_step == 7
+    assert_same(third, whole)
+    resumed = json.loads((third / "run.json").read_text(encoding="utf-8"))["resumed"]
+    assert [(entry["step"], entry["checkpoint"], entry["from_run"]) for entry in resumed] == [
+        (3, str(run / "checkpoints" / "step-3"), "../run/checkpoints/step-3"),
+        (5, str(run / "checkpoints" / "step-5"), "../run/checkpoints/step-5"),
+        (5, str(other / "checkpoints" / "step-5"), "../other/checkpoints/step-5"),
+        (7, str(other / "checkpoints" / "step-7"), "../other/checkpoints/step-7"),
+    ]
+
+
+def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(tmp_path / "run"))
+    with pytest.raises(OutputDirectoryError, match="the run has no checkpoint to go on from"):
+        train(settings, Recorder())
 
 
 def test_the_best_checkpoint_comes_along(base_model: Path, rows: Path, tmp_path: Path) -> None:
