@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from qlora_cli.data.sources import check_dataset_name, find_dataset
 from qlora_cli.errors import Problem, QloraError
-from qlora_cli.settings.models import DataSettings, LoadSettings
+from qlora_cli.settings.models import DataSettings, LoadSettings, field_of
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.values import held_out_share
 
@@ -39,7 +39,7 @@ def _splits_without_effect(resolved: Resolved[SettingsT], data: DataSettings) ->
             "data.split",
             trained,
             "Leave it out.",
-            "data.split" in resolved.origins and len(trained) == len(data.dataset),
+            data.split != field_of("data.split").default and len(trained) == len(data.dataset),
         ),
         ("data.eval_split", held_out, shares, is_named and bool(held_out)),
     ]

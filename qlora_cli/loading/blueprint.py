@@ -188,7 +188,7 @@ def effective_quantization(
     else:
         return asked
     for key in sorted(given(asked)):
-        if not effective.takes(key) and not asks_for_nothing(getattr(asked, key)):
+        if not effective.takes(key) and not asks_for_nothing(asked, key):
             raise ModelError(
                 f"quantization.{key} has no effect: {source.name} is stored in {effective.method.value}",
                 hint="Leave it out.",

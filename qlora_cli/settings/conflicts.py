@@ -30,10 +30,15 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
         found += about_lora(lora, validated["quantization"].method)
     for name, section in validated.items():
         found += _by_marks(name, section)
+    asked = {
+        path: entry
+        for path, entry in merged.items()
+        if entry.section in validated and not is_default(validated[entry.section], entry.key)
+    }
     problems = [
-        Problem(where=_where(merged[path], message), message=message, hint=hint)
+        Problem(where=_where(asked[path], message), message=message, hint=hint)
         for path, message, hint in found
-        if path in merged
+        if path in asked
     ]
     return problems + not_from_a_file(merged)
 
@@ -117,7 +122,7 @@ def _by_marks(name: str, section: Section) -> Iterator[Conflict]:
     """Yield path, message and hint of what another setting of its section, by the marks of its field, needs."""
     for key, field in type(section).model_fields.items():
         needed = marks_of(field).effective_with
-        if needed is None or section.takes(key) or asks_for_nothing(getattr(section, key)):
+        if needed is None or section.takes(key) or asks_for_nothing(section, key):
             continue
         path, flag = f"{name}.{key}", marks(f"{name}.{needed.key}").flag
         other = getattr(section, needed.key).value
@@ -125,9 +130,17 @@ def _by_marks(name: str, section: Section) -> Iterator[Conflict]:
         yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
 
 
-def asks_for_nothing(value: object) -> bool:
-    """Whether a value is that of a setting which is off: no harm where there is nothing to be had."""
-    return value is None or value is False or (isinstance(value, StrEnum) and value.value in {"auto", "none", "off"})
+def asks_for_nothing(section: Section, key: str) -> bool:
+    """Whether a setting is off, or as it would be if it were not given: no harm where there is nothing to be had."""
+    value = getattr(section, key)
+    is_off = value is None or value is False or (isinstance(value, StrEnum) and value.value in {"auto", "none", "off"})
+    return is_off or is_default(section, key)
+
+
+def is_default(section: Section, key: str) -> bool:
+    """Whether a setting is as it would be if it were not given."""
+    field = type(section).model_fields[key]
+    return bool(getattr(section, key) == field.get_default(call_default_factory=True))
 
 
 def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:

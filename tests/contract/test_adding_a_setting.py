@@ -42,7 +42,7 @@ OF_QUANTIZATION = """
             is_of_run=True,
             effective_with=OF_INT8,
         ),
-    ] = Field(default=True, description="Surprise in 8 bit.")
+    ] = Field(default=False, description="Surprise in 8 bit.")
 """
 # Of the sections that a prediction goes by.
 FIELDS = {
@@ -99,7 +99,7 @@ def key(path, value):
 sections = ("model", "quantization", "lora", "data", "training")
 asked = {f"{s}.{n}": (1, 2) for s in sections for n in ("surprise_size", "plain_surprise")}
 asked |= {"training.surprise_ratio": (0.25, 0.5), "quantization.int8_surprise": (True, False)}
-in_8_bit = QuantizationSettings.model_validate({"method": "int8"})
+in_8_bit = QuantizationSettings.model_validate({"method": "int8", "int8_surprise": True})
 print(json.dumps({
     "takes": takes("--surprise-ratio"),
     "quantization takes": takes("--int8-surprise"),
@@ -107,7 +107,7 @@ print(json.dumps({
     "in effect": in_8_bit.in_effect(),
     "not in effect": QuantizationSettings().in_effect(),
     "flags": shown_flags(in_8_bit),
-    "of a run": of_run("quantization", {"int8_surprise": False, "plain_surprise": 4}),
+    "of a run": of_run("quantization", {"int8_surprise": True, "plain_surprise": 4}),
     "help": " ".join(run("train", "--help").output.split()),
     "shown": json.loads(shown.stdout)["training.surprise_ratio"],
     "refused": refused.output,
@@ -191,7 +191,7 @@ def test_a_setting_of_quantization_goes_with_the_methods_that_its_field_names(de
     assert derived["in effect"]["int8_surprise"] is True
     assert "int8_surprise" not in derived["not in effect"]
     assert derived["flags"] == {"int8-surprise": "on", "quant": "int8"}
-    assert derived["of a run"] == {"int8_surprise": False}
+    assert derived["of a run"] == {"int8_surprise": True}
 
 
 def test_a_run_that_goes_on_knows_what_may_change(derived: dict[str, Any]) -> None:

@@ -216,7 +216,7 @@ def test_all_that_is_wrong_with_sweeps_is_told() -> None:
         (["base", "--rank", "0"], "--rank: must be greater than or equal to 1"),
         (["base", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["base", "--dataset", "rows.jsonl"], "no such option: --dataset"),
-        (["base", "--quant", "none", "--double-quant"], "no effect with --quant none"),
+        (["base", "--quant", "none", "--set", "quantization.compute_dtype=bf16"], "no effect with --quant none"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_asked(core: Core, arguments: list[str], expected: str) -> None:

@@ -156,14 +156,28 @@ def test_the_error_of_a_checkpoint_that_was_saved_quantized_can_not_be_measured(
     ("arguments", "expected"),
     [
         (["--quant", "nf5", "--dtype", "bf17"], ["--quant: 'nf5'", "--dtype: 'bf17'", "2 problems"]),
-        (["--quant", "none", "--double-quant"], ["--double-quant: quantization.double_quant has no effect"]),
+        (
+            ["--quant", "none", "--set", "quantization.compute_dtype=bf16"],
+            ["--set quantization.compute_dtype: quantization.compute_dtype has no effect"],
+        ),
         (
             ["--set", "quantization.int8_threshold=-1", "--rope-scaling", "yarn"],
             ["--set quantization.int8_threshold: must be greater", "--rope-scaling: expected TYPE:FACTOR"],
         ),
         (
-            ["--quant", "int8", "--double-quant", "--set", "quantization.quant_storage=bf16"],
-            ["--double-quant: quantization.double_quant", "--set quantization.quant_storage: quant", "2 problems"],
+            [
+                "--quant",
+                "int8",
+                "--set",
+                "quantization.compute_dtype=bf16",
+                "--set",
+                "quantization.quant_storage=bf16",
+            ],
+            [
+                "--set quantization.compute_dtype: quantization.compute_dtype",
+                "--set quantization.quant_storage: quant",
+                "2 problems",
+            ],
         ),
         (["--revision", "v1"], ["a revision (v1) has no meaning"]),
         (["--device", "cpu", "--offload-embedding"], ["--offload-embedding has no effect"]),

@@ -192,7 +192,7 @@ def test_answers_that_can_not_be_kept_or_read_are_computed(
         (("./nowhere",), "no such file or directory"),
         (("smollm2-135m", "--max-length", "100000"), "positions"),
         (("smollm2-135m", "--target-modules", "nope"), "matches no linear layer"),
-        (("smollm2-135m", "--quant", "none", "--double-quant"), "no effect"),
+        (("smollm2-135m", "--quant", "none", "--set", "quantization.quant_storage=bf16"), "no effect"),
         (("smollm2-135m", "--gpu", "RTX 9999"), "no GPU"),
         (("smollm2-135m", "--gpu", "T4", "--dtype", "bf16"), "has no bf16"),
         (("smollm2-135m", "--gpu", "auto"), "no NVIDIA GPU"),

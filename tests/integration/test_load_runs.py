@@ -134,8 +134,8 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
     record = json.loads((path / "run.json").read_text())
     record["settings"]["quantization"]["method"] = "int8"
     (path / "run.json").write_text(json.dumps(record))
-    message = refused(path, ModelError, quantization__double_quant=True)
-    assert f"quantization.double_quant has no effect: {path} is stored in int8" in message
+    message = refused(path, ModelError, quantization__compute_dtype="fp32")
+    assert f"quantization.compute_dtype has no effect: {path} is stored in int8" in message
 
 
 def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: Ended, tmp_path: Path) -> None:

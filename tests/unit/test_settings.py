@@ -169,7 +169,7 @@ def test_a_setting_that_can_have_no_effect_is_an_error() -> None:
     unquantized = {
         **REQUIRED,
         "quantization.method": ("--quant", "none"),
-        "quantization.double_quant": ("--double-quant", True),
+        "quantization.compute_dtype": ("--compute-dtype", "bf16"),
     }
     assert "no effect with --quant none" in problems_of(Sources(flags=unquantized))[0]
 
@@ -313,7 +313,7 @@ def test_an_estimate_of_evaluation_needs_no_held_out_data() -> None:
 
 def test_an_estimate_refuses_what_has_no_effect_and_dangers_in_a_file(tmp_path: Path) -> None:
     flags = {**MODEL_ONLY, "quantization.method": ("--quant", "none")}
-    sources = Sources(assignments=["quantization.double_quant=true"], flags=flags)
+    sources = Sources(assignments=["quantization.compute_dtype=bf16"], flags=flags)
     assert "no effect with --quant none" in problems_of(sources, EstimateSettings)[0]
     config = write(tmp_path / "run.yaml", "model: {trust_remote_code: true}\n")
     assert "by a settings file" in problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)[0]

@@ -25,8 +25,8 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
     ("values", "where", "said"),
     [
         ({"schedule": "constant", "warmup_ratio": "0.1"}, "warmup_ratio", "no effect with --schedule constant"),
-        ({"schedule": "cosine", "min_lr_ratio": "0.1"}, "min_lr_ratio", "no effect with --schedule cosine"),
-        ({"schedule": "linear", "decay_ratio": "0.1"}, "decay_ratio", "no effect with --schedule linear"),
+        ({"schedule": "cosine", "min_lr_ratio": "0.2"}, "min_lr_ratio", "no effect with --schedule cosine"),
+        ({"schedule": "linear", "decay_ratio": "0.2"}, "decay_ratio", "no effect with --schedule linear"),
         ({"schedule": "linear", "polynomial_power": "2"}, "polynomial_power", "no effect with --schedule linear"),
         ({"cosine_cycles": "3"}, "cosine_cycles", "no effect with --schedule cosine"),
         ({"schedule": "warmup_stable_decay", "decay_ratio": "0.98"}, "decay_ratio", "more than a run has"),
@@ -85,8 +85,8 @@ def test_what_goes_by_evaluations_needs_them(setting: str, value: str) -> None:
     assert problems({path: value}, EstimateSettings) == []  # reads no data
 
 
-def test_a_repository_that_nothing_is_pushed_to_can_not_be_private() -> None:
-    (problem,) = problems({"output.hub_private": "true"})
+def test_a_repository_that_nothing_is_pushed_to_can_not_be_public() -> None:
+    (problem,) = problems({"output.hub_private": "false"})
     assert problem.message == "output.hub_private has no effect without output.push_to_hub"
     assert problems({"output.hub_private": "false", "output.push_to_hub": "me/adapter"}) == []
 

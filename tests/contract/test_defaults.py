@@ -1,0 +1,130 @@
+"""A setting that is given as it would be anyway asks for nothing, so that nothing is said of it."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.data.preflight import data_problems
+from qlora_cli.errors import SettingsError
+from qlora_cli.settings.choices import Quantization, Schedule
+from qlora_cli.settings.models import (
+    ChatSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    InspectDataSettings,
+    InspectMemorySettings,
+    LoadCommandSettings,
+    MergeCommandSettings,
+    Section,
+    TrainSettings,
+)
+from qlora_cli.settings.resolve import Sources, resolve
+
+KINDS = (
+    LoadCommandSettings,
+    TrainSettings,
+    InspectMemorySettings,
+    InspectDataSettings,
+    MergeCommandSettings,
+    GenerateSettings,
+    ChatSettings,
+    EvaluateSettings,
+)
+NEEDED = {
+    "model.name": "m",
+    "data.dataset": "d.jsonl",
+    "output.directory": "run",
+    "merge.adapters": "run",
+    "generate.prompts": "Hello",
+}
+# Beside these, some settings or others have no effect, or can't be had.
+BESIDE: tuple[dict[str, Any], ...] = (
+    {},
+    *({"quantization.method": method} for method in Quantization),
+    *({"training.schedule": schedule} for schedule in Schedule),
+    {"training.optimizer": "sgd"},
+    {"training.optimizer": "lion_8bit"},
+    {"training.gradient_checkpointing": "offload"},
+    {"training.max_steps": "5", "data.streaming": True},
+    {"data.packing": True},
+    {"data.on_long": "error"},
+    {"lora.target_parameters": "all-experts"},
+    {"merge.verify": False},
+)
+
+
+def refused(kind: type[Section], values: dict[str, Any]) -> list[str]:
+    """Return the settings that are refused of those given, each named in the place of its flag."""
+    flags = {
+        path: (path, value) for path, value in (NEEDED | values).items() if path[: path.find(".")] in sections(kind)
+    }
+    try:
+        resolve(Sources(flags=flags), kind)
+    except SettingsError as error:
+        return [f"{problem.where}: {problem.message}" for problem in error.problems]
+    return []
+
+
+def sections(kind: type[Section]) -> set[str]:
+    return set(kind.model_fields)
+
+
+def defaults(kind: type[Section]) -> dict[str, Any]:
+    """Return every setting of a command that has a default, with it."""
+    return {
+        f"{name}.{key}": field.default
+        for name, section in kind.model_fields.items()
+        for key, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        if not field.is_required()
+    }
+
+
+@pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: ",".join(map(str, beside.values())) or "nothing")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: dict[str, Any]) -> None:
+    given = {path: value for path, value in defaults(kind).items() if path not in {*NEEDED, *beside}}
+    assert refused(kind, beside) == []
+    assert refused(kind, {**given, **beside}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "default", "beside"),
+    [
+        ("output.hub_private", False, True, {}),
+        ("training.sample_tokens", "65", "64", {}),
+        ("training.adam_beta2", "0.95", "0.999", {"training.optimizer": "sgd"}),
+        ("training.warmup_ratio", "0.1", "0.03", {"training.schedule": "constant"}),
+        ("training.min_lr_ratio", "0.2", "0.1", {}),
+        ("training.max_nan_skips", "3", "10", {}),
+        ("quantization.compute_dtype", "bf16", "auto", {"quantization.method": "none"}),
+        ("quantization.int8_threshold", "5", "6.0", {}),
+        ("quantization.quant_storage", "bf16", "UINT8", {"quantization.method": "int8"}),
+    ],
+)
+def test_what_is_idle_is_refused_unless_it_is_the_default(
+    path: str, value: object, default: object, beside: dict[str, Any]
+) -> None:
+    assert refused(TrainSettings, {path: default, **beside}) == []
+    (problem,) = refused(TrainSettings, {path: value, **beside})
+    assert problem.startswith(f"{path}: ")
+
+
+def test_the_default_split_of_a_local_file_asks_for_nothing(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    for split, is_refused in (("train", False), ("validation", True)):
+        values = {**NEEDED, "data.dataset": str(rows), "data.split": split}
+        flags = {
+            path: (path, value) for path, value in values.items() if path.split(".")[0] in sections(TrainSettings)
+        }
+        resolved = resolve(Sources(flags=flags), TrainSettings)
+        assert bool(data_problems(resolved, resolved.settings.data)) is is_refused
+
+
+def test_the_contexts_make_something_idle() -> None:
+    """Without this the property above could be true of nothing."""
+    idle = {"training.warmup_ratio": "0.2", "training.adam_beta2": "0.9", "training.longest_first": True}
+    told = list(itertools.chain.from_iterable(refused(TrainSettings, {**idle, **beside}) for beside in BESIDE))
+    assert {line.split(": ")[0] for line in told} == set(idle)
