@@ -1,11 +1,9 @@
-"""What 4-bit quantization lost of a weight, taken down at a low rank while the weight is read."""
+"""What quantization lost of a weight, taken down at a low rank while the weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Params4bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +27,9 @@ class Losses:
     def __deepcopy__(self, memo: dict[int, object]) -> "Losses":
         return self
 
-    def take(self, name: str, weight: torch.Tensor, stored: Params4bit) -> None:
-        """Take down what `stored` lost of `weight`, `(out, in)`, if it is wanted."""
-        if name in self.ranks:
-            restored = functional.dequantize_4bit(stored.data, stored.quant_state)
-            self.parts[name] = best_of_rank(weight.float() - restored.float(), self.ranks[name])
+    def take(self, name: str, lost: torch.Tensor) -> None:
+        """Take down what was lost of the weight `name`, `(out, in)` in fp32, whose rank is known."""
+        self.parts[name] = best_of_rank(lost, self.ranks[name])
 
 
 def best_of_rank(matrix: torch.Tensor, rank: int) -> LowRank:

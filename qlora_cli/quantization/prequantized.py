@@ -100,7 +100,7 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
         raise _refusal(quant_method, name)
     if len(claims) != 1:
         raise ModelError(
-            f"the quantization_config of {name} must set one of load_in_4bit and load_in_8bit",
+            f"the quantization_config of {name} must set one of {' and '.join(_stored_keys())}",
             hint="Save the quantized model again with save_pretrained(), or give the 16-bit model.",
         )
     ((method, claimed),) = claims
@@ -132,10 +132,14 @@ def _quant_method(found: Mapping[str, Any]) -> str:
     method = found.get("quant_method")
     if isinstance(method, str) and method:
         return method.lower()
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+    if any(found.get(key) for key in _stored_keys()):
         return BITSANDBYTES  # written before the key existed
     # MLX writes no method, only how wide its groups and codes are.
     return "mlx" if {"group_size", "bits"} <= found.keys() else ""
+
+
+def _stored_keys() -> list[str]:
+    return [method.stored_key for method in all_methods() if method.stored_key is not None]
 
 
 def _refusal(method: str, name: str) -> ModelError:

@@ -242,18 +242,20 @@ def test_what_does_not_go_with_it_is_refused(asked: dict[str, Any], case: str, m
     assert message in " ".join(output.split())
 
 
-# A method by its name in settings, in a text or as a word, or by a class that bitsandbytes stores it in.
+# A method by its name in settings, in a text or as a word, by a class that bitsandbytes stores it in, by what
+# transformers calls it, or by its settings.
 NAMED = re.compile(
     r"Quantization\.(NF4|FP4|INT8|NONE)\b|--quant (nf4|fp4|int8)\b|[\"'](nf4|fp4|int8)[\"']"
     r"|\b(Linear4bit|Linear8bitLt|Params4bit|Int8Params|Bnb4bitParametrization)\b"
+    r"|load_in_[48]bit|\bint8_\w+"
 )
 ALLOWED = {
     # What a method is, to settings and texts; the default; and beside it the export format of that name.
     "settings/choices.py": 9 + 2 + 1,
-    # The module whose settings are named after it.
-    "settings/sections/quantization.py": 1,
+    # The module whose settings are named after it, and these settings.
+    "settings/sections/quantization.py": 1 + 3,
     # bitsandbytes itself is checked, by a reference of its own.
-    "doctor/checks_bitsandbytes.py": 5,
+    "doctor/checks_bitsandbytes.py": 8,
     # An export format, which is a preset of that method, and the key of its figures in a merge's record.
     "merging/exports/nf4.py": 1,
     "merging/card.py": 1,
@@ -261,11 +263,11 @@ ALLOWED = {
 
 
 def namings(package: Path) -> dict[str, int]:
-    """Return how often each file outside `quantization/` names a method."""
+    """Return how often each file outside `quantization/methods/` names a method."""
     found = {
         path.relative_to(package).as_posix(): len(NAMED.findall(path.read_text(encoding="utf-8")))
         for path in sorted(package.rglob("*.py"))
-        if not path.is_relative_to(package / "quantization")
+        if not path.is_relative_to(package / "quantization" / "methods")
     }
     return {file: count for file, count in found.items() if count}
 
@@ -275,7 +277,8 @@ def test_no_method_is_named_elsewhere() -> None:
 
 
 def test_a_name_elsewhere_is_found(tmp_path: Path) -> None:
-    (tmp_path / "quantization").mkdir()
-    (tmp_path / "quantization" / "a.py").write_text("Quantization.INT8\n")
-    (tmp_path / "b.py").write_text('if method == Quantization.INT8 or name == "nf4": isinstance(x, Linear4bit)\n')
-    assert namings(tmp_path) == {"b.py": 3}
+    (tmp_path / "quantization" / "methods").mkdir(parents=True)
+    (tmp_path / "quantization" / "methods" / "a.py").write_text("Quantization.INT8\n")
+    (tmp_path / "quantization" / "b.py").write_text("config.load_in_4bit or settings.int8_threshold\n")
+    (tmp_path / "c.py").write_text('if method == Quantization.INT8 or name == "nf4": isinstance(x, Linear4bit)\n')
+    assert namings(tmp_path) == {"c.py": 3, "quantization/b.py": 2}

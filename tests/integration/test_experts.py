@@ -21,7 +21,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.quantization import quantizer
+from qlora_cli.quantization.methods import four_bit_quantizer
 from qlora_cli.units import format_bytes
 from tests.integration.experts import MOE, parametrized, save_moe
 from tests.integration.loading import copy_tokenizer, load, logits, refused
@@ -218,14 +218,14 @@ def test_no_more_than_one_expert_is_held_while_they_are_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watches: list[Watch] = []
-    convert = quantizer._QuantizeExperts.convert
+    convert = four_bit_quantizer._QuantizeExperts.convert
 
     def watching(self: Any, input_dict: dict[str, list[Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         watches.append(watch := Watch())
         watched = {source: [watch.watched(read) for read in readers] for source, readers in input_dict.items()}
         return convert(self, watched, *args, **kwargs)
 
-    monkeypatch.setattr(quantizer._QuantizeExperts, "convert", watching)
+    monkeypatch.setattr(four_bit_quantizer._QuantizeExperts, "convert", watching)
     checkpoint = save_moe(tmp_path, name)
     loaded = load(checkpoint)
     assert len(watches) == len(loaded.layout.experts)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from qlora_cli.cli.app import app
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.quantization import quantizer
+from qlora_cli.quantization.methods import four_bit_quantizer
 from tests.conftest import Recorder
 from tests.integration.loading import DAMAGED_PICKLES, layers_of, load, logits, refused, save_model
 from tests.tiny_models import tiny_config
@@ -328,7 +328,7 @@ def test_a_fault_while_quantizing_is_not_blamed_on_the_weights(
     def fail(*_: object, **__: object) -> None:
         raise kind("CUDA error")
 
-    monkeypatch.setattr(quantizer, "quantize", fail)
+    monkeypatch.setattr(four_bit_quantizer, "quantize", fail)
     with pytest.raises(error) as caught:
         load(base_model)
     assert not isinstance(caught.value, ModelError)

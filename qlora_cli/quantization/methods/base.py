@@ -104,6 +104,7 @@ class Method(ABC):
     Attributes:
         loader: What transformers knows its quantizer by; None if it needs none.
         kept_key: The key of its config that holds the names of what is not quantized.
+        stored_key: The key of bitsandbytes' config that says that a checkpoint is stored so; None for any other.
         stores_experts: Whether the fused experts of a layer can be stored so.
         layer_types: The layers that multiply with its weights, in place of linear ones.
         parametrization_types: What restores its weights elsewhere, whenever they are read.
@@ -112,6 +113,7 @@ class Method(ABC):
 
     loader: str | None = None
     kept_key: str = "modules_to_not_convert"
+    stored_key: str | None = None
     stores_experts: bool = False
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()

@@ -1,4 +1,7 @@
-"""What the methods of bitsandbytes have in common: their layers on the meta device."""
+"""What the methods of bitsandbytes have in common: their config, and their layers on the meta device."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +12,11 @@ from qlora_cli.quantization.kept import linear_layers
 
 BITSANDBYTES = "bitsandbytes"  # the quant_method of a checkpoint
 KEPT = "llm_int8_skip_modules"  # the modules that stay in 16 bit, in 4 bit too
+
+
+def is_stored_by(key: str, quant_method: str, config: Mapping[str, Any]) -> bool:
+    """Whether the `quantization_config` of a checkpoint is of bitsandbytes, and sets the key of a method."""
+    return quant_method == BITSANDBYTES and bool(config.get(key))
 
 
 def replace_layers(model: PreTrainedModel, kept: list[str], config: BitsAndBytesConfig) -> list[nn.Module]:

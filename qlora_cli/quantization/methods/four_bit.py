@@ -1,6 +1,7 @@
 """NF4 and FP4 (QLoRA, arXiv 2305.14314, section 3): two codes a byte, and a constant for each block of weights.
 
-How they are quantized is in `blocks`, while a model is loaded in `quantizer`, as training saw them in `round_trip`.
+How they are quantized is in `blocks`, while a model is loaded in `four_bit_quantizer`, and as training saw them in
+`round_trip`.
 """
 
 import re
@@ -35,9 +36,8 @@ from qlora_cli.quantization.methods.base import (
     Saving,
     StoredWeight,
 )
-from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, KEPT, replace_layers
-from qlora_cli.quantization.quantizer import METHOD as LOADER
-from qlora_cli.quantization.quantizer import QloraConfig, QloraQuantizer
+from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
+from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
 from qlora_cli.quantization.round_trip import Quantized, quantized
 from qlora_cli.settings.choices import Quantization, Storage
 from qlora_cli.settings.models import QuantizationSettings
@@ -48,6 +48,7 @@ STORAGE_DTYPES = {
     Storage.FP16: torch.float16,
     Storage.FP32: torch.float32,
 }
+STORED = "load_in_4bit"  # in the config of a checkpoint
 CODE_BYTES = 16 * 4  # the 16 levels, one table a weight
 NESTED_CODE_BYTES = 256 * 4  # the levels of the constants, likewise
 OFFSET_BYTES = FLOAT_BYTES = 4
@@ -74,6 +75,7 @@ class FourBitMethod(Method):
 
     loader = LOADER
     kept_key = KEPT
+    stored_key = STORED
     stores_experts = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
@@ -178,8 +180,8 @@ class FourBitMethod(Method):
     def claim(self, quant_method: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return `config` if it says that weights are in 4 bit; with quantized experts it has a method of its own."""
         if quant_method == LOADER:  # it is left out of the file, as transformers would take it for its own
-            return {**config, "load_in_4bit": True}
-        return config if quant_method == BITSANDBYTES and config.get("load_in_4bit") else None
+            return {**config, STORED: True}
+        return config if is_stored_by(STORED, quant_method, config) else None
 
     def stored_settings(self, config: Mapping[str, Any], name: str) -> dict[str, object]:
         """Return the kind of codes, their storage, and whether their constants are quantized too.

@@ -35,11 +35,12 @@ from qlora_cli.quantization.methods.base import (
     StoredWeight,
     nothing_quantized,
 )
-from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES, KEPT, replace_layers
+from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
 from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 
 LOADER = "qlora_int8"
+STORED = "load_in_8bit"  # in the config of a checkpoint
 SCALES = "SCB"  # as bitsandbytes names them
 OUTLIER_SHARE = 0.001  # of the features of a layer, those that are multiplied in 16 bit (section 3.2)
 IN_EVERY_PRODUCT = "quantized in every product (int8_has_fp16_weight)"
@@ -156,6 +157,7 @@ class Int8(Method):
 
     loader = LOADER
     kept_key = KEPT
+    stored_key = STORED
     layer_types = (Linear8bitLt,)
     operators = MappingProxyType(
         {
@@ -244,7 +246,7 @@ class Int8(Method):
 
     def claim(self, quant_method: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return `config` if it says that weights are in 8 bit."""
-        return config if quant_method == BITSANDBYTES and config.get("load_in_8bit") else None
+        return config if is_stored_by(STORED, quant_method, config) else None
 
     def stored_settings(self, config: Mapping[str, Any], name: str) -> dict[str, object]:
         """Return what is baked into the weights; not whether 16-bit ones are kept: the checkpoint holds none."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import nn
@@ -23,11 +24,11 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
 from qlora_cli.quantization.lost_weights import Losses
 
-METHOD = "qlora"
+LOADER = "qlora"
 Errors = dict[str, float]
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(LOADER)
 class QloraConfig(BitsAndBytesConfig):
     """`BitsAndBytesConfig` for `QloraQuantizer`; `quantized_parameters` are fused experts, by full name.
 
@@ -45,7 +46,7 @@ class QloraConfig(BitsAndBytesConfig):
         kwargs.pop("quant_method", None)
         kwargs["load_in_4bit"] = True
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self.quant_method = METHOD  # type: ignore[assignment] # their enumeration is of their own methods
+        self.quant_method = LOADER  # type: ignore[assignment] # their enumeration is of their own methods
         self.quantized_parameters = quantized_parameters or []
         # Relative RMS errors by full name, filled while loading. `from_pretrained` copies what it is given:
         # read them from the quantizer of the model.
@@ -77,7 +78,7 @@ class QloraConfig(BitsAndBytesConfig):
         return BitsAndBytesConfig(load_in_4bit=True, **content)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(LOADER)
 class QloraQuantizer(Bnb4BitHfQuantizer):
     """Quantizes linear layers and fused experts while they are read, or reads them quantized."""
 
@@ -110,7 +111,7 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(
         self,
         weight_conversions: list[WeightConverter],
-        model: PreTrainedModel | None = None,  # noqa: ARG002 - transformers passes it from 5.18 on
+        model: PreTrainedModel | None = None,  # transformers passes it from 5.18 on
     ) -> list[WeightConverter]:
         """Let converters that stack experts hand them over one at a time."""
         return [self._streamed(conversion) for conversion in weight_conversions] + self.get_weight_conversions()
@@ -171,8 +172,8 @@ class _Quantize(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str],  # noqa: ARG002 - the signature is that of transformers
-        target_patterns: list[str],  # noqa: ARG002
+        source_patterns: list[str],
+        target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return `input_dict` with its weights quantized."""
@@ -187,8 +188,10 @@ class _Quantize(ConversionOps):
             weight = weight.T.contiguous()  # stored as (in, out)
         _check_shape(weight.shape, getattr(module, leaf).shape)
         stored = _quantized(self._config, name, [weight], weight.shape, module)
-        if self._config.losses is not None:
-            self._config.losses.take(name, weight, stored)
+        losses = self._config.losses
+        if losses is not None and name in losses.ranks:
+            restored = functional.dequantize_4bit(stored.data, stored.quant_state)
+            losses.take(name, weight.float() - restored.float())
         return stored
 
 
@@ -258,8 +261,8 @@ class _Deserialize(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str],  # noqa: ARG002 - the signature is that of transformers
-        target_patterns: list[str],  # noqa: ARG002
+        source_patterns: list[str],
+        target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the one quantized weight, or what is not quantized as it is."""
