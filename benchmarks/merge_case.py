@@ -18,14 +18,14 @@ def merge_with_qlora(adapter: Path, output: Path, base: str) -> dict[str, Any]:
     from qlora_cli.events import SilentReporter
     from qlora_cli.merging.run import merge
     from qlora_cli.settings.choices import BaseWeights
-    from qlora_cli.settings.models import MergeSettings
+    from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
-    request = MergeSettings(
-        adapters=(str(adapter),), weights=(1.0,), output=output, base=BaseWeights(base), verify=False
+    settings = MergeCommandSettings(
+        merge=MergeSettings(adapters=(str(adapter),), output=output, base=BaseWeights(base), verify=False)
     )
     watcher, start = AnonymousPeak(), time.monotonic()
     with watcher.watching():
-        result = merge(request, SilentReporter())
+        result = merge(settings, SilentReporter())
         seconds = time.monotonic() - start
     return {**_figures(watcher, seconds), "num_merged_tensors": result.num_merged_tensors}
 

@@ -8,8 +8,16 @@ from typing import Any
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
+from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings
+
+
+def merge_settings(*adapters: str | Path, **values: Any) -> MergeCommandSettings:
+    """Return the settings of a merge of these adapters; `values` are settings of the base or of the merge itself."""
+    merge = {key: value for key, value in values.items() if key in MergeSettings.model_fields}
+    model = {key: value for key, value in values.items() if key not in merge}
+    return MergeCommandSettings.model_validate({"model": model, "merge": {"adapters": [*map(str, adapters)], **merge}})
 
 
 def qlora_merge(*arguments: str | Path) -> Result:

@@ -19,7 +19,7 @@ def merge(
 ) -> None:
     """Merge adapters into their base, tensor by tensor on the CPU, and prove that the result is what was trained."""
     resolved = options.resolve_settings(context, MergeCommandSettings)
-    request = resolved.settings.merge
+    request = resolved.settings
     check_merge(request, resolved.where_of)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the input is right

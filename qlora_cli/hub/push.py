@@ -12,8 +12,9 @@ from typing import Any
 from qlora_cli.errors import Problem, PushError, QloraError, SettingsError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.transfer import http_error_type
-from qlora_cli.settings.models import OutputSettings, TrainSettings
+from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.sections.pushing import Pushed
 
 SETTING = "output.push_to_hub"
 LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."
@@ -22,7 +23,7 @@ PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"
 WRITES, CAN_WRITE = "repo.write", {"admin", "write", "contributor"}  # a permission of tokens, roles in organizations
 
 
-def push_problem(output: OutputSettings, folder: Path = Path("RUN/adapter")) -> QloraError | None:
+def push_problem(output: Pushed, folder: Path = Path("RUN/adapter")) -> QloraError | None:
     """Return why `folder` can't be pushed, as far as that is known without asking the hub."""
     if output.push_to_hub is None:
         return None
@@ -58,7 +59,7 @@ def check_push(resolved: Resolved[TrainSettings], reporter: Reporter) -> None:
         raise SettingsError([Problem(where=where, message=found.message, hint=found.hint)])
 
 
-def push_refusal(output: OutputSettings, reporter: Reporter) -> QloraError | None:
+def push_refusal(output: Pushed, reporter: Reporter) -> QloraError | None:
     """Return why the token may not write to the repository of the settings, if the hub says that it may not.
 
     A hub that can't be asked now may be there at the end: that is a warning.
@@ -80,7 +81,7 @@ def push_refusal(output: OutputSettings, reporter: Reporter) -> QloraError | Non
     return None
 
 
-def _warn(reporter: Reporter, reason: str, output: OutputSettings) -> None:
+def _warn(reporter: Reporter, reason: str, output: Pushed) -> None:
     message = f"the hub did not say whether {output.push_to_hub} can be pushed to ({reason}); it is tried at the end"
     reporter.report(Noted(level="warning", message=message))
 
@@ -120,7 +121,7 @@ def _is_granted(fine: Mapping[str, Any], owner: str, repository: str) -> bool:
     )
 
 
-def push_adapter(output: OutputSettings, adapter: Path, reporter: Reporter) -> str:
+def push_adapter(output: Pushed, adapter: Path, reporter: Reporter) -> str:
     """Push what is in `adapter` to the repository of the settings; return its address. It is made if need be.
 
     Raises:
@@ -129,7 +130,7 @@ def push_adapter(output: OutputSettings, adapter: Path, reporter: Reporter) -> s
     return push_folder(output, adapter, PUSHED, "the run is done, but its adapter", reporter)
 
 
-def push_folder(output: OutputSettings, folder: Path, patterns: Sequence[str], what: str, reporter: Reporter) -> str:
+def push_folder(output: Pushed, folder: Path, patterns: Sequence[str], what: str, reporter: Reporter) -> str:
     """Push the files in `folder` that match; `what` it is opens the sentence that says that it was not pushed.
 
     Raises:
@@ -159,7 +160,7 @@ def push_folder(output: OutputSettings, folder: Path, patterns: Sequence[str], w
     return str(address)
 
 
-def push_command(output: OutputSettings, adapter: Path) -> str:
+def push_command(output: Pushed, adapter: Path) -> str:
     """Return the command that pushes `adapter` by hand."""
     private = " --private" if output.hub_private else ""
     return f"hf upload {output.push_to_hub} {shlex.quote(str(adapter))}{private}"

@@ -59,7 +59,7 @@ def _name_class(base: Path, target: Path) -> None:
 
 
 def _take(inputs: Inputs, target: Path) -> None:
-    patterns = (*TAKEN, CODE) if inputs.request.trust_remote_code else TAKEN
+    patterns = (*TAKEN, CODE) if inputs.request.model.trust_remote_code else TAKEN
     for path in sorted(inputs.source.path.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
             shutil.copyfile(path, target / path.name)
@@ -123,8 +123,8 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _dtype(inputs: Inputs) -> torch.dtype | None:
     """Return what the model is written in, if it is another dtype than the base's."""
-    if inputs.request.dtype != MergeDtype.KEEP:
-        return WRITTEN_IN[inputs.request.dtype]
+    if inputs.request.merge.dtype != MergeDtype.KEEP:
+        return WRITTEN_IN[inputs.request.merge.dtype]
     return inputs.base.layout.dtype if inputs.base.packed else None
 
 
@@ -145,7 +145,7 @@ def check_tokenizer(inputs: Inputs, target: Path) -> None:
         MergeError: it is not.
     """
     trained = inputs.tokenizer.tokenizer
-    written = AutoTokenizer.from_pretrained(target, trust_remote_code=inputs.request.trust_remote_code)
+    written = AutoTokenizer.from_pretrained(target, trust_remote_code=inputs.request.model.trust_remote_code)
     same = written.get_vocab() == trained.get_vocab() and written.chat_template == trained.chat_template
     if not same or any(written(text)["input_ids"] != trained(text)["input_ids"] for text in PROMPTS):
         raise MergeError(

@@ -18,7 +18,7 @@ def settled_base(inputs: Inputs) -> BaseChoice | None:
     Raises:
         ModelError: the base asked for is not there.
     """
-    asked = inputs.request.base
+    asked = inputs.request.merge.base
     if inputs.base.packed:
         if asked == BaseWeights.ORIGINAL:
             raise ModelError(

@@ -16,7 +16,7 @@ from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.result import Divergence
 from qlora_cli.settings.choices import ExportFormat
-from qlora_cli.settings.models import MergeSettings
+from qlora_cli.settings.models import MergeCommandSettings
 
 MODEL = "model"  # the 16-bit model, where it is part of none of the formats that were asked for
 
@@ -29,14 +29,14 @@ class Formats:
     by_name: Mapping[ExportFormat, Format]
 
     @classmethod
-    def of(cls, request: MergeSettings) -> "Formats":
+    def of(cls, request: MergeCommandSettings) -> "Formats":
         """Return the formats that were asked for.
 
         Raises:
             MissingDependencyError: what converts to one of them is not here.
         """
-        made = {name: kind(request) for name, kind in FORMATS.items() if name in request.formats}
-        return cls(asked=request.formats, by_name=made)
+        made = {name: kind(request) for name, kind in FORMATS.items() if name in request.merge.formats}
+        return cls(asked=request.merge.formats, by_name=made)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check that the model can be written in them, and note what will be different.

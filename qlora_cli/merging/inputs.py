@@ -36,7 +36,7 @@ from qlora_cli.quantization.layout import build_on_meta, plan_layout
 from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
-from qlora_cli.settings.models import UNQUANTIZED, MergeSettings, ModelSettings, QuantizationSettings
+from qlora_cli.settings.models import UNQUANTIZED, MergeCommandSettings, ModelSettings, QuantizationSettings
 from qlora_cli.settings.settle import of_run
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
@@ -56,7 +56,7 @@ class Inputs:
         changes: What all adapters together do, by the name of the parameter.
     """
 
-    request: MergeSettings
+    request: MergeCommandSettings
     source: ModelSource
     sources: tuple[ModelSource, ...]
     config: ModelConfig
@@ -74,7 +74,7 @@ class Inputs:
         return bool(self.base.quantized)
 
 
-def read_inputs(request: MergeSettings, reporter: Reporter) -> Inputs:
+def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     """Find base and adapters, and read all but the weights.
 
     Raises:
@@ -82,24 +82,26 @@ def read_inputs(request: MergeSettings, reporter: Reporter) -> Inputs:
         ModelError: they can't be read, or do not belong together.
     """
     transformers_logging.disable_progress_bar()
-    reporter.report(PhaseStarted(title=f"Finding {request.adapters[0]} and its base"))
+    reporter.report(PhaseStarted(title=f"Finding {request.merge.adapters[0]} and its base"))
     sources = _find_all(request, reporter)
     source = sources[0]
     _check_trained_alike(sources)
     record = source.record
     settings = effective_model(_model_settings(request, source.name), source)
-    config = read_config(source, trust_remote_code=request.trust_remote_code)
+    config = read_config(source, trust_remote_code=request.model.trust_remote_code)
     before = config.config.to_dict()
     apply_rope_scaling(config.config, settings.rope_scaling)
     tokenizer = load_tokenizer(source, settings)
     fetch_weights(source, reporter)
-    checkpoint = read_checkpoint(source.path, allow_pickle=request.allow_pickle)
+    checkpoint = read_checkpoint(source.path, allow_pickle=request.model.allow_pickle)
     for file in checkpoint.files if checkpoint.is_pickle else ():
         check_pickle(file)
     for one in sources:
         _check_digest(one, request, reporter)
     opened = [
-        open_adapter(one.adapter, allow_pickle=request.allow_pickle) for one in sources if one.adapter is not None
+        open_adapter(one.adapter, allow_pickle=request.model.allow_pickle)
+        for one in sources
+        if one.adapter is not None
     ]
     base = read_base(source, config, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
@@ -124,7 +126,7 @@ def read_inputs(request: MergeSettings, reporter: Reporter) -> Inputs:
         is_recorded=record is not None or base.layout.prequantized is not None,
         base=base,
         adapters=adapters,
-        changes=_together(adapters, request.weights),
+        changes=_together(adapters, request.merge.weights),
     )
 
 
@@ -136,19 +138,20 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
         yield "the layers that predict tokens further ahead are copied as they are: no adapter was trained on them"
 
 
-def _model_settings(request: MergeSettings, name: str) -> ModelSettings:
+def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
     return ModelSettings(
         name=name,
-        revision=request.revision if name == request.adapters[0] else None,
-        base_model=request.base_model,
-        allow_pickle=request.allow_pickle,
-        trust_remote_code=request.trust_remote_code,
+        revision=request.merge.revision if name == request.merge.adapters[0] else None,
+        base_model=request.model.base_model,
+        allow_pickle=request.model.allow_pickle,
+        trust_remote_code=request.model.trust_remote_code,
     )
 
 
-def _find_all(request: MergeSettings, reporter: Reporter) -> list[ModelSource]:
-    sources = [find_model(_model_settings(request, name), reporter) for name in request.adapters]
-    for name, source in zip(request.adapters, sources, strict=True):
+def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSource]:
+    sources = [find_model(_model_settings(request, name), reporter) for name in request.merge.adapters]
+    first = request.merge.adapters[0]
+    for name, source in zip(request.merge.adapters, sources, strict=True):
         if source.adapter is None:
             raise ModelError(
                 f"{name} is a model, not an adapter: there is nothing to merge into it",
@@ -156,7 +159,7 @@ def _find_all(request: MergeSettings, reporter: Reporter) -> list[ModelSource]:
             )
         if source.path.resolve() != sources[0].path.resolve():
             raise ModelError(
-                f"{name} belongs to the base {source.base_name}, and {request.adapters[0]} to {sources[0].base_name}",
+                f"{name} belongs to the base {source.base_name}, and {first} to {sources[0].base_name}",
                 hint="Adapters of one base can be merged together; name it with --base-model if they are the same.",
             )
     return sources
@@ -179,13 +182,13 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
             )
 
 
-def _check_digest(source: ModelSource, request: MergeSettings, reporter: Reporter) -> None:
+def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: Reporter) -> None:
     """Check that the base is the one that the run was trained on, by samples of its bytes."""
     recorded = None if source.record is None else source.record.base_model_digest
     if recorded is None or recorded == base_digest(source.path):
         return
     message = f"{source.path} is not the base that {source.name} was trained on: its weights are others"
-    if request.base_model is None:
+    if request.model.base_model is None:
         raise ModelError(
             message, hint="Put back the base as it was, or name the right one with --base-model, at your own risk."
         )
@@ -198,7 +201,7 @@ def read_base(
     checkpoint: Checkpoint,
     tokenizer: LoadedTokenizer,
     record: RunRecord | None,
-    request: MergeSettings,
+    request: MergeCommandSettings,
     adapters: Sequence[StoredAdapter] = (),
 ) -> BaseModel:
     """Return the base on the meta device, with what is known of how training, or its file, has stored it.
@@ -212,7 +215,7 @@ def read_base(
     if prequantized is not None:
         prequantized = prequantized.renamed(config.renamed)
     dtype = _trained_in(config.config, record)
-    trust = request.trust_remote_code
+    trust = request.model.trust_remote_code
     model = build_on_meta(config.config, dtype, trust_remote_code=trust)
     settings = effective_quantization(QuantizationSettings(), source, prequantized)
     device = torch.device("cpu" if _trained_on_cpu(record) else "cuda")
@@ -290,8 +293,8 @@ def _reader(base: BaseModel) -> Read:
     return lambda name: original.parameters(groups[stored[name]])[stored[name]]
 
 
-def _on_meta(config: ModelConfig, base: BaseModel, request: MergeSettings) -> PreTrainedModel:
-    return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.trust_remote_code)
+def _on_meta(config: ModelConfig, base: BaseModel, request: MergeCommandSettings) -> PreTrainedModel:
+    return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.model.trust_remote_code)
 
 
 def _together(adapters: Sequence[AdapterChanges], weights: Sequence[float]) -> Changes:

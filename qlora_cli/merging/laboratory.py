@@ -57,7 +57,7 @@ class Laboratory:
             OutOfMemoryError: not even one layer fits on the device.
         """
         self._inputs, self._reporter = inputs, reporter
-        self.device = choose_device(inputs.request.device)
+        self.device = choose_device(inputs.request.model.device)
         check_fit(inputs.base.model, COMPUTE_DTYPE, free_bytes(self.device))
         vocabulary = embedding_of(inputs.base.model).num_embeddings
         self.texts: Texts = read_texts(inputs.tokenizer, inputs.record, vocabulary, reporter)
@@ -89,9 +89,9 @@ class Laboratory:
         read = base_reader(inputs.base, base)
         adapters = [
             Beside(adapter=adapter, weight=weight)
-            for adapter, weight in zip(inputs.adapters, inputs.request.weights, strict=True)
+            for adapter, weight in zip(inputs.adapters, inputs.request.merge.weights, strict=True)
         ]
-        watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.verify else None
+        watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.merge.verify else None
         logits = self._logits(inputs.config.config, read, adapters, watch)
         self._checks[kind] = None if watch is None else watch.check()
         return logits
@@ -129,7 +129,7 @@ class Laboratory:
         return self._planned[key]
 
     def _run_planned(self, plan: MergePlan) -> torch.Tensor:
-        written = "as it is written" if plan.dtype == self._inputs.request.dtype else f"in {plan.dtype.value}"
+        written = "as it is written" if plan.dtype == self._inputs.request.merge.dtype else f"in {plan.dtype.value}"
         self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {written}"))
         inputs = self._inputs
         config = deepcopy(inputs.config.config)
@@ -160,10 +160,12 @@ class Laboratory:
 
     def _file_reader(self, directory: Path) -> tuple[Read, PreTrainedConfig]:
         self._reporter.report(PhaseStarted(title="Running the merged model from its files"))
-        config = read_config(_source(directory), trust_remote_code=self._inputs.request.trust_remote_code)
+        config = read_config(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
         checkpoint = read_checkpoint(directory, allow_pickle=False)
         tensors = StoredTensors(directory, checkpoint)
-        model = build_on_meta(config.config, COMPUTE_DTYPE, trust_remote_code=self._inputs.request.trust_remote_code)
+        model = build_on_meta(
+            config.config, COMPUTE_DTYPE, trust_remote_code=self._inputs.request.model.trust_remote_code
+        )
         groups = read_conversions(model, list(tensors.headers), config.key_mapping).groups
         by_name = parameter_groups(groups)
 
@@ -177,7 +179,7 @@ class Laboratory:
         """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
         self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
         source = _source(directory)
-        config = read_config(source, trust_remote_code=self._inputs.request.trust_remote_code)
+        config = read_config(source, trust_remote_code=self._inputs.request.model.trust_remote_code)
         checkpoint = read_checkpoint(directory, allow_pickle=False)
         base = read_base(source, config, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
         return self._logits(config.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
@@ -200,7 +202,7 @@ class Laboratory:
             dtype=COMPUTE_DTYPE,
             adapters=adapters,
             watch=watch,
-            trust_remote_code=self._inputs.request.trust_remote_code,
+            trust_remote_code=self._inputs.request.model.trust_remote_code,
         )
         try:
             return self._run(model)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from qlora_cli.model_files.source import looks_local
 from qlora_cli.runs.directory import MERGED, RunDirectory
-from qlora_cli.settings.models import MergeSettings, OutputSettings
+from qlora_cli.settings.models import MergeCommandSettings
 
 
-def output_of(request: MergeSettings) -> Path:
+def output_of(request: MergeCommandSettings) -> Path:
     """Return where the result goes: of a run into its directory, of an adapter into the working directory."""
-    if request.output is not None:
-        return request.output
-    name = request.adapters[0]
+    if request.merge.output is not None:
+        return request.merge.output
+    name = request.merge.adapters[0]
     if looks_local(name):
         path = Path(name).expanduser()
         return RunDirectory(path).merged if RunDirectory(path).is_run else Path(f"{path.resolve().name}-merged")
@@ -22,10 +22,3 @@ def name_of(output: Path) -> str:
     """Return what a result in `output` is called, in its card and as a file: of `merged` in a run, as the run is."""
     path = output.expanduser().resolve()
     return f"{path.parent.name}-{path.name}" if path.name == MERGED else path.name
-
-
-def pushed_to(request: MergeSettings) -> OutputSettings:
-    """Return where the result is pushed to, if it is, as the settings of a run have it."""
-    return OutputSettings(
-        directory=output_of(request), push_to_hub=request.push_to_hub, hub_private=request.hub_private
-    )

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
-from qlora_cli.merging.places import output_of, pushed_to
+from qlora_cli.merging.places import output_of
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import ExportFormat, GgufType
-from qlora_cli.settings.models import MergeSettings, ModelSettings, field_of
+from qlora_cli.settings.models import MergeCommandSettings, ModelSettings, field_of
 from qlora_cli.settings.shown import shown_name
 from qlora_cli.units import counted
 
@@ -22,7 +22,7 @@ def flag_of(path: str) -> str:
     return shown_name(field_of(path))
 
 
-def check_merge(request: MergeSettings, where: Where = flag_of) -> None:
+def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
     """Check what was asked for, all at once; `where` says where a setting was given.
 
     Raises:
@@ -31,8 +31,8 @@ def check_merge(request: MergeSettings, where: Where = flag_of) -> None:
     """
     if problems := list(_problems(request, where)):
         raise SettingsError(problems)
-    if ExportFormat.GGUF in request.formats:
-        find_converter(request.llama_cpp)
+    if ExportFormat.GGUF in request.merge.formats:
+        find_converter(request.merge.llama_cpp)
 
 
 def refused_push(wrong: QloraError) -> SettingsError:
@@ -44,52 +44,52 @@ def _problem(where: str, error: QloraError) -> Problem:
     return Problem(where=where, message=error.message, hint=error.hint)
 
 
-def _problems(request: MergeSettings, where: Where) -> Iterator[Problem]:
-    unusable = [wrong for name in request.adapters if (wrong := _check_name(name, request))]
+def _problems(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
+    unusable = [wrong for name in request.merge.adapters if (wrong := _check_name(name, request))]
     for wrong in unusable:
         yield _problem(where("merge.adapters"), wrong)
-    given, needed = len(request.weights), len(request.adapters)
+    given, needed = len(request.merge.weights), len(request.merge.adapters)
     if given != needed:
         yield Problem(
             where=where("merge.weights"),
             message=f"is given {counted(given, 'time')} for {counted(needed, 'adapter')}",
             hint="Give one for each, in their order, or none.",
         )
-    for weight in request.weights:
+    for weight in request.merge.weights:
         if not math.isfinite(weight) or weight == 0:
             message = f"must be a number other than 0, got {weight:g}"
             yield Problem(where=where("merge.weights"), message=message, hint="Such as 0.5.")
     yield from _about_what_has_no_effect(request, where)
-    if request.output is None and len(request.adapters) > 1:
+    if request.merge.output is None and len(request.merge.adapters) > 1:
         yield Problem(
             where=where("merge.output"),
             message="is missing: what several adapters come to has no place of its own",
             hint="Name a directory with --output.",
         )
-    elif request.output is not None or not unusable:
+    elif request.merge.output is not None or not unusable:
         yield from _about_places(request, where)
 
 
-def _check_name(name: str, request: MergeSettings) -> QloraError | None:
-    return check_model_name(ModelSettings(name=name, allow_pickle=request.allow_pickle))
+def _check_name(name: str, request: MergeCommandSettings) -> QloraError | None:
+    return check_model_name(ModelSettings(name=name, allow_pickle=request.model.allow_pickle))
 
 
-def _about_places(request: MergeSettings, where: Where) -> Iterator[Problem]:
+def _about_places(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
     if wrong := check_free_directory(output_of(request)):
         yield _problem(where("merge.output"), wrong)
-    if wrong := push_problem(pushed_to(request), output_of(request)):
+    if wrong := push_problem(request.merge, output_of(request)):
         yield _problem(where("merge.push_to_hub"), wrong)
 
 
-def _about_what_has_no_effect(request: MergeSettings, where: Where) -> Iterator[Problem]:
-    if ExportFormat.GGUF not in request.formats:
+def _about_what_has_no_effect(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
+    if ExportFormat.GGUF not in request.merge.formats:
         for path, is_given in (
-            ("merge.llama_cpp", request.llama_cpp is not None),
-            ("merge.gguf_type", request.gguf_type != GgufType.AUTO),
+            ("merge.llama_cpp", request.merge.llama_cpp is not None),
+            ("merge.gguf_type", request.merge.gguf_type != GgufType.AUTO),
         ):
             if is_given:
                 hint = "Leave it out, or give --format gguf."
                 yield Problem(where=where(path), message="has no effect without --format gguf", hint=hint)
-    if not request.verify and request.max_divergence is not None:
+    if not request.merge.verify and request.merge.max_divergence is not None:
         message = "has no effect with --no-verify"
         yield Problem(where=where("merge.max_divergence"), message=message, hint="Leave one of them out.")

@@ -17,7 +17,7 @@ def report_of(inputs: Inputs, plan: MergePlan, output: Path, disk_bytes: int, ba
         commit=inputs.source.commit,
         adapters=applied_adapters(inputs),
         base=base.value,
-        formats=tuple(one.value for one in inputs.request.formats),
+        formats=tuple(one.value for one in inputs.request.merge.formats),
         num_tensors=len(plan.tensors),
         num_merged_tensors=plan.num_merged,
         base_bytes=sum(header.num_bytes for header in inputs.base.tensors.headers.values()),
@@ -40,7 +40,7 @@ def applied_adapters(inputs: Inputs) -> tuple[AppliedAdapter, ...]:
             run_is_done=source.run_is_done,
         )
         for name, adapter, weight, source in zip(
-            request.adapters, inputs.adapters, request.weights, inputs.sources, strict=True
+            request.merge.adapters, inputs.adapters, request.merge.weights, inputs.sources, strict=True
         )
     )
 

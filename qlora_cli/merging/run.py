@@ -20,7 +20,7 @@ from qlora_cli.merging.formats import Formats
 from qlora_cli.merging.inputs import Inputs, read_inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.places import name_of, output_of, pushed_to
+from qlora_cli.merging.places import name_of, output_of
 from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.preflight import check_merge, refused_push
 from qlora_cli.merging.report import applied_adapters, report_of
@@ -29,7 +29,7 @@ from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import BaseWeights, ExportFormat
-from qlora_cli.settings.models import MergeSettings
+from qlora_cli.settings.models import MergeCommandSettings
 
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 CODE = "*.py"
@@ -39,7 +39,7 @@ MODEL_FILES = (
 )
 
 
-def plan(request: MergeSettings, reporter: Reporter) -> MergeReport:
+def plan(request: MergeCommandSettings, reporter: Reporter) -> MergeReport:
     """Return what `merge` would do; nothing is written.
 
     Raises:
@@ -50,7 +50,7 @@ def plan(request: MergeSettings, reporter: Reporter) -> MergeReport:
     return report_of(settled.inputs, settled.plans[0], output_of(request), settled.disk_bytes, settled.base)
 
 
-def merge(request: MergeSettings, reporter: Reporter) -> MergeResult:
+def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     """Merge adapters into their base and write what `request` asks for.
 
     Raises:
@@ -60,20 +60,22 @@ def merge(request: MergeSettings, reporter: Reporter) -> MergeResult:
     start = time.monotonic()
     check_merge(request)
     notes = _Notes(reporter)
-    if problem := push_refusal(pushed_to(request), notes):
+    if problem := push_refusal(request.merge, notes):
         raise refused_push(problem)
     settled = _settle(request, notes)
-    laboratory = Laboratory(settled.inputs, notes) if request.verify or settled.base == BaseWeights.AUTO else None
+    laboratory = (
+        Laboratory(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
+    )
     choice = settled.choice or choose_base(_needed(laboratory), settled.plans, notes)
     chosen = next(one for one in settled.plans if one.base == choice.base)
     job = _Job(settled=settled, plan=chosen, choice=choice, laboratory=laboratory, reporter=notes)
     output = output_of(request)
     _fill(output, job)
     result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
-    if request.push_to_hub is not None:
+    if request.merge.push_to_hub is not None:
         folder = settled.formats.pushed(output)
-        patterns = (*MODEL_FILES, CODE) if request.trust_remote_code else MODEL_FILES
-        address = push_folder(pushed_to(request), folder, patterns, f"{folder} is done, but it", notes)
+        patterns = (*MODEL_FILES, CODE) if request.model.trust_remote_code else MODEL_FILES
+        address = push_folder(request.merge, folder, patterns, f"{folder} is done, but it", notes)
         result = replace(result, pushed_to=address)
     return result
 
@@ -126,14 +128,14 @@ class _Settled:
     disk_bytes: int
 
 
-def _settle(request: MergeSettings, reporter: Reporter) -> _Settled:
+def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
     formats = Formats.of(request)
     inputs = read_inputs(request, reporter)
     formats.check(inputs, reporter)
     choice = settled_base(inputs)
     kinds = (BaseWeights(choice.base),) if choice else (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)
     reporter.report(PhaseStarted(title="Planning the merge"))
-    plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.dtype) for kind in kinds]
+    plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.merge.dtype) for kind in kinds]
     disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
     check_disk_space(output_of(request), disk_bytes, hint="Free room, or choose another directory with --output.")
     if choice is not None:
@@ -175,11 +177,11 @@ class _Job:
         merger = Merger(inputs.base, Base(inputs.base, self._plan.base))
         write_weights(self._plan, inputs.source.path, model, merger.value, self._reporter)
         write_beside(inputs, self._plan, model)
-        if request.verify:
+        if request.merge.verify:
             check_tokenizer(inputs, model)
         seconds, peak_bytes = time.monotonic() - started, peak_host_bytes()
         try:
-            verification = self._verified(model) if request.verify else None
+            verification = self._verified(model) if request.merge.verify else None
         except OutOfMemoryError as error:
             kept = _set_aside(directory, output_of(request), "failed-verification")
             raise OutOfMemoryError(
@@ -212,7 +214,7 @@ class _Job:
         return self._result
 
     def _verified(self, model: Path) -> Verification:
-        most = self._settled.inputs.request.max_divergence
+        most = self._settled.inputs.request.merge.max_divergence
         return verify(_needed(self._laboratory), self._plan, self._choice, model, most, self._reporter)
 
     def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:

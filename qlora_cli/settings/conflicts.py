@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import OnLong, Sampling
-from qlora_cli.settings.conflicts_commands import about_answers
+from qlora_cli.settings.conflicts_commands import about_answers, about_push
 from qlora_cli.settings.conflicts_lora import about_lora
-from qlora_cli.settings.conflicts_training import about_evaluation, about_output, about_training
+from qlora_cli.settings.conflicts_training import about_evaluation, about_training
 from qlora_cli.settings.marks import marks_of
 from qlora_cli.settings.models import (
     DataSettings,
@@ -49,9 +50,9 @@ def _where(entry: Entry, message: str) -> str:
 
 
 def _about_run(validated: Mapping[str, Any]) -> list[Conflict]:
-    """Return path, message and hint of each conflict of the loop, with what it is evaluated on and written to."""
+    """Return path, message and hint of each conflict of the loop, with what it is evaluated on."""
     found: list[Conflict] = []
-    data, training, output = (validated.get(section) for section in ("data", "training", "output"))
+    data, training = (validated.get(section) for section in ("data", "training"))
     if training is not None:
         found += about_training(training)
     # A prediction reads no data.
@@ -59,13 +60,17 @@ def _about_run(validated: Mapping[str, Any]) -> list[Conflict]:
         found += about_evaluation(training, data)
         found += _about_data(data, training)
         found += _about_streaming(data, training)
-    return found + (about_output(output) if output is not None else [])
+    return found
 
 
 def _about_commands(validated: Mapping[str, Any]) -> list[Conflict]:
-    """Return path, message and hint of each conflict within the section of one command."""
-    about: tuple[tuple[str, Callable[[Any], Iterable[Conflict]]], ...] = (("generate", about_answers),)
-    return [conflict for name, check in about if name in validated for conflict in check(validated[name])]
+    """Return path, message and hint of each conflict within a section of what commands ask or make."""
+    about: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
+        "generate": about_answers,
+        "output": partial(about_push, "output"),
+        "merge": partial(about_push, "merge"),
+    }
+    return [conflict for name, check in about.items() if name in validated for conflict in check(validated[name])]
 
 
 def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict]:

@@ -1,12 +1,21 @@
-"""Settings of single commands that have no effect beside the others."""
+"""Settings of what single commands ask and make that have no effect beside the others."""
 
 from collections.abc import Iterator
 
 from qlora_cli.settings.models import AnswerSettings
+from qlora_cli.settings.sections.pushing import Pushed
 
 Conflict = tuple[str, str, str]
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
+
+
+def about_push(section: str, pushed: Pushed) -> Iterator[Conflict]:
+    """Yield path, message and hint of what is said of a repository that nothing is pushed to."""
+    if pushed.push_to_hub is None:
+        path = f"{section}.hub_private"
+        message = f"{path} has no effect without {section}.push_to_hub"
+        yield path, message, "Leave it out, or give --push-to-hub OWNER/NAME."
 
 
 def about_answers(answers: AnswerSettings) -> Iterator[Conflict]:

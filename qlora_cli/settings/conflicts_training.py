@@ -1,9 +1,9 @@
-"""Settings of the loop and of where it is reported that have no effect, or can't work, beside the others."""
+"""Settings of the loop that have no effect, or can't work, beside the others."""
 
 from collections.abc import Iterator
 
 from qlora_cli.settings.choices import Checkpointing, Optimizer, Schedule
-from qlora_cli.settings.models import DataSettings, OutputSettings, TrainingSettings
+from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.values import either
 
 Conflict = tuple[str, str, str]
@@ -32,14 +32,6 @@ def about_evaluation(training: TrainingSettings, data: DataSettings) -> list[Con
         )
         if is_set
     ]
-
-
-def about_output(output: OutputSettings) -> list[Conflict]:
-    """Return what is said of a repository that nothing is pushed to."""
-    if output.push_to_hub is not None:
-        return []
-    message = "output.hub_private has no effect without output.push_to_hub"
-    return [("output.hub_private", message, "Leave it out, or give --push-to-hub OWNER/NAME.")]
 
 
 def _about_schedule(training: TrainingSettings) -> Iterator[Conflict]:

@@ -28,6 +28,9 @@ class Command(StrEnum):
 # The commands that read weights, and those that read a tokenizer.
 LOADERS = (Command.LOAD, Command.TRAIN, Command.GENERATE, Command.CHAT, Command.EVALUATE)
 TOKENIZERS = (*LOADERS, Command.INSPECT_DATA)
+# The commands that find a base, and those that read weights of any kind.
+BASES = (*TOKENIZERS, Command.MERGE)
+READERS = (*LOADERS, Command.MERGE)
 
 
 class OnResume(StrEnum):

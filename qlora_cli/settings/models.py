@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
+from qlora_cli.settings.choices import Device
 from qlora_cli.settings.marks import Marks, marks_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.data import DataSettings
@@ -123,9 +124,19 @@ class GenerateSettings(LoadSettings):
     generate: PromptedSettings
 
 
-class MergeCommandSettings(Section):
-    """What `qlora merge` needs."""
+class MergeModelSettings(ModelSettings):
+    """The base, which the adapters name."""
 
+    name: str | None = Field(default=None, description="Not read: adapters name their base.")  # type: ignore[assignment]
+    device: Device = Field(
+        default=Device.AUTO, description="Where models run to be compared; merging itself needs no GPU."
+    )
+
+
+class MergeCommandSettings(Section):
+    """What `qlora merge` needs: which base, and what is merged into it."""
+
+    model: MergeModelSettings = Field(default_factory=MergeModelSettings)
     merge: MergeSettings
 
 

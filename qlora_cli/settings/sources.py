@@ -61,7 +61,7 @@ def check_name(section: str, key: str | None, where: str) -> Problem | None:
     if key is not None and key not in SECTIONS[section].model_fields:
         known = list(SECTIONS[section].model_fields)
         owner = [name for name, model in SECTIONS.items() if key in model.model_fields]
-        hint = did_you_mean(key, known) or (f"Did you mean {owner[0]}.{key}?" if owner else None)
+        hint = f"Did you mean {owner[0]}.{key}?" if owner else did_you_mean(key, known)
         hint = hint or f"{section} has {', '.join(known)}."
         return Problem(where=where, message=f"unknown setting '{section}.{key}'", hint=hint)
     return None

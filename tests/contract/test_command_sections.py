@@ -167,7 +167,12 @@ def test_config_show_has_the_settings_of_every_command(run_qlora: RunQlora, conf
     ("command", "text", "expected"),
     [
         ("merge", "merge: {gguf_type: f16}", "all.yaml:1 merge.gguf_type: has no effect without --format gguf"),
-        ("merge", "merge: {trust_remote_code: true}", "all.yaml:1 merge.trust_remote_code: can't be switched on by a"),
+        ("merge", "model: {trust_remote_code: true}", "all.yaml:1 model.trust_remote_code: can't be switched on by a"),
+        ("merge", "merge: {trust_remote_code: true}", "hint: Did you mean model.trust_remote_code?"),
+        ("merge", "merge: {base_model: base}", "hint: Did you mean model.base_model?"),
+        ("merge", "merge: {device: cpu}", "hint: Did you mean model.device?"),
+        ("merge", "merge: {allow_pickle: false}", "hint: Did you mean model.allow_pickle?"),
+        ("merge", "merge: {hub_private: false}", "merge.hub_private has no effect without merge.push_to_hub"),
         ("merge", "merge: {weights: [a]}", "all.yaml:1 merge.weights: expected a number, got 'a'"),
         (
             "generate",

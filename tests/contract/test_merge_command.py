@@ -1,6 +1,7 @@
 """`qlora merge` as scripts and eyes see it: flags, keys of --json, the dry run, where the result goes, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -189,6 +190,48 @@ def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it
     assert sorted(path.name for path in Path().iterdir()) == ["adapter-merged", "alone-merged"]
 
 
+# ---- a settings file of the run
+
+
+@pytest.fixture
+def train_file(run: Path, tmp_path: Path) -> Path:
+    """What the run could have been trained by, from the same base in another place."""
+    base = shutil.copytree(run.parent / "base", tmp_path / "moved")
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model: {{name: a/b, revision: v1, base_model: '{base}', dtype: fp16, device: cpu, new_tokens: '<x>'}}\n"
+        "quantization: {method: int8}\n"
+        "data: {dataset: rows.jsonl, eval_split: 5%}\n"
+        "training: {max_steps: 2, eval_steps: 1}\n"
+        f"output: {{directory: '{run}', push_to_hub: me/adapter, hub_private: false}}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_file_of_train_says_which_base_and_nothing_of_what_is_written(
+    run: Path, train_file: Path, tmp_path: Path
+) -> None:
+    options = ("--config", train_file, "--output", tmp_path / "out", "--no-verify", "--base", "original", "--json")
+    done = qlora_merge(run, *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["base_model"] == str(tmp_path / "moved")
+    assert (found["dtype"], found["pushed_to"]) == ("bfloat16", None)
+
+
+def test_the_base_of_an_adapter_that_moved_is_found_by_a_file_as_by_the_flag(
+    run: Path, train_file: Path, tmp_path: Path
+) -> None:
+    alone = adapter_alone(run, tmp_path / "alone")
+    config = alone / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(run.parent / "base"), str(tmp_path / "gone")))
+    options = ("--output", tmp_path / "out", "--dry-run")
+    assert "gone" in refused(alone, *options)
+    assert merged(alone, *options, "--config", train_file)["base_model"] == str(tmp_path / "moved")
+    assert merged(alone, *options, "--base-model", tmp_path / "moved")["base_model"] == str(tmp_path / "moved")
+
+
 # ---- what is refused
 
 
@@ -209,6 +252,7 @@ def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it
         (["RUN", "--llama-cpp", "."], ["--llama-cpp: has no effect without --format gguf"]),
         (["RUN", "--gguf-type", "f16"], ["--gguf-type: has no effect without --format gguf"]),
         (["RUN", "--format", "gguf", "--llama-cpp", "./no"], ["--llama-cpp no is not there"]),
+        (["RUN", "--public"], ["--public: merge.hub_private has no effect without merge.push_to_hub"]),
         (["RUN", "--push-to-hub", "me/x"], ["--push-to-hub: nothing can be pushed to the hub offline"]),
         (["RUN", "--base", "orignal"], ["--base: 'orignal' is not one of", "Did you mean original?"]),
         (["RUN", "--outptu", "x"], ["Did you mean --output?"]),

@@ -12,9 +12,10 @@ from qlora_cli.merging.base import Base, parameter_groups
 from qlora_cli.merging.inputs import read_inputs
 from qlora_cli.merging.run import merge
 from qlora_cli.settings.choices import BaseWeights, Device
-from qlora_cli.settings.models import LoadSettings, MergeSettings, ModelSettings
+from qlora_cli.settings.models import LoadSettings, ModelSettings
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
+from tests.merge_command import merge_settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +42,7 @@ def ended(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_round_trip_on_the_cpu_is_what_the_gpu_computes_with(ended: Path) -> None:
-    inputs = read_inputs(MergeSettings(adapters=(str(ended),), weights=(1.0,)), Recorder())
+    inputs = read_inputs(merge_settings(ended), Recorder())
     base, groups = Base(inputs.base, BaseWeights.DEQUANTIZED), parameter_groups(inputs.base.groups)
     settings = LoadSettings(model=ModelSettings(name=str(ended), device=Device.CUDA))
     compared = 0
@@ -56,14 +57,8 @@ def test_the_round_trip_on_the_cpu_is_what_the_gpu_computes_with(ended: Path) ->
 
 @pytest.mark.parametrize("base", ["auto", "original", "dequantized"])
 def test_a_run_on_the_gpu_is_merged_and_compared_there(ended: Path, tmp_path: Path, base: str) -> None:
-    request = MergeSettings(
-        adapters=(str(ended),),
-        weights=(1.0,),
-        output=tmp_path / "merged",
-        base=BaseWeights(base),
-        device=Device.CUDA,
-    )
-    result = merge(request, Recorder())
+    settings = merge_settings(ended, output=tmp_path / "merged", base=base, device=Device.CUDA)
+    result = merge(settings, Recorder())
     assert result.verification is not None
     assert result.verification.passed
     assert result.verification.device.startswith("cuda")

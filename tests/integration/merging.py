@@ -35,10 +35,11 @@ from qlora_cli.merging.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
-from qlora_cli.settings.models import MergeSettings
+from qlora_cli.settings.models import MergeCommandSettings
 from tests.integration.adapters import PREFIX, settings_of
 from tests.integration.loading import load, logits
 from tests.integration.plain import IDS, plain
+from tests.merge_command import merge_settings
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -65,11 +66,9 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def request_of(*adapters: Path, **values: Any) -> MergeSettings:
-    """Return what is asked for by naming these adapters; `values` are fields of the request."""
-    return MergeSettings(
-        **{"adapters": tuple(map(str, adapters)), "weights": (1.0,) * len(adapters), "base": "original", **values}
-    )
+def request_of(*adapters: Path, **values: Any) -> MergeCommandSettings:
+    """Return what is asked for by naming these adapters, to be merged into the base as it is stored."""
+    return merge_settings(*adapters, **{"base": "original", **values})
 
 
 def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
@@ -82,11 +81,11 @@ def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
     return Merged(directory=output, inputs=inputs, plan=plan)
 
 
-def planned(request: MergeSettings) -> tuple[Inputs, MergePlan]:
+def planned(request: MergeCommandSettings) -> tuple[Inputs, MergePlan]:
     """Return all that is known before a weight is read."""
     inputs = read_inputs(request, SilentReporter())
-    kind = BaseWeights.DEQUANTIZED if inputs.base.packed else BaseWeights(request.base)
-    return inputs, plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype(request.dtype))
+    kind = BaseWeights.DEQUANTIZED if inputs.base.packed else BaseWeights(request.merge.base)
+    return inputs, plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype(request.merge.dtype))
 
 
 def refused(*adapters: Path, **values: Any) -> str:

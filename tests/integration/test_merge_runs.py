@@ -19,7 +19,6 @@ from qlora_cli.merging.run import merge
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
-from qlora_cli.settings.models import MergeSettings
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.experts import save_moe
@@ -28,6 +27,7 @@ from tests.integration.merging import loaded_plain, plain_logits, random_run, st
 from tests.integration.merging import merge as merge_weights
 from tests.integration.plain import ROWS
 from tests.integration.vision_language import FULL_MODELS, load_full, save_full
+from tests.merge_command import merge_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,8 +87,7 @@ class Run:
 
     def merged(self, output: Path, **values: Any) -> MergeResult:
         """Merge it as the command does."""
-        fields = {"weights": (1.0,), "device": Device.CPU, **values}
-        return merge(MergeSettings(adapters=(str(self.path),), output=output, **fields), SilentReporter())
+        return merge(merge_settings(self.path, output=output, **{"device": Device.CPU, **values}), SilentReporter())
 
 
 def trained(base: Path, place: Path, kind: str, **how: Any) -> Run:

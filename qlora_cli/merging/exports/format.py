@@ -11,7 +11,7 @@ from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.result import Divergence
 from qlora_cli.settings.choices import ExportFormat
-from qlora_cli.settings.models import MergeSettings
+from qlora_cli.settings.models import MergeCommandSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Format(ABC):
     library: ClassVar[str] = "transformers"
     quantized_again: ClassVar[str | None] = None
 
-    def __init__(self, request: MergeSettings) -> None:
+    def __init__(self, request: MergeCommandSettings) -> None:
         """Take what was asked for.
 
         Raises:

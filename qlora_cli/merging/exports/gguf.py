@@ -23,7 +23,7 @@ from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import GgufType
-from qlora_cli.settings.models import MergeSettings, ModelSettings
+from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
 from qlora_cli.units import format_bytes, format_count
 
 
@@ -33,14 +33,14 @@ class GgufFormat(Format):
     share = 1.0
     library = "gguf"
 
-    def __init__(self, request: MergeSettings) -> None:
+    def __init__(self, request: MergeCommandSettings) -> None:
         """Find the converter.
 
         Raises:
             MissingDependencyError: it is not here, or a package that it needs.
         """
         super().__init__(request)
-        self._converter = find_converter(request.llama_cpp)
+        self._converter = find_converter(request.merge.llama_cpp)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Let the converter write the vocabulary."""
@@ -50,7 +50,7 @@ class GgufFormat(Format):
         """Convert the model, and open the file again."""
         file = gguf_file(export.target, export.name)
         file.parent.mkdir(exist_ok=True)
-        trust, outtype = self.request.trust_remote_code, self.request.gguf_type
+        trust, outtype = self.request.model.trust_remote_code, self.request.merge.gguf_type
         done = export_gguf(export.model, file, self._converter, outtype, export.reporter, trust_remote_code=trust)
         held = f"{done.architecture}, {format_count(done.num_parameters)} parameters, {format_bytes(done.num_bytes)}"
         export.reporter.report(Noted(message=f"{file.name} was opened and holds {held}"))

@@ -39,13 +39,13 @@ class Nf4Format(Format):
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check by the base's config that something of it can be quantized, and note what can't."""
-        trust, device = self.request.trust_remote_code, self.request.device
+        trust, device = self.request.model.trust_remote_code, self.request.model.device
         for note in check_nf4(inputs.source.path, trust_remote_code=trust, device=device):
             reporter.report(Noted(message=note))
 
     def write(self, export: Export) -> Divergence | None:
         """Write it, and compare it with the 16-bit model."""
-        trust, device = self.request.trust_remote_code, self.request.device
+        trust, device = self.request.model.trust_remote_code, self.request.model.device
         done = export_nf4(
             export.model, export.target, trust_remote_code=trust, device=device, reporter=export.reporter
         )

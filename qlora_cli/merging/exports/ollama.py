@@ -60,7 +60,7 @@ class OllamaFormat(Format):
     @property
     def holds_model(self) -> bool:
         """It names the safetensors, unless a GGUF is written too."""
-        return ExportFormat.GGUF not in self.request.formats
+        return ExportFormat.GGUF not in self.request.merge.formats
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check that the chat template can be written in Ollama's language."""
@@ -76,7 +76,7 @@ class OllamaFormat(Format):
             export.model,
             export.target / MODELFILE,
             source=os.path.relpath(source, export.target),
-            trust_remote_code=self.request.trust_remote_code,
+            trust_remote_code=self.request.model.trust_remote_code,
             reporter=export.reporter,
         )
         return None

@@ -5,10 +5,11 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from qlora_cli.settings.choices import BaseWeights, Device, ExportFormat, GgufType, MergeDtype
+from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, MergeDtype
 from qlora_cli.settings.marks import Command, Marks
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.values import Datasets, Formats, Nats, Repository, Weights
+from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
+from qlora_cli.settings.values import Datasets, Formats, Nats, Weights
 
 MERGE = (Command.MERGE,)
 
@@ -42,14 +43,8 @@ class MergeSettings(Section):
         default=None,
         description="Largest mean KL divergence a token that rounding may make; no bound if it is not given.",
     )
-    base_model: Annotated[str | None, Marks(flag="--base-model", commands=MERGE)] = Field(
-        default=None, min_length=1, description="Another base than the adapter names."
-    )
     revision: Annotated[str | None, Marks(flag="--revision", commands=MERGE)] = Field(
         default=None, description="Branch, tag or commit of an adapter on the hub."
-    )
-    device: Annotated[Device, Marks(flag="--device", commands=MERGE)] = Field(
-        default=Device.AUTO, description="Where models run to be compared; merging needs no GPU."
     )
     llama_cpp: Annotated[Path | None, Marks(flag="--llama-cpp", commands=MERGE)] = Field(
         default=None, description="Checkout of llama.cpp, for --format gguf."
@@ -57,18 +52,8 @@ class MergeSettings(Section):
     gguf_type: Annotated[GgufType, Marks(flag="--gguf-type", commands=MERGE)] = Field(
         default=GgufType.AUTO, description="Type of the weights in the GGUF file."
     )
-    push_to_hub: Annotated[Repository | None, Marks(flag="--push-to-hub", commands=MERGE, metavar="OWNER/NAME")] = (
-        Field(default=None, description="Push the result to this repository.")
-    )
-    hub_private: Annotated[bool, Marks(flag="--private", off_flag="--public", commands=MERGE)] = Field(
-        default=True, description="Whether that repository is private, if it is made."
-    )
-    allow_pickle: Annotated[bool, Marks(flag="--allow-pickle", commands=MERGE, is_only_by_hand=True)] = Field(
-        default=False, description="Read pickled .bin weights if there are no safetensors; never from a file."
-    )
-    trust_remote_code: Annotated[bool, Marks(flag="--trust-remote-code", commands=MERGE, is_only_by_hand=True)] = (
-        Field(default=False, description="Run the Python code that comes with the model; never from a file.")
-    )
+    push_to_hub: PushToHub = None
+    hub_private: HubPrivate = True
 
     @field_validator("weights")
     @classmethod

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Attention, Device, Dtype
-from qlora_cli.settings.marks import LOADERS, TOKENIZERS, Command, Marks, OnResume
+from qlora_cli.settings.marks import BASES, LOADERS, READERS, TOKENIZERS, Command, Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import NameList, RopeScaling
 
@@ -24,7 +24,7 @@ class ModelSettings(Section):
     )
     base_model: Annotated[
         str | None,
-        Marks(flag="--base-model", commands=TOKENIZERS, affects_memory=True, on_resume=OnResume.FREE),
+        Marks(flag="--base-model", commands=BASES, affects_memory=True, on_resume=OnResume.FREE),
     ] = Field(
         default=None,
         min_length=1,
@@ -36,7 +36,7 @@ class ModelSettings(Section):
         default=Dtype.AUTO,
         description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
     )
-    device: Annotated[Device, Marks(flag="--device", commands=LOADERS, on_resume=OnResume.FREE)] = Field(
+    device: Annotated[Device, Marks(flag="--device", commands=READERS, on_resume=OnResume.FREE)] = Field(
         default=Device.AUTO, description="auto: the GPU if there is one, else the CPU."
     )
     attention: Annotated[
@@ -64,13 +64,13 @@ class ModelSettings(Section):
         description="Chat template: a .jinja file, a name that the tokenizer has, or chatml.",
     )
     allow_pickle: Annotated[
-        bool, Marks(flag="--allow-pickle", commands=LOADERS, on_resume=OnResume.FREE, is_only_by_hand=True)
+        bool, Marks(flag="--allow-pickle", commands=READERS, on_resume=OnResume.FREE, is_only_by_hand=True)
     ] = Field(default=False, description="Read pickled .bin weights if there are no safetensors; never from a file.")
     trust_remote_code: Annotated[
         bool,
         Marks(
             flag="--trust-remote-code",
-            commands=TOKENIZERS,
+            commands=BASES,
             affects_memory=True,
             on_resume=OnResume.FREE,
             is_only_by_hand=True,

@@ -8,6 +8,7 @@ from pydantic import Field
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.marks import Marks, OnResume
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 
 
 class OutputSettings(Section):
@@ -28,11 +29,5 @@ class OutputSettings(Section):
     report_to: Annotated[ReportTo, Marks(flag="--report-to", on_resume=OnResume.FREE)] = Field(
         default=ReportTo.NONE, description="Tracker that the run is also reported to."
     )
-    push_to_hub: Annotated[str | None, Marks(flag="--push-to-hub", on_resume=OnResume.FREE)] = Field(
-        default=None,
-        min_length=1,
-        description="Hub repository, as OWNER/NAME, that the adapter is pushed to at the end.",
-    )
-    hub_private: Annotated[bool, Marks(on_resume=OnResume.FREE)] = Field(
-        default=True, description="Whether that repository is private, if it is made."
-    )
+    push_to_hub: PushToHub = None
+    hub_private: HubPrivate = True

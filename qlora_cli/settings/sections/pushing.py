@@ -1,0 +1,33 @@
+"""Where what is made is pushed to: the adapter of a run, or a merged model."""
+
+from typing import Annotated, Protocol
+
+from pydantic import Field
+
+from qlora_cli.settings.marks import Command, Marks, OnResume
+from qlora_cli.settings.values import Repository
+
+MAKERS = (Command.TRAIN, Command.MERGE)
+
+PushToHub = Annotated[
+    Repository | None,
+    Marks(flag="--push-to-hub", commands=MAKERS, metavar="OWNER/NAME", on_resume=OnResume.FREE),
+    Field(description="Hub repository that the adapter, or the merged model, is pushed to at the end."),
+]
+HubPrivate = Annotated[
+    bool,
+    Marks(flag="--private", off_flag="--public", commands=MAKERS, on_resume=OnResume.FREE),
+    Field(description="Whether that repository is private, if it is made."),
+]
+
+
+class Pushed(Protocol):
+    """The settings of a section whose result may be pushed."""
+
+    @property
+    def push_to_hub(self) -> str | None:
+        """The repository, as `OWNER/NAME`; None if nothing is pushed."""
+
+    @property
+    def hub_private(self) -> bool:
+        """Whether the repository is private, if it is made."""
