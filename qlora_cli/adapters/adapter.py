@@ -14,9 +14,7 @@ from qlora_cli.adapters.expert_lora import use_for_quantized_experts
 from qlora_cli.adapters.initialization import (
     begin,
     check_init,
-    check_unquantized,
     init_for_peft,
-    is_olora,
     is_pissa,
     remember_start,
 )
@@ -122,12 +120,7 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -
 
     What the adapter's file holds of the base itself is in its place while the adapter is on; the base's own is when it
     is off.
-
-    Raises:
-        ModelError: the adapter can't be put on a base that is stored so.
     """
-    if is_pissa(adapter.lora) or is_olora(adapter.lora):
-        check_unquantized(model, "PiSSA" if is_pissa(adapter.lora) else "OLoRA")
     adapted = place_adapter(model, adapter.lora, adapter.directory)
     adapted.peft_config[ADAPTER].inference_mode = not trainable
     adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept beside those of the base

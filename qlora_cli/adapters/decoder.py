@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.keys import Key
-from qlora_cli.adapters.targets import named
+from qlora_cli.adapters.targets import is_target, named
+
+# What the decoder begins with in a model with towers, in the place of the decoder's own beginning.
+WHOLE = ("model.language_model.", "language_model.model.", "model.text_model.")
 
 Value = TypeVar("Value", int, float)
 
@@ -49,12 +51,35 @@ def renaming_of(keys: Iterable[Key]) -> Renaming | None:
     return None
 
 
+def has_targets(config: LoraConfig, model: PreTrainedModel) -> bool:
+    """Whether `model` has a module that `config` names as a target, by PEFT's own rules."""
+    return _num_named(config, model, Renaming(here="", whole="")) > 0
+
+
+def renaming_by_config(config: LoraConfig, model: PreTrainedModel) -> Renaming | None:
+    """Return how a config without its file of weights names the decoder; None if it may be by the decoder's names.
+
+    It is the way by which the config names most.
+    """
+    here = f"{model.base_model_prefix}."
+    ways = [Renaming(here=here, whole=here), *(Renaming(here=here, whole=whole) for whole in WHOLE)]
+    best = max(ways, key=lambda way: _num_named(config, model, way))
+    return None if best is ways[0] else best
+
+
+def _num_named(config: LoraConfig, model: PreTrainedModel, renaming: Renaming) -> int:
+    """Return how many modules of `model` are targets of `config`, or have a rank or scale of their own there."""
+    names = [renaming.in_whole(name) for name, _ in model.named_modules() if name]
+    targets = [name for name in names if is_target(config, name)]
+    patterns = [list(pattern or {}) for pattern in (config.rank_pattern, config.alpha_pattern)]
+    return len(targets) + sum(get_pattern_key(keys, name) in keys for keys in patterns for name in targets)
+
+
 def on_decoder(config: LoraConfig, model: PreTrainedModel, renaming: Renaming) -> None:
     """Rewrite the targets of `config`, which are those of the whole model, as full names in `model`, its decoder."""
     names = [name for name, _ in model.named_modules() if name]
     whole = {name: renaming.in_whole(name) for name in names}
-    is_listed = config.target_modules != "all-linear"
-    targets = [name for name in names if check_target_module_exists(config, whole[name])] if is_listed else []
+    targets = [name for name in names if is_target(config, whole[name])]
     if targets:  # else PEFT says that there are none
         config.target_modules = set(targets)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

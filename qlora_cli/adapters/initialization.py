@@ -82,17 +82,29 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
 
 
 def check_unquantized(module: nn.Module, kind: str) -> None:
-    """Check that no weight in `module`, which an adapter of `kind` takes parts out of, is quantized.
+    """Check that no weight in `module`, which a new adapter of `kind` takes parts out of, is quantized.
 
     Raises:
         ModelError: one is.
     """
     if any(is_quantized_layer(layer) for layer in module.modules()):
-        raise ModelError(
-            f"{kind} can't be used on a quantized base: it takes the principal parts out of the weights, and what is "
-            "left would have to be quantized anew, to a base that fits this adapter only",
-            hint="Use --quant none, or loftq, which begins with what quantization lost.",
-        )
+        raise _takes_parts(kind, hint="Use --quant none, or loftq, which begins with what quantization lost.")
+
+
+def why_not_on_quantized(config: LoraConfig) -> ModelError | None:
+    """Return why an adapter that was read can't be put on a base that is quantized; None if it can."""
+    if not (is_pissa(config) or is_olora(config)):
+        return None
+    kind = "PiSSA" if is_pissa(config) else "OLoRA"
+    return _takes_parts(kind, hint="Use --quant none, with a base that is not stored quantized.")
+
+
+def _takes_parts(kind: str, *, hint: str) -> ModelError:
+    return ModelError(
+        f"{kind} can't be used on a quantized base: it takes the principal parts out of the weights, and what is left "
+        "would have to be quantized anew, to a base that fits this adapter only",
+        hint=hint,
+    )
 
 
 def _check_rank(name: str, layer: nn.Module, rank: int) -> None:

@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.decoder import Renaming, on_decoder, renaming_of
+from qlora_cli.adapters.decoder import Renaming, has_targets, on_decoder, renaming_by_config, renaming_of
 from qlora_cli.adapters.keys import (
     Key,
     Names,
@@ -47,6 +47,7 @@ from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import NAMES, check_pickle
 
+EDITED = "Was adapter_config.json edited? Copy the original again."
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
 BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
 # Beginnings that take something out of the base, or put something in, of which the adapter's files do not tell.
@@ -114,8 +115,7 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
     _check_beginning(directory, config)
     file = directory / ADAPTER_WEIGHTS
     if file.is_file():
-        read_header(directory, ADAPTER_WEIGHTS)
-        tensors = load_file(file)
+        tensors = read_tensors(file)
     else:
         assert allow_pickle, "refused when it was found"
         file = directory / ADAPTER_PICKLE
@@ -123,14 +123,30 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
             raise ModelError(f"{file} holds {others[0]}, which is no tensor", hint="Save the adapter again with PEFT.")
+        _check_numbers(file, tensors)
     _check_dtypes(file, {key: NAMES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in tensors.items()})
+    return StoredAdapter(directory=directory, file=file, config=config, tensors=tensors)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in the file of an adapter, mapped into memory.
+
+    Raises:
+        ModelError: it is damaged, or holds what is no number.
+    """
+    read_header(file.parent, file.name)
+    tensors = load_file(file)
+    _check_numbers(file, tensors)
+    return tensors
+
+
+def _check_numbers(file: Path, tensors: State) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(
-                f"the adapter in {directory} is broken: {key} in {file.name} holds NaN or infinite values",
+                f"the adapter in {file.parent} is broken: {key} in {file.name} holds NaN or infinite values",
                 hint="Take an earlier checkpoint of the run.",
             )
-    return StoredAdapter(directory=directory, file=file, config=config, tensors=tensors)
 
 
 def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConfig) -> Adapter:
@@ -143,10 +159,14 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
     if outline.headers:
         return fit(stored, model, base).adapter
     nothing: dict[str, torch.Tensor] = {}
+    lora = _for_peft(stored)
+    renaming = renaming_by_config(lora, model) if base.text_only else None
+    if renaming is not None:
+        on_decoder(lora, model, renaming)
     return Adapter(
         directory=outline.directory,
         config=outline.config,
-        lora=_for_peft(stored),
+        lora=lora,
         values=nothing,
         kept=nothing,
         given=frozenset(),
@@ -260,7 +280,7 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
         ModelError: the model has nothing that the config names, or can't be adapted so.
     """
     file = directory / ADAPTER_CONFIG
-    _check_numbers(model, config, file)
+    _check_in_range(model, config, file)
     try:
         with unheard():
             return get_peft_model(model, config)
@@ -276,11 +296,12 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = reason if len(reason) <= MOST_CHARACTERS else f"{reason[:MOST_CHARACTERS]}…"
         raise ModelError(
-            f"the adapter in {directory} can't be put on its base, as {file.name} says: {reason}", hint=SAME_BASE
+            f"the adapter in {directory} can't be put on its base, as {file.name} says: {reason}",
+            hint=EDITED if has_targets(config, model) else SAME_BASE,
         ) from error
 
 
-def _check_numbers(model: PreTrainedModel, config: LoraConfig, file: Path) -> None:
+def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> None:
     """Check that layers and rows that a config names by number are in the model."""
     rows = config.trainable_token_indices or ()
     named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
@@ -326,9 +347,7 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
         with unheard():
             config = PeftConfig.from_peft_type(**content)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"the config of the adapter in {stored.directory} can't be read: {error}", hint=SAME_BASE
-        ) from error
+        raise ModelError(f"{stored.directory / ADAPTER_CONFIG} can't be used: {error}", hint=EDITED) from error
     assert isinstance(config, LoraConfig), "its type was checked"
     return config
 
@@ -370,6 +389,11 @@ def _check_tower(stored: StoredAdapter, key: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _layer_of(key: str) -> str:
+    """Return the layer that a weight of LoRA is on, as its key says."""
+    return key.partition(".lora_")[0]
+
+
 def _lora_keys(state: State) -> set[str]:
     return {key for key in state if ".lora_" in key}
 
@@ -409,9 +433,10 @@ def _check(
             hint=SAME_BASE,
         )
     if missing := sorted(expected.keys() - state.keys()):
+        there = {_layer_of(key) for key in state}
         raise ModelError(
             f"the adapter in {stored.directory} lacks {len(missing)} of its weights, such as {missing[0]}",
-            hint=SAME_BASE,
+            hint=EDITED if all(_layer_of(key) in there for key in missing) else SAME_BASE,
         )
     for key, value in state.items():
         wanted = parameters[beside[key]] if key in beside else expected[key]

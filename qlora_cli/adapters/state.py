@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 
 from qlora_cli.adapters.initialization import as_trained
 from qlora_cli.adapters.kept import kept_in
-from qlora_cli.adapters.reader import Adapter
+from qlora_cli.adapters.reader import Adapter, read_tensors
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
@@ -63,7 +62,7 @@ def in_file(state: State, origin: Adapter | None) -> State:
 
 def read_state(model: PeftModel, directory: Path) -> State:
     """Return what was saved in `directory` of the adapter of `model`, by PEFT's keys."""
-    saved = load_file(directory / ADAPTER_WEIGHTS)
+    saved = read_tensors(directory / ADAPTER_WEIGHTS)
     origin = origin_of(model)
     if origin is not None and origin.renaming is not None:
         in_decoder = origin.renaming.in_decoder
@@ -75,7 +74,8 @@ def restore_adapter(model: PeftModel, directory: Path) -> None:
     """Give the adapter of `model` the values that were saved in `directory`, in place.
 
     Raises:
-        ModelError: not every weight is as in the file afterwards: it is of another adapter.
+        ModelError: the file holds what is no number, or not every weight is as in it afterwards: it is of another
+            adapter.
     """
     saved = read_state(model, directory)
     wrong = _misfits(adapter_state(model), saved)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -23,6 +24,13 @@ ADAPTER = "default"  # what PEFT calls an adapter that it was given no name for
 BASE = "base_model.model."  # and where it puts the base
 
 Value = TypeVar("Value", int, float)
+
+
+def is_target(config: LoraConfig, name: str) -> bool:
+    """Whether a config names the module `name` as a target, by PEFT's own rules; `all-linear` names none."""
+    if config.target_modules in (None, "all-linear"):
+        return False
+    return bool(check_target_module_exists(config, name))
 
 
 def named(names: Iterable[str], ends: Iterable[str]) -> list[str]:

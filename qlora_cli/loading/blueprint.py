@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from qlora_cli.adapters.initialization import why_not_on_quantized
 from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, open_adapter, rows_of
 from qlora_cli.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
@@ -103,6 +104,8 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     adapter = None if stored is None else _fitted(stored, base, dtype.torch_dtype, num_rows, settings.model)
     attention = choose_attention(settings.model.attention, device, shapes)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, prequantized, device=device)
+    if adapter is not None and layout.is_quantized and (refusal := why_not_on_quantized(adapter.lora)):
+        raise refusal
     free = free_bytes(device)
     on_both = free + (free_bytes(torch.device("cpu")) if layout.method.spills_to_host(layout.settings) else 0)
     check_fit(

@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.adapter import attach_adapter, place_adapter
+from qlora_cli.adapters.initialization import why_not_on_quantized
 from qlora_cli.adapters.reader import Adapter
+from qlora_cli.adapters.training_on import why_not_trained_on
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, representatives
@@ -82,9 +84,12 @@ def build_twin(
         peft = _as_peft_prepares(model, _peft_config(lora) if adapter is None else _to_train(adapter.lora), layout)
         return Twin(model=peft, stack=stack, chosen=chosen, notes=())
     if adapter is not None:
+        refusal = why_not_on_quantized(adapter.lora) if layout.is_quantized else None
+        refusal = refusal or why_not_trained_on(adapter, model)
         trained = place_adapter(model, _to_train(adapter.lora), adapter.directory)
         train_in_fp32(trained)
-        return Twin(model=trained, stack=stack, chosen=chosen, notes=())
+        said = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
+        return Twin(model=trained, stack=stack, chosen=chosen, notes=said)
     # What a run takes does not depend on the values that it begins with, and there are none here.
     lora = changed(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)

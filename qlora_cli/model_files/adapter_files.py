@@ -31,8 +31,15 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _span(value: list[int]) -> list[int]:
+    if not 0 <= value[0] < value[1]:
+        raise PydanticCustomError("span", "ranges of layers, each [first, end] with first before end")
+    return value
+
+
 Names = list[str]
 Positive = Annotated[int, Field(gt=0)]
+Span = Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_span)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
@@ -54,7 +61,7 @@ class AdapterConfig(BaseModel):
     target_parameters: Names | None = None
     exclude_modules: Names | Pattern | None = None
     layers_to_transform: list[int] | int | None = None
-    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
+    layer_replication: list[Span] | None = None
     layers_pattern: list[Pattern] | Pattern | None = None
     rank_pattern: dict[Pattern, Positive] = {}
     alpha_pattern: dict[Pattern, float] = {}

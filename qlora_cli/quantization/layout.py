@@ -48,6 +48,11 @@ class Layout:
         """What stores the weights."""
         return method_of(self.settings.method)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is."""
+        return any(entry.is_quantized for entry in self.inventory.entries)
+
     def describe(self) -> str:
         """Return in a few words how the model is stored: `NF4, double quantization`."""
         return self.method.describe(self.settings) + ("" if self.prequantized is None else ", as stored")

@@ -104,14 +104,18 @@ def _shapes(model: PeftModel, loaded: LoadedModel) -> PreTrainedModel:
 
 
 def _changed_base(model: PeftModel, ends: Collection[str], loaded: LoadedModel) -> str | None:
-    """Return which of `ends`, embedding and head of the base, is not as in its files: an adapter was put into it."""
+    """Return which parameter of the base is not as in its files: an adapter was put into it.
+
+    Those that an adapter's file may hold are looked at: `ends`, embedding and head, and all biases and norms.
+    """
     checkpoint = read_checkpoint(loaded.source.path, allow_pickle=loaded.settings.model.allow_pickle)
     if checkpoint.is_pickle or is_pissa(model.peft_config[ADAPTER]):
         return None
     stored = {loaded.config.renamed(name): header for name, header in checkpoint.tensors.items()}
     with model.disable_adapter():
         held = {in_base(name): parameter for name, parameter in model.get_base_model().named_parameters()}
-        for name in sorted(ends & held.keys() & stored.keys()):
+        known = held.keys() & stored.keys()
+        for name in sorted(name for name in known if name in ends or held[name].ndim < 2):
             header = stored[name]
             with safe_open(loaded.source.path / header.file, framework="pt") as file:
                 value = file.get_tensor(header.name)

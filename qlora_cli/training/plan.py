@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.initialization import changes_its_base, is_pissa
+from qlora_cli.adapters.initialization import is_pissa
 from qlora_cli.adapters.kept import kept_in
-from qlora_cli.adapters.reader import Adapter
-from qlora_cli.adapters.targets import BASE
+from qlora_cli.adapters.reader import Adapter, read_tensors
+from qlora_cli.adapters.training_on import why_not_trained_on
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
@@ -24,7 +24,7 @@ from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions, within_positions
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, check_unchanged
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_unchanged
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.quantization.kept import linear_layers, tied_weights
@@ -120,12 +120,14 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
     check_train_inputs(resolved)
     check_push(resolved, reporter)
     resume = find_resume(settings.output)
+    if resume is not None and resume.checkpoint is not None:
+        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
     blueprint = plan_load(settings, reporter, max_length=asked_length(settings.data))
     _check_head_is_whole(blueprint)
     if blueprint.adapter is not None:
         check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
-        _check_trains_on(blueprint.adapter)
-        _check_head(blueprint.adapter, blueprint.shapes)
+        if refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes):
+            raise refusal
         resolved = _with_adapter(resolved, blueprint.adapter)
     resolved = _as_loaded(resolved, blueprint)
     data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
@@ -268,16 +270,6 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
     return model
 
 
-def _check_trains_on(adapter: Adapter) -> None:
-    """Check that what would be written is an adapter of the base as it was: PiSSA alone is turned into one."""
-    reason = changes_its_base(adapter.lora)
-    if reason is not None and not is_pissa(adapter.lora):
-        raise ModelError(
-            f"the adapter in {adapter.directory} can't train on: its base is not the model as it was, since {reason}",
-            hint="Train a new adapter on the base.",
-        )
-
-
 def _check_head_is_whole(blueprint: Blueprint) -> None:
     """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
     shapes, layout = blueprint.shapes, blueprint.layout
@@ -289,18 +281,6 @@ def _check_head_is_whole(blueprint: Blueprint) -> None:
                 f"{blueprint.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
                 "computed from its weight directly",
                 hint="Give the 16-bit model, which is quantized without its head.",
-            )
-
-
-def _check_head(adapter: Adapter, shapes: PreTrainedModel) -> None:
-    """Check that an adapter that trains on has no LoRA on the head: the loss reads its weight, past the adapter."""
-    head = shapes.get_output_embeddings()
-    for name, module in shapes.named_modules():
-        if module is head and any(key.startswith(f"{BASE}{name}.lora_") for key in adapter.values):
-            raise ModelError(
-                f"the adapter in {adapter.directory} can't train on: it has LoRA on {name}, whose weight the loss is "
-                "computed from directly, so that part would never be trained",
-                hint="Merge it into its base with qlora merge, and train a new adapter on the result.",
             )
 
 

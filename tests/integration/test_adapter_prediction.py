@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import SilentReporter
@@ -19,10 +21,11 @@ from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.training.plan import settle_run
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load_settings, save_model
-from tests.integration.merging import adapted, save
+from tests.integration.merging import adapted, save, save_changing
 from tests.integration.plain import ROWS, plain
 from tests.integration.vision_language import load_full, save_full
 
@@ -51,6 +54,16 @@ KINDS: dict[str, tuple[str, dict[str, Any], int]] = {
     "a grown vocabulary trained whole": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, 64),
     "biases": ("qwen2", {"bias": "all"}, 0),
     "a model with towers": ("gemma3", {"target_modules": r".*language_model.*(q_proj|down_proj)"}, 0),
+    "towers, by end": ("gemma3", {"target_modules": r".*(q_proj|down_proj)", "exclude_modules": ".*vision.*"}, 0),
+    "towers, rank by pattern": (
+        "gemma3",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "exclude_modules": ".*vision.*",
+            "rank_pattern": {"language_model.layers.1.self_attn.q_proj": 2},
+        },
+        0,
+    ),
 }
 
 
@@ -112,13 +125,30 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
         inspect_memory(request, SilentReporter())
 
 
-def test_without_weights_that_have_a_header_the_config_alone_says_it(tmp_path: Path) -> None:
-    adapter = adapter_of("modules trained whole", tmp_path)
+@pytest.mark.parametrize(
+    "kind", ["modules trained whole", "a model with towers", "towers, by end", "towers, rank by pattern"]
+)
+def test_without_weights_that_have_a_header_the_config_alone_says_it(kind: str, tmp_path: Path) -> None:
+    adapter = adapter_of(kind, tmp_path)
     whole = predicted(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     alone = predicted(adapter)
     assert alone.num_trainable_parameters == whole.num_trainable_parameters
     assert any("by its config alone" in assumption for assumption in alone.assumptions)
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("kind", ["LoRA on the head", "olora", "pissa", "layers"])
+def test_what_train_would_refuse_is_said(kind: str, is_pickled: bool, rows: Path, tmp_path: Path) -> None:
+    adapter = adapter_of("LoRA on the head", tmp_path)
+    if kind != "LoRA on the head":
+        adapter = save_changing(tmp_path / "base", tmp_path / kind, kind)
+    if is_pickled:
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        settle_run(train_settings(adapter, rows, tmp_path / "run", model__allow_pickle=is_pickled), Recorder())
+    assert f"qlora train would refuse this: {caught.value}" in predicted(adapter).assumptions
 
 
 def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:

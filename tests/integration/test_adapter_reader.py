@@ -1,6 +1,7 @@
 """An adapter of anybody's is what plain PEFT makes of it, can be switched off, trains on, and goes back as it came."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import find_model
-from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.training.adapter_check import check_saved
 from tests.integration.loading import load_settings, logits, refused, save_model
@@ -291,12 +291,13 @@ def test_an_end_that_is_lost_on_writing_is_found(llama: Path, kind: str, tmp_pat
         check_saved(model, tmp_path / "on", loaded)
 
 
-def test_a_base_that_an_adapter_has_changed_is_found(adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_base_that_an_adapter_has_changed_is_found(adapter: Path, name: str, tmp_path: Path) -> None:
     loaded = ours(adapter, trains=True)
     save_adapter(model_of(loaded), tmp_path / "on")
     check_saved(model_of(loaded), tmp_path / "on", loaded)
-    embedding_of(loaded.base).weight.data[7] += 1
-    with pytest.raises(TrainingError, match=r"model\.embed_tokens\.weight of the base is not that of model\.safetens"):
+    loaded.base.get_parameter(name).data[7] += 1
+    with pytest.raises(TrainingError, match=f"{re.escape(name)} of the base is not that of model.safetensors"):
         check_saved(model_of(loaded), tmp_path / "on", loaded)
 
 
@@ -436,6 +437,31 @@ def test_what_a_config_names_and_is_not_there_is_told_by_its_key(
     if not (merges and key == "layer_replication"):  # which can't be merged anyway
         assert str(file) in message
         assert BEYOND[key][1] in message
+
+
+OF_THE_CONFIG: dict[str, tuple[object, str]] = {
+    "task_type": ("FOO", "Invalid task type: 'FOO'"),
+    "layer_replication": ([[2, 1]], "layer_replication is [[2, 1]], and should be ranges of layers"),
+    "layers_to_transform": ([0, 1], "`layers_to_transform` cannot be used when `target_modules` is a str"),
+    "use_bdlora": ({}, "matches neither A nor B block-diagonal patterns"),
+    "use_dora": (True, "lacks 4 of its weights, such as base_model.model.model.layers.0.mlp.down_proj.lora_magnitude"),
+}
+
+
+@pytest.mark.parametrize("key", OF_THE_CONFIG)
+def test_a_fault_of_the_config_itself_is_not_taken_for_one_of_the_base(
+    adapter: Path, key: str, tmp_path: Path
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    file = other / ADAPTER_CONFIG
+    content = {**json.loads(file.read_text()), key: OF_THE_CONFIG[key][0]}
+    if key == "layers_to_transform":
+        content["target_modules"] = r".*(q_proj|down_proj)"
+    file.write_text(json.dumps(content))
+    message = refused(other, ModelError)
+    assert OF_THE_CONFIG[key][1] in message
+    assert "edited" in message
+    assert "Was it trained on this base?" not in message
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, SettingsError
 from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
-from qlora_cli.runs.checkpoints import list_checkpoints
+from qlora_cli.runs.checkpoints import CHECKSUMS, list_checkpoints, seal
 from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.history import read_history
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.plan import settle_run
 from qlora_cli.training.run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.training_process import SignalAt, start_training
@@ -319,6 +320,22 @@ def test_a_run_that_never_came_to_a_checkpoint_begins_anew(
     train(train_settings(base_model, rows, tmp_path / "run", **EXACT), recorder)
     assert any("begins anew" in note for note in notes_of(recorder))
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
+    state = load_file(checkpoint / "adapter_model.safetensors")
+    key = next(key for key in state if "lora_B" in key)
+    state[key][0, 0] = float("nan")
+    save_file(state, checkpoint / "adapter_model.safetensors", {"format": "pt"})
+    (checkpoint / CHECKSUMS).unlink()
+    seal(checkpoint)
+    with pytest.raises(ModelError, match=f"step-2 is broken: {key} in adapter_model.safetensors holds NaN"):
+        settle_run(settings, Recorder())
 
 
 def test_two_processes_do_not_train_into_one_directory(base_model: Path, rows: Path, tmp_path: Path) -> None:
