@@ -115,18 +115,6 @@ def in_base(path: str) -> str:
     return inner.replace(".token_adapter", "").replace(".base_layer", "")
 
 
-def ends_of(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights of embedding and head, and of the head's bias."""
-    modules = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    return {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in modules
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None
-    }
-
-
 def with_twins(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
     """Return for each of `names`, and for those that are one with them, the one that is named."""
     found = {name: name for name in names}

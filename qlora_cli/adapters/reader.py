@@ -26,7 +26,6 @@ from qlora_cli.adapters.keys import (
     Key,
     Names,
     beginning_of,
-    ends_of,
     in_base,
     is_of_base,
     with_twins,
@@ -46,6 +45,7 @@ from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import NAMES, check_pickle
+from qlora_cli.quantization.embedding import end_modules, ends_of
 
 EDITED = "Was adapter_config.json edited? Copy the original again."
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
@@ -217,7 +217,7 @@ def rows_of(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) ->
     Other tools give a vocabulary more rows than their tokenizer has ids, up to a multiple of 32 or 64.
     """
     names, ends = Names(model, base), ends_of(model)
-    modules = {end.rpartition(".")[0] for end in ends}
+    modules = end_modules(model).keys()
     rows = [0]
     for key, tensor in stored.tensors.items():
         found = names.read(key)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import ADAPTER, BASE, named
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.embedding import embedding_of, is_tied
+from qlora_cli.quantization.embedding import embedding_of, end_modules, is_tied
 from qlora_cli.quantization.methods import is_quantized_layer, restores_weight
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -40,7 +40,7 @@ def find_whole_modules(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if rows and is_tied(model):  # the rows are those of both
-        rows = _leaves(_ends(model, modules))
+        rows = _leaves(end_modules(model))
     found: dict[str, None] = {}
     ends: dict[str, None] = {}
     for end in asked:
@@ -63,7 +63,7 @@ def find_whole_modules(
                 f"lora.modules_to_save: {name} is a part of {inside[0]}, which trains whole", hint="Leave it out."
             )
     _check_on_host(model, [modules[name] for name in found])
-    return _tied_together(model, modules, tuple(found), tuple(ends))
+    return _tied_together(model, tuple(found), tuple(ends))
 
 
 def _leaves(names: Collection[str]) -> list[str]:
@@ -109,16 +109,9 @@ def _check_on_host(model: PreTrainedModel, found: list[nn.Module]) -> None:
         )
 
 
-def _ends(model: PreTrainedModel, modules: dict[str, nn.Module]) -> set[str]:
-    """Return the names of embedding and head."""
-    return {name for name, module in modules.items() if module in (embedding_of(model), model.get_output_embeddings())}
-
-
-def _tied_together(
-    model: PreTrainedModel, modules: dict[str, nn.Module], names: tuple[str, ...], ends: tuple[str, ...]
-) -> WholeModules:
+def _tied_together(model: PreTrainedModel, names: tuple[str, ...], ends: tuple[str, ...]) -> WholeModules:
     """Return the modules, with head and embedding as one where they are one in the base."""
-    pair = _ends(model, modules)
+    pair = end_modules(model).keys()
     if not pair & set(names) or not is_tied(model):
         return WholeModules(names=names, ends=ends, is_tied=False)
     if unknown := sorted(name for name in pair if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES):
@@ -127,7 +120,7 @@ def _tied_together(
             f"does not know {unknown[0]} by that name",
             hint="Leave it out.",
         )
-    embedding = next(name for name, module in modules.items() if module is embedding_of(model))
+    embedding = next(name for name, module in end_modules(model).items() if module is embedding_of(model))
     others = [name for name in names if name not in pair]
     return WholeModules(
         names=(*sorted(pair), *others),

@@ -24,7 +24,7 @@ from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.fit import check_fit, free_bytes
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout, with_rows
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.runs.directory import RUN_FILE
@@ -99,7 +99,7 @@ def plan_load(settings: LoadSettings, reporter: Reporter, *, max_length: int | N
     if settings.model.offload_embedding:
         check_offload(shapes, device)
     stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.model.allow_pickle)
-    num_rows = max(_rows_for(tokenizer), 0 if stored is None else rows_of(stored, shapes, base))
+    num_rows = max(tokenizer.num_rows, 0 if stored is None else rows_of(stored, shapes, base))
     _check_new_rows(shapes, tokenizer, num_rows, source, settings.model)
     adapter = None if stored is None else _fitted(stored, base, dtype.torch_dtype, num_rows, settings.model)
     attention = choose_attention(settings.model.attention, device, shapes)
@@ -236,21 +236,13 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
     return wanted.value
 
 
-def _rows_for(tokenizer: LoadedTokenizer) -> int:
-    """Return how many rows of an embedding the tokenizer needs."""
-    return max(tokenizer.tokenizer.get_vocab().values(), default=0) + 1
-
-
 def _fitted(
     stored: StoredAdapter, base: ModelConfig, dtype: torch.dtype, num_rows: int, settings: ModelSettings
 ) -> Adapter:
     """Return the adapter as it goes on the base, whose vocabulary has at least `num_rows`."""
-    config = deepcopy(base.config)
-    model = build_on_meta(config, dtype, trust_remote_code=settings.trust_remote_code)
-    if num_rows > embedding_of(model).num_embeddings:
-        config.vocab_size = num_rows
-        model = build_on_meta(config, dtype, trust_remote_code=settings.trust_remote_code)
-    return fit(stored, model, base).adapter
+    config, trust = deepcopy(base.config), settings.trust_remote_code
+    model = build_on_meta(config, dtype, trust_remote_code=trust)
+    return fit(stored, with_rows(model, config, num_rows, dtype, trust_remote_code=trust), base).adapter
 
 
 def _check_new_rows(

@@ -55,6 +55,11 @@ class LoadedTokenizer:
     new_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """The rows that an embedding needs for it."""
+        return _largest_id(self.tokenizer) + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Facts:

@@ -33,7 +33,7 @@ from qlora_cli.model_files.config import ModelConfig, config_from, read_config
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout, with_rows
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
@@ -119,10 +119,7 @@ class Estimator:
         apply_rope_scaling(config, model.rope_scaling)
         shapes = build_on_meta(config, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
         num_rows = self._num_rows(shapes, model.trust_remote_code)
-        if num_rows <= embedding_of(shapes).num_embeddings:
-            return shapes
-        config.vocab_size = num_rows
-        return build_on_meta(config, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
+        return with_rows(shapes, config, num_rows, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
 
     def _num_rows(self, shapes: PreTrainedModel, trust_remote_code: bool) -> int:
         """Return how many rows the adapter that trains on has for the vocabulary."""

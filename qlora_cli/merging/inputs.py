@@ -31,8 +31,8 @@ from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import CONFIG, ModelSource, fetch_weights, find_model
-from qlora_cli.quantization.embedding import embedding_of
-from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.quantization.embedding import embedding_of, ends_of
+from qlora_cli.quantization.layout import build_on_meta, plan_layout, with_rows
 from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
@@ -206,7 +206,7 @@ def read_base(
 ) -> BaseModel:
     """Return the base on the meta device, with what is known of how training, or its file, has stored it.
 
-    It has rows for the tokenizer and for `adapters`.
+    It has rows for the tokenizer and for `adapters`, which `config` says then too.
 
     Raises:
         ModelError: weights are not as config.json says.
@@ -228,10 +228,9 @@ def read_base(
         layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
     check_shapes(source, checkpoint, model, layout)
     tensors = StoredTensors(source.path, checkpoint)
-    needed = max([_rows_for(tokenizer), *(rows_of(one, model, config) for one in adapters)])
-    grown, num_rows = _grow(model, config, needed)
-    if grown:
-        model = build_on_meta(config.config, dtype, trust_remote_code=trust)
+    needed = max([tokenizer.num_rows, *(rows_of(one, model, config) for one in adapters)])
+    is_grown = needed > embedding_of(model).num_embeddings
+    model = with_rows(model, config.config, needed, dtype, trust_remote_code=trust)
     conversions = read_conversions(model, list(tensors.headers), config.key_mapping)
     quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized)
     return BaseModel(
@@ -239,8 +238,8 @@ def read_base(
         layout=layout,
         tensors=tensors,
         groups=conversions.groups,
-        num_rows=num_rows,
-        grown=frozenset(grown),
+        num_rows=needed if is_grown else None,
+        grown=frozenset(ends_of(model)) if is_grown else frozenset(),
         quantized=quantized,
         packed=quantized if prequantized is not None else frozenset(),
     )
@@ -263,28 +262,6 @@ def _trained_in(config: PreTrainedConfig, record: RunRecord | None) -> torch.dty
 def _trained_on_cpu(record: RunRecord | None) -> bool:
     device = None if record is None or record.base_model is None else record.base_model.device
     return device is not None and device.startswith("cpu")
-
-
-def _rows_for(tokenizer: LoadedTokenizer) -> int:
-    return max(tokenizer.tokenizer.get_vocab().values(), default=0) + 1
-
-
-def _grow(model: PreTrainedModel, config: ModelConfig, needed: int) -> tuple[list[str], int | None]:
-    """Write the size of the vocabulary into `config` if `needed` are more rows than `model` has.
-
-    Returns the names of the parameters that have more rows then, and how many.
-    """
-    embedding, head = embedding_of(model), model.get_output_embeddings()
-    if needed <= embedding.num_embeddings:
-        return [], None
-    config.config.vocab_size = needed
-    modules = {id(module) for module in (embedding, head) if module is not None}
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules(remove_duplicate=False)
-        if id(module) in modules
-        for name, _ in module.named_parameters()
-    ], needed
 
 
 def _reader(base: BaseModel) -> Read:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.keys import ends_of
 from qlora_cli.adapters.reader import SAME_BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.base import BaseModel, parameter_groups, weight_of_constant
@@ -18,6 +17,7 @@ from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.pickles import DTYPES
+from qlora_cli.quantization.embedding import ends_of
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
 Changes = Mapping[str, Sequence[Weighted]]

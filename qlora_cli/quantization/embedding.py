@@ -23,6 +23,22 @@ def embedding_of(model: PreTrainedModel) -> nn.Embedding:
     return embedding
 
 
+def end_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the embedding and the head by their names."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if id(module) in ends}
+
+
+def ends_of(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights of embedding and head, and of the head's bias."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in end_modules(model).items()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def offloading_map(model: PreTrainedModel, device: torch.device) -> dict[str, torch.device | str]:
     """Return where each part of `model` goes: the embedding to the host, all else to `device`.
 

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.construction import build_model
+from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
 from qlora_cli.quantization.inventory import classify, parameters_once
 from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers
@@ -86,6 +87,16 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_
     """
     with torch.device("meta"):
         return build_model(config, dtype, trust_remote_code=trust_remote_code)
+
+
+def with_rows(
+    model: PreTrainedModel, config: PreTrainedConfig, num_rows: int, dtype: torch.dtype, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return `model`, built of `config`, or one with `num_rows` rows if it has fewer, which `config` says then too."""
+    if num_rows <= embedding_of(model).num_embeddings:
+        return model
+    config.vocab_size = num_rows
+    return build_on_meta(config, dtype, trust_remote_code=trust_remote_code)
 
 
 def plan_layout(

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.initialization import as_trained, is_pissa
 from qlora_cli.adapters.kept import kept_in
-from qlora_cli.adapters.keys import ends_of, in_base
+from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.reader import fit, open_adapter
 from qlora_cli.adapters.state import difference, parts_of, put_values
 from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.errors import TrainingError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.checkpoint import read_checkpoint
+from qlora_cli.quantization.embedding import ends_of
 from qlora_cli.quantization.layout import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
