@@ -29,7 +29,7 @@ COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 HELP = "/reset begins anew, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
 
-@options.takes(Command.CHAT, ChatSettings, positional="model.name")
+@options.takes(Command.CHAT)
 def chat(context: typer.Context) -> None:
     """Talk to a model, an adapter or a run, with its chat template. Reads lines from a pipe, too.
 

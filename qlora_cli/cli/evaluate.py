@@ -11,7 +11,7 @@ from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import EvaluateSettings
 
 
-@options.takes(Command.EVALUATE, EvaluateSettings, positional="model.name")
+@options.takes(Command.EVALUATE)
 def evaluate(context: typer.Context, json: options.Json = False) -> None:
     """Measure loss and perplexity of a model or run on held-out rows: base, adapter and merged model in one table.
 

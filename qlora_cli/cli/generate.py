@@ -16,7 +16,7 @@ from qlora_cli.settings.models import ChatSettings, GenerateSettings
 FROM_STDIN = "-"
 
 
-@options.takes(Command.GENERATE, GenerateSettings, positional="model.name")
+@options.takes(Command.GENERATE)
 def generate(context: typer.Context, json: options.Json = False) -> None:
     """Answer prompts, greedily unless told otherwise, with the model's chat template and end tokens.
 

@@ -13,7 +13,7 @@ from qlora_cli.settings.models import InspectDataSettings
 from qlora_cli.settings.settle import asked_length
 
 
-@options.takes(Command.INSPECT_DATA, InspectDataSettings)
+@options.takes(Command.INSPECT_DATA)
 def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
 

@@ -11,12 +11,11 @@ from qlora_cli.cli.memory_flags import read_request
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.settings.marks import Command
-from qlora_cli.settings.models import InspectMemorySettings
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
 
 
-@options.takes(Command.INSPECT_MEMORY, InspectMemorySettings, positional="model.name")
+@options.takes(Command.INSPECT_MEMORY)
 def inspect_memory(
     context: typer.Context,
     words: Words = None,

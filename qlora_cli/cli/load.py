@@ -11,7 +11,7 @@ from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import LoadCommandSettings
 
 
-@options.takes(Command.LOAD, LoadCommandSettings, positional="model.name")
+@options.takes(Command.LOAD)
 def load(context: typer.Context, json: options.Json = False) -> None:
     """Load a model, quantized to 4 bit by default, and show what came of it: parameters, bytes, dtype, time, peaks."""
     resolved = options.resolve_settings(context, LoadCommandSettings)

@@ -11,7 +11,7 @@ from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import MergeCommandSettings
 
 
-@options.takes(Command.MERGE, MergeCommandSettings, positional="merge.adapters")
+@options.takes(Command.MERGE)
 def merge(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, tensor by tensor.")] = False,

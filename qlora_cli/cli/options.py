@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.marks import Command, Marks
-from qlora_cli.settings.models import Section, field_of, marks
+from qlora_cli.settings.models import KINDS, Section, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
 from qlora_cli.settings.shown import is_switch, metavar, shown_default
 
@@ -23,8 +23,9 @@ Function = TypeVar("Function", bound=Callable[..., None])
 SEPARATOR = "__"  # of section and key in the name of a command's parameter: `lora__rank` takes lora.rank
 
 
-def settings_of(command: Command, kind: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every setting of `kind` that `command` has a flag for, as `section.key` and its field there."""
+def settings_of(command: Command) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting that `command` has a flag or an argument for, as `section.key` and its field there."""
+    kind = KINDS[command]
     for name, section in sections_of(kind).items():
         for key, field in section.model_fields.items():
             if name in kind.model_fields and marks(f"{name}.{key}").is_taken_by(command):
@@ -36,11 +37,10 @@ def parameter_of(path: str) -> str:
     return path.replace(".", SEPARATOR)
 
 
-def takes(command: Command, kind: type[Section], *, positional: str | None = None) -> Callable[[Function], Function]:
-    """Give a command the flags of every setting of `kind` that it takes, and `--config` and `--set`.
+def takes(command: Command) -> Callable[[Function], Function]:
+    """Give a command the flags and the argument of every setting that it takes, and `--config` and `--set`.
 
     The command itself names only what is its own; settings are read from the context by `resolve_settings`.
-    `positional` is a setting that is given as an argument, not by its flag.
     """
 
     def give(function: Function) -> Function:
@@ -50,12 +50,9 @@ def takes(command: Command, kind: type[Section], *, positional: str | None = Non
         def wrapper(context: typer.Context, **given: Any) -> Any:
             return function(context, **{name: value for name, value in given.items() if name in own})
 
-        fields = dict(settings_of(command, kind))
-        if positional is not None:
-            fields.setdefault(positional, field_of(positional))
-        parameters = [own["context"]]
-        if positional is not None:
-            parameters.append(_argument(positional, fields.pop(positional)))
+        fields = dict(settings_of(command))
+        arguments = [path for path in fields if command in marks(path).argument_of]
+        parameters = [own["context"], *(_argument(path, fields.pop(path)) for path in arguments)]
         parameters += [_option(path, field) for path, field in fields.items()]
         parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
         parameters += [
@@ -120,6 +117,11 @@ Assign = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, by its full name; may be repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+
+
+def is_of_settings(parameter: Any) -> bool:
+    """Whether a parameter of a command says what a setting is."""
+    return SEPARATOR in parameter.name or parameter.name in {"config", "assignments"}
 
 
 def read_sources(context: typer.Context) -> Sources:

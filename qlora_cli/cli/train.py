@@ -14,7 +14,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.preflight import check_train_inputs
 
 
-@options.takes(Command.TRAIN, TrainSettings)
+@options.takes(Command.TRAIN)
 def train(
     context: typer.Context,
     dry_run: Annotated[

@@ -64,6 +64,7 @@ class Marks:
         off_flag: Of a switch, the flag that turns it off, where that is not `--no-` and the flag's name.
         commands: The commands that take the flag, besides `inspect-memory`, which takes that of every setting that
             affects memory. A command is left out if the setting means nothing to it.
+        argument_of: The commands that take it as an argument, without the flag.
         metavar: What the flag takes, where neither the choices nor the type say it.
         is_repeatable: Whether the flag may be given several times.
         affects_memory: Whether the memory that training takes depends on it.
@@ -76,6 +77,7 @@ class Marks:
     flag: str | None = None
     off_flag: str | None = None
     commands: tuple[Command, ...] = (Command.TRAIN,)
+    argument_of: tuple[Command, ...] = ()
     metavar: str | None = None
     is_repeatable: bool = False
     affects_memory: bool = False
@@ -85,10 +87,9 @@ class Marks:
     is_only_by_hand: bool = False
 
     def is_taken_by(self, command: Command) -> bool:
-        """Whether `command` has the flag."""
-        return self.flag is not None and (
-            command in self.commands or (command is Command.INSPECT_MEMORY and self.affects_memory)
-        )
+        """Whether `command` has the flag, or takes it as an argument."""
+        by_flag = command in self.commands or (command is Command.INSPECT_MEMORY and self.affects_memory)
+        return command in self.argument_of or (self.flag is not None and by_flag)
 
 
 def marks_of(field: FieldInfo) -> Marks:

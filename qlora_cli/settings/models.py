@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Device
-from qlora_cli.settings.marks import Marks, marks_of
+from qlora_cli.settings.marks import Command, Marks, marks_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.data import DataSettings
 from qlora_cli.settings.sections.evaluate import EvaluationSettings
@@ -175,6 +175,19 @@ SECTIONS: dict[str, type[Section]] = {
     "generate": AnswerSettings,
     "evaluate": EvaluationSettings,
     "merge": MergeSettings,
+}
+
+
+# What each command needs.
+KINDS: dict[Command, type[Section]] = {
+    Command.LOAD: LoadCommandSettings,
+    Command.TRAIN: TrainSettings,
+    Command.INSPECT_MEMORY: InspectMemorySettings,
+    Command.INSPECT_DATA: InspectDataSettings,
+    Command.MERGE: MergeCommandSettings,
+    Command.GENERATE: GenerateSettings,
+    Command.CHAT: ChatSettings,
+    Command.EVALUATE: EvaluateSettings,
 }
 
 

@@ -84,20 +84,23 @@ def merge(sources: Sources) -> tuple[dict[str, Entry], list[Problem]]:
     return {entry.path: entry for entry in entries}, problems + more
 
 
-def describe(sources: Sources) -> list[tuple[str, Any, Origin]]:
+def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[str, Any, Origin]]:
     """Return every setting with its value and origin, for `qlora config show`; required ones may be None.
+
+    If `kind` is given, those of its sections.
 
     Raises:
         SettingsError: with every problem found; a missing value is none.
     """
     merged, problems = merge(sources)
-    _, more = _validate(merged, SECTIONS, required=set(), flag_names={})
+    sections = SECTIONS if kind is None else sections_of(kind)
+    _, more = _validate(merged, sections, required=set(), flag_names={})
     more += not_from_a_file(merged)
     if problems + more:
         raise SettingsError(problems + more)
     rows = []
-    for section, model in SECTIONS.items():
-        for key, field in model.model_fields.items():
+    for section in SECTIONS if kind is None else kind.model_fields:
+        for key, field in sections[section].model_fields.items():
             entry = merged.get(f"{section}.{key}")
             if entry is None:
                 default = None if field.is_required() else field.get_default(call_default_factory=True)

@@ -88,7 +88,7 @@ def test_a_full_disk_below_stdout_is_one_message(arguments: list[str], code: int
 def test_what_ends_a_command_from_outside_is_one_object_too(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str
 ) -> None:
-    def ended(_: object) -> None:
+    def ended(*_: object) -> None:
         raise raised
 
     monkeypatch.setattr("qlora_cli.cli.config.describe", ended)

@@ -12,6 +12,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
 from qlora_cli.settings.marks import Command, marks_of
 from qlora_cli.settings.models import (
+    KINDS,
     SECTIONS,
     ChatSettings,
     EvaluateSettings,
@@ -29,16 +30,6 @@ from qlora_cli.settings.models import (
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import RunQlora
 
-KINDS: dict[Command, type[Section]] = {
-    Command.LOAD: LoadCommandSettings,
-    Command.TRAIN: TrainSettings,
-    Command.INSPECT_MEMORY: InspectMemorySettings,
-    Command.INSPECT_DATA: InspectDataSettings,
-    Command.MERGE: MergeCommandSettings,
-    Command.GENERATE: GenerateSettings,
-    Command.CHAT: ChatSettings,
-    Command.EVALUATE: EvaluateSettings,
-}
 # A file that any command takes, whatever its own sections are.
 FILE = """
 model: {name: base}
@@ -62,15 +53,15 @@ def config(tmp_path: Path) -> Path:
 
 def test_every_command_is_of_a_kind_and_every_setting_with_a_flag_of_a_command() -> None:
     assert set(KINDS) == set(Command)
-    taken = {path for command, kind in KINDS.items() for path, _ in options.settings_of(command, kind)}
-    assert {path for path in all_settings() if marks(path).flag} == taken
+    taken = {path for command in Command for path, _ in options.settings_of(command)}
+    assert {path for path in all_settings() if marks(path).flag or marks(path).argument_of} == taken
 
 
 @pytest.mark.parametrize("command", list(Command))
 def test_a_command_has_the_flags_that_the_marks_give_it_and_takes_a_file(command: Command) -> None:
     parameters = typer.main.get_command(app).commands[command.value].params  # type: ignore[attr-defined]
     names = {parameter.name for parameter in parameters}
-    assert {options.parameter_of(path) for path, _ in options.settings_of(command, KINDS[command])} <= names
+    assert {options.parameter_of(path) for path, _ in options.settings_of(command)} <= names
     assert {"config", "assignments"} <= names
     sections = {name.partition("__")[0] for name in names if "__" in name}
     assert sections <= set(KINDS[command].model_fields)
@@ -78,7 +69,7 @@ def test_a_command_has_the_flags_that_the_marks_give_it_and_takes_a_file(command
 
 @pytest.mark.parametrize("command", list(Command))
 def test_no_two_settings_of_a_command_share_a_flag(command: Command) -> None:
-    flags = [marks_of(field).flag or marks(path).flag for path, field in options.settings_of(command, KINDS[command])]
+    flags = [marks_of(field).flag or marks(path).flag for path, field in options.settings_of(command)]
     assert len(flags) == len(set(flags))
 
 
@@ -161,6 +152,49 @@ def test_config_show_has_the_settings_of_every_command(run_qlora: RunQlora, conf
     told = {path: value.split("  ")[0] for path, value in (line.split(maxsplit=1) for line in lines)}
     assert list(told) == all_settings()
     assert (told["merge.weights"], told["merge.formats"], told["inspect_memory.sweep"]) == ("0.5", "hf, nf4", "-")
+
+
+GIVEN = {Command.MERGE: ["run", "other"], Command.TRAIN: ["--model", "m"], Command.INSPECT_DATA: ["--model", "m"]}
+
+
+@pytest.mark.parametrize("command", list(Command))
+def test_config_show_takes_what_a_command_takes_and_shows_what_it_has_a_use_for(
+    run_qlora: RunQlora, config: Path, command: Command
+) -> None:
+    given = [*GIVEN.get(command, ["m"]), "--config", config, "--set", "data.max_length=64", "--trust-remote-code"]
+    shown = run_qlora("config", "show", command.value, *given, "--json").json
+    assert {path.split(".")[0] for path in shown} == set(KINDS[command].model_fields)
+    assert {path for path, _ in options.settings_of(command)} <= set(shown)
+    assert [path for path in shown if marks(path).flag and not marks(path).is_taken_by(command)] == []
+    assert shown["model.trust_remote_code"] == {"value": True, "origin": "--trust-remote-code"}
+    assert shown.get("data.max_length", {"value": 64})["value"] == 64
+
+
+def test_config_show_shows_the_settings_as_the_command_reads_them(run_qlora: RunQlora, config: Path) -> None:
+    merge = run_qlora("config", "show", "merge", "a", "b", "--dtype", "BF16", "--config", config, "--json").json
+    assert merge["merge.adapters"] == {"value": ["a", "b"], "origin": "RUN_OR_ADAPTER"}
+    assert merge["merge.dtype"] == {"value": "bf16", "origin": "--dtype"}
+    assert "model.dtype" not in merge
+    evaluate = run_qlora("config", "show", "evaluate", "m", "--json").json
+    assert evaluate["data.dataset"] == {"value": None, "origin": "default"}
+    wrong = run_qlora("config", "show", "merge", "a", "--dtype", "bf17")
+    assert (wrong.code, "--dtype: 'bf17' is not one of keep" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rank", "4", "merge", "a"], "flags of merge belong behind its name"),
+        (["mrge", "a"], "no such command 'mrge'"),
+        (["merge", "a", "--dry-run"], "no such option: --dry-run"),
+        (["merge", "a", "--rank", "4"], "no such option: --rank"),
+    ],
+)
+def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: list[str], expected: str) -> None:
+    done = run_qlora("config", "show", *arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert f"error: {expected}" in done.stderr
+    assert "hint: " in done.stderr
 
 
 @pytest.mark.parametrize(

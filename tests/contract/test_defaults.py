@@ -9,29 +9,9 @@ import pytest
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import SettingsError
 from qlora_cli.settings.choices import Quantization, Schedule
-from qlora_cli.settings.models import (
-    ChatSettings,
-    EvaluateSettings,
-    GenerateSettings,
-    InspectDataSettings,
-    InspectMemorySettings,
-    LoadCommandSettings,
-    MergeCommandSettings,
-    Section,
-    TrainSettings,
-)
+from qlora_cli.settings.models import KINDS, Section, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 
-KINDS = (
-    LoadCommandSettings,
-    TrainSettings,
-    InspectMemorySettings,
-    InspectDataSettings,
-    MergeCommandSettings,
-    GenerateSettings,
-    ChatSettings,
-    EvaluateSettings,
-)
 NEEDED = {
     "model.name": "m",
     "data.dataset": "d.jsonl",
@@ -82,7 +62,7 @@ def defaults(kind: type[Section]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: ",".join(map(str, beside.values())) or "nothing")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.values())
 def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: dict[str, Any]) -> None:
     given = {path: value for path, value in defaults(kind).items() if path not in {*NEEDED, *beside}}
     assert refused(kind, beside) == []

@@ -86,8 +86,8 @@ PYTHON = [
 def parse(command: Any, arguments: list[str], parent: Any = None) -> Any:
     """Parse `arguments` down to the last subcommand, running nothing; a wrong flag raises."""
     context = command.make_context(command.name, list(arguments), parent=parent)
-    if getattr(command, "commands", None):
-        _, subcommand, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    if below := [*getattr(context, "_protected_args", ()), *context.args] if hasattr(command, "commands") else []:
+        _, subcommand, rest = command.resolve_command(context, below)
         return parse(subcommand, rest, context)
     return context
 

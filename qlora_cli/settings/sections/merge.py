@@ -17,7 +17,7 @@ MERGE = (Command.MERGE,)
 class MergeSettings(Section):
     """What `qlora merge` merges, into what, and what it writes. Merging itself is done on the CPU."""
 
-    adapters: Annotated[Datasets, Marks(metavar="RUN_OR_ADAPTER", commands=MERGE, is_repeatable=True)] = Field(
+    adapters: Annotated[Datasets, Marks(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True)] = Field(
         description="Run directory, adapter directory or hub id of an adapter; several are added together."
     )
     weights: Annotated[Weights, Marks(flag="--weight", commands=MERGE, metavar="NUMBER", is_repeatable=True)] = Field(

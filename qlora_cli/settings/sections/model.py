@@ -16,9 +16,15 @@ class ModelSettings(Section):
     # Of a run's settings, those are taken over that made the base which its adapter fits. New tokens and chat template
     # come with the adapter's tokenizer; device and kernel are those of this machine; code is trusted anew each time.
 
-    name: Annotated[str, Marks(flag="--model", commands=TOKENIZERS, affects_memory=True)] = Field(
-        min_length=1, description="Base model: a local directory or a hub id."
-    )
+    name: Annotated[
+        str,
+        Marks(
+            flag="--model",
+            commands=(Command.TRAIN, Command.INSPECT_DATA),
+            argument_of=(Command.LOAD, Command.INSPECT_MEMORY, Command.GENERATE, Command.CHAT, Command.EVALUATE),
+            affects_memory=True,
+        ),
+    ] = Field(min_length=1, description="Base model: a local directory or a hub id.")
     revision: Annotated[str | None, Marks(flag="--revision", commands=TOKENIZERS, affects_memory=True)] = Field(
         default=None, description="Branch, tag or commit of a hub id; the default branch if not given."
     )
