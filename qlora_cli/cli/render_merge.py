@@ -45,7 +45,8 @@ def render_merge(result: MergeResult) -> None:
         title("Distance from the model that was trained")
         print_rows([("original", _in_short(choice.original)), ("dequantized", _in_short(choice.dequantized))])
     if result.verification is not None:
-        title("Verified against the base with the adapter beside it")
+        against = "the base with the adapter beside it" if result.verification.ran_adapters else "their sum in fp32"
+        title(f"Verified against {against}")
         print_rows(list(_verification_rows(result.verification)))
     else:
         console().print(Text("not verified (--no-verify)"), soft_wrap=True)
@@ -114,10 +115,13 @@ def _verification_rows(found: Verification) -> Iterator[Row]:
     rows = f" and {counted(found.num_rows, 'row')} of the data" if found.num_rows else ""
     yield "over", f"{found.divergence.num_tokens:,} tokens of {found.num_prompts} prompts{rows}"
     yield "computed", f"in fp32 on {found.device}, in {format_duration(found.seconds)}"
-    yield (
-        "before rounding",
-        f"KL divergence {found.unrounded.median_kl:.1g} at the median token, at most {found.max_unexplained:g}",
-    )
+    if found.ran_adapters:
+        yield (
+            "before rounding",
+            f"KL divergence {found.unrounded.median_kl:.1g} at the median token, at most {found.max_unexplained:g}",
+        )
+    else:
+        yield "not verified", "the sum itself: PEFT can't run these adapters beside each other"
     if found.modules is not None:
         yield "each module", _describe_modules(found.modules)
     yield "in the files", f"{found.num_parameters:,} parameters, to the bit as merged"
@@ -129,7 +133,7 @@ def _verification_rows(found: Verification) -> Iterator[Row]:
 
 def _describe_modules(found: ModuleCheck) -> str:
     share = f"off by at most {found.difference:.1g} of what the adapter does there"
-    return f"{counted(found.num_modules, 'adapted module')} one by one, {share}"
+    return f"{counted(found.num_modules, 'adapted module')} one by one, {share}; {found.floor:g} of the output passes"
 
 
 def _divergence_rows(found: Divergence) -> Iterator[Row]:

@@ -81,6 +81,7 @@ class ModuleWatch:
             worst=worst,
             difference=self._found[worst],
             max_difference=MAX_MODULE_DIFFERENCE,
+            floor=MAX_MODULE_DIFFERENCE * LEAST_EFFECT,
         )
 
 

@@ -136,10 +136,11 @@ def _verified(result: MergeResult) -> str:
     passed = "" if found.passed else "**failed**: "
     exact = "exactly" if found.is_exact else "not exactly"
     over = f"over {found.divergence.num_tokens:,} tokens"
-    return (
-        f"{passed}{exact} the base with the adapter beside it, rounded to {result.dtype}, which costs, {over}: "
-        f"{_in_short(found.divergence)}"
-    )
+    model = "base with the adapter beside it"
+    if not found.ran_adapters:
+        model = "sum in fp32 of adapters that can't run beside each other, which is not verified itself"
+    cost = f"which costs, {over}: {_in_short(found.divergence)}"
+    return f"{passed}{exact} the {model}, rounded to {result.dtype}, {cost}"
 
 
 def _in_short(found: Divergence) -> str:

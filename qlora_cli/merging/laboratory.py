@@ -65,6 +65,11 @@ class Laboratory:
         self._checks: dict[BaseWeights, ModuleCheck | None] = {}
         self._planned: dict[tuple[BaseWeights, MergeDtype], torch.Tensor] = {}
 
+    @property
+    def runs_adapters(self) -> bool:
+        """Whether the adapters run beside their base: if not, they are compared with their own sum."""
+        return len(self._inputs.adapters) == 1 or _run_together(self._inputs.changes)
+
     def trained(self) -> torch.Tensor:
         """Return the logits of the model that was trained: the base as training saw it, and the adapters beside it."""
         if self._trained is None:
@@ -82,7 +87,7 @@ class Laboratory:
         each adapted module is compared with the merged one on the way.
         """
         inputs = self._inputs
-        if len(inputs.adapters) > 1 and not _run_together(inputs.changes):
+        if not self.runs_adapters:
             return self.planned(self.in_fp32(kind))
         self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter beside it"))
         base = Base(inputs.base, kind)

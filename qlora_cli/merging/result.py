@@ -108,12 +108,14 @@ class ModuleCheck:
         worst: The one that differs most, by its name in the base.
         difference: What its outputs differ by there, as a share of what the adapter does to them.
         max_difference: The largest that passes.
+        floor: What passes besides, as a share of the module's output: an adapter that does less is not seen.
     """
 
     num_modules: int
     worst: str
     difference: float
     max_difference: float
+    floor: float
 
     @property
     def passed(self) -> bool:
@@ -134,17 +136,21 @@ class Rounding:
 class Verification:
     """The merged files against the base with the adapter beside it. All is computed in fp32.
 
+    Several adapters that PEFT can't run beside each other are summed in fp32 instead, by the merge's own arithmetic:
+    what is verified then are the files and the rounding, not the sum. `ran_adapters` says so.
+
     What must be exact is the arithmetic (`modules`, `unrounded`) and what lies in the files (`differing_parameters`),
     however little the adapter does. What rounding to the dtype of the files costs on top of it is a figure,
     `divergence`, which fails only where a bound was set.
 
     Attributes:
         is_exact: Whether all that must be exact is.
+        ran_adapters: Whether the reference is the base with the adapters beside it, as PEFT runs them.
         max_divergence: The largest mean KL divergence that passes; None if no bound was set.
         max_unexplained: The largest median KL divergence of `unrounded` that passes.
         divergence: Of the files from the base with the adapter beside it: the cost of rounding.
         unrounded: Of the merge, if it were written in fp32, from the same.
-        modules: The adapted modules, one by one; None if PEFT can't run the adapters beside each other.
+        modules: The adapted modules, one by one; None if the adapters did not run.
         less_rounded: The same merge in the dtype that rounds less, measured where rounding costs much; else None.
         num_parameters: How many parameters were read from the files, and compared with the merge bit by bit.
         differing_parameters: What is in the files otherwise than it was to be written; nothing, if it passes.
@@ -154,6 +160,7 @@ class Verification:
 
     passed: bool
     is_exact: bool
+    ran_adapters: bool
     max_divergence: float | None
     max_unexplained: float
     divergence: Divergence

@@ -10,15 +10,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.events import SilentReporter
+from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.merging.adapters import Read
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory, base_reader
+from qlora_cli.merging.run import merge
 from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.settings.choices import BaseWeights
+from tests.conftest import Recorder
 from tests.integration.loading import save_model
 from tests.integration.merging import on_plain, planned, request_of, save
 from tests.integration.plain import IDS, ROWS, plain
@@ -103,6 +105,20 @@ def adapters_of(kind: str, base: Path, place: Path) -> list[Path]:
         second = {"target_parameters": [name for name, _ in fused_experts(plain(base))]}
     configs = [config_of(lora_alpha=3), config_of(**second)]
     return [save(on_plain(base, config), place / str(number)) for number, config in enumerate(configs)]
+
+
+@pytest.mark.parametrize("kind", ["layers", "whole", "experts"])
+def test_a_sum_that_peft_cannot_run_is_not_called_verified(kind: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "qwen3_moe", vocab_size=3072)
+    request = request_of(*adapters_of(kind, base, tmp_path), weights=(0.5, 1.0), output=tmp_path / "merged")
+    recorder, ran = Recorder(), kind == "layers"
+    found = merge(request, recorder).verification
+    assert found is not None
+    assert (found.ran_adapters, found.modules is not None) == (ran, ran)
+    notes = [event.message for event in recorder.events if isinstance(event, Noted)]
+    assert any("the sum itself is not verified" in note for note in notes) is not ran
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert ("which is not verified itself" in card) is not ran
 
 
 @pytest.mark.parametrize("kind", ["layers", "whole", "experts"])

@@ -1,5 +1,6 @@
 """What `qlora merge` prints, from frozen results: whole lines, nothing that was not measured."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,12 +52,13 @@ RESULT = MergeResult(
     verification=Verification(
         passed=True,
         is_exact=True,
+        ran_adapters=True,
         max_divergence=None,
         max_unexplained=1e-6,
         divergence=NEAR,
         unrounded=NEAR,
         modules=ModuleCheck(
-            num_modules=28, worst="model.layers.3.mlp.down_proj", difference=2.3e-5, max_difference=0.01
+            num_modules=28, worst="model.layers.3.mlp.down_proj", difference=2.3e-5, max_difference=0.01, floor=1e-5
         ),
         less_rounded=None,
         num_parameters=38,
@@ -127,7 +129,8 @@ def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.Capture
     assert rows["dequantized"].startswith("KL divergence 1e-05 nats a token")
     assert rows["over"] == "479 tokens of 4 prompts and 8 rows of the data"
     assert rows["each module"] == (
-        "28 adapted modules one by one, off by at most 2e-05 of what the adapter does there"
+        "28 adapted modules one by one, off by at most 2e-05 of what the adapter does there; "
+        "1e-05 of the output passes"
     )
     assert "passed" not in rows  # no bound was set
     assert "less rounding" not in rows  # it costs next to nothing
@@ -135,6 +138,16 @@ def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.Capture
     assert rows["in the files"] == "38 parameters, to the bit as merged"
     assert "hf" not in rows  # one format, and its place is the heading
     assert "on the hub" not in rows
+
+
+def test_a_sum_that_was_not_verified_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert RESULT.verification is not None
+    found = replace(RESULT.verification, ran_adapters=False, modules=None)
+    render_merge(replace(RESULT, verification=found))
+    text = capsys.readouterr().out
+    assert "Verified against their sum in fp32" in text
+    assert re.search(r"not verified +the sum itself: PEFT can't run these adapters beside each other", text)
+    assert "before rounding" not in text
 
 
 def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_told(capsys: pytest.CaptureFixture[str]) -> None:
