@@ -11,10 +11,12 @@ from qlora_cli.answering.result import Answer, GenerationReport, Listener, colle
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import made_in_code
 
 
 def generate(
-    settings: LoadSettings, request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
+    asked: Resolved[LoadSettings], request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
 ) -> GenerationReport:
     """Load the model and answer each prompt; to compare, answer as base, adapter and merged model.
 
@@ -23,7 +25,7 @@ def generate(
     Raises:
         QloraError: what `open_model` raises.
     """
-    opened = open_model(settings, request, reporter, prompts=prompts)
+    opened = open_model(asked, request, reporter, prompts=prompts)
     source, notes = opened.loaded.source, opened.notes
     merged = (request.merged or merged_model_of(source)) if request.compare else None
     if merged is not None and (stale := staleness(merged, source)):
@@ -34,7 +36,7 @@ def generate(
         of_merged = settings_of_merged(merged, opened.loaded.settings.model, opened.loaded.dtype)
         del opened
         _let_go()
-        opened = open_model(of_merged, request, reporter, prompts=prompts, is_merged=True)
+        opened = open_model(made_in_code(of_merged), request, reporter, prompts=prompts, is_merged=True)
         more = answer_all(opened, request, prompts, reporter)
         answers = [before + after for before, after in zip(answers, more, strict=True)]
         notes = tuple(dict.fromkeys((*notes, *opened.notes)))

@@ -18,6 +18,7 @@ from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.positions import num_positions
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
+from qlora_cli.settings.resolve import Resolved
 
 NO_TEMPLATE = "the tokenizer has no chat template: a prompt is continued as plain text"
 
@@ -71,7 +72,7 @@ class OpenModel:
 
 
 def open_model(
-    settings: LoadSettings,
+    asked: Resolved[LoadSettings],
     request: AnswerSettings,
     reporter: Reporter,
     *,
@@ -87,7 +88,7 @@ def open_model(
         QloraError: what loading raises.
         ModelError: a prompt is too long, the system prompt is not written, or there is nothing to compare.
     """
-    blueprint = plan_load(settings, reporter)
+    blueprint = plan_load(asked, reporter)
     tokenizer = blueprint.tokenizer.tokenizer
     positions = num_positions(blueprint.base.config)
     compares = request.compare and not is_merged
@@ -96,7 +97,7 @@ def open_model(
         _check_base(blueprint)
     if is_chat and tokenizer.chat_template is None:
         raise ModelError(
-            f"the tokenizer of {settings.model.name} has no chat template, which a chat needs",
+            f"the tokenizer of {asked.settings.model.name} has no chat template, which a chat needs",
             hint="Give one: --chat-template chatml, or a file. qlora generate goes without.",
         )
     if request.system is not None:

@@ -35,7 +35,8 @@ def chat(context: typer.Context) -> None:
 
     /reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
     """
-    settings = options.resolve_settings(context, ChatSettings).settings
+    resolved = options.resolve_settings(context, ChatSettings)
+    settings = resolved.settings
     if sys.stdin is None:
         raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
     check_request(settings)
@@ -46,7 +47,7 @@ def chat(context: typer.Context) -> None:
         from qlora_cli.answering.chat import Chat
         from qlora_cli.answering.opened import open_model
 
-        opened = open_model(settings, settings.generate, reporter, is_chat=True)
+        opened = open_model(resolved, settings.generate, reporter, is_chat=True)
     _converse(opened, Chat(opened, settings.generate), settings.generate.max_new_tokens)
 
 

@@ -22,8 +22,8 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
 
     MODEL is a model, an adapter or a run directory. The answer alone is on stdout.
     """
-    settings = options.resolve_settings(context, GenerateSettings).settings
-    request = settings.generate
+    resolved = options.resolve_settings(context, GenerateSettings)
+    settings, request = resolved.settings, resolved.settings.generate
     prompts = _read_prompts(request.prompts)
     check_request(settings)
 
@@ -36,9 +36,9 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
         from qlora_cli.answering.opened import open_model
 
         if streams:
-            opened = open_model(settings, request, reporter, prompts=prompts)
+            opened = open_model(resolved, request, reporter, prompts=prompts)
         else:
-            report = answering.generate(settings, request, prompts, reporter)
+            report = answering.generate(resolved, request, prompts, reporter)
     if not streams:
         print_json(report) if json else render_answers(report)
         return

@@ -10,7 +10,7 @@ from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import InspectDataSettings
-from qlora_cli.settings.settle import asked_length
+from qlora_cli.settings.settle import settle
 
 
 @options.takes(Command.INSPECT_DATA)
@@ -38,11 +38,14 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     with reporting() as reporter:
         from qlora_cli.data.encode import TextTokenizer
         from qlora_cli.data.inspection import inspect_data as look_at
-        from qlora_cli.loading.positions import within_positions
+        from qlora_cli.loading.positions import LENGTH, note_length, shortened
         from qlora_cli.loading.text import load_text_side
 
-        text = load_text_side(settings.model, reporter, max_length=asked_length(settings.data))
-        data = within_positions(settings.data, text.num_positions, reporter)
+        asked = settings.data.max_length if resolved.is_given(LENGTH) else None
+        text = load_text_side(settings.model, reporter, max_length=asked)
+        settled = settle(resolved, shortened(settings, text.num_positions))
+        note_length(settled, reporter)
+        data = settled.settings.data
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
         tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
         inspection = look_at(data, settings.training, tokenizer, num_previews=settings.inspect_data.rows)

@@ -32,7 +32,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
         from qlora_cli.loading.save import check_savable, save_quantized
 
         start = time.monotonic()
-        blueprint = plan_load(resolved.settings, reporter)
+        blueprint = plan_load(resolved, reporter)
         if save is not None:
             check_savable(blueprint, save)
         loaded = load_planned(blueprint, reporter, measure_error=error, started=start)

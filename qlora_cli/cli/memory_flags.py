@@ -43,22 +43,14 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
         read = _Read.of(given["gpus"] or (), given["sweep"] or (), words)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
-    settings = resolved.settings
-    asked = settings.inspect_memory
+    asked = resolved.settings.inspect_memory
     read = _Read.of(asked.gpus, asked.sweep, words)
     if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
         raise wrong
-    request = MemoryRequest(
-        settings=settings,
-        gpus=read.gpus,
-        recipe=asked.recipe,
-        sdpa_backend=asked.sdpa_backend,
-        evaluate=asked.evaluate,
-        solve=tuple(setting.value for setting in asked.solve),
-        sweep=read.sweep if asked.plot is None else {"max-length": (), **read.sweep},
-    )
+    sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
+    request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep)
     return request, asked.plot
 
 

@@ -17,7 +17,7 @@ from qlora_cli.data.store import read_skipped
 from qlora_cli.data.table import Table, first_of_each
 from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings
-from qlora_cli.settings.settle import changed
+from qlora_cli.settings.settle import varied
 
 MOST_NAMED = 5  # rows that are named of each kind of trouble
 NUM_BARS = 16
@@ -109,7 +109,7 @@ def inspect_data(
         QloraError: as `prepare_data` does.
     """
     # What is looked at are the rows themselves; what packing would come to is computed beside.
-    looked_at = changed(settings, packing=False)
+    looked_at = varied(settings, packing=False)
     found = prepare_data(looked_at, text, seed=training.seed, only_look=True)
     both = [data for data in (found.train, found.evaluation) if data is not None]
     train, table = found.train, found.train.table

@@ -18,7 +18,7 @@ from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, 
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.settle import changed
+from qlora_cli.settings.settle import varied
 from qlora_cli.settings.values import held_out_share
 from qlora_cli.units import counted
 
@@ -65,7 +65,7 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
             no row is left.
     """
     if only_look:
-        settings = changed(settings, on_bad_row=OnBadRow.SKIP)
+        settings = varied(settings, on_bad_row=OnBadRow.SKIP)
     sources = [find_dataset(name) for name in settings.dataset]
     head = HEAD_ROWS if settings.streaming else None
     table = _read(sources, settings.split, settings, text, seed, head)

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
 from qlora_cli.data.sources import check_dataset_name, find_dataset, first_local
-from qlora_cli.errors import DataError, DatasetNotFoundError, ModelError, QloraError
+from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import given_values
+from qlora_cli.settings.settle import Fact, found, in_section
 
 NAME_THEM = "Name the rows to evaluate with --dataset."
 
@@ -93,48 +93,45 @@ def _check_there(names: Any, run: TrainedRows) -> None:
             ) from wrong
 
 
-def data_settings(
-    resolved: Resolved[EvaluateSettings], run: TrainedRows | None, split: str | None
-) -> DataSettings | None:
-    """Return how rows are read, and which: as asked for, else as the run was trained, else as training would.
+def has_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> bool:
+    """Whether it is known which rows to evaluate: they were named, or held out of training."""
+    data = _data_of(asked, run)
+    holds_out = data.get("eval_split") is not None and data.get("dataset") is not None
+    return names_rows(asked) or data.get("eval_dataset") is not None or holds_out
 
-    None if neither were rows named nor did the run hold any out.
 
-    Raises:
-        ModelError: the run's settings can't be read.
-        DatasetNotFoundError: the run's data is gone.
-    """
-    asked = resolved.settings.data
-    values = {**(run.settings if run is not None else {}), **given_values(asked), "packing": False}
-    if names_rows(resolved):
-        values |= _alone(values["dataset"], split)
-    elif values.get("eval_dataset") is not None:
-        values |= _alone(values["eval_dataset"], values.get("eval_split"))
-    elif values.get("eval_split") is None or values.get("dataset") is None:
-        return None
-    if run is not None and values["dataset"] in (run.settings.get("dataset"), run.settings.get("eval_dataset")):
-        _check_there(values["dataset"], run)
-    try:
-        return DataSettings.model_validate(values)
-    except ValidationError as error:
-        where = RunDirectory(run.path).run_file if run is not None else "data"
-        raise ModelError(
-            f"the data settings in {where} can't be read: {error.errors()[0]['msg']}",
-            hint="Was it written by a newer qlora?",
-        ) from error
+def facts_of_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> list[Fact]:
+    """Return how rows are read, and which, besides what was asked for: as the run was trained; none is packed."""
+    data = _data_of(asked, run)
+    here: dict[str, object] = {"packing": False}
+    if names_rows(asked):
+        here |= _alone(data["dataset"], asked.settings.evaluate.split)
+    elif data.get("eval_dataset") is not None:
+        here |= _alone(data["eval_dataset"], data.get("eval_split"))
+    facts = [Fact(values=in_section("data", here), origin=found("what is evaluated"), is_fixed=True)]
+    if run is not None:
+        of_run = {**in_section("data", run.settings), "training.seed": run.seed}
+        facts.append(Fact(values=of_run, origin=found(RunDirectory(run.path).run_file)))
+    return facts
+
+
+def _data_of(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> dict[str, Any]:
+    return {**(run.settings if run is not None else {}), **asked.given("data")}
 
 
 def read_rows(
     settings: DataSettings, run: TrainedRows | None, text: TextTokenizer, *, seed: int, are_named: bool
 ) -> HeldOut:
-    """Read and tokenize the rows that `settings` name, or hold out of what they name.
+    """Read and tokenize the rows that `settings`, settled, name or hold out of what they name.
 
     Raises:
         DatasetNotFoundError: no such data set.
         DataError: what `prepare_data` raises; or the rows that a run held out can't be told any more.
     """
-    found = prepare_data(settings, text, seed=seed)
-    data = found.evaluation or found.train
+    if run is not None and list(settings.dataset) in (run.settings.get("dataset"), run.settings.get("eval_dataset")):
+        _check_there(settings.dataset, run)
+    prepared = prepare_data(settings, text, seed=seed)
+    data = prepared.evaluation or prepared.train
     if run is None:
         return HeldOut(data=data, is_training_data=False, notes=())
     if are_named:
@@ -144,7 +141,7 @@ def read_rows(
     if data.report.fingerprint == run.eval_fingerprint:
         return HeldOut(data=data, is_training_data=False, notes=())
     changed = f"the held-out rows are not those of {run.path}: data, settings or tokenizer are others than then"
-    if found.evaluation is not None:  # drawn from the data that is trained, so that others may have been trained
+    if prepared.evaluation is not None:  # drawn from the data that is trained, so that others may have been trained
         raise DataError(changed, hint=f"Leave out what was changed, or name them. {NAME_THEM}")
     return HeldOut(data=data, is_training_data=False, notes=(changed,))
 

@@ -17,16 +17,24 @@ from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged import Merged, find_merged
 from qlora_cli.evaluating.preflight import check_evaluation, names_rows
 from qlora_cli.evaluating.result import Evaluation, Kind, SourceResult, TaskResult
-from qlora_cli.evaluating.rows import HeldOut, TrainedRows, data_settings, nothing_held_out, read_rows, trained_rows
+from qlora_cli.evaluating.rows import (
+    HeldOut,
+    TrainedRows,
+    facts_of_rows,
+    has_rows,
+    nothing_held_out,
+    read_rows,
+    trained_rows,
+)
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.positions import check_length, num_positions, within_positions
-from qlora_cli.settings.models import EvaluateSettings, EvaluationSettings
+from qlora_cli.loading.settled import find, settle_load
+from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import asked_length, given
+from qlora_cli.settings.settle import made_in_code
 from qlora_cli.units import counted
 
 TITLES: dict[Kind, str] = {
@@ -48,9 +56,18 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     if request.tasks:
         reporter.report(PhaseStarted(title="Finding the tasks"))
     tasks = find_tasks(request)
-    blueprint = plan_load(resolved.settings, reporter, max_length=asked_length(resolved.settings.data))
+    check_placement(resolved.settings)
+    model = find(resolved.settings.model, reporter)
+    run = trained_rows(model.source)
+    settled = settle_load(resolved, model, reporter, facts_of_rows(resolved, run))
+    blueprint = plan_found(model, settled.settings, reporter)
     left_out = _without_base(request, blueprint, reporter)
-    rows = _find_rows(resolved, blueprint, reporter)
+    if has_rows(resolved, run):
+        rows = _read_rows(settled.settings, blueprint, run, reporter, are_named=names_rows(resolved))
+    elif request.tasks:
+        rows = None
+    else:
+        raise nothing_held_out(resolved.settings.model.name, run)
     merged = find_merged(request, blueprint, rows, reporter)
     bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter)
     _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=left_out is None)
@@ -94,28 +111,15 @@ def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: R
     return note
 
 
-def _find_rows(resolved: Resolved[EvaluateSettings], blueprint: Blueprint, reporter: Reporter) -> HeldOut | None:
-    """Return the rows to evaluate on; None if there are none and tasks are all that is asked for."""
-    request = resolved.settings.evaluate
-    run = trained_rows(blueprint.source)
-    data = data_settings(resolved, run, request.split)
-    if data is None:
-        if request.tasks:
-            return None
-        raise nothing_held_out(resolved.settings.model.name, run)
-    data = within_positions(data, num_positions(blueprint.base.config), reporter)
-    check_length(blueprint.base.config, data.max_length, None)  # a run's length may be too much for another base
+def _read_rows(
+    settled: EvaluateSettings, blueprint: Blueprint, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
+) -> HeldOut:
+    data: DataSettings = settled.data
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
-    seed = _seed(resolved, run)
-    rows = read_rows(data, run, text, seed=seed, are_named=names_rows(resolved))
+    rows = read_rows(data, run, text, seed=settled.training.seed, are_named=are_named)
     _note_rows(rows, reporter)
     return rows
-
-
-def _seed(resolved: Resolved[EvaluateSettings], run: TrainedRows | None) -> int:
-    training = resolved.settings.training
-    return training.seed if run is None or "seed" in given(training) else run.seed
 
 
 def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
@@ -210,5 +214,5 @@ def _states(
 
 
 def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
-    loaded = load_planned(plan_load(merged.settings, bench.reporter), bench.reporter)
+    loaded = load_planned(plan_load(made_in_code(merged.settings), bench.reporter), bench.reporter)
     bench.measure("merged", str(merged.path), loaded)

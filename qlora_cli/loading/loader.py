@@ -40,6 +40,7 @@ from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.report import LoadReport, WeightError
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
+from qlora_cli.settings.settle import made_in_code
 
 _SILENT = SilentReporter()
 
@@ -138,7 +139,9 @@ def load_model(settings: LoadSettings, reporter: Reporter = _SILENT, *, measure_
         QloraError: what `plan_load` and `load_planned` raise.
     """
     start = time.monotonic()
-    return load_planned(plan_load(settings, reporter), reporter, measure_error=measure_error, started=start)
+    return load_planned(
+        plan_load(made_in_code(settings), reporter), reporter, measure_error=measure_error, started=start
+    )
 
 
 def load_planned(

@@ -14,9 +14,12 @@ from transformers import PreTrainedConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.settings import settle
-from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.models import DataSettings, Section
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import Fact, found
 
+LENGTH = "data.max_length"
+OF_THE_MODEL = found("the positions that the model has")
 # The layers that see the whole row, in configs that keep rotary parameters for each type of layer.
 FULL_ATTENTION = "full_attention"
 # Switches of configs that have rotary parameters in any case: the value at which the model uses them.
@@ -60,14 +63,30 @@ def num_positions(config: PreTrainedConfig) -> int | None:
     return stated
 
 
-def within_positions(data: DataSettings, positions: int | None, reporter: Reporter) -> DataSettings:
-    """Return the settings with the default `max_length` lowered to the positions that the model has, and say so."""
-    settled = settle.within_positions(data, positions)
-    if settled != data:
-        reporter.report(
-            Noted(message=f"rows are cut at {settled.max_length:,} tokens, the positions that the model has")
-        )
-    return settled
+def positions_with(config: PreTrainedConfig, rope_scaling: str | None) -> int | None:
+    """Return how many positions the model has once `config` is stretched as `TYPE:FACTOR` says; None for no limit.
+
+    Raises:
+        ModelError: it can't be stretched so.
+    """
+    stretched = deepcopy(config)
+    apply_rope_scaling(stretched, rope_scaling)
+    return num_positions(stretched)
+
+
+def shortened(settings: Section, positions: int | None) -> list[Fact]:
+    """Return that rows are no longer than the positions of the model, unless more is asked for."""
+    data: DataSettings | None = getattr(settings, "data", None)
+    if data is None or positions is None or data.max_length <= positions:
+        return []
+    return [Fact(values={LENGTH: positions}, origin=OF_THE_MODEL)]
+
+
+def note_length(settled: Resolved[Section], reporter: Reporter) -> None:
+    """Say it if the default length was lowered to the positions of the model."""
+    if settled.origin_of(LENGTH) == OF_THE_MODEL:
+        length = settled.settings.data.max_length  # type: ignore[attr-defined]
+        reporter.report(Noted(message=f"rows are cut at {length:,} tokens, the positions that the model has"))
 
 
 def apply_rope_scaling(config: PreTrainedConfig, text: str | None) -> str | None:

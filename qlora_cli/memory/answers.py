@@ -18,25 +18,25 @@ from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, marks
-from qlora_cli.settings.settle import given
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Of our own code: what an answer depends on.
 PARTS = ("memory", "loading", "adapters", "quantization", "model_files", "settings", "device.py", "counters.py")
+WORDS = ("gpus", "sweep", "plot")  # of the question: what is read of them counts, and where a picture goes does not
 MOST_ANSWERS = 500
 
 
 def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the name that the answer to `request` about a model with this config goes by."""
-    asked = dataclasses.asdict(dataclasses.replace(request, settings=None))  # type: ignore[arg-type]
-    settings = request.settings
-    asked["evaluates"] = request.evaluates
+    settings = request.asked.settings
     values = settings.model_dump(mode="json")
+    question = {key: value for key, value in values["inspect_memory"].items() if key not in WORDS}
+    asked = {**question, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
     for path in (path for path in all_settings() if marks(path).affects_memory):
         section, key = path.split(".")
         asked[path] = values[section][key]
         # What is not given depends on the model, or on whose run it is.
-        asked[f"{path} is given"] = key in given(getattr(settings, section))
+        asked[f"{path} is given"] = request.asked.is_given(path)
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
     return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from qlora_cli.adapters.reader import Adapter, fit_outline, rows_of, without_values
 from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
-from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
+from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions, shortened
+from qlora_cli.loading.settled import check_effect, stored_facts
 from qlora_cli.memory.attention import AMPERE
 from qlora_cli.memory.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.facts import ModelFacts
@@ -26,22 +27,27 @@ from qlora_cli.memory.optimizers import embeddings_of, in_groups, optimizer_step
 from qlora_cli.memory.passes import Passes
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replay import Peaks, RunEvents, replay
+from qlora_cli.memory.request import does_evaluate
 from qlora_cli.memory.resident import all_trained, attach, load_weights
 from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
 from qlora_cli.memory.twin import Twin, build_twin
 from qlora_cli.model_files.config import ModelConfig, config_from, read_config
-from qlora_cli.model_files.source import ModelSource
+from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.kept import fused_experts
 from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout, with_rows
 from qlora_cli.quantization.methods import method_of
-from qlora_cli.quantization.prequantized import check_settings, read_prequantized
+from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import asked_length, changed, given, within_positions
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import Fact, found, settle
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")
+EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
+# transformers takes one micro-batch a step unless it is told otherwise.
+OF_A_TRAINER = Fact(values={"training.gradient_accumulation_steps": 1}, origin=found("the default of a Trainer"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +74,48 @@ class Estimator:
         *,
         recipe: Recipe,
         backend: SdpaBackend = SdpaBackend.AUTO,
-        is_packed: bool = False,
-        evaluates: bool = False,
+        evaluates: bool | None = None,
         whole: bool = False,
     ) -> None:
-        """`whole` traces every layer instead of few: slower, with the same result."""
+        """Predict by what is known of the model, for settings that are `settled`.
+
+        `evaluates`: whether an evaluation batch is run too; None if the settings decide. `whole` traces every layer
+        instead of few: slower, with the same result.
+        """
         self._facts = facts
         self._recipe = recipe
         self._backend = backend
-        self._is_packed = is_packed
         self._evaluates = evaluates
         self._whole = whole
         self._cache: dict[Any, Any] = {}
+
+    def settled(self, asked: Resolved[EstimateT]) -> Resolved[EstimateT]:
+        """Return the settings of a run as they are from here on: with what model, adapter and recipe say of them.
+
+        Raises:
+            ModelError: what was asked for contradicts the checkpoint, has no effect on it, or is too long for it.
+        """
+        name, stored = self._facts.name, self._prequantized()
+        if stored is not None:
+            check_settings(stored, asked.given("quantization"), name)
+        facts = [
+            *([] if self._recipe == Recipe.QLORA else [OF_A_TRAINER]),
+            *([] if stored is None else stored_facts(stored, f"{CONFIG} of {name}")),
+            *self._facts.settings,
+        ]
+        loaded = settle(asked, facts)
+        check_effect(asked, loaded, name)
+        positions = num_positions(self.shapes(loaded.settings, Dtype.BF16).config)
+        settled = settle(asked, [*shortened(asked.settings, positions), *facts])
+        self._check_length(settled.settings)
+        return settled
+
+    def _check_length(self, settings: EstimateSettings) -> None:
+        config = self.shapes(settings, Dtype.BF16).config
+        check_length(config, settings.data.max_length, settings.model.rope_scaling)
+
+    def _prequantized(self) -> Prequantized | None:
+        return self._once("prequantized", lambda: read_prequantized(self._facts.content, self._facts.name))
 
     def estimate(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
         """Return what the run takes on `gpu`.
@@ -136,37 +172,15 @@ class Estimator:
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
         """Return how the weights are stored."""
         quantization = settings.quantization
-        key = ("layout", dtype, quantization.model_dump_json(), tuple(sorted(given(quantization))))
+        key = ("layout", dtype, quantization.model_dump_json())
 
         def plan() -> Layout:
-            found = read_prequantized(self._facts.content, self._facts.name)
-            asked = quantization
-            if found is not None:
-                check_settings(found, asked, self._facts.name)
-                asked = changed(asked, **found.settings)
-            return plan_layout(self.shapes(settings, dtype), asked, TORCH_DTYPES[dtype], found, device=CUDA)
+            stored = self._prequantized()
+            if stored is not None:  # another run may be asked about, which is not stored so
+                check_settings(stored, dict(quantization), self._facts.name)
+            return plan_layout(self.shapes(settings, dtype), quantization, TORCH_DTYPES[dtype], stored, device=CUDA)
 
         return self._once(key, plan)
-
-    def max_length(self, settings: EstimateSettings) -> int:
-        """Return the longest row: as asked, or the default lowered to the positions that the model has.
-
-        Raises:
-            ModelError: more was asked for than the model has.
-        """
-        asked = asked_length(settings.data)
-        config = self.shapes(settings, Dtype.BF16).config
-        if asked is not None:
-            check_length(config, asked, settings.model.rope_scaling)
-            return asked
-        return within_positions(settings.data, num_positions(config)).max_length
-
-    def accumulation(self, settings: EstimateSettings) -> int:
-        """Return the micro-batches of a step: as asked, or the default of the program whose run it is."""
-        training = settings.training
-        if self._recipe == Recipe.QLORA or "gradient_accumulation_steps" in given(training):
-            return training.gradient_accumulation_steps
-        return 1
 
     def peaks(self, settings: EstimateSettings, gpu: Gpu) -> Peaks:
         """Return the peaks of the run on `gpu`, the CUDA context left out."""
@@ -212,7 +226,7 @@ class Estimator:
                 step=passes,
                 optimizer=optimized.passes,
                 num_micro_batches=step.gradient_accumulation_steps,
-                evaluates=self._evaluates,
+                evaluates=does_evaluate(settings, self._evaluates),
                 empties_cache=not is_ours and layout.settings.method.is_quantized,
             ),
             backends=traced.backends,
@@ -273,27 +287,28 @@ class Estimator:
         return (
             dtype,
             settings.quantization.model_dump_json(),
-            settings.lora.model_dump_json() if self._facts.adapter is None else "",
+            settings.lora.model_dump_json(),
             model.rope_scaling,
             model.new_tokens,
         )
 
     def _step(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> StepSettings:
+        self._check_length(settings)
         training = settings.training
         return StepSettings(
             recipe=self._recipe,
             batch_size=training.micro_batch_size,
-            length=self.max_length(settings),
-            gradient_accumulation_steps=self.accumulation(settings),
+            length=settings.data.max_length,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
             checkpointing=_checkpointing(settings),
             attention=self._attention(settings, dtype, capability),
             backend=self._backend,
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
             is_autocast=self._recipe == Recipe.QLORA and dtype != Dtype.FP32,
-            is_packed=self._is_packed,
+            is_packed=settings.data.packing,
             adds_noise=training.neftune_noise_alpha is not None,
-            evaluates=self._evaluates,
+            evaluates=does_evaluate(settings, self._evaluates),
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:

@@ -4,28 +4,36 @@ A name of the catalogue costs nothing, a local model one small file; only anothe
 one file. Imports no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
 from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterOutline, check_unchanged, read_outline
+from qlora_cli.model_files.adapter_files import (
+    ADAPTER_CONFIG,
+    AdapterOutline,
+    adapter_fact,
+    check_unchanged,
+    read_outline,
+)
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.runs.weights import may_have_weights, weights_of
-from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import of_run, over_recorded, with_sections, with_values
+from qlora_cli.settings.models import SECTIONS, EstimateSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import Fact, found, run_fact
 
 # What a run's record decides of a prediction for it; a flag that is given wins.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
+WITHOUT_LORA = tuple(section for section in OF_A_RUN if section != "lora")  # which an adapter that trains on says
+NAMES = {"model": {"name", "revision", "base_model"}}
+HOW_TRAINED = "how the run was trained"
 STORED_OTHERWISE = ("mxfp4", "fp8")
 
 
@@ -33,86 +41,112 @@ STORED_OTHERWISE = ("mxfp4", "fp8")
 class ModelFacts:
     """The config of a model. `path` is its directory if it is on this disk; `notes` are for the answer.
 
-    `adapter` is the one that was named, and trains on.
+    `adapter` is the one that was named, and trains on. `settings` are what it and its run say of the settings.
     """
 
     name: str
     content: Mapping[str, Any]
     path: Path | None = None
     adapter: AdapterOutline | None = None
+    settings: tuple[Fact, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def description(self) -> dict[str, Any]:
         """All that an answer depends on."""
         adapter = {} if self.adapter is None else {"adapter that trains on": self.adapter.description}
-        return {**self.content, **adapter, "notes": list(self.notes)}
+        return {**self.content, **adapter, "settings": [fact.values for fact in self.settings], "notes": self.notes}
 
 
-def find_facts(settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    """Return what is known of `settings.model`, and the settings with those of the run that was named, if one was.
+def find_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
+    """Return what is known of the model that was asked about, and of the settings, if it is a run or an adapter.
 
     Raises:
         ModelNotFoundError: no such model.
         ModelError: its files can't be read.
     """
-    name, revision = settings.model.name, settings.model.revision
-    if looks_local(name):
-        return _local(name, settings, reporter)
-    known = find_in_catalogue(name) if revision is None else None
-    if known is not None:
-        content = dict(known.config)
-        notes = [f"architecture of {known.hub_id} from the catalogue"]
-        stored = content.get("quantization_config")
-        if isinstance(stored, Mapping) and stored.get("quant_method") in STORED_OTHERWISE:
-            del content["quantization_config"]
-            notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
-        found = ModelFacts(name=known.name, content=content, notes=tuple(notes))
-    else:
-        path = _from_hub(name, revision, reporter)
-        if not (path / CONFIG).is_file():
-            return _of_adapter(path, settings, reporter)
-        found = ModelFacts(name=name, content=read_json(path / CONFIG), path=path)
-    if problem := base_model_problem(name, settings.model):
+    model = asked.settings.model
+    path = existing_path(model.name)
+    if path is not None and RunDirectory(path).is_run:
+        _check_no_revision(path, model.revision)
+        return _of_run(path, asked, reporter)
+    facts = _named(model.name, model.revision, reporter)
+    if isinstance(facts, Path):
+        return _of_adapter(facts, asked, reporter)
+    if problem := base_model_problem(model.name, model):
         raise problem
-    return found, settings
+    return facts
 
 
-def _local(name: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+def _named(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | Path:
+    """Return what is known of a model; of an adapter the directory that it is in."""
+    if looks_local(name):
+        return _local(name, revision)
+    known = find_in_catalogue(name) if revision is None else None
+    if known is None:
+        return _in_directory(name, _from_hub(name, revision, reporter))
+    content = dict(known.config)
+    notes = [f"architecture of {known.hub_id} from the catalogue"]
+    stored = content.get("quantization_config")
+    if isinstance(stored, Mapping) and stored.get("quant_method") in STORED_OTHERWISE:
+        del content["quantization_config"]
+        notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
+    return ModelFacts(name=known.name, content=content, notes=tuple(notes))
+
+
+def _local(name: str, revision: str | None) -> ModelFacts | Path:
     path = existing_path(name)
     if path is None:
         raise ModelNotFoundError(f"no model at {name}: no such file or directory", hint="Check the path.")
-    if settings.model.revision is not None:
-        raise ModelError(
-            f"a revision ({settings.model.revision}) has no meaning for the local {path}", hint="Leave it out."
-        )
-    if RunDirectory(path).is_run:
-        return _of_run(path, settings, reporter)
+    _check_no_revision(path, revision)
+    if path.is_dir():
+        return _in_directory(name, path)
+    if path.suffix != ".json":
+        raise ModelError(f"{path} is no config.json", hint="Give a model's directory, its config.json, or a hub id.")
+    return ModelFacts(name=name, content=read_json(path), path=path.parent)
+
+
+def _in_directory(name: str, path: Path) -> ModelFacts | Path:
     if (path / ADAPTER_CONFIG).is_file():
-        return _of_adapter(path, settings, reporter)
-    if problem := base_model_problem(name, settings.model):
-        raise problem
-    file = path / CONFIG if path.is_dir() else path
-    if not file.is_file():
+        return path
+    if not (path / CONFIG).is_file():
         raise ModelError(f"{path} has no {CONFIG}", hint="Give a model's directory, its config.json, or a hub id.")
-    if file.suffix != ".json":
-        raise ModelError(f"{file} is no config.json", hint="Give a model's directory, its config.json, or a hub id.")
-    return ModelFacts(name=name, content=read_json(file), path=file.parent), settings
+    return ModelFacts(name=name, content=read_json(path / CONFIG), path=path)
 
 
-def _of_adapter(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    outline, name, run = read_outline(path), settings.model.name, run_around(path)
-    check_unchanged(name, outline.config, settings.lora)
+def _check_no_revision(path: Path, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"a revision ({revision}) has no meaning for the local {path}", hint="Leave it out.")
+
+
+def _base(name: str, reporter: Reporter) -> ModelFacts:
+    """Return what is known of the base that an adapter, a run or the user names."""
+    facts = _named(name, None, reporter)
+    if isinstance(facts, Path):
+        raise ModelError(
+            f"the base is {name}, an adapter itself",
+            hint="Merge that one into its own base first, and name the result.",
+        )
+    return facts
+
+
+def _of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
+    outline, run, model = read_outline(path), run_around(path), asked.settings.model
+    recorded: Mapping[str, Any] = {}
+    settings: tuple[Fact, ...] = (adapter_fact(outline.config, path),)
     if run is None:
-        base = settings.model.base_model or _base_of_adapter(path, outline, name)
+        base = model.base_model or _base_of_adapter(path, outline, model.name)
     else:
         record = load_record(run.path)
-        base = settings.model.base_model or _place_of(record.base(), run.path)
-        settings = _loaded_as(settings, record, run)
-    facts, settings = _named(base, settings, reporter)
+        recorded = record.settings.get("lora", {})
+        base = model.base_model or _place_of(record.base(), run.path)
+        loaded = {section: record.settings_of(section, HOW_TRAINED) for section in ("model", "quantization")}
+        settings = (run_fact(loaded, run.run_file), *settings)
+    check_unchanged(model.name, outline.config, asked.given("lora"), recorded)
+    facts = _base(base, reporter)
     seen = "" if outline.headers else "; by its config alone, since its weights are not here as safetensors"
-    note = f"the adapter {name} trains on, as it is{seen}"
-    return replace(facts, adapter=outline, notes=(*facts.notes, note)), settings
+    note = f"the adapter {model.name} trains on, as it is{seen}"
+    return replace(facts, adapter=outline, settings=settings, notes=(*facts.notes, note))
 
 
 def _base_of_adapter(path: Path, outline: AdapterOutline, name: str) -> str:
@@ -123,50 +157,29 @@ def _base_of_adapter(path: Path, outline: AdapterOutline, name: str) -> str:
     return str(beside) if existing_path(base) is None and beside.is_dir() else base
 
 
-def _loaded_as(settings: EstimateSettings, record: RunRecord, run: RunDirectory) -> EstimateSettings:
-    """Return the settings by which a base is loaded as a run was trained; its adapter says the rest."""
-    purpose = "how the run was trained"
-    recorded = {
-        section: of_run(section, record.settings_of(section, purpose)) for section in ("model", "quantization")
-    }
-    return _over_record(settings, recorded, run)
-
-
-def _over_record(
-    settings: EstimateSettings, recorded: Mapping[str, Mapping[str, Any]], run: RunDirectory
-) -> EstimateSettings:
-    try:
-        sections = {
-            section: over_recorded(own, {key: value for key, value in values.items() if key in type(own).model_fields})
-            for section, values in recorded.items()
-            for own in (getattr(settings, section),)
-        }
-    except ValidationError as error:
-        raise ModelError(
-            f"{run.run_file} does not say how the run was trained: {error}",
-            hint="Was it written by qlora train? Else give the base model.",
-        ) from error
-    return with_sections(settings, **sections)
-
-
-def _named(base: str, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
-    """Return what is known of the model that an adapter or a run names as its base."""
-    model = {"model.name": base, "model.revision": None, "model.base_model": None}
-    return find_facts(with_values(settings, model), reporter)
-
-
-def _of_run(path: Path, settings: EstimateSettings, reporter: Reporter) -> tuple[ModelFacts, EstimateSettings]:
+def _of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     record = load_record(path)
-    base = record.base()
-    recorded = {section: record.settings_of(section, "how the run was trained") for section in OF_A_RUN}
-    taken = _over_record(settings, recorded, RunDirectory(path))
-    name = settings.model.base_model or _place_of(base, path)
-    facts, taken = _named(name, taken, reporter)
-    note = f"settings of the run {path}, but for what was given here"
-    adapter = _trained_on(path, record)
+    base, adapter = record.base(), _trained_on(path, record)
+    settings = [_all_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
     if adapter is not None:
-        check_unchanged(str(path), adapter.config, settings.lora)
-    return replace(facts, name=base.name, adapter=adapter, notes=(*facts.notes, note)), taken
+        recorded = record.settings_of("lora", HOW_TRAINED)
+        check_unchanged(str(path), adapter.config, asked.given("lora"), recorded)
+        settings.append(adapter_fact(adapter.config, adapter.directory))
+    facts = _base(asked.settings.model.base_model or _place_of(base, path), reporter)
+    note = f"settings of the run {path}, but for what was given here"
+    return replace(facts, name=base.name, adapter=adapter, settings=tuple(settings), notes=(*facts.notes, note))
+
+
+def _all_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> Fact:
+    """Return all that a run recorded of the settings that a prediction has, which may be of another version."""
+    known = {section: SECTIONS[section].model_fields.keys() - NAMES.get(section, set()) for section in sections}
+    values = {
+        f"{section}.{key}": value
+        for section, keys in known.items()
+        for key, value in record.settings_of(section, HOW_TRAINED).items()
+        if key in keys
+    }
+    return Fact(values=values, origin=found(RunDirectory(path).run_file))
 
 
 def _trained_on(path: Path, record: RunRecord) -> AdapterOutline | None:

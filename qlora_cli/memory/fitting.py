@@ -9,7 +9,7 @@ from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
 from qlora_cli.memory.solve import LENGTH_STEP, Ask, Point, narrow, room
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import with_values
+from qlora_cli.settings.settle import varied_run
 from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import MIB
 
@@ -166,7 +166,7 @@ class Trials:
         flags = flags_of(values)
         if flags not in self._known:
             try:
-                self._known[flags] = self._ask(with_values(self._settings, values), self._gpu)
+                self._known[flags] = self._ask(varied_run(self._settings, values), self._gpu)
             except QloraError:  # not with this model or beside the other settings: no change to propose
                 self._known[flags] = None
         return self._known[flags]

@@ -1,7 +1,6 @@
 """The answer of `qlora inspect-memory`: predict, judge, solve, suggest. Torch is imported only for a new question."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from qlora_cli.memory.solve import solve, sweep
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import with_values
 from qlora_cli.settings.shown import shown_flags
 
 if TYPE_CHECKING:
@@ -36,13 +34,12 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
         HardwareError: a GPU that was named can't compute so.
     """
     start = time.monotonic()
-    facts, settings = find_facts(request.settings, reporter)
-    request = replace(request, settings=settings)
+    facts = find_facts(request.asked, reporter)
     _check_askable(request, facts)
     key = answers.key_of(request, facts.description)
     known = answers.recall(key)
     if known is not None:
-        return replace(known, model=request.settings.model.name, estimate_seconds=time.monotonic() - start)
+        return replace(known, model=facts.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
     # Looking through all that is imported for garbage, again and again, takes a second.
     with uncollected():
@@ -66,10 +63,9 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
 
     return Estimator(
         facts,
-        recipe=request.recipe,
-        backend=request.sdpa_backend,
-        is_packed=request.settings.data.packing,
-        evaluates=request.evaluates,
+        recipe=request.prediction.recipe,
+        backend=request.prediction.sdpa_backend,
+        evaluates=request.prediction.evaluate,
     )
 
 
@@ -77,7 +73,7 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     ask = estimator.estimate
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
-    settings = _with_length(request.settings, estimator)
+    settings = estimator.settled(request.asked).settings
     estimate = ask(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
@@ -89,12 +85,12 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         fits, left_out = _over_catalogue(settings, estimator)
     misses = request.gpus and fits[0].fits != YES
     return MemoryReport(
-        model=request.settings.model.name,
+        model=facts.name,
         architecture=type(shapes).__name__,
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
         num_trainable_parameters=traced.num_trained,
-        recipe=request.recipe.value,
-        settings=_shown(settings, facts, estimate, estimator.accumulation(settings)),
+        recipe=request.prediction.recipe.value,
+        settings=_shown(settings, estimate),
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
@@ -113,14 +109,6 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, settings, gpu, left_out)),
         estimate_seconds=0.0,
     )
-
-
-def _with_length(settings: EstimateSettings, estimator: "Estimator") -> EstimateSettings:
-    """Return the settings with a default length that is lowered to the positions of the model."""
-    length = estimator.max_length(settings)
-    if length == settings.data.max_length:
-        return settings
-    return with_values(settings, {"data.max_length": length})
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[Fit, ...], tuple[str, ...]]:
@@ -162,16 +150,17 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
     )
 
 
-def _shown(settings: EstimateSettings, facts: ModelFacts, estimate: Estimate, accumulation: int) -> dict[str, str]:
+def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
     """Return the settings that memory depends on, by the flag's name without dashes."""
-    rank, targets = _adapter_of(settings, facts)
+    lora = settings.lora
+    targets = lora.target_modules or lora.target_parameters or ()
     return {
         **shown_flags(settings.quantization),
         "dtype": estimate.dtype,
-        "rank": str(rank),
+        "rank": str(lora.rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),
         "micro-batch-size": str(settings.training.micro_batch_size),
-        "gradient-accumulation-steps": str(accumulation),
+        "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
         "max-length": str(settings.data.max_length),
         "gradient-checkpointing": estimate.gradient_checkpointing,
         "attention": settings.model.attention.value,
@@ -179,29 +168,20 @@ def _shown(settings: EstimateSettings, facts: ModelFacts, estimate: Estimate, ac
     }
 
 
-def _adapter_of(settings: EstimateSettings, facts: ModelFacts) -> tuple[int, str | Sequence[str]]:
-    """Return rank and targets: of the adapter that trains on, or as asked for a new one."""
-    if facts.adapter is None:
-        return settings.lora.rank, settings.lora.target_modules
-    config = facts.adapter.config
-    targets = config.target_modules
-    return config.r, targets if isinstance(targets, str) else sorted(targets or config.target_parameters or ())
-
-
 def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, left_out: tuple[str, ...]) -> list[str]:
-    batch = settings.training.micro_batch_size
+    batch, recipe = settings.training.micro_batch_size, request.prediction.recipe
     found = []
     if not request.gpus:
         found.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
     if left_out:
         found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
-    if request.settings.data.packing:
+    if settings.data.packing:
         found.append("rows are packed to the full length, with a mask that keeps them apart")
-    elif batch > 1 and request.recipe == Recipe.QLORA:
+    elif batch > 1 and recipe == Recipe.QLORA:
         found.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
     else:
         found.append(f"every row has {settings.data.max_length:,} tokens")
-    if request.recipe == Recipe.QLORA:
+    if recipe == Recipe.QLORA:
         found.append("every token is trained; with a loss on answers only, a little less is taken")
     else:
         found.append(

@@ -22,7 +22,7 @@ from qlora_cli.memory.layers import Stack, find_stack, keep_layers, renamed, rep
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, Recipe, quant_flag
 from qlora_cli.settings.models import LoraSettings
-from qlora_cli.settings.settle import changed
+from qlora_cli.settings.settle import varied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def build_twin(
         said = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
         return Twin(model=trained, stack=stack, chosen=chosen, notes=said)
     # What a run takes does not depend on the values that it begins with, and there are none here.
-    lora = changed(lora, init_lora_weights=LoraInit.DEFAULT)
+    lora = varied(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)
     return Twin(model=adapted, stack=stack, chosen=chosen, notes=notes)
 

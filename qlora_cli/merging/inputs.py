@@ -14,9 +14,9 @@ from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
 from qlora_cli.device import TORCH_DTYPES
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.blueprint import effective_model, effective_quantization
 from qlora_cli.loading.companions import templates_left_out
 from qlora_cli.loading.positions import apply_rope_scaling
+from qlora_cli.loading.settled import FoundModel, read_found, settle_base
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.loading.weights import check_shapes
 from qlora_cli.merging.adapters import AdapterChanges, Read, read_changes
@@ -25,19 +25,18 @@ from qlora_cli.merging.changes import Weighted
 from qlora_cli.merging.conversions import read_conversions
 from qlora_cli.merging.plan import Changes
 from qlora_cli.merging.stored import StoredTensors
-from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint, read_json
-from qlora_cli.model_files.config import ModelConfig, read_config
+from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.pickles import check_pickle
-from qlora_cli.model_files.source import CONFIG, ModelSource, fetch_weights, find_model
+from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of, ends_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout, with_rows
-from qlora_cli.quantization.prequantized import read_prequantized
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
-from qlora_cli.settings.models import UNQUANTIZED, MergeCommandSettings, ModelSettings, QuantizationSettings
-from qlora_cli.settings.settle import of_run
+from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
+from qlora_cli.settings.settle import made_in_code, of_run
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -87,8 +86,8 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     source = sources[0]
     _check_trained_alike(sources)
     record = source.record
-    settings = effective_model(_model_settings(request, source.name), source)
-    config = read_config(source, trust_remote_code=request.model.trust_remote_code)
+    found = read_found(source, trust_remote_code=request.model.trust_remote_code)
+    settings, config = _trained_as(request, found).model, found.base
     before = config.config.to_dict()
     apply_rope_scaling(config.config, settings.rope_scaling)
     tokenizer = load_tokenizer(source, settings)
@@ -103,7 +102,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         for one in sources
         if one.adapter is not None
     ]
-    base = read_base(source, config, checkpoint, tokenizer, record, request, opened)
+    base = read_base(found, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
     for note in (
         *tokenizer.notes,
@@ -136,6 +135,12 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
         yield f"the merged model's embedding has {base.num_rows:,} rows, the base's {before or 0:,}"
     if note_on_prediction(base.model.config, base.tensors.headers) is not None:
         yield "the layers that predict tokens further ahead are copied as they are: no adapter was trained on them"
+
+
+def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:
+    """Return the settings by which training loaded the base, as far as the run and the checkpoint say."""
+    settings = LoadSettings(model=_model_settings(request, found.source.name))
+    return settle_base(made_in_code(settings), found).settings
 
 
 def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
@@ -171,7 +176,7 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
     for other in sources[1:]:
         if first.run_model is None or other.run_model is None:
             continue
-        one, two = (of_run("model", source.run_model) for source in (first, other))
+        one, two = (of_run("model", recorded) for recorded in (first.run_model, other.run_model))
         differing = [f"model.{key}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
         if first.run_quantization != other.run_quantization:
             differing.append("quantization")
@@ -196,8 +201,7 @@ def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: 
 
 
 def read_base(
-    source: ModelSource,
-    config: ModelConfig,
+    found: FoundModel,
     checkpoint: Checkpoint,
     tokenizer: LoadedTokenizer,
     record: RunRecord | None,
@@ -211,13 +215,11 @@ def read_base(
     Raises:
         ModelError: weights are not as config.json says.
     """
-    prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
-    if prequantized is not None:
-        prequantized = prequantized.renamed(config.renamed)
+    source, config, prequantized = found.source, found.base, found.prequantized
     dtype = _trained_in(config.config, record)
     trust = request.model.trust_remote_code
     model = build_on_meta(config.config, dtype, trust_remote_code=trust)
-    settings = effective_quantization(QuantizationSettings(), source, prequantized)
+    settings = _trained_as(request, found).quantization
     device = torch.device("cpu" if _trained_on_cpu(record) else "cuda")
     try:
         layout = plan_layout(model, settings, dtype, prequantized, device=device)

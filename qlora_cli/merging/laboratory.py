@@ -12,6 +12,7 @@ from qlora_cli.counters import is_out_of_memory
 from qlora_cli.device import OVERFLOWS_FP16, choose_device
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.loading.settled import read_found
 from qlora_cli.merging.adapted import ModuleWatch
 from qlora_cli.merging.adapters import Read
 from qlora_cli.merging.base import Base, BaseModel, parameter_groups
@@ -183,11 +184,10 @@ class Laboratory:
     def quantized(self, directory: Path) -> torch.Tensor:
         """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
         self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
-        source = _source(directory)
-        config = read_config(source, trust_remote_code=self._inputs.request.model.trust_remote_code)
+        found = read_found(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
         checkpoint = read_checkpoint(directory, allow_pickle=False)
-        base = read_base(source, config, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
-        return self._logits(config.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
+        base = read_base(found, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
+        return self._logits(found.base.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
 
     def compare(self, reference: torch.Tensor, other: torch.Tensor) -> Divergence:
         """Return how far logits are from those of a reference."""

@@ -15,7 +15,7 @@ from qlora_cli.loading.tokenizer import LoadedTokenizer
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.settle import changed
+from qlora_cli.settings.settle import varied
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo.",
@@ -81,7 +81,7 @@ def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Report
     """Return rows of the run's data as they were trained, if the data can still be read here."""
     try:
         settings = DataSettings.model_validate(record.settings_of("data", "which data it was trained on"))
-        few = changed(settings, on_bad_row=OnBadRow.SKIP)
+        few = varied(settings, on_bad_row=OnBadRow.SKIP)
         text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids)
         name = settings.dataset[0]
         source = find_dataset(first_local(map(str, record.places_of(name))) or name)

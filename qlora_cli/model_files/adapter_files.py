@@ -14,8 +14,8 @@ from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_jso
 from qlora_cli.runs.directory import ADAPTER_CONFIG as ADAPTER_CONFIG
 from qlora_cli.runs.directory import ADAPTER_PICKLE as ADAPTER_PICKLE
 from qlora_cli.runs.directory import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
-from qlora_cli.settings.models import LoraSettings
-from qlora_cli.settings.settle import given_values
+from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.settle import Fact, found, in_section
 
 LORA = "LORA"
 MOST_CHARACTERS = 60
@@ -126,25 +126,57 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         ) from error
 
 
-def check_unchanged(name: str, config: AdapterConfig, asked: LoraSettings) -> None:
-    """Check that `asked` gives no setting of a new adapter for the one that is called `name` and trains on.
-
-    Raises:
-        ModelError: it gives one that the adapter does not have.
-    """
-    its_own = {
+def lora_settings_of(config: AdapterConfig) -> dict[str, object]:
+    """Return an adapter's config as the settings of the section `lora`; values may be such as nobody can ask for."""
+    modules, parameters, start = config.target_modules, config.target_parameters, config.init_lora_weights
+    return {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "dropout": config.lora_dropout,
-        "use_dora": config.use_dora,
+        "target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())),
+        "target_parameters": tuple(sorted(parameters)) if parameters else None,
+        "rank_pattern": config.rank_pattern or None,
+        "alpha_pattern": config.alpha_pattern or None,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": LoraInit.PISSA if begins_by_pissa(start) else LoraInit.DEFAULT,
+        "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
     }
-    changed = [key for key, value in given_values(asked).items() if its_own.get(key) != value]
-    if changed:
-        raise ModelError(
-            f"{name} is an adapter, which trains on as it is: lora.{changed[0]} can't be changed",
-            hint="Leave the lora settings out, or name the base model.",
-        )
+
+
+def adapter_fact(config: AdapterConfig, directory: Path) -> Fact:
+    """Return what the adapter in `directory` says of the settings of a run that trains it on."""
+    values = in_section("lora", lora_settings_of(config))
+    return Fact(values=values, origin=found(directory / ADAPTER_CONFIG), is_fixed=True, is_foreign=True)
+
+
+def begins_by_pissa(init_lora_weights: object) -> bool:
+    """Whether an adapter whose config says so holds the principal parts of its base, which PEFT takes out of that."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa")
+
+
+def check_unchanged(name: str, config: AdapterConfig, given: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Check that the settings `given` of a new adapter are those of the one that is called `name` and trains on.
+
+    `recorded` are the settings that its run was trained with, if it is of one: they say the same in other words.
+
+    Raises:
+        ModelError: one is another.
+    """
+    its_own = lora_settings_of(config)
+    for key, value in given.items():
+        if _plain(value) != _plain(its_own.get(key)) and (
+            key not in recorded or _plain(value) != _plain(recorded[key])
+        ):
+            raise ModelError(
+                f"{name} is an adapter, which trains on as it is: lora.{key} can't be changed",
+                hint="Leave the lora settings out, or name the base model.",
+            )
+
+
+def _plain(value: object) -> object:
+    """Return a value to compare, in which the order of names has no meaning."""
+    return sorted(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_kind(file: Path, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from qlora_cli.model_files.merge_record import read_merge_record
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
-from qlora_cli.settings.settle import changed
+from qlora_cli.settings.settle import varied
 
 
 def adapter_digest(adapter: Path) -> str:
@@ -48,7 +48,7 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
 
     Longer positions and more rows are in its own config; it has no revision.
     """
-    settings = changed(
+    settings = varied(
         model,
         name=str(path.absolute()),
         revision=None,

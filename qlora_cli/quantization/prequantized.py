@@ -14,8 +14,6 @@ from qlora_cli.quantization.methods import all_methods, method_of
 from qlora_cli.quantization.methods.base import ORIGINAL
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import QuantizationSettings
-from qlora_cli.settings.settle import given
 
 
 def _dequantize(config_class: str) -> str:
@@ -108,8 +106,8 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
     return Prequantized(method=Quantization(str(settings["method"])), settings=settings, config=claimed)
 
 
-def check_settings(found: Prequantized, settings: QuantizationSettings, name: str) -> None:
-    """Refuse settings that were given and that an already quantized checkpoint contradicts.
+def check_settings(found: Prequantized, given: Mapping[str, object], name: str) -> None:
+    """Refuse settings that were `given` and that an already quantized checkpoint contradicts.
 
     Which modules it keeps in 16 bit is seen in the model: `plan_layout` compares them.
 
@@ -117,9 +115,9 @@ def check_settings(found: Prequantized, settings: QuantizationSettings, name: st
         ModelError: naming each of them with what the checkpoint has.
     """
     wrong = [
-        f"quantization.{key} is {_shown(getattr(settings, key))}, the checkpoint has {_shown(found.settings[key])}"
-        for key in sorted(given(settings) & found.settings.keys())
-        if getattr(settings, key) != found.settings[key]
+        f"quantization.{key} is {_shown(given[key])}, the checkpoint has {_shown(found.settings[key])}"
+        for key in sorted(given.keys() & found.settings.keys())
+        if given[key] != found.settings[key]
     ]
     if wrong:
         raise ModelError(

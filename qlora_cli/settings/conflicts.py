@@ -1,6 +1,6 @@
 """Settings that can have no effect beside others, or can't work together: an error, never silence."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
     if (lora := validated.get("lora")) is not None:
         found += about_lora(lora, validated["quantization"].method)
     for name, section in validated.items():
-        found += _by_marks(name, section)
+        found += without_effect(name, section, given=merged)
     asked = {
         path: entry
         for path, entry in merged.items()
@@ -123,14 +123,19 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-def _by_marks(name: str, section: Section) -> Iterator[Conflict]:
-    """Yield path, message and hint of what another setting of its section, by the marks of its field, needs."""
+def without_effect(name: str, section: Section, *, given: Container[str] | None = None) -> Iterator[Conflict]:
+    """Yield path, message and hint of what another setting of its section, by the marks of its field, needs.
+
+    Before settings are settled, `given` are those that were: the model that is named may say the other one.
+    """
     for key, field in type(section).model_fields.items():
         needed = marks_of(field).effective_with
         if needed is None or section.takes(key) or asks_for_nothing(section, key):
             continue
-        path, flag = f"{name}.{key}", marks(f"{name}.{needed.key}").flag
-        other = getattr(section, needed.key).value
+        path, other_path = f"{name}.{key}", f"{name}.{needed.key}"
+        if given is not None and other_path not in given and marks(other_path).is_of_run:
+            continue
+        flag, other = marks(other_path).flag, getattr(section, needed.key).value
         message = f"{path} has no effect with {flag} {other}{': ' if needed.why else ''}{needed.why}"
         yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
 

@@ -19,6 +19,7 @@ from qlora_cli.settings.shown import choices_of, example_of, hint_for, shown_nam
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=Section)
+SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
 DEFAULT = Origin(kind="default", where="default")
 
 
@@ -32,15 +33,24 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[SettingsT]):
+class Resolved(Generic[SettingsT_co]):
     """Validated settings and where each value came from, by `section.key`."""
 
-    settings: SettingsT
+    settings: SettingsT_co
     origins: Mapping[str, Origin]
 
     def origin_of(self, path: str) -> Origin:
         """Return where the value of `section.key` came from."""
         return self.origins.get(path, DEFAULT)
+
+    def is_given(self, path: str) -> bool:
+        """Whether `section.key` was given: by a file, by `--set`, by a flag."""
+        return self.origin_of(path).is_given
+
+    def given(self, section: str) -> dict[str, Any]:
+        """Return the settings of a section that were given, with their values."""
+        values: Section = getattr(self.settings, section)
+        return {key: getattr(values, key) for key in type(values).model_fields if self.is_given(f"{section}.{key}")}
 
     def where_of(self, path: str) -> str:
         """Return where the value of `section.key` was given, or the flag that would give it."""

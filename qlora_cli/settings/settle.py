@@ -1,94 +1,139 @@
-"""Settings settled by what files say: an adapter's, a run's, a checkpoint's, the positions of a model.
+"""Settings settled by what is found: an adapter's, a run's, a checkpoint's, the positions of a model, what fits.
 
-After `resolve` this is the only place that changes settings, and that knows which of them were given by name. What
-comes of it is frozen as before, with the origin of every value.
+`resolve` says what was asked for. What is found of the same settings are facts; `settle` joins both, once, into one
+frozen value that knows where each setting comes from. Nothing else changes the settings of a run, and nothing else
+knows which of them were given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from qlora_cli.errors import ModelError
 from qlora_cli.settings.marks import marks_of
-from qlora_cli.settings.models import SECTIONS, DataSettings, Section
+from qlora_cli.settings.models import SECTIONS, Section, marks
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sources import Origin
 
-SectionT = TypeVar("SectionT", bound=Section)
 SettingsT = TypeVar("SettingsT", bound=Section)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-def given(section: Section) -> frozenset[str]:
-    """Return the settings of a section that were given: by a file, by `--set`, by a flag."""
-    return frozenset(section.model_fields_set)
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """What is known of settings besides what was asked for.
+
+    Attributes:
+        values: By `section.key`, as a setting holds them or as JSON does.
+        origin: Where they are known from.
+        is_fixed: Whether they hold whatever was asked for: who states the fact has refused what contradicts it. Else
+            what was given stands.
+        is_foreign: Whether they may be such as nobody can ask for here: those of an adapter that others trained.
+    """
+
+    values: Mapping[str, object]
+    origin: Origin
+    is_fixed: bool = False
+    is_foreign: bool = False
 
 
-def given_values(section: Section) -> dict[str, Any]:
-    """Return the settings of a section that were given, with their values."""
-    return {key: getattr(section, key) for key in sorted(given(section))}
+def found(where: object) -> Origin:
+    """Return the origin of what is known from `where`: a file, or what settled it in words."""
+    return Origin(kind="found", where=str(where))
 
 
-def changed(section: SectionT, **values: object) -> SectionT:
-    """Return a section with other, valid values of some of its settings, which count as given from then on."""
+def settle(asked: Resolved[SettingsT], facts: Iterable[Fact]) -> Resolved[SettingsT]:
+    """Return what was asked for with the `facts` in their places.
+
+    A later fact goes over an earlier one, and those that are fixed over the rest.
+    Facts of sections that the command has no use for are left out. What runs code that comes with a model holds only
+    where it was given: a file may be somebody else's. What agrees with what is there keeps its origin.
+
+    Raises:
+        ModelError: a fact can't be read.
+    """
+    settings, origins = asked.settings, dict(asked.origins)
+    for fact in sorted(facts, key=lambda fact: fact.is_fixed):
+        for name, values in _by_section(fact, asked).items():
+            before: Section = getattr(settings, name)
+            after = _with(before, values, fact)
+            for key in values:
+                if getattr(after, key) != getattr(before, key):
+                    origins[f"{name}.{key}"] = fact.origin
+            settings = settings.model_copy(update={name: after})
+    return Resolved(settings, origins)
+
+
+def _by_section(fact: Fact, asked: Resolved[SettingsT]) -> dict[str, dict[str, object]]:
+    sections: dict[str, dict[str, object]] = {}
+    for path, value in fact.values.items():
+        section, key = path.split(".")
+        if section not in type(asked.settings).model_fields:
+            continue
+        is_known = key in SECTIONS[section].model_fields
+        stands = asked.is_given(path) and not fact.is_fixed
+        if not stands and not (is_known and marks(path).is_only_by_hand):
+            sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def _with(section: SectionT, values: Mapping[str, object], fact: Fact) -> SectionT:
+    if fact.is_foreign:
+        return section.model_copy(update=values)
+    try:
+        return type(section).model_validate({**dict(section), **values})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ModelError(
+            f"the settings in {fact.origin.where} can't be read: {'.'.join(map(str, detail['loc']))}: {detail['msg']}",
+            hint="Was it written by a newer qlora?",
+        ) from error
+
+
+def made_in_code(settings: SettingsT) -> Resolved[SettingsT]:
+    """Return settings that code made, of which what it named counts as given."""
+    where = Origin(kind="code", where="given in code")
+    return Resolved(
+        settings,
+        {
+            f"{name}.{key}": where
+            for name in type(settings).model_fields
+            for key in sorted(getattr(settings, name).model_fields_set)
+        },
+    )
+
+
+def varied(section: SectionT, **values: object) -> SectionT:
+    """Return a section of another load, run or look at the data, which is like this one but for some valid values."""
     return section.model_copy(update=values)
 
 
-def with_values(settings: SettingsT, values: Mapping[str, object]) -> SettingsT:
-    """Return the settings of a command with other, valid values of some, by `section.key`."""
+def varied_run(settings: SettingsT, values: Mapping[str, object]) -> SettingsT:
+    """Return the settings of another run, which is like this one but for some valid values, by `section.key`."""
     sections: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         section, key = path.split(".")
         sections.setdefault(section, {})[key] = value
     return settings.model_copy(
-        update={name: changed(getattr(settings, name), **update) for name, update in sections.items()}
+        update={name: varied(getattr(settings, name), **update) for name, update in sections.items()}
     )
 
 
-def with_sections(settings: SettingsT, **sections: Section) -> SettingsT:
-    """Return the settings of a command with other sections."""
-    return settings.model_copy(update=sections)
-
-
-def taken_from(resolved: Resolved[SettingsT], values: Mapping[str, object], where: Origin) -> Resolved[SettingsT]:
-    """Return settings with `values`, by `section.key`, in their place, and `where` as the origin of these."""
-    origins = {**resolved.origins, **dict.fromkeys(values, where)}
-    return Resolved(with_values(resolved.settings, values), origins)
-
-
-def over_recorded(asked: SectionT, recorded: Mapping[str, Any]) -> SectionT:
-    """Return the settings that a run or a checkpoint recorded, with those that were given in their place.
-
-    What runs code that comes with a model holds only where it was given: a record may be somebody else's.
-
-    Raises:
-        ValidationError: the record can't be read.
-    """
-    by_hand = {key for key, field in type(asked).model_fields.items() if marks_of(field).is_only_by_hand}
-    trusted = {key: value for key, value in recorded.items() if key not in by_hand}
-    return type(asked).model_validate({**trusted, **given_values(asked)})
-
-
-def of_run(section: str, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+def of_run(section: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a section that a run recorded says how its base is loaded."""
     known = {key for key, field in SECTIONS[section].model_fields.items() if marks_of(field).is_of_run}
-    return {key: value for key, value in (recorded or {}).items() if key in known}
+    return {key: value for key, value in recorded.items() if key in known}
 
 
-def differences(section: str, asked: Section, recorded: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
-    """Return by `section.key` what was given and is not what a run was trained with, and what that is."""
-    of_then, of_now = of_run(section, recorded), given_values(asked)
-    return {
-        f"{section}.{key}": (of_now[key], of_then[key])
-        for key in sorted(of_now.keys() & of_then.keys())
-        if of_now[key] != of_then[key]
-    }
+def run_fact(recorded: Mapping[str, Mapping[str, Any]], where: object) -> Fact:
+    """Return what the sections that a run `recorded` say of how its base is loaded."""
+    model, quantization = recorded.get("model", {}), recorded.get("quantization", {})
+    values = {**in_section("model", of_run("model", model)), **in_section("quantization", quantization)}
+    return Fact(values=values, origin=found(where))
 
 
-def asked_length(data: DataSettings) -> int | None:
-    """Return the longest row that was asked for; None if the default may be lowered to what the model has."""
-    return data.max_length if "max_length" in given(data) else None
-
-
-def within_positions(data: DataSettings, positions: int | None) -> DataSettings:
-    """Return the settings with the default `max_length` lowered to the positions that the model has."""
-    if asked_length(data) is not None or positions is None or data.max_length <= positions:
-        return data
-    return changed(data, max_length=positions)
+def in_section(section: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Return values by `section.key`."""
+    return {f"{section}.{key}": value for key, value in values.items()}

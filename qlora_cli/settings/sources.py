@@ -15,7 +15,9 @@ import yaml
 from qlora_cli.errors import Problem
 from qlora_cli.settings.models import SECTIONS
 
-Kind = Literal["default", "file", "set", "flag"]
+# `code`: settings that were made without a command line. `found`: not asked for, but what a file or a machine says.
+Kind = Literal["default", "file", "set", "flag", "code", "found"]
+GIVEN: frozenset[Kind] = frozenset({"file", "set", "flag", "code"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,11 @@ class Origin:
 
     kind: Kind
     where: str
+
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody asked for the value."""
+        return self.kind in GIVEN
 
     def of(self, path: str) -> str:
         """Return where the setting `section.key` is given, with its name where a file holds it."""

@@ -73,7 +73,7 @@ def check_memory(
         adapter=None if source.adapter is None else read_outline(source.adapter),
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates, is_packed=settings.data.packing)
+    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates)
     try:
         estimate = estimator.estimate(asked, gpu)
     except QloraError as error:

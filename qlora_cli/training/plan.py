@@ -3,15 +3,13 @@
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from peft import PeftModel
 from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.initialization import is_pissa
 from qlora_cli.adapters.kept import kept_in
-from qlora_cli.adapters.reader import Adapter, read_tensors
+from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.training_on import why_not_trained_on
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
@@ -20,21 +18,17 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hub.push import check_push
-from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.positions import num_positions, within_positions
+from qlora_cli.loading.settled import find, settle_load
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_unchanged
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.model_files.source import CONFIG
 from qlora_cli.quantization.kept import linear_layers, tied_weights
-from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.result import TrainPlan, TrainResult
-from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import asked_length, taken_from, with_sections
-from qlora_cli.settings.sources import Origin
+from qlora_cli.settings.settle import Fact, found, settle
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.memory import Outlook, check_memory, gpu_at_hand
@@ -51,6 +45,7 @@ from qlora_cli.training.resume import (
     find_resume,
 )
 
+MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 
@@ -101,12 +96,12 @@ class PreparedRun:
         return self.resolved.settings
 
 
-def prepare_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
+def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
     """Do everything up to the first step; writes nothing. See `settle_run` and `load_run`."""
-    return load_run(settle_run(resolved, reporter, force=force), reporter)
+    return load_run(settle_run(asked, reporter, force=force), reporter)
 
 
-def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
+def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
     """Settle all that needs no weights.
 
     Cheap checks come first: names and files, then what the model takes, then the data, then what training takes.
@@ -116,30 +111,25 @@ def settle_run(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: 
         QloraError: of the kind that fits what is wrong.
     """
     started = time.monotonic()
-    settings = resolved.settings
-    check_train_inputs(resolved)
-    check_push(resolved, reporter)
-    resume = find_resume(settings.output)
+    check_train_inputs(asked)
+    check_push(asked, reporter)
+    resume = find_resume(asked.settings.output)
     if resume is not None and resume.checkpoint is not None:
         read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
-    blueprint = plan_load(settings, reporter, max_length=asked_length(settings.data))
+    check_placement(asked.settings)
+    model = find(asked.settings.model, reporter)
+    resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
+    settings = resolved.settings
+    blueprint = plan_found(model, settings, reporter)
     _check_head_is_whole(blueprint)
-    if blueprint.adapter is not None:
-        check_unchanged(blueprint.source.name, blueprint.adapter.config, settings.lora)
-        if refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes):
-            raise refusal
-        resolved = _with_adapter(resolved, blueprint.adapter)
-    resolved = _as_loaded(resolved, blueprint)
-    data = within_positions(resolved.settings.data, num_positions(blueprint.base.config), reporter)
-    resolved = Resolved(with_sections(resolved.settings, data=data), resolved.origins)
+    if blueprint.adapter is not None and (refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes)):
+        raise refusal
     if resume is not None:
-        resolved = _as_lowered(resolved, resume)
         trains_given = blueprint.source.adapter is not None
         digest = base_digest(blueprint.source.path)
-        note_resume(resume, resolved.settings, reporter, trains_given_adapter=trains_given, digest=digest)
+        note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
         check_base(resume, digest, blueprint.dtype.name.value)
-    settings = resolved.settings
-    check_hardware(blueprint.settings.quantization, settings.training, blueprint.device)
+    check_hardware(settings.quantization, settings.training, blueprint.device)
     rows = _prepare_data(settings, blueprint, reporter)
     num_steps = num_optimizer_steps(settings, None if rows.train.stream is not None else len(rows.train.dataset))
     if resume is not None:
@@ -201,8 +191,12 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     """Return a run with another micro-batch and the same batch: `size` divides it."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    changed = {"training.micro_batch_size": size, "training.gradient_accumulation_steps": accumulation}
-    resolved = taken_from(prepared.resolved, changed, Origin(kind="default", where="training.auto_micro_batch"))
+    found_to_fit = Fact(
+        values={MICRO_BATCH: size, ACCUMULATION: accumulation},
+        origin=found("training.auto_micro_batch"),
+        is_fixed=True,
+    )
+    resolved = settle(prepared.resolved, [found_to_fit])
     plan = replace(
         prepared.plan,
         micro_batch_size=size,
@@ -212,17 +206,19 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     return replace(prepared, resolved=resolved, plan=plan)
 
 
-def _as_lowered(resolved: Resolved[TrainSettings], resume: Resume) -> Resolved[TrainSettings]:
-    """Return the settings with the micro-batch that the earlier run found to fit, if it looked for one."""
-    training, keys = resolved.settings.training, ("training.micro_batch_size", "training.gradient_accumulation_steps")
-    size, accumulation = (resume.record.setting(key) for key in keys)
-    if not (training.auto_micro_batch and isinstance(size, int) and isinstance(accumulation, int)):
-        return resolved
+def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -> list[Fact]:
+    """Return the micro-batch that the earlier run found to fit, if it looked for one."""
+    training = asked.settings.training
+    if resume is None or not training.auto_micro_batch:
+        return []
+    size, accumulation = (resume.record.setting(path) for path in (MICRO_BATCH, ACCUMULATION))
+    if not (isinstance(size, int) and isinstance(accumulation, int)):
+        return []
     rows = training.micro_batch_size * training.gradient_accumulation_steps
     if size >= training.micro_batch_size or size * accumulation != rows:
-        return resolved
-    where = Origin(kind="file", where=str(resume.run.run_file))
-    return taken_from(resolved, dict(zip(keys, (size, accumulation), strict=True)), where)
+        return []
+    values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
+    return [Fact(values=values, origin=found(resume.run.run_file), is_fixed=True)]
 
 
 def _check_memory(
@@ -240,23 +236,6 @@ def _check_memory(
     if settings.data.streaming:  # longer rows than the first may come
         longest = settings.data.max_length
     return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
-
-
-def _as_loaded(resolved: Resolved[TrainSettings], blueprint: Blueprint) -> Resolved[TrainSettings]:
-    """Return the settings with what the base was loaded with, as far as a run or a checkpoint that was named says."""
-    source = blueprint.source
-    run, config = RunDirectory(source.run or Path(source.name)).run_file, source.path / CONFIG
-    places = {"model": run, "quantization": run if blueprint.layout.prequantized is None else config}
-    sections = {"model": blueprint.settings.model, "quantization": blueprint.settings.quantization}
-    for section, loaded in sections.items():
-        before = getattr(resolved.settings, section)
-        values = {
-            f"{section}.{key}": getattr(loaded, key)
-            for key in type(loaded).model_fields
-            if getattr(loaded, key) != getattr(before, key)
-        }
-        resolved = taken_from(resolved, values, Origin(kind="file", where=str(places[section])))
-    return resolved
 
 
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
@@ -282,27 +261,6 @@ def _check_head_is_whole(blueprint: Blueprint) -> None:
                 "computed from its weight directly",
                 hint="Give the 16-bit model, which is quantized without its head.",
             )
-
-
-def _with_adapter(resolved: Resolved[TrainSettings], adapter: Adapter) -> Resolved[TrainSettings]:
-    """Return the settings with those of the adapter that trains on, for the record of the run."""
-    config = adapter.config
-    modules, parameters = config.target_modules, config.target_parameters
-    lora = {
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())),
-        "target_parameters": tuple(sorted(parameters)) if parameters else None,
-        "rank_pattern": config.rank_pattern or None,
-        "alpha_pattern": config.alpha_pattern or None,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init_lora_weights": LoraInit.PISSA if is_pissa(adapter.lora) else LoraInit.DEFAULT,
-        "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
-    }
-    where = Origin(kind="file", where=str(adapter.directory / ADAPTER_CONFIG))
-    return taken_from(resolved, {f"lora.{key}": value for key, value in lora.items()}, where)
 
 
 def batch_arithmetic(plan: TrainPlan) -> str:

@@ -17,7 +17,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.sweeps import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
-from qlora_cli.memory.request import MemoryRequest, lengths_up_to
+from qlora_cli.memory.request import MemoryRequest, does_evaluate, lengths_up_to
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization, Recipe
 from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
@@ -67,6 +67,10 @@ def asked(core: Core) -> Ask:
     return ask
 
 
+def evaluates(request: MemoryRequest) -> bool:
+    return does_evaluate(request.asked.settings, request.prediction.evaluate)
+
+
 def refused(*arguments: str | Path) -> str:
     """Return what is said on stderr of a command that ends with 2, with --json too."""
     done = qlora_inspect(*arguments)
@@ -84,10 +88,14 @@ def refused(*arguments: str | Path) -> str:
 
 def test_a_model_alone_asks_for_a_plain_run(asked: Ask) -> None:
     request = asked("llama-3.1-8b")
-    assert request.settings.model.name == "llama-3.1-8b"
+    assert request.asked.settings.model.name == "llama-3.1-8b"
     assert (request.gpus, request.solve, request.sweep) == ((), (), {})
-    assert request.recipe is Recipe.QLORA
-    assert (request.sdpa_backend, request.settings.data.packing, request.evaluates) == ("auto", False, False)
+    assert request.prediction.recipe is Recipe.QLORA
+    assert (request.prediction.sdpa_backend, request.asked.settings.data.packing, evaluates(request)) == (
+        "auto",
+        False,
+        False,
+    )
 
 
 def test_every_flag_reaches_the_core(asked: Ask) -> None:
@@ -96,8 +104,12 @@ def test_every_flag_reaches_the_core(asked: Ask) -> None:
         *("--eval", "--solve", "rank", "--solve", "max-length", "--solve", "rank", "--sweep", "rank=8..32"),
     )
     assert [gpu.name for gpu in request.gpus] == ["RTX 4090", "16.00 GiB"]
-    assert request.recipe is Recipe.PEFT
-    assert (request.sdpa_backend, request.settings.data.packing, request.evaluates) == ("math", True, True)
+    assert request.prediction.recipe is Recipe.PEFT
+    assert (request.prediction.sdpa_backend, request.asked.settings.data.packing, evaluates(request)) == (
+        "math",
+        True,
+        True,
+    )
     assert request.solve == ("rank", "max-length")
     assert request.sweep == {"rank": (8, 16, 32)}
 
@@ -108,7 +120,7 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
         *("--target-modules", "q_proj,v_proj", "--micro-batch-size", "4", "--gradient-checkpointing", "offload"),
         *("--attention", "eager", "--optimizer", "paged_adamw_8bit", "--gradient-accumulation-steps", "2"),
         *("--new-tokens", "<a>", "--set", "lora.dropout=0.1"),
-    ).settings
+    ).asked.settings
     assert settings.quantization.method is Quantization.FP4
     assert settings.quantization.double_quant is False
     assert settings.model.attention is Attention.EAGER
@@ -136,15 +148,15 @@ def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) 
         "lora: {rank: 8}\ntraining: {learning_rate: 1e-4, eval_steps: 10}\noutput: {directory: run}\n"
     )
     request = asked("--config", config)
-    assert (request.settings.model.name, request.settings.lora.rank) == ("base", 8)
-    assert request.evaluates
-    assert asked("other", "--config", config).settings.model.name == "other"
-    assert not asked("--config", config, "--no-eval").evaluates
+    assert (request.asked.settings.model.name, request.asked.settings.lora.rank) == ("base", 8)
+    assert evaluates(request)
+    assert asked("other", "--config", config).asked.settings.model.name == "other"
+    assert not evaluates(asked("--config", config, "--no-eval"))
 
 
 @pytest.mark.parametrize("setting", ["data.eval_dataset=rows.jsonl", "training.eval_steps=10"])
 def test_a_run_that_would_evaluate_is_predicted_with_evaluation(asked: Ask, setting: str) -> None:
-    assert asked("base", "--set", setting).evaluates
+    assert evaluates(asked("base", "--set", setting))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +338,7 @@ def test_a_picture_without_a_sweep_over_the_length_makes_one(
     core.report = replace(REPORT, sweep=(sweep_point(max_length=512),))
     assert qlora_inspect("base", *arguments, "--plot", tmp_path / "memory.svg").exit_code == 0
     request = core.requests[-1]
-    assert request.swept(request.settings) == expected
+    assert request.swept(request.asked.settings) == expected
 
 
 def test_a_picture_ends_at_the_positions_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,42 @@
-"""Settings have one owner: outside `settings/` nobody changes them, or knows by itself which of them were given."""
+"""Settings have one owner: they are settled once, and nobody changes them later, or knows which of them were given."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import qlora_cli
-from qlora_cli.settings.models import DataSettings, LoraSettings, TrainSettings
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.positions import shortened
+from qlora_cli.settings.models import TrainSettings, all_settings, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from qlora_cli.settings.settle import asked_length, given, over_recorded, taken_from, within_positions
-from qlora_cli.settings.sources import Origin
+from qlora_cli.settings.settle import Fact, found, made_in_code, settle
 
 PACKAGE = Path(qlora_cli.__file__).parent
 OWNED = re.compile(r"model_fields_set|model_copy\(|model_construct\(")
 FLAGS = {"model.name": "m", "data.dataset": "d", "output.directory": "o"}
+FILE = found("run.json")
+
+# Who settles, and how often: each command once, and what is asked again whenever a machine says that it must be less.
+SETTLES = {
+    "cli/inspect_data.py": 1,  # the positions of the model, whose weights are not looked for
+    "loading/settled.py": 3,  # what loads a model: how it is loaded says how many positions it has; and a merge's base
+    "memory/estimator.py": 2,  # a prediction, for which no file is looked for: the same two steps
+    "training/plan.py": 1,  # a smaller micro-batch, when memory ran out
+}
+# Who asks about another load, run or look at the data that is like this one but for a value.
+VARIES = {
+    "data/inspection.py": 1,  # the rows themselves are looked at, not packed ones
+    "data/prepare.py": 1,  # a look goes on where training would be refused
+    "memory/fitting.py": 1,  # what would fit instead
+    "memory/solve.py": 1,  # the largest that fits
+    "memory/twin.py": 1,  # values that the adapter begins with do not matter
+    "merging/texts.py": 1,  # a few rows to compare on
+    "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
+    "quantization/fit.py": 1,  # what would fit instead
+}
 
 
 def resolved(**values: str) -> Resolved[TrainSettings]:
@@ -21,50 +44,95 @@ def resolved(**values: str) -> Resolved[TrainSettings]:
     return resolve(Sources(flags={path: (path, value) for path, value in flags.items()}), TrainSettings)
 
 
+def calls(*names: str) -> dict[str, int]:
+    """Return how often each module outside `settings/` calls one of the functions `names` of `settle`."""
+    call = re.compile(rf"(?<![\w.])(?:{'|'.join(names)})\(")
+    counted: Counter[str] = Counter()
+    for path in PACKAGE.rglob("*.py"):
+        code = re.sub(r"def \w+\(", "", path.read_text(encoding="utf-8"))
+        if "settings.settle import" in code and path.parent.name != "settings":
+            counted[str(path.relative_to(PACKAGE))] += len(call.findall(code))
+    return {name: number for name, number in sorted(counted.items()) if number}
+
+
 def test_only_the_settings_change_settings_and_know_which_were_given() -> None:
-    found = [
+    owners = [
         str(path.relative_to(PACKAGE))
         for path in sorted(PACKAGE.rglob("*.py"))
         if OWNED.search(path.read_text(encoding="utf-8"))
     ]
-    assert found == ["settings/settle.py"]
+    assert owners == ["settings/settle.py"]
+
+
+def test_settings_are_settled_where_a_command_does_it_and_nowhere_else() -> None:
+    assert calls("settle") == SETTLES
+    assert calls("varied", "varied_run") == VARIES
 
 
 def test_what_was_given_is_what_has_an_origin() -> None:
-    settings = resolved(lora__rank="8", training__seed="0")
-    sections = {name: given(getattr(settings.settings, name)) for name in TrainSettings.model_fields}
-    assert {f"{name}.{key}" for name, keys in sections.items() for key in keys} == set(settings.origins)
+    asked = resolved(lora__rank="8", training__seed="0")
+    given = {f"{name}.{key}" for name in TrainSettings.model_fields for key in asked.given(name)}
+    assert given == set(asked.origins) == {*FLAGS, "lora.rank", "training.seed"}
+    assert asked.given("lora") == {"rank": 8}
+    in_code = made_in_code(asked.settings)
+    assert {path for path in all_settings() if in_code.is_given(path)} == given
 
 
-def test_what_a_file_says_takes_its_place_with_its_origin() -> None:
-    before = resolved(lora__rank="8")
-    where = Origin(kind="file", where="adapter_config.json")
-    after = taken_from(before, {"lora.rank": 4, "training.micro_batch_size": 2}, where)
-    assert (after.settings.lora.rank, after.settings.training.micro_batch_size) == (4, 2)
-    assert (after.origin_of("lora.rank"), after.origin_of("training.micro_batch_size")) == (where, where)
-    assert after.origin_of("model.name").kind == "flag"
-    assert (before.settings.lora.rank, before.origin_of("lora.rank").kind) == (8, "flag")
+def test_what_is_known_stands_unless_something_else_was_given() -> None:
+    asked = resolved(lora__rank="8")
+    values: Mapping[str, object] = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0, "generate.seed": 1}
+    settled = settle(asked, [Fact(values=values, origin=FILE)])
+    lora = settled.settings.lora
+    assert (lora.rank, lora.alpha) == (8, 8.0)
+    assert settled.origin_of("lora.rank").kind == "flag"
+    assert settled.origin_of("lora.alpha") == FILE
+    assert settled.origin_of("lora.dropout").kind == "default"  # which it agrees with
+    assert not settled.is_given("lora.alpha")
+    assert asked.settings.lora.alpha == 32
+
+
+def test_what_is_fixed_stands_over_all_and_later_facts_over_earlier() -> None:
+    asked = resolved(training__micro_batch_size="8")
+    fixed = Fact(values={"training.micro_batch_size": 2}, origin=FILE, is_fixed=True)
+    facts = [fixed, *(Fact(values={"training.seed": seed}, origin=found(seed)) for seed in (1, 2))]
+    settled = settle(asked, facts)
+    training = settled.settings.training
+    assert (training.micro_batch_size, training.seed) == (2, 2)
+    assert (settled.origin_of("training.micro_batch_size"), settled.origin_of("training.seed")) == (FILE, found(2))
+
+
+def test_values_of_a_file_are_read_as_everybodys_but_those_of_an_adapter_of_others_are_its_own() -> None:
+    asked = resolved()
+    for values in ({"lora.rank": "many"}, {"lora.rank": 0}, {"lora.newer": 1}):
+        with pytest.raises(ModelError, match=r"the settings in run\.json can't be read") as caught:
+            settle(asked, [Fact(values=values, origin=FILE)])
+        assert caught.value.hint
+    foreign = Fact(values={"lora.rank": 9000, "lora.target_modules": ()}, origin=FILE, is_fixed=True, is_foreign=True)
+    lora = settle(asked, [foreign]).settings.lora
+    assert (lora.rank, lora.target_modules) == (9000, ())
+
+
+def test_no_file_switches_on_what_runs_code() -> None:
+    by_hand = [path for path in all_settings() if marks(path).is_only_by_hand]
+    assert by_hand
+    asked = resolved()
+    for is_fixed in (False, True):
+        settled = settle(asked, [Fact(values=dict.fromkeys(by_hand, True), origin=FILE, is_fixed=is_fixed)])
+        assert settled == asked
 
 
 @pytest.mark.parametrize(
-    ("asked", "positions", "length", "is_asked"),
+    ("asked", "positions", "length"),
     [
-        ({}, None, 2048, False),
-        ({}, 512, 512, False),
-        ({}, 4096, 2048, False),
-        ({"max_length": 1024}, 512, 1024, True),
-        ({"max_length": 2048}, 512, 2048, True),
+        ({}, None, 2048),
+        ({}, 512, 512),
+        ({}, 4096, 2048),
+        ({"data__max_length": "1024"}, 512, 1024),
+        ({"data__max_length": "2048"}, 512, 2048),
     ],
 )
 def test_a_length_that_was_not_asked_for_is_lowered_to_the_positions(
-    asked: dict[str, int], positions: int | None, length: int, is_asked: bool
+    asked: dict[str, str], positions: int | None, length: int
 ) -> None:
-    data = DataSettings.model_validate({"dataset": "d", **asked})
-    assert within_positions(data, positions).max_length == length
-    assert asked_length(data) == (length if is_asked else None)
-
-
-def test_what_was_given_stands_over_what_a_run_recorded() -> None:
-    recorded = {"rank": 64, "alpha": 8.0, "dropout": 0.1}
-    lora = over_recorded(LoraSettings(rank=4), recorded)
-    assert (lora.rank, lora.alpha, lora.dropout) == (4, 8.0, 0.1)
+    before = resolved(**asked)
+    assert settle(before, shortened(before.settings, positions)).settings.data.max_length == length

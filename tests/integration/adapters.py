@@ -19,7 +19,7 @@ from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.models import LoraSettings
-from tests.integration.loading import load, load_settings, logits
+from tests.integration.loading import asked_load, load, logits
 from tests.integration.plain import IDS
 
 PREFIX = "base_model.model."
@@ -33,7 +33,7 @@ def settings_of(**values: Any) -> LoraSettings:
 def load_for(checkpoint: Path, lora: LoraSettings, **flags: object) -> LoadedModel:
     """Load a base for an adapter, as `train` does."""
     silent = SilentReporter()
-    return load_planned(plan_load(load_settings(checkpoint, **flags), silent), silent, lora=lora)
+    return load_planned(plan_load(asked_load(checkpoint, **flags), silent), silent, lora=lora)
 
 
 def adapt(checkpoint: Path, lora: LoraSettings, **flags: object) -> PeftModel:

@@ -11,7 +11,7 @@ import torch
 from qlora_cli.errors import QloraError
 from qlora_cli.loading.loader import LoadedModel, load_model
 from qlora_cli.settings.models import LoadSettings
-from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.conftest import ASSETS
 from tests.tiny_models import save_tiny
 
@@ -45,12 +45,17 @@ class Proofs:
         return record
 
 
-def load_settings(model: Path, **flags: object) -> LoadSettings:
-    """Return settings in fp32 on the CPU, as flags give them; `section__key=value` sets any other, None drops one."""
+def asked_load(model: Path, **flags: object) -> Resolved[LoadSettings]:
+    """Return what flags ask for: fp32 on the CPU; `section__key=value` sets any other, None drops one."""
     values = {"model.name": str(model), "model.dtype": "fp32", "model.device": "cpu"}
     given = {**values, **{name.replace("__", "."): value for name, value in flags.items()}}
     sources = Sources(flags={path: (path, value) for path, value in given.items() if value is not None})
-    return resolve(sources, LoadSettings).settings
+    return resolve(sources, LoadSettings)
+
+
+def load_settings(model: Path, **flags: object) -> LoadSettings:
+    """Return the settings that `asked_load` asks for."""
+    return asked_load(model, **flags).settings
 
 
 def load(model: Path, **flags: object) -> LoadedModel:

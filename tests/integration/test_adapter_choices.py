@@ -226,7 +226,11 @@ def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: P
         "modules_to_save": ["lm_head", "norm"],
     }
     losses_of_a_run(llama, rows, tmp_path / "first", lora)
-    losses_of_a_run(tmp_path / "first" / "adapter", rows, tmp_path / "second", {})
+    own = {**lora, "target_modules": "all-linear"}  # in the words of the run, which its adapter's config has not
+    losses_of_a_run(tmp_path / "first" / "adapter", rows, tmp_path / "second", own)
+    for key, value in {"rank": 5, "target_modules": "q_proj", "modules_to_save": "lm_head"}.items():
+        with pytest.raises(ModelError, match=rf"lora\.{key} can't be changed"):
+            losses_of_a_run(tmp_path / "first" / "adapter", rows, tmp_path / "third", {**own, key: value})
     record = json.loads((tmp_path / "second" / "run.json").read_text(encoding="utf-8"))
     recorded = record["settings"]["lora"]
     assert recorded["modules_to_save"] == ["lm_head", "model.norm"]
@@ -234,7 +238,7 @@ def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: P
         key: value for key, value in lora.items() if key != "modules_to_save"
     }
     assert recorded["init_lora_weights"] == "default"
-    assert record["origins"]["lora.use_dora"].endswith(ADAPTER_CONFIG)
+    assert record["origins"]["lora.target_modules"].endswith(ADAPTER_CONFIG)
     first, second = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("first", "second"))
     assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in second.items()}
     assert all(not torch.equal(first[key], second[key]) for key in first)

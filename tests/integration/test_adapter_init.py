@@ -34,7 +34,7 @@ from tests.integration.adapters import (
     train_steps,
 )
 from tests.integration.experts import save_moe
-from tests.integration.loading import load, load_settings, logits, refused, save_model, weight_of
+from tests.integration.loading import asked_load, load, logits, refused, save_model, weight_of
 from tests.integration.merging import save_changing
 from tests.integration.plain import IDS, ROWS, plain
 
@@ -260,7 +260,7 @@ def test_what_takes_parts_out_of_the_base_is_refused_on_a_quantized_one(changing
         assert load(changing, quantization__method=method).model is not None
         return
     with pytest.raises(ModelError, match="can't be used on a quantized base") as caught:  # before a weight is read
-        plan_load(load_settings(changing, quantization__method=method), Recorder())
+        plan_load(asked_load(changing, quantization__method=method), Recorder())
     assert "loftq" not in str(caught.value.hint)
 
 
@@ -373,7 +373,7 @@ def test_on_fused_experts_only_what_peft_begins_by_itself_is_taken(tmp_path: Pat
 def test_what_was_lost_is_let_go_of_once_the_adapter_has_begun(llama: Path) -> None:
     lora = settings_of(init_lora_weights="loftq")
     silent = SilentReporter()
-    loaded = load_planned(plan_load(load_settings(llama), silent), silent, lora=lora)
+    loaded = load_planned(plan_load(asked_load(llama), silent), silent, lora=lora)
     quantizer: Any = loaded.base.hf_quantizer
     losses = quantizer.quantization_config.losses
     assert len(losses.parts) == 14

@@ -20,11 +20,12 @@ from qlora_cli.memory.inspect import inspect_memory
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.models import InspectMemorySettings
+from qlora_cli.settings.settle import made_in_code
 from qlora_cli.training.plan import settle_run
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
-from tests.integration.loading import load_settings, save_model
+from tests.integration.loading import asked_load, save_model
 from tests.integration.merging import adapted, save, save_changing
 from tests.integration.plain import ROWS, plain
 from tests.integration.vision_language import load_full, save_full
@@ -85,18 +86,21 @@ def adapter_of(kind: str, place: Path) -> Path:
     return save(adapted(model, lora), place / "adapter")
 
 
+def request_of(values: dict[str, Any]) -> MemoryRequest:
+    asked = made_in_code(InspectMemorySettings.model_validate(values))
+    return MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),))
+
+
 def predicted(model: Path, recipe: Recipe = Recipe.QLORA, **lora: object) -> MemoryReport:
-    settings = EstimateSettings.model_validate(
-        {"model": {"name": str(model)}, "lora": lora, "data": {"max_length": 64}}
-    )
-    request = MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), recipe=recipe)
+    asked = {"model": {"name": str(model)}, "lora": lora, "data": {"max_length": 64}}
+    request = request_of({**asked, "inspect_memory": {"recipe": recipe}})
     return inspect_memory(request, SilentReporter())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_parameters_are_predicted_to_train_as_do(kind: str, tmp_path: Path) -> None:
     adapter = adapter_of(kind, tmp_path)
-    settings, silent = load_settings(adapter, model__dtype="bf16", quantization__method="nf4"), SilentReporter()
+    settings, silent = asked_load(adapter, model__dtype="bf16", quantization__method="nf4"), SilentReporter()
     loaded = load_planned(plan_load(settings, silent), silent, trains_adapter=True)
     assert isinstance(loaded.model, PeftModel)
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
@@ -119,8 +123,7 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
         predicted(adapter, rank=4)
     by_plain_loop = predicted(adapter, Recipe.PEFT)
     assert by_plain_loop.num_trainable_parameters == of_new.num_trainable_parameters
-    settings = EstimateSettings.model_validate({"model": {"name": str(adapter)}})
-    request = MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), solve=("rank",))
+    request = request_of({"model": {"name": str(adapter)}, "inspect_memory": {"solve": ["rank"]}})
     with pytest.raises(ModelError, match="which training on keeps"):
         inspect_memory(request, SilentReporter())
 

@@ -27,7 +27,7 @@ from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.training.adapter_check import check_saved
-from tests.integration.loading import load_settings, logits, refused, save_model
+from tests.integration.loading import asked_load, logits, refused, save_model
 from tests.integration.merging import adapted, change_adapter, merge, on_plain, save
 from tests.integration.merging import plain_logits as logits_of_merged
 from tests.integration.merging import refused as not_merged
@@ -71,7 +71,7 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ours(adapter: Path, *, trains: bool = False, **flags: object) -> LoadedModel:
     """Load an adapter on its base in fp32, unquantized, as commands do."""
-    settings = load_settings(adapter, **{"quantization__method": "none", **flags})
+    settings = asked_load(adapter, **{"quantization__method": "none", **flags})
     silent = SilentReporter()
     return load_planned(plan_load(settings, silent), silent, trains_adapter=trains)
 

@@ -23,12 +23,13 @@ from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
+from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.adapters import adapt, settings_of, train_steps
 from tests.integration.experts import save_moe
-from tests.integration.loading import copy_tokenizer, load, load_settings, save_model
+from tests.integration.loading import asked_load, copy_tokenizer, load, save_model
 from tests.integration.merging import save_changing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +49,7 @@ def texts(report: GenerationReport) -> dict[Source, str]:
 
 
 def ask(model: Path, request: AnswerSettings = REQUEST, prompt: str = PROMPT, **flags: object) -> GenerationReport:
-    return generate(load_settings(model, **flags), request, [prompt], SILENT)
+    return generate(asked_load(model, **flags), request, [prompt], SILENT)
 
 
 def adapted(directory: Path, base: Path, num_steps: int = 2, **lora: Any) -> Path:
@@ -256,7 +257,7 @@ def test_nothing_to_compare_is_an_error(base_model: Path) -> None:
 def test_a_chat_compares_no_merged_model(base_model: Path, tmp_path: Path) -> None:
     request = AnswerSettings(max_new_tokens=12, compare=True, merged=tmp_path)
     with pytest.raises(ModelError, match="has no adapter") as caught:
-        open_model(load_settings(base_model), request, SILENT, is_chat=True)
+        open_model(asked_load(base_model), request, SILENT, is_chat=True)
     assert "qlora generate" in str(caught.value.hint)
 
 
@@ -265,7 +266,7 @@ def test_a_chat_without_a_template_is_refused_with_the_way_out(tmp_path: Path) -
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template") as caught:
-        open_model(load_settings(base), REQUEST, SILENT, is_chat=True)
+        open_model(asked_load(base), REQUEST, SILENT, is_chat=True)
     assert "--chat-template chatml" in str(caught.value.hint)
 
 
@@ -273,7 +274,7 @@ def test_without_a_template_the_prompt_is_continued_and_that_is_said(tmp_path: P
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     heard = Recorder()
-    report = generate(load_settings(base), REQUEST, ["hi"], heard)
+    report = generate(asked_load(base), REQUEST, ["hi"], heard)
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert report.answers[0].answers[0].num_prompt_tokens == len(tokenizer("hi")["input_ids"])
     assert [note for note in report.notes if "no chat template" in note]
@@ -286,7 +287,7 @@ def test_a_gpu_without_room_for_an_answer_ends_with_exit_code_3(
     def runs_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    opened = open_model(load_settings(base_model), REQUEST, SILENT)
+    opened = open_model(asked_load(base_model), REQUEST, SILENT)
     monkeypatch.setattr(opened.loaded.model, "generate", runs_out)
     with pytest.raises(OutOfMemoryError, match="ran out of memory answering") as caught:
         answering.answer_prompt(opened, REQUEST, "hi")
@@ -319,18 +320,18 @@ class Ear:
         assert self.heard[-1] == f"{answer.source}:{answer.text}"
 
 
-def chat_with(settings: LoadSettings, request: AnswerSettings = REQUEST) -> Chat:
+def chat_with(settings: Resolved[LoadSettings], request: AnswerSettings = REQUEST) -> Chat:
     return Chat(open_model(settings, request, SILENT, is_chat=True), request)
 
 
 def answer_to(model: Path, messages: list[Message], **flags: object) -> str:
     """Return the answer to a whole conversation at once."""
-    opened = open_model(load_settings(model, **flags), REQUEST, SILENT)
+    opened = open_model(asked_load(model, **flags), REQUEST, SILENT)
     return opened.answer(opened.sources[-1], encode(opened.loaded.tokenizer, messages)).text
 
 
 def test_a_turn_is_answered_with_all_that_was_said_before(ended: Ended) -> None:
-    chat = chat_with(load_settings(ended.run, **AS_TRAINED))
+    chat = chat_with(asked_load(ended.run, **AS_TRAINED))
     (first,) = chat.ask("What is a list?", Ear())
     (second,) = chat.ask("And a tuple?", Ear())
     said = [
@@ -349,7 +350,7 @@ def test_a_turn_is_answered_with_all_that_was_said_before(ended: Ended) -> None:
 
 
 def test_base_and_adapter_answer_and_the_conversation_goes_on_with_the_adapter(ended: Ended) -> None:
-    chat, ear = chat_with(load_settings(ended.run, **AS_TRAINED), COMPARE), Ear()
+    chat, ear = chat_with(asked_load(ended.run, **AS_TRAINED), COMPARE), Ear()
     base, adapter = chat.ask(PROMPT, ear)
     assert [text.partition(":")[0] for text in ear.heard] == ["base", "adapter"]
     assert base.text != adapter.text
@@ -362,7 +363,7 @@ def test_base_and_adapter_answer_and_the_conversation_goes_on_with_the_adapter(e
 
 
 def test_a_part_of_an_answer_that_was_stopped_stays_in_the_conversation(ended: Ended) -> None:
-    chat = chat_with(load_settings(ended.run, **AS_TRAINED))
+    chat = chat_with(asked_load(ended.run, **AS_TRAINED))
     (part,) = chat.ask("What is a list?", Ear(stop_after=3))
     assert part.finish_reason == "interrupted"
     said = [
@@ -374,7 +375,7 @@ def test_a_part_of_an_answer_that_was_stopped_stays_in_the_conversation(ended: E
 
 
 def test_a_conversation_fills_the_positions_says_so_and_goes_on_after_a_reset(base_model: Path) -> None:
-    chat = chat_with(load_settings(base_model))
+    chat = chat_with(asked_load(base_model))
     filling = "word " * 240
     (last,) = chat.ask(filling, Ear())
     (cut,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Ear())
@@ -388,7 +389,7 @@ def test_a_conversation_fills_the_positions_says_so_and_goes_on_after_a_reset(ba
 
 def test_an_answer_takes_only_the_positions_that_are_left(base_model: Path) -> None:
     request = AnswerSettings(max_new_tokens=1000)
-    opened = open_model(load_settings(base_model), request, SILENT, is_chat=True)
+    opened = open_model(asked_load(base_model), request, SILENT, is_chat=True)
     num_tokens = len(encode(opened.loaded.tokenizer, [{"role": "user", "content": "word " * 240}]))
     (answer,) = Chat(opened, request).ask("word " * 240, Ear())
     assert answer.num_new_tokens <= 512 - num_tokens
@@ -398,7 +399,7 @@ def test_a_question_that_is_asked_again_draws_another_answer_and_a_chat_repeats(
     request = AnswerSettings(max_new_tokens=12, temperature=1.0, seed=3)
 
     def twice() -> list[str]:
-        chat, found = chat_with(load_settings(base_model), request), []
+        chat, found = chat_with(asked_load(base_model), request), []
         for _ in range(2):
             found.append(chat.ask("hi", Ear())[0].text)
             chat.reset()

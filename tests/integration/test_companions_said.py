@@ -15,7 +15,7 @@ from qlora_cli.merging.inputs import read_inputs
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.conftest import Recorder, train_settings
-from tests.integration.loading import load, load_settings, save_model
+from tests.integration.loading import asked_load, load, save_model
 from tests.integration.merging import merge, on_plain, request_of, save, stored
 
 OWN = "{% for m in messages %}<<{{ m['role'] }}>>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -62,7 +62,7 @@ CHANGES = [template_alone, tokenizer_without_template, more_tokens, added_tokens
 def test_a_load_says_it_once_on_the_way_and_in_its_notes(adapter: Path, change: object) -> None:
     assert callable(change)
     expected, recorder = change(adapter), Recorder()
-    blueprint = plan_load(load_settings(adapter), recorder)
+    blueprint = plan_load(asked_load(adapter), recorder)
     assert [expected in note for note in blueprint.notes].count(True) == 1
     assert [expected in note for note in said(recorder)].count(True) == 1
 

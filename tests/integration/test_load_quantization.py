@@ -14,9 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.events import SilentReporter, StepDone
+from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import SECTIONS, QuantizationSettings, TrainingSettings
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.facts import find_facts
+from qlora_cli.settings.choices import Quantization, Recipe
+from qlora_cli.settings.models import SECTIONS, EstimateSettings, QuantizationSettings, TrainingSettings
+from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.run import train
 from tests.conftest import Recorder, train_settings
@@ -24,6 +28,7 @@ from tests.integration.experts import save_moe
 from tests.integration.loading import (
     IDS,
     Proofs,
+    asked_load,
     layers_of,
     load,
     load_settings,
@@ -185,6 +190,22 @@ def test_features_above_the_threshold_are_multiplied_in_16_bit(tmp_path: Path) -
     }
     assert torch.equal(found[0.0], found[1e6])
     assert 2 * (found[6.0] - exact).norm() < (found[0.0] - exact).norm()
+
+
+def test_a_setting_of_the_method_is_judged_once_the_files_say_the_method(tmp_path: Path) -> None:
+    model, saved = save_model(tmp_path / "model"), tmp_path / "saved"
+    key = "quantization.int8_threshold"
+    quiet = SilentReporter()
+    save_quantized(load(model, quantization__method="int8", quantization__int8_threshold=4.0), saved, quiet)
+    for given, threshold in (({}, 4.0), ({key: 3.0}, 3.0)):
+        taken = plan_load(asked_load(saved, **given), quiet).settings.quantization
+        assert (taken.method, taken.int8_threshold) == (Quantization.INT8, threshold)
+        flags = {path: (path, value) for path, value in {"model.name": str(saved), **given}.items()}
+        asked = resolve(Sources(flags=flags), EstimateSettings)
+        predicted = Estimator(find_facts(asked, quiet), recipe=Recipe.QLORA).settled(asked).settings
+        assert predicted.quantization == taken
+    with pytest.raises(SettingsError, match=r"int8_threshold has no effect with --quant nf4"):
+        plan_load(asked_load(model, **{key: 3.0}), quiet)
 
 
 @proves("int8_has_fp16_weight")

@@ -13,21 +13,23 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.loading.blueprint import effective_model, plan_load
+from qlora_cli.loading.blueprint import plan_load
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.loading.settled import read_found, settle_base
 from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.embedding import is_tied
-from qlora_cli.settings.models import ModelSettings, TrainSettings
+from qlora_cli.settings.models import LoadSettings, ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.settle import made_in_code
 from qlora_cli.training.plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import (
     DAMAGED_PICKLES,
     IDS,
+    asked_load,
     copy_tokenizer,
     load,
-    load_settings,
     logits,
     refused,
     save_model,
@@ -124,7 +126,7 @@ def test_a_flag_wins_over_what_the_run_was_trained_with(ended: Ended) -> None:
 
 def test_a_flag_that_differs_from_the_run_is_said_and_one_that_agrees_is_not(ended: Ended) -> None:
     heard = Recorder()
-    plan_load(load_settings(ended.path, quantization__method="nf4", quantization__double_quant=False), heard)
+    plan_load(asked_load(ended.path, quantization__method="nf4", quantization__double_quant=False), heard)
     said = [event.message for event in heard.events if isinstance(event, Noted) and event.level == "warning"]
     assert said == [f"quantization.method is nf4 as asked; {ended.path} was trained with fp4"]
 
@@ -138,6 +140,11 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
     assert f"quantization.compute_dtype has no effect: {path} is stored in int8" in message
 
 
+def settled(asked: ModelSettings) -> ModelSettings:
+    found = read_found(find_model(asked), trust_remote_code=False)
+    return settle_base(made_in_code(LoadSettings(model=asked)), found).settings.model
+
+
 def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: Ended, tmp_path: Path) -> None:
     path = shutil.copytree(ended.path, tmp_path / "run")
     record = json.loads((path / "run.json").read_text())
@@ -148,11 +155,11 @@ def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: End
     record["settings"]["model"] |= written
     (path / "run.json").write_text(json.dumps(record))
     asked = ModelSettings(name=str(path))
-    taken = effective_model(asked, find_model(asked))
+    taken = settled(asked)
     changed = {key for key in ModelSettings.model_fields if getattr(taken, key) != getattr(asked, key)}
     assert changed == {"dtype", "rope_scaling", "resize_vocab"}
     explicit = ModelSettings(name=str(path), dtype="fp32", rope_scaling=None)
-    kept = effective_model(explicit, find_model(explicit))
+    kept = settled(explicit)
     assert (kept.dtype, kept.rope_scaling) == ("fp32", None)
 
 
@@ -161,7 +168,7 @@ def test_settings_of_a_run_that_are_none_are_an_error(ended: Ended, tmp_path: Pa
     record = json.loads((path / "run.json").read_text())
     record["settings"]["quantization"]["method"] = "nf3"
     (path / "run.json").write_text(json.dumps(record))
-    assert f"the settings in run.json of {path} can't be read" in refused(path, ModelError)
+    assert f"the settings in {path / 'run.json'} can't be read: method: " in refused(path, ModelError)
 
 
 @pytest.fixture

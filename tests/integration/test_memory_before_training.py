@@ -13,6 +13,7 @@ from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.settle import made_in_code
 from qlora_cli.training.memory import check_memory, gpu_at_hand
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.units import MIB
@@ -33,7 +34,7 @@ def settings(base_model: Path, rows: Path, tmp_path: Path) -> TrainSettings:
 
 @pytest.fixture
 def blueprint(settings: TrainSettings) -> Blueprint:
-    return plan_load(settings, SilentReporter())
+    return plan_load(made_in_code(settings), SilentReporter())
 
 
 def test_a_run_that_fits_goes_on_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:

@@ -14,16 +14,16 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.inspect import inspect_memory
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
-from qlora_cli.settings.models import SECTIONS, EstimateSettings, Section, all_settings, marks
-from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, marks
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
 # They go into the config of the adapter that is attached: numbers that its updates are multiplied by.
 SCALES = {"lora.alpha", "lora.alpha_pattern", "lora.use_rslora"}
 
 
-def estimate_settings(base: Path, **values: str) -> EstimateSettings:
+def asked_of(base: Path, **values: str) -> Resolved[InspectMemorySettings]:
     given = {"model.name": str(base), **{name.replace("__", "."): value for name, value in values.items()}}
-    return resolve(Sources(flags={path: (path, value) for path, value in given.items()}), EstimateSettings).settings
+    return resolve(Sources(flags={path: (path, value) for path, value in given.items()}), InspectMemorySettings)
 
 
 @pytest.fixture
@@ -61,17 +61,18 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     recipe: Recipe,
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    settings = estimate_settings(base_model, data__max_length="64", **values)
+    asked = asked_of(base_model, data__max_length="64", inspect_memory__recipe=recipe.value, **values)
     read.clear()
-    inspect_memory(MemoryRequest(settings=settings, gpus=(find_gpu("RTX 4090"),), recipe=recipe), SilentReporter())
+    inspect_memory(MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),)), SilentReporter())
     marked = {path for path in all_settings() if marks(path).affects_memory}
-    assert read - marked - SCALES == set()
+    question = {path for path in all_settings() if path.startswith("inspect_memory.")}
+    assert read - marked - SCALES - question == set()
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
 
 
 def test_an_answer_is_found_again_by_what_memory_depends_on_alone(base_model: Path) -> None:
     def key(**values: str) -> str:
-        return key_of(MemoryRequest(settings=estimate_settings(base_model, **values)), {"model_type": "llama"})
+        return key_of(MemoryRequest(asked=asked_of(base_model, **values)), {"model_type": "llama"})
 
     assert key() == key(training__learning_rate="1e-5", lora__alpha="8", data__on_long="drop")
     assert len({key(), key(lora__rank="8"), key(data__max_length="2048"), key(model__attention="eager")}) == 4

@@ -12,7 +12,6 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.prequantized import check_settings, read_prequantized
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import QuantizationSettings
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -99,12 +98,12 @@ def test_what_is_unknown_is_refused_too(config: dict[str, Any], expected: str) -
 def test_only_settings_that_were_given_can_contradict_and_all_are_listed() -> None:
     found = read_prequantized({"quantization_config": NF4}, "x")
     assert found is not None
-    check_settings(found, QuantizationSettings(), "x")
+    check_settings(found, {}, "x")
     agreeing = {"method": "nf4", "double_quant": True, "quant_storage": "bf16", "skip_modules": ("q_proj",)}
-    check_settings(found, QuantizationSettings.model_validate({**agreeing, "compute_dtype": "fp32"}), "x")
+    check_settings(found, {**agreeing, "compute_dtype": "fp32"}, "x")
     wrong = {"method": "fp4", "double_quant": False, "quant_storage": "uint8"}
     with pytest.raises(ModelError) as caught:
-        check_settings(found, QuantizationSettings.model_validate(wrong), "x")
+        check_settings(found, wrong, "x")
     for expected in (
         "quantization.method is fp4, the checkpoint has nf4",
         "quantization.double_quant is false, the checkpoint has true",
@@ -116,6 +115,6 @@ def test_only_settings_that_were_given_can_contradict_and_all_are_listed() -> No
 def test_of_an_int8_checkpoint_the_method_and_kept_16_bit_weights_are_compared() -> None:
     found = read_prequantized({"quantization_config": INT8}, "x")
     assert found is not None
-    check_settings(found, QuantizationSettings(double_quant=True, int8_threshold=3.0), "x")
+    check_settings(found, {"double_quant": True, "int8_threshold": 3.0}, "x")
     with pytest.raises(ModelError, match=r"int8_has_fp16_weight is true.*method is nf4"):
-        check_settings(found, QuantizationSettings(method=Quantization.NF4, int8_has_fp16_weight=True), "x")
+        check_settings(found, {"method": Quantization.NF4, "int8_has_fp16_weight": True}, "x")
