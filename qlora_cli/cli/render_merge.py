@@ -50,9 +50,10 @@ def render_merge(result: MergeResult) -> None:
         print_rows(list(_verification_rows(result.verification)))
     else:
         console().print(Text("not verified (--no-verify)"), soft_wrap=True)
-    if result.nf4 is not None:
-        title("The 4-bit model against the merged one")
-        print_rows(list(_divergence_rows(result.nf4)))
+    for again in result.requantized.values():
+        if again.divergence is not None:
+            title(f"Quantized again to {again.to}, against the merged model")
+            print_rows(list(_divergence_rows(again.divergence)))
 
 
 def render_merge_plan(report: MergeReport) -> None:
@@ -100,7 +101,9 @@ def _adapter_rows(adapters: tuple[AppliedAdapter, ...]) -> Iterator[Row]:
 
 
 def _format_rows(result: MergeResult) -> Iterator[Row]:
-    if len(result.outputs) > 1 or "hf" not in result.outputs:
+    if len(result.outputs) == 1:
+        yield "format", next(iter(result.outputs))
+    else:
         yield from ((name, str(path)) for name, path in result.outputs.items())
 
 

@@ -11,13 +11,12 @@ import yaml
 
 from qlora_cli import __version__
 from qlora_cli.merging.beside import write_json
-from qlora_cli.merging.exports.table import FORMATS
+from qlora_cli.merging.exports.format import Format
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.places import name_of
 from qlora_cli.merging.result import AppliedAdapter, Divergence, MergeResult
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.model_files.merged import adapter_digest
-from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.visible import visible
 
 CARD = "README.md"
@@ -25,7 +24,7 @@ MARKUP = re.compile(r"[`|<>\[\]]")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def write_record(target: Path, inputs: Inputs, result: MergeResult, written: ExportFormat) -> None:
+def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Format) -> None:
     """Write what `target`, a result in the format `written`, was merged from, how, and how it was verified.
 
     Both may be published with the weights: what is a path on this machine is named by its end.
@@ -35,7 +34,7 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
         "written_by": f"qlora {__version__}",
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in LIBRARIES},
-        "format": written,
+        "format": written.name,
         "base_model": _shown(result.base_model),
         "commit": result.commit,
         "adapters": [
@@ -56,7 +55,7 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Exp
         "num_tensors": result.num_tensors,
         "num_merged_tensors": result.num_merged_tensors,
         "verification": result.verification,
-        "nf4": result.nf4 if FORMATS[written].quantized_again else None,
+        "requantized": result.requantized.get(written.name),
     }
     record = new_merge_record(content)
     write_json(target / MERGE_FILE, record.model_dump(mode="json", exclude_unset=True))
@@ -72,7 +71,7 @@ def _data(inputs: Inputs) -> list[dict[str, Any]]:
     return [{"name": _shown(str(train.name)), **figures, "fingerprint": train.fingerprint}]
 
 
-def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: ExportFormat) -> Iterator[str]:
+def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: Format) -> Iterator[str]:
     yield "---"
     yield yaml.safe_dump(_front(inputs, result, written), sort_keys=False).strip()
     yield "---"
@@ -92,8 +91,8 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
     yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
     yield f"| verified | {_verified(result)} |"
-    if (again := FORMATS[written].quantized_again) is not None:
-        yield f"| quantized again | to {again}: {_from_merged(result.nf4)} |"
+    if (again := result.requantized.get(written.name)) is not None:
+        yield f"| quantized again | to {again.to}: {_from_merged(again.divergence)} |"
     yield ""
     yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
 
@@ -106,9 +105,9 @@ def _unfinished(adapter: AppliedAdapter) -> str:
     return f", after {step} of a run that has not come to its end"
 
 
-def _front(inputs: Inputs, result: MergeResult, written: ExportFormat) -> dict[str, Any]:
+def _front(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:
     front: dict[str, Any] = {
-        "library_name": FORMATS[written].library,
+        "library_name": written.library,
         "pipeline_tag": "text-generation",
         "tags": ["qlora", "lora"],
     }

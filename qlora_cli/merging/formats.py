@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.events import Reporter
-from qlora_cli.merging.exports.format import Export, Format
+from qlora_cli.merging.exports.format import ABOUT, Export, Format
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.result import Requantized
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings
 
@@ -56,9 +56,10 @@ class Formats:
         holding = (self._place(name, output) for name, one in self.by_name.items() if one.holds_model)
         return next(holding, output / MODEL)
 
-    def pushed(self, output: Path) -> Path:
-        """Return what is pushed to the hub: the first format that was asked for."""
-        return self._place(self.asked[0], output)
+    def pushed(self, output: Path) -> tuple[Path, tuple[str, ...]]:
+        """Return what is pushed to the hub: where the first format is that was asked for, and the files of it."""
+        first = self.asked[0]
+        return self._place(first, output), (*self.by_name[first].files, *ABOUT)
 
     def disk_bytes(self, model_bytes: int) -> int:
         """Return the room that all formats take while they are written."""
@@ -69,8 +70,8 @@ class Formats:
 
     def write(
         self, output: Path, name: str, laboratory: Laboratory | None, reporter: Reporter
-    ) -> Mapping[ExportFormat, Divergence]:
-        """Write all formats, given the 16-bit model; return how far those that were compared are from it."""
+    ) -> Mapping[str, Requantized]:
+        """Write all formats, given the 16-bit model; return how far those that are quantized are from it, by name."""
         model, found = self.model(output), {}
         for kind, one in self.by_name.items():
             export = Export(
@@ -81,8 +82,9 @@ class Formats:
                 laboratory=laboratory,
                 reporter=reporter,
             )
-            if (divergence := one.write(export)) is not None:
-                found[kind] = divergence
+            divergence = one.write(export)
+            if one.quantized_to is not None:
+                found[kind.value] = Requantized(to=one.quantized_to, divergence=divergence)
         if model == output / MODEL:
             self._move_up(output, model)
         return found

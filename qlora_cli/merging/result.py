@@ -176,6 +176,17 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Requantized:
+    """A format whose weights are quantized anew: `to` what, in words, and how far it is from the merged 16-bit model.
+
+    `divergence` is None if that was not measured.
+    """
+
+    to: str
+    divergence: Divergence | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeResult:
     """A merge that was done.
 
@@ -188,7 +199,7 @@ class MergeResult:
         merge_seconds: Reading, merging and writing the 16-bit model; without comparing and exporting.
         peak_host_bytes: The largest resident set of the process until the model was written.
         verification: None if it was not asked for.
-        nf4: How far the 4-bit format is from the merged model, if it was written.
+        requantized: The formats whose weights are quantized anew, by name.
         notes: What was said on the way.
     """
 
@@ -207,6 +218,6 @@ class MergeResult:
     total_seconds: float
     peak_host_bytes: int
     verification: Verification | None
-    nf4: Divergence | None
+    requantized: Mapping[str, Requantized]
     pushed_to: str | None
     notes: tuple[str, ...]

@@ -16,6 +16,7 @@ from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import check_tokenizer, write_beside
 from qlora_cli.merging.card import write_record
 from qlora_cli.merging.choose import choose_base, settled_base
+from qlora_cli.merging.exports.hf import HfFormat
 from qlora_cli.merging.formats import Formats
 from qlora_cli.merging.inputs import Inputs, read_inputs
 from qlora_cli.merging.laboratory import Laboratory
@@ -24,19 +25,14 @@ from qlora_cli.merging.places import name_of, output_of
 from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.preflight import check_merge, refused_push
 from qlora_cli.merging.report import applied_adapters, report_of
-from qlora_cli.merging.result import BaseChoice, Divergence, MergeReport, MergeResult, Verification
+from qlora_cli.merging.result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
 from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.runs.directory import check_free_directory
-from qlora_cli.settings.choices import BaseWeights, ExportFormat
+from qlora_cli.settings.choices import BaseWeights
 from qlora_cli.settings.models import MergeCommandSettings
 
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
-CODE = "*.py"
-MODEL_FILES = (
-    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
-    *("*.gguf", "Modelfile", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
-)
 
 
 def plan(request: MergeCommandSettings, reporter: Reporter) -> MergeReport:
@@ -73,8 +69,7 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     _fill(output, job)
     result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
     if request.merge.push_to_hub is not None:
-        folder = settled.formats.pushed(output)
-        patterns = (*MODEL_FILES, CODE) if request.model.trust_remote_code else MODEL_FILES
+        folder, patterns = settled.formats.pushed(output)
         address = push_folder(request.merge, folder, patterns, f"{folder} is done, but it", notes)
         result = replace(result, pushed_to=address)
     return result
@@ -189,16 +184,16 @@ class _Job:
             ) from error
         result = self._outcome(seconds, peak_bytes, verification)
         if verification is not None and not verification.passed:
-            write_record(model, inputs, result, ExportFormat.HF)
+            write_record(model, inputs, result, HfFormat(request))
             raise failure(verification, _set_aside(directory, output_of(request), "failed-verification"))
-        result = replace(result, nf4=self._exported(directory).get(ExportFormat.NF4))
+        result = replace(result, requantized=self._exported(directory))
         for name, place in formats.places(directory).items():
-            write_record(place, inputs, result, name)
+            write_record(place, inputs, result, formats.by_name[name])
         self._result = replace(result, bytes_written=size_of(directory))
         if problem := check_free_directory(output_of(request)):
             raise problem  # something has come there meanwhile, such as another merge, and is not replaced
 
-    def _exported(self, directory: Path) -> Mapping[ExportFormat, Divergence]:
+    def _exported(self, directory: Path) -> Mapping[str, Requantized]:
         """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
         formats, output = self._settled.formats, output_of(self._settled.inputs.request)
         try:
@@ -235,7 +230,7 @@ class _Job:
             total_seconds=0.0,
             peak_host_bytes=peak_bytes,
             verification=verification,
-            nf4=None,
+            requantized={},
             pushed_to=None,
             notes=(),
         )

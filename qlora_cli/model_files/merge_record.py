@@ -55,7 +55,7 @@ class MergeRecord(_Part):
     num_tensors: int | None = None
     num_merged_tensors: int | None = None
     verification: JsonValue = None
-    nf4: JsonValue = None
+    requantized: JsonValue = None
 
 
 def new_merge_record(content: Mapping[str, object]) -> MergeRecord:

@@ -10,6 +10,7 @@ from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.merge_record import read_merge_record
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
 from qlora_cli.settings.settle import varied
 
@@ -32,15 +33,15 @@ def staleness(merged: Path, source: ModelSource) -> str | None:
 
 
 def merged_model_of(source: ModelSource) -> Path | None:
-    """Return what was merged from the run that was named, in the format of transformers; None if nothing was.
+    """Return what was merged from the run that was named, for transformers; None if nothing was.
 
-    It is of the run's adapter, not of one of its checkpoints.
+    It is of the run's adapter, not of one of its checkpoints; of several formats, one that is not quantized anew.
     """
     run = None if source.run is None else RunDirectory(source.run)
     if run is None or source.adapter != run.adapter:
         return None
-    places = (run.merged, run.merged / "hf")
-    return next((place for place in places if (place / CONFIG).is_file()), None)
+    places = (run.merged, *(run.merged / name.value for name in ExportFormat))
+    return min((place for place in places if (place / CONFIG).is_file()), key=_is_quantized, default=None)
 
 
 def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) -> LoadSettings:
@@ -58,6 +59,9 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
         rope_scaling=None,
         new_tokens=None,
     )
-    is_stored = quantization_config_of(read_json(path / CONFIG)) is not None
-    quantization = QuantizationSettings() if is_stored else UNQUANTIZED
+    quantization = QuantizationSettings() if _is_quantized(path) else UNQUANTIZED
     return LoadSettings(model=settings, quantization=quantization)
+
+
+def _is_quantized(model: Path) -> bool:
+    return quantization_config_of(read_json(model / CONFIG)) is not None

@@ -256,9 +256,8 @@ ALLOWED = {
     "settings/sections/quantization.py": 1 + 3,
     # bitsandbytes itself is checked, by a reference of its own.
     "doctor/checks_bitsandbytes.py": 8,
-    # An export format, which is a preset of that method, and the key of its figures in a merge's record.
+    # An export format, which is a preset of that method.
     "merging/exports/nf4.py": 1,
-    "merging/card.py": 1,
 }
 
 

@@ -1,37 +1,227 @@
-"""An export format is a module, a line in the table and a name: the rest of the program goes by the table."""
+"""The walk of CONTRIBUTING.md, "an export format": a module, a line in the table, a name, and every command knows it.
 
+The package is copied, and a format is added to it whose weights are rounded to steps of 1/64.
+"""
+
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-import qlora_cli
+import pytest
+
 from qlora_cli.merging.exports.format import Format
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.settings.choices import ExportFormat
+from tests.conftest import ASSETS
 
-PACKAGE = Path(qlora_cli.__file__).parent
-NAMED = re.compile(r"ExportFormat\.([A-Z]\w+)\b")
-# A default; what llama.cpp's flags are for, before torch is imported; the key of the JSON that is called after it.
+PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
+MODULE = '''"""Weights in steps of 1/64, for transformers, and a file that says so."""
+
+import shutil
+
+from safetensors.torch import load_file, save_file
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted
+from qlora_cli.merging.exports.format import Format
+from qlora_cli.settings.choices import ExportFormat
+
+
+class StepsFormat(Format):
+    name = ExportFormat.STEPS
+    share = 1.0
+    library = "stepper"
+
+    @property
+    def quantized_to(self):
+        return "steps of 1/64"
+
+    @property
+    def files(self):
+        return ("steps.txt", *super().files)
+
+    def check(self, inputs, reporter):
+        if self.request.merge.dtype == "fp16":
+            raise ModelError("steps are not written in fp16", hint="Use --dtype bf16.")
+        reporter.report(Noted(message="steps are coarse"))
+
+    def write(self, export):
+        shutil.copytree(export.model, export.target, dirs_exist_ok=True)
+        for file in export.target.glob("*.safetensors"):
+            tensors = {name: (tensor * 64).round() / 64 for name, tensor in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+        (export.target / "steps.txt").write_text("1/64")
+        if export.laboratory is None:
+            return None
+        return export.laboratory.compare(
+            export.laboratory.stored(export.model), export.laboratory.stored(export.target)
+        )
+'''
+# Three files of the copy: where the format is written, named, and in the table.
+EDITS = {
+    "settings/choices.py": {'    HF = "hf"\n': '    STEPS = "steps"\n'},
+    "merging/exports/table.py": {
+        "from qlora_cli.merging.exports.ollama": "from qlora_cli.merging.exports.steps import StepsFormat\n",
+        "        Nf4Format,\n": "        StepsFormat,\n",
+    },
+}
+# Run in the copied package: train, merge into it alone and beside another, and use what was merged, as one object.
+ASK = """
+import json, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from qlora_cli.cli.app import app
+from qlora_cli.merging.formats import Formats
+from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
+
+base, rows, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+tuned = str(work / "run")
+
+def call(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+def run(*arguments):
+    done = call(*arguments)
+    assert done.exit_code == 0, (arguments, done.output)
+    return done.stdout
+
+on_cpu = ("--device", "cpu")
+run("train", "--model", base, "--dataset", rows, "--output", tuned, "--dtype", "fp32", "--max-steps", "2",
+    "--max-length", "128", *on_cpu, "--json")
+into = ("--base", "original", *on_cpu)
+alone = json.loads(run("merge", tuned, "--format", "steps", *into, "--json"))
+compared = json.loads(run("generate", tuned, "--compare", "--prompt", "What is a list?", *on_cpu, "--json"))
+both = run("merge", tuned, "--format", "hf", "--format", "steps", "--output", work / "both", *into)
+refused = call("merge", tuned, "--format", "steps", "--dtype", "fp16", "--output", work / "no", *into)
+request = MergeCommandSettings(merge=MergeSettings(adapters=(tuned,), formats=("steps", "hf")))
+place, patterns = Formats.of(request).pushed(work / "both")
+print(json.dumps({
+    "alone": alone,
+    "record": json.loads((Path(alone["output"]) / "merge.json").read_text()),
+    "card": (Path(alone["output"]) / "README.md").read_text(),
+    "beside": json.loads((work / "both" / "hf" / "merge.json").read_text())["requantized"],
+    "compared": compared["merged"],
+    "shown": " ".join(both.split()),
+    "refused": [refused.exit_code, refused.output],
+    "plan": run("merge", tuned, "--format", "steps", "--output", work / "plan", "--dry-run", *into),
+    "help": " ".join(run("merge", "--help").split()),
+    "pushed": [place.name, sorted(path.name for path in place.iterdir() if any(map(path.match, patterns)))],
+    "written": sorted(path.name for path in (work / "both" / "steps").iterdir()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what commands of a copy of the package say, in which three files are new or changed."""
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, copy / "qlora_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, added in EDITS.items():
+        file = copy / "qlora_cli" / name
+        source = file.read_text(encoding="utf-8")
+        for before, line in added.items():
+            assert source.count(before) == 1
+            source = source.replace(before, line + before)
+        file.write_text(source, encoding="utf-8")
+    (copy / "qlora_cli" / "merging" / "exports" / "steps.py").write_text(MODULE, encoding="utf-8")
+    rows = copy / "rows.jsonl"
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, ASSETS / "base", rows, copy],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_it_is_written_compared_with_the_merged_model_and_noted(asked: dict[str, Any]) -> None:
+    alone = asked["alone"]
+    assert alone["outputs"] == {"steps": alone["output"]}
+    (found,) = alone["requantized"].values()
+    assert found["to"] == "steps of 1/64"
+    assert alone["verification"]["passed"]
+    assert 0 < found["divergence"]["mean_kl"] < 10
+    assert "steps are coarse" in alone["notes"]
+
+
+def test_its_record_and_its_card_tell_of_it_and_those_of_other_formats_do_not(asked: dict[str, Any]) -> None:
+    assert asked["record"]["format"] == "steps"
+    assert asked["record"]["requantized"] == asked["alone"]["requantized"]["steps"]
+    assert asked["beside"] is None
+    assert "library_name: stepper" in asked["card"]
+    assert "| quantized again | to steps of 1/64: from the merged model, mean KL divergence" in asked["card"]
+
+
+def test_what_it_refuses_is_refused_before_anything_is_merged(asked: dict[str, Any]) -> None:
+    code, output = asked["refused"]
+    assert code == 2
+    assert "steps are not written in fp16" in output
+
+
+def test_the_terminal_tells_of_it(asked: dict[str, Any]) -> None:
+    assert re.search(r" steps \S+/both/steps ", asked["shown"])
+    assert "Quantized again to steps of 1/64, against the merged model KL divergence" in asked["shown"]
+    assert "for steps" in asked["plan"]
+    assert re.search(r"--format \[?(\w+\|)*steps\|", asked["help"])
+
+
+def test_its_files_are_pushed_and_as_the_only_format_it_is_the_runs_merged_model(asked: dict[str, Any]) -> None:
+    assert asked["pushed"] == ["steps", asked["written"]]
+    assert "steps.txt" in asked["written"]
+    assert asked["compared"] == asked["alone"]["output"]
+
+
+# A format by its name in settings, in what is typed, or by the ending of its files.
+NAMED = re.compile(
+    r"ExportFormat\.([A-Z]\w+)\b|--format (hf|nf4|gguf|ollama)\b|(?<=\")\.?(gguf|ollama|hf)(?=\")|\b(Modelfile)\b"
+)
 ELSEWHERE = {
-    ("settings/sections/merge.py", "HF"),
-    ("merging/preflight.py", "GGUF"),
-    ("merging/run.py", "HF"),
-    ("merging/run.py", "NF4"),
+    # Their names; the default, and what a path to llama.cpp is for.
+    "settings/choices.py": 3,
+    "settings/sections/merge.py": 2,
+    # What llama.cpp's flags are for, and whether it is here, before torch is imported.
+    "merging/preflight.py": 4,
+    # Weights that are GGUF already, which nothing here reads.
+    "model_files/source.py": 2,
+    "quantization/prequantized.py": 1,
 }
 
 
+def namings(package: Path) -> dict[str, int]:
+    """Return how often each file outside `merging/exports/` names a format."""
+    found = {
+        path.relative_to(package).as_posix(): len(NAMED.findall(path.read_text(encoding="utf-8")))
+        for path in sorted(package.rglob("*.py"))
+        if not path.is_relative_to(package / "merging" / "exports")
+    }
+    return {file: count for file, count in found.items() if count}
+
+
 def test_every_format_that_can_be_asked_for_is_in_the_table_with_a_class_of_its_own() -> None:
-    assert list(FORMATS) == sorted(FORMATS, key=list(ExportFormat).index)
-    assert set(FORMATS) == set(ExportFormat)
+    assert list(FORMATS) == list(ExportFormat)
     assert len(set(FORMATS.values())) == len(FORMATS)
     assert all(issubclass(kind, Format) for kind in FORMATS.values())
 
 
-def test_nothing_but_its_module_and_the_table_names_a_format() -> None:
-    found = {
-        (str(path.relative_to(PACKAGE)), name)
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if "exports" not in path.parts
-        for name in NAMED.findall(path.read_text(encoding="utf-8"))
-    }
-    assert found <= ELSEWHERE, found - ELSEWHERE
-    assert any(name == "HF" for _, name in found)
+def test_no_format_is_named_elsewhere() -> None:
+    assert namings(PACKAGE) == ELSEWHERE
+
+
+def test_a_name_elsewhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "merging" / "exports").mkdir(parents=True)
+    (tmp_path / "merging" / "exports" / "a.py").write_text("ExportFormat.GGUF\n")
+    (tmp_path / "b.py").write_text(
+        'if ExportFormat.NF4 in asked or place.name == "hf": hint = "Give --format gguf."\n'
+    )
+    assert namings(tmp_path) == {"b.py": 3}

@@ -14,10 +14,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_cli.merging import laboratory
+from qlora_cli.merging.formats import Formats
 from qlora_cli.merging.streamed import StreamedModel
+from qlora_cli.settings.choices import ExportFormat
 from tests.conftest import ASSETS
 from tests.integration.loading import copy_tokenizer, logits
-from tests.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.merge_command import adapter_alone, copy_run, merge_settings, merged, qlora_merge, refused, trained_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONVERTER = Path(__file__).parent / "gguf_converter.py"
@@ -187,11 +189,13 @@ def test_together_each_format_has_a_directory(formats: tuple[Path, dict[str, Any
 
 def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, dict[str, Any]]) -> None:
     output, found = formats
-    merged_kl, nf4 = found["verification"]["divergence"]["mean_kl"], found["nf4"]
+    assert found["requantized"].keys() == {"nf4"}
+    assert found["requantized"]["nf4"]["to"] == "NF4 with double quantization"
+    merged_kl, nf4 = found["verification"]["divergence"]["mean_kl"], found["requantized"]["nf4"]["divergence"]
     assert merged_kl < nf4["mean_kl"] < 0.5  # quantized anew, it is off, but it is the same model
     assert nf4["reference_perplexity"] == pytest.approx(found["verification"]["divergence"]["perplexity"])
-    assert read(output / "nf4" / "merge.json")["nf4"] == nf4
-    assert read(output / "hf" / "merge.json")["nf4"] is None
+    assert read(output / "nf4" / "merge.json")["requantized"] == found["requantized"]["nf4"]
+    assert read(output / "hf" / "merge.json")["requantized"] is None
     assert (
         f"from the merged model, mean KL divergence {nf4['mean_kl']:.2g}" in (output / "nf4" / "README.md").read_text()
     )
@@ -200,6 +204,26 @@ def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, di
     loaded = AutoModelForCausalLM.from_pretrained(output / "nf4", device_map="cpu")
     assert loaded.config.quantization_config.bnb_4bit_quant_type == "nf4"
     assert torch.isfinite(logits(loaded)).all()
+
+
+@pytest.mark.parametrize("name", list(ExportFormat))
+def test_all_files_of_the_format_that_was_asked_for_first_are_pushed(
+    run: Path, formats: tuple[Path, dict[str, Any]], name: ExportFormat
+) -> None:
+    others = tuple(other for other in ExportFormat if other != name)
+    request = merge_settings(run, formats=(name, *others), llama_cpp=CONVERTER)
+    place, patterns = Formats.of(request).pushed(formats[0])
+    assert place == formats[0] / name.value
+    left_out = [path.name for path in place.iterdir() if not any(path.match(pattern) for pattern in patterns)]
+    assert left_out == []
+
+
+def test_a_format_that_is_quantized_again_and_not_compared_says_so(run: Path, tmp_path: Path) -> None:
+    found = merged(
+        run, "--output", tmp_path / "out", *GGUF, "--gguf-type", "q8_0", "--no-verify", "--base", "original"
+    )
+    assert found["requantized"] == {"gguf": {"to": "Q8_0", "divergence": None}}
+    assert "| quantized again | to Q8_0: not compared |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_4_bit_model_does_not_tell_where_it_was_made(formats: tuple[Path, dict[str, Any]]) -> None:

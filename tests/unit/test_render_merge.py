@@ -16,6 +16,7 @@ from qlora_cli.merging.result import (
     MergeReport,
     MergeResult,
     ModuleCheck,
+    Requantized,
     Rounding,
     TensorPlan,
     Verification,
@@ -68,7 +69,7 @@ RESULT = MergeResult(
         device="cpu",
         seconds=0.4,
     ),
-    nf4=None,
+    requantized={},
     pushed_to=None,
     notes=(),
 )
@@ -136,7 +137,7 @@ def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.Capture
     assert "less rounding" not in rows  # it costs next to nothing
     assert rows["before rounding"].startswith("KL divergence ")
     assert rows["in the files"] == "38 parameters, to the bit as merged"
-    assert "hf" not in rows  # one format, and its place is the heading
+    assert rows["format"] == "hf"  # its place is the heading
     assert "on the hub" not in rows
 
 
@@ -172,13 +173,18 @@ def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_each_format_is_told_with_its_place_and_nf4_with_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = {"hf": Path("out/hf"), "nf4": Path("out/nf4")}
-    text, rows = shown(replace(RESULT, outputs=outputs, nf4=FAR, pushed_to="https://hub/me/x"), capsys)
+    outputs = {"hf": Path("out/hf"), "nf4": Path("out/nf4"), "gguf": Path("out/gguf")}
+    again = {
+        "nf4": Requantized(to="NF4 with double quantization", divergence=FAR),
+        "gguf": Requantized(to="Q8_0", divergence=None),
+    }
+    text, rows = shown(replace(RESULT, outputs=outputs, requantized=again, pushed_to="https://hub/me/x"), capsys)
     assert (rows["hf"], rows["nf4"], rows["on the hub"]) == ("out/hf", "out/nf4", "https://hub/me/x")
-    last = text.partition("The 4-bit model against the merged one\n")[2]
+    last = text.partition("Quantized again to NF4 with double quantization, against the merged model\n")[2]
     assert "0.029 nats a token" in last
+    assert "Q8_0" not in text  # nothing ran it
     text, rows = shown(replace(RESULT, outputs={"gguf": Path("out")}), capsys)
-    assert rows["gguf"] == "out"
+    assert rows["format"] == "gguf"
 
 
 def test_a_weight_is_told_if_it_is_not_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a format of the merged model is: what it refuses, what it takes, how it is written."""
+"""What a format of the merged model is: what it refuses, what it takes, how it is written, told and pushed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,8 +10,15 @@ from qlora_cli.events import Reporter
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.result import Divergence
+from qlora_cli.model_files.merge_record import MERGE_FILE
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings
+
+# The files of a checkpoint for transformers; what it was made of may run code of its own.
+CHECKPOINT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+CODE = "*.py"
+# What stands beside every format: the card, the record of the merge, what the base's makers ask for.
+ABOUT = ("README.md", MERGE_FILE, "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +45,14 @@ class Format(ABC):
     """A format, as one merge asks for it; making one checks that what it needs is installed.
 
     Attributes:
+        name: What it is asked for by, and what its directory is called.
         share: The room that it takes beside the 16-bit model, as a share of that, at most.
         library: What loads it, as model cards call that.
-        quantized_again: What the weights are quantized to anew, if they are.
     """
 
+    name: ClassVar[ExportFormat]
     share: ClassVar[float] = 0.0
     library: ClassVar[str] = "transformers"
-    quantized_again: ClassVar[str | None] = None
 
     def __init__(self, request: MergeCommandSettings) -> None:
         """Take what was asked for.
@@ -59,6 +66,16 @@ class Format(ABC):
     def holds_model(self) -> bool:
         """Whether the 16-bit model itself is part of it."""
         return False
+
+    @property
+    def quantized_to(self) -> str | None:
+        """What the weights are quantized to anew, in words; None if they are those of the 16-bit model."""
+        return None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The patterns of the files that it is made of, all of which are pushed; by default those of a checkpoint."""
+        return (*CHECKPOINT, CODE) if self.request.model.trust_remote_code else CHECKPOINT
 
     @abstractmethod
     def check(self, inputs: Inputs, reporter: Reporter) -> None:

@@ -22,14 +22,17 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.quantization.layout import build_on_meta
-from qlora_cli.settings.choices import GgufType
+from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
 from qlora_cli.units import format_bytes, format_count
+
+SUFFIX = ".gguf"
 
 
 class GgufFormat(Format):
     """A file for llama.cpp, written by its own converter."""
 
+    name = ExportFormat.GGUF
     share = 1.0
     library = "gguf"
 
@@ -41,6 +44,16 @@ class GgufFormat(Format):
         """
         super().__init__(request)
         self._converter = find_converter(request.merge.llama_cpp)
+
+    @property
+    def quantized_to(self) -> str | None:
+        """Q8_0, if that was asked for; all other types hold 16 or 32 bit."""
+        return "Q8_0" if self.request.merge.gguf_type == GgufType.Q8_0 else None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The one file."""
+        return (f"*{SUFFIX}",)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Let the converter write the vocabulary."""
@@ -59,7 +72,7 @@ class GgufFormat(Format):
 
 def gguf_file(place: Path, name: str) -> Path:
     """Return what the file in the directory `place` is called."""
-    return place / f"{name}.gguf"
+    return place / f"{name}{SUFFIX}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,13 @@ from qlora_cli.events import Reporter
 from qlora_cli.merging.exports.format import Export, Format
 from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.result import Divergence
+from qlora_cli.settings.choices import ExportFormat
 
 
 class HfFormat(Format):
     """Safetensors, configs and tokenizer."""
+
+    name = ExportFormat.HF
 
     @property
     def holds_model(self) -> bool:

@@ -23,7 +23,7 @@ from qlora_cli.model_files.config import read_config
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.kept import HEAD
 from qlora_cli.quantization.layout import build_on_meta, plan_layout
-from qlora_cli.settings.choices import Device, Dtype, Quantization
+from qlora_cli.settings.choices import Device, Dtype, ExportFormat, Quantization
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 
 NF4 = QuantizationSettings(method=Quantization.NF4, double_quant=True)
@@ -34,8 +34,13 @@ MOST_REASONS = 3
 class Nf4Format(Format):
     """A checkpoint that is quantized anew."""
 
+    name = ExportFormat.NF4
     share = 0.4
-    quantized_again = "NF4 with double quantization"
+
+    @property
+    def quantized_to(self) -> str:
+        """NF4, whatever the adapter was trained on."""
+        return "NF4 with double quantization"
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check by the base's config that something of it can be quantized, and note what can't."""

@@ -57,10 +57,17 @@ PLAIN_NAME = re.compile(r"[\w./+-]+")
 class OllamaFormat(Format):
     """A Modelfile, beside the 16-bit model unless it names a GGUF."""
 
+    name = ExportFormat.OLLAMA
+
     @property
     def holds_model(self) -> bool:
         """It names the safetensors, unless a GGUF is written too."""
         return ExportFormat.GGUF not in self.request.merge.formats
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The Modelfile, and the model if it is part of it."""
+        return (MODELFILE, *super().files) if self.holds_model else (MODELFILE,)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check that the chat template can be written in Ollama's language."""

@@ -10,8 +10,11 @@ from qlora_cli.merging.exports.ollama import OllamaFormat
 from qlora_cli.settings.choices import ExportFormat
 
 FORMATS: Mapping[ExportFormat, type[Format]] = {
-    ExportFormat.HF: HfFormat,
-    ExportFormat.NF4: Nf4Format,
-    ExportFormat.GGUF: GgufFormat,
-    ExportFormat.OLLAMA: OllamaFormat,  # names the GGUF, if there is one
+    kind.name: kind
+    for kind in (
+        HfFormat,
+        Nf4Format,
+        GgufFormat,
+        OllamaFormat,  # names the GGUF, if there is one
+    )
 }

@@ -1,0 +1,43 @@
+"""The model that was merged from a run is found in whichever formats it was written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.model_files.merged import merged_model_of
+from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.runs.directory import RunDirectory
+
+PLAIN: dict[str, object] = {"model_type": "llama"}
+QUANTIZED: dict[str, object] = {**PLAIN, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+
+
+def source_of(run: RunDirectory, adapter: Path) -> ModelSource:
+    base = run.path / "base"
+    return ModelSource(name="run", path=base, base_name="base", tokenizer_path=base, run=run.path, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ({".": PLAIN}, "."),
+        ({".": QUANTIZED}, "."),
+        ({"hf": PLAIN, "nf4": QUANTIZED}, "hf"),
+        ({"nf4": QUANTIZED, "ollama": PLAIN}, "ollama"),
+        ({"nf4": QUANTIZED, "gguf": None}, "nf4"),
+        ({"failed-verification": PLAIN}, None),
+        ({"gguf": None}, None),
+        ({}, None),
+    ],
+)
+def test_of_several_formats_it_is_the_one_that_is_not_quantized_again(
+    tmp_path: Path, written: dict[str, dict[str, object] | None], found: str | None
+) -> None:
+    run = RunDirectory(tmp_path)
+    for name, config in written.items():
+        (run.merged / name).mkdir(parents=True, exist_ok=True)
+        if config is not None:
+            (run.merged / name / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert merged_model_of(source_of(run, run.adapter)) == (None if found is None else run.merged / found)
+    assert merged_model_of(source_of(run, tmp_path / "checkpoints" / "step-1")) is None
