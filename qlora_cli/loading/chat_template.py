@@ -4,6 +4,7 @@ Whatever is chosen is saved with the tokenizer, so what is served is what was tr
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.checkpoint import again, read_json
 
+DEFAULT = "default"  # the name of the template that is taken unless another is asked for
 JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
 OF_PROCESSOR = "chat_template.json"  # which transformers reads for a model that sees images, never for a tokenizer
 SUFFIXES = (".jinja", ".j2")
@@ -46,15 +48,30 @@ STANDARD_TEMPLATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Templates:
-    """What a directory holds of chat templates: one, or several by name; `file` is where, or that of the first."""
+    """What a directory holds of chat templates: one, or several by name; `files` are where each is."""
 
     text: str | dict[str, str]
-    file: Path
+    files: Mapping[str, Path]
+
+    @property
+    def file(self) -> Path:
+        """Where they are, or the first of them."""
+        return next(iter(self.files.values()))
 
     @property
     def is_a_processors(self) -> bool:
         """Whether they lie where only a processor of images looks for them."""
         return self.file.name == OF_PROCESSOR
+
+    def check(self) -> None:
+        """Check that they are written in Jinja2.
+
+        Raises:
+            ModelError: one is not; names file and line.
+        """
+        for name, text in ({DEFAULT: self.text} if isinstance(self.text, str) else self.text).items():
+            file = self.files[name]
+            _check_syntax(text, str(file) if file.suffix in SUFFIXES else f"{file}, chat_template {name!r}")
 
 
 def read_templates(directory: Path) -> Templates | None:
@@ -63,15 +80,14 @@ def read_templates(directory: Path) -> Templates | None:
     Raises:
         ModelError: a file of them can't be read.
     """
-    files = {"default": directory / JINJA, **{path.stem: path for path in sorted((directory / NAMED).glob("*.jinja"))}}
+    files = {DEFAULT: directory / JINJA, **{path.stem: path for path in sorted((directory / NAMED).glob("*.jinja"))}}
     files = {name: path for name, path in files.items() if path.is_file() and path.read_bytes().strip()}
     if files:
         texts = {name: _text_of(path, hint="Check its permissions.") for name, path in files.items()}
-        is_one = texts.keys() == {"default"}
-        return Templates(text=texts["default"] if is_one else texts, file=next(iter(files.values())))
+        return Templates(text=texts[DEFAULT] if texts.keys() == {DEFAULT} else texts, files=files)
     for file in (directory / "tokenizer_config.json", directory / OF_PROCESSOR):
         if file.is_file() and (found := _templates_in(file, read_json(file).get("chat_template"))):
-            return Templates(text=found, file=file)
+            return Templates(text=found, files=dict.fromkeys([DEFAULT] if isinstance(found, str) else found, file))
     return None
 
 
@@ -106,6 +122,7 @@ def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None)
         return [f"chat template read from {path}", *_note_split_markers(tokenizer, str(tokenizer.chat_template))]
     own = _named(tokenizer)
     if wanted in own:
+        _check_syntax(own[wanted], f"the tokenizer's chat template {wanted!r}")
         tokenizer.chat_template = own[wanted]
         return [f"chat template: the tokenizer's {wanted!r}"]
     if wanted in STANDARD_TEMPLATES:
@@ -121,12 +138,12 @@ def _named(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     own = tokenizer.chat_template
     if isinstance(own, dict):
         return own
-    return {} if own is None else {"default": own}
+    return {} if own is None else {DEFAULT: own}
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     own = tokenizer.chat_template
-    if not isinstance(own, dict) or "default" in own:
+    if not isinstance(own, dict) or DEFAULT in own:
         return []
     if len(own) > 1:
         raise ModelError(
@@ -145,13 +162,17 @@ def _read(path: Path) -> str:
     text = _text_of(path, hint="Check --chat-template.")
     if not text.strip():
         raise ModelError(f"{path} is empty: no chat template", hint="Check --chat-template.")
+    _check_syntax(text, str(path))
+    return text
+
+
+def _check_syntax(text: str, where: str) -> None:
     try:
         render_jinja_template([], chat_template=text)  # compiles it, with the extensions of transformers
     except TemplateSyntaxError as error:
         raise ModelError(
-            f"{path}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
+            f"{where}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
-    return text
 
 
 def _text_of(path: Path, hint: str) -> str:

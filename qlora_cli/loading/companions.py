@@ -41,7 +41,7 @@ def open_tokenizer(
 
     Raises:
         Exception: whatever transformers raises over files that are damaged or missing.
-        ModelError: a chat template can't be read.
+        ModelError: a chat template can't be read, or is not written in Jinja2.
     """
     places = places_of(source)
     with _together(places) as directory:
@@ -51,7 +51,7 @@ def open_tokenizer(
     vocabulary = _place_of_vocabulary(places)
     tokenizer.name_or_path = str(vocabulary)
     notes = _add_listed(tokenizer, (*_before(vocabulary, places), vocabulary), base=source.path, num_rows=num_rows)
-    on_template = _take_template(tokenizer, source, places)
+    on_template = _take_template(tokenizer, source, places, checks=not is_template_asked)
     notes += [] if is_template_asked else on_template
     if len(places) > 1 and has_vocabulary(places[0]):
         notes += _differences(tokenizer, places[-1], num_rows, trust_remote_code=trust_remote_code)
@@ -197,13 +197,20 @@ def _on_listed(file: Path, told: Sequence[tuple[Path, str, object, str]]) -> Ite
         yield f"{file} names {named}; left out" if reason else f"{file} adds {named}"
 
 
-def _take_template(tokenizer: PreTrainedTokenizerBase, source: ModelSource, places: Sequence[Path]) -> list[str]:
-    """Give `tokenizer` the nearest chat template; return a note if base and adapter differ in that."""
+def _take_template(
+    tokenizer: PreTrainedTokenizerBase, source: ModelSource, places: Sequence[Path], *, checks: bool
+) -> list[str]:
+    """Give `tokenizer` the nearest chat template; return a note if base and adapter differ in that.
+
+    `checks`: it has to be written in Jinja2, since no other is asked for.
+    """
     found = [(place, read_templates(place)) for place in places]
     chosen = next(((place, templates) for place, templates in found if templates is not None), None)
     if chosen is None:
         return []
     place, templates = chosen
+    if checks:
+        templates.check()
     if len(places) == 1 and not templates.is_a_processors:
         return []  # transformers has read it
     tokenizer.chat_template = templates.text

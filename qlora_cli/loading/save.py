@@ -19,6 +19,7 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space, fill_directory
 from qlora_cli.loading.blueprint import Blueprint
 from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.model_files.generation import GENERATION_CONFIG
 
 NOTE = "qlora.json"
 SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a CPU nothing is copied
@@ -81,7 +82,8 @@ def _save_model(loaded: LoadedModel, path: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     if isinstance(generation := model.generation_config, GenerationConfig):
-        generation.save_pretrained(path)
+        # `save_pretrained` refuses flags that have no effect together, as many a published model has them.
+        generation.to_json_file(path / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 
 
 def _note(loaded: LoadedModel) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from qlora_cli.merging.inputs import Inputs
 from qlora_cli.merging.plan import WRITTEN_IN, MergePlan
 from qlora_cli.merging.texts import PROMPTS
 from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.settings.choices import MergeDtype
 
-GENERATION_CONFIG = "generation_config.json"
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
 TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 CODE = "*.py"

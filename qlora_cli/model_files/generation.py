@@ -1,6 +1,8 @@
 """Read a model's generation_config.json, and name the key that makes it none."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,26 @@ def read_generation_config(directory: Path) -> Mapping[str, Any]:
         if why := _what_it_must_be(key, value):
             raise _refused(file, content, [key], why)
     try:
-        GenerationConfig.from_dict(dict(content))
+        with _unlogged():
+            GenerationConfig.from_dict(dict(content))
     except Exception as error:  # whatever transformers raises
         if is_ours(error):
             raise
         keys = faulty_keys(content, content, error, lambda values: GenerationConfig.from_dict(dict(values)))
         raise _refused(file, content, keys, told(error)) from error
     return content
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Leave out what transformers logs of flags that have no effect together: all of them are kept as they are."""
+    logger = logging.getLogger(GenerationConfig.__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _what_it_must_be(key: str, value: object) -> str | None:

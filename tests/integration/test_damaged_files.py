@@ -74,6 +74,17 @@ def test_a_chat_template_that_is_no_text_is_named(model: Path, file: str, value:
     assert "chat_template is " in said
 
 
+def test_flags_of_generation_that_have_no_effect_together_are_nothing_to_warn_of_and_are_kept(
+    run_qlora: RunQlora, model: Path, tmp_path: Path
+) -> None:
+    """As many a published model has them; transformers warns of them, and refuses to write them."""
+    change(model / GENERATION, temperature=0.6, top_p=0.9)
+    done = run_qlora("load", str(model), "--save", str(tmp_path / "saved"))
+    assert done.code == 0, done.stderr
+    assert "generation flags" not in done.stderr
+    assert json.loads((tmp_path / "saved" / GENERATION).read_text())["temperature"] == 0.6
+
+
 def without_metadata(content: dict[str, Any]) -> dict[str, Any]:
     return {"weight_map": content["weight_map"]}
 

@@ -1,6 +1,7 @@
 """Tokenizer, chat template and added tokens, each from the place that has it; what is not the base's is said."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,27 @@ def test_what_is_asked_for_wins_and_is_what_is_said(base: Path, adapter: Path) -
     loaded = load(base, adapter, chat_template=str(base / "own.jinja"))
     assert loaded.tokenizer.chat_template == "{{ 'own' }}"
     assert loaded.notes == (f"chat template read from {base / 'own.jinja'}",)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("beside", ["base", "adapter"])
+def test_a_template_that_is_no_jinja_is_named_with_file_and_line_unless_another_is_asked_for(
+    base: Path, adapter: Path, beside: str, how: str
+) -> None:
+    put_template({"base": base, "adapter": adapter}[beside], "{% if messages %}\n{{ messages }", how)
+    file = {"jinja": "chat_template.jinja", "json": "chat_template.json, chat_template 'default'"}
+    file |= {"named": "default.jinja", "config": "tokenizer_config.json, chat_template 'default'"}
+    with pytest.raises(ModelError, match=rf"/{beside}/.*{re.escape(file[how])}, line 2: unexpected '}}'"):
+        load(base, adapter)
+    loaded = load(base, adapter, chat_template="chatml", new_tokens=("<|im_start|>", "<|im_end|>"))
+    assert "im_start" in str(loaded.tokenizer.chat_template)
+
+
+def test_a_broken_template_that_is_taken_by_its_name_is_named(base: Path) -> None:
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "terse.jinja").write_text("{{ messages }")
+    with pytest.raises(ModelError, match="the tokenizer's chat template 'terse', line 1: unexpected '}'"):
+        load(base, chat_template="terse")
 
 
 def test_several_templates_go_together(base: Path, adapter: Path) -> None:
