@@ -103,7 +103,7 @@ in_8_bit = QuantizationSettings.model_validate({"method": "int8", "int8_surprise
 print(json.dumps({
     "takes": takes("--surprise-ratio"),
     "quantization takes": takes("--int8-surprise"),
-    "without 8 bit": run("load", "base", "--int8-surprise").output,
+    "without 8 bit": run("load", "base", "--quant", "nf4", "--int8-surprise").output,
     "in effect": in_8_bit.in_effect(),
     "not in effect": QuantizationSettings().in_effect(),
     "flags": shown_flags(in_8_bit),
