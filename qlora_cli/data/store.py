@@ -26,7 +26,7 @@ from qlora_cli.cache import cache_folder
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.errors import DataError, QloraError
-from qlora_cli.files import write_directory
+from qlora_cli.writing import write_directory
 
 TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
 MOST_TABLES = 24

@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_cli.counters import peak_host_bytes
 from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
-from qlora_cli.files import check_disk_space, fill_directory, size_of
+from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hub.push import push_folder, push_refusal
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import check_tokenizer, write_beside
@@ -31,6 +31,7 @@ from qlora_cli.merging.write import write_weights
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import BaseWeights
 from qlora_cli.settings.models import MergeCommandSettings
+from qlora_cli.writing import fill_directory
 
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 

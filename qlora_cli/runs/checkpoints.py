@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import TrainingError
-from qlora_cli.files import flush, publish_directory
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
+from qlora_cli.writing import flush, publish_directory
 
 CHECKSUMS = "checksums.json"
 TRAINER_STATE = "trainer_state.json"

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import as_json, write_file
+from qlora_cli.files import as_json
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
+from qlora_cli.writing import write_file
 
 SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
 DEFAULT = "default"

@@ -11,7 +11,6 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from qlora_cli import __version__
-from qlora_cli.files import write_file
 from qlora_cli.runs.charts import charts_of
 from qlora_cli.runs.curve import HEIGHT, WIDTH
 from qlora_cli.runs.directory import REPORT_FILE
@@ -22,6 +21,7 @@ from qlora_cli.runs.samples import answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import format_bytes, format_count, format_duration
 from qlora_cli.visible import visible
+from qlora_cli.writing import write_file
 
 TEMPLATE = f"{REPORT_FILE}.jinja"
 MOST_SKIPPED = 20  # steps that are listed

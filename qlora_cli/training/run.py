@@ -14,7 +14,6 @@ import torch
 
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Noted, Reporter, Reporters
-from qlora_cli.files import write_directory, write_file
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, step_of
@@ -46,6 +45,7 @@ from qlora_cli.training.resume import result_of_done
 from qlora_cli.training.session import Session
 from qlora_cli.training.stop import StopSignal
 from qlora_cli.training.trackers import tracking
+from qlora_cli.writing import write_directory, write_file
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:

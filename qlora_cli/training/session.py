@@ -26,7 +26,6 @@ from qlora_cli.events import (
     TrainingResumed,
     TrainingStarted,
 )
-from qlora_cli.files import write_directory
 from qlora_cli.model_files.construction import is_ours, told
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import RunDirectory
@@ -44,6 +43,7 @@ from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.samples import SampleCallback
 from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
+from qlora_cli.writing import write_directory
 
 # What libraries refuse settings with; a device that runs out of memory or fails raises a RuntimeError.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import SilentReporter
-from qlora_cli.files import write_directory
 from qlora_cli.hub.repository import Repository, fetch_files
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
+from qlora_cli.writing import write_directory
 from tests.conftest import RunQlora
 from tests.integration.loading import load, refused, save_model
 

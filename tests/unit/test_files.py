@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.data.sources import check_dataset_name
-from qlora_cli.files import (
-    LEFT_OVER,
-    check_output_directory,
-    existing_path,
-    fill_directory,
-    write_directory,
-)
+from qlora_cli.files import check_output_directory, existing_path
+from qlora_cli.writing import LEFT_OVER, fill_directory, write_directory
 
 IMPOSSIBLE = ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "a\0b"]
 
@@ -113,7 +108,7 @@ def test_what_a_killed_process_left_in_a_directory_is_no_content_and_goes(tmp_pa
 FILL = """
 import os, sys
 from pathlib import Path
-from qlora_cli.files import fill_directory
+from qlora_cli.writing import fill_directory
 
 def fill(path):
     (path / "a.txt").write_text("half")

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.files import write_file
 from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.merging.exports.format import Export, Format
 from qlora_cli.merging.exports.gguf import gguf_file
@@ -27,6 +26,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.writing import write_file
 
 MODELFILE = "Modelfile"
 NO_TEMPLATE = "{{ .Prompt }}"
