@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,11 @@ def cache_folder(part: str) -> Path:
         return Path(given) / part
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "qlora" / part
+
+
+def is_name(name: str) -> bool:
+    """Whether a file or folder is named as `digest_of` names results: nobody else's is."""
+    return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def versions_of(packages: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import format_bytes
-from qlora_cli.writing import LEFT_OVER, half_moved
+from qlora_cli.writing import LEFT_OVER, is_left_over
 
 
 def existing_path(name: str | Path) -> Path | None:
@@ -33,12 +33,13 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
 
 def _output_problem(directory: Path, flag: str) -> QloraError | None:
     if directory.is_dir():
-        own = {path.name for path in half_moved(directory)} | {LEFT_OVER}
-        held = sorted(path.name for path in directory.iterdir() if path.name not in own)
+        was_killed = is_left_over(directory / LEFT_OVER)
+        held = sorted(path.name for path in directory.iterdir() if not (was_killed and path.name == LEFT_OVER))
         if held:
+            hint = f"Choose a directory for {flag} that is empty or does not exist."
             return OutputDirectoryError(
                 f"{directory} holds something else ({', '.join(held[:3])})",
-                hint=f"Choose a directory for {flag} that is empty or does not exist.",
+                hint=f"{hint} What was written there last did not come to its end." if was_killed else hint,
             )
     elif directory.exists():
         return OutputDirectoryError(f"{directory} is a file", hint=f"Choose another {flag}.")

@@ -1,100 +1,202 @@
-"""Files and folders written whole or not at all: complete or absent, whatever happens."""
+"""The one place that writes, replaces and deletes: complete or absent after, and never through a link.
 
-import json
+Directories may be somebody else's: unpacked from an archive, cloned, or shared with other users. So what is written
+aside has a fresh random name and must not be there yet, nothing is followed to where it leads, and only what carries
+our mark is deleted.
+"""
+
 import os
+import secrets
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
 import psutil
 
 LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
-MOVED = "moved.json"  # in it: what is being moved out of it, by name and inode
+MARK = "written-by-qlora"  # in a folder that is written aside, beside what will be moved out of it
+WHOLE = "whole"
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+
+
+def write_file(target: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file aside, flush it to disk, and move it there in one step; of a link, the link is replaced.
+
+    `mode` is what the user's mask leaves of it.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.saving")
+    try:
+        with os.fdopen(_open(aside, os.O_WRONLY | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:
+    """Append a line to a file, which is made if it is not there.
+
+    Raises:
+        OSError: it is a link, or can't be written to.
+    """
+    with os.fdopen(_open(file, os.O_WRONLY | os.O_APPEND, mode), "a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def end_line(file: Path) -> None:
+    """End a line that a killed process left unfinished, so that the next one stands alone.
+
+    Raises:
+        OSError: it is a link, or can't be written to.
+    """
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) != b"\n":
+            stream.write(b"\n")
+
+
+def _open(file: Path, flags: int, mode: int) -> int:
+    return os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder that only its owner can look into, unless it is there; return it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+    return folder
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file of a model's directory, which may lead elsewhere within it only, or to the cache that it lies in.
+
+    Raises:
+        OSError: it leads out of its directory.
+    """
+    place, real = source.parent.resolve(), source.resolve()
+    # A snapshot of the hub's cache is a folder of links to the blobs beside it.
+    blobs = [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(folder) for folder in (place, *blobs)):
+        raise PermissionError(f"{source} is a link out of its directory, to {real}: it is not followed")
+    shutil.copyfile(real, target)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy all of a folder into `target`; links in it stay out.
+
+    Raises:
+        OSError: it can't be read or written.
+    """
+
+    def links(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if (Path(folder) / name).is_symlink()]
+
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=links)
 
 
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step."""
-    for left_over in target.parent.glob(f".{escape(target.name)}.*.saving"):
-        writer = left_over.name.split(".")[-2]
-        if writer.isdigit() and not psutil.pid_exists(int(writer)):  # it was killed
-            _delete(left_over)
-    saving = target.with_name(f".{target.name}.{os.getpid()}.saving")
-    shutil.rmtree(saving, ignore_errors=True)
-    made = [parent for parent in saving.parents if not parent.exists()]
-    saving.mkdir(parents=True)
-    try:
-        fill(saving)
-        publish_directory(saving, target)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # something else is in it by now
-                parent.rmdir()
-        raise
+    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step.
+
+    What is at `target` goes once the new one is there.
+    """
+    clear_left_overs(target.parent, target.name)
+    with _staging(target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")) as whole:
+        fill(whole)
+        publish_directory(whole, target)
 
 
 def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write what `target`, which is empty or absent, is to hold: all of it or nothing.
 
     An empty one stays the directory that it is, for a shell that is in it, a link to it, or a disk mounted there.
-    `config.json`, without which nothing is a model, comes last.
+    `config.json`, without which nothing is a model, comes last: a process that is killed while names are moved leaves
+    no model.
     """
     if not target.is_dir():
         write_directory(target, fill)
         return
     inside = target / LEFT_OVER
-    _take_back(target)
-    shutil.rmtree(inside, ignore_errors=True)
-    inside.mkdir()
+    if is_left_over(inside):
+        delete(inside)
+    moved: list[Path] = []
+    with _staging(inside) as whole:
+        fill(whole)
+        _flush_all(whole)
+        try:
+            for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(path.rename(target / path.name))
+        except BaseException:
+            for path in moved:
+                path.rename(whole / path.name)
+            raise
+        flush(target)
+
+
+@contextmanager
+def _staging(place: Path) -> Iterator[Path]:
+    """Make a folder to write into, within one that carries our mark, and delete it with the parents made for it."""
+    made = [parent for parent in place.parents if not parent.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir(mode=PRIVATE_FOLDER)  # an error if it is there, also as a link
     try:
-        write_directory(inside / "whole", fill)
-        whole = sorted((inside / "whole").iterdir(), key=lambda path: path.name == "config.json")
-        write_file(inside / MOVED, json.dumps({path.name: path.stat().st_ino for path in whole}))
-        for path in whole:
-            path.rename(target / path.name)
+        (place / MARK).touch()
+        whole = place / WHOLE
+        whole.mkdir()
+        yield whole
     except BaseException:
-        _take_back(target)
+        delete(place)
+        for parent in made:
+            with suppress(OSError):  # something else is in it by now
+                parent.rmdir()
         raise
-    finally:
-        shutil.rmtree(inside, ignore_errors=True)
+    delete(place)
 
 
-def _take_back(directory: Path) -> None:
-    for path in half_moved(directory):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def is_left_over(place: Path) -> bool:
+    """Whether a folder is what a killed process of this user left: no link, with our mark, and nothing besides."""
+    if place.is_symlink() or not (place / MARK).is_file() or place.stat().st_uid != os.getuid():
+        return False
+    return {path.name for path in place.iterdir()} <= {MARK, WHOLE}
 
 
-def half_moved(directory: Path) -> list[Path]:
-    """Return what was moved into `directory` by a process that was to move more, and was killed."""
-    journal, whole = directory / LEFT_OVER / MOVED, directory / LEFT_OVER / "whole"
-    if not (journal.is_file() and whole.is_dir() and any(whole.iterdir())):  # none, or all was moved
-        return []
-    inodes: dict[str, int] = json.loads(journal.read_text(encoding="utf-8"))
-    places = [directory / name for name in inodes]
-    return [path for path in places if path.exists() and path.stat().st_ino == inodes[path.name]]
+def clear_left_overs(folder: Path, name: str | None = None) -> None:
+    """Delete what processes that were killed left in a folder, of writing `name`, or of writing anything."""
+    for place in folder.glob(f".{'*' if name is None else escape(name)}.*-*.saving"):
+        writer = place.name.split(".")[-2].partition("-")[0]
+        if writer.isdigit() and not psutil.pid_exists(int(writer)) and is_left_over(place):
+            delete(place)
 
 
 def publish_directory(finished: Path, target: Path) -> None:
     """Flush all of `finished` to disk, then rename it to `target`; what was there goes once the new one is there."""
-    for path in [*finished.rglob("*"), finished]:
-        flush(path)
-    replaced = finished.with_name(f".{target.name}.old.{os.getpid()}.saving")
-    _delete(replaced)  # of an earlier process with our number
+    _flush_all(finished)
+    replaced = target.with_name(f".{target.name}.{secrets.token_hex(8)}.old")
     if os.path.lexists(target):
         target.rename(replaced)
     finished.rename(target)
     flush(target.parent)
-    _delete(replaced)
+    delete(replaced)
 
 
-def _delete(directory: Path) -> None:
-    """Delete a directory, if it is there; of a link to one, the link, which may lead to nothing."""
-    if directory.is_symlink():
-        directory.unlink()
+def delete(place: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there; a link goes, never what it leads to."""
+    if place.is_symlink() or place.is_file():
+        place.unlink(missing_ok=True)
     else:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            flush(path)
 
 
 def flush(path: Path) -> None:
@@ -104,15 +206,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_file(target: Path, text: str) -> None:
-    """Write a text file aside, flush it to disk, and move it there in one step."""
-    saving = target.with_name(f".{target.name}.saving")
-    try:
-        saving.write_text(text, encoding="utf-8")
-        flush(saving)
-        saving.replace(target)
-    except BaseException:
-        saving.unlink(missing_ok=True)
-        raise

@@ -6,7 +6,6 @@ What stands in it is untrusted: jinja escapes it, what can't be seen is made vis
 import base64
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from qlora_cli import __version__
 from qlora_cli.data.report import DataReport
 from qlora_cli.visible import Part, line_ends, parts, visible
+from qlora_cli.writing import PRIVATE_FILE, write_file
 
 if TYPE_CHECKING:  # they import torch
     from qlora_cli.data.inspection import Bar, DataInspection
@@ -103,12 +103,7 @@ SCREENS = (
 
 def write_page(inspection: "DataInspection", path: Path, *, model: str) -> None:
     """Write the page into `path`, complete or not at all. `model` is whose tokenizer it was."""
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.saving")
-    try:
-        partial.write_text(render_page(inspection, model=model), encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, render_page(inspection, model=model), mode=PRIVATE_FILE)
 
 
 def render_page(inspection: "DataInspection", *, model: str) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from qlora_cli.cache import cache_folder
+from qlora_cli.cache import cache_folder, is_name
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.errors import DataError, QloraError
-from qlora_cli.writing import write_directory
+from qlora_cli.writing import PRIVATE_FOLDER, clear_left_overs, delete, private_folder, write_directory
 
 TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
 MOST_TABLES = 24
@@ -197,6 +195,7 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
     folder = cache_folder("data") / key
 
     def write(place: Path) -> None:
+        place.chmod(PRIVATE_FOLDER)
         writer = Writer(place)
         try:
             about = fill(writer)
@@ -224,7 +223,7 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
 def _check_writable(directory: Path) -> None:
     hint = "Set QLORA_CACHE to another directory."
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_folder(directory)
     except OSError as error:
         raise DataError(f"tokens can't be kept in {directory}: {error.strerror}", hint=hint) from error
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -243,16 +242,22 @@ def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
 
 
 def _delete_old(kept: Path) -> None:
-    """Delete what was not used for a day, beyond a number, and what writers that were killed have left."""
-    folders = [path for path in kept.parent.iterdir() if path.is_dir() and path != kept]
-    for path in folders:
-        writer = path.name.split(".")[-2] if path.name.endswith(".saving") else ""
-        if writer.isdigit() and not psutil.pid_exists(int(writer)):
-            shutil.rmtree(path, ignore_errors=True)
-    tables = sorted((path for path in folders if path.name[0] != "."), key=_last_used)
+    """Delete what was not used for a day, beyond a number, and what writers that were killed have left.
+
+    The cache may be in a place that has other folders: only what is a table by its name and by what is in it goes.
+    """
+    clear_left_overs(kept.parent)
+    tables = sorted((path for path in kept.parent.iterdir() if path != kept and _is_table(path)), key=_last_used)
     for path in tables[: max(0, len(tables) + 1 - MOST_TABLES)]:
         if _last_used(path) < time.time() - KEPT_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
+
+
+def _is_table(folder: Path) -> bool:
+    if not is_name(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return bool(names) and names <= {TOKENS, ABOUT, SKIPPED}
 
 
 def _last_used(folder: Path) -> float:

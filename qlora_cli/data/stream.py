@@ -26,6 +26,7 @@ from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.writing import append_line
 
 WINDOW_ROWS = 2000
 MOST_LOST = 0.01  # of the tokens to train, once a window was read
@@ -127,8 +128,7 @@ class TokenStream:
             raise bad_row(row)
         self.counts["bad"] += 1
         if is_first and self.skipped_file is not None:
-            with self.skipped_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            append_line(self.skipped_file, json.dumps(asdict(row)))
 
     def _kept(self, tokens: Tokens, where: str) -> Tokens | None:
         """Return what is fed of a row, if anything is."""

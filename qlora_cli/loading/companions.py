@@ -5,7 +5,6 @@ chat template come from the nearest place that has one. Whatever differs from th
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from qlora_cli.loading.chat_template import Templates, read_templates
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.construction import faulty_keys, shown
 from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
+from qlora_cli.writing import copy_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -107,7 +107,7 @@ def _copy(target: Path, vocabulary: Path, config: Path, base: Path, content: Map
 def _copy_files(place: Path, target: Path, files: Iterable[str]) -> None:
     for file in files:
         if (place / file).is_file():
-            shutil.copyfile(place / file, target / file)
+            copy_file(place / file, target / file)
 
 
 def faulty_config(

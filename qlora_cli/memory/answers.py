@@ -6,18 +6,18 @@ A question whose answer is here costs no import of torch. A stale answer is impo
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_cli.cache import cache_folder, digest_of, digests_of_code, versions_of
+from qlora_cli.cache import cache_folder, digest_of, digests_of_code, is_name, versions_of
 from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, marks
+from qlora_cli.writing import PRIVATE_FILE, private_folder, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Of our own code: what an answer depends on.
@@ -53,16 +53,15 @@ def keep(key: str, report: MemoryReport) -> None:
     """Keep an answer; where it can't be written, it is computed anew another time."""
     place = cache_folder("memory")
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(as_json(dataclasses.asdict(report)), file)
-        Path(file.name).replace(place / f"{key}.json")
+        private_folder(place)
+        write_file(place / f"{key}.json", json.dumps(as_json(dataclasses.asdict(report))), mode=PRIVATE_FILE)
         _forget_oldest(place)
     except OSError:  # a full or read-only disk: nothing is lost but time
         return
 
 
 def _forget_oldest(place: Path) -> None:
-    found = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    own = [path for path in place.glob("*.json") if is_name(path.stem) and not path.is_symlink()]
+    found = sorted(own, key=lambda path: path.stat().st_mtime)
     for path in found[:-MOST_ANSWERS]:
         path.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """What stands beside the weights of a merged model, so that it works elsewhere: configs, tokenizer, licence, card."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +18,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.settings.choices import MergeDtype
+from qlora_cli.writing import copy_file
 
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
 TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -62,13 +62,13 @@ def _take(inputs: Inputs, target: Path) -> None:
     patterns = (*TAKEN, CODE) if inputs.request.model.trust_remote_code else TAKEN
     for path in sorted(inputs.source.path.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
     of_tokenizer = inputs.source.tokenizer_path / SENTENCEPIECE
     of_base = inputs.source.path / SENTENCEPIECE
     if of_tokenizer.is_file():
-        shutil.copyfile(of_tokenizer, target / SENTENCEPIECE)
+        copy_file(of_tokenizer, target / SENTENCEPIECE)
     elif of_base.is_file() and not _has_more_tokens(inputs):
-        shutil.copyfile(of_base, target / SENTENCEPIECE)
+        copy_file(of_base, target / SENTENCEPIECE)
 
 
 def _has_more_tokens(inputs: Inputs) -> bool:

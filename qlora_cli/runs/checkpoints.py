@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_cli.errors import TrainingError
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
-from qlora_cli.writing import flush, publish_directory
+from qlora_cli.writing import delete, flush, publish_directory
 
 CHECKSUMS = "checksums.json"
 TRAINER_STATE = "trainer_state.json"
@@ -89,7 +89,7 @@ class CheckpointStore:
     def clear_left_overs(self) -> None:
         """Delete what a killed process left half-written, or half-deleted."""
         for name in (STAGING, DELETING):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            delete(self.folder / name)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename the checkpoints behind `step`, which are damaged, so that they do not count as newer ones."""
@@ -97,7 +97,7 @@ class CheckpointStore:
         for checkpoint in self.all():
             if step_of(checkpoint) > step:
                 aside = self.folder / f".damaged-{checkpoint.name}"
-                shutil.rmtree(aside, ignore_errors=True)
+                delete(aside)
                 moved.append(checkpoint.rename(aside))
         return moved
 
@@ -122,7 +122,7 @@ class CheckpointStore:
             flush(self.journal)
         target = self.path_of(step)
         publish_directory(finished, target)
-        shutil.rmtree(self.staging)
+        delete(self.staging)
         for old in beyond_limit(self.all(), self.num_kept, best_step):
             if old != target:
                 self._delete(old)
@@ -134,9 +134,9 @@ class CheckpointStore:
             checkpoint.unlink()
             return
         doomed = self.folder / DELETING
-        shutil.rmtree(doomed, ignore_errors=True)
+        delete(doomed)
         checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        delete(doomed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

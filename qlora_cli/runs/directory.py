@@ -9,7 +9,7 @@ adapter/         PEFT adapter, tokenizer, chat template
 merged/          what `qlora merge` writes unless told otherwise
 """
 
-import shutil
+import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory
+from qlora_cli.writing import PRIVATE_FILE, delete, write_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -29,6 +30,7 @@ ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged"
+SKIPPED_ROWS, SKIPPED_ROWS_OF_STREAM = "skipped_rows.jsonl", "skipped_rows_of_stream.jsonl"
 LOCK_FILE = "run.lock"
 STEP_PREFIX = "step-"  # of a checkpoint
 
@@ -77,7 +79,7 @@ class RunDirectory:
     @property
     def skipped_rows_of_stream(self) -> Path:
         """The rows of a stream that could not be used."""
-        return self.path / "skipped_rows_of_stream.jsonl"
+        return self.path / SKIPPED_ROWS_OF_STREAM
 
     @property
     def is_run(self) -> bool:
@@ -87,6 +89,12 @@ class RunDirectory:
     def create(self) -> None:
         """Make the directory and the folder of checkpoints."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def link(self) -> Path | None:
+        """The first of its parts that a run writes in place, and that is a link; None if none is."""
+        parts = (CHECKPOINTS, METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM)
+        return next((self.path / name for name in parts if (self.path / name).is_symlink()), None)
 
     @property
     def holds_adapter_weights(self) -> bool:
@@ -101,20 +109,18 @@ class RunDirectory:
     def drop_adapter(self) -> None:
         """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay."""
         dropped = self.path / f".{ADAPTER}.dropped"
-        for place in (dropped, self.adapter):
-            if place.is_symlink():
-                place.unlink()  # and never what it leads to
-        shutil.rmtree(dropped, ignore_errors=True)
-        if self.adapter.is_dir():
+        delete(dropped)
+        if self.adapter.is_symlink():
+            delete(self.adapter)
+        elif self.adapter.is_dir():
             self.adapter.rename(dropped)  # first: an adapter is there whole, or not at all
-            shutil.rmtree(dropped)
+            delete(dropped)
 
     def keep_skipped_rows(self, lists: Collection[Path]) -> None:
         """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
         if lists:
-            with (self.path / "skipped_rows.jsonl").open("wb") as file:
-                for path in lists:
-                    file.write(path.read_bytes())
+            content = b"".join(path.read_bytes() for path in lists)
+            write_file(self.path / SKIPPED_ROWS, content, mode=PRIVATE_FILE)
 
 
 def run_around(part: Path) -> RunDirectory | None:
@@ -133,14 +139,15 @@ def check_free_directory(directory: Path, flag: str = "--output") -> QloraError 
 
 
 # What a run may have written when it was killed before its first record; the last two if it goes on from another.
-BEGINNINGS = {LOCK_FILE, f".{RUN_FILE}.saving", f".{METRICS_FILE}.saving"}
+BEGINNINGS = {LOCK_FILE}
+ASIDE = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
 TAKEN_OVER = {CHECKPOINTS, METRICS_FILE}
 
 
 def only_began(directory: Path, *, takes_over: bool) -> bool:
     """Whether a directory holds no more than what a run makes first; `takes_over`: one that goes on from another."""
     allowed = BEGINNINGS | TAKEN_OVER if takes_over else BEGINNINGS
-    return {path.name for path in directory.iterdir()} <= allowed
+    return all(path.name in allowed or ASIDE.fullmatch(path.name) for path in directory.iterdir())
 
 
 def clear_beginning(directory: Path, made: Sequence[Path]) -> None:
@@ -148,7 +155,7 @@ def clear_beginning(directory: Path, made: Sequence[Path]) -> None:
     if not only_began(directory, takes_over=True):
         return
     for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete(path)
     for folder in made:
         with suppress(OSError):  # something else is in it by now
             folder.rmdir()

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import operator
-import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from qlora_cli.events import (
 )
 from qlora_cli.files import as_json
 from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.writing import append_line, end_line
 
 
 def _name_of(kind: type[Event]) -> str:
@@ -109,14 +109,8 @@ class MetricsWriter:
 
     def report(self, event: Event) -> None:
         """Append `event`; opened anew each time, so that a line is on its way to disk when this returns."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(event_line(event, datetime.now(UTC)) + "\n")
+        append_line(self._file, event_line(event, datetime.now(UTC)))
 
     def end_cut_line(self) -> None:
         """End a line that a killed process left unfinished, so that the next one stands alone."""
-        if not self._file.is_file() or self._file.stat().st_size == 0:
-            return
-        with self._file.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+        end_line(self._file)

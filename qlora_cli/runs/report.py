@@ -21,7 +21,7 @@ from qlora_cli.runs.samples import answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import format_bytes, format_count, format_duration
 from qlora_cli.visible import visible
-from qlora_cli.writing import write_file
+from qlora_cli.writing import PRIVATE_FILE, write_file
 
 TEMPLATE = f"{REPORT_FILE}.jinja"
 MOST_SKIPPED = 20  # steps that are listed
@@ -85,7 +85,7 @@ def write_page(path: Path, run: Run) -> None:
     Raises:
         OSError: it can't be written.
     """
-    write_file(path, report_page(run.summary, run.history, run.record))
+    write_file(path, report_page(run.summary, run.history, run.record), mode=PRIVATE_FILE)
 
 
 def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> str:

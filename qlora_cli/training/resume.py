@@ -62,6 +62,11 @@ class Resume:
 def output_problem(output: OutputSettings) -> QloraError | None:
     """Return why a run can't be written to its directory, or what is to be resumed is none."""
     directory = RunDirectory(output.directory)
+    if (link := directory.link) is not None:
+        return OutputDirectoryError(
+            f"{link} is a link, and a run writes through none",
+            hint="Put what it leads to in its place, or choose another --output.",
+        )
     try:
         record = _record_in(directory)
     except OutputDirectoryError as error:

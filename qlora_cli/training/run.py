@@ -2,13 +2,11 @@
 
 import gc
 import os
-import shutil
 import socket
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -45,7 +43,7 @@ from qlora_cli.training.resume import result_of_done
 from qlora_cli.training.session import Session
 from qlora_cli.training.stop import StopSignal
 from qlora_cli.training.trackers import tracking
-from qlora_cli.writing import write_directory, write_file
+from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
@@ -260,13 +258,10 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
     best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
     for checkpoint in {resume.checkpoint, best}:
         if damage_of(checkpoint) is None:
-            write_directory(store.path_of(step_of(checkpoint)), partial(_copy_into, checkpoint))
+            write_directory(store.path_of(step_of(checkpoint)), partial(copy_folder, checkpoint))
     if resume.run.metrics_file.is_file():
-        write_file(directory.metrics_file, resume.run.metrics_file.read_text(encoding="utf-8", errors="replace"))
-
-
-def _copy_into(folder: Path, target: Path) -> None:
-    shutil.copytree(folder, target, dirs_exist_ok=True)
+        text = resume.run.metrics_file.read_text(encoding="utf-8", errors="replace")
+        write_file(directory.metrics_file, text, mode=PRIVATE_FILE)
 
 
 def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) -> RunRecord:

@@ -7,6 +7,7 @@ import pytest
 from qlora_cli import cache
 from qlora_cli.data import encode
 from qlora_cli.memory import answers
+from tests.predictions import REPORT
 
 
 @pytest.fixture
@@ -31,6 +32,23 @@ def test_other_parts_and_templates_of_pages_do_not(package: Path, changed: str) 
     before = cache.digests_of_code(("one", "single.py"))
     (package / changed).write_text("changed")
     assert cache.digests_of_code(("one", "single.py")) == before
+
+
+def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 2)
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    for name in ("mine.json", "also.json", "notes.txt"):
+        (folder / name).write_text("mine")
+    for number in range(4):
+        answers.keep(f"{number}" * 64, REPORT)
+    kept = {path.name for path in folder.iterdir()}
+    assert {"mine.json", "also.json", "notes.txt"} < kept
+    assert len(kept) == 3 + 2
+    assert answers.recall("3" * 64) == REPORT
 
 
 @pytest.mark.parametrize("parts", [answers.PARTS, encode.PARTS])

@@ -375,7 +375,44 @@ def test_old_tables_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store, "KEPT_SECONDS", 0)
     for number in range(5):
         prepare(write_jsonl(tmp_path / f"{number}.jsonl", pairs(2, begin=number)))
-    assert len(list((tmp_path / "cache" / "data").iterdir())) == 3
+    tables = list((tmp_path / "cache" / "data").iterdir())
+    assert len(tables) == 3
+    assert {table.stat().st_mode & 0o777 for table in (*tables, tmp_path / "cache" / "data")} == {0o700}
+
+
+def test_folders_of_others_in_the_cache_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    monkeypatch.setenv("QLORA_CACHE", str(disk))
+    monkeypatch.setattr(store, "MOST_TABLES", 1)
+    monkeypatch.setattr(store, "KEPT_SECONDS", 0)
+    elsewhere.mkdir()
+    (elsewhere / store.TOKENS).touch()
+    folders = ["project", ".project.1-a.saving", ".project.1.saving", "a" * 64, "b" * 64]
+    for name in folders:
+        (disk / "data" / name).mkdir(parents=True)
+        (disk / "data" / name / "thesis").touch()
+    (disk / "data" / ("c" * 64)).mkdir()  # an empty one is not known to be ours
+    (disk / "data" / ("d" * 64)).symlink_to(elsewhere)
+    for number in range(3):
+        prepare(write_jsonl(tmp_path / f"{number}.jsonl", pairs(2, begin=number)))
+    assert all((disk / "data" / name / "thesis").exists() for name in folders)
+    assert (disk / "data" / ("c" * 64)).is_dir()
+    assert (disk / "data" / ("d" * 64)).is_symlink()
+    assert (elsewhere / store.TOKENS).exists()
+    assert len(list((disk / "data").iterdir())) == len(folders) + 2 + 1
+
+
+def test_a_link_at_the_place_of_a_table_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    file = write_jsonl(tmp_path / "rows.jsonl", pairs(2))
+    prepare(file)
+    (table,) = (tmp_path / "cache" / "data").iterdir()
+    table.rename(tmp_path / "elsewhere")
+    table.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / store.ABOUT).write_text("{")
+    prepare(file)
+    assert not table.is_symlink()
+    assert (tmp_path / "elsewhere" / store.ABOUT).read_text() == "{"
 
 
 LENGTHS = np.array([3, 9, 5, 7, 1, 8, 2, 6])

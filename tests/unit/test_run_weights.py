@@ -12,6 +12,8 @@ from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
 from qlora_cli.runs.directory import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, RunDirectory
 from qlora_cli.runs.record import load_record
 from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
+from qlora_cli.settings.models import OutputSettings
+from qlora_cli.training.resume import output_problem
 
 
 def make_run(
@@ -175,3 +177,17 @@ def test_a_folder_beside_the_checkpoints_is_of_no_known_step(tmp_path: Path) -> 
     other = run.checkpoints / ".damaged-step-1"
     assert weights_of_part(other, run, load_record(run.path)).step is None
     assert weights_of_part(run.checkpoints / "step-2", run, load_record(run.path)).step == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "run.lock", "skipped_rows_of_stream.jsonl"])
+def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.write_text("precious")
+    run.mkdir()
+    (run / name).symlink_to(elsewhere)
+    problem = output_problem(OutputSettings(directory=run))
+    assert problem is not None
+    assert f"{run / name} is a link" in str(problem)
+    assert problem.exit_code == 2
+    assert problem.hint
+    assert elsewhere.read_text() == "precious"

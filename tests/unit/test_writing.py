@@ -1,0 +1,276 @@
+"""What writes, replaces and deletes: whole or not at all, never through a link, and only what is ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.files import check_output_directory
+from qlora_cli.writing import (
+    LEFT_OVER,
+    MARK,
+    append_line,
+    clear_left_overs,
+    copy_file,
+    copy_folder,
+    delete,
+    end_line,
+    fill_directory,
+    private_folder,
+    write_directory,
+    write_file,
+)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_replaced_and_never_what_it_leads_to(tmp_path: Path, is_there: bool) -> None:
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "here" / "adapter"
+    target.parent.mkdir()
+    target.symlink_to(elsewhere)
+    if is_there:
+        elsewhere.mkdir()
+        (elsewhere / "kept").touch()
+    write_directory(target, lambda path: (path / "new").touch())
+    assert not target.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+    assert (elsewhere / "kept").exists() == is_there
+
+
+def test_an_empty_directory_is_filled_where_it_is_and_stays_empty_on_failure(tmp_path: Path) -> None:
+    """Another one in its place would not be there for a shell in it, nor on the disk that is mounted there."""
+    target = tmp_path / "target"
+    target.mkdir()
+    inode = target.stat().st_ino
+
+    def fill(path: Path) -> None:
+        (path / "folder").mkdir()
+        (path / "folder" / "file").write_text("whole")
+        (path / "config.json").write_text("{}")
+
+    def fail(path: Path) -> None:
+        fill(path)
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        fill_directory(target, fail)
+    assert list(target.iterdir()) == []
+    fill_directory(target, fill)
+    assert target.stat().st_ino == inode
+    assert {path.relative_to(target).as_posix() for path in target.rglob("*")} == {
+        *("folder", "folder/file", "config.json"),
+    }
+
+
+FILL = """
+import os, sys
+from pathlib import Path
+from qlora_cli.writing import fill_directory
+
+def fill(path):
+    for name in ("a.txt", "config.json"):
+        (path / name).write_text("half")
+
+renamed = []
+rename = Path.rename
+def rename_and_die(path, target):
+    renamed.append(path)
+    if len(renamed) == int(sys.argv[2]):
+        os._exit(9)
+    return rename(path, target)
+
+Path.rename = rename_and_die
+fill_directory(Path(sys.argv[1]), fill)
+"""
+
+
+def killed(target: Path, at: int) -> None:
+    """Fill `target` in a process that dies when it moves the file `at`."""
+    died = subprocess.run([sys.executable, "-c", FILL, target, str(at)], check=False)
+    assert died.returncode == 9
+
+
+def test_what_a_process_left_that_was_killed_is_no_content_and_goes(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    killed(target, 1)
+    assert [path.name for path in target.iterdir()] == [LEFT_OVER]
+    assert check_output_directory(target) is None
+    fill_directory(target, lambda path: (path / "config.json").touch())
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    killed(target, 2)
+    assert not (target / "config.json").exists()
+    problem = check_output_directory(target)
+    assert problem is not None
+    assert "holds something else (a.txt)" in str(problem)
+    assert "did not come to its end" in str(problem.hint)
+    assert (target / "a.txt").read_text() == "half"
+
+
+def test_a_folder_by_the_name_of_what_is_left_over_is_kept_unless_it_is_ours(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / MARK).touch()
+    for name, held in {"link": None, "unmarked": (), "more in it": (MARK, "thesis")}.items():
+        target = tmp_path / name
+        target.mkdir()
+        if held is None:
+            (target / LEFT_OVER).symlink_to(elsewhere)
+        else:
+            (target / LEFT_OVER).mkdir()
+            for file in held:
+                (target / LEFT_OVER / file).touch()
+        assert "holds something else" in str(check_output_directory(target)), name
+        with pytest.raises(FileExistsError):
+            fill_directory(target, lambda path: (path / "config.json").touch())
+        assert os.path.lexists(target / LEFT_OVER), name
+    assert (elsewhere / MARK).exists()
+
+
+def test_left_overs_beside_are_cleared_when_they_are_ours_and_their_writer_is_gone(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    gone = int(dead.stdout)
+    writers = (("a", gone), ("b", os.getpid()), ("c", gone))
+    ours, alive, others = (tmp_path / f".out.{pid}-{name}.saving" for name, pid in writers)
+    for place in (ours, alive, others):
+        place.mkdir()
+    for place in (ours, alive):
+        (place / MARK).touch()
+    (others / "thesis").touch()
+    write_directory(tmp_path / "out", lambda path: (path / "file").touch())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
+    (tmp_path / f".else.{gone}-d.saving").mkdir()
+    (tmp_path / f".else.{gone}-d.saving" / MARK).touch()
+    clear_left_overs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
+
+
+def test_an_interrupt_while_files_are_moved_leaves_the_directory_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    target.mkdir()
+
+    def interrupted(path: Path, place: Path) -> Path:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    def fill(path: Path) -> None:
+        for name in ("a.txt", "config.json"):
+            (path / name).write_text("half")
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill_directory(target, fill)
+    assert list(target.iterdir()) == []
+
+
+def test_parents_that_were_made_for_what_failed_are_gone(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_directory(tmp_path / "a" / "b" / "out", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- links
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A file of the user's, somewhere else."""
+    path = tmp_path / "home" / "bashrc"
+    path.parent.mkdir()
+    path.write_text("precious")
+    return path
+
+
+def test_a_file_replaces_a_link_and_is_written_aside_under_a_name_that_nobody_can_plant(
+    tmp_path: Path, precious: Path
+) -> None:
+    place = tmp_path / "run"
+    place.mkdir()
+    for name in ("run.json", ".run.json.saving", f".run.json.{os.getpid()}.saving"):
+        (place / name).symlink_to(precious)
+    write_file(place / "run.json", "{}")
+    assert precious.read_text() == "precious"
+    assert (place / "run.json").read_text() == "{}"
+    assert not (place / "run.json").is_symlink()
+    assert len(list(place.iterdir())) == 3
+
+
+def test_nothing_is_appended_through_a_link(tmp_path: Path, precious: Path) -> None:
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"):
+        append_line(link, "{}")
+    with pytest.raises(OSError, match="symbolic links"):
+        end_line(link)
+    assert precious.read_text() == "precious"
+
+
+def test_lines_are_appended_each_on_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    end_line(file)
+    append_line(file, "one")
+    with file.open("a") as stream:
+        stream.write("cut")
+    end_line(file)
+    append_line(file, "two")
+    assert file.read_text() == "one\ncut\ntwo\n"
+
+
+def test_deleting_never_follows(tmp_path: Path, precious: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(precious.parent)
+    (tmp_path / "link").symlink_to(precious.parent)
+    for place in (folder, tmp_path / "link", tmp_path / "none"):
+        delete(place)
+        assert not os.path.lexists(place)
+    assert precious.read_text() == "precious"
+
+
+def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snapshot_is(
+    tmp_path: Path, precious: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "LICENSE").symlink_to(precious)
+    with pytest.raises(PermissionError, match="link out of its directory"):
+        copy_file(model / "LICENSE", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    snapshot, blob = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs" / "123"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("license")
+    (snapshot / "LICENSE").symlink_to(blob)
+    copy_file(snapshot / "LICENSE", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "license"
+
+
+def test_links_stay_out_of_a_folder_that_is_copied(tmp_path: Path, precious: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    (folder / "link").symlink_to(precious)
+    (tmp_path / "copy").mkdir()
+    copy_folder(folder, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["weights"]
+
+
+def test_what_is_private_is_read_by_its_owner_alone(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path / "a" / "cache")
+    append_line(folder / "lines", "x")
+    write_file(folder / "file", b"x", mode=0o600)
+    modes = [path.stat().st_mode & 0o777 for path in (folder, folder / "lines", folder / "file")]
+    assert modes == [0o700, 0o600, 0o600]
