@@ -7,7 +7,7 @@ import torch
 
 from qlora_cli.answering.opened import OpenModel, open_model
 from qlora_cli.answering.prompts import encode, messages_of
-from qlora_cli.answering.result import Answer, GenerationReport, Listener, collect, cut_note
+from qlora_cli.answering.result import Answer, GenerationReport, Listener, collect, cut_note, prompt_name
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
@@ -58,11 +58,11 @@ def answer_all(
     """Return for each prompt the answers of all sources of `opened`."""
     answers = []
     for number, prompt in enumerate(prompts, start=1):
-        count = f" {number} of {len(prompts)}" if len(prompts) > 1 else ""
-        reporter.report(PhaseStarted(title=f"Answering{count} ({', '.join(opened.sources)})"))
+        name = prompt_name(number, len(prompts))
+        reporter.report(PhaseStarted(title=f"{f'Answering {name}'.strip()} ({', '.join(opened.sources)})"))
         answers.append(answer_prompt(opened, request, prompt))
         for answer in answers[-1]:
-            if note := cut_note(answer, request.max_new_tokens):
+            if note := cut_note(answer, request.max_new_tokens, name):
                 reporter.report(Noted(message=note))
     return answers
 

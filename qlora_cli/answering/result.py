@@ -76,9 +76,18 @@ def collect(prompt: str, answers: list[Answer]) -> PromptAnswers:
     return PromptAnswers(prompt=prompt, answers=tuple(answers), differ=differ)
 
 
-def cut_note(answer: Answer, max_new_tokens: int) -> str | None:
-    """Return a sentence on an answer that did not come to its end, and what ended it, or None."""
+def cut_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | None:
+    """Return a sentence on an answer that did not come to its end, and what ended it, or None.
+
+    `prompt` is which one it answers, `prompt 2 of 3`, where there are several.
+    """
     if answer.finish_reason != "length":
         return None
     why = "--max-new-tokens" if answer.num_new_tokens >= max_new_tokens else "the model has no more positions"
-    return f"the answer ({answer.source}) was cut off after {counted(answer.num_new_tokens, 'token')}: {why}"
+    which = f"the answer ({answer.source}){f' to {prompt}' if prompt else ''}"
+    return f"{which} was cut off after {counted(answer.num_new_tokens, 'token')}: {why}"
+
+
+def prompt_name(number: int, num_prompts: int) -> str:
+    """Return what a prompt is called, by its number from 1; nothing where it is the only one."""
+    return f"prompt {number} of {num_prompts}" if num_prompts > 1 else ""

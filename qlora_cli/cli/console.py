@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 Row = tuple[str, str]
+MORE = "  "  # before what goes on from the line above
 LEAST_ROOM = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
@@ -38,6 +39,16 @@ def print_rows(rows: Sequence[Row]) -> None:
             label = name if number == 0 else ""
             # Whole lines into a pipe; on a terminal only a word that is too long for it goes on in the next line.
             out.print(Text.assemble((f"  {label:<{width}}", "cyan"), "  ", line), soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines; on a terminal, one that is too long is wrapped at words and goes on below, further in."""
+    out = console()
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip())]
+        room = out.width - len(indent) - len(MORE) if out.is_terminal else 0
+        for number, part in enumerate(_wrapped(line.strip(), room)):
+            out.print(Text(f"{indent}{MORE if number else ''}{part}"), soft_wrap=True)
 
 
 def _wrapped(value: str, room: int) -> list[str]:

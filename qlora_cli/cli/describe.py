@@ -59,7 +59,8 @@ def describe_event(event: Event) -> str | None:
         case CheckpointSaved():
             return f"step {event.step}: checkpoint {event.path}"
         case TrainingEnded(interrupted_by=str()):
-            return f"Stopped by {event.interrupted_by} after step {event.step} of {event.num_steps}"
+            where = f"after step {event.step:,} of {event.num_steps:,}"
+            return f"Stopped by {event.interrupted_by} {where}; the same command goes on from there"
         case _:
             return None
 

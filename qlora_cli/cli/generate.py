@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from qlora_cli.answering.preflight import check_merged
+from qlora_cli.answering.result import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import UsageError
@@ -42,10 +43,12 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     if not streams:
         print_json(report) if json else render_answers(report)
         return
-    for text in prompts:
+    for number, text in enumerate(prompts, start=1):
         if len(prompts) > 1:
             print_prompt(text)
-        answering.answer_prompt(opened, request, text, Teller(is_headed=False, max_new_tokens=request.max_new_tokens))
+        name = prompt_name(number, len(prompts))
+        teller = Teller(is_headed=False, max_new_tokens=request.max_new_tokens, prompt=name)
+        answering.answer_prompt(opened, request, text, teller)
 
 
 def check_request(settings: ChatSettings | GenerateSettings) -> None:

@@ -69,10 +69,8 @@ def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:
 
 def render_training(result: TrainResult) -> None:
     """Print what a run did."""
-    if result.interrupted_by is not None:
-        title(f"Stopped by {result.interrupted_by} after step {result.steps} of {result.num_steps}")
-    else:
-        title(f"Trained {result.steps:,} steps")
+    of = f" of {result.num_steps:,}" if result.interrupted_by is not None else ""
+    title(f"Trained {result.steps:,}{of} steps")
     print_rows(_training_rows(result))
 
 
@@ -80,7 +78,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
     rows = [
         ("loss", f"{_loss(result.final_loss)} at the last step, {_loss(result.train_loss)} on average"),
         ("held-out loss", _loss(result.eval_loss)),
-        ("speed", f"{result.tokens_per_second:,.0f} tokens/s ({result.num_tokens:,} tokens)"),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s over all steps ({result.num_tokens:,} tokens)"),
         ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),

@@ -68,12 +68,12 @@ def _render_prompt(given: PromptAnswers) -> None:
 
 
 class Teller:
-    """Writes answers to stdout as they come; a heading tells several sources apart."""
+    """Writes answers to stdout as they come; a heading tells several sources apart, `prompt` several prompts."""
 
-    def __init__(self, *, is_headed: bool, max_new_tokens: int) -> None:
+    def __init__(self, *, is_headed: bool, max_new_tokens: int, prompt: str = "") -> None:
         self.asked_to_stop = False
         self._max_new_tokens = max_new_tokens
-        self._is_headed = is_headed
+        self._is_headed, self._prompt = is_headed, prompt
 
     def begin(self, source: Source) -> None:
         """Write whose answer begins."""
@@ -92,5 +92,5 @@ class Teller:
     def end(self, answer: Answer) -> None:
         """End its line, and say on stderr if it was cut off."""
         print(flush=True)
-        if note := cut_note(answer, self._max_new_tokens):
+        if note := cut_note(answer, self._max_new_tokens, self._prompt):
             print(note, file=sys.stderr, flush=True)

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich.text import Text
-
-from qlora_cli.cli.console import Row, console, print_rows, title
+from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
 from qlora_cli.cli.sparkline import can_show_blocks, sparkline
 from qlora_cli.events import EvalDone
 from qlora_cli.runs.curve import Series, smoothed
@@ -36,8 +34,7 @@ def _section(heading: str, lines: Sequence[str]) -> None:
     if not lines:
         return
     title(heading)
-    for line in lines:
-        console().print(Text(line), soft_wrap=True)
+    print_lines(lines)
 
 
 def _run_rows(summary: RunSummary, history: RunHistory) -> list[Row]:
@@ -50,9 +47,13 @@ def _run_rows(summary: RunSummary, history: RunHistory) -> list[Row]:
         ("loss", "" if summary.loss is None else f"{summary.loss:.4f} at the last step"),
         ("", _curve(history) if can_show_blocks(console().encoding) else ""),
         ("held-out loss", _best(summary, history)),
-        ("speed", "" if summary.tokens_per_second is None else f"{summary.tokens_per_second:,.0f} tokens/s"),
+        ("speed", _speed(summary.tokens_per_second)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s over all steps"
 
 
 def _curve(history: RunHistory) -> str:

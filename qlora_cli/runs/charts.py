@@ -8,7 +8,7 @@ from qlora_cli.runs.drawing import Chart, Key, Labels, Line, Rule, chart_of, lev
 from qlora_cli.runs.history import RunHistory
 from qlora_cli.runs.loss_chart import loss_chart
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.runs.summary import RECENT_STEPS, RunSummary
+from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB, MIB, format_bytes
 
 WIDE = 20  # times the median: gradient norms beyond are drawn on a logarithmic axis
@@ -63,12 +63,12 @@ def speed_chart(history: RunHistory, summary: RunSummary) -> Chart | None:
     speeds = Series(history.steps.step, history.steps.tokens_per_second)
     if not speeds.drawable:
         return None
-    recent = summary.tokens_per_second
+    speed = summary.tokens_per_second
     labels = Labels(
         name="tokens_per_second",
         title="Speed",
         unit="tokens a second",
-        remark="" if recent is None else f"median of the last {RECENT_STEPS} steps: {recent:,.0f}",
+        remark="" if speed is None else f"over all steps: {speed:,.0f}",
         description=_describe("Tokens a second", speeds),
     )
     line = Line(kind="first", name="tokens a second", series=speeds, spec=",.0f", has_mean=True)

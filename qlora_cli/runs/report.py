@@ -140,7 +140,7 @@ def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
         remark = "at the last evaluation" if is_last else f"at step {summary.best_step:,}, {last.loss:.4f} at the end"
         yield Tile("Best held-out loss", f"{summary.best_loss:.4f}", remark)
     if summary.tokens_per_second is not None:
-        yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", "tokens a second")
+        yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", "tokens a second over all steps")
     if summary.peak_reserved_bytes is not None:
         foreseen = summary.predicted_reserved_bytes
         remark = f"reserved, {format_bytes(foreseen)} predicted" if foreseen else "reserved on the GPU"

@@ -2,25 +2,23 @@
 
 import math
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import psutil
 
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE, RunDirectory
-from qlora_cli.runs.history import RunHistory, parse_time
+from qlora_cli.runs.history import RunHistory, StepColumns, parse_time
 from qlora_cli.runs.record import Peak, Predicted, Result, RunRecord, as_name
 from qlora_cli.units import counted
 
 State = Literal["running", "done", "interrupted", "failed", "killed"]
 ENDED: dict[str, State] = {"done": "done", "interrupted": "interrupted", "failed": "failed"}
 
-RECENT_STEPS = 50
 QUIET_SECONDS = 15 * 60  # longer without an event, and a run whose process can't be asked for is taken for dead
 
 
@@ -37,7 +35,7 @@ class RunSummary:
         loss: Of that step.
         best_loss: The lowest on held-out data.
         best_step: The step it was measured after.
-        tokens_per_second: The median of the last 50 steps.
+        tokens_per_second: Over the seconds of all steps, as the result of a run has it.
         peak_allocated_bytes: The most that tensors held on the GPU, as far as it was seen.
         peak_reserved_bytes: The most that PyTorch's allocator held for them.
         peak_host_bytes: The largest resident set of the process.
@@ -114,7 +112,7 @@ def summarize(
         loss=_finite(steps.loss[-1]) if len(steps) else None,
         best_loss=best.loss if best else None,
         best_step=best.step if best else None,
-        tokens_per_second=_recent_speed(steps.tokens_per_second),
+        tokens_per_second=_speed(steps),
         peak_allocated_bytes=_peak(
             peak.device_allocated_bytes,
             rehearsal.device_allocated_bytes if rehearsal else None,
@@ -182,9 +180,15 @@ def _started(record: RunRecord, history: RunHistory) -> str | None:
     return min(times).isoformat(timespec="seconds") if times else None
 
 
-def _recent_speed(speeds: Sequence[float]) -> float | None:
-    recent = [speed for speed in speeds[-RECENT_STEPS:] if math.isfinite(speed)]
-    return median(recent) if recent else None
+def _speed(steps: StepColumns) -> float | None:
+    """Return the tokens a second over all steps; those whose tokens or seconds are not known are left out."""
+    tokens = seconds = before = 0.0
+    for num_tokens, speed in zip(steps.num_tokens, steps.tokens_per_second, strict=True):
+        if num_tokens > before and 0 < speed < math.inf:
+            tokens += num_tokens - before
+            seconds += (num_tokens - before) / speed
+        before = max(before, num_tokens)
+    return tokens / seconds if seconds else None
 
 
 def _peak(recorded: int | None, rehearsed: int | None, seen: Iterable[float]) -> int | None:

@@ -90,6 +90,7 @@ def test_several_prompts_are_headings_of_their_answers(base_model: Path) -> None
     done = qlora_generate(base_model, "--prompt", "hello", "--prompt", "[b]why", *CPU)
     hello, why = answered(base_model, "--prompt", "hello", "--prompt", "[b]why")["answers"]
     assert done.stdout == (f"hello\n{hello['answers'][0]['text']}\n\n\n[b]why\n{why['answers'][0]['text']}\n\n")
+    assert "the answer (base) to prompt 1 of 2 was cut off" in done.stderr
 
 
 def test_compared_answers_stand_under_headings_with_a_verdict(adapter: Path) -> None:

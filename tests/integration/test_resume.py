@@ -15,6 +15,7 @@ from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, Setti
 from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
 from qlora_cli.runs.checkpoints import CHECKSUMS, list_checkpoints, seal
 from qlora_cli.runs.directory import RunDirectory, RunLock
+from qlora_cli.runs.find import read_run
 from qlora_cli.runs.history import read_history
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -169,6 +170,17 @@ def test_every_way_to_feed_and_to_adapt_goes_on_exactly(
     stopped_at(train_settings(base_model, rows, tmp_path / "run", **settings), 3)
     train(train_settings(base_model, rows, tmp_path / "run", **settings), Recorder())
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_speed_that_is_shown_later_is_that_of_the_result(
+    base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool
+) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    if is_resumed:
+        stopped_at(settings, 5)
+    result = train(settings, Recorder())
+    assert read_run(tmp_path / "run").summary.tokens_per_second == pytest.approx(result.tokens_per_second)
 
 
 def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qlora_cli.answering.answerer import Answerer, Watch
 from qlora_cli.answering.preflight import check_merged
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
-from qlora_cli.answering.result import Answer, FinishReason, GenerationReport, Source, collect, cut_note
+from qlora_cli.answering.result import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
 from qlora_cli.cli import render_answers
 from qlora_cli.cli.render_answers import Teller, shown, verdict
 from qlora_cli.errors import ModelError, SettingsError
@@ -284,3 +284,6 @@ def test_a_cut_answer_is_told_with_what_cut_it() -> None:
     assert cut_note(an_answer(reason="interrupted"), 3) is None
     assert cut_note(an_answer(reason="length"), 3) == "the answer (base) was cut off after 3 tokens: --max-new-tokens"
     assert "no more positions" in str(cut_note(an_answer(reason="length"), 9))
+    which = cut_note(an_answer(reason="length"), 3, prompt_name(2, 3))
+    assert which == "the answer (base) to prompt 2 of 3 was cut off after 3 tokens: --max-new-tokens"
+    assert prompt_name(1, 1) == ""

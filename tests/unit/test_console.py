@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from qlora_cli.cli import console as module
-from qlora_cli.cli.console import print_rows
+from qlora_cli.cli.console import print_lines, print_rows
 
 ROWS = [
     (
@@ -48,3 +48,21 @@ def test_a_terminal_too_narrow_for_words_gets_whole_lines(
 ) -> None:
     on_a_terminal(monkeypatch, 24)
     assert len(shown(capsys)) == len(ROWS)
+
+
+LINES = ["  a setting  and a long note of the run, which goes on for more than a line", "", "    short"]
+
+
+def test_lines_are_whole_in_a_pipe_and_on_a_terminal_wrapped_at_words_further_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_lines(LINES)
+    assert capsys.readouterr().out.splitlines() == LINES
+    on_a_terminal(monkeypatch, 40)
+    print_lines(LINES)
+    *wrapped, empty, short = capsys.readouterr().out.splitlines()
+    assert len(wrapped) > 1
+    assert all(len(line) <= 40 for line in wrapped)
+    assert all(line.startswith("    ") for line in wrapped[1:])
+    assert " ".join([wrapped[0], *(line.strip() for line in wrapped[1:])]) == LINES[0]
+    assert (empty, short) == ("", "    short")

@@ -242,7 +242,10 @@ def test_the_course_of_the_loss_stays_on_the_terminal() -> None:
     for number, loss in enumerate((4.0, 3.0, 2.0), start=1):
         screen.report(step(number, loss, of=3))
     screen.report(TrainingEnded(step=2, num_steps=3, interrupted_by="SIGTERM"))
-    assert screen.written().splitlines() == ["losses █▅▁  2 to 4", "Stopped by SIGTERM after step 2 of 3"]
+    assert screen.written().splitlines() == [
+        "losses █▅▁  2 to 4",
+        "Stopped by SIGTERM after step 2 of 3; the same command goes on from there",
+    ]
 
 
 def test_the_live_display_has_a_bar_for_each_transfer_until_it_is_complete() -> None:

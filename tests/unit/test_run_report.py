@@ -84,7 +84,7 @@ def test_it_says_first_what_became_of_the_run(root: Element) -> None:
     assert tiles == [
         f"Loss{step_done(61).loss:.4f}at the last step",
         "Best held-out loss2.0000at step 40, 2.2000 at the end",
-        "Speed1,036tokens a second",
+        "Speed1,031tokens a second over all steps",
         "Peak memory8.00 GiBreserved, 10.00 GiB predicted",
     ]
 

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_cli.events import Event, Rehearsed, TrainingEnded, TrainingResumed, TrainingStarted
 from qlora_cli.runs.find import find_runs, is_run, read_run
-from qlora_cli.runs.summary import RECENT_STEPS, RunSummary
+from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB
 from tests.run_directories import START, a_record, eval_done, step_done, write_run
 
@@ -144,11 +144,11 @@ def test_without_a_record_the_prediction_is_that_of_the_events(tmp_path: Path) -
     assert (summary.predicted_allocated_bytes, summary.predicted_reserved_bytes) == (GIB, 2 * GIB)
 
 
-def test_the_speed_is_the_median_of_the_last_steps(tmp_path: Path) -> None:
-    slow: list[Event] = [step_done(step, tokens_per_second=1.0) for step in range(1, 101)]
-    fast: list[Event] = [step_done(step, tokens_per_second=10.0) for step in range(101, 101 + RECENT_STEPS)]
-    stuck = step_done(101 + RECENT_STEPS, tokens_per_second=0.1)
-    assert summary_of(tmp_path, [*slow, *fast, stuck], None).tokens_per_second == 10
+def test_the_speed_is_that_of_all_steps_but_those_that_are_not_known(tmp_path: Path) -> None:
+    fast: list[Event] = [step_done(step, tokens_per_second=1000.0) for step in range(1, 4)]  # 500 tokens each
+    unknown, slow = step_done(4, tokens_per_second=float("nan")), step_done(5, tokens_per_second=100.0)
+    speed = summary_of(tmp_path, [*fast, unknown, slow], None).tokens_per_second
+    assert speed == pytest.approx(2000 / (1.5 + 5))
     broken: list[Event] = [step_done(1, tokens_per_second=float("nan"), loss=float("nan"))]
     summary = summary_of(tmp_path, [*broken], None)
     assert (summary.tokens_per_second, summary.loss) == (None, None)
