@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
+from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
@@ -231,6 +232,49 @@ def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora,
     assert changed.code == 0
     assert changed.json["predicted"]["process_bytes"] == first["process_bytes"]
     assert done.json["predicted"]["process_bytes"] - first["process_bytes"] == first["saved_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "stored", "proposed"),
+    [
+        (("--quant", "int8"), {"load_in_8bit": True}, "--quant nf4"),
+        (
+            ("--quant", "nf4", "--no-double-quant"),
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "--double-quant",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwise(
+    tmp_path: Path, alone: dict[str, str], asked_for: tuple[str, ...], stored: dict[str, object], proposed: str
+) -> None:
+    known = find_in_catalogue("smollm2-135m")
+    assert known is not None
+
+    small = (
+        "--rank",
+        "8",
+        "--target-modules",
+        "q_proj",
+        "--optimizer",
+        "paged_adamw_8bit",
+        "--gpu",
+        "300MiB",
+        "--json",
+    )
+
+    def suggested(quantization: dict[str, object], *flags: str) -> str:
+        content = {**known.config, **({"quantization_config": quantization} if quantization else {})}
+        (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        done = CliRunner().invoke(app, ["inspect-memory", str(tmp_path), *small, *flags], env=alone)
+        assert done.exit_code == 3, done.stderr
+        (nearest,) = json.loads(done.stdout)["suggestions"]  # of all that save something, since nothing fits
+        return str(nearest["flags"])
+
+    assert proposed in suggested({}, *asked_for)
+    found = suggested({"quant_method": "bitsandbytes", **stored})
+    assert "--max-length 64" in found
+    assert "quant" not in found
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
