@@ -9,7 +9,7 @@ from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.places import output_of
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.runs.directory import check_free_directory
-from qlora_cli.settings.choices import ExportFormat, GgufType
+from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings, field_of
 from qlora_cli.settings.shown import shown_name
 from qlora_cli.units import counted
@@ -82,14 +82,6 @@ def _about_places(request: MergeCommandSettings, where: Where) -> Iterator[Probl
 
 
 def _about_what_has_no_effect(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
-    if ExportFormat.GGUF not in request.merge.formats:
-        for path, is_given in (
-            ("merge.llama_cpp", request.merge.llama_cpp is not None),
-            ("merge.gguf_type", request.merge.gguf_type != GgufType.AUTO),
-        ):
-            if is_given:
-                hint = "Leave it out, or give --format gguf."
-                yield Problem(where=where(path), message="has no effect without --format gguf", hint=hint)
     if not request.merge.verify and request.merge.max_divergence is not None:
         message = "has no effect with --no-verify"
         yield Problem(where=where("merge.max_divergence"), message=message, hint="Leave one of them out.")

@@ -135,9 +135,11 @@ def without_effect(name: str, section: Section, *, given: Container[str] | None 
         path, other_path = f"{name}.{key}", f"{name}.{needed.key}"
         if given is not None and other_path not in given and marks(other_path).is_of_run:
             continue
-        flag, other = marks(other_path).flag, getattr(section, needed.key).value
-        message = f"{path} has no effect with {flag} {other}{': ' if needed.why else ''}{needed.why}"
-        yield path, message, f"Leave it out, or use {flag} {either([value.value for value in needed.values])}."
+        flag, other = marks(other_path).flag, getattr(section, needed.key)
+        needs = f"{flag} {either([value.value for value in needed.values])}"
+        beside = f"without {needs}" if isinstance(other, tuple) else f"with {flag} {other.value}"
+        message = f"{path} has no effect {beside}{': ' if needed.why else ''}{needed.why}"
+        yield path, message, f"Leave it out, or use {needs}."
 
 
 def asks_for_nothing(section: Section, key: str) -> bool:

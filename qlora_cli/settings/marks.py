@@ -48,7 +48,10 @@ class OnResume(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveWith:
-    """The values of another setting of the same section that give a setting its effect; `why` explains it."""
+    """The values of another setting of the same section that give a setting its effect; `why` explains it.
+
+    Of a setting that takes several values, one of them must be among these.
+    """
 
     key: str
     values: tuple[StrEnum, ...]

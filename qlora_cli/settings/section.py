@@ -19,7 +19,10 @@ class Section(BaseModel):
     def takes(self, key: str) -> bool:
         """Whether the setting `key` has an effect beside the others of its section, by the marks of its field."""
         needed = marks_of(type(self).model_fields[key]).effective_with
-        return needed is None or getattr(self, needed.key) in needed.values
+        if needed is None:
+            return True
+        chosen = getattr(self, needed.key)
+        return any(value in needed.values for value in (chosen if isinstance(chosen, tuple) else (chosen,)))
 
     def in_effect(self) -> dict[str, JsonValue]:
         """Return the settings that have an effect beside the others, in plain values."""

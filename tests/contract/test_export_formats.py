@@ -187,11 +187,11 @@ NAMED = re.compile(
     r"ExportFormat\.([A-Z]\w+)\b|--format (hf|nf4|gguf|ollama)\b|(?<=\")\.?(gguf|ollama|hf)(?=\")|\b(Modelfile)\b"
 )
 ELSEWHERE = {
-    # Their names; the default, and what a path to llama.cpp is for.
+    # Their names; the default, and what llama.cpp and its types are for.
     "settings/choices.py": 3,
-    "settings/sections/merge.py": 2,
-    # What llama.cpp's flags are for, and whether it is here, before torch is imported.
-    "merging/preflight.py": 4,
+    "settings/sections/merge.py": 3,
+    # Whether llama.cpp is here, before torch is imported.
+    "merging/preflight.py": 1,
     # Weights that are GGUF already, which nothing here reads.
     "model_files/source.py": 2,
     "quantization/prequantized.py": 1,

@@ -6,12 +6,13 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, MergeDtype
-from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.marks import Command, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 from qlora_cli.settings.values import Datasets, Formats, Nats, Weights
 
 MERGE = (Command.MERGE,)
+OF_GGUF = EffectiveWith(key="formats", values=(ExportFormat.GGUF,))
 
 
 class MergeSettings(Section):
@@ -46,10 +47,10 @@ class MergeSettings(Section):
     revision: Annotated[str | None, Marks(flag="--revision", commands=MERGE)] = Field(
         default=None, description="Branch, tag or commit of an adapter on the hub."
     )
-    llama_cpp: Annotated[Path | None, Marks(flag="--llama-cpp", commands=MERGE)] = Field(
+    llama_cpp: Annotated[Path | None, Marks(flag="--llama-cpp", commands=MERGE, effective_with=OF_GGUF)] = Field(
         default=None, description="Checkout of llama.cpp, for --format gguf."
     )
-    gguf_type: Annotated[GgufType, Marks(flag="--gguf-type", commands=MERGE)] = Field(
+    gguf_type: Annotated[GgufType, Marks(flag="--gguf-type", commands=MERGE, effective_with=OF_GGUF)] = Field(
         default=GgufType.AUTO, description="Type of the weights in the GGUF file."
     )
     push_to_hub: PushToHub = None
