@@ -20,7 +20,7 @@ from qlora_cli.model_files.construction import build_model
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
 from qlora_cli.quantization.inventory import classify, parameters_once
-from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers
+from qlora_cli.quantization.kept import fused_experts, has_part, kept_layers, linear_layers, tied_weights
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.base import Method
 from qlora_cli.quantization.prequantized import Prequantized
@@ -118,6 +118,7 @@ def plan_layout(
         experts = tuple(prequantized.config.get("quantized_parameters") or ())
         kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
         _check_skipped(model, settings.skip_modules, kept)
+        _check_tied(model, kept)
         _check_restorable(model, prequantized, kept, device)
     elif not settings.method.is_quantized:
         kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
@@ -167,6 +168,16 @@ def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: 
         raise ModelError(
             f"quantization.skip_modules is {','.join(asked or ())}, but the checkpoint holds {packed[0]} quantized",
             hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
+        )
+
+
+def _check_tied(model: PreTrainedModel, kept: Mapping[str, str]) -> None:
+    """Check that no layer is stored as quantized that is one weight with the embedding: it has no codes to read."""
+    tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
+    if wrong := [name for name, _ in linear_layers(model) if name in tied and name not in kept]:
+        raise ModelError(
+            f"the checkpoint can't be used: it has {wrong[0]} quantized, which is one weight with the embedding",
+            hint=f"Write it again with {wrong[0]} among llm_int8_skip_modules, or give the 16-bit model.",
         )
 
 

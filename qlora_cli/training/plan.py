@@ -24,7 +24,7 @@ from qlora_cli.loading.settled import find, settle_load
 from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.quantization.kept import linear_layers, tied_weights
+from qlora_cli.quantization.kept import linear_layers
 from qlora_cli.runs.result import TrainPlan, TrainResult
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -252,10 +252,8 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
 def _check_head_is_whole(blueprint: Blueprint) -> None:
     """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
     shapes, layout = blueprint.shapes, blueprint.layout
-    tied = {name for pair in tied_weights(shapes).items() for name in pair}
     for name, module in linear_layers(shapes):
-        is_head = module is shapes.get_output_embeddings() and f"{name}.weight" not in tied
-        if is_head and name not in layout.kept:
+        if module is shapes.get_output_embeddings() and name not in layout.kept:
             raise ModelError(
                 f"{blueprint.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
                 "computed from its weight directly",

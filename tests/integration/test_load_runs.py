@@ -314,6 +314,21 @@ def test_a_checkpoint_whose_head_is_quantized_is_not_trained_on_and_that_is_said
     assert "16-bit model" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_checkpoint_whose_head_is_quantized_and_the_embedding_is_refused_before_a_weight_is_read(
+    method: str, tmp_path: Path
+) -> None:
+    """Plain transformers writes one where other modules are to be skipped, and fails with its first token."""
+    base = save_model(tmp_path / "base", tie_word_embeddings=True)
+    flags = {"load_in_4bit": True} if method == "nf4" else {"load_in_8bit": True}
+    config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=["q_proj"])
+    stored = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    stored.save_pretrained(tmp_path / "stored")
+    copy_tokenizer(tmp_path / "stored")
+    with pytest.raises(ModelError, match="it has lm_head quantized, which is one weight with the embedding"):
+        plan_load(asked_load(tmp_path / "stored"), Recorder())
+
+
 def test_the_settings_of_an_adapter_that_trains_on_can_not_be_changed(
     ended: Ended, data: Path, tmp_path: Path
 ) -> None:
