@@ -11,20 +11,31 @@ Exit codes: 0 done, 1 the run failed, 2 bad input or settings, 3 does not fit in
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class QloraError(Exception):
-    """The root. `hint` is one sentence or command that gets the user further."""
+    """The root. `hint` is one sentence or command that gets the user further.
+
+    `setting` is the `section.key` whose value is refused, if it is that of one: the command line says where it was
+    given, in the place of its name.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, setting: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.setting = setting
 
     def __str__(self) -> str:
-        return self.message
+        return self.message if self.setting is None else f"{self.setting}: {self.message}"
+
+    def of(self, setting: str) -> Self:
+        """Return the error as that of a setting's value, unless it is known to be that of another's."""
+        self.setting = self.setting or setting
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

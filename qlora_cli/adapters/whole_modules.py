@@ -16,6 +16,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.quantization.embedding import embedding_of, end_modules, is_tied
 from qlora_cli.quantization.methods import is_quantized_layer, restores_weight
 
+SETTING = "lora.modules_to_save"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -47,8 +48,9 @@ def find_whole_modules(
         matches = named(modules, [end])
         if not matches:
             raise ModelError(
-                f"lora.modules_to_save: {end!r} matches no module of the model",
+                f"{end!r} matches no module of the model",
                 hint=f"Its modules are {', '.join(_leaves(modules))}.",
+                setting=SETTING,
             )
         for name in matches:
             _check_trainable(name, modules[name])
@@ -60,7 +62,9 @@ def find_whole_modules(
     for name in found:
         if inside := [other for other in found if name.startswith(f"{other}.")]:
             raise ModelError(
-                f"lora.modules_to_save: {name} is a part of {inside[0]}, which trains whole", hint="Leave it out."
+                f"{name} is a part of {inside[0]}, which trains whole",
+                hint="Leave it out.",
+                setting=SETTING,
             )
     _check_on_host(model, [modules[name] for name in found])
     return _tied_together(model, tuple(found), tuple(ends))
@@ -73,29 +77,33 @@ def _leaves(names: Collection[str]) -> list[str]:
 def _check_trainable(name: str, module: nn.Module) -> None:
     if isinstance(module, CONTAINERS):
         raise ModelError(
-            f"lora.modules_to_save: {name} is a {type(module).__name__}, which holds modules and is none that runs",
+            f"{name} is a {type(module).__name__}, which holds modules and is none that runs",
             hint="Name the modules in it.",
+            setting=SETTING,
         )
     if any(is_quantized_layer(part) or restores_weight(part) for part in module.modules()):
         raise ModelError(
-            f"lora.modules_to_save: {name} is stored quantized, and codes can't be trained",
+            f"{name} is stored quantized, and codes can't be trained",
             hint=f"Keep it unquantized with --set quantization.skip_modules={name.rpartition('.')[2]}, or give it an "
             "adapter instead.",
+            setting=SETTING,
         )
     if next(module.parameters(), None) is None:
-        raise ModelError(f"lora.modules_to_save: {name} has nothing to train", hint="Leave it out.")
+        raise ModelError(f"{name} has nothing to train", hint="Leave it out.", setting=SETTING)
 
 
 def _check_overlap(name: str, adapted: Collection[str], rows: Collection[str]) -> None:
     if both := [other for other in adapted if f"{other}.".startswith(f"{name}.")]:
         raise ModelError(
-            f"lora.modules_to_save: {name} would train whole, and {both[0]} has an adapter",
+            f"{name} would train whole, and {both[0]} has an adapter",
             hint="Leave it out, or name lora.target_modules without it.",
+            setting=SETTING,
         )
     if name.rpartition(".")[2] in rows:
         raise ModelError(
-            f"lora.modules_to_save: {name} would train whole, and the rows of --new-tokens are in it",
+            f"{name} would train whole, and the rows of --new-tokens are in it",
             hint="Leave one of them out.",
+            setting=SETTING,
         )
 
 
@@ -116,9 +124,10 @@ def _tied_together(model: PreTrainedModel, names: tuple[str, ...], ends: tuple[s
         return WholeModules(names=names, ends=ends, is_tied=False)
     if unknown := sorted(name for name in pair if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES):
         raise ModelError(
-            f"lora.modules_to_save: {' and '.join(sorted(pair))} are one weight, which PEFT would train as two: it "
+            f"{' and '.join(sorted(pair))} are one weight, which PEFT would train as two: it "
             f"does not know {unknown[0]} by that name",
             hint="Leave it out.",
+            setting=SETTING,
         )
     embedding = next(name for name, module in end_modules(model).items() if module is embedding_of(model))
     others = [name for name in names if name not in pair]

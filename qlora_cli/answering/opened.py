@@ -138,8 +138,9 @@ def _check_comparable(blueprint: Blueprint, merged: Path | None) -> None:
     source = blueprint.source
     if source.adapter is None and merged is None:
         raise ModelError(
-            f"--compare has nothing to compare: {source.name} has no adapter",
+            f"there is nothing to compare: {source.name} has no adapter",
             hint="Name a run or an adapter; qlora generate compares a model with a merged one too, by --merged DIR.",
+            setting="generate.compare",
         )
 
 
@@ -148,8 +149,9 @@ def _check_base(blueprint: Blueprint) -> None:
     reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
     if reason is not None:
         raise ModelError(
-            f"--compare can't show the base of {blueprint.source.name}: {reason}",
+            f"the base of {blueprint.source.name} can't be shown: {reason}",
             hint="Leave --compare out; of a run with PiSSA, name the run once it has ended.",
+            setting="generate.compare",
         )
 
 

@@ -12,10 +12,10 @@ from qlora_cli.settings.models import ModelSettings
 def check_merged(directory: Path) -> QloraError | None:
     """Return what is wrong with a merged model that was named, as far as that shows at once."""
     if not directory.is_dir() or not looks_local(str(directory)):
-        return ModelError(f"--merged {directory}: no such directory", hint="Merge first: qlora merge RUN")
+        return ModelError(f"{directory} is no directory", hint="Merge first: qlora merge RUN")
     if RunDirectory(directory).is_run or (directory / ADAPTER_CONFIG).is_file():
         return ModelError(
-            f"--merged {directory} is an adapter or a run, not a merged model",
+            f"{directory} is an adapter or a run, not a merged model",
             hint="Name the directory that the merged model was written to.",
         )
     return check_model_name(ModelSettings(name=str(directory.absolute())))

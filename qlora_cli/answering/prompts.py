@@ -60,8 +60,9 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
     """
     if tokenizer.chat_template is None:
         raise ModelError(
-            "--system can't be used: the tokenizer has no chat template, so a prompt is continued as it is",
+            "a system prompt can't be used: the tokenizer has no chat template, so a prompt is continued as it is",
             hint="Put it into the prompt, or give a template (--chat-template chatml, or a file).",
+            setting="generate.system",
         )
     text = system.strip()
     without = written(tokenizer, messages_of("Hello"))
@@ -69,6 +70,7 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
         raise ModelError(
             f"the chat template does not write a system prompt: {text[:40]!r} is not in the text",
             hint=f"Put it into the prompt. {OTHER_TEMPLATE}",
+            setting="generate.system",
         )
 
 

@@ -69,7 +69,7 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
                 with _stopped_by_ctrl_c(teller) if is_terminal else nullcontext():
                     _tell_kept(chat.ask(line.strip(), teller)[-1])
         except QloraError as error:  # of this turn alone: the conversation stays as it was
-            _say(f"error: {error}")
+            _say(f"error: {error.message}")
             _say(f"  hint: {error.hint}")
 
 

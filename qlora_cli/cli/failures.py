@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from qlora_cli.cli.lasting import dropped_without_terminal, let_go
+from qlora_cli.cli.options import WHERE
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
@@ -27,23 +28,26 @@ class FailureGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the root."""
-        with failures_explained(args):
+        with failures_explained(args, ctx.meta):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse and run the subcommand."""
-        with failures_explained([*ctx._protected_args, *ctx.args]):
+        with failures_explained([*ctx._protected_args, *ctx.args], ctx.meta):
             return super().invoke(ctx)
 
 
 @contextmanager
-def failures_explained(arguments: list[str]) -> Iterator[None]:
-    """Turn an exception into a message and `typer.Exit`; `arguments` tell whether `--json` was asked for."""
+def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an exception into a message and `typer.Exit`; `arguments` tell whether `--json` was asked for.
+
+    `known` is what the command has left in its context: where its settings were given.
+    """
     as_json = "--json" in arguments
     try:
         yield
     except QloraError as error:
-        _fail(error, as_json=as_json)
+        _fail(_placed(error, known.get(WHERE)), as_json=as_json)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it; its message is the help
             typer.echo(error.format_message(), err=True)
@@ -104,6 +108,13 @@ def _tell(error: QloraError) -> None:
         typer.echo(redact(f"error: {error}"), err=True)
         if error.hint:
             typer.echo(redact(f"  hint: {error.hint}"), err=True)
+
+
+def _placed(error: QloraError, where_of: Callable[[str], str] | None) -> QloraError:
+    """Return an error that begins with where the setting was given that it is about."""
+    if error.setting is not None and where_of is not None:
+        error.message, error.setting = f"{where_of(error.setting)}: {error.message}", None
+    return error
 
 
 def _with_code(error: QloraError, exit_code: int) -> QloraError:

@@ -15,6 +15,7 @@ from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import ChatSettings, GenerateSettings
 
 FROM_STDIN = "-"
+PROMPTS = "generate.prompts"
 
 
 @options.takes(Command.GENERATE)
@@ -59,15 +60,16 @@ def check_request(settings: ChatSettings | GenerateSettings) -> None:
     """
     wrong = check_model_name(settings.model)
     if wrong is None and settings.generate.merged is not None:
-        wrong = check_merged(settings.generate.merged)
+        merged = check_merged(settings.generate.merged)
+        wrong = merged and merged.of("generate.merged")
     if wrong is not None:
-        raise wrong
+        raise wrong.of("model.name")
 
 
 def _read_prompts(given: Sequence[str]) -> list[str]:
     """Return the prompts, one of which may be on stdin."""
     if given.count(FROM_STDIN) > 1:
-        raise UsageError("--prompt - is given twice, and stdin can be read once", hint="Give it once.")
+        raise UsageError("- is given twice, and stdin can be read once", hint="Give it once.", setting=PROMPTS)
     return [_read_stdin() if text == FROM_STDIN else text for text in given]
 
 
@@ -78,7 +80,7 @@ def _read_stdin() -> str:
         UsageError: it holds none.
     """
     if sys.stdin is None:
-        raise UsageError("--prompt - reads stdin, which is closed", hint="Give the text: --prompt TEXT")
+        raise UsageError("- reads stdin, which is closed", hint="Give the text: --prompt TEXT", setting=PROMPTS)
     try:
         text = sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -32,7 +32,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.events import Noted, PhaseStarted
 
     if html is not None and (problem := check_page(html)):
-        raise problem
+        raise problem.of("inspect_data.html")
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with reporting() as reporter:

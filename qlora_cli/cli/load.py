@@ -23,9 +23,9 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.runs.directory import check_free_directory
 
     if problem := check_model_name(resolved.settings.model):
-        raise problem
-    if save is not None and (wrong := check_free_directory(save, resolved.where_of("load.save"))):
-        raise wrong
+        raise problem.of("model.name")
+    if save is not None and (wrong := check_free_directory(save, "--save")):
+        raise wrong.of("load.save")
     with reporting() as reporter:
         from qlora_cli.loading.blueprint import plan_load
         from qlora_cli.loading.loader import load_planned

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from qlora_cli.memory.solve import SETTINGS
 from qlora_cli.settings.choices import Attention, SdpaBackend
 from qlora_cli.settings.models import InspectMemorySettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.shown import flag_of
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 HAS_SDPA = (Attention.AUTO, Attention.SDPA)
@@ -41,14 +42,14 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         resolved = options.resolve_settings(context, InspectMemorySettings)
     except SettingsError as error:  # what was asked about the run is looked at all the same
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
-        read = _Read.of(given["gpus"] or (), given["sweep"] or (), words)
+        read = _Read.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
     asked = resolved.settings.inspect_memory
-    read = _Read.of(asked.gpus, asked.sweep, words)
+    read = _Read.of(asked.gpus, asked.sweep, words, resolved.where_of)
     if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
-        raise wrong
+        raise wrong.of("inspect_memory.plot")
     sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
     request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep)
     return request, asked.plot
@@ -63,10 +64,13 @@ class _Read:
     problems: list[Problem]
 
     @classmethod
-    def of(cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str]) -> "_Read":
+    def of(
+        cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str], where_of: Callable[[str], str]
+    ) -> "_Read":
+        """Read texts; `where_of` says where a setting was given."""
         problems: list[Problem] = []
-        found = _find_gpus(gpus, problems)
-        values, more = read_sweeps([*sweep, *words] if sweep else ())
+        found = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
+        values, more = read_sweeps([*sweep, *words] if sweep else (), where_of("inspect_memory.sweep"))
         return cls(gpus=found, sweep=values, problems=problems + more)
 
 
@@ -74,17 +78,17 @@ def check_plot(path: Path) -> QloraError | None:
     """Return why no picture can be written to `path`."""
     if path.suffix.lower() not in PLOT_FORMATS:
         hint = f"Let its name end in {', '.join(PLOT_FORMATS[:-1])} or {PLOT_FORMATS[-1]}."
-        return UsageError(f"--plot {path}: unknown kind of picture {path.suffix or path.name!r}", hint=hint)
+        return UsageError(f"{path}: unknown kind of picture {path.suffix or path.name!r}", hint=hint)
     if path.is_dir():
-        return OutputDirectoryError(f"--plot {path} is a directory", hint="Name a file.")
+        return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
     folder = path.absolute().parent
     if not folder.is_dir():
-        return OutputDirectoryError(f"--plot {path}: there is no directory {folder}", hint="Make it first.")
+        return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        return OutputDirectoryError(f"--plot {path}: {folder} can't be written to", hint="Choose another directory.")
+        return OutputDirectoryError(f"{path}: {folder} can't be written to", hint="Choose another directory.")
     if importlib.util.find_spec("matplotlib") is None:
         return MissingDependencyError(
-            "--plot draws with matplotlib, which is not installed", hint="Run: pip install 'qlora-cli[plot]'"
+            "a picture is drawn with matplotlib, which is not installed", hint="Run: pip install 'qlora-cli[plot]'"
         )
     return None
 
@@ -102,13 +106,13 @@ def _misplaced(context: typer.Context, words: Sequence[str], sweep: Sequence[str
     return problems
 
 
-def _find_gpus(texts: Sequence[str], problems: list[Problem]) -> tuple[Gpu, ...]:
+def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tuple[Gpu, ...]:
     found: dict[str, Gpu] = {}
     for text in texts:
         try:
             gpu = find_gpu(text)
         except (UsageError, HardwareError) as error:
-            problems.append(Problem(where="--gpu", message=error.message, hint=error.hint))
+            problems.append(Problem(where=where, message=error.message, hint=error.hint))
         else:
             found[gpu.name] = gpu
     return tuple(found.values())

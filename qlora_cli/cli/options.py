@@ -20,6 +20,7 @@ from qlora_cli.settings.shown import is_switch, metavar, shown_default
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
 
+WHERE = "qlora_cli.where"  # in the context: what says where a setting was given
 SEPARATOR = "__"  # of section and key in the name of a command's parameter: `lora__rank` takes lora.rank
 
 
@@ -145,7 +146,9 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
     """
     named = (name.partition(SEPARATOR) for name in context.params if SEPARATOR in name)
     paths = [f"{section}.{key}" for section, _, key in named]
-    return resolve(read_sources(context), kind, {path: _name_of(context, path) for path in paths})
+    resolved = resolve(read_sources(context), kind, {path: _name_of(context, path) for path in paths})
+    context.meta[WHERE] = resolved.where_of
+    return resolved
 
 
 def _given_as(context: typer.Context, path: str, value: Any) -> str:

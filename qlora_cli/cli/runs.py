@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
-from qlora_cli.errors import RunNotFoundError
+from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 
 DEFAULT_COMMAND = "list"
@@ -73,7 +73,7 @@ def show(
             hint=f"List the runs in it: qlora runs {run}",
         )
     if html is not None and (problem := check_place(html)):
-        raise problem
+        raise SettingsError([Problem(where="--html", message=problem.message, hint=problem.hint)])
     found = read_run(run)
     if html is not None:
         from qlora_cli.runs.report import write_page

@@ -15,24 +15,24 @@ EXAMPLE = "For example: --sweep max-length=512..32768 (doubling), or --sweep ran
 MOST_DIGITS = 9
 
 
-def read_sweeps(texts: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], list[Problem]]:
+def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str, tuple[int, ...]], list[Problem]]:
     """Return the values of each setting in rising order, by its flag's name without dashes, and what is wrong.
 
-    A text may hold several specifications, with blanks between them.
+    A text may hold several specifications, with blanks between them; `where` says where they were given.
     """
     sweeps: dict[str, tuple[int, ...]] = {}
     problems: list[Problem] = []
     for spec in (spec for text in texts for spec in text.split()):
         name, equals, values = spec.partition("=")
-        where = f"--sweep {spec}"
+        place = f"{where} {spec}"
         if not equals:
-            problems.append(Problem(where=where, message="expected NAME=VALUES", hint=EXAMPLE))
+            problems.append(Problem(where=place, message="expected NAME=VALUES", hint=EXAMPLE))
         elif name not in SETTINGS:
             hint = did_you_mean(name, list(SETTINGS)) or f"Sweep {', '.join(SETTINGS)}."
-            problems.append(Problem(where=where, message=f"{name!r} can't be swept", hint=hint))
+            problems.append(Problem(where=place, message=f"{name!r} can't be swept", hint=hint))
         elif name in sweeps:
             hint = f"Give all values at once, as in {name}=8,16,64."
-            problems.append(Problem(where=where, message=f"{name} is given twice", hint=hint))
+            problems.append(Problem(where=place, message=f"{name} is given twice", hint=hint))
         else:
             found = read_values(values)
             if (
@@ -40,7 +40,7 @@ def read_sweeps(texts: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], list[
                 if found
                 else "expected values such as 512..32768 (rising), 8,16 or 8"
             ):
-                problems.append(Problem(where=where, message=message, hint=EXAMPLE))
+                problems.append(Problem(where=place, message=message, hint=EXAMPLE))
             sweeps[name] = found or ()
     return sweeps, problems
 

@@ -42,6 +42,7 @@ OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
         "loss_mask": ("loss_mask", "completion_mask", "assistant_masks"),
     },
 }
+COLUMNS = "data.columns"
 PREFERENCES = ({"chosen", "rejected"},)
 
 
@@ -140,21 +141,25 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
         twice = [ours for ours, other in named.items() if other == theirs]
         if len(twice) > 1:
             raise DataError(
-                f"--columns names {theirs!r} twice, as {' and as '.join(twice)}", hint="Name each column once."
+                f"{theirs!r} is named twice, as {' and as '.join(twice)}",
+                hint="Name each column once.",
+                setting=COLUMNS,
             )
     for ours, theirs in named.items():
         if ours not in known:
             raise DataError(
-                f"--columns {ours}={theirs}: no format has a part {ours!r}"
+                f"{ours}={theirs}: no format has a part {ours!r}"
                 if fmt == DataFormat.AUTO
-                else f"--columns {ours}={theirs}: the format {fmt.value} has no part {ours!r}",
+                else f"{ours}={theirs}: the format {fmt.value} has no part {ours!r}",
                 hint=f"The parts are {', '.join(sorted(known))}.",
+                setting=COLUMNS,
             )
         if theirs not in columns:
             near = get_close_matches(theirs, columns, n=1)
             raise DataError(
-                f"{name} has no column {theirs!r}, named by --columns {ours}={theirs}",
+                f"{ours}={theirs}: {name} has no column {theirs!r}",
                 hint=f"Did you mean {near[0]}?" if near else f"Its columns are {', '.join(columns)}.",
+                setting=COLUMNS,
             )
 
 

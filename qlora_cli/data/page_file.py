@@ -1,4 +1,4 @@
-"""Whether a page of `--html` can be written, told before anything is read."""
+"""Whether a page can be written where it is to be, told before anything is read."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ def check_page(path: Path) -> QloraError | None:
     wrong = check_place(path)
     if wrong is None and importlib.util.find_spec("matplotlib") is None:
         return MissingDependencyError(
-            "--html draws the lengths with matplotlib, which is not installed",
+            "a page draws the lengths with matplotlib, which is not installed",
             hint="Run: pip install 'qlora-cli[plot]'",
         )
     return wrong
@@ -25,20 +25,20 @@ def check_place(path: Path) -> QloraError | None:
     try:
         return _wrong_place(path)
     except OSError as error:  # a name that is too long
-        return OutputDirectoryError(f"--html {path} can't be used: {error.strerror}", hint="Choose another name.")
+        return OutputDirectoryError(f"{path} can't be used: {error.strerror}", hint="Choose another name.")
 
 
 def _wrong_place(path: Path) -> QloraError | None:
     if path.is_dir():
-        return OutputDirectoryError(f"--html {path} is a directory", hint="Name a file.")
+        return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
     if path.exists() and not path.is_file():  # a page in the place of /dev/null would be a surprise
-        return OutputDirectoryError(f"--html {path} is no regular file", hint="Name a file.")
+        return OutputDirectoryError(f"{path} is no regular file", hint="Name a file.")
     if path.exists() and path.suffix.lower() not in PAGE_SUFFIXES:  # it may be the data
         hint = f"Choose a new name, or one that ends in {' or '.join(PAGE_SUFFIXES)}."
-        return OutputDirectoryError(f"--html {path} would overwrite a file that is no page", hint=hint)
+        return OutputDirectoryError(f"{path} would overwrite a file that is no page", hint=hint)
     folder = path.absolute().parent
     if not folder.is_dir():
-        return OutputDirectoryError(f"--html {path}: there is no directory {folder}", hint="Make it first.")
+        return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        return OutputDirectoryError(f"--html {path}: {folder} can't be written to", hint="Choose another directory.")
+        return OutputDirectoryError(f"{path}: {folder} can't be written to", hint="Choose another directory.")
     return None

@@ -17,11 +17,7 @@ def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Pro
     found = {"data.dataset": _check_names(data.dataset)}
     if data.eval_dataset is not None:
         found["data.eval_dataset"] = _check_names(data.eval_dataset)
-    problems = [
-        Problem(where=resolved.origin_of(path).where, message=error.message, hint=error.hint)
-        for path, error in found.items()
-        if error is not None
-    ]
+    problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
     return problems or [*_splits_without_effect(resolved, data), *_weights_without_effect(resolved, data)]
 
 
@@ -45,9 +41,8 @@ def _splits_without_effect(resolved: Resolved[SettingsT], data: DataSettings) ->
     ]
     return [
         Problem(
-            where=resolved.origin_of(path).where,
-            message=f"{path} has no effect on {', '.join(names)}, which is on this disk: only hub data sets have "
-            "splits",
+            where=resolved.where_of(path),
+            message=f"has no effect on {', '.join(names)}, which is on this disk: only hub data sets have splits",
             hint=hint,
         )
         for path, names, hint, is_wrong in found
@@ -59,7 +54,7 @@ def _weights_without_effect(resolved: Resolved[SettingsT], data: DataSettings) -
     weighted = [name for name in data.eval_dataset or () if find_dataset(name).weight != 1]
     return [
         Problem(
-            where=resolved.origin_of("data.eval_dataset").where,
+            where=resolved.where_of("data.eval_dataset"),
             message=f"{name} has a weight, and what is held out is evaluated once",
             hint="Leave the weight out.",
         )

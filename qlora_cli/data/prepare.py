@@ -180,9 +180,9 @@ def _hold_out(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: in
     if not held_out.any():
         why = "they are all equal" if 0 < wanted < num_usable else f"there are {num_usable:,} that can be used"
         raise DataError(
-            f"--eval-split {settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to "
-            f"train: {why}",
+            f"{settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to train: {why}",
             hint="Hold out fewer, or name held-out rows with --eval-dataset.",
+            setting="data.eval_split",
         )
     # Equal rows are on one side, so what is held out is never trained.
     return rows.without(~held_out), held_out

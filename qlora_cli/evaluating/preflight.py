@@ -26,30 +26,27 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
     request = resolved.settings.evaluate
     if request.tasks and importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(
-            f"--tasks {','.join(request.tasks)} needs lm-eval, which is not installed",
+            f"{','.join(request.tasks)} needs lm-eval, which is not installed",
             hint="Run: pip install 'qlora-cli[eval]'",
+            setting="evaluate.tasks",
         )
     if problems := list(_problems(resolved)):
         raise SettingsError(problems)
 
 
 def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:
-    """Whether the rows to evaluate were named, by --dataset. In a settings file, `data.dataset` is what is trained."""
-    return resolved.origin_of("data.dataset").kind == "flag"
+    """Whether the rows to evaluate were named by hand. In a settings file, `data.dataset` is what is trained."""
+    return resolved.origin_of("data.dataset").kind in {"flag", "set"}
 
 
 def _problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     request = resolved.settings.evaluate
     if wrong := check_model_name(resolved.settings.model):
-        yield _problem(resolved.origin_of("model.name").where, wrong)
+        yield resolved.problem("model.name", wrong)
     if request.merged is not None and (wrong := _check_merged(str(request.merged))):
-        yield _problem(resolved.where_of("evaluate.merged"), wrong)
+        yield resolved.problem("evaluate.merged", wrong)
     yield from _about_data(resolved)
     yield from _about_tasks(resolved)
-
-
-def _problem(where: str, error: QloraError) -> Problem:
-    return Problem(where=where, message=error.message, hint=error.hint)
 
 
 def _check_merged(name: str) -> QloraError | None:
@@ -79,14 +76,15 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
                 message="is missing. Only of a run the rows to evaluate are known: those that it held out",
                 hint="Name the rows with --dataset.",
             )
+    rows = "data.dataset" if names_rows(resolved) else "data.eval_dataset"
     for name in _named(resolved):
         if wrong := check_dataset_name(name):
-            yield _problem("--dataset", wrong)
+            yield resolved.problem(rows, wrong)
             continue
         found = find_dataset(name)
         if found.weight != 1:
             message = f"{name} has a weight, and every row is evaluated once"
-            yield Problem(where="--dataset", message=message, hint="Leave the weight out.")
+            yield Problem(where=resolved.where_of(rows), message=message, hint="Leave the weight out.")
         if found.is_local and request.split is not None:
             message = f"has no effect on {name}, which is on this disk: only hub data sets have splits"
             yield Problem(where=resolved.where_of("evaluate.split"), message=message, hint="Leave it out.")

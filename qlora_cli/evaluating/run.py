@@ -96,15 +96,16 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
 def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: Reporter) -> str | None:
     """Return why the base is left out, which is noted; None if the model is its base while the adapter is off."""
     if request.with_base is not None and blueprint.source.adapter is None:
-        flag = "--base" if request.with_base else "--no-base"
-        raise ModelError(f"{flag} has no effect: {blueprint.source.name} has no adapter", hint="Leave it out.")
+        message = f"has no effect: {blueprint.source.name} has no adapter"
+        raise ModelError(message, hint="Leave it out.", setting="evaluate.with_base")
     reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
     if reason is None or request.with_base is False:
         return None
     if request.with_base:
         raise ModelError(
-            f"--base can't show the base of {blueprint.source.name}: {reason}",
+            f"the base of {blueprint.source.name} can't be shown: {reason}",
             hint=f"Leave --base out, and evaluate the base by itself: qlora evaluate {blueprint.source.base_name}",
+            setting="evaluate.with_base",
         )
     note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {blueprint.source.base_name}"
     reporter.report(Noted(level="warning", message=note))

@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import Problem, PushError, QloraError, SettingsError
+from qlora_cli.errors import PushError, QloraError, UsageError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.transfer import http_error_type
-from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sections.pushing import Pushed
 
-SETTING = "output.push_to_hub"
 LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."
 # An adapter or a model, configs, the tokenizer and its chat template.
 PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -47,19 +44,17 @@ def push_problem(output: Pushed, folder: Path = Path("RUN/adapter")) -> QloraErr
     return None
 
 
-def check_push(resolved: Resolved[TrainSettings], reporter: Reporter) -> None:
-    """Ask the hub whether the token may write to the repository of the settings, as far as it tells.
+def check_push(output: Pushed, setting: str, reporter: Reporter) -> None:
+    """Ask the hub whether the token may write to the repository that `setting` names, as far as it tells.
 
     Raises:
-        SettingsError: the token is none, or may not write there.
+        UsageError: the token is none, or may not write there.
     """
-    found = push_refusal(resolved.settings.output, reporter)
-    if found is not None:
-        where = resolved.origin_of(SETTING).where
-        raise SettingsError([Problem(where=where, message=found.message, hint=found.hint)])
+    if found := _refusal(output, reporter):
+        raise UsageError(found.message, hint=found.hint, setting=setting)
 
 
-def push_refusal(output: Pushed, reporter: Reporter) -> QloraError | None:
+def _refusal(output: Pushed, reporter: Reporter) -> QloraError | None:
     """Return why the token may not write to the repository of the settings, if the hub says that it may not.
 
     A hub that can't be asked now may be there at the end: that is a warning.

@@ -103,7 +103,7 @@ def apply_rope_scaling(config: PreTrainedConfig, text: str | None) -> str | None
         return None
     scaling, decoder = RopeScaling.parse(text), _decoder(config)
     if reason := _why_not_scalable(decoder):
-        raise ModelError(f"--rope-scaling {text} can't be applied: {reason}", hint="Leave --rope-scaling out.")
+        raise ModelError(f"{text} can't be applied: {reason}", hint="Leave it out.", setting="model.rope_scaling")
     before = num_positions(decoder)
     assert before is not None
     after = int(before * scaling.factor)
@@ -128,8 +128,9 @@ def check_length(config: PreTrainedConfig, max_length: int, rope_scaling: str | 
     if available is not None and max_length > available:
         decoder = _decoder(config)
         raise ModelError(
-            f"--max-length {max_length} is more than the {available} positions of the model ({decoder.model_type})",
+            f"{max_length} is more than the {available} positions of the model ({decoder.model_type})",
             hint=_length_hint(decoder, available, max_length, rope_scaling),
+            setting="data.max_length",
         )
 
 
@@ -213,6 +214,7 @@ def _write(decoder: PreTrainedConfig, scaling: RopeScaling, before: int, after: 
         decoder.validate_rope()
     except (ValueError, TypeError, KeyError) as error:  # Phi-3 and PhiMoE take only longrope
         raise ModelError(
-            f"the model ({decoder.model_type}) does not take --rope-scaling {scaling.kind}: {error}",
-            hint="Leave --rope-scaling out.",
+            f"the model ({decoder.model_type}) does not take {scaling.kind}: {error}",
+            hint="Leave it out.",
+            setting="model.rope_scaling",
         ) from error

@@ -37,7 +37,11 @@ def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
     layout, source = planned.layout, planned.source
     layout.method.check_savable(layout.settings)
     if source.adapter is not None:
-        raise ModelError(f"{source.name} is an adapter: --save writes a base model", hint="Name the base to save it.")
+        raise ModelError(
+            f"a base model is to be saved, and {source.name} is an adapter",
+            hint="Name the base to save it.",
+            setting="load.save",
+        )
     needed = layout.inventory.total_bytes + OTHER_FILES_BYTES
     check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
 

@@ -136,7 +136,9 @@ def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) ->
     wrong = [one for one in without_effect("quantization", quantization) if asked.is_given(one[0])]
     if wrong and settled.origin_of("quantization.method").kind == "found":
         raise ModelError(
-            f"{wrong[0][0]} has no effect: {name} is stored in {quantization.method.value}", hint="Leave it out."
+            f"has no effect: {name} is stored in {quantization.method.value}",
+            hint="Leave it out.",
+            setting=wrong[0][0],
         )
     if wrong:
         raise SettingsError([Problem(where=asked.where_of(path), message=why, hint=hint) for path, why, hint in wrong])

@@ -336,8 +336,9 @@ class Estimator:
         shapes = self.shapes(settings, dtype)
         if is_tied(shapes):
             raise ModelError(
-                "--offload-embedding can't be used: the output head shares the weight, and needs it on the GPU",
+                "can't be used: the output head shares the weight, and needs it on the GPU",
                 hint="Leave it out.",
+                setting="model.offload_embedding",
             )
         embedding = embedding_of(shapes)
         return tuple(f"{name}.weight" for name, module in shapes.named_modules() if module is embedding)

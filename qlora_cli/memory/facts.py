@@ -67,6 +67,8 @@ def find_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFa
     """
     model = asked.settings.model
     path = existing_path(model.name)
+    if path is None and looks_local(model.name):
+        raise _not_there(model.name).of("model.name")
     if path is not None and RunDirectory(path).is_run:
         _check_no_revision(path, model.revision)
         return _of_run(path, asked, reporter)
@@ -76,6 +78,10 @@ def find_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFa
     if problem := base_model_problem(model.name, model):
         raise problem
     return facts
+
+
+def _not_there(name: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"no model at {name}: no such file or directory", hint="Check the path.")
 
 
 def _named(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | Path:
@@ -97,7 +103,7 @@ def _named(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | 
 def _local(name: str, revision: str | None) -> ModelFacts | Path:
     path = existing_path(name)
     if path is None:
-        raise ModelNotFoundError(f"no model at {name}: no such file or directory", hint="Check the path.")
+        raise _not_there(name)
     _check_no_revision(path, revision)
     if path.is_dir():
         return _in_directory(name, path)

@@ -147,7 +147,11 @@ def _peft_config(lora: LoraSettings) -> LoraConfig:
 def _as_peft_prepares(model: PreTrainedModel, config: LoraConfig, layout: Layout) -> PeftModel:
     """Return the model as `prepare_model_for_kbit_training` and `get_peft_model` leave it: all else in fp32."""
     if config.target_parameters:
-        raise ModelError("--recipe peft has no adapters on experts", hint="Leave lora.target_parameters out.")
+        raise ModelError(
+            "peft has no adapters on experts",
+            hint="Leave lora.target_parameters out.",
+            setting="inspect_memory.recipe",
+        )
     model.requires_grad_(False)
     if layout.settings.method.is_quantized:
         # Checkpointing is switched on by the step, as the settings say.

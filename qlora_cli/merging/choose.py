@@ -22,15 +22,17 @@ def settled_base(inputs: Inputs) -> BaseChoice | None:
     if inputs.base.packed:
         if asked == BaseWeights.ORIGINAL:
             raise ModelError(
-                f"--base original: {inputs.source.base_name} is there only quantized",
+                f"{inputs.source.base_name} is there only quantized",
                 hint="Name the 16-bit model that it was made from with --base-model, or use --base dequantized.",
+                setting="merge.base",
             )
         return _chosen(BaseWeights.DEQUANTIZED, "the base is there only quantized")
     if not inputs.was_quantized:
         if asked == BaseWeights.DEQUANTIZED:
             raise ModelError(
-                f"--base dequantized: {inputs.source.name} was trained on a base that was not quantized",
+                f"{inputs.source.name} was trained on a base that was not quantized",
                 hint="Leave --base out.",
+                setting="merge.base",
             )
         return _chosen(BaseWeights.ORIGINAL, "training did not quantize it")
     if asked != BaseWeights.AUTO:

@@ -10,16 +10,11 @@ from qlora_cli.merging.places import output_of
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import ExportFormat
-from qlora_cli.settings.models import MergeCommandSettings, ModelSettings, field_of
-from qlora_cli.settings.shown import shown_name
+from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
+from qlora_cli.settings.shown import flag_of
 from qlora_cli.units import counted
 
 Where = Callable[[str], str]
-
-
-def flag_of(path: str) -> str:
-    """Return what gives a setting on the command line."""
-    return shown_name(field_of(path))
 
 
 def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
@@ -33,11 +28,6 @@ def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
         raise SettingsError(problems)
     if ExportFormat.GGUF in request.merge.formats:
         find_converter(request.merge.llama_cpp)
-
-
-def refused_push(wrong: QloraError) -> SettingsError:
-    """Return the error for a result that may not be pushed to where it was asked to go."""
-    return SettingsError([_problem(flag_of("merge.push_to_hub"), wrong)])
 
 
 def _problem(where: str, error: QloraError) -> Problem:

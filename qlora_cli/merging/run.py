@@ -11,7 +11,7 @@ from qlora_cli.counters import peak_host_bytes
 from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
-from qlora_cli.hub.push import push_folder, push_refusal
+from qlora_cli.hub.push import check_push, push_folder
 from qlora_cli.merging.base import Base
 from qlora_cli.merging.beside import check_tokenizer, write_beside
 from qlora_cli.merging.card import write_record
@@ -23,7 +23,7 @@ from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.places import name_of, output_of
 from qlora_cli.merging.plan import MergePlan, plan_merge
-from qlora_cli.merging.preflight import check_merge, refused_push
+from qlora_cli.merging.preflight import check_merge
 from qlora_cli.merging.report import applied_adapters, report_of
 from qlora_cli.merging.result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
 from qlora_cli.merging.verify import failure, verify
@@ -57,8 +57,7 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     start = time.monotonic()
     check_merge(request)
     notes = _Notes(reporter)
-    if problem := push_refusal(request.merge, notes):
-        raise refused_push(problem)
+    check_push(request.merge, "merge.push_to_hub", notes)
     settled = _settle(request, notes)
     laboratory = (
         Laboratory(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None

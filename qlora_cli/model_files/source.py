@@ -201,17 +201,15 @@ def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> Mod
         ModelError: it is an adapter whose base can't be used, or a file.
     """
     name = settings.name
-    if looks_local(name):
-        path = existing_path(name)
-        if path is None:
-            return find_model(settings, reporter)  # says so
+    path = existing_path(name) if looks_local(name) else None
+    if path is not None:
         if problem := _check_path(path, settings.revision):
-            raise problem
+            raise problem.of("model.name")
         if RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file():
             return find_model(settings, reporter)
         return _plain(_Files(name=name, path=path.resolve()), settings)
     if problem := check_model_name(settings):
-        raise problem
+        raise problem.of("model.name")
     found = _download_small(name, settings, reporter)
     return find_model(settings, reporter) if found.is_adapter else _plain(found, settings)
 
@@ -390,8 +388,9 @@ def base_model_problem(name: str, settings: ModelSettings) -> ModelError | None:
     if settings.base_model is None:
         return None
     return ModelError(
-        f"--base-model {settings.base_model} has no effect: {name} is a whole model, not an adapter or a run",
+        f"{settings.base_model} has no effect: {name} is a whole model, not an adapter or a run",
         hint="Leave it out, or name the adapter as the model.",
+        setting="model.base_model",
     )
 
 

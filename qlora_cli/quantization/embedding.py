@@ -79,13 +79,15 @@ def check_offload(model: PreTrainedModel, device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise HardwareError(
-            f"--offload-embedding has no effect: the model is on {device}, in host memory already",
+            f"has no effect: the model is on {device}, in host memory already",
             hint="Leave it out.",
+            setting="model.offload_embedding",
         )
     if is_tied(model):
         raise ModelError(
-            "--offload-embedding can't be used: the output head shares the weight, and needs it on the GPU",
+            "can't be used: the output head shares the weight, and needs it on the GPU",
             hint="Leave it out.",
+            setting="model.offload_embedding",
         )
 
 

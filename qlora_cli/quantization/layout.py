@@ -157,8 +157,9 @@ def _check_matches(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
         if not any(has_part(name, [part]) for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
             raise ModelError(
-                f"quantization.skip_modules: {part!r} matches no layer of the model",
+                f"{part!r} matches no layer of the model",
                 hint=f"Its layers are {', '.join(leaves)}; any part of a full name between dots does.",
+                setting="quantization.skip_modules",
             )
 
 
@@ -199,10 +200,11 @@ def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts:
     storing = quant_flag(other for other in Quantization if method_of(other).stores_experts)
     num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
     return ModelError(
-        f"--quant {method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
+        f"{method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
         f"{format_bytes(2 * total)} would silently stay in 16 bit",
         hint=f"Use {storing}, which quantize experts too; or keep them in 16 bit knowingly with "
         "--set quantization.skip_modules=experts",
+        setting="quantization.method",
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_cli.errors import Problem, SettingsError
+from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
 from qlora_cli.settings.models import SECTIONS, Section, field_of
-from qlora_cli.settings.shown import choices_of, example_of, hint_for, shown_name
+from qlora_cli.settings.shown import choices_of, example_of, flag_of, hint_for
 from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -54,7 +54,11 @@ class Resolved(Generic[SettingsT_co]):
 
     def where_of(self, path: str) -> str:
         """Return where the value of `section.key` was given, or the flag that would give it."""
-        return self.origins[path].of(path) if path in self.origins else shown_name(field_of(path))
+        return self.origins[path].of(path) if path in self.origins else flag_of(path)
+
+    def problem(self, path: str, error: QloraError) -> Problem:
+        """Return what is wrong with the value of `section.key`, or of the setting that the error itself names."""
+        return Problem(where=self.where_of(error.setting or path), message=error.message, hint=error.hint)
 
 
 def resolve(

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Choice, Quantization
 from qlora_cli.settings.marks import marks_of
-from qlora_cli.settings.models import marks
+from qlora_cli.settings.models import field_of, marks
 from qlora_cli.settings.section import Section
 
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
@@ -20,6 +20,11 @@ def shown_name(field: FieldInfo) -> str:
     """Return what gives a setting on the command line: its flag, or an argument in capitals."""
     marked = marks_of(field)
     return marked.flag or str(marked.metavar)
+
+
+def flag_of(path: str) -> str:
+    """Return what gives the setting `section.key` on the command line."""
+    return shown_name(field_of(path))
 
 
 def flags_of(values: Mapping[str, object]) -> str:

@@ -112,7 +112,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     """
     started = time.monotonic()
     check_train_inputs(asked)
-    check_push(asked, reporter)
+    check_push(asked.settings.output, "output.push_to_hub", reporter)
     resume = find_resume(asked.settings.output)
     if resume is not None and resume.checkpoint is not None:
         read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number

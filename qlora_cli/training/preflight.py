@@ -3,7 +3,7 @@
 import importlib.util
 
 from qlora_cli.data.preflight import data_problems
-from qlora_cli.errors import Problem, QloraError, SettingsError
+from qlora_cli.errors import QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.choices import ReportTo
@@ -26,11 +26,7 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
         "output.push_to_hub": push_problem(settings.output),
         "training.use_liger_kernel": _check_liger(settings.training),
     }
-    problems = [
-        Problem(where=resolved.origin_of(path).where, message=error.message, hint=error.hint)
-        for path, error in found.items()
-        if error is not None
-    ]
+    problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
     problems += data_problems(resolved, settings.data)
     if problems:
         raise SettingsError(problems)

@@ -22,6 +22,7 @@ from qlora_cli.settings.marks import OnResume
 from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
 
 AUTO, NEVER = "auto", "never"
+RESUME = "output.resume"
 NAMES_OF_BASE = ("model.name", "model.revision")
 
 CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
@@ -124,7 +125,7 @@ def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
     hint = f"Name a folder {STEP_PREFIX}N in the checkpoints of a run, or a run directory."
     run = _run_of(path)
     if run is None or _record_in(run) is None:
-        return OutputDirectoryError(f"--resume {path}: there is no checkpoint of a run", hint=hint)
+        return OutputDirectoryError(f"there is no checkpoint of a run in {path}", hint=hint, setting=RESUME)
     is_same = run.path.resolve() == output.path.resolve()
     if output.run_file.exists() and not is_same:
         return OutputDirectoryError(
@@ -177,8 +178,9 @@ def find_resume(output: OutputSettings) -> Resume | None:
         )
     if not is_own:
         raise OutputDirectoryError(
-            f"--resume {asked}: the run has no checkpoint to go on from",
+            f"the run of {asked} has no checkpoint to go on from",
             hint="Leave --resume out to begin anew, or train its adapter on with --model.",
+            setting=RESUME,
         )
     if record.is_done and not is_complete(run, record):
         raise OutputDirectoryError(

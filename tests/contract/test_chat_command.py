@@ -92,7 +92,7 @@ def test_a_template_that_refuses_a_turn_does_not_end_the_chat(base_model: Path, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--compare",), "has nothing to compare"),
+        (("--compare",), "--compare: there is nothing to compare"),
         (("--top-p", "0.5"), "--top-p: has no effect"),
         (("--system", " "), "--system: is empty"),
     ],

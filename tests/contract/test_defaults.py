@@ -79,7 +79,7 @@ def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: d
         ("training.min_lr_ratio", "0.2", "0.1", {}),
         ("training.max_nan_skips", "3", "10", {}),
         ("quantization.compute_dtype", "bf16", "auto", {"quantization.method": "none"}),
-        ("quantization.int8_threshold", "5", "6.0", {}),
+        ("quantization.int8_threshold", "5", "6.0", {"quantization.method": "nf4"}),
         ("quantization.quant_storage", "bf16", "UINT8", {"quantization.method": "int8"}),
     ],
 )

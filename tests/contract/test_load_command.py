@@ -180,7 +180,7 @@ def test_the_error_of_a_checkpoint_that_was_saved_quantized_can_not_be_measured(
             ],
         ),
         (["--revision", "v1"], ["a revision (v1) has no meaning"]),
-        (["--device", "cpu", "--offload-embedding"], ["--offload-embedding has no effect"]),
+        (["--device", "cpu", "--offload-embedding"], ["--offload-embedding: has no effect"]),
         (["--device", "cpu", "--dtype", "fp16"], ["fp16 is not trained on a CPU"]),
         (["--device", "cpu", "--attention", "flash_attention_2"], ["flash_attention_2 needs an NVIDIA GPU"]),
         (["--device", "cpu", "--chat-template", "no.jinja"], ["the chat template no.jinja can't be read"]),

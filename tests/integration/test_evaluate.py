@@ -266,7 +266,7 @@ def test_a_base_that_the_adapter_changes_is_left_out_and_that_is_said(kind: str,
     (note,) = [note for note in found.notes if "the base is left out" in note]
     assert note in warnings_of(recorder)
     assert list(by_source(run_evaluation(adapter, request={"with_base": False}, **flags))) == ["adapter"]
-    with pytest.raises(ModelError, match="--base can't show the base of") as caught:
+    with pytest.raises(ModelError, match=r"evaluate.with_base: the base of .* can't be shown") as caught:
         run_evaluation(adapter, request={"with_base": True}, **flags)
     assert "evaluate the base by itself" in str(caught.value.hint)
 

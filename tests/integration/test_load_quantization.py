@@ -223,7 +223,7 @@ def test_16_bit_weights_can_be_kept_and_quantized_in_every_product(base_model: P
 @proves("int8_cpu_offload")
 def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trained(base_model: Path) -> None:
     message = refused(base_model, HardwareError, quantization__method="int8", quantization__int8_cpu_offload=True)
-    assert "quantization.int8_cpu_offload has no effect: the model is on cpu as a whole" in message
+    assert "quantization.int8_cpu_offload: has no effect: the model is on cpu as a whole" in message
     offloaded = QuantizationSettings(method=Quantization.INT8, int8_cpu_offload=True)
     with pytest.raises(HardwareError, match="can be loaded, but not trained"):
         check_hardware(offloaded, TrainingSettings(), torch.device("cuda"))

@@ -137,7 +137,7 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
     record["settings"]["quantization"]["method"] = "int8"
     (path / "run.json").write_text(json.dumps(record))
     message = refused(path, ModelError, quantization__compute_dtype="fp32")
-    assert f"quantization.compute_dtype has no effect: {path} is stored in int8" in message
+    assert f"quantization.compute_dtype: has no effect: {path} is stored in int8" in message
 
 
 def settled(asked: ModelSettings) -> ModelSettings:

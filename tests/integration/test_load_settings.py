@@ -48,7 +48,7 @@ def test_another_base_than_the_adapter_names_is_taken_when_asked_and_refused_on_
     assert found.report().base_model == str(other)
     assert torch.equal(logits(found.base), logits(load(other).base))
     message = refused(one, ModelError, model__base_model=str(other))
-    assert f"--base-model {other} has no effect: {one} is a whole model" in message
+    assert f"model.base_model: {other} has no effect: {one} is a whole model" in message
 
 
 @proves("dtype")
@@ -89,7 +89,7 @@ def test_attention_is_the_kernel_asked_for_and_one_that_the_model_lacks_is_refus
 @proves("offload_embedding")
 def test_an_offloaded_embedding_is_refused_on_a_cpu_and_where_the_head_shares_it(base_model: Path) -> None:
     message = refused(base_model, HardwareError, model__offload_embedding=True)
-    assert "--offload-embedding has no effect: the model is on cpu" in message
+    assert "model.offload_embedding: has no effect: the model is on cpu" in message
     with pytest.raises(ModelError, match="the output head shares the weight"):
         check_offload(tiny_model("llama", tie_word_embeddings=True), torch.device("cuda"))
     check_offload(tiny_model("llama", tie_word_embeddings=False), torch.device("cuda"))

@@ -113,8 +113,8 @@ def test_a_quantized_checkpoint_loads_as_it_is_with_its_settings_shown(
         ("int8", {"method": "nf4"}, "quantization.method is nf4, the checkpoint has int8"),
         ("int8", {"method": "int8", "int8_has_fp16_weight": True}, "int8_has_fp16_weight is true, the checkpoint has"),
         ("int8", {"skip_modules": "v_proj"}, "the checkpoint holds model.layers.0.self_attn.v_proj quantized"),
-        ("int8", {"quant_storage": "fp32"}, "quantization.quant_storage has no effect"),
-        ("int8", {"compute_dtype": "bf16"}, "quantization.compute_dtype has no effect"),
+        ("int8", {"quant_storage": "fp32"}, "quantization.quant_storage: has no effect"),
+        ("int8", {"compute_dtype": "bf16"}, "quantization.compute_dtype: has no effect"),
     ],
 )
 def test_a_flag_that_contradicts_a_quantized_checkpoint_is_an_error(

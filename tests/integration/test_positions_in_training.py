@@ -61,7 +61,7 @@ def test_a_length_beyond_the_positions_names_the_flag_with_which_it_trains(
 ) -> None:
     code, stderr = train(model, long_rows, tmp_path / "run", "--max-length", "128")
     assert code == 2
-    assert "error: --max-length 128 is more than the 64 positions of the model" in stderr
+    assert "error: --max-length: 128 is more than the 64 positions of the model" in stderr
     assert not (tmp_path / "run").exists()
     hinted = re.search(r"--rope-scaling (\S+)", stderr)
     assert hinted is not None
@@ -98,7 +98,7 @@ def test_a_run_trains_on_with_the_positions_that_it_was_stretched_to(
     prepared = prepare_run(train_settings(tmp_path / "one", long_rows, tmp_path / "two", **flags), Recorder())
     assert prepared.settings.model.rope_scaling == "yarn:2"
     assert prepared.plan.longest_row_tokens == 128
-    with pytest.raises(ModelError, match="--max-length 256 is more than the 128 positions"):
+    with pytest.raises(ModelError, match=r"data.max_length: 256 is more than the 128 positions"):
         prepare_run(
             train_settings(tmp_path / "one", long_rows, tmp_path / "two", **{**flags, "data__max_length": 256}),
             Recorder(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.errors import PushError, SettingsError
+from qlora_cli.errors import PushError, UsageError
 from qlora_cli.events import Noted
 from qlora_cli.hub.push import check_push, push_adapter, push_command, push_problem
 from qlora_cli.settings.models import OutputSettings
@@ -107,7 +107,7 @@ def test_the_command_quotes_a_path_with_spaces() -> None:
 def check(tmp_path: Path, name: str = "me/tiny-lora") -> Recorder:
     recorder = Recorder()
     settings = train_settings(tmp_path, tmp_path, tmp_path / "run", output__push_to_hub=name)
-    check_push(settings, recorder)
+    check_push(settings.settings.output, "output.push_to_hub", recorder)
     return recorder
 
 
@@ -147,21 +147,20 @@ def test_a_token_that_may_not_is_refused_before_anything_is_loaded(
     writable: Hub, tmp_path: Path, answer: dict[str, Any], name: str, said: str
 ) -> None:
     writable.accounts[TOKEN] = answer
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UsageError) as caught:
         check(tmp_path, name)
-    (problem,) = caught.value.problems
-    assert problem.where == "output.push_to_hub"
-    assert said in problem.message
-    assert problem.hint
+    assert caught.value.setting == "output.push_to_hub"
+    assert said in caught.value.message
+    assert caught.value.hint
     assert caught.value.exit_code == 2
     assert TOKEN not in str(caught.value)
 
 
 def test_a_token_that_the_hub_does_not_know_is_refused(writable: Hub, tmp_path: Path) -> None:
     writable.accounts.clear()
-    with pytest.raises(SettingsError, match="does not accept the token") as caught:
+    with pytest.raises(UsageError, match="does not accept the token") as caught:
         check(tmp_path)
-    assert "hf auth login" in str(caught.value.problems[0].hint)
+    assert "hf auth login" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("status", [429, 500])
@@ -173,8 +172,8 @@ def test_a_hub_that_can_not_answer_now_is_only_warned_about(writable: Hub, tmp_p
     assert f"HTTP {status}" in event.message
 
 
-def test_nothing_is_asked_where_nothing_is_pushed(hub: Hub, tmp_path: Path) -> None:
-    check_push(train_settings(tmp_path, tmp_path, tmp_path / "run"), Recorder())
+def test_nothing_is_asked_where_nothing_is_pushed(hub: Hub) -> None:
+    check_push(output(None), "output.push_to_hub", Recorder())
     assert hub.requests == []
     assert push_problem(output(None)) is None
 

@@ -292,6 +292,6 @@ def test_a_disk_that_fills_up_is_said_and_keeps_what_is_complete(
 
 
 def test_a_split_of_a_local_file_is_refused(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"data.split has no effect on .*rows.jsonl"):
+    with pytest.raises(SettingsError, match=r"data.split: has no effect on .*rows.jsonl"):
         train(train_settings(base_model, rows, tmp_path / "run", data__split="validation"), Recorder())
     assert not (tmp_path / "run").exists()

@@ -100,7 +100,7 @@ def test_all_problems_of_what_is_asked_are_told_at_once() -> None:
 
 def test_a_merged_model_that_is_an_adapter_or_not_there_is_refused(base_model: Path, tmp_path: Path) -> None:
     assert check_merged(base_model) is None
-    assert "no such directory" in str(check_merged(tmp_path / "no"))
+    assert "is no directory" in str(check_merged(tmp_path / "no"))
     assert "has no config.json" in str(check_merged(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "not a merged model" in str(check_merged(tmp_path))

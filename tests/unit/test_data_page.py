@@ -474,7 +474,6 @@ def test_a_place_that_can_be_no_page_is_told_before(tmp_path: Path, monkeypatch:
     ):
         problem = check_page(path)
         assert expected in str(problem)
-        assert str(problem).startswith("--html ")
         assert problem is not None
         assert problem.hint
     monkeypatch.setattr("os.access", lambda *_: False)

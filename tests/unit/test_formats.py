@@ -77,7 +77,7 @@ def test_columns_named_by_hand_come_first() -> None:
         (("messages", "prompt", "completion"), {}, "fit several formats", "--format messages"),
         (("prompt", "output"), {"columns": "prompt=output"}, "fit no known format", "The nearest is"),
         (("promt", "completon"), {}, "fit no known format", "The nearest is prompt_completion"),
-        (("a", "b"), {"columns": "prompt=a,completion=a"}, "names 'a' twice, as prompt and as completion", "once"),
+        (("a", "b"), {"columns": "prompt=a,completion=a"}, "'a' is named twice, as prompt and as completion", "once"),
         (("prompt", "chosen", "rejected"), {}, "holds preferences", "completion=chosen"),
         (("text",), {"format": "alpaca"}, "has no column instruction, output", "--columns instruction=NAME"),
         (("text",), {"columns": {"txt": "text"}}, "no format has a part 'txt'", "The parts are"),

@@ -165,7 +165,7 @@ def test_equal_rows_can_not_be_held_out_and_a_weight_may_take_none(tmp_path: Pat
 
 
 def test_all_can_not_be_held_out(file: Path) -> None:
-    with pytest.raises(DataError, match=r"--eval-split 40 can't be held out of .* there are 40 that can be used"):
+    with pytest.raises(DataError, match=r"data.eval_split: 40 can't be held out of .* there are 40 that can be used"):
         prepare(file, eval_split="40")
 
 

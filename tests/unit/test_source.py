@@ -124,7 +124,7 @@ def test_a_base_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -
 
 def test_another_base_has_no_effect_on_a_whole_model(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    assert "--base-model x has no effect" in problem_of(model, base_model="x")
+    assert "model.base_model: x has no effect" in problem_of(model, base_model="x")
 
 
 @pytest.mark.parametrize(("base", "expected"), [(None, "does not name its base"), ("{adapter}", "an adapter itself")])

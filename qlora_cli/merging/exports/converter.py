@@ -57,30 +57,34 @@ def find_converter(llama_cpp: Path | None) -> Converter:
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise MissingDependencyError(
-            f"--format gguf needs the package {' and '.join(missing)}", hint='Run: pip install "qlora-cli[gguf]".'
+            f"gguf needs the package {' and '.join(missing)}",
+            hint='Run: pip install "qlora-cli[gguf]".',
+            setting="merge.formats",
         )
     return Converter(script=script.resolve())  # what lies beside it is found by its own place, not a link's
 
 
 def _find_script(llama_cpp: Path | None) -> Path:
     if llama_cpp is not None:
-        return _script_at(llama_cpp, "--llama-cpp")
+        return _script_at(llama_cpp, setting="merge.llama_cpp")
     if directory := os.environ.get(VARIABLE):
-        return _script_at(Path(directory), VARIABLE)
+        return _script_at(Path(directory), named_by=f"{VARIABLE} ")
     if found := shutil.which(SCRIPT):
         return Path(found)
     raise MissingDependencyError(
-        f"--format gguf needs {SCRIPT} of llama.cpp, which is neither on the PATH nor named", hint=HOW_TO_GET_IT
+        f"gguf needs {SCRIPT} of llama.cpp, which is neither on the PATH nor named",
+        hint=HOW_TO_GET_IT,
+        setting="merge.formats",
     )
 
 
-def _script_at(place: Path, named_by: str) -> Path:
+def _script_at(place: Path, *, named_by: str = "", setting: str | None = None) -> Path:
     place = place.expanduser()
     script = place / SCRIPT if place.is_dir() else place
     if script.is_file() and script.suffix == ".py":
         return script
     what = f"holds no {SCRIPT}" if place.is_dir() else f"is no {SCRIPT}" if place.exists() else "is not there"
-    raise MissingDependencyError(f"{named_by} {place} {what}", hint=HOW_TO_GET_IT)
+    raise MissingDependencyError(f"{named_by}{place} {what}", hint=HOW_TO_GET_IT, setting=setting)
 
 
 def convert(

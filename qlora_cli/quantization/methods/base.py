@@ -290,4 +290,8 @@ class Method(ABC):
 
 def nothing_quantized() -> ModelError:
     """Return the error for a model that is to be written quantized and is not."""
-    return ModelError("--save writes a quantized checkpoint, and nothing is quantized", hint="Leave --save out.")
+    return ModelError(
+        "a quantized checkpoint is to be saved, and nothing is quantized",
+        hint="Leave --save out.",
+        setting="load.save",
+    )

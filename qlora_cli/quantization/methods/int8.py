@@ -222,14 +222,15 @@ class Int8(Method):
         """
         if settings.int8_cpu_offload and device.type != "cuda":
             raise HardwareError(
-                f"quantization.int8_cpu_offload has no effect: the model is on {device} as a whole",
+                f"has no effect: the model is on {device} as a whole",
                 hint="Leave it out.",
+                setting="quantization.int8_cpu_offload",
             )
         if settings.int8_cpu_offload and offloads_embedding:
             raise ModelError(
-                "--offload-embedding and quantization.int8_cpu_offload can't be used together: the latter decides by "
-                "itself what stays on the CPU",
+                "can't be used with quantization.int8_cpu_offload, which decides by itself what stays on the CPU",
                 hint="Leave one of them out.",
+                setting="model.offload_embedding",
             )
 
     def check_trainable(self, settings: QuantizationSettings) -> None:
