@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data import store
-from qlora_cli.data.formats import Layout, recognise
+from qlora_cli.data.formats import Layout, columns_in_use, recognise
+from qlora_cli.data.limits import check_columns
+from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
 from qlora_cli.data.rows import Example, RowError, RowReader
 from qlora_cli.data.sources import DatasetSource
@@ -63,9 +66,10 @@ def tokenize_source(
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
     before = _state_of(source)
+    wanted = Wanted(columns=partial(columns_in_use, settings=settings, name=source.name))
 
     def fill(writer: Writer) -> About:
-        with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming)) as raw:
+        with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming, wanted=wanted)) as raw:
             rows = raw if head is None else itertools.islice(raw, head)
             with uncollected():
                 about = _fill(writer, source.name, rows, settings, text)
@@ -135,6 +139,7 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     """
     first = list(itertools.islice(rows, SAMPLED_ROWS))
     columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
+    check_columns(columns, name)
     if not first:
         raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")
     if not columns:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
+from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -60,7 +61,7 @@ class Layout:
     def describe(self) -> str:
         """Return the format, what is called otherwise, and what is not used: `alpaca (output is response)`."""
         said = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
-        said += [f"not used: {', '.join(self.unused)}"] if self.unused else []
+        said += [f"not used: {listed(self.unused)}"] if self.unused else []
         return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
 
 
@@ -86,6 +87,14 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> La
             "of its own.",
         )
     return _layout(fits[0], columns, named)
+
+
+def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` rows are read from; all of them where no format is recognised."""
+    try:
+        return recognise(columns, settings, name).columns.values()
+    except DataError:  # which is told when it is asked of the rows
+        return columns
 
 
 def nearest(columns: Collection[str]) -> str:
@@ -130,7 +139,7 @@ def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str
     if missing := _missing(fmt, columns, named):
         raise DataError(
             f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
-            hint=f"Its columns are {', '.join(columns)}; --columns {missing[0]}=NAME says which one it is.",
+            hint=f"Its columns are {listed(columns)}; --columns {missing[0]}=NAME says which one it is.",
         )
     return _layout(fmt, columns, named)
 
@@ -158,7 +167,7 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
             near = get_close_matches(theirs, columns, n=1)
             raise DataError(
                 f"{ours}={theirs}: {name} has no column {theirs!r}",
-                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {', '.join(columns)}.",
+                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {listed(columns)}.",
                 setting=COLUMNS,
             )
 
@@ -166,12 +175,12 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
 def _no_format(columns: Collection[str], name: str) -> DataError:
     if any(needed <= set(columns) for needed in PREFERENCES):
         return DataError(
-            f"{name} holds preferences ({', '.join(columns)}), of which one answer is to be avoided: "
+            f"{name} holds preferences ({listed(columns)}), of which one answer is to be avoided: "
             "this is for training by comparison (DPO), not for fine-tuning on answers",
             hint="To train on the better answers: --format prompt_completion --columns completion=chosen.",
         )
     known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
     return DataError(
-        f"the columns of {name} fit no known format: {', '.join(columns) or 'there are none'}",
+        f"the columns of {name} fit no known format: {listed(columns) or 'there are none'}",
         hint=f"The nearest is {nearest(columns)}; --format and --columns say what is what. Known are {known}.",
     )

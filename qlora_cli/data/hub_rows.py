@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.columns import BATCH_ROWS, plain_row
 from qlora_cli.data.raw import RawRow, estimate_bytes
 from qlora_cli.data.sampling import choose, too_few
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.tables import BATCH_ROWS, plain_row
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 
 SHUFFLE_ROWS = 10_000

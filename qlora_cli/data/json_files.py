@@ -7,12 +7,14 @@ and their schemas would reach the prompt changed.
 import json
 from collections.abc import Iterator
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.formats import PARTS
 from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues, name_long_number
-from qlora_cli.data.raw import Kept, RawRow, is_kept, open_text
+from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_DEEP, TOO_LONG
+from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
 from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.settings.choices import DataFormat
 
@@ -22,7 +24,7 @@ CONVERSATION_KEYS = frozenset(PARTS[DataFormat.MESSAGES]["messages"] + PARTS[Dat
 NAME_IT_JSON = "; a file that holds one list or object over several lines must be named .json"
 
 
-def read_json_lines(path: Path, kept: Kept = None) -> Iterator[RawRow]:
+def read_json_lines(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     """Yield the row of each line that is not blank.
 
     Raises:
@@ -33,8 +35,8 @@ def read_json_lines(path: Path, kept: Kept = None) -> Iterator[RawRow]:
         for number, (line, content) in enumerate(_lines(file), start=1):
             if number == 1 and _begins_json(path, content):
                 advice = NAME_IT_JSON
-            if is_kept(kept, number):
-                value, problem = _decode_line(content, values)
+            if wanted.has(number):
+                value, problem = _decode_line(content, values) if content else (None, f"the line is {TOO_LONG}")
                 yield _row(file_name, number, Decoded(line, value, problem, len(content)), advice)
 
 
@@ -44,7 +46,7 @@ def count_json_lines(path: Path) -> int:
         return sum(1 for _ in _lines(file))
 
 
-def read_json(path: Path, kept: Kept = None) -> Iterator[RawRow]:
+def read_json(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     """Yield the rows of a list of objects, of an object that holds nothing but one, of lines, or of a lone object.
 
     What follows a syntax error can't be read; the error is the last row.
@@ -54,9 +56,9 @@ def read_json(path: Path, kept: Kept = None) -> Iterator[RawRow]:
     """
     layout = _layout_of(path)
     if layout == _Layout.LINES:
-        yield from read_json_lines(path, kept)
+        yield from read_json_lines(path, wanted)
         return
-    yield from (row for row in _rows(path, layout) if is_kept(kept, row.number))
+    yield from (row for row in _rows(path, layout) if wanted.has(row.number))
 
 
 def count_json(path: Path) -> int:
@@ -66,8 +68,22 @@ def count_json(path: Path) -> int:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of each line that is not blank; only a line feed ends one."""
-    return ((line, content) for line, content in enumerate(file, start=1) if content.strip())
+    """Yield number and bytes of each line that is not blank, no bytes of one that is too long.
+
+    Only a line feed ends a line.
+    """
+    for line, content in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
+        if len(content) > LONGEST_ROW:
+            _pass_line(file, content)
+            yield line, b""
+        elif content.strip():
+            yield line, content
+
+
+def _pass_line(file: BinaryIO, content: bytes) -> None:
+    """Read on to the end of the line of which `content` was read."""
+    while content and not content.endswith(b"\n"):
+        content = file.readline(WINDOW_BYTES)
 
 
 def _begins_json(path: Path, content: bytes) -> bool:
@@ -95,13 +111,15 @@ def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
     except ValueError:
         return None, name_long_number()
     except RecursionError:
-        return None, "nested too deeply to be read"
+        return None, TOO_DEEP
 
 
 def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> RawRow:
     line, value, problem, num_characters = decoded
     if problem is None and not isinstance(value, dict):
         problem = f"expected a JSON object, found {KINDS.get(type(value), 'null')}"
+    elif problem is None and len(value) > MOST_COLUMNS:
+        problem = f"{len(value):,} keys, more than {MOST_COLUMNS:,}"
     if problem is not None:
         value, problem = None, problem + advice
     return RawRow(file_name, number, line, value, problem, num_characters)

@@ -6,6 +6,8 @@ import re
 import sys
 from typing import Any, BinaryIO, NamedTuple
 
+from qlora_cli.data.limits import LONGEST_ROW, TOO_DEEP, TOO_LONG, text_nests_too_deeply
+
 WINDOW_BYTES = 1024**2
 # What `json` blames is at most this far from where it ran out of text: `-Infinity`, `\\ud83d\\ude00`.
 LONGEST_TOKEN = 16
@@ -59,6 +61,8 @@ class JsonValues:
         return value, end, self._problem(value, text, start, end)
 
     def _problem(self, value: Any, text: str, start: int, end: int) -> str | None:
+        if text_nests_too_deeply(value, text.count("[", start, end) + text.count("{", start, end)):
+            return TOO_DEEP
         if self._constants:
             return f"broken JSON: {self._constants[0]} is no JSON value"
         if text.find("\\ud", start, end) < 0 and text.find("\\uD", start, end) < 0:
@@ -127,6 +131,8 @@ class JsonText:
             try:
                 value, end, problem = self._values.decode_at(self._text, self._at)
             except json.JSONDecodeError as error:
+                if self._may_be_cut(error) and len(self._text) - self._at > LONGEST_ROW:
+                    raise self._broken(f"a value is {TOO_LONG}", self._at) from error
                 if not self._may_be_cut(error) or not self._grow():
                     raise self._broken(self._reason(error), error.pos) from error
             except ValueError as error:  # a number of thousands of digits

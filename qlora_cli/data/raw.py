@@ -6,14 +6,16 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from qlora_cli.data.limits import ALWAYS_EXPANDED, MOST_EXPANSION
 from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.errors import DataError, MissingDependencyError
+from qlora_cli.units import format_bytes
 
 BUFFER_BYTES = 256 * 1024
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -35,8 +37,24 @@ ARCHIVE_MARKS = {
 HEAD_BYTES = 8
 VALUE_BYTES = 8  # of what is no text
 
-# One byte for each row of a file, 0 for those to skip; None to read all.
-Kept = bytes | None
+
+class Wanted(NamedTuple):
+    """What of a file is to be read.
+
+    Attributes:
+        rows: One byte for each row of the file, 0 for those to skip; None to read all.
+        columns: Returns which of a file's columns are read, where others can be passed over; None to read all.
+    """
+
+    rows: bytes | None = None
+    columns: Callable[[Collection[str]], Collection[str]] | None = None
+
+    def has(self, number: int) -> bool:
+        """Whether row `number`, from 1, is to be read; one that was not there when rows were chosen is not."""
+        return self.rows is None or (number <= len(self.rows) and self.rows[number - 1] != 0)
+
+
+EVERYTHING = Wanted()
 
 
 class RawRow(NamedTuple):
@@ -55,11 +73,6 @@ class RawRow(NamedTuple):
     value: Mapping[str, Any] | None
     problem: str | None
     num_bytes: int
-
-
-def is_kept(kept: Kept, number: int) -> bool:
-    """Whether row `number`, from 1, is to be read; a row that was not there when rows were chosen is not."""
-    return kept is None or (number <= len(kept) and kept[number - 1] != 0)
 
 
 def estimate_bytes(value: object) -> int:
@@ -127,15 +140,39 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 def _open(path: Path) -> RawIOBase:
     _, compression = suffixes_of(path) or ("", None)
-    if compression == ".gz":
-        return cast("RawIOBase", gzip.open(path))
-    if compression == ".bz2":
-        return cast("RawIOBase", bz2.open(path))
-    if compression == ".xz":
-        return cast("RawIOBase", lzma.open(path))
-    if compression == ".zst":
-        return _open_zstandard(path)
-    return path.open("rb", buffering=0)
+    if compression is None:
+        return path.open("rb", buffering=0)
+    openers: Mapping[str, Callable[[Path], Any]]
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    return _Expanded(path, openers[compression](path))
+
+
+class _Expanded(RawIOBase):
+    """What is in an archive, as far as it is not so much more than the archive that it can be no text."""
+
+    def __init__(self, path: Path, inside: RawIOBase) -> None:
+        self._path = path
+        self._inside = inside
+        self._num_left = max(ALWAYS_EXPANDED, MOST_EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = self._inside.readinto(buffer) or 0
+        self._num_left -= num_bytes
+        if self._num_left < 0:
+            raise DataError(
+                f"{printable(self._path)} expands to more than {MOST_EXPANSION} times its size, and to more than "
+                f"{format_bytes(ALWAYS_EXPANDED)}",
+                hint="Is it a text to train on? If it is, decompress it yourself.",
+            )
+        return num_bytes
+
+    def close(self) -> None:
+        if not self.closed:
+            self._inside.close()
+        super().close()
 
 
 def _open_zstandard(path: Path) -> RawIOBase:

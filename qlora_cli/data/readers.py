@@ -6,21 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_cli.data.columns import count_arrow, count_parquet, read_arrow, read_parquet
 from qlora_cli.data.hub_rows import read_hub
 from qlora_cli.data.hub_rows import resolve_hub as resolve_hub
 from qlora_cli.data.json_files import count_json, count_json_lines, read_json, read_json_lines
-from qlora_cli.data.raw import Kept
+from qlora_cli.data.raw import EVERYTHING, Wanted
 from qlora_cli.data.raw import RawRow as RawRow
 from qlora_cli.data.sampling import choose
 from qlora_cli.data.sources import DatasetSource, suffixes_of
-from qlora_cli.data.tables import (
-    count_arrow,
-    count_delimited,
-    count_parquet,
-    read_arrow,
-    read_delimited,
-    read_parquet,
-)
+from qlora_cli.data.tables import count_delimited, read_delimited
 from qlora_cli.errors import DataError
 
 
@@ -28,7 +22,7 @@ from qlora_cli.errors import DataError
 class _Reader:
     """How rows of one kind of file are read; `count` does so without making values of them where it can."""
 
-    read: Callable[[Path, Kept], Iterator[RawRow]]
+    read: Callable[[Path, Wanted], Iterator[RawRow]]
     count: Callable[[Path], int]
 
 
@@ -43,11 +37,13 @@ READERS = {
 }
 
 
-def read_rows(source: DatasetSource, *, split: str, seed: int, streaming: bool = False) -> Generator[RawRow]:
+def read_rows(
+    source: DatasetSource, *, split: str, seed: int, streaming: bool = False, wanted: Wanted = EVERYTHING
+) -> Generator[RawRow]:
     """Yield the rows of `source`, or the sample of them that it asks for, in the order of its files.
 
     Files are always read bit by bit; `split` and `streaming` are for a hub data set, and a split in its name
-    comes first.
+    comes first. Of columns that are not `wanted`, a row may have the names alone, with None for their values.
 
     Raises:
         DatasetNotFoundError: the hub has no such data set or revision, or can't be reached.
@@ -58,12 +54,12 @@ def read_rows(source: DatasetSource, *, split: str, seed: int, streaming: bool =
         yield from read_hub(source, split=split, seed=seed, streaming=streaming)
     elif source.num_rows is None:
         for path in source.files:
-            yield from _reader_of(path).read(path, None)
+            yield from _reader_of(path).read(path, wanted)
     else:
-        yield from _sample(source, seed)
+        yield from _sample(source, seed, wanted)
 
 
-def _sample(source: DatasetSource, seed: int) -> Iterator[RawRow]:
+def _sample(source: DatasetSource, seed: int, wanted: Wanted) -> Iterator[RawRow]:
     counts = [_reader_of(path).count(path) for path in source.files]
     chosen = choose(source, sum(counts), seed)
     num_left, first = len(chosen), 0
@@ -73,7 +69,7 @@ def _sample(source: DatasetSource, seed: int) -> Iterator[RawRow]:
         kept[chosen[begin:end] - first] = True
         first += count
         if begin < end:
-            for row in _reader_of(path).read(path, kept.tobytes()):
+            for row in _reader_of(path).read(path, wanted._replace(rows=kept.tobytes())):
                 num_left -= 1
                 yield row
     if num_left:

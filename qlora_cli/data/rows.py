@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.formats import Layout, nearest
+from qlora_cli.data.limits import TOO_DEEP, listed, text_nests_too_deeply
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 
@@ -226,7 +227,7 @@ class RowReader:
     def _value(self, row: Mapping[str, Any], part: str) -> Any:
         column = self._layout.columns[part]
         if column not in row:
-            found = ", ".join(map(repr, row)) or "nothing"
+            found = listed(list(map(repr, row))) or "nothing"
             raise RowError(f"there is no {column!r}, but {found}; the nearest known format is {nearest(row)}")
         return row[column]
 
@@ -283,7 +284,7 @@ def _read_message(message: object, where: str) -> dict[str, Any]:
     found = {name: part for name, part in message.items() if part is not None}
     role_key = next((key for key in ROLE_KEYS if key in found), None)
     if role_key is None:
-        raise RowError(f"{where} has no role, but {', '.join(map(repr, found)) or 'nothing'}")
+        raise RowError(f"{where} has no role, but {listed(list(map(repr, found))) or 'nothing'}")
     given = found.pop(role_key)
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
@@ -335,9 +336,14 @@ def _read_tool_calls(calls: object, where: str) -> list[Any]:
 
 def _read_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise RowError(f"{where} is text, but no JSON: {error}") from error
+    except RecursionError as error:
+        raise RowError(f"{where}: {TOO_DEEP}") from error
+    if text_nests_too_deeply(value, text.count("[") + text.count("{")):
+        raise RowError(f"{where}: {TOO_DEEP}")
+    return value
 
 
 def _read_switch(value: object, place: int, key: str) -> bool:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 from datasets import Features, IterableDataset, List, Value
 
 from qlora_cli.data.encode import Encoder, TextTokenizer, bad_row, open_rows
+from qlora_cli.data.formats import columns_in_use
 from qlora_cli.data.packing import best_fit
+from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import read_rows
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.sources import DatasetSource
@@ -113,7 +116,8 @@ class TokenStream:
 
     def _pass(self, source: DatasetSource, *, is_first: bool) -> Iterator[Tokens]:
         settings = self._settings
-        with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True)) as raw:
+        wanted = Wanted(columns=partial(columns_in_use, settings=settings, name=source.name))
+        with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True, wanted=wanted)) as raw:
             layout, rows = open_rows(source.name, raw, settings)
             for batch in Encoder(layout, settings, self._text).encode(rows):
                 for row, tokens in batch:

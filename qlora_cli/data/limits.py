@@ -1,0 +1,63 @@
+"""How much one row or file may be, so that a damaged or hostile one ends in a message, not in a machine at its end."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from qlora_cli.errors import DataError
+from qlora_cli.units import MIB, format_bytes
+
+# Of a line, a field, or a value in a list: some sixteen million tokens, far beyond what any model takes.
+LONGEST_ROW = 64 * MIB
+# Of a row: what is known of columns is asked and said by name, for each of them.
+MOST_COLUMNS = 1000
+# Lists and objects in each other: tool schemas have about ten; what walks through values calls itself as often.
+DEEPEST = 100
+# Text is compressed to a fifth or a tenth, rarely to a fiftieth; what gains more than this is made to fill a machine.
+MOST_EXPANSION = 200
+ALWAYS_EXPANDED = 256 * MIB  # bytes that an archive may have inside, however small it is
+
+TOO_LONG = f"longer than {format_bytes(LONGEST_ROW)}"
+TOO_DEEP = f"nested too deeply to be read (more than {DEEPEST} lists and objects in each other)"
+SHOWN_NAMES, SHOWN_CHARACTERS = 20, 60
+
+
+def check_columns(columns: Collection[str], name: str) -> None:
+    """Check that the data set or file `name` does not have too many columns.
+
+    Raises:
+        DataError: it has.
+    """
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(
+            f"{name} has {len(columns):,} columns, more than {MOST_COLUMNS:,}",
+            hint="Write a file with those alone that hold text to train on.",
+        )
+
+
+def nests_too_deeply(value: Any) -> bool:
+    """Whether lists and objects in `value` nest deeper than `DEEPEST` levels."""
+    level = _nested([value])
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        level = _nested(part for each in level for part in (each.values() if isinstance(each, dict) else each))
+    return bool(level)
+
+
+def _nested(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
+    return [value for value in values if isinstance(value, dict | list)]
+
+
+def text_nests_too_deeply(value: Any, num_brackets: int) -> bool:
+    """Whether `value` nests too deeply, which was read of a text with `num_brackets` opening brackets."""
+    return num_brackets > DEEPEST and nests_too_deeply(value)
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names for a message, the first of many, each cut to what fits on a line."""
+    shown = [
+        name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"
+        for name, _ in zip(names, range(SHOWN_NAMES), strict=False)
+    ]
+    more = f", and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(shown) + more
