@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
+from itertools import dropwhile
 from pathlib import Path
 
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
@@ -22,6 +23,7 @@ READ_FROM_ANY_PLACE = (".parquet", ".arrow")
 METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 MAP_CACHE = re.compile(r"cache-.*\.arrow")
 MOST_WEIGHT = 1000
+ANY_DEPTH = "**"
 LONGEST_HUB_ID = 96
 CHECK_PATTERN = "Check the pattern; ** searches directories below, as in data/**/*.jsonl."
 
@@ -194,11 +196,37 @@ def _matches(pattern: str) -> list[Path]:
     if not has_magic(pattern):
         return []
     try:
-        # `Path.glob` takes no absolute pattern, and finds hidden files.
-        found = glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207
+        found = _expand(str(Path(pattern).expanduser()))
     except (OSError, ValueError, RuntimeError):  # a NUL byte, a home directory of nobody
         return []
     return sorted(set(map(Path, found)))
+
+
+def _expand(pattern: str) -> list[str]:
+    """Return what `pattern` finds; `**` goes into each directory below once, however many links lead to it."""
+    parts = Path(pattern).parts
+    if ANY_DEPTH not in parts:
+        # `Path.glob` takes no absolute pattern, and finds hidden files.
+        return glob(pattern)  # noqa: PTH207
+    place = parts.index(ANY_DEPTH)
+    behind = [*dropwhile(lambda part: part == ANY_DEPTH, parts[place:])] or ["*"]
+    tops = glob(str(Path(*parts[:place]))) if place else ["."]  # noqa: PTH207
+    directories = [escape(directory) for top in tops for directory in _directories(top)]
+    return [found for directory in directories for found in _expand(str(Path(directory, *behind)))]
+
+
+def _directories(top: str) -> Iterator[str]:
+    """Yield `top` and the directories below that are not hidden, each once; one itself comes before links to it."""
+    seen = set()
+    for directory, names, _ in os.walk(top, followlinks=True):
+        stat = Path(directory).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        shown = [name for name in names if not name.startswith(".")]
+        names[:] = sorted(shown, key=lambda name: (Path(directory, name).is_symlink(), name))
+        yield directory
 
 
 def _find_among(matches: list[Path], pattern: str) -> list[Path]:

@@ -14,6 +14,8 @@ import yaml
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
+from qlora_cli.units import format_bytes
 
 # `code`: settings that were made without a command line. `found`: not asked for, but what a file or a machine says.
 Kind = Literal["default", "file", "set", "flag", "code", "found"]
@@ -104,7 +106,7 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Prob
             problems.append(problem)
             continue
         try:
-            value = yaml.safe_load(text)
+            value = text if refused(text) else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             value = text
         entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
@@ -114,11 +116,17 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Prob
 def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
     """Read a settings file: YAML, a mapping of sections to mappings of settings."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            return [], [_file_problem(path, f"is larger than {format_bytes(MOST_BYTES)}: no settings file")]
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         return [], [_file_problem(path, error.strerror or str(error))]
     except UnicodeDecodeError as error:
         return [], [_file_problem(path, f"is not UTF-8 text (byte {error.start})")]
+    if found := refused(text):
+        return [], [Problem(where=f"{path}:{found.line}", message=found.message, hint=found.hint)]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:

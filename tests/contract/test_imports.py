@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "visible": set(),
     "files": {"errors", "units", "writing"},
     "writing": set(),
-    "settings": {"errors"},
+    "settings": {"errors", "units"},
     "counters": BOTTOM,
     "device": BOTTOM,
     "runs": BOTTOM,

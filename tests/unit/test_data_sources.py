@@ -70,6 +70,30 @@ def test_directories_and_globs_give_their_files_sorted(
 
 
 @pytest.mark.parametrize(
+    "pattern", ["**/*.tsv", "**", "d*/**/er/**/*.tsv", "**/**/*.tsv", "**/er/*", "deep/er/**/d.*"]
+)
+def test_a_glob_goes_through_links_but_into_no_directory_twice(data: Path, pattern: str) -> None:
+    for number in range(3):
+        (data / "deep" / f"loop{number}").symlink_to(data)
+        (data / "deep" / "er" / f"back{number}").symlink_to("..")
+    assert [name for name in files_of(pattern) if name.endswith(".tsv")] == ["deep/er/d.tsv"]
+
+
+def test_a_directory_that_only_a_link_leads_to_is_read_once_and_a_hidden_one_is_not(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere[1]")
+    (elsewhere / "far.tsv").write_text("x")
+    (data / ".hidden").mkdir()
+    (data / ".hidden" / "h.tsv").write_text("x")
+    for name in ("a1", "a2"):
+        (data / name).symlink_to(elsewhere)
+    assert files_of("**/*.tsv") == ["a1/far.tsv", "deep/er/d.tsv"]
+    assert files_of(f"{data}/**/*.tsv") == [f"{data}/a1/far.tsv", f"{data}/deep/er/d.tsv"]
+    assert files_of(".hidden/**/*.tsv") == [".hidden/h.tsv"]
+
+
+@pytest.mark.parametrize(
     ("behind", "num_rows", "weight"),
     [
         ("", None, "1"),

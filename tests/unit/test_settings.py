@@ -83,6 +83,13 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
         ("lora: [1, 2]\n", "must be a mapping of settings"),
         ("lora:\n  rank: 1\n  rank: 2\n", ":3: 'rank' is given twice, first on line 2"),
         ("lora:\n  rank: 1\n bad\n", ":3: is not valid YAML"),
+        ("lora:\n  target_modules: &a [*a]\n", ":2: &a makes one value stand for another"),
+        ("lora: &a\n  rank: 1\ntraining: {seed: *a}\n", ":1: &a makes one value stand for another"),
+        ("lora:\n  rank: *a\n", ":2: *a makes one value stand for another"),
+        ("lora:\n  rank: 1\n  target_modules: " + "[" * 50_000 + "]" * 50_000, ":3: nested too deeply (more than 20"),
+        ("lora:\n  target_modules:\n  " + "- " * 50_000 + "x", ":3: nested too deeply (more than 20"),
+        ("lora:\n  ? " + "{" * 21 + "}" * 21 + "\n  : 1", ":2: nested too deeply (more than 20"),
+        ("lora:\n" + "# a comment\n" * 25_000, "is larger than 256.00 KiB: no settings file"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
@@ -96,7 +103,6 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expe
     [
         ("training:\n  seed: !number 1\n", ":2 training.seed: can't be read: could not determine a constructor"),
         ("training:\n  seed: 2024-13-45\n", ":2 training.seed: can't be read: month must be in 1..12"),
-        ("lora:\n  target_modules: &a [*a]\n", ":2 lora.target_modules: can't be read: found unconstructable"),
         ("lora: !section {rank: 1}\n? [a]\n: 1\n", ":2: unknown section"),
         ("lora: !section 1\n", ":1: section 'lora' must be a mapping of settings"),
         ("training:\n  epochs: .inf\n", ":2 training.epochs: must be a finite number, got inf"),
@@ -119,6 +125,12 @@ def test_what_yaml_cannot_read_in_set_is_text() -> None:
         "--set training.max_steps: expected a whole number, got '!x 1'",
         "--set training.seed: expected a whole number, got '2024-13-45'",
     ]
+
+
+@pytest.mark.parametrize("value", ["*a", "&a", "[&a x, *a]", "[" * 21 + "]" * 21])
+def test_what_is_not_read_of_yaml_in_set_is_text_too(value: str) -> None:
+    sources = Sources(assignments=[f"data.format={value}"], flags=REQUIRED)
+    assert f"--set data.format: {value!r} is not one of" in problems_of(sources)[0]
 
 
 def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:

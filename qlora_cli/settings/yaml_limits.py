@@ -1,0 +1,44 @@
+"""What YAML may not do in settings: stand for more than is written, or nest without an end.
+
+A few lines of aliases, each of a list of aliases, are billions of values; what reads nested values calls itself for
+each level. Both are found by reading the text piece by piece, before a value is made of it.
+"""
+
+from dataclasses import dataclass
+
+import yaml
+
+MOST_BYTES = 256 * 1024  # a file with every setting is a tenth of it; to read one takes seconds
+DEEPEST = 20  # lists and mappings in each other; settings have four
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Why a text is not read: the line, from 1, and what is there."""
+
+    line: int
+    message: str
+    hint: str
+
+
+def refused(text: str) -> Refused | None:
+    """Return why `text` is not read as settings; None if it may be, or is no YAML at all."""
+    try:
+        return _refused(text)
+    except (yaml.YAMLError, ValueError):  # which is told by what makes values of it
+        return None
+
+
+def _refused(text: str) -> Refused | None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            message = f"{sign}{event.anchor} makes one value stand for another, which settings do not take"
+            return Refused(line=line, message=message, hint="Write the value itself, or put the text in quotes.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            message = f"nested too deeply (more than {DEEPEST} lists and mappings in each other)"
+            return Refused(line=line, message=message, hint="No setting is nested so.")
+    return None
