@@ -22,6 +22,8 @@ _NO_CHARACTERS = "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"  # a lone surrogate co
 _NUMBERED = f"[{_CONTROLS}{_IGNORABLE}{_ODD_SPACES}{_NO_CHARACTERS}]"
 # A run of spaces is tried once, at its first: no quadratic time in a row of nothing but spaces.
 _SPACES = r"(?<!\ )\ ++"
+# Joiners and odd spaces are part of many languages, and stay, and so do the breaks between lines.
+_DRIVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSEEN = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n])|{_NUMBERED}")
 _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
 
@@ -69,6 +71,11 @@ def parts(text: str, *, is_end: bool = True) -> Iterator[Part]:
         place = found.end()
     if place < len(text):
         yield Part(text[place:], is_sign=False)
+
+
+def harmless(text: str) -> str:
+    """Return `text` with what could drive a terminal, or turn text around, as its number in brackets: `[U+001B]`."""
+    return _DRIVES.sub(lambda found: _sign(found.group()), text)
 
 
 def line_ends(pieces: Sequence[Piece]) -> list[bool]:

@@ -14,6 +14,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.generate import check_request
+from qlora_cli.cli.told import tell
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import ChatSettings
@@ -57,7 +58,7 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
     teller = Teller(is_headed=len(opened.sources) > 1, max_new_tokens=max_new_tokens)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        _say(HELP)
+        tell(HELP)
     for line in _typed_lines() if is_terminal else _piped_lines():
         command = COMMAND.fullmatch(line)
         if command is not None and command[1] == "quit":
@@ -69,8 +70,8 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
                 with _stopped_by_ctrl_c(teller) if is_terminal else nullcontext():
                     _tell_kept(chat.ask(line.strip(), teller)[-1])
         except QloraError as error:  # of this turn alone: the conversation stays as it was
-            _say(f"error: {error.message}")
-            _say(f"  hint: {error.hint}")
+            tell(f"error: {error.message}")
+            tell(f"  hint: {error.hint}")
 
 
 def _obey(chat: "Chat", command: str, text: str | None) -> None:
@@ -82,17 +83,17 @@ def _obey(chat: "Chat", command: str, text: str | None) -> None:
     """
     if command == "reset":
         chat.reset()
-        _say("what was said is forgotten")
+        tell("what was said is forgotten")
     elif command == "system":
         chat.set_system(text or None)
-        _say("the system prompt holds from here on" if text else "no system prompt from here on")
+        tell("the system prompt holds from here on" if text else "no system prompt from here on")
     else:
         raise UsageError(f"no command /{command}", hint=f"{HELP}. What begins with a space is sent as it is.")
 
 
 def _tell_kept(answer: "Answer") -> None:
     if answer.finish_reason == "interrupted":
-        _say("stopped; what there is of the answer stays in the conversation")
+        tell("stopped; what there is of the answer stays in the conversation")
 
 
 def _typed_lines() -> Iterator[str]:
@@ -105,13 +106,13 @@ def _typed_lines() -> Iterator[str]:
         try:
             yield _decodable(input(MARK if sys.stdout.isatty() else ""))
         except EOFError:
-            _say("")
+            tell("")
             return
         except KeyboardInterrupt:
-            _say("")
+            tell("")
             raise
         except UnicodeError:
-            _say("error: the line is not UTF-8")
+            tell("error: the line is not UTF-8")
 
 
 def _piped_lines() -> Iterator[str]:
@@ -141,7 +142,3 @@ def _stopped_by_ctrl_c(teller: "Teller") -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

@@ -2,26 +2,50 @@
 
 from collections.abc import Sequence
 from textwrap import wrap
+from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+
+from qlora_cli.visible import harmless
 
 Row = tuple[str, str]
 MORE = "  "  # before what goes on from the line above
 LEAST_ROOM = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
-class _PipeConsole(Console):
-    """Leaves a closed pipe to the one place that ends commands; rich would exit by itself, with 1."""
+class TextConsole(Console):
+    """A console whose text is harmless, whoever it is from, and that colours nothing by guessing.
+
+    It leaves a closed pipe to the one place that ends commands; rich would exit by itself, with 1.
+    """
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        super().__init__(file=file, highlight=False, markup=False)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, as rich does, texts in which nothing drives a terminal."""
+        super().print(*map(_harmless, objects), **options)
+
+
+def _harmless(part: object) -> object:
+    if isinstance(part, str):
+        return harmless(part)
+    if not isinstance(part, Text) or harmless(part.plain) == part.plain:
+        return part
+    return Text("").join(  # piece by piece, so that each keeps its style
+        piece if harmless(piece.plain) == piece.plain else Text(harmless(piece.plain), style=piece.style)
+        for piece in part.divide(range(1, len(part)))
+    )
+
 
 def console() -> Console:
-    """Return a console on stdout that colours nothing by guessing."""
-    return _PipeConsole(highlight=False)
+    """Return a console on stdout."""
+    return TextConsole()
 
 
 def title(text: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import typer
 
 from qlora_cli.cli import options
-from qlora_cli.cli.failures import redact
 from qlora_cli.cli.output import print_json
+from qlora_cli.cli.told import redact
 
 
 def doctor(json: options.Json = False) -> None:

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +14,9 @@ from typer.core import TyperGroup
 
 from qlora_cli.cli.lasting import dropped_without_terminal, let_go
 from qlora_cli.cli.options import WHERE
+from qlora_cli.cli.told import redact, tell
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
 
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
 
 
@@ -50,7 +47,7 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
         _fail(_placed(error, known.get(WHERE)), as_json=as_json)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it; its message is the help
-            typer.echo(error.format_message(), err=True)
+            tell(error.format_message())
             raise typer.Exit(error.exit_code) from None
         _fail(_explain_usage(error), as_json=as_json)
     except KeyboardInterrupt:
@@ -67,16 +64,8 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
             except OSError:  # it is stdout that is full, not the run's own files
                 let_go(sys.stdout)
             _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
-        typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+        tell("".join(traceback.format_exception(error)).rstrip("\n"))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
-
-
-def redact(text: str) -> str:
-    """Return `text` without the tokens of the environment, nor anything that looks like one of the hub's."""
-    for name in SECRET_VARIABLES:
-        if value := os.environ.get(name):
-            text = text.replace(value, "***")
-    return TOKEN.sub("hf_***", text)
 
 
 def problems_of(error: QloraError) -> tuple[Problem, ...]:
@@ -99,15 +88,15 @@ def _tell(error: QloraError) -> None:
     problems = problems_of(error)
     if problems:
         for problem in problems:
-            typer.echo(redact(f"error: {problem}"), err=True)
+            tell(f"error: {problem}")
             if problem.hint:
-                typer.echo(redact(f"  hint: {problem.hint}"), err=True)
+                tell(f"  hint: {problem.hint}")
         if len(problems) > 1:
-            typer.echo(f"{len(problems)} problems", err=True)
+            tell(f"{len(problems)} problems")
     else:
-        typer.echo(redact(f"error: {error}"), err=True)
+        tell(f"error: {error}")
         if error.hint:
-            typer.echo(redact(f"  hint: {error.hint}"), err=True)
+            tell(f"  hint: {error.hint}")
 
 
 def _placed(error: QloraError, where_of: Callable[[str], str] | None) -> QloraError:

@@ -6,6 +6,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
+from qlora_cli.cli.told import tell
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.marks import Command
@@ -56,9 +57,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
             reporter.report(Noted(message=f"the page is in {html}"))
     print_json(inspection.as_json()) if json else render_data(inspection)
     for refusal in inspection.refusals:
-        typer.echo(f"error: {refusal}", err=True)
+        tell(f"error: {refusal}")
     if inspection.refusals:
-        typer.echo(
-            "  hint: train would end with this; see qlora inspect-data --help for what may be accepted", err=True
-        )
+        tell("  hint: train would end with this; see qlora inspect-data --help for what may be accepted")
         raise typer.Exit(DataError.exit_code)

@@ -7,8 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, cast
 
-from rich.console import Console
-
+from qlora_cli.cli.console import TextConsole
 from qlora_cli.cli.lasting import LastingStream
 from qlora_cli.cli.progress_live import LiveReporter
 from qlora_cli.cli.progress_plain import PlainReporter
@@ -22,7 +21,7 @@ def reporting() -> Iterator[Reporter]:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             yield PlainReporter(nowhere)
         return
-    console = Console(file=cast(IO[str], LastingStream(sys.stderr)), highlight=False)
+    console = TextConsole(cast(IO[str], LastingStream(sys.stderr)))
     # stdout is for the result: what trackers print while they run goes where progress goes.
     if not sys.stderr.isatty() or console.is_dumb_terminal:  # such as TERM=dumb, which can't redraw
         with redirect_stdout(sys.stderr):

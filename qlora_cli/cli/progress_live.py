@@ -20,10 +20,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_cli.cli.describe import describe_event, describe_losses, sample_texts
-from qlora_cli.cli.failures import redact
 from qlora_cli.cli.live_lines import NARROW, training_lines
 from qlora_cli.cli.run_state import RunState
 from qlora_cli.cli.sparkline import can_show_blocks
+from qlora_cli.cli.told import told
 from qlora_cli.cli.transfers import TRANSFERS
 from qlora_cli.events import (
     BytesDone,
@@ -121,7 +121,7 @@ class LiveReporter:
 
     def _print(self, line: str | None, style: str = "") -> None:
         if line is not None:
-            self.live.console.print(Text(redact(line), style=style))
+            self.live.console.print(Text(told(line), style=style))
 
     def _report_bytes(self, event: BytesDone) -> None:
         if event.done_bytes >= event.total_bytes:
@@ -137,7 +137,7 @@ class LiveReporter:
     def _draw(self) -> RenderableType:
         state = self._state
         lines: list[RenderableType] = [
-            Text(redact(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(told(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
         ]
         if self._transfers:
             lines.append(self._bytes)
@@ -165,6 +165,6 @@ def _style(event: Event) -> str:
 def _sample_table(event: SampleDone) -> Table:
     prompt, answer = sample_texts(event)
     table = Table.grid(Column(min_width=len("  answer")), Column(overflow="fold"), padding=(0, 2))
-    table.add_row("  prompt", Text(redact(prompt), style="dim"))
-    table.add_row("  answer", Text(redact(answer)))
+    table.add_row("  prompt", Text(told(prompt), style="dim"))
+    table.add_row("  answer", Text(told(answer)))
     return table

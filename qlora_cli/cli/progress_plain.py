@@ -4,10 +4,10 @@ import time
 from typing import TextIO
 
 from qlora_cli.cli.describe import describe_event, describe_losses, describe_memory, describe_prediction, describe_step
-from qlora_cli.cli.failures import redact
 from qlora_cli.cli.lasting import LastingStream
 from qlora_cli.cli.run_state import RunState
 from qlora_cli.cli.sparkline import can_show_blocks
+from qlora_cli.cli.told import told
 from qlora_cli.cli.transfers import Transfer
 from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, StepDone, TrainingEnded
 from qlora_cli.units import format_duration
@@ -80,4 +80,4 @@ class PlainReporter:
 
     def _write(self, line: str | None) -> None:
         if line is not None:
-            print(redact(line), file=self._file, flush=True)
+            print(told(line), file=self._file, flush=True)

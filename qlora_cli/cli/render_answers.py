@@ -1,6 +1,5 @@
 """Answers on stdout: alone, below each other, or as they come. What a model writes is never taken for markup."""
 
-import re
 import sys
 from collections.abc import Sequence
 
@@ -8,15 +7,8 @@ from rich.text import Text
 
 from qlora_cli.answering.result import Answer, GenerationReport, PromptAnswers, Source, cut_note
 from qlora_cli.cli.console import console, title
-from qlora_cli.visible import visible
-
-# What drives a terminal or turns text around. Joiners and odd spaces are part of many languages, and stay.
-_DRIVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def shown(text: str) -> str:
-    """Return `text` with what could drive a terminal as its number in brackets: `[U+001B]`."""
-    return _DRIVES.sub(lambda found: visible(found.group()), text)
+from qlora_cli.cli.told import tell
+from qlora_cli.visible import harmless
 
 
 def to_terminal() -> bool:
@@ -25,13 +17,13 @@ def to_terminal() -> bool:
 
 
 def for_stdout(text: str) -> str:
-    """Return `text` as it is for a file or a pipe, and `shown` for a terminal."""
-    return shown(text) if to_terminal() else text
+    """Return `text` as it is for a file or a pipe, and `harmless` for a terminal."""
+    return harmless(text) if to_terminal() else text
 
 
 def print_prompt(text: str) -> None:
     """Print a prompt as the heading of its answers."""
-    title(shown(text))
+    title(text)
 
 
 def render_answers(report: GenerationReport) -> None:
@@ -61,7 +53,7 @@ def _render_prompt(given: PromptAnswers) -> None:
     for answer in given.answers:
         if len(given.answers) > 1:
             title(answer.source)
-        console().print(Text(shown(answer.text)), soft_wrap=True)
+        console().print(Text(answer.text), soft_wrap=True)
         print(flush=True)
     if given.differ is not None:
         console().print(Text(verdict(given.answers), style="cyan"), soft_wrap=True)
@@ -93,4 +85,4 @@ class Teller:
         """End its line, and say on stderr if it was cut off."""
         print(flush=True)
         if note := cut_note(answer, self._max_new_tokens, self._prompt):
-            print(note, file=sys.stderr, flush=True)
+            tell(note)

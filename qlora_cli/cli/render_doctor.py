@@ -5,7 +5,7 @@ import textwrap
 from rich.text import Text
 
 from qlora_cli.cli.console import console, title
-from qlora_cli.cli.failures import redact
+from qlora_cli.cli.told import redact
 from qlora_cli.doctor.report import Check, Report, Status
 
 WORDS = {Status.OK: "ok", Status.WARNING: "warn", Status.FAILED: "FAIL", Status.SKIPPED: "skip"}

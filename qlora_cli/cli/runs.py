@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
+from qlora_cli.cli.told import tell
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 
@@ -79,7 +80,7 @@ def show(
         from qlora_cli.runs.report import write_page
 
         write_page(html, found)
-        typer.echo(f"the page is in {html}", err=True)
+        tell(f"the page is in {html}")
     detail = detail_of(found)
     print_json(detail.as_json()) if json else render_run(detail, found.history)
 

@@ -13,11 +13,12 @@ from qlora_cli.answering.preflight import check_merged
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
 from qlora_cli.answering.result import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
 from qlora_cli.cli import render_answers
-from qlora_cli.cli.render_answers import Teller, shown, verdict
+from qlora_cli.cli.render_answers import Teller, verdict
 from qlora_cli.errors import ModelError, SettingsError
 from qlora_cli.settings.marks import marks_of
 from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.visible import harmless
 from tests.chat_tokenizers import make_sentencepiece, make_tokenizer
 
 HOSTILE = "[bold]a\x1b[2J\x07\x9b1m\u202eb\nc\td\r"
@@ -242,8 +243,8 @@ def test_the_verdict_says_which_answers_are_alike() -> None:
 
 
 def test_only_what_drives_a_terminal_is_made_visible() -> None:
-    assert shown(HOSTILE) == "[bold]a[U+001B][2J[U+0007][U+009B]1m[U+202E]b\nc\td[U+000D]"
-    assert shown("Grüße\u00a0👩\u200d👧 नि\u200cक") == "Grüße\u00a0👩\u200d👧 नि\u200cक"
+    assert harmless(HOSTILE) == "[bold]a[U+001B][2J[U+0007][U+009B]1m[U+202E]b\nc\td[U+000D]"
+    assert harmless("Grüße\u00a0👩\u200d👧 नि\u200cक") == "Grüße\u00a0👩\u200d👧 नि\u200cक"
 
 
 def a_report(*texts: str) -> GenerationReport:
@@ -261,13 +262,13 @@ def test_a_single_answer_is_raw_in_a_pipe_and_harmless_on_a_terminal(
     assert capsys.readouterr().out == HOSTILE + "\n"
     monkeypatch.setattr(render_answers, "to_terminal", lambda: True)
     render_answers.render_answers(a_report(HOSTILE))
-    assert capsys.readouterr().out == shown(HOSTILE) + "\n"
+    assert capsys.readouterr().out == harmless(HOSTILE) + "\n"
     teller = Teller(is_headed=True, max_new_tokens=9)
     teller.begin("base")
     for character in HOSTILE:
         teller.text(character)
     teller.end(an_answer(HOSTILE))
-    assert capsys.readouterr().out == f"base\n{shown(HOSTILE)}\n"
+    assert capsys.readouterr().out == f"base\n{harmless(HOSTILE)}\n"
 
 
 def test_compared_answers_are_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,86 @@
+"""Nothing steers the terminal, and no secret is told: every text for people passes through one place."""
+
+import ast
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.control import STRIP_CONTROL_CODES
+from rich.text import Text
+
+import qlora_cli
+from qlora_cli.cli.console import TextConsole
+from qlora_cli.cli.told import redact, told
+
+PACKAGE = Path(qlora_cli.__file__).parent
+CLIPBOARD, TURNED = "\x1b]52;c;ZXZpbA==\x07", "\u202egpj.exe"
+# Who writes by itself, with the reason.
+WRITERS = {
+    "cli/app.py": "its own version",
+    "cli/chat.py": "the mark of a prompt",
+    "cli/console.py": "the one console",
+    "cli/failures.py": "JSON, in which nothing is but ASCII",
+    "cli/output.py": "JSON, in which nothing is but ASCII",
+    "cli/progress_plain.py": "lines that were told",
+    "cli/render_answers.py": "answers: harmless on a terminal, as they are in a pipe",
+    "cli/told.py": "the one place for lines on stderr",
+}
+
+
+def writers(path: Path) -> Iterator[str]:
+    """Yield the calls of a module that write to a terminal by themselves, or make a console."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in {"print", "typer.echo", "Console", "sys.stdout.write", "sys.stderr.write", "rich.print"}:
+                yield name
+
+
+def test_text_for_people_is_written_in_few_places() -> None:
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if any(writers(path))}
+    assert found == set(WRITERS) - {"cli/console.py"}
+
+
+@pytest.mark.parametrize("bad", [CLIPBOARD, TURNED, "\r", "\x9b31m", "\u2066", "\x00", "\x08"])
+def test_what_drives_a_terminal_is_shown_as_its_number(bad: str) -> None:
+    number = f"[U+{ord(bad[0]):04X}]"
+    assert told(f"error: {bad} there") == f"error: {bad.replace(bad[0], number)} there".replace("\x07", "[U+0007]")
+    for text in (f"a {bad} b", Text.assemble("a ", (bad, "bold"), " b")):
+        written = printed(text)
+        assert bad[0] not in written
+        assert number in written or ord(bad[0]) in STRIP_CONTROL_CODES  # rich leaves a few out by itself
+
+
+def test_text_of_all_languages_and_its_lines_stay() -> None:
+    text = "fünf\tजलवायु 👩‍👩‍👧 فارسی\nnext line"
+    assert told(text) == text
+    assert printed(Text(text)) == printed(text)
+
+
+def test_styles_stay_beside_what_is_shown_as_its_number() -> None:
+    file = io.StringIO()
+    console = TextConsole(file)
+    console.print(Text.assemble("a\x1b", ("red", "red"), "b"))
+    assert file.getvalue() == "a[U+001B]redb\n"
+
+
+def printed(text: str | Text) -> str:
+    file = io.StringIO()
+    TextConsole(file).print(text, soft_wrap=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://user:pa55@host/path", "https://***@host/path"),
+        ("from https://token@huggingface.co", "from https://***@huggingface.co"),
+        ("socks5://a:b@127.0.0.1:1080 and http://c:d@e", "socks5://***@127.0.0.1:1080 and http://***@e"),
+        ("https://host/path@1.0", "https://host/path@1.0"),
+        ("me@example.org", "me@example.org"),
+        ("hf_abcdefghijklmnop", "hf_***"),
+    ],
+)
+def test_logins_in_addresses_are_not_told(text: str, expected: str) -> None:
+    assert redact(text) == told(text) == expected
