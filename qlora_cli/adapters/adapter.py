@@ -88,8 +88,8 @@ def attach_adapter(
 def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:
     for name in layers:
         if reason := why_no_dora(model.get_submodule(name)):
-            hint = f"Use {quant_flag([DEFAULT_METHOD])}, or leave lora.use_dora out."
-            raise ModelError(f"lora.use_dora can't be used on {reason}", hint=hint)
+            hint = f"Use {quant_flag([DEFAULT_METHOD])}, or leave it out."
+            raise ModelError(f"can't be used on {reason}", hint=hint, setting="lora.use_dora")
 
 
 @contextmanager

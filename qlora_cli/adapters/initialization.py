@@ -25,6 +25,7 @@ from qlora_cli.quantization.methods import is_quantized_layer
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
+SETTING = "lora.init_lora_weights"
 START = "qlora_pissa_start"  # the attribute of a model that holds the A and B which its base has lost
 
 PeftInit = bool | str
@@ -66,15 +67,17 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
     if init == LoraInit.LOFTQ and _losses_of(model) is None:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
-            "lora.init_lora_weights=loftq needs the weights as they were before quantization, which were not kept",
+            "loftq needs the weights as they were before quantization, which were not kept",
             hint=f"Load the 16-bit model with {measurable}, or use another lora.init_lora_weights.",
+            setting=SETTING,
         )
     for name in layers if init in {LoraInit.PISSA, LoraInit.ORTHOGONAL} else ():
         layer, rank = model.get_submodule(name), rank_of(name, settings)
         if init == LoraInit.ORTHOGONAL and rank % 2:
             raise ModelError(
-                f"lora.init_lora_weights=orthogonal needs an even rank, and {name} has {rank}",
+                f"orthogonal needs an even rank, and {name} has {rank}",
                 hint="Change lora.rank or lora.rank_pattern.",
+                setting=SETTING,
             )
         if init == LoraInit.PISSA:
             check_unquantized(layer, "PiSSA")
@@ -112,9 +115,9 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
     assert isinstance(weight, torch.Tensor)
     if rank > min(weight.shape):
         raise ModelError(
-            f"lora.init_lora_weights=pissa: {name} is {' x '.join(map(str, weight.shape))}, and has no {rank} "
-            "principal parts",
+            f"{name} is {' x '.join(map(str, weight.shape))}, and has no {rank} principal parts for pissa",
             hint="Lower lora.rank, or give the layer another in lora.rank_pattern.",
+            setting=SETTING,
         )
 
 

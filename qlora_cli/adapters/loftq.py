@@ -16,6 +16,8 @@ from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
+SETTING = "lora.init_lora_weights"
+
 
 def plan_losses(shapes: PreTrainedModel, layout: Layout, settings: LoraSettings) -> Losses | None:
     """Return which losses to take down for the adapter of `settings` while a model is read; None if it needs none.
@@ -29,17 +31,17 @@ def plan_losses(shapes: PreTrainedModel, layout: Layout, settings: LoraSettings)
         return None
     if layout.prequantized is not None:
         raise ModelError(
-            "lora.init_lora_weights=loftq needs the weights as they were before quantization, and the checkpoint "
-            "holds them quantized",
+            "loftq needs the weights as they were before quantization, and the checkpoint holds them quantized",
             hint="Give the 16-bit model, or use another lora.init_lora_weights.",
+            setting=SETTING,
         )
     modules, _ = target_modules(shapes, settings)
     layers = [name for name in adapted_layers(shapes, modules) if name not in layout.kept]
     if not layout.settings.method.traits.measures_error or not layers:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
-            "lora.init_lora_weights=loftq begins with what 4-bit quantization lost, and no adapted layer is stored in "
-            "4 bit",
+            "loftq begins with what 4-bit quantization lost, and no adapted layer is stored in 4 bit",
             hint=f"Use {measurable}, or another lora.init_lora_weights.",
+            setting=SETTING,
         )
     return Losses(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})

@@ -145,19 +145,22 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
         raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave lora.target_parameters out.")
     if settings.dropout:
         raise ModelError(
-            f"lora.dropout={settings.dropout} can't be applied to fused experts: their update is part of the weight",
-            hint="Set lora.dropout to 0, or leave lora.target_parameters out.",
+            f"{settings.dropout} can't be applied to fused experts: their update is part of the weight",
+            hint="Set it to 0, or leave lora.target_parameters out.",
+            setting="lora.dropout",
         )
     if settings.use_dora:
         raise ModelError(
-            "lora.use_dora can't be applied to fused experts: PEFT has no magnitudes for them",
-            hint="Leave lora.use_dora or lora.target_parameters out.",
+            "can't be applied to fused experts: PEFT has no magnitudes for them",
+            hint="Leave it or lora.target_parameters out.",
+            setting="lora.use_dora",
         )
     if settings.init_lora_weights.needs_layers:
         raise ModelError(
-            f"lora.init_lora_weights={settings.init_lora_weights.value} can't be applied to fused experts: it is made "
-            "for the weight of one layer",
+            f"{settings.init_lora_weights.value} can't be applied to fused experts: it is made for the weight of one "
+            "layer",
             hint="Use default or gaussian, or leave lora.target_parameters out.",
+            setting="lora.init_lora_weights",
         )
     if settings.target_parameters == "all-experts":
         return known

@@ -167,8 +167,9 @@ def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: 
     wanted = [name for name, reason in kept_layers(model, asked).items() if reason == "as asked"]
     if packed := [name for name in wanted if name not in kept]:
         raise ModelError(
-            f"quantization.skip_modules is {','.join(asked or ())}, but the checkpoint holds {packed[0]} quantized",
+            f"{','.join(asked or ())} are to be kept, but the checkpoint holds {packed[0]} quantized",
             hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
+            setting="quantization.skip_modules",
         )
 
 

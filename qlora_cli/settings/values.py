@@ -42,6 +42,10 @@ def _check_rope_scaling(value: str | None) -> str | None:
     return f"{kind}:{factor}"
 
 
+def _read_resume(value: str) -> str:
+    return value.lower() if value.lower() in {"auto", "never"} else value
+
+
 def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -127,6 +131,7 @@ def check_eval_split(value: object) -> object:
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
 Name = Annotated[str, Field(min_length=1)]
+Resume = Annotated[Name, AfterValidator(_read_resume)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 _SomeNames = Annotated[tuple[Name, ...], Field(min_length=1)]
 TargetModules = Annotated[

@@ -123,6 +123,7 @@ def test_words_of_a_kind_that_are_no_choices_are_read_in_any_case_too() -> None:
                     "lora.target_modules=All-Linear",
                     "lora.target_parameters=ALL-EXPERTS",
                     "model.rope_scaling=YaRN:4",
+                    "output.resume=NEVER",
                 ]
             )
         )
@@ -130,3 +131,4 @@ def test_words_of_a_kind_that_are_no_choices_are_read_in_any_case_too() -> None:
     assert values["lora.target_modules"] == "all-linear"
     assert values["lora.target_parameters"] == "all-experts"
     assert values["model.rope_scaling"] == "yarn:4"
+    assert values["output.resume"] == "never"

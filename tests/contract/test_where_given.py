@@ -3,6 +3,7 @@
 The first half goes by the kinds of all settings, the second by what only files, models and machines show to be wrong.
 """
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import qlora_cli
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
 from qlora_cli.settings.marks import Command
-from qlora_cli.settings.models import KINDS, all_settings, field_of, marks
+from qlora_cli.settings.models import KINDS, SECTIONS, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.shown import choices_of, flag_of, is_switch
 from tests.conftest import ASSETS, write_jsonl
@@ -105,6 +107,7 @@ CASES = [
     wrong(TRAIN, "data.columns", "prompt=zz,completion=text", "has no column 'zz'"),
     wrong(TRAIN, "data.max_length", 100000, "more than the 512 positions"),
     wrong(TRAIN, "lora.modules_to_save", "nope", "'nope' matches no module"),
+    wrong(TRAIN, "lora.dropout", 0.1, "can't be applied to fused experts", lora__target_parameters="all-experts"),
     wrong(TRAIN, "output.directory", "FULL", "holds something else"),
     wrong(TRAIN, "output.resume", "./no", "there is no checkpoint of a run in no"),
     wrong(TRAIN, "output.push_to_hub", "x", "does not say whose repository"),
@@ -207,3 +210,19 @@ def test_a_value_that_is_refused_is_named_as_it_was_given(
 
 def test_every_command_has_a_case() -> None:
     assert {case.command for case in CASES} == set(Command)
+
+
+RESULTS_OF_A_RUN = {"resume.py"}  # it names settings that changed since the run began, in what it compares
+
+
+def test_no_error_spells_the_flag_or_the_name_of_its_setting_itself() -> None:
+    package, found, num_errors = Path(qlora_cli.__file__).parent, [], 0
+    for file in sorted(package.rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and call.args and ast.unparse(call.func).endswith("Error"):
+                num_errors += 1
+                message = ast.unparse(call.args[0]).lstrip("f'\"")
+                begins = message.startswith(("--", *(f"{section}." for section in SECTIONS)))
+                found += [f"{file.name}: {message}"] if begins and file.name not in RESULTS_OF_A_RUN else []
+    assert found == []
+    assert num_errors > 200

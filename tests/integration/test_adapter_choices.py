@@ -163,7 +163,7 @@ def test_dora_on_an_8_bit_base_on_a_cpu_is_refused_because_peft_loses_its_scales
 
 def test_dora_on_fused_experts_is_refused(qwen3_moe: Path) -> None:
     told = said(qwen3_moe, use_dora=True, target_parameters="all-experts")
-    assert "lora.use_dora can't be applied to fused experts" in told
+    assert "lora.use_dora: can't be applied to fused experts" in told
     assert "or lora.target_parameters out" in told
     assert len(lora_layers(adapt(qwen3_moe, settings_of(use_dora=True)))) == 8  # their attention, in two layers
 

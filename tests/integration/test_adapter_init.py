@@ -363,7 +363,7 @@ def test_loftq_on_a_model_whose_losses_were_not_taken_down_is_refused(llama: Pat
 def test_on_fused_experts_only_what_peft_begins_by_itself_is_taken(tmp_path: Path, init: LoraInit) -> None:
     base = save_moe(tmp_path, "qwen3_moe")
     lora = settings_of(init_lora_weights=init, target_parameters="all-experts")
-    with pytest.raises(ModelError, match=f"lora.init_lora_weights={init.value} can't be applied to fused experts"):
+    with pytest.raises(ModelError, match=f"lora.init_lora_weights: {init.value} can't be applied to fused experts"):
         attach_adapter(load(base).base, lora)
     gaussian = settings_of(init_lora_weights="gaussian", target_parameters="all-experts")
     losses = train_steps(adapt(base, gaussian), learning_rate=5e-3)

@@ -247,7 +247,7 @@ def test_half_an_adapter_is_refused_instead_of_loaded(qwen3_moe: Path, tmp_path:
 
 
 def test_dropout_on_experts_is_refused(qwen3_moe: Path) -> None:
-    with pytest.raises(ModelError, match=r"lora.dropout=0.1 can't be applied to fused experts"):
+    with pytest.raises(ModelError, match=r"lora.dropout: 0.1 can't be applied to fused experts"):
         attach_adapter(load(qwen3_moe).base, ON_EXPERTS.model_copy(update={"dropout": 0.1}))
 
 

@@ -9,6 +9,7 @@ from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.marks import Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
+from qlora_cli.settings.values import Resume
 
 
 class OutputSettings(Section):
@@ -17,9 +18,8 @@ class OutputSettings(Section):
     directory: Annotated[Path, Marks(flag="--output", on_resume=OnResume.FREE)] = Field(
         description="Run directory: empty, not there yet, or of a run to resume."
     )
-    resume: Annotated[str, Marks(flag="--resume", on_resume=OnResume.FREE)] = Field(
+    resume: Annotated[Resume, Marks(flag="--resume", on_resume=OnResume.FREE)] = Field(
         default="auto",
-        min_length=1,
         description="auto: go on from the last good checkpoint in the run directory, if there is one; never; or the "
         "path of a checkpoint.",
     )
