@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
+from qlora_cli.tokenizing.rendering import RefusedError, render
 
 Message = dict[str, str]
 
-# A template is a program: what it does to messages that it was not written for may fail in any way.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 OTHER_TEMPLATE = "Give a template that does (--chat-template chatml, or a file)."
 
 
@@ -41,11 +39,11 @@ def written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     """Return `messages` as the chat template writes them, and asks for an answer.
 
     Raises:
-        ModelError: it refuses them.
+        ModelError: it refuses them, or does not end.
     """
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    except TEMPLATE_ERRORS as error:
+        return render(tokenizer, messages, asks_answer=True)
+    except RefusedError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ModelError(
             f"the chat template refuses these messages ({roles}): {error}", hint=OTHER_TEMPLATE

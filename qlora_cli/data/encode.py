@@ -37,7 +37,7 @@ BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
-PARTS = ("data", "settings")  # of our own code
+PARTS = ("data", "settings", "tokenizing")  # of our own code
 # What of the settings decides which tokens come out.
 DECIDING = ("format", "columns", "loss_on", "max_length")
 

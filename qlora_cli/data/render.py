@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
+from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
 
 Span = tuple[int, int]
 
-# A template is a program: what it does to a row that it was not written for may fail in any way.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 ASKS, TOKEN_NAMES = "add_generation_prompt", {"bos_token", "eos_token"}
 # By these marks templates tell what the model writes; plain Jinja does not know them.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -64,11 +63,7 @@ class Renderer:
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
         """Return conversations without tools as texts, at less cost than one by one; None if one is refused."""
-        try:
-            texts = self._tokenizer.apply_chat_template([each.messages for each in conversations], tokenize=False)
-        except TEMPLATE_ERRORS:
-            return None
-        return [str(text) for text in texts]
+        return render_all(self._tokenizer, [each.messages for each in conversations])
 
     def render(self, conversation: Conversation, text: str) -> Rendered:
         """Return `conversation`, whose text is `text`, with the spans of its trained answers.
@@ -76,6 +71,7 @@ class Renderer:
         Raises:
             RowError: an answer is first, or the template refuses the row, renders a beginning of it otherwise once
                 more follows, or does not end a trained turn.
+            ModelError: the template does not end.
         """
         if not conversation.trained:
             return Rendered(text=text, spans=())
@@ -91,6 +87,7 @@ class Renderer:
 
         Raises:
             RowError: the template refuses it.
+            ModelError: the template does not end.
         """
         text = self._text(conversation.messages, conversation.tools)
         _check_tools(conversation, text)
@@ -190,12 +187,8 @@ class Renderer:
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, add_generation_prompt: bool = False
     ) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except TEMPLATE_ERRORS as error:
+            return render(self._tokenizer, messages, tools=tools, asks_answer=add_generation_prompt)
+        except RefusedError as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 
 
@@ -240,7 +233,7 @@ def _asks_always_alike(template: object) -> bool:
         return False
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))  # noqa: S701 - never rendered
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return False
     asking = [branch for branch in tree.find_all(nodes.If) if ASKS in _names_in(branch.test)]
     written = [part for branch in asking for part in branch.body]

@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for
 JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
@@ -173,6 +174,8 @@ def _check_syntax(text: str, where: str) -> None:
         raise ModelError(
             f"{where}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
+    except ENDLESS as error:
+        raise ModelError(f"{where}: the chat template nests too deeply to be compiled", hint=OTHER_TEMPLATE) from error
 
 
 def _text_of(path: Path, hint: str) -> str:

@@ -11,7 +11,7 @@ BOTTOM = {"errors", "units", "events", "files", "writing", "cache", "garbage", "
 # Counters and the device, which need torch but know nothing of models.
 MACHINE = {"counters", "device"}
 FILES = {"hub", "model_files"}
-MODEL = FILES | {"quantization", "adapters", "loading"}
+MODEL = FILES | {"tokenizing", "quantization", "adapters", "loading"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -31,8 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": BOTTOM | MACHINE | {"hub", "runs"},
     "quantization": BOTTOM | MACHINE | FILES,
     "adapters": BOTTOM | MACHINE | FILES | {"quantization"},
-    "loading": BOTTOM | MACHINE | FILES | {"quantization", "adapters", "runs"},
-    "data": BOTTOM,
+    "loading": BOTTOM | MACHINE | FILES | {"tokenizing", "quantization", "adapters", "runs"},
+    "tokenizing": BOTTOM,
+    "data": BOTTOM | {"tokenizing"},
     "memory": BOTTOM | MACHINE | MODEL | {"runs"},
     "answering": BOTTOM | MACHINE | MODEL | {"runs"},
     "training": BOTTOM | MACHINE | MODEL | {"answering", "data", "memory", "runs"},

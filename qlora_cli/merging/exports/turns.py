@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
+from qlora_cli.tokenizing.rendering import RefusedError, render
 
 Messages = Sequence[tuple[str, str]]  # role and content of each
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 MARKS = {SYSTEM: "sYsTeMmArK", USER: "uSeRmArK", ASSISTANT: "aNsWeRmArK"}
-# A template is a program: what it does to a conversation that it was not written for may fail in any way.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 # Contents that a template might treat otherwise than a mark, if it looked at them.
 CONTENTS = (
     "a",
@@ -111,10 +109,6 @@ def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-class _RefusedError(Exception):
-    """The template has no text for a conversation."""
-
-
 class _Prober:
     """Renders conversations with the template of `tokenizer`."""
 
@@ -124,10 +118,7 @@ class _Prober:
     def text(self, messages: Messages, *, answering: bool = True) -> str:
         """Return what the template makes of `messages`, up to where the model answers unless told otherwise."""
         asked = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return str(self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=answering))
-        except TEMPLATE_ERRORS as error:
-            raise _RefusedError(str(error)) from error
+        return render(self._tokenizer, asked, asks_answer=answering)
 
     def pieces(self, *roles: str, answering: bool = True) -> tuple[tuple[str, ...], list[str]]:
         """Return what stands around the contents of a conversation, and the roles in the order of the text."""
@@ -135,7 +126,7 @@ class _Prober:
         text = self.text(marks, answering=answering)
         for role, mark in marks:
             if (count := text.count(mark)) != 1:
-                raise _RefusedError(f"it writes the content of a message of the {role} {count} times")
+                raise RefusedError(f"it writes the content of a message of the {role} {count} times")
         placed = sorted(marks, key=lambda marked: text.index(marked[1]))
         pieces = []
         for _, mark in placed:
@@ -148,7 +139,7 @@ def _derive(prober: _Prober, bos: str, *, drops_bos: bool) -> Turns:
     try:
         _, (first, between, again, end) = prober.pieces(USER, ASSISTANT, USER)
         _, (*_, tail) = prober.pieces(USER, ASSISTANT, answering=False)
-    except _RefusedError as error:
+    except RefusedError as error:
         raise _inexpressible(f"of a user and an assistant: {error}") from error
     # Where a token that is in front of each turn is the BOS token too, it is no opening unless it has to go.
     opening = bos if first.startswith(bos) and (drops_bos or bos not in again) else ""
@@ -173,7 +164,7 @@ def _system(prober: _Prober, opening: str, first: str, again: str) -> tuple[Syst
     """Return where a system message goes, what stands before it, and what stands between it and the user's text."""
     try:
         roles, pieces = prober.pieces(SYSTEM, USER, ASSISTANT, USER)
-    except _RefusedError:  # by an error of its own, or by leaving it out
+    except RefusedError:  # by an error of its own, or by leaving it out
         return SystemPlace.NOWHERE, "", ""
     if roles[0] == SYSTEM:
         behind = pieces[1]

@@ -1,0 +1,1 @@
+"""What every part does with a tokenizer and its chat template."""

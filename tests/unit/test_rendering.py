@@ -1,0 +1,120 @@
+"""A chat template is a program from elsewhere: whatever it does, the command ends, and names the template."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_cli.data.rows import Conversation, RowError
+from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.chat_template import choose_chat_template
+from qlora_cli.settings.choices import LossOn
+from qlora_cli.tokenizing import rendering
+from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
+from tests.unit.test_tokenizer import write_tokenizer
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+ITSELF = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+FOR_HOURS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MANY_CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
+OF_A_SCHEMA = "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
+DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    write_tokenizer(tmp_path / "model")
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path / "model")
+    return loaded
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "AGAIN_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
+        (DEEP, "the chat template calls itself without an end, nests too deeply"),
+        (FOR_HOURS, "the chat template did not end within 0 s, for 2 messages of 5 characters"),
+        (MANY_CALLS, "the chat template did not end within 0 s"),
+    ],
+)
+def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=message):
+        render(tokenizer, CHAT)
+    assert render_all(tokenizer, [CHAT]) is None
+    with pytest.raises(ModelError, match=message):
+        Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+
+
+def test_a_file_that_nests_too_deeply_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "deep.jinja").write_text(DEEP)
+    with pytest.raises(ModelError, match=r"deep\.jinja: the chat template nests too deeply to be compiled"):
+        choose_chat_template(tokenizer, str(tmp_path / "deep.jinja"))
+
+
+def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = OF_A_SCHEMA
+    schema: dict[str, Any] = {"a": 1}
+    for _ in range(400):
+        schema = {"a": schema}
+    with pytest.raises(RefusedError, match="calls itself too often for what tools"):
+        render(tokenizer, CHAT, tools=[schema])
+    conversation = Conversation(messages=CHAT, trained=(1,), tools=[schema])
+    (found,) = Tokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
+    assert isinstance(found, RowError)
+    assert "the chat template refuses it: it calls itself too often" in str(found)
+
+
+@pytest.mark.usefixtures("soon")
+def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
+    try:
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        assert render(tokenizer, CHAT) == "hi"
+        tokenizer.chat_template = FOR_HOURS
+        with pytest.raises(ModelError):
+            render(tokenizer, CHAT)
+        time.sleep(0.5)
+        assert rung == []
+        signal.raise_signal(signal.SIGALRM)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_outside_of_the_main_thread_a_conversation_is_rendered_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template, found = "{{ messages[1].content }}", []
+    thread = threading.Thread(target=lambda: found.append(render(tokenizer, CHAT)))
+    thread.start()
+    thread.join()
+    assert found == ["yes"]
+
+
+def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = FOR_HOURS
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    begin = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        render(tokenizer, CHAT)
+    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
