@@ -12,7 +12,7 @@ from qlora_cli.events import SilentReporter
 from qlora_cli.hub.repository import Repository, fetch_files
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
-from qlora_cli.writing import write_directory
+from qlora_cli.writing import MARK, write_directory
 from tests.conftest import RunQlora
 from tests.integration.loading import load, refused, save_model
 
@@ -112,10 +112,11 @@ def test_writers_of_one_directory_do_not_touch_each_others_files_and_what_a_kill
     tmp_path: Path,
 ) -> None:
     target = tmp_path / "out"
-    killed = tmp_path / ".out.4194305.saving"  # beyond the largest number that Linux gives a process
-    running = tmp_path / ".out.1.saving"
+    killed = tmp_path / ".out.4194305-a.saving"  # beyond the largest number that Linux gives a process
+    running = tmp_path / ".out.1-b.saving"
     for path in (killed, running):
         path.mkdir()
+        (path / MARK).touch()
     write_directory(target, lambda path: (path / "file").touch())
     assert (target / "file").exists()
     assert (killed.exists(), running.exists()) == (False, True)

@@ -267,12 +267,12 @@ def test_killed_while_it_writes_it_leaves_nothing_that_looks_complete(
     assert not target.exists()
     aside = Path(marker.read_text(encoding="utf-8"))
     assert list(aside.glob("*.safetensors")), "the weights were not written yet"
-    assert aside.name.startswith(".")
+    assert aside.parent.name.startswith(".")
 
     # The next one takes its place, and clears what was left.
     done = run_qlora("load", base_model, "--device", "cpu", "--dtype", "fp32", "--save", target)
     assert done.code == 0, done.stderr
-    assert not aside.exists()
+    assert not aside.parent.exists()
     assert torch.equal(plain_logits([target], tmp_path)[0], logits(load(base_model).model))
 
 
