@@ -431,7 +431,7 @@ def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(tmp_path / "run"))
-    with pytest.raises(OutputDirectoryError, match="the run has no checkpoint to go on from"):
+    with pytest.raises(OutputDirectoryError, match=r"the run of .* has no checkpoint to go on from"):
         train(settings, Recorder())
 
 
