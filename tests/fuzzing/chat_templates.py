@@ -1,0 +1,113 @@
+"""Conversations of any kind through chat templates, whole ones and damaged ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.data.formats import recognise
+from qlora_cli.data.rows import ROLES, Example, RowError, RowReader
+from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.settings.choices import LossOn
+from qlora_cli.settings.models import DataSettings
+from tests.chat_tokenizers import FAMILIES, REASONING, make_tokenizer
+from tests.fuzzing.frame import Generator, Target, damage
+
+TOOLS = (
+    "{% macro kind(schema, depth) %}{% if schema is mapping %}{% for key, value in schema.items() %}"
+    "{{ ' ' * depth }}{{ key }}: {{ kind(value, depth + 1) }}\n{% endfor %}{% else %}{{ schema | tojson }}{% endif %}"
+    "{% endmacro %}{% for tool in tools or [] %}{{ kind(tool, 0) }}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }})"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDLESS = "{% macro f(x) %}{{ f([x]) }}{% endmacro %}{% for message in messages %}{{ f(message.role) }}{% endfor %}"
+WORDS = [
+    "",
+    " ",
+    "a",
+    "yes\n",
+    "\n\n",
+    "<|im_end|>",
+    "</s>",
+    "<bos>",
+    "{{ x }}",
+    "{% if %}",
+    "Größe 日本語 🙂",
+    "\0",
+    "x" * 500,
+]
+VALUES: list[Any] = [None, 0, -1, 1.5, True, "", "a", [], {}, [[]], 10**30, "null", "[1", '{"a": {}}']
+MOST_PARTS = 4
+
+
+def _value(chance: Generator, depth: int = 0) -> Any:
+    """Return a random value as JSON has it, mostly small, sometimes very deep."""
+    if chance.random() < 0.01:
+        deep: Any = 1
+        for _ in range(chance.integers(50, 150)):
+            deep = {"a": deep} if chance.random() < 0.7 else [deep]
+        return deep
+    if depth > MOST_PARTS or chance.random() < 0.5:
+        return VALUES[chance.integers(len(VALUES))]
+    parts = [_value(chance, depth + 1) for _ in range(chance.integers(MOST_PARTS))]
+    return parts if chance.random() < 0.5 else {f"k{place}": part for place, part in enumerate(parts)}
+
+
+def _text(chance: Generator) -> str:
+    return "".join(WORDS[place] for place in chance.integers(len(WORDS), size=chance.integers(1, 4)))
+
+
+def _call(chance: Generator) -> dict[str, Any]:
+    arguments = _value(chance)
+    return {
+        "function": {"name": _text(chance), "arguments": json.dumps(arguments) if chance.random() < 0.5 else arguments}
+    }
+
+
+def _message(chance: Generator) -> dict[str, Any]:
+    roles = ["user", "assistant"] if chance.random() < 0.8 else [*ROLES, "nobody"]
+    message: dict[str, Any] = {"role": roles[chance.integers(len(roles))], "content": _text(chance)}
+    if chance.random() < 0.1:
+        message["content"] = _value(chance)
+    if chance.random() < 0.1:
+        message["tool_calls"] = [_call(chance) for _ in range(chance.integers(3))]
+    if chance.random() < 0.05:
+        message[["train", "weight", "name", "reasoning_content"][chance.integers(4)]] = _value(chance)
+    return message
+
+
+def _row(chance: Generator) -> dict[str, Any]:
+    row: dict[str, Any] = {"messages": [_message(chance) for _ in range(chance.integers(6))], "tools": None}
+    if chance.random() < 0.2:
+        row["tools"] = [{"type": "function", "function": {"name": _text(chance), "parameters": _value(chance)}}]
+    return {**row, "messages": _value(chance)} if chance.random() < 0.05 else row
+
+
+def _rounds(directory: Path) -> Callable[[Generator], None]:
+    assert directory.is_dir()
+    texts = {name: make_tokenizer(name) for name in FAMILIES}
+    own = [(texts[name].tokenizer, str(texts[name].tokenizer.chat_template)) for name in FAMILIES]
+    own += [(texts["chatml"].tokenizer, template) for template in (REASONING, TOOLS, ENDLESS)]
+    layout = recognise(["messages", "tools"], DataSettings(dataset=["a"]), "a")
+    losses = list(LossOn)
+
+    def play_round(chance: Generator) -> None:
+        tokenizer, template = own[chance.integers(len(own))]
+        if chance.random() < 0.2:
+            template = damage(template.encode(), chance).decode("utf-8", "replace")
+        tokenizer.chat_template = template
+        loss_on = losses[chance.integers(len(losses))]
+        reader, examples = RowReader(layout, loss_on, use_chat=True), list[Example]()
+        for _ in range(8):
+            try:
+                examples.append(reader.read(_row(chance)))
+            except RowError:
+                continue
+        for found in Tokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):
+            assert isinstance(found, RowError) or len(found.input_ids) == len(found.labels) > 0
+
+    return play_round
+
+
+CHAT = Target(name="chat", prepare=_rounds, num_rounds=150)

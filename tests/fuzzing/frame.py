@@ -1,0 +1,84 @@
+"""What a target of fuzzing is, and one round of it.
+
+A round makes an input from its seed and reads it. It may be read, or refused by an error of ours (`QloraError`); any
+other exception, more than `MOST_SECONDS` or `MOST_BYTES` is a finding, which its target and seed make again.
+"""
+
+import resource
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qlora_cli.errors import QloraError
+from qlora_cli.units import GIB, format_bytes
+
+MOST_SECONDS = 5.0
+MOST_BYTES = GIB  # more than the process had before
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+EDGES = (0, 1, 127, 128, 254, 255)
+MOST_CHANGES = 4
+
+Generator = np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Something that reads input of others.
+
+    Attributes:
+        name: As the script takes it.
+        prepare: Makes what all rounds share, in an empty directory, and returns what one round does by its generator.
+        num_rounds: In the tests; about two seconds.
+    """
+
+    name: str
+    prepare: Callable[[Path], Callable[[Generator], None]]
+    num_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a round came to: refused or not, and what is wrong with that, if something is."""
+
+    is_refused: bool
+    finding: str | None
+
+
+def play(target: Target, play_round: Callable[[Generator], None], seed: int) -> Outcome:
+    """Return the outcome of round `seed` of `target`."""
+    before, begin, is_refused = _peak_bytes(), time.monotonic(), False
+    try:
+        play_round(np.random.default_rng([zlib.crc32(target.name.encode()), seed]))
+    except QloraError:
+        is_refused = True
+    except Exception:  # noqa: BLE001 - whatever else is raised is what is looked for
+        return Outcome(is_refused=False, finding=traceback.format_exc(limit=-12))
+    seconds, grown = time.monotonic() - begin, _peak_bytes() - before
+    if seconds > MOST_SECONDS:
+        return Outcome(is_refused=is_refused, finding=f"it took {seconds:.1f} s")
+    if grown > MOST_BYTES:
+        return Outcome(is_refused=is_refused, finding=f"it took {format_bytes(grown)}")
+    return Outcome(is_refused=is_refused, finding=None)
+
+
+def damage(content: bytes, chance: Generator) -> bytes:
+    """Return `content` with a few bytes changed, and sometimes cut short or with a part of it twice."""
+    changed = bytearray(content)
+    for place in chance.integers(len(changed), size=chance.integers(1, MOST_CHANGES + 1)):
+        changed[place] = chance.choice(EDGES) if chance.random() < 0.5 else chance.integers(256)
+    if chance.random() < 0.1:
+        del changed[chance.integers(len(changed)) :]
+    elif chance.random() < 0.1:
+        begin, end = sorted(chance.integers(len(changed), size=2))
+        changed[begin:begin] = changed[begin:end]
+    return bytes(changed)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
