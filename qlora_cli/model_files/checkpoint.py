@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, TypeGuard
 
+from safetensors import SafetensorError, safe_open
+
 from qlora_cli.errors import ModelError
 from qlora_cli.units import format_bytes
 
@@ -21,6 +23,8 @@ SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the format's own bound
+MOST_DIMENSIONS, LARGEST_SIZE = 64, 2**63 - 1  # of a tensor in torch
+SHOWN_CHARACTERS = 200
 # Names as the format writes them; F4 and F6 are packed.
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -143,12 +147,25 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file can't be read, is no JSON, or holds no object.
     """
     try:
+        check_regular(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can't be read as JSON: {error}", hint=again(path.parent, path.name)) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object", hint=again(path.parent, path.name))
     return value
+
+
+def check_regular(path: Path) -> None:
+    """Check that what is at `path`, if anything is, can be read to an end: a file, and of JSON not more than any is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    if path.suffix == ".json" and path.exists() and path.stat().st_size > MOST_HEADER_BYTES:
+        raise ValueError(f"it is larger than {format_bytes(MOST_HEADER_BYTES)}")
 
 
 def again(directory: Path, file: str) -> str:
@@ -167,10 +184,11 @@ def _is_inside(file: str) -> bool:
 def _read_safetensors(entry: Path) -> Checkpoint:
     directory = entry.parent
     weight_map = read_weight_map(entry) if entry.suffix == ".json" else None
-    shards = sorted(set(weight_map.values())) if weight_map else [entry.name]
+    shards = sorted(set(weight_map.values())) if weight_map else []
     if missing := [shard for shard in shards if not (directory / shard).is_file()]:
         raise _missing_shards(entry, missing, weight_map or {})
     tensors: dict[str, TensorHeader] = {}
+    shards = shards or [entry.name]
     for shard in shards:
         for tensor in read_header(directory, shard):
             if other := tensors.get(tensor.name):
@@ -223,15 +241,27 @@ def read_header(directory: Path, file: str) -> list[TensorHeader]:
     """
     path = directory / file
     try:
+        check_regular(path)
         with path.open("rb") as stream:
             header, start = _parse_header(stream, path.stat().st_size)
         tensors = _read_tensors(header, file)
         _check_extent(tensors, path.stat().st_size - start)
+        _check_by_library(path)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}", hint="Check its permissions.") from error
     except ValueError as error:
         raise ModelError(f"{path} is damaged: {error}", hint=again(directory, file)) from error
     return [replace(tensor, offset=start + begin) for tensor, begin, _ in tensors]
+
+
+def _check_by_library(path: Path) -> None:
+    """Check what is not looked at here: JSON that Python alone reads, and later rules of the format."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(reason if len(reason) <= SHOWN_CHARACTERS else f"{reason[:SHOWN_CHARACTERS]}…") from error
 
 
 def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:
@@ -256,21 +286,25 @@ def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], in
 
 def _read_tensors(header: Mapping[str, Any], file: str) -> list[tuple[TensorHeader, int, int]]:
     """Return each tensor with its byte range, in the order of the ranges."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no object of texts")
     found = [_read_tensor(name, entry, file) for name, entry in header.items() if name != "__metadata__"]
     return sorted(found, key=lambda part: part[1:])
 
 
 def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int, int]:
+    shown = name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
-        raise ValueError(f"the tensor {name} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"the tensor {shown} has the unknown dtype {repr(dtype)[:SHOWN_CHARACTERS]}")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise ValueError(f"the tensor {name} has no proper shape and byte range in the header")
+        raise ValueError(f"the tensor {shown} has no proper shape and byte range in the header")
     num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != num_bytes:
         raise ValueError(
-            f"the tensor {name} is {dtype} of shape {tuple(shape)}, {num_bytes} bytes, but the header gives it "
+            f"the tensor {shown} is {dtype} of shape {tuple(shape)}, {num_bytes} bytes, but the header gives it "
             f"{offsets[1] - offsets[0]}"
         )
     tensor = TensorHeader(name=name, file=file, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes)
@@ -278,7 +312,12 @@ def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(part) is int and part >= 0 for part in value)
+    """Whether `value` is a list of whole numbers, so few and small that they can be multiplied."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(part) is int and 0 <= part <= LARGEST_SIZE for part in value)
+    )
 
 
 def _check_extent(tensors: list[tuple[TensorHeader, int, int]], data_bytes: int) -> None:

@@ -1,7 +1,9 @@
 """Damaged checkpoints are found from the headers alone, and the message names file, tensor and the way out."""
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,18 @@ def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) ->
             raw({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"00000000"),
             "4 B follow its last tensor",
         ),
+        (raw({"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"0000"), "unknown dtype ['F32']"),
+        (raw({"__metadata__": [1]}), "its metadata is no object of texts"),
+        (raw({"__metadata__": {"format": 1}}), "its metadata is no object of texts"),
+        (raw({"w": {"dtype": "F32", "shape": [2**62] * 8 + [0], "data_offsets": [0, 0]}}), "overflow"),
+        (raw(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5_000 + b'],"data_offsets":[0,0]}}'), "is no JSON"),
+        (raw(b'{"w":{"dtype":"F32","shape":[' + b"9" * 4_000 + b'],"data_offsets":[0,0]}}'), "no proper shape"),
+        (raw(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"0000"), "invalid JSON in header"),
+        (raw(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"0000"), "invalid JSON in header"),
+        (raw(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "is no JSON"),
+        (raw({"w" * 10_000: "text"}), f"the tensor {'w' * 200}… has the unknown dtype"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_damaged_file_is_refused_with_the_reason_and_safetensors_agrees(
     tmp_path: Path, content: bytes, expected: str
@@ -112,6 +125,30 @@ def test_a_damaged_file_is_refused_with_the_reason_and_safetensors_agrees(
     assert expected in message
     with pytest.raises(SafetensorError), safe_open(path, framework="np"):
         pass
+
+
+@pytest.mark.parametrize(("shape", "end"), [([2**63, 0], 0), ([1] * 65, 4)], ids=["size", "dimensions"])
+def test_a_shape_that_torch_has_no_tensor_of_is_refused(tmp_path: Path, shape: list[int], end: int) -> None:
+    content = raw({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}, bytes(end))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert "the tensor w has no proper shape" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "FIFO"])
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX])
+def test_what_is_in_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    make(tmp_path / name)
+    message = message_of(tmp_path)
+    assert f"{tmp_path / name} " in message
+    assert "it is no regular file" in message
+
+
+def test_json_larger_than_any_of_a_model_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / INDEX).touch()
+    os.truncate(tmp_path / INDEX, 10**9)
+    assert "it is larger than 95.37 MiB" in message_of(tmp_path)
 
 
 def test_every_dtype_of_the_format_is_known_by_its_size(tmp_path: Path) -> None:
