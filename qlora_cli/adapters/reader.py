@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.decoder import Renaming, has_targets, on_decoder, renaming_by_config, renaming_of
+from qlora_cli.adapters.decoder import WHOLE, Renaming, has_targets, on_decoder, renaming_by_config, renaming_of
 from qlora_cli.adapters.keys import (
     Key,
     Names,
@@ -31,6 +31,7 @@ from qlora_cli.adapters.keys import (
     with_twins,
     without_wrappers,
 )
+from qlora_cli.adapters.patterns import check_patterns
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
@@ -54,6 +55,7 @@ BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
 CHANGES_BASE = ("corda", "loftq", "lora_ga")
 BEGUN_BY_PEFT = ("pissa", "olora")  # computed from the base alone, so PEFT does it again
 MOST_CHARACTERS = 300
+MOST_LAYERS = 2_000  # that a model may be made of
 WEIGHTS_ARE = ("F64", "F32", "F16", "BF16")  # floats of 8 bits, and whole numbers, PEFT computes nothing from
 
 State = Mapping[str, torch.Tensor]
@@ -159,6 +161,7 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
     if outline.headers:
         return fit(stored, model, base).adapter
     nothing: dict[str, torch.Tensor] = {}
+    check_patterns(stored.directory, stored.config, _names_in(model))
     lora = _for_peft(stored)
     renaming = renaming_by_config(lora, model) if base.text_only else None
     if renaming is not None:
@@ -243,12 +246,14 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
     renaming = renaming_of([key for key, _ in keys.values()])
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tied = dict(model.all_tied_weights_keys or {})
+    check_patterns(stored.directory, stored.config, _names_in(model))
     config = _for_peft(stored)
     if renaming is not None:
         on_decoder(config, model, renaming)
     lora = deepcopy(config)
     config.init_lora_weights = True  # there are no values that an adapter could begin with here
-    adapted = put_on(model, config, stored.directory)
+    with torch.device("meta"):  # whatever rank the config says, which the file's shapes are checked against below
+        adapted = put_on(model, config, stored.directory)
     state = {f"{BASE}{name}": tensor for name, (_, tensor) in keys.items()}
     expected = expected_state(adapted)
     is_converted = _lora_keys(state) != _lora_keys(expected)
@@ -273,6 +278,15 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
     return Fitted(adapter=adapter, model=adapted)
 
 
+def _names_in(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names that patterns are matched with: those of modules and parameters, also in a model with towers."""
+    own = f"{model.base_model_prefix}."
+    for name, _ in (*model.named_modules(), *model.named_parameters()):
+        yield name
+        if name.startswith(own):
+            yield from (f"{whole}{name.removeprefix(own)}" for whole in WHOLE)
+
+
 def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftModel:
     """Return `model` with an adapter of `config`, whose values are still to be set.
 
@@ -285,9 +299,8 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
         with unheard():
             return get_peft_model(model, config)
     except ImportError as error:
-        key = "megatron_config of " if config.megatron_config else ""
         raise ModelError(
-            f"the adapter in {directory} can't be put on its base: {key}{file} needs the package {error.name}",
+            f"the adapter in {directory} can't be put on its base: {file} needs the package {error.name}",
             hint="If its layers are those of the base, take the key out of the file.",
         ) from error
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError, re.error) as error:
@@ -305,7 +318,8 @@ def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> N
     """Check that layers and rows that a config names by number are in the model."""
     rows = config.trainable_token_indices or ()
     named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
-    layers = [number for pair in config.layer_replication or () for number in pair]
+    spans = config.layer_replication or ()
+    layers = [number for pair in spans for number in pair]
     num_layers = model.config.get_text_config().num_hidden_layers
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
@@ -314,6 +328,11 @@ def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> N
         "layer_replication": ([one for one in layers if not 0 <= one <= num_layers], f"{num_layers} layers"),
         "trainable_token_indices": ([one for one in named if not 0 <= one < num_rows], f"{num_rows:,} rows"),
     }
+    if (repeated := sum(end - first for first, end in spans)) > MOST_LAYERS:
+        raise ModelError(
+            f"{file} can't be used: layer_replication makes {repeated:,} layers, more than {MOST_LAYERS:,}",
+            hint=EDITED,
+        )
     for key, (numbers, size) in beyond.items():
         if numbers:
             raise ModelError(
@@ -338,7 +357,7 @@ def unheard() -> Iterator[None]:
 
 
 def _for_peft(stored: StoredAdapter) -> LoraConfig:
-    content: dict[str, Any] = {key: value for key, value in stored.config.given.items() if key != "runtime_config"}
+    content: dict[str, Any] = stored.config.taken
     init = stored.config.init_lora_weights
     if not (isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT)):
         # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.

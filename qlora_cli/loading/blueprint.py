@@ -15,6 +15,7 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.positions import apply_rope_scaling
 from qlora_cli.loading.settled import FoundModel, find, settle_load
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.model_files.adapter_files import notes_on_left_out
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import check_offload, embedding_of
@@ -91,7 +92,8 @@ def plan_found(model: FoundModel, settings: LoadSettings, reporter: Reporter) ->
         raise refusal
     free = free_bytes(device)
     _check_fit(settings, shapes, layout, device, free, num_rows)
-    notes = (*model.base.notes, *((stretched,) if stretched else ()), *tokenizer.notes)
+    left_out = notes_on_left_out([model.source.adapter])
+    notes = (*model.base.notes, *left_out, *((stretched,) if stretched else ()), *tokenizer.notes)
     for note in notes:
         reporter.report(Noted(message=note))
     return Blueprint(

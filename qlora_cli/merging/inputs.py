@@ -25,6 +25,7 @@ from qlora_cli.merging.changes import Weighted
 from qlora_cli.merging.conversions import read_conversions
 from qlora_cli.merging.plan import Changes
 from qlora_cli.merging.stored import StoredTensors
+from qlora_cli.model_files.adapter_files import notes_on_left_out
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.digest import base_digest
@@ -105,6 +106,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     base = read_base(found, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
     for note in (
+        *notes_on_left_out(one.adapter for one in sources),
         *tokenizer.notes,
         *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
         *_notes_on_rows(base, before.get("vocab_size")),

@@ -1,10 +1,10 @@
 """The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -20,13 +20,36 @@ from qlora_cli.settings.settle import Fact, found, in_section
 LORA = "LORA"
 MOST_CHARACTERS = 60
 NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"
+# What tools write into every config, and what does nothing alone.
+MUTE = ("megatron_core", "auto_mapping", "unsloth_version", "unsloth_fixed")
+MOST_PATTERN_CHARACTERS = 10_000
+MOST_PATTERNS, MOST_NAMES = 2_000, 10_000
+# What is taken from the config of somebody's adapter: what the adapter is. Modules to import and memory to run in are
+# not for a file to choose, and what PEFT does not know has no effect.
+TAKEN = frozenset(
+    (
+        *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+        *("layer_replication", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+        *("bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "qalora_group_size", "use_bdlora"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config", "kasa_config"),
+        *("velora_config", "monteclora_config", "alora_invocation_tokens"),
+    )
+)
+
+
+Number = TypeVar("Number", int, float)
 
 
 def _pattern(value: str) -> str:
+    if len(value) > MOST_PATTERN_CHARACTERS:
+        raise PydanticCustomError("pattern", f"a pattern of at most {MOST_PATTERN_CHARACTERS:,} characters")
     try:
         re.compile(value)
-    except re.error as error:
-        reason = f"{value[:MOST_CHARACTERS]!r}: {error}"
+    except (re.error, RecursionError, OverflowError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = f"{value[:MOST_CHARACTERS]!r}: {why}"
         raise PydanticCustomError("pattern", "a regular expression ({reason})", {"reason": reason}) from error
     return value
 
@@ -37,7 +60,19 @@ def _span(value: list[int]) -> list[int]:
     return value
 
 
-Names = list[str]
+def _few_names(value: list[str]) -> list[str]:
+    if len(value) > MOST_NAMES:
+        raise PydanticCustomError("names", f"at most {MOST_NAMES:,} names")
+    return value
+
+
+def _few_patterns(value: dict[str, Number]) -> dict[str, Number]:
+    if len(value) > MOST_PATTERNS:
+        raise PydanticCustomError("patterns", f"at most {MOST_PATTERNS:,} patterns")
+    return value
+
+
+Names = Annotated[list[str], AfterValidator(_few_names)]
 Positive = Annotated[int, Field(gt=0)]
 Span = Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_span)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
@@ -63,8 +98,8 @@ class AdapterConfig(BaseModel):
     layers_to_transform: list[int] | int | None = None
     layer_replication: list[Span] | None = None
     layers_pattern: list[Pattern] | Pattern | None = None
-    rank_pattern: dict[Pattern, Positive] = {}
-    alpha_pattern: dict[Pattern, float] = {}
+    rank_pattern: Annotated[dict[Pattern, Positive], AfterValidator(_few_patterns)] = {}
+    alpha_pattern: Annotated[dict[Pattern, float], AfterValidator(_few_patterns)] = {}
     modules_to_save: Names | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -79,6 +114,18 @@ class AdapterConfig(BaseModel):
     def given(self) -> dict[str, Any]:
         """What the file says, without what it says nothing of."""
         return {key: value for key, value in self.content.items() if value is not None}
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What of it an adapter is loaded by; the file of one that trains on keeps the rest."""
+        return {key: value for key, value in self.given.items() if key in TAKEN}
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The keys that it is not loaded by although they say something."""
+        return tuple(
+            sorted(key for key, value in self.given.items() if key not in TAKEN and value and key not in MUTE)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +171,14 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             f"{file} can't be used: {_reason(error, given)}",
             hint="Was it edited by hand? PEFT writes it with the right types; copy the original again.",
         ) from error
+
+
+def notes_on_left_out(adapters: Iterable[Path | None]) -> Iterator[str]:
+    """Yield for each folder of an adapter which keys of its config it is not loaded by, in a sentence."""
+    for directory in adapters:
+        keys = () if directory is None else read_adapter_config(directory).left_out
+        if directory is not None and keys:
+            yield f"{directory / ADAPTER_CONFIG}: {', '.join(keys)} left out, which an adapter is not loaded by here"
 
 
 def lora_settings_of(config: AdapterConfig) -> dict[str, object]:

@@ -420,7 +420,7 @@ def test_keys_that_are_no_names_are_refused(llama: Path, adapter: Path, kind: st
 BEYOND: dict[str, tuple[object, str]] = {
     "layer_replication": ([[0, 2], [1, 9]], "names 9, and the base has"),
     "trainable_token_indices": ([1, 10**6], "names 1000000, and the base has"),
-    "megatron_config": ({"tensor_model_parallel_size": 1}, "needs the package megatron"),
+    "rank_pattern": ({r"(a|a|.)*(.*)*(.+)+(.+)+X$": 4}, "takes more than"),
 }
 
 
@@ -437,6 +437,18 @@ def test_what_a_config_names_and_is_not_there_is_told_by_its_key(
     if not (merges and key == "layer_replication"):  # which can't be merged anyway
         assert str(file) in message
         assert BEYOND[key][1] in message
+
+
+def test_what_a_config_has_peft_import_is_left_out_and_said(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    file = other / ADAPTER_CONFIG
+    (tmp_path / "megatron.py").write_text("raise AssertionError('code of an adapter ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = {"megatron_config": {"x": 1}, "megatron_core": "megatron.core"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+    assert f"{file}: megatron_config left out, which an adapter is not loaded by here" in ours(other).notes
 
 
 OF_THE_CONFIG: dict[str, tuple[object, str]] = {

@@ -1,12 +1,19 @@
 """What an adapter's config may hold: LoRA, named by its type, with values of the types that PEFT takes."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, read_adapter_config
+from qlora_cli.model_files.adapter_files import (
+    ADAPTER_CONFIG,
+    TAKEN,
+    notes_on_left_out,
+    read_adapter_config,
+)
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.models import ModelSettings
 
@@ -87,3 +94,46 @@ def test_null_stands_for_a_key_that_was_not_given(tmp_path: Path) -> None:
 
 def test_a_long_value_is_cut(tmp_path: Path) -> None:
     assert len(message_of(tmp_path, {**GOOD, "bias": "x" * 30_000})) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("target_modules", "a" * 20_000, "a pattern of at most 10,000 characters"),
+        ("target_modules", "(" * 5_000 + ")" * 5_000, "a regular expression"),
+        ("exclude_modules", "a{99999999999}", "a regular expression"),
+        ("target_modules", [f"layer_{number}" for number in range(10_001)], "at most 10,000 names"),
+        ("rank_pattern", {f"layer_{number}": 4 for number in range(2_001)}, "at most 2,000 patterns"),
+    ],
+    ids=["long", "deep", "large", "names", "patterns"],
+)
+def test_what_takes_too_long_to_match_is_refused_as_it_is_read(
+    tmp_path: Path, key: str, value: object, wanted: str
+) -> None:
+    message = message_of(tmp_path, {**GOOD, key: value})
+    assert f"{key} is " in message
+    assert wanted in message
+    assert len(message) < 1_000
+
+
+# What PEFT imports, where it computes, and what no PEFT knows.
+NOT_TAKEN = {"megatron_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}, "from_elsewhere": 5}
+
+
+def test_an_adapter_is_loaded_by_the_keys_on_the_list_alone_and_the_others_are_said(tmp_path: Path) -> None:
+    content = {**GOOD, **NOT_TAKEN, "megatron_core": "megatron.core", "auto_mapping": None}
+    config = read_adapter_config(write(tmp_path, content))
+    assert config.taken == GOOD
+    assert config.content == content  # as it is written back
+    (note,) = notes_on_left_out([None, tmp_path])
+    assert note.startswith(f"{tmp_path / ADAPTER_CONFIG}: from_elsewhere, megatron_config, runtime_config left out")
+
+
+def test_every_key_of_peft_is_on_the_list_or_left_out_on_purpose() -> None:
+    on_purpose = {"auto_mapping", "megatron_config", "megatron_core", "runtime_config"}
+    assert {one.name for one in fields(LoraConfig)} - TAKEN == on_purpose
+
+
+def test_nothing_is_said_of_a_config_as_peft_writes_it(tmp_path: Path) -> None:
+    LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="base").save_pretrained(tmp_path)
+    assert list(notes_on_left_out([tmp_path])) == []
