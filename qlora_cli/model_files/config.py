@@ -13,7 +13,9 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.construction import (
     ABOUT_ITSELF,
     build_config,
+    check_bounds,
     check_sizes,
+    drop_choices,
     faulty_keys,
     is_ours,
     refused,
@@ -72,13 +74,15 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
         ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
     """
     content = read_json(source.path / CONFIG)
+    check_bounds(str(source.path), content)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the code of an architecture raises
         raise _unreadable(source.name, str(source.path), content, error) from error
+    dropped = drop_choices(config, content)
     if trust_remote_code and getattr(config, "auto_map", None):
-        return ModelConfig(config=config, key_mapping=None)
-    return _settled(source.name, str(source.path), content, config)
+        return ModelConfig(config=config, key_mapping=None, notes=dropped)
+    return _settled(source.name, str(source.path), content, config, dropped)
 
 
 def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
@@ -90,12 +94,13 @@ def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
     model_type = content.get("model_type")
     if "auto_map" in content and model_type not in CONFIG_MAPPING:
         raise _needs_code(name)
+    check_bounds(name, content)
     try:
         config = build_config(content)
     except Exception as error:  # whatever the code of an architecture raises
         raise _unreadable(name, name, content, error) from error
     config.name_or_path = name
-    return _settled(name, name, content, config)
+    return _settled(name, name, content, config, drop_choices(config, content))
 
 
 def quantization_config_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -109,7 +114,9 @@ def quantization_config_of(config: Mapping[str, Any]) -> Mapping[str, Any] | Non
     return None
 
 
-def _settled(name: str, where: str, content: Mapping[str, Any], config: PreTrainedConfig) -> ModelConfig:
+def _settled(
+    name: str, where: str, content: Mapping[str, Any], config: PreTrainedConfig, notes: tuple[str, ...]
+) -> ModelConfig:
     """Return what is built of `config`, that of the model `name`, whose `content` lies in `where`."""
     try:
         text = text_config(config)
@@ -118,13 +125,13 @@ def _settled(name: str, where: str, content: Mapping[str, Any], config: PreTrain
     check_sizes(where, text)
     if text is config:
         _check_class(name, config)
-        return ModelConfig(config=config, key_mapping=None)
+        return ModelConfig(config=config, key_mapping=None, notes=notes)
     text = _plain(text)
     text.name_or_path = config.name_or_path
     _check_class(name, text)
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # what the whole model goes by
     note = f"{config.model_type} sees more than text; only its text decoder ({text.model_type}) is loaded"
-    return ModelConfig(config=text, key_mapping=DECODER_NAMES, notes=(note,))
+    return ModelConfig(config=text, key_mapping=DECODER_NAMES, notes=(*notes, note))
 
 
 def _plain(text: PreTrainedConfig) -> PreTrainedConfig:

@@ -33,6 +33,12 @@ MOST_SECONDS = 20.0
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 NUM_CHOSEN = "num_experts_per_tok"
+# What no model comes near, and what can't be built within minutes: DeepNet has 1,000 layers.
+MOST_LAYERS, MOST_EXPERTS, MOST_EXPERTS_IN_ALL = 2_000, 10_000, 200_000
+LAYERS, EXPERTS = re.compile(r"(\w+_)?layers?"), re.compile(r"(\w+_)?experts")
+# What a config.json does not choose here: kernels, which are code of the hub, other files, and where it computes.
+NOT_TAKEN = ("transformers_weights", "distributed_config", "fusion_config")
+KERNELS = ("attn_implementation", "experts_implementation")
 # What a config says about itself; leaving it out changes nothing of what is built.
 ABOUT_ITSELF = {"model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"}
 FLOAT = "__float__"  # {"__float__": "Infinity"}
@@ -124,6 +130,41 @@ def check_sizes(where: str, config: PreTrainedConfig) -> None:
     experts = {names[key]: found[key] for key in NUM_EXPERTS if key in found}
     if 1 < max(experts.values(), default=0) < found.get(NUM_CHOSEN, 0):  # with one, or none, there is no choice
         raise refused(where, values, [names[NUM_CHOSEN], *experts], "there are fewer experts than a token is given")
+
+
+def check_bounds(where: str, content: Mapping[str, Any]) -> None:
+    """Check what a config.json holds, before anything is built from it, for more layers and experts than can be built.
+
+    Raises:
+        ModelError: there are more; names file, key and value.
+    """
+    parts: list[Any] = [content]
+    for part in parts:  # which grows
+        parts += [value for value in part.values() if isinstance(value, Mapping)]
+        counts = {key: value for key, value in part.items() if type(value) is int}
+        layers = {key: value for key, value in counts.items() if LAYERS.fullmatch(key)}
+        experts = {key: value for key, value in counts.items() if EXPERTS.fullmatch(key)}
+        for found, most in ((layers, MOST_LAYERS), (experts, MOST_EXPERTS)):
+            if beyond := [key for key, value in found.items() if value > most]:
+                raise refused(where, part, beyond[:1], f"more than {most:,} are not built")
+        in_all = max(layers.values(), default=0) * max(experts.values(), default=0)
+        if in_all > MOST_EXPERTS_IN_ALL:
+            raise refused(where, part, [*layers, *experts], f"more than {MOST_EXPERTS_IN_ALL:,} experts are not built")
+
+
+def drop_choices(config: PreTrainedConfig, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Take out of `config`, read from `content`, what a file does not choose; return what was, by key, in a note."""
+    parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
+    config._attn_implementation = None  # of its parts too
+    config._experts_implementation = None
+    for part in parts:
+        for key in NOT_TAKEN:
+            part.__dict__.pop(key, None)
+    written = [content, *(value for value in content.values() if isinstance(value, Mapping))]
+    keys = [key for key in (*KERNELS, *NOT_TAKEN) if any(one.get(key) or one.get(f"_{key}") for one in written)]
+    if not keys:
+        return ()
+    return (f"{CONFIG}: {', '.join(keys)} left out, which a file does not choose here",)
 
 
 def refused(where: str, content: Mapping[str, Any], keys: list[str], reason: Exception | str) -> ModelError:

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from transformers import AutoConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
 
 
@@ -48,3 +49,55 @@ def test_modules_of_a_vision_language_checkpoint_are_renamed_as_its_weights_are(
     assert base.renamed("lm_head") == "lm_head"
     assert base.is_left_out("vision_tower.layers.0.weight")
     assert not base.is_left_out("language_model.model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "named"),
+    [
+        ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: more than 2,000 are not built"),
+        ("qwen3", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: more than 2,000"),
+        ("gpt2", {"n_layer": 10**6}, "n_layer is 1000000"),
+        ("gemma3", {"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is 1000000"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_local_experts is 1000000: more than 10,000 are not built"),
+        ("mixtral", {"num_hidden_layers": 1000, "num_local_experts": 1000}, "more than 200,000 experts"),
+    ],
+    ids=str,
+)
+def test_more_layers_and_experts_than_can_be_built_are_refused_before_anything_is(
+    tmp_path: Path, model_type: str, values: dict[str, object], named: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **values}))
+    began = monotonic()
+    with pytest.raises(ModelError) as caught:
+        read_config(
+            ModelSource(name="tiny", path=tmp_path, base_name="tiny", tokenizer_path=tmp_path), trust_remote_code=False
+        )
+    assert monotonic() - began < 2
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'} describes no model that can be built: ")
+    assert named in str(caught.value)
+
+
+# A kernel of the hub, which is code; other files; where to compute.
+CHOICES: dict[str, object] = {
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation": "evil/kernel@v1:function",
+    "experts_implementation": "evil/kernel",
+    "transformers_weights": "other.safetensors",
+    "distributed_config": {"tp_size": 2},
+    "fusion_config": {"x": 1},
+}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3"])
+def test_kernels_files_and_devices_that_a_config_names_are_left_out_and_said(
+    tmp_path: Path, model_type: str, key: str
+) -> None:
+    content = {"model_type": model_type, key: CHOICES[key]}
+    nested = {"text_config": {key: CHOICES[key]}} if model_type == "gemma3" else {}
+    (tmp_path / "config.json").write_text(json.dumps({**content, **nested}))
+    place = ModelSource(name="tiny", path=tmp_path, base_name="tiny", tokenizer_path=tmp_path)
+    for found in (read_config(place, trust_remote_code=False), config_from("tiny", {**content, **nested})):
+        assert found.notes[0] == f"config.json: {key.removeprefix('_')} left out, which a file does not choose here"
+        for name in (key, "_attn_implementation", "_experts_implementation"):
+            assert getattr(found.config, name, None) is None
