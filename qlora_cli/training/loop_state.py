@@ -2,15 +2,24 @@
 
 import json
 import math
+import pickle
 import random
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from transformers.trainer_pt_utils import safe_globals
+
+from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.runs.checkpoints import TRAINER_STATE, step_of
+
+Value = TypeVar("Value")
 
 LOOP_STATE = "loop_state.json"
 Generators = Mapping[str, Any]
@@ -108,8 +117,79 @@ class LoopState:
 
     @classmethod
     def read(cls, folder: Path) -> "LoopState":
-        """Read it from a checkpoint, whose files were checked."""
-        content = json.loads((folder / LOOP_STATE).read_text(encoding="utf-8"))
-        progress = content.pop("progress")
-        evaluations = {int(step): loss for step, loss in progress.pop("eval_losses").items()}
-        return cls(**content, progress=Progress(**progress, eval_losses=evaluations))
+        """Read it from a checkpoint, whose files were checked.
+
+        Raises:
+            OutputDirectoryError: it is none; names the file.
+        """
+        return _as(_LOOP_STATES, folder / LOOP_STATE)
+
+
+class _TrainerState(BaseModel):
+    """What transformers goes on by, of the types that it writes."""
+
+    global_step: int
+    max_steps: int
+    num_train_epochs: int
+    epoch: float | None = None
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    total_flos: float = 0
+    log_history: list[dict[str, Any]] = []
+    stateful_callbacks: dict[str, Any] = {}
+
+
+_LOOP_STATES = TypeAdapter(LoopState)
+_TRAINER_STATES = TypeAdapter(_TrainerState)
+# The pickles of a checkpoint, and what each holds by name.
+PICKLES: Mapping[str, tuple[str, ...]] = {
+    "optimizer.pt": ("state", "param_groups"),
+    "scheduler.pt": ("last_epoch",),
+    "rng_state.pth": ("python", "numpy", "cpu"),
+}
+
+
+def check_state(checkpoint: Path) -> None:
+    """Check that a run can go on from a checkpoint whose files are sealed, before anything is written or loaded.
+
+    Whoever writes a checkpoint can seal it. No code of its pickles runs.
+
+    Raises:
+        OutputDirectoryError: it holds something else than a run saves; names the file.
+    """
+    step = LoopState.read(checkpoint).step
+    file = checkpoint / TRAINER_STATE
+    state = _as(_TRAINER_STATES, file)
+    if not state.global_step == step == step_of(checkpoint):
+        raise _odd(file, f"it is of step {state.global_step}, and {LOOP_STATE} of step {step}")
+    for name, keys in PICKLES.items():
+        if (checkpoint / name).exists():
+            _check_pickle(checkpoint / name, keys)
+
+
+def _check_pickle(file: Path, keys: tuple[str, ...]) -> None:
+    try:
+        with safe_globals():
+            found = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise _odd(file, "it holds more than values, or is damaged") from error
+    if not isinstance(found, dict) or not all(key in found for key in keys):
+        raise _odd(file, f"it does not hold {', '.join(keys)}")
+
+
+def _as(kind: TypeAdapter[Value], file: Path) -> Value:
+    try:
+        return kind.validate_python(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _odd(file, f"{place}: {first['msg']}" if place else first["msg"]) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _odd(file, str(error)) from error
+
+
+def _odd(file: Path, reason: str) -> OutputDirectoryError:
+    return OutputDirectoryError(
+        f"{file} is not what a run saves: {reason}",
+        hint=f"Move {file.parent} away to go on from the checkpoint before it, or start anew with another --output.",
+    )

@@ -31,6 +31,7 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import Fact, found, settle
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.liger import use_liger_kernels
+from qlora_cli.training.loop_state import check_state
 from qlora_cli.training.memory import Outlook, check_memory, gpu_at_hand
 from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
@@ -115,6 +116,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     check_push(asked.settings.output, "output.push_to_hub", reporter)
     resume = find_resume(asked.settings.output)
     if resume is not None and resume.checkpoint is not None:
+        check_state(resume.checkpoint)
         read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
     check_placement(asked.settings)
     model = find(asked.settings.model, reporter)

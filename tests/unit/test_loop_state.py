@@ -1,0 +1,111 @@
+"""What a run saves to go on by: read back as it was written, and refused by its file when it is something else."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.training.loop_state import LoopState, Progress, check_state, generator_states
+
+STATE = LoopState(
+    step=3,
+    summed_loss=0.5,
+    total_loss=float("nan"),
+    reported_step=3,
+    num_tokens=9,
+    means={"entropy": [1.0, 2.0]},
+    never_used=["layer"],
+    progress=Progress(eval_losses={2: 1.5, 3: float("inf")}),
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Return a checkpoint with all that a run goes on by."""
+    folder = tmp_path / "step-3"
+    folder.mkdir()
+    STATE.write(folder)
+    trainer = {"global_step": 3, "max_steps": 5, "num_train_epochs": 1, "epoch": 0.5}
+    (folder / "trainer_state.json").write_text(json.dumps(trainer))
+    torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}, folder / "optimizer.pt")
+    torch.save({"last_epoch": 3}, folder / "scheduler.pt")
+    torch.save(generator_states(), folder / "rng_state.pth")
+    return folder
+
+
+def test_it_is_read_as_it_was_written(checkpoint: Path) -> None:
+    check_state(checkpoint)
+    assert repr(LoopState.read(checkpoint)) == repr(STATE)
+
+
+LOOP = json.loads(json.dumps({"step": 3, "summed_loss": 0, "total_loss": 0, "reported_step": 3, "num_tokens": 9}))
+ODD: list[tuple[str, object]] = [
+    ("loop_state.json", []),
+    ("loop_state.json", 5),
+    ("loop_state.json", {}),
+    ("loop_state.json", {**LOOP, "means": [], "never_used": [], "progress": {"eval_losses": {}}}),
+    ("loop_state.json", {**LOOP, "means": {}, "never_used": "x", "progress": {"eval_losses": {}}}),
+    ("loop_state.json", {**LOOP, "means": {}, "never_used": [], "progress": {"eval_losses": {"x": 1}}}),
+    ("loop_state.json", {**LOOP, "step": "x", "means": {}, "never_used": [], "progress": {"eval_losses": {}}}),
+    ("trainer_state.json", []),
+    ("trainer_state.json", {"global_step": "x", "max_steps": 5, "num_train_epochs": 1}),
+    ("trainer_state.json", {"global_step": 4, "max_steps": 5, "num_train_epochs": 1}),
+    ("trainer_state.json", {"global_step": 3, "max_steps": 5, "num_train_epochs": 1, "log_history": 5}),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), ODD, ids=str)
+def test_json_of_other_types_is_refused_by_its_file(checkpoint: Path, name: str, content: object) -> None:
+    (checkpoint / name).write_text(json.dumps(content))
+    with pytest.raises(OutputDirectoryError) as caught:
+        check_state(checkpoint)
+    assert str(caught.value).startswith(f"{checkpoint / name} is not what a run saves: ")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\ufeff{}"], ids=["empty", "cut", "deep", "mark"])
+def test_text_that_is_no_json_is_refused_by_its_file(checkpoint: Path, text: str) -> None:
+    (checkpoint / "loop_state.json").write_text(text)
+    with pytest.raises(OutputDirectoryError, match=r"loop_state\.json is not what a run saves"):
+        check_state(checkpoint)
+
+
+class Code:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        """Return what unpickling calls."""
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_pickle_of_a_checkpoint_is_refused_and_not_run(
+    checkpoint: Path, tmp_path: Path, name: str, is_zip: bool
+) -> None:
+    torch.save({"state": Code(tmp_path / "ran")}, checkpoint / name, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(OutputDirectoryError, match="holds more than values, or is damaged") as caught:
+        check_state(checkpoint)
+    assert str(checkpoint / name) in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("content", [[], {"a": 1}, 5, torch.ones(1)], ids=str)
+def test_a_pickle_of_something_else_is_refused(checkpoint: Path, name: str, content: object) -> None:
+    torch.save(content, checkpoint / name)
+    with pytest.raises(OutputDirectoryError, match="does not hold"):
+        check_state(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 10, 400])
+def test_a_pickle_that_is_cut_off_is_refused(checkpoint: Path, size: int) -> None:
+    os.truncate(checkpoint / "optimizer.pt", size)
+    with pytest.raises(OutputDirectoryError, match=r"optimizer\.pt is not what a run saves"):
+        check_state(checkpoint)
