@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_cli.data.limits import DEEPEST, check_columns
+from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, reading
 from qlora_cli.data.sources import printable
 from qlora_cli.errors import DataError
 
-BATCH_ROWS = 1000
 BATCH_BYTES = 4_000_000  # of columns that are made into values at once; one row may be more
 ARROW_FILE_MARK = b"ARROW1"  # what a stream does not begin with
 
@@ -40,9 +40,12 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
         columns = _columns_to_read(names, wanted)
         number, rows = 1, wanted.rows
         for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
+            metadata = file.metadata.row_group(group)
+            num_rows = metadata.num_rows
             if rows is None or any(rows[number - 1 : number - 1 + num_rows]):
-                batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
+                with path.open("rb") as pages:
+                    batch_rows = rows_at_once(pages, metadata, columns, printable(path))
+                batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)
                 yield from _rows_of(path, _Batches(names, map(_checked, batches)), number, wanted)
             number += num_rows
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.columns import BATCH_ROWS, plain_row
+from qlora_cli.data.columns import plain_row
+from qlora_cli.data.parquet_groups import BATCH_ROWS
 from qlora_cli.data.raw import RawRow, estimate_bytes
 from qlora_cli.data.sampling import choose, too_few
 from qlora_cli.data.sources import DatasetSource

@@ -13,13 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_cli.data import json_files, limits, raw, tables
+from qlora_cli.data import json_files, limits, parquet_groups, raw, tables
 from qlora_cli.data.formats import columns_in_use
+from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import read_rows
 from qlora_cli.data.sources import find_dataset
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.units import MIB
 from tests.reading import problems_of, read, values_of, write
 
 DEEP = "nested too deeply to be read (more than 100 lists and objects in each other)"
@@ -117,6 +119,50 @@ def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Pat
         write(path, ",".join(names) + "\n" + ",".join(["1"] * len(names)) + "\n")
     with pytest.raises(DataError, match=r"a\.\w+ has 1,001 columns, more than 1,000"):
         read(path)
+
+
+def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(tmp_path: Path) -> None:
+    text, path = "x" * 2_000_000, tmp_path / "a.parquet"
+    for chat in (False, True):
+        texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array([text]))
+        column = pyarrow.StructArray.from_arrays([texts], ["content"]) if chat else texts
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": column}),
+            path,
+            dictionary_pagesize_limit=2**30,
+            store_schema=False,
+            compression="zstd",
+        )
+        before, most, count = pyarrow.total_allocated_bytes(), 0, 0
+        for row in read_rows(find_dataset(str(path)), split="train", seed=0):
+            most, count = max(most, pyarrow.total_allocated_bytes() - before), count + 1
+            assert row.value == {"text": {"content": text} if chat else text}
+        assert count == 1000
+        assert 100 * MIB < most < 800 * MIB
+
+
+def test_an_ordinary_dictionary_is_read_in_hundreds_of_rows(tmp_path: Path) -> None:
+    texts = [f"{number} " * 100 for number in range(3000)]
+    table = pyarrow.table({"text": texts, "ids": [[number] * 900 for number in range(3000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with (tmp_path / "a.parquet").open("rb") as file:
+        group = pyarrow.parquet.ParquetFile(file).metadata.row_group(0)
+        assert group.column(0).has_dictionary_page
+        assert group.column(1).has_dictionary_page
+        assert 100 <= rows_at_once(file, group, ["text", "ids"], "a") < BATCH_ROWS
+        assert rows_at_once(file, group, ["ids"], "a") == BATCH_ROWS
+
+
+def test_a_column_that_is_far_larger_than_what_is_stored_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_groups, "ALWAYS_EXPANDED", MIB)
+    table, path = pyarrow.table({"text": ["x" * 3 * MIB], "n": [1]}), tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"a\.parquet: the column text expands to more than 200 times its size"):
+        read(path)
+    wanted = Wanted(columns=lambda _: ["n"])
+    assert len(list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))) == 1
 
 
 def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
