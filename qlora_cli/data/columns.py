@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_cli.data.arrow_messages import FILE_MARK, check_expansion
 from qlora_cli.data.limits import DEEPEST, check_columns
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, reading
@@ -19,7 +20,6 @@ from qlora_cli.data.sources import printable
 from qlora_cli.errors import DataError
 
 BATCH_BYTES = 4_000_000  # of columns that are made into values at once; one row may be more
-ARROW_FILE_MARK = b"ARROW1"  # what a stream does not begin with
 
 
 class _Batches(NamedTuple):
@@ -92,11 +92,12 @@ def _open_arrow(path: Path, wanted: Wanted) -> Iterator[_Batches]:
     import pyarrow
 
     with pyarrow.memory_map(os.fsencode(path)) as file:
-        is_file = file.read(len(ARROW_FILE_MARK)) == ARROW_FILE_MARK
+        is_file = file.read(len(FILE_MARK)) == FILE_MARK
         file.seek(0)
         opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
         names = _checked_names(opened(file).schema, path)
         places = [names.index(name) for name in _columns_to_read(names, wanted)]
+        check_expansion(file, printable(path))
         file.seek(0)
         # No field at all would mean all of them.
         reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=places or [0]))

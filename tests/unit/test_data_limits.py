@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_cli.data import json_files, limits, parquet_groups, raw, tables
+from qlora_cli.data import arrow_messages, json_files, limits, parquet_groups, raw, tables
 from qlora_cli.data.formats import columns_in_use
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import Wanted
@@ -163,6 +163,28 @@ def test_a_column_that_is_far_larger_than_what_is_stored_is_an_error(
         read(path)
     wanted = Wanted(columns=lambda _: ["n"])
     assert len(list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))) == 1
+
+
+@pytest.mark.parametrize("as_stream", [True, False])
+@pytest.mark.parametrize("is_dictionary", [True, False])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_arrow_file_that_is_far_larger_inside_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool, is_dictionary: bool, compression: str
+) -> None:
+    texts = pyarrow.array(["x" * 8 * MIB])
+    batch = pyarrow.record_batch([texts.dictionary_encode() if is_dictionary else texts], names=["text"])
+    path, options = tmp_path / "a.arrow", pyarrow.ipc.IpcWriteOptions(compression=compression)
+    make = pyarrow.ipc.new_stream if as_stream else pyarrow.ipc.new_file
+    with make(path, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    assert len(values_of(path)) == 1
+    monkeypatch.setattr(arrow_messages, "ALWAYS_EXPANDED", MIB)
+    with pytest.raises(DataError, match=r"a\.arrow expands to more than 200 times its size, to 8\.00 MiB at once"):
+        read(path)
+    # One that is as large but not compressed is read.
+    with make(path, batch.schema) as writer:
+        writer.write_batch(batch)
+    assert len(values_of(path)) == 1
 
 
 def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
