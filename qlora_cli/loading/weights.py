@@ -18,13 +18,14 @@ from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, again
 from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.construction import is_ours
-from qlora_cli.model_files.finite import is_finite
+from qlora_cli.model_files.finite import is_finite, not_finite
 from qlora_cli.model_files.left_over import by_name, hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import stored_weight
+from qlora_cli.quantization.refused_weights import OTHER_VERSION
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
@@ -143,23 +144,8 @@ def load_weights(
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            # transformers catches what happens while it converts a weight, and reports it as one that did not match.
-            report = "\n".join([f"{type(error).__name__}: {error}", *warned])
-            if shortage := SHORTAGE.search(report):
-                raise OutOfMemoryError(
-                    f"{source.base_name} does not fit on the device while loading: {shortage[1]}",
-                    hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
-                ) from error
-            if (
-                is_ours(error)
-                or (isinstance(error, RuntimeError) and not OF_WEIGHTS.search(report))
-                or FAULT in report
-            ):
-                error.add_note("\n".join(warned))
-                raise
-            hint = "Are config.json and the weights of one version? Get the model anew as a whole."
-            details = _failed_conversions(warned, _files(checkpoint, base)) or "\n".join([str(error), *warned])
-            raise ModelError(f"{source.base_name} can't be loaded: {details}", hint=hint) from error
+            refused = {} if quantization is None else layout.method.refused_weights(quantization)
+            raise _failure(error, warned, refused, source.base_name, _files(checkpoint, base)) from error
     for warning in warned:
         if LOAD_REPORT not in warning:
             reporter.report(Noted(message=warning))
@@ -172,6 +158,31 @@ def load_weights(
         model.name_or_path = model.config.name_or_path = source.base_name
     model.requires_grad_(False)
     return model
+
+
+def _failure(
+    error: Exception, warned: list[str], refused: Mapping[str, ModelError], name: str, files: Mapping[str, str]
+) -> Exception:
+    """Return what `error`, raised while the model `name` was read, is to the user; `error` itself if it is a bug.
+
+    transformers catches what happens while it converts a weight, and reports it as one that did not match: `refused`
+    are those that the quantizer refused itself, by full name.
+    """
+    report = "\n".join([f"{type(error).__name__}: {error}", *warned])
+    if shortage := SHORTAGE.search(report):
+        return OutOfMemoryError(
+            f"{name} does not fit on the device while loading: {shortage[1]}",
+            hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
+        )
+    if refused:
+        first = next(iter(refused.values()))
+        alike = [f"{one}{_in_file(one, files)}" for one, why in refused.items() if why.message == first.message]
+        return ModelError(f"{name} can't be loaded: {_counted(alike)}: {first.message}", hint=first.hint)
+    if is_ours(error) or (isinstance(error, RuntimeError) and not OF_WEIGHTS.search(report)) or FAULT in report:
+        error.add_note("\n".join(warned))
+        return error
+    details = _failed_conversions(warned, files) or "\n".join([str(error), *warned])
+    return ModelError(f"{name} can't be loaded: {details}", hint=OTHER_VERSION)
 
 
 def _failed_conversions(warned: list[str], files: Mapping[str, str]) -> str:
@@ -203,12 +214,8 @@ def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig,
         held = [value for value in values if value.is_floating_point() and value.device.type != "meta"]
         if all(is_finite(value) for value in held):
             continue
-        overflows = " If it is not, it overflows fp16: use --dtype bf16." if parameter.dtype == torch.float16 else ""
-        raise ModelError(
-            f"{source.base_name}: {name}{_in_file(name, _files(checkpoint, base))} holds values that are not finite "
-            "(NaN or infinite)",
-            hint=f"The model is damaged; download or save it again.{overflows}",
-        )
+        where = _in_file(name, _files(checkpoint, base))
+        raise not_finite(f"{source.base_name}: {name}{where} holds ", parameter.dtype)
 
 
 def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:
@@ -295,11 +302,14 @@ class _Collector(logging.Handler):
 def _warnings_collected() -> Iterator[list[str]]:
     """Collect what transformers warns of, instead of letting it write between the lines of the display."""
     collector = _Collector()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(min(verbosity, logging.WARNING))  # the user's may hide why a weight failed
     transformers_logging.disable_default_handler()
     transformers_logging.add_handler(collector)
     try:
         yield collector.messages
     finally:
+        transformers_logging.set_verbosity(verbosity)
         transformers_logging.remove_handler(collector)
         transformers_logging.enable_default_handler()
 

@@ -9,6 +9,7 @@ import torch
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.room import Room
 from qlora_cli.model_files.checkpoint import SAFETENSORS, Checkpoint, TensorHeader
+from qlora_cli.model_files.finite import DAMAGED
 from qlora_cli.model_files.pickles import DTYPES, header_of
 
 
@@ -46,7 +47,7 @@ def not_finite(header: TensorHeader) -> ModelError:
     """Return the error for a tensor of a base that holds what is no number."""
     return ModelError(
         f"the base holds NaN or infinite values in {header.name} (in {header.file})",
-        hint="The model is damaged; download or save it again.",
+        hint=DAMAGED,
     )
 
 

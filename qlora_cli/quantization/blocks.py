@@ -13,7 +13,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
-from qlora_cli.model_files.finite import is_finite
+from qlora_cli.model_files.finite import is_finite, not_finite
 
 BLOCK_SIZE = 64  # weights that share a constant
 NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
@@ -49,6 +49,9 @@ def quantize(
 
     `pieces` are on one device, in one dtype, and together have the elements of `shape` in order; each but the last
     has whole blocks. `error` is added to, if it is given.
+
+    Raises:
+        ModelError: one holds NaN or infinite values.
     """
     num_weights = prod(shape)
     packed = absmax = None
@@ -56,7 +59,7 @@ def quantize(
     for whole in pieces:
         for piece in _split(whole.reshape(-1)):
             if not is_finite(piece):
-                raise ValueError("it holds values that are not finite (NaN or infinite)")
+                raise not_finite("holds ", piece.dtype)
             codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
             if packed is None or absmax is None:
                 code, dtype = state.code, piece.dtype

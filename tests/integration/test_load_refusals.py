@@ -1,15 +1,18 @@
 """Mistakes and damage that a newcomer met: each one message before the weights are used, and none is passed over."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.hub.repository import Repository, fetch_files
+from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
 from qlora_cli.writing import MARK, write_directory
@@ -42,6 +45,35 @@ def test_a_quantized_weight_that_is_not_finite_is_named(tmp_path: Path, value: f
     message = refused(changed(tmp_path / "model", WEIGHT, tensor), ModelError)
     assert WEIGHT in message
     assert "values that are not finite" in message
+
+
+@pytest.mark.parametrize("method", Quantization)
+def test_a_value_that_is_not_finite_is_named_however_quiet_transformers_is(
+    tmp_path: Path, method: Quantization
+) -> None:
+    tensor = torch.ones(128, 64, dtype=torch.bfloat16)
+    tensor[77, 33] = float("nan")
+    model = changed(tmp_path / "model", WEIGHT, tensor)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        message = refused(model, ModelError, quantization__method=method)
+        assert transformers_logging.get_verbosity() == logging.ERROR
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    assert f"{WEIGHT} (in model.safetensors)" in message
+    assert "values that are not finite" in message
+    assert "The model is damaged" in message
+    assert "of one version" not in message
+
+
+def test_a_value_that_8_bit_has_no_room_for_is_told_from_one_that_is_not_finite(tmp_path: Path) -> None:
+    tensor = torch.ones(128, 64, dtype=torch.bfloat16)
+    tensor[77, 33] = 131072.0
+    model = changed(tmp_path / "model", WEIGHT, tensor)
+    message = refused(model, ModelError, quantization__method="int8", model__dtype="bf16")
+    assert f"{WEIGHT} (in model.safetensors): holds values up to 1.31e+05, which overflow fp16" in message
+    assert "damaged" not in message
 
 
 def test_modules_to_skip_that_match_nothing_are_an_error_that_names_the_layers(tmp_path: Path) -> None:

@@ -167,6 +167,10 @@ class Method(ABC):
         `kept` are the layers that are not quantized, and `experts` the fused ones that are, by full name.
         """
 
+    def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
+        """Return the weights that were refused while a model was read by `config`, by full name, with why."""
+        return {}
+
     def spills_to_host(self, settings: QuantizationSettings) -> bool:
         """Whether what does not fit on the GPU is kept on the CPU."""
         return False

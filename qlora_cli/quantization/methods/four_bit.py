@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
@@ -161,6 +162,11 @@ class FourBitMethod(Method):
             measure_error=measure_error,
             losses=losses,
         )
+
+    def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
+        """Return the weights that were refused while a model was read by `config`, by full name, with why."""
+        assert isinstance(config, QloraConfig)
+        return config.refused.errors
 
     def settle(self, model: PreTrainedModel) -> None:
         """Keep the stored bytes: on CPUs with AVX512-BF16, bitsandbytes repacks them at the first evaluation.

@@ -21,8 +21,10 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
+from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
 from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.refused_weights import OTHER_VERSION, RefusedWeights
 
 LOADER = "qlora"
 Errors = dict[str, float]
@@ -52,6 +54,7 @@ class QloraConfig(BitsAndBytesConfig):
         # read them from the quantizer of the model.
         self.errors: Errors | None = {} if measure_error else None
         self.losses = losses  # taken down while loading too
+        self.refused = RefusedWeights()
 
     @property
     def four_bit(self) -> FourBit:
@@ -66,7 +69,7 @@ class QloraConfig(BitsAndBytesConfig):
         """Return what a config.json holds."""
         content: dict[str, Any] = super().to_dict()
         # `load_in_4bit` would make transformers take its own quantizer, whatever the method says.
-        for key in ("errors", "losses", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
+        for key in ("errors", "losses", "refused", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
             content.pop(key, None)
         return content
 
@@ -180,6 +183,10 @@ class _Quantize(ConversionOps):
         return {name: self._convert(kwargs["model"], name, value) for name, value in input_dict.items()}
 
     def _convert(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
+        with self._config.refused.kept(name):
+            return self._quantized(model, name, value)
+
+    def _quantized(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
         weight = value[0] if isinstance(value, list) else value
         if isinstance(weight, Params4bit):  # experts that were quantized one by one
             return weight
@@ -217,8 +224,6 @@ class _QuantizeExperts(ConversionOps):
         module, name = get_module_from_name(kwargs["model"], full_layer_name)
         shape = getattr(module, name).shape
         num_experts = {len(readers) for readers in input_dict.values()}
-        if num_experts != {shape[0]}:
-            raise ValueError(f"{full_layer_name} has {shape[0]} experts, the checkpoint {sorted(num_experts)}")
 
         def stacked(index: slice) -> torch.Tensor:
             tensors: Any = {source: [read() for read in readers[index]] for source, readers in input_dict.items()}
@@ -236,12 +241,22 @@ class _QuantizeExperts(ConversionOps):
             for index in range(shape[0]):
                 yield stacked(slice(index, index + 1))
 
-        return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
+        with self._config.refused.kept(full_layer_name):
+            _check_number(num_experts, shape[0])
+            return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
+
+
+def _check_number(stored: set[int], expected: int) -> None:
+    if stored != {expected}:
+        numbers = ", ".join(map(str, sorted(stored)))
+        raise ModelError(f"its files hold {numbers} experts, and config.json says {expected}", hint=OTHER_VERSION)
 
 
 def _check_shape(stored: torch.Size, expected: torch.Size) -> None:
     if stored != expected:  # with as many weights it would be quantized, and computed with
-        raise ValueError(f"its files hold the shape {tuple(stored)}, and config.json says {tuple(expected)}")
+        raise ModelError(
+            f"its files hold the shape {tuple(stored)}, and config.json says {tuple(expected)}", hint=OTHER_VERSION
+        )
 
 
 class _Streaming(WeightConverter):

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
-from transformers.utils.quantization_config import QuantizationMethod
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from qlora_cli.errors import HardwareError, ModelError
-from qlora_cli.model_files.finite import is_finite
+from qlora_cli.model_files.finite import is_finite, not_finite
 from qlora_cli.quantization.blocks import PIECE_SIZE
 from qlora_cli.quantization.entries import Entry, dtype_name
 from qlora_cli.quantization.methods.base import (
@@ -36,6 +36,7 @@ from qlora_cli.quantization.methods.base import (
     nothing_quantized,
 )
 from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
+from qlora_cli.quantization.refused_weights import RefusedWeights
 from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 
@@ -53,6 +54,11 @@ class Int8Config(BitsAndBytesConfig):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "load_in_8bit": True})  # type: ignore[no-untyped-call]
         self.quant_method = LOADER  # type: ignore[assignment] # their enumeration is of their own methods
+        self.refused = RefusedWeights()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a config.json holds."""
+        return {key: value for key, value in super().to_dict().items() if key != "refused"}
 
     def plain(self) -> BitsAndBytesConfig:
         """Return the same as transformers' own quantizer takes it."""
@@ -71,7 +77,7 @@ class Int8Quantizer(Bnb8BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantizes one weight."""
-        return _QuantizeRows()
+        return _QuantizeRows(self.quantization_config.refused)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # What PEFT, TRL and the trainer ask a quantized model for.
@@ -84,6 +90,9 @@ class Int8Quantizer(Bnb8BitHfQuantizer):
 class _QuantizeRows(ConversionOps):
     """Quantizes one weight of a linear layer."""
 
+    def __init__(self, refused: RefusedWeights) -> None:
+        self._refused = refused
+
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -92,10 +101,14 @@ class _QuantizeRows(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return `input_dict` with its weights quantized."""
-        return {name: _convert(kwargs["model"], name, value) for name, value in input_dict.items()}
+        return {name: self._convert(kwargs["model"], name, value) for name, value in input_dict.items()}
+
+    def _convert(self, model: PreTrainedModel, name: str, value: Any) -> Int8Params:
+        with self._refused.kept(name):
+            return _quantized(model, name, value)
 
 
-def _convert(model: PreTrainedModel, name: str, value: Any) -> Int8Params:
+def _quantized(model: PreTrainedModel, name: str, value: Any) -> Int8Params:
     weight = value[0] if isinstance(value, list) else value
     module, _ = get_module_from_name(model, name)
     if issubclass(module.source_cls, Conv1D):
@@ -107,7 +120,11 @@ def _convert(model: PreTrainedModel, name: str, value: Any) -> Int8Params:
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes of `weight`, `(out, in)` in int8, and the largest magnitude of each row, `(out,)` in fp32."""
+    """Return the codes of `weight`, `(out, in)` in int8, and the largest magnitude of each row, `(out,)` in fp32.
+
+    Raises:
+        ModelError: it holds NaN or infinite values, or such as fp16 has no room for.
+    """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     num_rows = max(1, PIECE_SIZE // weight.shape[1])
@@ -116,9 +133,18 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # bitsandbytes quantizes from fp16, whatever the weight comes in.
         values = weight[rows].to(torch.float16).contiguous()
         if not is_finite(values):
-            raise ValueError("it holds values that are not finite (NaN or infinite)")
+            raise _out_of_range(weight[rows])
         codes[rows], scales[rows], _ = functional.int8_vectorwise_quant(values)
     return codes, scales
+
+
+def _out_of_range(weight: torch.Tensor) -> ModelError:
+    if not is_finite(weight):
+        return not_finite("holds ", weight.dtype)
+    return ModelError(
+        f"holds values up to {float(weight.abs().max()):.3g}, which overflow fp16, and 8 bit is quantized from that",
+        hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave the layer out by --skip-modules.",
+    )
 
 
 def _threshold(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -206,6 +232,11 @@ class Int8(Method):
             llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
             llm_int8_enable_fp32_cpu_offload=settings.int8_cpu_offload,
         )
+
+    def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
+        """Return the weights that were refused while a model was read by `config`, by full name, with why."""
+        assert isinstance(config, Int8Config)
+        return config.refused.errors
 
     def spills_to_host(self, settings: QuantizationSettings) -> bool:
         """Whether what does not fit on the GPU is kept on the CPU."""
