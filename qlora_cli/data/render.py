@@ -62,7 +62,11 @@ class Renderer:
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
-        """Return conversations without tools as texts, at less cost than one by one; None if one is refused."""
+        """Return conversations without tools as texts, at less cost than one by one; None if one is refused.
+
+        Raises:
+            ModelError: the template does not end.
+        """
         return render_all(self._tokenizer, [each.messages for each in conversations])
 
     def render(self, conversation: Conversation, text: str) -> Rendered:

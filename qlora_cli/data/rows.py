@@ -40,6 +40,7 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SWITCHES = ("train", "weight")
 IGNORED = -100  # the label that the loss skips
 MOST_IDS = 2**31
+LONGEST_MESSAGE = 500  # characters; what a message shows of a row may be as long as the row
 
 # The prompt of Stanford Alpaca, section "Data Release" of its README.
 ALPACA_WITH_INPUT = (
@@ -60,7 +61,7 @@ class RowError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None, is_empty: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
         self.hint = hint
         self.is_empty = is_empty
 

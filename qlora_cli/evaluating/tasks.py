@@ -112,7 +112,7 @@ def _task_of(path: Path) -> str:
     """Return the name that a YAML file gives its task or group; its other values may need lm-eval to be read."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} can't be read as YAML: {error}", hint="Correct it.") from error
     entries = root.value if isinstance(root, yaml.MappingNode) else []
     values = {key.value: value.value for key, value in entries if isinstance(value, yaml.ScalarNode)}

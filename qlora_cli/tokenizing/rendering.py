@@ -24,6 +24,7 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeE
 # What becomes of one that nests without an end, when it is compiled or when it runs.
 ENDLESS = (RecursionError, MemoryError, SyntaxError, SystemError)
 LONGEST_SECONDS = 4.0  # for one conversation; they are rendered within milliseconds
+LONGEST_TEXT = 2**27  # characters; twice what the longest row has
 AGAIN_SECONDS = 0.5  # a time-out that falls into a destructor is lost, so that it is repeated
 OTHER_TEMPLATE = "Correct it, or give another with --chat-template (a .jinja file, or chatml)."
 
@@ -47,7 +48,7 @@ def render(
 
     Raises:
         RefusedError: the template refuses it.
-        ModelError: the template calls itself without an end, nests too deeply, or takes seconds.
+        ModelError: the template calls itself without an end, nests too deeply, takes seconds, or writes far too much.
     """
 
     def apply() -> str:
@@ -57,25 +58,37 @@ def render(
             )
         )
 
+    size = sum(len(str(message.get("content"))) for message in messages)
+    given = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
     try:
-        return _within_seconds(apply)
+        text = _within_seconds(apply)
     except TEMPLATE_ERRORS as error:
         raise RefusedError(str(error)) from error
     except _TimeOutError as error:
-        size = sum(len(str(message.get("content"))) for message in messages)
         raise ModelError(
-            f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {counted(len(messages), 'message')} "
-            f"of {counted(size, 'character')}",
-            hint=OTHER_TEMPLATE,
+            f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {given}", hint=OTHER_TEMPLATE
         ) from error
     except ENDLESS as error:
         if tools or any("tool_calls" in message for message in messages):
             raise RefusedError("it calls itself too often for what tools and calls of them hold") from error
         raise endless(error) from error
+    if len(text) > LONGEST_TEXT:
+        raise ModelError(
+            f"the chat template writes {counted(len(text), 'character')} for {given}", hint=OTHER_TEMPLATE
+        )
+    return text
 
 
 def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[str] | None:
-    """Return conversations without tools as texts, at less cost than one by one; None if that fails for one."""
+    """Return conversations without tools as texts, at less cost than one by one; None if that fails for one.
+
+    Raises:
+        ModelError: as `render` does, for the first of them.
+    """
+    try:
+        render(tokenizer, conversations[0])  # before many as large are held at once
+    except RefusedError:
+        return None
 
     def apply() -> list[str]:
         found = tokenizer.apply_chat_template([list(messages) for messages in conversations], tokenize=False)

@@ -18,6 +18,7 @@ from qlora_cli.data.formats import columns_in_use
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import read_rows
+from qlora_cli.data.rows import RowError
 from qlora_cli.data.sources import find_dataset
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
@@ -279,3 +280,8 @@ def test_of_many_or_long_names_a_message_has_the_first() -> None:
     assert limits.listed(["a", "b"]) == "a, b"
     assert limits.listed([f"c{number}" for number in range(30)]).endswith("c19, and 10 more")
     assert len(limits.listed(["x" * 10**6])) < 100
+
+
+def test_a_message_about_a_row_is_not_as_long_as_the_row() -> None:
+    assert str(RowError("short")) == "short"
+    assert len(str(RowError("x" * 10**6))) < 600

@@ -38,6 +38,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(rendering, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(rendering, "LONGEST_TEXT", 2000)
 
 
 @pytest.mark.usefixtures("soon")
@@ -48,6 +49,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
         (DEEP, "the chat template calls itself without an end, nests too deeply"),
         (FOR_HOURS, "the chat template did not end within 0 s, for 2 messages of 5 characters"),
         (MANY_CALLS, "the chat template did not end within 0 s"),
+        ("{{ 'x' * 2001 }}", "the chat template writes 2,001 characters for 2 messages of 5 characters"),
     ],
 )
 def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
@@ -56,9 +58,20 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=message):
         render(tokenizer, CHAT)
-    assert render_all(tokenizer, [CHAT]) is None
+    with pytest.raises(ModelError, match=message):
+        render_all(tokenizer, [CHAT])
     with pytest.raises(ModelError, match=message):
         Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+
+
+def test_one_conversation_that_fails_among_many_is_left_to_be_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}a"
+    with_x = [{"role": "user", "content": "x"}]
+    assert render_all(tokenizer, [CHAT, CHAT]) == ["a", "a"]
+    assert render_all(tokenizer, [CHAT, with_x]) is None
+    assert render_all(tokenizer, [with_x, CHAT]) is None
+    with pytest.raises(RefusedError, match="no x"):
+        render(tokenizer, with_x)
 
 
 def test_a_file_that_nests_too_deeply_is_named_when_it_is_read(
