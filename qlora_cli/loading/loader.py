@@ -174,7 +174,7 @@ def load_planned(
     model = _load(blueprint, checkpoint, reporter, measure_error=measure_error, losses=losses)
     grown = _grow_vocabulary(model, blueprint)
     _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
-    ahead = note_on_prediction(model.config, checkpoint.tensors)
+    ahead = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
     found = [*grown, *([ahead] if ahead else [])]
     for note in found:
         reporter.report(Noted(message=note))

@@ -135,8 +135,9 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
     """Yield in words what the merged model has more than what is computed with: rows, and layers that are copied."""
     if base.num_rows is not None:
         yield f"the merged model's embedding has {base.num_rows:,} rows, the base's {before or 0:,}"
-    if note_on_prediction(base.model.config, base.tensors.headers) is not None:
-        yield "the layers that predict tokens further ahead are copied as they are: no adapter was trained on them"
+    fate = "copied as stored, nothing was trained there"
+    if (ahead := note_on_prediction(base.model.config, base.tensors.headers, fate)) is not None:
+        yield ahead
 
 
 def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:

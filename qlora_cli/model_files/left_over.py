@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_cli.model_files.checkpoint import TensorHeader
-from qlora_cli.model_files.config import ModelConfig
+from qlora_cli.model_files.config import TOWERS, ModelConfig
 
 # Computed anew wherever they are needed: rotary frequencies and their tables, of each layer in older checkpoints.
 ROTARY = re.compile(r"(^|\.)\w*(rotary|pos_emb)\w*\.(\w*inv_freq|cos_cached|sin_cached|cos_sin_cache)$")
@@ -19,7 +19,7 @@ MASK = re.compile(r"(^|\.)\w*(attn|attention)\.((attn|attention)\.)?(bias|masked
 POSITIONS = re.compile(r"(^|\.)position_ids$")
 WHOLE_NUMBERS = {"I64", "I32"}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# What a layer that predicts tokens further ahead holds besides those of any other layer (DeepSeek-V3, GLM-4.5).
+# What a layer that predicts tokens further ahead mostly holds besides (DeepSeek-V3, GLM-4.5).
 AHEAD = re.compile(r"(?:^|\.)layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")
 
 
@@ -46,18 +46,18 @@ def may_be_left_out(
 def layers_ahead(config: PreTrainedConfig, names: Collection[str]) -> frozenset[int]:
     """Return which layers of a checkpoint with tensors of these `names` predict tokens further ahead.
 
-    They are behind the last, as many as the config says, and each holds what no other layer does.
+    They are those behind the last, as many as the config says. Layers of towers are none.
     """
     number = getattr(config, "num_nextn_predict_layers", None)
     if type(number) is not int:
         return frozenset()
     behind = range(config.num_hidden_layers, config.num_hidden_layers + number)
-    found = (int(match[1]) for name in names if (match := AHEAD.search(name)))
-    return frozenset(layer for layer in found if layer in behind)
+    found = (_layer_of(name) for name in names if not any(tower in name for tower in TOWERS))
+    return frozenset(layer for layer in found if layer is not None and layer in behind)
 
 
-def note_on_prediction(config: PreTrainedConfig, names: Collection[str]) -> str | None:
-    """Return in words which layers of a checkpoint predict tokens further ahead, and are not loaded; None if none."""
+def note_on_prediction(config: PreTrainedConfig, names: Collection[str], fate: str) -> str | None:
+    """Return in words which layers of a checkpoint predict tokens further ahead, and their fate; None if none."""
     layers = sorted(layers_ahead(config, names))
     if not layers:
         return None
@@ -66,7 +66,12 @@ def note_on_prediction(config: PreTrainedConfig, names: Collection[str]) -> str 
         if len(layers) == 1
         else f"layers {', '.join(map(str, layers))} predict"
     )
-    return f"{which} tokens further ahead (num_nextn_predict_layers): not loaded, and not trained"
+    note = f"{which} tokens further ahead (num_nextn_predict_layers): {fate}"
+    if {int(match[1]) for name in names if (match := AHEAD.search(name))}.issuperset(layers):
+        return note
+    return (
+        f"{note}. Without an eh_proj it may be as any other: is num_hidden_layers, {config.num_hidden_layers}, right?"
+    )
 
 
 def hint_on_left_over(config: PreTrainedConfig, names: Collection[str]) -> str:

@@ -110,7 +110,7 @@ def test_layers_that_predict_ahead_are_said_to_be_copied(tmp_path: Path) -> None
     save_file({**tensors, **more}, base / "model.safetensors", metadata={"format": "pt"})
     recorder = Recorder()
     read_inputs(request_of(adapter), recorder)
-    assert any("copied as they are" in note for note in said(recorder))
+    assert any("layer 2 of the checkpoint" in note and "copied as stored" in note for note in said(recorder))
 
 
 def test_training_says_it_in_its_plan_and_in_its_result(adapter: Path, rows: Path, tmp_path: Path) -> None:

@@ -139,30 +139,53 @@ def test_layers_that_predict_ahead_are_not_loaded_and_it_is_said(family: str, tm
     )
     loaded = load(model, quantization__method="none")
     assert torch.equal(logits(loaded.base), before)
-    assert any("layer 2 of the checkpoint predicts tokens further ahead" in note for note in loaded.notes)
+    (note,) = [note for note in loaded.notes if "layer 2 of the checkpoint predicts tokens further ahead" in note]
+    assert "num_hidden_layers" not in note
     assert any("layer 2" in note for note in loaded.report().notes)
 
 
 LAYER_OF_ANY = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
 
 
-@pytest.mark.parametrize("held", ["eh_proj", "enorm", "hnorm", "shared_head.head", "embed_tokens"])
 @pytest.mark.parametrize(
     ("number", "layers"), [(1, {2}), (2, {2, 3}), (0, set()), (-1, set()), ("a", set()), (None, set()), (True, set())]
 )
-def test_a_layer_is_ahead_if_the_config_counts_it_and_it_holds_what_no_other_does(
-    held: str, number: object, layers: set[int]
-) -> None:
+def test_layers_behind_the_last_are_ahead_as_many_as_the_config_counts(number: object, layers: set[int]) -> None:
     config = tiny_config("llama")  # of two layers
     setattr(config, "num_nextn_predict_layers", number)  # noqa: B010 - llama has none
     plain = [f"model.layers.{layer}.{name}" for layer in range(6) for name in LAYER_OF_ANY]
-    marked = [f"model.layers.{layer}.{held}.weight" for layer in range(6)]
-    assert layers_ahead(config, plain) == frozenset()
-    assert layers_ahead(config, [*plain, *marked]) == layers
-    assert layers_ahead(config, [*plain, "model.embed_tokens.weight", f"model.layers.2.x{held}.weight"]) == frozenset()
+    assert layers_ahead(config, plain) == layers
+    tower = [f"vision_tower.encoder.layers.{layer}.mlp.fc1.weight" for layer in range(6)]
+    assert layers_ahead(config, [*plain[:6], *tower]) == frozenset()
 
 
-@pytest.mark.parametrize("number", [1, "a"])
+def test_a_plain_layer_behind_the_last_passes_if_the_config_counts_it_and_it_is_said_what_it_may_be(
+    tmp_path: Path,
+) -> None:
+    model = save_model(tmp_path / "base")
+    adapted = on_plain(model, LoraConfig(r=2, target_modules=["o_proj"]))
+    adapter = save(adapted, tmp_path / "adapter")
+    expected, before = logits(adapted, IDS), logits(load(model, quantization__method="none").base)
+    config, held = model / "config.json", load_file(model / "model.safetensors")
+    layer = {name.replace(".1.", ".2."): value.clone() for name, value in held.items() if ".layers.1." in name}
+    assert layer
+    add(model, layer)
+    assert "model.layers.2." in refused(model, ModelError)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_nextn_predict_layers": 1}))
+    loaded = load(model, quantization__method="none")
+    assert torch.equal(logits(loaded.base), before)
+    (note,) = [note for note in loaded.notes if "layer 2" in note]
+    assert (
+        "not loaded, and not trained. Without an eh_proj it may be as any other: is num_hidden_layers, 2, right?"
+        in note
+    )
+    merged = merge(adapter, output=tmp_path / "merged", dtype="fp32")
+    written = stored(merged.directory)
+    assert all(torch.equal(written[name].to(value.dtype), value) for name, value in layer.items())
+    assert torch.allclose(logits(load(merged.directory, quantization__method="none").base, IDS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, "a"])
 def test_a_real_layer_that_the_config_does_not_count_is_refused(number: object, tmp_path: Path) -> None:
     model = save_model(tmp_path / "base")
     adapter = save(
