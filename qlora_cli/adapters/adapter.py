@@ -18,7 +18,7 @@ from qlora_cli.adapters.initialization import (
     is_pissa,
     remember_start,
 )
-from qlora_cli.adapters.kept import keep
+from qlora_cli.adapters.kept import GrownHead, keep
 from qlora_cli.adapters.reader import Adapter, put_on
 from qlora_cli.adapters.state import put_values, remember_origin
 from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
@@ -115,12 +115,16 @@ def place_adapter(model: PreTrainedModel, lora: LoraConfig, directory: Path) -> 
     return put_on(model, config, directory)
 
 
-def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, adapter: Adapter, *, trainable: bool, num_rows: int | None = None
+) -> PeftModel:
     """Return `model` with an adapter that was read for it, in fp32 as far as it was saved so.
 
     What the adapter's file holds of the base itself is in its place while the adapter is on; the base's own is when it
-    is off.
+    is off. `num_rows` are the rows of the base's own vocabulary, if `model` was given more for the adapter.
     """
+    head = model.get_output_embeddings()
+    grown = None if num_rows is None or head is None else GrownHead(module=head, num_rows=num_rows)
     adapted = place_adapter(model, adapter.lora, adapter.directory)
     adapted.peft_config[ADAPTER].inference_mode = not trainable
     adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept beside those of the base
@@ -132,7 +136,8 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -
         adapted.eval()
         adapted.requires_grad_(False)
     put_values(adapted, adapter.values)
-    keep(adapted, adapter.kept, given=adapter.given, trained=adapter.trained if trainable else frozenset())
+    trained = adapter.trained if trainable else frozenset()
+    keep(adapted, adapter.kept, given=adapter.given, trained=trained, grown=grown)
     remember_origin(adapted, adapter)
     _complete_head(model)
     return adapted

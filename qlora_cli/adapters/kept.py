@@ -2,7 +2,8 @@
 
 PEFT writes embedding and head beside an adapter when the vocabulary grew, and biases that were trained; reading them,
 it overwrites those of the base, so that switching the adapter off does not bring the base back, and it does not save
-them again. Here both are there, and change places when PEFT switches the adapter on or off.
+them again. Here both are there, and change places when PEFT switches the adapter on or off. A head that was given rows
+for the adapter has those of the base alone while it is off: the others would take part in the softmax.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from transformers import PreTrainedModel
 
 from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.targets import ADAPTER
@@ -110,7 +113,17 @@ class KeptParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc] # PEFT is 
             self._live[name].copy_(values[name])
 
 
-def keep(model: PeftModel, kept: State, *, given: frozenset[str], trained: frozenset[str]) -> None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GrownHead:
+    """The head of a base that was given rows for its adapter, beyond the `num_rows` of its own."""
+
+    module: nn.Module
+    num_rows: int
+
+
+def keep(
+    model: PeftModel, kept: State, *, given: frozenset[str], trained: frozenset[str], grown: GrownHead | None
+) -> None:
     """Put parameters, by their names in the base, into their places in `model`, to be switched with its adapter.
 
     `given` are those that are saved with it. Those that are as in the base are not held twice, unless they train.
@@ -137,7 +150,10 @@ def keep(model: PeftModel, kept: State, *, given: frozenset[str], trained: froze
         held.requires_grad_(False)
         live[name] = shared[key]
         places += _places(model, module, leaf, live[name])
-    if live or given:
+    if grown is not None:
+        places = _without_new_rows(places, grown)
+        _give_new_rows_no_probability(model.get_base_model())
+    if places or given:
         owners = {name: name.rpartition(".") for name in given}
         stored = {f"{modules[path][0]}.{leaf}": (name, kept[name]) for name, (path, _, leaf) in owners.items()}
         model.get_base_model().add_module(PLACE, KeptParameters(places, live, stored, trained))
@@ -152,6 +168,38 @@ def kept_in(model: PeftModel) -> KeptParameters | None:
 
 def _is_same(held: torch.Tensor, value: torch.Tensor) -> bool:
     return held.shape == value.shape and torch.equal(value.to(held.device, held.dtype), held)
+
+
+def _without_new_rows(places: list[Place], grown: GrownHead) -> list[Place]:
+    """Return `places` with those of the head, which has the base's own rows alone while the adapter is off."""
+    holder = grown.module._parameters
+    on = {place.leaf: place.on for place in places if place.holder is holder}
+    of_head = [
+        Place(
+            holder=holder,
+            leaf=leaf,
+            on=on.get(leaf, held),
+            off=nn.Parameter(held.data[: grown.num_rows], requires_grad=False),  # a view, which takes no memory
+        )
+        for leaf, held in holder.items()
+        if held is not None
+    ]
+    return [*(place for place in places if place.holder is not holder), *of_head]
+
+
+def _give_new_rows_no_probability(base: PreTrainedModel) -> None:
+    """Make `base` give logits for all rows, (batch, seq, vocabulary), also where its head has fewer.
+
+    What chooses tokens looks them up by ids of the prompt, which may be new ones.
+    """
+    num_rows = base.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+
+    def widen(_: nn.Module, __: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if logits is not None and logits.shape[-1] < num_rows:
+            output.logits = F.pad(logits, (0, num_rows - logits.shape[-1]), value=float("-inf"))
+
+    base.register_forward_hook(widen)
 
 
 def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter) -> Iterator[Place]:

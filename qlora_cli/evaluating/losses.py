@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_cli.counters import is_out_of_memory
 from qlora_cli.data.collate import make_collator
 from qlora_cli.data.prepare import PreparedData
+from qlora_cli.data.rows import IGNORED
 from qlora_cli.data.table import Numbers
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
@@ -35,6 +36,7 @@ class RowLosses:
         correct: How many of them are the most likely token.
         tokens: How many there are.
         seconds: The time that it took.
+        num_left_out: Tokens that are supervised and not counted: the base has no such token.
         num_fed: All tokens of the rows, padding left out.
         batch_size: Rows that were fed at once in the end.
     """
@@ -42,6 +44,7 @@ class RowLosses:
     nll: NDArray[np.float64]
     correct: Numbers
     tokens: Numbers
+    num_left_out: int
     seconds: float
     num_fed: int
     batch_size: int
@@ -60,11 +63,13 @@ def measure_losses(
     pad_token_id: int | None,
     dtype: torch.dtype,
     batch_size: int,
+    num_known: int | None = None,
     title: str,
     reporter: Reporter,
 ) -> RowLosses:
     """Return what `model` makes of the rows of `data`, computed in `dtype`; `title` says whose rows are counted.
 
+    Of tokens from the id `num_known` on none is counted, if it is given: a model that they are compared on lacks them.
     Rows of one length go together, the longest first. A batch that does not fit in memory is halved, and with it all
     that follow.
 
@@ -76,22 +81,25 @@ def measure_losses(
     order = np.argsort(-data.lengths, kind="stable")
     found = np.zeros((len(order), 3))
     progress = _Progress(data.lengths, title, reporter)
-    done = 0
+    done = num_left_out = 0
     with _evaluating(model):
         while done < len(order):
             places = order[done : done + batch_size]
             batch = collate([data.dataset[int(place)] for place in places])
+            num_new = _leave_out(batch, num_known)
             figures = _try_batch(model, batch, dtype)
             if figures is None:
                 batch_size = _halved(len(places), batch, reporter)
                 continue
             found[places] = figures
             done += len(places)
+            num_left_out += num_new
             progress.report(order[:done])
     return RowLosses(
         nll=found[:, 0],
         correct=found[:, 1].astype(np.int64),
         tokens=found[:, 2].astype(np.int64),
+        num_left_out=num_left_out,
         seconds=progress.seconds,
         num_fed=int(data.lengths.sum()),
         batch_size=batch_size,
@@ -122,6 +130,14 @@ class _Progress:
                 seconds_left=self.seconds * (1 - share) / share,
             )
         )
+
+
+def _leave_out(batch: dict[str, Any], num_known: int | None) -> int:
+    """Take the labels from `num_known` on out of a batch, and return how many there were that count."""
+    labels = batch["labels"]
+    is_new = labels >= (torch.iinfo(labels.dtype).max if num_known is None else num_known)
+    batch["labels"] = labels.masked_fill(is_new, IGNORED)
+    return int(is_new[:, 1:].sum())  # nothing predicts the first token
 
 
 def _try_batch(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> NDArray[np.float64] | None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from qlora_cli.adapters.initialization import changes_its_base
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged import Merged, find_merged
 from qlora_cli.evaluating.preflight import check_evaluation, names_rows
@@ -69,8 +69,10 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     else:
         raise nothing_held_out(resolved.settings.model.name, run)
     merged = find_merged(request, blueprint, rows, reporter)
-    bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter)
-    _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=left_out is None)
+    has_base = left_out is None and request.with_base is not False
+    num_known = blueprint.num_own_rows if has_base and blueprint.adapter is not None else None
+    bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
+    _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=has_base)
     gc.collect()
     torch.cuda.empty_cache()
     if merged is not None:
@@ -89,7 +91,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         is_training_data=rows is not None and rows.is_training_data,
         sources=tuple(bench.sources),
         tasks=tuple(bench.figures),
-        notes=(*((left_out,) if left_out else ()), *(rows.notes if rows is not None else ())),
+        notes=(*((left_out,) if left_out else ()), *(rows.notes if rows is not None else ()), *bench.notes),
     )
 
 
@@ -145,13 +147,18 @@ def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
 
 @dataclass(kw_only=True)
 class _Bench:
-    """What each model is put to, and what came of it so far. `base` is what others are compared with."""
+    """What each model is put to, and what came of it so far. `base` is what others are compared with.
+
+    `num_known` are the ids of tokens that are counted, if the base has fewer than the adapter.
+    """
 
     request: EvaluationSettings
     rows: HeldOut | None
     tasks: Tasks | None
     reporter: Reporter
+    num_known: int | None
     base: RowLosses | None = None
+    notes: list[str] = field(default_factory=list)
     sources: list[SourceResult] = field(default_factory=list)
     figures: list[TaskResult] = field(default_factory=list)
 
@@ -179,9 +186,12 @@ class _Bench:
             pad_token_id=loaded.tokenizer.pad_token_id,
             dtype=loaded.dtype.torch_dtype,
             batch_size=self.request.batch_size,
+            num_known=self.num_known,
             title=TITLES[kind],
             reporter=self.reporter,
         )
+        if kind == "base" and losses.num_left_out:
+            self._note_left_out(losses)
         if bad := int((~np.isfinite(losses.nll)).sum()):
             message = f"the loss of {TITLES[kind]} is no finite number in {counted(bad, 'row')}"
             self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
@@ -190,13 +200,22 @@ class _Bench:
         if kind == "base":
             self.base = losses
 
+    def _note_left_out(self, losses: RowLosses) -> None:
+        new = f"{counted(losses.num_left_out, 'token')} to predict"
+        if not losses.tokens.any():
+            raise DataError(
+                f"there is nothing to compare with the base: {new}, all of them new, which the base does not have",
+                hint="Use --no-base, or other rows.",
+            )
+        note = f"{new} that the base does not have: left out of every loss; --no-base counts them"
+        self.notes.append(note)
+        self.reporter.report(Noted(level="warning", message=note))
+
 
 def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool, has_base: bool) -> None:
     """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
     loaded = load_planned(blueprint, bench.reporter)
-    for kind, path, state in _states(
-        loaded, has_merged=has_merged, has_base=has_base and bench.request.with_base is not False
-    ):
+    for kind, path, state in _states(loaded, has_merged=has_merged, has_base=has_base):
         with state:
             bench.measure(kind, path, loaded)
 

@@ -48,6 +48,12 @@ class Blueprint:
     num_rows: int
     notes: tuple[str, ...]
 
+    @property
+    def num_own_rows(self) -> int | None:
+        """The rows of the base's own vocabulary, if it is to be given more."""
+        rows = embedding_of(self.shapes).num_embeddings
+        return rows if rows < self.num_rows else None
+
 
 def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> Blueprint:
     """Settle everything that can be known without the weights; downloads the small files that are not here yet.

@@ -181,7 +181,9 @@ def load_planned(
     inventory = take_inventory(model, blueprint.layout.kept)
     adapter = blueprint.adapter
     return LoadedModel(
-        model=model if adapter is None else load_adapter(model, adapter, trainable=trains_adapter),
+        model=model
+        if adapter is None
+        else load_adapter(model, adapter, trainable=trains_adapter, num_rows=blueprint.num_own_rows),
         tokenizer=blueprint.tokenizer.tokenizer,
         new_token_ids=blueprint.tokenizer.new_token_ids,
         source=blueprint.source,
@@ -262,14 +264,13 @@ def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
-    before = embedding_of(model).num_embeddings
-    needed = blueprint.num_rows
-    if needed <= before:
+    before = blueprint.num_own_rows
+    if before is None:
         return []
+    needed = blueprint.num_rows
     grow(model, needed)
     said = f"the embedding was grown from {before:,} to {needed:,} rows"
-    without = "" if blueprint.adapter is None else "; without the adapter, the new ones are the mean of the others"
-    return [f"{said}{without}"]
+    return [said if blueprint.adapter is None else f"{said}; without the adapter, no new token is predicted"]
 
 
 def _check_measurable(layout: Layout) -> None:

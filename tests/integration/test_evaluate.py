@@ -302,3 +302,55 @@ def test_settings_of_a_file_hold_rows_out_as_training_would(folder: Path, merged
     config.write_text(json.dumps({"data": {"dataset": data["dataset"]}}))
     with pytest.raises(SettingsError, match="--dataset"):
         evaluate(resolve(Sources(config=config, flags=flags), EvaluateSettings), Recorder())
+
+
+# ---- an adapter that grew the vocabulary
+
+NEW = "<a1>"
+
+
+@pytest.fixture(scope="module")
+def with_new_tokens(folder: Path) -> TrainResult:
+    return train_run(folder, "new-tokens", model__new_tokens=f"{NEW},<a2>", quantization__method="none")
+
+
+def test_the_base_of_an_adapter_that_grew_the_vocabulary_is_the_base(
+    folder: Path, with_new_tokens: TrainResult
+) -> None:
+    request = {"batch_size": 1}
+    asked: dict[str, Any] = {"data__dataset": [str(folder / "held-out.jsonl")], "quantization__method": "none"}
+    found = by_source(run_evaluation(with_new_tokens.output, request=request, model__dtype="fp32", **asked))
+    alone = by_source(run_evaluation(ASSETS / "base", request=request, model__dtype="fp32", **asked))
+    assert found["base"].loss == alone["model"].loss
+    assert found["base"].token_accuracy == alone["model"].token_accuracy
+
+
+def test_tokens_that_the_base_does_not_have_count_in_no_loss_that_is_compared_with_its_own(
+    with_new_tokens: TrainResult, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"It is {NEW} and {NEW}."}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}] * 2)
+    asked: dict[str, Any] = {"data__dataset": [str(rows)], "quantization__method": "none"}
+    recorder = Recorder()
+    compared = run_evaluation(with_new_tokens.output, recorder, **asked)
+    found = by_source(compared)
+    note = "4 tokens to predict that the base does not have: left out of every loss; --no-base counts them"
+    assert note in compared.notes
+    assert note in warnings_of(recorder)
+    assert found["base"].loss is not None
+    alone = by_source(run_evaluation(with_new_tokens.output, request={"with_base": False}, **asked))
+    assert found["base"].num_tokens == found["adapter"].num_tokens == alone["adapter"].num_tokens - 4
+
+
+def test_rows_of_which_the_base_has_no_token_to_predict_are_an_error(
+    with_new_tokens: TrainResult, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Who?", "completion": NEW * 40}])
+    with pytest.raises(DataError, match=r"\d+ tokens to predict, all of them new, which the base does not have"):
+        run_evaluation(
+            with_new_tokens.output,
+            data__dataset=[str(rows)],
+            data__max_length=24,
+            data__accept_lost=True,
+            quantization__method="none",
+        )

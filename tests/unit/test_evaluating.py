@@ -157,6 +157,7 @@ def test_progress_counts_rows_and_ends_with_all_of_them(data: PreparedData) -> N
 
 def losses_of(nll: list[float], tokens: list[int]) -> RowLosses:
     return RowLosses(
+        num_left_out=0,
         nll=np.array(nll),
         correct=np.zeros(len(nll), np.int64),
         tokens=np.array(tokens),
