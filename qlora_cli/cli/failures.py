@@ -17,6 +17,7 @@ from qlora_cli.cli.options import WHERE
 from qlora_cli.cli.told import redact, tell
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
 
+MOST_TRACEBACK_LINES, FIRST_LINES = 40, 12
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
 
 
@@ -64,8 +65,18 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
             except OSError:  # it is stdout that is full, not the run's own files
                 let_go(sys.stdout)
             _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
-        tell("".join(traceback.format_exception(error)).rstrip("\n"))
+        tell(_traceback_of(error))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
+
+
+def _traceback_of(error: Exception) -> str:
+    """Return the traceback of `error` in at most `MOST_TRACEBACK_LINES` lines: how it begins, and how it ends."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    if len(lines) <= MOST_TRACEBACK_LINES:
+        return "\n".join(lines)
+    last = lines[FIRST_LINES - MOST_TRACEBACK_LINES + 1 :]
+    left_out = f"  … {len(lines) - FIRST_LINES - len(last):,} lines left out …"
+    return "\n".join([*lines[:FIRST_LINES], left_out, *last])
 
 
 def problems_of(error: QloraError) -> tuple[Problem, ...]:

@@ -128,7 +128,7 @@ def test_tokens_are_never_printed(run_qlora: RunQlora) -> None:
 def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-token")
 
-    def broken(_: object) -> None:
+    def broken(*_: object) -> None:
         raise ZeroDivisionError("secret-token")
 
     monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
@@ -137,6 +137,31 @@ def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.Mon
     assert "ZeroDivisionError: ***" in done.output
     assert "This is a bug in qlora" in done.output
     assert "secret-token" not in done.output
+
+
+def test_a_traceback_has_at_most_forty_lines_and_says_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*values: object) -> None:
+        for _ in range(2):
+            broken([*values])
+
+    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    done = CliRunner().invoke(app, ["config", "show"])
+    lines = done.output.splitlines()
+    told = lines[: next(number for number, line in enumerate(lines) if line.startswith("error: RecursionError"))]
+    assert len(told) <= 40
+    assert told[0].startswith("Traceback")
+    assert told[-1].startswith("RecursionError")
+    assert any("lines left out" in line for line in told)
+
+
+def test_a_traceback_of_a_long_chain_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("\n".join(f"line {number}" for number in range(1000)))
+
+    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    output = CliRunner().invoke(app, ["config", "show"]).output
+    assert output.index("lines left out") < output.index("line 999")
+    assert len(output.partition("\nerror: ")[0].splitlines()) == 40
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
