@@ -306,12 +306,15 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError, re.error) as error:
         if isinstance(error, ModelError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = reason if len(reason) <= MOST_CHARACTERS else f"{reason[:MOST_CHARACTERS]}…"
         raise ModelError(
-            f"the adapter in {directory} can't be put on its base, as {file.name} says: {reason}",
+            f"the adapter in {directory} can't be put on its base, as {file.name} says: {_first_line(error)}",
             hint=EDITED if has_targets(config, model) else SAME_BASE,
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}…"
 
 
 def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> None:
@@ -365,8 +368,9 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
     try:
         with unheard():
             config = PeftConfig.from_peft_type(**content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{stored.directory / ADAPTER_CONFIG} can't be used: {error}", hint=EDITED) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = "PEFT makes nothing of it" if isinstance(error, RecursionError) else _first_line(error)
+        raise ModelError(f"{stored.directory / ADAPTER_CONFIG} can't be used: {reason}", hint=EDITED) from error
     assert isinstance(config, LoraConfig), "its type was checked"
     return config
 

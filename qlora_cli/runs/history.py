@@ -220,13 +220,15 @@ class _Reader:
 
     def _keep_step(self, event: StepDone) -> None:
         steps, memory = self._columns["step"], event.memory
+        figures = (event.loss, event.learning_rate, event.grad_norm, event.num_tokens, event.tokens_per_second)
+        in_use = (memory.host_bytes or NAN, memory.device_allocated_bytes, memory.device_reserved_bytes)
+        # Before one is added: a number may be too large for a float, and then none of the line counts.
+        row = [NAN if figure is None else float(figure) for figure in (*figures, *in_use)]
         if steps and event.step <= steps[-1]:  # begun anew without a checkpoint to go on from
             self._forget_after(event.step - 1)
         steps.append(event.step)
-        figures = (event.loss, event.learning_rate, event.grad_norm, event.num_tokens, event.tokens_per_second)
-        in_use = (memory.host_bytes or NAN, memory.device_allocated_bytes, memory.device_reserved_bytes)
-        for add, figure in zip(self._add_figures, (*figures, *in_use), strict=True):
-            add(NAN if figure is None else figure)
+        for add, figure in zip(self._add_figures, row, strict=True):
+            add(figure)
         self._num_steps = event.num_steps or self._num_steps
         self._device_total_bytes = memory.device_total_bytes or self._device_total_bytes
         self._end = None

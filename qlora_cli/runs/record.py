@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import as_json
+from qlora_cli.files import as_json, existing_path
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
 from qlora_cli.writing import write_file
 
@@ -256,7 +256,7 @@ class RunRecord(Part):
             places.insert(0, Path(os.path.normpath(here / entry.from_run)))
         elif self.schema_version == 0 and not entry.checkpoint.is_absolute():  # as it was given
             places = [*self.places_of(str(entry.checkpoint)), entry.checkpoint.absolute(), *places]
-        return tuple(sorted(places, key=lambda place: not place.exists()))
+        return tuple(sorted(places, key=lambda place: existing_path(place) is None))
 
     def _named_from(self) -> Iterator[Path]:
         """Yield the directory that relative names were given in, and where that is as seen from the run."""

@@ -3,6 +3,9 @@
 from tests.fuzzing.chat_templates import CHAT
 from tests.fuzzing.data_files import ARROW, PARQUET, TEXT
 from tests.fuzzing.frame import Target
+from tests.fuzzing.model_files import ADAPTER, HEADER
+from tests.fuzzing.run_files import METRICS, RECORD
 from tests.fuzzing.settings_files import SETTINGS
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ARROW, PARQUET, TEXT, SETTINGS, CHAT)}
+ALL = (ARROW, PARQUET, TEXT, SETTINGS, CHAT, HEADER, ADAPTER, RECORD, METRICS)
+TARGETS: dict[str, Target] = {target.name: target for target in ALL}

@@ -195,6 +195,15 @@ def write_steps(folder: Path, num_steps: int) -> None:
         file.writelines(f'{before}"step": {step},{after}\n' for step in range(1, num_steps + 1))
 
 
+@pytest.mark.parametrize("key", ["num_tokens", "tokens_per_second", "loss"])
+def test_a_figure_that_no_float_can_hold_leaves_every_column_as_long(tmp_path: Path, key: str) -> None:
+    lines = [*lines_of([step_done(1)]), json.dumps({**json.loads(lines_of([step_done(2)])[0]), key: 10**400})]
+    write_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    steps = read_history(tmp_path).steps
+    assert len({len(getattr(steps, column.name)) for column in fields(steps)}) == 1
+
+
 def test_200_000_lines_are_read_in_seconds(tmp_path: Path) -> None:
     write_steps(tmp_path, 200_000)
     start = time.process_time()

@@ -267,3 +267,9 @@ def test_an_empty_record_has_nothing_and_says_why(tmp_path: Path) -> None:
     record = read_record(tmp_path)
     assert (record.content, record.problems) == ({}, ("there is no run.json",))
     assert RunRecord().settings_used == ()
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "x\0y"])
+def test_a_name_in_a_record_that_no_disk_can_hold_is_one_of_nothing(name: str) -> None:
+    record = RunRecord.model_validate({"resumed": [{"step": 1, "checkpoint": name, "from_run": ".."}]})
+    assert len(record.places_resumed(record.resumed[0])) == 2
