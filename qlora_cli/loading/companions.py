@@ -5,7 +5,7 @@ chat template come from the nearest place that has one. Whatever differs from th
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,11 +50,13 @@ def open_tokenizer(
         )
     vocabulary = _place_of_vocabulary(places)
     tokenizer.name_or_path = str(vocabulary)
+    known = tokenizer.get_vocab().keys()  # what an added_tokens.json adds is said of that file
     notes = _add_listed(tokenizer, (*_before(vocabulary, places), vocabulary), base=source.path, num_rows=num_rows)
     on_template = _take_template(tokenizer, source, places, checks=not is_template_asked)
     notes += [] if is_template_asked else on_template
-    if len(places) > 1 and has_vocabulary(places[0]):
-        notes += _differences(tokenizer, places[-1], num_rows, trust_remote_code=trust_remote_code)
+    if len(places) > 1 and (whose := _whose(places[0])) is not None:
+        of_base = _tokenizer_of_base(places[-1], num_rows, trust_remote_code=trust_remote_code)
+        notes += [of_base] if isinstance(of_base, str) else _differences(tokenizer, of_base, whose, known)
     return tokenizer, notes
 
 
@@ -231,31 +233,61 @@ def _on_template(source: ModelSource, place: Path, chosen: Templates, of_base: T
     return []
 
 
-def _differences(
-    tokenizer: PreTrainedTokenizerBase, base: Path, num_rows: int, *, trust_remote_code: bool
-) -> list[str]:
-    """Return in words which tokens an adapter's tokenizer has gained, lost or moved against the base's."""
+def _whose(adapter: Path) -> str | None:
+    """Return what to call the tokenizer that files of `adapter` make or change; None if they do not."""
+    if has_vocabulary(adapter):
+        return "the adapter's tokenizer"
+    files = [file for file in KEYED if (adapter / file).is_file()]
+    return f"the tokenizer, by the adapter's {' and '.join(files)}," if files else None
+
+
+def _tokenizer_of_base(base: Path, num_rows: int, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | str:
+    """Return the tokenizer of a base that an adapter's is put in the place of, or in words why there is none."""
     if not has_vocabulary(base):
-        return ["the tokenizer is the adapter's; the base has none"]
+        return "the tokenizer is the adapter's; the base has none"
     try:
         of_base: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
         _add_listed(of_base, [base], base=base, num_rows=num_rows)
     except Exception as error:  # noqa: BLE001 - of a damaged file, tokenizers raises a bare one; it is not used
-        return [f"the tokenizer is the adapter's; that of the base can't be read: {str(error).splitlines()[0]}"]
+        return f"the tokenizer is the adapter's; that of the base can't be read: {str(error).splitlines()[0]}"
+    return of_base
+
+
+def _differences(
+    tokenizer: PreTrainedTokenizerBase, of_base: PreTrainedTokenizerBase, whose: str, known: Collection[str]
+) -> list[str]:
+    """Return in words what `tokenizer`, which is called `whose`, has otherwise than the base's.
+
+    These are tokens it has gained, as far as they are `known` to be its own, lost or moved, and the special ones.
+    """
     ours: dict[str, int] = tokenizer.get_vocab()
     theirs: dict[str, int] = of_base.get_vocab()
-    gained = {token: number for token, number in ours.items() if token not in theirs}
+    gained = {token: number for token, number in ours.items() if token not in theirs and token in known}
     lost = {token: number for token, number in theirs.items() if token not in ours}
     moved = {token: number for token, number in ours.items() if theirs.get(token, number) != number}
+    special = list(_special_differences(tokenizer, of_base))
     return [
-        *([f"the adapter's tokenizer has {_named(_by_id(gained), 'more than the base')}"] if gained else []),
-        *([f"the adapter's tokenizer lacks {_named(_by_id(lost), 'of the base')}"] if lost else []),
-        *(
-            [f"the adapter's tokenizer has {_named(_by_id(moved), 'with another id than in the base')}"]
-            if moved
-            else []
-        ),
+        *([f"{whose} has {_named(_by_id(gained), 'more than the base')}"] if gained else []),
+        *([f"{whose} lacks {_named(_by_id(lost), 'of the base')}"] if lost else []),
+        *([f"{whose} has {_named(_by_id(moved), 'with another id than in the base')}"] if moved else []),
+        *([f"{whose} has other special tokens than the base: {', '.join(special)}"] if special else []),
     ]
+
+
+def _special_differences(tokenizer: PreTrainedTokenizerBase, of_base: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield in words each role that another token has than in the base, or none.
+
+    A base that pads with none, or with its end, is given another token whenever it is trained.
+    """
+    ours, theirs = tokenizer.special_tokens_map, of_base.special_tokens_map
+    for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        token, before = ours.get(role), theirs.get(role)
+        if token != before and not (role == "pad_token" and before in {None, of_base.eos_token}):
+            yield f"{role} is {_quoted(token)}, not {_quoted(before)}"
+
+
+def _quoted(token: object) -> str:
+    return "none" if token is None else repr(str(token))
 
 
 def _by_id(tokens: Mapping[str, int]) -> list[tuple[str, int]]:

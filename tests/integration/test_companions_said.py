@@ -55,7 +55,14 @@ def added_tokens_alone(adapter: Path) -> str:
     return "added_tokens.json adds 1 token: '<one>' (id 3072)"
 
 
-CHANGES = [template_alone, tokenizer_without_template, more_tokens, added_tokens_alone]
+def special_token_alone(adapter: Path) -> str:
+    (adapter / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    return (
+        "the tokenizer, by the adapter's special_tokens_map.json, has 1 token more than the base: '<|end|>' (id 3072)"
+    )
+
+
+CHANGES = [template_alone, tokenizer_without_template, more_tokens, added_tokens_alone, special_token_alone]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -365,3 +365,23 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
 def test_an_error_that_the_files_do_not_make_is_not_blamed_on_one(base: Path, adapter: Path) -> None:
     source = ModelSource(name="tiny", path=base, base_name="tiny", adapter=adapter, tokenizer_path=base)
     assert faulty_config(source, ValueError("eos_token"), trust_remote_code=False) is None
+
+
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("role", ["pad_token", "eos_token", "bos_token", "unk_token", "mask_token"])
+def test_a_special_token_that_an_adapters_file_changes_is_said(
+    base: Path, adapter: Path, file: str, role: str
+) -> None:
+    before = load(base).tokenizer.special_tokens_map.get(role)
+    (adapter / file).write_text(json.dumps({role: TURN}))
+    loaded = load(base, adapter)
+    assert loaded.tokenizer.special_tokens_map[role] == TURN
+    changed = f"{role} is '{TURN}', not {'none' if before is None else repr(before)}"
+    assert [changed in note and f"by the adapter's {file}, has other special" in note for note in loaded.notes].count(
+        True
+    ) == 1
+
+
+def test_the_same_special_tokens_again_are_not_said(base: Path, adapter: Path) -> None:
+    (adapter / "special_tokens_map.json").write_text(json.dumps(load(base).tokenizer.special_tokens_map))
+    assert not load(base, adapter).notes
