@@ -10,6 +10,7 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.source import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -77,6 +78,7 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
                 hint="Name the rows with --dataset.",
             )
     rows = "data.dataset" if names_rows(resolved) else "data.eval_dataset"
+    yield from _without_effect(resolved)
     for name in _named(resolved):
         if wrong := check_dataset_name(name):
             yield resolved.problem(rows, wrong)
@@ -88,6 +90,17 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
         if found.is_local and request.split is not None:
             message = f"has no effect on {name}, which is on this disk: only hub data sets have splits"
             yield Problem(where=resolved.where_of("evaluate.split"), message=message, hint="Leave it out.")
+
+
+def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+    """Yield what was given for this evaluation and changes nothing in it; a settings file is of training too."""
+    beside = ("eval_dataset", "eval_split", "split", "streaming") if names_rows(resolved) else ()
+    without = {**dict.fromkeys(beside, "beside rows that are named"), "packing": "on a loss that is measured"}
+    for key, why in without.items():
+        path = f"data.{key}"
+        if resolved.origin_of(path).kind in ("flag", "set") and not asks_for_nothing(resolved.settings.data, key):
+            hint = "Leave it out." if key != "split" else "Name the split of a hub data set with --split."
+            yield Problem(where=resolved.where_of(path), message=f"has no effect {why}", hint=hint)
 
 
 def _named(resolved: Resolved[EvaluateSettings]) -> tuple[str, ...]:

@@ -54,16 +54,19 @@ def trained_rows(source: ModelSource) -> TrainedRows | None:
     if run is None or record is None:
         return None
     how = "how the data of the run was read"
-    settings = record.settings_of("data", how)
+    known = DataSettings.model_fields.keys()  # others are of another version
+    settings: dict[str, Any] = {k: value for k, value in record.settings_of("data", how).items() if k in known}
     if record.seed is None:
         raise record.lacks(how, "seed")
     if record.data.train is None:
         raise record.lacks(how, "data.train")
-    named = {key: _located(settings[key], record) for key in ("dataset", "eval_dataset") if key in settings}
+    for key in ("dataset", "eval_dataset"):
+        if key in settings:
+            settings[key] = _located(settings[key], record)
     return TrainedRows(
         path=run,
         record=record,
-        settings={**settings, **named},
+        settings=settings,
         seed=record.seed,
         train_fingerprint=record.data.train.fingerprint,
         eval_fingerprint=None if record.data.eval is None else record.data.eval.fingerprint,
@@ -136,14 +139,18 @@ def read_rows(
         return HeldOut(data=data, is_training_data=False, notes=())
     if are_named:
         is_same = data.report.fingerprint == run.train_fingerprint or _shares_files(settings, run)
-        note = f"{run.path.name} was trained on {data.report.name}: a low loss on it says nothing about other rows"
-        return HeldOut(data=data, is_training_data=is_same, notes=(note,) if is_same else ())
+        return HeldOut(data=data, is_training_data=is_same, notes=(_of_trained(data, run),) if is_same else ())
     if data.report.fingerprint == run.eval_fingerprint:
         return HeldOut(data=data, is_training_data=False, notes=())
     changed = f"the held-out rows are not those of {run.path}: data, settings or tokenizer are others than then"
     if prepared.evaluation is not None:  # drawn from the data that is trained, so that others may have been trained
         raise DataError(changed, hint=f"Leave out what was changed, or name them. {NAME_THEM}")
-    return HeldOut(data=data, is_training_data=False, notes=(changed,))
+    is_trained = data.report.fingerprint == run.train_fingerprint or _shares_files(settings, run)
+    return HeldOut(data=data, is_training_data=is_trained, notes=(changed, *((_of_trained(data, run),) * is_trained)))
+
+
+def _of_trained(data: PreparedData, run: TrainedRows) -> str:
+    return f"{run.path.name} was trained on {data.report.name}: a low loss on it says nothing about other rows"
 
 
 def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:

@@ -104,15 +104,14 @@ def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
 
 def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[Fact]:
     """Return what the files of a model say of the settings of a load."""
-    source, name = model.source, model.source.name
-    if source.adapter is not None and (tokens := asked.settings.model.new_tokens):
-        raise ModelError(
-            f"{name} is an adapter: the rows of --new-tokens {','.join(tokens)} would not be trained",
-            hint="Leave --new-tokens out, or name the base model.",
-        )
     if model.prequantized is not None:
-        check_settings(model.prequantized, asked.given("quantization"), name)
-    return [*_of_the_checkpoint(model), *_of_the_run(model), *_of_the_adapter(asked, model)]
+        check_settings(model.prequantized, asked.given("quantization"), model.source.name)
+    return [
+        *_of_the_checkpoint(model),
+        *_of_the_run(model),
+        *_of_the_vocabulary(asked, model),
+        *_of_the_adapter(asked, model),
+    ]
 
 
 def stored_facts(prequantized: Prequantized, where: object) -> list[Fact]:
@@ -155,13 +154,27 @@ def _of_the_checkpoint(model: FoundModel) -> Iterator[Fact]:
         yield from stored_facts(model.prequantized, model.source.path / CONFIG)
 
 
+def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
+    """Yield that no tokens are added to an adapter: those that its run was asked for are its own."""
+    source, tokens = model.source, asked.settings.model.new_tokens
+    if source.adapter is None or not tokens:
+        return
+    recorded = () if source.record is None else source.record.said_of("model")
+    if not any(list(tokens) == said.get("new_tokens") for said in recorded):
+        raise ModelError(
+            f"{source.name} is an adapter: the rows of --new-tokens {','.join(tokens)} would not be trained",
+            hint="Leave --new-tokens out, or name the base model.",
+        )
+    yield Fact(values={"model.new_tokens": None}, origin=found(source.adapter), is_fixed=True)
+
+
 def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
     """Yield the settings of the adapter that trains on, which are not asked for."""
     directory = model.source.adapter
     if directory is None or "lora" not in type(asked.settings).model_fields:
         return
     config, record = read_adapter_config(directory), model.source.record
-    recorded = {} if record is None else record.settings.get("lora", {})
+    recorded = () if record is None else record.said_of("lora")
     check_unchanged(model.source.name, config, asked.given("lora"), recorded)
     yield adapter_fact(config, directory)
 

@@ -138,13 +138,13 @@ def _base(name: str, reporter: Reporter) -> ModelFacts:
 
 def _of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     outline, run, model = read_outline(path), run_around(path), asked.settings.model
-    recorded: Mapping[str, Any] = {}
+    recorded: Sequence[Mapping[str, Any]] = ()
     settings: tuple[Fact, ...] = (adapter_fact(outline.config, path),)
     if run is None:
         base = model.base_model or _base_of_adapter(path, outline, model.name)
     else:
         record = load_record(run.path)
-        recorded = record.settings.get("lora", {})
+        recorded = record.said_of("lora")
         base = model.base_model or _place_of(record.base(), run.path)
         loaded = {section: record.settings_of(section, HOW_TRAINED) for section in ("model", "quantization")}
         settings = (run_fact(loaded, run.run_file), *settings)
@@ -168,8 +168,7 @@ def _of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -
     base, adapter = record.base(), _trained_on(path, record)
     settings = [_all_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
     if adapter is not None:
-        recorded = record.settings_of("lora", HOW_TRAINED)
-        check_unchanged(str(path), adapter.config, asked.given("lora"), recorded)
+        check_unchanged(str(path), adapter.config, asked.given("lora"), record.said_of("lora"))
         settings.append(adapter_fact(adapter.config, adapter.directory))
     facts = _base(asked.settings.model.base_model or _place_of(base, path), reporter)
     note = f"settings of the run {path}, but for what was given here"

@@ -1,7 +1,7 @@
 """The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -210,19 +210,19 @@ def begins_by_pissa(init_lora_weights: object) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa")
 
 
-def check_unchanged(name: str, config: AdapterConfig, given: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+def check_unchanged(
+    name: str, config: AdapterConfig, given: Mapping[str, Any], recorded: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Check that the settings `given` of a new adapter are those of the one that is called `name` and trains on.
 
-    `recorded` are the settings that its run was trained with, if it is of one: they say the same in other words.
+    `recorded` are what its run says of them, if it is of one: the same in other words.
 
     Raises:
         ModelError: one is another.
     """
-    its_own = lora_settings_of(config)
+    known = (lora_settings_of(config), *recorded)
     for key, value in given.items():
-        if _plain(value) != _plain(its_own.get(key)) and (
-            key not in recorded or _plain(value) != _plain(recorded[key])
-        ):
+        if not any(key in said and _plain(value) == _plain(said[key]) for said in known):
             raise ModelError(
                 f"{name} is an adapter, which trains on as it is: lora.{key} can't be changed",
                 hint="Leave the lora settings out, or name the base model.",

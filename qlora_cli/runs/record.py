@@ -164,6 +164,8 @@ class RunRecord(Part):
     named_from: NamedFrom | None = None
     settings: Mapping[str, Values] = Field(default_factory=dict)
     origins: Mapping[str, str] = Field(default_factory=dict)
+    asked: Mapping[str, Values] = Field(default_factory=dict)
+    asked_of_adapter: Mapping[str, Values] = Field(default_factory=dict)
     seed: int | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
     hardware: Values = Field(default_factory=dict)
@@ -208,6 +210,13 @@ class RunRecord(Part):
         """Return the value of the setting `section.key`; None if there is none."""
         section, key = path.split(".")
         return self.settings.get(section, {}).get(key)
+
+    def said_of(self, section: str) -> tuple[Values, ...]:
+        """Return the settings of a section as they came to be, as they were given, and as they were for its adapter.
+
+        The latter are those of the run that the adapter is from which this one trained on.
+        """
+        return tuple(part.get(section, {}) for part in (self.settings, self.asked, self.asked_of_adapter))
 
     def lacks(self, purpose: str, key: str) -> ModelError:
         """Return the error of a record without what it must say: `purpose` in words, `key` in the file."""

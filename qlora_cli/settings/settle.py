@@ -48,8 +48,10 @@ def settle(asked: Resolved[SettingsT], facts: Iterable[Fact]) -> Resolved[Settin
     """Return what was asked for with the `facts` in their places.
 
     A later fact goes over an earlier one, and those that are fixed over the rest.
-    Facts of sections that the command has no use for are left out. What runs code that comes with a model holds only
-    where it was given: a file may be somebody else's. What agrees with what is there keeps its origin.
+
+    Facts of sections that the command has no use for, and of settings of another version, are left out. What runs code
+    that comes with a model holds only where it was given: a file may be somebody else's. What agrees with what is
+    there keeps its origin.
 
     Raises:
         ModelError: a fact can't be read.
@@ -72,9 +74,9 @@ def _by_section(fact: Fact, asked: Resolved[SettingsT]) -> dict[str, dict[str, o
         section, key = path.split(".")
         if section not in type(asked.settings).model_fields:
             continue
-        is_known = key in SECTIONS[section].model_fields
+        is_known = key in SECTIONS[section].model_fields  # else it is of another version
         stands = asked.is_given(path) and not fact.is_fixed
-        if not stands and not (is_known and marks(path).is_only_by_hand):
+        if is_known and not stands and not marks(path).is_only_by_hand:
             sections.setdefault(section, {})[key] = value
     return sections
 

@@ -47,6 +47,7 @@ from qlora_cli.training.resume import (
 )
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
+FITS = found("training.auto_micro_batch")  # what it found to fit
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 
@@ -57,6 +58,7 @@ class SettledRun:
     `resume` is the earlier run that it goes on with; `num_steps` those of the whole run.
     """
 
+    asked: Resolved[TrainSettings]
     resolved: Resolved[TrainSettings]
     blueprint: Blueprint
     rows: TrainingData
@@ -80,6 +82,7 @@ class SettledRun:
 class PreparedRun:
     """A run that is ready for its first step, or for the one that it goes on with. `end_ids` end an answer."""
 
+    asked: Resolved[TrainSettings]
     resolved: Resolved[TrainSettings]
     loaded: LoadedModel
     model: PeftModel
@@ -139,6 +142,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
     settled = SettledRun(
+        asked=asked,
         resolved=resolved,
         blueprint=blueprint,
         rows=rows,
@@ -176,6 +180,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     )
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
+        asked=settled.asked,
         resolved=resolved,
         loaded=loaded,
         model=model,
@@ -195,7 +200,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
     found_to_fit = Fact(
         values={MICRO_BATCH: size, ACCUMULATION: accumulation},
-        origin=found("training.auto_micro_batch"),
+        origin=FITS,
         is_fixed=True,
     )
     resolved = settle(prepared.resolved, [found_to_fit])
@@ -220,7 +225,7 @@ def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -
     if size >= training.micro_batch_size or size * accumulation != rows:
         return []
     values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
-    return [Fact(values=values, origin=found(resume.run.run_file), is_fixed=True)]
+    return [Fact(values=values, origin=FITS, is_fixed=True)]
 
 
 def _check_memory(

@@ -20,6 +20,7 @@ from qlora_cli.runs.weights import is_complete
 from qlora_cli.settings.choices import Schedule
 from qlora_cli.settings.marks import OnResume
 from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
+from qlora_cli.settings.resolve import Resolved
 
 AUTO, NEVER = "auto", "never"
 RESUME = "output.resume"
@@ -221,14 +222,23 @@ def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple
     return found
 
 
-def result_of_done(settings: TrainSettings) -> TrainResult | None:
+def asked_in(asked: Resolved[TrainSettings]) -> dict[str, dict[str, Any]]:
+    """Return what was given, as a record holds it."""
+    return {section: as_json(asked.given(section)) for section in type(asked.settings).model_fields}
+
+
+def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
     """Return the result of the run in the output directory, if it is done and is the one that is asked for."""
+    settings = asked.settings
     run = RunDirectory(settings.output.directory)
     record = read_record(run.path)
     if not is_complete(run, record) or settings.output.resume == NEVER:
         return None
     resume = Resume(run=run, record=record, checkpoint=None, damaged=())
-    if any(not path.startswith("output.") for path in changed_settings(resume, settings)):
+    is_same_command = bool(record.asked) and all(
+        values == record.asked.get(section, {}) for section, values in asked_in(asked).items() if section != "output"
+    )
+    if not is_same_command and any(not path.startswith("output.") for path in changed_settings(resume, settings)):
         return None
     return TrainResult.of_run(run, record)
 

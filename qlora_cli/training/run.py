@@ -7,12 +7,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import torch
 
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.hub.push import push_adapter
+from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, step_of
 from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
@@ -39,11 +41,13 @@ from qlora_cli.training.notes import note_stream
 from qlora_cli.training.plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.reporting import ReportWriter, draw_report
-from qlora_cli.training.resume import result_of_done
+from qlora_cli.training.resume import asked_in, result_of_done
 from qlora_cli.training.session import Session
 from qlora_cli.training.stop import StopSignal
 from qlora_cli.training.trackers import tracking
 from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
+
+OF_ADAPTER = ("lora", "model")  # sections that say what an adapter is
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
@@ -67,7 +71,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     Raises:
         QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
     """
-    if (result := result_of_done(resolved.settings)) is not None:
+    if (result := result_of_done(resolved)) is not None:
         return _already_done(resolved.settings, result, reporter)
     with determinism(resolved.settings.training):
         return _train_settled(settle_run(resolved, reporter, force=force), reporter)
@@ -264,6 +268,15 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
         write_file(directory.metrics_file, text, mode=PRIVATE_FILE)
 
 
+def _asked_of_adapter(loaded: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Return what was given of the adapter that trains on, by the run that it is from and those before."""
+    record = loaded.source.record
+    if record is None:
+        return {}
+    before, given = record.asked_of_adapter, record.asked
+    return {section: {**before.get(section, {}), **given.get(section, {})} for section in OF_ADAPTER}
+
+
 def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) -> RunRecord:
     settings, loaded, resume = prepared.settings, prepared.loaded, prepared.resume
     evaluation = prepared.eval_data
@@ -278,6 +291,8 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "settings": settings.model_dump(mode="json"),
+        "asked": asked_in(prepared.asked),
+        "asked_of_adapter": _asked_of_adapter(loaded),
         "origins": {path: origin.where for path, origin in prepared.resolved.origins.items()},
         "seed": settings.training.seed,
         "versions": package_versions(),

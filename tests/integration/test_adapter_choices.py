@@ -242,3 +242,30 @@ def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: P
     first, second = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("first", "second"))
     assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in second.items()}
     assert all(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_one_settings_file_trains_an_adapter_on_and_on(llama: Path, rows: Path, tmp_path: Path) -> None:
+    """What the file says is not what the record of a run that trained on holds: a doubled rank, names of modules."""
+    own: dict[str, object] = {
+        "quantization__method": "none",
+        "model__new_tokens": "<a1>,<a2>",
+        "training__max_steps": 1,
+        "lora__rank": 2,
+        "lora__init_lora_weights": "pissa",
+        "lora__target_modules": "all-linear",
+    }
+    base = llama
+    for name in ("first", "second", "third"):
+        train(train_settings(base, rows, tmp_path / name, **own), Recorder())
+        base = tmp_path / name
+    for key, value, message in (
+        ("model__new_tokens", "<a1>", "rows of --new-tokens"),
+        ("lora__rank", 3, r"lora\.rank can't be changed"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            train(train_settings(base, rows, tmp_path / "fourth", **{**own, key: value}), Recorder())
+    (tmp_path / "second").rename(tmp_path / "elsewhere")
+    again = Recorder()
+    done = train(train_settings(tmp_path / "second", rows, tmp_path / "third", **own), again)
+    assert done.steps == 1
+    assert any("nothing is left to train" in str(event) for event in again.events)

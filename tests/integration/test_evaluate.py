@@ -164,6 +164,9 @@ def test_rows_that_were_trained_are_said_to_be(trained: TrainResult, folder: Pat
     copy = folder / "copy.jsonl"
     copy.write_bytes((folder / "train.jsonl").read_bytes())
     assert run_evaluation(trained.output, data__dataset=str(copy)).is_training_data
+    held_out = run_evaluation(trained.output, data__eval_dataset=str(folder / "train.jsonl"))  # by another name
+    assert held_out.is_training_data
+    assert any("was trained on" in note for note in held_out.notes)
 
 
 def test_a_run_that_held_nothing_out_says_so(folder: Path) -> None:

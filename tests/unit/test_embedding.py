@@ -64,7 +64,7 @@ def test_both_kinds_of_offloading_at_once_are_refused(tmp_path: Path, monkeypatc
         quantization=QuantizationSettings(method="int8", int8_cpu_offload=True),
     )
     monkeypatch.setattr("qlora_cli.loading.blueprint.choose_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ModelError, match="can't be used together"):
+    with pytest.raises(ModelError, match="can't be used with"):
         plan_load(made_in_code(settings), SilentReporter())
 
 

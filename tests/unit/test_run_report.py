@@ -191,13 +191,13 @@ def test_whatever_stands_in_the_record_there_is_a_page(tmp_path: Path, key: str,
         parse(page_of(tmp_path, [step_done(1)], record))
 
 
-def test_the_report_lies_in_the_run_complete_with_the_usual_mode(tmp_path: Path) -> None:
+def test_the_report_lies_in_the_run_complete_and_for_its_owner(tmp_path: Path) -> None:
     write_run(tmp_path, events_of_a_run(), hostile_record())
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
     parse(path.read_text("utf-8"))
     assert sorted(found.name for found in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "run.json").stat().st_mode)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600  # it holds samples and rows
 
 
 def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +205,10 @@ def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, mon
     path = write_report(tmp_path)
     before = path.read_bytes()
 
-    def fails(_: Path) -> None:
+    def fails(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("qlora_cli.files.flush", fails)
+    monkeypatch.setattr("qlora_cli.writing.os.fsync", fails)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path)
     assert path.read_bytes() == before
