@@ -158,7 +158,7 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
         ModelError: it does not fit.
     """
     stored = without_values(outline)
-    if outline.headers:
+    if outline.headers is not None:
         return fit(stored, model, base).adapter
     nothing: dict[str, torch.Tensor] = {}
     check_patterns(stored.directory, stored.config, _names_in(model))
@@ -181,8 +181,8 @@ def without_values(outline: AdapterOutline) -> StoredAdapter:
     """Return an adapter with tensors on the meta device."""
     _check_beginning(outline.directory, outline.config)
     file = outline.directory / ADAPTER_WEIGHTS
-    _check_dtypes(file, {one.name: one.dtype for one in outline.headers})
-    tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers}
+    _check_dtypes(file, {one.name: one.dtype for one in outline.headers or ()})
+    tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers or ()}
     return StoredAdapter(directory=outline.directory, file=file, config=outline.config, tensors=tensors)
 
 

@@ -158,9 +158,11 @@ class Estimator:
         return with_rows(shapes, config, num_rows, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
 
     def _num_rows(self, shapes: PreTrainedModel, trust_remote_code: bool) -> int:
-        """Return how many rows the adapter that trains on has for the vocabulary."""
+        """Return how many rows the adapter that trains on, and the tokenizer beside it, have for the vocabulary."""
         outline, base = self._facts.adapter, self._config(trust_remote_code)
-        return 0 if outline is None else self._once("rows", lambda: rows_of(without_values(outline), shapes, base))
+        if outline is None:
+            return 0
+        return self._once("rows", lambda: max(outline.num_rows, rows_of(without_values(outline), shapes, base)))
 
     def _adapter(self, settings: EstimateSettings, dtype: Dtype) -> Adapter | None:
         """Return the adapter that trains on, as it goes on the model."""

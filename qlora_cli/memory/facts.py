@@ -150,8 +150,9 @@ def _of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporte
         settings = (run_fact(loaded, run.run_file), *settings)
     check_unchanged(model.name, outline.config, asked.given("lora"), recorded)
     facts = _base(base, reporter)
-    seen = "" if outline.headers else "; by its config alone, since its weights are not here as safetensors"
-    note = f"the adapter {model.name} trains on, as it is{seen}"
+    note = f"the adapter {model.name} trains on, as it is"
+    if outline.headers is None:
+        note += "; by its config alone, since its weights are not here as safetensors"
     return replace(facts, adapter=outline, settings=settings, notes=(*facts.notes, note))
 
 

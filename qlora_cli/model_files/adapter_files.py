@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
+from qlora_cli.model_files.vocabulary import num_ids
 from qlora_cli.runs.directory import ADAPTER_CONFIG as ADAPTER_CONFIG
 from qlora_cli.runs.directory import ADAPTER_PICKLE as ADAPTER_PICKLE
 from qlora_cli.runs.directory import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
@@ -130,16 +131,29 @@ class AdapterConfig(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOutline:
-    """An adapter without its values: its config, and the headers of its tensors; none of a pickle, which has none."""
+    """An adapter without its values: its config, and the headers of its tensors.
+
+    `headers` is None of a pickle, which has none, and where the weights are not here. `num_ids` are those of the
+    tokenizer beside it, for which the base is given rows.
+    """
 
     directory: Path
     config: AdapterConfig
-    headers: tuple[TensorHeader, ...]
+    headers: tuple[TensorHeader, ...] | None
+    num_ids: int
 
     @property
     def description(self) -> dict[str, Any]:
         """All of it, in plain values."""
-        return {"config": self.config.content, "shapes": {one.name: one.shape for one in self.headers}}
+        shapes = {one.name: one.shape for one in self.headers or ()}
+        return {"config": self.config.content, "shapes": shapes, "ids": self.num_ids}
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the vocabulary needs, as the tokenizer says; the config says it if no weights are here."""
+        rows = self.config.trainable_token_indices or ()
+        named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
+        return max(self.num_ids, max(named, default=-1) + 1 if self.headers is None else 0)
 
 
 def read_outline(directory: Path) -> AdapterOutline:
@@ -150,8 +164,8 @@ def read_outline(directory: Path) -> AdapterOutline:
     """
     config = read_adapter_config(directory)
     has_header = (directory / ADAPTER_WEIGHTS).is_file()
-    headers = tuple(read_header(directory, ADAPTER_WEIGHTS)) if has_header else ()
-    return AdapterOutline(directory=directory, config=config, headers=headers)
+    headers = tuple(read_header(directory, ADAPTER_WEIGHTS)) if has_header else None
+    return AdapterOutline(directory=directory, config=config, headers=headers, num_ids=num_ids(directory))
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:

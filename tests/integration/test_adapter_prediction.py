@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import SilentReporter
@@ -192,3 +192,30 @@ def test_an_unfinished_run_that_trains_an_adapter_on_is_predicted_by_its_newest_
     adapter.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelNotFoundError, match="the adapter that it trains on is not here"):
         predicted(run)
+
+
+def test_an_adapter_with_rows_for_new_tokens_is_predicted_as_its_tokenizer_says(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    new: dict[str, Any] = {"model__new_tokens": "<a1>,<a2>", "training__max_steps": 1}
+    first = train(train_settings(base_model, rows, tmp_path / "first", **new), Recorder())
+    on = train(train_settings(first.adapter, rows, tmp_path / "on", training__max_steps=1), Recorder())
+    silent = SilentReporter()
+    loaded = load_planned(plan_load(asked_load(first.adapter), silent), silent, trains_adapter=True)
+    num_trained = sum(one.numel() for one in loaded.model.parameters() if one.requires_grad)
+    for model in (first.adapter, first.output, on.adapter, on.output):
+        assert predicted(model).num_trainable_parameters == num_trained
+    assert predicted(first.adapter).num_parameters == loaded.inventory.num_parameters
+    (first.adapter / "adapter_model.safetensors").unlink()  # as on the hub, of which the config alone is read
+    (first.adapter / "tokenizer.json").unlink()
+    assert predicted(first.adapter).num_trainable_parameters == num_trained
+
+
+def test_an_adapter_without_a_tensor_is_as_wrong_as_training_it_on_finds_it(tmp_path: Path) -> None:
+    adapter = adapter_of("another rank", tmp_path)
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="lacks 8 of its weights") as caught:
+        plan_load(asked_load(adapter), SilentReporter())
+    with pytest.raises(ModelError, match="lacks 8 of its weights") as found:
+        predicted(adapter)
+    assert str(found.value) == str(caught.value)
