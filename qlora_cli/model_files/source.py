@@ -242,12 +242,12 @@ def _check_path(path: Path, revision: str | None) -> QloraError | None:
 
 def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
     """Return what is wrong with a run, as far as that shows without reading all of its weights."""
-    if not may_have_weights(run):
-        return missing_weights(run)
     try:
         record = load_record(run.path)
     except ModelError as error:
         return error
+    if not may_have_weights(run):
+        return missing_weights(run, record)
     return _check_directory(run.adapter, settings) if is_complete(run, record) else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError
 from qlora_cli.runs.checkpoints import damage_of, list_checkpoints, step_of
-from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.units import counted
 
@@ -64,7 +64,7 @@ def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
             return _of(checkpoint, step_of(checkpoint), record, tuple(damaged))
     if run.has_adapter:
         return _of(run.adapter, stopped_at, record, tuple(damaged))
-    raise missing_weights(run, tuple(damaged))
+    raise missing_weights(run, record, tuple(damaged))
 
 
 def weights_of_part(part: Path, run: RunDirectory, record: RunRecord) -> RunWeights:
@@ -84,12 +84,17 @@ def is_complete(run: RunDirectory, record: RunRecord) -> bool:
     return record.is_done and run.has_adapter
 
 
-def missing_weights(run: RunDirectory, damaged: tuple[str, ...] = ()) -> ModelError:
-    """Return the error of a run that has neither an adapter nor a checkpoint that is whole."""
+def missing_weights(run: RunDirectory, record: RunRecord, damaged: tuple[str, ...] = ()) -> ModelError:
+    """Return the error of a run that has neither an adapter nor a checkpoint that is whole.
+
+    Its hint is what train takes: it begins a run anew in its place only if nothing of it would be lost.
+    """
     why = f"; {counted(len(damaged), 'checkpoint')} can't be used ({'; '.join(damaged)})" if damaged else ""
+    when, hint = "yet", "Give the same qlora train command again: it begins anew."
+    if record.is_done or damaged or run.holds_adapter_weights:
+        when, hint = "any more", f"Put {ADAPTER}/ or a checkpoint back as it was, or train anew in another --output."
     return ModelError(
-        f"the run in {run.path} has no weights yet: no adapter, and no whole checkpoint{why}",
-        hint="Give the same qlora train command again: it goes on, or begins anew without a checkpoint.",
+        f"the run in {run.path} has no weights {when}: no adapter, and no whole checkpoint{why}", hint=hint
     )
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
 from qlora_cli.runs.directory import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, RunDirectory
 from qlora_cli.runs.record import load_record
 from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import output_problem
+from qlora_cli.training.resume import find_resume, output_problem
 
 
 def make_run(
@@ -91,12 +91,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
 def test_a_run_without_weights_says_what_was_looked_at(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", status="running", steps=None, adapter=False, damaged=(2,))
     assert may_have_weights(run)
-    with pytest.raises(ModelError, match=r"has no weights yet.*1 checkpoint can't be used \(step-2: trainer_state"):
+    with pytest.raises(
+        ModelError, match=r"has no weights any more.*1 checkpoint can't be used \(step-2: trainer_state"
+    ):
         found(run)
     empty = make_run(tmp_path / "b", status="failed", steps=None, adapter=False)
     assert not may_have_weights(empty)
     with pytest.raises(ModelError, match="has no weights yet"):
         found(empty)
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "done"])
+@pytest.mark.parametrize("damaged", [(), (2,)])
+@pytest.mark.parametrize("left", [None, ADAPTER_WEIGHTS, ADAPTER_CONFIG])
+def test_the_command_is_proposed_again_only_where_it_begins_anew(
+    tmp_path: Path, status: str, damaged: tuple[int, ...], left: str | None
+) -> None:
+    run = make_run(tmp_path, status=status, steps=10, adapter=False, damaged=damaged)
+    if left is not None:
+        run.adapter.mkdir()
+        (run.adapter / left).write_text("{}")
+    with pytest.raises(ModelError, match="has no weights") as caught:
+        found(run)
+    output = OutputSettings(directory=run.path)
+    try:
+        begins_anew = find_resume(output) is not None
+    except OutputDirectoryError:
+        begins_anew = False
+    assert ("same qlora train command" in str(caught.value.hint)) is begins_anew
+    assert ("train anew in another --output" in str(caught.value.hint)) is not begins_anew
+    assert ("yet" in str(caught.value)) is begins_anew
 
 
 def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -> None:
