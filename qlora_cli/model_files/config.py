@@ -14,6 +14,7 @@ from qlora_cli.model_files.construction import (
     ABOUT_ITSELF,
     build_config,
     check_bounds,
+    check_dtypes,
     check_sizes,
     drop_choices,
     faulty_keys,
@@ -75,6 +76,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
     """
     content = read_json(source.path / CONFIG)
     check_bounds(str(source.path), content)
+    check_dtypes(str(source.path), content)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the code of an architecture raises
@@ -95,6 +97,7 @@ def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
     if "auto_map" in content and model_type not in CONFIG_MAPPING:
         raise _needs_code(name)
     check_bounds(name, content)
+    check_dtypes(name, content)
     try:
         config = build_config(content)
     except Exception as error:  # whatever the code of an architecture raises

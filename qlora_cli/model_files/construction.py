@@ -132,6 +132,26 @@ def check_sizes(where: str, config: PreTrainedConfig) -> None:
         raise refused(where, values, [names[NUM_CHOSEN], *experts], "there are fewer experts than a token is given")
 
 
+def check_dtypes(where: str, content: Mapping[str, Any]) -> None:
+    """Check the dtypes that a config.json names, under the older key too, whichever of them transformers goes by.
+
+    Raises:
+        ModelError: torch has none of that name; names file, keys and values.
+    """
+    for part in (content, content.get("text_config")):
+        written = part if isinstance(part, Mapping) else {}
+        keys = [key for key in (OLDER_NAMES["dtype"], "dtype") if not _may_be_dtype(written.get(key))]
+        if keys:
+            raise refused(where, written, keys, "torch has no such dtype")
+
+
+def _may_be_dtype(value: object) -> bool:
+    """Whether transformers takes `value` for a dtype: a name, none, or one of each part."""
+    if isinstance(value, Mapping):
+        return True
+    return value is None or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype))
+
+
 def check_bounds(where: str, content: Mapping[str, Any]) -> None:
     """Check what a config.json holds, before anything is built from it, for more layers and experts than can be built.
 

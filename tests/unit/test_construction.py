@@ -18,6 +18,7 @@ from qlora_cli.model_files.construction import (
     build_model,
     faulty_keys,
     is_ours,
+    shown,
     text_config,
 )
 from qlora_cli.model_files.source import ModelSource
@@ -199,3 +200,26 @@ def test_code_that_comes_with_a_model_may_raise_what_it_likes(
     with pytest.raises(ModelError, match=f"{error} of theirs") as caught:
         read_config(source, trust_remote_code=True)
     assert str(tmp_path / "config.json") in caught.value.message
+
+
+@pytest.mark.parametrize("wrong", ["bfloat17", "auto", "Tensor", "nn", "torch.bfloat16", 5, True, [], "\ud800"])
+def test_a_dtype_that_torch_has_not_is_named_by_every_key_that_names_it(tmp_path: Path, wrong: object) -> None:
+    keys = ("torch_dtype", "dtype")
+    for values in ({"dtype": wrong}, {"torch_dtype": wrong}, {"torch_dtype": wrong, "dtype": wrong}):
+        for right in ({}, dict.fromkeys(keys, "bfloat16")):
+            content = {**{k: v for k, v in content_of("llama").items() if k not in keys}, **right, **values}
+            found = [key for key in keys if key in values]
+            named = ", ".join(f"{key} is {shown(wrong)}" for key in found)
+            with pytest.raises(ModelError) as caught:
+                read_config(write(tmp_path, content), trust_remote_code=False)
+            assert str(tmp_path / "config.json") in str(caught.value)
+            with pytest.raises(ModelError) as of_content:
+                config_from("x", content)
+            assert caught.value.message.endswith(f": {named}: torch has no such dtype")
+            assert of_content.value.message.endswith(f": {named}: torch has no such dtype")
+
+
+@pytest.mark.parametrize("right", [{}, {"dtype": None}, {"dtype": "float16"}, {"torch_dtype": "float16"}])
+def test_a_dtype_that_torch_has_is_taken_by_either_key(right: Mapping[str, Any]) -> None:
+    content = {key: value for key, value in content_of("llama").items() if "dtype" not in key}
+    assert config_from("x", {**content, **right}).config.dtype in {None, torch.float16}
