@@ -163,7 +163,8 @@ def read_outline(directory: Path) -> AdapterOutline:
         ModelError: its config can't be used, or its file of tensors is damaged.
     """
     config = read_adapter_config(directory)
-    has_header = (directory / ADAPTER_WEIGHTS).is_file()
+    file = directory / ADAPTER_WEIGHTS
+    has_header = file.exists() or file.is_symlink()  # one to nothing is told as such
     headers = tuple(read_header(directory, ADAPTER_WEIGHTS)) if has_header else None
     return AdapterOutline(directory=directory, config=config, headers=headers, num_ids=num_ids(directory))
 

@@ -160,12 +160,27 @@ def check_regular(path: Path) -> None:
     """Check that what is at `path`, if anything is, can be read to an end: a file, and of JSON not more than any is.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not: a link to nothing, a directory, a pipe.
     """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"it is a link to {path.readlink()}, which is not there")
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
     if path.suffix == ".json" and path.exists() and path.stat().st_size > MOST_HEADER_BYTES:
         raise ValueError(f"it is larger than {format_bytes(MOST_HEADER_BYTES)}")
+
+
+def check_present(directory: Path, names: Collection[str]) -> None:
+    """Check that what `directory` lists under `names` are files that can be read.
+
+    Raises:
+        ModelError: one is a link to nothing, a directory or a pipe.
+    """
+    for name in names:
+        try:
+            check_regular(directory / name)
+        except ValueError as error:
+            raise ModelError(f"{directory / name} can't be read: {error}", hint=again(directory, name)) from error
 
 
 def again(directory: Path, file: str) -> str:

@@ -15,7 +15,14 @@ from qlora_cli.errors import ModelError, ModelNotFoundError, QloraError
 from qlora_cli.events import Noted, Reporter, SilentReporter
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, read_adapter_config
-from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, no_weights, read_json, read_weight_map, weights_entry
+from qlora_cli.model_files.checkpoint import (
+    INDEX_SUFFIX,
+    check_present,
+    no_weights,
+    read_json,
+    read_weight_map,
+    weights_entry,
+)
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import RunRecord, Values, load_record
 from qlora_cli.runs.weights import (
@@ -253,13 +260,14 @@ def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
 
 def _check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
     names = [file.relative_to(path).as_posix() for file in path.iterdir()]
-    problem = _check_files(str(path), names, settings)
-    return _check_config(path) if problem is None and ADAPTER_CONFIG in names else problem
-
-
-def _check_config(adapter: Path) -> QloraError | None:
+    if problem := _check_files(str(path), names, settings):
+        return problem
+    entry = weights_entry(names, allow_pickle=settings.allow_pickle)
+    weights = entry or (ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else ADAPTER_PICKLE)
     try:
-        read_adapter_config(adapter)
+        check_present(path, [name for name in (CONFIG, ADAPTER_CONFIG, weights, VOCABULARY[0]) if name in names])
+        if ADAPTER_CONFIG in names:
+            read_adapter_config(path)
     except ModelError as error:
         return error
     return None

@@ -242,3 +242,44 @@ def test_what_a_directory_lacks_is_named_by_what_it_has(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base=str(model))
     (adapter / "adapter_config.json").unlink()
     assert "has the weights of an adapter, but no adapter_config.json" in problem_of(adapter)
+
+
+# ---- what is listed, and is no file
+
+NO_FILES = {"a link to nothing": "it is a link to nowhere, which is not there", "a directory": "it is no regular file"}
+
+
+def put_in_place(file: Path, kind: str) -> None:
+    file.unlink(missing_ok=True)
+    if kind == "a directory":
+        file.mkdir()
+    else:
+        file.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_what_is_in_the_place_of_a_base_s_weights_and_no_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    put_in_place(base / name, kind)
+    assert problem_of(base, allow_pickle=True) == f"{base / name} can't be read: {NO_FILES[kind]}"
+    adapter = write_adapter(tmp_path / "adapter", base=str(base))
+    with pytest.raises(ModelError, match=rf"^the base of the adapter .*{re.escape(NO_FILES[kind])}"):
+        find_model(settings(adapter, allow_pickle=True))
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"])
+def test_what_is_in_the_place_of_an_adapter_s_file_and_no_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
+    if name.startswith("adapter_model"):
+        (adapter / "adapter_model.safetensors").unlink()
+    put_in_place(adapter / name, kind)
+    assert problem_of(adapter, allow_pickle=True) == f"{adapter / name} can't be read: {NO_FILES[kind]}"
+
+
+def test_a_link_to_nothing_beside_the_weights_that_are_read_is_none_of_our_business(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    put_in_place(base / "pytorch_model.bin", "a link to nothing")
+    assert check_model_name(settings(base, allow_pickle=True)) is None
