@@ -34,10 +34,11 @@ from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of, ends_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout, with_rows
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
-from qlora_cli.settings.settle import made_in_code, of_run
+from qlora_cli.settings.settle import in_section, made_in_code, of_run, run_fact, settle
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -177,17 +178,28 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
     """Check that runs whose adapters are added were trained on one base, stored alike."""
     first = sources[0]
     for other in sources[1:]:
-        if first.run_model is None or other.run_model is None:
+        if first.run is None or other.run is None:  # somebody else's adapter, of which nothing is known
             continue
-        one, two = (of_run("model", recorded) for recorded in (first.run_model, other.run_model))
-        differing = [f"model.{key}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
-        if first.run_quantization != other.run_quantization:
-            differing.append("quantization")
+        one, two = _in_effect(first), _in_effect(other)
+        # What has an effect in one of them alone goes by a setting that both have.
+        differing = [path for path in one if path in two and one[path] != two[path]]
         if differing:
             raise ModelError(
                 f"{other.name} and {first.name} were trained on bases that differ in {', '.join(differing)}",
                 hint="Merge adapters that were trained on the same base, stored the same way.",
             )
+
+
+def _in_effect(source: ModelSource) -> dict[str, object]:
+    """Return by `section.key` what had an effect on how the run of an adapter loaded its base."""
+    assert source.run is not None
+    asked = made_in_code(LoadSettings(model=ModelSettings(name=source.base_name)))
+    recorded = {"model": source.run_model or {}, "quantization": source.run_quantization or {}}
+    settings = settle(asked, [run_fact(recorded, RunDirectory(source.run).run_file)]).settings
+    return {
+        **in_section("model", of_run("model", settings.model.in_effect())),
+        **in_section("quantization", of_run("quantization", settings.quantization.in_effect())),
+    }
 
 
 def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: Reporter) -> None:

@@ -259,14 +259,29 @@ def test_the_base_of_every_run_is_looked_at(gentle: Path, tmp_path: Path) -> Non
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(path.read_bytes())
     record = json.loads((other / "run.json").read_text(encoding="utf-8"))
-    change: dict[str, dict[str, Any]] = {
-        "other": {"base_model_digest": "0" * 64},
-        "quantization": {"settings": {**record["settings"], "quantization": {"method": "none"}}},
-    }
-    (other / "run.json").write_text(json.dumps({**record, **change["other"]}), encoding="utf-8")
+
+    def record_otherwise(**changes: Any) -> None:
+        (other / "run.json").write_text(json.dumps({**record, **changes}), encoding="utf-8")
+
+    def record_quantization(**values: Any) -> None:
+        record_otherwise(settings={**record["settings"], "quantization": values})
+
+    record_otherwise(base_model_digest="0" * 64)
     assert "is not the base that" in refused(run, other, "--output", tmp_path / "out")
-    (other / "run.json").write_text(json.dumps({**record, **change["quantization"]}), encoding="utf-8")
-    assert "differ in quantization" in refused(run, other, "--output", tmp_path / "out")
+    quantization = record["settings"]["quantization"]
+    assert quantization["method"] == "nf4"
+    for key, value in {"method": "none", "double_quant": False, "quant_storage": "bf16"}.items():
+        record_quantization(**{**quantization, key: value})
+        assert f"on bases that differ in quantization.{key} |" in refused(run, other, "--output", tmp_path / "out")
+    record_quantization(**{**quantization, "method": "no_such"})
+    assert f"the settings in {other / 'run.json'} can't be read: method" in refused(
+        run, other, "--output", tmp_path / "out"
+    )
+    # What another method goes by, what an older version did not know, and what a newer one does, change nothing.
+    older = {key: value for key, value in quantization.items() if not key.startswith(("int8", "skip"))}
+    record_quantization(**older, int8_threshold=3.5, int8_has_fp16_weight=True, of_a_newer_version=5)
+    done = qlora_merge(run, other, "--output", tmp_path / "out", "--dry-run", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
 
 
 def test_shards_in_a_folder_are_written_to_one(gentle: Path, tmp_path: Path) -> None:
