@@ -114,7 +114,7 @@ def open_adapter(directory: Path, *, allow_pickle: bool) -> StoredAdapter:
         ModelError: its files are no LoRA adapter, are damaged, or hold what is no number.
     """
     config = read_adapter_config(directory)
-    _check_beginning(directory, config)
+    _check_whole(directory, config)
     file = directory / ADAPTER_WEIGHTS
     if file.is_file():
         tensors = read_tensors(file)
@@ -179,7 +179,7 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
 
 def without_values(outline: AdapterOutline) -> StoredAdapter:
     """Return an adapter with tensors on the meta device."""
-    _check_beginning(outline.directory, outline.config)
+    _check_whole(outline.directory, outline.config)
     file = outline.directory / ADAPTER_WEIGHTS
     _check_dtypes(file, {one.name: one.dtype for one in outline.headers or ()})
     tensors = {one.name: torch.empty(one.shape, device="meta") for one in outline.headers or ()}
@@ -197,10 +197,17 @@ def _check_dtypes(file: Path, dtypes: Mapping[str, str]) -> None:
             )
 
 
-def _check_beginning(directory: Path, config: AdapterConfig) -> None:
+def _check_whole(directory: Path, config: AdapterConfig) -> None:
+    """Check that an adapter is all there with its files and its base."""
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(CHANGES_BASE):
         raise changed_base(directory, init)
+    if config.given.get("arrow_config") is not None:
+        raise ModelError(
+            f"the adapter in {directory} can't be used: it chooses among other adapters, token by token "
+            "(arrow_config), and those are not in its files",
+            hint="Name one of the adapters that it chooses among.",
+        )
 
 
 def changed_base(directory: Path, init: str) -> ModelError:

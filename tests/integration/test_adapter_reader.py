@@ -499,3 +499,12 @@ def test_values_that_fp16_does_not_hold_are_said_to_be_so(llama: Path) -> None:
         check_finite(source, checkpoint, base, model)
     assert "--dtype bf16" in str(caught.value.hint)
     check_finite(source, checkpoint, base, plain(llama, torch.float16))
+
+
+def test_an_adapter_that_chooses_among_others_is_refused_alike(adapter: Path, tmp_path: Path) -> None:
+    place = changed(adapter, tmp_path / "arrow", lambda state: state)
+    file = place / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"arrow_config": {"top_k": 2}}))
+    said = f"the adapter in {place} can't be used: it chooses among other adapters, token by token (arrow_config), "
+    assert said in refused(place, ModelError)
+    assert said in not_merged(place)
