@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_cli.errors import ModelError
 from qlora_cli.events import Reporter
 from qlora_cli.merging.exports.format import ABOUT, Export, Format
 from qlora_cli.merging.exports.table import FORMATS
@@ -34,8 +35,16 @@ class Formats:
 
         Raises:
             MissingDependencyError: what converts to one of them is not here.
+            ModelError: the first is to be pushed, and names files of another, which are not.
         """
         made = {name: kind(request) for name, kind in FORMATS.items() if name in request.merge.formats}
+        first = request.merge.formats[0]
+        if request.merge.push_to_hub is not None and (other := made[first].named) is not None:
+            raise ModelError(
+                f"of several formats the first is pushed: {first}, whose files name those of {other}",
+                hint=f"Give --format {other} before --format {first}, or leave one of them out.",
+                setting="merge.push_to_hub",
+            )
         return cls(asked=request.merge.formats, by_name=made)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:

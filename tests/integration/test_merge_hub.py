@@ -59,6 +59,9 @@ def test_where_nothing_may_be_pushed_nothing_is_merged(writable: Hub, run: Path,
     assert "can't write to repositories of others" in told
     assert "whose repository" in refused(run, "--output", tmp_path / "out", "--push-to-hub", "x")
     assert "names no repository" in refused(run, "--output", tmp_path / "out", "--push-to-hub", "")
+    two = ("--format", "ollama", "--format", "hf")
+    told = refused(run, "--output", tmp_path / "out", *two, "--push-to-hub", "me/merged")
+    assert "--push-to-hub: of several formats the first is pushed: ollama, whose files name those of hf" in told
     assert not (tmp_path / "out").exists()
     assert "others/x" not in writable.repos
 

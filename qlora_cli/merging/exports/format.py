@@ -68,6 +68,11 @@ class Format(ABC):
         return False
 
     @property
+    def named(self) -> ExportFormat | None:
+        """The other one of the formats asked for without whose files this one is of no use; by default none."""
+        return None
+
+    @property
     def quantized_to(self) -> str | None:
         """What the weights are quantized to anew, in words; None if they are those of the 16-bit model."""
         return None

@@ -65,6 +65,12 @@ class OllamaFormat(Format):
         return ExportFormat.GGUF not in self.request.merge.formats
 
     @property
+    def named(self) -> ExportFormat | None:
+        """What FROM names: the GGUF, or the safetensors, unless they are its own."""
+        others = (ExportFormat.GGUF, ExportFormat.HF)
+        return next((name for name in others if name in self.request.merge.formats), None)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The Modelfile, and the model if it is part of it."""
         return (MODELFILE, *super().files) if self.holds_model else (MODELFILE,)
