@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,10 @@ from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
 from qlora_cli.quantization.embedding import embedding_of, ends_of
 from qlora_cli.quantization.layout import build_on_meta, plan_layout, with_rows
-from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
-from qlora_cli.settings.settle import in_section, made_in_code, of_run, run_fact, settle
+from qlora_cli.settings.settle import in_section, made_in_code, of_run
 
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
@@ -86,9 +85,9 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     reporter.report(PhaseStarted(title=f"Finding {request.merge.adapters[0]} and its base"))
     sources = _find_all(request, reporter)
     source = sources[0]
-    _check_trained_alike(sources)
     record = source.record
     found = read_found(source, trust_remote_code=request.model.trust_remote_code)
+    _check_trained_alike(request, [replace(found, source=one) for one in sources])
     settings, config = _trained_as(request, found).model, found.base
     before = config.config.to_dict()
     apply_rope_scaling(config.config, settings.rope_scaling)
@@ -174,13 +173,15 @@ def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSo
     return sources
 
 
-def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
-    """Check that runs whose adapters are added were trained on one base, stored alike."""
-    first = sources[0]
-    for other in sources[1:]:
-        if first.run is None or other.run is None:  # somebody else's adapter, of which nothing is known
+def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundModel]) -> None:
+    """Check that runs whose adapters are added were trained on one base, stored alike: by what had an effect on it."""
+    first = found[0].source
+    one = _in_effect(_trained_as(request, found[0]))
+    for model in found[1:]:
+        other = model.source
+        if first.run_model is None or other.run_model is None:  # somebody else's adapter, of which nothing is known
             continue
-        one, two = _in_effect(first), _in_effect(other)
+        two = _in_effect(_trained_as(request, model))
         # What has an effect in one of them alone goes by a setting that both have.
         differing = [path for path in one if path in two and one[path] != two[path]]
         if differing:
@@ -190,12 +191,8 @@ def _check_trained_alike(sources: Sequence[ModelSource]) -> None:
             )
 
 
-def _in_effect(source: ModelSource) -> dict[str, object]:
-    """Return by `section.key` what had an effect on how the run of an adapter loaded its base."""
-    assert source.run is not None
-    asked = made_in_code(LoadSettings(model=ModelSettings(name=source.base_name)))
-    recorded = {"model": source.run_model or {}, "quantization": source.run_quantization or {}}
-    settings = settle(asked, [run_fact(recorded, RunDirectory(source.run).run_file)]).settings
+def _in_effect(settings: LoadSettings) -> dict[str, object]:
+    """Return by `section.key` what had an effect on how a run loaded its base."""
     return {
         **in_section("model", of_run("model", settings.model.in_effect())),
         **in_section("quantization", of_run("quantization", settings.quantization.in_effect())),

@@ -143,7 +143,7 @@ def _out_of_range(weight: torch.Tensor) -> ModelError:
         return not_finite("holds ", weight.dtype)
     return ModelError(
         f"holds values up to {float(weight.abs().max()):.3g}, which overflow fp16, and 8 bit is quantized from that",
-        hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave the layer out by --skip-modules.",
+        hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave the layer as it is by quantization.skip_modules.",
     )
 
 
