@@ -8,12 +8,15 @@ our mark is deleted.
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
 import psutil
+
+from qlora_cli.errors import OutputDirectoryError
 
 LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
 MARK = "written-by-qlora"  # in a folder that is written aside, beside what will be moved out of it
@@ -43,10 +46,22 @@ def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:
     """Append a line to a file, which is made if it is not there.
 
     Raises:
-        OSError: it is a link, or can't be written to.
+        OSError: it is a link, has another name or is no file, or can't be written to.
     """
+    if os.path.lexists(file) and (reason := not_in_place(file)):
+        raise PermissionError(f"{file} {reason}")
     with os.fdopen(_open(file, os.O_WRONLY | os.O_APPEND, mode), "a", encoding="utf-8") as stream:
         stream.write(line + "\n")
+
+
+def not_in_place(file: Path) -> str | None:
+    """Return why nothing may be written into what is there by the name of a file; None if it may."""
+    found = file.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no file"
+    return "has another name, by which something else would be changed" if found.st_nlink > 1 else None
 
 
 def end_line(file: Path) -> None:
@@ -55,7 +70,11 @@ def end_line(file: Path) -> None:
     Raises:
         OSError: it is a link, or can't be written to.
     """
-    if not file.is_file() or file.stat().st_size == 0:
+    if not os.path.lexists(file):
+        return
+    if reason := not_in_place(file):
+        raise PermissionError(f"{file} {reason}")
+    if file.stat().st_size == 0:
         return
     with os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "rb+") as stream:
         stream.seek(-1, os.SEEK_END)
@@ -80,12 +99,17 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         OSError: it leads out of its directory.
     """
-    place, real = source.parent.resolve(), source.resolve()
-    # A snapshot of the hub's cache is a folder of links to the blobs beside it.
+    if leads_out(source):
+        raise PermissionError(f"{source} is a link out of its directory, to {source.resolve()}: it is not followed")
+    shutil.copyfile(source.resolve(), target)
+
+
+def leads_out(file: Path) -> bool:
+    """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache beside it."""
+    place, real = file.parent.resolve(), file.resolve()
+    # A snapshot of that cache is a folder of links.
     blobs = [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
-    if not any(real.is_relative_to(folder) for folder in (place, *blobs)):
-        raise PermissionError(f"{source} is a link out of its directory, to {real}: it is not followed")
-    shutil.copyfile(real, target)
+    return not any(real.is_relative_to(folder) for folder in (place, *blobs))
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -101,15 +125,32 @@ def copy_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=links)
 
 
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: bool = True) -> None:
     """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step.
 
-    What is at `target` goes once the new one is there.
+    What is at `target` goes once the new one is there, unless it may not be replaced.
+
+    Raises:
+        OutputDirectoryError: it may not, and something came there meanwhile.
     """
     clear_left_overs(target.parent, target.name)
     with _staging(target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")) as whole:
         fill(whole)
-        publish_directory(whole, target)
+        if may_replace:
+            publish_directory(whole, target)
+        else:
+            _flush_all(whole)
+            try:
+                whole.rename(target)  # an error, unless it is absent or an empty directory
+            except OSError as error:
+                raise (_filled_meanwhile(target) if os.path.lexists(target) else error) from error
+            flush(target.parent)
+
+
+def _filled_meanwhile(target: Path) -> OutputDirectoryError:
+    return OutputDirectoryError(
+        f"something else came to {target} while it was written", hint="Choose another --output, and try again."
+    )
 
 
 def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
@@ -120,7 +161,7 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
     no model.
     """
     if not target.is_dir():
-        write_directory(target, fill)
+        write_directory(target, fill, may_replace=False)
         return
     inside = target / LEFT_OVER
     if is_left_over(inside):
@@ -131,6 +172,8 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
         _flush_all(whole)
         try:
             for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+                if os.path.lexists(target / path.name):
+                    raise _filled_meanwhile(target)
                 moved.append(path.rename(target / path.name))
         except BaseException:
             for path in moved:

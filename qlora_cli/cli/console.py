@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from qlora_cli.cli.told import redact, told
 from qlora_cli.visible import harmless
 
 Row = tuple[str, str]
@@ -34,7 +35,9 @@ class TextConsole(Console):
 
 def _harmless(part: object) -> object:
     if isinstance(part, str):
-        return harmless(part)
+        return told(part)
+    if isinstance(part, Text) and redact(part.plain) != part.plain:
+        part = Text(redact(part.plain), style=part.style)
     if not isinstance(part, Text) or harmless(part.plain) == part.plain:
         return part
     return Text("").join(  # piece by piece, so that each keeps its style

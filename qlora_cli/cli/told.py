@@ -12,7 +12,11 @@ from qlora_cli.visible import harmless
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
-CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")  # of an address: what stands before its host
+# Of an address: what stands before its host, and what signs it. A port is no password.
+CREDENTIALS = re.compile(r"(?<=://)(?:(?![^\s/@:]+:\d+/)[^\s/@:]+:\S*@|[^/\s@]+@)")
+SIGNED = re.compile(
+    r"(?i)([?&](?:[\w-]*token|api_?key|key|password|secret|sig|signature|x-amz-[\w-]+|policy)=)[^&\s\"'<>]+"
+)
 
 
 def redact(text: str) -> str:
@@ -20,7 +24,7 @@ def redact(text: str) -> str:
     for name in SECRET_VARIABLES:
         if value := os.environ.get(name):
             text = text.replace(value, "***")
-    return CREDENTIALS.sub("***@", TOKEN.sub("hf_***", text))
+    return SIGNED.sub(r"\1***", CREDENTIALS.sub("***@", TOKEN.sub("hf_***", text)))
 
 
 def told(text: str) -> str:

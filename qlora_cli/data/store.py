@@ -256,7 +256,10 @@ def _delete_old(kept: Path) -> None:
 def _is_table(folder: Path) -> bool:
     if not is_name(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError:  # another user's
+        return False
     return bool(names) and names <= {TOKENS, ABOUT, SKIPPED}
 
 

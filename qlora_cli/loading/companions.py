@@ -14,11 +14,12 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import Templates, read_templates
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.construction import faulty_keys, shown
 from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
-from qlora_cli.writing import copy_file
+from qlora_cli.writing import copy_file, leads_out
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -109,6 +110,11 @@ def _copy(target: Path, vocabulary: Path, config: Path, base: Path, content: Map
 def _copy_files(place: Path, target: Path, files: Iterable[str]) -> None:
     for file in files:
         if (place / file).is_file():
+            if leads_out(place / file):
+                raise ModelError(
+                    f"{place / file} is a link out of its directory, and is not followed",
+                    hint="Put a copy of what it leads to in its place, if you trust it.",
+                )
             copy_file(place / file, target / file)
 
 

@@ -1,6 +1,6 @@
 """A picture of a sweep: process memory against the length of rows, the GPUs as lines across."""
 
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from qlora_cli.memory.bands import process_band
 from qlora_cli.memory.gpus import GPUS, SAME_MEMORY, Gpu
 from qlora_cli.memory.prediction import MemoryReport, SweepPoint
 from qlora_cli.units import GIB
+from qlora_cli.writing import write_file
 
 LENGTH = "max-length"
 # A card of each size that people have, shown where no GPU was named.
@@ -58,13 +59,10 @@ def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
 
     `gpus` are shown as lines; without any, one of each common size.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.saving{path.suffix}")
-    try:
-        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-            draw(report, gpus).savefig(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+        draw(report, gpus).savefig(picture, format=path.suffix.removeprefix(".").lower())
+    write_file(path, picture.getvalue())
 
 
 def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:

@@ -11,17 +11,15 @@ from transformers import AutoTokenizer
 
 from qlora_cli.errors import MergeError
 from qlora_cli.loading.tokenizer import LoadedTokenizer
-from qlora_cli.merging.inputs import Inputs
+from qlora_cli.merging.inputs import TAKEN, Inputs
 from qlora_cli.merging.plan import WRITTEN_IN, MergePlan
 from qlora_cli.merging.texts import PROMPTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.settings.choices import MergeDtype
-from qlora_cli.writing import copy_file
+from qlora_cli.writing import copy_file, leads_out
 
-# Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
-TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 CODE = "*.py"
 TOKENIZER_CONFIG, WRITTEN_BY_5 = "tokenizer_config.json", "TokenizersBackend"
 SENTENCEPIECE = "tokenizer.model"  # transformers does without it and does not write it; llama.cpp needs it for some
@@ -61,13 +59,13 @@ def _name_class(base: Path, target: Path) -> None:
 def _take(inputs: Inputs, target: Path) -> None:
     patterns = (*TAKEN, CODE) if inputs.request.model.trust_remote_code else TAKEN
     for path in sorted(inputs.source.path.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+        if path.is_file() and not leads_out(path) and any(fnmatch(path.name, pattern) for pattern in patterns):
             copy_file(path, target / path.name)
     of_tokenizer = inputs.source.tokenizer_path / SENTENCEPIECE
     of_base = inputs.source.path / SENTENCEPIECE
-    if of_tokenizer.is_file():
+    if of_tokenizer.is_file() and not leads_out(of_tokenizer):
         copy_file(of_tokenizer, target / SENTENCEPIECE)
-    elif of_base.is_file() and not _has_more_tokens(inputs):
+    elif of_base.is_file() and not leads_out(of_base) and not _has_more_tokens(inputs):
         copy_file(of_base, target / SENTENCEPIECE)
 
 

@@ -38,7 +38,10 @@ from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
 from qlora_cli.settings.settle import in_section, made_in_code, of_run
+from qlora_cli.writing import leads_out
 
+# Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
+TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
 
 
@@ -110,6 +113,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         *tokenizer.notes,
         *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
         *_notes_on_rows(base, before.get("vocab_size")),
+        *_notes_on_links(source),
     ):
         reporter.report(Noted(message=note))
     read = _reader(base)
@@ -129,6 +133,13 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         adapters=adapters,
         changes=_together(adapters, request.merge.weights),
     )
+
+
+def _notes_on_links(source: ModelSource) -> Iterator[str]:
+    """Yield in words which files of the base are not put beside the result, since they are links to elsewhere."""
+    for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
+        if leads_out(path):
+            yield f"{path} is a link out of its directory, to {path.resolve()}: it is not put beside the result"
 
 
 def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:

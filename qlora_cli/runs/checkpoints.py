@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import TrainingError
+from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
 from qlora_cli.writing import delete, flush, publish_directory
 
-CHECKSUMS = "checksums.json"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".saving"
 DELETING = ".deleting"
@@ -40,11 +40,16 @@ def seal(folder: Path) -> None:
 def damage_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint; None if every file is as it was written."""
     try:
-        files = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = checkpoint / CHECKSUMS
+        if sums.exists() and not sums.is_file():
+            return f"{CHECKSUMS} is no file"
+        files = json.loads(sums.read_text(encoding="utf-8"))
         for name, expected in files.items():
             path = checkpoint / name
             if not path.resolve().is_relative_to(checkpoint.resolve()):
                 return f"{CHECKSUMS} names {name}, which is elsewhere"
+            if path.exists() and not path.is_file():
+                return f"{name} is no file"
             if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ adapter/         PEFT adapter, tokenizer, chat template
 merged/          what `qlora merge` writes unless told otherwise
 """
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory
-from qlora_cli.writing import PRIVATE_FILE, delete, write_file
+from qlora_cli.writing import PRIVATE_FILE, delete, is_left_over, not_in_place, write_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -33,6 +34,9 @@ MERGED = "merged"
 SKIPPED_ROWS, SKIPPED_ROWS_OF_STREAM = "skipped_rows.jsonl", "skipped_rows_of_stream.jsonl"
 LOCK_FILE = "run.lock"
 STEP_PREFIX = "step-"  # of a checkpoint
+CHECKSUMS = "checksums.json"  # in it
+EVENT_BEGINS = b'{"event": "'  # a line of events
+TRACKED = ("tensorboard", "trackio", "wandb", "mlflow.db")  # what trackers write, each under its name
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,15 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     @property
-    def link(self) -> Path | None:
-        """The first of its parts that a run writes in place, and that is a link; None if none is."""
-        parts = (CHECKPOINTS, METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM)
-        return next((self.path / name for name in parts if (self.path / name).is_symlink()), None)
+    def unwritable(self) -> tuple[Path, str] | None:
+        """The first of its parts that a run writes in place, and must not, with the reason; None if there is none."""
+        for name in (METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM):
+            if os.path.lexists(self.path / name) and (reason := not_in_place(self.path / name)):
+                return self.path / name, reason
+        for name in (CHECKPOINTS, *TRACKED):
+            if (self.path / name).is_symlink():
+                return self.path / name, "is a link"
+        return None
 
     @property
     def holds_adapter_weights(self) -> bool:
@@ -141,21 +150,39 @@ def check_free_directory(directory: Path, flag: str = "--output") -> QloraError 
 # What a run may have written when it was killed before its first record; the last two if it goes on from another.
 BEGINNINGS = {LOCK_FILE}
 ASIDE = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
-TAKEN_OVER = {CHECKPOINTS, METRICS_FILE}
 
 
 def only_began(directory: Path, *, takes_over: bool) -> bool:
     """Whether a directory holds no more than what a run makes first; `takes_over`: one that goes on from another."""
-    allowed = BEGINNINGS | TAKEN_OVER if takes_over else BEGINNINGS
-    return all(path.name in allowed or ASIDE.fullmatch(path.name) for path in directory.iterdir())
+    return all(
+        path.name in BEGINNINGS or ASIDE.fullmatch(path.name) or (takes_over and _was_taken_over(path))
+        for path in directory.iterdir()
+    )
 
 
-def clear_beginning(directory: Path, made: Sequence[Path]) -> None:
-    """Delete what a run made first that did not come to its first record, and those of the folders `made` for it."""
-    if not only_began(directory, takes_over=True):
+def _was_taken_over(path: Path) -> bool:
+    """Whether this is what a run took over from another: checkpoints, each with its sums, or lines of events."""
+    if path.name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
+        return all(
+            is_left_over(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS).is_file())
+            for one in path.iterdir()
+        )
+    if path.name != METRICS_FILE or not_in_place(path) is not None:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(EVENT_BEGINS)) in (EVENT_BEGINS, b"")
+
+
+def clear_beginning(directory: Path, held: Collection[str], made: Sequence[Path]) -> None:
+    """Delete what a run made first that did not come to its first record, and those of the folders `made` for it.
+
+    What the directory `held` before stays.
+    """
+    if not directory.is_dir() or not only_began(directory, takes_over=True):
         return
     for path in directory.iterdir():
-        delete(path)
+        if path.name not in held:
+            delete(path)
     for folder in made:
         with suppress(OSError):  # something else is in it by now
             folder.rmdir()

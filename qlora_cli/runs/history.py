@@ -4,6 +4,7 @@ A run that goes on behind a step appends to the same file, so what was reported 
 counts. The file is read line by line, and of the steps only numbers are kept.
 """
 
+import errno
 import json
 import math
 from array import array
@@ -119,9 +120,11 @@ def read_history(directory: Path) -> RunHistory:
     Raises:
         OSError: the file can't be read.
     """
-    reader = _Reader()
+    reader, path = _Reader(), directory / METRICS_FILE
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
-        with (directory / METRICS_FILE).open("rb") as file:
+        with path.open("rb") as file:
             for line in file:
                 reader.take(line)
     except FileNotFoundError:

@@ -282,6 +282,8 @@ class RunRecord(Part):
 
 def read_record(directory: Path) -> RunRecord:
     """Return what the run in `directory` recorded of itself, as far as it can be read; never an error."""
+    if (directory / RUN_FILE).exists() and not (directory / RUN_FILE).is_file():
+        return _unreadable(directory, f"{RUN_FILE} is no file")
     try:
         content = _parsed((directory / RUN_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

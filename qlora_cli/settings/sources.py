@@ -17,6 +17,8 @@ from qlora_cli.settings.models import SECTIONS
 from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
 from qlora_cli.units import format_bytes
 
+# ValueError: what looks like a date and is none. The rest: an explicit tag on what is none, as `!!int ""`.
+UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 # `code`: settings that were made without a command line. `found`: not asked for, but what a file or a machine says.
 Kind = Literal["default", "file", "set", "flag", "code", "found"]
 GIVEN: frozenset[Kind] = frozenset({"file", "set", "flag", "code"})
@@ -107,7 +109,7 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Prob
             continue
         try:
             value = text if refused(text) else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
+        except UNREADABLE:
             value = text
         entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
     return entries, problems
@@ -159,8 +161,9 @@ def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], lis
                     continue
                 try:
                     value = _construct(value_node)
-                except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
-                    reason = getattr(error, "problem", None) or error
+                except UNREADABLE as error:
+                    is_told = isinstance(error, yaml.YAMLError | ValueError)
+                    reason = (getattr(error, "problem", None) or error) if is_told else "it is not what its tag says"
                     problems.append(Problem(where=f"{where} {section}.{key}", message=f"can't be read: {reason}"))
                     continue
                 origin = Origin(kind="file", where=where)

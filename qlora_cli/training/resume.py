@@ -64,10 +64,10 @@ class Resume:
 def output_problem(output: OutputSettings) -> QloraError | None:
     """Return why a run can't be written to its directory, or what is to be resumed is none."""
     directory = RunDirectory(output.directory)
-    if (link := directory.link) is not None:
+    if (found := directory.unwritable) is not None:
         return OutputDirectoryError(
-            f"{link} is a link, and a run writes through none",
-            hint="Put what it leads to in its place, or choose another --output.",
+            f"{found[0]} {found[1]}: a run writes into no such thing",
+            hint="Put a copy of what it stands for in its place, or choose another --output.",
         )
     try:
         record = _record_in(directory)

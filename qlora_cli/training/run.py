@@ -95,12 +95,13 @@ def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
     """Train a prepared run; see `train`."""
     directory = RunDirectory(prepared.plan.output)
     made = [path for path in (directory.path, *directory.path.absolute().parents) if not path.exists()]
+    held = {path.name for path in directory.path.iterdir()} if directory.path.is_dir() else set()
     with RunLock(directory):
         try:
             return _run_locked(prepared, directory, reporter)
         except BaseException:
             if not directory.is_run:
-                clear_beginning(directory.path, made)
+                clear_beginning(directory.path, held, made)
             raise
 
 

@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
+from qlora_cli.writing import private_folder
 
 PROJECT = "qlora"  # what runs are grouped by, unless the user has named it
 WANDB_ADDRESS = "https://api.wandb.ai"
@@ -153,6 +154,8 @@ def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str,
             "WANDB_FINISH_TIMEOUT": PATIENCE_SECONDS,
         }
     found = {key: value for key, value in wanted.items() if key not in os.environ}
+    if found and name in (ReportTo.TENSORBOARD, ReportTo.TRACKIO, ReportTo.WANDB):
+        private_folder(directory / name.value)  # it holds what the run's own metrics do
     if name == ReportTo.TRACKIO and (kept := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):
         message = f"trackio writes to {kept} for as long as this process lives, where its first run was"
         reporter.report(Noted(level="warning", message=message))

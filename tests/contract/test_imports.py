@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "garbage": set(),
     "visible": set(),
     "files": {"errors", "units", "writing"},
-    "writing": set(),
+    "writing": {"errors"},
     "settings": {"errors", "units"},
     "counters": BOTTOM,
     "device": BOTTOM,

@@ -65,6 +65,10 @@ def test_styles_stay_beside_what_is_shown_as_its_number() -> None:
     assert file.getvalue() == "a[U+001B]redb\n"
 
 
+def test_results_tell_no_login_either() -> None:
+    assert printed(Text("model  https://user:pw@host/m", style="dim")) == "model  https://***@host/m\n"
+
+
 def printed(text: str | Text) -> str:
     file = io.StringIO()
     TextConsole(file).print(text, soft_wrap=True)
@@ -78,6 +82,10 @@ def printed(text: str | Text) -> str:
         ("from https://token@huggingface.co", "from https://***@huggingface.co"),
         ("socks5://a:b@127.0.0.1:1080 and http://c:d@e", "socks5://***@127.0.0.1:1080 and http://***@e"),
         ("https://host/path@1.0", "https://host/path@1.0"),
+        ("http://localhost:5000/models@main", "http://localhost:5000/models@main"),
+        ("postgresql://u:p@ss@host/db", "postgresql://***@host/db"),
+        ("https://u:a/b@host", "https://***@host"),
+        ("https://h/x?token=abc&y=1&X-Amz-Signature=d", "https://h/x?token=***&y=1&X-Amz-Signature=***"),
         ("me@example.org", "me@example.org"),
         ("hf_abcdefghijklmnop", "hf_***"),
     ],

@@ -147,11 +147,10 @@ def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
     path = tmp_path / "memory.png"
     path.write_text("old")
 
-    def fails(_: Figure, target: Path) -> None:
-        target.write_text("half")
+    def fails(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", fails)
+    monkeypatch.setattr("qlora_cli.writing.os.fsync", fails)
     with pytest.raises(OSError, match="disk full"):
         plot_sweep(GRID, (), path)
     assert path.read_text() == "old"

@@ -1,6 +1,7 @@
 """Which weights are a run's, however it was stopped, killed, resumed or damaged; no model is needed to tell."""
 
 import json
+import os
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -8,9 +9,17 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import ModelError, OutputDirectoryError
-from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
-from qlora_cli.runs.directory import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, RunDirectory
-from qlora_cli.runs.record import load_record
+from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, seal
+from qlora_cli.runs.directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_WEIGHTS,
+    RunDirectory,
+    clear_beginning,
+    only_began,
+)
+from qlora_cli.runs.history import read_history
+from qlora_cli.runs.record import load_record, read_record
 from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.resume import find_resume, output_problem
@@ -203,7 +212,9 @@ def test_a_folder_beside_the_checkpoints_is_of_no_known_step(tmp_path: Path) -> 
     assert weights_of_part(run.checkpoints / "step-2", run, load_record(run.path)).step == 2
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "run.lock", "skipped_rows_of_stream.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", "run.lock", "skipped_rows_of_stream.jsonl", "tensorboard", "mlflow.db"]
+)
 def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     elsewhere.write_text("precious")
@@ -215,3 +226,48 @@ def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_pa
     assert problem.exit_code == 2
     assert problem.hint
     assert elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["another name", "no file"])
+def test_nor_one_with_a_hard_link_or_a_pipe(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "run").mkdir()
+    if kind == "no file":
+        os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    else:
+        (tmp_path / "run" / "metrics.jsonl").hardlink_to(tmp_path / "elsewhere")
+    assert kind in str(output_problem(OutputSettings(directory=tmp_path / "run")))
+
+
+def test_pipes_in_a_run_are_no_files_and_hang_nothing(tmp_path: Path) -> None:
+    for name in ("run.json", "metrics.jsonl"):
+        os.mkfifo(tmp_path / name)
+    assert read_record(tmp_path).problems == ("run.json is no file",)
+    with pytest.raises(OSError, match="is no file"):
+        read_history(tmp_path)
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    os.mkfifo(checkpoint / "checksums.json")
+    assert damage_of(checkpoint) == "checksums.json is no file"
+    (checkpoint / "checksums.json").unlink()
+    os.mkfifo(checkpoint / "pipe")
+    (checkpoint / "checksums.json").write_text('{"pipe": {"bytes": 0, "sha256": ""}}')
+    assert damage_of(checkpoint) == "pipe is no file"
+
+
+def test_what_a_directory_holds_of_the_users_is_no_beginning_of_a_run_and_is_never_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "thesis").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "thesis" / "t").write_text("mine")
+    assert not only_began(tmp_path, takes_over=True)
+    clear_beginning(tmp_path, (), ())
+    assert (tmp_path / "checkpoints" / "thesis" / "t").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"loss": 1}\n')
+    assert not only_began(other, takes_over=True)
+    (other / "metrics.jsonl").write_text('{"event": "step_done"}\n')
+    (other / "checkpoints" / "step-1").mkdir(parents=True)
+    (other / "checkpoints" / "step-1" / "checksums.json").write_text("{}")
+    assert only_began(other, takes_over=True)
+    clear_beginning(other, {"metrics.jsonl"}, ())  # which was there before
+    assert [path.name for path in other.iterdir()] == ["metrics.jsonl"]

@@ -335,3 +335,16 @@ def test_checkpointing_can_be_offloaded() -> None:
     flags = {**REQUIRED, "training.gradient_checkpointing": ("--gradient-checkpointing", "offload")}
     settings = resolve(Sources(flags=flags), TrainSettings).settings
     assert settings.training.gradient_checkpointing is Checkpointing.OFFLOAD
+
+
+@pytest.mark.parametrize("value", ["!!bool x", '!!int ""', "!!int _", '!!float ""', "!!timestamp x"])
+def test_a_value_that_is_not_what_its_tag_says_is_an_error(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"lora:\n  rank: {value}\n")
+    for sources, where in (
+        (Sources(config=file), f"{file}:2 lora.rank"),
+        (Sources(assignments=[f"lora.rank={value}"]), "--set lora.rank"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            resolve(sources, TrainSettings)
+        assert where in {problem.where for problem in caught.value.problems}

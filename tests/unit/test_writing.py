@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.files import check_output_directory
 from qlora_cli.writing import (
     LEFT_OVER,
@@ -211,11 +212,46 @@ def test_a_file_replaces_a_link_and_is_written_aside_under_a_name_that_nobody_ca
 def test_nothing_is_appended_through_a_link(tmp_path: Path, precious: Path) -> None:
     link = tmp_path / "metrics.jsonl"
     link.symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError, match="is a link"):
         append_line(link, "{}")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError, match="is a link"):
         end_line(link)
     assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["another name", "no file"])
+def test_nothing_is_appended_to_what_is_something_else_too(tmp_path: Path, precious: Path, kind: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if kind == "no file":
+        os.mkfifo(file)
+    else:
+        file.hardlink_to(precious)
+    with pytest.raises(PermissionError, match=kind):
+        append_line(file, "{}")
+    with pytest.raises(PermissionError, match=kind):
+        end_line(file)
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("came", ["a folder with something in it", "a file", "a name in an empty folder"])
+def test_what_came_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> None:
+    target = tmp_path / "out"
+    if came == "a name in an empty folder":
+        target.mkdir()
+
+    def fill(path: Path) -> None:
+        (path / "config.json").write_text("ours")
+        if came == "a file":
+            target.write_text("mine")
+        else:
+            target.mkdir(exist_ok=True)
+            (target / "config.json").write_text("mine")
+
+    with pytest.raises(OutputDirectoryError, match="came to") as caught:
+        fill_directory(target, fill)
+    assert caught.value.hint
+    assert (target if came == "a file" else target / "config.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.rglob("*")] == (["out"] if came == "a file" else ["out", "config.json"])
 
 
 def test_lines_are_appended_each_on_its_own(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Write a merged model as GGUF, for llama.cpp and what is built on it, and look at what was written."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +24,7 @@ from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
 from qlora_cli.units import format_bytes, format_count
+from qlora_cli.writing import copy_file
 
 SUFFIX = ".gguf"
 
@@ -101,7 +101,7 @@ def check_gguf(base: Path, tokenizer: PreTrainedTokenizerBase, converter: Conver
         directory = Path(name)
         tokenizer.save_pretrained(directory)
         for file in base.glob("*.model"):
-            shutil.copy(file, directory)
+            copy_file(file, directory / file.name)
         values = _as_merged(read_json(base / CONFIG), tokenizer)
         (directory / CONFIG).write_text(json.dumps(values), encoding="utf-8")
         convert(converter, directory, directory / "vocabulary.gguf", GgufType.F16, vocabulary_only=True)
