@@ -121,7 +121,7 @@ def read_history(directory: Path) -> RunHistory:
         OSError: the file can't be read.
     """
     reader, path = _Reader(), directory / METRICS_FILE
-    if path.exists() and not path.is_file():
+    if path.exists() and not (path.is_file() or path.is_dir()):  # such as a pipe, which would wait for ever
         raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
         with path.open("rb") as file:
