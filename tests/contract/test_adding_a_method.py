@@ -3,21 +3,16 @@
 The package is copied, and a method is added to it that stores weights in steps of 1/256, in 8 bit, without constants.
 """
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ASSETS
+from tests.contract.copied_package import PACKAGE, ask_copy
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGE = ROOT / "qlora_cli"
+NAMED_BEFORE = '    NONE = "none"\n\n    @'
 ENTRY = """    Quantization.FIXED8: MethodTraits(
         module="fixed", label="fixed point", bits=8, proposal="weights in steps of 1/256"
     ),
@@ -177,32 +172,18 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what commands of a copy of the package say, in which two files are changed."""
-    copy = tmp_path_factory.mktemp("copy")
-    shutil.copytree(PACKAGE, copy / "qlora_cli", ignore=shutil.ignore_patterns("__pycache__"))
-    choices = copy / "qlora_cli" / "settings" / "choices.py"
-    source = choices.read_text(encoding="utf-8")
-    for before, added in (
-        ('    NONE = "none"\n\n    @', '    FIXED8 = "fixed8"\n'),
-        ("    Quantization.NONE: ", ENTRY),
-    ):
-        assert source.count(before) == 1
-        source = source.replace(before, added + before)
-    choices.write_text(source, encoding="utf-8")
-    (copy / "qlora_cli" / "quantization" / "methods" / "fixed.py").write_text(MODULE, encoding="utf-8")
-    rows = copy / "rows.jsonl"
-    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
-    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, ASSETS / "base", rows, copy],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    found: dict[str, Any] = ask_copy(
+        tmp_path_factory.mktemp("copy"),
+        edits={
+            "settings/choices.py": {
+                '    NONE = "none"\n\n    @': '    FIXED8 = "fixed8"\n',
+                "    Quantization.NONE: ": ENTRY,
+            }
+        },
+        files={"quantization/methods/fixed.py": MODULE},
+        script=ASK,
     )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
 def test_its_weights_are_stored_as_it_says_and_counted_as_they_were_planned(asked: dict[str, Any]) -> None:

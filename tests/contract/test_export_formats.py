@@ -3,12 +3,7 @@
 The package is copied, and a format is added to it whose weights are rounded to steps of 1/64.
 """
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +12,8 @@ import pytest
 from qlora_cli.merging.exports.format import Format
 from qlora_cli.merging.exports.table import FORMATS
 from qlora_cli.settings.choices import ExportFormat
-from tests.conftest import ASSETS
+from tests.contract.copied_package import PACKAGE, ask_copy
 
-PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 MODULE = '''"""Weights in steps of 1/64, for transformers, and a file that says so."""
 
 import shutil
@@ -119,30 +113,10 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what commands of a copy of the package say, in which three files are new or changed."""
-    copy = tmp_path_factory.mktemp("copy")
-    shutil.copytree(PACKAGE, copy / "qlora_cli", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, added in EDITS.items():
-        file = copy / "qlora_cli" / name
-        source = file.read_text(encoding="utf-8")
-        for before, line in added.items():
-            assert source.count(before) == 1
-            source = source.replace(before, line + before)
-        file.write_text(source, encoding="utf-8")
-    (copy / "qlora_cli" / "merging" / "exports" / "steps.py").write_text(MODULE, encoding="utf-8")
-    rows = copy / "rows.jsonl"
-    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
-    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, ASSETS / "base", rows, copy],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    found: dict[str, Any] = ask_copy(
+        tmp_path_factory.mktemp("copy"), edits=EDITS, files={"merging/exports/steps.py": MODULE}, script=ASK
     )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
 def test_it_is_written_compared_with_the_merged_model_and_noted(asked: dict[str, Any]) -> None:

@@ -1,0 +1,46 @@
+"""A copy of the package, in which a walk of CONTRIBUTING is gone, and what its commands say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ASSETS
+
+PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
+
+
+def ask_copy(place: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapping[str, str], script: str) -> Any:
+    """Return what `script` prints as JSON in its last line, run on a copy of the package in `place`.
+
+    `edits` are the lines that are put before a text, which stands in a file once; `files` are new. The script gets the
+    bundled base, a file of a few rows, and `place`.
+    """
+    package = place / "qlora_cli"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, added in edits.items():
+        source = (package / name).read_text(encoding="utf-8")
+        for before, line in added.items():
+            assert source.count(before) == 1
+            source = source.replace(before, line + before)
+        (package / name).write_text(source, encoding="utf-8")
+    for name, text in files.items():
+        (package / name).write_text(text, encoding="utf-8")
+    rows = place / "rows.jsonl"
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", script, ASSETS / "base", rows, place],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
