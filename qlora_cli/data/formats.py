@@ -30,12 +30,13 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
 }
 # What a format may have besides.
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+CHAT = {"tools": TOOLS, "system": SYSTEM, "chat_template_kwargs": ("chat_template_kwargs",)}
 OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
-    DataFormat.MESSAGES: {"tools": TOOLS, "system": SYSTEM},
-    DataFormat.SHAREGPT: {"tools": TOOLS, "system": SYSTEM},
-    DataFormat.PROMPT_COMPLETION: {"tools": TOOLS, "system": SYSTEM},
-    DataFormat.ALPACA: {"input": ("input", "context"), "system": SYSTEM},
-    DataFormat.QUESTION_ANSWER: {"context": ("context",), "system": SYSTEM},
+    DataFormat.MESSAGES: CHAT,
+    DataFormat.SHAREGPT: CHAT,
+    DataFormat.PROMPT_COMPLETION: CHAT,
+    DataFormat.ALPACA: {"input": ("input", "context"), **CHAT},
+    DataFormat.QUESTION_ANSWER: {"context": ("context",), **CHAT},
     DataFormat.TEXT: {},
     DataFormat.TOKENS: {
         "labels": ("labels",),

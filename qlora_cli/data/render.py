@@ -7,7 +7,7 @@ the conversation, and must be beginnings of the whole.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,12 +93,12 @@ class Renderer:
             RowError: the template refuses it.
             ModelError: the template does not end.
         """
-        text = self._text(conversation.messages, conversation.tools)
+        text = self._text(conversation.messages, conversation.tools, conversation.template_kwargs)
         _check_tools(conversation, text)
         return text
 
     def _by_shape(self, conversation: Conversation, text: str) -> list[Span] | None:
-        if conversation.tools or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
+        if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
             return None
         roles = tuple(message["role"] for message in conversation.messages)
         if roles not in self._shapes:
@@ -113,7 +113,7 @@ class Renderer:
         # Templates of the Llama 3 family and others trim what they put in.
         spans = spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
         if spans is not None and not self._asks_always_alike:
-            before = self._text(conversation.messages[: conversation.trained[0]], None, add_generation_prompt=True)
+            before = self._text(conversation.messages[: conversation.trained[0]], None, {}, add_generation_prompt=True)
             if text[: spans[0][0]] != before:
                 return None
         return spans
@@ -123,7 +123,7 @@ class Renderer:
         marks = [f"Mark{place}Of{len(roles)}" for place in range(len(roles))]
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         try:
-            text = self._text(messages, None)
+            text = self._text(messages, None, {})
             literals = _cut(text, marks)
             if literals is None:
                 return None
@@ -132,7 +132,7 @@ class Renderer:
             for place, role in enumerate(roles):
                 if role != "assistant" or place == 0:
                     continue
-                start, end = self._ends_of(messages, None, place, text)
+                start, end = self._ends_of(Conversation(messages=messages, trained=()), place, text)
                 edge = (start - starts[place], end - starts[place + 1])
                 if not (0 <= edge[0] <= len(literals[place]) and 0 < edge[1] <= len(literals[place + 1])):
                     return None
@@ -142,16 +142,21 @@ class Renderer:
         return _Shape(literals=tuple(literals), edges=edges)
 
     def _span(self, conversation: Conversation, text: str, place: int) -> Span:
-        start, end = self._ends_of(conversation.messages, conversation.tools, place, text)
+        start, end = self._ends_of(conversation, place, text)
         self._check_end(conversation.messages[place], text[start:end])
         return start, end
 
-    def _ends_of(self, messages: list[dict[str, Any]], tools: list[Any] | None, place: int, text: str) -> Span:
+    def _ends_of(self, conversation: Conversation, place: int, text: str) -> Span:
         """Return where the answer `place` stands in `text`, the rendering of all messages."""
-        before = self._text(messages[:place], tools, add_generation_prompt=True)
+        before = self._text(
+            conversation.messages[:place],
+            conversation.tools,
+            conversation.template_kwargs,
+            add_generation_prompt=True,
+        )
         if not text.startswith(before):
             raise _not_served(place, before, text)
-        through = self._through(messages, tools, place, text)
+        through = self._through(conversation, place, text)
         if not text.startswith(through):
             raise RowError(
                 f"the chat template renders message {place} differently when others follow it, so what is served "
@@ -162,17 +167,19 @@ class Renderer:
         # The line break that many templates put behind the end of a turn is never generated.
         return len(before), len(through.rstrip())
 
-    def _through(self, messages: list[dict[str, Any]], tools: list[Any] | None, place: int, text: str) -> str:
+    def _through(self, conversation: Conversation, place: int, text: str) -> str:
         """Return the beginning of the text through the turn `place`, without what closes the text as a whole."""
+        messages, tools, variables = conversation.messages, conversation.tools, conversation.template_kwargs
         is_last = place + 1 == len(messages)
-        through = text if is_last else self._text(messages[: place + 1], tools)
+        through = text if is_last else self._text(messages[: place + 1], tools, variables)
         # Phi 3's template writes EOS behind the last turn, which ends with a token of its own, as every turn does.
         closed = through.rstrip()
         turn = closed.removesuffix(str(self._tokenizer.eos_token)).rstrip()
         if turn == closed or not turn.endswith(self._added):
             return through
         try:
-            longer = self._text([*messages, {"role": "user", "content": "more"}], tools) if is_last else text
+            more = [*messages, {"role": "user", "content": "more"}]
+            longer = self._text(more, tools, variables) if is_last else text
         except RowError:  # of templates that allow no more
             return through
         return through if longer.startswith(closed) or not longer.startswith(turn) else turn
@@ -188,10 +195,17 @@ class Renderer:
             )
 
     def _text(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, add_generation_prompt: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = False,
     ) -> str:
         try:
-            return render(self._tokenizer, messages, tools=tools, asks_answer=add_generation_prompt)
+            return render(
+                self._tokenizer, messages, tools=tools, variables=variables, asks_answer=add_generation_prompt
+            )
         except RefusedError as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 

@@ -5,7 +5,7 @@ What a row lacks or has wrong is a `RowError`; the caller knows the file and the
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qlora_cli.data.formats import Layout, nearest
 from qlora_cli.data.limits import TOO_DEEP, listed, text_nests_too_deeply
 from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.tokenizing.rendering import OWN_VARIABLES
 from qlora_cli.units import counted
 
 Ids = NDArray[np.int32]
@@ -68,16 +69,20 @@ class RowError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages, and the places of those of the assistant that are trained."""
+    """Messages, and the places of those of the assistant that are trained.
+
+    `template_kwargs`: what the row sets for the chat template besides, such as `enable_thinking`.
+    """
 
     messages: list[dict[str, Any]]
     trained: tuple[int, ...]
     tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def calls_tools(self) -> bool:
-        """Whether a message calls tools."""
-        return any("tool_calls" in message for message in self.messages)
+    def is_plain(self) -> bool:
+        """Whether the template is given messages alone, none of which calls tools."""
+        return not (self.tools or self.template_kwargs or any("tool_calls" in message for message in self.messages))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +132,13 @@ class RowReader:
     def _messages(self, row: Mapping[str, Any]) -> Example:
         key = "messages" if self._layout.format == DataFormat.MESSAGES else "conversations"
         messages = _read_messages(self._value(row, key), self._layout.columns[key])
-        return self._conversation(self._with_system(row, messages), self._tools(row))
+        return self._conversation(row, self._with_system(row, messages))
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> Example:
         if not isinstance(row.get(self._layout.columns["prompt"]), list):
             prompt_text, system = self._part(row, "prompt", may_be_empty=True), self._optional_text(row, "system")
             completion_text = self._part(row, "completion", is_answer=True)
-            return Completion(
-                prompt=f"{system}\n\n{prompt_text}" if system else prompt_text, completion=completion_text
-            )
+            return self._completion(row, f"{system}\n\n{prompt_text}" if system else prompt_text, completion_text)
         if not isinstance(row.get(self._layout.columns["completion"]), list):
             raise RowError(
                 f"{self._layout.columns['completion']!r} must be a list of messages, as "
@@ -145,7 +148,7 @@ class RowReader:
         completion = _read_messages(self._value(row, "completion"), self._layout.columns["completion"])
         # Answers in the prompt are given, not trained.
         given = [{"train": False, **message} if message["role"] == "assistant" else message for message in prompt]
-        return self._conversation(self._with_system(row, given) + completion, self._tools(row))
+        return self._conversation(row, self._with_system(row, given) + completion)
 
     def _alpaca(self, row: Mapping[str, Any]) -> Example:
         instruction, output = self._part(row, "instruction"), self._part(row, "output", is_answer=True)
@@ -155,7 +158,7 @@ class RowReader:
         template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
         system = self._optional_text(row, "system")
         prompt = template.format(instruction=instruction, input=given)
-        return Completion(prompt=f"{system}\n\n{prompt}" if system else prompt, completion=output)
+        return self._completion(row, f"{system}\n\n{prompt}" if system else prompt, output)
 
     def _question_answer(self, row: Mapping[str, Any]) -> Example:
         question, answer = self._part(row, "question"), self._part(row, "answer", is_answer=True)
@@ -164,7 +167,7 @@ class RowReader:
         if self._use_chat:
             return self._asked(row, question, answer)
         system = self._optional_text(row, "system")
-        return Completion(prompt=f"{system}\n\n{question}\n" if system else f"{question}\n", completion=answer)
+        return self._completion(row, f"{system}\n\n{question}\n" if system else f"{question}\n", answer)
 
     def _text(self, row: Mapping[str, Any]) -> Example:
         return Completion(prompt="", completion=self._part(row, "text"))
@@ -204,13 +207,27 @@ class RowReader:
             return messages
         return [{"role": "system", "content": system}, *messages]
 
+    def _completion(self, row: Mapping[str, Any], prompt: str, completion: str) -> Completion:
+        for part, found in (("tools", self._tools(row)), ("chat_template_kwargs", self._template_kwargs(row))):
+            if found:
+                raise RowError(
+                    f"{self._layout.columns[part]!r} is for a chat template, and this row is plain text",
+                    hint="Write it as messages, or leave the column out.",
+                )
+        return Completion(prompt=prompt, completion=completion)
+
     def _asked(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
         system = self._optional_text(row, "system")
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return Conversation(messages=messages, trained=(len(messages) - 1,))
+        return Conversation(
+            messages=messages,
+            trained=(len(messages) - 1,),
+            tools=self._tools(row),
+            template_kwargs=self._template_kwargs(row),
+        )
 
-    def _conversation(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Conversation:
+    def _conversation(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
         """Settle which answers are trained, and take the switches out, which no template knows."""
         trained = []
         for place, message in enumerate(messages):
@@ -223,7 +240,12 @@ class RowReader:
         for place in trained:
             if not messages[place]["content"].strip() and not messages[place].get("tool_calls"):
                 raise RowError(f"the answer in message {place} is empty", is_empty=True)
-        return Conversation(messages=messages, trained=tuple(trained), tools=tools)
+        return Conversation(
+            messages=messages,
+            trained=tuple(trained),
+            tools=self._tools(row),
+            template_kwargs=self._template_kwargs(row),
+        )
 
     def _value(self, row: Mapping[str, Any], part: str) -> Any:
         column = self._layout.columns[part]
@@ -255,6 +277,22 @@ class RowReader:
         if tools and not isinstance(tools, list):
             raise RowError(f"{column!r} must be a list of tools, found {kind_of(tools)}")
         return tools or None
+
+    def _template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        column = self._layout.columns.get("chat_template_kwargs")
+        given = row.get(column) if column is not None else None
+        if isinstance(given, str) and given.strip():
+            given = _read_json(given, f"{column!r}")
+        if given and not isinstance(given, Mapping):
+            raise RowError(f"{column!r} must be an object, found {kind_of(given)}")
+        # Reading into columns gives every row every key; a null is a key that was not there.
+        found = {name: value for name, value in (given or {}).items() if value is not None}
+        for name, value in found.items():
+            if name in OWN_VARIABLES:
+                raise RowError(f"{column}.{name} can't be set by a row", hint=f"Take it out of {column!r}.")
+            if not isinstance(value, str | bool | int | float):
+                raise RowError(f"{column}.{name} must be text, a number, true or false, found {kind_of(value)}")
+        return found
 
 
 def kind_of(value: object) -> str:

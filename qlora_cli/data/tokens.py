@@ -124,9 +124,7 @@ class Tokenizer:
 
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
-        plain = [
-            each for each in examples if isinstance(each, Conversation) and not each.tools and not each.calls_tools
-        ]
+        plain = [each for each in examples if isinstance(each, Conversation) and each.is_plain]
         texts = self._renderer.texts(plain) if plain and self._tokenizer.chat_template is not None else None
         found = dict(zip(map(id, plain), texts or (), strict=False))
         return tuple(self._prepare(example, found.get(id(example))) for example in examples)

@@ -109,7 +109,7 @@ def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
 def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation: Conversation) -> None:
     renderer = Renderer(TOKENIZERS[family].tokenizer)
     rendered = renderer.render(conversation, renderer.text(conversation))
-    long_way = [renderer._ends_of(conversation.messages, None, place, rendered.text) for place in conversation.trained]
+    long_way = [renderer._ends_of(conversation, place, rendered.text) for place in conversation.trained]
     assert list(rendered.spans) == long_way
 
 
