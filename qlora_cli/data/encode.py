@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data import store
-from qlora_cli.data.formats import Layout, columns_in_use, recognise
-from qlora_cli.data.limits import check_columns
+from qlora_cli.data.formats import Layout, columns_in_use
+from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
 from qlora_cli.data.rows import Example, RowError, RowReader
+from qlora_cli.data.skipped import SkippedRow, bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.store import About, Record, SkippedRow, StoredTokens, Writer, digest_row, read_skipped
+from qlora_cli.data.store import About, Record, StoredTokens, Writer, digest_row
 from qlora_cli.data.tokens import Encoded, Rendering, Tokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.garbage import uncollected
@@ -35,7 +36,6 @@ from qlora_cli.units import counted
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
-SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 PARTS = ("data", "settings", "tokenizing")  # of our own code
 # What of the settings decides which tokens come out.
@@ -129,29 +129,6 @@ class _Waiting(NamedTuple):
     read: list[Example | RowError]
     rendering: Rendering
     encoded: "Future[list[Encoded]]"
-
-
-def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[Layout, Iterator[RawRow]]:
-    """Return the layout of rows by the columns of the first of them, and all of the rows.
-
-    Raises:
-        DataError: no format fits, or there is no row that can be read.
-    """
-    first = list(itertools.islice(rows, SAMPLED_ROWS))
-    columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
-    check_columns(columns, name)
-    if not first:
-        raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")
-    if not columns:
-        bad = next((row for row in first if row.problem), first[0])
-        raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
-    return recognise(columns, settings, name), itertools.chain(first, rows)
-
-
-def bad_row(row: SkippedRow) -> DataError:
-    """Return the error that names a row that can't be used."""
-    hint = "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then."
-    return DataError(str(row), hint=row.hint or hint)
 
 
 def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:

@@ -13,7 +13,7 @@ from qlora_cli.data.packing import best_fit
 from qlora_cli.data.prepare import PreparedData, prepare_data, refusals
 from qlora_cli.data.preview import RowPreview, preview_rows
 from qlora_cli.data.report import DataReport
-from qlora_cli.data.store import read_skipped
+from qlora_cli.data.skipped import read_skipped
 from qlora_cli.data.table import Table, first_of_each
 from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, bad_row, tokenize_source
+from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, tokenize_source
 from qlora_cli.data.packing import best_fit, pack
 from qlora_cli.data.report import DataReport
+from qlora_cli.data.skipped import bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource, find_dataset
-from qlora_cli.data.store import read_skipped
 from qlora_cli.data.stream import MOST_LOST, TokenStream
 from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, repeat_by_weight
 from qlora_cli.errors import DataError

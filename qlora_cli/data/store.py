@@ -6,11 +6,10 @@ and our own code. So stale tokens are impossible, and a second run over the same
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from qlora_cli.cache import cache_folder, is_name
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
+from qlora_cli.data.skipped import SkippedRow
 from qlora_cli.errors import DataError, QloraError
 from qlora_cli.writing import PRIVATE_FOLDER, clear_left_overs, delete, private_folder, write_directory
 
@@ -110,35 +110,6 @@ def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
     found = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
     found.update(labels.tobytes())
     return int.from_bytes(found.digest(), "little", signed=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedRow:
-    """A row that can't be used: its file, number and line, what is wrong with it, and what to do if that is known."""
-
-    file: str
-    row: int
-    line: int | None
-    problem: str
-    hint: str | None = None
-
-    @classmethod
-    def of(cls, row: RawRow, problem: RowError) -> "SkippedRow":
-        """Describe `row`."""
-        return cls(file=row.file, row=row.number, line=row.line, problem=str(problem), hint=problem.hint)
-
-    def __str__(self) -> str:
-        line = f" (line {self.line})" if self.line is not None else ""
-        return f"{self.file}, row {self.row}{line}: {self.problem}"
-
-
-def read_skipped(lists: Iterable[Path], most: int) -> list[SkippedRow]:
-    """Return the first rows of lists of skipped ones."""
-    found: list[SkippedRow] = []
-    for path in lists:
-        with path.open(encoding="utf-8") as lines:
-            found += [SkippedRow(**json.loads(line)) for line in itertools.islice(lines, most - len(found))]
-    return found
 
 
 class Writer:

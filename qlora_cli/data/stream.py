@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 from datasets import Features, IterableDataset, List, Value
 
-from qlora_cli.data.encode import Encoder, TextTokenizer, bad_row, open_rows
+from qlora_cli.data.encode import Encoder, TextTokenizer
 from qlora_cli.data.formats import columns_in_use
+from qlora_cli.data.opening import open_rows
 from qlora_cli.data.packing import best_fit
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import read_rows
 from qlora_cli.data.rows import RowError
+from qlora_cli.data.skipped import SkippedRow, bad_row
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.store import SkippedRow, digest_row
+from qlora_cli.data.store import digest_row
 from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong

@@ -1,0 +1,31 @@
+"""The first rows of a data set: by their columns its layout is recognised. Imports nothing heavy."""
+
+import itertools
+from collections.abc import Iterator
+
+from qlora_cli.data.formats import Layout, recognise
+from qlora_cli.data.limits import check_columns
+from qlora_cli.data.raw import RawRow
+from qlora_cli.data.rows import RowError
+from qlora_cli.data.skipped import SkippedRow, bad_row
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings
+
+SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
+
+
+def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[Layout, Iterator[RawRow]]:
+    """Return the layout of rows by the columns of the first of them, and all of the rows.
+
+    Raises:
+        DataError: no format fits, or there is no row that can be read.
+    """
+    first = list(itertools.islice(rows, SAMPLED_ROWS))
+    columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
+    check_columns(columns, name)
+    if not first:
+        raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")
+    if not columns:
+        bad = next((row for row in first if row.problem), first[0])
+        raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
+    return recognise(columns, settings, name), itertools.chain(first, rows)
