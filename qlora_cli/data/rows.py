@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from qlora_cli.data.formats import Layout, nearest
 from qlora_cli.data.limits import TOO_DEEP, listed, text_nests_too_deeply
 from qlora_cli.settings.choices import DataFormat, LossOn
-from qlora_cli.tokenizing.rendering import OWN_VARIABLES
 from qlora_cli.units import counted
 
 Ids = NDArray[np.int32]
@@ -41,6 +40,29 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SWITCHES = ("train", "weight")
 IGNORED = -100  # the label that the loss skips
 MOST_IDS = 2**31
+# The parameters of transformers' `apply_chat_template`, and the messages: what a row can't set for its template.
+OWN_VARIABLES = frozenset(
+    [
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "kwargs",
+        "self",
+    ]
+)
 LONGEST_MESSAGE = 500  # characters; what a message shows of a row may be as long as the row
 
 # The prompt of Stanford Alpaca, section "Data Release" of its README.

@@ -4,7 +4,6 @@ A template is a program that comes with a model. It can reach nothing, for it ru
 itself without an end, or loop for hours. Either ends here, by an error that names the template.
 """
 
-import inspect
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +26,6 @@ ENDLESS = (RecursionError, MemoryError, SyntaxError, SystemError)
 LONGEST_SECONDS = 4.0  # for one conversation; they are rendered within milliseconds
 LONGEST_TEXT = 2**27  # characters; twice what the longest row has
 AGAIN_SECONDS = 0.5  # a time-out that falls into a destructor is lost, so that it is repeated
-# What a row can't set for the template: it is how the template is applied, or what it is applied to.
-OWN_VARIABLES = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 OTHER_TEMPLATE = "Correct it, or give another with --chat-template (a .jinja file, or chatml)."
 
 
@@ -50,7 +47,7 @@ def render(
 ) -> str:
     """Return a conversation as text, and with what asks for an answer behind it if `asks_answer`.
 
-    `variables` are given to the template by their names, none of which is in `OWN_VARIABLES`.
+    `variables` are given to the template by their names, none of which is a parameter of `apply_chat_template`.
 
     Raises:
         RefusedError: the template refuses it.

@@ -1,5 +1,6 @@
 """What a row says beside its text: settings of the template, tools, switches, preferences, pictures."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData, prepare_data
+from qlora_cli.data.rows import OWN_VARIABLES
 from qlora_cli.errors import DataError
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource
@@ -111,6 +113,10 @@ def test_settings_of_the_template_that_a_row_can_not_make_are_refused(
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "chat_template_kwargs": kwargs}])
     assert expected in str(error)
+
+
+def test_no_row_can_set_how_its_template_is_applied() -> None:
+    assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= OWN_VARIABLES
 
 
 @pytest.mark.parametrize("beside", [{"chat_template_kwargs": {"enable_thinking": False}}, {"tools": [{"name": "f"}]}])
