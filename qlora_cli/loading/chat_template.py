@@ -6,6 +6,7 @@ Whatever is chosen is saved with the tokenizer, so what is served is what was tr
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.tokenizing.limits import TimeOutError, within_limits
 from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for
@@ -169,13 +171,17 @@ def _read(path: Path) -> str:
 
 def _check_syntax(text: str, where: str) -> None:
     try:
-        render_jinja_template([], chat_template=text)  # compiles it, with the extensions of transformers
+        # Compiles it, with the extensions of transformers; constants are computed by that.
+        within_limits(partial(render_jinja_template, [], chat_template=text))
     except TemplateSyntaxError as error:
         raise ModelError(
             f"{where}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
-    except ENDLESS as error:
-        raise ModelError(f"{where}: the chat template nests too deeply to be compiled", hint=OTHER_TEMPLATE) from error
+    except (*ENDLESS, TimeOutError) as error:
+        raise ModelError(
+            f"{where}: the chat template nests too deeply to be compiled, or takes too much time or memory",
+            hint=OTHER_TEMPLATE,
+        ) from error
 
 
 def _text_of(path: Path, hint: str) -> str:

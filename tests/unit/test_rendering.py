@@ -1,7 +1,9 @@
 """A chat template is a program from elsewhere: whatever it does, the command ends, and names the template."""
 
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_cli.counters import peak_host_bytes
 from qlora_cli.data.rows import Conversation, RowError
 from qlora_cli.data.tokens import Tokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
 from qlora_cli.settings.choices import LossOn
-from qlora_cli.tokenizing import rendering
+from qlora_cli.tokenizing import limits, rendering
 from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
+from qlora_cli.units import GIB
 from tests.unit.test_tokenizer import write_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -24,6 +28,35 @@ ITSELF = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
 FOR_HOURS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MANY_CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
 OF_A_SCHEMA = "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
+# One operation each that takes gigabytes, before anything that counts comes back from it.
+AT_ONCE = (
+    "'x' * 10**9",
+    "[0] * 10**9",
+    "10**(10**11)",
+    "'%1000000000d' % 1",
+    "'%.1000000000f' % 1.5",
+    "'{:>1000000000}'.format(1)",
+    "'%1000000000d'|format(1)",
+    "'x'.ljust(10**9)",
+    "'x'.rjust(10**9)",
+    "'x'.zfill(10**9)",
+    "'\\t'.expandtabs(10**9)",
+    "'x'|center(10**9)",
+    "'x\\ny'|indent(10**9)",
+    "messages|tojson(indent=10**9)",
+    "[1]|batch(10**9, 0)|list",
+    "'a'.replace('', 'x' * 10**9)",
+    "('x' * 10**6)|replace('x', 'x' * 10**6)",
+    "(['x' * 10**6] * 10**6)|join",
+    "1|round(10**10, 'ceil')",
+    "(1).to_bytes(10**10, 'big')",
+)
+BIT_BY_BIT = (
+    "{% set all = namespace(x='x') %}{% for i in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}a{% endfor %}{% endfor %}",
+    "{% set x %}{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}{% endset %}",
+)
+MEMORY = [*(f"{{{{ {operation} }}}}" for operation in AT_ONCE), *BIT_BY_BIT]
 DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
 
 
@@ -36,8 +69,8 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
-    monkeypatch.setattr(rendering, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(rendering, "LONGEST_TEXT", 2000)
 
 
@@ -62,6 +95,56 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
         render_all(tokenizer, [CHAT])
     with pytest.raises(ModelError, match=message):
         Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("template", MEMORY)
+def test_one_operation_that_takes_much_memory_is_an_error_and_gets_little_of_it(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    tokenizer.chat_template = template
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    used = peak_host_bytes()
+    for tools in (None, [{"function": {"name": "f"}}]):  # it is no fault of the tools
+        with pytest.raises(ModelError, match=r"takes too much memory|did not end within"):
+            render(tokenizer, CHAT, tools=tools)
+    with pytest.raises(ModelError, match=r"takes too much memory|did not end within"):
+        render_all(tokenizer, [CHAT, CHAT])
+    assert peak_host_bytes() - used < GIB
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+@pytest.mark.usefixtures("soon")
+def test_a_template_whose_constants_take_much_to_compute_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.jinja").write_text("{{ ('x' * 4 * 10**7).encode() }}")
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template .* takes too much time or memory"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_long_messages_have_room_in_proportion(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + m.content|trim }}{% endfor %}"
+    )
+    widest = "\U0001f642" * 2**24  # characters as the longest row has, of four bytes each
+    assert len(render(tokenizer, [{"role": "user", "content": widest}])) == 6 + 2 * len(widest)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_a_limit_of_the_users_own_stays_the_narrower_one() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    own = (8 * GIB, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, own)
+    try:
+        within = limits.within_limits(lambda: resource.getrlimit(resource.RLIMIT_DATA), num_characters=GIB)
+        assert within == resource.getrlimit(resource.RLIMIT_DATA) == own
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_one_conversation_that_fails_among_many_is_left_to_be_named(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -130,4 +213,4 @@ def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBas
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         render(tokenizer, CHAT)
-    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
+    assert time.monotonic() - begin < limits.LONGEST_SECONDS - 1
