@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_cli.data.arrow_messages import FILE_MARK, check_expansion
+from qlora_cli.data.arrow_messages import FILE_MARK, check_messages
 from qlora_cli.data.limits import DEEPEST, check_columns
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, reading
@@ -67,7 +67,7 @@ def _open_parquet(path: Path) -> Iterator[Any]:
 
 
 def read_arrow(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
-    """Yield the rows of an Arrow file or stream, mapped into memory.
+    """Yield the rows of an Arrow file or stream.
 
     Raises:
         DataError: the file is damaged or can't be read.
@@ -91,16 +91,17 @@ def count_arrow(path: Path) -> int:
 def _open_arrow(path: Path, wanted: Wanted) -> Iterator[_Batches]:
     import pyarrow
 
-    with pyarrow.memory_map(os.fsencode(path)) as file:
-        is_file = file.read(len(FILE_MARK)) == FILE_MARK
-        file.seek(0)
+    # Not mapped into memory: another process that cuts such a file short would end this one.
+    with path.open("rb") as messages, pyarrow.OSFile(os.fsencode(path)) as file:
+        is_file = messages.read(len(FILE_MARK)) == FILE_MARK
         opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-        names = _checked_names(opened(file).schema, path)
-        places = [names.index(name) for name in _columns_to_read(names, wanted)]
-        check_expansion(file, printable(path))
-        file.seek(0)
+        schema = opened(file).schema
+        names = _checked_names(schema, path)
         # No field at all would mean all of them.
-        reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=places or [0]))
+        places = [names.index(name) for name in _columns_to_read(names, wanted)] or [0]
+        check_messages(messages, schema, places, printable(path))
+        file.seek(0)
+        reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=places))
         yield _Batches(names, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
 
 

@@ -19,11 +19,13 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.checkpoint import again, read_json
 from qlora_cli.tokenizing.limits import TimeOutError, within_limits
 from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE
+from qlora_cli.units import MIB, format_bytes
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for
 JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
 OF_PROCESSOR = "chat_template.json"  # which transformers reads for a model that sees images, never for a tokenizer
 SUFFIXES = (".jinja", ".j2")
+MOST_BYTES = 4 * MIB  # the longest known have a hundredth of it
 MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>")
 
 
@@ -84,10 +86,11 @@ def read_templates(directory: Path) -> Templates | None:
         ModelError: a file of them can't be read.
     """
     files = {DEFAULT: directory / JINJA, **{path.stem: path for path in sorted((directory / NAMED).glob("*.jinja"))}}
-    files = {name: path for name, path in files.items() if path.is_file() and path.read_bytes().strip()}
-    if files:
-        texts = {name: _text_of(path, hint="Check its permissions.") for name, path in files.items()}
-        return Templates(text=texts[DEFAULT] if texts.keys() == {DEFAULT} else texts, files=files)
+    texts = {name: _text_of(path, hint="Check its permissions.") for name, path in files.items() if path.is_file()}
+    if texts := {name: text for name, text in texts.items() if text.strip()}:
+        return Templates(
+            text=texts[DEFAULT] if texts.keys() == {DEFAULT} else texts, files={name: files[name] for name in texts}
+        )
     for file in (directory / "tokenizer_config.json", directory / OF_PROCESSOR):
         if file.is_file() and (found := _templates_in(file, read_json(file).get("chat_template"))):
             return Templates(text=found, files=dict.fromkeys([DEFAULT] if isinstance(found, str) else found, file))
@@ -186,9 +189,12 @@ def _check_syntax(text: str, where: str) -> None:
 
 def _text_of(path: Path, hint: str) -> str:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ModelError(f"the chat template {path} can't be read: {error.strerror}", hint=hint) from error
+    if len(raw) > MOST_BYTES:
+        raise ModelError(f"{path} is larger than {format_bytes(MOST_BYTES)}: no chat template", hint=OTHER_TEMPLATE)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -61,7 +61,7 @@ def render(
     size = sum(len(str(message.get("content"))) for message in messages)
     given = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
     try:
-        text = within_limits(apply, _characters(messages) + len(str(tools)))
+        text = within_limits(apply, _characters(messages) + len(str(tools)) + len(str(variables)))
     except TEMPLATE_ERRORS as error:
         raise RefusedError(str(error)) from error
     except TimeOutError as error:

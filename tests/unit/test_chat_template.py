@@ -103,6 +103,7 @@ def test_a_file_may_use_what_transformers_adds_to_jinja(tmp_path: Path, tokenize
         (b"\n\n{{ messages | shout }}", "line 3: No filter named 'shout'"),
         (b"ok\ncaf\xe9", "line 2: not UTF-8"),
         (b" \n", "is empty"),
+        (b"{# " + b" " * 2**22 + b"#}", r"is larger than 4\.00 MiB: no chat template"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(

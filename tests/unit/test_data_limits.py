@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from qlora_cli.data import arrow_messages, json_files, limits, parquet_groups, raw, tables
 from qlora_cli.data.formats import columns_in_use
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
-from qlora_cli.data.raw import Wanted
+from qlora_cli.data.raw import RawRow, Wanted
 from qlora_cli.data.readers import read_rows
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.sources import find_dataset
@@ -186,6 +187,64 @@ def test_a_compressed_arrow_file_that_is_far_larger_inside_is_an_error(
     with make(path, batch.schema) as writer:
         writer.write_batch(batch)
     assert len(values_of(path)) == 1
+
+
+def columns_of_every_kind() -> dict[str, Any]:
+    """Return columns of one row each, which have any number of parts in a message."""
+    text = pyarrow.array(["a" * 20])
+    return {
+        "null": pyarrow.nulls(1),
+        "number": pyarrow.array([1]),
+        "view": text.cast(pyarrow.string_view()),
+        "views": pyarrow.array([[{"x": "b" * 20, "y": None}]], pyarrow.list_(VIEWS)),
+        "map": pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
+        "few": pyarrow.array([[1, 2]], pyarrow.list_(pyarrow.int8(), 2)),
+        "union": pyarrow.UnionArray.from_dense(
+            pyarrow.array([0], pyarrow.int8()), pyarrow.array([0], "int32"), [text]
+        ),
+        "runs": pyarrow.RunEndEncodedArray.from_arrays([1], text),
+        "own": pyarrow.array([b"0" * 16], pyarrow.uuid()),
+    }
+
+
+VIEWS = pyarrow.struct([("x", pyarrow.string_view()), ("y", pyarrow.binary_view())])
+
+
+@pytest.mark.parametrize("as_stream", [True, False])
+def test_a_column_that_is_not_in_use_may_be_as_large_inside_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool
+) -> None:
+    monkeypatch.setattr(arrow_messages, "ALWAYS_EXPANDED", MIB)
+    large = pyarrow.array(["x" * 8 * MIB])
+    each = {**columns_of_every_kind(), "large": large, "text": pyarrow.array(["t"])}
+    for order in (list(each), list(each)[::-1]):
+        batch = pyarrow.record_batch([each[name] for name in order], names=order)
+        path, options = tmp_path / "a.arrow", pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        make = pyarrow.ipc.new_stream if as_stream else pyarrow.ipc.new_file
+        with make(path, batch.schema, options=options) as writer:
+            writer.write_batch(batch)
+        for name in set(each) - {"large"}:
+            (row,) = read_columns(path, name)
+            assert row.value is not None
+            assert row.value["large"] is None
+        with pytest.raises(DataError, match="expands to more than 200 times its size"):
+            read_columns(path, "large")
+
+
+def read_columns(path: Path, *names: str) -> list[RawRow]:
+    wanted = Wanted(columns=lambda _: names)
+    return list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path, table = tmp_path / "a.arrow", pyarrow.table({"text": ["x" * 100] * 50_000})
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    rows = read_rows(find_dataset(str(path)), split="train", seed=0)
+    next(rows)
+    os.truncate(path, 10_000)
+    with pytest.raises(DataError, match=r"a\.arrow .*cut short"):
+        list(rows)
 
 
 def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Settings: precedence, origins, and every problem at once."""
 
+import os
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,22 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expe
     config = write(tmp_path / "run.yaml", text)
     found = problems_of(Sources(config=config, flags=REQUIRED))
     assert any(expected in line for line in found), found
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
+    config = tmp_path / "pipe"
+    os.mkfifo(config)
+    threading.Thread(target=config.write_text, args=["lora:\n  rank: 3\n"], daemon=True).start()
+    assert resolve(Sources(config=config, flags=REQUIRED), TrainSettings).settings.lora.rank == 3
+
+
+def test_a_pipe_that_does_not_end_is_read_no_further_than_a_file_may_be_large(tmp_path: Path) -> None:
+    config = tmp_path / "pipe"
+    os.mkfifo(config)
+    with subprocess.Popen(["/bin/sh", "-c", 'while :; do echo "# more"; done > "$1"', "sh", str(config)]) as endless:
+        found = problems_of(Sources(config=config, flags=REQUIRED))
+        endless.kill()
+    assert any("is larger than 256.00 KiB: no settings file" in line for line in found), found
 
 
 @pytest.mark.parametrize(
