@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data import store
 from qlora_cli.data.formats import Layout, columns_in_use
+from qlora_cli.data.limits import listed
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
-from qlora_cli.data.rows import Example, RowError, RowReader
+from qlora_cli.data.row_reader import RowReader
+from qlora_cli.data.rows import Example, RowError
 from qlora_cli.data.skipped import SkippedRow, bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.store import About, Record, StoredTokens, Writer, digest_row
@@ -89,7 +91,7 @@ class Encoder:
 
     def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
-        self._reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
+        self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
         self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids)
 
     def encode(self, rows: Iterable[RawRow]) -> Iterator[list[tuple[RawRow, Tokens | RowError]]]:
@@ -117,7 +119,7 @@ class Encoder:
         if row.value is None:
             return RowError(row.problem or "can't be read")
         try:
-            return self._reader.read(row.value)
+            return self.reader.read(row.value)
         except RowError as error:
             return error
 
@@ -152,6 +154,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         *_note_ends(encoder.tokenizer.odd_ends, text),
         *_note_bos(text, starts_with_bos),
         *_note_control_tokens(encoder.tokenizer),
+        *_note_unknown_keys(encoder.reader, str(text.tokenizer.chat_template)),
     ]
     return About(
         name=name,
@@ -215,6 +218,17 @@ def _note_control_tokens(tokenizer: Tokenizer) -> list[str]:
         f"{counted(tokenizer.num_with_control_tokens, 'row')} with control tokens in the text itself ({common}): the "
         "model will take them for what they stand for"
     ]
+
+
+def _note_unknown_keys(reader: RowReader, template: str) -> list[str]:
+    """Return a note on keys of messages that no format knows, and that the chat template does not name either."""
+    unread = {
+        key: number for key, number in reader.unknown_keys.most_common() if key.rpartition(".")[2] not in template
+    }
+    if not unread:
+        return []
+    named = listed([f"{key} ({counted(number, 'row')})" for key, number in unread.items()])
+    return [f"keys of messages that are not used, as the chat template does not name them: {named}"]
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

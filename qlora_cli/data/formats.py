@@ -30,13 +30,18 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
 }
 # What a format may have besides.
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
-CHAT = {"tools": TOOLS, "system": SYSTEM, "chat_template_kwargs": ("chat_template_kwargs",)}
+CHAT = {
+    "tools": TOOLS,
+    "system": SYSTEM,
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "enable_thinking": ("enable_thinking",),
+}
 OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.MESSAGES: CHAT,
     DataFormat.SHAREGPT: CHAT,
-    DataFormat.PROMPT_COMPLETION: CHAT,
-    DataFormat.ALPACA: {"input": ("input", "context"), **CHAT},
-    DataFormat.QUESTION_ANSWER: {"context": ("context",), **CHAT},
+    DataFormat.PROMPT_COMPLETION: {"history": ("history",), **CHAT},
+    DataFormat.ALPACA: {"input": ("input", "context"), "history": ("history",), **CHAT},
+    DataFormat.QUESTION_ANSWER: {"context": ("context",), "history": ("history",), **CHAT},
     DataFormat.TEXT: {},
     DataFormat.TOKENS: {
         "labels": ("labels",),

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.formats import recognise
-from qlora_cli.data.rows import ROLES, Example, RowError, RowReader
+from qlora_cli.data.messages import ROLES
+from qlora_cli.data.row_reader import RowReader
+from qlora_cli.data.rows import Example, RowError
 from qlora_cli.data.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.prepare import PreparedData, prepare_data
-from qlora_cli.data.rows import OWN_VARIABLES
+from qlora_cli.data.row_reader import OWN_VARIABLES
 from qlora_cli.errors import DataError
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource
@@ -25,6 +25,7 @@ CHATML = (
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
+TWO = {"role": "assistant", "content": "2"}
 
 
 @pytest.fixture
@@ -59,6 +60,20 @@ def refusal(
     with pytest.raises(DataError) as caught:
         prepare(directory, tokenizer, rows, **settings)
     return caught.value
+
+
+def test_keys_of_messages_that_neither_a_format_nor_the_template_knows_are_told_with_the_number_of_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.mood }}{{ m.content }}")
+    message = {**ASK, "mood": "glad", "lang": "en", "id": 7}
+    rows: list[dict[str, Any]] = [{"messages": [message, ANSWER]}] * 2 + [
+        {"messages": [{**ASK, "lang": "fr"}, ANSWER]}
+    ]
+    data = prepare(tmp_path, tokenizer, rows)
+    expected = "keys of messages that are not used, as the chat template does not name them: lang (3 rows)"
+    assert [note for note in data.notes if "keys of messages" in note] == [expected]
+    assert "glad6 times 7?" in whole(data, tokenizer)
 
 
 @pytest.mark.parametrize("given", [{"enable_thinking": False}, '{"enable_thinking": false}'])
@@ -125,3 +140,75 @@ def test_what_is_for_a_template_is_not_passed_over_in_plain_text(
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{"prompt": "6 times 7?", "completion": "42", **beside}])
     assert f"{next(iter(beside))!r} is for a chat template, and this row is plain text" in str(error)
+
+
+@pytest.mark.parametrize("is_thinking", [True, False])
+def test_a_column_that_says_whether_the_model_thinks_reaches_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, is_thinking: bool
+) -> None:
+    rows = [{"messages": [ASK, ANSWER], "enable_thinking": is_thinking}]
+    assert ("<think>" in whole(prepare(tmp_path, tokenizer, rows), tokenizer)) is not is_thinking
+
+
+@pytest.mark.parametrize(
+    "history", [[["1 plus 1?", "2"]], '[["1 plus 1?", "2"]]', [{"role": "user", "content": "1 plus 1?"}, TWO]]
+)
+@pytest.mark.parametrize(
+    "row", [{"instruction": "6 times 7?", "input": "", "output": "42"}, {"query": "6 times 7?", "response": "42"}]
+)
+def test_earlier_turns_in_a_column_of_their_own_come_first_and_are_trained_as_other_answers_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], history: object
+) -> None:
+    rows = [{**row, "history": history, "system": "Be brief."}]
+    data = prepare(tmp_path, tokenizer, rows)
+    turns = (("system", "Be brief."), ("user", "1 plus 1?"), ("assistant", "2"), ("user", "6 times 7?"))
+    before = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+    assert before in whole(data, tokenizer)
+    assert trained(data, tokenizer) == "2<|im_end|>42<|im_end|>"
+    assert trained(prepare(tmp_path, tokenizer, rows, loss_on="last"), tokenizer) == "42<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ("earlier", "'history' is text, but no JSON"),
+        ({"a": "b"}, "'history' must be a list of earlier turns, found an object"),
+        ([["q"]], "'history' must hold pairs of two texts"),
+        ([["q", "a", "b"]], "'history' must hold pairs of two texts"),
+        (["q", "a"], "'history' must hold pairs of two texts"),
+        ([["q", None]], "'history' must hold pairs of two texts"),
+    ],
+)
+def test_earlier_turns_that_are_no_pairs_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, history: object, expected: str
+) -> None:
+    rows = [{"instruction": "6 times 7?", "output": "42", "history": history}]
+    assert expected in str(refusal(tmp_path, tokenizer, rows))
+
+
+@pytest.mark.parametrize("history", [None, [], ""])
+def test_no_earlier_turns_are_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, history: object) -> None:
+    data = prepare(tmp_path, tokenizer, [{"instruction": "6 times 7?", "output": "42", "history": history}])
+    assert trained(data, tokenizer) == "42<|im_end|>"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_two_system_prompts_are_refused_unless_they_are_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, role: str
+) -> None:
+    messages = [{"role": role, "content": "You are a chemist."}, ASK, ANSWER]
+    error = refusal(tmp_path, tokenizer, [{"system": "Answer in French.", "messages": messages}])
+    assert "there are two system prompts: the column 'system', and message 0" in str(error)
+    alike = [{"system": text, "messages": messages} for text in (" You are a chemist.\n", "", None)]
+    assert prepare(tmp_path, tokenizer, alike).report.rows == 3
+
+
+@pytest.mark.parametrize("column", [{"system": "Be brief."}, {"history": [["q", "a"]]}])
+def test_what_comes_before_plain_text_is_in_it_or_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: dict[str, Any]
+) -> None:
+    rows = [{"prompt": "6 times 7?", "completion": "42", **column}]
+    if "system" in column:
+        assert whole(prepare(tmp_path, tokenizer, rows), tokenizer).startswith("<|bos|>Be brief.\n\n6 times 7?")
+    else:
+        assert "'history' is for a chat template" in str(refusal(tmp_path, tokenizer, rows))

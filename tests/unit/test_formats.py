@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.data.formats import Layout, recognise
-from qlora_cli.data.rows import Completion, Conversation, Example, RowError, RowReader, Tokenized
+from qlora_cli.data.row_reader import RowReader
+from qlora_cli.data.rows import Completion, Conversation, Example, RowError, Tokenized
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.settings.models import DataSettings
@@ -116,7 +117,7 @@ def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
     assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
     assert found.messages[2] == {"role": "tool", "content": "2"}
     assert found.trained == (1, 3)
-    assert found.tools == [{"name": "f"}]
+    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_arguments_as_openai_writes_them_are_read_so_that_templates_write_them_once() -> None:
@@ -200,7 +201,7 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
             "holds image, and only text can be trained",
         ),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the answer in message 1 is empty"),
-        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "'train' of message 1 must be true or false, found 'no'"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train must be true or false, found 'no'"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"x": 1}]}]}, "must hold functions with a name"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is text, but no JSON"),
         ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "'tools' must be a list of tools, found an object"),

@@ -1,0 +1,303 @@
+"""Read the messages of a conversation, as many tools write them, into what chat templates take.
+
+Nothing that a message says is passed over: it becomes a key that templates know, or says whether the message is
+trained, or the row is refused. A key that no list here knows stays for the template, and is noted down.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows import PLAIN_KEYS, RowError, kind_of, read_json
+from qlora_cli.data.tool_calls import read_calls
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+}
+CALLING_ROLES = {"function_call", "tool_call"}  # the text of such a message is its calls
+PLAIN_ROLES = {"system", "user", "assistant", "tool"}
+ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Whether a message is trained, as axolotl, OpenAI, ms-swift, verl and LLaMA-Factory call it; `masked` is the contrary.
+SWITCHES = {
+    **dict.fromkeys(
+        ("train", "training", "trainable", "weight", "loss", "loss_mask", "loss_weight", "loss_scale"), True
+    ),
+    "masked": False,
+}
+TRAIN = "train"  # under which a message keeps what its switches say
+LIKE_A_SWITCH = re.compile("train|loss|mask|weight|supervis|learn|ignore", re.IGNORECASE)
+# What needs no place in a text.
+BESIDE_MESSAGES = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
+    *("id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time"),
+}
+BESIDE_PARTS = {"id", "index", "signature", "cache_control", "annotations", "citations", "logprobs", "status"}
+BESIDE_CALLS = BESIDE_PARTS - {"id"}
+TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning", "thinking"}
+CALL_PARTS = {"tool_use", "tool_call"}
+TEXT_KEYS = ("text", "value", "content")
+# What holds pictures and sounds, as columns, messages and parts of them call it.
+MEDIA = re.compile(
+    "(input_)?(image|video|audio|picture)s?(_(url|path|file|data|byte)s?)?|files?|pixel_values", re.IGNORECASE
+)
+
+
+class MessageReader:
+    """Reads messages. `unknown_keys` are those that it has met since they were last taken out."""
+
+    def __init__(self) -> None:
+        self.unknown_keys: set[str] = set()
+
+    def read(self, value: object, key: str) -> list[dict[str, Any]]:
+        """Return the messages in the column `key`: role and content, and what else a template may ask for.
+
+        `train` of a message says whether it is trained, if the row does.
+
+        Raises:
+            RowError: `value` is no list of messages, or a message has something that can be neither read nor trained.
+        """
+        if isinstance(value, str):
+            value = read_json(value, repr(key))
+        if not isinstance(value, list) or not value:
+            found = "an empty one" if value == [] else kind_of(value)
+            raise RowError(f"{key!r} must be a list of at least one message, found {found}")
+        return [self._message(message, f"{key}[{place}]") for place, message in enumerate(value)]
+
+    def _message(self, message: object, where: str) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise RowError(f"{where} must be an object with role and content, found {kind_of(message)}")
+        if message.keys() == PLAIN_KEYS and message["role"] in PLAIN_ROLES and type(message["content"]) is str:
+            return dict(message)  # nearly all are
+        # Reading into columns gives every message every key; a null is a key that was not there.
+        found = {name: part for name, part in message.items() if part is not None}
+        given, role = _take_role(found, where)
+        train = _take_switch(found, where)
+        if media := held_media(found):
+            raise _no_text(where, media)
+        read = self._said(found, where, is_calling=given in CALLING_ROLES)
+        _check_role(read, role, where)
+        if TRAIN in read and train not in (None, read[TRAIN]):
+            raise RowError(f"{where} is trained by itself and not by its parts, or the other way around")
+        if "reasoning_content" in read and any(found.get(key) for key in REASONING_KEYS):
+            raise RowError(f"{where} has thoughts in its parts, and others besides")
+        said = {**found, **read, **({} if train is None else {TRAIN: train})}
+        self.unknown_keys |= said.keys() - BESIDE_MESSAGES
+        return {"role": role, "content": said.pop("content"), **said}
+
+    def _said(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
+        """Take out of a message what it says, and return it by the keys that templates know."""
+        content_key, value = _take(found, CONTENT_KEYS, where)
+        read: dict[str, Any] = (
+            {"content": ""} if content_key is None else self._content(value, f"{where}.{content_key}")
+        )
+        if is_calling:
+            read = {**read, "content": "", "tool_calls": read_calls(read["content"], f"{where}.{content_key}")}
+        for key in CALL_KEYS:
+            if key in found and (calls := read_calls(found.pop(key), f"{where}.{key}")):
+                if "tool_calls" in read and read["tool_calls"] != calls:
+                    raise RowError(f"{where} has calls in {key!r}, and others besides")
+                read["tool_calls"] = calls
+        refusal = found.pop("refusal", "")
+        if refusal and (not isinstance(refusal, str) or read["content"] not in ("", refusal)):
+            raise RowError(f"{where}.refusal must be the text of the message")
+        if content_key is None and not refusal and "tool_calls" not in read:
+            raise RowError(f"{where} has no content")
+        return {**read, "content": read["content"] or refusal}
+
+    def _content(self, value: object, where: str) -> dict[str, Any]:
+        """Return a message's text; parts of text, as OpenAI writes them too, are joined, others go to their keys."""
+        if isinstance(value, str):
+            return {"content": value}
+        if isinstance(value, Mapping) and "type" in value:
+            value = [value]
+        if not isinstance(value, list):
+            raise RowError(f"{where} must be text, found {kind_of(value)}")
+        parts = _Parts(where)
+        for part in value:
+            self.unknown_keys |= {f"content.{key}" for key in parts.add(part)}
+        return parts.said()
+
+
+class _Parts:
+    """The parts of a message's content, as they are added one by one. Thoughts come first, then text, then calls."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._thoughts: list[str] = []
+        self._texts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._switches: list[bool | None] = []
+
+    def add(self, part: object) -> set[str]:
+        """Add a part, and return the keys of it that are not used.
+
+        Raises:
+            RowError: it is neither text, nor a thought, nor a call, or stands behind what would come before it.
+        """
+        where = f"{self._where}[{len(self._switches)}]"
+        if isinstance(part, str):
+            part = {"text": part}
+        if not isinstance(part, Mapping):
+            raise _no_text(where, kind_of(part))
+        found = {name: value for name, value in part.items() if value is not None}
+        kind = str(found.pop("type", "text"))
+        self._switches.append(_take_switch(found, where))
+        if kind in CALL_PARTS:
+            self._add_call(found, where)
+            return set()
+        if kind not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
+            raise _no_text(where, kind)
+        if media := held_media(found):
+            raise _no_text(where, media)
+        self._add_text(kind, found, where)
+        return found.keys() - BESIDE_PARTS
+
+    def _add_call(self, found: dict[str, Any], where: str) -> None:
+        call = (
+            found["value"]
+            if "value" in found
+            else {key: part for key, part in found.items() if key not in BESIDE_CALLS}
+        )
+        calls = read_calls(call, where)
+        if not calls:
+            raise RowError(f"{where} must hold functions with a name")
+        self._calls += calls
+
+    def _add_text(self, kind: str, found: dict[str, Any], where: str) -> None:
+        key, text = _take(found, TEXT_KEYS if kind in TEXT_PARTS else (kind, *TEXT_KEYS), where)
+        if isinstance(text, list):
+            text = _joined(text, f"{where}.{key}")
+        if not isinstance(text, str):
+            raise RowError(f"{where} is {kind}, and has no text of it")
+        is_thought = kind in REASONING_PARTS
+        if self._calls or (is_thought and self._texts):
+            raise RowError(
+                f"{where} is {kind} behind {'calls' if self._calls else 'text'}, which templates write before it",
+                hint="Write it as a message of its own.",
+            )
+        (self._thoughts if is_thought else self._texts).append(text)
+
+    def said(self) -> dict[str, Any]:
+        """Return what the parts say, by the keys of a message that templates know.
+
+        Raises:
+            RowError: some are trained and some are not.
+        """
+        said: dict[str, Any] = {"content": "".join(self._texts)}
+        if self._thoughts:
+            said["reasoning_content"] = "\n".join(self._thoughts)
+        if self._calls:
+            said["tool_calls"] = self._calls
+        if False in self._switches and set(self._switches) != {False}:
+            raise RowError(
+                f"{self._where} has parts that are trained and others that are not: an answer is trained as a whole",
+                hint="Write what is not trained as a message of its own.",
+            )
+        if switch := set(self._switches) - {None}:
+            (said[TRAIN],) = switch
+        return said
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """Return the text of parts inside a part, as Mistral writes thoughts."""
+    inside = _Parts(where)
+    for part in parts:
+        inside.add(part)
+    return str(inside.said()["content"])
+
+
+def _no_text(where: str, kind: str) -> RowError:
+    return RowError(
+        f"{where} holds {kind}, and only text can be trained",
+        hint="Leave such rows out (--on-bad-row skip), or write what it says as text.",
+    )
+
+
+def held_media(found: Mapping[str, Any]) -> str | None:
+    """Return the first of the keys in `found` that holds a picture or a sound."""
+    for key, value in found.items():
+        if MEDIA.fullmatch(key) and not isinstance(value, int | float) and not is_nothing(value):
+            return key
+    return None
+
+
+def is_nothing(value: object) -> bool:
+    """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
+    if isinstance(value, Mapping):
+        return all(map(is_nothing, value.values()))
+    return all(map(is_nothing, value)) if isinstance(value, list) else value in (None, "", b"")
+
+
+def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
+    """Take out of a message who says it, and return the word that is written and the role that is meant."""
+    there = {key: found.pop(key) for key in ROLE_KEYS if key in found}
+    if not there:
+        raise RowError(f"{where} has no role, but {listed(list(map(repr, found))) or 'nothing'}")
+    words = [given.lower() if isinstance(given, str) else None for given in there.values()]
+    for key, word in zip(there, words, strict=True):
+        if word not in ROLES:
+            raise RowError(f"{where}.{key} is {there[key]!r}, not one of {', '.join(ROLES)}")
+    roles = {ROLES[str(word)] for word in words}
+    if len(roles) > 1:
+        raise RowError(f"{where} is by {' and by '.join(map(repr, there.values()))}")
+    return next((str(word) for word in words if word in CALLING_ROLES), str(words[0])), roles.pop()
+
+
+def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
+    """Take the value out of `found` that has one of the `keys`, and return both; all that are there must be alike."""
+    there = [(key, found.pop(key)) for key in dict.fromkeys(keys) if key in found]
+    if not there:
+        return None, None
+    key, value = there[0]
+    for other_key, other in there[1:]:
+        if other != value:
+            raise RowError(f"{where} has both {key!r} and {other_key!r}, and not alike")
+    return key, value
+
+
+def _take_switch(found: dict[str, Any], where: str) -> bool | None:
+    """Take out of a message or part what says whether it is trained; None if nothing does."""
+    said = {key: _switch(found.pop(key), f"{where}.{key}") is SWITCHES[key] for key in SWITCHES if key in found}
+    for key, value in found.items():
+        if LIKE_A_SWITCH.search(key) and not isinstance(value, str):
+            raise RowError(
+                f"{where}.{key} seems to say what is trained, and is not known",
+                hint=f'Say it of the whole message with "train": true or false, or take {key!r} out.',
+            )
+    if len(set(said.values())) > 1:
+        raise RowError(
+            f"{where} is trained by one of {', '.join(said)}, and not by another", hint="Leave one of them."
+        )
+    return next(iter(said.values()), None)
+
+
+def _switch(value: object, where: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, int | float):
+        raise RowError(
+            f"{where} is {value}: a message is trained or not, and can't count in part", hint="Write 0 or 1 instead."
+        )
+    raise RowError(f"{where} must be true or false, found {value!r}")
+
+
+def _check_role(said: Mapping[str, Any], role: str, where: str) -> None:
+    for key, what in (("tool_calls", "calls tools"), ("reasoning_content", "thinks")):
+        if key in said and role != "assistant":
+            raise RowError(f"{where} {what}, which is for the assistant, and its role is {role}")

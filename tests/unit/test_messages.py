@@ -1,0 +1,300 @@
+"""How messages of other tools are read: switches, parts, calls and tools in every form that is in use."""
+
+from typing import Any
+
+import pytest
+
+from qlora_cli.data.formats import recognise
+from qlora_cli.data.messages import SWITCHES
+from qlora_cli.data.row_reader import RowReader
+from qlora_cli.data.rows import Conversation, RowError
+from qlora_cli.settings.choices import LossOn
+from qlora_cli.settings.models import DataSettings
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"name": "f", "arguments": {"x": 1}}
+AS_SERVED = {"type": "function", "function": CALL}
+TEXT = {"type": "text", "text": "a"}
+
+
+def reader_of(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> RowReader:
+    layout = recognise(list(row), DataSettings(dataset=("rows.jsonl",)), "rows.jsonl")
+    return RowReader(layout, loss_on, use_chat=True)
+
+
+def read(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> Conversation:
+    found = reader_of(row, loss_on).read(row)
+    assert isinstance(found, Conversation)
+    return found
+
+
+def chat(*messages: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS, **columns: Any) -> Conversation:
+    return read({"messages": list(messages), **columns}, loss_on)
+
+
+def problem(*messages: dict[str, Any], **columns: Any) -> RowError:
+    with pytest.raises(RowError) as caught:
+        chat(*messages, **columns)
+    return caught.value
+
+
+@pytest.mark.parametrize(("key", "is_upright"), SWITCHES.items())
+@pytest.mark.parametrize("kind", [bool, int, float])
+def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_upright: bool, kind: type) -> None:
+    off, on = kind(not is_upright), kind(is_upright)
+    found = chat(USER, {**ANSWER, key: off}, {**USER, key: off}, {**ANSWER, key: on})
+    assert found.trained == (3,)
+    assert found.messages == [USER, ANSWER, USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ({"weight": 0.5}, "messages[1].weight is 0.5: a message is trained or not"),
+        ({"loss_scale": 2}, "messages[1].loss_scale is 2: a message is trained or not"),
+        ({"loss": "yes"}, "messages[1].loss must be true or false, found 'yes'"),
+        ({"train": True, "weight": 0}, "messages[1] is trained by one of train, weight, and not by another"),
+        ({"train": True, "masked": True}, "messages[1] is trained by one of train, masked, and not by another"),
+        (
+            {"train_detail": [{"begin_offset": 0, "end_offset": 8, "train": False}]},
+            "messages[1].train_detail seems to say what is trained, and is not known",
+        ),
+        ({"is_trainable": False}, "messages[1].is_trainable seems to say what is trained, and is not known"),
+        ({"lossMask": 0}, "messages[1].lossMask seems to say what is trained, and is not known"),
+        ({"supervised": False}, "messages[1].supervised seems to say what is trained, and is not known"),
+    ],
+)
+def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], expected: str) -> None:
+    assert expected in str(problem(USER, {**ANSWER, **switches}))
+
+
+def test_switches_that_agree_are_one() -> None:
+    assert chat(USER, {**ANSWER, "train": True, "weight": 1, "masked": False}).trained == (1,)
+    assert chat(USER, {**ANSWER, "train": False, "weight": 0, "masked": True}).trained == ()
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_what_is_no_answer_is_trained_by_loss_on_all_alone(role: str) -> None:
+    asked = {"role": role, "content": "x", "train": True}
+    error = problem(USER, asked, ANSWER)
+    assert f"message 1 is of the {role}, and is to be trained" in str(error)
+    assert "--loss-on all" in str(error.hint)
+    assert chat(USER, asked, ANSWER, loss_on=LossOn.ALL).trained == (2,)
+
+
+def test_answers_in_a_prompt_are_trained_where_the_row_says_so() -> None:
+    prompt = [USER, {**ANSWER, "loss": True}, USER, ANSWER, USER]
+    assert read({"prompt": prompt, "completion": [ANSWER]}).trained == (1, 5)
+
+
+def test_a_switch_on_every_part_is_one_of_the_message() -> None:
+    parts = [{**TEXT, "train": False}, {**TEXT, "weight": 0}]
+    found = chat(USER, {"role": "assistant", "content": parts}, USER, ANSWER)
+    assert found.trained == (3,)
+    assert found.messages[1] == {"role": "assistant", "content": "aa"}
+    trained = {"role": "assistant", "content": [{**TEXT, "train": True}, TEXT]}
+    assert chat(USER, trained).trained == (1,)
+
+
+@pytest.mark.parametrize("other", [TEXT, {**TEXT, "train": True}])
+def test_an_answer_that_is_trained_in_part_is_refused(other: dict[str, Any]) -> None:
+    error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}, other]})
+    assert "messages[1].content has parts that are trained and others that are not" in str(error)
+
+
+def test_a_message_that_its_parts_contradict_is_refused() -> None:
+    error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}], "weight": 1})
+    assert "messages[1] is trained by itself and not by its parts" in str(error)
+
+
+def test_parts_of_text_are_read_under_each_name_of_it() -> None:
+    parts = ["a", {"type": "text", "value": "b"}, {"type": "output_text", "text": "c"}, {"text": "d"}]
+    refused = {"type": "refusal", "refusal": "e"}
+    nulls = {"type": "text", "text": "f", "image_url": None, "cache_control": {"type": "ephemeral"}}
+    assert chat(USER, {"role": "assistant", "content": [*parts, refused, nulls]}).messages[1]["content"] == "abcdef"
+    assert chat(USER, {"role": "assistant", "content": None, "refusal": "no"}).messages[1]["content"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image", "text": ""}, "image"),
+        ({"type": "image", "text": "a bridge"}, "image"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
+        ({"type": "input_audio", "input_audio": {"data": "x"}}, "input_audio"),
+        ({"type": "video", "video": "x"}, "video"),
+        ({"type": "file", "file": {"file_id": "x"}}, "file"),
+        ({"type": "tool_result", "content": "x"}, "tool_result"),
+        ({"type": "redacted_thinking", "data": "x"}, "redacted_thinking"),
+        ({"type": "document", "text": "x"}, "document"),
+        ({"type": ["text"], "text": "x"}, "['text']"),
+        ({"image": "x.png"}, "image"),
+        ({"type": "text", "text": "x", "image_url": "x.png"}, "image_url"),
+        (3, "a number"),
+    ],
+)
+def test_a_part_that_is_no_text_is_refused_by_its_name(part: object, kind: str) -> None:
+    error = problem({"role": "user", "content": [TEXT, part]}, ANSWER)
+    assert f"messages[0].content[1] holds {kind}, and only text can be trained" in str(error)
+    assert "--on-bad-row skip" in str(error.hint)
+
+
+def test_pictures_beside_the_text_of_a_message_are_refused() -> None:
+    assert "messages[0] holds images, and only text" in str(problem({**USER, "images": ["x.png"]}, ANSWER))
+    assert chat({**USER, "images": [], "audio": {"path": None}}, ANSWER).trained == (1,)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "reasoning", "reasoning": "hm"},
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+    ],
+)
+def test_a_part_that_is_a_thought_is_the_reasoning_of_its_message(part: dict[str, Any]) -> None:
+    found = chat(USER, {"role": "assistant", "content": [part, TEXT]})
+    assert found.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+
+
+def test_thoughts_that_have_no_place_are_refused() -> None:
+    thought = {"type": "thinking", "thinking": "hm"}
+    behind = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
+    assert "messages[1].content[1] is thinking behind text" in str(behind)
+    twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
+    assert "messages[1] has thoughts in its parts, and others besides" in str(twice)
+    asked = problem({"role": "user", "content": [thought, TEXT]}, ANSWER)
+    assert "messages[0] thinks, which is for the assistant" in str(asked)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "tool_use", "name": "f", "input": {"x": 1}},
+        {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    ],
+)
+def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> None:
+    found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
+    assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
+    assert "is text behind calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
+    assert "messages[0] calls tools, which is for the assistant" in str(
+        problem({"role": "user", "content": [TEXT, part]}, ANSWER)
+    )
+
+
+def test_a_call_of_anthropic_keeps_its_id() -> None:
+    part = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}, "cache_control": {"type": "ephemeral"}}
+    assert chat(USER, {"role": "assistant", "content": [part]}).messages[1]["tool_calls"] == [{"id": "1", **AS_SERVED}]
+
+
+@pytest.mark.parametrize("calls", [[], None, "", {"name": None, "arguments": None}])
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_no_calls_are_none(key: str, calls: object) -> None:
+    assert chat({**USER, key: calls}, {**ANSWER, key: calls}).messages == [USER, ANSWER]
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
+def test_a_function_call_of_old_is_a_tool_call_and_the_text_beside_it_stays(name: str, arguments: object) -> None:
+    message = {**ANSWER, "function_call": {"name": "f", name: arguments}}
+    found = chat(USER, message, {"role": "function", "name": "f", "content": "1"}, ANSWER, functions=[{"name": "f"}])
+    assert found.messages[1] == {**ANSWER, "tool_calls": [AS_SERVED]}
+    assert found.messages[2] == {"role": "tool", "content": "1", "name": "f"}
+    assert found.trained == (1, 3)
+
+
+def test_calls_that_contradict_each_other_are_refused() -> None:
+    twice = {**ANSWER, "tool_calls": [AS_SERVED], "function_call": {"name": "g", "arguments": {}}}
+    assert "messages[1] has calls in 'function_call', and others besides" in str(problem(USER, twice))
+    assert chat(USER, {**ANSWER, "tool_calls": [AS_SERVED], "function_call": CALL}).messages[1] == {
+        **ANSWER,
+        "tool_calls": [AS_SERVED],
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '[{"name": "f", "arguments": {"x": 1}}, {"name": "f", "arguments": "{\\"x\\": 1}"}]',
+        '{"name": "f", "arguments": {"x": 1}}\n{"name": "f", "parameters": {"x": 1}}',
+        ' {"name": "f", "args": {"x": 1}} {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}} ',
+    ],
+)
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_several_calls_in_one_value_are_several_calls(role: str, value: str) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": role, "value": value}, {"from": "observation", "value": "1"}]
+    found = read({"conversations": turns})
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [AS_SERVED, AS_SERVED]}
+
+
+def test_a_value_that_is_no_call_is_refused() -> None:
+    for value, expected in (
+        ("call f", "conversations[1].value is text, but no JSON"),
+        ('{"name": "f"} and more', "conversations[1].value is text, but no JSON"),
+        ('["f"]', "conversations[1].value must hold functions with a name"),
+    ):
+        turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+        with pytest.raises(RowError) as caught:
+            read({"conversations": turns})
+        assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        [{"function": {"name": "f", "parameters": {"type": "object"}}}],
+        [{"name": "f", "parameters": {"type": "object"}}],
+        [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+        [{"name": "f", "input_schema": {"type": "object"}, "description": None}],
+        '[{"name": "f", "parameters": {"type": "object"}}]',
+        '{"name": "f", "parameters": {"type": "object"}}',
+        ['{"name": "f", "parameters": {"type": "object"}}'],
+    ],
+)
+def test_tools_are_as_servers_send_them(tools: object) -> None:
+    served = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    assert chat(USER, ANSWER, tools=tools).tools == served
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_no_tools_are_none(tools: object) -> None:
+    assert chat(USER, ANSWER, tools=tools).tools is None
+
+
+@pytest.mark.parametrize("tool", [{"type": "web_search"}, {"parameters": {}}, 3, '"f"'])
+def test_a_tool_without_a_name_is_refused(tool: object) -> None:
+    assert "'tools' 0 must be a function with a name" in str(problem(USER, ANSWER, tools=[tool]))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "user", "from": "gpt", "content": "x"}, "messages[0] is by 'user' and by 'gpt'"),
+        ({"role": "user", "content": "x", "value": "y"}, "has both 'content' and 'value', and not alike"),
+        ({"role": "user", "content": [{"text": "x", "value": "y"}]}, "has both 'text' and 'value', and not alike"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0] is text, and has no text of it"),
+        ({"role": "assistant", "content": "yes", "refusal": "no"}, "messages[0].refusal must be the text"),
+        ({"role": "user", "content": "x", "tool_calls": [AS_SERVED]}, "messages[0] calls tools, which is for the"),
+    ],
+)
+def test_a_message_that_contradicts_itself_is_refused(message: dict[str, Any], expected: str) -> None:
+    assert expected in str(problem(message, ANSWER))
+
+
+def test_a_message_that_says_the_same_by_two_names_is_one() -> None:
+    both = {"role": "user", "from": "human", "content": "q", "value": "q"}
+    assert chat(both, ANSWER).messages == [USER, ANSWER]
+
+
+def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:
+    row: dict[str, Any] = {"messages": [{**USER, "mood": "glad", "id": 1, "lang": None}, {**ANSWER, "mood": "glad"}]}
+    parts = {"messages": [{"role": "user", "content": [{**TEXT, "lang": "en"}]}, ANSWER]}
+    reader = reader_of(row)
+    for each in (row, row, parts):
+        found = reader.read(each)
+    assert reader.unknown_keys == {"mood": 2, "content.lang": 1}
+    assert isinstance(found, Conversation)
+    assert chat(*row["messages"]).messages[0] == {**USER, "mood": "glad", "id": 1}
