@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_cli.data.arrow_messages import FILE_MARK, check_messages
+from qlora_cli.data.kinds import printable
 from qlora_cli.data.limits import DEEPEST, check_columns
 from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, reading
-from qlora_cli.data.sources import printable
 from qlora_cli.errors import DataError
 
 BATCH_BYTES = 4_000_000  # of columns that are made into values at once; one row may be more

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from qlora_cli.data.formats import PARTS
 from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues, name_long_number
+from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_DEEP, TOO_LONG
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
-from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.settings.choices import DataFormat
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}

@@ -1,66 +1,63 @@
 """What can be known to be wrong with the data's names before anything heavy is imported."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from qlora_cli.data.sources import check_dataset_name, find_dataset
+from qlora_cli.data.chosen import eval_split, held_out_sources, trained_and_held_out, trained_sources
+from qlora_cli.data.sources import NO_SPLITS, DatasetSource, check_dataset_name
 from qlora_cli.errors import Problem, QloraError
 from qlora_cli.settings.models import DataSettings, LoadSettings, field_of
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.values import held_out_share
 
 SettingsT = TypeVar("SettingsT", bound=LoadSettings)
+SHARES = "Give --eval-split a share such as 5%, or a number of rows."
 
 
 def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Problem]:
     """Return what is wrong with the names of the data sets, and with splits that have no effect."""
-    found = {"data.dataset": _check_names(data.dataset)}
+    found = {"data.dataset": _check_names(data.dataset, data.split)}
     if data.eval_dataset is not None:
-        found["data.eval_dataset"] = _check_names(data.eval_dataset)
+        found["data.eval_dataset"] = _check_names(data.eval_dataset, eval_split(data))
     problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
-    return problems or [*_splits_without_effect(resolved, data), *_weights_without_effect(resolved, data)]
+    return problems or [*_about_splits(resolved, data), *_about_held_out(resolved, data)]
 
 
-def _check_names(names: Sequence[str]) -> QloraError | None:
-    """Return the first thing that is wrong with the names of data sets."""
-    return next((problem for problem in map(check_dataset_name, names) if problem is not None), None)
+def _check_names(names: Sequence[str], split: str) -> QloraError | None:
+    """Return the first thing that is wrong with the names of data sets, of which `split` is read."""
+    problems = (check_dataset_name(name, split) for name in names)
+    return next((problem for problem in problems if problem is not None), None)
 
 
-def _splits_without_effect(resolved: Resolved[SettingsT], data: DataSettings) -> list[Problem]:
-    trained, held_out = _local(data.dataset), _local(data.eval_dataset or data.dataset)
-    is_named = data.eval_split is not None and held_out_share(data.eval_split) is None
-    shares = "Leave it out." if data.eval_dataset else "Give a share such as 5%, or a number of rows."
-    found = [
-        (
-            "data.split",
-            trained,
-            "Leave it out.",
-            data.split != field_of("data.split").default and len(trained) == len(data.dataset),
-        ),
-        ("data.eval_split", held_out, shares, is_named and bool(held_out)),
-    ]
-    return [
-        Problem(
-            where=resolved.where_of(path),
-            message=f"has no effect on {', '.join(names)}, which is on this disk: only hub data sets have splits",
-            hint=hint,
-        )
-        for path, names, hint, is_wrong in found
-        if is_wrong
-    ]
+def _about_splits(resolved: Resolved[SettingsT], data: DataSettings) -> Iterator[Problem]:
+    is_named = data.split != field_of("data.split").default
+    trained = trained_sources(data) if is_named else []
+    if trained and not any(source.has_splits for source in trained):
+        yield _without_effect(resolved, "data.split", trained)
+    if data.eval_dataset is not None and data.eval_split is not None:
+        held_out = [source for source in held_out_sources(data) if not source.has_splits]
+        if held_out:
+            yield _without_effect(resolved, "data.eval_split", held_out)
 
 
-def _weights_without_effect(resolved: Resolved[SettingsT], data: DataSettings) -> list[Problem]:
-    weighted = [name for name in data.eval_dataset or () if find_dataset(name).weight != 1]
-    return [
-        Problem(
-            where=resolved.where_of("data.eval_dataset"),
-            message=f"{name} has a weight, and what is held out is evaluated once",
-            hint="Leave the weight out.",
-        )
-        for name in weighted
-    ]
+def _without_effect(resolved: Resolved[SettingsT], path: str, sources: Sequence[DatasetSource]) -> Problem:
+    names = ", ".join(source.name for source in sources)
+    message = f"has no effect on {names}: {NO_SPLITS}"
+    return Problem(where=resolved.where_of(path), message=message, hint="Leave it out.")
 
 
-def _local(names: Sequence[str]) -> list[str]:
-    return [name for name in names if find_dataset(name).is_local]
+def _about_held_out(resolved: Resolved[SettingsT], data: DataSettings) -> Iterator[Problem]:
+    is_split = data.eval_dataset is None
+    path = "data.eval_split" if is_split else "data.eval_dataset"
+    try:
+        held_out = held_out_sources(data)
+    except QloraError as error:
+        yield resolved.problem(path, error)
+        return
+    for source in held_out:
+        if source.weight != 1 and not is_split:
+            message = f"{source.name} has a weight, and what is held out is evaluated once"
+            yield Problem(where=resolved.where_of(path), message=message, hint="Leave the weight out.")
+    if (same := trained_and_held_out(trained_sources(data), held_out, data)) is not None:
+        what = "is the split that is trained" if is_split else "names what is trained too"
+        message = f"{what}: all rows of {same.name} would be held out, and none trained"
+        yield Problem(where=resolved.where_of(path), message=message, hint=f"Name other rows. {SHARES}")

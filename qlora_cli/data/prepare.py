@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from qlora_cli.data.chosen import eval_split, held_out_sources, notes_on, trained_sources
 from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, tokenize_source
 from qlora_cli.data.packing import best_fit, pack
 from qlora_cli.data.report import DataReport
 from qlora_cli.data.skipped import bad_row, read_skipped
-from qlora_cli.data.sources import DatasetSource, find_dataset
+from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.stream import MOST_LOST, TokenStream
 from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, repeat_by_weight
 from qlora_cli.errors import DataError
@@ -21,8 +22,6 @@ from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import varied
 from qlora_cli.settings.values import held_out_share
 from qlora_cli.units import counted
-
-EVAL_SPLIT = "test"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
     """
     if only_look:
         settings = varied(settings, on_bad_row=OnBadRow.SKIP)
-    sources = [find_dataset(name) for name in settings.dataset]
+    sources = trained_sources(settings)
     head = HEAD_ROWS if settings.streaming else None
     table = _read(sources, settings.split, settings, text, seed, head)
     rows = _Rows.of(table, settings)
@@ -85,6 +84,7 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
         train = _streamed(train, evaluation, sources, settings, text, seed)
     elif settings.packing:
         train = _packed(train, settings.max_length)
+    train = replace(train, notes=(*notes_on(sources, held_out_sources(settings)), *train.notes))
     return TrainingData(train=train, evaluation=evaluation)
 
 
@@ -189,12 +189,7 @@ def _hold_out(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: in
 
 
 def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Table:
-    """Return the rows of held-out data sets, or of another split of those on the hub that are trained."""
-    if settings.eval_dataset is not None:
-        sources = [find_dataset(name) for name in settings.eval_dataset]
-    else:
-        sources = [replace(find_dataset(name), split=None, num_rows=None) for name in settings.dataset]
-    return _read(sources, settings.eval_split or EVAL_SPLIT, settings, text, seed)
+    return _read(held_out_sources(settings), eval_split(settings), settings, text, seed)
 
 
 def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
@@ -302,5 +297,15 @@ def _nothing_left(rows: _Rows, report: DataReport, settings: DataSettings) -> Da
     num_rows = report.rows + report.held_out_rows + report.bad_rows
     return DataError(
         f"no row of {report.name} is left to train: of {counted(num_rows, 'row')}, {', '.join(reasons)}",
-        hint="Raise --max-length." if cut or report.dropped_rows else "Look at it with: qlora inspect-data",
+        hint=_hint_for_nothing(cut + report.dropped_rows, report.held_out_rows),
     )
+
+
+def _hint_for_nothing(num_long: int, num_held_out: int) -> str:
+    if num_long:
+        return "Raise --max-length."
+    if num_held_out:
+        return (
+            "Hold other rows out: a share of them with --eval-split 5%, or those of another file with --eval-dataset."
+        )
+    return "Look at it with: qlora inspect-data"

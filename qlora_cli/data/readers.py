@@ -10,10 +10,11 @@ from qlora_cli.data.columns import count_arrow, count_parquet, read_arrow, read_
 from qlora_cli.data.hub_rows import read_hub
 from qlora_cli.data.hub_rows import resolve_hub as resolve_hub
 from qlora_cli.data.json_files import count_json, count_json_lines, read_json, read_json_lines
+from qlora_cli.data.kinds import suffixes_of
 from qlora_cli.data.raw import EVERYTHING, Wanted
 from qlora_cli.data.raw import RawRow as RawRow
 from qlora_cli.data.sampling import choose
-from qlora_cli.data.sources import DatasetSource, suffixes_of
+from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.tables import count_delimited, read_delimited
 from qlora_cli.errors import DataError
 

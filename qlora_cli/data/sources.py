@@ -1,30 +1,27 @@
 """Find a data set by its name: local files, or a hub id. Imports nothing heavy: names are checked before a run begins.
 
-A name is `PATH[#ROWS][*WEIGHT]`, of a file, a directory or a glob, or
+A name is `PATH[#ROWS][*WEIGHT]`, of a file or a glob, `PATH[:CONFIG[:SPLIT]][#ROWS][*WEIGHT]`, of a directory, or
 `[OWNER/]NAME[@REVISION][:CONFIG[:SPLIT]][#ROWS][*WEIGHT]`, of a data set on the hub.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fractions import Fraction
-from glob import escape, glob, has_magic
-from itertools import dropwhile
+from glob import has_magic
 from pathlib import Path
 
+from qlora_cli.data.directories import Directory, look_into
+from qlora_cli.data.globs import matches
+from qlora_cli.data.kinds import checked, is_data, kinds, printable, suffixes_of
+from qlora_cli.data.split_names import TRAIN
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.files import existing_path
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-READ_FROM_ANY_PLACE = (".parquet", ".arrow")
-# What `save_to_disk` writes about the data beside it; and what `map` leaves there, a result and no data.
-METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
-MAP_CACHE = re.compile(r"cache-.*\.arrow")
 MOST_WEIGHT = 1000
-ANY_DEPTH = "**"
 LONGEST_HUB_ID = 96
+NO_SPLITS = "nothing tells of splits in it, as the names of files in a directory may"
 CHECK_PATTERN = "Check the pattern; ** searches directories below, as in data/**/*.jsonl."
 
 SAMPLE = re.compile(r"(?s)(?P<base>.+)#(?P<value>[^#*/]*)")
@@ -35,6 +32,7 @@ HUB_NAME = re.compile(
     r"(?:@(?P<revision>[^:\s*?\[]+))?(?::(?P<config>[^:/]*)(?::(?P<split>.+))?)?",
     re.ASCII,
 )
+PART_OF_DIRECTORY = re.compile(r"(?s)(?P<base>.+?):(?P<config>[^:/]*)(?::(?P<split>[^:/]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +41,15 @@ class DatasetSource:
 
     Attributes:
         name: As the user gave it, with everything behind it.
-        split: Of the hub data set, if the name has one.
+        directory: What the directory holds that `files` are of, if they are of one.
+        split: Of the hub data set, if the name has one; of a directory, that of `files`, if it has any.
         num_rows: The size of the sample that is drawn from the rows; all of them if None.
         weight: How many times each row is taken.
     """
 
     name: str
     files: tuple[Path, ...] = ()
+    directory: Directory | None = None
     repository: str | None = None
     revision: str | None = None
     config: str | None = None
@@ -62,6 +62,11 @@ class DatasetSource:
         """Whether the rows lie on this disk."""
         return bool(self.files)
 
+    @property
+    def has_splits(self) -> bool:
+        """Whether it is of one split of several that may be named."""
+        return not self.is_local or self.split is not None
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -70,58 +75,62 @@ class _Reading:
     base: str
     sample: str | None = None
     weight: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a config or a split stood there."""
+        return self.config is not None
 
 
-def find_dataset(name: str) -> DatasetSource:
-    """Return where the data set `name` is.
+def find_dataset(name: str, split: str = TRAIN) -> DatasetSource:
+    """Return where the data set `name` is: of a directory with splits the one that it names, or else `split`.
 
     Raises:
         DatasetNotFoundError: no such file or directory, and it can't be a hub id.
-        DataError: a file of a kind that is not read, an empty one, a directory or a glob without any, or a
-            sample or weight that is none.
+        DataError: a file of a kind that is not read, an empty one, a directory or a glob without any, a
+            sample or weight that is none, or a split or config that is not there.
     """
-    readings = list(_readings(name))
-    for reading in readings:
-        if (path := existing_path(reading.base)) is not None:
-            return _local(name, reading, _find_at(path))
-    for reading in readings:
-        if matches := _matches(reading.base):
-            return _local(name, reading, _find_among(matches, reading.base))
-    return _find_on_hub(name, readings[-1])
+    reading, found = _locate(name)
+    return _find_on_hub(name, reading) if found is None else _local(name, reading, found, reading.split or split)
+
+
+def find_split(name: str, split: str) -> DatasetSource:
+    """Return all of the split `split` of the data set that `name` is of, whichever rows of it the name takes.
+
+    Raises:
+        DatasetNotFoundError: as `find_dataset`.
+        DataError: as `find_dataset`; or it has no splits.
+    """
+    reading, found = _locate(name)
+    reading = replace(reading, sample=None)
+    if found is None:
+        return replace(_find_on_hub(name, reading), split=split)
+    source = _local(name, reading, found, split)
+    if source.split is None:
+        raise DataError(f"{name}: {NO_SPLITS}", hint="Hold out a share such as 5%, or name a file of its own.")
+    return source
 
 
 def first_local(names: Iterable[str]) -> str | None:
     """Return the first of the names of data sets that is of something on this disk; None if none is."""
     for name in names:
+        reading, found = _locate(name)
         try:
-            if find_dataset(name).is_local:
+            if found is not None and _contents(name, reading, found):
                 return name
         except QloraError:
             continue
     return None
 
 
-def check_dataset_name(name: str) -> QloraError | None:
+def check_dataset_name(name: str, split: str = TRAIN) -> QloraError | None:
     """Return what is wrong with a data set's name, as far as this machine can tell at once."""
     try:
-        find_dataset(name)
+        find_dataset(name, split)
     except QloraError as error:
         return error
-    return None
-
-
-def printable(path: Path) -> str:
-    """Return `path` as text that can be written anywhere: bytes in it that are no UTF-8 become `\ufffd`."""
-    return os.fsencode(path).decode("utf-8", "replace")
-
-
-def suffixes_of(path: Path) -> tuple[str, str | None] | None:
-    """Return the kind of a file and its compression, as `(".jsonl", ".gz")`; None if it is of no kind that is read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in SUFFIXES:
-        return suffixes[-1], None
-    if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] in SUFFIXES:
-        return suffixes[-2], suffixes[-1]
     return None
 
 
@@ -136,9 +145,58 @@ def _readings(name: str) -> Iterator[_Reading]:
         yield _Reading(found["base"], found["value"], weight)
 
 
-def _local(name: str, reading: _Reading, files: Iterable[Path]) -> DatasetSource:
-    num_rows, weight = _num_rows(name, reading.sample), _weight(name, reading.weight)
-    return DatasetSource(name=name, files=tuple(map(_checked, files)), num_rows=num_rows, weight=weight)
+def _in_parts(readings: Iterable[_Reading]) -> Iterator[_Reading]:
+    """Yield the readings whose end may be a config and a split of a directory, with these taken off."""
+    for reading in readings:
+        if found := PART_OF_DIRECTORY.fullmatch(reading.base):
+            yield replace(reading, base=found["base"], config=found["config"], split=found["split"])
+
+
+def _locate(name: str) -> tuple[_Reading, Path | list[Path] | None]:
+    """Return how to read `name`, and what is there: a path, what a glob finds, or None: only the hub may have it."""
+    readings = list(_readings(name))
+    for reading in [*readings, *_in_parts(reversed(readings))]:
+        if (path := existing_path(reading.base)) is not None:
+            return reading, path
+    for reading in readings:
+        if found := matches(reading.base):
+            return reading, found
+    return readings[-1], None
+
+
+def _local(name: str, reading: _Reading, found: Path | list[Path], split: str) -> DatasetSource:
+    holds = _contents(name, reading, found)
+    files, chosen = _files_of(holds, reading, split)
+    return DatasetSource(
+        name=name,
+        files=tuple(map(checked, files)),
+        directory=holds if isinstance(holds, Directory) else None,
+        split=chosen,
+        num_rows=_num_rows(name, reading.sample),
+        weight=_weight(name, reading.weight),
+    )
+
+
+def _files_of(holds: Directory | list[Path], reading: _Reading, split: str) -> tuple[Iterable[Path], str | None]:
+    """Return the files to read of what is there, and the split that they are, if it has any."""
+    if isinstance(holds, list):
+        return holds, None
+    if holds.has_splits:
+        chosen = holds.split(split, reading.base)
+        return chosen.files, chosen.name
+    if reading.split:
+        raise DataError(f"{reading.base} has no splits: no name in it tells of any", hint=f"Write {reading.base}")
+    return holds.files, None
+
+
+def _contents(name: str, reading: _Reading, found: Path | list[Path]) -> Directory | list[Path]:
+    if isinstance(found, list):
+        return _find_among(found, reading.base)
+    if found.is_dir():
+        return look_into(found, reading.config or None, reading.base)
+    if reading.takes_part:
+        raise DataError(f"{name}: {reading.base} is one file, without splits", hint=f"Write {reading.base}")
+    return [_find_at(found)]
 
 
 def _num_rows(name: str, text: str | None) -> int | None:
@@ -164,106 +222,22 @@ def _weight(name: str, text: str | None) -> Fraction:
     return weight
 
 
-def _find_at(path: Path) -> list[Path]:
-    """Return the files at `path`, which exists."""
-    if path.is_dir():
-        return _find_in_directory(path)
+def _find_at(path: Path) -> Path:
+    """Return `path`, which exists, if it is a file of rows."""
     if not path.is_file():
-        raise DataError(f"{path} is neither a file nor a directory", hint=f"Use a {_kinds()} file.")
+        raise DataError(f"{path} is neither a file nor a directory", hint=f"Use a {kinds()} file.")
     if suffixes_of(path) is None:
-        raise DataError(f"{path} is of a kind that is not read", hint=f"Use a {_kinds()} file.")
-    return [path]
+        raise DataError(f"{path} is of a kind that is not read", hint=f"Use a {kinds()} file.")
+    return path
 
 
-def _find_in_directory(directory: Path) -> list[Path]:
-    try:
-        entries = list(directory.iterdir())
-    except OSError as error:
-        raise DataError(f"{directory} can't be read: {error.strerror}", hint="Check its permissions.") from error
-    if files := sorted(path for path in entries if not path.name.startswith(".") and _is_data(path)):
-        return files
-    folders = sorted(path.name for path in entries if path.is_dir() and not path.name.startswith("."))
-    raise DataError(
-        f"{directory} holds no data: no {_kinds()} file",
-        hint=f"Give one of its folders, {printable(directory / folders[0])} for one."
-        if folders
-        else "Check the path.",
-    )
-
-
-def _matches(pattern: str) -> list[Path]:
-    """Return everything that `pattern` finds, sorted; nothing if it is no glob."""
-    if not has_magic(pattern):
-        return []
-    try:
-        found = _expand(str(Path(pattern).expanduser()))
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a home directory of nobody
-        return []
-    return sorted(set(map(Path, found)))
-
-
-def _expand(pattern: str) -> list[str]:
-    """Return what `pattern` finds; `**` goes into each directory below once, however many links lead to it."""
-    parts = Path(pattern).parts
-    if ANY_DEPTH not in parts:
-        # `Path.glob` takes no absolute pattern, and finds hidden files.
-        return glob(pattern)  # noqa: PTH207
-    place = parts.index(ANY_DEPTH)
-    behind = [*dropwhile(lambda part: part == ANY_DEPTH, parts[place:])] or ["*"]
-    tops = glob(str(Path(*parts[:place]))) if place else ["."]  # noqa: PTH207
-    directories = [escape(directory) for top in tops for directory in _directories(top)]
-    return [found for directory in directories for found in _expand(str(Path(directory, *behind)))]
-
-
-def _directories(top: str) -> Iterator[str]:
-    """Yield `top` and the directories below that are not hidden, each once; one itself comes before links to it."""
-    seen = set()
-    for directory, names, _ in os.walk(top, followlinks=True):
-        stat = Path(directory).stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            names.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        shown = [name for name in names if not name.startswith(".")]
-        names[:] = sorted(shown, key=lambda name: (Path(directory, name).is_symlink(), name))
-        yield directory
-
-
-def _find_among(matches: list[Path], pattern: str) -> list[Path]:
-    if files := [path for path in matches if _is_data(path)]:
+def _find_among(found: list[Path], pattern: str) -> list[Path]:
+    if files := [path for path in found if is_data(path)]:
         return files
     raise DataError(
-        f"{pattern} matches no data: {len(matches)} found ({printable(matches[0])} for one), but no {_kinds()} file",
+        f"{pattern} matches no data: {len(found)} found ({printable(found[0])} for one), but no {kinds()} file",
         hint=CHECK_PATTERN,
     )
-
-
-def _is_data(path: Path) -> bool:
-    """Whether `path`, which nobody named, is a file of rows."""
-    if path.name in METADATA or (MAP_CACHE.fullmatch(path.name) and (path.parent / "state.json").is_file()):
-        return False
-    return suffixes_of(path) is not None and path.is_file()
-
-
-def _checked(path: Path) -> Path:
-    """Return `path` if it can hold rows.
-
-    Raises:
-        DataError: it is empty, gone, or of a kind that is not read when compressed.
-    """
-    suffix, compression = suffixes_of(path) or ("", None)
-    if suffix in READ_FROM_ANY_PLACE and compression:
-        raise DataError(
-            f"{printable(path)}: a {suffix} file that is compressed as a whole is not read",
-            hint=f"Take the {compression} off it first.",
-        )
-    try:
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{printable(path)} can't be read: {error.strerror}", hint="Is it still there?") from error
-    if num_bytes == 0:
-        raise DataError(f"{printable(path)} is empty", hint="Give a file with at least one row.")
-    return path
 
 
 def _find_on_hub(name: str, reading: _Reading) -> DatasetSource:
@@ -292,8 +266,18 @@ def _nothing_at(name: str, base: str) -> DatasetNotFoundError:
         hint = f"The number of rows comes before the weight: {turned[1]}{turned[3]}{turned[2]}"
     elif has_magic(base):
         return DatasetNotFoundError(f"no file matches {base}", hint=CHECK_PATTERN)
+    elif near := called_alike(base):
+        hint = f"Did you mean {near}?"
     return DatasetNotFoundError(f"no data set at {name}: no such file", hint=hint)
 
 
-def _kinds() -> str:
-    return ", ".join(SUFFIXES)
+def called_alike(base: str) -> str | None:
+    """Return the file of rows or directory beside `base`, which is not there, that is called most like it."""
+    path = Path(base)
+    try:
+        beside = [each for each in path.expanduser().parent.iterdir() if is_data(each) or each.is_dir()]
+    except (OSError, ValueError, RuntimeError):  # no such directory either
+        return None
+    stems = [each.name for each in beside if each.name.partition(".")[0] == path.name.partition(".")[0]]
+    near = stems or get_close_matches(path.name, [each.name for each in beside], n=1)
+    return printable(path.with_name(min(near))) if near else None

@@ -8,9 +8,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO
 
+from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_columns
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
-from qlora_cli.data.sources import printable, suffixes_of
 from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 

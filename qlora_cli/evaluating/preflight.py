@@ -4,7 +4,8 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_cli.data.sources import check_dataset_name, find_dataset
+from qlora_cli.data.chosen import EVAL_SPLIT
+from qlora_cli.data.sources import NO_SPLITS, check_dataset_name, find_dataset
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
@@ -80,15 +81,16 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     rows = "data.dataset" if names_rows(resolved) else "data.eval_dataset"
     yield from _without_effect(resolved)
     for name in _named(resolved):
-        if wrong := check_dataset_name(name):
+        split = request.split or EVAL_SPLIT
+        if wrong := check_dataset_name(name, split):
             yield resolved.problem(rows, wrong)
             continue
-        found = find_dataset(name)
+        found = find_dataset(name, split)
         if found.weight != 1:
             message = f"{name} has a weight, and every row is evaluated once"
             yield Problem(where=resolved.where_of(rows), message=message, hint="Leave the weight out.")
-        if found.is_local and request.split is not None:
-            message = f"has no effect on {name}, which is on this disk: only hub data sets have splits"
+        if not found.has_splits and request.split is not None:
+            message = f"has no effect on {name}: {NO_SPLITS}"
             yield Problem(where=resolved.where_of("evaluate.split"), message=message, hint="Leave it out.")
 
 

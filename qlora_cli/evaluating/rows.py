@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from qlora_cli.data.chosen import EVAL_SPLIT, trained_sources
 from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import EVAL_SPLIT, PreparedData, prepare_data
+from qlora_cli.data.prepare import PreparedData, prepare_data
 from qlora_cli.data.sources import check_dataset_name, find_dataset, first_local
+from qlora_cli.data.split_names import TRAIN
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.model_files.source import ModelSource
@@ -171,7 +173,8 @@ def _shares_files(settings: DataSettings, run: TrainedRows) -> bool:
     trained: set[Path] = set()
     for name in run.settings.get("dataset") or ():
         try:
-            trained |= {path.resolve() for path in find_dataset(name).files}
+            source = find_dataset(name, run.settings.get("split") or TRAIN)
+            trained |= {path.resolve() for path in source.files}
         except QloraError:  # moved or deleted since: it can't be one that is read now
             continue
-    return any(path.resolve() in trained for name in settings.dataset for path in find_dataset(name).files)
+    return any(path.resolve() in trained for source in trained_sources(settings) for path in source.files)

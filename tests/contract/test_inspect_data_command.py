@@ -128,7 +128,7 @@ def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: P
         (("--format", "alpacca"), "Did you mean alpaca?"),
         (("--columns", "prompt=question"), "no column 'question'"),
         (("--eval-split", "5"), "can't be held out"),
-        (("--eval-split", "validation"), "only hub data sets have splits"),
+        (("--eval-split", "validation"), "nothing tells of splits in it"),
         (("--dataset", "nothing.jsonl"), "no data set at nothing.jsonl"),
         (("--rows", "-1"), "must be greater than or equal to 0"),
     ],
@@ -182,6 +182,31 @@ def test_if_no_row_can_be_used_the_first_is_named_with_why(tmp_path: Path, token
     done = inspect(write_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer_only)
     assert "the tokenizer has no chat template" in done.stderr
     assert "--chat-template" in done.stderr
+
+
+def test_of_a_directory_each_split_goes_where_it_was_asked_for(file: Path, tokenizer_only: Path) -> None:
+    folder = file.parent / "set"
+    for name, rows in (("train", ROWS[:2]), ("dev", ROWS[3:]), ("test", ROWS[1:2])):
+        (folder / name).mkdir(parents=True)
+        write_jsonl(folder / name / "rows.jsonl", rows)
+    found = as_json(folder, tokenizer_only, "--eval-split", "validation", "--accept-lost")
+    assert (found["rows"], found["evaluation"]["rows"]) == (2, 2)
+    assert found["notes"][0] == (
+        f"{folder}: reading train (rows.jsonl) and validation (rows.jsonl); left aside: test (rows.jsonl)"
+    )
+    found = as_json(folder, tokenizer_only, "--set", "data.split=test")
+    assert (found["rows"], found["evaluation"]) == (1, None)
+    whole = inspect(folder, tokenizer_only, "--eval-split", "train")
+    assert whole.exit_code == 2
+    assert "is the split that is trained" in whole.stderr.replace("\n", " ")
+
+
+def test_held_out_rows_that_are_all_that_is_trained_are_named_as_that(file: Path, tokenizer_only: Path) -> None:
+    copy = shutil.copy(file, file.with_name("copy.jsonl"))
+    same, equal = (inspect(file, tokenizer_only, "--eval-dataset", str(path)) for path in (file, copy))
+    assert (same.exit_code, equal.exit_code) == (2, 2)
+    assert "names what is trained too: all rows of" in same.stderr.replace("\n", " ")
+    assert "4 held out   hint: Hold other rows out" in equal.stderr.replace("\n", " ")
 
 
 def test_a_page_never_takes_the_place_of_the_data(file: Path, tokenizer_only: Path) -> None:

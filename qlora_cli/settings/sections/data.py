@@ -36,14 +36,18 @@ class DataSettings(Section):
             is_repeatable=True,
         ),
     ] = Field(default=None, description="Held-out data, named the same way.")
-    split: str = Field(default="train", min_length=1, description="Split of a hub data set to train on.")
+    split: str = Field(
+        default="train",
+        min_length=1,
+        description="Split to train on, of hub data sets and of directories that have any.",
+    )
     eval_split: Annotated[
         HeldOut,
         Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=None,
-        description="Rows to hold out of the training data, as a share (5%) or a number; or the split of a hub data "
-        "set to evaluate on.",
+        description="Rows to hold out of the training data, as a share (5%) or a number; or the split to evaluate "
+        "on, of a hub data set or a directory that has any.",
     )
     format: Annotated[
         DataFormat,

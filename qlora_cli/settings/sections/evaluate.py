@@ -16,7 +16,9 @@ class EvaluationSettings(Section):
     """What `qlora evaluate` measures, and on what."""
 
     split: Annotated[str | None, Marks(flag="--split", commands=EVALUATE)] = Field(
-        default=None, min_length=1, description="Split of a hub data set that --dataset names; test if not given."
+        default=None,
+        min_length=1,
+        description="Split of what --dataset names, a hub data set or a directory; test if not given.",
     )
     with_base: Annotated[bool | None, Marks(flag="--base", off_flag="--no-base", commands=EVALUATE)] = Field(
         default=None, description="Evaluate the base without its adapter too; of an adapter so if not given."

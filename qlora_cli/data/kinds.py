@@ -1,0 +1,72 @@
+"""Which files hold rows: by their names, and by what shows in their first bytes that they do not."""
+
+import os
+import re
+from pathlib import Path
+
+from qlora_cli.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+READ_FROM_ANY_PLACE = (".parquet", ".arrow")
+# What libraries write about data into its directory.
+METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"))
+# What `map` of `datasets` leaves where it read: a result and no data. With a name of the user's own only beside these.
+MAP_CACHE = re.compile(r"cache-[0-9a-f]{16}(_[0-9]{5}_of_[0-9]{5})?\.arrow")
+NAMED_CACHE, BESIDE_CACHES = re.compile(r"cache-.*\.arrow"), ("state.json", "dataset_info.json")
+POINTER, LONGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+
+
+def kinds() -> str:
+    """Return the suffixes of files that are read, for a message."""
+    return ", ".join(SUFFIXES)
+
+
+def printable(path: Path) -> str:
+    """Return `path` as text that can be written anywhere: bytes in it that are no UTF-8 become `\ufffd`."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def suffixes_of(path: Path) -> tuple[str, str | None] | None:
+    """Return the kind of a file and its compression, as `(".jsonl", ".gz")`; None if it is of no kind that is read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in SUFFIXES:
+        return suffixes[-1], None
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] in SUFFIXES:
+        return suffixes[-2], suffixes[-1]
+    return None
+
+
+def is_data(path: Path) -> bool:
+    """Whether `path`, which nobody named, is a file of rows."""
+    is_cache = MAP_CACHE.fullmatch(path.name) or (
+        NAMED_CACHE.fullmatch(path.name) and any((path.parent / name).is_file() for name in BESIDE_CACHES)
+    )
+    return path.name not in METADATA and not is_cache and suffixes_of(path) is not None and path.is_file()
+
+
+def checked(path: Path) -> Path:
+    """Return `path` if it can hold rows.
+
+    Raises:
+        DataError: it is empty, gone, stands for a file of Git LFS, or is of a kind that is not read when compressed.
+    """
+    suffix, compression = suffixes_of(path) or ("", None)
+    if suffix in READ_FROM_ANY_PLACE and compression:
+        raise DataError(
+            f"{printable(path)}: a {suffix} file that is compressed as a whole is not read",
+            hint=f"Take the {compression} off it first.",
+        )
+    try:
+        num_bytes = path.stat().st_size
+        is_pointer = num_bytes <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
+    except OSError as error:
+        raise DataError(f"{printable(path)} can't be read: {error.strerror}", hint="Is it still there?") from error
+    if num_bytes == 0:
+        raise DataError(f"{printable(path)} is empty", hint="Give a file with at least one row.")
+    if is_pointer:
+        raise DataError(
+            f"{printable(path)} is no data: it is a pointer of Git LFS to the file, which was not downloaded",
+            hint="In its repository run: git lfs install && git lfs pull",
+        )
+    return path

@@ -1,0 +1,423 @@
+"""What a directory holds by split: layouts of the hub, what `datasets` writes, names of files; and what is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import data_files
+
+from qlora_cli.data.chosen import held_out_sources, notes_on, trained_and_held_out, trained_sources
+from qlora_cli.data.sources import check_dataset_name, find_dataset, find_split
+from qlora_cli.data.split_names import NO_WORD, WORDS
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Callable[..., str]:
+    """Return what makes a directory of files by their names, and returns its path."""
+
+    def make(*names: str, card: str = "") -> str:
+        for name in names:
+            path = tmp_path / "set" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"text": "x"}\n')
+        if card:
+            (tmp_path / "set" / "README.md").write_text(card)
+        return str(tmp_path / "set")
+
+    return make
+
+
+def files_of(name: str, split: str = "train") -> list[str]:
+    source = find_dataset(name, split)
+    top = next(path for path in source.files[0].parents if path.name == "set")
+    return [str(path.relative_to(top)) for path in source.files]
+
+
+def refusal(name: str, split: str = "train") -> DataError:
+    problem = check_dataset_name(name, split)
+    assert isinstance(problem, DataError)
+    assert problem.hint
+    return problem
+
+
+def notes_of(*names: str, **settings: object) -> list[str]:
+    data = DataSettings.model_validate({"dataset": names, **settings})
+    return list(notes_on(trained_sources(data), held_out_sources(data)))
+
+
+def test_the_words_are_those_of_datasets() -> None:
+    assert {split: list(words) for split, words in WORDS.items()} == {
+        str(split): words for split, words in data_files.SPLIT_KEYWORDS.items()
+    }
+    assert NO_WORD == data_files.NON_WORDS_CHARS
+
+
+LAYOUTS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "shards": (
+        ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"],
+        {
+            "train": ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+            "test": ["test-00000-of-00001.jsonl"],
+        },
+    ),
+    "shards in data": (
+        [
+            "data/train-00000-of-00001-0a1b.jsonl",
+            "data/unsupervised-00000-of-00001.jsonl",
+            "data/test-00000-of-00001.jsonl",
+        ],
+        {
+            "train": ["data/train-00000-of-00001-0a1b.jsonl"],
+            "unsupervised": ["data/unsupervised-00000-of-00001.jsonl"],
+            "test": ["data/test-00000-of-00001.jsonl"],
+        },
+    ),
+    "files": (
+        ["train.jsonl", "dev.jsonl", "test.jsonl"],
+        {"train": ["train.jsonl"], "validation": ["dev.jsonl"], "test": ["test.jsonl"]},
+    ),
+    "files with more in their names": (
+        ["my_train_v2.jsonl", "my-val.1.jsonl", "2024 eval.jsonl"],
+        {"train": ["my_train_v2.jsonl"], "validation": ["my-val.1.jsonl"], "test": ["2024 eval.jsonl"]},
+    ),
+    "folders": (
+        ["train/a.jsonl", "train/en/b.jsonl", "evaluation/a.jsonl", "valid/train.jsonl"],
+        {
+            "train": ["train/a.jsonl", "train/en/b.jsonl"],
+            "test": ["evaluation/a.jsonl"],
+            "validation": ["valid/train.jsonl"],
+        },
+    ),
+    "folders in data": (
+        ["data/training/a.jsonl", "data/testing/a.jsonl"],
+        {"train": ["data/training/a.jsonl"], "test": ["data/testing/a.jsonl"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[..., str], layout: str) -> None:
+    names, splits = LAYOUTS[layout]
+    path = place(*names)
+    found = datasets.load_dataset_builder(path).config.data_files
+    assert {str(split): [str(Path(file).relative_to(path)) for file in found[split]] for split in found} == splits
+    for split, files in splits.items():
+        assert files_of(path, split) == files_of(f"{path}::{split}") == files
+        assert find_dataset(path, split).split == split
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "aside"),
+    [
+        (["Train.jsonl", "Test.jsonl"], ["Train.jsonl"], "test (Test.jsonl)"),
+        (["a.jsonl", "b.jsonl", "test.jsonl"], ["a.jsonl", "b.jsonl"], "test (test.jsonl)"),
+        (["train.jsonl", "extra.jsonl"], ["train.jsonl"], "extra.jsonl (of no split or about others)"),
+        (["a.jsonl", "metadata.csv"], ["a.jsonl"], "metadata.csv (of no split or about others)"),
+        (["a.jsonl", "eval/x.jsonl", "eval/y.jsonl"], ["a.jsonl"], "test (2 files)"),
+        (
+            ["train_a.jsonl", "train_b.jsonl", "val.jsonl"],
+            ["train_a.jsonl", "train_b.jsonl"],
+            "validation (val.jsonl)",
+        ),
+        (["data/a.jsonl", "data/dev.jsonl"], ["data/a.jsonl"], "validation (dev.jsonl)"),
+        (
+            ["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"],
+            ["train_sft-00000-of-00001.jsonl"],
+            "test_sft",
+        ),
+    ],
+)
+def test_train_is_read_and_what_is_left_aside_is_said(
+    place: Callable[..., str], names: list[str], read: list[str], aside: str
+) -> None:
+    path = place(*names)
+    assert files_of(path) == read
+    (note,) = notes_of(path)
+    assert f"left aside: {aside}" in note
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jsonl", "b.jsonl"],
+        ["latest.jsonl", "attested.jsonl", "devices.jsonl", "evals.jsonl"],
+        ["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"],
+        ["metadata.jsonl"],
+        ["a.jsonl", "dataset_infos.json", "config.json", "other/test.jsonl"],
+    ],
+)
+def test_a_directory_without_the_word_of_a_split_is_read_as_a_whole(
+    place: Callable[..., str], names: list[str]
+) -> None:
+    path = place(*names)
+    read = sorted(name for name in names if "/" not in name and name.endswith(".jsonl"))
+    assert files_of(path) == files_of(path, "validation") == read
+    assert find_dataset(path).split is None
+    assert notes_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["test.jsonl", "dev.jsonl"], "train", "no split train; it holds validation (dev.jsonl), test (test.jsonl)"),
+        (["train.jsonl"], "validation", "no split validation; it holds train (train.jsonl)"),
+        (
+            ["train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"],
+            "train",
+            "train_gen and train_sft for the split train",
+        ),
+        (["train_test.jsonl", "test.jsonl"], "train", "train_test.jsonl may be of train or of another split"),
+        (["train-test.jsonl"], "train", "train-test.jsonl may be of train or of another split"),
+        (["train.jsonl"], "train[:10%]", "no split train[:10%]"),
+    ],
+)
+def test_a_split_that_is_not_there_is_an_error_that_names_what_is(
+    place: Callable[..., str], names: list[str], split: str, message: str
+) -> None:
+    assert message in str(refusal(place(*names), split))
+
+
+def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> None:
+    path = place("test.jsonl", "dev.jsonl")
+    hint = refusal(path).hint or ""
+    assert hint == f"Name one of them: {path}::validation"
+    assert files_of(hint.removeprefix("Name one of them: ")) == ["dev.jsonl"]
+
+
+def test_an_unclear_file_keeps_no_other_split_from_being_read(place: Callable[..., str]) -> None:
+    path = place("train-test.jsonl", "train.jsonl", "validation.jsonl")
+    assert files_of(path, "dev") == ["validation.jsonl"]
+    assert "train-test.jsonl (of unclear splits)" in notes_of(f"{path}::validation")[0]
+
+
+def test_a_sample_and_a_weight_stand_behind_the_split(place: Callable[..., str]) -> None:
+    source = find_dataset(f"{place('train.jsonl', 'test.jsonl')}::test#5*2")
+    assert (source.split, source.num_rows, str(source.weight)) == ("test", 5, "2")
+
+
+def test_a_file_has_no_splits_to_name(place: Callable[..., str]) -> None:
+    path = place("a.jsonl")
+    assert "is one file" in str(refusal(f"{path}/a.jsonl::test"))
+    assert "has no splits" in str(refusal(f"{path}::test"))
+    assert "has no config en" in str(refusal(f"{path}:en"))
+    for name in (path, f"{path}/a.jsonl"):
+        with pytest.raises(DataError, match="nothing tells of splits"):
+            find_split(name, "validation")
+
+
+def test_a_path_with_colons_comes_before_what_could_be_parts_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a::test").mkdir()
+    (tmp_path / "a::test" / "b.jsonl").write_text("x")
+    assert find_dataset(f"{tmp_path}/a::test").files == (tmp_path / "a::test" / "b.jsonl",)
+
+
+# What the card of a data set says
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: "en/part-*"
+  - split: validation
+    path: [en/held.jsonl, en/more.jsonl]
+- config_name: de
+  data_dir: de
+pretty_name: A set
+---
+# A set
+"""
+PARTS = ("en/part-1.jsonl", "en/part-2.jsonl", "en/held.jsonl", "de/train.jsonl", "de/test.jsonl")
+
+
+def test_the_card_says_which_files_are_of_which_split_of_which_config(place: Callable[..., str]) -> None:
+    path = place(*PARTS, card=CARD)
+    assert files_of(f"{path}:en") == ["en/part-1.jsonl", "en/part-2.jsonl"]
+    assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
+    assert files_of(f"{path}:de") == ["de/train.jsonl"]
+    assert "validation (held.jsonl)" in notes_of(f"{path}:en")[0]
+
+
+def test_of_several_configs_one_has_to_be_named(place: Callable[..., str]) -> None:
+    path = place(*PARTS, card=CARD)
+    problem = refusal(path)
+    assert "several configs: its README.md names en, de" in str(problem)
+    assert problem.hint == f"For the first one write {path}:en"
+    assert "no config fr" in str(refusal(f"{path}:fr"))
+
+
+@pytest.mark.parametrize("how", ["  default: true", "default"])
+def test_the_default_config_stands_for_all(place: Callable[..., str], how: str) -> None:
+    card = (
+        CARD.replace("  data_dir: de", f"  data_dir: de\n{how}")
+        if ":" in how
+        else CARD.replace("name: de", f"name: {how}")
+    )
+    assert files_of(place(*PARTS, card=card)) == ["de/train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("{train: b.jsonl, test: a.jsonl}", ["b.jsonl"]),
+        ("[{split: train, path: sub}]", ["sub/c.jsonl"]),
+        ("'**/*.jsonl'", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
+    ],
+)
+def test_files_of_a_config_are_written_in_every_way_that_datasets_reads(
+    place: Callable[..., str], value: str, read: list[str]
+) -> None:
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n"
+    assert files_of(place("a.jsonl", "b.jsonl", "sub/c.jsonl", card=card)) == read
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("../a.jsonl", "/etc/passwd", "hf://datasets/a/b.jsonl", "[{split: train}]", "{train: 5}", "[[a], b]", "*x"),
+        "&x a.jsonl",
+        "[" * 30 + "]" * 30,
+    ],
+)
+def test_a_card_that_cannot_be_followed_is_an_error(place: Callable[..., str], value: str) -> None:
+    path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n")
+    assert "README.md: its configs can't be read" in str(refusal(path))
+
+
+@pytest.mark.parametrize(
+    "card", ["# About\n---\nconfigs: 5\n---\n", "---\nlicense: mit\n---\n", "---\nconfigs:\n---\n", "---\n"]
+)
+def test_a_card_without_configs_changes_nothing(place: Callable[..., str], card: str) -> None:
+    assert files_of(place("train.jsonl", "test.jsonl", card=card)) == ["train.jsonl"]
+
+
+def test_a_split_of_the_card_without_files_is_an_error_where_it_is_read(place: Callable[..., str]) -> None:
+    path = place("en/held.jsonl", card=CARD)
+    assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
+    assert "no file of its split train is there" in str(refusal(f"{path}:en"))
+
+
+# What datasets writes
+
+
+def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    top = tmp_path / "set"
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(top)
+    (top / "train" / "cache-my.arrow").write_text("x")
+    (top / "train" / "other.arrow").write_text("x")
+    assert files_of(str(top)) == ["train/data-00000-of-00001.arrow"]
+    assert files_of(f"{top}::test") == ["test/data-00000-of-00001.arrow"]
+    assert "left aside: test (data-00000-of-00001.arrow)" in notes_of(str(top))[0]
+    (top / "test" / "data-00000-of-00001.arrow").unlink()
+    assert "data-00000-of-00001.arrow is not there, which state.json names" in str(refusal(f"{top}::test"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"splits": 5, "_data_files": ["a"]}', "[" * 100_000])
+def test_a_file_that_is_only_called_as_metadata_changes_nothing(
+    place: Callable[..., str], name: str, content: str
+) -> None:
+    path = place("train.jsonl", "test.jsonl")
+    (Path(path) / name).write_text(content)
+    assert files_of(path) == ["train.jsonl"]
+
+
+@pytest.fixture
+def cached(place: Callable[..., str], tmp_path: Path) -> Path:
+    """The cache of `datasets` after it read a directory with two splits, and mapped them."""
+    path = place("train.jsonl", "test.jsonl")
+    loaded = datasets.load_dataset(path, cache_dir=str(tmp_path / "cache" / "set"))
+    loaded.map(lambda row: {"more": row["text"]})
+    return tmp_path / "cache" / "set"
+
+
+def test_of_the_cache_of_datasets_the_results_of_map_are_not_read(cached: Path) -> None:
+    folder = next(cached.rglob("dataset_info.json")).parent
+    assert sorted(path.name.partition("-")[0] for path in folder.glob("*.arrow")) == ["cache", "cache", "set", "set"]
+    for name in (folder, folder.parent, cached):
+        assert [Path(file).name for file in files_of(str(name))] == ["set-train.arrow"]
+        assert [Path(file).name for file in files_of(f"{name}::test")] == ["set-test.arrow"]
+        assert "left aside: test (set-test.arrow)" in notes_of(str(name))[0]
+
+
+def test_of_several_data_sets_in_a_cache_one_has_to_be_named(cached: Path) -> None:
+    folder = next(cached.rglob("dataset_info.json")).parent
+    other = folder.with_name("0" * 16)
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    hint = refusal(str(cached)).hint or ""
+    assert str(folder) in hint
+    assert str(other) in hint
+
+
+def test_shards_of_a_cache_are_of_their_split(place: Callable[..., str]) -> None:
+    names = ["n-train-00000-of-00002.arrow", "n-train-00001-of-00002.arrow", "n-pretrain.arrow", "n-train_x.arrow"]
+    path = place(*names)
+    splits = {name: {"name": name} for name in ("train", "pretrain", "train_x")}
+    (Path(path) / "dataset_info.json").write_text(json.dumps({"splits": splits}))
+    assert files_of(path) == names[:2]
+    assert files_of(path, "pretrain") == ["n-pretrain.arrow"]
+
+
+# What is said
+
+
+def test_files_of_several_splits_that_were_named_are_all_read_and_said(place: Callable[..., str]) -> None:
+    path = place("train.jsonl", "test.jsonl", "train/a.jsonl", "b.jsonl")
+    for names in (
+        [f"{path}/*"],
+        [f"{path}/train.jsonl", f"{path}/test.jsonl"],
+        [f"{path}/t*.jsonl", f"{path}/b.jsonl"],
+    ):
+        (note,) = notes_of(*names)
+        assert "called as of several splits are all trained: test (test.jsonl), train (train.jsonl)" in note
+    assert notes_of(f"{path}/train*") == notes_of(f"{path}/test.jsonl") == []
+
+
+def test_shards_that_are_missing_are_said(place: Callable[..., str]) -> None:
+    path = place("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
+    for name in (path, f"{path}/*"):
+        assert notes_of(name) == [f"{path}: 1 of 3 files are missing, train-00001-of-00003 for one"]
+
+
+def test_a_split_that_is_evaluated_is_not_left_aside(place: Callable[..., str]) -> None:
+    path = place("train.jsonl", "val.jsonl", "test.jsonl")
+    (note,) = notes_of(path, eval_split="dev")
+    assert note == f"{path}: reading train (train.jsonl) and validation (val.jsonl); left aside: test (test.jsonl)"
+    assert notes_of(path, eval_dataset=[f"{path}::validation"]) == [note]
+    assert [source.split for source in held_out_sources(DataSettings(dataset=(path,), eval_split="5%"))] == []
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "is_same"),
+    [
+        ("train.jsonl", "./train.jsonl", True),
+        ("*.jsonl", "*.jsonl", True),
+        ("train.jsonl", "*.jsonl", True),
+        ("train.jsonl#5", "train.jsonl", True),
+        ("*.jsonl", "train.jsonl", False),
+        ("train.jsonl", "train.jsonl#5", False),
+        ("train.jsonl", "test.jsonl", False),
+        (".", ".", False),
+        ("owner/name", "owner/name", False),
+        ("owner/name", "owner/name::train", True),
+        ("owner/name@v1", "owner/name::train", False),
+        ("owner/name::test", "owner/name", True),
+    ],
+)
+def test_data_that_is_trained_and_all_of_it_held_out_is_found(
+    place: Callable[..., str], monkeypatch: pytest.MonkeyPatch, trained: str, evaluated: str, is_same: bool
+) -> None:
+    monkeypatch.chdir(place("train.jsonl", "test.jsonl"))
+    data = DataSettings(dataset=(trained,), eval_dataset=(evaluated,))
+    found = trained_and_held_out(trained_sources(data), held_out_sources(data), data)
+    assert (found is not None) == is_same
