@@ -21,6 +21,7 @@ from qlora_cli.cli.inspect_memory import inspect_memory
 from qlora_cli.cli.load import load
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.runs import runs_app
+from qlora_cli.cli.told import tell_of_libraries
 from qlora_cli.cli.train import train
 
 app = typer.Typer(
@@ -76,6 +77,7 @@ def main() -> None:
     # Deprecations inside the libraries are for their authors; what a user must know, we say ourselves.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    tell_of_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file that can't show a bar shows a question mark
             stream.reconfigure(errors="replace")

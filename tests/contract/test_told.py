@@ -2,6 +2,9 @@
 
 import ast
 import io
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from qlora_cli.cli.console import TextConsole
 from qlora_cli.cli.told import redact, told
 
 PACKAGE = Path(qlora_cli.__file__).parent
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 CLIPBOARD, TURNED = "\x1b]52;c;ZXZpbA==\x07", "\u202egpj.exe"
 # Who writes by itself, with the reason.
 WRITERS = {
@@ -92,3 +96,50 @@ def printed(text: str | Text) -> str:
 )
 def test_logins_in_addresses_are_not_told(text: str, expected: str) -> None:
     assert redact(text) == told(text) == expected
+
+
+# The libraries log and warn by themselves, of names and values that are anybody's.
+OF_LIBRARIES = """
+import logging, sys, warnings
+from qlora_cli.cli.app import main
+
+sys.argv = ["qlora", "--version"]
+try:
+    main()
+except SystemExit:
+    pass
+own = logging.getLogger("own")
+own.addHandler(logging.StreamHandler())
+own.propagate = False
+for logger in (logging.getLogger("peft"), own):
+    logger.warning("\x1b[1mbold\x1b[0m of %s at %s", "\x1b]52;c;ZQ==\x07", "https://a:b@host")
+    try:
+        raise ValueError("\x1b[2Jhf_abcdefghijklmnop")
+    except ValueError:
+        logger.exception("failed\u202e")
+warnings.warn("a key \x1b]0;x\x07 of https://a:b@host")
+warnings.showwarning("\x9b1m", UserWarning, "f", 1, sys.stdout)
+
+
+
+class Full:
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+    def flush(self):
+        pass
+
+
+sys.stderr = Full()
+warnings.warn("nobody reads this")  # which is lost, and no error
+"""
+
+
+def test_what_libraries_log_and_warn_of_is_told_as_our_own_lines_are() -> None:
+    ended = subprocess.run([sys.executable, "-c", OF_LIBRARIES], capture_output=True, text=True, check=True)
+    assert STEERS.findall(ended.stdout + ended.stderr) == []
+    for line in ("bold of [U+001B]]52;c;ZQ==[U+0007] at https://***@host", "failed[U+202E]"):
+        assert ended.stderr.splitlines().count(line) == 2
+    assert ended.stderr.count("ValueError: [U+001B][2Jhf_***\n") == 2
+    assert "UserWarning: a key [U+001B]]0;x[U+0007] of https://***@host\n" in ended.stderr
+    assert "f:1: UserWarning: [U+009B]1m\n" in ended.stdout
