@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data import store
-from qlora_cli.data.formats import Layout, columns_in_use
+from qlora_cli.data.digests import digest_row, digest_text, digest_tokens
+from qlora_cli.data.formats import Layout
+from qlora_cli.data.groups import NO_GROUP, columns_to_read, group_of
 from qlora_cli.data.limits import listed
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
@@ -28,8 +30,8 @@ from qlora_cli.data.row_reader import RowReader
 from qlora_cli.data.rows import Example, RowError
 from qlora_cli.data.skipped import SkippedRow, bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.store import About, Record, StoredTokens, Writer, digest_row
-from qlora_cli.data.tokens import Encoded, Rendering, Tokenizer, Tokens
+from qlora_cli.data.store import About, Record, StoredTokens, Writer
+from qlora_cli.data.tokens import Encoded, Rendering, Text, Tokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.garbage import uncollected
 from qlora_cli.settings.choices import OnBadRow
@@ -41,7 +43,7 @@ HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 PARTS = ("data", "settings", "tokenizing")  # of our own code
 # What of the settings decides which tokens come out.
-DECIDING = ("format", "columns", "loss_on", "max_length")
+DECIDING = ("format", "columns", "loss_on", "max_length", "eval_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def tokenize_source(
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
     before = _state_of(source)
-    wanted = Wanted(columns=partial(columns_in_use, settings=settings, name=source.name))
+    wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
 
     def fill(writer: Writer) -> About:
         with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming, wanted=wanted)) as raw:
@@ -86,68 +88,95 @@ def tokenize_source(
     return replace(found, about=replace(found.about, name=source.name))
 
 
+class EncodedRow(NamedTuple):
+    """A row as it was read, its tokens or what is wrong with it, and the digests of its group and its text."""
+
+    raw: RawRow
+    group: int
+    tokens: Tokens | RowError
+    text_digest: int
+
+
 class Encoder:
     """Turns rows as they are read into tokens, in batches; what can't be used comes out as what is wrong with it."""
 
     def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
+        self._group = settings.eval_group
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
         self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids)
 
-    def encode(self, rows: Iterable[RawRow]) -> Iterator[list[tuple[RawRow, Tokens | RowError]]]:
+    def encode(self, rows: Iterable[RawRow]) -> Iterator[list[EncodedRow]]:
         """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
         # Batches are read and rendered while others are encoded, which Python takes no part in.
         waiting: deque[_Waiting] = deque()
         with ThreadPoolExecutor(max_workers=1) as thread:
             for batch in _batches(rows):
                 read = [self._read(row) for row in batch]
-                rendering = self.tokenizer.render([item for item in read if not isinstance(item, RowError)])
+                rendering = self.tokenizer.render([item for item, _ in read if not isinstance(item, RowError)])
                 waiting.append(_Waiting(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
                 if len(waiting) > BATCHES_AHEAD:
                     yield self._finish(waiting.popleft())
             while waiting:
                 yield self._finish(waiting.popleft())
 
-    def _finish(self, waiting: "_Waiting") -> list[tuple[RawRow, Tokens | RowError]]:
-        done = iter(self.tokenizer.label(waiting.rendering, waiting.encoded.result()))
+    def _finish(self, waiting: "_Waiting") -> list[EncodedRow]:
+        labelled = self.tokenizer.label(waiting.rendering, waiting.encoded.result())
+        done = zip(labelled, map(_text_digest, waiting.rendering), strict=True)
         return [
-            (row, item if isinstance(item, RowError) else next(done))
-            for row, item in zip(waiting.rows, waiting.read, strict=True)
+            EncodedRow(row, group, item, 0) if isinstance(item, RowError) else EncodedRow(row, group, *next(done))
+            for row, (item, group) in zip(waiting.rows, waiting.read, strict=True)
         ]
 
-    def _read(self, row: RawRow) -> Example | RowError:
+    def _read(self, row: RawRow) -> "_Read":
         if row.value is None:
-            return RowError(row.problem or "can't be read")
+            return _Read(RowError(row.problem or "can't be read"))
         try:
-            return self.reader.read(row.value)
+            return _Read(self.reader.read(row.value), group_of(row.value, self._group))
         except RowError as error:
-            return error
+            return _Read(error)
+
+
+class _Read(NamedTuple):
+    """A row as an example, or what is wrong with it, and the digest of its group."""
+
+    example: Example | RowError
+    group: int = NO_GROUP
 
 
 class _Waiting(NamedTuple):
     """A batch whose texts are being encoded."""
 
     rows: list[RawRow]
-    read: list[Example | RowError]
+    read: list[_Read]
     rendering: Rendering
     encoded: "Future[list[Encoded]]"
+
+
+def _text_digest(item: Text | Tokens | RowError) -> int:
+    if isinstance(item, Text):
+        return digest_text(item.text)
+    # Texts of tokens would take far longer to make than such a row to read.
+    return digest_tokens(item.input_ids) if isinstance(item, Tokens) else 0
 
 
 def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:
     layout, rows = open_rows(name, rows, settings)
     encoder = Encoder(layout, settings, text)
     files: dict[str, int] = {}
-    starts_with_bos = False
+    starts_with_bos, num_without_group = False, 0
     for batch in encoder.encode(rows):
         records = []
-        for row, tokens in batch:
+        for row, group, tokens, text_digest in batch:
             if isinstance(tokens, RowError):
                 if settings.on_bad_row == OnBadRow.ERROR:
                     raise bad_row(SkippedRow.of(row, tokens)) from tokens
                 writer.skip(row, tokens)
                 continue
             starts_with_bos = starts_with_bos or bool(tokens.input_ids[0] == text.tokenizer.bos_token_id)
-            records.append(_record(row, tokens, settings.max_length, files.setdefault(row.file, len(files))))
+            num_without_group += group == NO_GROUP
+            file = files.setdefault(row.file, len(files))
+            records.append(_record(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest))
         writer.write(records)
         gc.collect(0)
     notes = [
@@ -155,6 +184,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         *_note_bos(text, starts_with_bos),
         *_note_control_tokens(encoder.tokenizer),
         *_note_unknown_keys(encoder.reader, str(text.tokenizer.chat_template)),
+        *_note_groups(settings.eval_group, num_without_group),
     ]
     return About(
         name=name,
@@ -168,7 +198,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
     )
 
 
-def _record(row: RawRow, tokens: Tokens, max_length: int, file: int) -> Record:
+def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> Record:
     length, supervised = len(tokens.input_ids), tokens.num_supervised
     digest = digest_row(tokens.input_ids, tokens.labels)
     kept, kept_supervised, kept_digest = tokens, supervised, digest
@@ -183,6 +213,8 @@ def _record(row: RawRow, tokens: Tokens, max_length: int, file: int) -> Record:
         lost=supervised - kept_supervised,
         digest=digest,
         kept_digest=kept_digest,
+        group=group,
+        text_digest=text_digest,
         file=file,
         number=row.number,
     )
@@ -229,6 +261,12 @@ def _note_unknown_keys(reader: RowReader, template: str) -> list[str]:
         return []
     named = listed([f"{key} ({counted(number, 'row')})" for key, number in unread.items()])
     return [f"keys of messages that are not used, as the chat template does not name them: {named}"]
+
+
+def _note_groups(column: str | None, num_without: int) -> list[str]:
+    if column is None or not num_without:
+        return []
+    return [f"{counted(num_without, 'row')} without a value of {column!r}, held out or trained each by itself"]
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share, row_order
 from qlora_cli.data.packing import best_fit
-from qlora_cli.data.prepare import PreparedData, prepare_data, refusals
+from qlora_cli.data.prepare import PreparedData, near_duplicates, prepare_data, refusals
 from qlora_cli.data.preview import RowPreview, preview_rows
-from qlora_cli.data.report import DataReport
+from qlora_cli.data.report import NEARLY_EQUAL, DataReport
 from qlora_cli.data.skipped import read_skipped
 from qlora_cli.data.table import Table, first_of_each
 from qlora_cli.settings.choices import Sampling
@@ -113,6 +113,7 @@ def inspect_data(
     found = prepare_data(looked_at, text, seed=training.seed, only_look=True)
     both = [data for data in (found.train, found.evaluation) if data is not None]
     train, table = found.train, found.train.table
+    near = [] if found.evaluation is None else _near_duplicates(train, found.evaluation)
     return DataInspection(
         data=train.report,
         evaluation=found.evaluation.report if found.evaluation else None,
@@ -121,7 +122,7 @@ def inspect_data(
         median_uncut_tokens=int(np.median(table.length)),
         lengths=count_lengths(table.length),
         batches=_batches(train, training, settings.max_length),
-        troubles=(*(trouble for data in both for trouble in _bad_rows(data)), *_troubles(table, settings)),
+        troubles=(*(trouble for data in both for trouble in _bad_rows(data)), *_troubles(table, settings), *near),
         notes=train.notes,
         skipped_rows=train.skipped,
         previews=preview_rows(train, text.tokenizer, num_previews),
@@ -184,6 +185,15 @@ def _troubles(table: Table, settings: DataSettings) -> list[Trouble]:
         for kind, mask in kinds
         if mask.any()
     ]
+
+
+def _near_duplicates(train: PreparedData, evaluation: PreparedData) -> list[Trouble]:
+    """Return the rows that are held out and nearly equal to one that is trained."""
+    near = near_duplicates(train, evaluation)
+    if not len(near):
+        return []
+    kind = f"held out {NEARLY_EQUAL}"
+    return [Trouble(kind=kind, rows=len(near), where=_where(evaluation.table, near[:MOST_NAMED]))]
 
 
 def _bad_rows(data: PreparedData) -> list[Trouble]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from qlora_cli.data.formats import Layout, recognise
+from qlora_cli.data.groups import with_groups
 from qlora_cli.data.limits import check_columns
 from qlora_cli.data.raw import RawRow
 from qlora_cli.data.rows import RowError
@@ -18,7 +19,7 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     """Return the layout of rows by the columns of the first of them, and all of the rows.
 
     Raises:
-        DataError: no format fits, or there is no row that can be read.
+        DataError: no format fits, there is no column of groups, or no row that can be read.
     """
     first = list(itertools.islice(rows, SAMPLED_ROWS))
     columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
@@ -28,4 +29,5 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     if not columns:
         bad = next((row for row in first if row.problem), first[0])
         raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
-    return recognise(columns, settings, name), itertools.chain(first, rows)
+    layout = with_groups(recognise(columns, settings, name), columns, settings.eval_group, name)
+    return layout, itertools.chain(first, rows)

@@ -127,7 +127,11 @@ def figures_of(reports: Sequence[DataReport]) -> list[list[tuple[str, list[Cell]
     """Return groups of names with a figure for each of `reports`: what is trained, and maybe what is held out."""
     columns = [_figures(report, is_evaluation=place > 0) for place, report in enumerate(reports)]
     return [
-        [(rows[0][0], [cell for _, cell in rows]) for rows in zip(*groups, strict=True)]
+        [
+            (rows[0][0], [cell for _, cell in rows])
+            for rows in zip(*groups, strict=True)
+            if any(cell.number is not None for _, cell in rows)
+        ]
         for groups in zip(*columns, strict=True)
     ]
 
@@ -151,6 +155,8 @@ def _figures(report: DataReport, *, is_evaluation: bool) -> list[list[tuple[str,
             ("Duplicate rows", Cell(report.duplicate_rows, _if_any(report.duplicates_dropped, "dropped"))),
             ("Bad rows", Cell(report.bad_rows, _if_any(report.empty_answers, "empty"))),
             ("Rows held out", Cell(None if is_evaluation else report.held_out_rows)),
+            ("Near-duplicates of trained rows", Cell(report.near_duplicate_rows)),
+            ("Groups", Cell(report.groups)),
         ],
     ]
 

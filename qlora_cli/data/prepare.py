@@ -10,12 +10,14 @@ from datasets import Dataset
 
 from qlora_cli.data.chosen import eval_split, held_out_sources, notes_on, trained_sources
 from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, tokenize_source
+from qlora_cli.data.groups import NO_GROUP
+from qlora_cli.data.held_out import HeldOut, hold_out
 from qlora_cli.data.packing import best_fit, pack
 from qlora_cli.data.report import DataReport
 from qlora_cli.data.skipped import bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.stream import MOST_LOST, TokenStream
-from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, hold_out, repeat_by_weight
+from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, repeat_by_weight
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
 from qlora_cli.settings.models import DataSettings
@@ -69,23 +71,35 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
     head = HEAD_ROWS if settings.streaming else None
     table = _read(sources, settings.split, settings, text, seed, head)
     rows = _Rows.of(table, settings)
-    evaluation = None
+    evaluation, held_out, notes = None, HeldOut(), []
     if settings.eval_dataset is not None or settings.eval_split is not None:
-        held_rows, held_out = _hold_out(rows, settings, text, seed)
+        held_rows = _held_out_rows(rows, settings, text, seed)
         evaluation = _prepared(held_rows, held_rows.fed(), settings, is_part=held_rows.table is table)
-        rows = rows.without(held_out)
+        held_out = HeldOut.of(evaluation.table, evaluation.selected)
+        rows = rows.without(held_out.among(table))
+        notes = _notes_on_part(rows, held_rows, settings) if held_rows.table is table else []
     fed = repeat_by_weight(rows.fed(), table.source, [source.weight for source in sources], seed)
     train = _prepared(rows, fed, settings)
+    train = replace(train, notes=(*train.notes, *notes))
+    if evaluation is not None:
+        num_near = len(near_duplicates(train, evaluation))
+        evaluation = replace(evaluation, report=replace(evaluation.report, near_duplicate_rows=num_near))
     for prepared in (train, evaluation):
         if prepared is not None and not only_look:
             for refusal in refusals(prepared, settings):
                 raise refusal
     if settings.streaming:
-        train = _streamed(train, evaluation, sources, settings, text, seed)
+        train = replace(_streamed(train), stream=TokenStream(sources, settings, text, seed=seed, held_out=held_out))
     elif settings.packing:
         train = _packed(train, settings.max_length)
     train = replace(train, notes=(*notes_on(sources, held_out_sources(settings)), *train.notes))
     return TrainingData(train=train, evaluation=evaluation)
+
+
+def near_duplicates(train: PreparedData, evaluation: PreparedData) -> Numbers:
+    """Return the places of held-out rows that a trained one equals but for case, punctuation and spaces."""
+    trained, held_out = (data.table.text_digest[data.selected] for data in (train, evaluation))
+    return evaluation.selected[np.isin(held_out, trained)]
 
 
 def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
@@ -165,27 +179,53 @@ def _read(
     return Table([tokenize_source(source, split, settings, text, seed, head=head) for source in sources])
 
 
-def _hold_out(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int) -> tuple[_Rows, Mask]:
-    """Return what becomes of the rows that are held out, and which of `rows` are not trained for it."""
+def _held_out_rows(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int) -> _Rows:
+    """Return what becomes of the rows that are held out: a part of `rows`, or data sets of their own."""
+    unit = rows.table.unit
+    candidates = unit[rows.usable]
+    wanted = _num_wanted(settings, len(candidates))
+    if wanted is None:
+        return _Rows.of(_read_held_out(settings, text, seed), settings)
+    if wanted >= len(candidates):
+        raise _not_held_out(settings, f"there are {len(candidates):,} that can be used")
+    chosen = candidates[hold_out(candidates, wanted, seed)]
+    if len(chosen) == 0:
+        group = settings.eval_group
+        raise _not_held_out(settings, "they are all equal" if group is None else f"they are all of one {group!r}")
+    return rows.without(~np.isin(unit, chosen))
+
+
+def _num_wanted(settings: DataSettings, num_rows: int) -> int | None:
+    """Return how many of the rows that can be used are to be held out; None if they are not drawn from them."""
     share = held_out_share(settings.eval_split) if settings.eval_split is not None else None
-    if share is None:
-        held = _Rows.of(_read_held_out(settings, text, seed), settings)
-        return held, np.isin(rows.table.kept_digest, held.table.kept_digest[held.usable])
-    usable = rows.usable
-    num_usable = int(usable.sum())
-    wanted = max(1, round(share * num_usable)) if isinstance(share, float) else share
-    held_out = np.zeros(len(rows.table), dtype=bool)
-    if wanted < num_usable:
-        held_out[usable] = hold_out(rows.table.kept_digest[usable], wanted, seed)
-    if not held_out.any():
-        why = "they are all equal" if 0 < wanted < num_usable else f"there are {num_usable:,} that can be used"
-        raise DataError(
-            f"{settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to train: {why}",
-            hint="Hold out fewer, or name held-out rows with --eval-dataset.",
-            setting="data.eval_split",
+    return max(1, round(share * num_rows)) if isinstance(share, float) else share
+
+
+def _notes_on_part(rows: _Rows, part: _Rows, settings: DataSettings) -> list[str]:
+    """Return what is to be said of a part of the rows that is held out; `rows` is the other one."""
+    together = "that are equal" if settings.eval_group is None else f"of one {settings.eval_group!r}"
+    num_held = int((part.usable & ~part.held_out).sum())
+    wanted = _num_wanted(settings, int(rows.usable.sum()))
+    notes = []
+    if wanted is not None and abs(num_held - wanted) > wanted / 2:
+        notes.append(
+            f"{counted(num_held, 'row')} held out, where {settings.eval_split} would be {wanted:,}: rows {together} "
+            "are kept together"
         )
-    # Equal rows are on one side, so what is held out is never trained.
-    return rows.without(~held_out), held_out
+    if num_equal := int((rows.usable & rows.held_out & part.held_out).sum()):
+        other = f"with another {settings.eval_group!r}"
+        notes.append(
+            f"{counted(num_equal, 'row')} neither trained nor held out: equal to one that is held out {other}"
+        )
+    return notes
+
+
+def _not_held_out(settings: DataSettings, why: str) -> DataError:
+    return DataError(
+        f"{settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to train: {why}",
+        hint="Hold out fewer, or name held-out rows with --eval-dataset.",
+        setting="data.eval_split",
+    )
 
 
 def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Table:
@@ -195,7 +235,7 @@ def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Ta
 def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
     """Return rows as they are fed; `is_part`: of a table that is read, and reported on, for training."""
     table, here = rows.table, ~rows.held_out
-    report = _report(rows, fed, settings.max_length)
+    report = _report(rows, fed, settings)
     if is_part:
         report = replace(report, bad_rows=0, empty_answers=0, held_out_rows=0)
     if len(fed) == 0:
@@ -212,19 +252,10 @@ def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: boo
     )
 
 
-def _streamed(
-    data: PreparedData,
-    evaluation: PreparedData | None,
-    sources: Sequence[DatasetSource],
-    settings: DataSettings,
-    text: TextTokenizer,
-    seed: int,
-) -> PreparedData:
+def _streamed(data: PreparedData) -> PreparedData:
     first = counted(data.report.rows, "row")
     note = f"{data.report.name} is streamed: what is said about it is about the first {first}"
-    held_out = frozenset(evaluation.table.kept_digest.tolist()) if evaluation is not None else frozenset()
-    stream = TokenStream(sources, settings, text, seed=seed, held_out=held_out)
-    return replace(data, stream=stream, notes=(note, *data.notes))
+    return replace(data, notes=(note, *data.notes))
 
 
 def _packed(data: PreparedData, max_length: int) -> PreparedData:
@@ -237,9 +268,9 @@ def _packed(data: PreparedData, max_length: int) -> PreparedData:
     )
 
 
-def _report(rows: _Rows, fed: Numbers, max_length: int) -> DataReport:
+def _report(rows: _Rows, fed: Numbers, settings: DataSettings) -> DataReport:
     table, here = rows.table, ~rows.held_out
-    kept = np.minimum(table.length, max_length)
+    kept = np.minimum(table.length, settings.max_length)
     dropped = here & rows.too_long & rows.drops_long
     cut = here & rows.too_long & ~dropped
     return DataReport(
@@ -259,6 +290,8 @@ def _report(rows: _Rows, fed: Numbers, max_length: int) -> DataReport:
         duplicate_rows=int((here & rows.repeated).sum()),
         duplicates_dropped=int((here & rows.usable & rows.repeated & rows.drops_repeated).sum()),
         held_out_rows=int(rows.held_out.sum()),
+        near_duplicate_rows=None,
+        groups=None if settings.eval_group is None else len(np.setdiff1d(table.group[fed], [NO_GROUP])),
         bad_rows=sum(about.num_bad for about in table.about),
         empty_answers=sum(about.num_empty for about in table.about),
         packed_rows=None,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+NEARLY_EQUAL = "that a trained row equals but for case, punctuation and spaces"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
@@ -24,6 +26,9 @@ class DataReport:
         duplicate_rows: Rows that repeat an earlier one.
         duplicates_dropped: Of them, those that are not fed.
         held_out_rows: Rows that are not trained because they are held out.
+        near_duplicate_rows: Of rows that are held out, those that a trained one equals but for case, punctuation and
+            spaces; None of rows that are trained.
+        groups: Groups that the rows that are fed belong to; None if they are not held out by groups.
         bad_rows: Rows that can't be used, and were skipped.
         empty_answers: Of them, those that only lack an answer.
         packed_rows: Rows that the rows that are fed were packed into; None if they are not packed.
@@ -46,6 +51,8 @@ class DataReport:
     duplicate_rows: int
     duplicates_dropped: int
     held_out_rows: int
+    near_duplicate_rows: int | None
+    groups: int | None
     bad_rows: int
     empty_answers: int
     packed_rows: int | None

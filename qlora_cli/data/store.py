@@ -5,7 +5,6 @@ and our own code. So stale tokens are impossible, and a second run over the same
 """
 
 import errno
-import hashlib
 import json
 import os
 import time
@@ -39,6 +38,8 @@ SCHEMA = pa.schema(
         ("lost", pa.int64()),
         ("digest", pa.int64()),
         ("kept_digest", pa.int64()),
+        ("group", pa.int64()),
+        ("text_digest", pa.int64()),
         ("file", pa.int64()),
         ("number", pa.int64()),
     ]
@@ -54,8 +55,11 @@ class Record(NamedTuple):
         length: Tokens of the whole row.
         supervised: Tokens of `input_ids` that are trained.
         lost: Tokens of the whole row that would be trained, but lie beyond `max_length`.
-        digest: 64 bits of a BLAKE2b over the whole row's tokens and labels; equal rows have equal ones.
+        digest: That of the whole row's tokens and labels; equal rows have equal ones.
         kept_digest: The same over what is kept of it.
+        group: A digest of the group that it is held out with; 0 if it has none.
+        text_digest: That of the row's text, equal for texts that differ in case, punctuation and spaces alone; of
+            a row that came as tokens, that of its tokens.
         file: Place of the row's file in `About.files`.
         number: Number of the row in its file, from 1.
     """
@@ -67,6 +71,8 @@ class Record(NamedTuple):
     lost: int
     digest: int
     kept_digest: int
+    group: int
+    text_digest: int
     file: int
     number: int
 
@@ -103,13 +109,6 @@ class StoredTokens:
     dataset: Dataset
     about: About
     skipped: Path | None
-
-
-def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-    """Return 64 bits, signed, that are equal for equal rows."""
-    found = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
-    found.update(labels.tobytes())
-    return int.from_bytes(found.digest(), "little", signed=True)
 
 
 class Writer:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from datasets import Features, IterableDataset, List, Value
 
-from qlora_cli.data.encode import Encoder, TextTokenizer
-from qlora_cli.data.formats import columns_in_use
+from qlora_cli.data.digests import digest_row
+from qlora_cli.data.encode import EncodedRow, Encoder, TextTokenizer
+from qlora_cli.data.groups import columns_to_read
+from qlora_cli.data.held_out import HeldOut
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.packing import best_fit
 from qlora_cli.data.raw import Wanted
@@ -26,7 +28,6 @@ from qlora_cli.data.readers import read_rows
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.skipped import SkippedRow, bad_row
 from qlora_cli.data.sources import DatasetSource
-from qlora_cli.data.store import digest_row
 from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
@@ -41,10 +42,12 @@ Row = dict[str, list[int]]
 class TokenStream:
     """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
 
-    Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows whose digest is in
-    `held_out` are not fed. `counts` tells of the rows that were read since iteration began, ahead of those that are
-    fed: `read`, `truncated`, `dropped`, `without_supervision`, `held_out`, `bad`, `supervised_tokens` and, of them,
-    `supervised_tokens_lost`. Rows that can't be used are listed in `skipped_file`, if there is one.
+    Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows that are
+    `held_out`, equal to one that is, or of its group, are not fed. `counts` tells of the rows that were read since
+    iteration began, ahead of those that are fed: `read`, `truncated`, `dropped`, `without_supervision`, `held_out`,
+    `bad`, `supervised_tokens` and, of them, `supervised_tokens_lost`; and of the rows that are held out,
+    `near_duplicate`, those that one of these nearly equals. Rows that can't be used are listed in `skipped_file`, if
+    there is one.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class TokenStream:
         text: TextTokenizer,
         *,
         seed: int,
-        held_out: frozenset[int] = frozenset(),
+        held_out: HeldOut,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.skipped_file: Path | None = None
@@ -63,6 +66,7 @@ class TokenStream:
         self._text = text
         self._seed = seed
         self._held_out = held_out
+        self._near: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` pickles what it iterates, for a name that nothing asks for.
@@ -76,6 +80,7 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[Row]:
         self.counts.clear()
+        self._near.clear()
         if self.skipped_file is not None:
             self.skipped_file.unlink(missing_ok=True)
         chance = np.random.default_rng(self._seed)
@@ -118,15 +123,15 @@ class TokenStream:
 
     def _pass(self, source: DatasetSource, *, is_first: bool) -> Iterator[Tokens]:
         settings = self._settings
-        wanted = Wanted(columns=partial(columns_in_use, settings=settings, name=source.name))
+        wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
         with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True, wanted=wanted)) as raw:
             layout, rows = open_rows(source.name, raw, settings)
             for batch in Encoder(layout, settings, self._text).encode(rows):
-                for row, tokens in batch:
+                for row in batch:
                     self.counts["read"] += 1
-                    if isinstance(tokens, RowError):
-                        self._skip(SkippedRow.of(row, tokens), is_first=is_first)
-                    elif (kept := self._kept(tokens, f"{row.file}, row {row.number}")) is not None:
+                    if isinstance(row.tokens, RowError):
+                        self._skip(SkippedRow.of(row.raw, row.tokens), is_first=is_first)
+                    elif (kept := self._kept(row, row.tokens)) is not None:
                         yield kept
 
     def _skip(self, row: SkippedRow, *, is_first: bool) -> None:
@@ -136,16 +141,17 @@ class TokenStream:
         if is_first and self.skipped_file is not None:
             append_line(self.skipped_file, json.dumps(asdict(row)))
 
-    def _kept(self, tokens: Tokens, where: str) -> Tokens | None:
+    def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:
         """Return what is fed of a row, if anything is."""
         settings, length = self._settings, len(tokens.input_ids)
         kept = tokens.cut(settings.max_length)
-        if digest_row(kept.input_ids, kept.labels) in self._held_out:
+        if self._held_out.has(digest_row(kept.input_ids, kept.labels), row.group):
             self.counts["held_out"] += 1
             return None
         self.counts["supervised_tokens"] += tokens.num_supervised
         if length > settings.max_length:
             if settings.on_long == OnLong.ERROR:
+                where = f"{row.raw.file}, row {row.raw.number}"
                 raise DataError(
                     f"{where}: {length:,} tokens, more than --max-length {settings.max_length:,}",
                     hint="Raise --max-length, or use --on-long truncate or drop.",
@@ -159,7 +165,14 @@ class TokenStream:
         if kept.num_supervised == 0:
             self.counts["without_supervision"] += 1
             return None
+        self._note_near(row.text_digest)
         return kept
+
+    def _note_near(self, text: int) -> None:
+        """Count the rows that are held out and nearly equal to this one, which is fed, if it is the first."""
+        if text in self._held_out.texts and text not in self._near:
+            self._near.add(text)
+            self.counts["near_duplicate"] += self._held_out.texts[text]
 
     def _check_lost(self) -> None:
         lost = self.counts["supervised_tokens_lost"] / max(1, self.counts["supervised_tokens"])

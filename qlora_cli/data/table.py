@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
+from qlora_cli.data.groups import NO_GROUP
 from qlora_cli.data.store import About, StoredTokens
 
 Numbers = NDArray[np.int64]
@@ -62,6 +63,21 @@ class Table:
         return self._column("kept_digest")
 
     @cached_property
+    def group(self) -> Numbers:
+        """A digest of the group that each row is held out with; `NO_GROUP` if it has none."""
+        return self._column("group")
+
+    @cached_property
+    def unit(self) -> Numbers:
+        """A digest of what each row is held out with: its group, or else the rows that are equal as far as kept."""
+        return np.where(self.group == NO_GROUP, self.kept_digest, self.group)
+
+    @cached_property
+    def text_digest(self) -> Numbers:
+        """64 bits that are equal for texts that differ in case, punctuation and spaces alone."""
+        return self._column("text_digest")
+
+    @cached_property
     def source(self) -> Numbers:
         """The place of the data set that each row comes from."""
         return np.repeat(np.arange(len(self._parts)), np.diff(self._begins))
@@ -82,24 +98,6 @@ def first_of_each(digest: Numbers) -> Mask:
     found = np.zeros(len(digest), dtype=bool)
     found[np.unique(digest, return_index=True)[1]] = True
     return found
-
-
-def hold_out(digest: Numbers, num_rows: int, seed: int) -> Mask:
-    """Return which rows are held out: about `num_rows` by chance, equal rows always together.
-
-    The last group of equal rows that would exceed the number is passed over, so it is met or fallen short of.
-    """
-    _, group, sizes = np.unique(digest, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    taken = np.zeros(len(sizes), dtype=bool)
-    left = num_rows
-    for place in order:
-        if left == 0:
-            break
-        if sizes[place] <= left:
-            taken[place] = True
-            left -= int(sizes[place])
-    return taken[group]
 
 
 def repeat_by_weight(rows: Numbers, source: Numbers, weights: Sequence[Fraction], seed: int) -> Numbers:

@@ -164,7 +164,7 @@ def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
 
 def _alone(names: Any, split: str | None) -> dict[str, Any]:
     """Return the settings by which nothing is read but `names`, all of it."""
-    whole = {"eval_dataset": None, "eval_split": None, "streaming": False}
+    whole = {"eval_dataset": None, "eval_split": None, "eval_group": None, "streaming": False}
     return {"dataset": names, "split": split or EVAL_SPLIT, **whole}
 
 

@@ -42,6 +42,8 @@ DATA_ROWS = (
     ("rows_without_supervision", "Rows without supervision"),
     ("duplicate_rows", "Duplicate rows"),
     ("held_out_rows", "Rows held out"),
+    ("near_duplicate_rows", "Near-duplicates of trained rows"),
+    ("groups", "Groups"),
     ("bad_rows", "Bad rows"),
 )
 WITHOUT_PLAN = ("output", "predicted_memory", "model")  # told elsewhere on the page

@@ -80,6 +80,9 @@ def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict
     if data.eval_dataset is None and data.eval_split is None and training.eval_steps is not None:
         hint = "Give --eval-dataset or --eval-split, or leave eval_steps out."
         found.append(("training.eval_steps", "training.eval_steps has no effect without held-out data", hint))
+    if data.eval_dataset is None and data.eval_split is None and data.eval_group is not None:
+        message = "data.eval_group has no effect without held-out data"
+        found.append(("data.eval_group", message, "Give --eval-split or --eval-dataset, or leave --eval-group out."))
     if share is not None and data.eval_dataset is not None:
         message = f"{data.eval_split} would hold rows out of the training data, and --eval-dataset names held-out data"
         found.append(("data.eval_split", message, "Leave one of them out."))

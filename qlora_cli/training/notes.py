@@ -4,6 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.data.preview import preview_rows
+from qlora_cli.data.report import NEARLY_EQUAL
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.environment import package_versions
@@ -27,6 +28,8 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
         reporter.report(Noted(message=f"packed into {report.packed_rows:,} rows of {max_length:,}, {share:.1%} full"))
     if report.held_out_rows:
         reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
+    if report.groups is not None:
+        reporter.report(Noted(message=f"{report.name}: what is fed are rows of {counted(report.groups, 'group')}"))
     for message in (*data.notes, *_losses(data, max_length)):
         reporter.report(Noted(level="warning", message=message))
 
@@ -41,6 +44,7 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
         (report.dropped_rows, f"{too_long}, dropped; {lost}"),
         (report.rows_without_supervision, "without a token to train, not fed"),
         (report.duplicate_rows, f"that repeat an earlier one, {repeated}"),
+        (report.near_duplicate_rows or 0, f"held out {NEARLY_EQUAL}"),
         (report.bad_rows, f"that can't be used, skipped; listed in {', '.join(map(str, data.skipped))}"),
     ]
     return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in found if number]
@@ -62,6 +66,9 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
         )
         if counts[name]
     ]
+    if counts["near_duplicate"]:
+        message = f"{counted(counts['near_duplicate'], 'row')} held out {NEARLY_EQUAL}"
+        reporter.report(Noted(level="warning", message=message))
     lost = f"; {counts['supervised_tokens_lost']:,} trained tokens lost" if counts["supervised_tokens_lost"] else ""
     became = ", ".join(found) or "all of use"
     reporter.report(

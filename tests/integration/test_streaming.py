@@ -111,6 +111,46 @@ def test_rows_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
     assert found.counts["held_out"] > 0
 
 
+def test_groups_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {i}: ", "completion": f"it is {i}", "user": i % 4} for i in range(40)]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "a ", "completion": "b", "user": 3}])
+    found = stream(path, eval_dataset=(str(held_out),), eval_group="user")
+    numbers = {int(row.split("row ")[1].split(":")[0]) for row in decoded(take(found, 400))}
+    assert numbers == {i for i in range(40) if i % 4 != 3}
+    assert found.counts["held_out"] == pytest.approx(found.counts["read"] / 4, rel=0.02)
+    with pytest.raises(DataError, match="has no column 'users'"):
+        stream(path, eval_dataset=(str(held_out),), eval_group="users")
+
+
+def test_held_out_rows_that_a_streamed_row_nearly_equals_are_counted_once(tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 1500)
+    near = [{"prompt": f"ROW {i}: ", "completion": f"It is {i}."} for i in (3, 3, 1400)]
+    held_out = write_jsonl(tmp_path / "held.jsonl", [*near, {"prompt": "other ", "completion": "row"}])
+    data = DataSettings(dataset=(str(path),), eval_dataset=(str(held_out),), streaming=True)
+    found = prepare_data(data, TEXT, seed=0)
+    assert found.evaluation is not None
+    assert found.evaluation.report.near_duplicate_rows == 2  # of the first 1,000 rows
+    assert found.train.stream is not None
+    for _ in range(2):
+        take(found.train.stream, 4000)
+        assert found.train.stream.counts["near_duplicate"] == 3
+
+
+def test_a_group_that_is_no_single_value_ends_a_stream_or_is_skipped(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "d.jsonl",
+        [{"prompt": f"row {i}: ", "completion": "x", "user": [i] if i == 1200 else i} for i in range(1300)],
+    )
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "a ", "completion": "b", "user": 3}])
+    groups: dict[str, Any] = {"eval_dataset": (str(held_out),), "eval_group": "user"}
+    with pytest.raises(DataError, match=r"row 1201 .*: 'user' must be one value"):
+        take(stream(path, **groups), 1)
+    found = stream(path, **groups, on_bad_row="skip")
+    take(found, 1)
+    assert found.counts["bad"] >= 1
+
+
 def test_more_than_is_accepted_that_is_lost_far_into_a_stream_ends_it(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 1000)
     with path.open("a", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from pydantic import Field
 from qlora_cli.settings.choices import DataFormat, LossOn, OnBadRow, OnLong
 from qlora_cli.settings.marks import Command, Marks, OnResume
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.values import Columns, Datasets, HeldOut
+from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name
 
 
 class DataSettings(Section):
@@ -48,6 +48,13 @@ class DataSettings(Section):
         default=None,
         description="Rows to hold out of the training data, as a share (5%) or a number; or the split to evaluate "
         "on, of a hub data set or a directory that has any.",
+    )
+    eval_group: Annotated[
+        Name | None, Marks(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
+    ] = Field(
+        default=None,
+        description="Column of what rows have in common, such as a user or a document: rows with the same value are "
+        "held out together, or trained.",
     )
     format: Annotated[
         DataFormat,
