@@ -5,14 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qlora_cli.data.directories import Directory, of_files
-from qlora_cli.data.kinds import printable
+from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import listed
+from qlora_cli.data.separators import Separator, separator_of, usual_separator
 from qlora_cli.data.sources import DatasetSource, find_dataset, find_split
 from qlora_cli.data.split_names import TEST, shard_of, splits_told
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.values import held_out_share
 
-EVAL_SPLIT = TEST
+EVAL_SPLIT, TABLES = TEST, (".csv", ".tsv")
 
 
 def trained_sources(settings: DataSettings) -> list[DatasetSource]:
@@ -71,7 +72,7 @@ def notes_on(trained: Sequence[DatasetSource], held_out: Sequence[DatasetSource]
     read = {path for source in both for path in source.files}
     by_name = [source for source in trained if source.directory is None and source.is_local]
     notes = [*(_of_directory(directory, read) for directory in by_path.values()), _of_several_splits(by_name)]
-    return (*(note for note in notes if note), *_missing_shards(read))
+    return (*(note for note in notes if note), *_missing_shards(read), *_separators(read))
 
 
 def _of_directory(directory: Directory, read: set[Path]) -> str | None:
@@ -114,3 +115,15 @@ def _missing_shards(files: Iterable[Path]) -> Iterator[str]:
             first = min(set(range(number)) - places)
             name = f"{prefix}-{first:05d}-of-{number:05d}"
             yield f"{printable(folder)}: {missing:,} of {number:,} files are missing, {name} for one"
+
+
+def _separators(files: Iterable[Path]) -> Iterator[str]:
+    """Say which tables have another separator than their suffix says."""
+    tables = [path for path in sorted(files) if (suffixes_of(path) or ("",))[0] in TABLES]
+    found: dict[Separator, list[Path]] = {}
+    for path in tables:
+        if (separator := separator_of(path)) != Separator(usual_separator(path)):
+            found.setdefault(separator, []).append(path)
+    for separator, paths in found.items():
+        others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
+        yield f"{printable(paths[0])}{others}: fields are separated by {separator.describe()}"

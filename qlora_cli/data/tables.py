@@ -11,6 +11,7 @@ from typing import BinaryIO
 from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_columns
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
+from qlora_cli.data.separators import reader_of, separator_of
 from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 
@@ -43,19 +44,19 @@ def count_delimited(path: Path) -> int:
 def _records(path: Path, file: BinaryIO) -> Generator[Record]:
     """Yield what is not a blank line. What is not UTF-8 becomes half characters in its field, which names its row."""
     suffix, _ = suffixes_of(path) or ("", None)
-    # Where a quote is left open, all that follows would be one field. Of the whole process; the default is 128 Ki.
-    csv.field_size_limit(LONGEST_ROW)
+    separator = separator_of(path)
     text = TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     lines = _Lines(text)
-    # Strict: otherwise a quote that is left open takes the rows that follow into its field, and nothing is said.
-    reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    if separator.is_declared:
+        next(lines)
+    reader = reader_of(lines, separator)
     try:
         while True:
             line = lines.number + 1
             try:
                 fields = next(reader)
             except csv.Error as error:
-                yield line, [], f"broken {suffix[1:].upper()}: {error}; is a quote left open?"
+                yield line, [], f"broken {suffix[1:].upper()}: {_explained(error)}"
                 continue
             except _LongLineError:
                 yield line, [], f"the line is {TOO_LONG}"
@@ -66,6 +67,13 @@ def _records(path: Path, file: BinaryIO) -> Generator[Record]:
         return
     finally:
         text.detach()  # `file` is closed by those who opened it
+
+
+def _explained(error: csv.Error) -> str:
+    """Return what is wrong with a record, in words of what is there."""
+    if "unexpected end of data" in str(error):
+        return "a quote that begins a field of it is not closed to the end of the file"
+    return f"{error}; a quote within a field is written twice" if "expected after" in str(error) else str(error)
 
 
 class _LongLineError(Exception):

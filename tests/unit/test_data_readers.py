@@ -58,7 +58,10 @@ def test_a_bad_record_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, 
 
 def test_a_quote_that_is_left_open_takes_no_rows_in_silence(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"4\n5,6\n')
-    assert problems_of(path) == [(1, 2, None), (2, 3, "broken CSV: unexpected end of data; is a quote left open?")]
+    assert problems_of(path) == [
+        (1, 2, None),
+        (2, 3, "broken CSV: a quote that begins a field of it is not closed to the end of the file"),
+    ]
 
 
 @pytest.mark.parametrize(
