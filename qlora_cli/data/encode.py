@@ -23,6 +23,7 @@ from qlora_cli.data.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.formats import Layout
 from qlora_cli.data.groups import NO_GROUP, columns_to_read, group_of
 from qlora_cli.data.limits import listed
+from qlora_cli.data.marks import What
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
@@ -43,7 +44,7 @@ HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 PARTS = ("data", "settings", "tokenizing")  # of our own code
 # What of the settings decides which tokens come out.
-DECIDING = ("format", "columns", "loss_on", "max_length", "eval_group")
+DECIDING = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Encoder:
         use_chat = text.tokenizer.chat_template is not None
         self._group = settings.eval_group
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
-        self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids)
+        self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids, accepts_lost=settings.accept_lost)
 
     def encode(self, rows: Iterable[RawRow]) -> Iterator[list[EncodedRow]]:
         """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
@@ -180,9 +181,10 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         writer.write(records)
         gc.collect(0)
     notes = [
-        *_note_ends(encoder.tokenizer.odd_ends, text),
+        *_note_ends(encoder.tokenizer, text),
         *_note_bos(text, starts_with_bos),
         *_note_control_tokens(encoder.tokenizer),
+        *_note_left_out(encoder.tokenizer),
         *_note_unknown_keys(encoder.reader, str(text.tokenizer.chat_template)),
         *_note_groups(settings.eval_group, num_without_group),
     ]
@@ -220,14 +222,18 @@ def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: i
     )
 
 
-def _note_ends(odd_ends: set[int], text: TextTokenizer) -> list[str]:
+def _note_ends(tokenizer: Tokenizer, text: TextTokenizer) -> list[str]:
+    odd_ends, num_turns = tokenizer.odd_ends, tokenizer.num_turns
     if not odd_ends:
         return []
     named = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in odd_ends))
+    which = (
+        "trained turns" if odd_ends.total() == num_turns else f"{odd_ends.total():,} of {num_turns:,} trained turns"
+    )
     ends = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in text.end_ids))
     return [
-        f"the chat template ends trained turns with {named}, and generation stops at {ends}: the model learns its "
-        "end, but what serves it must be told to stop there (eos_token_id in generation_config.json)"
+        f"the chat template ends {which} with {named}, and generation stops at {ends}: the model learns its end, but "
+        "what serves it must be told to stop there (eos_token_id in generation_config.json)"
     ]
 
 
@@ -267,6 +273,13 @@ def _note_groups(column: str | None, num_without: int) -> list[str]:
     if column is None or not num_without:
         return []
     return [f"{counted(num_without, 'row')} without a value of {column!r}, held out or trained each by itself"]
+
+
+def _note_left_out(tokenizer: Tokenizer) -> list[str]:
+    told = tokenizer.renderer.told
+    return [
+        f"the chat template leaves out {what.value} of {counted(told[what], 'row')}" for what in What if told[what]
+    ]
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

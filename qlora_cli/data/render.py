@@ -1,28 +1,25 @@
-"""Render conversations by the chat template, and find where in the text the trained answers stand.
+"""Render conversations by the chat template: all that a row says is in its text, or the row is refused, or it is told.
 
-What is trained must be what is served. So an answer begins where the text ends that a server would send for the
-messages before it, and it ends where the template ends the turn. Both are read off renderings of the beginnings of
-the conversation, and must be beginnings of the whole.
+What the template leaves out, and where the trained answers stand, is found with marks, once for each sequence of roles
+and keys; a row itself is looked at only where contents may make a difference.
 """
 
 import itertools
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.data.fit import Fit, Form, find_fit, missing
+from qlora_cli.data.losses import MAY_BE_LOST, ends_no_turn, like, refusal
+from qlora_cli.data.marks import What, mark
 from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
-from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
+from qlora_cli.data.template import ChatTemplate, Span, beginning
+from qlora_cli.settings.choices import LossOn
 
-Span = tuple[int, int]
-
-ASKS, TOKEN_NAMES = "add_generation_prompt", {"bos_token", "eos_token"}
-# By these marks templates tell what the model writes; plain Jinja does not know them.
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-MOST_SHAPES = 4096  # conversations of so many different sequences of roles are remembered
+MOST_SHAPES = 4096  # sequences of roles, and of roles and keys, that are remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +28,19 @@ class Rendered:
 
     text: str
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A conversation as the row has it, and in the form that the template takes.
+
+    `roles` are those of one with plain messages alone.
+    """
+
+    original: Conversation
+    conversation: Conversation
+    roles: tuple[str, ...] | None
+    fit: Fit | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,84 +56,160 @@ class _Shape:
 
 
 class Renderer:
-    """Renders by the chat template of `tokenizer`.
+    """Renders by the chat template of `tokenizer`; `end_ids` are tokens at which generation stops.
 
     To render the beginnings of every conversation would cost several times what rendering it costs. Most
     conversations of a data set share a few sequences of roles, and most templates put the contents in as they are: so
     what stands around them is found once for each sequence. A row takes the short way only if its own rendering is
     exactly those pieces with its contents between them.
+
+    Attributes:
+        told: What was left out of rows that are used, and of how many.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-        # What asks for an answer may depend on contents too, though what renders it does not.
-        self._asks_always_alike = _asks_always_alike(tokenizer.chat_template)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        loss_on: LossOn,
+        end_ids: Set[int],
+        *,
+        accepts_lost: bool = False,
+    ) -> None:
+        self.told: Counter[What] = Counter()
+        self._template = ChatTemplate(tokenizer, end_ids)
+        self._trains_all = loss_on == LossOn.ALL
+        self._accepts_lost = accepts_lost
+        self._fits: dict[object, Fit | None] = {}
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
-    def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
-        """Return conversations without tools as texts, at less cost than one by one; None if one is refused.
+    def fit(self, conversation: Conversation) -> Fitted:
+        """Return `conversation` in the form that the template takes.
+
+        Raises:
+            RowError: the template leaves out what must not be lost, whatever the form.
+            ModelError: the template does not end.
+        """
+        roles = _roles_of(conversation)
+        if roles is None:
+            fit = self._fit_of(conversation)
+        elif roles in self._fits:
+            fit = self._fits[roles]
+        else:
+            fit = self._remember(roles, find_fit(self._template, mark(_example(roles), self._template.tags)))
+        if fit is None:
+            return Fitted(original=conversation, conversation=conversation, roles=roles, fit=None)
+        self._check(conversation, fit)
+        return Fitted(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
+
+    def texts(self, rows: Sequence[Fitted]) -> list[str] | None:
+        """Return plain conversations as texts, at less cost than one by one; None if one is refused.
 
         Raises:
             ModelError: the template does not end.
         """
-        return render_all(self._tokenizer, [each.messages for each in conversations])
+        return self._template.texts([row.conversation for row in rows])
 
-    def render(self, conversation: Conversation, text: str) -> Rendered:
-        """Return `conversation`, whose text is `text`, with the spans of its trained answers.
-
-        Raises:
-            RowError: an answer is first, or the template refuses the row, renders a beginning of it otherwise once
-                more follows, or does not end a trained turn.
-            ModelError: the template does not end.
-        """
-        if not conversation.trained:
-            return Rendered(text=text, spans=())
-        if conversation.trained[0] == 0:
-            raise RowError("the first message is the assistant's: there is nothing to answer")
-        spans = self._by_shape(conversation, text)
-        if spans is None:
-            spans = [self._span(conversation, text, place) for place in conversation.trained]
-        return Rendered(text=text, spans=tuple(spans))
-
-    def text(self, conversation: Conversation) -> str:
-        """Return `conversation` as text.
+    def text(self, row: Fitted) -> str:
+        """Return a conversation as text.
 
         Raises:
             RowError: the template refuses it.
             ModelError: the template does not end.
         """
-        text = self._text(conversation.messages, conversation.tools, conversation.template_kwargs)
-        _check_tools(conversation, text)
-        return text
+        return self._template.text(row.conversation)
 
-    def _by_shape(self, conversation: Conversation, text: str) -> list[Span] | None:
-        if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
+    def render(self, row: Fitted, text: str) -> Rendered:
+        """Return a conversation, whose text is `text`, with the spans that are trained.
+
+        Raises:
+            RowError: an answer is first, or the template leaves out what must not be lost, renders a beginning of the
+                row otherwise once more follows, or does not end a trained turn.
+            ModelError: the template does not end.
+        """
+        if not self._trains_all and not row.original.trained:
+            return Rendered(text=text, spans=())
+        if not self._trains_all and row.original.trained[0] == 0:
+            raise RowError("the first message is the assistant's: there is nothing to answer")
+        spans = self._by_shape(row, text)
+        if spans is None:
+            spans = self._by_row(row, text)
+        return Rendered(text=text, spans=((0, len(text)),) if self._trains_all else tuple(spans.values()))
+
+    def _by_shape(self, row: Fitted, text: str) -> dict[int, Span] | None:
+        """Return the spans of the trained answers of a row whose text is that of its shape with its contents."""
+        if row.roles is None or row.fit is None:
             return None
-        roles = tuple(message["role"] for message in conversation.messages)
-        if roles not in self._shapes:
+        if row.roles not in self._shapes:
             if len(self._shapes) >= MOST_SHAPES:
-                return None
-            self._shapes[roles] = self._shape_of(roles)
-        shape = self._shapes[roles]
+                self._shapes.clear()
+            self._shapes[row.roles] = self._shape_of(row.roles, row.fit.form)
+        shape = self._shapes[row.roles]
         if shape is None:
             return None
-        contents = [message["content"] for message in conversation.messages]
-        spans = _place(shape, contents, conversation.trained, text)
-        # Templates of the Llama 3 family and others trim what they put in.
-        spans = spans or _place(shape, [content.strip() for content in contents], conversation.trained, text)
-        if spans is not None and not self._asks_always_alike:
-            before = self._text(conversation.messages[: conversation.trained[0]], None, {}, add_generation_prompt=True)
-            if text[: spans[0][0]] != before:
+        contents = [message["content"] for message in row.original.messages]
+        trained = () if self._trains_all else row.original.trained
+        spans = _place(shape, contents, trained, text)
+        if spans is None:  # templates of the Llama 3 family and others trim what they put in
+            spans = _place(shape, [content.strip() for content in contents], trained, text)
+        if spans and not self._template.asks_always_alike:
+            asked = self._template.text(beginning(row.conversation, trained[0]), asks_answer=True)
+            if text[: spans[trained[0]][0]] != asked:
                 return None
         return spans
 
-    def _shape_of(self, roles: Sequence[str]) -> _Shape | None:
+    def _by_row(self, row: Fitted, text: str) -> dict[int, Span]:
+        """Return the spans of the trained answers of a row, in which contents may change what the template writes."""
+        fit = self._fit_of(row.original, row.fit.form if row.fit is not None else None)
+        self._check(row.original, fit)
+        trained = () if self._trains_all else row.original.trained
+        spans = {place: self._template.span(row.conversation, place, text) for place in trained}
+        found = Fit(losses=tuple(missing(mark(row.original, self._template.tags).values, text, spans)))
+        self._check(row.original, found)
+        for place, span in spans.items():
+            message = row.original.messages[place]
+            if place in fit.endless if fit is not None else _is_bare(message, text[slice(*span)]):
+                longer = self._template.through_end_token(span, text)
+                if longer is None:
+                    raise ends_no_turn(place, message)
+                spans[place] = longer
+        losses = (*found.losses, *(fit.losses if fit is not None else ()))
+        self.told.update({loss.value.what for loss in losses})
+        return spans
+
+    def _fit_of(self, conversation: Conversation, form: Form | None = None) -> Fit | None:
+        marked = mark(conversation, self._template.tags)
+        key = (marked.key, form)
+        if key in self._fits:
+            return self._fits[key]
+        return self._remember(key, find_fit(self._template, marked, None if form is None else [form]))
+
+    def _remember(self, key: object, fit: Fit | None) -> Fit | None:
+        if len(self._fits) >= MOST_SHAPES:
+            self._fits.clear()
+        self._fits[key] = fit
+        return fit
+
+    def _check(self, conversation: Conversation, fit: Fit | None) -> None:
+        """Raise the error for the first of the losses that must not be."""
+        for loss in fit.losses if fit is not None else ():
+            is_trained = self._trains_all or loss.value.place in conversation.trained
+            if loss.value.what == What.TOOL_DETAILS:
+                continue
+            if loss.value.what in MAY_BE_LOST and (self._accepts_lost or not is_trained):
+                continue
+            if loss.once_followed and is_trained and not self._trains_all:
+                continue  # which is refused with what to do when its span is looked for
+            value = like(loss.value, mark(conversation, self._template.tags).values)
+            if value is not None:
+                raise refusal(loss, value, conversation.messages)
+
+    def _shape_of(self, roles: tuple[str, ...], form: Form) -> _Shape | None:
         """Return what the template writes around contents; None if they are not all in the text, once, in order."""
         marks = [f"Mark{place}Of{len(roles)}" for place in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, marks, strict=True)]
+        given = form.apply(Conversation(messages=messages, trained=()))
         try:
-            text = self._text(messages, None, {})
+            text = self._template.text(given)
             literals = _cut(text, marks)
             if literals is None:
                 return None
@@ -132,7 +218,7 @@ class Renderer:
             for place, role in enumerate(roles):
                 if role != "assistant" or place == 0:
                     continue
-                start, end = self._ends_of(Conversation(messages=messages, trained=()), place, text)
+                start, end = self._template.span(given, place, text)
                 edge = (start - starts[place], end - starts[place + 1])
                 if not (0 <= edge[0] <= len(literals[place]) and 0 < edge[1] <= len(literals[place + 1])):
                     return None
@@ -141,81 +227,29 @@ class Renderer:
             return None
         return _Shape(literals=tuple(literals), edges=edges)
 
-    def _span(self, conversation: Conversation, text: str, place: int) -> Span:
-        start, end = self._ends_of(conversation, place, text)
-        self._check_end(conversation.messages[place], text[start:end])
-        return start, end
 
-    def _ends_of(self, conversation: Conversation, place: int, text: str) -> Span:
-        """Return where the answer `place` stands in `text`, the rendering of all messages."""
-        before = self._text(
-            conversation.messages[:place],
-            conversation.tools,
-            conversation.template_kwargs,
-            add_generation_prompt=True,
-        )
-        if not text.startswith(before):
-            raise _not_served(place, before, text)
-        through = self._through(conversation, place, text)
-        if not text.startswith(through):
-            raise RowError(
-                f"the chat template renders message {place} differently when others follow it, so what is served "
-                "would not be what is trained",
-                hint="Train the last answer of each row only (--loss-on last), split the rows so that they end with "
-                "the answer, or give another --chat-template.",
-            )
-        # The line break that many templates put behind the end of a turn is never generated.
-        return len(before), len(through.rstrip())
+def _is_bare(message: Mapping[str, Any], trained: str) -> bool:
+    """Whether nothing stands behind the content of an answer."""
+    content = message["content"].rstrip()
+    return not message.get("tool_calls") and trained.count(content) == 1 and trained.endswith(content)
 
-    def _through(self, conversation: Conversation, place: int, text: str) -> str:
-        """Return the beginning of the text through the turn `place`, without what closes the text as a whole."""
-        messages, tools, variables = conversation.messages, conversation.tools, conversation.template_kwargs
-        is_last = place + 1 == len(messages)
-        through = text if is_last else self._text(messages[: place + 1], tools, variables)
-        # Phi 3's template writes EOS behind the last turn, which ends with a token of its own, as every turn does.
-        closed = through.rstrip()
-        turn = closed.removesuffix(str(self._tokenizer.eos_token)).rstrip()
-        if turn == closed or not turn.endswith(self._added):
-            return through
-        try:
-            more = [*messages, {"role": "user", "content": "more"}]
-            longer = self._text(more, tools, variables) if is_last else text
-        except RowError:  # of templates that allow no more
-            return through
-        return through if longer.startswith(closed) or not longer.startswith(turn) else turn
 
-    def _check_end(self, message: dict[str, Any], trained: str) -> None:
-        """Check that the template writes something behind an answer, which the model can learn to stop with."""
-        content = message["content"].rstrip()
-        if not message.get("tool_calls") and trained.count(content) == 1 and trained.endswith(content):
-            raise RowError(
-                f"the chat template ends no turn: behind the answer {content[-30:]!r} it writes nothing that the "
-                "model could learn to stop with",
-                hint="Give a template that ends each turn, such as --chat-template chatml.",
-            )
+def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
+    if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
+        return None
+    return tuple(message["role"] for message in conversation.messages)
 
-    def _text(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None,
-        variables: Mapping[str, Any],
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        try:
-            return render(
-                self._tokenizer, messages, tools=tools, variables=variables, asks_answer=add_generation_prompt
-            )
-        except RefusedError as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
+
+def _example(roles: Iterable[str]) -> Conversation:
+    return Conversation(messages=[{"role": role, "content": "text"} for role in roles], trained=())
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
     """Return what stands around the marks; None if one is missing, twice there or out of order."""
     literals = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
+    for each in marks:
+        before, found, text = text.partition(each)
+        if not found or each in text:
             return None
         literals.append(before)
     return [*literals, text]
@@ -230,62 +264,16 @@ def _starts(literals: Sequence[str], contents: Sequence[str]) -> list[int]:
     return starts
 
 
-def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text: str) -> list[Span] | None:
+def _place(shape: _Shape, contents: Sequence[str], trained: Sequence[int], text: str) -> dict[int, Span] | None:
     """Return the spans of the trained answers if `text` is the shape with these contents."""
     pieces = [piece for pair in zip(shape.literals, contents, strict=False) for piece in pair]
     if "".join(pieces) + shape.literals[-1] != text:
         return None
     ends = list(itertools.accumulate(map(len, pieces)))  # of each literal, and of the content behind it
-    return [
-        (
+    return {
+        place: (
             ends[2 * place] - len(shape.literals[place]) + shape.edges[place][0],
             ends[2 * place + 1] + shape.edges[place][1],
         )
         for place in trained
-    ]
-
-
-def _asks_always_alike(template: object) -> bool:
-    """Whether what a template writes to ask for an answer is made of constants and of the tokenizer's tokens alone."""
-    if not isinstance(template, str):
-        return False
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))  # noqa: S701 - never rendered
-    except (TemplateSyntaxError, RecursionError):
-        return False
-    asking = [branch for branch in tree.find_all(nodes.If) if ASKS in _names_in(branch.test)]
-    written = [part for branch in asking for part in branch.body]
-    return (
-        bool(asking)
-        and all(_names_in(branch.test) == {ASKS} for branch in asking)
-        and all(isinstance(part, nodes.Output) and _names_in(part) <= TOKEN_NAMES for part in written)
-    )
-
-
-def _names_in(node: nodes.Node) -> set[str]:
-    found = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
-    return {name.name for name in found}
-
-
-def _check_tools(conversation: Conversation, text: str) -> None:
-    """Check that tools and calls of them are in the text: many templates have no place for them, and say nothing."""
-    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
-    for what, functions in (("tools", conversation.tools or ()), ("tool calls", calls)):
-        for function in functions:
-            name = function.get("function", function).get("name") if isinstance(function, dict) else None
-            if isinstance(name, str) and name not in text:
-                raise RowError(
-                    f"the chat template has no place for {what}: {name!r} is not in the text",
-                    hint="Give a template that has one (--chat-template FILE), or leave such rows out.",
-                )
-
-
-def _not_served(place: int, before: str, text: str) -> RowError:
-    same = next((index for index, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
-    part = slice(max(0, same - 20), same + 30)
-    return RowError(
-        f"the chat template asks for message {place} with other words than it renders it with: a server would "
-        f"send {before[part]!r} where the row has {text[part]!r}",
-        hint="Write the row as the model answers, give another --chat-template, or, if that is so for earlier answers "
-        "alone, train the last one of each row (--loss-on last).",
-    )
+    }

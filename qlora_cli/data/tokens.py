@@ -16,8 +16,9 @@ from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.render import Renderer, Span
+from qlora_cli.data.render import Fitted, Renderer
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
+from qlora_cli.data.template import Span
 from qlora_cli.settings.choices import LossOn
 
 SLICE = 500_000  # characters of a text that are tokenized at once; longer ones are cut, so that memory stays bounded
@@ -100,7 +101,14 @@ def _rows(encoded: Sequence[Encoded]) -> Iterator[tuple[Ids, Ids]]:
 class Tokenizer:
     """Turns examples into tokens by a tokenizer and its chat template. `end_ids` are those that end a text or turn."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        loss_on: LossOn,
+        end_ids: frozenset[int],
+        *,
+        accepts_lost: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._backend, self._prefix, self._suffix = _bare(tokenizer)
         self._may_cut = all(_decoded(self._backend, "a", more) == "a" + more for more in ("b", " b"))
@@ -112,22 +120,24 @@ class Tokenizer:
             for token in added.values()
             if token.special and not (token.rstrip or token.single_word or token.normalized)
         )
-        self._renderer = Renderer(tokenizer)
+        self.renderer = Renderer(tokenizer, loss_on, end_ids, accepts_lost=accepts_lost)
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
         special = [str(token) for token in added.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        self.odd_ends: set[int] = set()
+        self.odd_ends: Counter[int] = Counter()
+        self.num_turns = 0
         self.num_with_control_tokens = 0
         self.control_tokens: Counter[str] = Counter()
 
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
-        plain = [each for each in examples if isinstance(each, Conversation) and each.is_plain]
-        texts = self._renderer.texts(plain) if plain and self._tokenizer.chat_template is not None else None
+        fitted = [self._fitted(example) for example in examples]
+        plain = [each for each in fitted if isinstance(each, Fitted) and each.original.is_plain]
+        texts = self.renderer.texts(plain) if plain else None
         found = dict(zip(map(id, plain), texts or (), strict=False))
-        return tuple(self._prepare(example, found.get(id(example))) for example in examples)
+        return tuple(self._prepare(example, found.get(id(example))) for example in fitted)
 
     def encode(self, rendering: Rendering) -> list[Encoded]:
         """Return the texts as tokens, in order. Works on all cores, and lets other threads go on meanwhile."""
@@ -159,11 +169,29 @@ class Tokenizer:
         rendering = self.render(examples)
         return self.label(rendering, self.encode(rendering))
 
-    def _prepare(self, example: Example, text: str | None) -> Tokens | RowError | Text:
+    def _fitted(self, example: Example) -> Fitted | Completion | Tokenized | RowError:
+        if not isinstance(example, Conversation):
+            return example
         try:
+            if self._tokenizer.chat_template is None:
+                raise RowError(
+                    "it is a conversation, but the tokenizer has no chat template",
+                    hint="Give one with --chat-template (a .jinja file, or chatml), take the instruct version of the "
+                    "model, or write rows as prompt and completion.",
+                )
+            return self.renderer.fit(example)
+        except RowError as error:
+            return error
+
+    def _prepare(
+        self, example: Fitted | Completion | Tokenized | RowError, text: str | None
+    ) -> Tokens | RowError | Text:
+        try:
+            if isinstance(example, RowError):
+                return example
             if isinstance(example, Tokenized):
                 return self._as_given(example)
-            return self._rendered(example, text) if isinstance(example, Conversation) else self._plain(example)
+            return self._rendered(example, text) if isinstance(example, Fitted) else self._plain(example)
         except RowError as error:
             return error
 
@@ -180,18 +208,9 @@ class Tokenizer:
             self.num_with_control_tokens += 1
             self.control_tokens.update(found)
 
-    def _rendered(self, example: Conversation, text: str | None) -> Text:
-        if self._tokenizer.chat_template is None:
-            raise RowError(
-                "it is a conversation, but the tokenizer has no chat template",
-                hint="Give one with --chat-template (a .jinja file, or chatml), take the instruct version of the "
-                "model, or write rows as prompt and completion.",
-            )
-        self._note_control_tokens(message["content"] for message in example.messages)
-        text = self._renderer.text(example) if text is None else text
-        if self._trains_all:
-            return Text(text=text, spans=((0, len(text)),), is_plain=False)
-        rendered = self._renderer.render(example, text)
+    def _rendered(self, row: Fitted, text: str | None) -> Text:
+        self._note_control_tokens(message["content"] for message in row.original.messages)
+        rendered = self.renderer.render(row, self.renderer.text(row) if text is None else text)
         return Text(text=rendered.text, spans=rendered.spans, is_plain=False)
 
     def _plain(self, example: Completion) -> Text:
@@ -236,7 +255,9 @@ class Tokenizer:
                 hint="Take it out of the text.",
             )
         if not self._trains_all:
-            self.odd_ends.update({encoded.ids[last - 1] for last in encoded.ends} - self._end_ids)
+            ends = [encoded.ids[last - 1] for last in encoded.ends]
+            self.num_turns += len(ends)
+            self.odd_ends.update(token for token in ends if token not in self._end_ids)
         return _row(row, labels)
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
 from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.render import Renderer, _asks_always_alike
+from qlora_cli.data.render import Renderer
 from qlora_cli.data.rows import IGNORED, Completion, Conversation, RowError, Tokenized
+from qlora_cli.data.template import ChatTemplate, asks_always_alike
 from qlora_cli.data.tokens import Tokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
@@ -107,9 +108,12 @@ def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
 @given(conversation=conversations())
 @settings(max_examples=60, deadline=None)
 def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation: Conversation) -> None:
-    renderer = Renderer(TOKENIZERS[family].tokenizer)
-    rendered = renderer.render(conversation, renderer.text(conversation))
-    long_way = [renderer._ends_of(conversation, place, rendered.text) for place in conversation.trained]
+    text = TOKENIZERS[family]
+    renderer = Renderer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    template = ChatTemplate(text.tokenizer, text.end_ids)
+    row = renderer.fit(conversation)
+    rendered = renderer.render(row, renderer.text(row))
+    long_way = [template.span(conversation, place, rendered.text) for place in conversation.trained]
     assert list(rendered.spans) == long_way
 
 
@@ -273,7 +277,7 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
     ],
 )
 def test_a_template_that_asks_by_constants_is_known(asks: str, is_constant: bool) -> None:
-    assert _asks_always_alike("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
+    assert asks_always_alike("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_a_template_that_fails_is_the_fault_of_the_row(template: str) -> None:
 def test_a_template_that_renders_nothing_is_told() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    alone = Conversation(messages=[{"role": "system", "content": "x"}], trained=())
+    alone = Conversation(messages=[{"role": "system", "content": " "}], trained=())
     assert "renders nothing" in str(refusal(text, alone))
 
 

@@ -450,10 +450,6 @@ def test_batches_of_one_length_have_less_padding() -> None:
     [
         ({"data.packing": True, "training.sampling": "group_by_length"}, "no effect with packing"),
         ({"data.packing": True, "training.longest_first": True}, "no effect with packing"),
-        (
-            {"data.on_long": "error", "data.accept_lost": True},
-            "has no effect when rows that are too long are an error",
-        ),
         ({"data.eval_split": "5%", "data.eval_dataset": "e.jsonl"}, "would hold rows out"),
         ({"data.streaming": True}, "training.max_steps must say where to stop"),
         ({"data.streaming": True, "training.max_steps": 1, "data.eval_split": "5%"}, "needs to read all rows"),

@@ -1,0 +1,59 @@
+"""Count what becomes of drawn rows of every kind with each chat template of the tests: used, told of, or refused.
+
+    python benchmarks/rows_kept.py [--rows 200]
+
+The rows have system and developer prompts, reasoning under every key, tools, calls with arguments of every type, and
+results. Of what is used, the values are looked for as `tests/unit/test_kept.py` does; one that is lost and not told
+is an error.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qlora_cli.data.rows import RowError
+from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.settings.choices import LossOn
+from tests.chat_templates import TEMPLATES, tokenizer_with
+from tests.drawn_rows import draw_row
+from tests.unit.test_kept import lost, trained_texts
+
+
+def outcomes(name: str, num_rows: int) -> Counter[str]:
+    """Return how many rows became what with the template `name`."""
+    text = tokenizer_with(name)
+    counts: Counter[str] = Counter()
+    for seed in range(num_rows):
+        drawn = draw_row(seed)
+        tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+        (found,) = tokenizer.tokenize([drawn.conversation])
+        if isinstance(found, RowError):
+            counts["refused"] += 1
+            continue
+        told = set(tokenizer.renderer.told)
+        trained = dict(zip(drawn.conversation.trained, trained_texts(text, found), strict=True))
+        missing = lost(drawn, str(text.tokenizer.decode(found.input_ids.tolist())), trained)
+        counts["lost" if missing - told else "told" if told else "accepted"] += 1
+    return counts
+
+
+def main() -> int:
+    """Print the counts of each template, and of all together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200)
+    num_rows = parser.parse_args().rows
+    total: Counter[str] = Counter()
+    for name in TEMPLATES:
+        counts = outcomes(name, num_rows)
+        total += counts
+        print(json.dumps({"template": name, **counts}), flush=True)
+    print(json.dumps({"templates": len(TEMPLATES), **total}))
+    return 1 if total["lost"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What is said of values that a chat template leaves out of its text, and what to do."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qlora_cli.data.fit import Loss
+from qlora_cli.data.marks import Value, What
+from qlora_cli.data.rows import RowError
+
+# What is told, not refused, where the model isn't trained to write it.
+MAY_BE_LOST = (What.REASONING, What.BESIDE_CALLS)
+SHOWN = 40  # characters of a value
+OTHER_TEMPLATE = "Give a template that writes it (--chat-template FILE), or leave such rows out."
+
+
+def like(value: Value, values: Iterable[Value]) -> Value | None:
+    """Return the value of a row that stands where the mark `value` does; None if there it has only spaces."""
+    return next((each for each in values if (each.place, each.what) == (value.place, value.what)), None)
+
+
+def refusal(loss: Loss, value: Value, messages: Sequence[Mapping[str, Any]]) -> RowError:
+    """Return the error for a row of which `value` is lost."""
+    text = repr(value.text if len(value.text) <= SHOWN else f"{value.text[:SHOWN]}…")
+    place, what = value.place, value.what
+    if what == What.REASONING:
+        return _reasoning(loss, value, text)
+    if what == What.BESIDE_CALLS:
+        return RowError(
+            f"the chat template leaves out the text beside the tool calls of message {place}: {text} is not in it",
+            hint="Give a template that writes both (--chat-template FILE), or train without it (--accept-lost).",
+        )
+    if what in (What.CALL, What.TOOL):
+        where = "in the text" if place is None else "in the answer"
+        return RowError(f"the chat template has no place for {what.value}: {text} is not {where}", hint=OTHER_TEMPLATE)
+    if what == What.ARGUMENTS:
+        return RowError(
+            f"the chat template leaves out arguments of tool calls: {text} of message {place} is not in the answer",
+            hint=OTHER_TEMPLATE,
+        )
+    assert place is not None, "tools have no content"
+    return RowError(
+        f"the chat template leaves out message {place} ({messages[place]['role']}): {text} is not in the text",
+        hint="Give a template that writes it (--chat-template FILE, or chatml), or leave such rows out.",
+    )
+
+
+def _reasoning(loss: Loss, value: Value, text: str) -> RowError:
+    without = "; or train without it (--accept-lost)" if loss.is_served else ""
+    if value.key != "content":
+        return RowError(
+            f"the chat template has no place for reasoning: {value.key!r} of message {value.place}, {text}, is not in "
+            "the text",
+            hint="Write it into the content as the model answers (<think>…</think>), or give a template that has a "
+            f"place for it (--chat-template FILE){without}.",
+        )
+    kind = "every answer" if loss.is_of_all else f"message {value.place}"
+    return RowError(
+        f"the chat template takes reasoning out of {kind}, which can't be trained with it: {text} is not in the text",
+        hint="Use --chat-template chatml, which writes answers as they are, or a copy of the model's template that "
+        f"keeps reasoning (a .jinja file){without}.",
+    )
+
+
+def ends_no_turn(place: int, message: Mapping[str, Any]) -> RowError:
+    """Return the error for an answer behind which nothing ends the turn."""
+    content = message["content"].rstrip()[-30:]
+    behind = f"the tool calls of message {place}" if message.get("tool_calls") else f"the answer {content!r}"
+    return RowError(
+        f"the chat template ends no turn: behind {behind} it writes nothing that the model could learn to stop with",
+        hint="Give a template that ends each turn, such as --chat-template chatml.",
+    )
