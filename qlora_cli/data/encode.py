@@ -24,6 +24,7 @@ from qlora_cli.data.formats import Layout
 from qlora_cli.data.groups import NO_GROUP, columns_to_read, group_of
 from qlora_cli.data.limits import listed
 from qlora_cli.data.marks import What
+from qlora_cli.data.meaning import MeaningChecker
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
 from qlora_cli.data.readers import RawRow, read_rows, resolve_hub
@@ -104,6 +105,7 @@ class Encoder:
     def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
         self._group = settings.eval_group
+        self._meaning = MeaningChecker(layout, settings)
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
         self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids, accepts_lost=settings.accept_lost)
 
@@ -133,6 +135,7 @@ class Encoder:
         if row.value is None:
             return _Read(RowError(row.problem or "can't be read"))
         try:
+            self._meaning.check(row.value)
             return _Read(self.reader.read(row.value), group_of(row.value, self._group))
         except RowError as error:
             return _Read(error)

@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
+from qlora_cli.data.beside import says_more
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
 from qlora_cli.settings.models import DataSettings
 
 # What each part of a format is called, ours first; data sets that are in use call it by the other names too.
@@ -50,7 +51,11 @@ OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     },
 }
 COLUMNS = "data.columns"
-PREFERENCES = ({"chosen", "rejected"},)
+# By their own format only, or by another name of it that is asked for.
+ALSO_ASKED: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: {"messages": PARTS[DataFormat.SHAREGPT]["conversations"]},
+    DataFormat.SHAREGPT: {"conversations": PARTS[DataFormat.MESSAGES]["messages"]},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +101,10 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> La
 
 
 def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return which of a file's `columns` rows are read from; all of them where no format is recognised."""
+    """Return which of a file's `columns` are read: those that say something, or all where no format is recognised."""
     try:
-        return recognise(columns, settings, name).columns.values()
+        used = recognise(columns, settings, name).columns.values()
+        return [column for column in columns if column in used or says_more(column)]
     except DataError:  # which is told when it is asked of the rows
         return columns
 
@@ -142,12 +148,20 @@ def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str])
 
 
 def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> Layout:
+    named = {**_also_asked(fmt, columns, named), **named}
     if missing := _missing(fmt, columns, named):
         raise DataError(
             f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
             hint=f"Its columns are {listed(columns)}; --columns {missing[0]}=NAME says which one it is.",
         )
     return _layout(fmt, columns, named)
+
+
+def _also_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of parts that are there by the name that another format has for them."""
+    missing, free = _missing(fmt, columns, named), set(columns) - set(named.values())
+    names = {ours: ALSO_ASKED.get(fmt, {}).get(ours, ()) for ours in missing}
+    return {ours: name for ours, others in names.items() for name in others if name in free}
 
 
 def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
@@ -179,12 +193,8 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
 
 
 def _no_format(columns: Collection[str], name: str) -> DataError:
-    if any(needed <= set(columns) for needed in PREFERENCES):
-        return DataError(
-            f"{name} holds preferences ({listed(columns)}), of which one answer is to be avoided: "
-            "this is for training by comparison (DPO), not for fine-tuning on answers",
-            hint="To train on the better answers: --format prompt_completion --columns completion=chosen.",
-        )
+    if "segments" in columns:
+        return DataError(f"{name} holds segments of text, which are no format here", hint=SEGMENTS_HINT)
     known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
     return DataError(
         f"the columns of {name} fit no known format: {listed(columns) or 'there are none'}",

@@ -52,10 +52,8 @@ BESIDE_CALLS = BESIDE_PARTS - {"id"}
 TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning", "thinking"}
 CALL_PARTS = {"tool_use", "tool_call"}
 TEXT_KEYS = ("text", "value", "content")
-# What holds pictures and sounds, as columns, messages and parts of them call it.
-MEDIA = re.compile(
-    "(input_)?(image|video|audio|picture)s?(_(url|path|file|data|byte)s?)?|files?|pixel_values", re.IGNORECASE
-)
+# What holds pictures and sounds, as messages and parts of them call it.
+MEDIA = re.compile("(input_)?(image|video|audio)s?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE)
 
 
 class MessageReader:
@@ -89,7 +87,7 @@ class MessageReader:
         given, role = _take_role(found, where)
         train = _take_switch(found, where)
         if media := held_media(found):
-            raise _no_text(where, media)
+            raise no_text(where, media)
         read = self._said(found, where, is_calling=given in CALLING_ROLES)
         _check_role(read, role, where)
         if TRAIN in read and train not in (None, read[TRAIN]):
@@ -154,7 +152,7 @@ class _Parts:
         if isinstance(part, str):
             part = {"text": part}
         if not isinstance(part, Mapping):
-            raise _no_text(where, kind_of(part))
+            raise no_text(where, kind_of(part))
         found = {name: value for name, value in part.items() if value is not None}
         kind = str(found.pop("type", "text"))
         self._switches.append(_take_switch(found, where))
@@ -162,9 +160,9 @@ class _Parts:
             self._add_call(found, where)
             return set()
         if kind not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
-            raise _no_text(where, kind)
+            raise no_text(where, kind)
         if media := held_media(found):
-            raise _no_text(where, media)
+            raise no_text(where, media)
         self._add_text(kind, found, where)
         return found.keys() - BESIDE_PARTS
 
@@ -222,7 +220,8 @@ def _joined(parts: list[Any], where: str) -> str:
     return str(inside.said()["content"])
 
 
-def _no_text(where: str, kind: str) -> RowError:
+def no_text(where: str, kind: str) -> RowError:
+    """Return what is wrong with a row that holds pictures, sounds or anything else that is no text."""
     return RowError(
         f"{where} holds {kind}, and only text can be trained",
         hint="Leave such rows out (--on-bad-row skip), or write what it says as text.",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from qlora_cli.data.formats import Layout, recognise
 from qlora_cli.data.groups import with_groups
 from qlora_cli.data.limits import check_columns
+from qlora_cli.data.meaning import check_preferences
 from qlora_cli.data.raw import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.skipped import SkippedRow, bad_row
@@ -29,5 +30,9 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     if not columns:
         bad = next((row for row in first if row.problem), first[0])
         raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
-    layout = with_groups(recognise(columns, settings, name), columns, settings.eval_group, name)
-    return layout, itertools.chain(first, rows)
+    try:
+        layout = recognise(columns, settings, name)
+    except DataError:
+        check_preferences([row.value for row in first if row.value is not None], settings, name)
+        raise
+    return with_groups(layout, columns, settings.eval_group, name), itertools.chain(first, rows)

@@ -29,6 +29,12 @@ class Choice(StrEnum):
         return {}
 
     @classmethod
+    def hint_for(cls, value: str) -> str | None:
+        """Return what to choose where `value` is no choice, if more is known of it than its spelling."""
+        del value
+        return None
+
+    @classmethod
     def _missing_(cls, value: object) -> Self | None:
         if not isinstance(value, str):
             return None
@@ -200,6 +206,30 @@ class Attention(Choice):
     FLASH_ATTENTION_2 = "flash_attention_2"
 
 
+# What axolotl (`type`), LLaMA-Factory (`formatting`), ms-swift, TRL and Unsloth call the ways to write rows.
+FORMAT_NAMES = {
+    "messages": ("chat_template", "chatml", "chat", "openai", "conversational", "conversation"),
+    "sharegpt": ("vicuna",),
+    "prompt_completion": ("prompt-completion",),
+    "alpaca": ("alpaca_chat", "alpaca_w_system", "gpteacher"),
+    "question_answer": (
+        "question-answer",
+        "query-response",
+        "qa",
+        "jeopardy",
+        "alpaca_chat.load_qa",
+        "context_qa.load_v2",
+    ),
+    "text": ("completion", "pretrain", "pretraining", "language_modeling", "language-modeling"),
+    "tokens": ("tokenized", "pretokenized"),
+}
+SEGMENTS_HINT = (
+    "Write each row of segments as prompt and completion, or as its tokens with labels: -100 where nothing is trained "
+    "(--format tokens)."
+)
+COMPARISONS = ("dpo", "kto", "orpo", "ipo", "simpo", "preference", "ranking", "reward")
+
+
 class DataFormat(Choice):
     """How a row is read. `auto` recognises it by its columns."""
 
@@ -211,6 +241,20 @@ class DataFormat(Choice):
     QUESTION_ANSWER = "question_answer"
     TEXT = "text"
     TOKENS = "tokens"
+
+    @classmethod
+    def synonyms(cls) -> dict[str, str]:
+        """Return what other tools call a format, with the name that it has here."""
+        return {name: fmt for fmt, names in FORMAT_NAMES.items() for name in names}
+
+    @classmethod
+    def hint_for(cls, value: str) -> str | None:
+        """Return what to do with rows that other tools have a format for, and that are none here."""
+        if value.lower() in ("input_output", "segments"):
+            return SEGMENTS_HINT
+        if value.lower().partition(".")[0] in COMPARISONS:
+            return "These are for training by comparison. To train on the better answers, name them with --columns."
+        return None
 
 
 class LossOn(Choice):

@@ -8,7 +8,7 @@ from typing import Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.choices import Choice, Quantization
+from qlora_cli.settings.choices import Choice
 from qlora_cli.settings.marks import marks_of
 from qlora_cli.settings.models import field_of, marks
 from qlora_cli.settings.section import Section
@@ -60,8 +60,7 @@ def synonyms_of(field: FieldInfo) -> dict[str, str]:
 
 def hint_for(field: FieldInfo, value: str) -> str | None:
     """Return what to choose where `value` is near several choices, if the setting knows better than their spelling."""
-    hints = (kind.hint_for(value) for kind in _choices(field) if issubclass(kind, Quantization))
-    return next(hints, None)
+    return next((hint for kind in _choices(field) if (hint := kind.hint_for(value))), None)
 
 
 def _choices(field: FieldInfo) -> list[type[Choice]]:

@@ -7,59 +7,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import PreparedData, prepare_data
 from qlora_cli.data.row_reader import OWN_VARIABLES
-from qlora_cli.errors import DataError
-from qlora_cli.loading.tokenizer import load_tokenizer
-from qlora_cli.model_files.source import ModelSource
-from qlora_cli.settings.models import DataSettings, ModelSettings
-from tests.conftest import ASSETS, write_jsonl
+from tests.preparing import CHATML, make_tokenizer, prepare, refusal, trained, whole
 
-CHATML = (
-    "{{ bos_token }}{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
-    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
 TWO = {"role": "assistant", "content": "2"}
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    base = ASSETS / "base"
-    source = ModelSource(name="demo", path=base, base_name="demo", tokenizer_path=base)
-    tokenizer = load_tokenizer(source, ModelSettings(name="demo")).tokenizer
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def prepare(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **settings: Any
-) -> PreparedData:
-    assert tokenizer.eos_token_id is not None
-    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}))
-    path = write_jsonl(directory / "rows.jsonl", rows)
-    return prepare_data(DataSettings(dataset=str(path), **settings), text, seed=0).train
-
-
-def whole(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
-    return str(tokenizer.decode(data.dataset[row]["input_ids"]))
-
-
-def trained(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
-    return str(tokenizer.decode([label for label in data.dataset[row]["labels"] if label != -100]))
-
-
-def refusal(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **settings: Any
-) -> DataError:
-    with pytest.raises(DataError) as caught:
-        prepare(directory, tokenizer, rows, **settings)
-    return caught.value
+    return make_tokenizer()
 
 
 def test_keys_of_messages_that_neither_a_format_nor_the_template_knows_are_told_with_the_number_of_rows(

@@ -79,7 +79,6 @@ def test_columns_named_by_hand_come_first() -> None:
         (("prompt", "output"), {"columns": "prompt=output"}, "fit no known format", "The nearest is"),
         (("promt", "completon"), {}, "fit no known format", "The nearest is prompt_completion"),
         (("a", "b"), {"columns": "prompt=a,completion=a"}, "'a' is named twice, as prompt and as completion", "once"),
-        (("prompt", "chosen", "rejected"), {}, "holds preferences", "completion=chosen"),
         (("text",), {"format": "alpaca"}, "has no column instruction, output", "--columns instruction=NAME"),
         (("text",), {"columns": {"txt": "text"}}, "no format has a part 'txt'", "The parts are"),
         (("text",), {"columns": {"text": "texts"}}, "has no column 'texts'", "Did you mean text?"),
