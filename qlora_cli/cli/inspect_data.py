@@ -7,8 +7,10 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.cli.told import tell
+from qlora_cli.data.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import InspectDataSettings
 from qlora_cli.settings.settle import settle
@@ -26,6 +28,9 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     html = settings.inspect_data.html
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
+    wrong = Collected(resolved.where_of)
+    wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk))
+    wrong.raise_found()
 
     from qlora_cli.cli.progress import reporting  # rich: only once the settings are right
     from qlora_cli.cli.render_data import render_data

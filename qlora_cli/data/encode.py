@@ -90,6 +90,26 @@ def tokenize_source(
     return replace(found, about=replace(found.about, name=source.name))
 
 
+def is_tokenized(
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, *, head: int | None
+) -> bool:
+    """Whether the tokens of `source` are kept. Raises what `tokenize_source` raises of a name."""
+    return store.recall(_key(source, split, settings, text, seed, head)) is not None
+
+
+def try_rows(layout: Layout, rows: Iterable[RawRow], settings: DataSettings, text: TextTokenizer) -> None:
+    """Tokenize `rows` for what is wrong with them.
+
+    Raises:
+        DataError: one is bad, and bad ones are an error.
+        ModelError: the chat template can't render any.
+    """
+    for batch in Encoder(layout, settings, text).encode(rows):
+        for row in batch:
+            if isinstance(row.tokens, RowError) and settings.on_bad_row == OnBadRow.ERROR:
+                raise bad_row(SkippedRow.of(row.raw, row.tokens)) from row.tokens
+
+
 class EncodedRow(NamedTuple):
     """A row as it was read, its tokens or what is wrong with it, and the digests of its group and its text."""
 

@@ -1,9 +1,10 @@
-"""What can be known to be wrong with the data's names before anything heavy is imported."""
+"""What can be known to be wrong with the names of the data and with its columns before anything heavy is imported."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from qlora_cli.data.chosen import eval_split, held_out_sources, trained_and_held_out, trained_sources
+from qlora_cli.data.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.sources import NO_SPLITS, DatasetSource, check_dataset_name
 from qlora_cli.errors import Problem, QloraError
 from qlora_cli.settings.models import DataSettings, LoadSettings, field_of
@@ -20,6 +21,12 @@ def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Pro
         found["data.eval_dataset"] = _check_names(data.eval_dataset, eval_split(data))
     problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
     return problems or [*_about_splits(resolved, data), *_about_held_out(resolved, data)]
+
+
+def column_problems(resolved: Resolved[SettingsT], data: DataSettings, seed: int) -> list[Problem]:
+    """Return what is wrong with the first rows of the data sets on this disk, whose names are right."""
+    found = first_rows_errors(data, seed, chosen=on_this_disk)
+    return list(dict.fromkeys(resolved.problem(setting, error) for setting, error in found))
 
 
 def _check_names(names: Sequence[str], split: str) -> QloraError | None:

@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
 from qlora_cli.data.chosen import eval_split, held_out_sources, notes_on, trained_sources
-from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, tokenize_source
+from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, is_tokenized, tokenize_source, try_rows
+from qlora_cli.data.first_rows import Named, first_rows_errors
 from qlora_cli.data.groups import NO_GROUP
 from qlora_cli.data.held_out import HeldOut, hold_out
 from qlora_cli.data.packing import best_fit, pack
@@ -20,6 +22,7 @@ from qlora_cli.data.stream import MOST_LOST, TokenStream
 from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, repeat_by_weight
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import varied
 from qlora_cli.settings.values import held_out_share
@@ -68,6 +71,8 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
     if only_look:
         settings = varied(settings, on_bad_row=OnBadRow.SKIP)
     sources = trained_sources(settings)
+    if len(sources) + len(held_out_sources(settings)) > 1:
+        _check_first_rows(settings, text, seed)
     head = HEAD_ROWS if settings.streaming else None
     table = _read(sources, settings.split, settings, text, seed, head)
     rows = _Rows.of(table, settings)
@@ -177,6 +182,24 @@ def _read(
     head: int | None = None,
 ) -> Table:
     return Table([tokenize_source(source, split, settings, text, seed, head=head) for source in sources])
+
+
+def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) -> None:
+    """Check that each data set can be read, before the first is tokenized as a whole.
+
+    Raises:
+        DataError: one can't.
+        SettingsError: several can't.
+    """
+
+    def is_to_be_read(named: Named) -> bool:
+        head = HEAD_ROWS if settings.streaming and named.is_trained else None
+        return named.source.is_local or not is_tokenized(named.source, named.split, settings, text, seed, head=head)
+
+    wrong = Collected()
+    look = partial(try_rows, settings=settings, text=text)
+    wrong.extend(first_rows_errors(settings, seed, chosen=is_to_be_read, look=look))
+    wrong.raise_found()
 
 
 def _held_out_rows(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int) -> _Rows:

@@ -173,7 +173,7 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
             writer.close()
         (place / ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
 
-    _check_writable(folder.parent)
+    check_writable()
     _delete_old(folder)
     try:
         write_directory(folder, write)
@@ -190,7 +190,13 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
     return stored
 
 
-def _check_writable(directory: Path) -> None:
+def check_writable() -> None:
+    """Check that tokens can be kept, and make the directory for them.
+
+    Raises:
+        DataError: it can't be written to.
+    """
+    directory = cache_folder("data")
     hint = "Set QLORA_CACHE to another directory."
     try:
         private_folder(directory)

@@ -30,7 +30,7 @@ from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found, plan_load
-from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
 from qlora_cli.loading.settled import find, settle_load
 from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
@@ -61,6 +61,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     run = trained_rows(model.source)
     settled = settle_load(resolved, model, reporter, facts_of_rows(resolved, run))
     blueprint = plan_found(model, settled.settings, reporter)
+    check_weights(blueprint, reporter)
     left_out = _without_base(request, blueprint, reporter)
     if has_rows(resolved, run):
         rows = _read_rows(settled.settings, blueprint, run, reporter, are_named=names_rows(resolved))

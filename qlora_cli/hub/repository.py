@@ -82,23 +82,56 @@ def fetch_files(
         ModelNotFoundError: the hub can't be reached, or does not hand them out.
         DiskSpaceError: they do not fit on the disk of the cache.
     """
-    missing = sorted(name for name in names if not (repository.snapshot / name).is_file())
+    missing = _missing(repository, names)
     if repository.away is not None:
-        if missing:
-            raise _incomplete(repository, missing)
         return repository.snapshot.resolve()
+    with _downloading(repository):
+        _fetch_missing(repository, missing, reporter, retry)
+        path = _link(repository, names)
+    if path != repository.snapshot.resolve():
+        raise ModelError(f"{repository.name} was changed on the hub while it was downloaded", hint="Run it again.")
+    return path
+
+
+def check_download(
+    repository: Repository, names: Collection[str], reporter: Reporter, retry: Retry = DEFAULT_RETRY
+) -> bool:
+    """Return whether any of `names` is yet to be downloaded, once it is known that all of them can be.
+
+    Raises:
+        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        DiskSpaceError: they do not fit on the disk of the cache.
+        OutputDirectoryError: the cache can't be written to.
+    """
+    missing = _missing(repository, names)
+    with _downloading(repository):
+        _check_disk(repository.name, [_describe_file(repository, name, reporter, retry) for name in missing])
+    return bool(missing)
+
+
+@contextmanager
+def _downloading(repository: Repository) -> Iterator[None]:
+    """Explain what goes wrong while the hub is asked for files."""
     try:
         with _explained(repository.name, repository.revision):
-            _fetch_missing(repository, missing, reporter, retry)
-            path = _link(repository, names)
+            yield
     except _AwayError as error:
         raise ModelNotFoundError(
             f"{repository.name} was not downloaded to the end: {error}",
             hint="Run it again: it goes on where it stopped.",
         ) from error
-    if path != repository.snapshot.resolve():
-        raise ModelError(f"{repository.name} was changed on the hub while it was downloaded", hint="Run it again.")
-    return path
+
+
+def _missing(repository: Repository, names: Collection[str]) -> list[str]:
+    """Return which of `names` are not in the cache.
+
+    Raises:
+        ModelNotFoundError: some are not, and the hub is away.
+    """
+    missing = sorted(name for name in names if not (repository.snapshot / name).is_file())
+    if repository.away is not None and missing:
+        raise _incomplete(repository, missing)
+    return missing
 
 
 def _link(repository: Repository, names: Collection[str]) -> Path:

@@ -18,6 +18,7 @@ from qlora_cli.counters import peak_device_allocated_bytes, peak_host_bytes, res
 from qlora_cli.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
+from qlora_cli.hub.repository import check_download
 from qlora_cli.loading.blueprint import Blueprint, plan_load
 from qlora_cli.loading.weights import (
     check_materialized,
@@ -236,6 +237,23 @@ def _load(
 def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
     """Bring the weights' files here, and check that they are whole and of the planned shapes."""
     fetch_weights(blueprint.source, reporter)
+    return _read_here(blueprint)
+
+
+def check_weights(blueprint: Blueprint, reporter: Reporter) -> None:
+    """Check the weights as far as it can be known without reading or downloading them.
+
+    Raises:
+        ModelError: they are not whole, or of another shape than the model's.
+        ModelNotFoundError: they are on the hub, which can't be asked or does not hand them out.
+        DiskSpaceError: they are to be downloaded, and do not fit on the disk.
+    """
+    pending = blueprint.source.pending
+    if pending is None or not check_download(pending.repository, pending.names, reporter):
+        _read_here(blueprint)
+
+
+def _read_here(blueprint: Blueprint) -> Checkpoint:
     checkpoint = read_checkpoint(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
     check_for_transformers(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
     if checkpoint.is_pickle:

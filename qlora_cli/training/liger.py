@@ -9,18 +9,24 @@ from qlora_cli.errors import ModelError
 NO_LOSS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
-def use_liger_kernels(model: PeftModel) -> None:
-    """Compute norms, rotary embeddings and MLPs of `model`, as far as it has them, by Liger's kernels from now on.
+def check_liger(model_type: str) -> None:
+    """Check that Liger has kernels for an architecture.
 
     Raises:
-        ModelError: there are none for this architecture.
+        ModelError: it has none.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # needs a GPU's Triton
 
-    model_type = model.get_base_model().config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ModelError(
             f"Liger has no kernels for a model of type {model_type}",
             hint="Leave training.use_liger_kernel out, or install a newer liger-kernel.",
         )
+
+
+def use_liger_kernels(model: PeftModel) -> None:
+    """Compute norms, rotary embeddings and MLPs of `model`, as far as it has them, by Liger's kernels from now on.
+
+    They are there, as `check_liger` has found.
+    """
     apply_liger_kernel(model, NO_LOSS)

@@ -8,20 +8,17 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.kept import kept_in
 from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.training_on import why_not_trained_on
 from qlora_cli.data.encode import TextTokenizer
 from qlora_cli.data.order import padding_share
 from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hub.push import check_push
 from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.settled import find, settle_load
-from qlora_cli.memory.optimizers import embeddings_of, optimizer_steps
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.kept import linear_layers
@@ -30,11 +27,13 @@ from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import Fact, found, settle
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
+from qlora_cli.training.checks import check_before_data, with_data_errors
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.loop_state import check_state
 from qlora_cli.training.memory import Outlook, check_memory, gpu_at_hand
 from qlora_cli.training.notes import note_data, note_resume
 from qlora_cli.training.order import RowOrder
+from qlora_cli.training.outline import sizes_of
 from qlora_cli.training.packing import check_packing
 from qlora_cli.training.preflight import check_train_inputs
 from qlora_cli.training.resume import (
@@ -48,7 +47,6 @@ from qlora_cli.training.resume import (
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 FITS = found("training.auto_micro_batch")  # what it found to fit
-SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,8 @@ def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bo
 def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
     """Settle all that needs no weights.
 
-    Cheap checks come first: names and files, then what the model takes, then the data, then what training takes.
+    Cheap checks come first, and what they find is told together: names and files; then what the model, its headers and
+    the first rows of the data tell. Then comes the data as a whole, and what training takes.
     `force` goes on although training is predicted not to fit.
 
     Raises:
@@ -116,25 +115,14 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     """
     started = time.monotonic()
     check_train_inputs(asked)
-    check_push(asked.settings.output, "output.push_to_hub", reporter)
-    resume = find_resume(asked.settings.output)
-    if resume is not None and resume.checkpoint is not None:
-        check_state(resume.checkpoint)
-        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
-    check_placement(asked.settings)
-    model = find(asked.settings.model, reporter)
-    resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
+    try:
+        model = _settle_model(asked, reporter)
+    except QloraError as error:
+        told = with_data_errors(error, asked)
+        raise told from (None if told is error else error)
+    resolved, blueprint, resume = model.resolved, model.blueprint, model.resume
     settings = resolved.settings
-    blueprint = plan_found(model, settings, reporter)
-    _check_head_is_whole(blueprint)
-    if blueprint.adapter is not None and (refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes)):
-        raise refusal
-    if resume is not None:
-        trains_given = blueprint.source.adapter is not None
-        digest = base_digest(blueprint.source.path)
-        note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
-        check_base(resume, digest, blueprint.dtype.name.value)
-    check_hardware(settings.quantization, settings.training, blueprint.device)
+    check_before_data(resolved, blueprint, reporter)
     rows = _prepare_data(settings, blueprint, reporter)
     num_steps = num_optimizer_steps(settings, None if rows.train.stream is not None else len(rows.train.dataset))
     if resume is not None:
@@ -156,6 +144,38 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     return settled
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SettledModel:
+    """The model of a run, the settings as its files settle them, and the earlier run that goes on."""
+
+    resolved: Resolved[TrainSettings]
+    blueprint: Blueprint
+    resume: Resume | None
+
+
+def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _SettledModel:
+    check_push(asked.settings.output, "output.push_to_hub", reporter)
+    resume = find_resume(asked.settings.output)
+    if resume is not None and resume.checkpoint is not None:
+        check_state(resume.checkpoint)
+        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
+    check_placement(asked.settings)
+    model = find(asked.settings.model, reporter)
+    resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
+    settings = resolved.settings
+    blueprint = plan_found(model, settings, reporter)
+    _check_head_is_whole(blueprint)
+    if blueprint.adapter is not None and (refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes)):
+        raise refusal
+    if resume is not None:
+        trains_given = blueprint.source.adapter is not None
+        digest = base_digest(blueprint.source.path)
+        note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
+        check_base(resume, digest, blueprint.dtype.name.value)
+    check_hardware(settings.quantization, settings.training, blueprint.device)
+    return _SettledModel(resolved=resolved, blueprint=blueprint, resume=resume)
+
+
 def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     """Read the weights of a settled run and attach its adapter.
 
@@ -173,11 +193,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     if settings.data.packing:
         check_packing(loaded, model)
     plan = _plan(settled, loaded, model)
-    check_disk_space(
-        settings.output.directory,
-        max(0, plan.disk_bytes - size_of(settings.output.directory)),
-        hint="Free room, choose another --output, or lower output.max_checkpoints or --rank.",
-    )
+    sizes_of(model, settings.training.optimizer).check_room(settings)  # once more: the tokens may be on that disk too
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         asked=settled.asked,
@@ -317,14 +333,9 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
     settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
     training, report = settings.training, data.train.report
     num_rows = None if data.train.stream is not None else len(data.train.dataset)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_trainable = sum(parameter.numel() for parameter in trained)
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     num_steps = settled.num_steps
-    kept = kept_in(model)
-    adapter_bytes = 4 * num_trainable + (0 if kept is None else kept.frozen_bytes)
-    optimizer = optimizer_steps(training.optimizer, [trained], clips=False, embeddings=embeddings_of(model))
-    optimizer_bytes = optimizer.state_bytes
-    checkpoint_bytes = adapter_bytes + optimizer_bytes + SMALL_FILES_BYTES
+    sizes = sizes_of(model, training.optimizer)
     return TrainPlan(
         model=loaded.source.name,
         output=settings.output.directory,
@@ -355,16 +366,10 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         num_steps=num_steps,
         save_steps=save_interval(training, num_steps),
         num_epochs=None if num_rows is None else num_steps / _steps_per_epoch(settings, num_rows),
-        adapter_bytes=adapter_bytes,
-        optimizer_bytes=optimizer_bytes,
-        checkpoint_bytes=checkpoint_bytes,
-        # The newest checkpoint is complete before the oldest is deleted; the best one stays besides.
-        disk_bytes=adapter_bytes + SMALL_FILES_BYTES + _most_checkpoints(settings) * checkpoint_bytes,
+        adapter_bytes=sizes.adapter_bytes,
+        optimizer_bytes=sizes.optimizer_bytes,
+        checkpoint_bytes=sizes.checkpoint_bytes,
+        disk_bytes=sizes.disk_bytes(settings),
         predicted_memory=outlook.predicted if outlook is not None else None,
         notes=loaded.notes,
     )
-
-
-def _most_checkpoints(settings: TrainSettings) -> int:
-    has_best = settings.training.eval_steps is not None
-    return settings.output.max_checkpoints + 1 + int(has_best)

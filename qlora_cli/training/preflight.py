@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from qlora_cli.data.preflight import data_problems
+from qlora_cli.data.preflight import column_problems, data_problems
 from qlora_cli.errors import QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.model_files.source import check_model_name
@@ -13,7 +13,7 @@ from qlora_cli.training.resume import output_problem
 
 
 def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
-    """Check names, files and the output directory of a run, all at once.
+    """Check names, files and the output directory of a run, all at once, with the columns of the data if one is wrong.
 
     Raises:
         SettingsError: with every problem found.
@@ -27,8 +27,10 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
         "training.use_liger_kernel": _check_liger(settings.training),
     }
     problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
-    problems += data_problems(resolved, settings.data)
-    if problems:
+    of_names = data_problems(resolved, settings.data)
+    problems += of_names
+    if problems:  # else columns are told together with what is wrong with the model
+        problems += [] if of_names else column_problems(resolved, settings.data, settings.training.seed)
         raise SettingsError(problems)
 
 

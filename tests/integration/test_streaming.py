@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data import first_rows as first_rows_module
 from qlora_cli.data import prepare as prepare_module
 from qlora_cli.data import stream as stream_module
 from qlora_cli.data.prepare import prepare_data
@@ -167,6 +168,7 @@ def test_what_was_trained_until_a_bad_row_is_kept(
 ) -> None:
     monkeypatch.setattr(stream_module, "WINDOW_ROWS", 8)
     monkeypatch.setattr(prepare_module, "HEAD_ROWS", 8)
+    monkeypatch.setattr(first_rows_module, "SAMPLED_ROWS", 8)
     path = tmp_path / "late.jsonl"
     path.write_text("\n".join([*rows.read_text().splitlines(), '{"messages": []}']) + "\n")
     settings = train_settings(base_model, path, tmp_path / "run", data__streaming=True, training__max_steps=40)

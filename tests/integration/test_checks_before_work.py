@@ -1,0 +1,180 @@
+"""What the headers of files can tell to be wrong is told before rows are tokenized or weights are read, at once."""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import DataError, DiskSpaceError, ModelError, QloraError, SettingsError
+from qlora_cli.events import PhaseStarted
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.plan import load_run, settle_run
+from tests.conftest import Recorder, RunQlora, train_settings, write_jsonl
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache without tokens."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def model(base_model: Path, tmp_path: Path) -> Path:
+    """A model whose weights have a header and nothing behind it that can be used: to read them is an error."""
+    copy = tmp_path / "model"
+    shutil.copytree(base_model, copy)
+    content = bytearray((copy / WEIGHTS).read_bytes())
+    begin = 8 + header_bytes(copy / WEIGHTS)
+    content[begin:] = b"\xff" * (len(content) - begin)
+    (copy / WEIGHTS).write_bytes(content)
+    return copy
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Path:
+    """Rows of no known format."""
+    return write_jsonl(tmp_path / "others.jsonl", [{"ask": "a", "say": "b"}] * 3)
+
+
+def header_bytes(file: Path) -> int:
+    return int(struct.unpack("<Q", file.read_bytes()[:8])[0])
+
+
+def refused(settings: Resolved[TrainSettings], cache: Path) -> QloraError:
+    """Return the error that a run ends with, which did nothing until then."""
+    recorder = Recorder()
+    with pytest.raises(QloraError) as caught:
+        load_run(settle_run(settings, recorder), recorder)
+    assert caught.value.exit_code == 2
+    assert not list(cache.rglob("*.arrow"))
+    phases = [event.title for event in recorder.events if isinstance(event, PhaseStarted)]
+    assert [title for title in phases if title.startswith(("Reading", "Loading"))] == []
+    assert not settings.settings.output.directory.exists()
+    return caught.value
+
+
+def test_the_weights_of_these_tests_can_not_be_read(model: Path, rows: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    settled = settle_run(train_settings(model, rows, tmp_path / "run"), recorder)
+    with pytest.raises(ModelError, match=r"finite|NaN|nan"):
+        load_run(settled, recorder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("data.columns", "messages=mesages", "has no column 'mesages'"),
+        ("data.columns", "mesages=messages", "no format has a part 'mesages'"),
+        ("data.format", "alpaca", "has no column instruction, output"),
+        ("data.dataset", "{rows},{others}", "others.jsonl fit no known format"),
+        ("data.eval_dataset", "{others}", "others.jsonl fit no known format"),
+        ("data.eval_dataset", "{rows},{others}#2", "others.jsonl#2 fit no known format"),
+        ("data.eval_dataset", "{no_answers}", "no_answers.jsonl, row 2 .*is empty"),
+        ("model.chat_template", "{template}", "chat template"),
+        ("lora.target_modules", "q_proj,nothing", "'nothing' matches no linear layer"),
+        ("lora.target_parameters", "all-experts", "has no fused experts"),
+        ("lora.modules_to_save", "nothing", "'nothing' matches no module"),
+        ("lora.modules_to_save", "q_proj", "q_proj .*(is stored quantized|has an adapter)"),
+        ("lora.modules_to_save", "embed_tokens,mlp", "stored quantized|has an adapter"),
+        ("lora.rank_pattern", "nothing=4", "'nothing' matches no adapted layer"),
+        ("lora.alpha_pattern", "nothing=4", "'nothing' matches no adapted layer"),
+        ("quantization.skip_modules", "nothing", "'nothing' matches no layer"),
+        ("output.max_checkpoints", "100000000", "would be written"),
+    ],
+)
+def test_what_is_wrong_is_found_before_work(
+    model: Path, rows: Path, others: Path, cache: Path, tmp_path: Path, setting: str, value: str, message: str
+) -> None:
+    no_answers = [json.loads(rows.read_text().splitlines()[0]), {"messages": [{"role": "assistant", "content": ""}]}]
+    places = {
+        "rows": rows,
+        "others": others,
+        "no_answers": write_jsonl(tmp_path / "no_answers.jsonl", no_answers),
+        "template": tmp_path / "bad.jinja",
+    }
+    places["template"].write_text("{{ raise_exception('no') }}")
+    given: Any = value.format(**places)
+    if setting.endswith("dataset"):
+        given = given.split(",")
+    settings = train_settings(model, rows, tmp_path / "run", **{setting.replace(".", "__"): given})
+    error = refused(settings, cache)
+    assert not isinstance(error, SettingsError)
+    assert re.search(message, str(error)), error
+
+
+def test_an_adapter_that_can_not_begin_as_asked_is_found_before_work(
+    model: Path, rows: Path, cache: Path, tmp_path: Path
+) -> None:
+    asked = {"quantization__method": "none", "lora__init_lora_weights": "pissa", "lora__rank": 4096}
+    assert "principal parts" in str(refused(train_settings(model, rows, tmp_path / "run", **asked), cache))
+
+
+def test_all_that_is_wrong_is_told_together(
+    model: Path, rows: Path, others: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    settings = train_settings(
+        model, rows, tmp_path / "run", data__dataset=[str(rows), str(others)], data__eval_dataset=str(others)
+    )
+    error = refused(settings, cache)
+    assert isinstance(error, SettingsError)
+    assert [problem.where for problem in error.problems] == ["data.dataset", "output.directory"]
+    several = train_settings(
+        model, rows, tmp_path / "run", data__columns="messages=no", lora__target_modules="no", lora__rank=7
+    )
+    error = refused(several, cache)
+    assert isinstance(error, SettingsError)
+    assert [problem.where for problem in error.problems] == ["data.columns", "lora.target_modules"]
+
+
+def test_what_is_wrong_with_the_model_is_told_with_what_is_wrong_with_the_data(
+    model: Path, others: Path, cache: Path, tmp_path: Path
+) -> None:
+    (model / "tokenizer.json").write_text("{}")
+    error = refused(train_settings(model, others, tmp_path / "run"), cache)
+    assert isinstance(error, SettingsError)
+    assert [problem.where for problem in error.problems] == ["model.name", "data.dataset"]
+
+
+def test_a_name_that_is_wrong_is_told_with_the_columns_that_are(
+    run_qlora: RunQlora, others: Path, tmp_path: Path
+) -> None:
+    done = run_qlora("train", "--model", "./no", "--dataset", others, "--output", tmp_path / "run")
+    assert done.code == 2
+    assert "--model: no model at ./no" in done.stderr
+    assert "--dataset: the columns of" in done.stderr
+    assert done.stderr.endswith("2 problems\n")
+
+
+def test_weights_that_are_cut_short_are_found_by_their_header(
+    model: Path, rows: Path, cache: Path, tmp_path: Path
+) -> None:
+    with (model / WEIGHTS).open("rb+") as file:
+        file.truncate(8 + header_bytes(model / WEIGHTS))
+    assert isinstance(refused(train_settings(model, rows, tmp_path / "run"), cache), ModelError)
+
+
+def test_room_for_the_checkpoints_is_known_before_work(
+    model: Path, rows: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert isinstance(refused(train_settings(model, rows, tmp_path / "run"), cache), DiskSpaceError)
+
+
+def test_a_cache_that_can_not_be_made_is_found_before_work(
+    model: Path, rows: Path, cache: Path, tmp_path: Path
+) -> None:
+    cache.write_text("a file in the way")
+    error = refused(train_settings(model, rows, tmp_path / "run"), cache)
+    assert isinstance(error, DataError)
+    assert "QLORA_CACHE" in str(error.hint)
