@@ -76,7 +76,7 @@ def test_the_weights_of_these_tests_can_not_be_read(model: Path, rows: Path, tmp
         ("data.format", "alpaca", "has no column instruction, output"),
         ("data.dataset", "{rows},{others}", "others.jsonl fit no known format"),
         ("data.eval_dataset", "{others}", "others.jsonl fit no known format"),
-        ("data.eval_dataset", "{rows},{others}#2", "others.jsonl#2 fit no known format"),
+        ("data.eval_dataset", "{others}#2", "others.jsonl#2 fit no known format"),
         ("data.eval_dataset", "{no_answers}", "no_answers.jsonl, row 2 .*is empty"),
         ("model.chat_template", "{template}", "chat template"),
         ("lora.target_modules", "q_proj,nothing", "'nothing' matches no linear layer"),
@@ -122,12 +122,13 @@ def test_all_that_is_wrong_is_told_together(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    held_out = shutil.copy(others, tmp_path / "held_out.jsonl")
     settings = train_settings(
-        model, rows, tmp_path / "run", data__dataset=[str(rows), str(others)], data__eval_dataset=str(others)
+        model, rows, tmp_path / "run", data__dataset=[str(rows), str(others)], data__eval_dataset=str(held_out)
     )
     error = refused(settings, cache)
     assert isinstance(error, SettingsError)
-    assert [problem.where for problem in error.problems] == ["data.dataset", "output.directory"]
+    assert [problem.where for problem in error.problems] == ["data.dataset", "data.eval_dataset", "output.directory"]
     several = train_settings(
         model, rows, tmp_path / "run", data__columns="messages=no", lora__target_modules="no", lora__rank=7
     )

@@ -1,0 +1,43 @@
+"""Errors that are collected: the one that there is, or all as problems, and first what is wrong with the input."""
+
+import pytest
+
+from qlora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem, SettingsError
+from qlora_cli.settings.collected import Collected
+
+
+def test_nothing_found_is_no_error() -> None:
+    wrong = Collected()
+    with wrong.about("model.name"):
+        pass
+    wrong.raise_found()
+    assert wrong.error is None
+
+
+def test_one_error_stays_what_it_is() -> None:
+    wrong, error = Collected(), ModelError("is none", hint="Look.")
+    wrong.add("model.name", error)
+    wrong.add("data.dataset", ModelError("is none", hint="Look."))  # the same again
+    assert wrong.error is error
+
+
+def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
+    wrong = Collected()
+    wrong.add("model.name", SettingsError([Problem(where="a", message="1"), Problem(where="b", message="2")]))
+    wrong.extend([("data.dataset", DataError("has no column", hint="Name it.", setting="data.columns"))])
+    with pytest.raises(SettingsError) as caught:
+        wrong.raise_found()
+    assert caught.value.problems == (
+        Problem(where="a", message="1"),
+        Problem(where="b", message="2"),
+        Problem(where="--columns", message="has no column", hint="Name it."),
+    )
+
+
+def test_what_does_not_fit_in_memory_comes_after_what_is_wrong_with_the_input() -> None:
+    wrong = Collected()
+    with pytest.raises(OutOfMemoryError), wrong.about("model.name"):
+        raise OutOfMemoryError("too large")
+    wrong.add("data.dataset", DataError("has no rows"))
+    with pytest.raises(DataError, match="has no rows"), wrong.about("model.name"):
+        raise OutOfMemoryError("too large")
