@@ -9,8 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
-from qlora_cli.units import format_bytes
+from qlora_cli.units import MIB, format_bytes
 from qlora_cli.writing import LEFT_OVER, is_left_over
+
+MOST_BYTES = 32 * MIB  # a hundred thousand lines of what a trainer logs
+
+
+def read_small(path: Path) -> str:
+    """Return the text of a file that is read as a whole, such as a record.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        OSError: it can't be read.
+        ValueError: it is no file, larger than any such is, or not UTF-8.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it is larger than {format_bytes(MOST_BYTES)}")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is no file")
+    return path.read_text(encoding="utf-8")
 
 
 def existing_path(name: str | Path) -> Path | None:

@@ -230,10 +230,10 @@ def publish_directory(finished: Path, target: Path) -> None:
 
 def delete(place: Path) -> None:
     """Delete a file, or a folder with all that is in it, if it is there; a link goes, never what it leads to."""
-    if place.is_symlink() or place.is_file():
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)  # which would wait for a pipe
+    elif os.path.lexists(place):
         place.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _flush_all(folder: Path) -> None:

@@ -5,7 +5,6 @@ scripts/fuzz.py --seed 1234 --rounds 1 arrow  # one finding again
 """
 
 import argparse
-import faulthandler
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.fuzzing.frame import MOST_SECONDS, play  # noqa: E402
+from tests.fuzzing.frame import play  # noqa: E402
 from tests.fuzzing.targets import TARGETS  # noqa: E402
-
-HANGS_AFTER = 6 * MOST_SECONDS  # what hangs longer than is a finding by itself ends the process, with its traceback
 
 
 def main() -> int:
@@ -47,12 +44,10 @@ def fuzz(name: str, seed: int, seconds: float, most_rounds: int | None) -> int:
         while time.monotonic() - begin < seconds and counts["rounds"] != most_rounds:
             # Before the round: it may be the last thing that this process says.
             print(f"\r{name} --seed {seed + counts['rounds']}", end="", flush=True)
-            faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
             outcome = play(target, play_round, seed + counts["rounds"])
             if outcome.finding:
                 print(f": {outcome.finding}", flush=True)
             counts.update(rounds=1, refused=outcome.is_refused, findings=outcome.finding is not None)
-        faulthandler.cancel_dump_traceback_later()
     told = ", ".join(f"{counts[each]:,} {each}" for each in ("rounds", "refused", "findings"))
     print(f"\r{name}: {told} in {time.monotonic() - begin:.0f} s", flush=True)
     return int(counts["findings"] > 0)

@@ -14,11 +14,11 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora_cli.bounded import TimeOutError
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.tokenizing.limits import TimeOutError, within_limits
-from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE
+from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, within_limits
 from qlora_cli.units import MIB, format_bytes
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import as_json
+from qlora_cli.files import as_json, read_small
 
 MERGE_FILE = "merge.json"
 MERGE_SCHEMA_VERSION = 1  # a record that names none is of version 0
@@ -74,7 +74,7 @@ def read_merge_record(directory: Path) -> MergeRecord | None:
         return None
     hint = "Merge it anew."
     try:
-        record = MergeRecord.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        record = MergeRecord.model_validate(json.loads(read_small(file)))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "it"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import TrainingError
+from qlora_cli.files import read_small
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
@@ -43,7 +44,7 @@ def damage_of(checkpoint: Path) -> str | None:
         sums = checkpoint / CHECKSUMS
         if sums.exists() and not sums.is_file():
             return f"{CHECKSUMS} is no file"
-        files = json.loads(sums.read_text(encoding="utf-8"))
+        files = json.loads(read_small(sums))
         for name, expected in files.items():
             path = checkpoint / name
             if not path.resolve().is_relative_to(checkpoint.resolve()):
@@ -54,11 +55,13 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # the last of links
         return f"{CHECKSUMS} can't be read ({error})"
     if TRAINER_STATE not in files:
         return f"{TRAINER_STATE} is missing"
-    return None
+    # What has no sum may be read too; a pipe would be waited for.
+    odd = next((path for path in sorted(checkpoint.rglob("*")) if not (path.is_file() or path.is_dir())), None)
+    return None if odd is None else f"{odd.relative_to(checkpoint)} is no file"
 
 
 def _digest(path: Path) -> str:

@@ -103,6 +103,8 @@ class RunDirectory:
         for name in (CHECKPOINTS, *TRACKED):
             if (self.path / name).is_symlink():
                 return self.path / name, "is a link"
+        if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
+            return self.checkpoints, "is no folder"
         return None
 
     @property

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +30,11 @@ from qlora_cli.events import (
 )
 from qlora_cli.runs.directory import METRICS_FILE
 from qlora_cli.runs.metrics import read_event
+from qlora_cli.units import MIB
 
 NAN = float("nan")
 MOST_NOTES = 1000
+LONGEST_LINE = 16 * MIB  # what is longer is no event, and counts as several damaged lines
 OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
 OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
 # What shows that the loop was at work at that time, and not only about to be.
@@ -125,7 +128,7 @@ def read_history(directory: Path) -> RunHistory:
         raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
         with path.open("rb") as file:
-            for line in file:
+            for line in iter(partial(file.readline, LONGEST_LINE), b""):
                 reader.take(line)
     except FileNotFoundError:
         pass

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import as_json, existing_path
+from qlora_cli.files import as_json, existing_path, read_small
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
 from qlora_cli.writing import write_file
 
@@ -285,7 +285,7 @@ def read_record(directory: Path) -> RunRecord:
     if (directory / RUN_FILE).exists() and not (directory / RUN_FILE).is_file():
         return _unreadable(directory, f"{RUN_FILE} is no file")
     try:
-        content = _parsed((directory / RUN_FILE).read_text(encoding="utf-8"))
+        content = _parsed(read_small(directory / RUN_FILE))
     except FileNotFoundError:
         return _unreadable(directory, f"there is no {RUN_FILE}")
     except OSError as error:

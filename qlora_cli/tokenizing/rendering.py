@@ -4,16 +4,15 @@ A template is a program that comes with a model. It can reach nothing, for it ru
 itself without an end, loop for hours, or take all memory. Each ends here, by an error that names the template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.bounded import Result, TimeOutError, within_bytes, within_seconds
 from qlora_cli.errors import ModelError
-from qlora_cli.tokenizing import limits
-from qlora_cli.tokenizing.limits import TimeOutError, within_limits
-from qlora_cli.units import counted
+from qlora_cli.units import MIB, counted
 
 Messages = Sequence[dict[str, Any]]
 
@@ -21,6 +20,9 @@ Messages = Sequence[dict[str, Any]]
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 # What becomes of one that nests without an end, when it is compiled or when it runs.
 ENDLESS = (RecursionError, MemoryError, SyntaxError, SystemError)
+LONGEST_SECONDS = 4.0  # for one conversation; they are rendered within milliseconds
+MOST_BYTES = 512 * MIB  # for anything that is not there for the sake of long messages
+MOST_BYTES_PER_CHARACTER = 32  # of the messages: eight copies of the widest
 LONGEST_TEXT = 2**27  # characters; twice what the longest row has
 OTHER_TEMPLATE = "Correct it, or give another with --chat-template (a .jinja file, or chatml)."
 
@@ -66,7 +68,7 @@ def render(
         raise RefusedError(str(error)) from error
     except TimeOutError as error:
         raise ModelError(
-            f"the chat template did not end within {limits.LONGEST_SECONDS:.0f} s, for {given}", hint=OTHER_TEMPLATE
+            f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {given}", hint=OTHER_TEMPLATE
         ) from error
     except MemoryError as error:
         raise endless(error) from error
@@ -100,6 +102,18 @@ def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messa
         return within_limits(apply, sum(map(_characters, conversations)))
     except (*TEMPLATE_ERRORS, *ENDLESS, TimeOutError):
         return None
+
+
+def within_limits(call: Callable[[], Result], num_characters: int = 0) -> Result:
+    """Return what `call` returns, which runs or compiles a template, for messages of `num_characters`.
+
+    Raises:
+        TimeOutError: it takes too long.
+        MemoryError: it takes too much memory.
+    """
+    # Memory around time: a time-out must not fall between a limit and its end.
+    most_bytes = MOST_BYTES + MOST_BYTES_PER_CHARACTER * num_characters
+    return within_bytes(lambda: within_seconds(call, LONGEST_SECONDS), most_bytes)
 
 
 def endless(error: BaseException) -> ModelError:

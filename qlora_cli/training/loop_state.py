@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,16 @@ import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers.trainer_pt_utils import safe_globals
 
+from qlora_cli.bounded import within_bytes
 from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.files import read_small
 from qlora_cli.runs.checkpoints import TRAINER_STATE, step_of
+from qlora_cli.units import MIB
 
 Value = TypeVar("Value")
 
 LOOP_STATE = "loop_state.json"
+MOST_BYTES = 512 * MIB  # for a pickle, beside twice what it is large
 Generators = Mapping[str, Any]
 
 
@@ -169,17 +174,31 @@ def check_state(checkpoint: Path) -> None:
 
 def _check_pickle(file: Path, keys: tuple[str, ...]) -> None:
     try:
-        with safe_globals():
-            found = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        found = within_bytes(partial(_values_of, file), MOST_BYTES + 2 * file.stat().st_size)
+    except MemoryError as error:
+        raise _odd(file, "it takes far more memory than it is large") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise _odd(file, "it holds more than values, or is damaged") from error
     if not isinstance(found, dict) or not all(key in found for key in keys):
         raise _odd(file, f"it does not hold {', '.join(keys)}")
 
 
+def _values_of(file: Path) -> Any:
+    with safe_globals():
+        return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
 def _as(kind: TypeAdapter[Value], file: Path) -> Value:
     try:
-        return kind.validate_python(json.loads(file.read_text(encoding="utf-8")))
+        return kind.validate_python(json.loads(read_small(file)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

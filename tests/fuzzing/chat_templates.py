@@ -112,4 +112,4 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-CHAT = Target(name="chat", prepare=_rounds, num_rounds=150)
+CHAT = Target(name="chat", prepare=_rounds)

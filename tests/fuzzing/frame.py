@@ -4,6 +4,7 @@ A round makes an input from its seed and reads it. It may be read, or refused by
 other exception, more than `MOST_SECONDS` or `MOST_BYTES` is a finding, which its target and seed make again.
 """
 
+import faulthandler
 import resource
 import sys
 import time
@@ -19,6 +20,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.units import GIB, format_bytes
 
 MOST_SECONDS = 5.0
+HANGS_AFTER = 6 * MOST_SECONDS  # what hangs longer than is a finding by itself ends the process, with its traceback
 MOST_BYTES = GIB  # more than the process had before
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 EDGES = (0, 1, 127, 128, 254, 255)
@@ -34,12 +36,12 @@ class Target:
     Attributes:
         name: As the script takes it.
         prepare: Makes what all rounds share, in an empty directory, and returns what one round does by its generator.
-        num_rounds: In the tests; about two seconds.
+        seconds: In the tests.
     """
 
     name: str
     prepare: Callable[[Path], Callable[[Generator], None]]
-    num_rounds: int
+    seconds: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,15 @@ class Outcome:
 def play(target: Target, play_round: Callable[[Generator], None], seed: int) -> Outcome:
     """Return the outcome of round `seed` of `target`."""
     before, begin, is_refused = _peak_bytes(), time.monotonic(), False
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
     try:
         play_round(np.random.default_rng([zlib.crc32(target.name.encode()), seed]))
     except QloraError:
         is_refused = True
     except Exception:  # noqa: BLE001 - whatever else is raised is what is looked for
         return Outcome(is_refused=False, finding=traceback.format_exc(limit=-12))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     seconds, grown = time.monotonic() - begin, _peak_bytes() - before
     if seconds > MOST_SECONDS:
         return Outcome(is_refused=is_refused, finding=f"it took {seconds:.1f} s")

@@ -81,5 +81,5 @@ def _adapters(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-HEADER = Target(name="header", prepare=_headers, num_rounds=400)
-ADAPTER = Target(name="adapter", prepare=_adapters, num_rounds=60)
+HEADER = Target(name="header", prepare=_headers)
+ADAPTER = Target(name="adapter", prepare=_adapters)

@@ -80,5 +80,5 @@ def _metrics(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-RECORD = Target(name="record", prepare=_records, num_rounds=120)
-METRICS = Target(name="metrics", prepare=_metrics, num_rounds=60)
+RECORD = Target(name="record", prepare=_records)
+METRICS = Target(name="metrics", prepare=_metrics)

@@ -1,5 +1,6 @@
 """Settings files: pieces of YAML put where they do not belong."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,11 +27,71 @@ training:
 # What means something in YAML, or is a value that some reader of numbers, dates or texts may not take.
 PIECES = [
     *"[]{}:,-?&*!|>'\"%@`#\t\0\n \\",
-    *("&a ", "*a", "<<: *a\n", "- ", "? ", ": ", "!!python/object/apply:os.system [id]", "!!binary =", "!!set", "!x "),
+    *("&a ", "*a", "<<: *a\n", "<<: {rank: 3}\n", "<<: [{rank: 3}, 1]\n", "<<: 1\n", "- ", "? ", ": ", "= ", "<< "),
     *("---\n", "...\n", "%YAML 9.9\n", "2024-13-45", "2001-12-14t21:59:43.10-25:00", "1e999", "-.inf", ".nan", "0x"),
     *("1_000", "190:20:30", "~", "yes", "=", "é", "\ud7ff", "\u2028", "\ufeff", "9" * 5000, "[" * 30, "- " * 30),
     *("{" * 200, "a: " * 50, "'" * 9, "|2-\n  x", ">\n", "lora:\n", "lora: {rank: 1}\n", "  rank: 8\n"),
 ]
+# Tags put before a value, some with a value of their own that is theirs, or is not.
+TAGS = [
+    *(
+        "!x ",
+        "! ",
+        "!!x ",
+        "!<tag:yaml.org,2002:int> ",
+        "!<x> ",
+        "!!python/object:os.system {}",
+        "!!python/tuple [1, 2]",
+    ),
+    *(
+        "!!python/object/apply:os.system [id]",
+        "!!python/name:os.system ",
+        "!!python/object/new:type {args: [x, [], {}]}",
+    ),
+    *(
+        "!!binary ",
+        "!!binary aGk=",
+        "!!binary |\n    é=\n",
+        "!!set ",
+        "!!set {a, b}",
+        "!!set [a]",
+        "!!omap ",
+        "!!omap [a: 1]",
+    ),
+    *("!!omap [{a: 1, b: 2}]", "!!pairs [a: 1, a: 2]", "!!pairs {a: 1}", "!!timestamp 2001-12-14", "!!timestamp x"),
+    *(
+        "!!timestamp 2001-12-14t21:59:43.10-99:99",
+        "!!int ",
+        "!!int 0x",
+        "!!int 0b2",
+        "!!int -",
+        "!!int 1:99:x",
+        "!!float ",
+    ),
+    *(
+        "!!float .",
+        "!!float 1:x",
+        "!!bool ",
+        "!!bool maybe",
+        "!!null ",
+        "!!null {a: 1}",
+        "!!str ",
+        "!!str {a: 1}",
+        "!!seq ",
+    ),
+    *(
+        "!!seq {a: 1}",
+        "!!map ",
+        "!!map [a]",
+        "!!map {[a]: 1, {b: c}: d}",
+        "!!merge ",
+        "!!value ",
+        "!!yaml ",
+        "&a [*a]",
+        "&a {b: *a}",
+    ),
+]
+VALUES = [found.end() for found in re.finditer(r"[:,] |[\[{]", FILE)]  # where they begin
 
 
 def _rounds(directory: Path) -> Callable[[Generator], None]:
@@ -38,7 +99,9 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
 
     def play_round(chance: Generator) -> None:
         text = FILE
-        for place in sorted(chance.integers(len(FILE) + 1, size=chance.integers(1, 6)), reverse=True):
+        for place in sorted(chance.choice(VALUES, size=chance.integers(3)), reverse=True):
+            text = text[:place] + TAGS[chance.integers(len(TAGS))] + text[place:]
+        for place in sorted(chance.integers(len(text) + 1, size=chance.integers(4)), reverse=True):
             text = text[:place] + PIECES[chance.integers(len(PIECES))] + text[place:]
         content = text.encode()
         path.write_bytes(damage(content, chance) if chance.random() < 0.2 else content)
@@ -47,4 +110,4 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-SETTINGS = Target(name="settings", prepare=_rounds, num_rounds=120)
+SETTINGS = Target(name="settings", prepare=_rounds)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,18 @@ def test_a_pickle_that_is_cut_off_is_refused(checkpoint: Path, size: int) -> Non
     os.truncate(checkpoint / "optimizer.pt", size)
     with pytest.raises(OutputDirectoryError, match=r"optimizer\.pt is not what a run saves"):
         check_state(checkpoint)
+
+
+class Huge:
+    """What takes 2 GiB when it is unpickled, and no code of others."""
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return bytearray, (2**31 - 1,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_a_pickle_that_takes_far_more_memory_than_it_is_large_is_refused_by_its_file(checkpoint: Path) -> None:
+    for as_zip in (True, False):
+        torch.save({"last_epoch": Huge()}, checkpoint / "scheduler.pt", _use_new_zipfile_serialization=as_zip)
+        with pytest.raises(OutputDirectoryError, match=r"scheduler\.pt is not what a run saves: it takes far more"):
+            check_state(checkpoint)

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_cli import bounded
 from qlora_cli.counters import peak_host_bytes
 from qlora_cli.data.rows import Conversation, RowError
 from qlora_cli.data.tokens import Tokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
 from qlora_cli.settings.choices import LossOn
-from qlora_cli.tokenizing import limits, rendering
-from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
+from qlora_cli.tokenizing import rendering
+from qlora_cli.tokenizing.rendering import RefusedError, render, render_all, within_limits
 from qlora_cli.units import GIB
 from tests.unit.test_tokenizer import write_tokenizer
 
@@ -69,8 +70,8 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "LONGEST_SECONDS", 0.3)
-    monkeypatch.setattr(limits, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(rendering, "LONGEST_TEXT", 2000)
 
 
@@ -141,7 +142,7 @@ def test_a_limit_of_the_users_own_stays_the_narrower_one() -> None:
     own = (8 * GIB, before[1])
     resource.setrlimit(resource.RLIMIT_DATA, own)
     try:
-        within = limits.within_limits(lambda: resource.getrlimit(resource.RLIMIT_DATA), num_characters=GIB)
+        within = within_limits(lambda: resource.getrlimit(resource.RLIMIT_DATA), num_characters=GIB)
         assert within == resource.getrlimit(resource.RLIMIT_DATA) == own
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
@@ -213,4 +214,4 @@ def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBas
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         render(tokenizer, CHAT)
-    assert time.monotonic() - begin < limits.LONGEST_SECONDS - 1
+    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1

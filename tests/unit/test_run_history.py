@@ -1,6 +1,7 @@
 """What is read from `metrics.jsonl`: whole, cut, damaged, resumed, and long."""
 
 import json
+import os
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from qlora_cli.events import (
 )
 from qlora_cli.runs.history import RunHistory, read_history
 from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
+from qlora_cli.units import MIB
 from tests.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
 
 STARTED = TrainingStarted(num_steps=10, output=Path("run"))
@@ -202,6 +204,21 @@ def test_a_figure_that_no_float_can_hold_leaves_every_column_as_long(tmp_path: P
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     steps = read_history(tmp_path).steps
     assert len({len(getattr(steps, column.name)) for column in fields(steps)}) == 1
+
+
+def test_a_line_without_an_end_is_damage_and_takes_no_memory(tmp_path: Path) -> None:
+    lines = lines_of([step_done(1), step_done(2)])
+    (tmp_path / "metrics.jsonl").write_text(f"{lines[0]}\n")
+    os.truncate(tmp_path / "metrics.jsonl", 40 * MIB)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"\n{lines[1]}\n")
+    tracemalloc.start()
+    history = read_history(tmp_path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(history.steps.step) == [1, 2]
+    assert history.num_damaged_lines == 3
+    assert peak_bytes < 100 * MIB
 
 
 def test_200_000_lines_are_read_in_seconds(tmp_path: Path) -> None:

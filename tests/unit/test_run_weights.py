@@ -255,6 +255,38 @@ def test_pipes_in_a_run_are_no_files_and_hang_nothing(tmp_path: Path) -> None:
     assert damage_of(checkpoint) == "pipe is no file"
 
 
+@pytest.mark.parametrize("name", ["pipe", "link to itself", "link to nothing", "endless"])
+def test_what_is_no_file_in_a_checkpoint_is_damage_whether_it_has_a_sum_or_not(tmp_path: Path, name: str) -> None:
+    (tmp_path / "trainer_state.json").write_text("{}")
+    seal(tmp_path)
+    assert damage_of(tmp_path) is None
+    if name == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to({"link to itself": name, "endless": "/dev/zero"}.get(name, "nothing"))
+    assert damage_of(tmp_path) == f"{name} is no file"
+    sums = json.loads((tmp_path / "checksums.json").read_text())
+    (tmp_path / "checksums.json").write_text(json.dumps({name: {"bytes": 0, "sha256": ""}, **sums}))
+    assert damage_of(tmp_path) is not None
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "sparse"], ids=["deep", "large"])
+def test_records_are_read_no_further_than_any_is_large_or_deep(tmp_path: Path, content: str) -> None:
+    for name in ("checksums.json", "run.json"):
+        (tmp_path / name).write_text(content)
+        if content == "sparse":
+            os.truncate(tmp_path / name, 2**40)
+    assert "checksums.json can't be read" in str(damage_of(tmp_path))
+    assert "run.json is damaged" in read_record(tmp_path).problems[0]
+
+
+def test_checkpoints_that_are_no_folder_are_no_place_to_go_on_in(tmp_path: Path) -> None:
+    for make in (os.mkfifo, Path.touch):
+        make(tmp_path / "checkpoints")
+        assert "checkpoints is no folder" in str(output_problem(OutputSettings(directory=tmp_path)))
+        (tmp_path / "checkpoints").unlink()
+
+
 def test_what_a_directory_holds_of_the_users_is_no_beginning_of_a_run_and_is_never_cleared(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "thesis").mkdir(parents=True)
     (tmp_path / "checkpoints" / "thesis" / "t").write_text("mine")

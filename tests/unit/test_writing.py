@@ -294,6 +294,18 @@ def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snaps
     assert (tmp_path / "copy").read_text() == "license"
 
 
+def test_a_pipe_is_deleted_and_not_waited_for_and_what_is_in_no_folder_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    for name in ("pipe", "folder", "nothing"):
+        delete(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    delete(tmp_path / "file" / "in it")
+    assert (tmp_path / "file").exists()
+
+
 def test_links_stay_out_of_a_folder_that_is_copied(tmp_path: Path, precious: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
