@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_cli.data.messages import MEDIA, is_nothing
+from qlora_cli.data.messages import SWITCHES, is_media, is_nothing
 
 # The better answer and the worse one, as TRL, LLaMA-Factory, ms-swift and data sets of comparisons call them.
 BETTER = (
@@ -18,6 +18,7 @@ BETTER = (
     "chosen_conversation",
     "chosen_conversations",
     "preferred",
+    "preferred_output",
     "response_j",
 )
 WORSE = (
@@ -29,27 +30,24 @@ WORSE = (
     "rejected_conversations",
     "dispreferred",
     "non_preferred",
+    "non_preferred_output",
     "response_k",
 )
 # Several answers, and how good each is.
-RANKED, RANKS = ("responses", "completions", "candidates", "generations"), ("scores", "ratings", "ranks", "rankings")
+RANKED = ("responses", "completions", "candidates", "generations")
+RANKS = ("scores", "ratings", "ranks", "rankings", "labels")
 # Whether the answer is wanted: a bare label says it by true and false, and may be anything else.
 LABEL, VERDICTS = "label", ("kto_tag", "kto_label", "desirable")
 # Columns that hold pictures and sounds; those of other names, such as `image_url`, are often about a text, not in it.
 HELD = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 PLACEHOLDER = re.compile("<(image|video|audio)>")
-_NAMES = frozenset({*BETTER, *WORSE, *RANKED, *RANKS, LABEL, *VERDICTS})
+_NAMES = frozenset({*BETTER, *WORSE, *RANKED, *RANKS, LABEL, *VERDICTS, *SWITCHES})
 
 
 @functools.lru_cache(maxsize=4096)
 def says_more(column: str) -> bool:
     """Whether a column of this name may say more of a row than its text does."""
     return column in _NAMES or is_media(column)
-
-
-def is_media(column: str) -> bool:
-    """Whether a column of this name may hold pictures or sounds."""
-    return MEDIA.fullmatch(column) is not None
 
 
 def held(row: Mapping[str, Any]) -> str | None:
@@ -74,6 +72,11 @@ def verdict(row: Mapping[str, Any]) -> str | None:
         if isinstance(value, bool) or word in ("true", "false") or (name != LABEL and word in (0, 1, "0", "1")):
             return name
     return None
+
+
+def switch(row: Mapping[str, Any]) -> str | None:
+    """Return the column that says whether a row is trained, or which of its messages; a number only weighs it."""
+    return next((name for name in SWITCHES if isinstance(row.get(name), bool | list) and row[name] != []), None)
 
 
 def placeholder_in(value: object) -> str | None:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.marks import REASONING_KEYS, Marked, Value, arguments_of
-from qlora_cli.data.rows import Conversation, RowError
+from qlora_cli.data.marks import Marked, Value, arguments_of
+from qlora_cli.data.rows import REASONING_KEYS, Conversation, RowError
 from qlora_cli.data.template import ChatTemplate, Span, beginning
 
 WORDS = re.compile(r"\w+|[^\w\s]")

@@ -34,7 +34,7 @@ SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 CHAT = {
     "tools": TOOLS,
     "system": SYSTEM,
-    "chat_template_kwargs": ("chat_template_kwargs",),
+    "chat_template_kwargs": ("chat_template_kwargs", "apply_chat_template_kwargs"),
     "enable_thinking": ("enable_thinking",),
 }
 OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {

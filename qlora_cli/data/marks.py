@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from qlora_cli.data.rows import Conversation
+from qlora_cli.data.rows import REASONING_KEYS, Conversation
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # What no template has to write: it says which call a result belongs to.
 IDS, NAMES = frozenset({"id", "tool_call_id", "call_id"}), frozenset({"name"})
 CLOSES_REASONING = re.compile(r"(?i)[<\[|]*/.*(think|reason|thought)")

@@ -4,9 +4,10 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from qlora_cli.data.beside import BETTER, compared, held, is_media, placeholder_in, says_more, verdict
+from qlora_cli.data.beside import BETTER, compared, held, placeholder_in, says_more, switch, verdict
 from qlora_cli.data.formats import PARTS, Layout, recognise
 from qlora_cli.data.limits import listed
+from qlora_cli.data.messages import is_media
 from qlora_cli.data.row_reader import RowReader
 from qlora_cli.data.rows import Conversation, RowError
 from qlora_cli.errors import DataError
@@ -23,7 +24,7 @@ Flags = tuple[DataFormat, Mapping[str, str]]
 class MeaningChecker:
     """Refuses rows of which a part would be passed over that changes what they mean.
 
-    Who names columns by hand has decided what is trained, so that preferences and verdicts are no fault then.
+    Who names columns by hand has decided what is trained, so that only pictures and sounds are a fault then.
     """
 
     def __init__(self, layout: Layout, settings: DataSettings) -> None:
@@ -36,14 +37,14 @@ class MeaningChecker:
         """Check that nothing beside what is used of `row` changes what it means.
 
         Raises:
-            RowError: it holds a picture or sound, answers to be compared, or a verdict on its answer.
+            RowError: it holds a picture or sound, answers to be compared, a verdict on its answer, or a switch.
         """
         beside = {name: value for name, value in row.items() if says_more(name) and name not in self._used}
         if not beside:
             return
         self._check_media(row, beside)
         if not self._settings.columns:
-            self._check_preference(row, beside)
+            self._check_answers(row, beside)
 
     def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
         if name := held(beside):
@@ -58,18 +59,24 @@ class MeaningChecker:
                 hint="Leave such rows out (--on-bad-row skip), or take it out of the text.",
             )
 
-    def _check_preference(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+    def _check_answers(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
         own = (self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]})
         if names := compared(beside):
             raise RowError(
                 f"it holds a preference ({listed(names)}), of which one answer is to be avoided: {NOT_HERE}",
                 hint=_hint(row, [*_better(beside, row), own], self._settings),
             )
+        if self._has_answers and (name := switch(beside)):
+            raise RowError(
+                f"{name!r} says what of the row is trained, and would be passed over",
+                hint='Say it in each message, with "train": true or false. '
+                + _hint(row, [own], self._settings, "To train on all answers"),
+            )
         if self._has_answers and (name := verdict(beside)):
-            kept = f"Leave the rows out of which {name!r} is false. To train on all that are there"
+            purpose = f"Leave the rows out of which {name!r} is false. To train on all that are there"
             raise RowError(
                 f"{name!r} says whether the answer is wanted (KTO), and would be passed over: {NOT_HERE}",
-                hint=_hint(row, [own], self._settings, kept),
+                hint=_hint(row, [own], self._settings, purpose),
             )
 
 

@@ -4,12 +4,13 @@ Nothing that a message says is passed over: it becomes a key that templates know
 trained, or the row is refused. A key that no list here knows stays for the template, and is noted down.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows import PLAIN_KEYS, RowError, kind_of, read_json
+from qlora_cli.data.rows import PLAIN_KEYS, REASONING_KEYS, RowError, kind_of, read_json
 from qlora_cli.data.tool_calls import read_calls
 
 ROLES = {
@@ -31,9 +32,9 @@ ROLES = {
     "function": "tool",
 }
 CALLING_ROLES = {"function_call", "tool_call"}  # the text of such a message is its calls
-PLAIN_ROLES = {"system", "user", "assistant", "tool"}
+SPEAKING = {word: role for word, role in ROLES.items() if word not in CALLING_ROLES}
+SHAREGPT_KEYS = {"from", "value"}
 ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Whether a message is trained, as axolotl, OpenAI, ms-swift, verl and LLaMA-Factory call it; `masked` is the contrary.
 SWITCHES = {
     **dict.fromkeys(
@@ -80,8 +81,8 @@ class MessageReader:
     def _message(self, message: object, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise RowError(f"{where} must be an object with role and content, found {kind_of(message)}")
-        if message.keys() == PLAIN_KEYS and message["role"] in PLAIN_ROLES and type(message["content"]) is str:
-            return dict(message)  # nearly all are
+        if (plain := _plain(message)) is not None:
+            return plain
         # Reading into columns gives every message every key; a null is a key that was not there.
         found = {name: part for name, part in message.items() if part is not None}
         given, role = _take_role(found, where)
@@ -92,9 +93,9 @@ class MessageReader:
         _check_role(read, role, where)
         if TRAIN in read and train not in (None, read[TRAIN]):
             raise RowError(f"{where} is trained by itself and not by its parts, or the other way around")
-        if "reasoning_content" in read and any(found.get(key) for key in REASONING_KEYS):
+        if (thought := _take_thought(found, where)) is not None and "reasoning_content" in read:
             raise RowError(f"{where} has thoughts in its parts, and others besides")
-        said = {**found, **read, **({} if train is None else {TRAIN: train})}
+        said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
         self.unknown_keys |= said.keys() - BESIDE_MESSAGES
         return {"role": role, "content": said.pop("content"), **said}
 
@@ -111,7 +112,7 @@ class MessageReader:
                 if "tool_calls" in read and read["tool_calls"] != calls:
                     raise RowError(f"{where} has calls in {key!r}, and others besides")
                 read["tool_calls"] = calls
-        refusal = found.pop("refusal", "")
+        refusal = found.pop("refusal", None) or ""
         if refusal and (not isinstance(refusal, str) or read["content"] not in ("", refusal)):
             raise RowError(f"{where}.refusal must be the text of the message")
         if content_key is None and not refusal and "tool_calls" not in read:
@@ -228,12 +229,40 @@ def no_text(where: str, kind: str) -> RowError:
     )
 
 
+def _plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a message that is a role and a text, as nearly all are; None if it is more."""
+    if message.keys() == PLAIN_KEYS:
+        word, text = message["role"], message["content"]
+    elif message.keys() == SHAREGPT_KEYS:
+        word, text = message["from"], message["value"]
+    else:
+        return None
+    role = SPEAKING.get(word) if type(word) is str else None
+    return {"role": role, "content": text} if role is not None and type(text) is str else None
+
+
+def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:
+    """Take out of a message what was thought before it, and return it by its key; None if nothing was."""
+    key, thought = _take(found, REASONING_KEYS, where)
+    if key is None or thought == "":
+        return None
+    if not isinstance(thought, str):
+        raise RowError(f"{where}.{key} must be text, found {kind_of(thought)}")
+    return {key: thought}
+
+
 def held_media(found: Mapping[str, Any]) -> str | None:
     """Return the first of the keys in `found` that holds a picture or a sound."""
     for key, value in found.items():
-        if MEDIA.fullmatch(key) and not isinstance(value, int | float) and not is_nothing(value):
+        if is_media(key) and not isinstance(value, int | float) and not is_nothing(value):
             return key
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def is_media(name: str) -> bool:
+    """Whether a column or key of this name may hold pictures or sounds."""
+    return MEDIA.fullmatch(name) is not None
 
 
 def is_nothing(value: object) -> bool:
@@ -272,9 +301,11 @@ def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str
 
 def _take_switch(found: dict[str, Any], where: str) -> bool | None:
     """Take out of a message or part what says whether it is trained; None if nothing does."""
+    if SWITCHES.keys().isdisjoint(found) and not any(map(_is_like_a_switch, found)):
+        return None
     said = {key: _switch(found.pop(key), f"{where}.{key}") is SWITCHES[key] for key in SWITCHES if key in found}
     for key, value in found.items():
-        if LIKE_A_SWITCH.search(key) and not isinstance(value, str):
+        if _is_like_a_switch(key) and not isinstance(value, str):
             raise RowError(
                 f"{where}.{key} seems to say what is trained, and is not known",
                 hint=f'Say it of the whole message with "train": true or false, or take {key!r} out.',
@@ -284,6 +315,11 @@ def _take_switch(found: dict[str, Any], where: str) -> bool | None:
             f"{where} is trained by one of {', '.join(said)}, and not by another", hint="Leave one of them."
         )
     return next(iter(said.values()), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_like_a_switch(key: str) -> bool:
+    return LIKE_A_SWITCH.search(key) is not None
 
 
 def _switch(value: object, where: str) -> bool:

@@ -17,6 +17,7 @@ from qlora_cli.data.limits import TOO_DEEP, text_nests_too_deeply
 Ids = NDArray[np.int32]
 
 PLAIN_KEYS = {"role", "content"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 IGNORED = -100  # the label that the loss skips
 SPACES = re.compile(r"\s*")
 LONGEST_MESSAGE = 500  # characters; what a message shows of a row may be as long as the row

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.formats import recognise
+from qlora_cli.data.meaning import MeaningChecker
 from qlora_cli.data.messages import ROLES
 from qlora_cli.data.row_reader import RowReader
 from qlora_cli.data.rows import Example, RowError
@@ -41,6 +42,22 @@ WORDS = [
 ]
 VALUES: list[Any] = [None, 0, -1, 1.5, True, "", "a", [], {}, [[]], 10**30, "null", "[1", '{"a": {}}']
 MOST_PARTS = 4
+MORE_KEYS = [
+    *(
+        "train",
+        "weight",
+        "masked",
+        "train_detail",
+        "name",
+        "reasoning_content",
+        "thinking",
+        "refusal",
+        "function_call",
+    ),
+    *("from", "value", "images", "mood", "input", "type", "text"),
+]
+BESIDE = ["tools", "system", "chat_template_kwargs", "enable_thinking", "label", "chosen", "images", "loss_mask"]
+PART_KINDS = ["text", "text", "thinking", "refusal", "tool_use", "tool_call", "image", "text "]
 
 
 def _value(chance: Generator, depth: int = 0) -> Any:
@@ -75,14 +92,27 @@ def _message(chance: Generator) -> dict[str, Any]:
     if chance.random() < 0.1:
         message["tool_calls"] = [_call(chance) for _ in range(chance.integers(3))]
     if chance.random() < 0.05:
-        message[["train", "weight", "name", "reasoning_content"][chance.integers(4)]] = _value(chance)
+        message[MORE_KEYS[chance.integers(len(MORE_KEYS))]] = _value(chance)
+    if chance.random() < 0.1:
+        message["content"] = [_part(chance) for _ in range(chance.integers(3))]
     return message
+
+
+def _part(chance: Generator) -> Any:
+    kind = PART_KINDS[chance.integers(len(PART_KINDS))]
+    part = {"type": kind, "text": _text(chance), **({"train": chance.random() < 0.5} if chance.random() < 0.1 else {})}
+    if chance.random() < 0.2:
+        part[MORE_KEYS[chance.integers(len(MORE_KEYS))]] = _value(chance)
+    return part if chance.random() < 0.9 else _value(chance)
 
 
 def _row(chance: Generator) -> dict[str, Any]:
     row: dict[str, Any] = {"messages": [_message(chance) for _ in range(chance.integers(6))], "tools": None}
     if chance.random() < 0.2:
         row["tools"] = [{"type": "function", "function": {"name": _text(chance), "parameters": _value(chance)}}]
+    if chance.random() < 0.1:
+        column = BESIDE[chance.integers(len(BESIDE))]
+        row[column] = _value(chance)
     return {**row, "messages": _value(chance)} if chance.random() < 0.05 else row
 
 
@@ -91,7 +121,9 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     texts = {name: make_tokenizer(name) for name in FAMILIES}
     own = [(texts[name].tokenizer, str(texts[name].tokenizer.chat_template)) for name in FAMILIES]
     own += [(texts["chatml"].tokenizer, template) for template in (REASONING, TOOLS, ENDLESS)]
-    layout = recognise(["messages", "tools"], DataSettings(dataset=["a"]), "a")
+    settings = DataSettings(dataset=["a"])
+    layout = recognise(["messages", *BESIDE], settings, "a")
+    meaning = MeaningChecker(layout, settings)
     losses = list(LossOn)
 
     def play_round(chance: Generator) -> None:
@@ -102,8 +134,10 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
         loss_on = losses[chance.integers(len(losses))]
         reader, examples = RowReader(layout, loss_on, use_chat=True), list[Example]()
         for _ in range(8):
+            row = _row(chance)
             try:
-                examples.append(reader.read(_row(chance)))
+                meaning.check(row)
+                examples.append(reader.read(row))
             except RowError:
                 continue
         for found in Tokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):

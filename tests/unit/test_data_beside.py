@@ -74,6 +74,8 @@ def test_preferences_of_every_shape_are_refused_and_the_flags_of_the_hint_train_
     [
         {"prompt": "6 times 7?", "chosen": [ANSWER], "rejected": [WRONG]},
         {"prompt": "6 times 7?", "responses": ["42", "41"], "scores": [1, 0]},
+        {"prompt": "6 times 7?", "completions": ["42", "41"], "labels": [True, False]},
+        {"input": {"messages": [ASK]}, "preferred_output": [ANSWER], "non_preferred_output": [WRONG]},
         {"my=prompt": "6 times 7?", "chosen": {"text": "42"}, "rejected": {"text": "41"}},
     ],
 )
@@ -119,6 +121,19 @@ def test_verdicts_are_refused_and_the_flags_of_the_hint_train_all_rows(
 
 
 @pytest.mark.parametrize(
+    ("column", "value"), [("loss_mask", [0, 1]), ("train", False), ("trainable", True), ("weight", [0, 1.0])]
+)
+def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_the_hint_train_all(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object
+) -> None:
+    rows = [{"messages": [*EARLIER, ASK, ANSWER], column: value}]
+    error = refusal(tmp_path, tokenizer, rows)
+    assert f"{column!r} says what of the row is trained" in str(error)
+    flags = typed(str(error.hint).partition("false. ")[2])
+    assert trained(prepare(tmp_path, tokenizer, rows, **flags), tokenizer) == f"2{END}42{END}"
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"prompt": "6 times 7?", "completion": "42", "label": "arithmetic"},
@@ -126,6 +141,7 @@ def test_verdicts_are_refused_and_the_flags_of_the_hint_train_all_rows(
         {"prompt": "6 times 7?", "completion": "42", "label": None},
         {"text": "6 times 7? 42", "label": True},
         {"messages": [ASK, ANSWER], "score": 1.0, "source": "x"},
+        {"messages": [ASK, ANSWER], "loss_mask": [], "loss": 1.5, "weight": 1},
         {"messages": [ASK, ANSWER], "responses": 3, "scores": [1]},
         {"question": "6 times 7?", "answer": "42", "image_url": "x.png", "file": "x.txt"},
         {"messages": [ASK, ANSWER], "image": True, "videos": 0},

@@ -169,3 +169,62 @@ def test_what_comes_before_plain_text_is_in_it_or_refused(
         assert whole(prepare(tmp_path, tokenizer, rows), tokenizer).startswith("<|bos|>Be brief.\n\n6 times 7?")
     else:
         assert "'history' is for a chat template" in str(refusal(tmp_path, tokenizer, rows))
+
+
+LOOKUP = {"name": "lookup", "arguments": '{"word": "iron"}'}
+BY_CALLS = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls is defined and "
+    "m.role == 'assistant' %}CALLS {{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "expected"),
+    [
+        ({"messages": [{**ASK, "tool_calls": []}, {**ANSWER, "tool_calls": []}]}, BY_CALLS, ["42"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Look up iron."},
+                    {"role": "assistant", "content": "I will.", "function_call": LOOKUP},
+                    {"role": "function", "name": "lookup", "content": "a metal"},
+                    {"role": "assistant", "content": "A metal."},
+                ],
+                "functions": [{"name": "lookup", "parameters": {"type": "object", "properties": {}}}],
+            },
+            CHATML,
+            ['I will.<call>{"name": "lookup", "arguments": {"word": "iron"}}</call>', "A metal."],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Look up iron and zinc."},
+                    {
+                        "from": "function_call",
+                        "value": '[{"name": "f", "args": {"x": "iron"}}, {"name": "f", "args": {"x": "zinc"}}]',
+                    },
+                    {"from": "observation", "value": "metals"},
+                    {"from": "gpt", "value": "Both are."},
+                ]
+            },
+            CHATML,
+            [
+                '<call>{"name": "f", "arguments": {"x": "iron"}}</call>'
+                '<call>{"name": "f", "arguments": {"x": "zinc"}}</call>',
+                "Both are.",
+            ],
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "value": "q"}]}, ANSWER]}, CHATML, ["42"]),
+        ({"messages": [ASK, {**TWO, "loss": False}, ASK, {**ANSWER, "loss": True}]}, CHATML, ["42"]),
+        ({"messages": [ASK, {**TWO, "loss_mask": 0}, ASK, {**ANSWER, "loss_mask": 1}]}, CHATML, ["42"]),
+        ({"messages": [{**ASK, "loss_weight": 0.0}, {**ANSWER, "loss_weight": 1.0}]}, CHATML, ["42"]),
+    ],
+    ids=["no calls", "old calls", "several calls", "parts by value", "ms-swift", "verl", "llama-factory"],
+)
+def test_rows_of_other_tools_are_trained_as_they_are_meant(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str, expected: list[str]
+) -> None:
+    tokenizer.chat_template = template
+    data = prepare(tmp_path, tokenizer, [row])
+    assert trained(data, tokenizer) == "".join(f"{answer}<|im_end|>" for answer in expected)

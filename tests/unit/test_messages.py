@@ -113,6 +113,7 @@ def test_parts_of_text_are_read_under_each_name_of_it() -> None:
     nulls = {"type": "text", "text": "f", "image_url": None, "cache_control": {"type": "ephemeral"}}
     assert chat(USER, {"role": "assistant", "content": [*parts, refused, nulls]}).messages[1]["content"] == "abcdef"
     assert chat(USER, {"role": "assistant", "content": None, "refusal": "no"}).messages[1]["content"] == "no"
+    assert chat(USER, {**ANSWER, "refusal": {}}, {**USER, "content": "", "refusal": []}).messages[2]["content"] == ""
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,18 @@ def test_thoughts_that_have_no_place_are_refused() -> None:
     assert "messages[1].content[1] is thinking behind text" in str(behind)
     twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
     assert "messages[1] has thoughts in its parts, and others besides" in str(twice)
+    differing = problem(USER, {**ANSWER, "reasoning": "hm", "reasoning_content": "oh"})
+    assert "messages[1] has both 'reasoning_content' and 'reasoning', and not alike" in str(differing)
+    no_text = problem(USER, {**ANSWER, "thinking": ["hm"]})
+    assert "messages[1].thinking must be text, found a list" in str(no_text)
     asked = problem({"role": "user", "content": [thought, TEXT]}, ANSWER)
     assert "messages[0] thinks, which is for the assistant" in str(asked)
+
+
+def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
+    both = {**ANSWER, "reasoning": "hm", "reasoning_content": "hm"}
+    assert chat(USER, both).messages[1] == {**ANSWER, "reasoning_content": "hm"}
+    assert chat(USER, {**ANSWER, "thinking": "", "reasoning": None}).messages[1] == ANSWER
 
 
 @pytest.mark.parametrize(
