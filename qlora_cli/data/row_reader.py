@@ -4,7 +4,8 @@ What a row lacks or has wrong is a `RowError`; the caller knows the file and the
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,28 +154,28 @@ class RowReader:
 
     def _tokens(self, row: Mapping[str, Any]) -> Example:
         ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
-        labels = self._numbers(row, "labels", ids, least=IGNORED)
+        labels = self._for_each(ids, row, "labels", partial(_read_ids, least=IGNORED))
         if labels is not None and (other := (labels != ids) & (labels != IGNORED)).any():
             place, key = int(other.argmax()), self._layout.columns["labels"]
             raise RowError(
                 f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORED}"
             )
         labels = ids.copy() if labels is None else labels
-        trained, fed = (self._numbers(row, mask, ids, least=0) for mask in ("loss_mask", "attention_mask"))
+        trained, fed = (self._for_each(ids, row, mask, _read_mask) for mask in ("loss_mask", "attention_mask"))
         if trained is not None:
             labels[trained == 0] = IGNORED
         if fed is not None:  # what is masked is padding
-            ids, labels = ids[fed != 0], labels[fed != 0]
+            ids, labels = ids[fed == 1], labels[fed == 1]
         if len(ids) == 0:
             raise RowError(f"{self._layout.columns['attention_mask']!r} leaves no token")
         return Tokenized(input_ids=ids, labels=labels)
 
-    def _numbers(self, row: Mapping[str, Any], part: str, ids: Ids, *, least: int) -> Ids | None:
-        """Return the numbers in an optional column, one for each token."""
+    def _for_each(self, ids: Ids, row: Mapping[str, Any], part: str, read: Callable[[object, str], Ids]) -> Ids | None:
+        """Return the values in an optional column, one for each token."""
         key = self._layout.columns.get(part)
         if key is None or row.get(key) is None:
             return None
-        found = _read_ids(row[key], key, least=least)
+        found = read(row[key], key)
         if len(found) != len(ids):
             raise RowError(f"{key!r} has {counted(len(found), 'value')}, the row has {counted(len(ids), 'token')}")
         return found
@@ -315,4 +316,13 @@ def _read_ids(value: object, key: str, *, least: int) -> Ids:
     for place, token in enumerate(value):
         if type(token) is not int or not least <= token < MOST_IDS:
             raise RowError(f"{key}[{place}] is {token!r}, no token id")
+    return np.array(value, dtype=np.int32)
+
+
+def _read_mask(value: object, key: str) -> Ids:
+    if not isinstance(value, list):
+        raise RowError(f"{key!r} must be a list of 0 and 1, found {kind_of(value)}")
+    for place, part in enumerate(value):
+        if not isinstance(part, int | float) or part not in (0, 1):  # false and true are
+            raise RowError(f"{key}[{place}] is {part!r}: a mask holds 0 and 1, or false and true")
     return np.array(value, dtype=np.int32)

@@ -178,6 +178,8 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
         ({"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, [1, 2]),
         ({"input_ids": [1, 2], "completion_mask": [0, 1]}, [-100, 2]),
         ({"input_ids": [1, 2], "labels": None, "assistant_masks": [0, 1]}, [-100, 2]),
+        ({"input_ids": [1, 2, 3], "attention_mask": [True, True, False], "loss_mask": [False, True, True]}, [-100, 2]),
+        ({"input_ids": [1, 2], "loss_mask": [0.0, 1.0]}, [-100, 2]),
     ):
         found = read(row)
         assert isinstance(found, Tokenized)
@@ -210,6 +212,10 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
         ({"instruction": "i", "input": 1, "output": "o"}, "'input' must be text, found a number"),
         ({"question": True, "answer": "a"}, "'question' must be text, found true or false"),
         ({"text": " \n"}, "'text' is empty"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 0.5]}, "loss_mask[1] is 0.5: a mask holds 0 and 1, or false and true"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "attention_mask[1] is 2: a mask holds 0 and 1"),
+        ({"input_ids": [1, 2], "attention_mask": ["1"]}, "attention_mask[0] is '1': a mask holds"),
+        ({"input_ids": [1], "attention_mask": "1"}, "'attention_mask' must be a list of 0 and 1, found text"),
         ({"input_ids": []}, "must be a list of token ids, found an empty one"),
         ({"input_ids": [1, "2"]}, "input_ids[1] is '2', no token id"),
         ({"input_ids": [1, -2]}, "input_ids[1] is -2, no token id"),
