@@ -10,9 +10,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.loading.chat_template import choose_chat_template
 from qlora_cli.loading.companions import faulty_config, open_tokenizer, places_of
+from qlora_cli.loading.vocabulary_files import why_unreadable
 from qlora_cli.model_files.checkpoint import again, read_json
 from qlora_cli.model_files.construction import shown, told
 from qlora_cli.model_files.generation import read_generation_config
@@ -77,6 +78,7 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
         ModelError: there is no tokenizer, it has no end-of-sequence token, or it can't give the position
             of its tokens in the text, which the loss mask is built from; a new token is none; or the chat
             template asked for can't be used.
+        MissingDependencyError: its vocabulary needs a package that is not installed.
     """
     facts = _read_facts(source)
     tokenizer, differences = _open(source, settings, sys.maxsize if settings.resize_vocab else facts.num_rows or 0)
@@ -143,7 +145,7 @@ def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[
     return tokenizer, notes
 
 
-def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> ModelError:
+def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> QloraError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
@@ -151,6 +153,8 @@ def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code:
         )
     for place in places_of(source):
         _check_files(place)
+        if (unreadable := why_unreadable(place)) is not None:
+            return unreadable
     reason = told(error)
     if faulty := faulty_config(source, error, trust_remote_code=trust_remote_code):
         file, key, value = faulty

@@ -1,6 +1,7 @@
 """Tokenizers: what pads, which tokens are added, and which ids have no row in the embedding."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.loading.vocabulary_files import why_unreadable
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 
@@ -278,6 +280,32 @@ def test_code_of_the_tokenizer_runs_only_when_trusted(tmp_path: Path, monkeypatc
     automap = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
     path.write_text(json.dumps(json.loads(path.read_text()) | automap))
     assert type(load(directory, trust_remote_code=True).tokenizer).__name__ == "OwnTokenizer"
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+def test_a_package_that_reads_the_vocabulary_and_is_missing_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    name = missing.rpartition(".")[2]
+    with pytest.raises(MissingDependencyError, match=f"of SentencePiece, which is read with {name}") as caught:
+        load(tmp_path)
+    assert caught.value.hint == f"Run: pip install {name}"
+
+
+def test_the_package_of_a_vocabulary_of_tiktoken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    (tmp_path / "own.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    assert "of tiktoken, which is read with tiktoken: not installed" in str(why_unreadable(tmp_path))
+
+
+def test_a_vocabulary_that_is_none_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"tokenizer\.model is no vocabulary of SentencePiece or tiktoken"):
+        load(tmp_path)
 
 
 def test_a_broken_config_is_named(tmp_path: Path) -> None:

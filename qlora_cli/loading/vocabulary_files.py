@@ -1,0 +1,58 @@
+"""Why a vocabulary that is no tokenizer.json can't be read: the package that its kind needs, or what it is instead."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_cli.errors import MissingDependencyError, ModelError, QloraError
+from qlora_cli.model_files.checkpoint import again
+
+FAST = "tokenizer.json"
+NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+HEAD_BYTES = 128
+# A SentencePiece model begins with its first piece, a list of tiktoken with a token in base 64 and its rank.
+SENTENCEPIECE, TIKTOKEN = re.compile(rb"\n"), re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\n")
+# The modules that read a kind, and what they are called where they are installed from.
+MODULES: Mapping[str, Sequence[str]] = {
+    "SentencePiece": ("sentencepiece", "google.protobuf"),
+    "tiktoken": ("tiktoken",),
+}
+INSTALLED_AS = {"google.protobuf": "protobuf"}
+
+
+def why_unreadable(directory: Path) -> QloraError | None:
+    """Return why the vocabulary in `directory` can't be read, as far as its file and the packages here tell."""
+    if (directory / FAST).is_file():
+        return None
+    return next((error for path in _files(directory) if (error := _why(path)) is not None), None)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    yield from (path for name in NAMES if (path := directory / name).is_file())
+    yield from sorted(directory.glob("*.tiktoken"))
+
+
+def _why(path: Path) -> QloraError | None:
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    kind = "tiktoken" if TIKTOKEN.match(head) else "SentencePiece" if SENTENCEPIECE.match(head) else None
+    if kind is None:
+        return ModelError(
+            f"{path} is no vocabulary of SentencePiece or tiktoken: it begins with {head[:8]!r}",
+            hint=again(path.parent, path.name),
+        )
+    missing = [INSTALLED_AS.get(module, module) for module in MODULES[kind] if _is_missing(module)]
+    if not missing:
+        return None
+    return MissingDependencyError(
+        f"{path} is a vocabulary of {kind}, which is read with {' and '.join(missing)}: not installed",
+        hint=f"Run: pip install {' '.join(missing)}",
+    )
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError:  # the package above it is missing
+        return True
