@@ -34,7 +34,7 @@ from qlora_cli.units import MIB
 
 NAN = float("nan")
 MOST_NOTES = 1000
-LONGEST_LINE = 16 * MIB  # what is longer is no event, and counts as several damaged lines
+LONGEST_LINE = 16 * MIB  # bytes; what is longer is no event
 OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
 OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
 # What shows that the loop was at work at that time, and not only about to be.
