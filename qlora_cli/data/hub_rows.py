@@ -1,14 +1,14 @@
 """Rows of data sets on the hub, and every way in which getting them fails."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.columns import plain_row
+from qlora_cli.data.columns import Batches, rows_of_batches
 from qlora_cli.data.parquet_groups import BATCH_ROWS
-from qlora_cli.data.raw import RawRow, estimate_bytes
+from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted
 from qlora_cli.data.sampling import choose, too_few
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
@@ -20,15 +20,20 @@ KNOWN_CONFIGS = re.compile(r"(?is)config.*(?:Available|available configs|in the 
 KNOWN_SPLITS = re.compile(r"(?is)split.*(?:Should be one of|Available splits:) (\[.*?\])")
 
 
-def read_hub(source: DatasetSource, *, split: str, seed: int, streaming: bool) -> Iterator[RawRow]:
+def read_hub(
+    source: DatasetSource, *, split: str, seed: int, streaming: bool, wanted: Wanted = EVERYTHING
+) -> Iterator[RawRow]:
     """Yield the rows of a hub data set; when streaming, a sample is numbered in the order in which it comes.
+
+    Of columns that are not `wanted`, a row has the names alone, with None for their values.
 
     Raises:
         DatasetNotFoundError: the hub has no such data set or revision, or can't be reached.
         DataError: it has no such config or split, fewer rows than asked for, or can't be read.
     """
     with _explained(source):
-        rows = _load(source, split, streaming)
+        opened = _load(source, split, streaming)
+        rows = _as_tables(opened, wanted, source.name)
         numbers: list[int] | None = None
         if source.num_rows is not None and streaming:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS).take(source.num_rows)
@@ -36,9 +41,8 @@ def read_hub(source: DatasetSource, *, split: str, seed: int, streaming: bool) -
             numbers = [int(index) + 1 for index in choose(source, len(rows), seed)]
             rows = rows.select([number - 1 for number in numbers])
         count = 0
-        for count, value in enumerate(_plain_rows(rows), start=1):
-            number = numbers[count - 1] if numbers else count
-            yield RawRow(source.name, number, None, value, None, estimate_bytes(value))
+        for count, row in enumerate(_rows_of(rows, list(opened.features), source.name), start=1):
+            yield row._replace(number=numbers[count - 1] if numbers else count)
         if source.num_rows is not None and count < source.num_rows:
             raise too_few(source, count)
 
@@ -100,10 +104,23 @@ def _other_commit(source: DatasetSource, wanted: str, found: str) -> DatasetNotF
     )
 
 
-def _plain_rows(rows: Any) -> Iterator[Mapping[str, Any]]:
-    for batch in rows.iter(batch_size=BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield plain_row(dict(zip(batch, values, strict=True)))
+def _as_tables(rows: Any, wanted: Wanted, name: str) -> Any:
+    """Return rows as tables of the columns in use.
+
+    As tables, because `datasets` decodes every image and every sound of what it gives as values.
+    """
+    from qlora_cli.data.arrow_batches import columns_to_read
+
+    columns = columns_to_read(rows.features.arrow_schema, wanted, name)
+    return rows.with_format("arrow").select_columns(columns)
+
+
+def _rows_of(tables: Any, names: Sequence[str], name: str) -> Iterator[RawRow]:
+    number = 1
+    for table in tables.iter(batch_size=BATCH_ROWS):
+        read = Batches(names, table.column_names, table.to_batches())
+        yield from rows_of_batches(name, read, number)
+        number += table.num_rows
 
 
 class _AwayError(DatasetNotFoundError):
@@ -115,6 +132,7 @@ def _explained(source: DatasetSource) -> Iterator[None]:
     """Turn what the libraries raise into errors of ours."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
+    from pyarrow import ArrowException
 
     # Of httpx or httpx2, whichever the client is built on.
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -122,7 +140,7 @@ def _explained(source: DatasetSource) -> Iterator[None]:
         yield
     except QloraError:
         raise
-    except (DatasetsError, http_error, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, ArrowException, http_error, OSError, ValueError, RuntimeError) as error:
         raise _explain(error, source) from error
 
 

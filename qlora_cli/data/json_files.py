@@ -4,7 +4,6 @@
 and their schemas would reach the prompt changed.
 """
 
-import json
 from collections.abc import Iterator
 from enum import Enum, auto
 from functools import partial
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.formats import PARTS
-from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues, name_long_number
+from qlora_cli.data.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
 from qlora_cli.data.kinds import printable, suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_DEEP, TOO_LONG
+from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
 from qlora_cli.settings.choices import DataFormat
 
@@ -104,14 +103,7 @@ def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
         text = content.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 text (byte {error.start + 1} of the line)"
-    try:
-        return values.decode_whole(text)
-    except json.JSONDecodeError as error:
-        return None, f"broken JSON: {error.msg} (column {error.colno})"
-    except ValueError:
-        return None, name_long_number()
-    except RecursionError:
-        return None, TOO_DEEP
+    return values.decode_whole(text)
 
 
 def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> RawRow:

@@ -44,18 +44,25 @@ class JsonValues:
         self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
 
     def decode_whole(self, text: str) -> tuple[Any, str | None]:
-        """Return the value that `text` is, and what is wrong with it.
+        """Return the value that `text` is, and what is wrong with it."""
+        self._constants.clear()
+        try:
+            value = self._decoder.decode(text)
+        except json.JSONDecodeError as error:
+            return None, f"broken JSON: {error.msg} (column {error.colno})"
+        except ValueError:
+            return None, name_long_number()
+        except RecursionError:
+            return None, TOO_DEEP
+        return value, self._problem(value, text, 0, len(text))
+
+    def decode_at(self, text: str, start: int) -> tuple[Any, int, str | None]:
+        """Return the value at `start`, where it ends, and what is wrong with it.
 
         Raises:
             ValueError: it is no JSON; JSONDecodeError says where.
             RecursionError: it is nested too deeply.
         """
-        self._constants.clear()
-        value = self._decoder.decode(text)
-        return value, self._problem(value, text, 0, len(text))
-
-    def decode_at(self, text: str, start: int) -> tuple[Any, int, str | None]:
-        """Return the value at `start`, where it ends, and what is wrong with it; raises as `decode_whole`."""
         self._constants.clear()
         value, end = self._decoder.raw_decode(text, start)
         return value, end, self._problem(value, text, start, end)

@@ -23,7 +23,7 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
         DataError: no format fits, there is no column of groups, or no row that can be read.
     """
     first = list(itertools.islice(rows, SAMPLED_ROWS))
-    columns = list(dict.fromkeys(column for row in first if row.value is not None for column in row.value))
+    columns = list(dict.fromkeys(column for row in first for column in row.value or row.columns))
     check_columns(columns, name)
     if not first:
         raise DataError(f"{name} has no rows", hint="Give a data set with at least one row.")

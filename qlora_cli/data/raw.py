@@ -6,7 +6,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -65,6 +65,7 @@ class RawRow(NamedTuple):
         number: Of the row in its file, from 1.
         line: On which it begins, from 1, where a text file has lines.
         num_bytes: About how much text it is.
+        columns: The names of all columns, where the file has them apart from its rows.
     """
 
     file: str
@@ -73,6 +74,7 @@ class RawRow(NamedTuple):
     value: Mapping[str, Any] | None
     problem: str | None
     num_bytes: int
+    columns: Sequence[str] = ()
 
 
 def estimate_bytes(value: object) -> int:

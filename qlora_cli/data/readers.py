@@ -52,7 +52,7 @@ def read_rows(
         MissingDependencyError: nothing here can decompress a file.
     """
     if not source.is_local:
-        yield from read_hub(source, split=split, seed=seed, streaming=streaming)
+        yield from read_hub(source, split=split, seed=seed, streaming=streaming, wanted=wanted)
     elif source.num_rows is None:
         for path in source.files:
             yield from _reader_of(path).read(path, wanted)

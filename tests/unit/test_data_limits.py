@@ -81,7 +81,7 @@ def test_text_that_lies_outside_of_an_arrow_file_is_never_read(
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_text_in_an_arrow_file_that_is_not_utf8_is_a_problem_of_its_row(tmp_path: Path, wrap: str) -> None:
     path = write_column(tmp_path / "a.arrow", WRAPS[wrap](text_column([0, 1, 2], b"a\xe9")), as_stream=False)
-    assert "can't decode byte 0xe9" in str(problems_of(path)[1][2])
+    assert "not UTF-8 text: byte 1 of 1 is 0xe9" in str(problems_of(path)[1][2])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
