@@ -42,12 +42,22 @@ def check_messages(file: BinaryIO, schema: Any, columns: Collection[int], name: 
         DataError: one is damaged, or expands.
     """
     try:
-        counts = [_Column.of(field) for field in schema]
+        counts = _columns_of(schema)
         for message in _messages(file):
             if message.kind in (DICTIONARY, ROWS):
                 _check_message(file, message, counts, columns, name)
     except (struct.error, ValueError) as error:
         raise DataError(f"{name} is damaged: {error}", hint="Copy or download it again.") from error
+
+
+def _columns_of(schema: Any) -> list["_Column"]:
+    """Return the columns of a schema; none if Arrow can't be asked for one, as for runs within lists."""
+    from pyarrow import ArrowException
+
+    try:
+        return [_Column.of(field) for field in schema]
+    except ArrowException:
+        return []
 
 
 class _Message(NamedTuple):

@@ -121,7 +121,7 @@ class _Reader:
         return read(self, array)
 
     def unknown(self, array: Any) -> list[Any]:
-        """Refuse the values of a type that nothing here reads, such as a union."""
+        """Refuse the values of a type that nothing here reads."""
         return self._each(
             [is_there or None for is_there in array.is_valid().to_pylist()], partial(_refuse, array.type)
         )
@@ -212,6 +212,19 @@ class _Reader:
         pairs = _slices(list(zip(keys, values, strict=True)), offsets)
         return self._each(_nulled(array, pairs), _object_of)
 
+    def unions(self, array: Any) -> list[Any]:
+        """Return values each of which is of one of several types."""
+        begin, end = array.offset, array.offset + len(array)  # pyarrow's own places are of the whole
+        codes = np.frombuffer(array.buffers()[1], np.int8)[begin:end].tolist()
+        is_dense = array.type.mode == "dense"
+        places = np.frombuffer(array.buffers()[2], np.int32)[begin:end].tolist() if is_dense else range(len(array))
+        found: list[Any] = [None] * len(array)
+        for number, code in enumerate(array.type.type_codes):
+            own = [place if each == code else None for place, each in zip(places, codes, strict=True)]
+            values = self._picked(array.field(number), own)
+            found = [value if each == code else other for value, other, each in zip(values, found, codes, strict=True)]
+        return found
+
     def _cut(self, array: Any, offsets: Sequence[int]) -> list[Any]:
         return _nulled(array, _slices(self.read(_between(array.values, offsets)), offsets))
 
@@ -257,6 +270,7 @@ WAYS: Sequence[tuple[Callable[[Any], bool], Callable[[_Reader, Any], list[Any]]]
     (types.is_fixed_size_list, _Reader.fixed_lists),
     (lambda kind: types.is_list_view(kind) or types.is_large_list_view(kind), _Reader.list_views),
     (types.is_run_end_encoded, _Reader.runs),
+    (types.is_union, _Reader.unions),
     (lambda kind: isinstance(kind, pyarrow.BaseExtensionType), _Reader.extensions),
     (lambda kind: types.is_binary(kind) or types.is_large_binary(kind), _Reader.contents),
     (lambda kind: types.is_binary_view(kind) or types.is_fixed_size_binary(kind), _Reader.contents),

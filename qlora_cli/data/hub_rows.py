@@ -41,7 +41,7 @@ def read_hub(
             numbers = [int(index) + 1 for index in choose(source, len(rows), seed)]
             rows = rows.select([number - 1 for number in numbers])
         count = 0
-        for count, row in enumerate(_rows_of(rows, list(opened.features), source.name), start=1):
+        for count, row in enumerate(_rows_of(rows, opened.column_names, wanted, source.name), start=1):
             yield row._replace(number=numbers[count - 1] if numbers else count)
         if source.num_rows is not None and count < source.num_rows:
             raise too_few(source, count)
@@ -105,21 +105,26 @@ def _other_commit(source: DatasetSource, wanted: str, found: str) -> DatasetNotF
 
 
 def _as_tables(rows: Any, wanted: Wanted, name: str) -> Any:
-    """Return rows as tables of the columns in use.
+    """Return rows as tables of the columns in use, or of all that a stream has if that shows when it is read.
 
     As tables, because `datasets` decodes every image and every sound of what it gives as values.
     """
     from qlora_cli.data.arrow_batches import columns_to_read
 
-    columns = columns_to_read(rows.features.arrow_schema, wanted, name)
-    return rows.with_format("arrow").select_columns(columns)
+    tables = rows.with_format("arrow")
+    if rows.features is None:
+        return tables
+    return tables.select_columns(columns_to_read(rows.features.arrow_schema, wanted, name))
 
 
-def _rows_of(tables: Any, names: Sequence[str], name: str) -> Iterator[RawRow]:
+def _rows_of(tables: Any, names: Sequence[str] | None, wanted: Wanted, name: str) -> Iterator[RawRow]:
+    """Yield the rows of tables; `names` are those of all columns, of which the tables have those in use."""
+    from qlora_cli.data.arrow_batches import columns_to_read
+
     number = 1
     for table in tables.iter(batch_size=BATCH_ROWS):
-        read = Batches(names, table.column_names, table.to_batches())
-        yield from rows_of_batches(name, read, number)
+        columns = table.column_names if names is not None else columns_to_read(table.schema, wanted, name)
+        yield from rows_of_batches(name, Batches(names or table.column_names, columns, table.to_batches()), number)
         number += table.num_rows
 
 
