@@ -89,6 +89,8 @@ def _problems_in(row: dict[str, Any]) -> Iterator[str]:
 def _bytes_of(array: Any) -> float:
     """Return about how much the values of `array` are; some types keep one for several places."""
     kind = array.type
+    if not len(array):  # of which a file has no offsets; pyarrow would look for them all the same, and end the process
+        return 0.0
     if isinstance(array, pyarrow.ExtensionArray):
         return _bytes_of(array.storage)
     if types.is_dictionary(kind):
@@ -100,7 +102,8 @@ def _bytes_of(array: Any) -> float:
     if types.is_struct(kind):
         return sum((_bytes_of(array.field(place)) for place in range(kind.num_fields)), 0.0)
     if types.is_list(kind) or types.is_large_list(kind):
-        return float(array.offsets.nbytes) + _bytes_of(array.flatten())
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return float(array.offsets.nbytes) + _bytes_of(array.values.slice(first, last - first))
     return float(array.nbytes)
 
 
@@ -118,7 +121,7 @@ class _Reader:
     def read(self, array: Any) -> list[Any]:
         """Return the values of `array`."""
         read = next((read for is_type, read in WAYS if is_type(array.type)), _Reader.unknown)
-        return read(self, array)
+        return read(self, array) if len(array) else []
 
     def unknown(self, array: Any) -> list[Any]:
         """Refuse the values of a type that nothing here reads."""
@@ -202,7 +205,7 @@ class _Reader:
     def list_views(self, array: Any) -> list[Any]:
         """Return lists whose values lie anywhere among the values of all."""
         sizes = array.sizes.to_pylist()
-        values = self.read(_parts(array.values, list(zip(array.offsets.to_pylist(), sizes, strict=True))))
+        values = self._parts(array.values, list(zip(array.offsets.to_pylist(), sizes, strict=True)))
         return _nulled(array, _slices(values, list(accumulate(sizes, initial=0))))
 
     def maps(self, array: Any) -> list[Any]:
@@ -231,9 +234,16 @@ class _Reader:
     def _picked(self, array: Any, places: Sequence[int | None]) -> list[Any]:
         """Return the values at `places`, each of which is read once."""
         distinct = list(dict.fromkeys(place for place in places if place is not None))
-        values = self.read(_parts(array, [(place, 1) for place in distinct]))
+        values = self._parts(array, [(place, 1) for place in distinct])
         found: dict[int | None, Any] = dict(zip(distinct, values, strict=True))
         return [found.get(place) for place in places]
+
+    def _parts(self, array: Any, parts: Sequence[tuple[int, int]]) -> list[Any]:
+        """Return the values of parts of an array, each by where it begins and its length."""
+        slices = [array.slice(begin, length) for begin, length in parts if length]
+        if not slices or array.type.num_fields or isinstance(array, pyarrow.ExtensionArray):  # not all can be joined
+            return [value for each in slices for value in self.read(each)]
+        return self.read(pyarrow.concat_arrays(slices))
 
     def _parse(self, text: str) -> Any:
         value, problem = self._json.decode_whole(text)
@@ -291,11 +301,6 @@ def _between(array: Any, offsets: Sequence[int]) -> Any:
 def _slices(values: Sequence[Any], offsets: Sequence[int]) -> list[Any]:
     """Return lists of values that follow one another, by where each begins and the last one ends."""
     return [values[begin - offsets[0] : end - offsets[0]] for begin, end in pairwise(offsets)]
-
-
-def _parts(array: Any, parts: Sequence[tuple[int, int]]) -> Any:
-    """Return parts of an array, each by where it begins and its length, as one."""
-    return pyarrow.concat_arrays([array.slice(begin, length) for begin, length in parts] or [array.slice(0, 0)])
 
 
 def _refuse(kind: Any, _: object) -> Any:

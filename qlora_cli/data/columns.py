@@ -129,16 +129,20 @@ def rows_of_batches(name: str, read: Batches, number: int = 1, wanted: Wanted = 
     for batch in (part for whole in read.batches for part in checked_batches(whole, read.columns)):
         places = [place for place in range(batch.num_rows) if wanted.has(number + place)]
         if places:
-            for place, (value, problem, num_bytes) in zip(places, rows_of(_taken(batch, places)), strict=True):
+            found = (row for part in _taken(batch, places) for row in rows_of(part))
+            for place, (value, problem, num_bytes) in zip(places, found, strict=True):
                 row = None if value is None else {**unread, **value}
                 yield RawRow(name, number + place, None, row, problem, num_bytes, read.names)
         number += batch.num_rows
 
 
-def _taken(batch: Any, places: Sequence[int]) -> Any:
-    """Return the rows at `places`, which rise, by runs of them: not of every type can single ones be taken."""
-    from pyarrow import concat_batches
+def _taken(batch: Any, places: Sequence[int]) -> list[Any]:
+    """Return the rows at `places`, which rise, as one batch, or in parts that follow one another if it has none."""
+    from pyarrow import ArrowNotImplementedError, concat_batches
 
     runs = [list(run) for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
     parts = [batch.slice(run[0][1], len(run)) for run in runs]
-    return parts[0] if len(parts) == 1 else concat_batches(parts)
+    try:
+        return [concat_batches(parts)]
+    except ArrowNotImplementedError:  # for runs of JSON, for one; more types can be cut than joined, or taken from
+        return parts
