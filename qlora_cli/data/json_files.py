@@ -191,8 +191,28 @@ def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
             for number, decoded in enumerate(_values(text, layout), start=1):
                 yield _row(file_name, number, decoded)
         except BrokenJsonError as error:
-            problem = f"{error}; what follows it in the file can't be read"
+            inside = _first_list(path) if layout == _Layout.OBJECT and TOO_LONG in str(error) else None
+            advice = "" if inside is None else f"; write the list under {inside!r} in it as a file of its own"
+            problem = f"{error}; what follows it in the file can't be read{advice}"
             yield RawRow(file_name, number + 1, error.line, None, problem, len(problem))
+
+
+def _first_list(path: Path) -> str | None:
+    """Return the key of an object under which a list of objects begins, the first one."""
+    with open_text(path) as file:
+        text = JsonText(file)
+        try:
+            text.expect("{")
+            while text.peek() == '"':
+                key = str(text.decode().value)
+                text.expect(":")
+                if text.take("["):
+                    return key if text.peek() == "{" else None
+                text.decode()
+                text.expect(",")
+        except BrokenJsonError:  # of which the row tells
+            pass
+    return None
 
 
 def _values(text: JsonText, layout: _Layout) -> Iterator[Decoded]:

@@ -1,7 +1,7 @@
 """The first rows of a data set: by their columns its layout is recognised. Imports nothing heavy."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from qlora_cli.data.formats import Layout, recognise
 from qlora_cli.data.groups import with_groups
@@ -10,6 +10,7 @@ from qlora_cli.data.meaning import check_preferences
 from qlora_cli.data.raw import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.skipped import SkippedRow, bad_row
+from qlora_cli.data.wrapped_rows import rows_by_column, rows_inside
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -30,9 +31,16 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     if not columns:
         bad = next((row for row in first if row.problem), first[0])
         raise bad_row(SkippedRow.of(bad, RowError(bad.problem or "it has no columns")))
+    layout = with_groups(_recognised(columns, first, settings, name), columns, settings.eval_group, name)
+    return layout, itertools.chain(first, rows)
+
+
+def _recognised(columns: Collection[str], first: Sequence[RawRow], settings: DataSettings, name: str) -> Layout:
+    is_alone = len(first) == 1
+    if is_alone and (by_column := rows_by_column(first[0])) is not None:
+        raise by_column
     try:
-        layout = recognise(columns, settings, name)
-    except DataError:
+        return recognise(columns, settings, name)
+    except DataError as error:
         check_preferences([row.value for row in first if row.value is not None], settings, name)
-        raise
-    return with_groups(layout, columns, settings.eval_group, name), itertools.chain(first, rows)
+        raise (rows_inside(first[0]) if is_alone else None) or error from error
