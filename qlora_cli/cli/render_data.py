@@ -7,7 +7,7 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.data.inspection import Bar, DataInspection, Trouble
 from qlora_cli.data.preview import TRAINED_BEGIN, TRAINED_END, RowPreview
-from qlora_cli.data.report import NEARLY_EQUAL, DataReport
+from qlora_cli.data.report import NEARLY_EQUAL, DataReport, describe_mixture
 from qlora_cli.units import counted
 from qlora_cli.visible import line_ends, visible
 
@@ -49,6 +49,8 @@ def _data_rows(report: DataReport, max_length: int) -> list[Row]:
     if report.supervised_tokens_lost:
         lost = f"{report.supervised_tokens_lost:,} ({_share(report.supervised_tokens_lost, supervised)})"
         rows.append(("lost to train", f"{lost} of {supervised:,} tokens"))
+    if len(report.mixture) > 1:
+        rows.append(("mixed of", describe_mixture(report)))
     if report.groups is not None:
         rows.append(("groups", f"{report.groups:,}"))
     for name, number, what in (

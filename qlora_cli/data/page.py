@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from qlora_cli import __version__
-from qlora_cli.data.report import DataReport
+from qlora_cli.data.report import DataReport, describe_mixture
 from qlora_cli.visible import Part, line_ends, parts, visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 
@@ -114,6 +114,7 @@ def render_page(inspection: "DataInspection", *, model: str) -> str:
     reports = [inspection.data, *([inspection.evaluation] if inspection.evaluation else [])]
     return template.render(
         inspection=inspection,
+        mixture=describe_mixture(inspection.data),
         model=model,
         version=__version__,
         figures=figures_of(reports),

@@ -20,7 +20,11 @@ def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Pro
     if data.eval_dataset is not None:
         found["data.eval_dataset"] = _check_names(data.eval_dataset, eval_split(data))
     problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
-    return problems or [*_about_splits(resolved, data), *_about_held_out(resolved, data)]
+    return problems or [
+        *_about_splits(resolved, data),
+        *_about_held_out(resolved, data),
+        *_about_streams(resolved, data),
+    ]
 
 
 def column_problems(resolved: Resolved[SettingsT], data: DataSettings, seed: int) -> list[Problem]:
@@ -68,3 +72,11 @@ def _about_held_out(resolved: Resolved[SettingsT], data: DataSettings) -> Iterat
         what = "is the split that is trained" if is_split else "names what is trained too"
         message = f"{what}: all rows of {same.name} would be held out, and none trained"
         yield Problem(where=resolved.where_of(path), message=message, hint=f"Name other rows. {SHARES}")
+
+
+def _about_streams(resolved: Resolved[SettingsT], data: DataSettings) -> Iterator[Problem]:
+    streamed = trained_sources(data) if data.streaming else []
+    if len(streamed) == 1 and streamed[0].weight != 1:
+        message = f"{streamed[0].name} has a weight, and a stream of one data set is mixed with nothing"
+        hint = "Leave the weight out; #500 behind the name takes a sample."
+        yield Problem(where=resolved.where_of("data.dataset"), message=message, hint=hint)

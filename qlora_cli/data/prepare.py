@@ -1,7 +1,7 @@
 """From the settings to what is trained and what is held out: tokens and labels, and what became of the rows."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,15 @@ from qlora_cli.data.encode import HEAD_ROWS, TextTokenizer, is_tokenized, tokeni
 from qlora_cli.data.first_rows import Named, first_rows_errors
 from qlora_cli.data.groups import NO_GROUP
 from qlora_cli.data.held_out import HeldOut, hold_out
+from qlora_cli.data.mixing import mix
 from qlora_cli.data.packing import best_fit, pack
-from qlora_cli.data.report import DataReport
+from qlora_cli.data.report import Contribution, DataReport
 from qlora_cli.data.skipped import bad_row, read_skipped
 from qlora_cli.data.sources import DatasetSource
 from qlora_cli.data.stream import MOST_LOST, TokenStream
-from qlora_cli.data.table import Mask, Numbers, Table, first_of_each, repeat_by_weight
+from qlora_cli.data.table import Mask, Numbers, Table, first_of_each
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import OnBadRow, OnLong
+from qlora_cli.settings.choices import Mixing, OnBadRow, OnLong
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import varied
@@ -83,9 +84,11 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
         held_out = HeldOut.of(evaluation.table, evaluation.selected)
         rows = rows.without(held_out.among(table))
         notes = _notes_on_part(rows, held_rows, settings) if held_rows.table is table else []
-    fed = repeat_by_weight(rows.fed(), table.source, [source.weight for source in sources], seed)
+    fed = rows.fed()
+    if len(fed) and not settings.streaming:  # which mixes what it reads itself
+        fed = mix(fed, table.source[fed], sources, settings.mixing, seed)
     train = _prepared(rows, fed, settings)
-    train = replace(train, notes=(*train.notes, *notes))
+    train = replace(train, notes=(*train.notes, *notes, *_notes_on_mixture(train.report, sources, settings)))
     if evaluation is not None:
         num_near = len(near_duplicates(train, evaluation))
         evaluation = replace(evaluation, report=replace(evaluation.report, near_duplicate_rows=num_near))
@@ -94,7 +97,9 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
             for refusal in refusals(prepared, settings):
                 raise refusal
     if settings.streaming:
-        train = replace(_streamed(train), stream=TokenStream(sources, settings, text, seed=seed, held_out=held_out))
+        train = replace(
+            _streamed(train, sources), stream=TokenStream(sources, settings, text, seed=seed, held_out=held_out)
+        )
     elif settings.packing:
         train = _packed(train, settings.max_length)
     train = replace(train, notes=(*notes_on(sources, held_out_sources(settings)), *train.notes))
@@ -275,10 +280,14 @@ def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: boo
     )
 
 
-def _streamed(data: PreparedData) -> PreparedData:
+def _streamed(data: PreparedData, sources: Sequence[DatasetSource]) -> PreparedData:
     first = counted(data.report.rows, "row")
-    note = f"{data.report.name} is streamed: what is said about it is about the first {first}"
-    return replace(data, notes=(note, *data.notes))
+    notes = [f"{data.report.name} is streamed: what is said about it is about the first {first}"]
+    if len(sources) > 1:
+        total = sum(source.weight for source in sources)
+        shares = ", ".join(f"{float(source.weight / total):.1%} {source.name}" for source in sources)
+        notes.append(f"each row of the stream is drawn by chance: {shares}")
+    return replace(data, notes=(*notes, *data.notes))
 
 
 def _packed(data: PreparedData, max_length: int) -> PreparedData:
@@ -317,9 +326,30 @@ def _report(rows: _Rows, fed: Numbers, settings: DataSettings) -> DataReport:
         groups=None if settings.eval_group is None else len(np.setdiff1d(table.group[fed], [NO_GROUP])),
         bad_rows=sum(about.num_bad for about in table.about),
         empty_answers=sum(about.num_empty for about in table.about),
+        mixture=tuple(_contributions(table, fed)),
         packed_rows=None,
         fingerprint=_fingerprint(table, kept, fed),
     )
+
+
+def _contributions(table: Table, fed: Numbers) -> Iterator[Contribution]:
+    source, supervised = table.source[fed], table.supervised[fed]
+    for place, about in enumerate(table.about):
+        own = source == place
+        num_rows, num_tokens = int(own.sum()), int(supervised[own].sum())
+        share = num_rows / max(1, len(fed))
+        yield Contribution(name=about.name, rows=num_rows, share=share, supervised_tokens=num_tokens)
+
+
+def _notes_on_mixture(report: DataReport, sources: Sequence[DatasetSource], settings: DataSettings) -> Iterator[str]:
+    if settings.streaming or len(sources) == 1:
+        return
+    yield from (f"no row of {part.name} is fed" for part in report.mixture if part.rows == 0)
+    if settings.mixing == Mixing.WEIGHTS and sum(source.weight for source in sources) == 1:
+        yield (
+            "the weights come to 1, and take that part of each data set's rows; to mix by probability give "
+            "--mixing first_exhausted or all_exhausted"
+        )
 
 
 def _fingerprint(table: Table, kept: Numbers, fed: Numbers) -> str:

@@ -2,7 +2,26 @@
 
 from dataclasses import dataclass
 
+from qlora_cli.units import counted
+
 NEARLY_EQUAL = "that a trained row equals but for case, punctuation and spaces"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What one data set contributes to the rows that are fed.
+
+    Attributes:
+        name: The data set, as it was named.
+        rows: Its rows that are fed, each counted as often as it is.
+        share: Of all rows that are fed.
+        supervised_tokens: Its tokens that are trained.
+    """
+
+    name: str
+    rows: int
+    share: float
+    supervised_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +33,7 @@ class DataReport:
         format: The format of each of them.
         recognised: The same, with the columns that are not called as ours.
         rows: Rows that could be read.
-        rows_trained: Rows that are fed, each as often as its weight says.
+        rows_trained: Rows that are fed, each counted as often as it is.
         tokens: Tokens that are fed.
         supervised_tokens: Of them, those that are trained.
         longest_row_tokens: Tokens of the longest row that is fed.
@@ -31,6 +50,7 @@ class DataReport:
         groups: Groups that the rows that are fed belong to; None if they are not held out by groups.
         bad_rows: Rows that can't be used, and were skipped.
         empty_answers: Of them, those that only lack an answer.
+        mixture: What each data set contributes, in the order that they were named.
         packed_rows: Rows that the rows that are fed were packed into; None if they are not packed.
         fingerprint: A SHA-256 over the tokens and labels of all rows that are fed, in order.
     """
@@ -55,5 +75,15 @@ class DataReport:
     groups: int | None
     bad_rows: int
     empty_answers: int
+    mixture: tuple[Contribution, ...]
     packed_rows: int | None
     fingerprint: str
+
+
+def describe_mixture(report: DataReport) -> str:
+    """Return in words what each data set contributes: its rows, and its shares of all rows and of what is trained."""
+    parts = []
+    for part in report.mixture:
+        trained = part.supervised_tokens / max(1, report.supervised_tokens)
+        parts.append(f"{part.name}: {counted(part.rows, 'row')} ({part.share:.1%}, {trained:.1%} of what is trained)")
+    return "; ".join(parts)

@@ -1,7 +1,6 @@
 """Rows of tokens from one or several data sets, and what can be computed on all of them at once by their numbers."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -98,15 +97,3 @@ def first_of_each(digest: Numbers) -> Mask:
     found = np.zeros(len(digest), dtype=bool)
     found[np.unique(digest, return_index=True)[1]] = True
     return found
-
-
-def repeat_by_weight(rows: Numbers, source: Numbers, weights: Sequence[Fraction], seed: int) -> Numbers:
-    """Return the rows, each as often as its data set's weight says; of a fraction, a sample drawn by `seed`."""
-    chance = np.random.default_rng(seed)
-    found = []
-    for place, weight in enumerate(weights):
-        own = rows[source[rows] == place]
-        whole, rest = divmod(weight, 1)
-        found += [own] * int(whole)
-        found.append(np.sort(chance.permutation(own)[: round(float(rest) * len(own))]))
-    return np.concatenate(found)

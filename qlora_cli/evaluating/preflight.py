@@ -96,7 +96,9 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
 
 def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     """Yield what was given for this evaluation and changes nothing in it; a settings file is of training too."""
-    beside = ("eval_dataset", "eval_split", "eval_group", "split", "streaming") if names_rows(resolved) else ()
+    beside = (
+        ("eval_dataset", "eval_split", "eval_group", "mixing", "split", "streaming") if names_rows(resolved) else ()
+    )
     without = {**dict.fromkeys(beside, "beside rows that are named"), "packing": "on a loss that is measured"}
     for key, why in without.items():
         path = f"data.{key}"

@@ -18,6 +18,7 @@ from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
+from qlora_cli.settings.choices import Mixing
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import Fact, found, in_section
@@ -164,7 +165,13 @@ def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
 
 def _alone(names: Any, split: str | None) -> dict[str, Any]:
     """Return the settings by which nothing is read but `names`, all of it."""
-    whole = {"eval_dataset": None, "eval_split": None, "eval_group": None, "streaming": False}
+    whole = {
+        "eval_dataset": None,
+        "eval_split": None,
+        "eval_group": None,
+        "mixing": Mixing.WEIGHTS,
+        "streaming": False,
+    }
     return {"dataset": names, "split": split or EVAL_SPLIT, **whole}
 
 

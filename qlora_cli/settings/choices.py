@@ -280,6 +280,17 @@ class OnBadRow(Choice):
     SKIP = "skip"
 
 
+class Mixing(Choice):
+    """What the weights of several data sets say: how often each of their rows is fed, or their shares of all rows.
+
+    Shares are kept until the first data set is exhausted, or the last one, by the names that `datasets` gives that.
+    """
+
+    WEIGHTS = "weights"
+    FIRST_EXHAUSTED = "first_exhausted"
+    ALL_EXHAUSTED = "all_exhausted"
+
+
 class Sampling(Choice):
     """The order of rows, by the name that transformers gives it."""
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from qlora_cli.errors import Problem
-from qlora_cli.settings.choices import Sampling
+from qlora_cli.settings.choices import Mixing, Sampling
 from qlora_cli.settings.conflicts_commands import about_answers, about_push
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_training
@@ -86,6 +86,10 @@ def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict
     if share is not None and data.eval_dataset is not None:
         message = f"{data.eval_split} would hold rows out of the training data, and --eval-dataset names held-out data"
         found.append(("data.eval_split", message, "Leave one of them out."))
+    if data.mixing != Mixing.WEIGHTS and len(data.dataset) == 1:
+        found.append(
+            ("data.mixing", "data.mixing has no effect on a single data set", "Give several, or leave it out.")
+        )
     if data.packing:
         for path, is_set in (
             ("training.sampling", training.sampling == Sampling.GROUP_BY_LENGTH),
@@ -117,6 +121,9 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
         for path, is_set, why in needs
         if is_set
     ]
+    if data.mixing != Mixing.WEIGHTS:
+        message = "data.mixing has no effect on a stream: its next row is always drawn by the weights, without an end"
+        found.append(("data.mixing", message, "Leave it out."))
     if training.max_steps is None:
         message = "a stream has no end that is known: training.max_steps must say where to stop"
         found.append(("data.streaming", message, "Give --max-steps."))

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.data.preview import preview_rows
-from qlora_cli.data.report import NEARLY_EQUAL
+from qlora_cli.data.report import NEARLY_EQUAL, describe_mixture
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.environment import package_versions
@@ -23,6 +23,8 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
     reporter.report(Noted(message=f"{say}; {fed}{trained}"))
     for row in preview_rows(data, tokenizer, 1):
         reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.in_a_line(LINE_CHARACTERS)}"))
+    if len(report.mixture) > 1 and data.stream is None:
+        reporter.report(Noted(message=f"mixed of {describe_mixture(report)}"))
     if report.packed_rows is not None:
         share = report.tokens / (report.packed_rows * max_length)
         reporter.report(Noted(message=f"packed into {report.packed_rows:,} rows of {max_length:,}, {share:.1%} full"))

@@ -11,11 +11,13 @@ import pytest
 from qlora_cli.data import first_rows as first_rows_module
 from qlora_cli.data import prepare as prepare_module
 from qlora_cli.data import stream as stream_module
+from qlora_cli.data.preflight import data_problems
 from qlora_cli.data.prepare import prepare_data
 from qlora_cli.data.stream import TokenStream
 from qlora_cli.errors import DataError, TrainingError
 from qlora_cli.events import Noted
-from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.models import DataSettings, TrainSettings
+from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.plan import prepare_run
 from qlora_cli.training.run import run
 from tests.chat_tokenizers import make_tokenizer
@@ -58,6 +60,33 @@ def test_streams_are_mixed_by_weight(tmp_path: Path) -> None:
     a, b = rows_of(tmp_path / "a.jsonl", 20, "apple"), rows_of(tmp_path / "b.jsonl", 20, "pear")
     rows = decoded(take(stream(a, f"{b}*3"), 2000))
     assert sum("pear" in row for row in rows) / len(rows) == pytest.approx(0.75, abs=0.04)
+
+
+def test_weights_of_streams_are_probabilities_whatever_their_sizes(tmp_path: Path) -> None:
+    a, b = rows_of(tmp_path / "a.jsonl", 4, "apple"), rows_of(tmp_path / "b.jsonl", 200, "pear")
+    data = DataSettings(dataset=(f"{a}*0.3", f"{b}*0.7"), streaming=True)
+    train = prepare_data(data, TEXT, seed=0).train
+    assert f"each row of the stream is drawn by chance: 30.0% {a}*0.3, 70.0% {b}*0.7" in train.notes
+    assert not any("--mixing" in note for note in train.notes)
+    assert train.report.rows_trained == 204  # of what was looked at
+    assert train.stream is not None
+    rows = decoded(take(train.stream, 2000))
+    assert sum("apple" in row for row in rows) / len(rows) == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_weight_on_a_single_stream_is_an_error(base_model: Path, tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "d.jsonl", 4)
+    values = {
+        "model.name": str(base_model),
+        "data.dataset": f"{path}*0.5",
+        "data.streaming": True,
+        "training.max_steps": 1,
+        "output.directory": str(tmp_path / "run"),
+    }
+    resolved = resolve(Sources(flags={key: (key, value) for key, value in values.items()}), TrainSettings)
+    (problem,) = data_problems(resolved, resolved.settings.data)
+    assert "has a weight, and a stream of one data set is mixed with nothing" in problem.message
+    assert "#500" in (problem.hint or "")
 
 
 def test_a_packed_stream_keeps_rows_whole(tmp_path: Path) -> None:

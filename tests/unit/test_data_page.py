@@ -94,6 +94,7 @@ REPORT = DataReport(
     held_out_rows=500,
     near_duplicate_rows=None,
     groups=None,
+    mixture=(),
     bad_rows=3,
     empty_answers=2,
     packed_rows=None,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import DataFormat, LossOn, OnBadRow, OnLong
+from qlora_cli.settings.choices import DataFormat, LossOn, Mixing, OnBadRow, OnLong
 from qlora_cli.settings.marks import Command, Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name
@@ -114,6 +114,12 @@ class DataSettings(Section):
     drop_duplicates: Annotated[
         bool, Marks(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(default=False, description="Train on each distinct row once.")
+    mixing: Annotated[Mixing, Marks(flag="--mixing", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
+        default=Mixing.WEIGHTS,
+        description="What the weights of several data sets are: how often each row is fed (weights), or "
+        "probabilities, until the first data set is exhausted (first_exhausted) or all of them are (all_exhausted). "
+        "Of a stream they are always probabilities.",
+    )
     packing: Annotated[bool, Marks(flag="--packing", affects_memory=True)] = Field(
         default=False, description="Fill rows up to max_length with several short ones, kept apart from each other."
     )
