@@ -124,8 +124,11 @@ class Encoder:
 
     def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
+        self._text = text
         self._group = settings.eval_group
         self._meaning = MeaningChecker(layout, settings)
+        self._starts_with_bos = False
+        self._num_without_group = 0
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
         self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids, accepts_lost=settings.accept_lost)
 
@@ -146,10 +149,26 @@ class Encoder:
     def _finish(self, waiting: "_Waiting") -> list[EncodedRow]:
         labelled = self.tokenizer.label(waiting.rendering, waiting.encoded.result())
         done = zip(labelled, map(_text_digest, waiting.rendering), strict=True)
-        return [
+        found = [
             EncodedRow(row, group, item, 0) if isinstance(item, RowError) else EncodedRow(row, group, *next(done))
             for row, (item, group) in zip(waiting.rows, waiting.read, strict=True)
         ]
+        for _, group, tokens, _ in found:
+            if isinstance(tokens, Tokens):
+                self._num_without_group += group == NO_GROUP
+                self._starts_with_bos |= bool(tokens.input_ids[0] == self._text.tokenizer.bos_token_id)
+        return found
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the rows so far."""
+        return (
+            *_note_ends(self.tokenizer, self._text),
+            *_note_bos(self._text, self._starts_with_bos),
+            *_note_control_tokens(self.tokenizer),
+            *_note_left_out(self.tokenizer),
+            *_note_unknown_keys(self.reader, str(self._text.tokenizer.chat_template)),
+            *_note_groups(self._group, self._num_without_group),
+        )
 
     def _read(self, row: RawRow) -> "_Read":
         if row.value is None:
@@ -188,7 +207,6 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
     layout, rows = open_rows(name, rows, settings)
     encoder = Encoder(layout, settings, text)
     files: dict[str, int] = {}
-    starts_with_bos, num_without_group = False, 0
     for batch in encoder.encode(rows):
         records = []
         for row, group, tokens, text_digest in batch:
@@ -197,20 +215,10 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
                     raise bad_row(SkippedRow.of(row, tokens)) from tokens
                 writer.skip(row, tokens)
                 continue
-            starts_with_bos = starts_with_bos or bool(tokens.input_ids[0] == text.tokenizer.bos_token_id)
-            num_without_group += group == NO_GROUP
             file = files.setdefault(row.file, len(files))
             records.append(_record(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest))
         writer.write(records)
         gc.collect(0)
-    notes = [
-        *_note_ends(encoder.tokenizer, text),
-        *_note_bos(text, starts_with_bos),
-        *_note_control_tokens(encoder.tokenizer),
-        *_note_left_out(encoder.tokenizer),
-        *_note_unknown_keys(encoder.reader, str(text.tokenizer.chat_template)),
-        *_note_groups(settings.eval_group, num_without_group),
-    ]
     return About(
         name=name,
         format=layout.format.value,
@@ -219,7 +227,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         num_rows=writer.num_rows,
         num_bad=writer.num_bad,
         num_empty=writer.num_empty,
-        notes=tuple(notes),
+        notes=encoder.notes(),
     )
 
 

@@ -32,10 +32,19 @@ from qlora_cli.data.tokens import Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import OnBadRow, OnLong
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.units import counted
 from qlora_cli.writing import append_line
 
 WINDOW_ROWS = 2000
 MOST_LOST = 0.01  # of the tokens to train, once a window was read
+# What becomes of rows that are not fed as they are, by their count.
+BECAME = {
+    "truncated": "cut",
+    "dropped": "too long and dropped",
+    "without_supervision": "without a token to train",
+    "held_out": "held out",
+    "bad": "that can't be used",
+}
 Row = dict[str, list[int]]
 
 
@@ -43,11 +52,8 @@ class TokenStream:
     """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
 
     Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows that are
-    `held_out`, equal to one that is, or of its group, are not fed. `counts` tells of the rows that were read since
-    iteration began, ahead of those that are fed: `read`, `truncated`, `dropped`, `without_supervision`, `held_out`,
-    `bad`, `supervised_tokens` and, of them, `supervised_tokens_lost`; and of the rows that are held out,
-    `near_duplicate`, those that one of these nearly equals. Rows that can't be used are listed in `skipped_file`, if
-    there is one.
+    `held_out`, equal to one that is, or of its group, are not fed. Rows that can't be used are listed in
+    `skipped_file`, if there is one.
     """
 
     def __init__(
@@ -59,18 +65,34 @@ class TokenStream:
         seed: int,
         held_out: HeldOut,
     ) -> None:
-        self.counts: Counter[str] = Counter()
         self.skipped_file: Path | None = None
         self._sources = sources
         self._settings = settings
         self._text = text
         self._seed = seed
         self._held_out = held_out
-        self._near: set[int] = set()
+        self._parts: tuple[_Part, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` pickles what it iterates, for a name that nothing asks for.
         return {"names": [source.name for source in self._sources]}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What became of the rows that were read since iteration began, ahead of those that are fed.
+
+        `read`, `truncated`, `dropped`, `without_supervision`, `held_out`, `bad`, `supervised_tokens` and, of them,
+        `supervised_tokens_lost`; and of the rows that are held out, `near_duplicate`, those that one of these nearly
+        equals.
+        """
+        found = sum((part.counts for part in self._parts), Counter[str]())
+        near = frozenset[int]().union(*(part.near for part in self._parts))
+        return found + Counter(near_duplicate=sum(self._held_out.texts[text] for text in near))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows that were read since iteration began, each counted once."""
+        return tuple(dict.fromkeys(note for part in self._parts for note in part.notes))
 
     def as_dataset(self) -> IterableDataset:
         """Return the stream as a trainer takes it."""
@@ -79,13 +101,12 @@ class TokenStream:
         return IterableDataset.from_generator(self.__iter__, features=features)
 
     def __iter__(self) -> Iterator[Row]:
-        self.counts.clear()
-        self._near.clear()
         if self.skipped_file is not None:
             self.skipped_file.unlink(missing_ok=True)
+        self._parts = tuple(self._part(source) for source in self._sources)
         chance = np.random.default_rng(self._seed)
         weights = np.array([float(source.weight) for source in self._sources])
-        streams = [self._endless(source) for source in self._sources]
+        streams = [part.rows() for part in self._parts]
         try:
             while True:
                 drawn = chance.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
@@ -95,6 +116,9 @@ class TokenStream:
         finally:
             for stream in streams:
                 stream.close()
+
+    def _part(self, source: DatasetSource) -> "_Part":
+        return _Part(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
 
     def _window(self, rows: Sequence[Tokens]) -> Iterator[Row]:
         if not self._settings.packing:
@@ -108,25 +132,64 @@ class TokenStream:
                 "seq_lengths": [int(lengths[place]) for place in places],
             }
 
-    def _endless(self, source: DatasetSource) -> Generator[Tokens]:
+    def _check_lost(self) -> None:
+        counts = self.counts
+        lost = counts["supervised_tokens_lost"] / max(1, counts["supervised_tokens"])
+        if lost > MOST_LOST and not self._settings.accept_lost:
+            raise DataError(
+                f"{100 * lost:.1f} % of the tokens to train are lost with rows longer than "
+                f"{self._settings.max_length:,} tokens, of the {counts['read']:,} rows of the stream so far",
+                hint="Raise --max-length, or accept it with --accept-lost.",
+            )
+
+
+class _Part:
+    """The rows of one data set of a stream. `near` are texts that are held out and nearly equal to one that is fed."""
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        settings: DataSettings,
+        text: TextTokenizer,
+        seed: int,
+        held_out: HeldOut,
+        skipped_file: Path | None,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.near: set[int] = set()
+        self._source = source
+        self._settings = settings
+        self._text = text
+        self._seed = seed
+        self._held_out = held_out
+        self._skipped_file = skipped_file
+        self._first_pass: Encoder | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, as far as they were read for the first time."""
+        return () if self._first_pass is None else self._first_pass.notes()
+
+    def rows(self) -> Generator[Tokens]:
+        """Yield what is fed, again and again."""
         is_first = True
         while True:
             found = False
-            for row in self._pass(source, is_first=is_first):
+            for row in self._pass(is_first=is_first):
                 found = True
                 yield row
             if not found:
-                raise DataError(
-                    f"no row of {source.name} has a token to train", hint="Look at it with: qlora inspect-data"
-                )
+                raise self._nothing_left()
             is_first = False
 
-    def _pass(self, source: DatasetSource, *, is_first: bool) -> Iterator[Tokens]:
-        settings = self._settings
+    def _pass(self, *, is_first: bool) -> Iterator[Tokens]:
+        source, settings = self._source, self._settings
         wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
         with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True, wanted=wanted)) as raw:
             layout, rows = open_rows(source.name, raw, settings)
-            for batch in Encoder(layout, settings, self._text).encode(rows):
+            encoder = Encoder(layout, settings, self._text)
+            self._first_pass = self._first_pass or encoder
+            for batch in encoder.encode(rows):
                 for row in batch:
                     self.counts["read"] += 1
                     if isinstance(row.tokens, RowError):
@@ -138,8 +201,8 @@ class TokenStream:
         if self._settings.on_bad_row == OnBadRow.ERROR:
             raise bad_row(row)
         self.counts["bad"] += 1
-        if is_first and self.skipped_file is not None:
-            append_line(self.skipped_file, json.dumps(asdict(row)))
+        if is_first and self._skipped_file is not None:
+            append_line(self._skipped_file, json.dumps(asdict(row)))
 
     def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:
         """Return what is fed of a row, if anything is."""
@@ -165,20 +228,13 @@ class TokenStream:
         if kept.num_supervised == 0:
             self.counts["without_supervision"] += 1
             return None
-        self._note_near(row.text_digest)
+        if row.text_digest in self._held_out.texts:
+            self.near.add(row.text_digest)
         return kept
 
-    def _note_near(self, text: int) -> None:
-        """Count the rows that are held out and nearly equal to this one, which is fed, if it is the first."""
-        if text in self._held_out.texts and text not in self._near:
-            self._near.add(text)
-            self.counts["near_duplicate"] += self._held_out.texts[text]
-
-    def _check_lost(self) -> None:
-        lost = self.counts["supervised_tokens_lost"] / max(1, self.counts["supervised_tokens"])
-        if lost > MOST_LOST and not self._settings.accept_lost:
-            raise DataError(
-                f"{100 * lost:.1f} % of the tokens to train are lost with rows longer than "
-                f"{self._settings.max_length:,} tokens, of the {self.counts['read']:,} rows of the stream so far",
-                hint="Raise --max-length, or accept it with --accept-lost.",
-            )
+    def _nothing_left(self) -> DataError:
+        reasons = ", ".join(f"{self.counts[name]:,} {what}" for name, what in BECAME.items() if self.counts[name])
+        return DataError(
+            f"no row of {self._source.name} is left to train: of {counted(self.counts['read'], 'row')}, {reasons}",
+            hint="Look at it with: qlora inspect-data",
+        )

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.prepare import PreparedData
 from qlora_cli.data.preview import preview_rows
 from qlora_cli.data.report import NEARLY_EQUAL, describe_mixture
+from qlora_cli.data.stream import BECAME
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.environment import package_versions
@@ -57,17 +58,10 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
     if data.stream is None:
         return
     counts = data.stream.counts
-    found = [
-        f"{counts[name]:,} {what}"
-        for name, what in (
-            ("truncated", "cut"),
-            ("dropped", "too long and dropped"),
-            ("without_supervision", "without a token to train"),
-            ("held_out", "held out"),
-            ("bad", "that can't be used"),
-        )
-        if counts[name]
-    ]
+    for message in data.stream.notes:
+        if message not in data.notes:
+            reporter.report(Noted(level="warning", message=f"of the stream: {message}"))
+    found = [f"{counts[name]:,} {what}" for name, what in BECAME.items() if counts[name]]
     if counts["near_duplicate"]:
         message = f"{counted(counts['near_duplicate'], 'row')} held out {NEARLY_EQUAL}"
         reporter.report(Noted(level="warning", message=message))
