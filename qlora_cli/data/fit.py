@@ -8,13 +8,14 @@ import html
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.data.marks import Marked, Value, arguments_of
 from qlora_cli.data.rows import REASONING_KEYS, Conversation, RowError
 from qlora_cli.data.template import ChatTemplate, Span, beginning
+from qlora_cli.data.units import Unit
 
 WORDS = re.compile(r"\w+|[^\w\s]")
 PLAIN, MORE = "MarkPlainQ", "MarkMoreQ"
@@ -94,11 +95,46 @@ class Fit:
     Attributes:
         losses: What it leaves out of them.
         endless: The places of answers behind which it writes nothing that ends a turn.
+        unknown: The places of messages of which nothing is known, as it refuses marks for their values.
     """
 
     form: Form = AS_THEY_ARE
     losses: tuple[Loss, ...] = ()
     endless: frozenset[int] = frozenset()
+    unknown: frozenset[int] = frozenset()
+
+    def of_unit(self, unit: Unit, start: int) -> "Fit":
+        """Return what is so of a unit that stands in an example from `start`, by its places in the whole."""
+        shift, end = unit.start - start, start + unit.end - unit.start
+        losses = (
+            replace(loss, value=replace(value, place=value.place + shift)) if value.place is not None else loss
+            for loss in self.losses
+            for value in (loss.value,)
+            if value.place is None or start <= value.place < end
+        )
+        endless = (place + shift for place in self.endless if start <= place < end)
+        return replace(self, losses=tuple(losses), endless=frozenset(endless))
+
+
+def joined(fits: Sequence[Fit], form: Form) -> Fit:
+    """Return what is so of a conversation in whose units each is so."""
+    return Fit(
+        form=form,
+        losses=tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses)),
+        endless=frozenset().union(*(fit.endless for fit in fits)),
+        unknown=frozenset().union(*(fit.unknown for fit in fits)),
+    )
+
+
+def common_form(fits: Iterable[Fit]) -> Form:
+    """Return the form that has what each of several needs."""
+    forms = [fit.form for fit in fits]
+    return Form(
+        roles_in_parts=frozenset().union(*(form.roles_in_parts for form in forms)),
+        arguments_as_text=any(form.arguments_as_text for form in forms),
+        reasoning_key=next((form.reasoning_key for form in forms if form.reasoning_key), None),
+        has_developer=all(form.has_developer for form in forms),
+    )
 
 
 def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | None = None) -> Fit | None:

@@ -50,18 +50,12 @@ class Marked:
 
     Attributes:
         marks: The marks, as values.
-        values: What they stand for, and what they stand for as examples.
-        key: Equal for conversations with the same roles and keys.
+        values: The values of the conversation itself; arguments and tools have more of them than marks.
     """
 
     conversation: Conversation
     marks: tuple[Value, ...]
     values: tuple[Value, ...]
-
-    @property
-    def key(self) -> str:
-        """Return what is equal for conversations with the same roles and keys."""
-        return repr((self.conversation.messages, self.conversation.tools, self.conversation.template_kwargs))
 
 
 def mark(conversation: Conversation, tags: re.Pattern[str]) -> Marked:
@@ -74,6 +68,16 @@ def mark(conversation: Conversation, tags: re.Pattern[str]) -> Marked:
         tools=marker.tools(conversation.tools) if conversation.tools else None,
     )
     return Marked(conversation=marked, marks=tuple(marker.marks), values=tuple(marker.values))
+
+
+def mark_tools(conversation: Conversation, tags: re.Pattern[str]) -> list[Any] | None:
+    """Return the tools of a conversation with marks."""
+    return _Marker(tags).tools(conversation.tools) if conversation.tools else None
+
+
+def kind_of(message: Mapping[str, Any], tags: re.Pattern[str]) -> str:
+    """Return what is equal for messages with the same role and keys."""
+    return repr(_Marker(tags).message(0, message))
 
 
 def arguments_of(message: Mapping[str, Any]) -> Iterator[Any]:

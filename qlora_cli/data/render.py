@@ -6,17 +6,18 @@ and keys; a row itself is looked at only where contents may make a difference.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.fit import Fit, Form, find_fit, missing
+from qlora_cli.data.fit import AS_THEY_ARE, Fit, Form, common_form, find_fit, joined, missing
 from qlora_cli.data.losses import MAY_BE_LOST, ends_no_turn, like, refusal
 from qlora_cli.data.marks import What, mark
 from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
 from qlora_cli.data.template import ChatTemplate, Span, beginning
+from qlora_cli.data.units import Unit, example_of, units_of
 from qlora_cli.settings.choices import LossOn
 
 MOST_SHAPES = 4096  # sequences of roles, and of roles and keys, that are remembered
@@ -40,7 +41,7 @@ class Fitted:
     original: Conversation
     conversation: Conversation
     roles: tuple[str, ...] | None
-    fit: Fit | None
+    fit: Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ class Renderer:
         self._template = ChatTemplate(tokenizer, end_ids)
         self._trains_all = loss_on == LossOn.ALL
         self._accepts_lost = accepts_lost
-        self._fits: dict[object, Fit | None] = {}
+        self._fits: dict[tuple[object, Form | None], tuple[Fit, int] | None] = {}
+        self._fits_of_roles: dict[tuple[str, ...], Fit] = {}
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
     def fit(self, conversation: Conversation) -> Fitted:
@@ -90,14 +92,7 @@ class Renderer:
             ModelError: the template does not end.
         """
         roles = _roles_of(conversation)
-        if roles is None:
-            fit = self._fit_of(conversation)
-        elif roles in self._fits:
-            fit = self._fits[roles]
-        else:
-            fit = self._remember(roles, find_fit(self._template, mark(_example(roles), self._template.tags)))
-        if fit is None:
-            return Fitted(original=conversation, conversation=conversation, roles=roles, fit=None)
+        fit = self._fit_of(conversation) if roles is None else self._fit_of_roles(roles)
         self._check(conversation, fit)
         return Fitted(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
 
@@ -137,7 +132,7 @@ class Renderer:
 
     def _by_shape(self, row: Fitted, text: str) -> dict[int, Span] | None:
         """Return the spans of the trained answers of a row whose text is that of its shape with its contents."""
-        if row.roles is None or row.fit is None:
+        if row.roles is None:
             return None
         if row.roles not in self._shapes:
             if len(self._shapes) >= MOST_SHAPES:
@@ -159,39 +154,58 @@ class Renderer:
 
     def _by_row(self, row: Fitted, text: str) -> dict[int, Span]:
         """Return the spans of the trained answers of a row, in which contents may change what the template writes."""
-        fit = self._fit_of(row.original, row.fit.form if row.fit is not None else None)
-        self._check(row.original, fit)
+        fit = row.fit
+        if row.roles is not None:  # it is that of contents without tags
+            fit = self._fit_of(row.original, row.fit.form)
+            self._check(row.original, fit)
         trained = () if self._trains_all else row.original.trained
         spans = {place: self._template.span(row.conversation, place, text) for place in trained}
         found = Fit(losses=tuple(missing(mark(row.original, self._template.tags).values, text, spans)))
         self._check(row.original, found)
         for place, span in spans.items():
             message = row.original.messages[place]
-            if place in fit.endless if fit is not None else _is_bare(message, text[slice(*span)]):
+            is_bare = place in fit.unknown and _is_bare(message, text[slice(*span)])
+            if is_bare or place in fit.endless:
                 longer = self._template.through_end_token(span, text)
                 if longer is None:
                     raise ends_no_turn(place, message)
                 spans[place] = longer
-        losses = (*found.losses, *(fit.losses if fit is not None else ()))
-        self.told.update({loss.value.what for loss in losses})
+        self.told.update({loss.value.what for loss in (*found.losses, *fit.losses)})
         return spans
 
-    def _fit_of(self, conversation: Conversation, form: Form | None = None) -> Fit | None:
-        marked = mark(conversation, self._template.tags)
-        key = (marked.key, form)
-        if key in self._fits:
-            return self._fits[key]
-        return self._remember(key, find_fit(self._template, marked, None if form is None else [form]))
+    def _fit_of_roles(self, roles: tuple[str, ...]) -> Fit:
+        if roles not in self._fits_of_roles:
+            if len(self._fits_of_roles) >= MOST_SHAPES:
+                self._fits_of_roles.clear()
+            messages = [{"role": role, "content": "text"} for role in roles]
+            self._fits_of_roles[roles] = self._fit_of(Conversation(messages=messages, trained=()))
+        return self._fits_of_roles[roles]
 
-    def _remember(self, key: object, fit: Fit | None) -> Fit | None:
-        if len(self._fits) >= MOST_SHAPES:
-            self._fits.clear()
-        self._fits[key] = fit
-        return fit
+    def _fit_of(self, conversation: Conversation, form: Form | None = None) -> Fit:
+        """Return how the template takes a conversation, in one form or in that which loses least."""
+        units = units_of(conversation, self._template.tags)
+        if form is None:
+            form = common_form(self._fit_of_unit(conversation, unit, None) for unit in units)
+        return joined([self._fit_of_unit(conversation, unit, form) for unit in units], form)
 
-    def _check(self, conversation: Conversation, fit: Fit | None) -> None:
+    def _fit_of_unit(self, conversation: Conversation, unit: Unit, form: Form | None) -> Fit:
+        key = (unit.key, form)
+        if key not in self._fits:
+            if len(self._fits) >= MOST_SHAPES:
+                self._fits.clear()
+            example = example_of(conversation, unit)
+            marked = mark(example.conversation, self._template.tags)
+            found = find_fit(self._template, marked, None if form is None else [form])
+            self._fits[key] = None if found is None else (found, example.start)
+        kept = self._fits[key]
+        if kept is None:
+            return Fit(form=form or AS_THEY_ARE, unknown=frozenset(range(unit.start, unit.end)))
+        fit, start = kept
+        return fit.of_unit(unit, start)
+
+    def _check(self, conversation: Conversation, fit: Fit) -> None:
         """Raise the error for the first of the losses that must not be."""
-        for loss in fit.losses if fit is not None else ():
+        for loss in fit.losses:
             is_trained = self._trains_all or loss.value.place in conversation.trained
             if loss.value.what == What.TOOL_DETAILS:
                 continue
@@ -238,10 +252,6 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
     if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
         return None
     return tuple(message["role"] for message in conversation.messages)
-
-
-def _example(roles: Iterable[str]) -> Conversation:
-    return Conversation(messages=[{"role": role, "content": "text"} for role in roles], trained=())
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
