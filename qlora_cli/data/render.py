@@ -1,7 +1,7 @@
 """Render conversations by the chat template: all that a row says is in its text, or the row is refused, or it is told.
 
-What the template leaves out, and where the trained answers stand, is found with marks, once for each sequence of roles
-and keys; a row itself is looked at only where contents may make a difference.
+What the template leaves out, and where the trained answers stand, is found with marks, once for each kind of message;
+a row itself is looked at only where contents may make a difference.
 """
 
 import itertools
