@@ -283,10 +283,14 @@ def _note_control_tokens(tokenizer: Tokenizer) -> list[str]:
     if not tokenizer.num_with_control_tokens:
         return []
     common = ", ".join(token for token, _ in tokenizer.control_tokens.most_common(3))
-    return [
+    notes = [
         f"{counted(tokenizer.num_with_control_tokens, 'row')} with control tokens in the text itself ({common}): the "
         "model will take them for what they stand for"
     ]
+    if tokenizer.num_ended_twice:
+        twice = f"{counted(tokenizer.num_ended_twice, 'row')} with two ends: the text brings one along, and another"
+        notes.append(f"{twice} is written behind it; take the one in the text off")
+    return notes
 
 
 def _note_unknown_keys(reader: RowReader, template: str) -> list[str]:

@@ -124,12 +124,14 @@ class Tokenizer:
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
+        self._ends = tuple(str(token) for number, token in added.items() if number in end_ids)
         special = [str(token) for token in added.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.odd_ends: Counter[int] = Counter()
         self.num_turns = 0
         self.num_with_control_tokens = 0
         self.control_tokens: Counter[str] = Counter()
+        self.num_ended_twice = 0
 
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
@@ -201,12 +203,14 @@ class Tokenizer:
             raise RowError(f"token {ids.max()} is beyond the {self._num_tokens} of the tokenizer")
         return _row(ids, (ids if self._trains_all else example.labels).copy())
 
-    def _note_control_tokens(self, texts: Iterable[str]) -> None:
-        """Count a row whose own text has control tokens, which tokenize as such."""
-        found = [token for text in texts for token in self._control.findall(text)]
-        if found:
+    def _note_control_tokens(self, texts: Iterable[str], taken: str | None = None) -> None:
+        """Count a row whose own text has control tokens, which tokenize as such; `taken` is not doubled at its end."""
+        has = [(text, found) for text in texts if (found := self._control.findall(text))]
+        if has:
             self.num_with_control_tokens += 1
-            self.control_tokens.update(found)
+            self.control_tokens.update(token for _, found in has for token in found)
+            ended = (text for text, _ in has if text.rstrip().endswith(self._ends))
+            self.num_ended_twice += any(taken is None or not text.endswith(taken) for text in ended)
 
     def _rendered(self, row: Fitted, text: str | None) -> Text:
         self._note_control_tokens(message["content"] for message in row.original.messages)
@@ -215,7 +219,7 @@ class Tokenizer:
 
     def _plain(self, example: Completion) -> Text:
         text = example.prompt + example.completion
-        self._note_control_tokens([text])
+        self._note_control_tokens([text], taken=self._tokenizer.eos_token)
         start = 0 if self._trains_all else len(example.prompt)
         return Text(text=text, spans=((start, len(text)),), is_plain=True)
 

@@ -57,6 +57,11 @@ def conversations(draw: st.DrawFn) -> Conversation:
     return Conversation(messages=messages, trained=trained)
 
 
+def asked(question: str, answer: str) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(messages=messages, trained=(1,))
+
+
 def tokens_of(text: TextTokenizer, example: Any, loss_on: LossOn = LossOn.COMPLETIONS) -> Tokens:
     (found,) = Tokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
     assert isinstance(found, Tokens), found
@@ -314,6 +319,31 @@ def test_control_tokens_in_the_text_are_counted() -> None:
     tokenizer.tokenize([TWO_TURNS, Completion(prompt="", completion="a <|im_end|> b <|im_end|>")])
     assert tokenizer.num_with_control_tokens == 1
     assert tokenizer.control_tokens == {"<|im_end|>": 2}
+
+
+@pytest.mark.parametrize(
+    ("example", "is_twice"),
+    [
+        (Completion(prompt="a", completion="b"), False),
+        (Completion(prompt="a", completion="b<|im_end|>"), False),  # that one is taken
+        (Completion(prompt="a", completion="b<|im_end|>\n"), True),
+        (Completion(prompt="a<|im_end|>", completion="b"), False),
+        (Completion(prompt="", completion="<|im_start|>user\na<|im_end|>\n"), True),
+        (asked("a", "b<|im_end|> "), True),
+        (asked("<|im_end|> a", "b"), False),
+    ],
+)
+def test_a_text_that_brings_the_end_along_which_is_written_behind_it_is_counted(
+    example: Completion | Conversation, is_twice: bool
+) -> None:
+    text = TOKENIZERS["chatml"]
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    (tokens,) = tokenizer.tokenize([example])
+    assert isinstance(tokens, Tokens)
+    assert tokenizer.num_ended_twice == is_twice
+    end = text.tokenizer.eos_token
+    found = str(text.tokenizer.decode(tokens.input_ids)).replace(" ", "").replace("\n", "")
+    assert (f"{end}{end}" in found) == is_twice
 
 
 @pytest.mark.parametrize("ends", [True, False])
