@@ -10,7 +10,7 @@ from qlora_cli.data.columns import Batches, rows_of_batches
 from qlora_cli.data.parquet_groups import BATCH_ROWS
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted
 from qlora_cli.data.sampling import choose, too_few
-from qlora_cli.data.sources import DatasetSource
+from qlora_cli.data.sources import DatasetSource, called_alike
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 
 SHUFFLE_ROWS = 10_000
@@ -158,7 +158,7 @@ def _explain(error: Exception, source: DatasetSource) -> QloraError:
         return _AwayError(
             f"no data set at {repository!r}: no such file or directory, not in the local cache, and the hub can't be "
             f"reached ({_why_away(error)})",
-            hint="Check the name, and the network.",
+            hint=_near(source) or "Check the name, and the network.",
         )
     if isinstance(error, GatedRepoError) or "gated dataset" in words:
         return DatasetNotFoundError(
@@ -174,11 +174,17 @@ def _explain(error: Exception, source: DatasetSource) -> QloraError:
     if _is_missing(error):
         return DatasetNotFoundError(
             f"no data set at {repository!r}: no such file or directory, and the hub does not have it",
-            hint="Check the name; for a private data set run: hf auth login",
+            hint=_near(source) or "Check the name; for a private data set run: hf auth login",
         )
     if isinstance(error, DatasetGenerationError):
         words = str(error.__cause__ or error)
     return _unreadable(words, source)
+
+
+def _near(source: DatasetSource) -> str | None:
+    """Return a hint at what on this disk is called most like what the hub does not have."""
+    near = called_alike(str(source.repository))
+    return near and f"Did you mean {near}, which is on this disk?"
 
 
 def _is_away(error: Exception) -> bool:

@@ -275,9 +275,10 @@ def called_alike(base: str) -> str | None:
     """Return the file of rows or directory beside `base`, which is not there, that is called most like it."""
     path = Path(base)
     try:
-        beside = [each for each in path.expanduser().parent.iterdir() if is_data(each) or each.is_dir()]
+        beside = [each.name for each in path.expanduser().parent.iterdir() if is_data(each) or each.is_dir()]
     except (OSError, ValueError, RuntimeError):  # no such directory either
         return None
-    stems = [each.name for each in beside if each.name.partition(".")[0] == path.name.partition(".")[0]]
-    near = stems or get_close_matches(path.name, [each.name for each in beside], n=1)
-    return printable(path.with_name(min(near))) if near else None
+    stems = {name.partition(".")[0]: name for name in sorted(beside, reverse=True)}
+    stem = path.name.partition(".")[0]
+    near = [stem] if stem in stems else get_close_matches(stem, stems, n=1)
+    return printable(path.with_name(stems[near[0]])) if near else None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from qlora_cli.data.readers import read_rows
 from qlora_cli.data.sources import DatasetSource, check_dataset_name, find_dataset
 from qlora_cli.errors import DataError, DatasetNotFoundError
 
@@ -207,16 +208,27 @@ def test_a_sample_or_weight_that_is_none_is_refused(data: Path, name: str, behin
         ("b.json", "b.jsonl"),
         ("e.json", "e.json.gz"),
         ("./a.jsonl", "a.csv"),
-        ("d.parquet", "c.parquet"),
-        ("deep/er/e.tsv", "deep/er/d.tsv"),
+        ("deep/err.jsonl", "deep/er"),
+        ("./newss.jsonl", "news.jsonl"),
         ("b.json#5*2", "b.jsonl"),
     ],
 )
 def test_a_file_that_is_not_there_is_told_with_the_one_that_is_called_most_like_it(
     data: Path, name: str, near: str
 ) -> None:
-    assert data == Path.cwd()
+    (data / "news.jsonl").write_text("x")
     assert refusal(name).hint == f"Did you mean {near}?"
+
+
+def test_a_name_that_only_the_hub_may_have_is_told_with_a_file_that_is_called_so(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (data / "deep" / "train.jsonl").write_text("x")
+    for name, near in (("deep/trian", "deep/train.jsonl"), ("b", "b.jsonl")):
+        with pytest.raises(DatasetNotFoundError) as caught:
+            list(read_rows(find_dataset(name), split="train", seed=0))
+        assert caught.value.hint == f"Did you mean {near}, which is on this disk?"
 
 
 def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
