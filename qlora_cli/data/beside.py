@@ -33,6 +33,8 @@ WORSE = (
     "non_preferred_output",
     "response_k",
 )
+# What belongs to a conversation, by each of its names.
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 # Several answers, and how good each is.
 RANKED = ("responses", "completions", "candidates", "generations")
 RANKS = ("scores", "ratings", "ranks", "rankings", "labels")
@@ -41,7 +43,7 @@ LABEL, VERDICTS = "label", ("kto_tag", "kto_label", "desirable")
 # Columns that hold pictures and sounds; those of other names, such as `image_url`, are often about a text, not in it.
 HELD = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 PLACEHOLDER = re.compile("<(image|video|audio)>")
-_NAMES = frozenset({*BETTER, *WORSE, *RANKED, *RANKS, LABEL, *VERDICTS, *SWITCHES})
+_NAMES = frozenset({*BETTER, *WORSE, *RANKED, *RANKS, LABEL, *VERDICTS, *SWITCHES, *SYSTEM, *TOOLS})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,7 +60,8 @@ def held(row: Mapping[str, Any]) -> str | None:
 
 def compared(row: Mapping[str, Any]) -> list[str]:
     """Return the columns of a row that hold answers to be compared; none if its answers are all to be given."""
-    found = [name for name in (*BETTER, *WORSE) if not is_nothing(row.get(name))]
+    found = [name for name in (*BETTER, *WORSE) if isinstance(row.get(name), str | list | dict)]
+    found = [name for name in found if not is_nothing(row[name])]
     ranked = [name for name in RANKED if isinstance(row.get(name), list)]
     ranks = [name for name in RANKS if isinstance(row.get(name), list)]
     return found + (ranked + ranks if ranked and ranks else [])

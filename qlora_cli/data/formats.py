@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
-from qlora_cli.data.beside import says_more
+from qlora_cli.data.beside import SYSTEM, TOOLS, says_more
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
@@ -30,7 +30,6 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
 }
 # What a format may have besides.
-SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 CHAT = {
     "tools": TOOLS,
     "system": SYSTEM,

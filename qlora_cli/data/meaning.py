@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qlora_cli.data.beside import BETTER, compared, held, placeholder_in, says_more, switch, verdict
-from qlora_cli.data.formats import PARTS, Layout, recognise
+from qlora_cli.data.formats import OPTIONAL, PARTS, Layout, recognise
 from qlora_cli.data.limits import listed
-from qlora_cli.data.messages import is_media
+from qlora_cli.data.messages import is_media, is_nothing
 from qlora_cli.data.row_reader import RowReader
 from qlora_cli.data.rows import Conversation, RowError
 from qlora_cli.errors import DataError
@@ -44,7 +44,20 @@ class MeaningChecker:
             return
         self._check_media(row, beside)
         if not self._settings.columns:
+            self._check_names(beside)
             self._check_answers(row, beside)
+
+    def _check_names(self, beside: Mapping[str, Any]) -> None:
+        """Check that no second column has what one of another name is read for."""
+        for part in ("system", "tools"):
+            name = next(
+                (each for each in OPTIONAL[DataFormat.MESSAGES][part] if not is_nothing(beside.get(each))), None
+            )
+            if name is not None and (used := self._layout.columns.get(part)):
+                raise RowError(
+                    f"{used!r} and {name!r} are both {part}, of which one alone is read",
+                    hint=f"Put all into one of them, or name the one to read: --columns {part}={shlex.quote(used)}",
+                )
 
     def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
         if name := held(beside):
@@ -63,19 +76,19 @@ class MeaningChecker:
         own = (self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]})
         if names := compared(beside):
             raise RowError(
-                f"it holds a preference ({listed(names)}), of which one answer is to be avoided: {NOT_HERE}",
+                f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
                 hint=_hint(row, [*_better(beside, row), own], self._settings),
             )
         if self._has_answers and (name := switch(beside)):
             raise RowError(
-                f"{name!r} says what of the row is trained, and would be passed over",
+                f"{name!r} says what of the row is trained, and would be ignored",
                 hint='Say it in each message, with "train": true or false. '
                 + _hint(row, [own], self._settings, "To train on all answers"),
             )
         if self._has_answers and (name := verdict(beside)):
-            purpose = f"Leave the rows out of which {name!r} is false. To train on all that are there"
+            purpose = f"Leave out the rows whose {name!r} is false. To train on all that are there"
             raise RowError(
-                f"{name!r} says whether the answer is wanted (KTO), and would be passed over: {NOT_HERE}",
+                f"{name!r} says whether the answer is wanted (KTO), and would be ignored: {NOT_HERE}",
                 hint=_hint(row, [own], self._settings, purpose),
             )
 
@@ -89,7 +102,7 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings,
     for row in rows:
         if not settings.columns and (names := compared(row)):
             raise DataError(
-                f"{name} holds preferences ({listed(names)}), of which one answer is to be avoided: {NOT_HERE}",
+                f"{name} holds preferences ({listed(names)}), in which one answer is to be avoided: {NOT_HERE}",
                 hint=_hint(row, _better(row, row), settings),
             )
 

@@ -85,6 +85,8 @@ class MessageReader:
             return plain
         # Reading into columns gives every message every key; a null is a key that was not there.
         found = {name: part for name, part in message.items() if part is not None}
+        if (plain := _plain(found)) is not None:
+            return plain
         given, role = _take_role(found, where)
         train = _take_switch(found, where)
         if media := held_media(found):
@@ -92,11 +94,11 @@ class MessageReader:
         read = self._said(found, where, is_calling=given in CALLING_ROLES)
         _check_role(read, role, where)
         if TRAIN in read and train not in (None, read[TRAIN]):
-            raise RowError(f"{where} is trained by itself and not by its parts, or the other way around")
+            raise RowError(f"{where} and its parts do not agree on whether it is trained")
         if (thought := _take_thought(found, where)) is not None and "reasoning_content" in read:
             raise RowError(f"{where} has thoughts in its parts, and others besides")
         said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
-        self.unknown_keys |= said.keys() - BESIDE_MESSAGES
+        self.unknown_keys |= {key for key in said.keys() - BESIDE_MESSAGES if not is_nothing(said[key])}
         return {"role": role, "content": said.pop("content"), **said}
 
     def _said(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
@@ -112,9 +114,9 @@ class MessageReader:
                 if "tool_calls" in read and read["tool_calls"] != calls:
                     raise RowError(f"{where} has calls in {key!r}, and others besides")
                 read["tool_calls"] = calls
-        refusal = found.pop("refusal", None) or ""
-        if refusal and (not isinstance(refusal, str) or read["content"] not in ("", refusal)):
-            raise RowError(f"{where}.refusal must be the text of the message")
+        refusal = found.pop("refusal") if isinstance(found.get("refusal"), str) else ""
+        if refusal and read["content"] not in ("", refusal):
+            raise RowError(f"{where} has both {content_key!r} and 'refusal', which differ")
         if content_key is None and not refusal and "tool_calls" not in read:
             raise RowError(f"{where} has no content")
         return {**read, "content": read["content"] or refusal}
@@ -165,7 +167,7 @@ class _Parts:
         if media := held_media(found):
             raise no_text(where, media)
         self._add_text(kind, found, where)
-        return found.keys() - BESIDE_PARTS
+        return {key for key in found.keys() - BESIDE_PARTS if not is_nothing(found[key])}
 
     def _add_call(self, found: dict[str, Any], where: str) -> None:
         call = (
@@ -183,11 +185,11 @@ class _Parts:
         if isinstance(text, list):
             text = _joined(text, f"{where}.{key}")
         if not isinstance(text, str):
-            raise RowError(f"{where} is {kind}, and has no text of it")
+            raise RowError(f"{where} is a part of kind {kind}, but has no text")
         is_thought = kind in REASONING_PARTS
         if self._calls or (is_thought and self._texts):
             raise RowError(
-                f"{where} is {kind} behind {'calls' if self._calls else 'text'}, which templates write before it",
+                f"{where} is {kind} behind {'calls' if self._calls else 'text'}: thoughts come first, calls last",
                 hint="Write it as a message of its own.",
             )
         (self._thoughts if is_thought else self._texts).append(text)
@@ -283,7 +285,7 @@ def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
             raise RowError(f"{where}.{key} is {there[key]!r}, not one of {', '.join(ROLES)}")
     roles = {ROLES[str(word)] for word in words}
     if len(roles) > 1:
-        raise RowError(f"{where} is by {' and by '.join(map(repr, there.values()))}")
+        raise RowError(f"{where} has two roles: {' and '.join(map(repr, there.values()))}")
     return next((str(word) for word in words if word in CALLING_ROLES), str(words[0])), roles.pop()
 
 
@@ -295,7 +297,7 @@ def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str
     key, value = there[0]
     for other_key, other in there[1:]:
         if other != value:
-            raise RowError(f"{where} has both {key!r} and {other_key!r}, and not alike")
+            raise RowError(f"{where} has both {key!r} and {other_key!r}, which differ")
     return key, value
 
 
@@ -307,13 +309,11 @@ def _take_switch(found: dict[str, Any], where: str) -> bool | None:
     for key, value in found.items():
         if _is_like_a_switch(key) and not isinstance(value, str):
             raise RowError(
-                f"{where}.{key} seems to say what is trained, and is not known",
+                f"{where}.{key} looks like a switch of training, and is none that is known",
                 hint=f'Say it of the whole message with "train": true or false, or take {key!r} out.',
             )
     if len(set(said.values())) > 1:
-        raise RowError(
-            f"{where} is trained by one of {', '.join(said)}, and not by another", hint="Leave one of them."
-        )
+        raise RowError(f"{where}: {', '.join(said)} do not agree on whether it is trained", hint="Keep one of them.")
     return next(iter(said.values()), None)
 
 
@@ -335,4 +335,4 @@ def _switch(value: object, where: str) -> bool:
 def _check_role(said: Mapping[str, Any], role: str, where: str) -> None:
     for key, what in (("tool_calls", "calls tools"), ("reasoning_content", "thinks")):
         if key in said and role != "assistant":
-            raise RowError(f"{where} {what}, which is for the assistant, and its role is {role}")
+            raise RowError(f"{where} {what}, which only the assistant does; its role is {role}")

@@ -242,7 +242,7 @@ class RowReader:
                 trained += [place] if switch is not False else []
             elif switch and self._loss_on != LossOn.ALL:
                 raise RowError(
-                    f"message {place} is of the {message['role']}, and is to be trained: answers alone are",
+                    f"message {place} is to be trained, but its role is {message['role']}: only answers are trained",
                     hint="Take that out, or train every token of the rows with --loss-on all.",
                 )
         if self._loss_on == LossOn.LAST and trained:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_cli.data.formats import recognise
-from qlora_cli.data.messages import SWITCHES
+from qlora_cli.data.messages import BESIDE_MESSAGES, SWITCHES, is_nothing
 from qlora_cli.data.row_reader import RowReader
-from qlora_cli.data.rows import Conversation, RowError
+from qlora_cli.data.rows import REASONING_KEYS, Conversation, RowError
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 
@@ -53,15 +55,18 @@ def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_u
         ({"weight": 0.5}, "messages[1].weight is 0.5: a message is trained or not"),
         ({"loss_scale": 2}, "messages[1].loss_scale is 2: a message is trained or not"),
         ({"loss": "yes"}, "messages[1].loss must be true or false, found 'yes'"),
-        ({"train": True, "weight": 0}, "messages[1] is trained by one of train, weight, and not by another"),
-        ({"train": True, "masked": True}, "messages[1] is trained by one of train, masked, and not by another"),
+        ({"train": True, "weight": 0}, "messages[1]: train, weight do not agree on whether it is trained"),
+        ({"train": True, "masked": True}, "messages[1]: train, masked do not agree on whether it is trained"),
         (
             {"train_detail": [{"begin_offset": 0, "end_offset": 8, "train": False}]},
-            "messages[1].train_detail seems to say what is trained, and is not known",
+            "messages[1].train_detail looks like a switch of training, and is none that is known",
         ),
-        ({"is_trainable": False}, "messages[1].is_trainable seems to say what is trained, and is not known"),
-        ({"lossMask": 0}, "messages[1].lossMask seems to say what is trained, and is not known"),
-        ({"supervised": False}, "messages[1].supervised seems to say what is trained, and is not known"),
+        (
+            {"is_trainable": False},
+            "messages[1].is_trainable looks like a switch of training, and is none that is known",
+        ),
+        ({"lossMask": 0}, "messages[1].lossMask looks like a switch of training, and is none that is known"),
+        ({"supervised": False}, "messages[1].supervised looks like a switch of training, and is none that is known"),
     ],
 )
 def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], expected: str) -> None:
@@ -77,7 +82,7 @@ def test_switches_that_agree_are_one() -> None:
 def test_what_is_no_answer_is_trained_by_loss_on_all_alone(role: str) -> None:
     asked = {"role": role, "content": "x", "train": True}
     error = problem(USER, asked, ANSWER)
-    assert f"message 1 is of the {role}, and is to be trained" in str(error)
+    assert f"message 1 is to be trained, but its role is {role}" in str(error)
     assert "--loss-on all" in str(error.hint)
     assert chat(USER, asked, ANSWER, loss_on=LossOn.ALL).trained == (2,)
 
@@ -104,7 +109,7 @@ def test_an_answer_that_is_trained_in_part_is_refused(other: dict[str, Any]) -> 
 
 def test_a_message_that_its_parts_contradict_is_refused() -> None:
     error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}], "weight": 1})
-    assert "messages[1] is trained by itself and not by its parts" in str(error)
+    assert "messages[1] and its parts do not agree" in str(error)
 
 
 def test_parts_of_text_are_read_under_each_name_of_it() -> None:
@@ -113,7 +118,7 @@ def test_parts_of_text_are_read_under_each_name_of_it() -> None:
     nulls = {"type": "text", "text": "f", "image_url": None, "cache_control": {"type": "ephemeral"}}
     assert chat(USER, {"role": "assistant", "content": [*parts, refused, nulls]}).messages[1]["content"] == "abcdef"
     assert chat(USER, {"role": "assistant", "content": None, "refusal": "no"}).messages[1]["content"] == "no"
-    assert chat(USER, {**ANSWER, "refusal": {}}, {**USER, "content": "", "refusal": []}).messages[2]["content"] == ""
+    assert chat(USER, {**ANSWER, "refusal": True}).messages[1] == {**ANSWER, "refusal": True}  # it only describes it
 
 
 @pytest.mark.parametrize(
@@ -166,11 +171,11 @@ def test_thoughts_that_have_no_place_are_refused() -> None:
     twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
     assert "messages[1] has thoughts in its parts, and others besides" in str(twice)
     differing = problem(USER, {**ANSWER, "reasoning": "hm", "reasoning_content": "oh"})
-    assert "messages[1] has both 'reasoning_content' and 'reasoning', and not alike" in str(differing)
+    assert "messages[1] has both 'reasoning_content' and 'reasoning', which differ" in str(differing)
     no_text = problem(USER, {**ANSWER, "thinking": ["hm"]})
     assert "messages[1].thinking must be text, found a list" in str(no_text)
     asked = problem({"role": "user", "content": [thought, TEXT]}, ANSWER)
-    assert "messages[0] thinks, which is for the assistant" in str(asked)
+    assert "messages[0] thinks, which only the assistant does" in str(asked)
 
 
 def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
@@ -190,7 +195,7 @@ def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> No
     found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
     assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
     assert "is text behind calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
-    assert "messages[0] calls tools, which is for the assistant" in str(
+    assert "messages[0] calls tools, which only the assistant does" in str(
         problem({"role": "user", "content": [TEXT, part]}, ANSWER)
     )
 
@@ -283,12 +288,21 @@ def test_a_tool_without_a_name_is_refused(tool: object) -> None:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ({"role": "user", "from": "gpt", "content": "x"}, "messages[0] is by 'user' and by 'gpt'"),
-        ({"role": "user", "content": "x", "value": "y"}, "has both 'content' and 'value', and not alike"),
-        ({"role": "user", "content": [{"text": "x", "value": "y"}]}, "has both 'text' and 'value', and not alike"),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0] is text, and has no text of it"),
-        ({"role": "assistant", "content": "yes", "refusal": "no"}, "messages[0].refusal must be the text"),
-        ({"role": "user", "content": "x", "tool_calls": [AS_SERVED]}, "messages[0] calls tools, which is for the"),
+        ({"role": "user", "from": "gpt", "content": "x"}, "messages[0] has two roles: 'user' and 'gpt'"),
+        ({"role": "user", "content": "x", "value": "y"}, "has both 'content' and 'value', which differ"),
+        ({"role": "user", "content": [{"text": "x", "value": "y"}]}, "has both 'text' and 'value', which differ"),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "messages[0].content[0] is a part of kind text, but has no text",
+        ),
+        (
+            {"role": "assistant", "content": "yes", "refusal": "no"},
+            "messages[0] has both 'content' and 'refusal', which differ",
+        ),
+        (
+            {"role": "user", "content": "x", "tool_calls": [AS_SERVED]},
+            "messages[0] calls tools, which only the assistant",
+        ),
     ],
 )
 def test_a_message_that_contradicts_itself_is_refused(message: dict[str, Any], expected: str) -> None:
@@ -298,6 +312,44 @@ def test_a_message_that_contradicts_itself_is_refused(message: dict[str, Any], e
 def test_a_message_that_says_the_same_by_two_names_is_one() -> None:
     both = {"role": "user", "from": "human", "content": "q", "value": "q"}
     assert chat(both, ANSWER).messages == [USER, ANSWER]
+
+
+KEYS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        [*SWITCHES, *REASONING_KEYS, *BESIDE_MESSAGES, "value", "from", "images", "refusal", "function_call"]
+    ),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from([0, 1, 0.5, "", "q", "a", "user", "1"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(key=KEYS, value=VALUES)
+@settings(max_examples=400, deadline=None)
+def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str, value: Any) -> None:
+    """A switch of an answer says whether it is trained; all else is in the message, noted if no list knows it."""
+    row = {"messages": [USER, {**ANSWER, key: value}]}
+    reader = reader_of(row)
+    try:
+        found = reader.read(row)
+    except RowError:
+        return
+    assert isinstance(found, Conversation)
+    message = found.messages[1]
+    empty_calls = key in ("function_call", "tool_calls") and is_nothing(value)
+    if value is None or empty_calls or (value == "" and key in ("refusal", *REASONING_KEYS)):
+        assert message == ANSWER
+    elif key in SWITCHES:
+        assert (found.trained == (1,)) is (bool(value) is SWITCHES[key])
+        assert message == ANSWER
+    elif key in ("from", "value"):  # the same by another name
+        assert message == ANSWER
+    else:
+        assert message.get(key) == value or (key == "content" and message["content"] == "".join(value))
+        assert (key in reader.unknown_keys) is (key not in BESIDE_MESSAGES and not is_nothing(value))
 
 
 def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:
