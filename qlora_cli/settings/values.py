@@ -114,6 +114,8 @@ def held_out_share(text: str) -> float | int | None:
     number = float(text.removesuffix("%"))
     if text.endswith("%") and 0 < number < 100:
         return number / 100
+    if not text.endswith("%") and 0 < number < 1:
+        return number
     if not text.endswith("%") and number >= 1 and number == int(number):
         return int(number)
     raise ValueError("expected a share above 0% and below 100%, a whole number of rows, or the name of a split")

@@ -103,6 +103,7 @@ def test_a_choice_among_dtypes_goes_by_every_name_of_them(path: str) -> None:
         ("lora.rank_pattern", "q_proj=8"),
         ("data.dataset", "rows.jsonl"),
         ("data.eval_split", 100),
+        ("data.eval_split", 0.1),
         ("merge.weights", 0.5),
         ("model.new_tokens", None),
     ],

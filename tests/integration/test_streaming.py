@@ -149,8 +149,9 @@ def test_groups_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
     numbers = {int(row.split("row ")[1].split(":")[0]) for row in decoded(take(found, 400))}
     assert numbers == {i for i in range(40) if i % 4 != 3}
     assert found.counts["held_out"] == pytest.approx(found.counts["read"] / 4, rel=0.02)
-    with pytest.raises(DataError, match="has no column 'users'"):
-        stream(path, eval_dataset=(str(held_out),), eval_group="users")
+    rows_by_users = write_jsonl(tmp_path / "e.jsonl", [{**row, "users": 1} for row in rows])
+    with pytest.raises(DataError, match=r"held.jsonl has no column 'users'"):
+        stream(rows_by_users, eval_dataset=(str(held_out),), eval_group="users")
 
 
 def test_held_out_rows_that_a_streamed_row_nearly_equals_are_counted_once(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_rows_that_repeat_are_counted_and_dropped_on_demand(tmp_path: Path) -> N
     assert cut.train.report.duplicate_rows == 0
 
 
-@pytest.mark.parametrize(("share", "count"), [("5%", 2), ("25%", 10), ("7", 7), ("1%", 1)])
+@pytest.mark.parametrize(("share", "count"), [("5%", 2), ("25%", 10), ("0.25", 10), ("7", 7), ("1%", 1)])
 def test_a_share_is_held_out_by_the_seed_and_never_overlaps(file: Path, share: str, count: int) -> None:
     found = prepare(file, eval_split=share)
     train, held = texts(found.train), texts(found.evaluation)
@@ -458,6 +458,8 @@ def test_batches_of_one_length_have_less_padding() -> None:
         ({"data.streaming": True, "training.max_steps": 1, "training.sampling": "sequential"}, "to order them"),
         ({"training.eval_steps": 2}, "no effect without held-out data"),
         ({"data.eval_split": "120%"}, "expected a share above 0% and below 100%"),
+        ({"data.eval_split": "0.0"}, "expected a share above 0% and below 100%"),
+        ({"data.eval_split": "1.5"}, "expected a share above 0% and below 100%"),
         ({"data.columns": "prompt"}, "expected pairs such as"),
     ],
 )

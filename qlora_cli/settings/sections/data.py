@@ -46,8 +46,8 @@ class DataSettings(Section):
         Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=None,
-        description="Rows to hold out of the training data, as a share (5%) or a number; or the split to evaluate "
-        "on, of a hub data set or a directory that has any.",
+        description="Rows to hold out of the training data, as a share (5% or 0.05) or a number; or the split to "
+        "evaluate on, of a hub data set or a directory that has any.",
     )
     eval_group: Annotated[
         Name | None, Marks(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
