@@ -1,9 +1,11 @@
 """Files and folders looked at: whether they are there, what they take, and whether they can be written."""
 
 import dataclasses
+import errno
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ def read_small(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+BESIDE_BYTES = 40  # what the name of a directory gets while it is written, or if it is set aside
+BELOW_BYTES = 200  # the longest path of what is written into one
+
+
 def existing_path(name: str | Path) -> Path | None:
     """Return the path that `name` stands for, with `~` expanded, or None if there is nothing to be found by it."""
     try:
@@ -40,31 +46,58 @@ def existing_path(name: str | Path) -> Path | None:
     return path
 
 
+def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
+    """Return why there can be no directory by this path, which `flag` names, whatever is to be written into it."""
+    try:
+        reason = _why_not_made(directory)
+    except ValueError:
+        reason = f"{str(directory)!r} can't be used: no path holds a NUL byte"
+    except OSError as error:
+        reason = f"{directory} can't be used: {error.strerror}"
+    return None if reason is None else OutputDirectoryError(reason, hint=f"Choose another {flag}.")
+
+
+def _why_not_made(directory: Path) -> str | None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        directory.stat()
+        return None if directory.is_dir() else f"{directory} is a file"
+    parent = existing_parent(directory)
+    missing = directory.absolute().relative_to(parent).parts
+    if (parent / missing[0]).is_symlink():
+        return f"{parent / missing[0]} is a link to nothing"
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"{parent} can't be written to"
+    longest = max(*map(_num_bytes, missing), _num_bytes(missing[-1]) + BESIDE_BYTES)
+    is_long = longest > os.pathconf(parent, "PC_NAME_MAX")
+    if is_long or _num_bytes(str(directory.absolute())) + BELOW_BYTES > os.pathconf(parent, "PC_PATH_MAX"):
+        return f"{directory} can't be used: {os.strerror(errno.ENAMETOOLONG)}"
+    return None
+
+
+def _num_bytes(name: str) -> int:
+    return len(os.fsencode(name))
+
+
 def check_output_directory(directory: Path, flag: str = "--output") -> QloraError | None:
     """Return why nothing can be written to `directory`, which `flag` names: it is not empty, or can't be made."""
+    if (problem := path_problem(directory, flag)) is not None or not directory.is_dir():
+        return problem
+    was_killed = is_left_over(directory / LEFT_OVER)
     try:
-        return _output_problem(directory, flag)
+        names = [path.name for path in directory.iterdir()]
     except OSError as error:
         return OutputDirectoryError(f"{directory} can't be used: {error.strerror}", hint=f"Choose another {flag}.")
-
-
-def _output_problem(directory: Path, flag: str) -> QloraError | None:
-    if directory.is_dir():
-        was_killed = is_left_over(directory / LEFT_OVER)
-        held = sorted(path.name for path in directory.iterdir() if not (was_killed and path.name == LEFT_OVER))
-        if held:
-            hint = f"Choose a directory for {flag} that is empty or does not exist."
-            return OutputDirectoryError(
-                f"{directory} holds something else ({', '.join(held[:3])})",
-                hint=f"{hint} What was written there last did not come to its end." if was_killed else hint,
-            )
-    elif directory.exists():
-        return OutputDirectoryError(f"{directory} is a file", hint=f"Choose another {flag}.")
-    elif directory.is_symlink():
-        return OutputDirectoryError(f"{directory} is a link to nothing", hint=f"Choose another {flag}.")
-    parent = existing_parent(directory)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return OutputDirectoryError(f"{parent} can't be written to", hint=f"Choose another {flag}.")
+    held = sorted(name for name in names if not (was_killed and name == LEFT_OVER))
+    if held:
+        hint = f"Choose a directory for {flag} that is empty or does not exist."
+        return OutputDirectoryError(
+            f"{directory} holds something else ({', '.join(held[:3])})",
+            hint=f"{hint} What was written there last did not come to its end." if was_killed else hint,
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return OutputDirectoryError(f"{directory} can't be written to", hint=f"Choose another {flag}.")
     return None
 
 
@@ -91,7 +124,7 @@ def size_of(directory: Path) -> int:
 def existing_parent(path: Path) -> Path:
     """Return `path` or its nearest ancestor that exists."""
     path = path.absolute()
-    while not path.exists():
+    while existing_path(path) is None:
         path = path.parent
     return path
 

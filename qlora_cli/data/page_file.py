@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_cli.errors import MissingDependencyError, OutputDirectoryError, QloraError
@@ -24,11 +25,15 @@ def check_place(path: Path) -> QloraError | None:
     """Return why no page can be written to `path`."""
     try:
         return _wrong_place(path)
+    except ValueError:
+        return OutputDirectoryError(f"{str(path)!r}: no path holds a NUL byte", hint="Choose another name.")
     except OSError as error:  # a name that is too long
         return OutputDirectoryError(f"{path} can't be used: {error.strerror}", hint="Choose another name.")
 
 
 def _wrong_place(path: Path) -> QloraError | None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
     if path.is_dir():
         return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
     if path.exists() and not path.is_file():  # a page in the place of /dev/null would be a surprise

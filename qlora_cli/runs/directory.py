@@ -20,7 +20,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
-from qlora_cli.files import check_output_directory
+from qlora_cli.files import check_output_directory, path_problem
 from qlora_cli.writing import PRIVATE_FILE, delete, is_left_over, not_in_place, write_file
 
 RUN_FILE = "run.json"
@@ -143,6 +143,8 @@ def run_around(part: Path) -> RunDirectory | None:
 
 def check_free_directory(directory: Path, flag: str = "--output") -> QloraError | None:
     """Return why nothing can be written to `directory`, which `flag` names; a run is not written over."""
+    if (problem := path_problem(directory, flag)) is not None:
+        return problem
     if RunDirectory(directory).is_run:
         hint = f"Choose another {flag}, or delete that one."
         return OutputDirectoryError(f"{directory} already holds a run", hint=hint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
-from qlora_cli.files import as_json, check_output_directory
+from qlora_cli.files import as_json, check_output_directory, path_problem
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
 from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
 from qlora_cli.runs.record import RunRecord, load_record, read_record
@@ -63,6 +63,8 @@ class Resume:
 
 def output_problem(output: OutputSettings) -> QloraError | None:
     """Return why a run can't be written to its directory, or what is to be resumed is none."""
+    if (problem := path_problem(output.directory)) is not None:
+        return problem
     directory = RunDirectory(output.directory)
     if (found := directory.unwritable) is not None:
         return OutputDirectoryError(
@@ -106,9 +108,20 @@ def _record_in(directory: RunDirectory) -> RunRecord | None:
         raise OutputDirectoryError(str(error), hint=f"{error.hint}, or choose another --output.") from error
 
 
+def _may_be_there(path: Path) -> bool:
+    """Whether a path can be looked at: it is none that is too long, or a link to itself."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _came_from(record: RunRecord | None, asked: Path) -> bool:
     """Whether a run went on from `asked`, a checkpoint or its run, so that its own checkpoints count."""
-    if record is None:
+    if record is None or not _may_be_there(asked):
         return False
     places = {place.resolve() for entry in record.resumed for place in record.places_resumed(entry)}
     return asked.resolve() in places | {place.parent.parent for place in places}
@@ -124,7 +137,7 @@ def _is_busy(directory: RunDirectory) -> QloraError | None:
 
 def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
     hint = f"Name a folder {STEP_PREFIX}N in the checkpoints of a run, or a run directory."
-    run = _run_of(path)
+    run = _run_of(path) if _may_be_there(path) else None
     if run is None or _record_in(run) is None:
         return OutputDirectoryError(f"there is no checkpoint of a run in {path}", hint=hint, setting=RESUME)
     is_same = run.path.resolve() == output.path.resolve()

@@ -1,13 +1,25 @@
 """Paths that can be none, and directories that can't be written to."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qlora_cli.data.page_file import check_place
 from qlora_cli.data.sources import check_dataset_name
+from qlora_cli.errors import QloraError
 from qlora_cli.files import check_output_directory, existing_path
+from qlora_cli.runs.directory import check_free_directory
+from qlora_cli.settings.models import OutputSettings
+from qlora_cli.training.resume import output_problem
+from qlora_cli.writing import write_directory
 
 IMPOSSIBLE = ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "a\0b"]
+
+
+def run_problem(directory: Path) -> QloraError | None:
+    return output_problem(OutputSettings(directory=directory))
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -32,6 +44,58 @@ def test_an_output_directory_that_can_be_none_is_refused(name: str) -> None:
     assert "can't be used: File name too long" in str(problem)
     assert problem is not None
     assert problem.hint == "Choose another --save."
+
+
+@pytest.mark.parametrize("find", [check_output_directory, check_free_directory, run_problem])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a" * 300, "File name too long"),
+        ("none/" + "a" * 300, "File name too long"),
+        ("none/" + "a" * 230, "File name too long"),  # what is written aside beside it has a longer name
+        ("none/" + "é" * 120, "File name too long"),
+        ("none" + "/a" * 2000, "File name too long"),
+        ("a\0b", "NUL"),
+        ("file", "file is a file"),
+        ("file/run", "file is a file"),
+        ("file/run/again", "file is a file"),
+        ("link", "link is a link to nothing"),
+        ("link/run", "link is a link to nothing"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop/run", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_directory_that_can_not_be_made_is_known_before_it_is(
+    tmp_path: Path, find: Callable[[Path], QloraError | None], name: str, why: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    directory = tmp_path / name
+    problem = find(directory)
+    assert problem is not None
+    assert why in str(problem)
+    assert problem.exit_code == 2
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", [*IMPOSSIBLE, "loop", "none"])
+def test_a_checkpoint_by_a_path_that_can_be_none_is_not_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    asked = OutputSettings(directory=tmp_path / "run", resume=f"{tmp_path}/{name}")
+    assert "there is no checkpoint of a run in" in str(output_problem(asked))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_page_by_a_path_that_can_be_none_is_refused(name: str) -> None:
+    assert re.search("File name too long|NUL", str(check_place(Path(name))))
+
+
+def test_names_as_long_as_they_may_be_are_not_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "none" / ("a" * 200)
+    assert check_output_directory(directory) is None
+    write_directory(directory, lambda folder: (folder / "file").touch())
+    assert check_output_directory(tmp_path / "none" / "new") is None
 
 
 def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
