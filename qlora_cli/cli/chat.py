@@ -40,7 +40,7 @@ def chat(context: typer.Context) -> None:
     settings = resolved.settings
     if sys.stdin is None:
         raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
-    check_request(settings)
+    check_request(resolved)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the input is right
 

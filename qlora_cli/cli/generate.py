@@ -11,8 +11,10 @@ from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.errors import UsageError
 from qlora_cli.model_files.source import check_model_name
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import ChatSettings, GenerateSettings
+from qlora_cli.settings.resolve import Resolved
 
 FROM_STDIN = "-"
 PROMPTS = "generate.prompts"
@@ -25,9 +27,9 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     MODEL is a model, an adapter or a run directory. The answer alone is on stdout.
     """
     resolved = options.resolve_settings(context, GenerateSettings)
-    settings, request = resolved.settings, resolved.settings.generate
+    request = resolved.settings.generate
     prompts = _read_prompts(request.prompts)
-    check_request(settings)
+    check_request(resolved)
 
     from qlora_cli.cli.progress import reporting  # rich, and below torch: only once the input is right
     from qlora_cli.cli.render_answers import Teller, print_prompt, render_answers, to_terminal
@@ -52,18 +54,19 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
         answering.answer_prompt(opened, request, text, teller)
 
 
-def check_request(settings: ChatSettings | GenerateSettings) -> None:
+def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:
     """Check what can be known to be wrong without torch.
 
     Raises:
         QloraError: there is no such model, or the merged model is none.
+        SettingsError: both.
     """
-    wrong = check_model_name(settings.model)
-    if wrong is None and settings.generate.merged is not None:
-        merged = check_merged(settings.generate.merged)
-        wrong = merged and merged.of("generate.merged")
-    if wrong is not None:
-        raise wrong.of("model.name")
+    settings, wrong = resolved.settings, Collected(resolved.where_of)
+    if problem := check_model_name(settings.model):
+        wrong.add("model.name", problem.of("model.name"))
+    if settings.generate.merged is not None and (problem := check_merged(settings.generate.merged)):
+        wrong.add("generate.merged", problem.of("generate.merged"))
+    wrong.raise_found()
 
 
 def _read_prompts(given: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.marks import Command
 from qlora_cli.settings.models import LoadCommandSettings
 
@@ -22,10 +23,12 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.model_files.source import check_model_name
     from qlora_cli.runs.directory import check_free_directory
 
+    wrong = Collected(resolved.where_of)
     if problem := check_model_name(resolved.settings.model):
-        raise problem.of("model.name")
-    if save is not None and (wrong := check_free_directory(save, "--save")):
-        raise wrong.of("load.save")
+        wrong.add("model.name", problem.of("model.name"))
+    if save is not None and (problem := check_free_directory(save, "--save")):
+        wrong.add("load.save", problem.of("load.save"))
+    wrong.raise_found()
     with reporting() as reporter:
         from qlora_cli.loading.blueprint import plan_load
         from qlora_cli.loading.loader import load_planned

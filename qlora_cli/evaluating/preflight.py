@@ -11,6 +11,7 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.source import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.conflicts import asks_for_nothing
 from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
@@ -22,18 +23,20 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
     """Check names and files, all at once.
 
     Raises:
-        MissingDependencyError: tasks are asked for, and lm-eval is not installed.
+        MissingDependencyError: tasks are asked for, and lm-eval is not installed, and nothing else is wrong.
         SettingsError: with every problem found.
     """
-    request = resolved.settings.evaluate
+    request, wrong = resolved.settings.evaluate, Collected(resolved.where_of)
     if request.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError(
+        missing = MissingDependencyError(
             f"{','.join(request.tasks)} needs lm-eval, which is not installed",
             hint="Run: pip install 'qlora-cli[eval]'",
             setting="evaluate.tasks",
         )
+        wrong.add("evaluate.tasks", missing)
     if problems := list(_problems(resolved)):
-        raise SettingsError(problems)
+        wrong.add("model.name", SettingsError(problems))
+    wrong.raise_found()
 
 
 def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:

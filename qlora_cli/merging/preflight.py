@@ -10,6 +10,7 @@ from qlora_cli.merging.places import output_of
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
 from qlora_cli.settings.shown import flag_of
 from qlora_cli.units import counted
@@ -22,12 +23,15 @@ def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
 
     Raises:
         SettingsError: with every problem found.
-        MissingDependencyError: what converts to a format is not here.
+        MissingDependencyError: what converts to a format is not here, and nothing else is wrong.
     """
+    wrong = Collected(where)
     if problems := list(_problems(request, where)):
-        raise SettingsError(problems)
+        wrong.add("merge.adapters", SettingsError(problems))
     if ExportFormat.GGUF in request.merge.formats:
-        find_converter(request.merge.llama_cpp)
+        with wrong.about("merge.formats"):
+            find_converter(request.merge.llama_cpp)
+    wrong.raise_found()
 
 
 def _problem(where: str, error: QloraError) -> Problem:

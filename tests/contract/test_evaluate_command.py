@@ -159,9 +159,11 @@ def test_a_run_is_no_merged_model(trained: TrainResult) -> None:
 def test_tasks_without_lm_eval_say_what_to_install_before_anything_is_loaded() -> None:
     done = qlora("./no", "--tasks", "hellaswag,arc_easy", "--json")
     error = json.loads(done.stdout)["error"]
-    assert (done.exit_code, error["type"]) == (2, "MissingDependencyError")
-    assert "hellaswag,arc_easy" in error["message"]
-    assert error["hint"] == "Run: pip install 'qlora-cli[eval]'"
+    assert (done.exit_code, error["type"]) == (2, "SettingsError")
+    tasks, model = error["problems"]
+    assert "hellaswag,arc_easy" in tasks["message"]
+    assert tasks["hint"] == "Run: pip install 'qlora-cli[eval]'"
+    assert "no model at ./no" in model["message"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

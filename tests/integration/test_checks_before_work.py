@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from qlora_cli.cli.app import app
 from qlora_cli.errors import DataError, DiskSpaceError, ModelError, QloraError, SettingsError
 from qlora_cli.events import PhaseStarted
 from qlora_cli.settings.models import TrainSettings
@@ -154,6 +156,26 @@ def test_a_name_that_is_wrong_is_told_with_the_columns_that_are(
     assert "--model: no model at ./no" in done.stderr
     assert "--dataset: the columns of" in done.stderr
     assert done.stderr.endswith("2 problems\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["load", "./no", "--save", "{file}"], ["MODEL", "--save"]),
+        (["merge", "./no", "--output", "{file}", "--format", "gguf"], ["RUN_OR_ADAPTER", "--output", "--format"]),
+        (["generate", "./no", "--prompt", "a", "--compare", "--merged", "./none"], ["MODEL", "--merged"]),
+        (["evaluate", "./no", "--dataset", "no.jsonl", "--merged", "./none"], ["MODEL", "--merged", "--dataset"]),
+    ],
+)
+def test_other_commands_tell_all_that_is_wrong_too(
+    others: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], wrong: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")  # where llama.cpp may be
+    given = [part.format(file=others) for part in arguments]
+    done = CliRunner().invoke(app, [*given, "--json"])
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert [problem["where"] for problem in error["problems"]] == wrong
 
 
 def test_weights_that_are_cut_short_are_found_by_their_header(

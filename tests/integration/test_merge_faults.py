@@ -227,7 +227,7 @@ def test_an_output_that_holds_something_is_left_alone(run: Path, tmp_path: Path)
         ("link", "a link to nothing"),
     ):
         assert said in refused(run, "--output", tmp_path / name)
-    assert "can't be written to" in refused(run, "--output", tmp_path / "file" / "below")
+    assert "file is a file" in refused(run, "--output", tmp_path / "file" / "below")
     assert state_of(tmp_path) == before
 
 
