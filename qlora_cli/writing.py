@@ -10,8 +10,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from glob import escape
+from io import FileIO
 from pathlib import Path
 
 import psutil
@@ -22,9 +23,11 @@ LEFT_OVER = ".saving"  # in a directory that is filled, if the process was kille
 MARK = "written-by-qlora"  # in a folder that is written aside, beside what will be moved out of it
 WHOLE = "whole"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+USUAL_FILE = 0o666  # of which the user's mask takes away
+APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
-def write_file(target: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+def write_file(target: Path, content: str | bytes, *, mode: int = USUAL_FILE) -> None:
     """Write a file aside, flush it to disk, and move it there in one step; of a link, the link is replaced.
 
     `mode` is what the user's mask leaves of it.
@@ -46,40 +49,82 @@ def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:
     """Append a line to a file, which is made if it is not there.
 
     Raises:
-        OSError: it is a link, has another name or is no file, or can't be written to.
+        OSError: it is a link, has another name, is no file or another user's, or can't be written to.
     """
-    if os.path.lexists(file) and (reason := not_in_place(file)):
-        raise PermissionError(f"{file} {reason}")
-    with os.fdopen(_open(file, os.O_WRONLY | os.O_APPEND, mode), "a", encoding="utf-8") as stream:
+    with os.fdopen(_open_in_place(file, APPENDING, mode), "a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
 
-def not_in_place(file: Path) -> str | None:
-    """Return why nothing may be written into what is there by the name of a file; None if it may."""
-    found = file.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        return "is a link"
-    if not stat.S_ISREG(found.st_mode):
-        return "is no file"
-    return "has another name, by which something else would be changed" if found.st_nlink > 1 else None
+def append_bytes(file: Path) -> FileIO:
+    """Open a file to append to, whoever made it, unbuffered; it is made if it is not there.
+
+    Raises:
+        OSError: it is a link, has another name or is no file, or can't be written to.
+    """
+    return FileIO(_open_in_place(file, APPENDING, USUAL_FILE, of_anyone=True), "ab")
 
 
 def end_line(file: Path) -> None:
     """End a line that a killed process left unfinished, so that the next one stands alone.
 
     Raises:
-        OSError: it is a link, or can't be written to.
+        OSError: it is a link, has another name, is no file or another user's, or can't be written to.
     """
     if not os.path.lexists(file):
         return
-    if reason := not_in_place(file):
-        raise PermissionError(f"{file} {reason}")
-    if file.stat().st_size == 0:
-        return
-    with os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "rb+") as stream:
+    with os.fdopen(_open_in_place(file, os.O_RDWR), "rb+") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return
         stream.seek(-1, os.SEEK_END)
         if stream.read(1) != b"\n":
             stream.write(b"\n")
+
+
+def not_in_place(file: Path, *, of_anyone: bool = False) -> str | None:
+    """Return why nothing may be written into, or read from, what is there by the name of a file of ours.
+
+    None if it may; `of_anyone`: whoever it belongs to.
+    """
+    return _not_plain(file.lstat(), file.parent, of_anyone=of_anyone)
+
+
+def _not_plain(found: os.stat_result, folder: Path, *, of_anyone: bool) -> str | None:
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no file"
+    if found.st_nlink > 1:
+        return "has another name, by which something else would be changed"
+    return None if of_anyone or is_own(found, folder) else f"belongs to another user (uid {found.st_uid})"
+
+
+def is_own(found: os.stat_result, folder: Path) -> bool:
+    """Whether what was found in a folder is this user's, or has the owner of all that this user makes there.
+
+    A disk of a network, or one that is mounted for others, may give every file an owner of its own.
+    """
+    return not hasattr(os, "getuid") or found.st_uid == os.getuid() or found.st_uid == _owner_of_new(folder)
+
+
+def _owner_of_new(folder: Path) -> int | None:
+    new = folder / f".{secrets.token_hex(8)}.saving"
+    try:
+        owner = private_file(new).stat().st_uid
+        new.unlink()
+    except OSError:  # nothing can be made there
+        return None
+    return owner
+
+
+def _open_in_place(file: Path, flags: int, mode: int = PRIVATE_FILE, *, of_anyone: bool = False) -> int:
+    if os.path.lexists(file) and (reason := not_in_place(file, of_anyone=of_anyone)):
+        raise PermissionError(f"{file} {reason}")
+    # Looked at again once it is open: it may be another by then, of which a pipe would wait for its reader.
+    descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    if reason := _not_plain(os.fstat(descriptor), file.parent, of_anyone=of_anyone):
+        os.close(descriptor)
+        raise PermissionError(f"{file} {reason}")
+    return descriptor
 
 
 def _open(file: Path, flags: int, mode: int) -> int:
@@ -91,6 +136,13 @@ def private_folder(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
     return folder
+
+
+def private_file(file: Path) -> Path:
+    """Make an empty file that only its owner can read, unless there is something by its name; return it."""
+    if not os.path.lexists(file):
+        os.close(_open(file, os.O_WRONLY | os.O_EXCL, PRIVATE_FILE))
+    return file
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -134,7 +186,7 @@ def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: 
         OutputDirectoryError: it may not, and something came there meanwhile.
     """
     clear_left_overs(target.parent, target.name)
-    with _staging(target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")) as whole:
+    with staging(target) as whole:
         fill(whole)
         if may_replace:
             publish_directory(whole, target)
@@ -167,7 +219,7 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
     if is_left_over(inside):
         delete(inside)
     moved: list[Path] = []
-    with _staging(inside) as whole:
+    with _filling(inside) as whole:
         fill(whole)
         _flush_all(whole)
         try:
@@ -182,8 +234,17 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
         flush(target)
 
 
+def staging(target: Path) -> AbstractContextManager[Path]:
+    """Give a folder beside `target` to write into, whose name nobody can know before; it is deleted at the end."""
+    return _filling(_beside(target))
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")
+
+
 @contextmanager
-def _staging(place: Path) -> Iterator[Path]:
+def _filling(place: Path) -> Iterator[Path]:
     """Make a folder to write into, within one that carries our mark, and delete it with the parents made for it."""
     made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -202,9 +263,34 @@ def _staging(place: Path) -> Iterator[Path]:
     delete(place)
 
 
+def discard(place: Path) -> None:
+    """Delete a folder of ours: gone at once, and what a killed process leaves of it carries our mark.
+
+    Raises:
+        OSError: it can't be moved.
+    """
+    aside = _beside(place)
+    aside.mkdir(mode=PRIVATE_FOLDER)
+    (aside / MARK).touch()
+    try:
+        place.rename(aside / WHOLE)
+    finally:
+        delete(aside)
+
+
+def move_aside(place: Path, name: str) -> Path:
+    """Rename a file or folder within its directory, to a name that nothing has yet; return where it is."""
+    aside = place.with_name(name)
+    if os.path.lexists(aside):
+        aside = place.with_name(f"{name}-{secrets.token_hex(4)}")
+    return place.rename(aside)
+
+
 def is_left_over(place: Path) -> bool:
     """Whether a folder is what a killed process of this user left: no link, with our mark, and nothing besides."""
-    if place.is_symlink() or not (place / MARK).is_file() or place.stat().st_uid != os.getuid():
+    if place.is_symlink() or not (place / MARK).is_file():
+        return False
+    if hasattr(os, "getuid") and place.stat().st_uid != os.getuid():
         return False
     return {path.name for path in place.iterdir()} <= {MARK, WHOLE}
 

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli import writing
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.files import check_output_directory
 from qlora_cli.writing import (
     LEFT_OVER,
     MARK,
+    append_bytes,
     append_line,
     clear_left_overs,
     copy_file,
     copy_folder,
     delete,
+    discard,
     end_line,
     fill_directory,
+    move_aside,
+    private_file,
     private_folder,
     write_directory,
     write_file,
@@ -233,6 +238,91 @@ def test_nothing_is_appended_to_what_is_something_else_too(tmp_path: Path, preci
     assert precious.read_text() == "precious"
 
 
+def give_away(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a file another user's; who may not is another user from now on."""
+    if os.getuid() == 0:
+        os.chown(file, 54321, -1)
+    else:
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        monkeypatch.setattr(writing, "_owner_of_new", lambda _: other)
+
+
+def test_nothing_is_appended_to_what_another_user_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("theirs, cut")
+    give_away(file, monkeypatch)
+    with pytest.raises(PermissionError, match=r"metrics\.jsonl belongs to another user \(uid \d+\)"):
+        append_line(file, "{}")
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        end_line(file)
+    assert file.read_text() == "theirs, cut"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_disk_that_gives_all_files_one_owner_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    for line in ("one", "two"):
+        append_line(tmp_path / "lines", line)
+    end_line(tmp_path / "lines")
+    assert (tmp_path / "lines").read_text() == "one\ntwo\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["lines"]
+
+
+def test_a_system_without_users_has_no_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getuid")
+    append_line(tmp_path / "lines", "one")
+    end_line(tmp_path / "lines")
+    (tmp_path / LEFT_OVER).mkdir()
+    (tmp_path / LEFT_OVER / MARK).touch()
+    assert writing.is_left_over(tmp_path / LEFT_OVER)
+    assert (tmp_path / "lines").read_text() == "one\n"
+
+
+@pytest.mark.parametrize("kind", ["a link", "no file", "another name", "another user's"])
+def test_what_takes_the_place_of_a_file_while_it_is_opened_is_not_written_to(
+    tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file, opened = tmp_path / "metrics.jsonl", os.open
+    file.write_text("ours")
+
+    def swapped(path: str | Path, *rest: int) -> int:
+        file.unlink()
+        if kind == "a link":
+            file.symlink_to(precious)
+        elif kind == "no file":
+            os.mkfifo(file)
+        elif kind == "another name":
+            file.hardlink_to(precious)
+        else:
+            file.write_text("theirs")
+            give_away(file, monkeypatch)
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        append_line(file, "{}")
+    monkeypatch.undo()
+    assert precious.read_text() == "precious"
+    assert kind != "another user's" or file.read_text() == "theirs"
+
+
+def test_bytes_are_appended_to_what_anyone_made_but_through_no_link(
+    tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part").write_bytes(b"one ")
+    (tmp_path / "link").symlink_to(precious)
+    give_away(tmp_path / "part", monkeypatch)
+    for name in ("part", "new"):
+        with append_bytes(tmp_path / name) as stream:
+            stream.write(b"two")
+    assert ((tmp_path / "part").read_bytes(), (tmp_path / "new").read_bytes()) == (b"one two", b"two")
+    with pytest.raises(PermissionError, match="is a link"):
+        append_bytes(tmp_path / "link")
+    assert precious.read_text() == "precious"
+
+
 @pytest.mark.parametrize("came", ["a folder with something in it", "a file", "a name in an empty folder"])
 def test_what_came_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> None:
     target = tmp_path / "out"
@@ -274,6 +364,29 @@ def test_deleting_never_follows(tmp_path: Path, precious: Path) -> None:
         delete(place)
         assert not os.path.lexists(place)
     assert precious.read_text() == "precious"
+
+
+def test_what_is_discarded_is_gone_with_all_names_and_what_it_leads_to_is_not(tmp_path: Path, precious: Path) -> None:
+    folder = tmp_path / "out" / "folder"
+    (folder / "more").mkdir(parents=True)
+    (folder / "link").symlink_to(precious.parent)
+    discard(folder)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        discard(folder)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert precious.read_text() == "precious"
+
+
+def test_what_is_moved_aside_replaces_nothing(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        (tmp_path / "file").write_text(content)
+        move_aside(tmp_path / "file", "old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old-folder").mkdir()  # which a renamed folder would take the place of
+    assert move_aside(tmp_path / "folder", "old-folder").name.startswith("old-folder-")
+    assert (tmp_path / "old").read_text() == "one"
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snapshot_is(
@@ -320,5 +433,6 @@ def test_what_is_private_is_read_by_its_owner_alone(tmp_path: Path) -> None:
     folder = private_folder(tmp_path / "a" / "cache")
     append_line(folder / "lines", "x")
     write_file(folder / "file", b"x", mode=0o600)
-    modes = [path.stat().st_mode & 0o777 for path in (folder, folder / "lines", folder / "file")]
-    assert modes == [0o700, 0o600, 0o600]
+    assert private_file(private_file(folder / "empty")).read_bytes() == b""
+    modes = [path.stat().st_mode & 0o777 for path in (folder, *sorted(folder.iterdir()))]
+    assert modes == [0o700, 0o600, 0o600, 0o600]
