@@ -2,20 +2,20 @@
 
 import hashlib
 import json
+import os
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import TrainingError
-from qlora_cli.files import read_small
+from qlora_cli.files import first_not_among, read_small
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
-from qlora_cli.writing import delete, flush, publish_directory
+from qlora_cli.writing import delete, discard, flush, is_left_over, move_aside, publish_directory, staging
 
 TRAINER_STATE = "trainer_state.json"
-STAGING = ".saving"
-DELETING = ".deleting"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -31,7 +31,7 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 def seal(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a checkpoint into it."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -64,9 +64,41 @@ def damage_of(checkpoint: Path) -> str | None:
     return None if odd is None else f"{odd.relative_to(checkpoint)} is no file"
 
 
+def sealed_in(checkpoint: Path) -> frozenset[str]:
+    """Return the files that a run wrote into a checkpoint, by its checksums; none if they can't be read."""
+    sums = checkpoint / CHECKSUMS
+    try:
+        return frozenset(json.loads(sums.read_text(encoding="utf-8"))) if sums.is_file() else frozenset()
+    except (OSError, ValueError, TypeError, RecursionError):
+        return frozenset()
+
+
+def strange_in(checkpoint: Path) -> str | None:
+    """Return why a checkpoint may not be deleted; None if it holds what a run sealed in it and nothing else."""
+    if checkpoint.is_symlink():
+        return "it is a link"
+    if not (names := sealed_in(checkpoint)):
+        return f"it has no {CHECKSUMS} that can be read"
+    strange = first_not_among(checkpoint, names | {CHECKSUMS})
+    return None if strange is None else f"it holds {strange}, which no run wrote"
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that was moved into place.
+
+    Attributes:
+        path: Where it is.
+        kept: What is not deleted because it holds more than a run wrote: where it is, with the reason.
+    """
+
+    path: Path
+    kept: dict[Path, str]
 
 
 @dataclass(frozen=True)
@@ -81,11 +113,6 @@ class CheckpointStore:
     needed_bytes: int
     journal: Path
 
-    @property
-    def staging(self) -> Path:
-        """Where a checkpoint is written before it is moved into place."""
-        return self.folder / STAGING
-
     def all(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
         return list_checkpoints(self.folder)
@@ -94,20 +121,20 @@ class CheckpointStore:
         """Return where the checkpoint of a step is, or would be."""
         return checkpoint_of(self.folder, step)
 
+    def staging(self, step: int) -> AbstractContextManager[Path]:
+        """Give a folder to write the checkpoint of a step into, before it is published."""
+        return staging(self.path_of(step))
+
     def clear_left_overs(self) -> None:
-        """Delete what a killed process left half-written, or half-deleted."""
-        for name in (STAGING, DELETING):
-            delete(self.folder / name)
+        """Delete what a killed process left half-written, or half-deleted: who holds the run's lock is alone here."""
+        for place in self.folder.glob(".*.saving"):
+            if is_left_over(place):
+                delete(place)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename the checkpoints behind `step`, which are damaged, so that they do not count as newer ones."""
-        moved = []
-        for checkpoint in self.all():
-            if step_of(checkpoint) > step:
-                aside = self.folder / f".damaged-{checkpoint.name}"
-                delete(aside)
-                moved.append(checkpoint.rename(aside))
-        return moved
+        newer = [checkpoint for checkpoint in self.all() if step_of(checkpoint) > step]
+        return [move_aside(checkpoint, f".damaged-{checkpoint.name}") for checkpoint in newer]
 
     def check_room(self) -> None:
         """Check that another checkpoint fits on the disk, before a byte of it is written.
@@ -123,28 +150,32 @@ class CheckpointStore:
                 hint="Free room and give the same command again: it goes on from the last checkpoint.",
             )
 
-    def publish(self, finished: Path, step: int, best_step: int | None) -> Path:
-        """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit."""
+    def publish(self, finished: Path, step: int, best_step: int | None) -> Published:
+        """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit.
+
+        What is no checkpoint of a run, or holds more, is never deleted.
+        """
         seal(finished)
         if self.journal.exists():
             flush(self.journal)
-        target = self.path_of(step)
+        target, kept = self.path_of(step), self.make_way(step)
         publish_directory(finished, target)
-        delete(self.staging)
-        for old in beyond_limit(self.all(), self.num_kept, best_step):
+        checkpoints = self.all()
+        strange = {path: reason for path in checkpoints if (reason := strange_in(path))}
+        kept |= {path: strange[path] for path in self._beyond_limit(checkpoints, best_step) if path in strange}
+        for old in self._beyond_limit([path for path in checkpoints if path not in strange], best_step):
             if old != target:
-                self._delete(old)
-        return target
+                discard(old)
+        return Published(path=target, kept=kept)
 
-    def _delete(self, checkpoint: Path) -> None:
-        # Renamed first: what is deleted half-way must not look like a checkpoint.
-        if checkpoint.is_symlink():
-            checkpoint.unlink()
-            return
-        doomed = self.folder / DELETING
-        delete(doomed)
-        checkpoint.rename(doomed)
-        delete(doomed)
+    def make_way(self, step: int) -> dict[Path, str]:
+        """Move aside what is in the place of the checkpoint of a step and may not be deleted: where, and why."""
+        target = self.path_of(step)
+        reason = strange_in(target) if os.path.lexists(target) else None
+        return {} if reason is None else {move_aside(target, f".kept-{target.name}"): reason}
+
+    def _beyond_limit(self, checkpoints: list[Path], best_step: int | None) -> list[Path]:
+        return beyond_limit(checkpoints, self.num_kept, best_step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

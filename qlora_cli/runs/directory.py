@@ -20,8 +20,8 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
-from qlora_cli.files import check_output_directory, path_problem
-from qlora_cli.writing import PRIVATE_FILE, delete, is_left_over, not_in_place, write_file
+from qlora_cli.files import check_output_directory, first_not_among, path_problem
+from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_left_over, move_aside, not_in_place, write_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -36,7 +36,8 @@ LOCK_FILE = "run.lock"
 STEP_PREFIX = "step-"  # of a checkpoint
 CHECKSUMS = "checksums.json"  # in it
 EVENT_BEGINS = b'{"event": "'  # a line of events
-TRACKED = ("tensorboard", "trackio", "wandb", "mlflow.db")  # what trackers write, each under its name
+TRACKED = ("tensorboard", "trackio", "wandb")  # what trackers write, each under its name
+TRACKED_FILE = "mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class RunDirectory:
     @property
     def unwritable(self) -> tuple[Path, str] | None:
         """The first of its parts that a run writes in place, and must not, with the reason; None if there is none."""
-        for name in (METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM):
+        for name in (METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM, TRACKED_FILE):
             if os.path.lexists(self.path / name) and (reason := not_in_place(self.path / name)):
                 return self.path / name, reason
         for name in (CHECKPOINTS, *TRACKED):
@@ -117,15 +118,18 @@ class RunDirectory:
         """Whether the trained adapter is there: its config and its weights."""
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
 
-    def drop_adapter(self) -> None:
-        """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay."""
-        dropped = self.path / f".{ADAPTER}.dropped"
-        delete(dropped)
+    def drop_adapter(self, names: Collection[str]) -> Path | None:
+        """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay.
+
+        If it holds anything but the files of an adapter, by these `names`, it is moved aside, and its place returned.
+        """
         if self.adapter.is_symlink():
             delete(self.adapter)
         elif self.adapter.is_dir():
-            self.adapter.rename(dropped)  # first: an adapter is there whole, or not at all
-            delete(dropped)
+            if first_not_among(self.adapter, names) is not None:
+                return move_aside(self.adapter, f"{ADAPTER}-kept")
+            discard(self.adapter)  # an adapter is there whole, or not at all
+        return None
 
     def keep_skipped_rows(self, lists: Collection[Path]) -> None:
         """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""

@@ -16,7 +16,7 @@ from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, step_of
+from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, sealed_in, step_of
 from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
@@ -126,11 +126,15 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
 
 
-def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str) -> None:
+def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str, reporter: Reporter) -> None:
     """Write that the run goes on from here, and make its directory one that it can be written to."""
     write_record(directory, _opening_record(prepared, directory, started))
     if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
-        directory.drop_adapter()
+        kept = directory.drop_adapter(sealed_in(prepared.resume.checkpoint))
+        if kept is not None:
+            reporter.report(
+                Noted(level="warning", message=f"{directory.adapter} held more than a run wrote: see {kept}")
+            )
     directory.create()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
     directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
@@ -177,7 +181,7 @@ def _train(
     with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
         while True:
             session = Session(prepared, directory, reporter, stop, trackers)
-            _record_beginning(prepared, directory, started)  # only now: TRL may refuse the run
+            _record_beginning(prepared, directory, started, reporter)  # only now: TRL may refuse the run
             try:
                 return prepared, session.train()
             except RehearsalError as error:
@@ -263,6 +267,8 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
     best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
     for checkpoint in {resume.checkpoint, best}:
         if damage_of(checkpoint) is None:
+            for path, reason in store.make_way(step_of(checkpoint)).items():
+                reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
             write_directory(store.path_of(step_of(checkpoint)), partial(copy_folder, checkpoint))
     if resume.run.metrics_file.is_file():
         text = resume.run.metrics_file.read_text(encoding="utf-8", errors="replace")

@@ -1,5 +1,6 @@
 """One attempt at a run: the trainer with all that watches it, from the first step, or the one it goes on behind."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from qlora_cli.events import (
 )
 from qlora_cli.model_files.construction import is_ours, told
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
-from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.result import PeakMemory, TrainResult
 from qlora_cli.training.adapter_check import check_saved, check_trained
 from qlora_cli.training.arguments import training_arguments
@@ -43,7 +44,7 @@ from qlora_cli.training.reporting import ReportingCallback
 from qlora_cli.training.samples import SampleCallback
 from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.trainer import QloraTrainer
-from qlora_cli.writing import write_directory
+from qlora_cli.writing import move_aside, write_directory
 
 # What libraries refuse settings with; a device that runs out of memory or fails raises a RuntimeError.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
@@ -243,6 +244,11 @@ class Session:
         if is_whole:
             self._take_best()
             check_trained(self._prepared.model, self.trainer.never_used)
+        if os.path.lexists(self._directory.adapter):  # nothing of the run is there by now
+            kept = move_aside(self._directory.adapter, f"{ADAPTER}-kept")
+            self._reporter.report(
+                Noted(level="warning", message=f"what came to {self._directory.adapter} is now {kept}")
+            )
         save_adapter(self._prepared, self._directory)
         if is_whole:
             self._reporter.report(PhaseStarted(title="Checking the adapter"))

@@ -78,7 +78,7 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False
-        if self._request.exists():
+        if self._request.is_file():
             control.should_save = True
 
     def on_save(
@@ -89,7 +89,8 @@ class StopCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """The checkpoint that was asked for is complete."""
-        self._request.unlink(missing_ok=True)
+        if self._request.is_file():
+            self._request.unlink()
 
     def on_prediction_step(
         self,

@@ -19,9 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from qlora_cli.events import Noted, Reporter
+from qlora_cli.runs.directory import TRACKED_FILE
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.writing import private_folder
+from qlora_cli.writing import private_file, private_folder
 
 PROJECT = "qlora"  # what runs are grouped by, unless the user has named it
 WANDB_ADDRESS = "https://api.wandb.ai"
@@ -138,7 +139,7 @@ def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str,
         wanted = {"TRACKIO_DIR": str(directory / "trackio")}
     elif name == ReportTo.MLFLOW:
         wanted = {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{directory / 'mlflow.db'}",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{directory / TRACKED_FILE}",
             "MLFLOW_EXPERIMENT_NAME": PROJECT,
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
@@ -154,6 +155,8 @@ def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str,
             "WANDB_FINISH_TIMEOUT": PATIENCE_SECONDS,
         }
     found = {key: value for key, value in wanted.items() if key not in os.environ}
+    if "MLFLOW_TRACKING_URI" in found:
+        private_file(directory / TRACKED_FILE)  # an empty one is a new database
     if found and name in (ReportTo.TENSORBOARD, ReportTo.TRACKIO, ReportTo.WANDB):
         private_folder(directory / name.value)  # it holds what the run's own metrics do
     if name == ReportTo.TRACKIO and (kept := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):

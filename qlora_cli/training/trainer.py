@@ -14,8 +14,8 @@ from trl import SFTTrainer
 
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
-from qlora_cli.events import CheckpointSaved, EvalStarted, Reporter
-from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore
+from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
+from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
 from qlora_cli.training.guard import StepGuard
 from qlora_cli.training.loop_state import (
     Generators,
@@ -70,6 +70,8 @@ class QloraTrainer(SFTTrainer):
         self._kept: tuple[LoopState, Generators] | None = None  # after the last step that is complete
         self._is_failing = False
         self._is_updating = False
+        self._staged: Path | None = None  # where a checkpoint is written, while one is
+        self._told: set[Path] = set()
         self._resumed: tuple[LoopState, Path] | None = None
         self.add_callback(_LoopCallback(self))
 
@@ -143,7 +145,7 @@ class QloraTrainer(SFTTrainer):
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the signature is that of transformers
-        return str(self._store.staging)
+        return str(self._staged or self._store.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter and the tokenizer to `output_dir`."""
@@ -155,16 +157,26 @@ class QloraTrainer(SFTTrainer):
         """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""
         self._store.clear_left_overs()
         self._store.check_room()
-        # TRL's own override only adds a model card to the output directory.
-        super(SFTTrainer, self)._save_checkpoint(model, trial)
         step = self.state.global_step
-        finished = self._store.staging / f"checkpoint-{step}"
-        # The trainer notes where the best one is by a path, which is that of the folder it writes to.
-        self.state.best_model_checkpoint = None
-        self.state.save_to_json(str(finished / TRAINER_STATE))
-        self._loop_state().write(finished)
-        target = self._store.publish(finished, step, self.state.best_global_step)
-        self._reporter.report(CheckpointSaved(step=step, path=target))
+        with self._store.staging(step) as self._staged:
+            # TRL's own override only adds a model card to the output directory.
+            super(SFTTrainer, self)._save_checkpoint(model, trial)
+            finished = self._staged / f"checkpoint-{step}"
+            # The trainer notes where the best one is by a path, which is that of the folder it writes to.
+            self.state.best_model_checkpoint = None
+            self.state.save_to_json(str(finished / TRAINER_STATE))
+            self._loop_state().write(finished)
+            published = self._store.publish(finished, step, self.state.best_global_step)
+        self._staged = None
+        self._tell_kept(published)
+        self._reporter.report(CheckpointSaved(step=step, path=published.path))
+
+    def _tell_kept(self, published: Published) -> None:
+        """Say once of each folder among the checkpoints that it is not deleted."""
+        for path, reason in published.kept.items():
+            if path not in self._told:
+                self._told.add(path)
+                self._reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
 
     def _save_rng_state(self, output_dir: str) -> None:
         assert self._kept is not None or not self._is_failing

@@ -86,7 +86,7 @@ def kill_until_done(settings: Resolved[TrainSettings], chance: random.Random, lo
         waits_for_write = chance.random() < 0.4
         until = time.monotonic() + chance.uniform(0.3, 2.5)
         while process.is_alive() and time.monotonic() < until:
-            if waits_for_write and (checkpoints / ".saving").exists():
+            if waits_for_write and any(checkpoints.glob(".step-*.saving")):
                 break
             time.sleep(0.0005)
         if not process.is_alive():
@@ -96,7 +96,7 @@ def kill_until_done(settings: Resolved[TrainSettings], chance: random.Random, lo
         process.kill()
         process.join()
         kills += 1
-        inside += (checkpoints / ".saving").exists()
+        inside += any(checkpoints.glob(".step-*.saving"))
 
 
 def test_killed_anywhere_it_ends_as_if_nothing_had_happened(

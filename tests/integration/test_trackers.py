@@ -158,6 +158,31 @@ def test_what_the_user_has_set_stays(
     assert key not in trackers._variables(name, tmp_path, Recorder())
 
 
+@pytest.mark.usefixtures("_no_wandb_settings")
+@pytest.mark.parametrize("name", PACKAGES)
+def test_what_a_tracker_writes_into_a_run_is_for_its_owner_alone(tmp_path: Path, name: ReportTo) -> None:
+    trackers._variables(name, tmp_path, Recorder())
+    (made,) = tmp_path.iterdir()
+    assert made.name == ("mlflow.db" if name == ReportTo.MLFLOW else name.value)
+    assert made.stat().st_mode & 0o777 == (0o600 if name == ReportTo.MLFLOW else 0o700)
+    if name == ReportTo.MLFLOW:
+        with sqlite3.connect(made) as database:  # an empty file is a new database, and what is beside it is as private
+            database.execute("PRAGMA journal_mode=wal")
+            database.execute("CREATE TABLE losses (loss)")
+            assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+            assert len(list(tmp_path.iterdir())) > 1
+        trackers._variables(name, tmp_path, Recorder())  # of the run that goes on
+        with sqlite3.connect(made) as database:
+            assert database.execute("SELECT * FROM losses").fetchall() == []
+
+
+@pytest.mark.usefixtures("_no_wandb_settings")
+def test_no_database_is_made_for_a_server_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    trackers._variables(ReportTo.MLFLOW, tmp_path, Recorder())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_environment_is_as_before_and_the_callback_is_there_within(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli import writing
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, seal
 from qlora_cli.runs.directory import (
@@ -155,17 +156,33 @@ def test_an_adapter_that_is_a_link_is_dropped_and_what_it_leads_to_is_not(tmp_pa
     run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=False, good=(4,))
     fill_adapter(tmp_path / "elsewhere")
     run.adapter.symlink_to(tmp_path / "elsewhere")
-    (run.path / ".adapter.dropped").symlink_to(tmp_path / "elsewhere")
     assert found(run).path == run.adapter
-    run.drop_adapter()
+    run.drop_adapter(())
     assert not run.adapter.is_symlink()
-    assert not (run.path / ".adapter.dropped").is_symlink()
     assert (tmp_path / "elsewhere" / ADAPTER_WEIGHTS).read_text() == "weights"
     for is_there in (True, False):  # and a folder is dropped whole, whether it is there or not
         if is_there:
             fill_adapter(run.adapter)
-        run.drop_adapter()
+        assert run.drop_adapter((ADAPTER_CONFIG, ADAPTER_WEIGHTS, "tokenizer.json")) is None
         assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints"}
+
+
+def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=False, good=(4,))
+    mine = run.path / ".adapter.dropped"  # by which name what is dropped was once deleted
+    mine.mkdir()
+    kept = []
+    for _ in range(2):
+        fill_adapter(run.adapter)
+        (run.adapter / "thesis").touch()
+        place = run.drop_adapter((ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        assert place is not None
+        kept.append(place)
+        assert not run.adapter.exists()
+    assert kept[0] == run.path / "adapter-kept"
+    assert kept[1] != kept[0]
+    assert all((place / "thesis").exists() and (place / ADAPTER_WEIGHTS).exists() for place in kept)
+    assert mine.is_dir()
 
 
 def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -> None:
@@ -226,6 +243,23 @@ def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_pa
     assert problem.exit_code == 2
     assert problem.hint
     assert elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.lock", "skipped_rows_of_stream.jsonl", "mlflow.db"])
+def test_nor_one_with_what_another_user_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("theirs")
+    if os.getuid() == 0:
+        os.chown(file, 54321, -1)
+    else:
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        monkeypatch.setattr(writing, "_owner_of_new", lambda _: other)
+    problem = output_problem(OutputSettings(directory=tmp_path))
+    assert problem is not None
+    assert f"{file} belongs to another user" in str(problem)
+    assert problem.hint
+    assert file.read_text() == "theirs"
 
 
 @pytest.mark.parametrize("kind", ["another name", "no file"])

@@ -1,0 +1,101 @@
+"""A run goes on in a directory that its user has put files into: none of them is lost, what is in the way is said."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.events import CheckpointSaved, Noted, StepDone
+from qlora_cli.training.run import train
+from tests.conftest import Recorder, train_settings
+
+FAST = {
+    **{"training__max_steps": 5, "training__save_steps": 1, "training__gradient_accumulation_steps": 1},
+    **{"output__max_checkpoints": 1},
+}
+
+
+class Stopped(BaseException):
+    """As if the process had been killed."""
+
+
+def notes_of(recorder: Recorder) -> list[str]:
+    return [event.message for event in recorder.events if isinstance(event, Noted)]
+
+
+@pytest.fixture
+def run(base_model: Path, rows: Path, tmp_path: Path) -> Path:
+    """A run that was killed after its second step."""
+
+    class Killer(Recorder):
+        def report(self, event: object) -> None:
+            if isinstance(event, CheckpointSaved) and event.step == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        train(train_settings(base_model, rows, tmp_path / "run", **FAST), Killer())
+    return tmp_path / "run"
+
+
+def test_files_of_the_users_in_a_run_that_goes_on_stay_and_are_said(base_model: Path, rows: Path, run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-2", run / "adapter", ignore=shutil.ignore_patterns("checksums.json"))
+    mine = {
+        run / "adapter" / "thesis": run / "adapter-kept" / "thesis",
+        checkpoints / "step-2" / "thesis": checkpoints / "step-2" / "thesis",
+        checkpoints / ".saving" / "whole" / "thesis": checkpoints / ".saving" / "whole" / "thesis",
+        checkpoints / ".deleting" / "thesis": checkpoints / ".deleting" / "thesis",
+        run / ".adapter.dropped" / "thesis": run / ".adapter.dropped" / "thesis",
+    }
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path))
+    recorder = Recorder()
+    assert train(train_settings(base_model, rows, run, **FAST), recorder).resumed_from_step == 2
+    assert {path: place.read_text() for path, place in mine.items()} == {path: str(path) for path in mine}
+    assert (run / "adapter-kept" / "adapter_model.safetensors").is_file()
+    assert not (run / "adapter" / "thesis").exists()
+    assert {path.name for path in checkpoints.iterdir()} == {".saving", ".deleting", "step-2", "step-5"}
+    said = [note for note in notes_of(recorder) if "thesis" in note or "adapter-kept" in note]
+    assert said == [
+        f"{run / 'adapter'} held more than a run wrote: see {run / 'adapter-kept'}",
+        f"{checkpoints / 'step-2'} is not deleted: it holds thesis, which no run wrote",
+    ]
+
+
+def test_what_comes_to_a_run_while_it_trains_stays_and_is_said(base_model: Path, rows: Path, run: Path) -> None:
+    places = (run / "adapter", run / "checkpoints" / "step-4", run / "checkpoint-now")
+
+    class Busy(Recorder):
+        def report(self, event: Any) -> None:
+            super().report(event)
+            if isinstance(event, StepDone) and event.step == 3:
+                for place in places:
+                    place.mkdir()
+                    (place / "thesis").write_text("mine")
+
+    recorder = Busy()
+    assert train(train_settings(base_model, rows, run, **FAST), recorder).steps == 5
+    kept = (run / "adapter-kept", run / "checkpoints" / ".kept-step-4", run / "checkpoint-now")
+    assert [(place / "thesis").read_text() for place in kept] == ["mine"] * 3
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    said = [note for note in notes_of(recorder) if "kept" in note]
+    assert said == [
+        f"{kept[1]} is not deleted: it has no checksums.json that can be read",
+        f"what came to {run / 'adapter'} is now {kept[0]}",
+    ]
+
+
+def test_what_was_put_into_checkpoints_that_were_taken_over_stays_when_the_run_goes_on_elsewhere_again(
+    base_model: Path, rows: Path, run: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoints", other / "checkpoints")  # as a process left it that was killed right after
+    (other / "checkpoints" / "step-2" / "thesis").write_text("mine")
+    recorder = Recorder()
+    settings = train_settings(base_model, rows, other, **FAST, output__resume=str(run))
+    assert train(settings, recorder).resumed_from_step == 2
+    kept = other / "checkpoints" / ".kept-step-2"
+    assert (kept / "thesis").read_text() == "mine"
+    assert f"{kept} is not deleted: it holds thesis, which no run wrote" in notes_of(recorder)

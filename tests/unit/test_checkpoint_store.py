@@ -1,0 +1,153 @@
+"""The folder of a run's checkpoints: what a run wrote goes when it is old, what anybody else put there never does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.runs.checkpoints import CHECKSUMS, TRAINER_STATE, CheckpointStore, damage_of, list_checkpoints
+from qlora_cli.writing import MARK, WHOLE
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    return CheckpointStore(folder, num_kept=2, needed_bytes=0, journal=tmp_path / "metrics.jsonl")
+
+
+def save(store: CheckpointStore, *steps: int) -> dict[Path, str]:
+    """Save checkpoints as training does; return what the last one kept."""
+    kept: dict[Path, str] = {}
+    for step in steps:
+        store.clear_left_overs()
+        with store.staging(step) as place:
+            finished = place / f"checkpoint-{step}"
+            (finished / "folder").mkdir(parents=True)
+            (finished / "folder" / "weights").write_text(f"weights {step}")
+            (finished / TRAINER_STATE).write_text("{}")
+            published = store.publish(finished, step, best_step=None)
+        assert published.path == store.path_of(step)
+        assert damage_of(published.path) is None
+        kept = published.kept
+    return kept
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def test_the_oldest_go_and_nothing_else_is_left(store: CheckpointStore) -> None:
+    assert save(store, 1, 2, 3, 4) == {}
+    assert names(store) == ["step-3", "step-4"]
+
+
+@pytest.mark.parametrize("held", ["thesis", MARK])
+@pytest.mark.parametrize("name", [".saving", ".deleting", ".step-1.1-a.saving", ".damaged-step-3", ".kept-step-3"])
+def test_a_folder_of_the_users_stays_whatever_its_name(store: CheckpointStore, name: str, held: str) -> None:
+    mine = store.folder / name
+    mine.mkdir()
+    (mine / held).touch()
+    (mine / "thesis").touch()
+    save(store, 1, 2, 3)
+    (moved,) = store.set_aside(2)
+    assert moved.name.startswith(".damaged-step-3")
+    assert (moved / "folder" / "weights").read_text() == "weights 3"
+    save(store, 3, 4)
+    assert {path.name for path in mine.iterdir()} == {held, "thesis"}
+    assert names(store) == sorted([name, moved.name, "step-3", "step-4"])
+
+
+def test_a_damaged_checkpoint_that_was_set_aside_is_not_lost_to_the_next(store: CheckpointStore) -> None:
+    moved = []
+    for _ in range(2):
+        save(store, 5)
+        moved += store.set_aside(4)
+    assert moved[0].name == ".damaged-step-5"
+    assert len({*moved}) == 2
+    assert all((path / "folder" / "weights").exists() for path in moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("notes.txt", "it holds notes.txt, which no run wrote"),
+        ("folder/notes.txt", "it holds folder/notes.txt, which no run wrote"),
+        (f"{CHECKSUMS}.mine", "it holds checksums.json.mine, which no run wrote"),
+        (CHECKSUMS, "it has no checksums.json that can be read"),
+    ],
+)
+def test_an_old_checkpoint_with_something_of_the_users_in_it_stays_and_is_said(
+    store: CheckpointStore, name: str, reason: str
+) -> None:
+    save(store, 1)
+    (store.path_of(1) / name).write_text("mine")
+    assert save(store, 2, 3, 4) == {store.path_of(1): reason}
+    assert (store.path_of(1) / name).read_text() == "mine"
+    assert names(store) == ["step-1", "step-3", "step-4"]
+
+
+def test_a_folder_or_a_link_by_the_name_of_a_checkpoint_stays(store: CheckpointStore, tmp_path: Path) -> None:
+    (store.folder / "step-1").mkdir()
+    (store.folder / "step-1" / "thesis").touch()
+    (store.folder / "step-2").symlink_to(tmp_path)
+    (store.folder / "step-3").write_text("thesis")
+    kept = save(store, 4, 5, 6)
+    assert {path.name: reason.split()[1] for path, reason in kept.items()} == {
+        **{"step-1": "has", "step-2": "is", "step-3": "has"}
+    }
+    assert (store.folder / "step-1" / "thesis").exists()
+    assert names(store) == ["step-1", "step-2", "step-3", "step-5", "step-6"]
+
+
+def test_what_is_in_the_place_of_a_new_checkpoint_is_moved_aside_unless_a_run_wrote_it(store: CheckpointStore) -> None:
+    (store.folder / "step-1").mkdir()
+    (store.folder / "step-1" / "thesis").touch()
+    assert save(store, 1) == {store.folder / ".kept-step-1": "it has no checksums.json that can be read"}
+    assert (store.folder / ".kept-step-1" / "thesis").exists()
+    assert save(store, 1) == {}
+    assert names(store) == [".kept-step-1", "step-1"]
+
+
+def test_a_damaged_checkpoint_that_only_a_run_wrote_goes_when_it_is_old(store: CheckpointStore) -> None:
+    save(store, 1, 2)
+    (store.path_of(1) / "folder" / "weights").write_text("damaged")
+    (store.path_of(2) / TRAINER_STATE).unlink()
+    assert save(store, 3, 4) == {}
+    assert names(store) == ["step-3", "step-4"]
+
+
+DIE = """
+import os, shutil, sys
+from pathlib import Path
+from qlora_cli.runs.checkpoints import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), num_kept=1, needed_bytes=0, journal=Path("none"))
+with store.staging(2) as place:
+    (place / "checkpoint-2").mkdir()
+    (place / "checkpoint-2" / "weights").touch()
+    if sys.argv[2] == "writing":
+        os._exit(9)
+    shutil.rmtree = lambda place, **_: os.path.exists(place) and os._exit(9)
+    store.publish(place / "checkpoint-2", 2, None)
+"""
+
+
+@pytest.mark.parametrize("while_", ["writing", "deleting"])
+def test_what_a_process_leaves_that_is_killed_is_no_checkpoint_and_goes_with_the_next(
+    store: CheckpointStore, while_: str
+) -> None:
+    save(store, 1)
+    died = subprocess.run([sys.executable, "-c", DIE, store.folder, while_], check=False)
+    assert died.returncode == 9
+    left = [name for name in names(store) if name.endswith(".saving")]
+    assert left
+    assert all({path.name for path in (store.folder / name).iterdir()} <= {MARK, WHOLE} for name in left)
+    assert [path.name for path in list_checkpoints(store.folder)] == ["step-1" if while_ == "writing" else "step-2"]
+    # Of this very number is the writer in a container that was started again.
+    own = store.folder / f".step-7.{os.getpid()}-a.saving"
+    own.mkdir()
+    (own / MARK).touch()
+    save(store, 3)
+    assert [name for name in names(store) if name.startswith(".")] == []
