@@ -5,6 +5,7 @@ and our own code. So stale tokens are impossible, and a second run over the same
 """
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -19,13 +20,27 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from qlora_cli.cache import cache_folder, is_name
+from qlora_cli.data.arrow_messages import check_expansion
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.skipped import SkippedRow
 from qlora_cli.errors import DataError, QloraError
-from qlora_cli.writing import PRIVATE_FOLDER, clear_left_overs, delete, private_folder, write_directory
+from qlora_cli.writing import (
+    PRIVATE_FILE,
+    PRIVATE_FOLDER,
+    clear_left_overs,
+    delete,
+    is_own,
+    not_in_place,
+    private_file,
+    private_folder,
+    write_directory,
+    write_file,
+)
 
 TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
+FILES = {TOKENS, ABOUT, SKIPPED}
+SUM = "sha256"  # of the tokens, in what is told about them
 MOST_TABLES = 24
 KEPT_SECONDS = 24 * 60 * 60  # whatever their number: a run that goes on may be using them
 IDS = pa.list_(pa.int32())
@@ -115,9 +130,9 @@ class Writer:
     """Writes rows in batches, as they come, and notes down those that can't be used."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = pa.OSFile(str(folder / TOKENS), "wb")
+        self._file = pa.OSFile(str(private_file(folder / TOKENS)), "wb")
         self._arrow = pa.ipc.new_stream(self._file, SCHEMA)
-        self._skipped = (folder / SKIPPED).open("w", encoding="utf-8")
+        self._skipped = private_file(folder / SKIPPED).open("w", encoding="utf-8")
         self.num_rows = 0
         self.num_bad = 0
         self.num_empty = 0
@@ -142,25 +157,66 @@ class Writer:
 
 
 def recall(key: str) -> StoredTokens | None:
-    """Return what is kept under `key`; None if there is nothing that can be read."""
+    """Return what is kept under `key`; None if there is nothing, or not what this user wrote, to the last bit."""
     folder = cache_folder("data") / key
     try:
+        if not _is_own_table(folder):
+            return None
         content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if content.pop(SUM) != _sum_of(folder / TOKENS):
+            return None
         about = About(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
+        _validate(folder / TOKENS)
         dataset = Dataset.from_file(str(folder / TOKENS))
         folder.touch()  # the least recently used are deleted
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException, DataError):
         return None
     if len(dataset) != about.num_rows:  # cut short
         return None
     return StoredTokens(dataset=dataset, about=about, skipped=folder / SKIPPED if about.num_bad else None)
 
 
+def _is_own_table(folder: Path) -> bool:
+    """Whether a table lies here, no link leads to it, and it belongs to this user.
+
+    Raises:
+        OSError: it lacks a file.
+    """
+    return (
+        _is_table(folder)
+        and is_own(folder.lstat(), folder.parent)
+        and all(not_in_place(folder / name) is None for name in (TOKENS, ABOUT, SKIPPED))
+    )
+
+
+def _sum_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _validate(file: Path) -> None:
+    """Check every place that the rows name: pyarrow reads from where they say, inside of the file or not.
+
+    Raises:
+        ValueError: they are none of ours.
+        ArrowException: one lies outside, or is none.
+        DataError: a part expands to far more than it is.
+    """
+    with pa.memory_map(str(file)) as mapped:
+        check_expansion(mapped, file.name)
+        mapped.seek(0)
+        with pa.ipc.open_stream(mapped) as stream:
+            if stream.schema != SCHEMA:
+                raise ValueError(f"other columns: {stream.schema.names}")
+            for batch in stream:
+                batch.validate(full=True)
+
+
 def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
     """Let `fill` write what is kept under `key`, and open it; complete or absent, whatever happens.
 
     Raises:
-        DataError: the directory can't be written to.
+        DataError: the directory can't be written to, or has something else in the place of a table.
     """
     folder = cache_folder("data") / key
 
@@ -171,9 +227,11 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
             about = fill(writer)
         finally:
             writer.close()
-        (place / ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
+        content = {**asdict(about), SUM: _sum_of(place / TOKENS)}
+        write_file(place / ABOUT, json.dumps(content), mode=PRIVATE_FILE)
 
     check_writable()
+    _check_replaceable(folder)
     _delete_old(folder)
     try:
         write_directory(folder, write)
@@ -206,6 +264,16 @@ def check_writable() -> None:
         raise DataError(f"tokens can't be kept in {directory}: it can't be written to", hint=hint)
 
 
+def _check_replaceable(folder: Path) -> None:
+    names = _names_in(folder)
+    is_table = names is not None and names <= FILES
+    if os.path.lexists(folder) and not folder.is_symlink() and not is_table:
+        raise DataError(
+            f"tokens can't be kept in {folder}: it holds something else, or is another user's",
+            hint="Move it away, or set QLORA_CACHE to another directory.",
+        )
+
+
 def _as_batch(records: Sequence[Record]) -> pa.RecordBatch:
     columns = [_lists([row.input_ids for row in records]), _lists([row.labels for row in records])]
     columns += [pa.array(values, pa.int64()) for values in list(zip(*records, strict=True))[2:]]
@@ -230,13 +298,16 @@ def _delete_old(kept: Path) -> None:
 
 
 def _is_table(folder: Path) -> bool:
-    if not is_name(folder.name) or folder.is_symlink() or not folder.is_dir():
-        return False
+    names = _names_in(folder) if is_name(folder.name) and not folder.is_symlink() else None
+    return names is not None and bool(names) and names <= FILES
+
+
+def _names_in(folder: Path) -> set[str] | None:
+    """Return what is in a folder; None if it is none, or another user's."""
     try:
-        names = {path.name for path in folder.iterdir()}
-    except OSError:  # another user's
-        return False
-    return bool(names) and names <= {TOKENS, ABOUT, SKIPPED}
+        return {path.name for path in folder.iterdir()}
+    except OSError:
+        return None
 
 
 def _last_used(folder: Path) -> float:

@@ -17,7 +17,7 @@ from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, marks
-from qlora_cli.writing import PRIVATE_FILE, private_folder, write_file
+from qlora_cli.writing import PRIVATE_FILE, not_in_place, private_folder, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Of our own code: what an answer depends on.
@@ -43,8 +43,11 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
 
 def recall(key: str) -> MemoryReport | None:
     """Return the answer kept under `key`; None if there is none that can be read."""
+    file = cache_folder("memory") / f"{key}.json"
     try:
-        return TypeAdapter(MemoryReport).validate_json((cache_folder("memory") / f"{key}.json").read_bytes())
+        if not_in_place(file) is not None:
+            return None
+        return TypeAdapter(MemoryReport).validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None
 

@@ -66,9 +66,8 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def sealed_in(checkpoint: Path) -> frozenset[str]:
     """Return the files that a run wrote into a checkpoint, by its checksums; none if they can't be read."""
-    sums = checkpoint / CHECKSUMS
     try:
-        return frozenset(json.loads(sums.read_text(encoding="utf-8"))) if sums.is_file() else frozenset()
+        return frozenset(json.loads(read_small(checkpoint / CHECKSUMS)))
     except (OSError, ValueError, TypeError, RecursionError):
         return frozenset()
 

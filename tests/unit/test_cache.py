@@ -1,5 +1,6 @@
 """A result that is kept depends on all code that computes it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(
     assert {"mine.json", "also.json", "notes.txt"} < kept
     assert len(kept) == 3 + 2
     assert answers.recall("3" * 64) == REPORT
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
+def test_an_answer_that_is_no_file_of_ours_is_computed_anew_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    answers.keep("0" * 64, REPORT)
+    file = tmp_path / "memory" / f"{'0' * 64}.json"
+    file.rename(tmp_path / "elsewhere")
+    if kind == "a link":
+        file.symlink_to(tmp_path / "elsewhere")
+    elif kind == "a pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    assert answers.recall("0" * 64) is None
 
 
 @pytest.mark.parametrize("parts", [answers.PARTS, encode.PARTS])

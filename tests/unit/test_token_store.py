@@ -1,0 +1,190 @@
+"""Tokens that are kept on disk: taken up as they were written by this user, or made anew; nothing else is touched."""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from qlora_cli import writing
+from qlora_cli.cache import digest_of
+from qlora_cli.data.raw import RawRow
+from qlora_cli.data.rows import RowError
+from qlora_cli.data.store import ABOUT, SKIPPED, SUM, TOKENS, About, Record, StoredTokens, Writer, keep, recall
+from qlora_cli.errors import DataError
+
+KEY = digest_of(["the rows of this test"])
+NUM_ROWS = 20
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a table that was kept, in a cache of its own."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    keep(KEY, fill)
+    return tmp_path / "cache" / "data" / KEY
+
+
+def fill(writer: Writer) -> About:
+    for begin in (0, NUM_ROWS // 2):
+        writer.write([row(number) for number in range(begin, begin + NUM_ROWS // 2)])
+    writer.skip(RawRow("rows.jsonl", 99, 99, None, "broken JSON", 1), RowError("it says: my secret"))
+    return About(
+        name="rows",
+        format="text",
+        recognised="text",
+        files=("rows.jsonl",),
+        num_rows=writer.num_rows,
+        num_bad=writer.num_bad,
+        num_empty=writer.num_empty,
+        notes=(),
+    )
+
+
+def row(number: int) -> Record:
+    ids = np.arange(number + 1, dtype=np.int32)
+    return Record(ids, ids, *([number] * (len(Record._fields) - 2)))
+
+
+def write_tokens(table: Path, content: bytes) -> None:
+    """Put other tokens into a table, with a sum that fits."""
+    told = json.loads((table / ABOUT).read_text())
+    (table / TOKENS).unlink()  # what is open stays what it is
+    (table / TOKENS).write_bytes(content)
+    (table / ABOUT).write_text(json.dumps({**told, SUM: hashlib.sha256(content).hexdigest()}))
+
+
+def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
+    assert stored is not None
+    return [dict(row) for row in stored.dataset]
+
+
+def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(table: Path) -> None:
+    found = content_of(recall(KEY))
+    assert len(found) == NUM_ROWS
+    assert found[7]["input_ids"] == list(range(8))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (table, table.parent, *table.iterdir())}
+    assert modes == {table.name: 0o700, "data": 0o700, TOKENS: 0o600, ABOUT: 0o600, SKIPPED: 0o600}
+
+
+def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_made_anew(table: Path) -> None:
+    whole = (table / TOKENS).read_bytes()
+    expected = content_of(recall(KEY))
+    chance = random.Random(0)  # noqa: S311 - no secret
+    for place in chance.sample(range(len(whole)), 40):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << chance.randrange(8)
+        (table / TOKENS).unlink()  # what is open stays what it is
+        (table / TOKENS).write_bytes(changed)
+        assert recall(KEY) is None
+    assert content_of(keep(KEY, fill)) == expected
+
+
+def test_tokens_with_a_sum_that_fits_are_read_without_a_crash_or_not_at_all(table: Path) -> None:
+    """Whoever writes a table can write its sum: no place that the rows name may lie outside of the file."""
+    whole = (table / TOKENS).read_bytes()
+    chance = random.Random(0)  # noqa: S311 - no secret
+    num_refused = 0
+    for place in chance.sample(range(len(whole)), 300):
+        changed = bytearray(whole)
+        changed[place] = chance.randrange(256)
+        write_tokens(table, bytes(changed))
+        stored = recall(KEY)
+        num_refused += stored is None
+        if stored is not None:
+            assert len(content_of(stored)) == NUM_ROWS
+    assert 50 < num_refused < 300
+
+
+def test_offsets_that_lie_outside_are_no_table(table: Path) -> None:
+    offsets = np.cumsum(np.arange(NUM_ROWS // 2 + 1), dtype=np.int32)
+    beyond = offsets.copy()
+    beyond[3] = 2**30
+    whole = (table / TOKENS).read_bytes()
+    assert offsets.tobytes() in whole
+    write_tokens(table, whole.replace(offsets.tobytes(), beyond.tobytes()))
+    assert recall(KEY) is None
+
+
+def test_other_columns_are_no_table(table: Path) -> None:
+    other = pa.table({"input_ids": pa.array([[1]] * NUM_ROWS)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, other.schema) as stream:
+        stream.write_table(other)
+    write_tokens(table, sink.getvalue().to_pybytes())
+    assert recall(KEY) is None
+
+
+@pytest.mark.parametrize("told", ["", "[]", "{}", "7", "[" * 100_000, '{"sha256": 7}', "\0", '{"files": 7}'])
+def test_what_is_told_about_a_table_and_is_nonsense_is_no_table(table: Path, told: str) -> None:
+    (table / ABOUT).write_text(told)
+    assert recall(KEY) is None
+
+
+def link_to(elsewhere: Path) -> Callable[[Path], None]:
+    return lambda file: file.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", [TOKENS, ABOUT, SKIPPED])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder", "nothing"])
+def test_a_table_of_other_things_than_files_is_made_anew_and_they_are_not_followed(
+    table: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (table / name).rename(elsewhere)
+    before = elsewhere.read_bytes()
+    make: dict[str, Callable[[Path], None]] = {
+        "link": link_to(elsewhere),
+        "hard link": lambda file: file.hardlink_to(elsewhere),
+        "pipe": os.mkfifo,
+        "folder": Path.mkdir,
+        "nothing": lambda _: None,
+    }
+    make[kind](table / name)
+    assert recall(KEY) is None
+    assert len(content_of(keep(KEY, fill))) == NUM_ROWS
+    assert recall(KEY) is not None
+    assert elsewhere.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["", TOKENS, ABOUT, SKIPPED])
+def test_a_table_that_another_user_wrote_is_not_taken_up(
+    table: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if os.getuid() == 0:
+        os.chown(table / name, 54321, -1)
+    else:
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        monkeypatch.setattr(writing, "_owner_of_new", lambda _: other)
+    assert recall(KEY) is None
+
+
+def test_a_disk_that_gives_all_files_one_owner_keeps_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    assert content_of(recall(KEY)) == content_of(keep(KEY, fill))
+
+
+@pytest.mark.parametrize("kind", ["more in it", "another folder", "a file"])
+def test_something_else_in_the_place_of_a_table_is_an_error_and_stays(table: Path, kind: str) -> None:
+    if kind == "more in it":
+        (table / TOKENS).write_bytes(b"damaged")
+        (table / "thesis").touch()
+    else:
+        table.rename(table.with_name("moved"))
+        if kind == "a file":
+            table.write_text("thesis")
+        else:
+            table.mkdir()
+            (table / "thesis").touch()
+    assert recall(KEY) is None
+    with pytest.raises(DataError, match="it holds something else") as caught:
+        keep(KEY, fill)
+    assert caught.value.hint
+    assert table.read_text() == "thesis" if kind == "a file" else (table / "thesis").exists()
