@@ -6,6 +6,7 @@ once whole it gets the name that the client looks for, and the client goes on fr
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from qlora_cli.events import BytesDone, Event, Noted, Reporter
 from qlora_cli.units import format_bytes
+from qlora_cli.writing import append_bytes, not_in_place
 
 NUM_STREAMS = 4
 POLL_SECONDS = 0.1
@@ -54,10 +56,17 @@ class RemoteFile:
     @property
     def present_bytes(self) -> int:
         """How much of it is on this disk."""
-        for path in (self.blob, self.partial):
-            if path.is_file():
-                return path.stat().st_size
-        return 0
+        if self.blob.is_file():
+            return self.blob.stat().st_size
+        return self.partial.stat().st_size if self.is_begun else 0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the partial file is there, and is no link or anything else that leads elsewhere."""
+        try:
+            return not_in_place(self.partial, of_anyone=True) is None
+        except FileNotFoundError:
+            return False
 
 
 class DamagedTransferError(Exception):
@@ -192,6 +201,8 @@ class _Transfer:
 
     def _fill(self, file: RemoteFile) -> None:
         digest = hashlib.sha256()
+        if os.path.lexists(file.partial) and not file.is_begun:
+            file.partial.unlink()  # the name alone
         if file.num_bytes is None or file.present_bytes > file.num_bytes:
             file.partial.unlink(missing_ok=True)  # can't be told apart from another version
         offset = file.present_bytes
@@ -206,7 +217,7 @@ class _Transfer:
         if len(file.etag) == 64 and digest.hexdigest() != file.etag:
             file.partial.unlink()
             raise DamagedTransferError("its SHA-256 is not the one that the hub announced; starting over")
-        file.partial.touch()
+        append_bytes(file.partial).close()  # an empty file is there too
         file.partial.replace(file.blob)
 
     def _stream(self, file: RemoteFile, offset: int, digest: Any) -> int:
@@ -216,7 +227,7 @@ class _Transfer:
                 file.partial.unlink()
                 raise DamagedTransferError("the hub does not send the rest alone; starting over")
             # Unbuffered: whatever ends this process, the bytes that arrived are in the file.
-            with file.partial.open("ab", buffering=0) as stream:
+            with append_bytes(file.partial) as stream:
                 for chunk in response.iter_bytes():
                     stream.write(chunk)
                     digest.update(chunk)

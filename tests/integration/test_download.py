@@ -7,6 +7,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.integration.conftest import Find, finding
 from tests.integration.hub_server import COMMIT, OLD_COMMIT, Hub
 
@@ -97,6 +99,33 @@ def test_a_partial_file_of_other_bytes_is_found_out_by_its_hash(find: Find) -> N
     again = find("owner/tiny", 0, 0)
     assert "SHA-256" in again.notes[0]
     assert (path / WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link"])
+def test_a_partial_file_that_leads_elsewhere_is_not_followed(find: Find, tmp_path: Path, kind: str) -> None:
+    path = Path(find("owner/tiny").result["path"])
+    expected = {name: (path / name).read_bytes() for name in (WEIGHTS, "config.json")}
+    precious = tmp_path / "precious"
+    for name, content in expected.items():
+        blob = (path / name).resolve()
+        (path / name).unlink()
+        blob.unlink()
+        partial = blob.with_name(f"{blob.name}.incomplete")
+        if kind == "hard link":
+            precious.write_bytes(b"p" * len(content))
+            partial.hardlink_to(precious)
+        else:
+            partial.symlink_to(precious)
+            if kind == "link":
+                precious.write_bytes(b"p" * len(content))
+        find("owner/tiny")
+        assert (path / name).read_bytes() == content
+        assert not (path / name).resolve().is_symlink()
+        if kind == "link to nothing":
+            assert not precious.exists()
+        else:
+            assert precious.read_bytes() == b"p" * len(content)
+            precious.unlink()
 
 
 def test_a_stalled_download_is_interrupted_at_once_and_a_second_run_asks_for_the_rest(
