@@ -5,6 +5,7 @@ the base, and with a config of which only the place of the base has changed.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def save_adapter(model: PeftModel, directory: Path, state: dict[str, torch.Tenso
     tensors = in_file(adapter_state(model, state), origin)
     save_file(_unshared(tensors), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     _write_config(model, directory, origin)
+    _let_read(directory)
 
 
 def save_trained_adapter(model: PeftModel, directory: Path) -> None:
@@ -40,6 +42,12 @@ def save_trained_adapter(model: PeftModel, directory: Path) -> None:
     save_adapter(model, directory)
     if is_pissa(model.peft_config[ADAPTER]):
         to_plain_lora(model, directory)
+        _let_read(directory)
+
+
+def _let_read(directory: Path) -> None:
+    """Let those read the weights who may read the rest: safetensors keeps what it writes to its owner."""
+    shutil.copymode(directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS)
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Valid
 from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, existing_path, read_small
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
-from qlora_cli.writing import write_file
+from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
 
 SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
 DEFAULT = "default"
@@ -336,8 +336,10 @@ def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumpti
 
 
 def write_record(directory: RunDirectory, record: RunRecord) -> None:
-    """Replace the record of a run in one move."""
-    write_file(directory.run_file, json.dumps(record.content, indent=2) + "\n")
+    """Replace the record of a run in one move; only its owner reads one that may quote rows or prompts."""
+    may_quote = record.error is not None or bool(record.setting("training.sample_prompts"))
+    mode = PRIVATE_FILE if may_quote else USUAL_FILE
+    write_file(directory.run_file, json.dumps(record.content, indent=2) + "\n", mode=mode)
 
 
 def new_record(directory: RunDirectory, content: Mapping[str, object]) -> RunRecord:

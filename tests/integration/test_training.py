@@ -172,6 +172,19 @@ def test_one_seed_gives_one_adapter_and_another_seed_another(base_model: Path, r
     assert digests["a"] == digests["b"] != digests["c"]
 
 
+def test_adapter_and_record_are_shared_as_other_files_are_and_the_rest_is_not(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    run = RunDirectory(tmp_path / "run")
+    shared = [run.run_file, *run.adapter.iterdir()]
+    assert len(shared) > 4
+    assert {path.name: path.stat().st_mode for path in shared if path.stat().st_mode != usual} == {}
+    assert {path.stat().st_mode & 0o777 for path in (run.metrics_file, run.report_file)} == {0o600}
+
+
 def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     settings = train_settings(

@@ -226,6 +226,22 @@ def test_a_record_of_version_0_tells_by_its_own_name_where_others_were_given(tmp
         assert load_record(run).places_of("rows.jsonl") == found
 
 
+@pytest.mark.parametrize(
+    ("prompts", "error", "is_private"),
+    [(None, None, False), ([], None, False), (["What ails me?"], None, True), (None, "rows.jsonl, row 7: …", True)],
+)
+def test_a_record_that_may_quote_rows_or_prompts_is_for_its_owner_alone(
+    tmp_path: Path, prompts: list[str] | None, error: str | None, is_private: bool
+) -> None:
+    (tmp_path / "usual").touch()
+    content = a_record("failed", error=error)
+    content["settings"]["training"]["sample_prompts"] = prompts
+    for _ in range(2):
+        write_record(RunDirectory(tmp_path), new_record(RunDirectory(tmp_path), content))
+        modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("run.json", "usual")]
+        assert modes[0] == (0o600 if is_private else modes[1])
+
+
 def test_paths_of_the_run_are_recorded_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     directory = RunDirectory(Path("run"))
