@@ -6,6 +6,7 @@ our mark is deleted.
 """
 
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -24,6 +25,7 @@ MARK = "written-by-qlora"  # in a folder that is written aside, beside what will
 WHOLE = "whole"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 USUAL_FILE = 0o666  # of which the user's mask takes away
+STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_beside` names folders
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -299,8 +301,17 @@ def clear_left_overs(folder: Path, name: str | None = None) -> None:
     """Delete what processes that were killed left in a folder, of writing `name`, or of writing anything."""
     for place in folder.glob(f".{'*' if name is None else escape(name)}.*-*.saving"):
         writer = place.name.split(".")[-2].partition("-")[0]
-        if writer.isdigit() and not psutil.pid_exists(int(writer)) and is_left_over(place):
-            delete(place)
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            clear_left_over(place)
+
+
+def clear_left_over(place: Path) -> None:
+    """Delete what a writer that is gone has left, if it is one's; an empty folder is one that was not marked yet."""
+    if is_left_over(place):
+        delete(place)
+    elif STAGED.fullmatch(place.name):
+        with suppress(OSError):  # it is not empty, or no folder
+            place.rmdir()
 
 
 def publish_directory(finished: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from qlora_cli.cache import cache_folder, is_name
-from qlora_cli.data.arrow_messages import check_expansion
+from qlora_cli.data.arrow_messages import check_messages
 from qlora_cli.data.readers import RawRow
 from qlora_cli.data.rows import RowError
 from qlora_cli.data.skipped import SkippedRow
@@ -202,14 +202,12 @@ def _validate(file: Path) -> None:
         ArrowException: one lies outside, or is none.
         DataError: a part expands to far more than it is.
     """
-    with pa.memory_map(str(file)) as mapped:
-        check_expansion(mapped, file.name)
-        mapped.seek(0)
-        with pa.ipc.open_stream(mapped) as stream:
-            if stream.schema != SCHEMA:
-                raise ValueError(f"other columns: {stream.schema.names}")
-            for batch in stream:
-                batch.validate(full=True)
+    with file.open("rb") as opened, pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+        if stream.schema != SCHEMA:
+            raise ValueError(f"other columns: {stream.schema.names}")
+        check_messages(opened, SCHEMA, range(len(SCHEMA)), file.name)
+        for batch in stream:
+            batch.validate(full=True)
 
 
 def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:

@@ -13,7 +13,7 @@ from qlora_cli.files import first_not_among, read_small
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
-from qlora_cli.writing import delete, discard, flush, is_left_over, move_aside, publish_directory, staging
+from qlora_cli.writing import clear_left_over, discard, flush, move_aside, publish_directory, staging
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -127,8 +127,7 @@ class CheckpointStore:
     def clear_left_overs(self) -> None:
         """Delete what a killed process left half-written, or half-deleted: who holds the run's lock is alone here."""
         for place in self.folder.glob(".*.saving"):
-            if is_left_over(place):
-                delete(place)
+            clear_left_over(place)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename the checkpoints behind `step`, which are damaged, so that they do not count as newer ones."""

@@ -45,7 +45,17 @@ def test_the_oldest_go_and_nothing_else_is_left(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("held", ["thesis", MARK])
-@pytest.mark.parametrize("name", [".saving", ".deleting", ".step-1.1-a.saving", ".damaged-step-3", ".kept-step-3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".saving",
+        ".deleting",
+        ".step-1.1-a.saving",
+        ".step-1.1-0123456789abcdef.saving",
+        ".damaged-step-3",
+        ".kept-step-3",
+    ],
+)
 def test_a_folder_of_the_users_stays_whatever_its_name(store: CheckpointStore, name: str, held: str) -> None:
     mine = store.folder / name
     mine.mkdir()
@@ -149,5 +159,6 @@ def test_what_a_process_leaves_that_is_killed_is_no_checkpoint_and_goes_with_the
     own = store.folder / f".step-7.{os.getpid()}-a.saving"
     own.mkdir()
     (own / MARK).touch()
+    (store.folder / ".step-7.1-0123456789abcdef.saving").mkdir()  # killed before it was marked
     save(store, 3)
     assert [name for name in names(store) if name.startswith(".")] == []
