@@ -5,7 +5,7 @@ set of the hub. Otherwise the names of files and folders tell. A test split is n
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -108,7 +108,7 @@ def look_into(path: Path, config: str | None = None, name: str | None = None) ->
             return look_into(chosen.folder, name=name)
     elif config:
         raise DataError(f"{name} has no config {config}: no {CARD} in it names any", hint=f"Leave :{config} out.")
-    return _saved(path) or _cached(path, shown) or _by_names(path, shown) or _cache_below(path) or _nothing_in(path)
+    return _saved(path) or _cached(path, shown) or _by_names(path, shown) or _of_folders(path, shown)
 
 
 def _splits(files: Mapping[str, Iterable[Path]]) -> tuple[Split, ...]:
@@ -127,18 +127,11 @@ def _saved(path: Path) -> Directory | None:
 
 
 def _saved_files(path: Path) -> tuple[Path, ...] | None:
-    """Return the files of one data set that `save_to_disk` wrote; None if it wrote none there.
-
-    Raises:
-        DataError: one is missing.
-    """
+    """Return the files of one data set that `save_to_disk` wrote; None if it wrote none there."""
     found = _metadata(path / SAVED_STATE).get("_data_files")
     if not isinstance(found, list) or not all(isinstance(each, dict) and "filename" in each for each in found):
         return None
-    files = [path / Path(str(each["filename"])).name for each in found]
-    if gone := [file for file in files if not file.is_file()]:
-        raise DataError(f"{printable(gone[0])} is not there, which {SAVED_STATE} names", hint="Copy it again.")
-    return tuple(files)
+    return tuple(path / Path(str(each["filename"])).name for each in found)
 
 
 def _cached(path: Path, entries: Iterable[Path]) -> Directory | None:
@@ -170,11 +163,13 @@ def _by_names(path: Path, entries: Sequence[Path]) -> Directory | None:
     """Return the files in a directory, and in folders that are called as splits, by what their names tell."""
     files = [entry for entry in entries if is_data(entry)]
     folders = [entry for entry in entries if words_in(entry.name) and entry.is_dir()]
-    if not files and not folders:
-        data = path / DATA_FOLDER
-        return _by_names(data, _shown(data)) if data.is_dir() else None
-    if inside := [file for folder in folders for below in directories_below(folder) for file in _data_in(below)]:
-        files = sorted({*files, *inside})
+    data = path / DATA_FOLDER
+    if not folders and data in entries and not any(words_in(file.name) for file in files):
+        inside = _by_names(data, _shown(data))
+        if inside and (inside.has_splits or not files):
+            return replace(inside, others=(*files, *inside.others))
+    in_folders = [file for folder in folders for below in directories_below(folder) for file in _data_in(below)]
+    files = sorted({*files, *in_folders})
     return _sorted(path, files) if files else None
 
 
@@ -210,26 +205,35 @@ def _sorted(path: Path, files: Sequence[Path]) -> Directory:
     return Directory(path=path, splits=_splits(splits), unclear=unclear, others=tuple(others + rest))
 
 
-def _cache_below(path: Path) -> Directory | None:
-    """Return the one data set in a folder of the cache of `datasets`: CONFIG/VERSION/HASH are folders in it."""
-    found = _below(path)
-    if len(found) != 1:
-        return None
-    cached = _cached(found[0], _shown(found[0]))
-    return cached and replace(cached, path=path)
+def _of_folders(path: Path, entries: Sequence[Path]) -> Directory:
+    """Return what is in the only folder with data, if that has splits: the cache of `datasets` has some in each other.
 
-
-def _below(path: Path) -> list[Path]:
-    """Return the directories below that hold data, and were not left half-written; of very many, those found first."""
-    found = islice(directories_below(path), MOST_DIRECTORIES)
-    return [below for below in found if below.suffix != HALF_WRITTEN and _data_in(below)]
-
-
-def _nothing_in(path: Path) -> Directory:
-    found = _below(path)
-    first = ", ".join(map(printable, found[:MOST_NAMED]))
-    more = f", and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+    Raises:
+        DataError: it has none, or there is no such folder, or several.
+    """
+    folders = [entry for entry in entries if entry.is_dir() and _holds_data(entry)]
+    if len(folders) == 1 and (found := look_into(folders[0])).has_splits:
+        return found
+    named = [each for folder in folders for each in _nearest(folder)]
+    first = ", ".join(map(printable, named[:MOST_NAMED]))
+    more = f", and {len(named) - MOST_NAMED:,} more" if len(named) > MOST_NAMED else ""
     raise DataError(
         f"{path} holds no data: no {kinds()} file",
-        hint=f"Folders below do; give one: {first}{more}" if found else "Check the path.",
+        hint=f"Folders below do; give one: {first}{more}" if named else "Check the path.",
     )
+
+
+def _holds_data(path: Path) -> bool:
+    """Whether a directory that was not left half-written, or one below it, holds data."""
+    return path.suffix != HALF_WRITTEN and any(map(_data_in, islice(directories_below(path), MOST_DIRECTORIES)))
+
+
+def _nearest(path: Path) -> Iterator[Path]:
+    """Yield the directory itself if it can be read, or those below that can."""
+    entries = _shown(path)
+    if _saved(path) or _cached(path, entries) or _by_names(path, entries):
+        yield path
+        return
+    for folder in entries:
+        if folder.is_dir() and _holds_data(folder):
+            yield from _nearest(folder)

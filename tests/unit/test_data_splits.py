@@ -124,6 +124,8 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
             "validation (val.jsonl)",
         ),
         (["data/a.jsonl", "data/dev.jsonl"], ["data/a.jsonl"], "validation (dev.jsonl)"),
+        (["data/train.jsonl", "stats.json"], ["data/train.jsonl"], "stats.json (of no split or about others)"),
+        (["default/train/0.jsonl", "default/test/0.jsonl"], ["default/train/0.jsonl"], "test (0.jsonl)"),
         (
             ["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"],
             ["train_sft-00000-of-00001.jsonl"],
@@ -148,6 +150,7 @@ def test_train_is_read_and_what_is_left_aside_is_said(
         ["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"],
         ["metadata.jsonl"],
         ["a.jsonl", "dataset_infos.json", "config.json", "other/test.jsonl"],
+        ["a.jsonl", "data/b.jsonl"],
     ],
 )
 def test_a_directory_without_the_word_of_a_split_is_read_as_a_whole(
@@ -317,7 +320,8 @@ def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> 
     assert files_of(f"{top}::test") == ["test/data-00000-of-00001.arrow"]
     assert "left aside: test (data-00000-of-00001.arrow)" in notes_of(str(top))[0]
     (top / "test" / "data-00000-of-00001.arrow").unlink()
-    assert "data-00000-of-00001.arrow is not there, which state.json names" in str(refusal(f"{top}::test"))
+    assert files_of(str(top)) == ["train/data-00000-of-00001.arrow"]
+    assert "data-00000-of-00001.arrow can't be read: No such file" in str(refusal(f"{top}::test"))
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json"])
@@ -357,6 +361,13 @@ def test_of_several_data_sets_in_a_cache_one_has_to_be_named(cached: Path) -> No
     hint = refusal(str(cached)).hint or ""
     assert str(folder) in hint
     assert str(other) in hint
+
+
+def test_folders_of_several_configs_are_named(place: Callable[..., str]) -> None:
+    path = place("en/train/0.jsonl", "en/test/0.jsonl", "more/de/a.jsonl", "docs/x.txt")
+    problem = refusal(path)
+    assert "holds no data" in str(problem)
+    assert problem.hint == f"Folders below do; give one: {path}/en, {path}/more/de"
 
 
 def test_shards_of_a_cache_are_of_their_split(place: Callable[..., str]) -> None:
