@@ -18,12 +18,15 @@ from qlora_cli.data.parquet_groups import BATCH_ROWS
 from qlora_cli.data.raw import Wanted
 from qlora_cli.errors import DataError
 
+UNREAD = (pyarrow.lib.Type_INTERVAL_MONTHS, pyarrow.lib.Type_INTERVAL_DAY_TIME)  # of which pyarrow makes no array
+
 
 def columns_to_read(schema: Any, wanted: Wanted, name: str) -> list[str]:
     """Return which columns of a table are in use, in its order; `name` is what it is called.
 
     Raises:
-        DataError: there are too many columns; or one that is in use is there twice, or nests too deeply.
+        DataError: there are too many columns; or one that is in use is there twice, nests too deeply, or has a type
+            that is not read.
     """
     check_columns(schema.names, name)
     chosen: Collection[str] = schema.names if wanted.columns is None else wanted.columns(schema.names)
@@ -32,11 +35,21 @@ def columns_to_read(schema: Any, wanted: Wanted, name: str) -> list[str]:
         if count > 1:
             raise DataError(f"{name} has the column {column!r} more than once", hint="Rename one of them.")
     for field in fields:
-        if _depth_of(field.type) > DEEPEST:
-            raise DataError(
-                f"{name}: the column {field.name!r} nests deeper than {DEEPEST} levels", hint="Write it flatter."
-            )
+        _check_type(field, name)
     return [field.name for field in fields]
+
+
+def _check_type(field: Any, name: str) -> None:
+    levels = list(_levels_of(field.type))
+    if len(levels) - 1 > DEEPEST:
+        raise DataError(
+            f"{name}: the column {field.name!r} nests deeper than {DEEPEST} levels", hint="Write it flatter."
+        )
+    if unread := [kind for level in levels for kind in level if kind.id in UNREAD]:
+        raise DataError(
+            f"{name}: the column {field.name!r} has values of the type {unread[0]}, which is not read",
+            hint="Write it anew as text.",
+        )
 
 
 def checked_batches(batch: Any, columns: Sequence[str]) -> Iterator[Any]:
@@ -56,12 +69,12 @@ def checked_batches(batch: Any, columns: Sequence[str]) -> Iterator[Any]:
         yield chosen.slice(start, BATCH_ROWS)
 
 
-def _depth_of(kind: Any) -> int:
-    """Return how deeply lists and objects nest in the values of a type."""
-    depth, level = 0, [kind]
-    while level := [part for each in level for part in _parts_of(each)]:
-        depth += 1
-    return depth
+def _levels_of(kind: Any) -> Iterator[list[Any]]:
+    """Yield a type, the types of its parts, those of theirs, and so on."""
+    level = [kind]
+    while level:
+        yield level
+        level = [part for each in level for part in _parts_of(each)]
 
 
 def _parts_of(kind: Any) -> list[Any]:
@@ -93,7 +106,11 @@ def _as_stored(kind: Any) -> Any:
         (types.is_large_list, pyarrow.large_list),
         (types.is_list_view, pyarrow.list_view),
         (types.is_large_list_view, pyarrow.large_list_view),
-        (types.is_fixed_size_list, lambda value: pyarrow.list_(value, kind.list_size)),
+        # A size below 0 is found where the type itself is looked at.
+        (
+            types.is_fixed_size_list,
+            lambda value: pyarrow.list_(value, kind.list_size) if kind.list_size >= 0 else kind,
+        ),
     ):
         if is_list(kind):
             return make(kind.value_field.with_type(_as_stored(kind.value_type)))

@@ -51,12 +51,12 @@ def check_messages(file: BinaryIO, schema: Any, columns: Collection[int], name: 
 
 
 def _columns_of(schema: Any) -> list["_Column"]:
-    """Return the columns of a schema; none if Arrow can't be asked for one, as for runs within lists."""
+    """Return the columns of a schema; none if Arrow can't be asked for one: runs within lists, months."""
     from pyarrow import ArrowException
 
     try:
         return [_Column.of(field) for field in schema]
-    except ArrowException:
+    except (ArrowException, KeyError):  # the latter of a type that pyarrow has no array of
         return []
 
 

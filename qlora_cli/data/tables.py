@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from io import TextIOWrapper
 from pathlib import Path
@@ -28,11 +28,12 @@ def read_delimited(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     file_name = printable(path)
     with open_text(path) as file, closing(_records(path, file)) as records:
         header = _header(path, records)
+        used = _columns_in_use(path, header, wanted)
         for number, (line, fields, problem) in enumerate(records, start=1):
             if wanted.has(number):
-                problem = problem or _problem_of(fields, header)
-                value = None if problem else dict(zip(header, fields, strict=True))
-                yield RawRow(file_name, number, line, value, problem, sum(map(len, fields)))
+                problem = problem or _problem_of(fields, header, used)
+                value = None if problem else _value_of(fields, header, used)
+                yield RawRow(file_name, number, line, value, problem, sum(map(len, fields)), header)
 
 
 def count_delimited(path: Path) -> int:
@@ -104,23 +105,34 @@ class _Lines:
 
 def _header(path: Path, records: Iterator[Record]) -> Sequence[str]:
     _, header, problem = next(records, (1, [], "there is none"))
-    if problem := problem or _problem_of(header, header):
+    if problem := problem or _problem_of(header, header, header):
         raise DataError(
             f"{printable(path)}: its first line names no columns: {problem}",
             hint="Save it as UTF-8 text, with a header.",
         )
     check_columns(header, printable(path))
-    if twice := sorted(name for name, count in Counter(header).items() if count > 1):
-        raise DataError(
-            f"{printable(path)}: its header has the column {twice[0]!r} more than once", hint="Rename one of them."
-        )
     return header
 
 
-def _problem_of(fields: Sequence[str], header: Sequence[str]) -> str | None:
+def _columns_in_use(path: Path, header: Sequence[str], wanted: Wanted) -> Collection[str]:
+    used = header if wanted.columns is None else wanted.columns(header)
+    if twice := sorted(name for name, count in Counter(header).items() if count > 1 and name in used):
+        raise DataError(
+            f"{printable(path)}: its header has the column {twice[0]!r} more than once", hint="Rename one of them."
+        )
+    return used
+
+
+def _value_of(fields: Sequence[str], header: Sequence[str], used: Collection[str]) -> dict[str, str | None]:
+    return {name: field if name in used else None for name, field in zip(header, fields, strict=True)}
+
+
+def _problem_of(fields: Sequence[str], header: Sequence[str], used: Collection[str]) -> str | None:
     if len(fields) != len(header):
         return f"{counted(len(fields), 'field')}, the header has {len(header)}"
     for name, field in zip(header, fields, strict=True):
+        if name not in used:
+            continue
         if "\0" in field:
             return f"NUL byte at {field.index(chr(0)) + 1} of {name!r}"
         try:

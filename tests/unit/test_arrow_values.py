@@ -205,6 +205,40 @@ def test_a_column_that_is_there_twice_is_no_error_where_nobody_uses_it(tmp_path:
     assert [row.value for row in read_in_use(tmp_path / "a.arrow")] == [{"text": "t", "a": None}]
 
 
+def write_months(path: Path) -> None:
+    """Write a column of months, of which pyarrow makes none: of another kind of intervals, with its name changed."""
+    write_arrow(
+        path, {"text": pyarrow.array(["t"]), "a": pyarrow.array([pyarrow.MonthDayNano([1, 2, 3])])}, as_stream=True
+    )
+    content = path.read_bytes()
+    for place in (place for place, byte in enumerate(content) if byte == 2):
+        path.write_bytes(content[:place] + b"\0" + content[place + 1 :])
+        try:
+            schema = pyarrow.ipc.open_stream(path).schema
+        except (pyarrow.ArrowInvalid, OSError):
+            continue
+        if schema.names == ["text", "a"] and schema.types[1].id == pyarrow.lib.Type_INTERVAL_MONTHS:
+            return
+    raise AssertionError("the kind of intervals was not found")
+
+
+def test_a_type_that_pyarrow_makes_nothing_of_is_an_error_that_names_its_column_only_where_it_is_used(
+    tmp_path: Path,
+) -> None:
+    write_months(tmp_path / "a.arrow")
+    assert [row.value for row in read_in_use(tmp_path / "a.arrow")] == [{"text": "t", "a": None}]
+    with pytest.raises(DataError, match="the column 'a' has values of the type month_interval, which is not read"):
+        read(tmp_path / "a.arrow")
+
+
+def test_a_column_of_a_csv_file_that_nobody_uses_is_not_looked_at(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"text,note,,\ngood,caf\xe9,,\ncaf\xe9,a\0b,,\n")
+    first, second = read_in_use(path)
+    assert first.value == {"text": "good", "note": None, "": None}
+    assert second.problem == "not UTF-8 text (character 4 of 'text')"
+    assert second.columns == ["text", "note", "", ""]
+
+
 def test_where_no_format_fits_the_columns_are_named_though_no_row_can_be_read(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "a.parquet", {"image": pyarrow.array([NOT_TEXT] * 150), "kind": pyarrow.array([1] * 150)}
