@@ -10,13 +10,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from types import FrameType
 from typing import TypeVar
+
+from qlora_cli.units import MIB
 
 Result = TypeVar("Result")
 
 AGAIN_SECONDS = 0.5  # a time-out that falls into a destructor is lost, so that it is repeated
 PAGES = "/proc/self/statm"
+STACK_BYTES = 4 * MIB  # of a thread, of which a pool may start one for each core at any time
 DATA_PAGES = 5  # which number there counts what RLIMIT_DATA limits; CUDA's reservations are not in it
 
 
@@ -25,7 +29,7 @@ class TimeOutError(Exception):
 
 
 def within_bytes(call: Callable[[], Result], most_bytes: int) -> Result:
-    """Return what `call` returns, while the process grows by at most `most_bytes`.
+    """Return what `call` returns, while the process grows by at most `most_bytes` and the stacks of some threads.
 
     On Linux alone, and in the main thread: elsewhere without a limit.
 
@@ -38,7 +42,8 @@ def within_bytes(call: Callable[[], Result], most_bytes: int) -> Result:
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     others = [limit for limit in before if limit != resource.RLIM_INFINITY]
-    limit = min([_pages_of_data() * resource.getpagesize() + most_bytes, *others])
+    used = _pages_of_data() * resource.getpagesize()
+    limit = min([used + most_bytes + STACK_BYTES * _num_cores(), *others])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
     try:
         return call()
@@ -70,6 +75,11 @@ def within_seconds(call: Callable[[], Result], most_seconds: float) -> Result:
         raise
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+
+
+@cache
+def _num_cores() -> int:
+    return os.cpu_count() or 1
 
 
 def _is_main_thread() -> bool:

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "units": set(),
     "events": set(),
     "cache": set(),
-    "bounded": set(),
+    "bounded": {"units"},
     "garbage": set(),
     "visible": set(),
     "files": {"errors", "units", "writing"},

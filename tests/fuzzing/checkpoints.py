@@ -112,13 +112,13 @@ def _write_sparse(path: Path) -> None:
 def _spoil(run: RunDirectory, elsewhere: Path, chance: Generator) -> None:
     """Change one thing in a run directory."""
     folder = run.checkpoints / f"step-{chance.choice(STEPS)}"
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if _is_in(run, folder / "a file") else []
     draw = chance.random()
     if draw < 0.3 or not files:
         places = [*files, folder, run.checkpoints, run.run_file, run.metrics_file, run.path / "run.lock"]
         places += [run.path / name for name in MORE]
         place = places[chance.integers(len(places))]
-        if place.parent.is_dir():
+        if _is_in(run, place):
             _put_no_file(place, elsewhere, chance)
     elif draw < 0.65:
         path = folder / JSON[chance.integers(len(JSON))]
@@ -132,6 +132,12 @@ def _spoil(run: RunDirectory, elsewhere: Path, chance: Generator) -> None:
         path = files[chance.integers(len(files))]
         if 0 < path.stat().st_size < GIB:
             _write_anew(path, damage(path.read_bytes(), chance))
+
+
+def _is_in(run: RunDirectory, path: Path) -> bool:
+    """Whether a path leads to no other place by what an earlier change has put on the way."""
+    here = os.path.realpath(path.parent)
+    return Path(here).is_dir() and here == str(run.path.resolve() / path.parent.relative_to(run.path))
 
 
 def _write_anew(path: Path, content: bytes) -> None:
@@ -152,8 +158,10 @@ def _seal_again(run: RunDirectory) -> None:
     """Give the checkpoints checksums of what is in them now, as whoever spoils one can."""
     for step in STEPS:
         folder = run.checkpoints / f"step-{step}"
-        if (folder / "checksums.json").is_file() and not any(
-            path.stat().st_size > GIB for path in folder.iterdir() if path.exists()
+        if (
+            _is_in(run, folder / "a file")
+            and (folder / "checksums.json").is_file()
+            and not any(path.stat().st_size > GIB for path in folder.iterdir() if path.exists())
         ):
             (folder / "checksums.json").unlink()
             seal(folder)
@@ -192,7 +200,8 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
         run = RunDirectory(directory / "run")
         shutil.rmtree(run.path, ignore_errors=True)
         shutil.copytree(whole.path, run.path)
-        (elsewhere / PRECIOUS).unlink(missing_ok=True)
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        elsewhere.mkdir()
         (elsewhere / PRECIOUS).write_text(PRECIOUS)
         for _ in range(chance.integers(1, 4)):
             _spoil(run, elsewhere, chance)

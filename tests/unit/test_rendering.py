@@ -28,7 +28,10 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
 ITSELF = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
 FOR_HOURS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MANY_CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
-OF_A_SCHEMA = "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
+OF_A_SCHEMA = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
+)
 # One operation each that takes gigabytes, before anything that counts comes back from it.
 AT_ONCE = (
     "'x' * 10**9",
@@ -81,9 +84,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
         (DEEP, "the chat template calls itself without an end, nests too deeply"),
-        (FOR_HOURS, "the chat template did not end within 0 s, for 2 messages of 5 characters"),
+        (FOR_HOURS, r"the chat template did not end within 0 s, for 2 messages of \d+ characters"),
         (MANY_CALLS, "the chat template did not end within 0 s"),
-        ("{{ 'x' * 2001 }}", "the chat template writes 2,001 characters for 2 messages of 5 characters"),
+        ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
     ],
 )
 def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
