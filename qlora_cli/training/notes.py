@@ -32,7 +32,7 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
     if report.held_out_rows:
         reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
     if report.groups is not None:
-        reporter.report(Noted(message=f"{report.name}: what is fed are rows of {counted(report.groups, 'group')}"))
+        reporter.report(Noted(message=f"{report.name}: {counted(report.groups, 'group')} among the rows that are fed"))
     for message in (*data.notes, *_losses(data, max_length)):
         reporter.report(Noted(level="warning", message=message))
 

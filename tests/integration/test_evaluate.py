@@ -177,6 +177,27 @@ def test_a_run_that_held_nothing_out_says_so(folder: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_groups_that_a_run_on_a_mixture_held_out_are_found_again(folder: Path) -> None:
+    names = [folder / f"{name}.jsonl" for name in ("small", "large")]
+    for path, count in zip(names, (6, 18), strict=True):
+        rows = [{"prompt": f"{path.stem} {i} ", "completion": f"it is {i}", "user": i % 4} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train_run(
+        folder,
+        "mixed",
+        data__dataset=(f"{names[0]}*0.5", f"{names[1]}*0.5"),
+        data__mixing="all_exhausted",
+        data__eval_split="25%",
+        data__eval_group="user",
+        training__max_steps=1,
+    )
+    held_out = run_evaluation(result.output, request={"with_base": False})
+    assert held_out.sources[0].loss == pytest.approx(result.eval_loss, abs=1e-5)
+    # Rows that are named are read whole, whatever the run mixed or grouped.
+    named = run_evaluation(result.output, data__dataset=tuple(map(str, names)), request={"with_base": False})
+    assert named.sources[0].num_rows == 24
+
+
 def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(trained: TrainResult) -> None:
     first, last = trained.checkpoints
     losses = [by_source(run_evaluation(path, request={"with_base": False}))["adapter"].loss for path in (first, last)]

@@ -176,6 +176,13 @@ def test_conversations_are_grouped_by_a_column_beside_them(tmp_path: Path) -> No
     assert len(texts(found.evaluation)) == 10
 
 
+def test_answers_to_one_question_stay_on_one_side_grouped_by_a_column_that_is_trained(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i % 10}: why? ", "completion": f"because {i}"} for i in range(40)]
+    found = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="25%", eval_group="prompt")
+    assert len(users_of(found.evaluation)) == 2
+    assert not users_of(found.train) & users_of(found.evaluation)
+
+
 def test_a_column_that_is_not_there_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 3, "b": 3}))
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "completion": "c"}])
