@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_cli.data.globs import matches
-from qlora_cli.data.kinds import printable
+from qlora_cli.data.kinds import is_data, printable
 from qlora_cli.data.split_names import TRAIN
 from qlora_cli.errors import DataError
 from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
@@ -91,7 +91,8 @@ def _found(folder: Path, pattern: str) -> list[Path]:
         return [folder / pattern]
     if (folder / pattern).is_dir():
         pattern = f"{pattern}/**"
-    return [path for path in matches(f"{escape(str(folder))}/{pattern}") if path.is_file()]
+    found = [path for path in matches(f"{escape(str(folder))}/{pattern}") if path.is_file()]
+    return [path for path in found if is_data(path)] or found
 
 
 def _config(directory: Path, value: Any) -> CardConfig:

@@ -75,7 +75,8 @@ class Directory:
             )
         if len(found) != 1:
             which = f"{' and '.join(found)} for the split {asked}" if found else f"no split {asked}"
-            first = next(iter([*found, *(split.name for split in self.splits)]), None)
+            others = sorted(self.splits, key=lambda split: asked != TRAIN and split.name == TRAIN)
+            first = next(iter([*found, *(split.name for split in others)]), None)
             hint = "Name the files to read." if first is None else f"Name one of them: {name}::{first}"
             raise DataError(f"{name} has {which}; it holds {there or 'files of unclear splits'}", hint=hint)
         split = next(split for split in self.splits if split.name == found[0])

@@ -49,9 +49,11 @@ def checked(path: Path) -> Path:
     """Return `path` if it can hold rows.
 
     Raises:
-        DataError: it is empty, gone, stands for a file of Git LFS, or is of a kind that is not read when compressed.
+        DataError: it is of a kind that is not read, or not when compressed; or empty, gone, or a pointer of Git LFS.
     """
-    suffix, compression = suffixes_of(path) or ("", None)
+    if (found := suffixes_of(path)) is None:
+        raise DataError(f"{printable(path)} is of a kind that is not read", hint=f"Use a {kinds()} file.")
+    suffix, compression = found
     if suffix in READ_FROM_ANY_PLACE and compression:
         raise DataError(
             f"{printable(path)}: a {suffix} file that is compressed as a whole is not read",

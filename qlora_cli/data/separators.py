@@ -45,11 +45,12 @@ class _Sample(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        """Whether the header names several columns, as names are."""
+        """Whether the header names several columns, as names are; the last may be empty, behind a separator."""
         names = [name.strip() for name in self.header]
-        return (
-            len(names) > 1 and len(set(names)) == len(names) and all(0 < len(name) <= LONGEST_NAME for name in names)
-        )
+        if len(names) < 2:
+            return False
+        are_names = all(0 < len(name) <= LONGEST_NAME for name in names[:-1]) and len(names[-1]) <= LONGEST_NAME
+        return len(set(names)) == len(names) and are_names
 
     @property
     def has_spaces(self) -> bool:

@@ -223,11 +223,9 @@ def _weight(name: str, text: str | None) -> Fraction:
 
 
 def _find_at(path: Path) -> Path:
-    """Return `path`, which exists, if it is a file of rows."""
+    """Return `path`, which exists, if it is a file."""
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a directory", hint=f"Use a {kinds()} file.")
-    if suffixes_of(path) is None:
-        raise DataError(f"{path} is of a kind that is not read", hint=f"Use a {kinds()} file.")
     return path
 
 

@@ -83,6 +83,10 @@ def test_a_row_that_is_wrong_does_not_change_what_separates_the_others(tmp_path:
     assert problems_of(path)[1] == (2, 3, "3 fields, the header has 2")
 
 
+def test_a_separator_behind_the_last_field_is_one_too(tmp_path: Path) -> None:
+    assert values_of(write(tmp_path / "a.csv", "a;b;\n1;2;\n")) == [{"a": "1", "b": "2", "": ""}]
+
+
 def test_only_the_first_rows_are_looked_at(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'a;b\n"x";"' + "y" * SAMPLE_BYTES + '"\n1;2;3\n')
     assert [number for number, _, problem in problems_of(path) if problem] == [2]

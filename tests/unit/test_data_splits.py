@@ -189,6 +189,8 @@ def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> No
     hint = refusal(path).hint or ""
     assert hint == f"Name one of them: {path}::validation"
     assert files_of(hint.removeprefix("Name one of them: ")) == ["dev.jsonl"]
+    (Path(path) / "test.jsonl").rename(Path(path) / "train.jsonl")
+    assert refusal(path, "test").hint == f"Name one of them: {path}::validation"
 
 
 def test_an_unclear_file_keeps_no_other_split_from_being_read(place: Callable[..., str]) -> None:
@@ -271,6 +273,7 @@ def test_the_default_config_stands_for_all(place: Callable[..., str], how: str) 
         ("[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
         ("{train: b.jsonl, test: a.jsonl}", ["b.jsonl"]),
         ("[{split: train, path: sub}]", ["sub/c.jsonl"]),
+        ("'*'", ["a.jsonl", "b.jsonl"]),
         ("'**/*.jsonl'", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
     ],
 )
@@ -299,6 +302,14 @@ def test_a_card_that_cannot_be_followed_is_an_error(place: Callable[..., str], v
 )
 def test_a_card_without_configs_changes_nothing(place: Callable[..., str], card: str) -> None:
     assert files_of(place("train.jsonl", "test.jsonl", card=card)) == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["notes.txt", "notes*"])
+def test_a_file_of_the_card_that_is_of_no_kind_that_is_read_is_an_error(
+    place: Callable[..., str], pattern: str
+) -> None:
+    path = place("notes.txt", card=f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n")
+    assert "notes.txt is of a kind that is not read" in str(refusal(path))
 
 
 def test_a_split_of_the_card_without_files_is_an_error_where_it_is_read(place: Callable[..., str]) -> None:
