@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_cli.data.directories import Directory, of_files
 from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import listed
-from qlora_cli.data.separators import Separator, separator_of, usual_separator
+from qlora_cli.data.separators import said_separator
 from qlora_cli.data.sources import DatasetSource, find_dataset, find_split
 from qlora_cli.data.split_names import TEST, shard_of, splits_told
 from qlora_cli.settings.models import DataSettings
@@ -119,11 +119,10 @@ def _missing_shards(files: Iterable[Path]) -> Iterator[str]:
 
 def _separators(files: Iterable[Path]) -> Iterator[str]:
     """Say which tables have another separator than their suffix says."""
-    tables = [path for path in sorted(files) if (suffixes_of(path) or ("",))[0] in TABLES]
-    found: dict[Separator, list[Path]] = {}
-    for path in tables:
-        if (separator := separator_of(path)) != Separator(usual_separator(path)):
-            found.setdefault(separator, []).append(path)
-    for separator, paths in found.items():
+    found: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        if (suffixes_of(path) or ("",))[0] in TABLES and (said := said_separator(path)):
+            found.setdefault(said, []).append(path)
+    for said, paths in found.items():
         others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
-        yield f"{printable(paths[0])}{others}: fields are separated by {separator.describe()}"
+        yield f"{printable(paths[0])}{others}: fields are{said}"

@@ -80,6 +80,12 @@ def separator_of(path: Path) -> Separator:
     return fitting[0] if len(fitting) == 1 else usual
 
 
+def said_separator(path: Path) -> str:
+    """Return ` separated by …` for a message about fields; nothing where the separator is the usual one."""
+    separator = separator_of(path)
+    return "" if separator == Separator(usual_separator(path)) else f" separated by {separator.describe()}"
+
+
 def reader_of(lines: Iterable[str], separator: Separator) -> Iterator[list[str]]:
     """Return the records of `lines` as a strict reader yields them."""
     # Where a quote is left open, all that follows would be one field. Of the whole process; the default is 128 Ki.
@@ -92,8 +98,8 @@ def _fitting(lines: Sequence[str], character: str, as_usual: _Sample, *, is_whol
     """Return `character` as a separator, with spaces or without, if it makes a table of what is none as usual."""
     for separator in (Separator(character), Separator(character, has_space=True)):
         found = _sample(lines, separator, is_whole=is_whole)
-        # A row or two may be wrong where the usual separator does not even cut the header.
-        fits = found.num_others == 0 or (len(as_usual.header) < 2 and found.num_equal > found.num_others)
+        # Rows may be wrong where the usual separator does not even cut the header.
+        fits = found.num_others == 0 or (len(as_usual.header) < 2 and found.num_equal > 0)
         if found.is_table and fits and not found.has_spaces:
             return separator
     return None

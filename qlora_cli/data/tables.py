@@ -11,7 +11,7 @@ from typing import BinaryIO
 from qlora_cli.data.kinds import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_columns
 from qlora_cli.data.raw import EVERYTHING, RawRow, Wanted, open_text
-from qlora_cli.data.separators import reader_of, separator_of
+from qlora_cli.data.separators import reader_of, said_separator, separator_of
 from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 
@@ -29,9 +29,10 @@ def read_delimited(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     with open_text(path) as file, closing(_records(path, file)) as records:
         header = _header(path, records)
         used = _columns_in_use(path, header, wanted)
+        said = said_separator(path)
         for number, (line, fields, problem) in enumerate(records, start=1):
             if wanted.has(number):
-                problem = problem or _problem_of(fields, header, used)
+                problem = problem or _size_problem(fields, header, said) or _problem_of(fields, header, used)
                 value = None if problem else _value_of(fields, header, used)
                 yield RawRow(file_name, number, line, value, problem, sum(map(len, fields)), header)
 
@@ -127,9 +128,12 @@ def _value_of(fields: Sequence[str], header: Sequence[str], used: Collection[str
     return {name: field if name in used else None for name, field in zip(header, fields, strict=True)}
 
 
+def _size_problem(fields: Sequence[str], header: Sequence[str], said: str) -> str | None:
+    same = len(fields) == len(header)
+    return None if same else f"{counted(len(fields), 'field')}{said}, the header has {len(header)}"
+
+
 def _problem_of(fields: Sequence[str], header: Sequence[str], used: Collection[str]) -> str | None:
-    if len(fields) != len(header):
-        return f"{counted(len(fields), 'field')}, the header has {len(header)}"
     for name, field in zip(header, fields, strict=True):
         if name not in used:
             continue

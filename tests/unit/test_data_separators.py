@@ -66,7 +66,7 @@ def test_the_first_line_may_say_it(tmp_path: Path) -> None:
         "a;;b\n1;2;3\n",  # a name that is none
         "a;a\n1;2\n",
         "a b\n1 2\n",
-        "a;b\n1\n2\n3;4\n",  # most rows are of one field
+        "a;b\n1\n2\n3\n",  # every row is of one field
         "",
     ],
 )
@@ -76,9 +76,10 @@ def test_where_it_is_not_clear_commas_separate(tmp_path: Path, content: str) -> 
 
 
 def test_a_row_that_is_wrong_does_not_change_what_separates_the_others(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "a;b\n1;2\n3;4;5\n6;7\n8;9\n")
-    assert problems_of(path)[1] == (2, 3, "3 fields, the header has 2")
-    assert [row.value for row in read(path)][2:] == [{"a": "6", "b": "7"}, {"a": "8", "b": "9"}]
+    path = write(tmp_path / "a.csv", "a;b\n1;2\n3;4;5\n6;7;8\n8;9\n")
+    problem = "3 fields separated by semicolons, the header has 2"
+    assert problems_of(path)[1:3] == [(2, 3, problem), (3, 4, problem)]
+    assert read(path)[3].value == {"a": "8", "b": "9"}
     path = write(tmp_path / "b.csv", "a,b\n1,2\n3,4;5,6\n")
     assert problems_of(path)[1] == (2, 3, "3 fields, the header has 2")
 

@@ -1,16 +1,19 @@
 """What a directory holds by split: layouts of the hub, what `datasets` writes, names of files; and what is said."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import data_files
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_cli.data.chosen import held_out_sources, notes_on, trained_and_held_out, trained_sources
 from qlora_cli.data.sources import check_dataset_name, find_dataset, find_split
-from qlora_cli.data.split_names import NO_WORD, WORDS
+from qlora_cli.data.split_names import NO_WORD, WORDS, words_in
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -443,3 +446,33 @@ def test_data_that_is_trained_and_all_of_it_held_out_is_found(
     data = DataSettings(dataset=(trained,), eval_dataset=(evaluated,))
     found = trained_and_held_out(trained_sources(data), held_out_sources(data), data)
     assert (found is not None) == is_same
+
+
+STEMS = st.sampled_from(
+    ["a", "train", "my-train.1", "Test", "dev_2", "evaluation", "x_val", "train-test", "data", "metadata", "latest"]
+)
+NAMES = st.tuples(st.sampled_from(["", "", "", "data/", "train/", "test_2/", "other/"]), STEMS).map("".join)
+
+
+@given(names=st.sets(NAMES, min_size=1, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_no_file_of_another_split_is_trained_and_each_is_read_said_or_in_another_folder(names: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        for name in names:
+            (top / name).parent.mkdir(exist_ok=True)
+            (top / f"{name}.jsonl").write_text("{}")
+        if check_dataset_name(folder) is not None:
+            return
+        source = find_dataset(folder)
+        directory = source.directory
+        assert directory is not None
+        for path in source.files:
+            told = [words_in(part) for part in path.relative_to(top).parts if words_in(part)]
+            assert told[:1] in ([], [{"train"}])
+        by_split = [path for split in directory.splits for path in split.files]
+        known = {*source.files, *by_split, *directory.unclear, *directory.others, *directory.files}
+        left = {path for path in top.rglob("*.jsonl") if path not in known}
+        assert {path.parent.name for path in left} <= {"data", "other"}
+        (note,) = notes_on([source], []) or ("",)
+        assert bool(note) == bool(known - set(source.files))
