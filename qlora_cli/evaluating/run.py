@@ -29,12 +29,11 @@ from qlora_cli.evaluating.rows import (
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found, plan_load
+from qlora_cli.loading.blueprint import Blueprint, check_placement, plan_found
 from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
 from qlora_cli.loading.settled import find, settle_load
 from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import made_in_code
 from qlora_cli.units import counted
 
 TITLES: dict[Kind, str] = {
@@ -63,13 +62,15 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     blueprint = plan_found(model, settled.settings, reporter)
     check_weights(blueprint, reporter)
     left_out = _without_base(request, blueprint, reporter)
+    merged = find_merged(request, blueprint, reporter)
     if has_rows(resolved, run):
         rows = _read_rows(settled.settings, blueprint, run, reporter, are_named=names_rows(resolved))
     elif request.tasks:
         rows = None
     else:
         raise nothing_held_out(resolved.settings.model.name, run)
-    merged = find_merged(request, blueprint, rows, reporter)
+    if merged is not None and rows is not None:
+        merged.check_rows(rows)
     has_base = left_out is None and request.with_base is not False
     num_known = blueprint.num_own_rows if has_base and blueprint.adapter is not None else None
     bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
@@ -235,5 +236,5 @@ def _states(
 
 
 def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
-    loaded = load_planned(plan_load(made_in_code(merged.settings), bench.reporter), bench.reporter)
+    loaded = load_planned(merged.blueprint, bench.reporter)
     bench.measure("merged", str(merged.path), loaded)

@@ -172,6 +172,8 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
         digest = base_digest(blueprint.source.path)
         note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
         check_base(resume, digest, blueprint.dtype.name.value)
+        if settings.training.max_steps is not None:  # else rows are counted first
+            check_length(resume, settings, settings.training.max_steps)
     check_hardware(settings.quantization, settings.training, blueprint.device)
     return _SettledModel(resolved=resolved, blueprint=blueprint, resume=resume)
 

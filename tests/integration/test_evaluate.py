@@ -267,9 +267,22 @@ def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
     first, second = [word for word in vocabulary if word.isalpha()][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.delattr(evaluating, "load_planned")
+    monkeypatch.delattr(evaluating, "read_rows")  # nor are rows tokenized
     with pytest.raises(ModelError, match="the tokenizer of"):
         run_evaluation(trained.output, request={"merged": other})
+
+
+def test_a_merged_model_that_is_cut_short_is_refused_before_the_first_one_is_evaluated(
+    trained: TrainResult, merged_run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(merged_run.output / "merged", cut)
+    (weights,) = cut.glob("*.safetensors")
+    with weights.open("rb+") as file:
+        file.truncate(weights.stat().st_size - 1)
+    monkeypatch.delattr(evaluating, "read_rows")
+    with pytest.raises(ModelError, match=weights.name):
+        run_evaluation(trained.output, request={"merged": cut})
 
 
 # ---- what can't be
