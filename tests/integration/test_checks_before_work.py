@@ -17,6 +17,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.plan import load_run, settle_run
 from tests.conftest import Recorder, RunQlora, train_settings, write_jsonl
+from tests.integration.hub_server import COMMIT, Hub, Repo
 
 WEIGHTS = "model.safetensors"
 
@@ -201,3 +202,27 @@ def test_a_cache_that_can_not_be_made_is_found_before_work(
     error = refused(train_settings(model, rows, tmp_path / "run"), cache)
     assert isinstance(error, DataError)
     assert "QLORA_CACHE" in str(error.hint)
+
+
+def test_a_download_that_does_not_fit_is_told_with_what_else_is_wrong_before_work(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], rows: Path, cache: Path, tmp_path: Path
+) -> None:
+    hub.claimed_bytes[WEIGHTS] = shutil.disk_usage(tmp_path).free + 1024**3
+    flags = ("--model", "owner/tiny", "--dataset", rows, "--target-modules", "nothing", "--device", "cpu")
+    done = run_qlora("train", *flags, "--output", tmp_path / "run", env=hub_env)
+    assert done.code == 2
+    assert "--target-modules: target module 'nothing' matches no linear layer" in done.stderr
+    assert "--model: downloading owner/tiny takes" in done.stderr
+    assert hub.sent_from(WEIGHTS) == []
+    assert not list(cache.rglob("*.arrow"))
+
+
+def test_held_out_data_on_the_hub_is_looked_at_before_what_is_trained_is_tokenized(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], model: Path, rows: Path, cache: Path, tmp_path: Path
+) -> None:
+    hub.repos["owner/rows"] = Repo(commits={COMMIT: {"test.jsonl": b'{"ask": "a", "say": "b"}\n'}})
+    flags = ("--model", model, "--dataset", rows, "--eval-dataset", "owner/rows", "--device", "cpu")
+    done = run_qlora("train", *flags, "--output", tmp_path / "run", env=hub_env)
+    assert done.code == 2, done.stderr
+    assert "the columns of owner/rows fit no known format: ask, say" in done.stderr
+    assert not list(cache.rglob("tokens.arrow"))
