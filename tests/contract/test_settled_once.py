@@ -29,6 +29,7 @@ SETTLES = {
 # Who asks about another load, run or look at the data that is like this one but for a value.
 VARIES = {
     "data/inspection.py": 1,  # the rows themselves are looked at, not packed ones
+    "data/meaning.py": 1,  # the flags that a hint names are tried before they are named
     "data/prepare.py": 1,  # a look goes on where training would be refused
     "memory/fitting.py": 1,  # what would fit instead
     "memory/solve.py": 1,  # the largest that fits
@@ -36,6 +37,7 @@ VARIES = {
     "merging/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
     "quantization/fit.py": 1,  # what would fit instead
+    "training/outline.py": 1,  # values that the adapter begins with do not matter
 }
 
 
