@@ -68,10 +68,16 @@ def _on_hub(source: DatasetSource, split: str) -> tuple[str | None, ...]:
 def notes_on(trained: Sequence[DatasetSource], held_out: Sequence[DatasetSource]) -> tuple[str, ...]:
     """Return what to know of data sets by their names: what of them is left aside, or mixed."""
     both = [*trained, *held_out]
-    by_path = {source.directory.path: source.directory for source in both if source.directory is not None}
     read = {path for source in both for path in source.files}
-    by_name = [source for source in trained if source.directory is None and source.is_local]
-    notes = [*(_of_directory(directory, read) for directory in by_path.values()), _of_several_splits(by_name)]
+    directories = dict.fromkeys(source.directory for source in both if source.directory is not None)
+    by_name = [path for source in trained if source.directory is None for path in source.files]
+    # Absolute as they are written: a link to a file is called as its user called it.
+    top = Path(os.path.commonpath([path.absolute().parent for path in by_name] or [Path()]))
+    mixed = [(source.directory.path, source.files) for source in trained if source.directory is not None]
+    notes = [
+        *(_of_directory(directory, read) for directory in directories),
+        *(_of_several_splits(top, files) for top, files in [(top, by_name), *mixed]),
+    ]
     return (*(note for note in notes if note), *_missing_shards(read), *_separators(read))
 
 
@@ -81,22 +87,18 @@ def _of_directory(directory: Directory, read: set[Path]) -> str | None:
     aside = [split.describe() for split in directory.splits if split.files and split not in chosen]
     for what, files in (("of unclear splits", directory.unclear), ("of no split or about others", directory.others)):
         aside += [f"{of_files(files)} ({what})"] if files else []
+    aside += [f"config {name}" for name in directory.configs]
     if not aside:
         return None
     what = " and ".join(split.describe() for split in chosen) or of_files(directory.files)
     return f"{printable(directory.path)}: reading {what}; left aside: {listed(aside)}"
 
 
-def _of_several_splits(sources: Iterable[DatasetSource]) -> str | None:
+def _of_several_splits(top: Path, files: Sequence[Path]) -> str | None:
     """Say that files which were named, or found by a pattern, are called as of several splits."""
-    files = [path for source in sources for path in source.files]
-    if len(files) < 2:
-        return None
-    # Absolute as they are written: a link to a file is called as its user called it.
-    top = os.path.commonpath([path.absolute().parent for path in files])
     splits: dict[str, list[Path]] = {}
-    for path in files:
-        for split in splits_told(path.absolute().relative_to(top)):
+    for path in files if len(files) > 1 else ():
+        for split in splits_told(path.absolute().relative_to(top.absolute())):
             splits.setdefault(split, []).append(path)
     if len(splits) < 2:
         return None
@@ -105,16 +107,14 @@ def _of_several_splits(sources: Iterable[DatasetSource]) -> str | None:
 
 
 def _missing_shards(files: Iterable[Path]) -> Iterator[str]:
-    """Say which data sets of several files lack some of them."""
-    found: dict[tuple[Path, str, int], set[int]] = {}
-    for path in files:
-        if shard := shard_of(path.name):
-            found.setdefault((path.parent, shard.prefix, shard.number), set()).add(shard.place)
-    for (folder, prefix, number), places in sorted(found.items()):
-        if missing := number - len(places & set(range(number))):
-            first = min(set(range(number)) - places)
-            name = f"{prefix}-{first:05d}-of-{number:05d}"
-            yield f"{printable(folder)}: {missing:,} of {number:,} files are missing, {name} for one"
+    """Say of which data sets in several files some are not on this disk."""
+    shards = {(path.parent, shard.prefix, shard.number) for path in files if (shard := shard_of(path.name))}
+    for folder, prefix, number in sorted(shards):
+        beside = [shard for path in folder.iterdir() if (shard := shard_of(path.name))]
+        here = {shard.place for shard in beside if (shard.prefix, shard.number) == (prefix, number)}
+        if missing := sorted(set(range(number)) - here):
+            name = f"{prefix}-{missing[0]:05d}-of-{number:05d}"
+            yield f"{printable(folder)}: {len(missing):,} of {number:,} files are missing, {name} for one"
 
 
 def _separators(files: Iterable[Path]) -> Iterator[str]:

@@ -46,6 +46,7 @@ class Directory:
         files: All of its files of rows, where there are no splits.
         unclear: Files whose names tell of several splits.
         others: Files that are about others, or of no split where others are.
+        configs: Other configs of it than the one that these are of, which nobody named.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Directory:
     files: tuple[Path, ...] = ()
     unclear: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
+    configs: tuple[str, ...] = ()
 
     @property
     def has_splits(self) -> bool:
@@ -65,27 +67,34 @@ class Directory:
         Raises:
             DataError: it is not there, or several or files of several splits may be meant.
         """
-        found = named((split.name for split in self.splits), asked)
-        of_several = [path for path in self.unclear if words_in(asked) & splits_told(path.relative_to(self.path))]
-        there = listed([split.describe() for split in self.splits])
-        if of_several:
-            raise DataError(
-                f"{name}: {printable(of_several[0])} may be of {asked} or of another split: its name tells of both",
-                hint="Rename it, or name the files to read.",
-            )
+        for path in self.unclear:
+            if words_in(asked) & splits_told(path.relative_to(self.path)):
+                raise DataError(
+                    f"{name}: {printable(path)} may be of {asked} or of another split: its name tells of both",
+                    hint="Rename it, or name the files to read.",
+                )
+        found = [split for split in self.splits if split.name in named((each.name for each in self.splits), asked)]
         if len(found) != 1:
-            which = f"{' and '.join(found)} for the split {asked}" if found else f"no split {asked}"
-            others = sorted(self.splits, key=lambda split: asked != TRAIN and split.name == TRAIN)
-            first = next(iter([*found, *(split.name for split in others)]), None)
-            hint = "Name the files to read." if first is None else f"Name one of them: {name}::{first}"
-            raise DataError(f"{name} has {which}; it holds {there or 'files of unclear splits'}", hint=hint)
-        split = next(split for split in self.splits if split.name == found[0])
-        if not split.files:
+            raise self._not_one(asked, found, name)
+        if not found[0].files:
             raise DataError(
-                f"{name}: no file of its split {split.name} is there, although it is named; it holds {there}",
+                f"{name}: no file of its split {found[0].name} is there, which is named; it holds {self._held()}",
                 hint="Download it again.",
             )
-        return split
+        return found[0]
+
+    def _not_one(self, asked: str, found: Sequence[Split], name: str) -> DataError:
+        which = (
+            f"{' and '.join(split.name for split in found)} for the split {asked}" if found else f"no split {asked}"
+        )
+        # What is held out is proposed from what is not trained.
+        others = sorted(self.splits, key=lambda split: asked != TRAIN and split.name == TRAIN)
+        first = next(iter([*found, *others]), None)
+        hint = "Name the files to read." if first is None else f"Name one of them: {name}::{first.name}"
+        return DataError(f"{name} has {which}; it holds {self._held()}", hint=hint)
+
+    def _held(self) -> str:
+        return listed([split.describe() for split in self.splits if split.files]) or "files of unclear splits"
 
 
 def of_files(files: Sequence[Path]) -> str:
@@ -103,10 +112,11 @@ def look_into(path: Path, config: str | None = None, name: str | None = None) ->
     shown = _shown(path)
     if configs := configs_of(path):
         chosen = choose_config(configs, config, name)
+        others = () if config else tuple(each.name for each in configs if each != chosen)
         if chosen.patterns:
-            return Directory(path=path, splits=_splits(files_of(chosen)))
+            return Directory(path=path, splits=_splits(files_of(chosen)), configs=others)
         if chosen.folder != path:
-            return look_into(chosen.folder, name=name)
+            return replace(look_into(chosen.folder, name=name), configs=others)
     elif config:
         raise DataError(f"{name} has no config {config}: no {CARD} in it names any", hint=f"Leave :{config} out.")
     return _saved(path) or _cached(path, shown) or _by_names(path, shown) or _of_folders(path, shown)

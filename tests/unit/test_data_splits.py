@@ -412,6 +412,8 @@ def test_shards_that_are_missing_are_said(place: Callable[..., str]) -> None:
     path = place("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
     for name in (path, f"{path}/*"):
         assert notes_of(name) == [f"{path}: 1 of 3 files are missing, train-00001-of-00003 for one"]
+    place("train-00001-of-00003.jsonl")
+    assert notes_of(path) == notes_of(f"{path}/train-00000-of-00003.jsonl") == []
 
 
 def test_a_split_that_is_evaluated_is_not_left_aside(place: Callable[..., str]) -> None:
