@@ -76,7 +76,14 @@ class MessageReader:
         if not isinstance(value, list) or not value:
             found = "an empty one" if value == [] else kind_of(value)
             raise RowError(f"{key!r} must be a list of at least one message, found {found}")
-        return [self._message(message, f"{key}[{place}]") for place, message in enumerate(value)]
+        messages: list[dict[str, Any]] = []
+        for place, message in enumerate(value):
+            read = self._message(message, f"{key}[{place}]")
+            if "tool_calls" in read and messages and messages[-1]["role"] == "assistant" and _is_calling(message):
+                _add_calls(messages[-1], read, f"{key}[{place}]")
+            else:
+                messages.append(read)
+        return messages
 
     def _message(self, message: object, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping):
@@ -225,9 +232,10 @@ def _joined(parts: list[Any], where: str) -> str:
 
 def no_text(where: str, kind: str) -> RowError:
     """Return what is wrong with a row that holds pictures, sounds or anything else that is no text."""
+    way = "write it as a message from tool" if kind == "tool_result" else "write what it says as text"
     return RowError(
         f"{where} holds {kind}, and only text can be trained",
-        hint="Leave such rows out (--on-bad-row skip), or write what it says as text.",
+        hint=f"Leave such rows out (--on-bad-row skip), or {way}.",
     )
 
 
@@ -241,6 +249,17 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     role = SPEAKING.get(word) if type(word) is str else None
     return {"role": role, "content": text} if role is not None and type(text) is str else None
+
+
+def _is_calling(message: Mapping[str, Any]) -> bool:
+    """Whether a message is calls alone, so that one behind the assistant's, or behind others, belongs to its turn."""
+    return any(str(message.get(key)).lower() in CALLING_ROLES for key in ROLE_KEYS)
+
+
+def _add_calls(turn: dict[str, Any], calling: Mapping[str, Any], where: str) -> None:
+    if turn.get(TRAIN) != calling.get(TRAIN):
+        raise RowError(f"{where} and the message before it are one turn, and do not agree on whether it is trained")
+    turn["tool_calls"] = [*turn.get("tool_calls", ()), *calling["tool_calls"]]
 
 
 def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:

@@ -245,6 +245,19 @@ def test_several_calls_in_one_value_are_several_calls(role: str, value: str) -> 
     assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [AS_SERVED, AS_SERVED]}
 
 
+@pytest.mark.parametrize("first", [{"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}, ANSWER])
+def test_calls_right_behind_a_message_of_the_assistant_are_of_its_turn(first: dict[str, Any]) -> None:
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
+    result = {"role": "tool_response", "content": "1"}
+    found = chat(USER, first, call, result, result, call, ANSWER)
+    calls = [AS_SERVED] * (1 + (first is not ANSWER))
+    text = "a" if first is ANSWER else ""
+    assert found.messages[1] == {"role": "assistant", "content": text, "tool_calls": calls}
+    assert [message["role"] for message in found.messages] == ["user", "assistant", "tool", "tool", *["assistant"] * 2]
+    assert found.trained == (1, 4, 5)
+    assert "are one turn, and do not agree" in str(problem(USER, {**first, "loss": False}, call, result))
+
+
 def test_a_value_that_is_no_call_is_refused() -> None:
     for value, expected in (
         ("call f", "conversations[1].value is text, but no JSON"),
