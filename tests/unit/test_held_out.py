@@ -221,6 +221,38 @@ def test_groups_without_held_out_rows_are_an_error() -> None:
         resolve(Sources(flags={path: (path, value) for path, value in flags.items()}), TrainSettings)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_held_out_shares_no_row_and_no_group_with_what_is_trained(tmp_path: Path, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    rows = [
+        {
+            "prompt": f"{chance.integers(15)} ",
+            "completion": f"{chance.integers(3)} " + "word " * int(chance.integers(12)),
+            "user": None if chance.random() < 0.1 else int(chance.integers(9)),
+        }
+        for _ in range(90)
+    ]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", rows[start::2]) for name, start in (("a", 0), ("b", 1))]
+    settings: dict[str, Any] = {
+        "eval_split": str(chance.choice(["10%", "0.4", "7"])),
+        "drop_duplicates": bool(chance.integers(2)),
+        "on_long": str(chance.choice(["drop", "truncate"])),
+        "mixing": str(chance.choice(["weights", "first_exhausted", "all_exhausted"])),
+    }
+    found = prepare(
+        f"{paths[0]}*0.4", f"{paths[1]}*1.3", eval_group="user", max_length=16, accept_lost=True, seed=seed, **settings
+    )
+    assert found.evaluation is not None
+    sides = [
+        (set(data.table.kept_digest[data.selected]), set(data.table.group[data.selected]) - {NO_GROUP})
+        for data in (found.train, found.evaluation)
+    ]
+    assert all(rows_of_side for rows_of_side, _ in sides)
+    assert not sides[0][0] & sides[1][0]
+    assert not sides[0][1] & sides[1][1]
+    assert not set(texts(found.train)) & set(texts(found.evaluation))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_units_are_held_out_whole_and_one_is_always_left(seed: int) -> None:
     chance = np.random.default_rng(seed)
