@@ -151,6 +151,7 @@ def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, lis
         raise ModelError(
             f"{type(model).__name__} can't train new tokens: its output head has a bias, which PEFT would drop",
             hint="Leave --new-tokens out.",
+            setting="model.new_tokens",
         )
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]

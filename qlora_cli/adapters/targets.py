@@ -20,6 +20,7 @@ from qlora_cli.settings.models import LoraSettings
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
 READ_BY_KERNEL = re.compile(r"\.(mamba|mixer)\.out_proj$")
 
+PARAMETERS = "lora.target_parameters"
 ADAPTER = "default"  # what PEFT calls an adapter that it was given no name for
 BASE = "base_model.model."  # and where it puts the base
 
@@ -139,10 +140,11 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
     if any(len(shape) == 2 for shape in shapes.values()):
         raise ModelError(
             f"{type(model).__name__} lays its experts in a row, which PEFT adapts as if they were one",
-            hint="Leave lora.target_parameters out.",
+            hint="Leave it out.",
+            setting=PARAMETERS,
         )
     if not known:
-        raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave lora.target_parameters out.")
+        raise ModelError(f"{type(model).__name__} has no fused experts", hint="Leave it out.", setting=PARAMETERS)
     if settings.dropout:
         raise ModelError(
             f"{settings.dropout} can't be applied to fused experts: their update is part of the weight",
@@ -169,8 +171,9 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
         matches = named(known, [target])
         if not matches:
             raise ModelError(
-                f"target parameter {target!r} matches no fused parameter of the model",
+                f"{target!r} matches no fused parameter of the model",
                 hint=f"They are {', '.join(_leaves(known))}; or use all-experts.",
+                setting=PARAMETERS,
             )
         found += matches
     return found
@@ -192,8 +195,9 @@ def resolve_pattern(pattern: Mapping[str, Value] | None, adapted: Sequence[str],
         if not names:
             why = "has no effect: longer keys hold for all its layers" if matched else "matches no adapted layer"
             raise ModelError(
-                f"{setting}: {key!r} {why}",
+                f"{key!r} {why}",
                 hint=f"Adapted are {', '.join(_leaves(adapted))}; a key is a full name or, after a dot, its end.",
+                setting=setting,
             )
         resolved |= dict.fromkeys([key] if names == matched else names, value)
     return resolved

@@ -114,6 +114,7 @@ def _check_on_host(model: PreTrainedModel, found: list[nn.Module]) -> None:
         raise ModelError(
             "an embedding that is kept in host memory can't be trained whole",
             hint="Leave --offload-embedding or lora.modules_to_save out.",
+            setting=SETTING,
         )
 
 

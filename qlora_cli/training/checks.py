@@ -44,7 +44,7 @@ def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, r
     text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
     look = partial(try_rows, settings=settings.data, text=text)
     wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk, look=look))
-    with wrong.about(TARGETS):
+    with wrong.about(TARGETS if blueprint.adapter is None else MODEL):
         adapted = outline(blueprint, settings.lora)
         with wrong.about(OUTPUT):
             sizes_of(adapted, settings.training.optimizer).check_room(settings)

@@ -132,12 +132,19 @@ def test_all_that_is_wrong_is_told_together(
     error = refused(settings, cache)
     assert isinstance(error, SettingsError)
     assert [problem.where for problem in error.problems] == ["data.dataset", "data.eval_dataset", "output.directory"]
-    several = train_settings(
-        model, rows, tmp_path / "run", data__columns="messages=no", lora__target_modules="no", lora__rank=7
-    )
-    error = refused(several, cache)
+
+
+@pytest.mark.parametrize(
+    "setting", ["lora.target_modules", "lora.target_parameters", "lora.modules_to_save", "lora.rank_pattern"]
+)
+def test_a_name_that_matches_nothing_is_told_with_the_columns_and_by_its_setting(
+    model: Path, rows: Path, cache: Path, tmp_path: Path, setting: str
+) -> None:
+    value = "no=3" if setting.endswith("pattern") else "no"
+    asked = {"data__columns": "messages=no", setting.replace(".", "__"): value}
+    error = refused(train_settings(model, rows, tmp_path / "run", **asked), cache)
     assert isinstance(error, SettingsError)
-    assert [problem.where for problem in error.problems] == ["data.columns", "lora.target_modules"]
+    assert [problem.where for problem in error.problems] == ["data.columns", setting]
 
 
 def test_what_is_wrong_with_the_model_is_told_with_what_is_wrong_with_the_data(

@@ -252,7 +252,7 @@ def test_dropout_on_experts_is_refused(qwen3_moe: Path) -> None:
 
 
 def test_unknown_names_are_refused_with_those_that_exist(qwen3_moe: Path) -> None:
-    with pytest.raises(ModelError, match=r"target parameter 'up_proj' matches no fused parameter") as caught:
+    with pytest.raises(ModelError, match=r"lora.target_parameters: 'up_proj' matches no fused parameter") as caught:
         attach_adapter(load(qwen3_moe).base, LoraSettings(target_parameters="up_proj"))
     assert "down_proj, gate_up_proj" in str(caught.value.hint)
 
