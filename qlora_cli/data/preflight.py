@@ -1,6 +1,7 @@
 """What can be known to be wrong with the names of the data and with its columns before anything heavy is imported."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from qlora_cli.data.chosen import eval_split, held_out_sources, trained_and_held_out, trained_sources
@@ -28,9 +29,12 @@ def data_problems(resolved: Resolved[SettingsT], data: DataSettings) -> list[Pro
 
 
 def column_problems(resolved: Resolved[SettingsT], data: DataSettings, seed: int) -> list[Problem]:
-    """Return what is wrong with the first rows of the data sets on this disk, whose names are right."""
-    found = first_rows_errors(data, seed, chosen=on_this_disk)
-    return list(dict.fromkeys(resolved.problem(setting, error) for setting, error in found))
+    """Return what is wrong with the first rows of the data sets on this disk, up to one that can't be found."""
+    found: dict[Problem, None] = {}
+    with suppress(QloraError):  # of a name, which `data_problems` tells
+        for setting, error in first_rows_errors(data, seed, chosen=on_this_disk):
+            found[resolved.problem(setting, error)] = None
+    return list(found)
 
 
 def _check_names(names: Sequence[str], split: str) -> QloraError | None:

@@ -27,10 +27,9 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
         "training.use_liger_kernel": _check_liger(settings.training),
     }
     problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
-    of_names = data_problems(resolved, settings.data)
-    problems += of_names
+    problems += data_problems(resolved, settings.data)
     if problems:  # else columns are told together with what is wrong with the model
-        problems += [] if of_names else column_problems(resolved, settings.data, settings.training.seed)
+        problems += column_problems(resolved, settings.data, settings.training.seed)
         raise SettingsError(problems)
 
 

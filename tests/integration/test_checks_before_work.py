@@ -156,14 +156,22 @@ def test_what_is_wrong_with_the_model_is_told_with_what_is_wrong_with_the_data(
     assert [problem.where for problem in error.problems] == ["model.name", "data.dataset"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--model", "./no"], ["--model", "--dataset"]),
+        (["--eval-dataset", "no.jsonl"], ["--eval-dataset", "--dataset"]),
+        (["--output", "{others}"], ["--output", "--dataset"]),
+    ],
+)
 def test_a_name_that_is_wrong_is_told_with_the_columns_that_are(
-    run_qlora: RunQlora, others: Path, tmp_path: Path
+    model: Path, others: Path, tmp_path: Path, flags: list[str], wrong: list[str]
 ) -> None:
-    done = run_qlora("train", "--model", "./no", "--dataset", others, "--output", tmp_path / "run")
-    assert done.code == 2
-    assert "--model: no model at ./no" in done.stderr
-    assert "--dataset: the columns of" in done.stderr
-    assert done.stderr.endswith("2 problems\n")
+    usual = {"--model": str(model), "--dataset": str(others), "--output": str(tmp_path / "run")}
+    usual |= {flags[0]: flags[1].format(others=others)}
+    done = CliRunner().invoke(app, ["train", *(part for pair in usual.items() for part in pair), "--json"])
+    assert done.exit_code == 2
+    assert [problem["where"] for problem in json.loads(done.stdout)["error"]["problems"]] == wrong
 
 
 @pytest.mark.parametrize(
