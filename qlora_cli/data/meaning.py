@@ -31,6 +31,7 @@ class MeaningChecker:
         self._layout = layout
         self._settings = settings
         self._used = frozenset(layout.columns.values())
+        self._hints: dict[tuple[str, ...], str] = {}
         self._has_answers = layout.format not in (DataFormat.TEXT, DataFormat.TOKENS)
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -77,20 +78,26 @@ class MeaningChecker:
         if names := compared(beside):
             raise RowError(
                 f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
-                hint=_hint(row, [*_better(beside, row), own], self._settings),
+                hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
             )
         if self._has_answers and (name := switch(beside)):
+            purpose = 'Say it in each message, with "train": true or false. To train on all answers'
             raise RowError(
                 f"{name!r} says what of the row is trained, and would be ignored",
-                hint='Say it in each message, with "train": true or false. '
-                + _hint(row, [own], self._settings, "To train on all answers"),
+                hint=self._hint([name], row, [own], purpose),
             )
         if self._has_answers and (name := verdict(beside)):
             purpose = f"Leave out the rows whose {name!r} is false. To train on all that are there"
             raise RowError(
                 f"{name!r} says whether the answer is wanted (KTO), and would be ignored: {NOT_HERE}",
-                hint=_hint(row, [own], self._settings, purpose),
+                hint=self._hint([name], row, [own], purpose),
             )
+
+    def _hint(self, names: Collection[str], row: Mapping[str, Any], ways: Iterable[Flags], purpose: str) -> str:
+        """Return what to do about the columns `names`; the ways are tried on the first row that has them."""
+        if tuple(names) not in self._hints:
+            self._hints[tuple(names)] = _hint(row, ways, self._settings, purpose)
+        return self._hints[tuple(names)]
 
 
 def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings, name: str) -> None:
@@ -103,7 +110,7 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings,
         if not settings.columns and (names := compared(row)):
             raise DataError(
                 f"{name} holds preferences ({listed(names)}), in which one answer is to be avoided: {NOT_HERE}",
-                hint=_hint(row, _better(row, row), settings),
+                hint=_hint(row, _better(row, row), settings, BETTER_ONES),
             )
 
 
@@ -122,7 +129,7 @@ def _better(judged: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Flags
             yield DataFormat.TEXT, {"text": better}
 
 
-def _hint(row: Mapping[str, Any], ways: Iterable[Flags], settings: DataSettings, purpose: str = BETTER_ONES) -> str:
+def _hint(row: Mapping[str, Any], ways: Iterable[Flags], settings: DataSettings, purpose: str) -> str:
     """Return the first of the `ways` to train the row that works, as flags."""
     working = (way for way in ways if _trains(row, row.keys(), way, settings))
     way = next(working, None)

@@ -3,6 +3,7 @@
 What a row lacks or has wrong is a `RowError`; the caller knows the file and the number of the row.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -205,9 +206,16 @@ class RowReader:
             if found:
                 raise RowError(
                     f"{self._layout.columns[part]!r} is for a chat template, and this row is plain text",
-                    hint="Write it as messages, or leave the column out.",
+                    hint=f"{self._way_to_a_template()}, or leave the column out.",
                 )
         return Completion(prompt=prompt, completion=completion)
+
+    def _way_to_a_template(self) -> str:
+        """Return how rows of plain text come to be rendered by a chat template."""
+        if not self._use_chat:
+            return "Give a chat template, such as --chat-template chatml"
+        named = f"question={self._layout.columns['prompt']},answer={self._layout.columns['completion']}"
+        return f"Let the chat template render it: --format question_answer --columns {shlex.quote(named)}"
 
     def _asked(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
         asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -232,7 +232,7 @@ def test_files_of_columns_are_read_as_far_as_they_change_what_a_row_means(
 def test_segments_of_axolotl_are_pointed_to_what_can_be_read(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = [{"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}]
+    rows: list[Row] = [{"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}] * 2
     error = refusal(tmp_path, tokenizer, rows)
     assert "holds segments of text" in str(error)
     assert "prompt and completion" in str(error.hint)

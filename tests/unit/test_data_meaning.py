@@ -91,12 +91,26 @@ def test_no_row_can_set_how_its_template_is_applied() -> None:
     assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= OWN_VARIABLES
 
 
-@pytest.mark.parametrize("beside", [{"chat_template_kwargs": {"enable_thinking": False}}, {"tools": [{"name": "f"}]}])
-def test_what_is_for_a_template_is_not_passed_over_in_plain_text(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, beside: dict[str, Any]
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "<think></think>42"),
+        ({"enable_thinking": False}, "<think></think>42"),
+        ({"tools": [{"name": "f"}]}, '{"name": "f"}'),
+        ({"history": [["1 plus 1?", "2"]]}, "1 plus 1?<|im_end|>"),
+    ],
+)
+def test_what_is_for_a_template_is_refused_beside_plain_text_with_flags_that_let_one_render_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, beside: dict[str, Any], expected: str
 ) -> None:
-    error = refusal(tmp_path, tokenizer, [{"prompt": "6 times 7?", "completion": "42", **beside}])
+    rows = [{"prompt": "6 times 7?", "response": "42", **beside}]
+    error = refusal(tmp_path, tokenizer, rows)
     assert f"{next(iter(beside))!r} is for a chat template, and this row is plain text" in str(error)
+    assert "--format question_answer --columns question=prompt,answer=response," in str(error.hint)
+    data = prepare(tmp_path, tokenizer, rows, format="question_answer", columns="question=prompt,answer=response")
+    assert expected in whole(data, tokenizer)
+    tokenizer.chat_template = None
+    assert "--chat-template chatml" in str(refusal(tmp_path, tokenizer, rows).hint)
 
 
 @pytest.mark.parametrize("is_thinking", [True, False])
