@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
-from qlora_cli.data import store
+from qlora_cli.data import notes, store
 from qlora_cli.data.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.formats import Layout
 from qlora_cli.data.groups import NO_GROUP, columns_to_read, group_of
-from qlora_cli.data.limits import listed
-from qlora_cli.data.marks import What
 from qlora_cli.data.meaning import MeaningChecker
 from qlora_cli.data.opening import open_rows
 from qlora_cli.data.raw import Wanted
@@ -38,7 +36,6 @@ from qlora_cli.errors import DataError
 from qlora_cli.garbage import uncollected
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.units import counted
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
@@ -162,12 +159,12 @@ class Encoder:
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the rows so far."""
         return (
-            *_note_ends(self.tokenizer, self._text),
-            *_note_bos(self._text, self._starts_with_bos),
-            *_note_control_tokens(self.tokenizer),
-            *_note_left_out(self.tokenizer),
-            *_note_unknown_keys(self.reader, str(self._text.tokenizer.chat_template)),
-            *_note_groups(self._group, self._num_without_group),
+            *notes.on_ends(self.tokenizer, self._text.tokenizer, self._text.end_ids),
+            *notes.on_bos(self._text.tokenizer, starts_with_bos=self._starts_with_bos),
+            *notes.on_control_tokens(self.tokenizer),
+            *notes.on_what_is_left_out(self.tokenizer.renderer),
+            *notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
+            *notes.on_groups(self._group, self._num_without_group),
         )
 
     def _read(self, row: RawRow) -> "_Read":
@@ -251,70 +248,6 @@ def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: i
         file=file,
         number=row.number,
     )
-
-
-def _note_ends(tokenizer: Tokenizer, text: TextTokenizer) -> list[str]:
-    odd_ends, num_turns = tokenizer.odd_ends, tokenizer.num_turns
-    if not odd_ends:
-        return []
-    named = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in odd_ends))
-    which = (
-        "trained turns" if odd_ends.total() == num_turns else f"{odd_ends.total():,} of {num_turns:,} trained turns"
-    )
-    ends = ", ".join(sorted(repr(text.tokenizer.decode([token])) for token in text.end_ids))
-    return [
-        f"the chat template ends {which} with {named}, and generation stops at {ends}: the model learns its end, but "
-        "what serves it must be told to stop there (eos_token_id in generation_config.json)"
-    ]
-
-
-def _note_bos(text: TextTokenizer, starts_with_bos: bool) -> list[str]:
-    tokenizer = text.tokenizer
-    adds = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if starts_with_bos or not adds:
-        return []
-    return [
-        f"the tokenizer begins texts with {tokenizer.bos_token}, the chat template does not: rows have none, as they "
-        "are served"
-    ]
-
-
-def _note_control_tokens(tokenizer: Tokenizer) -> list[str]:
-    if not tokenizer.num_with_control_tokens:
-        return []
-    common = ", ".join(token for token, _ in tokenizer.control_tokens.most_common(3))
-    notes = [
-        f"{counted(tokenizer.num_with_control_tokens, 'row')} with control tokens in the text itself ({common}): the "
-        "model will take them for what they stand for"
-    ]
-    if tokenizer.num_ended_twice:
-        twice = f"{counted(tokenizer.num_ended_twice, 'row')} with two ends: the text brings one along, and another"
-        notes.append(f"{twice} is written behind it; take the one in the text off")
-    return notes
-
-
-def _note_unknown_keys(reader: RowReader, template: str) -> list[str]:
-    """Return a note on keys of messages that no format knows, and that the chat template does not name either."""
-    unread = {
-        key: number for key, number in reader.unknown_keys.most_common() if key.rpartition(".")[2] not in template
-    }
-    if not unread:
-        return []
-    named = listed([f"{key} ({counted(number, 'row')})" for key, number in unread.items()])
-    return [f"keys of messages that are not used, as the chat template does not name them: {named}"]
-
-
-def _note_groups(column: str | None, num_without: int) -> list[str]:
-    if column is None or not num_without:
-        return []
-    return [f"{counted(num_without, 'row')} without a value of {column!r}, held out or trained each by itself"]
-
-
-def _note_left_out(tokenizer: Tokenizer) -> list[str]:
-    told = tokenizer.renderer.told
-    return [
-        f"the chat template leaves out {what.value} of {counted(told[what], 'row')}" for what in What if told[what]
-    ]
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

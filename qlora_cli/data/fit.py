@@ -1,7 +1,6 @@
-"""How a chat template takes conversations of the same roles and keys: in which form, and what it leaves out of them.
+"""How a chat template takes conversations with the same roles and keys: in which form, and what it leaves out of them.
 
-Templates differ in what they take: contents as text or as lists of parts, arguments of calls as objects or as JSON
-text, reasoning under one key or another, `developer` as a role of its own or none. The form that loses least is taken.
+The form that loses least is taken. What is lost then, and which answers end no turn, is found with marks.
 """
 
 import html
@@ -12,64 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.marks import Marked, Value, arguments_of
-from qlora_cli.data.rows import REASONING_KEYS, Conversation, RowError
+from qlora_cli.data.form import AS_THEY_ARE, Form, forms_for
+from qlora_cli.data.marks import Marked, Value, What, arguments_of
+from qlora_cli.data.rows import Conversation, RowError
 from qlora_cli.data.template import ChatTemplate, Span, beginning
 from qlora_cli.data.units import Unit
 
-WORDS = re.compile(r"\w+|[^\w\s]")
 PLAIN, MORE = "MarkPlainQ", "MarkMoreQ"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """The form in which a template is given messages.
-
-    Attributes:
-        roles_in_parts: The roles whose contents are lists of parts.
-        arguments_as_text: The arguments of calls are JSON text.
-        reasoning_key: The key of reasoning, whatever the row calls it; None leaves it.
-        has_developer: `developer` is a role; without, it is `system`.
-    """
-
-    roles_in_parts: frozenset[str] = frozenset()
-    arguments_as_text: bool = False
-    reasoning_key: str | None = None
-    has_developer: bool = True
-
-    def apply(self, conversation: Conversation) -> Conversation:
-        """Return `conversation` in this form."""
-        if self == AS_THEY_ARE:
-            return conversation
-        return replace(conversation, messages=[self.message(message) for message in conversation.messages])
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return a message in this form."""
-        given = dict(message)
-        if given["role"] in self.roles_in_parts:
-            given["content"] = [{"type": "text", "text": given["content"]}]
-        if self.arguments_as_text and given.get("tool_calls"):
-            given["tool_calls"] = [_with_text(call) for call in given["tool_calls"]]
-        if self.reasoning_key is not None:
-            given = {self.reasoning_key if key in REASONING_KEYS else key: value for key, value in given.items()}
-        if not self.has_developer and given["role"] == "developer":
-            given["role"] = "system"
-        return given
-
-    @property
-    def num_changes(self) -> int:
-        """In how many respects it is not as rows are written."""
-        return sum(
-            (
-                bool(self.roles_in_parts),
-                self.arguments_as_text,
-                self.reasoning_key is not None,
-                not self.has_developer,
-            )
-        )
-
-
-AS_THEY_ARE = Form()
+THOUGHT_END = "</think>"
+# What quoting adds to a text or takes from it: JSON's and Python's escapes, quotes and spaces.
+CODED = re.compile(r"(?:\\+u[0-9a-fA-F]{4})+|\\+x[0-9a-fA-F]{2}")
+QUOTING = re.compile(r"\\+[abfnrtv0]?|[\s\"'\u0000-\u001f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +32,14 @@ class Loss:
         is_of_all: It is missing in all rows with the same roles and keys, not in this one for what it holds.
         is_served: The answer that it is missing in is otherwise rendered as it would be served.
         once_followed: It is there until another message follows.
+        as_answer: It is there as if the assistant had said it.
     """
 
     value: Value
     is_of_all: bool = False
     is_served: bool = True
     once_followed: bool = False
+    as_answer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,34 +80,25 @@ def joined(fits: Sequence[Fit], form: Form) -> Fit:
     )
 
 
-def common_form(fits: Iterable[Fit]) -> Form:
-    """Return the form that has what each of several needs."""
-    forms = [fit.form for fit in fits]
-    return Form(
-        roles_in_parts=frozenset().union(*(form.roles_in_parts for form in forms)),
-        arguments_as_text=any(form.arguments_as_text for form in forms),
-        reasoning_key=next((form.reasoning_key for form in forms if form.reasoning_key), None),
-        has_developer=all(form.has_developer for form in forms),
-    )
-
-
 def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | None = None) -> Fit | None:
     """Return how `template` takes a conversation with marks; None if it refuses marks in any of the `forms`.
 
     Raises:
         ModelError: the template does not end.
     """
+    if forms is None:
+        forms = forms_for(marked.conversation, knows_developer="developer" in template.source)
     best: tuple[int, Form, Conversation, str] | None = None
-    for form in forms if forms is not None else _forms(marked.conversation):
+    for form in forms:
         given = form.apply(marked.conversation)
         try:
             text = template.text(given)
         except RowError:
             continue
-        num_missing = sum(value.text not in text for value in marked.marks) + _num_as_python(given, text)
-        if best is None or num_missing < best[0]:
-            best = num_missing, form, given, text
-        if num_missing == 0:
+        num_wrong = _num_wrong(marked, given, text)
+        if best is None or num_wrong < best[0]:
+            best = num_wrong, form, given, text
+        if num_wrong == 0:
             break
     if best is None:
         return None
@@ -161,7 +106,7 @@ def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | Non
     spans = _spans(template, given, text)
     return Fit(
         form=form,
-        losses=tuple(_losses(template, given, text, spans, marked.marks)),
+        losses=(*_losses(template, given, text, spans, marked.marks), *_mistaken(template, given, text, marked.marks)),
         endless=frozenset(
             place
             for place, span in spans.items()
@@ -170,59 +115,68 @@ def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | Non
     )
 
 
-def missing(values: Iterable[Value], text: str, spans: Mapping[int, Span | None]) -> Iterator[Loss]:
-    """Yield the values of a row that are not in its text, or in the span of their message if that is known."""
+def missing(values: Iterable[Value], text: str, spans: Mapping[int, Span]) -> Iterator[Loss]:
+    """Yield the values of a row that are not in its text: of trained answers in their spans, of others around them."""
     for value in values:
-        span = spans.get(value.place) if value.place is not None else None
-        if not is_written(value.text, text if span is None else text[slice(*span)]):
+        place = value.place
+        if place is not None and place in spans:
+            is_there = is_written(value.text, text[slice(*spans[place])])
+        else:
+            is_there = is_written(value.text, text[slice(*_around(place, spans))], in_any_case=True)
+        if not is_there and value.what != What.OTHER:
             yield Loss(value=value)
 
 
-def is_written(value: str, text: str) -> bool:
-    """Whether `value` stands in `text`: as it is, as JSON or HTML write it, or with other spaces."""
+def _around(place: int | None, spans: Mapping[int, Span]) -> tuple[int, int | None]:
+    """Return the part of a text in which a message that is not trained may stand; systems and tools before any."""
+    if place is None:
+        return 0, None
+    before = next((start for answer, (start, _) in spans.items() if answer > place), None)
+    behind = max((end for answer, (_, end) in spans.items() if answer < place), default=0)
+    return behind, before
+
+
+def is_written(value: str, text: str, *, in_any_case: bool = False) -> bool:
+    """Whether `value` stands in `text`: as it is, or quoted and spaced in another way."""
     value = value.strip()
-    if value in text:
+    if value in text or value in html.unescape(text):
         return True
-    once = [json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]]
-    twice = [json.dumps(each, ensure_ascii=False)[1:-1] for each in once]  # arguments that are JSON text, in JSON
-    if any(each in text for each in (*once, *twice)) or value in html.unescape(text):
-        return True
-    words = iter(WORDS.findall(text))
-    return all(word in words for word in WORDS.findall(value))
+    value, text = _unquoted(value), _unquoted(text)
+    return value in text or (in_any_case and value.casefold() in text.casefold())
 
 
-def _forms(conversation: Conversation) -> list[Form]:
-    """Return the forms that make a difference to a conversation, those nearest to how rows are written first."""
-    roles = frozenset(message["role"] for message in conversation.messages)
-    keys = {key for message in conversation.messages for key in message if key in REASONING_KEYS}
-    has_objects = any(
-        isinstance(arguments, dict) for message in conversation.messages for arguments in arguments_of(message)
-    )
-    respects = itertools.product(
-        dict.fromkeys((frozenset[str](), roles, roles - {"system"}, roles & {"user"})),
-        (False, True) if has_objects else (False,),
-        (None, *(key for key in REASONING_KEYS if keys - {key})) if keys else (None,),
-        (True, False) if "developer" in roles else (True,),
-    )
-    forms = [
-        Form(roles_in_parts=parts, arguments_as_text=as_text, reasoning_key=key, has_developer=has_developer)
-        for parts, as_text, key, has_developer in respects
+def _unquoted(text: str) -> str:
+    """Return a text without what JSON, Python and templates write of it in different ways."""
+    return QUOTING.sub("", CODED.sub(_decoded, text))
+
+
+def _decoded(code: re.Match[str]) -> str:
+    escapes = re.sub(r"\\+x", r"\\u00", re.sub(r"\\+u", r"\\u", code[0]))
+    return str(json.loads(f'"{escapes}"'))
+
+
+def _num_wrong(marked: Marked, given: Conversation, text: str) -> int:
+    """Return how many values a text lacks, or has as Python prints them, and how many thoughts it has of its own."""
+    num_missing = sum(value.text not in text for value in marked.marks if value.what != What.OTHER)
+    printed: list[Any] = [message["content"] for message in given.messages if isinstance(message["content"], list)]
+    printed += [
+        each for message in given.messages for each in arguments_of(message) if isinstance(each, dict) and each
     ]
-    return sorted(forms, key=lambda form: form.num_changes)
+    num_thoughts = sum(message["content"].count(THOUGHT_END) for message in marked.conversation.messages)
+    num_added = text.count(THOUGHT_END) - num_thoughts if num_thoughts else 0
+    return num_missing + sum(str(each) in text for each in printed) + max(0, num_added)
 
 
-def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return call
-    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-
-
-def _num_as_python(given: Conversation, text: str) -> int:
-    """Return how many calls have arguments that the template writes as Python does, in single quotes."""
-    written = (arguments for message in given.messages for arguments in arguments_of(message))
-    return sum(isinstance(each, dict) and bool(each) and str(each) in text for each in written)
+def _mistaken(template: ChatTemplate, given: Conversation, text: str, marks: Iterable[Value]) -> Iterator[Loss]:
+    """Yield the contents of messages that a template writes as answers: it does not know their roles."""
+    for value in marks:
+        place = value.place
+        if place is None or value.what != What.CONTENT or given.messages[place]["role"] in ("user", "assistant"):
+            continue
+        messages = list(given.messages)
+        messages[place] = {**messages[place], "role": "assistant"}
+        if _text_or_nothing(template, replace(given, messages=messages)) == text:
+            yield Loss(value=value, is_of_all=True, as_answer=True)
 
 
 def _spans(template: ChatTemplate, given: Conversation, text: str) -> dict[int, Span | None]:
@@ -287,7 +241,8 @@ def _closing(template: ChatTemplate, given: Conversation, place: int, last: str,
     if not is_written:  # it takes one call, and passes over others
         return ""
     pairs = zip(template.pieces(behind), template.pieces(text.partition(last)[2]), strict=False)
-    return "".join(ours for ours, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] not in template.ends, pairs)
+    return "".join(ours for ours, _ in same)
 
 
 def _text_or_nothing(template: ChatTemplate, conversation: Conversation) -> str:

@@ -16,7 +16,8 @@ from qlora_cli.data.rows import REASONING_KEYS, Conversation
 
 # What no template has to write: it says which call a result belongs to.
 IDS, NAMES = frozenset({"id", "tool_call_id", "call_id"}), frozenset({"name"})
-CLOSES_REASONING = re.compile(r"(?i)[<\[|]*/.*(think|reason|thought)")
+CLOSES_REASONING = re.compile(r"(?i)[<\[|]+(/|end_)\S*(think|reason|thought)")
+EMPTY: tuple[tuple[type, Any], ...] = ((int, 1), (float, 1.5), (list, []), (dict, {}))
 MOST_TAGS = 16  # in one content; one with more is about tags, and is not taken apart
 FIRST_NUMBER = 73_100_000
 MOST_TOOLS = 2  # that are marked; templates write all alike
@@ -32,16 +33,21 @@ class What(Enum):
     ARGUMENTS = "arguments"
     TOOL = "tools"
     TOOL_DETAILS = "descriptions and parameters of tools"
+    OTHER = "other keys"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A value of the message `place`, or of the tools, by the key that the row has it under."""
+    """A value of the message `place`, or of the tools, by the key that the row has it under.
+
+    `order`: how many of its kind the same message has before it.
+    """
 
     place: int | None
     what: What
     key: str
     text: str
+    order: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +124,20 @@ class _Marker:
         return [self._tool(tool) for tool in tools[:MOST_TOOLS]]
 
     def _add(self, what: What, key: str, text: str) -> None:
-        self.values.append(Value(place=self._place, what=what, key=key, text=text))
+        self.values.append(self._value(self.values, what, key, text))
 
     def _new(self, what: What, key: str, number: int | None = None) -> str:
         text = f"Mark{len(self.marks)}Q" if number is None else str(number)
-        self.marks.append(Value(place=self._place, what=what, key=key, text=text))
+        self.marks.append(self._value(self.marks, what, key, text))
         return text
+
+    def _value(self, others: Sequence[Value], what: What, key: str, text: str) -> Value:
+        order = 0
+        for other in reversed(others):
+            if other.place != self._place:
+                break
+            order += other.what == what
+        return Value(place=self._place, what=what, key=key, text=text, order=order)
 
     def _mark(self, what: What, key: str, text: str) -> str:
         self._add(what, key, text)
@@ -220,12 +234,19 @@ class _Marker:
     def _other(self, key: str, value: Any) -> Any:
         """Return a value that is the same for all rows: of what tells messages apart, or is of no known meaning."""
         if key in IDS and isinstance(value, str):
-            return self._ids.setdefault(value, f"id{len(self._ids):07d}")  # Mistral's must have nine characters
+            return self._ids.setdefault(value, self._id(value))
         if key in NAMES and isinstance(value, str):
             return self._names.get(value, "name")
         if isinstance(value, str):
-            return value if key == "type" else "other"
-        return value if isinstance(value, bool) else type(value)()
+            return value if key == "type" or not value.strip() else self._mark(What.OTHER, key, value)
+        if isinstance(value, bool) or value is None:
+            return value
+        return next((empty for kind, empty in EMPTY if isinstance(value, kind)), "other")
+
+    def _id(self, value: str) -> str:
+        """Return an id of nine characters, as Mistral's must be; of one with the name of its function, with that."""
+        named = next((name for name in self._names if str(name) in value), None)
+        return f"id{len(self._ids):07d}" if named is None else value.replace(str(named), self._names[named])
 
 
 def _function_of(tool: Any) -> Mapping[str, Any]:

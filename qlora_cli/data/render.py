@@ -5,21 +5,31 @@ a row itself is looked at only where contents may make a difference.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.fit import AS_THEY_ARE, Fit, Form, common_form, find_fit, joined, missing
-from qlora_cli.data.losses import MAY_BE_LOST, ends_no_turn, like, refusal
-from qlora_cli.data.marks import What, mark
+from qlora_cli.data.fit import THOUGHT_END, Fit, find_fit, joined, missing
+from qlora_cli.data.form import AS_THEY_ARE, Form, common_form
+from qlora_cli.data.losses import MAY_BE_LOST, WaysOut, ends_no_turn, like, refusal
+from qlora_cli.data.marks import Value, What, mark
 from qlora_cli.data.rows import PLAIN_KEYS, Conversation, RowError
 from qlora_cli.data.template import ChatTemplate, Span, beginning
 from qlora_cli.data.units import Unit, example_of, units_of
 from qlora_cli.settings.choices import LossOn
 
+THOUGHTFUL = Conversation(
+    messages=[
+        {"role": "user", "content": "text"},
+        {"role": "assistant", "content": "<think>\ntext\n</think>\n\ntext"},
+    ],
+    trained=(),
+)
 MOST_SHAPES = 4096  # sequences of roles, and of roles and keys, that are remembered
 
 
@@ -66,6 +76,7 @@ class Renderer:
 
     Attributes:
         told: What was left out of rows that are used, and of how many.
+        told_keys: The keys of messages that no format knows, whose text was left out.
     """
 
     def __init__(
@@ -77,7 +88,8 @@ class Renderer:
         accepts_lost: bool = False,
     ) -> None:
         self.told: Counter[What] = Counter()
-        self._template = ChatTemplate(tokenizer, end_ids)
+        self.told_keys: set[str] = set()
+        self._template = ChatTemplate(tokenizer, end_ids, trains_last=loss_on == LossOn.LAST)
         self._trains_all = loss_on == LossOn.ALL
         self._accepts_lost = accepts_lost
         self._fits: dict[tuple[object, Form | None], tuple[Fit, int] | None] = {}
@@ -95,6 +107,12 @@ class Renderer:
         fit = self._fit_of(conversation) if roles is None else self._fit_of_roles(roles)
         self._check(conversation, fit)
         return Fitted(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
+
+    def writes_key(self, key: str) -> bool:
+        """Whether the template may write what messages have under `key`, which no format knows."""
+        name = key.rpartition(".")[2]
+        asked = re.compile(rf"\.{re.escape(name)}\b|(\[|get\()\s*['\"]{re.escape(name)}['\"]")
+        return key not in self.told_keys and asked.search(self._template.source) is not None
 
     def texts(self, rows: Sequence[Fitted]) -> list[str] | None:
         """Return plain conversations as texts, at less cost than one by one; None if one is refused.
@@ -127,7 +145,7 @@ class Renderer:
             raise RowError("the first message is the assistant's: there is nothing to answer")
         spans = self._by_shape(row, text)
         if spans is None:
-            spans = self._by_row(row, text)
+            text, spans = self._by_row(row, text)
         return Rendered(text=text, spans=((0, len(text)),) if self._trains_all else tuple(spans.values()))
 
     def _by_shape(self, row: Fitted, text: str) -> dict[int, Span] | None:
@@ -147,13 +165,13 @@ class Renderer:
         if spans is None:  # templates of the Llama 3 family and others trim what they put in
             spans = _place(shape, [content.strip() for content in contents], trained, text)
         if spans and not self._template.asks_always_alike:
-            asked = self._template.text(beginning(row.conversation, trained[0]), asks_answer=True)
-            if text[: spans[trained[0]][0]] != asked:
-                return None
+            for place, (start, _) in spans.items():
+                if text[:start] != self._template.text(beginning(row.conversation, place), asks_answer=True):
+                    return None
         return spans
 
-    def _by_row(self, row: Fitted, text: str) -> dict[int, Span]:
-        """Return the spans of the trained answers of a row, in which contents may change what the template writes."""
+    def _by_row(self, row: Fitted, text: str) -> tuple[str, dict[int, Span]]:
+        """Return the text of a row in which contents may change what the template writes, and the trained spans."""
         fit = row.fit
         if row.roles is not None:  # it is that of contents without tags
             fit = self._fit_of(row.original, row.fit.form)
@@ -166,12 +184,15 @@ class Renderer:
             message = row.original.messages[place]
             is_bare = place in fit.unknown and _is_bare(message, text[slice(*span)])
             if is_bare or place in fit.endless:
-                longer = self._template.through_end_token(span, text)
-                if longer is None:
+                question = fit.form.message({"role": "user", "content": "more"})
+                through = self._template.through_end_token(row.conversation, span, text, question)
+                if through is None:
                     raise ends_no_turn(place, message)
-                spans[place] = longer
-        self.told.update({loss.value.what for loss in (*found.losses, *fit.losses)})
-        return spans
+                spans[place] = (span[0], len(through))
+                text = text if text.startswith(through) else through
+        self.told.update({loss.value.what for loss in (*found.losses, *fit.losses)} - {What.OTHER})
+        self.told_keys |= {loss.value.key for loss in fit.losses if loss.value.what == What.OTHER}
+        return text, spans
 
     def _fit_of_roles(self, roles: tuple[str, ...]) -> Fit:
         if roles not in self._fits_of_roles:
@@ -185,7 +206,7 @@ class Renderer:
         """Return how the template takes a conversation, in one form or in that which loses least."""
         units = units_of(conversation, self._template.tags)
         if form is None:
-            form = common_form(self._fit_of_unit(conversation, unit, None) for unit in units)
+            form = common_form(self._fit_of_unit(conversation, unit, None).form for unit in units)
         return joined([self._fit_of_unit(conversation, unit, form) for unit in units], form)
 
     def _fit_of_unit(self, conversation: Conversation, unit: Unit, form: Form | None) -> Fit:
@@ -207,15 +228,25 @@ class Renderer:
         """Raise the error for the first of the losses that must not be."""
         for loss in fit.losses:
             is_trained = self._trains_all or loss.value.place in conversation.trained
-            if loss.value.what == What.TOOL_DETAILS:
+            if loss.value.what in (What.TOOL_DETAILS, What.OTHER):
                 continue
             if loss.value.what in MAY_BE_LOST and (self._accepts_lost or not is_trained):
                 continue
             if loss.once_followed and is_trained and not self._trains_all:
                 continue  # which is refused with what to do when its span is looked for
-            value = like(loss.value, mark(conversation, self._template.tags).values)
+            value = like(loss.value, mark(conversation, self._template.tags).values) if loss.is_of_all else loss.value
             if value is not None:
-                raise refusal(loss, value, conversation.messages)
+                raise refusal(loss, value, conversation.messages, partial(self._ways_out, conversation, value))
+
+    def _ways_out(self, conversation: Conversation, value: Value) -> WaysOut:
+        def helps(switched: Conversation) -> bool:
+            found = ((loss.value.place, loss.value.what) for loss in self._fit_of(switched).losses)
+            return (value.place, value.what) not in found
+
+        return WaysOut(
+            switch=self._template.switch_that_helps(conversation, helps),
+            writes_thoughts=not self._fit_of(THOUGHTFUL).losses,
+        )
 
     def _shape_of(self, roles: tuple[str, ...], form: Form) -> _Shape | None:
         """Return what the template writes around contents; None if they are not all in the text, once, in order."""
@@ -249,9 +280,12 @@ def _is_bare(message: Mapping[str, Any], trained: str) -> bool:
 
 
 def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
+    """Return the roles of plain messages; None where one has more, be it a thought within its content."""
     if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
         return None
-    return tuple(message["role"] for message in conversation.messages)
+    roles = tuple(message["role"] for message in conversation.messages)
+    thinks = (THOUGHT_END in message["content"] for message in conversation.messages if message["role"] == "assistant")
+    return None if any(thinks) else roles
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str] | None:

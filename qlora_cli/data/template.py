@@ -7,8 +7,9 @@ the conversation, and must be beginnings of the whole.
 
 import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
@@ -18,33 +19,38 @@ from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
 
 Span = tuple[int, int]
 
-ASKS, TOKEN_NAMES = "add_generation_prompt", {"bos_token", "eos_token"}
+ASKS = "add_generation_prompt"
 # By these marks templates tell what the model writes; plain Jinja does not know them.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # What sets parts of a message apart, as templates look for it in contents; each stands in a constant of theirs.
-TAG = re.compile(r"</?[a-z_]{1,30}>|\[/?[A-Z_]{1,30}\]|<\|[^|<>\s]{1,30}\|>")
+TAG = re.compile(r"</?[a-z_:]{1,30}>|\[/?[A-Z_]{1,30}\]|<\|[^|<>\s]{1,30}\|>|/(?:no_)?think\b")
 REASONING_TAGS = ("<think>", "</think>")
-# How templates are told to ask for an answer without reasoning.
-REASONING_SWITCHES = ({"enable_thinking": False}, {"thinking": False})
+# How templates are told to ask for an answer without reasoning, or with it.
+REASONING_SWITCHES = tuple({name: value} for value in (False, True) for name in ("enable_thinking", "thinking"))
+OTHER_ROWS = "Give a template that takes such rows (--chat-template FILE), or leave them out (--on-bad-row skip)."
 
 
 class ChatTemplate:
     """The chat template of `tokenizer`; `end_ids` are tokens at which generation stops.
 
     Attributes:
+        source: The template itself, or all those of a tokenizer that has several.
         tags: Matches what the template may take for the beginning or the end of a part of a message.
+        ends: The tokens at which generation stops, as text.
         asks_always_alike: Whether what asks for an answer does not depend on the messages before.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Set[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Set[int], *, trains_last: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._ends = tuple(
+        self._trains_last = trains_last
+        self.ends = tuple(
             str(tokenizer.added_tokens_decoder[token]) for token in end_ids & tokenizer.added_tokens_decoder.keys()
         )
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._pieces = re.compile("|".join([*map(re.escape, self._added), TAG.pattern, "."]), re.DOTALL)
         template = tokenizer.chat_template
-        tags = {*REASONING_TAGS, *TAG.findall(template if isinstance(template, str) else "")}
+        self.source = template if isinstance(template, str) else "\n".join((template or {}).values())
+        tags = {*REASONING_TAGS, *TAG.findall(self.source)}
         self.tags = re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
         self.asks_always_alike = asks_always_alike(template)
 
@@ -72,7 +78,7 @@ class ChatTemplate:
                 asks_answer=asks_answer,
             )
         except RefusedError as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
+            raise RowError(f"the chat template refuses it: {error}", hint=OTHER_ROWS) from error
 
     def span(self, conversation: Conversation, place: int, text: str) -> Span:
         """Return where the answer `place` stands in `text`, the rendering of all messages.
@@ -84,7 +90,12 @@ class ChatTemplate:
         """
         before = self.text(beginning(conversation, place), asks_answer=True)
         if not text.startswith(before):
-            raise _not_served(place, before, text, self._switch_that_helps(conversation, place))
+
+            def helps(switched: Conversation) -> bool:
+                return self.text(switched).startswith(self.text(beginning(switched, place), asks_answer=True))
+
+            switch = self.switch_that_helps(conversation, helps)
+            raise _not_served(place, before, text, switch, trains_last=self._trains_last)
         through = self._through(conversation, place, text)
         if not text.startswith(through):
             raise RowError(
@@ -100,27 +111,43 @@ class ChatTemplate:
         """Whether a token stands in `text` that was added to the vocabulary, as those are that end turns."""
         return any(token in text for token in self._added)
 
-    def through_end_token(self, span: Span, text: str) -> Span | None:
-        """Return the span of an answer through the token behind it, if generation stops there, as at another role."""
-        start, end = span
+    def through_end_token(
+        self, conversation: Conversation, span: Span, text: str, question: dict[str, Any]
+    ) -> str | None:
+        """Return `text` through the token behind an answer, if generation stops there, as at that of another role.
+
+        Behind a last answer it is the token with which a `question` would begin.
+
+        Raises:
+            ModelError: the template does not end.
+        """
+        end = span[1]
+        if not text[end:].strip():
+            try:
+                longer = self.text(replace(conversation, messages=[*conversation.messages, question]))
+            except RowError:  # of templates that allow no more
+                return None
+            if not longer.startswith(text[:end]):
+                return None
+            text = longer
         behind = text[end:].lstrip()
-        token = next((token for token in self._ends if behind.startswith(token)), None)
-        return None if token is None else (start, text.index(token, end) + len(token))
+        token = next((token for token in self.ends if behind.startswith(token)), None)
+        return None if token is None else text[: text.index(token, end) + len(token)]
+
+    def switch_that_helps(self, conversation: Conversation, helps: Callable[[Conversation], bool]) -> str | None:
+        """Return the column with which a row tells the template to reason or not to, if that `helps`."""
+        for switch in REASONING_SWITCHES:
+            switched = replace(conversation, template_kwargs={**conversation.template_kwargs, **switch})
+            try:
+                if helps(switched):
+                    return f"chat_template_kwargs: {json.dumps(switch)}"
+            except RowError:
+                continue
+        return None
 
     def pieces(self, text: str) -> list[str]:
         """Return `text` as the added tokens and tags that are in it, and the characters between them."""
         return self._pieces.findall(text)
-
-    def _switch_that_helps(self, conversation: Conversation, place: int) -> dict[str, bool] | None:
-        """Return the switch of reasoning with which the answer `place` is rendered as it would be served."""
-        for switch in REASONING_SWITCHES:
-            switched = replace(conversation, template_kwargs={**conversation.template_kwargs, **switch})
-            try:
-                if self.text(switched).startswith(self.text(beginning(switched, place), asks_answer=True)):
-                    return switch
-            except RowError:
-                continue
-        return None
 
     def _through(self, conversation: Conversation, place: int, text: str) -> str:
         """Return the beginning of the text through the turn `place`, without what closes the text as a whole."""
@@ -145,37 +172,40 @@ def beginning(conversation: Conversation, num_messages: int) -> Conversation:
 
 
 def asks_always_alike(template: object) -> bool:
-    """Whether what a template writes to ask for an answer is made of constants and of the tokenizer's tokens alone."""
+    """Whether what a template writes to ask for an answer does not depend on the messages before."""
     if not isinstance(template, str):
         return False
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))  # noqa: S701 - never rendered
     except (TemplateSyntaxError, RecursionError):
         return False
-    asking = [branch for branch in tree.find_all(nodes.If) if ASKS in _names_in(branch.test)]
-    written = [part for branch in asking for part in branch.body]
+    asking = [part for part in tree.body if isinstance(part, nodes.If) and _names_in(part.test) == [ASKS]]
+    written = {name for branch in asking for part in branch.body for name in _names_in(part)}
     return (
         bool(asking)
-        and all(_names_in(branch.test) == {ASKS} for branch in asking)
-        and all(isinstance(part, nodes.Output) and _names_in(part) <= TOKEN_NAMES for part in written)
+        and _names_in(tree).count(ASKS) == len(asking)  # it is asked for nowhere else
+        and not any(branch.else_ or branch.elif_ for branch in asking)
+        and not written & ({"messages"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"})
     )
 
 
-def _names_in(node: nodes.Node) -> set[str]:
+def _names_in(node: nodes.Node) -> list[str]:
     found = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
-    return {name.name for name in found}
+    return [name.name for name in found]
 
 
-def _not_served(place: int, before: str, text: str, switch: dict[str, bool] | None) -> RowError:
+def _not_served(place: int, before: str, text: str, switch: str | None, *, trains_last: bool) -> RowError:
     same = next((index for index, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
     part = slice(max(0, same - 20), same + 30)
-    hint = (
-        "Write the row as the model answers, give another --chat-template, or, if that is so for earlier answers "
-        "alone, train the last one of each row (--loss-on last)."
-        if switch is None
-        else "Write the row with the reasoning that the template asks for, or tell it to ask for none, in a column "
-        f"chat_template_kwargs: {json.dumps(switch)}."
-    )
+    if switch is not None:
+        hint = f"Write the row as the template asks for it, or tell the template otherwise in a column {switch}."
+    elif trains_last:
+        hint = "Write the row as the model answers, or give another --chat-template."
+    else:
+        hint = (
+            "Write the row as the model answers, give another --chat-template, or, if that is so for earlier answers "
+            "alone, train the last one of each row (--loss-on last)."
+        )
     return RowError(
         f"the chat template asks for message {place} with other words than it renders it with: a server would "
         f"send {before[part]!r} where the row has {text[part]!r}",

@@ -1,6 +1,7 @@
 """All that a row says is in its text, in its own message; or the row is refused, or what is left out is told."""
 
 import json
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -117,6 +118,30 @@ def trained_by(name: str, conversation: Conversation, *, accepts_lost: bool = Fa
     return trained_texts(text, found)
 
 
+def whole_text(name: str, conversation: Conversation) -> str:
+    text, tokenizer = of(name)
+    found = one(tokenizer, conversation)
+    assert isinstance(found, Tokens), found
+    return str(text.tokenizer.decode(found.input_ids.tolist()))
+
+
+def with_template(template: str) -> tuple[TextTokenizer, Tokenizer]:
+    """Return a tokenizer with a template that writes turns as ChatML does, of which only the inside is given."""
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + template + "<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return text, Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+
+
+def trained_with(template: str, conversation: Conversation) -> list[str]:
+    text, tokenizer = with_template(template)
+    found = one(tokenizer, conversation)
+    assert isinstance(found, Tokens), found
+    return trained_texts(text, found)
+
+
 def refused_by(name: str, conversation: Conversation, loss_on: LossOn = LossOn.COMPLETIONS) -> RowError:
     found = one(of(name, loss_on)[1], conversation)
     assert isinstance(found, RowError)
@@ -192,10 +217,8 @@ def test_developer_is_system_where_a_template_has_no_such_role() -> None:
     assert isinstance(found, Tokens)
     whole = str(text.tokenizer.decode(found.input_ids.tolist()))
     assert whole.startswith("<|im_start|>system\nAnswer in one word.<|im_end|>")
-    text, tokenizer = of("contents_alone")
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens)
-    assert "<|im_start|>developer\n" in str(text.tokenizer.decode(found.input_ids.tolist()))
+    assert whole_text("contents_alone", conversation).startswith("<|im_start|>system\nAnswer in one word.")
+    assert "<|start|>developer<|message|>" in whole_text("gptoss", conversation)  # which names it
 
 
 def test_a_message_that_a_template_passes_over_is_refused() -> None:
@@ -261,3 +284,136 @@ def test_a_template_that_refuses_marks_is_judged_by_the_row_alone() -> None:
     assert isinstance(one(tokenizer, asked(answer("yes"))), Tokens)
     found = one(tokenizer, asked(answer("yes", reasoning_content="It is.")))
     assert "no place for reasoning" in str(found)
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 1, 1, tzinfo=UTC), b"x", 1.5, 7, None, [1], {"a": "b"}, True])
+def test_what_messages_have_besides_may_be_of_any_type(value: object) -> None:
+    message = answer("Iron.", sent_at=value)
+    assert trained_by("contents_alone", asked(message)) == ["Iron.<|im_end|>"]
+
+
+PARTS_OF_QUESTIONS = (
+    "{% if m.role == 'user' %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}"
+)
+
+
+def test_only_the_roles_that_a_template_wants_in_parts_are_given_in_parts() -> None:
+    assert trained_with(PARTS_OF_QUESTIONS, asked(answer("Hello."))) == ["Hello.<|im_end|>"]
+    messages = [{"role": "system", "content": "Be brief."}, *asked(answer("Hello.")).messages]
+    assert trained_with(PARTS_OF_QUESTIONS, Conversation(messages=messages, trained=(2,))) == ["Hello.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "value", ["don't\nstop", 'say "so"\n\tnow', "a\u00a0b 🙂", "back\\slash 'and' more", "x\x07y"]
+)
+@pytest.mark.parametrize(
+    "written", ["{{ v | tojson }}", "{{ [v] }}", "{{ v }}", "{{ {'k': v} | tojson | tojson }}", "{{ v | e }}"]
+)
+def test_a_value_is_found_however_it_is_quoted(value: str, written: str) -> None:
+    template = (
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+        "{% for k, v in c.function.arguments.items() %} {{ k }}=" + written + "{% endfor %}</call>{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "lookup", "arguments": {"word": value}}}
+    assert len(trained_with(template, asked(answer("", tool_calls=[call])))) == 1
+
+
+def test_arguments_with_quotes_are_found_in_shipped_templates_that_write_python() -> None:
+    call = {"type": "function", "function": {"name": "lookup", "arguments": {"word": "don't\nstop"}}}
+    assert len(trained_by("lfm2_v2", asked(answer("", tool_calls=[call]), tools=[TOOL]))) == 1
+
+
+@pytest.mark.parametrize("role", ["tool", "system"])
+def test_a_message_that_is_written_as_an_answer_is_refused(role: str) -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }}\n"
+        "{% else %}[A] {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    assert isinstance(one(tokenizer, asked(answer("Iron."))), Tokens)
+    found = one(tokenizer, asked(answer("Hm."), {"role": role, "content": "Fe"}, answer("Iron.")))
+    assert f"writes message 2 ({role}) as an answer of the assistant" in str(found)
+
+
+def test_a_result_that_is_cut_is_missed_although_the_answer_quotes_it() -> None:
+    template = "{{ m.content[:20] if m.role == 'tool' else m.content }}"
+    result = "a long result of a tool, whose end is Fe"
+    messages = [answer("Wait."), {"role": "tool", "content": result}, answer(f"It says: {result}")]
+    found = one(with_template(template)[1], asked(*messages))
+    assert "leaves out message 2 (tool)" in str(found)
+
+
+def test_what_asks_for_a_later_answer_is_compared_too() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if '/no_think' in messages[-1].content %}<think></think>{% endif %}{% endif %}"
+    )
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    messages = [answer("Iron."), {"role": "user", "content": "And now? /no_think"}, answer("Zinc.")]
+    assert "with other words" in str(one(tokenizer, asked(*messages, trained=(1, 3))))
+
+
+def test_a_key_that_no_template_writes_is_named_though_its_name_is_in_the_template() -> None:
+    _, tokenizer = with_template(
+        "{% if m.text is defined and m.role == 'tool' %}{{ m.text }}{% endif %}{{ m.content }}"
+    )
+    conversation = asked(answer("Iron."))
+    conversation.messages[0]["text"] = "Iron is a metal."
+    assert isinstance(one(tokenizer, conversation), Tokens)
+    assert not tokenizer.renderer.writes_key("text")
+    assert not tokenizer.renderer.writes_key("elsewhere")
+
+
+def test_a_thought_in_the_content_goes_under_the_key_of_a_template_that_would_write_an_empty_one_before() -> None:
+    thought = "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    template = "{% if m.role == 'assistant' %}" + thought + "{% endif %}{{ m.content }}"
+    (trained,) = trained_with(template, asked(answer("<think>\n6 times 7\n</think>\n\n42")))
+    assert trained == "<think>\n6 times 7\n</think>\n\n42<|im_end|>"
+
+
+def test_where_generation_stops_at_the_next_question_a_last_answer_ends_with_its_token() -> None:
+    text, _ = of("glm4moe")
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, frozenset({text.tokenizer.get_vocab()["<|user|>"]}))
+    messages = [answer("A metal."), {"role": "user", "content": "Sure?"}, answer("Yes.")]
+    for conversation in (asked(*messages, trained=(1, 3)), asked(*messages)):
+        found = one(tokenizer, conversation)
+        assert isinstance(found, Tokens), found
+        assert all(trained.endswith("<|user|>") for trained in trained_texts(text, found))
+        assert "more" not in str(text.tokenizer.decode(found.input_ids.tolist()))
+
+
+def test_a_turn_for_each_call_ends() -> None:
+    call = "<|im_start|>assistant\nto={{ c.function.name }}\n{{ c.function.arguments | tojson }}<|im_end|>\n"
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}" + call + "{% else %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = template
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    found = one(tokenizer, asked(answer("", tool_calls=[CALL])))
+    assert isinstance(found, Tokens), found
+
+
+def test_a_name_that_stands_in_the_id_of_a_call_alone_is_found_there() -> None:
+    written = "<call>{{ c.id }} {{ c.function.arguments | tojson }}</call>"
+    template = "{{ m.content }}{% for c in m.tool_calls or [] %}" + written + "{% endfor %}"
+    call = {**CALL, "id": "functions.lookup:0"}
+    (trained,) = trained_with(template, asked(answer("", tool_calls=[call])))
+    assert "functions.lookup:0" in trained
+
+
+def test_hints_propose_what_works() -> None:
+    thought = answer("42", reasoning_content="6 times 7")
+    assert "<think>" not in str(refused_by("deepseek_r1_distill", asked(thought)).hint)
+    assert "<think>" in str(refused_by("contents_alone", asked(thought)).hint)
+    assert '{"enable_thinking": true}' in str(refused_by("qwen3_5_nothink", asked(thought)).hint)
+    assert "--loss-on last" not in str(refused_by("reasoning_taken_out", asked(answer("42")), LossOn.LAST).hint)
+    system = {"role": "system", "content": "Be brief."}
+    refused = refused_by("gemma", Conversation(messages=[system, *asked(answer("42")).messages], trained=(2,)))
+    assert "--chat-template FILE" in str(refused.hint)

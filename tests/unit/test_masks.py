@@ -278,6 +278,9 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
         ("{% if add_generation_prompt %}a{% if messages|length > 2 %}b{% endif %}{% endif %}", False),
         ("{% if add_generation_prompt and messages[0].role == 'user' %}a{% endif %}", False),
         ("{{ 'a' if add_generation_prompt else 'b' }}", False),
+        ("{% if messages[0].content %}{% if add_generation_prompt %}a{% endif %}{% endif %}", False),
+        ("{% if add_generation_prompt %}a{% if enable_thinking is defined %}b{% endif %}{% endif %}", True),
+        ("{% set x = messages[0].content %}{% if add_generation_prompt %}{{ x }}{% endif %}", False),
         ("{% broken", False),
     ],
 )
