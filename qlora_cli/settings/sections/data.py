@@ -23,8 +23,8 @@ class DataSettings(Section):
         ),
     ] = Field(
         description="Training data: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory or a glob of "
-        "them, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 behind it takes a sample, *2 every row twice. "
-        "May be given several times.",
+        "them, DIRECTORY::SPLIT, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 behind it takes a sample, *2 "
+        "every row twice. May be given several times.",
     )
     eval_dataset: Annotated[
         Datasets | None,
