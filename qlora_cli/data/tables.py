@@ -106,17 +106,17 @@ class _Lines:
 
 def _header(path: Path, records: Iterator[Record]) -> Sequence[str]:
     _, header, problem = next(records, (1, [], "there is none"))
-    if problem := problem or _problem_of(header, header, header):
+    check_columns(header, printable(path))
+    if problem := problem or _problem_of(header, header, frozenset(header)):
         raise DataError(
             f"{printable(path)}: its first line names no columns: {problem}",
             hint="Save it as UTF-8 text, with a header.",
         )
-    check_columns(header, printable(path))
     return header
 
 
 def _columns_in_use(path: Path, header: Sequence[str], wanted: Wanted) -> Collection[str]:
-    used = header if wanted.columns is None else wanted.columns(header)
+    used = frozenset(header if wanted.columns is None else wanted.columns(header))
     if twice := sorted(name for name, count in Counter(header).items() if count > 1 and name in used):
         raise DataError(
             f"{printable(path)}: its header has the column {twice[0]!r} more than once", hint="Rename one of them."
