@@ -53,8 +53,8 @@ def prepare_with_trl(file: Path, model: Path, max_length: int, num_processes: in
 
 def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float, Any]:
     """Let `qlora` prepare the file, nothing of it cached."""
-    from qlora_cli.data.encode import TextTokenizer
-    from qlora_cli.data.prepare import prepare_data
+    from qlora_cli.data.feeding.prepare import prepare_data
+    from qlora_cli.data.tokenizing.encode import TextTokenizer
     from qlora_cli.events import SilentReporter
     from qlora_cli.loading.text import load_text_side
     from qlora_cli.settings.models import DataSettings, ModelSettings

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qlora_cli.data.rows import RowError
-from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.data.rows.examples import RowError
+from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import TEMPLATES, tokenizer_with
 from tests.drawn_rows import draw_row

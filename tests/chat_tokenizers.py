@@ -5,7 +5,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_cli.data.encode import TextTokenizer
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 
 CORPUS = (
     "Which function returns the current directory? It is called getcwd, and it takes no argument at all.\n\n"

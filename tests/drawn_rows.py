@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from qlora_cli.data.rows import Conversation
+from qlora_cli.data.rows.examples import Conversation
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 

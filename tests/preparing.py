@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import PreparedData, prepare_data
+from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.readers import RawRow, read_rows
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading.readers import RawRow, read_rows
 
 
 def read(name: str | Path, seed: int = 0) -> list[RawRow]:

@@ -7,8 +7,8 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.output import print_json
 from qlora_cli.cli.told import tell
-from qlora_cli.data.first_rows import first_rows_errors, on_this_disk
-from qlora_cli.data.preflight import data_problems
+from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
+from qlora_cli.data.opening.preflight import data_problems
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.marks import Command
@@ -34,7 +34,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
 
     from qlora_cli.cli.progress import reporting  # rich: only once the settings are right
     from qlora_cli.cli.render_data import render_data
-    from qlora_cli.data.page_file import check_page
+    from qlora_cli.data.showing.page_file import check_page
     from qlora_cli.events import Noted, PhaseStarted
 
     if html is not None and (problem := check_page(html)):
@@ -42,8 +42,8 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with reporting() as reporter:
-        from qlora_cli.data.encode import TextTokenizer
-        from qlora_cli.data.inspection import inspect_data as look_at
+        from qlora_cli.data.showing.inspection import inspect_data as look_at
+        from qlora_cli.data.tokenizing.encode import TextTokenizer
         from qlora_cli.loading.positions import LENGTH, note_length, shortened
         from qlora_cli.loading.text import load_text_side
 
@@ -56,7 +56,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
         tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
         inspection = look_at(data, settings.training, tokenizer, num_previews=settings.inspect_data.rows)
         if html is not None:
-            from qlora_cli.data.page import write_page
+            from qlora_cli.data.showing.page import write_page
 
             write_page(inspection, html, model=settings.model.name)
             reporter.report(Noted(message=f"the page is in {html}"))

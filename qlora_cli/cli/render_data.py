@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
-from qlora_cli.data.inspection import Bar, DataInspection, Trouble
-from qlora_cli.data.preview import TRAINED_BEGIN, TRAINED_END, RowPreview
-from qlora_cli.data.report import NEARLY_EQUAL, DataReport, describe_mixture
+from qlora_cli.data.feeding.report import NEARLY_EQUAL, DataReport, describe_mixture
+from qlora_cli.data.showing.inspection import Bar, DataInspection, Trouble
+from qlora_cli.data.showing.preview import TRAINED_BEGIN, TRAINED_END, RowPreview
 from qlora_cli.units import counted
 from qlora_cli.visible import line_ends, visible
 

@@ -64,7 +64,7 @@ def show(
     """Show one run in detail, and write it as a web page with --html."""
     _check_directory(run, _nearest_run(run))
     from qlora_cli.cli.render_run import render_run
-    from qlora_cli.data.page_file import check_place
+    from qlora_cli.data.showing.page_file import check_place
     from qlora_cli.runs.detail import detail_of
     from qlora_cli.runs.find import is_run, read_run
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from qlora_cli.answering.answerer import Answerer
-from qlora_cli.data.prepare import PreparedData
+from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.evaluating.losses import measure_losses
 from qlora_cli.events import Noted, PhaseStarted, Reporter

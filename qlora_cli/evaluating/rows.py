@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from qlora_cli.data.chosen import EVAL_SPLIT, trained_sources
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import PreparedData, prepare_data
-from qlora_cli.data.sources import check_dataset_name, find_dataset, first_local
-from qlora_cli.data.split_names import TRAIN
+from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
+from qlora_cli.data.finding.sources import check_dataset_name, find_dataset, first_local
+from qlora_cli.data.finding.split_names import TRAIN
+from qlora_cli.data.opening.chosen import EVAL_SPLIT, trained_sources
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.evaluating.preflight import names_rows
 from qlora_cli.model_files.source import ModelSource

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from qlora_cli.adapters.initialization import changes_its_base
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import PreparedData
+from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged import Merged, find_merged

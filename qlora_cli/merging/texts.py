@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.encode import TextTokenizer, tokenize_source
-from qlora_cli.data.sources import find_dataset, first_local
+from qlora_cli.data.finding.sources import find_dataset, first_local
+from qlora_cli.data.tokenizing.encode import TextTokenizer, tokenize_source
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.tokenizer import LoadedTokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.data.prepare import PreparedData
+from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.order import RowOrder
 

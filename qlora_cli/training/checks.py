@@ -6,9 +6,9 @@ and the room on the disk.
 
 from functools import partial
 
-from qlora_cli.data.encode import TextTokenizer, try_rows
-from qlora_cli.data.first_rows import first_rows_errors, on_this_disk
-from qlora_cli.data.store import check_writable
+from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
+from qlora_cli.data.tokenizing.encode import TextTokenizer, try_rows
+from qlora_cli.data.tokenizing.store import check_writable
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporter
 from qlora_cli.loading.blueprint import Blueprint

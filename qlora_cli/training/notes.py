@@ -2,10 +2,10 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.prepare import PreparedData
-from qlora_cli.data.preview import preview_rows
-from qlora_cli.data.report import NEARLY_EQUAL, describe_mixture
-from qlora_cli.data.stream import BECAME
+from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.feeding.report import NEARLY_EQUAL, describe_mixture
+from qlora_cli.data.feeding.stream import BECAME
+from qlora_cli.data.showing.preview import preview_rows
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.environment import package_versions

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
-from qlora_cli.data.order import row_order
-from qlora_cli.data.table import Numbers
+from qlora_cli.data.feeding.order import row_order
+from qlora_cli.data.feeding.table import Numbers
 from qlora_cli.settings.models import TrainingSettings
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 
-from qlora_cli.data.collate import make_collator
+from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.loader import LoadedModel
 

@@ -10,9 +10,9 @@ from transformers import set_seed
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.training_on import why_not_trained_on
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.order import padding_share
-from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.feeding.order import padding_share
+from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.push import check_push

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from qlora_cli.data.preflight import column_problems, data_problems
+from qlora_cli.data.opening.preflight import column_problems, data_problems
 from qlora_cli.errors import QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.model_files.source import check_model_name

@@ -17,7 +17,7 @@ from qlora_cli.counters import (
     peak_host_bytes,
     reset_device_peak,
 )
-from qlora_cli.data.collate import make_collator
+from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.errors import ModelError, TrainingError
 from qlora_cli.events import (
     Noted,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.template import TAG
+from qlora_cli.data.rendering.template import TAG
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from tests.chat_tokenizers import make_tokenizer
 
 OWN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.jinja"))}

@@ -15,9 +15,9 @@ from qlora_cli.answering.result import Answer as GivenAnswer
 from qlora_cli.answering.result import GenerationReport, PromptAnswers
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
-from qlora_cli.data.inspection import Bar, Batches, DataInspection, Trouble
-from qlora_cli.data.preview import Piece, RowPreview
-from qlora_cli.data.report import DataReport
+from qlora_cli.data.feeding.report import DataReport
+from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
+from qlora_cli.data.showing.preview import Piece, RowPreview
 from qlora_cli.demo.result import DemoResult
 from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped

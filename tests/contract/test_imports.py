@@ -107,6 +107,20 @@ def test_every_import_runs_the_right_way() -> None:
     assert wrong_arrows(PACKAGE) == []
 
 
+# The packages of the data, in the order of the work.
+DATA = ("limits", "finding", "rows", "reading", "opening", "rendering", "tokenizing", "feeding", "showing")
+
+
+def test_each_package_of_the_data_imports_those_before_it_alone() -> None:
+    places = [path for path in (PACKAGE / "data").rglob("*.py") if path.parent.name != "data"]
+    assert {path.parent.name for path in places} == set(DATA) - {"limits"}
+    for path in places:
+        for module, line, _ in imports_of(path):
+            names = module.split(".")
+            if names[:2] == ["qlora_cli", "data"]:
+                assert DATA.index(names[2]) <= DATA.index(path.parent.name), f"{path.name}:{line} imports {module}"
+
+
 @pytest.mark.parametrize(
     ("file", "source", "expected"),
     [
@@ -136,7 +150,7 @@ def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expecte
         ("loading/a.py", "from qlora_cli import counters\n"),
         ("cli/a.py", "def f():\n    import torch\n"),
         ("cli/b.py", "from qlora_cli import __version__\n"),
-        ("training/a.py", "from qlora_cli.data.prepare import prepare_data\n"),
+        ("training/a.py", "from qlora_cli.data.feeding.prepare import prepare_data\n"),
     ],
 )
 def test_a_right_arrow_is_let_through(tmp_path: Path, file: str, source: str) -> None:

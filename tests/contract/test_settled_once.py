@@ -28,9 +28,9 @@ SETTLES = {
 }
 # Who asks about another load, run or look at the data that is like this one but for a value.
 VARIES = {
-    "data/inspection.py": 1,  # the rows themselves are looked at, not packed ones
-    "data/meaning.py": 1,  # the flags that a hint names are tried before they are named
-    "data/prepare.py": 1,  # a look goes on where training would be refused
+    "data/showing/inspection.py": 1,  # the rows themselves are looked at, not packed ones
+    "data/rows/meaning.py": 1,  # the flags that a hint names are tried before they are named
+    "data/feeding/prepare.py": 1,  # a look goes on where training would be refused
     "memory/fitting.py": 1,  # what would fit instead
     "memory/solve.py": 1,  # the largest that fits
     "memory/twin.py": 1,  # values that the adapter begins with do not matter

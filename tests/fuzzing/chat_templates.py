@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.formats import recognise
-from qlora_cli.data.meaning import MeaningChecker
-from qlora_cli.data.messages import ROLES
-from qlora_cli.data.row_reader import RowReader
-from qlora_cli.data.rows import Example, RowError
-from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.data.rows.examples import Example, RowError
+from qlora_cli.data.rows.formats import recognise
+from qlora_cli.data.rows.meaning import MeaningChecker
+from qlora_cli.data.rows.messages import ROLES
+from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 from tests.chat_tokenizers import FAMILIES, REASONING, make_tokenizer

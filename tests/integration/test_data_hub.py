@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.readers import read_rows, resolve_hub
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading.readers import read_rows, resolve_hub
 from qlora_cli.errors import QloraError
 from tests.integration.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 

@@ -10,8 +10,8 @@ from pathlib import Path
 FILE_MIB, ALLOWED_MIB = 144, 96
 PREPARE = """
 import json, resource, sys
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.prepare import prepare_data
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.data.feeding.prepare import prepare_data
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.text import load_text_side
 from qlora_cli.settings.models import DataSettings, ModelSettings

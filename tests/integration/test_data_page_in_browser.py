@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qlora_cli.data.page import DARK, LIGHT, PIXEL_RATIO, SCREENS, Screen, write_page
+from qlora_cli.data.showing.page import DARK, LIGHT, PIXEL_RATIO, SCREENS, Screen, write_page
 from qlora_cli.visible import visible
 from tests.integration.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
 from tests.unit.test_data_page import INSPECTION

@@ -11,8 +11,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.data.collate import make_collator
-from qlora_cli.data.packing import best_fit, pack
+from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.errors import ModelError
 from qlora_cli.training.packing import packing_fault
 from qlora_cli.training.plan import prepare_run

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data import prepare as prepare_module
-from qlora_cli.data import stream as stream_module
-from qlora_cli.data.prepare import TrainingData, prepare_data
+from qlora_cli.data.feeding import prepare as prepare_module
+from qlora_cli.data.feeding import stream as stream_module
+from qlora_cli.data.feeding.prepare import TrainingData, prepare_data
 from qlora_cli.errors import DataError
 from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings

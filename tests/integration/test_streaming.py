@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data import first_rows as first_rows_module
-from qlora_cli.data import prepare as prepare_module
-from qlora_cli.data import stream as stream_module
-from qlora_cli.data.preflight import data_problems
-from qlora_cli.data.prepare import prepare_data
-from qlora_cli.data.stream import TokenStream
+from qlora_cli.data.feeding import prepare as prepare_module
+from qlora_cli.data.feeding import stream as stream_module
+from qlora_cli.data.feeding.prepare import prepare_data
+from qlora_cli.data.feeding.stream import TokenStream
+from qlora_cli.data.opening import first_rows as first_rows_module
+from qlora_cli.data.opening.preflight import data_problems
 from qlora_cli.errors import DataError, TrainingError
 from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings, TrainSettings

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, reject
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from qlora_cli.data.raw import Wanted
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.reading.readers import read_rows
 from tests.reading import read
 
 MOST_VALUES = 6

@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_cli.data import hub_rows
-from qlora_cli.data.formats import columns_in_use
-from qlora_cli.data.opening import open_rows
-from qlora_cli.data.raw import RawRow, Wanted
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.opening.layouts import open_rows
+from qlora_cli.data.reading import hub_rows
+from qlora_cli.data.reading.raw import RawRow, Wanted
+from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.rows.formats import columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli import cache
-from qlora_cli.data import encode
+from qlora_cli.data.tokenizing import encode
 from qlora_cli.memory import answers
 from tests.predictions import REPORT
 

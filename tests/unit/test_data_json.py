@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data import json_text
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading import json_text
+from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.errors import DataError
 from tests.reading import problems_of, read, values_of, write
 

@@ -14,13 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_cli.data import arrow_messages, json_files, limits, parquet_groups, raw, tables
-from qlora_cli.data.formats import columns_in_use
-from qlora_cli.data.parquet_groups import BATCH_ROWS, rows_at_once
-from qlora_cli.data.raw import RawRow, Wanted
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.rows import RowError
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data import limits
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading import arrow_messages, json_files, parquet_groups, raw, tables
+from qlora_cli.data.reading.parquet_groups import BATCH_ROWS, rows_at_once
+from qlora_cli.data.reading.raw import RawRow, Wanted
+from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.rows.examples import RowError
+from qlora_cli.data.rows.formats import columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.units import MIB
@@ -262,8 +263,8 @@ def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
 def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for module in (json_files, tables):
         monkeypatch.setattr(module, "LONGEST_ROW", 1000)
-    monkeypatch.setattr("qlora_cli.data.json_text.LONGEST_ROW", 1000)
-    monkeypatch.setattr("qlora_cli.data.json_text.WINDOW_BYTES", 100)
+    monkeypatch.setattr("qlora_cli.data.reading.json_text.LONGEST_ROW", 1000)
+    monkeypatch.setattr("qlora_cli.data.reading.json_text.WINDOW_BYTES", 100)
     long, short = "x" * 5000, "y" * 900
     if name == "a.csv":
         content = f"text\n{short}\n{long}\n{short}\n"

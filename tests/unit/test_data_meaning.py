@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.row_reader import OWN_VARIABLES
+from qlora_cli.data.rows.row_reader import OWN_VARIABLES
 from tests.preparing import CHATML, make_tokenizer, prepare, refusal, trained, whole
 
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from qlora_cli.data import page
-from qlora_cli.data.inspection import Bar, Batches, DataInspection, Trouble
-from qlora_cli.data.page import (
+from qlora_cli.data.feeding.report import DataReport
+from qlora_cli.data.showing import page
+from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
+from qlora_cli.data.showing.page import (
     LIGHT,
     PIXEL_RATIO,
     SCREENS,
@@ -34,9 +35,8 @@ from qlora_cli.data.page import (
     style_of,
     write_page,
 )
-from qlora_cli.data.page_file import check_page
-from qlora_cli.data.preview import Piece, RowPreview
-from qlora_cli.data.report import DataReport
+from qlora_cli.data.showing.page_file import check_page
+from qlora_cli.data.showing.preview import Piece, RowPreview
 from qlora_cli.visible import visible
 
 SCRIPT = "<script>alert(1)</script>"
@@ -490,4 +490,4 @@ def test_matplotlib_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: py
 
 def test_the_template_is_part_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text("utf-8"))
-    assert f"data/{page.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]
+    assert f"data/showing/{page.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]

@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_cli.data import hub_rows
-from qlora_cli.data.raw import estimate_bytes
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.sources import find_dataset
+from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.reading import hub_rows
+from qlora_cli.data.reading.raw import estimate_bytes
+from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.errors import DataError, MissingDependencyError
 from tests.reading import problems_of, read, values_of, write
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora_cli.data.readers import read_rows
-from qlora_cli.data.sources import DatasetSource, check_dataset_name, find_dataset
+from qlora_cli.data.finding.sources import DatasetSource, check_dataset_name, find_dataset
+from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.errors import DataError, DatasetNotFoundError
 
 
@@ -37,7 +37,8 @@ def refusal(name: str) -> DataError | DatasetNotFoundError:
 
 
 def test_names_are_checked_without_the_libraries_that_read_data() -> None:
-    code = "import sys, qlora_cli.data.sources; print({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    heavy = {"torch", "datasets", "pyarrow", "numpy"}
+    code = f"import sys, qlora_cli.data.finding.sources; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

@@ -11,9 +11,9 @@ from datasets import data_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.chosen import held_out_sources, notes_on, trained_and_held_out, trained_sources
-from qlora_cli.data.sources import check_dataset_name, find_dataset, find_split
-from qlora_cli.data.split_names import NO_WORD, WORDS, words_in
+from qlora_cli.data.finding.sources import check_dataset_name, find_dataset, find_split
+from qlora_cli.data.finding.split_names import NO_WORD, WORDS, words_in
+from qlora_cli.data.opening.chosen import held_out_sources, notes_on, trained_and_held_out, trained_sources
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.cli.progress_plain import PlainReporter
 from qlora_cli.cli.render_evaluation import render_evaluation, source_cells
-from qlora_cli.data.prepare import PreparedData, prepare_data
+from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult

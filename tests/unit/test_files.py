@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.data.page_file import check_place
-from qlora_cli.data.sources import check_dataset_name
+from qlora_cli.data.finding.sources import check_dataset_name
+from qlora_cli.data.showing.page_file import check_place
 from qlora_cli.errors import QloraError
 from qlora_cli.files import check_output_directory, existing_path
 from qlora_cli.runs.directory import check_free_directory

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.formats import Layout, recognise
-from qlora_cli.data.row_reader import RowReader
-from qlora_cli.data.rows import Completion, Conversation, Example, RowError, Tokenized
+from qlora_cli.data.rows.examples import Completion, Conversation, Example, RowError, Tokenized
+from qlora_cli.data.rows.formats import Layout, recognise
+from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.settings.models import DataSettings

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_cli.data.digests import digest_text
-from qlora_cli.data.groups import NO_GROUP, group_of
-from qlora_cli.data.held_out import hold_out
-from qlora_cli.data.inspection import inspect_data
-from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.feeding.held_out import hold_out
+from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.rows.digests import digest_text
+from qlora_cli.data.rows.groups import NO_GROUP, group_of
+from qlora_cli.data.showing.inspection import inspect_data
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.models import DataSettings, TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.marks import What
-from qlora_cli.data.rows import IGNORED, Conversation, RowError
-from qlora_cli.data.tokens import Tokenizer, Tokens
+from qlora_cli.data.rendering.marks import What
+from qlora_cli.data.rows.examples import IGNORED, Conversation, RowError
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import OWN, SHIPPED, TEMPLATES, tokenizer_with
 from tests.chat_tokenizers import make_tokenizer

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.render import Renderer
-from qlora_cli.data.rows import IGNORED, Completion, Conversation, RowError, Tokenized
-from qlora_cli.data.template import ChatTemplate, asks_always_alike
-from qlora_cli.data.tokens import Tokenizer, Tokens
+from qlora_cli.data.rendering.render import Renderer
+from qlora_cli.data.rendering.template import ChatTemplate, asks_always_alike
+from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, RowError, Tokenized
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
@@ -400,7 +400,7 @@ def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pyt
     text = TOKENIZERS["llama"]
     example = Completion(prompt="one two " * 40, completion="Which function returns? " * 60)
     whole = tokens_of(text, example)
-    monkeypatch.setattr("qlora_cli.data.tokens.SLICE", 50)
+    monkeypatch.setattr("qlora_cli.data.tokenizing.tokens.SLICE", 50)
     sliced = tokens_of(text, example)
     assert sliced.input_ids.tolist() == whole.input_ids.tolist()
     assert sliced.labels.tolist() == whole.labels.tolist()

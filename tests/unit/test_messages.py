@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.formats import recognise
-from qlora_cli.data.messages import BESIDE_MESSAGES, SWITCHES, is_nothing
-from qlora_cli.data.row_reader import RowReader
-from qlora_cli.data.rows import REASONING_KEYS, Conversation, RowError
+from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError
+from qlora_cli.data.rows.formats import recognise
+from qlora_cli.data.rows.messages import BESIDE_MESSAGES, SWITCHES, is_nothing
+from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 

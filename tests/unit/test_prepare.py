@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qlora_cli.data import encode, readers, store
-from qlora_cli.data.encode import TextTokenizer
-from qlora_cli.data.order import padding_share, row_order
-from qlora_cli.data.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.feeding.order import padding_share, row_order
+from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.reading import readers
+from qlora_cli.data.tokenizing import encode, store
+from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainSettings

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli import bounded
 from qlora_cli.counters import peak_host_bytes
-from qlora_cli.data.rows import Conversation, RowError
-from qlora_cli.data.tokens import Tokenizer
+from qlora_cli.data.rows.examples import Conversation, RowError
+from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
 from qlora_cli.settings.choices import LossOn

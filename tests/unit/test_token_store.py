@@ -13,9 +13,20 @@ import pytest
 
 from qlora_cli import writing
 from qlora_cli.cache import digest_of
-from qlora_cli.data.raw import RawRow
-from qlora_cli.data.rows import RowError
-from qlora_cli.data.store import ABOUT, SKIPPED, SUM, TOKENS, About, Record, StoredTokens, Writer, keep, recall
+from qlora_cli.data.reading.raw import RawRow
+from qlora_cli.data.rows.examples import RowError
+from qlora_cli.data.tokenizing.store import (
+    ABOUT,
+    SKIPPED,
+    SUM,
+    TOKENS,
+    About,
+    Record,
+    StoredTokens,
+    Writer,
+    keep,
+    recall,
+)
 from qlora_cli.errors import DataError
 
 KEY = digest_of(["the rows of this test"])

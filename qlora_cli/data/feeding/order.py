@@ -1,0 +1,39 @@
+"""The order in which rows are fed, and what of their batches is padding."""
+
+import numpy as np
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from qlora_cli.data.feeding.table import Numbers
+from qlora_cli.settings.choices import Sampling
+
+
+def row_order(
+    lengths: Numbers, sampling: Sampling, *, batch_rows: int, longest_first: bool, seed: int, epoch: int = 0
+) -> list[int]:
+    """Return the order of the rows in one epoch, drawn by `seed` and `epoch`; `batch_rows` make up a step."""
+    chance = torch.Generator().manual_seed(seed + epoch)
+    order: list[int]
+    if sampling == Sampling.GROUP_BY_LENGTH:
+        order = get_length_grouped_indices(lengths.tolist(), batch_rows, generator=chance)
+    elif sampling == Sampling.SEQUENTIAL:
+        order = list(range(len(lengths)))
+    else:
+        order = torch.randperm(len(lengths), generator=chance).tolist()
+    if not longest_first:
+        return order
+    longest = np.argsort(-lengths, kind="stable")[:batch_rows].tolist()
+    ahead = set(longest)
+    return [*longest, *(row for row in order if row not in ahead)]
+
+
+def padding_share(lengths: Numbers, order: list[int], micro_batch_size: int) -> float:
+    """Return the share of pad tokens when rows are fed in this order, each micro-batch as long as its longest row."""
+    if not order:
+        return 0.0
+    fed = lengths[np.asarray(order)]
+    padded = sum(
+        int(batch.max()) * len(batch)
+        for batch in (fed[i : i + micro_batch_size] for i in range(0, len(fed), micro_batch_size))
+    )
+    return 1 - int(fed.sum()) / padded

@@ -1,0 +1,240 @@
+"""Rows that are read and tokenized while training goes on, for what does not fit on the disk.
+
+Nothing is known of a stream but its first rows: they are prepared like any other data, recognised, counted and shown.
+Then the stream itself is read, in windows that are shuffled, and packed if asked for; each data set begins again when
+it ends, until training has done its steps.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Features, IterableDataset, List, Value
+
+from qlora_cli.data.feeding.held_out import HeldOut
+from qlora_cli.data.feeding.packing import best_fit
+from qlora_cli.data.finding.sources import DatasetSource
+from qlora_cli.data.opening.layouts import open_rows
+from qlora_cli.data.opening.skipped import SkippedRow, bad_row
+from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.rows.digests import digest_row
+from qlora_cli.data.rows.examples import RowError
+from qlora_cli.data.rows.groups import columns_to_read
+from qlora_cli.data.tokenizing.encode import EncodedRow, Encoder, TextTokenizer
+from qlora_cli.data.tokenizing.tokens import Tokens
+from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import OnBadRow, OnLong
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.units import counted
+from qlora_cli.writing import append_line
+
+WINDOW_ROWS = 2000
+MOST_LOST = 0.01  # of the tokens to train, once a window was read
+# What becomes of rows that are not fed as they are, by their count.
+BECAME = {
+    "truncated": "cut",
+    "dropped": "too long and dropped",
+    "without_supervision": "without a token to train",
+    "held_out": "held out",
+    "bad": "that can't be used",
+}
+Row = dict[str, list[int]]
+
+
+class TokenStream:
+    """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
+
+    Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows that are
+    `held_out`, equal to one that is, or of its group, are not fed. Rows that can't be used are listed in
+    `skipped_file`, if there is one.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DatasetSource],
+        settings: DataSettings,
+        text: TextTokenizer,
+        *,
+        seed: int,
+        held_out: HeldOut,
+    ) -> None:
+        self.skipped_file: Path | None = None
+        self._sources = sources
+        self._settings = settings
+        self._text = text
+        self._seed = seed
+        self._held_out = held_out
+        self._parts: tuple[_Part, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `datasets` pickles what it iterates, for a name that nothing asks for.
+        return {"names": [source.name for source in self._sources]}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What became of the rows that were read since iteration began, ahead of those that are fed.
+
+        `read`, `truncated`, `dropped`, `without_supervision`, `held_out`, `bad`, `supervised_tokens` and, of them,
+        `supervised_tokens_lost`; and of the rows that are held out, `near_duplicate`, those that one of these nearly
+        equals.
+        """
+        found = sum((part.counts for part in self._parts), Counter[str]())
+        near = frozenset[int]().union(*(part.near for part in self._parts))
+        return found + Counter(near_duplicate=sum(self._held_out.texts[text] for text in near))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows that were read since iteration began, each counted once."""
+        return tuple(dict.fromkeys(note for part in self._parts for note in part.notes))
+
+    def as_dataset(self) -> IterableDataset:
+        """Return the stream as a trainer takes it."""
+        columns = ["input_ids", "labels", *(["seq_lengths"] if self._settings.packing else [])]
+        features = Features(dict.fromkeys(columns, List(Value("int32"))))
+        return IterableDataset.from_generator(self.__iter__, features=features)
+
+    def __iter__(self) -> Iterator[Row]:
+        if self.skipped_file is not None:
+            self.skipped_file.unlink(missing_ok=True)
+        self._parts = tuple(self._part(source) for source in self._sources)
+        chance = np.random.default_rng(self._seed)
+        weights = np.array([float(source.weight) for source in self._sources])
+        streams = [part.rows() for part in self._parts]
+        try:
+            while True:
+                drawn = chance.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
+                window = [next(streams[place]) for place in drawn]
+                self._check_lost()
+                yield from self._window([window[place] for place in chance.permutation(WINDOW_ROWS)])
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def _part(self, source: DatasetSource) -> "_Part":
+        return _Part(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
+
+    def _window(self, rows: Sequence[Tokens]) -> Iterator[Row]:
+        if not self._settings.packing:
+            yield from ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows)
+            return
+        lengths = np.array([len(row.input_ids) for row in rows])
+        for places in best_fit(lengths, self._settings.max_length):
+            yield {
+                "input_ids": np.concatenate([rows[place].input_ids for place in places]).tolist(),
+                "labels": np.concatenate([rows[place].labels for place in places]).tolist(),
+                "seq_lengths": [int(lengths[place]) for place in places],
+            }
+
+    def _check_lost(self) -> None:
+        counts = self.counts
+        lost = counts["supervised_tokens_lost"] / max(1, counts["supervised_tokens"])
+        if lost > MOST_LOST and not self._settings.accept_lost:
+            raise DataError(
+                f"{100 * lost:.1f} % of the tokens to train are lost with rows longer than "
+                f"{self._settings.max_length:,} tokens, of the {counts['read']:,} rows of the stream so far",
+                hint="Raise --max-length, or accept it with --accept-lost.",
+            )
+
+
+class _Part:
+    """The rows of one data set of a stream. `near` are texts that are held out and nearly equal to one that is fed."""
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        settings: DataSettings,
+        text: TextTokenizer,
+        seed: int,
+        held_out: HeldOut,
+        skipped_file: Path | None,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.near: set[int] = set()
+        self._source = source
+        self._settings = settings
+        self._text = text
+        self._seed = seed
+        self._held_out = held_out
+        self._skipped_file = skipped_file
+        self._first_pass: Encoder | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, as far as they were read for the first time."""
+        return () if self._first_pass is None else self._first_pass.notes()
+
+    def rows(self) -> Generator[Tokens]:
+        """Yield what is fed, again and again."""
+        is_first = True
+        while True:
+            found = False
+            for row in self._pass(is_first=is_first):
+                found = True
+                yield row
+            if not found:
+                raise self._nothing_left()
+            is_first = False
+
+    def _pass(self, *, is_first: bool) -> Iterator[Tokens]:
+        source, settings = self._source, self._settings
+        wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
+        with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True, wanted=wanted)) as raw:
+            layout, rows = open_rows(source.name, raw, settings)
+            encoder = Encoder(layout, settings, self._text)
+            self._first_pass = self._first_pass or encoder
+            for batch in encoder.encode(rows):
+                for row in batch:
+                    self.counts["read"] += 1
+                    if isinstance(row.tokens, RowError):
+                        self._skip(SkippedRow.of(row.raw, row.tokens), is_first=is_first)
+                    elif (kept := self._kept(row, row.tokens)) is not None:
+                        yield kept
+
+    def _skip(self, row: SkippedRow, *, is_first: bool) -> None:
+        if self._settings.on_bad_row == OnBadRow.ERROR:
+            raise bad_row(row)
+        self.counts["bad"] += 1
+        if is_first and self._skipped_file is not None:
+            append_line(self._skipped_file, json.dumps(asdict(row)))
+
+    def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:
+        """Return what is fed of a row, if anything is."""
+        settings, length = self._settings, len(tokens.input_ids)
+        kept = tokens.cut(settings.max_length)
+        if self._held_out.has(digest_row(kept.input_ids, kept.labels), row.group):
+            self.counts["held_out"] += 1
+            return None
+        self.counts["supervised_tokens"] += tokens.num_supervised
+        if length > settings.max_length:
+            if settings.on_long == OnLong.ERROR:
+                where = f"{row.raw.file}, row {row.raw.number}"
+                raise DataError(
+                    f"{where}: {length:,} tokens, more than --max-length {settings.max_length:,}",
+                    hint="Raise --max-length, or use --on-long truncate or drop.",
+                )
+            is_dropped = settings.on_long == OnLong.DROP
+            self.counts["dropped" if is_dropped else "truncated"] += 1
+            left = 0 if is_dropped else kept.num_supervised
+            self.counts["supervised_tokens_lost"] += tokens.num_supervised - left
+            if is_dropped:
+                return None
+        if kept.num_supervised == 0:
+            self.counts["without_supervision"] += 1
+            return None
+        if row.text_digest in self._held_out.texts:
+            self.near.add(row.text_digest)
+        return kept
+
+    def _nothing_left(self) -> DataError:
+        reasons = ", ".join(f"{self.counts[name]:,} {what}" for name, what in BECAME.items() if self.counts[name])
+        return DataError(
+            f"no row of {self._source.name} is left to train: of {counted(self.counts['read'], 'row')}, {reasons}",
+            hint="Look at it with: qlora inspect-data",
+        )

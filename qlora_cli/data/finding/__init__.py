@@ -1,0 +1,1 @@
+"""Find files of rows by the name of a data set."""

@@ -1,0 +1,1 @@
+"""Read the rows of files of every kind, and of the hub, one at a time."""

@@ -1,0 +1,1 @@
+"""From conversations to text by a chat template, with nothing lost."""

@@ -1,0 +1,58 @@
+"""Rows that share a key, such as a user or a document, so that they are trained or held out as a whole."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.digests import digest_name
+from qlora_cli.data.rows.examples import RowError, kind_of
+from qlora_cli.data.rows.formats import Layout, columns_in_use
+from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings
+
+NO_GROUP = 0
+
+
+def columns_to_read(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` are read: those in use, and that of the groups."""
+    used = columns_in_use(columns, settings, name)
+    return used if settings.eval_group is None else {*used, settings.eval_group}
+
+
+def with_groups(layout: Layout, columns: Collection[str], group: str | None, name: str) -> Layout:
+    """Return `layout` with the column `group` as one that is used.
+
+    Raises:
+        DataError: the data set `name` has no such column.
+    """
+    if group is None:
+        return layout
+    if group not in columns:
+        near = get_close_matches(group, columns, n=1)
+        raise DataError(
+            f"{name} has no column {group!r} to hold its rows out by",
+            hint=f"Did you mean {near[0]}?" if near else f"Its columns are {listed(columns)}.",
+            setting="data.eval_group",
+        )
+    return replace(layout, unused=tuple(column for column in layout.unused if column != group))
+
+
+def group_of(row: Mapping[str, Any], column: str | None) -> int:
+    """Return a digest of the group of a row; `NO_GROUP` if it has none: no value, or an empty one.
+
+    A number is the same written as text, as in a CSV file, or with a decimal point, as columns with nulls have it.
+
+    Raises:
+        RowError: what the column holds is not one value.
+    """
+    value = row.get(column) if column is not None else None
+    if isinstance(value, Mapping | list | tuple):
+        raise RowError(f"{column!r} must be one value to hold rows out by, found {kind_of(value)}")
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return NO_GROUP
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return digest_name(str(value))

@@ -1,0 +1,357 @@
+"""Read the messages of a conversation, as many tools write them, into what chat templates take.
+
+Nothing that a message says is passed over: it becomes a key that templates know, or says whether the message is
+trained, or the row is refused. A key that no list here knows stays for the template, and is noted down.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, kind_of, read_json
+from qlora_cli.data.rows.tool_calls import read_calls
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+}
+CALLING_ROLES = {"function_call", "tool_call"}  # the text of such a message is its calls
+SPEAKING = {word: role for word, role in ROLES.items() if word not in CALLING_ROLES}
+SHAREGPT_KEYS = {"from", "value"}
+ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
+# Whether a message is trained, as axolotl, OpenAI, ms-swift, verl and LLaMA-Factory call it; `masked` is the contrary.
+SWITCHES = {
+    **dict.fromkeys(
+        ("train", "training", "trainable", "weight", "loss", "loss_mask", "loss_weight", "loss_scale"), True
+    ),
+    "masked": False,
+}
+TRAIN = "train"  # under which a message keeps what its switches say
+LIKE_A_SWITCH = re.compile("train|loss|mask|weight|supervis|learn|ignore", re.IGNORECASE)
+# What needs no place in a text.
+BESIDE_MESSAGES = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
+    *("id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time"),
+}
+BESIDE_PARTS = {"id", "index", "signature", "cache_control", "annotations", "citations", "logprobs", "status"}
+BESIDE_CALLS = BESIDE_PARTS - {"id"}
+TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning", "thinking"}
+CALL_PARTS = {"tool_use", "tool_call"}
+TEXT_KEYS = ("text", "value", "content")
+# What holds pictures and sounds, as messages and parts of them call it.
+MEDIA = re.compile("(input_)?(image|video|audio)s?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE)
+
+
+class MessageReader:
+    """Reads messages. `unknown_keys` are those that it has met since they were last taken out."""
+
+    def __init__(self) -> None:
+        self.unknown_keys: set[str] = set()
+
+    def read(self, value: object, key: str) -> list[dict[str, Any]]:
+        """Return the messages in the column `key`: role and content, and what else a template may ask for.
+
+        `train` of a message says whether it is trained, if the row does.
+
+        Raises:
+            RowError: `value` is no list of messages, or a message has something that can be neither read nor trained.
+        """
+        if isinstance(value, str):
+            value = read_json(value, repr(key))
+        if not isinstance(value, list) or not value:
+            found = "an empty one" if value == [] else kind_of(value)
+            raise RowError(f"{key!r} must be a list of at least one message, found {found}")
+        messages: list[dict[str, Any]] = []
+        for place, message in enumerate(value):
+            read = self._message(message, f"{key}[{place}]")
+            if "tool_calls" in read and messages and messages[-1]["role"] == "assistant" and _is_calling(message):
+                _add_calls(messages[-1], read, f"{key}[{place}]")
+            else:
+                messages.append(read)
+        return messages
+
+    def _message(self, message: object, where: str) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise RowError(f"{where} must be an object with role and content, found {kind_of(message)}")
+        if (plain := _plain(message)) is not None:
+            return plain
+        # Reading into columns gives every message every key; a null is a key that was not there.
+        found = {name: part for name, part in message.items() if part is not None}
+        if (plain := _plain(found)) is not None:
+            return plain
+        given, role = _take_role(found, where)
+        train = _take_switch(found, where)
+        if media := held_media(found):
+            raise no_text(where, media)
+        read = self._said(found, where, is_calling=given in CALLING_ROLES)
+        _check_role(read, role, where)
+        if TRAIN in read and train not in (None, read[TRAIN]):
+            raise RowError(f"{where} and its parts do not agree on whether it is trained")
+        if (thought := _take_thought(found, where)) is not None and "reasoning_content" in read:
+            raise RowError(f"{where} has thoughts in its parts, and others besides")
+        said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
+        self.unknown_keys |= {key for key in said.keys() - BESIDE_MESSAGES if not is_nothing(said[key])}
+        return {"role": role, "content": said.pop("content"), **said}
+
+    def _said(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
+        """Take out of a message what it says, and return it by the keys that templates know."""
+        content_key, value = _take(found, CONTENT_KEYS, where)
+        read: dict[str, Any] = (
+            {"content": ""} if content_key is None else self._content(value, f"{where}.{content_key}")
+        )
+        if is_calling:
+            read = {**read, "content": "", "tool_calls": read_calls(read["content"], f"{where}.{content_key}")}
+        for key in CALL_KEYS:
+            if key in found and (calls := read_calls(found.pop(key), f"{where}.{key}")):
+                if "tool_calls" in read and read["tool_calls"] != calls:
+                    raise RowError(f"{where} has calls in {key!r}, and others besides")
+                read["tool_calls"] = calls
+        refusal = found.pop("refusal") if isinstance(found.get("refusal"), str) else ""
+        if refusal and read["content"] not in ("", refusal):
+            raise RowError(f"{where} has both {content_key!r} and 'refusal', which differ")
+        if content_key is None and not refusal and "tool_calls" not in read:
+            raise RowError(f"{where} has no content")
+        return {**read, "content": read["content"] or refusal}
+
+    def _content(self, value: object, where: str) -> dict[str, Any]:
+        """Return a message's text; parts of text, as OpenAI writes them too, are joined, others go to their keys."""
+        if isinstance(value, str):
+            return {"content": value}
+        if isinstance(value, Mapping) and "type" in value:
+            value = [value]
+        if not isinstance(value, list):
+            raise RowError(f"{where} must be text, found {kind_of(value)}")
+        parts = _Parts(where)
+        for part in value:
+            self.unknown_keys |= {f"content.{key}" for key in parts.add(part)}
+        return parts.said()
+
+
+class _Parts:
+    """The parts of a message's content, as they are added one by one. Thoughts come first, then text, then calls."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._thoughts: list[str] = []
+        self._texts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._switches: list[bool | None] = []
+
+    def add(self, part: object) -> set[str]:
+        """Add a part, and return the keys of it that are not used.
+
+        Raises:
+            RowError: it is neither text, nor a thought, nor a call, or stands behind what would come before it.
+        """
+        where = f"{self._where}[{len(self._switches)}]"
+        if isinstance(part, str):
+            part = {"text": part}
+        if not isinstance(part, Mapping):
+            raise no_text(where, kind_of(part))
+        found = {name: value for name, value in part.items() if value is not None}
+        kind = str(found.pop("type", "text"))
+        self._switches.append(_take_switch(found, where))
+        if kind in CALL_PARTS:
+            self._add_call(found, where)
+            return set()
+        if kind not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
+            raise no_text(where, kind)
+        if media := held_media(found):
+            raise no_text(where, media)
+        self._add_text(kind, found, where)
+        return {key for key in found.keys() - BESIDE_PARTS if not is_nothing(found[key])}
+
+    def _add_call(self, found: dict[str, Any], where: str) -> None:
+        call = (
+            found["value"]
+            if "value" in found
+            else {key: part for key, part in found.items() if key not in BESIDE_CALLS}
+        )
+        calls = read_calls(call, where)
+        if not calls:
+            raise RowError(f"{where} must hold functions with a name")
+        self._calls += calls
+
+    def _add_text(self, kind: str, found: dict[str, Any], where: str) -> None:
+        key, text = _take(found, TEXT_KEYS if kind in TEXT_PARTS else (kind, *TEXT_KEYS), where)
+        if isinstance(text, list):
+            text = _joined(text, f"{where}.{key}")
+        if not isinstance(text, str):
+            raise RowError(f"{where} is a part of kind {kind}, but has no text")
+        is_thought = kind in REASONING_PARTS
+        if self._calls or (is_thought and self._texts):
+            raise RowError(
+                f"{where} is {kind} behind {'calls' if self._calls else 'text'}: thoughts come first, calls last",
+                hint="Write it as a message of its own.",
+            )
+        (self._thoughts if is_thought else self._texts).append(text)
+
+    def said(self) -> dict[str, Any]:
+        """Return what the parts say, by the keys of a message that templates know.
+
+        Raises:
+            RowError: some are trained and some are not.
+        """
+        said: dict[str, Any] = {"content": "".join(self._texts)}
+        if self._thoughts:
+            said["reasoning_content"] = "\n".join(self._thoughts)
+        if self._calls:
+            said["tool_calls"] = self._calls
+        if False in self._switches and set(self._switches) != {False}:
+            raise RowError(
+                f"{self._where} has parts that are trained and others that are not: an answer is trained as a whole",
+                hint="Write what is not trained as a message of its own.",
+            )
+        if switch := set(self._switches) - {None}:
+            (said[TRAIN],) = switch
+        return said
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """Return the text of parts inside a part, as Mistral writes thoughts."""
+    inside = _Parts(where)
+    for part in parts:
+        inside.add(part)
+    return str(inside.said()["content"])
+
+
+def no_text(where: str, kind: str) -> RowError:
+    """Return what is wrong with a row that holds pictures, sounds or anything else that is no text."""
+    way = "write it as a message from tool" if kind == "tool_result" else "write what it says as text"
+    return RowError(
+        f"{where} holds {kind}, and only text can be trained",
+        hint=f"Leave such rows out (--on-bad-row skip), or {way}.",
+    )
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a message that is a role and a text, as nearly all are; None if it is more."""
+    if message.keys() == PLAIN_KEYS:
+        word, text = message["role"], message["content"]
+    elif message.keys() == SHAREGPT_KEYS:
+        word, text = message["from"], message["value"]
+    else:
+        return None
+    role = SPEAKING.get(word) if type(word) is str else None
+    return {"role": role, "content": text} if role is not None and type(text) is str else None
+
+
+def _is_calling(message: Mapping[str, Any]) -> bool:
+    """Whether a message is calls alone, so that one behind the assistant's, or behind others, belongs to its turn."""
+    return any(str(message.get(key)).lower() in CALLING_ROLES for key in ROLE_KEYS)
+
+
+def _add_calls(turn: dict[str, Any], calling: Mapping[str, Any], where: str) -> None:
+    if turn.get(TRAIN) != calling.get(TRAIN):
+        raise RowError(f"{where} and the message before it are one turn, and do not agree on whether it is trained")
+    turn["tool_calls"] = [*turn.get("tool_calls", ()), *calling["tool_calls"]]
+
+
+def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:
+    """Take out of a message what was thought before it, and return it by its key; None if nothing was."""
+    key, thought = _take(found, REASONING_KEYS, where)
+    if key is None or thought == "":
+        return None
+    if not isinstance(thought, str):
+        raise RowError(f"{where}.{key} must be text, found {kind_of(thought)}")
+    return {key: thought}
+
+
+def held_media(found: Mapping[str, Any]) -> str | None:
+    """Return the first of the keys in `found` that holds a picture or a sound."""
+    for key, value in found.items():
+        if is_media(key) and not isinstance(value, int | float) and not is_nothing(value):
+            return key
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def is_media(name: str) -> bool:
+    """Whether a column or key of this name may hold pictures or sounds."""
+    return MEDIA.fullmatch(name) is not None
+
+
+def is_nothing(value: object) -> bool:
+    """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
+    if isinstance(value, Mapping):
+        return all(map(is_nothing, value.values()))
+    return all(map(is_nothing, value)) if isinstance(value, list) else value in (None, "", b"")
+
+
+def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
+    """Take out of a message who says it, and return the word that is written and the role that is meant."""
+    there = {key: found.pop(key) for key in ROLE_KEYS if key in found}
+    if not there:
+        raise RowError(f"{where} has no role, but {listed(list(map(repr, found))) or 'nothing'}")
+    words = [given.lower() if isinstance(given, str) else None for given in there.values()]
+    for key, word in zip(there, words, strict=True):
+        if word not in ROLES:
+            raise RowError(f"{where}.{key} is {there[key]!r}, not one of {', '.join(ROLES)}")
+    roles = {ROLES[str(word)] for word in words}
+    if len(roles) > 1:
+        raise RowError(f"{where} has two roles: {' and '.join(map(repr, there.values()))}")
+    return next((str(word) for word in words if word in CALLING_ROLES), str(words[0])), roles.pop()
+
+
+def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
+    """Take the value out of `found` that has one of the `keys`, and return both; all that are there must be alike."""
+    there = [(key, found.pop(key)) for key in dict.fromkeys(keys) if key in found]
+    if not there:
+        return None, None
+    key, value = there[0]
+    for other_key, other in there[1:]:
+        if other != value:
+            raise RowError(f"{where} has both {key!r} and {other_key!r}, which differ")
+    return key, value
+
+
+def _take_switch(found: dict[str, Any], where: str) -> bool | None:
+    """Take out of a message or part what says whether it is trained; None if nothing does."""
+    if SWITCHES.keys().isdisjoint(found) and not any(map(_is_like_a_switch, found)):
+        return None
+    said = {key: _switch(found.pop(key), f"{where}.{key}") is SWITCHES[key] for key in SWITCHES if key in found}
+    for key, value in found.items():
+        if _is_like_a_switch(key) and not isinstance(value, str):
+            raise RowError(
+                f"{where}.{key} looks like a switch of training, and is none that is known",
+                hint=f'Say it of the whole message with "train": true or false, or take {key!r} out.',
+            )
+    if len(set(said.values())) > 1:
+        raise RowError(f"{where}: {', '.join(said)} do not agree on whether it is trained", hint="Keep one of them.")
+    return next(iter(said.values()), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_like_a_switch(key: str) -> bool:
+    return LIKE_A_SWITCH.search(key) is not None
+
+
+def _switch(value: object, where: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, int | float):
+        raise RowError(
+            f"{where} is {value}: a message is trained or not, and can't count in part", hint="Write 0 or 1 instead."
+        )
+    raise RowError(f"{where} must be true or false, found {value!r}")
+
+
+def _check_role(said: Mapping[str, Any], role: str, where: str) -> None:
+    for key, what in (("tool_calls", "calls tools"), ("reasoning_content", "thinks")):
+        if key in said and role != "assistant":
+            raise RowError(f"{where} {what}, which only the assistant does; its role is {role}")

@@ -1,0 +1,336 @@
+"""Read a row of a known layout into an example: a conversation, a text in two parts, or tokens.
+
+What a row lacks or has wrong is a `RowError`; the caller knows the file and the number of the row.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.examples import (
+    IGNORED,
+    Completion,
+    Conversation,
+    Example,
+    Ids,
+    RowError,
+    Tokenized,
+    kind_of,
+    read_json,
+)
+from qlora_cli.data.rows.formats import Layout, nearest
+from qlora_cli.data.rows.messages import TRAIN, MessageReader
+from qlora_cli.data.rows.tool_calls import read_tools
+from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.units import counted
+
+MOST_IDS = 2**31
+# The parameters of transformers' `apply_chat_template`, and the messages: what a row can't set for its template.
+OWN_VARIABLES = frozenset(
+    [
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "kwargs",
+        "self",
+    ]
+)
+
+# The prompt of Stanford Alpaca, section "Data Release" of its README.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class RowReader:
+    """Reads the rows of one layout. `use_chat`: the tokenizer has a chat template, for rows that have no own text.
+
+    `unknown_keys` counts the rows whose messages have a key that is no part of a conversation, by the key.
+    """
+
+    def __init__(self, layout: Layout, loss_on: LossOn, *, use_chat: bool) -> None:
+        self._layout = layout
+        self._loss_on = loss_on
+        self._use_chat = use_chat
+        self._messages = MessageReader()
+        self.unknown_keys: Counter[str] = Counter()
+        self._read = {
+            DataFormat.MESSAGES: self._conversational,
+            DataFormat.SHAREGPT: self._conversational,
+            DataFormat.PROMPT_COMPLETION: self._prompt_completion,
+            DataFormat.ALPACA: self._alpaca,
+            DataFormat.QUESTION_ANSWER: self._question_answer,
+            DataFormat.TEXT: self._text,
+            DataFormat.TOKENS: self._tokens,
+        }[layout.format]
+
+    def read(self, row: Mapping[str, Any]) -> Example:
+        """Return `row` as an example.
+
+        Raises:
+            RowError: a part is missing, empty or of the wrong type.
+        """
+        example = self._read(row)
+        if self._messages.unknown_keys:
+            self.unknown_keys.update(self._messages.unknown_keys)
+            self._messages.unknown_keys.clear()
+        return example
+
+    def _conversational(self, row: Mapping[str, Any]) -> Example:
+        key = "messages" if self._layout.format == DataFormat.MESSAGES else "conversations"
+        messages = self._messages.read(self._value(row, key), self._layout.columns[key])
+        return self._conversation(row, self._with_system(row, messages))
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> Example:
+        prompt, completion = (self._value(row, part) for part in ("prompt", "completion"))
+        if isinstance(prompt, list):
+            return self._prompted(row, prompt, completion)
+        text, system = self._part(row, "prompt", may_be_empty=True), self._optional_text(row, "system")
+        answer = self._part(row, "completion", is_answer=True)
+        return self._completion(row, f"{system}\n\n{text}" if system else text, answer)
+
+    def _prompted(self, row: Mapping[str, Any], prompt: list[Any], completion: object) -> Conversation:
+        """Return a prompt of messages with its completion: messages, or a single one."""
+        prompt_key, completion_key = self._layout.columns["prompt"], self._layout.columns["completion"]
+        if isinstance(completion, Mapping):
+            completion = [completion]
+        if not isinstance(completion, list):
+            raise RowError(
+                f"{completion_key!r} must be a list of messages, as {prompt_key!r} is, found {kind_of(completion)}"
+            )
+        # Answers in the prompt are given, not trained.
+        given = [
+            {TRAIN: False, **message} if message["role"] == "assistant" else message
+            for message in self._messages.read(prompt, prompt_key)
+        ]
+        return self._conversation(
+            row, [*self._with_system(row, given), *self._messages.read(completion, completion_key)]
+        )
+
+    def _alpaca(self, row: Mapping[str, Any]) -> Example:
+        instruction, output = self._part(row, "instruction"), self._part(row, "output", is_answer=True)
+        given = self._optional_text(row, "input")
+        if self._use_chat:
+            return self._asked(row, f"{instruction}\n\n{given}" if given else instruction, output)
+        template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+        system = self._optional_text(row, "system")
+        prompt = template.format(instruction=instruction, input=given)
+        return self._completion(row, f"{system}\n\n{prompt}" if system else prompt, output)
+
+    def _question_answer(self, row: Mapping[str, Any]) -> Example:
+        question, answer = self._part(row, "question"), self._part(row, "answer", is_answer=True)
+        if context := self._optional_text(row, "context"):
+            question = f"{context}\n\n{question}"
+        if self._use_chat:
+            return self._asked(row, question, answer)
+        system = self._optional_text(row, "system")
+        return self._completion(row, f"{system}\n\n{question}\n" if system else f"{question}\n", answer)
+
+    def _text(self, row: Mapping[str, Any]) -> Example:
+        return Completion(prompt="", completion=self._part(row, "text"))
+
+    def _tokens(self, row: Mapping[str, Any]) -> Example:
+        ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
+        labels = self._for_each(ids, row, "labels", partial(_read_ids, least=IGNORED))
+        if labels is not None and (other := (labels != ids) & (labels != IGNORED)).any():
+            place, key = int(other.argmax()), self._layout.columns["labels"]
+            raise RowError(
+                f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORED}"
+            )
+        labels = ids.copy() if labels is None else labels
+        trained, fed = (self._for_each(ids, row, mask, _read_mask) for mask in ("loss_mask", "attention_mask"))
+        if trained is not None:
+            labels[trained == 0] = IGNORED
+        if fed is not None:  # what is masked is padding
+            ids, labels = ids[fed == 1], labels[fed == 1]
+        if len(ids) == 0:
+            raise RowError(f"{self._layout.columns['attention_mask']!r} leaves no token")
+        return Tokenized(input_ids=ids, labels=labels)
+
+    def _for_each(self, ids: Ids, row: Mapping[str, Any], part: str, read: Callable[[object, str], Ids]) -> Ids | None:
+        """Return the values in an optional column, one for each token."""
+        key = self._layout.columns.get(part)
+        if key is None or row.get(key) is None:
+            return None
+        found = read(row[key], key)
+        if len(found) != len(ids):
+            raise RowError(f"{key!r} has {counted(len(found), 'value')}, the row has {counted(len(ids), 'token')}")
+        return found
+
+    def _with_system(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages behind a system prompt that has a column of its own."""
+        system = self._optional_text(row, "system")
+        if not system.strip():
+            return messages
+        first = messages[0]
+        if first["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": system}, *messages]
+        if first["content"].strip() != system.strip():
+            raise RowError(
+                f"there are two system prompts: the column {self._layout.columns['system']!r}, and message 0",
+                hint="Write both into one of them, or leave one out.",
+            )
+        return messages
+
+    def _completion(self, row: Mapping[str, Any], prompt: str, completion: str) -> Completion:
+        for part, found in (
+            ("tools", self._tools(row)),
+            ("chat_template_kwargs", self._template_kwargs(row)),
+            ("enable_thinking", self._thinking(row)),
+            ("history", self._history(row)),
+        ):
+            if found:
+                raise RowError(
+                    f"{self._layout.columns[part]!r} is for a chat template, and this row is plain text",
+                    hint=f"{self._way_to_a_template()}, or leave the column out.",
+                )
+        return Completion(prompt=prompt, completion=completion)
+
+    def _way_to_a_template(self) -> str:
+        """Return how rows of plain text come to be rendered by a chat template."""
+        if not self._use_chat:
+            return "Give a chat template, such as --chat-template chatml"
+        named = f"question={self._layout.columns['prompt']},answer={self._layout.columns['completion']}"
+        return f"Let the chat template render it: --format question_answer --columns {shlex.quote(named)}"
+
+    def _asked(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
+        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self._conversation(row, self._with_system(row, [*self._history(row), *asked]))
+
+    def _history(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return earlier turns, as LLaMA-Factory and ms-swift write them: pairs of a question and its answer."""
+        column = self._layout.columns.get("history")
+        pairs = row.get(column) if column is not None else None
+        if isinstance(pairs, str) and pairs.strip():
+            pairs = read_json(pairs, f"{column!r}")
+        if not pairs:
+            return []
+        if not isinstance(pairs, list):
+            raise RowError(f"{column!r} must be a list of earlier turns, found {kind_of(pairs)}")
+        if all(isinstance(message, Mapping) for message in pairs):
+            return self._messages.read(pairs, str(column))
+        if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
+            raise RowError(
+                f"{column!r} must hold pairs of two texts, a question and its answer",
+                hint="Or write the row as messages.",
+            )
+        roles = ("user", "assistant")
+        return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+    def _conversation(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+        """Settle which answers are trained, and take out what said so, which no template knows."""
+        trained = []
+        for place, message in enumerate(messages):
+            switch = message.pop(TRAIN, None)
+            if message["role"] == "assistant":
+                trained += [place] if switch is not False else []
+            elif switch and self._loss_on != LossOn.ALL:
+                raise RowError(
+                    f"message {place} is to be trained, but its role is {message['role']}: only answers are trained",
+                    hint="Take that out, or train every token of the rows with --loss-on all.",
+                )
+        if self._loss_on == LossOn.LAST and trained:
+            trained = trained[-1:]
+            messages = messages[: trained[0] + 1]  # what follows is neither trained nor seen
+        for place in trained:
+            if not messages[place]["content"].strip() and not messages[place].get("tool_calls"):
+                raise RowError(f"the answer in message {place} is empty", is_empty=True)
+        return Conversation(
+            messages=messages,
+            trained=tuple(trained),
+            tools=self._tools(row),
+            template_kwargs={**self._thinking(row), **self._template_kwargs(row)},
+        )
+
+    def _value(self, row: Mapping[str, Any], part: str) -> Any:
+        column = self._layout.columns[part]
+        if column not in row:
+            found = listed(list(map(repr, row))) or "nothing"
+            raise RowError(f"there is no {column!r}, but {found}; the nearest known format is {nearest(row)}")
+        return row[column]
+
+    def _part(self, row: Mapping[str, Any], part: str, *, may_be_empty: bool = False, is_answer: bool = False) -> str:
+        value, column = self._value(row, part), self._layout.columns[part]
+        if not isinstance(value, str):
+            raise RowError(f"{column!r} must be text, found {kind_of(value)}")
+        if not may_be_empty and not value.strip():
+            raise RowError(f"{column!r} is empty", is_empty=is_answer)
+        return value
+
+    def _optional_text(self, row: Mapping[str, Any], part: str) -> str:
+        column = self._layout.columns.get(part)
+        value = row.get(column) if column is not None else None
+        if value is not None and not isinstance(value, str):
+            raise RowError(f"{column!r} must be text, found {kind_of(value)}")
+        return value or ""
+
+    def _tools(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        column = self._layout.columns.get("tools")
+        return read_tools(row.get(column), f"{column!r}") if column is not None else None
+
+    def _template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the row sets for the template; a null is a key that was not there, as from columns."""
+        column = self._layout.columns.get("chat_template_kwargs")
+        given = row.get(column) if column is not None else None
+        if isinstance(given, str) and given.strip():
+            given = read_json(given, f"{column!r}")
+        if given and not isinstance(given, Mapping):
+            raise RowError(f"{column!r} must be an object, found {kind_of(given)}")
+        found = {name: value for name, value in (given or {}).items() if value is not None}
+        for name, value in found.items():
+            if name in OWN_VARIABLES:
+                raise RowError(f"{column}.{name} can't be set by a row", hint=f"Take it out of {column!r}.")
+            if not isinstance(value, str | bool | int | float):
+                raise RowError(f"{column}.{name} must be text, a number, true or false, found {kind_of(value)}")
+        return found
+
+    def _thinking(self, row: Mapping[str, Any]) -> dict[str, bool]:
+        """Return whether the model thinks, where a column says it, as verl's do."""
+        column = self._layout.columns.get("enable_thinking")
+        value = row.get(column) if column is not None else None
+        if value is not None and not isinstance(value, bool):
+            raise RowError(f"{column!r} must be true or false, found {kind_of(value)}")
+        return {} if value is None else {"enable_thinking": value}
+
+
+def _read_ids(value: object, key: str, *, least: int) -> Ids:
+    if not isinstance(value, list) or not value:
+        found = "an empty one" if value == [] else kind_of(value)
+        raise RowError(f"{key!r} must be a list of token ids, found {found}")
+    for place, token in enumerate(value):
+        if type(token) is not int or not least <= token < MOST_IDS:
+            raise RowError(f"{key}[{place}] is {token!r}, no token id")
+    return np.array(value, dtype=np.int32)
+
+
+def _read_mask(value: object, key: str) -> Ids:
+    if not isinstance(value, list):
+        raise RowError(f"{key!r} must be a list of 0 and 1, found {kind_of(value)}")
+    for place, part in enumerate(value):
+        if not isinstance(part, int | float) or part not in (0, 1):  # false and true are
+            raise RowError(f"{key}[{place}] is {part!r}: a mask holds 0 and 1, or false and true")
+    return np.array(value, dtype=np.int32)

@@ -1,0 +1,1 @@
+"""What training would see, as a report, a preview and a page."""

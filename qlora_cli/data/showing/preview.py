@@ -1,0 +1,116 @@
+"""Rows as they are trained, token by token, out of the very batches that training feeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.rows.examples import IGNORED
+
+TRAINED_BEGIN, TRAINED_END = "«", "»"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A token as text; several, where only together they are a character.
+
+    `is_special`: a control token such as the end of a turn. `is_padding`: not fed to the loss, nor attended to.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    is_trained: bool
+    is_special: bool
+    is_padding: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPreview:
+    """One row as it is fed; `where` names its file and number."""
+
+    where: str
+    num_tokens: int
+    num_supervised: int
+    pieces: tuple[Piece, ...]
+
+    def in_a_line(self, most: int) -> str:
+        """Return the row in one line of about `most` characters, trained text within « and »."""
+        parts, trained = [], False
+        for piece in self.pieces:
+            if piece.is_padding:
+                continue
+            if piece.is_trained != trained:
+                parts.append(TRAINED_BEGIN if piece.is_trained else TRAINED_END)
+                trained = piece.is_trained
+            parts.append(piece.text)
+        line = "".join(parts).replace("\r", "\\r").replace("\n", "\\n") + (TRAINED_END if trained else "")
+        return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
+
+
+def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[RowPreview, ...]:
+    """Return the first rows that are fed, as a batch of the collator has them."""
+    places = data.selected[:num_rows]
+    if len(places) == 0:
+        return ()
+    rows = [data.table.dataset[int(place)] for place in places]
+    batch = make_collator(tokenizer.pad_token_id, packing=False)(
+        [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
+    )
+    return tuple(
+        RowPreview(
+            where=data.table.where(int(place)),
+            num_tokens=int(mask.sum()),
+            num_supervised=int((labels != IGNORED).sum()),
+            pieces=tuple(_pieces(ids.tolist(), labels.tolist(), mask.tolist(), tokenizer)),
+        )
+        for place, ids, labels, mask in zip(
+            places, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        )
+    )
+
+
+class _Stream:
+    """Decodes tokens one by one; None while they are but a part of a character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def step(self, token: int, waiting: Sequence[int]) -> str | None:
+        """Return the text of `waiting`, the last of which is `token`."""
+        try:
+            text: str | None = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # noqa: BLE001 - tokenizers raises a bare one for bytes of a character that was cut off
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return str(self._tokenizer.decode(list(waiting)))
+        return text
+
+
+def _pieces(
+    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    stream = _Stream(tokenizer)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    pieces: list[Piece] = []
+    waiting: list[int] = []
+    for place, token in enumerate(ids):
+        waiting.append(token)
+        text = stream.step(token, waiting)
+        is_last = place + 1 == len(ids)
+        changes = not is_last and (labels[place] == IGNORED) != (labels[place + 1] == IGNORED)
+        if text is None and not is_last and not changes:
+            continue  # part of a character
+        pieces.append(
+            Piece(
+                ids=tuple(waiting),
+                text=str(tokenizer.decode(waiting)) if text is None else text,
+                is_trained=labels[place] != IGNORED,
+                is_special=token in special,
+                is_padding=mask[place] == 0,
+            )
+        )
+        waiting = []
+    return pieces

@@ -1,0 +1,1 @@
+"""From text to tokens and labels, and where they are kept."""

@@ -1,0 +1,307 @@
+"""Read, recognise and tokenize one data set, and keep the tokens."""
+
+import gc
+import hashlib
+import itertools
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.cache import digest_of, digests_of_code, versions_of
+from qlora_cli.data.finding.sources import DatasetSource
+from qlora_cli.data.opening.layouts import open_rows
+from qlora_cli.data.opening.skipped import SkippedRow, bad_row, read_skipped
+from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub
+from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
+from qlora_cli.data.rows.examples import Example, RowError
+from qlora_cli.data.rows.formats import Layout
+from qlora_cli.data.rows.groups import NO_GROUP, columns_to_read, group_of
+from qlora_cli.data.rows.meaning import MeaningChecker
+from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.tokenizing import notes, store
+from qlora_cli.data.tokenizing.store import About, Record, StoredTokens, Writer
+from qlora_cli.data.tokenizing.tokens import Encoded, Rendering, Text, Tokenizer, Tokens
+from qlora_cli.errors import DataError
+from qlora_cli.garbage import uncollected
+from qlora_cli.settings.choices import OnBadRow
+from qlora_cli.settings.models import DataSettings
+
+BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
+HEAD_ROWS = 1000  # rows of a stream that are looked at before training
+COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
+PARTS = ("data", "settings", "tokenizing")  # of our own code
+# What of the settings decides which tokens come out.
+DECIDING = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizer:
+    """A tokenizer with its chat template, and the ids that end a text or a turn when the model generates."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+
+
+def tokenize_source(
+    source: DatasetSource,
+    split: str,
+    settings: DataSettings,
+    text: TextTokenizer,
+    seed: int,
+    *,
+    head: int | None = None,
+) -> StoredTokens:
+    """Return the tokens of `source`, from where they are kept or made anew; of a stream, those of its first rows.
+
+    Raises:
+        DatasetNotFoundError: the hub has no such data set.
+        DataError: no row can be read, or one is bad and bad ones are an error.
+    """
+    before = _state_of(source)
+    wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
+
+    def fill(writer: Writer) -> About:
+        with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming, wanted=wanted)) as raw:
+            rows = raw if head is None else itertools.islice(raw, head)
+            with uncollected():
+                about = _fill(writer, source.name, rows, settings, text)
+        if _state_of(source) != before:
+            raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
+        return about
+
+    key = _key(source, split, settings, text, seed, head)
+    found = store.recall(key) or store.keep(key, fill)
+    if found.about.num_bad and settings.on_bad_row == OnBadRow.ERROR:
+        raise bad_row(*read_skipped([found.skipped] if found.skipped else [], 1))
+    return replace(found, about=replace(found.about, name=source.name))
+
+
+def is_tokenized(
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, *, head: int | None
+) -> bool:
+    """Whether the tokens of `source` are kept. Raises what `tokenize_source` raises of a name."""
+    return store.recall(_key(source, split, settings, text, seed, head)) is not None
+
+
+def try_rows(layout: Layout, rows: Iterable[RawRow], settings: DataSettings, text: TextTokenizer) -> None:
+    """Tokenize `rows` for what is wrong with them.
+
+    Raises:
+        DataError: one is bad, and bad ones are an error.
+        ModelError: the chat template can't render any.
+    """
+    for batch in Encoder(layout, settings, text).encode(rows):
+        for row in batch:
+            if isinstance(row.tokens, RowError) and settings.on_bad_row == OnBadRow.ERROR:
+                raise bad_row(SkippedRow.of(row.raw, row.tokens)) from row.tokens
+
+
+class EncodedRow(NamedTuple):
+    """A row as it was read, its tokens or what is wrong with it, and the digests of its group and its text."""
+
+    raw: RawRow
+    group: int
+    tokens: Tokens | RowError
+    text_digest: int
+
+
+class Encoder:
+    """Turns rows as they are read into tokens, in batches; what can't be used comes out as what is wrong with it."""
+
+    def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
+        use_chat = text.tokenizer.chat_template is not None
+        self._text = text
+        self._group = settings.eval_group
+        self._meaning = MeaningChecker(layout, settings)
+        self._starts_with_bos = False
+        self._num_without_group = 0
+        self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
+        self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids, accepts_lost=settings.accept_lost)
+
+    def encode(self, rows: Iterable[RawRow]) -> Iterator[list[EncodedRow]]:
+        """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
+        # Batches are read and rendered while others are encoded, which Python takes no part in.
+        waiting: deque[_Waiting] = deque()
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for batch in _batches(rows):
+                read = [self._read(row) for row in batch]
+                rendering = self.tokenizer.render([item for item, _ in read if not isinstance(item, RowError)])
+                waiting.append(_Waiting(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield self._finish(waiting.popleft())
+            while waiting:
+                yield self._finish(waiting.popleft())
+
+    def _finish(self, waiting: "_Waiting") -> list[EncodedRow]:
+        labelled = self.tokenizer.label(waiting.rendering, waiting.encoded.result())
+        done = zip(labelled, map(_text_digest, waiting.rendering), strict=True)
+        found = [
+            EncodedRow(row, group, item, 0) if isinstance(item, RowError) else EncodedRow(row, group, *next(done))
+            for row, (item, group) in zip(waiting.rows, waiting.read, strict=True)
+        ]
+        for _, group, tokens, _ in found:
+            if isinstance(tokens, Tokens):
+                self._num_without_group += group == NO_GROUP
+                self._starts_with_bos |= bool(tokens.input_ids[0] == self._text.tokenizer.bos_token_id)
+        return found
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the rows so far."""
+        return (
+            *notes.on_ends(self.tokenizer, self._text.tokenizer, self._text.end_ids),
+            *notes.on_bos(self._text.tokenizer, starts_with_bos=self._starts_with_bos),
+            *notes.on_control_tokens(self.tokenizer),
+            *notes.on_what_is_left_out(self.tokenizer.renderer),
+            *notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
+            *notes.on_groups(self._group, self._num_without_group),
+        )
+
+    def _read(self, row: RawRow) -> "_Read":
+        if row.value is None:
+            return _Read(RowError(row.problem or "can't be read"))
+        try:
+            self._meaning.check(row.value)
+            return _Read(self.reader.read(row.value), group_of(row.value, self._group))
+        except RowError as error:
+            return _Read(error)
+
+
+class _Read(NamedTuple):
+    """A row as an example, or what is wrong with it, and the digest of its group."""
+
+    example: Example | RowError
+    group: int = NO_GROUP
+
+
+class _Waiting(NamedTuple):
+    """A batch whose texts are being encoded."""
+
+    rows: list[RawRow]
+    read: list[_Read]
+    rendering: Rendering
+    encoded: "Future[list[Encoded]]"
+
+
+def _text_digest(item: Text | Tokens | RowError) -> int:
+    if isinstance(item, Text):
+        return digest_text(item.text)
+    # Texts of tokens would take far longer to make than such a row to read.
+    return digest_tokens(item.input_ids) if isinstance(item, Tokens) else 0
+
+
+def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:
+    layout, rows = open_rows(name, rows, settings)
+    encoder = Encoder(layout, settings, text)
+    files: dict[str, int] = {}
+    for batch in encoder.encode(rows):
+        records = []
+        for row, group, tokens, text_digest in batch:
+            if isinstance(tokens, RowError):
+                if settings.on_bad_row == OnBadRow.ERROR:
+                    raise bad_row(SkippedRow.of(row, tokens)) from tokens
+                writer.skip(row, tokens)
+                continue
+            file = files.setdefault(row.file, len(files))
+            records.append(_record(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest))
+        writer.write(records)
+        gc.collect(0)
+    return About(
+        name=name,
+        format=layout.format.value,
+        recognised=layout.describe(),
+        files=tuple(files),
+        num_rows=writer.num_rows,
+        num_bad=writer.num_bad,
+        num_empty=writer.num_empty,
+        notes=encoder.notes(),
+    )
+
+
+def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> Record:
+    length, supervised = len(tokens.input_ids), tokens.num_supervised
+    digest = digest_row(tokens.input_ids, tokens.labels)
+    kept, kept_supervised, kept_digest = tokens, supervised, digest
+    if length > max_length:
+        kept = tokens.cut(max_length)
+        kept_supervised, kept_digest = kept.num_supervised, digest_row(kept.input_ids, kept.labels)
+    return Record(
+        input_ids=kept.input_ids,
+        labels=kept.labels,
+        length=length,
+        supervised=kept_supervised,
+        lost=supervised - kept_supervised,
+        digest=digest,
+        kept_digest=kept_digest,
+        group=group,
+        text_digest=text_digest,
+        file=file,
+        number=row.number,
+    )
+
+
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Cut rows into batches that are short and not too large, so that memory stays bounded."""
+    batch: list[RawRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += row.num_bytes
+        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _key(
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, head: int | None
+) -> str:
+    tokenizer = text.tokenizer
+    facts: dict[str, Any] = {
+        "rows": [source.num_rows, seed if source.num_rows is not None else None, head],
+        "content": _content_of(source, split, settings),
+        "settings": {name: settings.model_dump(mode="json")[name] for name in DECIDING},
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+        "day": _day(tokenizer.chat_template),
+        "ends": sorted(text.end_ids),
+    }
+    parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(COMPUTING)]
+    return digest_of([*parts, *digests_of_code(PARTS)])
+
+
+def _content_of(source: DatasetSource, split: str, settings: DataSettings) -> list[Any]:
+    """Return what the content of a data set depends on: bytes, or a commit; of a stream, the state of its files."""
+    if not source.is_local:
+        return [resolve_hub(source), source.config, source.split or split]
+    if settings.streaming:
+        return _state_of(source)
+    return [[str(path), _digest_of_file(path)] for path in source.files]
+
+
+def _state_of(source: DatasetSource) -> list[Any]:
+    """Return size and times of the files; the time of a change of state can't be set back."""
+    stats = [(str(path), path.stat()) for path in source.files]
+    return [[path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
+
+
+def _day(template: object) -> str | None:
+    """Return today's date if the chat template may write it, as that of Llama 3.2 does."""
+    return date.today().isoformat() if "strftime_now" in json.dumps(template) else None
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
