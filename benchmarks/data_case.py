@@ -26,7 +26,7 @@ def prepare_with_trl(file: Path, model: Path, max_length: int, num_processes: in
     from trl import SFTConfig, SFTTrainer
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     small = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,

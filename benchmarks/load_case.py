@@ -112,9 +112,13 @@ def load_with_transformers(model: Path, options: Mapping[str, Any]) -> dict[str,
     transformers_logging.disable_progress_bar()
     watcher, start = AnonymousPeak(), time.monotonic()
     with watcher.watching():
-        AutoTokenizer.from_pretrained(model)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, quantization_config=quantization, dtype=dtype, device_map={"": device}
+            model,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
         )
         seconds = time.monotonic() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

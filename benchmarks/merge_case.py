@@ -41,10 +41,10 @@ def merge_with_peft(adapter: Path, output: Path) -> dict[str, Any]:
     watcher, start = AnonymousPeak(), time.monotonic()
     with watcher.watching():
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         merged.save_pretrained(output)
-        AutoTokenizer.from_pretrained(base).save_pretrained(output)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(output)
         seconds = time.monotonic() - start
     return _figures(watcher, seconds)
 
@@ -58,17 +58,18 @@ def write_adapter(base: Path, adapter: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        adapted = get_peft_model(model, config)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        adapter_config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, adapter_config)
     chance = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(tensor.shape, generator=chance) * 0.01
         for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
     }
     adapter.mkdir(parents=True)
-    config.base_model_name_or_path = str(base)
-    config.save_pretrained(adapter)
+    adapter_config.base_model_name_or_path = str(base)
+    adapter_config.save_pretrained(adapter)
     save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -362,6 +362,31 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
     assert file in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("reference", ["./model--evil.X", "owner/model--evil.X", "evil.X"])
+def test_nobody_is_asked_whether_to_run_code_while_the_faulty_key_is_looked_for(
+    base: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    asked: list[str] = []
+
+    def answer(prompt: str = "") -> str:
+        asked.append(prompt)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    file = base / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": [reference, reference]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **code, "split_special_tokens": "q"}))
+    ran = base.parent / "ran"
+    for place in (base, base.parent / "model"):
+        place.mkdir(exist_ok=True)
+        (place / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass X: pass\n")
+    monkeypatch.chdir(base.parent)
+    with pytest.raises(ModelError):
+        load(base)
+    assert not asked
+    assert not ran.exists()
+
+
 def test_an_error_that_the_files_do_not_make_is_not_blamed_on_one(base: Path, adapter: Path) -> None:
     source = ModelSource(name="tiny", path=base, base_name="tiny", adapter=adapter, tokenizer_path=base)
     assert faulty_config(source, ValueError("eos_token"), trust_remote_code=False) is None
