@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from enum import Enum
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,21 @@ from qlora_cli.units import MIB, format_bytes
 from qlora_cli.writing import LEFT_OVER, is_left_over
 
 MOST_BYTES = 32 * MIB  # a hundred thousand lines of what a trainer logs
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file to read its bytes, such as one in a directory of others, where a pipe would be waited for.
+
+    Raises:
+        OSError: it can't be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if stat.S_ISDIR(mode) else "it is no file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def read_small(path: Path) -> str:

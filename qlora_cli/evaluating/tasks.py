@@ -19,7 +19,7 @@ from qlora_cli.errors import DataError, OutOfMemoryError, QloraError
 from qlora_cli.evaluating.preflight import YAML_SUFFIXES
 from qlora_cli.evaluating.result import Kind, TaskResult
 from qlora_cli.events import Reporter
-from qlora_cli.files import existing_path
+from qlora_cli.files import existing_path, read_small
 from qlora_cli.settings.models import EvaluationSettings
 
 STDERR = "_stderr"
@@ -111,7 +111,7 @@ def _file_of(name: str) -> Path | None:
 def _task_of(path: Path) -> str:
     """Return the name that a YAML file gives its task or group; its other values may need lm-eval to be read."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_small(path), Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} can't be read as YAML: {error}", hint="Correct it.") from error
     entries = root.value if isinstance(root, yaml.MappingNode) else []

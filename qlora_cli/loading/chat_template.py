@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_cli.bounded import TimeOutError
 from qlora_cli.errors import ModelError
-from qlora_cli.files import existing_path
+from qlora_cli.files import existing_path, open_regular
 from qlora_cli.model_files.checkpoint import again, read_json
 from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, within_limits
 from qlora_cli.units import MIB, format_bytes
@@ -189,7 +189,7 @@ def _check_syntax(text: str, where: str) -> None:
 
 def _text_of(path: Path, hint: str) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ModelError(f"the chat template {path} can't be read: {error.strerror}", hint=hint) from error

@@ -30,7 +30,7 @@ def why_unreadable(directory: Path) -> QloraError | None:
 
 def _files(directory: Path) -> Iterator[Path]:
     yield from (path for name in NAMES if (path := directory / name).is_file())
-    yield from sorted(directory.glob("*.tiktoken"))
+    yield from sorted(path for path in directory.glob("*.tiktoken") if path.is_file())
 
 
 def _why(path: Path) -> QloraError | None:

@@ -1,5 +1,7 @@
 """Chat templates: kept, chosen by name, read from a file, or a standard one; never a broken or half-fitting one."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,15 @@ def test_a_broken_file_is_named_with_its_line(
 def test_a_missing_file_is_not_taken_for_a_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"missing\.jinja can't be read: No such file"):
         choose_chat_template(tokenizer, str(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "mine.jinja")
+    with pytest.raises(ModelError, match=r"mine\.jinja can't be read: (it is no file|Is a directory)"):
+        choose_chat_template(tokenizer, str(tmp_path / "mine.jinja"))
 
 
 def test_markers_of_a_file_that_the_tokenizer_would_split_are_named(tmp_path: Path) -> None:

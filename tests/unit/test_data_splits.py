@@ -1,6 +1,7 @@
 """What a directory holds by split: layouts of the hub, what `datasets` writes, names of files; and what is said."""
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -346,6 +347,19 @@ def test_a_file_that_is_only_called_as_metadata_changes_nothing(
     path = place("train.jsonl", "test.jsonl")
     (Path(path) / name).write_text(content)
     assert files_of(path) == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "state.json", "dataset_dict.json", "dataset_info.json", "other.jsonl"])
+def test_a_pipe_in_a_directory_is_not_waited_for(place: Callable[..., str], name: str) -> None:
+    path = place("train.jsonl", "test.jsonl")
+    os.mkfifo(Path(path) / name)
+    assert files_of(path) == ["train.jsonl"]
+
+
+def test_a_pipe_that_a_saved_data_set_names_as_its_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    os.mkfifo(tmp_path / "data.arrow")
+    assert "data.arrow can't be read: it is no file" in str(refusal(str(tmp_path)))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tokenizers: what pads, which tokens are added, and which ids have no row in the embedding."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -299,6 +300,11 @@ def test_the_package_of_a_vocabulary_of_tiktoken_is_named(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     (tmp_path / "own.tiktoken").write_text("IQ== 0\nIg== 1\n")
     assert "of tiktoken, which is read with tiktoken: not installed" in str(why_unreadable(tmp_path))
+
+
+def test_a_pipe_called_as_a_vocabulary_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "own.tiktoken")
+    assert why_unreadable(tmp_path) is None
 
 
 def test_a_vocabulary_that_is_none_is_told_as_that(tmp_path: Path) -> None:

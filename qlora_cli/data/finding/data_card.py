@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
+from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora_cli.data.finding.globs import matches
 from qlora_cli.data.finding.kinds import is_data, printable
 from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.errors import DataError
+from qlora_cli.files import open_regular
 from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
 
 CARD = "README.md"
@@ -43,7 +45,7 @@ def configs_of(directory: Path) -> list[CardConfig]:
     """
     card = directory / CARD
     try:
-        with card.open(encoding="utf-8", errors="replace") as file:
+        with TextIOWrapper(open_regular(card), encoding="utf-8", errors="replace") as file:
             front = FRONT_MATTER.match(file.read(MOST_CHARACTERS))
     except OSError:  # there is none, or none that may be read: names of files tell as well
         return []

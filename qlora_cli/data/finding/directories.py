@@ -17,6 +17,7 @@ from qlora_cli.data.finding.kinds import is_data, kinds, printable
 from qlora_cli.data.finding.split_names import TRAIN, WORDS, named, shard_of, split_of_prefix, splits_told, words_in
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
+from qlora_cli.files import open_regular
 
 DATASET_DICT, SAVED_STATE, BUILDER_INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 MOST_METADATA_BYTES = 16 * 1024**2
@@ -162,9 +163,9 @@ def _is_of(path: Path, split: str) -> bool:
 def _metadata(path: Path) -> Mapping[str, Any]:
     """Return the object in a file of JSON that libraries write; nothing if there is none, or it is something else."""
     try:
-        if path.stat().st_size > MOST_METADATA_BYTES:
-            return {}
-        found = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            content = file.read(MOST_METADATA_BYTES + 1)
+        found = json.loads(content) if len(content) <= MOST_METADATA_BYTES else {}
     except (OSError, ValueError, RecursionError):  # a file of the user's that is only called so
         return {}
     return found if isinstance(found, dict) else {}

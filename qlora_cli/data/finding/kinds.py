@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from qlora_cli.errors import DataError
+from qlora_cli.files import open_regular
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -61,7 +62,8 @@ def checked(path: Path) -> Path:
         )
     try:
         num_bytes = path.stat().st_size
-        is_pointer = num_bytes <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
+        with open_regular(path) as file:
+            is_pointer = num_bytes <= LONGEST_POINTER and file.read(len(POINTER)) == POINTER
     except OSError as error:
         raise DataError(f"{printable(path)} can't be read: {error.strerror}", hint="Is it still there?") from error
     if num_bytes == 0:
