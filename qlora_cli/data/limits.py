@@ -15,6 +15,8 @@ DEEPEST = 100
 # Text is compressed to a fifth or a tenth, rarely to a fiftieth; what gains more than this is made to fill a machine.
 MOST_EXPANSION = 200
 ALWAYS_EXPANDED = 256 * MIB  # bytes that an archive may have inside, however small it is
+# Of a text: rows are written with some between them, and a file of nothing else is read for minutes.
+MOST_BLANK_LINES, MOST_BLANK_FOR_EACH_ROW = 1_000_000, 10
 
 TOO_LONG = f"longer than {format_bytes(LONGEST_ROW)}"
 TOO_DEEP = f"nested too deeply to be read (more than {DEEPEST} lists and objects in each other)"
@@ -31,6 +33,20 @@ def check_columns(columns: Collection[str], name: str) -> None:
         raise DataError(
             f"{name} has {len(columns):,} columns, more than {MOST_COLUMNS:,}",
             hint="Write a file with those alone that hold text to train on.",
+        )
+
+
+def check_blank_lines(num_blank: int, num_rows: int, name: str) -> None:
+    """Check that there are not too many blank lines for the rows that were read of the file `name` so far.
+
+    Raises:
+        DataError: there are.
+    """
+    if num_blank > MOST_BLANK_LINES + MOST_BLANK_FOR_EACH_ROW * num_rows:
+        raise DataError(
+            f"{name} has {num_blank:,} blank lines and {num_rows:,} rows so far: more blank lines than "
+            f"{MOST_BLANK_LINES:,}, and {MOST_BLANK_FOR_EACH_ROW} for each row",
+            hint="Is it a text to train on? If it is, take them out with: grep -v '^[[:space:]]*$'",
         )
 
 

@@ -304,6 +304,31 @@ def test_an_archive_that_is_far_larger_inside_is_an_error(
 
 
 @pytest.mark.parametrize(
+    ("name", "begin"), [("a.jsonl", ""), ("a.jsonl", '{"text": "x"}'), ("a.json", '{"text": "x"}'), ("a.csv", "text")]
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_of_blank_lines_ends_in_an_error_with_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, end: str
+) -> None:
+    monkeypatch.setattr(limits, "MOST_BLANK_LINES", 1000)
+    path = write(tmp_path / name, begin + end * 2000)
+    for sample in ("", "#1"):
+        with pytest.raises(
+            DataError, match=rf"{name} has 1,0[01]1 blank lines and [01] rows so far.* than 1,000, and 10"
+        ):
+            read(f"{path}{sample}")
+
+
+@pytest.mark.parametrize(("name", "header", "row"), [("a.jsonl", "", '{"text": "x"}'), ("a.csv", "text", "x")])
+def test_ten_blank_lines_between_rows_are_read_however_many_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, header: str, row: str
+) -> None:
+    monkeypatch.setattr(limits, "MOST_BLANK_LINES", 100)
+    path = write(tmp_path / name, f"{header}\n" + f"{row}\n\n\n\n\n\n\n\n\n\n\n" * 1000)
+    assert values_of(path) == [{"text": "x"}] * 1000
+
+
+@pytest.mark.parametrize(
     "value",
     [
         '{"a": ' + "[" * 100 + "]" * 100 + "}",

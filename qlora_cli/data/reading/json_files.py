@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.finding.kinds import printable, suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG
+from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG, check_blank_lines
 from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
 from qlora_cli.data.rows.formats import PARTS
@@ -31,7 +31,7 @@ def read_json_lines(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]
     """
     file_name, values, advice = printable(path), JsonValues(), ""
     with open_text(path) as file:
-        for number, (line, content) in enumerate(_lines(file), start=1):
+        for number, (line, content) in enumerate(_lines(path, file), start=1):
             if number == 1 and _begins_json(path, content):
                 advice = NAME_IT_JSON
             if wanted.has(number):
@@ -42,7 +42,7 @@ def read_json_lines(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]
 def count_json_lines(path: Path) -> int:
     """Return the number of lines that are not blank."""
     with open_text(path) as file:
-        return sum(1 for _ in _lines(file))
+        return sum(1 for _ in _lines(path, file))
 
 
 def read_json(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
@@ -66,17 +66,21 @@ def count_json(path: Path) -> int:
     return count_json_lines(path) if layout == _Layout.LINES else sum(1 for _ in _rows(path, layout))
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each line that is not blank, no bytes of one that is too long.
 
     Only a line feed ends a line.
     """
+    num_blank = 0
     for line, content in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
         if len(content) > LONGEST_ROW:
             _pass_line(file, content)
             yield line, b""
         elif content.strip():
             yield line, content
+        else:
+            num_blank += 1
+            check_blank_lines(num_blank, line - num_blank, printable(path))
 
 
 def _pass_line(file: BinaryIO, content: bytes) -> None:
@@ -144,10 +148,12 @@ def _holds_lines(path: Path) -> bool:
 
     In JSON a line break is never inside a string, and only `,`, `]` and `}` continue what ends with `}`.
     """
-    last, is_broken = b"", False
+    last, is_broken, num_blank = b"", False, 0
     with open_text(path) as file:
         while piece := file.readline(WINDOW_BYTES):
             content = piece.strip()
+            num_blank += not content
+            check_blank_lines(num_blank, 1, printable(path))
             if content and is_broken:
                 return last == b"}" and content[:1] not in (b",", b"]", b"}")
             last = content[-1:] or last

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_cli.data.finding.kinds import printable, suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_columns
+from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_blank_lines, check_columns
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
 from qlora_cli.data.reading.separators import reader_of, said_separator, separator_of
 from qlora_cli.errors import DataError
@@ -52,6 +52,7 @@ def _records(path: Path, file: BinaryIO) -> Generator[Record]:
     if separator.is_declared:
         next(lines)
     reader = reader_of(lines, separator)
+    num_blank = num_rows = 0
     try:
         while True:
             line = lines.number + 1
@@ -64,7 +65,11 @@ def _records(path: Path, file: BinaryIO) -> Generator[Record]:
                 yield line, [], f"the line is {TOO_LONG}"
                 continue
             if fields:
+                num_rows += 1
                 yield line, fields, None
+            else:
+                num_blank += 1
+                check_blank_lines(num_blank, num_rows, printable(path))
     except StopIteration:
         return
     finally:
