@@ -21,6 +21,7 @@ from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignm
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
 DEFAULT = Origin(kind="default", where="default")
+MOST_CHARACTERS = 300  # of a value that a message shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +173,15 @@ def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
     )
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
 def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
     """Say what is wrong with one value in the words of the command line."""
     where = entry.origin.of(path)
     value = detail["input"] if isinstance(entry.value, list | tuple) else entry.value
-    shown = repr(value if isinstance(value, str | int | float | bool) else str(value))
+    shown = _cut(repr(value if isinstance(value, str | int | float | bool) else str(value)))
     choices = choices_of(field_of(path))
     if choices and detail["type"] in {"enum", "literal_error"}:
         message = f"{shown} is not one of {', '.join(choices)}"

@@ -37,7 +37,7 @@ def _check_rope_scaling(value: str | None) -> str | None:
     if value is None:
         return None
     kind, _, factor = value.lower().partition(":")
-    if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) <= 1:
+    if kind not in ROPE_TYPES or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or not 1 < float(factor) < inf:
         raise ValueError(f"expected TYPE:FACTOR, TYPE one of {', '.join(ROPE_TYPES)} and FACTOR above 1")
     return f"{kind}:{factor}"
 
@@ -116,7 +116,7 @@ def held_out_share(text: str) -> float | int | None:
         return number / 100
     if not text.endswith("%") and 0 < number < 1:
         return number
-    if not text.endswith("%") and number >= 1 and number == int(number):
+    if not text.endswith("%") and 1 <= number < inf and number == int(number):
         return int(number)
     raise ValueError("expected a share above 0% and below 100%, a whole number of rows, or the name of a split")
 

@@ -1,15 +1,20 @@
 """What YAML may not do in settings: stand for more than is written, or nest without an end.
 
 A few lines of aliases, each of a list of aliases, are billions of values; what reads nested values calls itself for
-each level. Both are found by reading the text piece by piece, before a value is made of it.
+each level; and a number of thousands of digits has no text that Python would write. All are found by reading the text
+piece by piece, before a value is made of it.
 """
 
+import re
 from dataclasses import dataclass
 
 import yaml
 
 MOST_BYTES = 256 * 1024  # a file with every setting is a tenth of it; to read one takes seconds
 DEEPEST = 20  # lists and mappings in each other; settings have four
+LONGEST_NUMBER = 256  # characters: what is written so, also in base 16 or 60, is no more than a float can be
+NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_:.+-]*")  # also what YAML reads as a text for all that
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,18 @@ def _refused(text: str) -> Refused | None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             message = f"{sign}{event.anchor} makes one value stand for another, which settings do not take"
             return Refused(line=line, message=message, hint="Write the value itself, or put the text in quotes.")
+        if isinstance(event, yaml.ScalarEvent) and _is_long_number(event):
+            message = f"a number of more than {LONGEST_NUMBER} characters"
+            return Refused(line=line, message=message, hint="If it is a text, put it in quotes.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             message = f"nested too deeply (more than {DEEPEST} lists and mappings in each other)"
             return Refused(line=line, message=message, hint="No setting is nested so.")
     return None
+
+
+def _is_long_number(event: yaml.ScalarEvent) -> bool:
+    if len(event.value) <= LONGEST_NUMBER:
+        return False
+    is_plain = event.implicit[0]
+    return event.tag in NUMBER_TAGS or (is_plain and NUMBER.fullmatch(event.value) is not None)

@@ -11,6 +11,7 @@ from qlora_cli.errors import SettingsError
 from qlora_cli.settings.choices import Checkpointing, Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, LoadSettings, TrainSettings, json_schema
 from qlora_cli.settings.resolve import Sources, describe, resolve
+from qlora_cli.settings.sources import read_assignments
 
 REQUIRED = {
     "model.name": ("--model", "base"),
@@ -150,6 +151,46 @@ def test_what_yaml_cannot_read_in_set_is_text() -> None:
 def test_what_is_not_read_of_yaml_in_set_is_text_too(value: str) -> None:
     sources = Sources(assignments=[f"data.format={value}"], flags=REQUIRED)
     assert f"--set data.format: {value!r} is not one of" in problems_of(sources)[0]
+
+
+LONG_NUMBERS = {
+    "base 16": "0x" + "F" * 20_000,
+    "base 16, quoted": f'!!int "0x {"F" * 20_000}"',
+    "base 2": "-0b" + "1" * 60_000,
+    "base 8": "0" + "7" * 20_000,
+    "base 10": "+" + "9" * 400,
+    "base 60": "1" + ":59" * 5000,
+    "base 60, with a fraction": "1" + ":59" * 5000 + ".5",
+    "base 60, as a float": f'!!float "1{":59" * 5000}"',
+}
+NUMBERED = ("lora.rank", "lora.dropout", "lora.target_modules", "data.dataset", "data.columns", "training.max_steps")
+
+
+@pytest.mark.parametrize("number", LONG_NUMBERS)
+@pytest.mark.parametrize("form", ["{}", "[{}]", "{{a: {}}}", "{{{}: a}}", "{{? {} : a}}"])
+def test_a_number_of_thousands_of_digits_is_an_error_wherever_it_stands(
+    tmp_path: Path, number: str, form: str
+) -> None:
+    for path in NUMBERED:
+        section, key = path.split(".")
+        text = form.format(LONG_NUMBERS[number])
+        config = write(tmp_path / "run.yaml", f"{section}:\n  {key}: {text}\n")
+        (found,) = problems_of(Sources(config=config, flags=REQUIRED))
+        assert f"{config}:2: a number of more than 256 characters" in found
+        read, _ = read_assignments([f"{path}={text}"])
+        assert [entry.value for entry in read] == [text]
+
+
+@pytest.mark.parametrize("setting", ["data.eval_split=", "model.rope_scaling=linear:"])
+def test_a_number_beyond_what_a_float_can_be_is_an_error_in_a_text_too(setting: str) -> None:
+    (found,) = problems_of(Sources(assignments=[f"{setting}{'9' * 400}"], flags=REQUIRED))
+    assert ": expected " in found
+
+
+def test_a_long_text_is_none_and_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", f"model:\n  system: '{'9' * 400}'\n  dtype: {'9 x' * 400}\n")
+    found = problems_of(Sources(config=config, flags=REQUIRED))
+    assert all(len(line) < 600 and "a number" not in line for line in found), found
 
 
 def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
