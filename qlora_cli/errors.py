@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from typing import Self
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust ended by a panic, which is no `Exception` and has no name to import."""
+    return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"
+
+
 class QloraError(Exception):
     """The root. `hint` is one sentence or command that gets the user further.
 

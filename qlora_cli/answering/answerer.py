@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.answering.result import FinishReason
 from qlora_cli.settings.models import AnswerSettings
+from qlora_cli.tokenizing.failing import tokenizer_explained
 
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
 
@@ -115,7 +116,8 @@ class Answerer:
         )
 
     def _text_of(self, ids: torch.Tensor) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        with tokenizer_explained(self.tokenizer.name_or_path):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _choices(self) -> dict[str, Any]:
         """Return how tokens are chosen, in place of what the model's generation config would say of that."""

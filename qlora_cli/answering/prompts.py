@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
+from qlora_cli.tokenizing.failing import tokenizer_explained
 from qlora_cli.tokenizing.rendering import RefusedError, render
 
 Message = dict[str, str]
@@ -31,7 +32,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
     if tokenizer.chat_template is None:
         (message,) = messages
         return _encode_plain(tokenizer, message["content"])
-    ids: list[int] = tokenizer(written(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    with tokenizer_explained(tokenizer.name_or_path):
+        ids: list[int] = tokenizer(written(tokenizer, messages), add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -73,7 +75,8 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text)["input_ids"]
+    with tokenizer_explained(tokenizer.name_or_path):
+        ids: list[int] = tokenizer(text)["input_ids"]
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]  # some tokenizers end every text, also one that shall go on

@@ -15,9 +15,10 @@ from typer.core import TyperGroup
 from qlora_cli.cli.lasting import dropped_without_terminal, let_go
 from qlora_cli.cli.options import WHERE
 from qlora_cli.cli.told import redact, tell
-from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError
+from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_panic
 
 MOST_TRACEBACK_LINES, FIRST_LINES = 40, 12
+PANIC = "The tokenizer.json of the model is the likeliest one; get its files anew from where they came from."
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
 
 
@@ -67,6 +68,13 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
             _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
         tell(_traceback_of(error))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        _fail(
+            _with_code(QloraError(f"a file of others made a library panic: {reason}", hint=PANIC), 2), as_json=as_json
+        )
 
 
 def _traceback_of(error: Exception) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import Templates, read_templates
+from qlora_cli.loading.tokenizer_limits import check_tokenizer_files
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.construction import faulty_keys, shown
 from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
@@ -42,9 +43,11 @@ def open_tokenizer(
 
     Raises:
         Exception: whatever transformers raises over files that are damaged or missing.
-        ModelError: a chat template can't be read, or is not written in Jinja2.
+        ModelError: a chat template can't be read, or is not written in Jinja2; or a file asks for too much.
     """
     places = places_of(source)
+    for place in places:
+        check_tokenizer_files(place)
     with _together(places) as directory:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code

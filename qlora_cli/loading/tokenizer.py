@@ -19,6 +19,7 @@ from qlora_cli.model_files.construction import shown, told
 from qlora_cli.model_files.generation import read_generation_config
 from qlora_cli.model_files.source import CONFIG, ModelSource, has_vocabulary
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.failing import tokenizer_explained
 
 # Tokens that tokenizers carry for padding, best first. <|endoftext|> ends the text in many models; then it is out.
 PAD_TOKENS = (
@@ -80,6 +81,11 @@ def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokeni
             template asked for can't be used.
         MissingDependencyError: its vocabulary needs a package that is not installed.
     """
+    with tokenizer_explained(source.name):
+        return _load(source, settings)
+
+
+def _load(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
     facts = _read_facts(source)
     tokenizer, differences = _open(source, settings, sys.maxsize if settings.resize_vocab else facts.num_rows or 0)
     tokenizer.padding_side = "right"

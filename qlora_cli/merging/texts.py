@@ -16,6 +16,7 @@ from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import varied
+from qlora_cli.tokenizing.failing import tokenizer_explained
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo.",
@@ -73,7 +74,8 @@ def read_texts(tokenizer: LoadedTokenizer, record: RunRecord | None, vocabulary:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
-    ids: list[int] = tokenizer(text)["input_ids"]
+    with tokenizer_explained(tokenizer.name_or_path):
+        ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tokenizers import decoders
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
@@ -137,6 +138,18 @@ def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.Mon
     assert "ZeroDivisionError: ***" in done.output
     assert "This is a bug in qlora" in done.output
     assert "secret-token" not in done.output
+
+
+def test_a_panic_of_a_library_is_one_message_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(*_: object) -> None:
+        decoders.Strip("a", 9, 9).decode(["a"])
+
+    monkeypatch.setattr("qlora_cli.cli.config.describe", panics)
+    done = CliRunner().invoke(app, ["config", "show"])
+    assert done.exit_code == 2
+    assert "error: a file of others made a library panic: index out of bounds" in done.output
+    assert "tokenizer.json" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_a_traceback_has_at_most_forty_lines_and_says_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

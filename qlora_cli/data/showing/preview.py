@@ -1,6 +1,6 @@
 """Rows as they are trained, token by token, out of the very batches that training feeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers.decoders import DecodeStream
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.rows.examples import IGNORED
+from qlora_cli.tokenizing.failing import tokenizer_explained
 
 TRAINED_BEGIN, TRAINED_END = "«", "»"
 
@@ -92,9 +93,15 @@ class _Stream:
 def _pieces(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Piece]:
+    with tokenizer_explained(tokenizer.name_or_path):
+        return list(_decoded(ids, labels, mask, tokenizer))
+
+
+def _decoded(
+    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Piece]:
     stream = _Stream(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    pieces: list[Piece] = []
     waiting: list[int] = []
     for place, token in enumerate(ids):
         waiting.append(token)
@@ -103,14 +110,11 @@ def _pieces(
         changes = not is_last and (labels[place] == IGNORED) != (labels[place + 1] == IGNORED)
         if text is None and not is_last and not changes:
             continue  # part of a character
-        pieces.append(
-            Piece(
-                ids=tuple(waiting),
-                text=str(tokenizer.decode(waiting)) if text is None else text,
-                is_trained=labels[place] != IGNORED,
-                is_special=token in special,
-                is_padding=mask[place] == 0,
-            )
+        yield Piece(
+            ids=tuple(waiting),
+            text=str(tokenizer.decode(waiting)) if text is None else text,
+            is_trained=labels[place] != IGNORED,
+            is_special=token in special,
+            is_padding=mask[place] == 0,
         )
         waiting = []
-    return pieces

@@ -20,6 +20,7 @@ from qlora_cli.data.rendering.render import Fitted, Renderer
 from qlora_cli.data.rendering.template import Span
 from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
 from qlora_cli.settings.choices import LossOn
+from qlora_cli.tokenizing.failing import tokenizer_explained
 
 SLICE = 500_000  # characters of a text that are tokenized at once; longer ones are cut, so that memory stays bounded
 
@@ -110,8 +111,9 @@ class Tokenizer:
         accepts_lost: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
-        self._backend, self._prefix, self._suffix = _bare(tokenizer)
-        self._may_cut = all(_decoded(self._backend, "a", more) == "a" + more for more in ("b", " b"))
+        with tokenizer_explained(tokenizer.name_or_path):
+            self._backend, self._prefix, self._suffix = _bare(tokenizer)
+            self._may_cut = all(_decoded(self._backend, "a", more) == "a" + more for more in ("b", " b"))
         added = tokenizer.added_tokens_decoder
         self._added = frozenset(added)
         # Control tokens that are found whatever stands around them, and take nothing of it.
@@ -157,7 +159,8 @@ class Tokenizer:
     def _encode(
         self, pieces: Sequence[Piece], encode_batch: Callable[..., list[Encoding]], found: Sequence[Encoded]
     ) -> None:
-        encodings = encode_batch([text for _, _, text in pieces], add_special_tokens=False)
+        with tokenizer_explained(self._tokenizer.name_or_path):
+            encodings = encode_batch([text for _, _, text in pieces], add_special_tokens=False)
         for (place, begin, text), encoding in zip(pieces, encodings, strict=True):
             found[place].add(begin, len(text), encoding, self._added)
 

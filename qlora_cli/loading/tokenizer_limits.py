@@ -1,0 +1,128 @@
+"""How much the files of a tokenizer may ask for, looked at before the library builds one of them.
+
+A file of a few lines can have a text grow a billion times, name an id that has every smaller one counted up to it, or
+go over each text a million times. Tokenizers that people train with are far below all of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.checkpoint import again, read_json
+
+MOST_IDS = 2**24  # vocabularies have up to some 300,000
+MOST_PARTS = 100  # normalizers, splits, decoders and the like; some ten are common
+MOST_LISTED = 10_000  # in a list within one of them
+LONGEST_TEXT = 10_000  # a pattern of one, or what it puts in; the longest patterns in use have 1,000 characters
+MOST_GROWTH = 64  # of a text that is normalized, by what is put in; <newline> for \n is 9
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding")
+TABLE = "precompiled_charsmap"  # the one long text there
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Check what the files of a tokenizer in `directory` ask for.
+
+    Raises:
+        ModelError: one can't be read, or asks for more than any tokenizer needs.
+    """
+    for name in ("tokenizer.json", "vocab.json"):
+        path = directory / name
+        if path.is_file():
+            content = read_json(path)
+            problem = next(_problems(content) if name == "tokenizer.json" else _problems_of_ids(content), None)
+            if problem is not None:
+                raise ModelError(f"{path} is no tokenizer to train with: {problem}", hint=again(directory, name))
+
+
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    model = content.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("vocab"), Mapping):
+        yield from _problems_of_ids(model["vocab"])
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, Mapping):
+            yield from _problems_of_ids({str(token.get("content")): token.get("id")})
+    for step in STEPS:
+        yield from _problems_of_step(step, content.get(step))
+    growth = _growth(content.get("normalizer")) * _growth(content.get("pre_tokenizer"))
+    if max(growth, _growth(content.get("decoder"))) > MOST_GROWTH:
+        yield f"a character of a text may become more than {MOST_GROWTH} by what it is replaced with"
+    if (times := _times_repeated(content.get("post_processor"))) > MOST_GROWTH:
+        yield f"post_processor repeats a text {times:,} times, more than {MOST_GROWTH}"
+
+
+def _problems_of_ids(vocabulary: Mapping[str, Any]) -> Iterator[str]:
+    for token, number in vocabulary.items():
+        if isinstance(number, int) and not 0 <= number < MOST_IDS:
+            yield f"the id of {token[:40]!r} is {number}; ids go from 0 to {MOST_IDS - 1:,}"
+
+
+def _problems_of_step(step: str, content: object) -> Iterator[str]:
+    num_parts = 0
+    for key, value in _values_in(content):
+        if isinstance(value, Mapping):
+            num_parts += "type" in value
+        elif isinstance(value, list) and len(value) > MOST_LISTED:
+            yield f"{step} lists {len(value):,} values under {key}, more than {MOST_LISTED:,}"
+        elif isinstance(value, str) and key != TABLE and len(value) > LONGEST_TEXT:
+            yield f"{step} has a {key} of {len(value):,} characters, more than {LONGEST_TEXT:,}"
+        elif isinstance(value, int) and not -MOST_IDS < value < MOST_IDS:
+            yield f"{step} has a {key} of {value}, more than {MOST_IDS:,}"
+    if num_parts > MOST_PARTS:
+        yield f"{step} has {num_parts:,} parts, more than {MOST_PARTS}"
+
+
+def _values_in(content: object) -> Iterator[tuple[str, object]]:
+    """Yield every value in what a file says of a step, with the key that it, or the list it is in, stands under."""
+    left = [("type", content)]
+    while left:
+        key, value = left.pop()
+        yield key, value
+        if isinstance(value, Mapping):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, part) for part in value]
+
+
+def _parts_in_order(content: object) -> Iterator[Mapping[str, Any]]:
+    """Yield the parts of a step in the order in which they change a text."""
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            yield value
+            left += [part for part in reversed(list(value.values())) if isinstance(part, list | Mapping)]
+        elif isinstance(value, list):
+            left += reversed(value)
+
+
+def _growth(content: object) -> int:
+    """Return how many characters one of a text may become at most in a step.
+
+    From the last part to the first: `lengths` and `rest` are what a character becomes from there on.
+    """
+    lengths: dict[str, int] = {}
+    rest = 1
+    for part in reversed(list(_parts_in_order(content))):
+        if part.get("type") == "ByteLevel":  # two for each that is not ASCII
+            lengths, rest = {key: 2 * length for key, length in lengths.items()}, 2 * rest
+        if part.get("type") != "Replace" or not isinstance(part.get("content"), str):
+            continue
+        pattern, put_in = part.get("pattern"), sum(lengths.get(each, rest) for each in part["content"])
+        replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
+        if isinstance(replaced, str) and len(replaced) == 1:
+            lengths[replaced] = put_in
+        else:  # any character may be one that it finds
+            lengths, rest = {key: max(length, put_in) for key, length in lengths.items()}, max(rest, put_in)
+    return max(rest, *lengths.values()) if lengths else rest
+
+
+def _times_repeated(content: object) -> int:
+    """Return how often a text stands in what is made of it and of what goes around it."""
+    times = 1
+    for part in _parts_in_order(content):
+        if part.get("type") == "TemplateProcessing":
+            template = [part.get("single"), part.get("pair")]
+            times *= max(1, sum("Sequence" in each for each in _parts_in_order(template)))
+    return times
