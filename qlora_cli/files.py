@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from io import BufferedReader
@@ -136,15 +136,6 @@ def check_disk_space(directory: Path, needed_bytes: int, hint: str) -> None:
 def size_of(directory: Path) -> int:
     """Return the bytes of all files below a directory; 0 if it is not there."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def first_not_among(folder: Path, names: Collection[str]) -> str | None:
-    """Return the first file below a folder, named from there, that is none of `names`; None if there is none."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in names and (path.is_symlink() or not path.is_dir()):
-            return name
-    return None
 
 
 def existing_parent(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """The checkpoints of a run: complete or absent, sealed with checksums, the oldest deleted. Imports no torch."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import TrainingError
-from qlora_cli.files import first_not_among, read_small
+from qlora_cli.files import read_small
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
+from qlora_cli.runs.sums import Sums, is_as_written, strange_among, sums_of
 from qlora_cli.units import format_bytes
 from qlora_cli.writing import clear_left_over, discard, flush, move_aside, publish_directory, staging
 
@@ -30,12 +30,7 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 def seal(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a checkpoint into it."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / CHECKSUMS).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(json.dumps(sums_of(folder), indent=2) + "\n", encoding="utf-8")
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -51,7 +46,7 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{CHECKSUMS} names {name}, which is elsewhere"
             if path.exists() and not path.is_file():
                 return f"{name} is no file"
-            if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
+            if not is_as_written(path, expected):
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -64,27 +59,25 @@ def damage_of(checkpoint: Path) -> str | None:
     return None if odd is None else f"{odd.relative_to(checkpoint)} is no file"
 
 
-def sealed_in(checkpoint: Path) -> frozenset[str]:
-    """Return the files that a run wrote into a checkpoint, by its checksums; none if they can't be read."""
+def sealed_in(checkpoint: Path) -> Sums:
+    """Return the sums of what a run wrote into a checkpoint; none if they can't be read."""
     try:
-        return frozenset(json.loads(read_small(checkpoint / CHECKSUMS)))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return frozenset()
+        sums = json.loads(read_small(checkpoint / CHECKSUMS))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return sums if isinstance(sums, dict) else {}
 
 
-def strange_in(checkpoint: Path) -> str | None:
-    """Return why a checkpoint may not be deleted; None if it holds what a run sealed in it and nothing else."""
+def strange_in(checkpoint: Path, *, reads: bool = True) -> str | None:
+    """Return why a checkpoint may not be deleted; None if it holds what a run sealed in it, as it was, and no more.
+
+    Unless `reads`, by the names of its files alone.
+    """
     if checkpoint.is_symlink():
         return "it is a link"
-    if not (names := sealed_in(checkpoint)):
+    if not (sums := sealed_in(checkpoint)):
         return f"it has no {CHECKSUMS} that can be read"
-    strange = first_not_among(checkpoint, names | {CHECKSUMS})
-    return None if strange is None else f"it holds {strange}, which no run wrote"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return strange_among(checkpoint, [sums], but=CHECKSUMS, reads=reads)
 
 
 @dataclass(frozen=True)
@@ -159,11 +152,14 @@ class CheckpointStore:
         target, kept = self.path_of(step), self.make_way(step)
         publish_directory(finished, target)
         checkpoints = self.all()
-        strange = {path: reason for path in checkpoints if (reason := strange_in(path))}
+        strange = {path: reason for path in checkpoints if (reason := strange_in(path, reads=False))}
+        old = [path for path in checkpoints if path not in strange]
+        old = [path for path in self._beyond_limit(old, best_step) if path != target]
+        strange |= {path: reason for path in old if (reason := strange_in(path))}
         kept |= {path: strange[path] for path in self._beyond_limit(checkpoints, best_step) if path in strange}
-        for old in self._beyond_limit([path for path in checkpoints if path not in strange], best_step):
-            if old != target:
-                discard(old)
+        for path in old:
+            if path not in strange:
+                discard(path)
         return Published(path=target, kept=kept)
 
     def make_way(self, step: int) -> dict[Path, str]:

@@ -20,7 +20,8 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
-from qlora_cli.files import check_output_directory, first_not_among, path_problem
+from qlora_cli.files import check_output_directory, path_problem
+from qlora_cli.runs.sums import Sums, strange_among
 from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_left_over, move_aside, not_in_place, write_file
 
 RUN_FILE = "run.json"
@@ -118,15 +119,16 @@ class RunDirectory:
         """Whether the trained adapter is there: its config and its weights."""
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
 
-    def drop_adapter(self, names: Collection[str]) -> Path | None:
+    def drop_adapter(self, known: Sequence[Sums]) -> Path | None:
         """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay.
 
-        If it holds anything but the files of an adapter, by these `names`, it is moved aside, and its place returned.
+        If it holds anything but files that a run wrote, by sums that are `known`, it is moved aside, and its place
+        returned.
         """
         if self.adapter.is_symlink():
             delete(self.adapter)
         elif self.adapter.is_dir():
-            if first_not_among(self.adapter, names) is not None:
+            if strange_among(self.adapter, known) is not None:
                 return move_aside(self.adapter, f"{ADAPTER}-kept")
             discard(self.adapter)  # an adapter is there whole, or not at all
         return None

@@ -175,6 +175,7 @@ class RunRecord(Part):
     data: Data = Field(default_factory=Data)
     plan: Plan = Field(default_factory=Plan)
     result: Result | None = None
+    adapter_files: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     _directory: Path = PrivateAttr(default=Path())
     _problems: tuple[str, ...] = PrivateAttr(default=())

@@ -31,6 +31,7 @@ from qlora_cli.runs.record import (
 )
 from qlora_cli.runs.report import write_report
 from qlora_cli.runs.result import TrainPlan, TrainResult
+from qlora_cli.runs.sums import sums_of
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.determinism import determinism
@@ -120,7 +121,8 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
         raise
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
-    record = _opening_record(prepared, directory, started).changed(status=status, result=result.recorded())
+    ended = {"status": status, "result": result.recorded(), "adapter_files": sums_of(directory.adapter)}
+    record = _opening_record(prepared, directory, started).changed(**ended)
     write_record(directory, record)
     draw_report(directory.path, reporter)
     return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
@@ -130,10 +132,10 @@ def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: s
     """Write that the run goes on from here, and make its directory one that it can be written to."""
     write_record(directory, _opening_record(prepared, directory, started))
     if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
-        kept = directory.drop_adapter(sealed_in(prepared.resume.checkpoint))
+        kept = directory.drop_adapter([prepared.resume.record.adapter_files, sealed_in(prepared.resume.checkpoint)])
         if kept is not None:
             reporter.report(
-                Noted(level="warning", message=f"{directory.adapter} held more than a run wrote: see {kept}")
+                Noted(level="warning", message=f"{directory.adapter} was not as the run wrote it: see {kept}")
             )
     directory.create()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
@@ -312,5 +314,6 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
             "eval": evaluation.report if evaluation else None,
         },
         "plan": replace(prepared.plan, output=within(directory, prepared.plan.output)),
+        "adapter_files": earlier.adapter_files,  # until it is dropped
     }
     return new_record(directory, content)

@@ -1,6 +1,8 @@
 """A run goes on in a directory that its user has put files into: none of them is lost, what is in the way is said."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,30 @@ def test_files_of_the_users_in_a_run_that_goes_on_stay_and_are_said(base_model: 
     assert {path.name for path in checkpoints.iterdir()} == {".saving", ".deleting", "step-2", "step-5"}
     said = [note for note in notes_of(recorder) if "thesis" in note or "adapter-kept" in note]
     assert said == [
-        f"{run / 'adapter'} held more than a run wrote: see {run / 'adapter-kept'}",
+        f"{run / 'adapter'} was not as the run wrote it: see {run / 'adapter-kept'}",
         f"{checkpoints / 'step-2'} is not deleted: it holds thesis, which no run wrote",
     ]
+
+
+@pytest.mark.parametrize("name", ["README.md", None])
+def test_of_an_adapter_that_a_run_wrote_only_an_edited_one_outlives_that_it_goes_on(
+    base_model: Path, rows: Path, tmp_path: Path, name: str | None
+) -> None:
+    class Stopper(Recorder):
+        def report(self, event: Any) -> None:
+            if isinstance(event, StepDone) and event.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings, adapter = train_settings(base_model, rows, tmp_path / "run", **FAST), tmp_path / "run" / "adapter"
+    assert train(settings, Stopper()).interrupted_by is not None
+    if name is not None:
+        assert (adapter / name).is_file()
+        (adapter / name).write_text("my notes")
+    assert train(settings, Recorder()).steps == 5
+    kept = tmp_path / "run" / "adapter-kept"
+    assert kept.exists() == (name is not None)
+    if name is not None:
+        assert (kept / name).read_text() == "my notes"
 
 
 def test_what_comes_to_a_run_while_it_trains_stays_and_is_said(base_model: Path, rows: Path, run: Path) -> None:

@@ -99,6 +99,18 @@ def test_an_old_checkpoint_with_something_of_the_users_in_it_stays_and_is_said(
     assert names(store) == ["step-1", "step-3", "step-4"]
 
 
+@pytest.mark.parametrize("content", ["my notes", "weights 7", ""], ids=["longer", "as long", "empty"])
+def test_an_old_checkpoint_of_which_a_file_was_edited_stays_and_is_said(store: CheckpointStore, content: str) -> None:
+    save(store, 1)
+    edited = store.path_of(1) / "folder" / "weights"
+    edited.write_text(content)
+    reason = "folder/weights in it was changed since it was written"
+    assert save(store, 2, 3, 4) == {store.path_of(1): reason}
+    assert edited.read_text() == content
+    assert names(store) == ["step-1", "step-3", "step-4"]
+    assert store.make_way(1) == {store.folder / ".kept-step-1": reason}
+
+
 def test_a_folder_or_a_link_by_the_name_of_a_checkpoint_stays(store: CheckpointStore, tmp_path: Path) -> None:
     (store.folder / "step-1").mkdir()
     (store.folder / "step-1" / "thesis").touch()
@@ -121,9 +133,9 @@ def test_what_is_in_the_place_of_a_new_checkpoint_is_moved_aside_unless_a_run_wr
     assert names(store) == [".kept-step-1", "step-1"]
 
 
-def test_a_damaged_checkpoint_that_only_a_run_wrote_goes_when_it_is_old(store: CheckpointStore) -> None:
+def test_a_checkpoint_that_has_lost_files_goes_when_it_is_old(store: CheckpointStore) -> None:
     save(store, 1, 2)
-    (store.path_of(1) / "folder" / "weights").write_text("damaged")
+    (store.path_of(1) / "folder" / "weights").unlink()
     (store.path_of(2) / TRAINER_STATE).unlink()
     assert save(store, 3, 4) == {}
     assert names(store) == ["step-3", "step-4"]

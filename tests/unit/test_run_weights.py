@@ -21,6 +21,7 @@ from qlora_cli.runs.directory import (
 )
 from qlora_cli.runs.history import read_history
 from qlora_cli.runs.record import load_record, read_record
+from qlora_cli.runs.sums import sums_of
 from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.resume import find_resume, output_problem
@@ -163,7 +164,7 @@ def test_an_adapter_that_is_a_link_is_dropped_and_what_it_leads_to_is_not(tmp_pa
     for is_there in (True, False):  # and a folder is dropped whole, whether it is there or not
         if is_there:
             fill_adapter(run.adapter)
-        assert run.drop_adapter((ADAPTER_CONFIG, ADAPTER_WEIGHTS, "tokenizer.json")) is None
+        assert run.drop_adapter([{}, sums_of(run.adapter), {"tokenizer.json": {}}]) is None
         assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints"}
 
 
@@ -174,8 +175,9 @@ def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp
     kept = []
     for _ in range(2):
         fill_adapter(run.adapter)
+        sums = sums_of(run.adapter)
         (run.adapter / "thesis").touch()
-        place = run.drop_adapter((ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        place = run.drop_adapter([sums])
         assert place is not None
         kept.append(place)
         assert not run.adapter.exists()
@@ -183,6 +185,19 @@ def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp
     assert kept[1] != kept[0]
     assert all((place / "thesis").exists() and (place / ADAPTER_WEIGHTS).exists() for place in kept)
     assert mine.is_dir()
+
+
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+@pytest.mark.parametrize("content", ["my notes", ""])
+def test_an_adapter_of_which_a_file_was_edited_is_moved_aside_instead(tmp_path: Path, name: str, content: str) -> None:
+    run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=True, good=(4,))
+    (run.adapter / "README.md").write_text("card")
+    sums = sums_of(run.adapter)
+    (run.adapter / name).write_text(content)
+    place = run.drop_adapter([sums, {name: {"bytes": 3}}, {name: 5}])
+    assert place == run.path / "adapter-kept"
+    assert (place / name).read_text() == content
+    assert (place / "README.md").read_text() == "card"
 
 
 def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""What a run wrote into a folder: each file by its size and SHA-256, to be known again. Imports no torch."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Sums = Mapping[str, Any]  # by the name of a file from the folder; of somebody else's it may hold anything
+
+
+def sums_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the size and the SHA-256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def is_as_written(path: Path, expected: object) -> bool:
+    """Whether a file has the size and the SHA-256 that are expected of it.
+
+    Raises:
+        OSError: it is not there, or can't be read.
+    """
+    if not isinstance(expected, Mapping):
+        return False
+    return path.stat().st_size == expected.get("bytes") and _digest(path) == expected.get("sha256")
+
+
+def strange_among(folder: Path, known: Sequence[Sums], *, but: str | None = None, reads: bool = True) -> str | None:
+    """Return what a folder holds that no run wrote, or not as it is now, in words; None if it may be deleted.
+
+    `known` are sums, of which a file has to have one, `but` for the one that holds them. Unless `reads`, names are
+    compared alone.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name == but or (path.is_dir() and not path.is_symlink()):
+            continue
+        expected = [sums[name] for sums in known if name in sums]
+        if not expected or not path.is_file() or path.is_symlink():
+            return f"it holds {name}, which no run wrote"
+        if reads and not any(is_as_written(path, one) for one in expected):
+            return f"{name} in it was changed since it was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
