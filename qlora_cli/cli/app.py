@@ -68,7 +68,7 @@ def root(
 
 def main() -> None:
     """Run the command line on `sys.argv` and exit."""
-    # TRL pings home unless told otherwise; and tokenizers, which warns of it, is never forked here.
+    # TRL pings home unless told otherwise; and tokenizers warns of forks, but is used in none of ours.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # OpenMP's threads spin while they wait for one another; beside any other job that costs more than half of

@@ -14,11 +14,11 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.bounded import TimeOutError
+from qlora_cli.bounded import DeadlyError, TimeOutError
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path, open_regular
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, within_limits
+from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, try_template, within_limits
 from qlora_cli.units import MIB, format_bytes
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for
@@ -69,14 +69,14 @@ class Templates:
         return self.file.name == OF_PROCESSOR
 
     def check(self) -> None:
-        """Check that they are written in Jinja2.
+        """Check that they are written in Jinja2, and can be rendered without an end of the process.
 
         Raises:
-            ModelError: one is not; names file and line.
+            ModelError: one is not, or can't; names file and line.
         """
         for name, text in ({DEFAULT: self.text} if isinstance(self.text, str) else self.text).items():
             file = self.files[name]
-            _check_syntax(text, str(file) if file.suffix in SUFFIXES else f"{file}, chat_template {name!r}")
+            _check(text, str(file) if file.suffix in SUFFIXES else f"{file}, chat_template {name!r}")
 
 
 def read_templates(directory: Path) -> Templates | None:
@@ -128,7 +128,7 @@ def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None)
         return [f"chat template read from {path}", *_note_split_markers(tokenizer, str(tokenizer.chat_template))]
     own = _named(tokenizer)
     if wanted in own:
-        _check_syntax(own[wanted], f"the tokenizer's chat template {wanted!r}")
+        _check(own[wanted], f"the tokenizer's chat template {wanted!r}")
         tokenizer.chat_template = own[wanted]
         return [f"chat template: the tokenizer's {wanted!r}"]
     if wanted in STANDARD_TEMPLATES:
@@ -168,18 +168,21 @@ def _read(path: Path) -> str:
     text = _text_of(path, hint="Check --chat-template.")
     if not text.strip():
         raise ModelError(f"{path} is empty: no chat template", hint="Check --chat-template.")
-    _check_syntax(text, str(path))
+    _check(text, str(path))
     return text
 
 
-def _check_syntax(text: str, where: str) -> None:
+def _check(text: str, where: str) -> None:
     try:
-        # Compiles it, with the extensions of transformers; constants are computed by that.
+        try_template(text)  # first of all: to compile it computes its constants
+        # Compiles it, with the extensions of transformers.
         within_limits(partial(render_jinja_template, [], chat_template=text))
     except TemplateSyntaxError as error:
         raise ModelError(
             f"{where}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
+    except DeadlyError as error:
+        raise ModelError(f"{where}: the chat template can't be rendered: {error}", hint=OTHER_TEMPLATE) from error
     except (*ENDLESS, TimeOutError) as error:
         raise ModelError(
             f"{where}: the chat template nests too deeply to be compiled, or takes too much time or memory",

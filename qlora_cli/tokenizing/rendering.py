@@ -4,13 +4,16 @@ A template is a program that comes with a model. It can reach nothing, for it ru
 itself without an end, loop for hours, or take all memory. Each ends here, by an error that names the template.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.bounded import Result, TimeOutError, within_bytes, within_seconds
+from qlora_cli.bounded import Result, TimeOutError, try_apart, within_bytes, within_seconds
 from qlora_cli.errors import ModelError
 from qlora_cli.units import MIB, counted
 
@@ -25,6 +28,28 @@ MOST_BYTES = 512 * MIB  # for anything that is not there for the sake of long me
 MOST_BYTES_PER_CHARACTER = 32  # of the messages: eight copies of the widest
 LONGEST_TEXT = 2**27  # characters; twice what the longest row has
 OTHER_TEMPLATE = "Correct it, or give another with --chat-template (a .jinja file, or chatml)."
+
+SPECIAL_TOKENS: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "</s>")
+_USER, _ANSWER = {"role": "user", "content": "text"}, {"role": "assistant", "content": "text"}
+_CALL = {"id": "call000000", "type": "function", "function": {"name": "name", "arguments": {"key": "text"}}}
+_PARAMETERS = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
+_TOOL = {"type": "function", "function": {"name": "name", "description": "text", "parameters": _PARAMETERS}}
+# What a template is tried on, with the tools of each.
+TRIED: tuple[tuple[Messages, list[dict[str, Any]] | None], ...] = (
+    ([_USER], None),
+    ([{"role": "system", "content": "text"}, _USER, _ANSWER], None),
+    ([{"role": "user", "content": [{"type": "text", "text": "text"}]}], None),
+    (
+        [
+            _USER,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "name": "name", "tool_call_id": "call000000", "content": "text"},
+            {**_ANSWER, "reasoning_content": "text"},
+        ],
+        [_TOOL],
+    ),
+    ([_USER, _ANSWER] * 20, None),
+)
 
 
 class RefusedError(Exception):
@@ -102,6 +127,28 @@ def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messa
         return within_limits(apply, sum(map(_characters, conversations)))
     except (*TEMPLATE_ERRORS, *ENDLESS, TimeOutError):
         return None
+
+
+def try_template(text: str) -> None:
+    """Compile a template and render some conversations by it, in a copy of this process.
+
+    Raises:
+        DeadlyError: it ends the process that renders it, or one operation of it does not end.
+    """
+
+    def render_some() -> None:
+        # A template may refuse some of them; and what it takes of time between operations is told of rows.
+        for (messages, tools), asks_answer in itertools.product(TRIED, (False, True)):
+            with suppress(*TEMPLATE_ERRORS, *ENDLESS):
+                render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=text,
+                    add_generation_prompt=asks_answer,
+                    **SPECIAL_TOKENS,
+                )
+
+    try_apart(lambda: within_bytes(render_some, MOST_BYTES), LONGEST_SECONDS, LONGEST_SECONDS)
 
 
 def within_limits(call: Callable[[], Result], num_characters: int = 0) -> Result:

@@ -3,12 +3,14 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,7 +22,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.loading.chat_template import choose_chat_template
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.tokenizing import rendering
-from qlora_cli.tokenizing.rendering import RefusedError, render, render_all, within_limits
+from qlora_cli.tokenizing.rendering import RefusedError, render, render_all, try_template, within_limits
 from qlora_cli.units import GIB
 from tests.unit.test_tokenizer import write_tokenizer
 
@@ -61,6 +63,20 @@ BIT_BY_BIT = (
     "{% set x %}{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}{% endset %}",
 )
 MEMORY = [*(f"{{{{ {operation} }}}}" for operation in AT_ONCE), *BIT_BY_BIT]
+# What Python can't interrupt, or what overflows the stack; the first two when they are compiled already.
+DOUBLED = "{% set ns=namespace(a=(), b=()) %}{% for i in range(60) %}{% set ns.a=(ns.a,ns.a) %}"
+NEVER_ENDS = (
+    "{{ ([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 1000] * 9999)|sum(start=[])|length }}",
+    "{% if messages|length == 40 %}{{ ([range(9999)|list]*9999)|sum(start=[]) }}{% endif %}",
+    DOUBLED + "{% endfor %}{% set d={ns.a:1} %}",
+    DOUBLED + "{% set ns.b=(ns.b,ns.b) %}{% endfor %}{{ ns.a==ns.b }}",
+    DOUBLED + "{% endfor %}{{ ns.a|tojson }}",
+    DOUBLED + "{% endfor %}{% if tools %}{{ 1 in ns.a|list or {ns.a: 1} }}{% endif %}",
+)
+OVERFLOWS = (
+    "{% set ns=namespace(a=()) %}{% for i in range(60000) %}{% set ns.a=(((((ns.a,),),),),) %}{% endfor %}"
+    "{% set d={ns.a:1} %}"
+)
 DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
 
 
@@ -218,3 +234,66 @@ def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBas
     with pytest.raises(KeyboardInterrupt):
         render(tokenizer, CHAT)
     assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("template", NEVER_ENDS)
+def test_a_template_with_an_operation_that_does_not_end_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    (tmp_path / "a.jinja").write_text(template)
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be rendered: one operation .* not end"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_and_nothing_is_written_of_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jinja").write_text(OVERFLOWS)
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be rendered: it ends the process by SIG"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_template_that_is_slow_or_refuses_what_it_is_tried_on_is_no_error() -> None:
+    for text in ("{{ raise_exception('no') }}", FOR_HOURS, ITSELF, "{{ 'x' * 10**9 }}", "{{ messages[1] + 1 }}"):
+        try_template(text)
+
+
+def test_a_trial_leaves_handlers_timers_and_signals_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGINT)]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try_template("{{ messages[0].content }}")
+    assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGINT)] == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    assert signal.getitimer(signal.ITIMER_PROF) == signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_operation_that_can_not_be_interrupted_ends_the_process_at_last_and_shows_where() -> None:
+    script = (
+        "from qlora_cli import bounded\n"
+        "bounded.LAST_SECONDS = 0.2 / bounded._num_cores()\n"
+        "def never_ends():\n"
+        "    value = ()\n"
+        "    for _ in range(60):\n"
+        "        value = (value, value)\n"
+        "    return hash(value)\n"
+        "bounded.within_seconds(never_ends, 0.1 / bounded._num_cores())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGPROF
+    assert "in never_ends" in done.stderr
+    assert "in within_seconds" in done.stderr
+
+
+def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    begin = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        try_template(NEVER_ENDS[2])
+    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
+    assert psutil.Process().children() == []
