@@ -18,7 +18,7 @@ from qlora_cli.bounded import DeadlyError, TimeOutError
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path, open_regular
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, try_template, within_limits
+from qlora_cli.tokenizing.rendering import ENDLESS, OTHER_TEMPLATE, TEMPLATE_ERRORS, try_template, within_limits
 from qlora_cli.units import MIB, format_bytes
 
 DEFAULT = "default"  # the name of the template that is taken unless another is asked for
@@ -188,6 +188,8 @@ def _check(text: str, where: str) -> None:
             f"{where}: the chat template nests too deeply to be compiled, or takes too much time or memory",
             hint=OTHER_TEMPLATE,
         ) from error
+    except TEMPLATE_ERRORS as error:  # such as a number of thousands of digits, which can't be written
+        raise ModelError(f"{where}: the chat template can't be compiled: {error}", hint=OTHER_TEMPLATE) from error
 
 
 def _text_of(path: Path, hint: str) -> str:

@@ -19,8 +19,12 @@ from qlora_cli.units import MIB, counted
 
 Messages = Sequence[dict[str, Any]]
 
-# What it does to messages that it was not written for may fail in any way.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# What it does to messages that it was not written for may fail in any way. NameError: Jinja writes what is infinite as
+# `inf`. RuntimeError, of which one in ENDLESS is a kind: a `cycler` of nothing.
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(NameError, RuntimeError),
+)
 # What becomes of one that nests without an end, when it is compiled or when it runs.
 ENDLESS = (RecursionError, MemoryError, SyntaxError, SystemError)
 LONGEST_SECONDS = 4.0  # for one conversation; they are rendered within milliseconds
@@ -89,8 +93,6 @@ def render(
     given = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
     try:
         text = within_limits(apply, _characters(messages) + len(str(tools)) + len(str(variables)))
-    except TEMPLATE_ERRORS as error:
-        raise RefusedError(str(error)) from error
     except TimeOutError as error:
         raise ModelError(
             f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {given}", hint=OTHER_TEMPLATE
@@ -101,6 +103,8 @@ def render(
         if tools or any("tool_calls" in message for message in messages):
             raise RefusedError("it calls itself too often for what tools and calls of them hold") from error
         raise endless(error) from error
+    except TEMPLATE_ERRORS as error:
+        raise RefusedError(str(error)) from error
     if len(text) > LONGEST_TEXT:
         raise ModelError(
             f"the chat template writes {counted(len(text), 'character')} for {given}", hint=OTHER_TEMPLATE

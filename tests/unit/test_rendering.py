@@ -117,6 +117,35 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
         Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if 1e308 * 10 %}x{% endif %}",
+        "{% set x = -1e999 %}{{ x }}",
+        "{{ messages[1e999] }}",
+        "{{ cycler() }}",
+        "{% set n = namespace(x=1) %}{% for i in range(16) %}{% set n.x = n.x * 10**300 %}{% endfor %}{{ n.x }}",
+    ],
+)
+def test_what_goes_wrong_in_a_template_is_its_refusal_of_the_messages(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(RefusedError):
+        render(tokenizer, CHAT)
+    assert render_all(tokenizer, [CHAT]) is None
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, f"0x{'F' * 5000}", f"0b{'1' * 20_000}", "10**5000"])
+@pytest.mark.parametrize("template", ["{{{{ {} }}}}", "{{% set x = {} %}}", "{{% if [{}] %}}{{% endif %}}"])
+def test_a_number_that_can_not_be_written_is_an_error_that_names_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, number: str, template: str
+) -> None:
+    (tmp_path / "a.jinja").write_text(template.format(number))
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be compiled: Exceeds the limit"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("template", MEMORY)
