@@ -7,16 +7,28 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from qlora_cli.errors import UsageError
+
 PACKAGE = Path(__file__).parent
 
 
 def cache_folder(part: str) -> Path:
-    """Return where results of one kind are kept: below `QLORA_CACHE`, or the user's cache directory."""
+    """Return where results of one kind are kept: below `QLORA_CACHE`, or the user's cache directory.
+
+    Raises:
+        UsageError: the name of that directory is no UTF-8.
+    """
     given = os.environ.get("QLORA_CACHE")
-    if given:
-        return Path(given) / part
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "qlora" / part
+    folder = Path(given) if given else Path(base) / "qlora"
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:  # what writes tables takes no such name
+        raise UsageError(
+            f"results can't be kept in {str(folder)!r}: the name is no UTF-8",
+            hint="Set QLORA_CACHE to a directory that has another name.",
+        ) from error
+    return folder / part
 
 
 def is_name(name: str) -> bool:

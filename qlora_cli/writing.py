@@ -154,16 +154,27 @@ def copy_file(source: Path, target: Path) -> None:
         OSError: it leads out of its directory.
     """
     if leads_out(source):
-        raise PermissionError(f"{source} is a link out of its directory, to {source.resolve()}: it is not followed")
+        end = end_of(source) or "itself"
+        raise PermissionError(f"{source} is a link out of its directory, to {end}: it is not followed")
     shutil.copyfile(source.resolve(), target)
 
 
 def leads_out(file: Path) -> bool:
     """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache beside it."""
-    place, real = file.parent.resolve(), file.resolve()
+    place, real = file.parent.resolve(), end_of(file)
+    if real is None:
+        return True
     # A snapshot of that cache is a folder of links.
     blobs = [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
     return not any(real.is_relative_to(folder) for folder in (place, *blobs))
+
+
+def end_of(file: Path) -> Path | None:
+    """Return where a path leads in the end, through all links; None if they lead round in a circle."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):  # as Python up to 3.12 says it
+        return None
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -38,7 +38,7 @@ from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
 from qlora_cli.settings.settle import in_section, made_in_code, of_run
-from qlora_cli.writing import leads_out
+from qlora_cli.writing import end_of, leads_out
 
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
 TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -139,7 +139,8 @@ def _notes_on_links(source: ModelSource) -> Iterator[str]:
     """Yield in words which files of the base are not put beside the result, since they are links to elsewhere."""
     for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
         if leads_out(path):
-            yield f"{path} is a link out of its directory, to {path.resolve()}: it is not put beside the result"
+            end = end_of(path) or "itself"
+            yield f"{path} is a link out of its directory, to {end}: it is not put beside the result"
 
 
 def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
-from qlora_cli.merging.places import output_of
+from qlora_cli.merging.places import output_of, output_problem
 from qlora_cli.model_files.source import check_model_name
-from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
@@ -69,7 +68,7 @@ def _check_name(name: str, request: MergeCommandSettings) -> QloraError | None:
 
 
 def _about_places(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
-    if wrong := check_free_directory(output_of(request)):
+    if wrong := output_problem(request):
         yield _problem(where("merge.output"), wrong)
     if wrong := push_problem(request.merge, output_of(request)):
         yield _problem(where("merge.push_to_hub"), wrong)

@@ -21,14 +21,13 @@ from qlora_cli.merging.formats import Formats
 from qlora_cli.merging.inputs import Inputs, read_inputs
 from qlora_cli.merging.laboratory import Laboratory
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.places import name_of, output_of
+from qlora_cli.merging.places import name_of, output_of, output_problem
 from qlora_cli.merging.plan import MergePlan, plan_merge
 from qlora_cli.merging.preflight import check_merge
 from qlora_cli.merging.report import applied_adapters, report_of
 from qlora_cli.merging.result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
 from qlora_cli.merging.verify import failure, verify
 from qlora_cli.merging.write import write_weights
-from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.choices import BaseWeights
 from qlora_cli.settings.models import MergeCommandSettings
 from qlora_cli.writing import fill_directory
@@ -190,7 +189,7 @@ class _Job:
         for name, place in formats.places(directory).items():
             write_record(place, inputs, result, formats.by_name[name])
         self._result = replace(result, bytes_written=size_of(directory))
-        if problem := check_free_directory(output_of(request)):
+        if problem := output_problem(request):
             raise problem  # something has come there meanwhile, such as another merge, and is not replaced
 
     def _exported(self, directory: Path) -> Mapping[str, Requantized]:

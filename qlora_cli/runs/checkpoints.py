@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from qlora_cli.units import format_bytes
 from qlora_cli.writing import clear_left_over, discard, flush, move_aside, publish_directory, staging
 
 TRAINER_STATE = "trainer_state.json"
+STEP = re.compile(rf"{re.escape(STEP_PREFIX)}[0-9]{{1,18}}")  # with more digits no run gave it, nor may it get longer
 
 
 def step_of(checkpoint: Path) -> int:
@@ -174,8 +176,12 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    numbered = ((path, path.name.removeprefix(STEP_PREFIX)) for path in folder.glob(f"{STEP_PREFIX}*"))
-    return sorted((path for path, number in numbered if number.isascii() and number.isdigit()), key=step_of)
+    return sorted(filter(is_named_by_step, folder.glob(f"{STEP_PREFIX}*")), key=step_of)
+
+
+def is_named_by_step(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    return STEP.fullmatch(path.name) is not None
 
 
 def beyond_limit(checkpoints: list[Path], num_kept: int, best_step: int | None) -> list[Path]:

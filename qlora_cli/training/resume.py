@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory, path_problem
-from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, list_checkpoints, step_of
+from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, is_named_by_step, list_checkpoints, step_of
 from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
 from qlora_cli.runs.record import RunRecord, load_record, read_record
 from qlora_cli.runs.result import TrainResult
@@ -123,7 +123,8 @@ def _came_from(record: RunRecord | None, asked: Path) -> bool:
     """Whether a run went on from `asked`, a checkpoint or its run, so that its own checkpoints count."""
     if record is None or not _may_be_there(asked):
         return False
-    places = {place.resolve() for entry in record.resumed for place in record.places_resumed(entry)}
+    named = (place for entry in record.resumed for place in record.places_resumed(entry))
+    places = {place.resolve() for place in named if _may_be_there(place)}
     return asked.resolve() in places | {place.parent.parent for place in places}
 
 
@@ -147,7 +148,7 @@ def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
             hint="Choose a new --output, or that of the run to go on with.",
         )
     newest = list_checkpoints(run.checkpoints)[-1:]
-    if is_same and (path / TRAINER_STATE).is_file() and [path.resolve()] != [found.resolve() for found in newest]:
+    if is_same and _is_checkpoint(path) and [path.resolve()] != [found.resolve() for found in newest]:
         return OutputDirectoryError(
             f"{output.path} has checkpoints after {path.name}, which the run would write over",
             hint="Go on from there in a new --output.",
@@ -157,9 +158,13 @@ def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
 
 def _run_of(path: Path) -> RunDirectory | None:
     """Return the run that `path` is, or is a checkpoint of."""
-    if (path / TRAINER_STATE).is_file():
+    if _is_checkpoint(path):
         return RunDirectory(path.absolute().parent.parent)
     return RunDirectory(path) if RunDirectory(path).is_run else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return is_named_by_step(path) and (path / TRAINER_STATE).is_file()
 
 
 def find_resume(output: OutputSettings) -> Resume | None:
@@ -176,7 +181,7 @@ def find_resume(output: OutputSettings) -> Resume | None:
     record = None if run is None else _record_in(run)
     if run is None or record is None:
         return None
-    is_one = asked is not None and (asked / TRAINER_STATE).is_file()
+    is_one = asked is not None and _is_checkpoint(asked)
     candidates = [asked] if asked is not None and is_one else list_checkpoints(run.checkpoints)
     damaged: list[str] = []
     for checkpoint in reversed(candidates):

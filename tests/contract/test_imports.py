@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
     "events": set(),
-    "cache": set(),
+    "cache": {"errors"},
     "bounded": {"units"},
     "garbage": set(),
     "visible": set(),

@@ -7,6 +7,7 @@ import pytest
 
 from qlora_cli import cache
 from qlora_cli.data.tokenizing import encode
+from qlora_cli.errors import UsageError
 from qlora_cli.memory import answers
 from tests.predictions import REPORT
 
@@ -33,6 +34,18 @@ def test_other_parts_and_templates_of_pages_do_not(package: Path, changed: str) 
     before = cache.digests_of_code(("one", "single.py"))
     (package / changed).write_text("changed")
     assert cache.digests_of_code(("one", "single.py")) == before
+
+
+@pytest.mark.parametrize("name", ["QLORA_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_whose_name_is_no_utf_8_is_an_error_that_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("QLORA_CACHE", raising=False)
+    monkeypatch.setenv(name, f"{tmp_path}/\udcff")
+    with pytest.raises(UsageError, match="the name is no UTF-8") as caught:
+        cache.cache_folder("data")
+    assert "QLORA_CACHE" in str(caught.value.hint)
+    assert "\udcff" not in str(caught.value)
 
 
 def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(

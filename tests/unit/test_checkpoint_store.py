@@ -111,6 +111,16 @@ def test_an_old_checkpoint_of_which_a_file_was_edited_stays_and_is_said(store: C
     assert store.make_way(1) == {store.folder / ".kept-step-1": reason}
 
 
+@pytest.mark.parametrize("digits", [19, 250])
+def test_a_folder_with_a_number_that_no_step_has_is_no_checkpoint(store: CheckpointStore, digits: int) -> None:
+    odd = store.folder / f"step-{'9' * digits}"
+    odd.mkdir()
+    assert save(store, 1, 2, 3) == {}
+    assert store.set_aside(2) == [store.folder / ".damaged-step-3"]
+    assert odd in store.folder.iterdir()
+    assert [path.name for path in list_checkpoints(store.folder)] == ["step-2"]
+
+
 def test_a_folder_or_a_link_by_the_name_of_a_checkpoint_stays(store: CheckpointStore, tmp_path: Path) -> None:
     (store.folder / "step-1").mkdir()
     (store.folder / "step-1" / "thesis").touch()

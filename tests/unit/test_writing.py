@@ -21,6 +21,7 @@ from qlora_cli.writing import (
     delete,
     discard,
     end_line,
+    end_of,
     fill_directory,
     move_aside,
     private_file,
@@ -387,6 +388,16 @@ def test_what_is_moved_aside_replaces_nothing(tmp_path: Path) -> None:
     assert move_aside(tmp_path / "folder", "old-folder").name.startswith("old-folder-")
     assert (tmp_path / "old").read_text() == "one"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("target", ["LICENSE", "other"])
+def test_a_link_that_leads_round_in_a_circle_is_not_followed(tmp_path: Path, target: str) -> None:
+    (tmp_path / "LICENSE").symlink_to(target)
+    (tmp_path / "other").symlink_to("LICENSE")
+    assert end_of(tmp_path / "LICENSE") in {None, tmp_path / "LICENSE"}  # as Python says it from 3.13 on
+    with pytest.raises(OSError, match="LICENSE"):
+        copy_file(tmp_path / "LICENSE", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snapshot_is(
