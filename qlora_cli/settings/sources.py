@@ -14,11 +14,9 @@ import yaml
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.models import SECTIONS
-from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
+from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, refused
 from qlora_cli.units import format_bytes
 
-# ValueError: what looks like a date and is none. The rest: an explicit tag on what is none, as `!!int ""`.
-UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 # `code`: settings that were made without a command line. `found`: not asked for, but what a file or a machine says.
 Kind = Literal["default", "file", "set", "flag", "code", "found"]
 GIVEN: frozenset[Kind] = frozenset({"file", "set", "flag", "code"})

@@ -15,6 +15,8 @@ DEEPEST = 20  # lists and mappings in each other; settings have four
 LONGEST_NUMBER = 256  # characters: what is written so, also in base 16 or 60, is no more than a float can be
 NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_:.+-]*")  # also what YAML reads as a text for all that
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# ValueError: what looks like a date and is none. The rest: an explicit tag on what is none, as `!!int ""`.
+UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -292,12 +292,21 @@ def test_files_of_a_config_are_written_in_every_way_that_datasets_reads(
     "value",
     [
         *("../a.jsonl", "/etc/passwd", "hf://datasets/a/b.jsonl", "[{split: train}]", "{train: 5}", "[[a], b]", "*x"),
-        "&x a.jsonl",
-        "[" * 30 + "]" * 30,
+        *("&x a.jsonl", "[" * 30 + "]" * 30, f"0x{'F' * 5000}", "5", "true", "2024-01-01", "!!set {a}", "{a: {b: c}}"),
+        *("x" * 5000, f"'{'x' * 5000}*'", f"'{'*/' * 3000}*'", '"a\\0b"', '"\\ud800*"', "[null]", "!!binary eA=="),
+        *('!!int ""', "!!bool x", "!!timestamp x", '{? !!float "" : x}'),
     ],
 )
 def test_a_card_that_cannot_be_followed_is_an_error(place: Callable[..., str], value: str) -> None:
     path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n")
+    assert "README.md: its configs can't be read" in str(refusal(path))
+    assert len(str(refusal(path))) < 400
+
+
+@pytest.mark.parametrize("value", ["..", "/", "5", "[a]", "x" * 5000, '"a\\0b"', '"\\ud800"', "!!binary eA=="])
+@pytest.mark.parametrize("files", ["", "\n  data_files: '*'"])
+def test_a_folder_of_the_card_that_can_be_none_is_an_error(place: Callable[..., str], value: str, files: str) -> None:
+    path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_dir: {value}{files}\n---\n")
     assert "README.md: its configs can't be read" in str(refusal(path))
 
 
@@ -346,6 +355,17 @@ def test_a_file_that_is_only_called_as_metadata_changes_nothing(
 ) -> None:
     path = place("train.jsonl", "test.jsonl")
     (Path(path) / name).write_text(content)
+    assert files_of(path) == ["train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["\0", "a\0.arrow", "\ud800.arrow", "x" * 300 + ".arrow", "..", "", "/", 5, None, ["a"]]
+)
+def test_metadata_with_names_that_can_be_no_files_changes_nothing(place: Callable[..., str], name: object) -> None:
+    path = place("train.jsonl", "test.jsonl")
+    (Path(path) / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    (Path(path) / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    (Path(path) / "dataset_info.json").write_text(json.dumps({"splits": {str(name): 5}}))
     assert files_of(path) == ["train.jsonl"]
 
 

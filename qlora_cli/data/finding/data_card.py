@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from qlora_cli.data.finding.globs import matches
-from qlora_cli.data.finding.kinds import is_data, printable
+from qlora_cli.data.finding.kinds import is_data, may_be_path, printable
 from qlora_cli.data.finding.split_names import TRAIN
+from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
-from qlora_cli.files import open_regular
-from qlora_cli.settings.yaml_limits import MOST_BYTES, refused
+from qlora_cli.files import existing_path, open_regular
+from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, refused
 
 CARD = "README.md"
 MOST_CHARACTERS = 4 * MOST_BYTES  # of a card that are read; those of data sets with hundreds of configs have a tenth
@@ -56,7 +57,7 @@ def configs_of(directory: Path) -> list[CardConfig]:
         if (refusal := refused(block[0])) is not None:
             raise ValueError(refusal.message)
         return [_config(directory, value) for value in yaml.safe_load(block[0])["configs"] or ()]
-    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{printable(card)}: its configs can't be read ({str(error).partition(chr(10))[0]})",
             hint=f"Correct it, or name the files: {printable(directory)}/*.parquet",
@@ -76,7 +77,7 @@ def choose_config(configs: Sequence[CardConfig], asked: str | None, name: str) -
     names = [config.name for config in configs]
     said = f"no config {asked}" if asked else "several configs"
     raise DataError(
-        f"{name} has {said}: its {CARD} names {', '.join(names)}", hint=f"For the first one write {name}:{names[0]}"
+        f"{name} has {said}: its {CARD} names {listed(names)}", hint=f"For the first one write {name}:{names[0]}"
     )
 
 
@@ -89,9 +90,10 @@ def files_of(config: CardConfig) -> dict[str, tuple[Path, ...]]:
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
-    if (folder / pattern).is_file():
-        return [folder / pattern]
-    if (folder / pattern).is_dir():
+    path = existing_path(folder / pattern)
+    if path is not None and path.is_file():
+        return [path]
+    if path is not None and path.is_dir():
         pattern = f"{pattern}/**"
     found = [path for path in matches(f"{escape(str(folder))}/{pattern}") if path.is_file()]
     return [path for path in found if is_data(path)] or found
@@ -99,7 +101,7 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 def _config(directory: Path, value: Any) -> CardConfig:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{value!r} is no config")
+        raise TypeError(f"{_shown(value)} is no config")
     folder = directory / _inside(value.get("data_dir") or ".")
     patterns = _patterns(value["data_files"]) if value.get("data_files") else {}
     return CardConfig(
@@ -118,16 +120,24 @@ def _patterns(value: Any) -> dict[str, list[str]]:
         value = {each["split"]: each["path"] for each in value}
     elif isinstance(value, list):
         value = {TRAIN: value}
-    return {str(split): [found] if isinstance(found, str) else list(found) for split, found in value.items()}
+    if not isinstance(value, dict):
+        raise TypeError(f"{_shown(value)} names no files")
+    return {str(split): found if isinstance(found, list) else [found] for split, found in value.items()}
 
 
-def _inside(pattern: str) -> str:
+def _shown(value: object) -> str:
+    return listed([repr(value)])
+
+
+def _inside(pattern: object) -> str:
     """Return a pattern that stays in its directory.
 
     Raises:
-        ValueError: it leads out of it.
+        ValueError: it leads out of it, or can be no path.
     """
+    if not may_be_path(pattern):
+        raise ValueError(f"{_shown(pattern)} can be no path")
     path = PurePosixPath(pattern)
     if "://" in pattern or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{pattern} is not in this directory")
+        raise ValueError(f"{_shown(pattern)} is not in this directory")
     return pattern

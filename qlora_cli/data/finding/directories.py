@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_cli.data.finding.data_card import CARD, choose_config, configs_of, files_of
 from qlora_cli.data.finding.globs import directories_below
-from qlora_cli.data.finding.kinds import is_data, kinds, printable
+from qlora_cli.data.finding.kinds import is_data, kinds, may_be_path, printable
 from qlora_cli.data.finding.split_names import TRAIN, WORDS, named, shard_of, split_of_prefix, splits_told, words_in
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
@@ -131,19 +131,26 @@ def _splits(files: Mapping[str, Iterable[Path]]) -> tuple[Split, ...]:
 
 def _saved(path: Path) -> Directory | None:
     """Return what `save_to_disk` wrote, if it wrote the directory: a data set, or a folder for each split."""
-    if isinstance(names := _metadata(path / DATASET_DICT).get("splits"), list):
-        folders = [Path(str(each)).name for each in names]
-        return Directory(path=path, splits=_splits({name: _saved_files(path / name) or () for name in folders}))
+    if names := _names(_metadata(path / DATASET_DICT).get("splits")):
+        return Directory(path=path, splits=_splits({name: _saved_files(path / name) for name in names}))
     files = _saved_files(path)
-    return None if files is None else Directory(path=path, files=files)
+    return Directory(path=path, files=files) if files else None
 
 
-def _saved_files(path: Path) -> tuple[Path, ...] | None:
-    """Return the files of one data set that `save_to_disk` wrote; None if it wrote none there."""
+def _saved_files(path: Path) -> tuple[Path, ...]:
+    """Return the files of one data set that `save_to_disk` wrote; none if it wrote none there."""
     found = _metadata(path / SAVED_STATE).get("_data_files")
-    if not isinstance(found, list) or not all(isinstance(each, dict) and "filename" in each for each in found):
-        return None
-    return tuple(path / Path(str(each["filename"])).name for each in found)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        return ()
+    return tuple(path / name for name in _names([each.get("filename") for each in found]))
+
+
+def _names(values: object) -> list[str]:
+    """Return the last parts of paths, each the name of something in a directory; none at all if one is none."""
+    if not isinstance(values, list):
+        return []
+    names = [Path(value).name if may_be_path(value) else "" for value in values]
+    return names if all(name not in ("", "..") for name in names) else []
 
 
 def _cached(path: Path, entries: Iterable[Path]) -> Directory | None:

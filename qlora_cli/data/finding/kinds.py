@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 from qlora_cli.errors import DataError
 from qlora_cli.files import open_regular
@@ -15,6 +16,7 @@ METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.j
 # What `map` of `datasets` leaves where it read: a result and no data. With a name of the user's own only beside these.
 MAP_CACHE = re.compile(r"cache-[0-9a-f]{16}(_[0-9]{5}_of_[0-9]{5})?\.arrow")
 NAMED_CACHE, BESIDE_CACHES = re.compile(r"cache-.*\.arrow"), ("state.json", "dataset_info.json")
+LONGEST_PATH, LONGEST_PART = 4000, 255  # bytes, of which Linux takes a few more behind a directory's own path
 POINTER, LONGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
 
 
@@ -26,6 +28,17 @@ def kinds() -> str:
 def printable(path: Path) -> str:
     """Return `path` as text that can be written anywhere: bytes in it that are no UTF-8 become `\ufffd`."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def may_be_path(text: object) -> TypeGuard[str]:
+    """Whether a value in a file of others can be the name of a file, or a path to one: a text that systems take."""
+    if not isinstance(text, str) or "\0" in text:
+        return False
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
+    return len(encoded) <= LONGEST_PATH and all(len(part) <= LONGEST_PART for part in encoded.split(b"/"))
 
 
 def suffixes_of(path: Path) -> tuple[str, str | None] | None:
