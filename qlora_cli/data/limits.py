@@ -17,10 +17,58 @@ MOST_EXPANSION = 200
 ALWAYS_EXPANDED = 256 * MIB  # bytes that an archive may have inside, however small it is
 # Of a text: rows are written with some between them, and a file of nothing else is read for minutes.
 MOST_BLANK_LINES, MOST_BLANK_FOR_EACH_ROW = 1_000_000, 10
+# Of a file of columns, for each of its bytes: a row of text is tens of bytes, rarely a tenth of one if all are alike.
+MOST_ROWS_PER_BYTE, ALWAYS_ROWS = 10, 100_000
+MOST_VALUES_PER_BYTE, ALWAYS_VALUES = 200, 2**24  # the padding of tokens takes almost nothing
+MOST_BAD_ROWS_LISTED = 10_000
 
 TOO_LONG = f"longer than {format_bytes(LONGEST_ROW)}"
 TOO_DEEP = f"nested too deeply to be read (more than {DEEPEST} lists and objects in each other)"
 SHOWN_NAMES, SHOWN_CHARACTERS = 20, 60
+
+
+class Allowance:
+    """What the file `name` of `num_bytes` may be made into; in columns, nulls and equal values take no room."""
+
+    def __init__(self, name: str, num_bytes: int) -> None:
+        self._name = name
+        self._rows = max(ALWAYS_ROWS, MOST_ROWS_PER_BYTE * num_bytes)
+        self._values = max(ALWAYS_VALUES, MOST_VALUES_PER_BYTE * num_bytes)
+        self._bytes = max(ALWAYS_EXPANDED, MOST_EXPANSION * num_bytes)
+
+    def take(self, *, num_rows: int = 0, num_values: int = 0, num_bytes: int = 0) -> None:
+        """Take from what is left.
+
+        Raises:
+            DataError: there is less left.
+        """
+        self.check(num_rows=num_rows, num_values=num_values, num_bytes=num_bytes)
+        self._rows -= num_rows
+        self._values -= num_values
+        self._bytes -= num_bytes
+
+    def check(self, *, num_rows: int = 0, num_values: int = 0, num_bytes: int = 0) -> None:
+        """Check that as much is left.
+
+        Raises:
+            DataError: there is less left.
+        """
+        if num_rows > self._rows:
+            raise self._error(f"has more than {MOST_ROWS_PER_BYTE} rows for each of its bytes, and {ALWAYS_ROWS:,}")
+        if num_values > self._values:
+            raise self._error(
+                f"has more than {MOST_VALUES_PER_BYTE} values for each of its bytes, and {ALWAYS_VALUES:,}"
+            )
+        if num_bytes > self._bytes:
+            raise self._error(
+                f"expands to more than {MOST_EXPANSION} times its size, and {format_bytes(ALWAYS_EXPANDED)}"
+            )
+
+    def _error(self, what: str) -> DataError:
+        return DataError(
+            f"{self._name} {what}",
+            hint="Is it text to train on? If it is, write the file anew as JSON lines.",
+        )
 
 
 def check_columns(columns: Collection[str], name: str) -> None:

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.report import NEARLY_EQUAL, describe_mixture
 from qlora_cli.data.feeding.stream import BECAME
+from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
 from qlora_cli.data.showing.preview import preview_rows
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import TrainSettings
@@ -48,9 +49,16 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
         (report.rows_without_supervision, "without a token to train, not fed"),
         (report.duplicate_rows, f"that repeat an earlier one, {repeated}"),
         (report.near_duplicate_rows or 0, f"held out {NEARLY_EQUAL}"),
-        (report.bad_rows, f"that can't be used, skipped; listed in {', '.join(map(str, data.skipped))}"),
+        (
+            report.bad_rows,
+            f"that can't be used, skipped; {_listed(report.bad_rows)} in {', '.join(map(str, data.skipped))}",
+        ),
     ]
     return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in found if number]
+
+
+def _listed(num_rows: int) -> str:
+    return "listed" if num_rows <= MOST_BAD_ROWS_LISTED else f"the first {MOST_BAD_ROWS_LISTED:,} of a data set listed"
 
 
 def note_stream(data: PreparedData, reporter: Reporter) -> None:

@@ -124,7 +124,10 @@ def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Pat
         read(path)
 
 
-def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(tmp_path: Path) -> None:
+def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ALWAYS_EXPANDED", 4096 * MIB)  # so that all may be decoded, one part after another
     text, path = "x" * 2_000_000, tmp_path / "a.parquet"
     for chat in (False, True):
         texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array([text]))

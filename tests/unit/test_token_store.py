@@ -15,6 +15,7 @@ from qlora_cli import writing
 from qlora_cli.cache import digest_of
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.rows.examples import RowError
+from qlora_cli.data.tokenizing import store
 from qlora_cli.data.tokenizing.store import (
     ABOUT,
     SKIPPED,
@@ -81,6 +82,19 @@ def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(tab
     assert found[7]["input_ids"] == list(range(8))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (table, table.parent, *table.iterdir())}
     assert modes == {table.name: 0o700, "data": 0o700, TOKENS: 0o600, ABOUT: 0o600, SKIPPED: 0o600}
+
+
+def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MOST_BAD_ROWS_LISTED", 2)
+    writer = Writer(tmp_path)
+    for number in range(5):
+        writer.skip(RawRow("rows.jsonl", number, None, None, "broken JSON", 1), RowError("it is broken"))
+    writer.close()
+    lines = (tmp_path / SKIPPED).read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [0, 1]
+    assert writer.num_bad == 5
 
 
 def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_made_anew(table: Path) -> None:

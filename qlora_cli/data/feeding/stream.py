@@ -20,6 +20,7 @@ from datasets import Features, IterableDataset, List, Value
 from qlora_cli.data.feeding.held_out import HeldOut
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.finding.sources import DatasetSource
+from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
 from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row
 from qlora_cli.data.reading.raw import Wanted
@@ -201,7 +202,7 @@ class _Part:
         if self._settings.on_bad_row == OnBadRow.ERROR:
             raise bad_row(row)
         self.counts["bad"] += 1
-        if is_first and self._skipped_file is not None:
+        if is_first and self._skipped_file is not None and self.counts["bad"] <= MOST_BAD_ROWS_LISTED:
             append_line(self._skipped_file, json.dumps(asdict(row)))
 
     def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow
 from pyarrow import types
 
-from qlora_cli.data.limits import DEEPEST, check_columns
+from qlora_cli.data.limits import DEEPEST, Allowance, check_columns
+from qlora_cli.data.reading.arrow_sizes import take_from
 from qlora_cli.data.reading.arrow_values import BYTES_OF_TEXT
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS
 from qlora_cli.data.reading.raw import Wanted
@@ -52,11 +53,12 @@ def _check_type(field: Any, name: str) -> None:
         )
 
 
-def checked_batches(batch: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """Yield short parts of a record batch, of `columns` alone.
+def checked_batches(batch: Any, columns: Sequence[str], allowance: Allowance | None) -> Iterator[Any]:
+    """Yield short parts of a record batch, of `columns` alone. `allowance` is that of the file, if it is of one.
 
     Raises:
         ArrowInvalid: a place in it lies outside.
+        DataError: it is of more rows, values or bytes than the file may be.
     """
     chosen = batch.select(columns)
     try:
@@ -65,6 +67,8 @@ def checked_batches(batch: Any, columns: Sequence[str]) -> Iterator[Any]:
         # Text that is not UTF-8, or a time beyond midnight, is a fault of its row alone, told when its value is made.
         for column in chosen.columns:
             column.view(_as_stored(column.type)).validate(full=True)
+    if allowance is not None:
+        take_from(allowance, chosen.columns, batch.num_rows)
     for start in range(0, batch.num_rows, BATCH_ROWS):
         yield chosen.slice(start, BATCH_ROWS)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 from pyarrow import types
 
+from qlora_cli.data.reading.arrow_sizes import bytes_of
 from qlora_cli.data.reading.arrow_times import write_date, write_duration, write_interval, write_moment, write_time
 from qlora_cli.data.reading.json_text import JsonValues
 
@@ -57,7 +58,7 @@ def rows_of(batch: Any) -> Iterator[RowValue]:
 
 def _rows_of(names: Sequence[str], columns: Sequence[Any], num_rows: int) -> Iterator[RowValue]:
     """Yield the rows of columns, which are cut in two until a part is small enough."""
-    num_bytes = sum(map(_bytes_of, columns))
+    num_bytes = sum(map(bytes_of, columns))
     if num_rows > 1 and num_bytes > BATCH_BYTES:
         middle = num_rows // 2
         yield from _rows_of(names, [column.slice(0, middle) for column in columns], middle)
@@ -84,31 +85,6 @@ def _problems_in(row: dict[str, Any]) -> Iterator[str]:
             elif isinstance(value, list):
                 parts += [(f"{where}[{place}]", part) for place, part in enumerate(value)]
         level = parts
-
-
-def _bytes_of(array: Any) -> float:
-    """Return about how much the values of `array` are; some types keep one for several places."""
-    kind = array.type
-    if not len(array):  # of which a file has no offsets; pyarrow would look for them all the same, and end the process
-        return 0.0
-    if isinstance(array, pyarrow.ExtensionArray):
-        return _bytes_of(array.storage)
-    if types.is_dictionary(kind):
-        return float(array.indices.nbytes) + len(array) * _bytes_per_value(array.dictionary)
-    if types.is_run_end_encoded(kind):
-        return len(array) * _bytes_per_value(array.values)
-    if types.is_list_view(kind) or types.is_large_list_view(kind):
-        return float(sum(array.sizes.to_pylist())) * _bytes_per_value(array.values)
-    if types.is_struct(kind):
-        return sum((_bytes_of(array.field(place)) for place in range(kind.num_fields)), 0.0)
-    if types.is_list(kind) or types.is_large_list(kind):
-        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        return float(array.offsets.nbytes) + _bytes_of(array.values.slice(first, last - first))
-    return float(array.nbytes)
-
-
-def _bytes_per_value(array: Any) -> float:
-    return _bytes_of(array) / max(1, len(array))
 
 
 class _Reader:

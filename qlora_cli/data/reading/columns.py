@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_cli.data.finding.kinds import printable
+from qlora_cli.data.limits import Allowance
 from qlora_cli.data.reading.arrow_messages import FILE_MARK, check_messages
-from qlora_cli.data.reading.parquet_groups import rows_at_once
+from qlora_cli.data.reading.parquet_groups import num_values, rows_at_once
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, reading
 from qlora_cli.errors import DataError
 
 
 class Batches(NamedTuple):
-    """Record batches of a table, the names of all its columns, and of those that are in use."""
+    """Record batches of a table, the names of all its columns, and of those that are in use.
+
+    `allowance` is what its file may be made into; None if it has no file, as a table of the hub.
+    """
 
     names: Sequence[str]
     columns: Sequence[str]
     batches: Iterable[Any]
+    allowance: Allowance | None = None
 
 
 def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
@@ -33,6 +38,8 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     with _open_parquet(path) as file:
         schema = file.schema_arrow
         columns = columns_to_read(schema, wanted, printable(path))
+        allowance = _allowance_of(path)
+        allowance.check(num_rows=file.metadata.num_rows, num_values=num_values(file.metadata, columns))
         number, rows = 1, wanted.rows
         for group in range(file.num_row_groups):
             metadata = file.metadata.row_group(group)
@@ -41,14 +48,20 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
                 with path.open("rb") as pages:
                     batch_rows = rows_at_once(pages, metadata, columns, printable(path))
                 batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)
-                yield from rows_of_batches(printable(path), Batches(schema.names, columns, batches), number, wanted)
+                read = Batches(schema.names, columns, batches, allowance)
+                yield from rows_of_batches(printable(path), read, number, wanted)
             number += num_rows
 
 
 def count_parquet(path: Path) -> int:
     """Return the number of rows, from the footer."""
     with _open_parquet(path) as file:
+        _allowance_of(path).check(num_rows=file.metadata.num_rows)
         return int(file.metadata.num_rows)
+
+
+def _allowance_of(path: Path) -> Allowance:
+    return Allowance(printable(path), path.stat().st_size)
 
 
 @contextmanager
@@ -74,7 +87,9 @@ def read_arrow(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
 def count_arrow(path: Path) -> int:
     """Return the number of rows, without reading their values."""
     with _decoding(path), _open_arrow(path, Wanted(columns=lambda _: ())) as read:
-        return sum(batch.num_rows for batch in read.batches)
+        num_rows = sum(int(batch.num_rows) for batch in read.batches)
+    _allowance_of(path).check(num_rows=num_rows)
+    return num_rows
 
 
 @contextmanager
@@ -95,7 +110,7 @@ def _open_arrow(path: Path, wanted: Wanted) -> Iterator[Batches]:
         file.seek(0)
         reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=places))
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield Batches(schema.names, columns, batches)
+        yield Batches(schema.names, columns, batches, _allowance_of(path))
 
 
 @contextmanager
@@ -126,7 +141,7 @@ def rows_of_batches(name: str, read: Batches, number: int = 1, wanted: Wanted = 
     from qlora_cli.data.reading.arrow_values import rows_of
 
     unread = dict.fromkeys(read.names)
-    for batch in (part for whole in read.batches for part in checked_batches(whole, read.columns)):
+    for batch in (part for whole in read.batches for part in checked_batches(whole, read.columns, read.allowance)):
         places = [place for place in range(batch.num_rows) if wanted.has(number + place)]
         if places:
             found = (row for part in _taken(batch, places) for row in rows_of(part))

@@ -31,10 +31,22 @@ def rows_at_once(file: BinaryIO, group: Any, columns: Sequence[str], name: str) 
     row_bytes = 0.0
     for place in range(group.num_columns):
         chunk = group.column(place)
-        if any(chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.") for column in columns):
+        if _is_of(chunk, columns):
             _check_expansion(chunk, name)
             row_bytes += _most_row_bytes(file, chunk, max(1, group.num_rows))
     return max(1, min(BATCH_ROWS, int(DECODED_BYTES // max(1.0, row_bytes))))
+
+
+def num_values(metadata: Any, columns: Sequence[str]) -> int:
+    """Return how many values a file has in `columns` by its metadata, nulls among them."""
+    groups = (metadata.row_group(place) for place in range(metadata.num_row_groups))
+    chunks = (group.column(place) for group in groups for place in range(group.num_columns))
+    return sum(chunk.num_values for chunk in chunks if _is_of(chunk, columns))
+
+
+def _is_of(chunk: Any, columns: Sequence[str]) -> bool:
+    path = chunk.path_in_schema
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
 def _check_expansion(chunk: Any, name: str) -> None:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from qlora_cli.cache import cache_folder, is_name
+from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
 from qlora_cli.data.opening.skipped import SkippedRow
 from qlora_cli.data.reading.arrow_messages import check_messages
 from qlora_cli.data.reading.readers import RawRow
@@ -102,7 +103,7 @@ class About:
         recognised: The same, with the columns that are not called as ours.
         files: The files that rows come from.
         num_rows: Rows of tokens.
-        num_bad: Rows that could not be used; `skipped_rows.jsonl` lists them.
+        num_bad: Rows that could not be used; `skipped_rows.jsonl` lists the first ones.
         num_empty: Of them, those that only lack an answer.
         notes: What a user should know, such as a turn that ends with an unusual token.
     """
@@ -144,10 +145,11 @@ class Writer:
             self._arrow.write_batch(_as_batch(records))
 
     def skip(self, row: RawRow, problem: RowError) -> None:
-        """Note down a row that can't be used, and why."""
+        """Note down a row that can't be used, and why; of very many, the first ones are listed."""
         self.num_bad += 1
         self.num_empty += problem.is_empty
-        self._skipped.write(json.dumps(asdict(SkippedRow.of(row, problem))) + "\n")
+        if self.num_bad <= MOST_BAD_ROWS_LISTED:
+            self._skipped.write(json.dumps(asdict(SkippedRow.of(row, problem))) + "\n")
 
     def close(self) -> None:
         """Complete the files."""
