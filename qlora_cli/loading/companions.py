@@ -49,9 +49,7 @@ def open_tokenizer(
     for place in places:
         check_tokenizer_files(place)
     with _together(places) as directory:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=trust_remote_code
-        )
+        tokenizer = _opened(directory, trust_remote_code=trust_remote_code)
     vocabulary = _place_of_vocabulary(places)
     tokenizer.name_or_path = str(vocabulary)
     known = tokenizer.get_vocab().keys()  # what an added_tokens.json adds is said of that file
@@ -62,6 +60,21 @@ def open_tokenizer(
         of_base = _tokenizer_of_base(places[-1], num_rows, trust_remote_code=trust_remote_code)
         notes += [of_base] if isinstance(of_base, str) else _differences(tokenizer, of_base, whose, known)
     return tokenizer, notes
+
+
+def _opened(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in `directory` after a trial: some of what its files hold is first used on a text.
+
+    Raises:
+        Exception: whatever transformers raises over files that are damaged or missing.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    encoded = tokenizer("text")
+    if tokenizer.model_input_names[0] not in encoded:  # by which batches are padded
+        raise ValueError(f"{tokenizer.model_input_names[0]} is nothing that it makes of a text")
+    # It is saved with the adapter; half a character can't be written.
+    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode("utf-8")
+    return tokenizer
 
 
 def _place_of_vocabulary(places: Sequence[Path]) -> Path:
@@ -147,7 +160,7 @@ def _faulty_key(content: Mapping[str, Any], error: Exception, file: Path, places
     def builds(changed: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(changed), encoding="utf-8")
         with _together(places) as directory:
-            AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # left open, it asks
+            _opened(directory, trust_remote_code=False)
 
     keys = faulty_keys(content, content, error, builds)
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -255,7 +268,7 @@ def _tokenizer_of_base(base: Path, num_rows: int, *, trust_remote_code: bool) ->
     if not has_vocabulary(base):
         return "the tokenizer is the adapter's; the base has none"
     try:
-        of_base: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        of_base = _opened(base, trust_remote_code=trust_remote_code)
         _add_listed(of_base, [base], base=base, num_rows=num_rows)
     except Exception as error:  # noqa: BLE001 - of a damaged file, tokenizers raises a bare one; it is not used
         return f"the tokenizer is the adapter's; that of the base can't be read: {str(error).splitlines()[0]}"

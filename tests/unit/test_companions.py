@@ -335,7 +335,11 @@ def test_nothing_is_left_of_what_was_put_together(base: Path, adapter: Path, mon
 
 BROKEN: dict[str, list[tuple[str, object]]] = {
     "special_tokens_map.json": [("additional_special_tokens", "x"), ("mask_token", {"content": 5})],
-    "tokenizer_config.json": [("extra_special_tokens", "x"), ("eos_token", 5), ("added_tokens_decoder", 3)],
+    "tokenizer_config.json": [
+        *[("extra_special_tokens", "x"), ("eos_token", 5), ("added_tokens_decoder", 3)],
+        # These are first used on a text, in a batch, and when the tokenizer is saved.
+        *[("model_max_length", "x"), ("model_max_length", [5]), ("model_input_names", ["a"]), ("legacy", "\ud800")],
+    ],
 }
 
 
@@ -358,7 +362,9 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
         return
     with pytest.raises(ModelError) as caught:
         load(base, adapter)
-    assert caught.value.message.startswith(f"{faulty / file} makes no tokenizer: {key} is {json.dumps(value)}: ")
+    assert caught.value.message.startswith(
+        f"{faulty / file} makes no tokenizer: {key} is {json.dumps(value, ensure_ascii=False)}: "
+    )
     assert file in str(caught.value.hint)
 
 
