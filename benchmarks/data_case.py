@@ -60,7 +60,7 @@ def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float,
     from qlora_cli.settings.models import DataSettings, ModelSettings
 
     side = load_text_side(ModelSettings(name=str(model)), SilentReporter(), max_length=None)
-    text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids)
+    text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids, reporter=SilentReporter())
     settings = DataSettings(dataset=(str(file),), max_length=max_length, accept_lost=True)
     start = time.perf_counter()
     found = prepare_data(settings, text, seed=0)

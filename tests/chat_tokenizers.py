@@ -6,6 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.events import SilentReporter
 
 CORPUS = (
     "Which function returns the current directory? It is called getcwd, and it takes no argument at all.\n\n"
@@ -96,7 +97,7 @@ def make_tokenizer(family: str) -> TextTokenizer:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=specials[0])
     tokenizer.chat_template = template
     ends = frozenset(tokenizer.get_vocab()[token] for token in (eos, end_of_turn))
-    return TextTokenizer(tokenizer=tokenizer, end_ids=ends)
+    return TextTokenizer(tokenizer=tokenizer, end_ids=ends, reporter=SilentReporter())
 
 
 def make_sentencepiece() -> TextTokenizer:
@@ -115,4 +116,4 @@ def make_sentencepiece() -> TextTokenizer:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
-    return TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({2}))
+    return TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({2}), reporter=SilentReporter())

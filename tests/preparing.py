@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError
+from qlora_cli.events import SilentReporter
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import DataSettings, ModelSettings
@@ -36,7 +37,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 def prepare_file(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreparedData:
     """Return the rows of a file as they are trained."""
     assert tokenizer.eos_token_id is not None
-    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}))
+    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}), reporter=SilentReporter())
     return prepare_data(DataSettings(dataset=str(path), **settings), text, seed=0).train
 
 

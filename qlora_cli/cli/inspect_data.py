@@ -53,7 +53,9 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
         note_length(settled, reporter)
         data = settled.settings.data
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
-        tokenizer = TextTokenizer(tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids)
+        tokenizer = TextTokenizer(
+            tokenizer=text.tokenizer.tokenizer, end_ids=text.tokenizer.end_ids, reporter=reporter
+        )
         inspection = look_at(data, settings.training, tokenizer, num_previews=settings.inspect_data.rows)
         if html is not None:
             from qlora_cli.data.showing.page import write_page

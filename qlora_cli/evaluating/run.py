@@ -121,7 +121,9 @@ def _read_rows(
 ) -> HeldOut:
     data: DataSettings = settled.data
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
-    text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
+    text = TextTokenizer(
+        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+    )
     rows = read_rows(data, run, text, seed=settled.training.seed, are_named=are_named)
     _note_rows(rows, reporter)
     return rows

@@ -84,7 +84,7 @@ def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Report
     try:
         settings = DataSettings.model_validate(record.settings_of("data", "which data it was trained on"))
         few = varied(settings, on_bad_row=OnBadRow.SKIP)
-        text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids)
+        text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
         name = settings.dataset[0]
         source = find_dataset(first_local(map(str, record.places_of(name))) or name, settings.split)
         found = tokenize_source(source, settings.split, few, text, record.seed or 0, head=NUM_ROWS)

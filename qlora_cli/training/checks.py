@@ -41,7 +41,9 @@ def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, r
         QloraError: of the kind that fits what is wrong; a `SettingsError` if several things are.
     """
     settings, wrong = resolved.settings, Collected(resolved.where_of)
-    text = TextTokenizer(tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids)
+    text = TextTokenizer(
+        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+    )
     look = partial(try_rows, settings=settings.data, text=text)
     wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk, look=look))
     with wrong.about(TARGETS if blueprint.adapter is None else MODEL):

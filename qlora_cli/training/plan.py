@@ -298,7 +298,7 @@ def batch_arithmetic(plan: TrainPlan) -> str:
 def _prepare_data(settings: TrainSettings, blueprint: Blueprint, reporter: Reporter) -> TrainingData:
     data, tokenizer = settings.data, blueprint.tokenizer
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
-    text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids)
+    text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
     found = prepare_data(data, text, seed=settings.training.seed)
     for prepared in (found.train, found.evaluation):
         if prepared is not None:

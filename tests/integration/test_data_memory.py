@@ -17,7 +17,7 @@ from qlora_cli.loading.text import load_text_side
 from qlora_cli.settings.models import DataSettings, ModelSettings
 file, model, allowed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 side = load_text_side(ModelSettings(name=model), SilentReporter(), max_length=None)
-text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids)
+text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids, reporter=SilentReporter())
 (used,) = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")]
 limit = (used << 10) + (allowed << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -11,6 +11,7 @@ from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.data.finding.sources import check_dataset_name
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError
+from qlora_cli.events import SilentReporter
 from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import DataSettings, ModelSettings
@@ -26,7 +27,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreparedData:
     assert tokenizer.eos_token_id is not None
-    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}))
+    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}), reporter=SilentReporter())
     return prepare_data(DataSettings(dataset=str(path), **settings), text, seed=0).train
 
 

@@ -1,6 +1,7 @@
 """A chat template is a program from elsewhere: whatever it does, the command ends, and names the template."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,14 +17,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli import bounded
 from qlora_cli.counters import peak_host_bytes
+from qlora_cli.data.rendering import pace
 from qlora_cli.data.rows.examples import Conversation, RowError
+from qlora_cli.data.rows.formats import Layout
+from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted
 from qlora_cli.loading.chat_template import choose_chat_template
-from qlora_cli.settings.choices import LossOn
+from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.models import DataSettings
 from qlora_cli.tokenizing import rendering
 from qlora_cli.tokenizing.rendering import RefusedError, render, render_all, try_template, within_limits
 from qlora_cli.units import GIB
+from tests.conftest import Recorder
 from tests.unit.test_tokenizer import write_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -326,3 +333,39 @@ def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
         try_template(NEVER_ENDS[2])
     assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
     assert psutil.Process().children() == []
+
+
+SLOW = "{% for i in range(40000) %}{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_rendered(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, is_plain: bool
+) -> None:
+    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(pace, "SECONDS_PER_ROW", 0.0005)
+    tokenizer.chat_template, recorder = SLOW, Recorder()
+    asked = [] if is_plain else [{"role": "user", "content": "more"}, {"role": "assistant", "content": "</think>"}]
+    rows = [Conversation(messages=[*CHAT, *asked], trained=(1,)) for _ in range(20)]
+    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset(), reporter=recorder)
+    encoder = Encoder(
+        Layout(format=DataFormat.MESSAGES, columns={"messages": "messages"}), DataSettings(dataset="rows"), text
+    )
+    found = encoder.tokenizer.tokenize(rows)
+    assert not any(isinstance(row, RowError) for row in found)
+    (event,) = recorder.events
+    assert isinstance(event, Noted)
+    assert re.search(r"the chat template is slow: 0 s so far, with \d rows? done; Ctrl-C stops it", event.message)
+
+
+def test_a_template_that_is_fast_is_not_said_to_be_slow_however_many_rows_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.0)
+    recorder = Recorder()
+    measured = pace.Pace(recorder)
+    measured.row_done()
+    for _ in range(100):
+        with measured.measured():
+            pass
+    assert recorder.events == []

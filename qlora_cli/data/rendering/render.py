@@ -21,6 +21,7 @@ from qlora_cli.data.rendering.marks import Value, What, mark
 from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
 from qlora_cli.data.rendering.units import Unit, example_of, units_of
 from qlora_cli.data.rows.examples import PLAIN_KEYS, Conversation, RowError
+from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
 
 THOUGHTFUL = Conversation(
@@ -86,10 +87,11 @@ class Renderer:
         end_ids: Set[int],
         *,
         accepts_lost: bool = False,
+        reporter: Reporter | None = None,
     ) -> None:
         self.told: Counter[What] = Counter()
         self.told_keys: set[str] = set()
-        self._template = ChatTemplate(tokenizer, end_ids, trains_last=loss_on == LossOn.LAST)
+        self._template = ChatTemplate(tokenizer, end_ids, trains_last=loss_on == LossOn.LAST, reporter=reporter)
         self._trains_all = loss_on == LossOn.ALL
         self._accepts_lost = accepts_lost
         self._fits: dict[tuple[object, Form | None], tuple[Fit, int] | None] = {}
@@ -139,6 +141,7 @@ class Renderer:
                 row otherwise once more follows, or does not end a trained turn.
             ModelError: the template does not end.
         """
+        self._template.pace.row_done()
         if not self._trains_all and not row.original.trained:
             return Rendered(text=text, spans=())
         if not self._trains_all and row.original.trained[0] == 0:

@@ -14,7 +14,9 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.data.rendering.pace import Pace
 from qlora_cli.data.rows.examples import Conversation, RowError
+from qlora_cli.events import Reporter, SilentReporter
 from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
 
 Span = tuple[int, int]
@@ -37,12 +39,21 @@ class ChatTemplate:
         source: The template itself, or all those of a tokenizer that has several.
         tags: Matches what the template may take for the beginning or the end of a part of a message.
         ends: The tokens at which generation stops, as text.
+        pace: What the template takes, which tells `reporter` if that is too long.
         asks_always_alike: Whether what asks for an answer does not depend on the messages before.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Set[int], *, trains_last: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Set[int],
+        *,
+        trains_last: bool = False,
+        reporter: Reporter | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._trains_last = trains_last
+        self.pace = Pace(reporter or SilentReporter())
         self.ends = tuple(
             str(tokenizer.added_tokens_decoder[token]) for token in end_ids & tokenizer.added_tokens_decoder.keys()
         )
@@ -60,7 +71,8 @@ class ChatTemplate:
         Raises:
             ModelError: the template does not end.
         """
-        return render_all(self._tokenizer, [each.messages for each in conversations])
+        with self.pace.measured():
+            return render_all(self._tokenizer, [each.messages for each in conversations])
 
     def text(self, conversation: Conversation, *, asks_answer: bool = False) -> str:
         """Return `conversation` as text, and with what asks for an answer behind it if `asks_answer`.
@@ -70,13 +82,14 @@ class ChatTemplate:
             ModelError: the template does not end.
         """
         try:
-            return render(
-                self._tokenizer,
-                conversation.messages,
-                tools=conversation.tools,
-                variables=conversation.template_kwargs,
-                asks_answer=asks_answer,
-            )
+            with self.pace.measured():
+                return render(
+                    self._tokenizer,
+                    conversation.messages,
+                    tools=conversation.tools,
+                    variables=conversation.template_kwargs,
+                    asks_answer=asks_answer,
+                )
         except RefusedError as error:
             raise RowError(f"the chat template refuses it: {error}", hint=OTHER_ROWS) from error
 

@@ -33,6 +33,7 @@ from qlora_cli.data.tokenizing import notes, store
 from qlora_cli.data.tokenizing.store import About, Record, StoredTokens, Writer
 from qlora_cli.data.tokenizing.tokens import Encoded, Rendering, Text, Tokenizer, Tokens
 from qlora_cli.errors import DataError
+from qlora_cli.events import Reporter
 from qlora_cli.garbage import uncollected
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
@@ -47,10 +48,14 @@ DECIDING = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_g
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
-    """A tokenizer with its chat template, and the ids that end a text or a turn when the model generates."""
+    """A tokenizer with its chat template, and the ids that end a text or a turn when the model generates.
+
+    `reporter` is told if the template is slow.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
+    reporter: Reporter
 
 
 def tokenize_source(
@@ -127,7 +132,13 @@ class Encoder:
         self._starts_with_bos = False
         self._num_without_group = 0
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
-        self.tokenizer = Tokenizer(text.tokenizer, settings.loss_on, text.end_ids, accepts_lost=settings.accept_lost)
+        self.tokenizer = Tokenizer(
+            text.tokenizer,
+            settings.loss_on,
+            text.end_ids,
+            accepts_lost=settings.accept_lost,
+            reporter=text.reporter,
+        )
 
     def encode(self, rows: Iterable[RawRow]) -> Iterator[list[EncodedRow]]:
         """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""

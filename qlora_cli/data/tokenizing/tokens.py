@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.rendering.render import Fitted, Renderer
 from qlora_cli.data.rendering.template import Span
 from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
+from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.tokenizing.failing import tokenizer_explained
 
@@ -109,6 +110,7 @@ class Tokenizer:
         end_ids: frozenset[int],
         *,
         accepts_lost: bool = False,
+        reporter: Reporter | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         with tokenizer_explained(tokenizer.name_or_path):
@@ -122,7 +124,7 @@ class Tokenizer:
             for token in added.values()
             if token.special and not (token.rstrip or token.single_word or token.normalized)
         )
-        self.renderer = Renderer(tokenizer, loss_on, end_ids, accepts_lost=accepts_lost)
+        self.renderer = Renderer(tokenizer, loss_on, end_ids, accepts_lost=accepts_lost, reporter=reporter)
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
