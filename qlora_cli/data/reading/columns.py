@@ -39,12 +39,13 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
         schema = file.schema_arrow
         columns = columns_to_read(schema, wanted, printable(path))
         allowance = _allowance_of(path)
-        allowance.check(num_rows=file.metadata.num_rows, num_values=num_values(file.metadata, columns))
+        allowance.check(num_rows=file.metadata.num_rows)
         number, rows = 1, wanted.rows
         for group in range(file.num_row_groups):
             metadata = file.metadata.row_group(group)
             num_rows = metadata.num_rows
             if rows is None or any(rows[number - 1 : number - 1 + num_rows]):
+                allowance.check(num_values=num_values(metadata, columns))
                 with path.open("rb") as pages:
                     batch_rows = rows_at_once(pages, metadata, columns, printable(path))
                 batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)

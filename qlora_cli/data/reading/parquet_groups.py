@@ -37,10 +37,9 @@ def rows_at_once(file: BinaryIO, group: Any, columns: Sequence[str], name: str) 
     return max(1, min(BATCH_ROWS, int(DECODED_BYTES // max(1.0, row_bytes))))
 
 
-def num_values(metadata: Any, columns: Sequence[str]) -> int:
-    """Return how many values a file has in `columns` by its metadata, nulls among them."""
-    groups = (metadata.row_group(place) for place in range(metadata.num_row_groups))
-    chunks = (group.column(place) for group in groups for place in range(group.num_columns))
+def num_values(group: Any, columns: Sequence[str]) -> int:
+    """Return how many values a group of rows has in `columns` by its metadata, nulls among them."""
+    chunks = (group.column(place) for place in range(group.num_columns))
     return sum(chunk.num_values for chunk in chunks if _is_of(chunk, columns))
 
 
