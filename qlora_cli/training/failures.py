@@ -7,28 +7,35 @@ from pathlib import Path
 import torch
 
 from qlora_cli.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
-from qlora_cli.errors import OutOfMemoryError, QloraError, TrainingError
+from qlora_cli.errors import OutOfMemoryError, OutputDirectoryError, QloraError, TrainingError
 from qlora_cli.runs.result import PeakMemory, TrainPlan
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.plan import PreparedRun
 from qlora_cli.training.rehearsal import RehearsalError
+from qlora_cli.training.saved_state import file_that_failed_a_step, odd
 from qlora_cli.units import format_bytes
 
 ALMOST_NOTHING_BYTES = 64 * 1024
 NUM_CONSUMERS = 3
 
 
-def explained(error: Exception, prepared: PreparedRun, phase: str, kept: str) -> Exception:
+def explained(error: Exception, prepared: PreparedRun, phase: str, kept: str, *, step: int) -> Exception:
     """Return `error` as one that says what to do, if it is known; `kept` says what is not lost.
 
-    `phase` is what the trainer was at.
+    `phase` is what the trainer was at, `step` the last that it has done.
     """
     if isinstance(error, RehearsalError):
         return _out_of_memory(error.__cause__ or error, prepared, f"{phase}, tried before the first step", kept)
     if is_out_of_memory(error) and not isinstance(error, QloraError):
         return _out_of_memory(error, prepared, phase, kept)
+    if isinstance(error, OutputDirectoryError):  # the checkpoint that it was to go on from, before a step
+        return error
     if isinstance(error, QloraError):
         return _with_kept(error, kept)
+    resume = prepared.resume
+    checkpoint = resume.checkpoint if resume is not None and step == resume.step else None
+    if checkpoint is not None and (file := file_that_failed_a_step(error)):
+        return odd(checkpoint / file, str(error).split("\n", maxsplit=1)[0])
     if "does not have a deterministic implementation" in str(error):
         return TrainingError(
             str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {kept}".strip()

@@ -5,7 +5,7 @@ import math
 import pickle
 import random
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,9 +18,19 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers.trainer_pt_utils import safe_globals
 
 from qlora_cli.bounded import within_bytes
-from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.files import read_small
 from qlora_cli.runs.checkpoints import TRAINER_STATE, step_of
+from qlora_cli.training.saved_state import (
+    OPTIMIZER,
+    RNG_STATE,
+    SCALER,
+    SCHEDULER,
+    odd,
+    why_no_generators,
+    why_no_optimizer,
+    why_no_scaler,
+    why_no_schedule,
+)
 from qlora_cli.units import MIB
 
 Value = TypeVar("Value")
@@ -146,11 +156,12 @@ class _TrainerState(BaseModel):
 
 _LOOP_STATES = TypeAdapter(LoopState)
 _TRAINER_STATES = TypeAdapter(_TrainerState)
-# The pickles of a checkpoint, and what each holds by name.
-PICKLES: Mapping[str, tuple[str, ...]] = {
-    "optimizer.pt": ("state", "param_groups"),
-    "scheduler.pt": ("last_epoch",),
-    "rng_state.pth": ("python", "numpy", "cpu"),
+# The pickles of a checkpoint: what each holds by name, and what says why it does not.
+PICKLES: Mapping[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]]] = {
+    OPTIMIZER: (("state", "param_groups"), why_no_optimizer),
+    SCHEDULER: (("last_epoch",), why_no_schedule),
+    RNG_STATE: (("python", "numpy", "cpu"), why_no_generators),
+    SCALER: ((), why_no_scaler),
 }
 
 
@@ -166,17 +177,19 @@ def check_state(checkpoint: Path) -> None:
     file = checkpoint / TRAINER_STATE
     state = _as(_TRAINER_STATES, file)
     if not state.global_step == step == step_of(checkpoint):
-        raise _odd(file, f"it is of step {state.global_step}, and {LOOP_STATE} of step {step}")
-    for name, keys in PICKLES.items():
+        raise odd(file, f"it is of step {state.global_step}, and {LOOP_STATE} of step {step}")
+    for name, (keys, why_not) in PICKLES.items():
         if (checkpoint / name).exists():
-            _check_pickle(checkpoint / name, keys)
+            found = _read_pickle(checkpoint / name, keys)
+            if reason := why_not(found):
+                raise odd(checkpoint / name, reason)
 
 
-def _check_pickle(file: Path, keys: tuple[str, ...]) -> None:
+def _read_pickle(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         found = within_bytes(partial(_values_of, file), MOST_BYTES + 2 * file.stat().st_size)
     except MemoryError as error:
-        raise _odd(file, "it takes far more memory than it is large") from error
+        raise odd(file, "it takes far more memory than it is large") from error
     except (
         OSError,
         ValueError,
@@ -186,14 +199,16 @@ def _check_pickle(file: Path, keys: tuple[str, ...]) -> None:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise _odd(file, "it holds more than values, or is damaged") from error
+        raise odd(file, "it holds more than values, or is damaged") from error
     if not isinstance(found, dict) or not all(key in found for key in keys):
-        raise _odd(file, f"it does not hold {', '.join(keys)}")
+        raise odd(file, f"it does not hold {', '.join(keys) or 'values by name'}")
+    return found
 
 
 def _values_of(file: Path) -> Any:
+    device = "cpu" if file.name == RNG_STATE else "meta"  # which is small, and tried
     with safe_globals():
-        return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _as(kind: TypeAdapter[Value], file: Path) -> Value:
@@ -202,13 +217,6 @@ def _as(kind: TypeAdapter[Value], file: Path) -> Value:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise _odd(file, f"{place}: {first['msg']}" if place else first["msg"]) from error
+        raise odd(file, f"{place}: {first['msg']}" if place else first["msg"]) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise _odd(file, str(error)) from error
-
-
-def _odd(file: Path, reason: str) -> OutputDirectoryError:
-    return OutputDirectoryError(
-        f"{file} is not what a run saves: {reason}",
-        hint=f"Move {file.parent} away to go on from the checkpoint before it, or start anew with another --output.",
-    )
+        raise odd(file, str(error)) from error

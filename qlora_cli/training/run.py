@@ -190,10 +190,10 @@ def _train(
                 session.trainer.abandon()
                 smaller = _smaller(prepared)
                 if smaller is None:
-                    raise explained(error, prepared, session.trainer.phase, _what_is_kept(session)) from error
+                    raise _explained(error, prepared, session) from error
             except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is kept; then it goes on
                 _save_last_step(session, error)
-                told = explained(error, prepared, session.trainer.phase, _what_is_kept(session))
+                told = _explained(error, prepared, session)
                 raise told from (None if told is error else error)
             # What the failed pass held is free only when its traceback is gone.
             del session
@@ -223,6 +223,10 @@ def _save_last_step(session: Session, error: Exception) -> None:
         session.trainer.save_last_step()
     except Exception as another:  # noqa: BLE001 - the first failure is what is told
         error.add_note(f"nor could the last step be saved: {another}")
+
+
+def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exception:
+    return explained(error, prepared, session.trainer.phase, _what_is_kept(session), step=session.step)
 
 
 def _what_is_kept(session: Session) -> str:

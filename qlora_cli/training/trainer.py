@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
 from qlora_cli.training.guard import StepGuard
@@ -26,8 +27,16 @@ from qlora_cli.training.loop_state import (
 from qlora_cli.training.optimizers import let_b_learn_faster, page_again
 from qlora_cli.training.order import RowOrder
 from qlora_cli.training.reporting import ReportingCallback
-
-RNG_STATE = "rng_state.pth"
+from qlora_cli.training.saved_state import (
+    OPTIMIZER,
+    RNG_STATE,
+    SCALER,
+    SCHEDULER,
+    blamed,
+    check_optimizer,
+    check_schedule,
+    groups_of,
+)
 
 
 class QloraTrainer(SFTTrainer):
@@ -237,14 +246,28 @@ class QloraTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         checkpoint = Path(resume_from_checkpoint)
-        restore_adapter(self.model, checkpoint)
+        try:
+            restore_adapter(self.model, checkpoint)
+        except ModelError as error:
+            raise OutputDirectoryError(error.message, hint=error.hint) from error
         if self._resumed is None:  # else with an evaluation that was made up for
             self._resumed = LoopState.read(checkpoint), checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            page_again(self.optimizer.optimizer)
+        if checkpoint is None:
+            return
+        optimizer, folder = self.optimizer.optimizer, Path(checkpoint)
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        groups, state = groups_of(optimizer), schedule.state_dict()
+        with blamed(folder / OPTIMIZER):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_optimizer(optimizer, groups, folder / OPTIMIZER)
+        check_schedule(schedule, state, folder / SCHEDULER)
+        page_again(optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with blamed(Path(checkpoint or "") / SCALER):
+            super()._load_scaler(checkpoint)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         found = super()._init_training_state(max_steps, *args, **kwargs)

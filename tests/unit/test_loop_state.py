@@ -23,6 +23,9 @@ STATE = LoopState(
 )
 
 
+GROUP = {"lr": 0.1, "params": [0]}
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Return a checkpoint with all that a run goes on by."""
@@ -31,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
     STATE.write(folder)
     trainer = {"global_step": 3, "max_steps": 5, "num_train_epochs": 1, "epoch": 0.5}
     (folder / "trainer_state.json").write_text(json.dumps(trainer))
-    torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}, folder / "optimizer.pt")
+    torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [GROUP]}, folder / "optimizer.pt")
     torch.save({"last_epoch": 3}, folder / "scheduler.pt")
     torch.save(generator_states(), folder / "rng_state.pth")
     return folder
@@ -103,6 +106,44 @@ def test_a_pickle_of_something_else_is_refused(checkpoint: Path, name: str, cont
     torch.save(content, checkpoint / name)
     with pytest.raises(OutputDirectoryError, match="does not hold"):
         check_state(checkpoint)
+
+
+GOOD = generator_states()
+CUT = (*GOOD["numpy"][:2], 999, *GOOD["numpy"][3:])
+BAD_GROUPS: tuple[object, ...] = ([], "y", 5, [5], [{}], {"a": 1})
+BAD_STATES: tuple[object, ...] = ([], {0: 5}, {0: {"step": "x"}}, {0: {"wrapped": {"state1": "x"}}})
+OTHERWISE: list[tuple[str, object]] = [
+    ("rng_state.pth", {"python": 1, "numpy": 2, "cpu": 3}),
+    *(("rng_state.pth", {**GOOD, name: value}) for name in ("python", "numpy", "cpu") for value in ("x", (), None, 5)),
+    ("rng_state.pth", {**GOOD, "python": (3, (2**40,) * 625, None)}),
+    ("rng_state.pth", {**GOOD, "numpy": CUT}),
+    ("rng_state.pth", {**GOOD, "cpu": torch.ones(3)}),
+    ("rng_state.pth", {**GOOD, "cuda": "x"}),
+    *(("optimizer.pt", {"state": {}, "param_groups": groups}) for groups in BAD_GROUPS),
+    *(("optimizer.pt", {"state": {}, "param_groups": [{**GROUP, "lr": rate}]}) for rate in ("x", None, [0.1])),
+    *(("optimizer.pt", {"state": {}, "param_groups": [{**GROUP, "params": ones}]}) for ones in ("x", ["x"], None)),
+    *(("optimizer.pt", {"state": state, "param_groups": [GROUP]}) for state in BAD_STATES),
+    *(("scheduler.pt", {"last_epoch": last}) for last in ("x", None, -1, 1.5, True)),
+    *(("scheduler.pt", {"last_epoch": 3, "base_lrs": rates}) for rates in ("x", ["x"], 5)),
+    ("scaler.pt", {"scale": "x"}),
+    ("scaler.pt", []),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), OTHERWISE, ids=lambda value: str(value)[:40])
+def test_a_pickle_of_values_of_other_types_is_refused_by_its_file(
+    checkpoint: Path, name: str, content: object
+) -> None:
+    torch.save(content, checkpoint / name)
+    with pytest.raises(OutputDirectoryError) as caught:
+        check_state(checkpoint)
+    assert str(caught.value).startswith(f"{checkpoint / name} is not what a run saves: ")
+
+
+def test_states_that_bitsandbytes_wraps_once_more_are_taken(checkpoint: Path) -> None:
+    state = {0: {"step": 1, "wrapped": {"state1": torch.ones(2), "unorm_vec": None}}}
+    torch.save({"state": state, "param_groups": [GROUP]}, checkpoint / "optimizer.pt")
+    check_state(checkpoint)
 
 
 @pytest.mark.parametrize("size", [0, 10, 400])
