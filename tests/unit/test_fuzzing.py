@@ -43,3 +43,10 @@ def test_a_round_of_a_seed_is_always_the_same_and_says_what_is_wrong(
     assert all("LookupError: no error of ours" in str(each.finding) for each in outcomes if not each.is_refused)
     monkeypatch.setattr(frame, "MOST_SECONDS", -1)
     assert "it took" in str(play(target, lambda _: None, 0).finding)
+
+
+def test_a_parquet_file_whose_description_of_a_column_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    target = TARGETS["parquet"]
+    outcome = play(target, target.prepare(tmp_path), 1_796_031_392_222)  # it ended the process
+    assert outcome.is_refused
+    assert outcome.finding is None

@@ -7,12 +7,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_cli.bounded import DeadlyError, try_apart
 from qlora_cli.data.finding.kinds import printable
 from qlora_cli.data.limits import Allowance
 from qlora_cli.data.reading.arrow_messages import FILE_MARK, check_messages
 from qlora_cli.data.reading.parquet_groups import num_values, rows_at_once
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, reading
 from qlora_cli.errors import DataError
+
+DESCRIBED_SECONDS = 4.0
+STDERR = 2
 
 
 class Batches(NamedTuple):
@@ -36,6 +40,7 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     from qlora_cli.data.reading.arrow_batches import columns_to_read
 
     with _open_parquet(path) as file:
+        _check_description(file.metadata, path)
         schema = file.schema_arrow
         columns = columns_to_read(schema, wanted, printable(path))
         allowance = _allowance_of(path)
@@ -73,6 +78,28 @@ def _open_parquet(path: Path) -> Iterator[Any]:
     # As bytes, because pyarrow takes only names that are UTF-8 as text.
     with _decoding(path), OSFile(os.fsencode(path)) as source, ParquetFile(source) as file:
         yield file
+
+
+def _check_description(metadata: Any, path: Path) -> None:
+    """Look at what a file says of its columns in a copy of this process, which pyarrow ends where it is no sense.
+
+    Raises:
+        DataError: it does.
+    """
+
+    def describe() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)  # where pyarrow tells its end
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in range(group.num_columns):
+                group.column(column)
+
+    try:
+        try_apart(describe, DESCRIBED_SECONDS, DESCRIBED_SECONDS)
+    except DeadlyError as error:
+        raise DataError(
+            f"{printable(path)} is damaged: what it says of its columns contradicts itself",
+            hint="Copy or download it again.",
+        ) from error
 
 
 def read_arrow(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
