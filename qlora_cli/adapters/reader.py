@@ -55,7 +55,7 @@ BY_PEFT = "Merge it with PEFT's own merge_and_unload()."
 CHANGES_BASE = ("corda", "loftq", "lora_ga")
 BEGUN_BY_PEFT = ("pissa", "olora")  # computed from the base alone, so PEFT does it again
 MOST_CHARACTERS = 300
-MOST_LAYERS = 2_000  # that a model may be made of
+MOST_COPIES = 4  # of its layers, that a model may be made of: who grows one that way doubles it at most
 WEIGHTS_ARE = ("F64", "F32", "F16", "BF16")  # floats of 8 bits, and whole numbers, PEFT computes nothing from
 
 State = Mapping[str, torch.Tensor]
@@ -338,16 +338,17 @@ def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> N
         "layer_replication": ([one for one in layers if not 0 <= one <= num_layers], f"{num_layers} layers"),
         "trainable_token_indices": ([one for one in named if not 0 <= one < num_rows], f"{num_rows:,} rows"),
     }
-    if (repeated := sum(end - first for first, end in spans)) > MOST_LAYERS:
-        raise ModelError(
-            f"{file} can't be used: layer_replication makes {repeated:,} layers, more than {MOST_LAYERS:,}",
-            hint=EDITED,
-        )
     for key, (numbers, size) in beyond.items():
         if numbers:
             raise ModelError(
                 f"{file} can't be used: {key} names {numbers[0]}, and the base has {size}", hint=SAME_BASE
             )
+    if (repeated := sum(end - first for first, end in spans)) > MOST_COPIES * num_layers:
+        raise ModelError(
+            f"{file} can't be used: layer_replication makes {repeated:,} layers, and the base has {num_layers:,}, of "
+            f"which at most {MOST_COPIES} times as many are made",
+            hint=EDITED,
+        )
 
 
 def expected_state(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tool
 # What tools write into every config, and what does nothing alone.
 MUTE = ("megatron_core", "auto_mapping", "unsloth_version", "unsloth_fixed")
 MOST_PATTERN_CHARACTERS = 10_000
-MOST_PATTERNS, MOST_NAMES = 2_000, 10_000
+MOST_PATTERNS, MOST_NAMES, MOST_LAYERS = 2_000, 10_000, 2_000
 # What is taken from the config of somebody's adapter: what the adapter is. Modules to import and memory to run in are
 # not for a file to choose, and what PEFT does not know has no effect.
 TAKEN = frozenset(
@@ -58,6 +58,12 @@ def _pattern(value: str) -> str:
 def _span(value: list[int]) -> list[int]:
     if not 0 <= value[0] < value[1]:
         raise PydanticCustomError("span", "ranges of layers, each [first, end] with first before end")
+    return value
+
+
+def _few_layers(value: list[list[int]]) -> list[list[int]]:
+    if sum(end - first for first, end in value) > MOST_LAYERS:
+        raise PydanticCustomError("layers", f"ranges of at most {MOST_LAYERS:,} layers in all")
     return value
 
 
@@ -97,7 +103,7 @@ class AdapterConfig(BaseModel):
     target_parameters: Names | None = None
     exclude_modules: Names | Pattern | None = None
     layers_to_transform: list[int] | int | None = None
-    layer_replication: list[Span] | None = None
+    layer_replication: Annotated[list[Span], AfterValidator(_few_layers)] | None = None
     layers_pattern: list[Pattern] | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, Positive], AfterValidator(_few_patterns)] = {}
     alpha_pattern: Annotated[dict[Pattern, float], AfterValidator(_few_patterns)] = {}

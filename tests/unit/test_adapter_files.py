@@ -5,8 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_cli.adapters.reader import put_on
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
@@ -104,10 +107,12 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
         ("exclude_modules", "a{99999999999}", "a regular expression"),
         ("target_modules", [f"layer_{number}" for number in range(10_001)], "at most 10,000 names"),
         ("rank_pattern", {f"layer_{number}": 4 for number in range(2_001)}, "at most 2,000 patterns"),
+        ("layer_replication", [[0, 2]] * 1_001, "ranges of at most 2,000 layers in all"),
+        ("layer_replication", [[0, 10**30]], "ranges of at most 2,000 layers in all"),
     ],
-    ids=["long", "deep", "large", "names", "patterns"],
+    ids=["long", "deep", "large", "names", "patterns", "ranges", "range"],
 )
-def test_what_takes_too_long_to_match_is_refused_as_it_is_read(
+def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
     tmp_path: Path, key: str, value: object, wanted: str
 ) -> None:
     message = message_of(tmp_path, {**GOOD, key: value})
@@ -137,3 +142,16 @@ def test_every_key_of_peft_is_on_the_list_or_left_out_on_purpose() -> None:
 def test_nothing_is_said_of_a_config_as_peft_writes_it(tmp_path: Path) -> None:
     LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="base").save_pretrained(tmp_path)
     assert list(notes_on_left_out([tmp_path])) == []
+
+
+def test_a_base_is_not_repeated_more_often_than_anyone_does(tmp_path: Path) -> None:
+    size = LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=8)
+    with torch.device("meta"):
+        base = LlamaForCausalLM(size)
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2)] * 900)
+    with pytest.raises(
+        ModelError, match="layer_replication makes 1,800 layers, and the base has 2, of which at most 4"
+    ):
+        put_on(base, config, tmp_path)
+    config.layer_replication = [(0, 2), (1, 2), (0, 2)]
+    assert put_on(base, config, tmp_path).config.num_hidden_layers == 5
