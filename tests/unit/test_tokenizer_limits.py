@@ -13,6 +13,7 @@ from qlora_cli.loading.tokenizer import LoadedTokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.unit.test_tokenizer import load, write_tokenizer
 
+KNOWN = {"text": 0, "a": 1, "b": 2, "Ġb": 3}  # what is tried before a row is read
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 
 
@@ -124,7 +125,7 @@ def test_a_panic_of_the_library_on_opening_names_the_tokenizer(tmp_path: Path) -
             "Onig: Regex search error",
         ),
         (
-            {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<end>": 2}, "unk_token": "<unk>"}},
+            {"model": {"type": "WordLevel", "vocab": KNOWN, "unk_token": "<unk>"}},
             "else",
             "WordLevel error: Missing",
         ),
