@@ -130,7 +130,9 @@ OTHERWISE: list[tuple[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), OTHERWISE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "content"), OTHERWISE, ids=[f"{place}-{name}" for place, (name, _) in enumerate(OTHERWISE)]
+)
 def test_a_pickle_of_values_of_other_types_is_refused_by_its_file(
     checkpoint: Path, name: str, content: object
 ) -> None:
