@@ -71,7 +71,8 @@ def test_train_refuses_it_before_the_data_are_read_or_anything_is_written(
     enormous: Path, run_qlora: RunQlora, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"these are": "no rows that anything could train on"}\n', encoding="utf-8")
+    # Of the first rows it is known before that they can be read, of the others it is not.
+    rows.write_text('{"text": "a row"}\n' * 200 + '{"text": 5}\n', encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     flags = ("--model", enormous, "--dataset", rows, "--output", tmp_path / "run", "--device", "cpu")
     done = run_qlora("train", *flags)
@@ -82,7 +83,7 @@ def test_train_refuses_it_before_the_data_are_read_or_anything_is_written(
     # The rows are what stops a model that fits.
     other = run_qlora("train", *flags, "--model", tiny_model_with_tokenizer(tmp_path))
     assert other.code == 2
-    assert "rows.jsonl" in other.stderr
+    assert "rows.jsonl, row 201" in other.stderr
 
 
 def tiny_model_with_tokenizer(tmp_path: Path) -> Path:
