@@ -69,6 +69,6 @@ def test_a_row_of_nothing_but_spaces_takes_no_time() -> None:
 
 def test_it_needs_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    light = "visible", "data.page_file", "data.page"
+    light = "visible", "data.showing.page_file", "data.showing.page"
     code = f"import sys\nfor name in {light}: __import__(f'qlora_cli.{{name}}')\nassert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
