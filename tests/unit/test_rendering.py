@@ -96,7 +96,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 1.0)  # a recursion to its limit takes a while on a busy machine
+    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(rendering, "LONGEST_TEXT", 2000)
 
