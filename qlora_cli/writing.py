@@ -230,7 +230,7 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
         return
     inside = target / LEFT_OVER
     if is_left_over(inside):
-        delete(inside)
+        _delete_marked(inside)
     moved: list[Path] = []
     with _filling(inside) as whole:
         fill(whole)
@@ -268,12 +268,12 @@ def _filling(place: Path) -> Iterator[Path]:
         whole.mkdir()
         yield whole
     except BaseException:
-        delete(place)
+        _delete_marked(place)
         for parent in made:
             with suppress(OSError):  # something else is in it by now
                 parent.rmdir()
         raise
-    delete(place)
+    _delete_marked(place)
 
 
 def discard(place: Path) -> None:
@@ -288,7 +288,7 @@ def discard(place: Path) -> None:
     try:
         place.rename(aside / WHOLE)
     finally:
-        delete(aside)
+        _delete_marked(aside)
 
 
 def move_aside(place: Path, name: str) -> Path:
@@ -319,7 +319,7 @@ def clear_left_overs(folder: Path, name: str | None = None) -> None:
 def clear_left_over(place: Path) -> None:
     """Delete what a writer that is gone has left, if it is one's; an empty folder is one that was not marked yet."""
     if is_left_over(place):
-        delete(place)
+        _delete_marked(place)
     elif STAGED.fullmatch(place.name):
         with suppress(OSError):  # it is not empty, or no folder
             place.rmdir()
@@ -333,7 +333,14 @@ def publish_directory(finished: Path, target: Path) -> None:
         target.rename(replaced)
     finished.rename(target)
     flush(target.parent)
-    delete(replaced)
+    if os.path.lexists(replaced):
+        discard(replaced)
+
+
+def _delete_marked(place: Path) -> None:
+    """Delete a folder that carries our mark, and that last: killed meanwhile, it is still known as ours."""
+    delete(place / WHOLE)
+    delete(place)
 
 
 def delete(place: Path) -> None:

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from qlora_cli.files import check_output_directory
 from qlora_cli.writing import (
     LEFT_OVER,
     MARK,
+    WHOLE,
     append_bytes,
     append_line,
     clear_left_overs,
@@ -26,9 +30,12 @@ from qlora_cli.writing import (
     move_aside,
     private_file,
     private_folder,
+    staging,
     write_directory,
     write_file,
 )
+
+DEAD = 4_999_999  # beyond the largest number that a process has
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -377,6 +384,67 @@ def test_what_is_discarded_is_gone_with_all_names_and_what_it_leads_to_is_not(tm
         discard(folder)
     assert list((tmp_path / "out").iterdir()) == []
     assert precious.read_text() == "precious"
+
+
+def a_folder(target: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (target / name).write_text("half")
+    (target / "more").mkdir(parents=True)
+    (target / "more" / "d.txt").write_text("half")
+
+
+def fails_after_filling(target: Path) -> None:
+    with suppress(ValueError), staging(target) as whole:
+        a_folder(whole)
+        raise ValueError
+
+
+def discards(target: Path) -> None:
+    target.mkdir()
+    a_folder(target)
+    discard(target)
+
+
+def replaces(target: Path) -> None:
+    write_directory(target, a_folder)
+    write_directory(target, a_folder)
+
+
+def clears(target: Path) -> None:
+    place = target.with_name(f".{target.name}.{DEAD}-{'0' * 16}.saving")
+    (place / WHOLE).mkdir(parents=True)
+    (place / MARK).touch()
+    a_folder(place / WHOLE)
+    clear_left_overs(target.parent)
+
+
+def killed_at(deletion: int, deletes: Callable[[Path], None], target: Path) -> bool:
+    """Let a process delete, which dies at its system call `deletion` that deletes something; whether it came to it."""
+    if (pid := os.fork()) == 0:
+        left = iter(range(deletion))
+
+        def dies(event: str, _: object) -> None:
+            if event in {"os.remove", "os.rmdir"} and next(left, None) is None:
+                os._exit(9)
+
+        sys.addaudithook(dies)
+        deletes(target)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("deletes", [fails_after_filling, discards, replaces, clears])
+def test_a_process_killed_while_it_deletes_leaves_what_the_next_one_clears(
+    tmp_path: Path, deletes: Callable[[Path], None]
+) -> None:
+    for deletion in count():
+        place = tmp_path / str(deletion)
+        place.mkdir()
+        if not killed_at(deletion, deletes, place / "target"):
+            break
+        clear_left_overs(place)
+        assert {path.name for path in place.iterdir()} <= {"target"}, deletion
+    assert deletion >= 5
 
 
 def test_what_is_moved_aside_replaces_nothing(tmp_path: Path) -> None:

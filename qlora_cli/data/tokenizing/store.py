@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from qlora_cli.writing import (
     PRIVATE_FILE,
     PRIVATE_FOLDER,
     clear_left_overs,
-    delete,
+    discard,
     is_own,
     not_in_place,
     private_file,
@@ -294,7 +295,8 @@ def _delete_old(kept: Path) -> None:
     tables = sorted((path for path in kept.parent.iterdir() if path != kept and _is_table(path)), key=_last_used)
     for path in tables[: max(0, len(tables) + 1 - MOST_TABLES)]:
         if _last_used(path) < time.time() - KEPT_SECONDS:
-            delete(path)
+            with suppress(OSError):  # another process has just deleted it
+                discard(path)
 
 
 def _is_table(folder: Path) -> bool:
