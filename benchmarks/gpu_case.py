@@ -21,10 +21,10 @@ from benchmarks.gpu_cases import Case
 from benchmarks.load_case import load_with_qlora
 from benchmarks.synthetic import write_rows
 from qlora_cli.events import Event, StepDone
-from qlora_cli.runs.result import TrainResult
+from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 
 SAMPLE_SECONDS = 0.02
 

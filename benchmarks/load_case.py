@@ -61,7 +61,7 @@ def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None =
     from qlora_cli.events import SilentReporter
     from qlora_cli.loading.loader import load_model
     from qlora_cli.loading.save import save_quantized
-    from qlora_cli.quantization.fit import needed_bytes
+    from qlora_cli.quantization.memory_check import needed_bytes
     from qlora_cli.settings.models import LoadSettings
     from qlora_cli.settings.resolve import Sources, resolve
 

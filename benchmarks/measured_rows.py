@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.settings.choices import Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings

@@ -16,7 +16,7 @@ from benchmarks.load_case import AnonymousPeak
 def merge_with_qlora(adapter: Path, output: Path, base: str) -> dict[str, Any]:
     """Merge by the code of `qlora merge --no-verify`."""
     from qlora_cli.events import SilentReporter
-    from qlora_cli.merging.run import merge
+    from qlora_cli.merging.merge_run import merge
     from qlora_cli.settings.choices import BaseWeights
     from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
@@ -74,7 +74,7 @@ def write_adapter(base: Path, adapter: Path) -> None:
 
 
 def _figures(watcher: AnonymousPeak, seconds: float) -> dict[str, Any]:
-    from qlora_cli.counters import peak_host_bytes
+    from qlora_cli.hardware.counters import peak_host_bytes
 
     return {
         "seconds": seconds,

@@ -42,13 +42,17 @@ def versions_of(packages: Iterable[str]) -> list[str]:
 
 
 def digests_of_code(parts: Iterable[str]) -> list[str]:
-    """Return the digest of all code of our own in these parts of the package.
+    """Return the digest of all code of our own in these parts of the package."""
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for part in parts for path in files_of(part)]
 
-    A part is a folder with all that is below it, or a single file by its name. A page's template is no code.
+
+def files_of(part: str) -> list[Path]:
+    """Return the files of code in a part of the package: a folder with all below it, or a single file by its name.
+
+    The template of a page is no code.
     """
-    places = [PACKAGE / part for part in parts]
-    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    place = PACKAGE / part
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
 
 
 def digest_of(parts: Iterable[str]) -> str:

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.kernels import CUBLAS, cublas_workspace_bytes
-from qlora_cli.memory.optimizers import FIRST, LATER
-from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.replay import RunEvents
-from qlora_cli.memory.resident import ADAPT, LOAD, UPCAST
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD, UPCAST
+from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
+from qlora_cli.memory.replaying.replay import RunEvents
+from qlora_cli.memory.tracing.kernels import CUBLAS, cublas_workspace_bytes
+from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.cli.options import off_flag
 from qlora_cli.settings.choices import DTYPE_NAMES
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import SECTIONS
 from qlora_cli.settings.shown import is_switch, metavar, shown_default
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
+from qlora_cli.adapters.base_parameters import GrownHead, keep
 from qlora_cli.adapters.expert_lora import use_for_quantized_experts
 from qlora_cli.adapters.initialization import (
     begin,
@@ -18,7 +19,6 @@ from qlora_cli.adapters.initialization import (
     is_pissa,
     remember_start,
 )
-from qlora_cli.adapters.kept import GrownHead, keep
 from qlora_cli.adapters.reader import Adapter, put_on
 from qlora_cli.adapters.state import put_values, remember_origin
 from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters

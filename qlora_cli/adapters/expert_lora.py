@@ -11,9 +11,9 @@ from peft.tuners.lora import layer
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_cli.quantization.kept import fused_experts
-from qlora_cli.quantization.layout import build_on_meta
 from qlora_cli.quantization.methods import restores_weight, stored_weight
+from qlora_cli.quantization.methods.skip_modules import fused_experts
+from qlora_cli.quantization.storage_plan import build_on_meta
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]

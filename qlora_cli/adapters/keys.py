@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import BASE
-from qlora_cli.model_files.config import DECODER_NAMES, ModelConfig
+from qlora_cli.model_files.model_config import DECODER_NAMES, ModelConfig
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PARTS = (  # of an adapter: the module that they are on, what they are, and the name of the adapter, if it is there

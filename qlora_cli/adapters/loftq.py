@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.layout import Layout
 from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.storage_plan import Layout
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 

@@ -43,8 +43,8 @@ from qlora_cli.model_files.adapter_files import (
     read_adapter_config,
 )
 from qlora_cli.model_files.checkpoint import read_header
-from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.finite import is_finite
+from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import NAMES, check_pickle
 from qlora_cli.quantization.embedding import end_modules, ends_of
 

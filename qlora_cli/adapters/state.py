@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
+from qlora_cli.adapters.base_parameters import kept_in
 from qlora_cli.adapters.initialization import as_trained
-from qlora_cli.adapters.kept import kept_in
 from qlora_cli.adapters.reader import Adapter, read_tensors
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError

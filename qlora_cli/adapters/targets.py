@@ -14,7 +14,7 @@ from peft.utils.transformers_weight_conversion import (
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.kept import fused_experts, linear_layers
+from qlora_cli.quantization.methods.skip_modules import fused_experts, linear_layers
 from qlora_cli.settings.models import LoraSettings
 
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")

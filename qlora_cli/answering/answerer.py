@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from qlora_cli.answering.answers import FinishReason
 from qlora_cli.answering.prompts import encode, messages_of
-from qlora_cli.answering.result import FinishReason
 from qlora_cli.settings.models import AnswerSettings
-from qlora_cli.tokenizing.failing import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
 

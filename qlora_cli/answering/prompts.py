@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
-from qlora_cli.tokenizing.failing import tokenizer_explained
-from qlora_cli.tokenizing.rendering import RefusedError, render
+from qlora_cli.tokenizing.template_rendering import RefusedError, render
+from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
 Message = dict[str, str]
 

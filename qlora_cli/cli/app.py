@@ -9,20 +9,20 @@ from typing import Annotated
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli.chat import chat
-from qlora_cli.cli.config import config_app
-from qlora_cli.cli.demo import demo
-from qlora_cli.cli.doctor import doctor
-from qlora_cli.cli.evaluate import evaluate
+from qlora_cli.cli.commands.chat import chat
+from qlora_cli.cli.commands.config import config_app
+from qlora_cli.cli.commands.demo import demo
+from qlora_cli.cli.commands.doctor import doctor
+from qlora_cli.cli.commands.evaluate import evaluate
+from qlora_cli.cli.commands.generate import generate
+from qlora_cli.cli.commands.inspect_data import inspect_data
+from qlora_cli.cli.commands.inspect_memory import inspect_memory
+from qlora_cli.cli.commands.load import load
+from qlora_cli.cli.commands.merge import merge
+from qlora_cli.cli.commands.runs import runs_app
+from qlora_cli.cli.commands.train import train
 from qlora_cli.cli.failures import FailureGroup
-from qlora_cli.cli.generate import generate
-from qlora_cli.cli.inspect_data import inspect_data
-from qlora_cli.cli.inspect_memory import inspect_memory
-from qlora_cli.cli.load import load
-from qlora_cli.cli.merge import merge
-from qlora_cli.cli.runs import runs_app
-from qlora_cli.cli.told import tell_of_libraries
-from qlora_cli.cli.train import train
+from qlora_cli.cli.stderr import tell_of_libraries
 
 app = typer.Typer(
     name="qlora",

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from qlora_cli.cli.told import redact, told
+from qlora_cli.cli.stderr import redact, told
 from qlora_cli.visible import harmless
 
 Row = tuple[str, str]

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_cli.cli.lasting import dropped_without_terminal, let_go
+from qlora_cli.cli.lasting_stream import dropped_without_terminal, let_go
 from qlora_cli.cli.options import WHERE
-from qlora_cli.cli.told import redact, tell
+from qlora_cli.cli.stderr import redact, tell
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_panic
 
 MOST_TRACEBACK_LINES, FIRST_LINES = 40, 12

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.models import KINDS, Section, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
 from qlora_cli.settings.shown import is_switch, metavar, shown_default

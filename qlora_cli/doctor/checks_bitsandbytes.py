@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.doctor.report import Json, Outcome, failed, ok
+from qlora_cli.doctor.findings import Json, Outcome, failed, ok
 from qlora_cli.settings.choices import Dtype
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check_device(device_name: str) -> Outcome:
     """Quantize and multiply on a device, in NF4 and int8, in the dtype that a run would compute in there."""
     import torch
 
-    from qlora_cli.device import choose_compute_dtype
+    from qlora_cli.hardware.device import choose_compute_dtype
 
     device = torch.device(device_name)
     compute = choose_compute_dtype(Dtype.AUTO, device)

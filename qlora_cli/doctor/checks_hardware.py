@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from qlora_cli.doctor.findings import Json, Outcome, Status, failed, ok, skipped, warning
 from qlora_cli.doctor.isolation import attempt, without_home
-from qlora_cli.doctor.report import Json, Outcome, Status, failed, ok, skipped, warning
 from qlora_cli.errors import HardwareError
 from qlora_cli.settings.choices import Device, Dtype
 from qlora_cli.units import format_bytes
@@ -187,7 +187,7 @@ def _look_at(index: int) -> Gpu:
 def check_attention() -> Outcome:
     """Run every backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
 
-    from qlora_cli.device import choose_compute_dtype, choose_device
+    from qlora_cli.hardware.device import choose_compute_dtype, choose_device
 
     device = choose_device(Device.AUTO)
     dtype = choose_compute_dtype(Dtype.AUTO, device)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from qlora_cli.doctor.report import Json, Outcome, ok, skipped, warning
+from qlora_cli.doctor.findings import Json, Outcome, ok, skipped, warning
 from qlora_cli.files import existing_parent
 from qlora_cli.units import GIB, format_bytes
 

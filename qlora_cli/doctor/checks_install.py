@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 
+from qlora_cli.doctor.findings import Outcome, Status, failed, ok, warning
 from qlora_cli.doctor.isolation import attempt
-from qlora_cli.doctor.report import Outcome, Status, failed, ok, warning
 
 DISTRIBUTION = "qlora-cli"
 # What a run takes from each. Named, for importing a lazy package alone proves little.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qlora_cli.doctor.report import Outcome, failed
+from qlora_cli.doctor.findings import Outcome, failed
 
 MOST_CHARACTERS = 300
 MOST_DETAIL_CHARACTERS = 4000

@@ -17,13 +17,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from qlora_cli.counters import is_out_of_memory
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
-from qlora_cli.data.feeding.table import Numbers
+from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.data.rows.examples import IGNORED
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
+from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 
 

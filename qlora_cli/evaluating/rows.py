@@ -14,7 +14,7 @@ from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.opening.chosen import EVAL_SPLIT, trained_sources
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
-from qlora_cli.evaluating.preflight import names_rows
+from qlora_cli.evaluating.evaluation_checks import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord

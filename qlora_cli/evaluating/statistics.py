@@ -9,8 +9,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_cli.evaluating.evaluation_result import Kind, SourceResult
 from qlora_cli.evaluating.losses import RowLosses
-from qlora_cli.evaluating.result import Kind, SourceResult
 
 Values = NDArray[np.float64]
 

@@ -14,12 +14,12 @@ from datasets.exceptions import DatasetsError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_cli.counters import is_out_of_memory
 from qlora_cli.errors import DataError, OutOfMemoryError, QloraError
-from qlora_cli.evaluating.preflight import YAML_SUFFIXES
-from qlora_cli.evaluating.result import Kind, TaskResult
+from qlora_cli.evaluating.evaluation_checks import YAML_SUFFIXES
+from qlora_cli.evaluating.evaluation_result import Kind, TaskResult
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path, read_small
+from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.settings.models import EvaluationSettings
 
 STDERR = "_stderr"
@@ -53,7 +53,7 @@ class Tasks:
         """
         from lm_eval import simple_evaluate
 
-        from qlora_cli.evaluating.harness import ReportingLM
+        from qlora_cli.evaluating.lm_eval_model import ReportingLM
 
         with _quiet():
             wrapped = ReportingLM(

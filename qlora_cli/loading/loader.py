@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_cli.adapters.adapter import load_adapter
 from qlora_cli.adapters.loftq import plan_losses
 from qlora_cli.adapters.reader import Adapter
-from qlora_cli.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
-from qlora_cli.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
+from qlora_cli.hardware.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
+from qlora_cli.hardware.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.hub.repository import check_download
-from qlora_cli.loading.blueprint import Blueprint, plan_load
-from qlora_cli.loading.weights import (
+from qlora_cli.loading.load_plan import Blueprint, plan_load
+from qlora_cli.loading.weight_reader import (
     check_materialized,
     check_shapes,
     compute_as_asked,
@@ -28,17 +28,17 @@ from qlora_cli.loading.weights import (
     quantization_config,
 )
 from qlora_cli.model_files.checkpoint import Checkpoint, check_for_transformers, read_checkpoint
-from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import note_on_prediction
+from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
 from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
 from qlora_cli.quantization.entries import Inventory
-from qlora_cli.quantization.fit import fits_unquantized
 from qlora_cli.quantization.inventory import take_inventory
-from qlora_cli.quantization.layout import Layout
+from qlora_cli.quantization.load_report import LoadReport, WeightError
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.report import LoadReport, WeightError
+from qlora_cli.quantization.memory_check import fits_unquantized
+from qlora_cli.quantization.storage_plan import Layout
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
 from qlora_cli.settings.settle import made_in_code

@@ -17,7 +17,7 @@ from qlora_cli import __version__
 from qlora_cli.errors import ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space
-from qlora_cli.loading.blueprint import Blueprint
+from qlora_cli.loading.load_plan import Blueprint
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.writing import fill_directory

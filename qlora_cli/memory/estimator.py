@@ -13,35 +13,35 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.reader import Adapter, fit_outline, rows_of, without_values
-from qlora_cli.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError, QloraError
-from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions, shortened
-from qlora_cli.loading.settled import check_effect, stored_facts
-from qlora_cli.memory.attention import AMPERE
-from qlora_cli.memory.extension import UnevenError, extend, passes_of
-from qlora_cli.memory.facts import ModelFacts
-from qlora_cli.memory.figures import estimate_of
+from qlora_cli.hardware.device import TORCH_DTYPES, settle_compute_dtype
+from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.kernels import cublas_workspace_bytes
-from qlora_cli.memory.optimizers import embeddings_of, in_groups, optimizer_steps
-from qlora_cli.memory.passes import Passes
+from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
-from qlora_cli.memory.replay import Peaks, RunEvents, replay
+from qlora_cli.memory.replaying.figures import estimate_of
+from qlora_cli.memory.replaying.loaded_weights import all_trained, attach, load_weights
+from qlora_cli.memory.replaying.optimizer_step import embeddings_of, in_groups, optimizer_steps
+from qlora_cli.memory.replaying.replay import Peaks, RunEvents, replay
 from qlora_cli.memory.request import does_evaluate
-from qlora_cli.memory.resident import all_trained, attach, load_weights
-from qlora_cli.memory.steps import StepSettings, TracedStep, trace_step
-from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.model_files.config import ModelConfig, config_from, read_config
+from qlora_cli.memory.tracing.attention import AMPERE
+from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
+from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
+from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.training_step import StepSettings, TracedStep, trace_step
+from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
-from qlora_cli.quantization.kept import fused_experts
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout, with_rows
 from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout, with_rows
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import Fact, found, settle
+from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions, shortened
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.base import Base, BaseModel
-from qlora_cli.merging.changes import Rows, Weighted, Whole, total_delta
-from qlora_cli.merging.plan import PlannedTensor
-from qlora_cli.merging.room import Room
+from qlora_cli.merging.planning.base_weights import Base, BaseModel
+from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.merge_plan import PlannedTensor
+from qlora_cli.merging.planning.weight_changes import Rows, Weighted, Whole, total_delta
 from qlora_cli.model_files.finite import is_finite
 
 PIECE_SIZE = 256 * 1024  # weights that are added up and cast at a time, so that they stay in the processor's cache

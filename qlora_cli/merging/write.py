@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from qlora_cli.events import BytesDone, Reporter
-from qlora_cli.merging.plan import MergePlan, PlannedTensor
-from qlora_cli.merging.result import Action
-from qlora_cli.merging.stored import bytes_of, fill, not_finite
+from qlora_cli.merging.merge_result import Action
+from qlora_cli.merging.planning.merge_plan import MergePlan, PlannedTensor
+from qlora_cli.merging.planning.stored_tensors import bytes_of, fill, not_finite
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, SAFETENSORS
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import NAMES

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_cli.model_files.checkpoint import TensorHeader
-from qlora_cli.model_files.config import TOWERS, ModelConfig
+from qlora_cli.model_files.model_config import TOWERS, ModelConfig
 
 # Computed anew wherever they are needed: rotary frequencies and their tables, of each layer in older checkpoints.
 ROTARY = re.compile(r"(^|\.)\w*(rotary|pos_emb)\w*\.(\w*inv_freq|cos_cached|sin_cached|cos_sin_cache)$")

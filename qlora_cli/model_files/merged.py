@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from qlora_cli.device import ComputeDtype
+from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.config import quantization_config_of
 from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.merge_record import read_merge_record
+from qlora_cli.model_files.model_config import quantization_config_of
 from qlora_cli.model_files.source import CONFIG, ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import ExportFormat

@@ -25,7 +25,7 @@ from qlora_cli.model_files.checkpoint import (
 )
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import RunRecord, Values, load_record
-from qlora_cli.runs.weights import (
+from qlora_cli.runs.run_weights import (
     RunWeights,
     is_complete,
     may_have_weights,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_cli.quantization.report import KindCount
+from qlora_cli.quantization.load_report import KindCount
 
 
 @dataclass(frozen=True, kw_only=True)

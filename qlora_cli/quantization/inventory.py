@@ -7,8 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
-from qlora_cli.quantization.kept import HEAD, ROUTER_NAME, holds_experts
 from qlora_cli.quantization.methods import stored_weight
+from qlora_cli.quantization.methods.skip_modules import HEAD, ROUTER_NAME, holds_experts
 
 
 def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.config import quantization_config_of
+from qlora_cli.model_files.model_config import quantization_config_of
 from qlora_cli.quantization.methods import all_methods, method_of
-from qlora_cli.quantization.methods.base import ORIGINAL
 from qlora_cli.quantization.methods.bitsandbytes import BITSANDBYTES
+from qlora_cli.quantization.methods.method import ORIGINAL
 from qlora_cli.settings.choices import Quantization
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qlora_cli.errors import TrainingError
 from qlora_cli.files import read_small
+from qlora_cli.runs.checksums import Sums, is_as_written, strange_among, sums_of
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
-from qlora_cli.runs.sums import Sums, is_as_written, strange_among, sums_of
 from qlora_cli.units import format_bytes
 from qlora_cli.writing import clear_left_over, discard, flush, move_aside, publish_directory, staging
 

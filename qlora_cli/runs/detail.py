@@ -7,7 +7,7 @@ from typing import Any
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.files import as_json
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.find import Run
+from qlora_cli.runs.find_runs import Run
 from qlora_cli.runs.record import SettingUsed
 from qlora_cli.runs.samples import Sample, answers_by_prompt
 from qlora_cli.runs.summary import RunSummary

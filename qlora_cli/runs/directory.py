@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory, path_problem
-from qlora_cli.runs.sums import Sums, strange_among
+from qlora_cli.runs.checksums import Sums, strange_among
 from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_left_over, move_aside, not_in_place, write_file
 
 RUN_FILE = "run.json"

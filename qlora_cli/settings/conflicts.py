@@ -10,7 +10,7 @@ from qlora_cli.settings.choices import Mixing, Sampling
 from qlora_cli.settings.conflicts_commands import about_answers, about_push
 from qlora_cli.settings.conflicts_lora import about_lora
 from qlora_cli.settings.conflicts_training import about_evaluation, about_training
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import (
     DataSettings,
     EstimateDataSettings,
@@ -18,7 +18,7 @@ from qlora_cli.settings.models import (
     TrainingSettings,
     marks,
 )
-from qlora_cli.settings.sources import Entry
+from qlora_cli.settings.value_sources import Entry
 from qlora_cli.settings.values import either, held_out_share
 
 Conflict = tuple[str, str, str]

@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Device
-from qlora_cli.settings.marks import Command, Marks, marks_of
+from qlora_cli.settings.field_marks import Command, Marks, marks_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.data import DataSettings
 from qlora_cli.settings.sections.evaluate import EvaluationSettings

@@ -16,7 +16,7 @@ from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
 from qlora_cli.settings.models import SECTIONS, Section, field_of
 from qlora_cli.settings.shown import choices_of, example_of, flag_of, hint_for
-from qlora_cli.settings.sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
+from qlora_cli.settings.value_sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)

@@ -5,7 +5,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationInfo, field_validator
 
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 
 
 class Section(BaseModel):

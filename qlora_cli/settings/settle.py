@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import SECTIONS, Section, marks
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.sources import Origin
+from qlora_cli.settings.value_sources import Origin
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 SectionT = TypeVar("SectionT", bound=Section)

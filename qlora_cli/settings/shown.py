@@ -9,7 +9,7 @@ from typing import Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Choice
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import field_of, marks
 from qlora_cli.settings.section import Section
 

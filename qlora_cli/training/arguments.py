@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from qlora_cli.device import ComputeDtype
 from qlora_cli.errors import HardwareError
+from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.settings.choices import Checkpointing, Dtype, Schedule
 from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
-from qlora_cli.training.trackers import PROJECT
+from qlora_cli.training.callbacks.trackers import PROJECT
 
 CHECKPOINTS_A_RUN = 10
 LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; that of AdamW decays another quantity

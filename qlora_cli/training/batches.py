@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.settings.models import TrainingSettings
-from qlora_cli.training.order import RowOrder
+from qlora_cli.training.data_order import RowOrder
 
 MOST_NAMED = 16
 Row = dict[str, Any]

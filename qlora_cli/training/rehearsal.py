@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_cli.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.events import Noted, Rehearsed, Reporter
+from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.training.batches import Row
 from qlora_cli.training.trainer import QloraTrainer
 

@@ -11,12 +11,6 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_trained_adapter
 from qlora_cli.answering.answerer import Answerer
-from qlora_cli.counters import (
-    peak_device_allocated_bytes,
-    peak_device_reserved_bytes,
-    peak_host_bytes,
-    reset_device_peak,
-)
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.errors import ModelError, TrainingError
 from qlora_cli.events import (
@@ -27,22 +21,28 @@ from qlora_cli.events import (
     TrainingResumed,
     TrainingStarted,
 )
+from qlora_cli.hardware.counters import (
+    peak_device_allocated_bytes,
+    peak_device_reserved_bytes,
+    peak_host_bytes,
+    reset_device_peak,
+)
 from qlora_cli.model_files.construction import is_ours, told
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
-from qlora_cli.runs.result import PeakMemory, TrainResult
-from qlora_cli.training.adapter_check import check_saved, check_trained
+from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import Batches, largest_held_out
-from qlora_cli.training.early_stop import EarlyStopCallback
-from qlora_cli.training.guard import StepGuard
-from qlora_cli.training.loop_state import Progress
-from qlora_cli.training.order import RowOrder
-from qlora_cli.training.plan import PreparedRun
+from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
+from qlora_cli.training.callbacks.reporting import ReportingCallback
+from qlora_cli.training.callbacks.sample_callback import SampleCallback
+from qlora_cli.training.callbacks.step_guard import StepGuard
+from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSignal
+from qlora_cli.training.checks.adapter_check import check_saved, check_trained
+from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
-from qlora_cli.training.reporting import ReportingCallback
-from qlora_cli.training.samples import SampleCallback
-from qlora_cli.training.stop import StopCallback, StoppedError, StopSignal
+from qlora_cli.training.resuming.loop_state import Progress
+from qlora_cli.training.run_plan import PreparedRun
 from qlora_cli.training.trainer import QloraTrainer
 from qlora_cli.writing import move_aside, write_directory
 

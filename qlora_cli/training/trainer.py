@@ -17,17 +17,17 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
-from qlora_cli.training.guard import StepGuard
-from qlora_cli.training.loop_state import (
+from qlora_cli.training.callbacks.reporting import ReportingCallback
+from qlora_cli.training.callbacks.step_guard import StepGuard
+from qlora_cli.training.data_order import RowOrder
+from qlora_cli.training.lora_plus import let_b_learn_faster, page_again
+from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
     generator_states,
     generators_kept,
 )
-from qlora_cli.training.optimizers import let_b_learn_faster, page_again
-from qlora_cli.training.order import RowOrder
-from qlora_cli.training.reporting import ReportingCallback
-from qlora_cli.training.saved_state import (
+from qlora_cli.training.resuming.saved_state import (
     OPTIMIZER,
     RNG_STATE,
     SCALER,

@@ -29,7 +29,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.quantization.entries import Entry
-from qlora_cli.quantization.methods.base import Allocation, Method, Part, StoredWeight
+from qlora_cli.quantization.methods.method import Allocation, Method, Part, StoredWeight
 
 STEPS = 256
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-IMPORTS = "from qlora_cli.settings.marks import Command, EffectiveWith, Marks, OnResume  # noqa\n"
+IMPORTS = "from qlora_cli.settings.field_marks import Command, EffectiveWith, Marks, OnResume  # noqa\n"
 OF_MEMORY = """
     surprise_size: Annotated[int, Marks(affects_memory=True)] = Field(default=1, description="Memory depends on it.")
     plain_surprise: int = Field(default=3, description="A number without marks.")
@@ -61,7 +61,7 @@ from typer.testing import CliRunner
 import typer.main
 import make_reference
 from qlora_cli.cli.app import app
-from qlora_cli.memory.answers import key_of
+from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import InspectMemorySettings, QuantizationSettings, TrainSettings, json_schema
 from qlora_cli.settings.settle import made_in_code, of_run
@@ -69,7 +69,7 @@ from qlora_cli.settings.shown import shown_flags
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.training.resume import Resume, check_changes
+from qlora_cli.training.resuming.resume import Resume, check_changes
 from qlora_cli.errors import SettingsError
 
 commands = typer.main.get_command(app).commands

@@ -16,9 +16,9 @@ from tokenizers import decoders
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
-from qlora_cli.quantization.report import LoadReport
+from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.checkpoints import damage_of
-from qlora_cli.runs.result import TrainPlan, TrainResult
+from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
 
 RUN_AND_LIST_MODULES = """
@@ -132,7 +132,7 @@ def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.Mon
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret-token")
 
-    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
     done = CliRunner().invoke(app, ["config", "show"])
     assert done.exit_code == 1
     assert "ZeroDivisionError: ***" in done.output
@@ -144,7 +144,7 @@ def test_a_panic_of_a_library_is_one_message_and_bad_input(monkeypatch: pytest.M
     def panics(*_: object) -> None:
         decoders.Strip("a", 9, 9).decode(["a"])
 
-    monkeypatch.setattr("qlora_cli.cli.config.describe", panics)
+    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", panics)
     done = CliRunner().invoke(app, ["config", "show"])
     assert done.exit_code == 2
     assert "error: a file of others made a library panic: index out of bounds" in done.output
@@ -157,7 +157,7 @@ def test_a_traceback_has_at_most_forty_lines_and_says_what_is_left_out(monkeypat
         for _ in range(2):
             broken([*values])
 
-    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
     done = CliRunner().invoke(app, ["config", "show"])
     lines = done.output.splitlines()
     told = lines[: next(number for number, line in enumerate(lines) if line.startswith("error: RecursionError"))]
@@ -171,7 +171,7 @@ def test_a_traceback_of_a_long_chain_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("\n".join(f"line {number}" for number in range(1000)))
 
-    monkeypatch.setattr("qlora_cli.cli.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
     output = CliRunner().invoke(app, ["config", "show"]).output
     assert output.index("lines left out") < output.index("line 999")
     assert len(output.partition("\nerror: ")[0].splitlines()) == 40
@@ -381,7 +381,8 @@ def test_a_misspelt_dataset_column_names_the_columns(run_qlora: RunQlora, base_m
 
 def test_libraries_say_nothing_when_they_are_imported() -> None:
     """On CPUs with bf16 bitsandbytes asks for a kernel that is not used; any module may be the first to import it."""
-    code = "import logging, qlora_cli.device as _; print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)"
+    logger = "logging.getLogger('bitsandbytes.backends.cpu.ops')"
+    code = f"import logging, qlora_cli.hardware.device as _; print({logger}.level)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("40\n", "")
 

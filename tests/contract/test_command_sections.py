@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.marks import Command, marks_of
+from qlora_cli.settings.field_marks import Command, marks_of
 from qlora_cli.settings.models import (
     KINDS,
     SECTIONS,

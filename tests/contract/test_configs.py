@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.demo.run import DEMO_SETTINGS
+from qlora_cli.demo.demonstration import DEMO_SETTINGS
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 

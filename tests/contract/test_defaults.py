@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.opening.preflight import data_problems
+from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import SettingsError
 from qlora_cli.settings.choices import Quantization, Schedule
 from qlora_cli.settings.models import KINDS, Section, TrainSettings

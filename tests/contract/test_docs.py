@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import typer.main
 
-from qlora_cli.answering.result import Answer as GivenAnswer
-from qlora_cli.answering.result import GenerationReport, PromptAnswers
+from qlora_cli.answering.answers import Answer as GivenAnswer
+from qlora_cli.answering.answers import GenerationReport, PromptAnswers
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
-from qlora_cli.data.feeding.report import DataReport
+from qlora_cli.data.feeding.data_report import DataReport
 from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
 from qlora_cli.data.showing.preview import Piece, RowPreview
-from qlora_cli.demo.result import DemoResult
-from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
+from qlora_cli.demo.demo_result import DemoResult
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.memory.prediction import (
     COMPONENTS,
@@ -33,7 +33,7 @@ from qlora_cli.memory.prediction import (
     Suggestion,
     SweepPoint,
 )
-from qlora_cli.merging.result import (
+from qlora_cli.merging.merge_result import (
     ActionCount,
     AppliedAdapter,
     BaseChoice,
@@ -45,10 +45,10 @@ from qlora_cli.merging.result import (
     TensorPlan,
     Verification,
 )
-from qlora_cli.quantization.report import LoadReport
+from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.metrics import EVENT_NAMES
-from qlora_cli.runs.result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
+from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.runs.samples import Answer, Sample
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, marks

@@ -17,8 +17,8 @@ import pytest
 
 from qlora_cli.doctor import checks_hub
 from qlora_cli.doctor.checks_hardware import Gpu
+from qlora_cli.doctor.findings import Check, Outcome, Report, Status
 from qlora_cli.doctor.isolation import Isolation
-from qlora_cli.doctor.report import Check, Outcome, Report, Status
 from tests.conftest import Finished, RunQlora
 
 ROOT = Path(__file__).parent.parent.parent

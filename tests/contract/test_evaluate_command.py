@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
-from qlora_cli.runs.result import TrainResult
-from qlora_cli.training.run import train
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
+from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, RunQlora, train_settings, write_jsonl
 
 CPU = ("--device", "cpu", "--dtype", "fp32")

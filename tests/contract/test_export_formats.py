@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.merging.exports.format import Format
-from qlora_cli.merging.exports.table import FORMATS
+from qlora_cli.merging.exports.all_formats import FORMATS
+from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.settings.choices import ExportFormat
 from tests.contract.copied_package import PACKAGE, ask_copy
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted
-from qlora_cli.merging.exports.format import Format
+from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.settings.choices import ExportFormat
 
 
@@ -70,7 +70,7 @@ import json, sys
 from pathlib import Path
 from typer.testing import CliRunner
 from qlora_cli.cli.app import app
-from qlora_cli.merging.formats import Formats
+from qlora_cli.merging.output_formats import Formats
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
 base, rows, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from qlora_cli.answering.result import Answer, GenerationReport, PromptAnswers
-from qlora_cli.cli import render_answers
+from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli.app import app
+from qlora_cli.cli.rendering import answer_text
 from tests.integration.adapters import adapt, settings_of, train_steps
 from tests.integration.loading import save_model
 
@@ -71,14 +71,14 @@ def test_the_answer_alone_is_on_stdout_and_all_else_on_stderr(base_model: Path) 
 def test_on_a_terminal_the_answer_is_written_as_it_comes(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = qlora_generate(base_model, "--prompt", "hello", *CPU)
     written: list[str] = []
-    tell = render_answers.Teller.text
+    tell = answer_text.Teller.text
 
-    def listen(teller: render_answers.Teller, piece: str) -> None:
+    def listen(teller: answer_text.Teller, piece: str) -> None:
         written.append(piece)
         tell(teller, piece)
 
-    monkeypatch.setattr(render_answers.Teller, "text", listen)
-    monkeypatch.setattr(render_answers, "to_terminal", lambda: True)
+    monkeypatch.setattr(answer_text.Teller, "text", listen)
+    monkeypatch.setattr(answer_text, "to_terminal", lambda: True)
     streamed = qlora_generate(base_model, "--prompt", "hello", *CPU)
     assert streamed.stdout == whole.stdout
     assert "".join(written) + "\n" == whole.stdout

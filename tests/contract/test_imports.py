@@ -1,16 +1,18 @@
 """The arrows of the architecture: which part may import which, and what the command line must not load."""
 
-import ast
-from collections.abc import Iterator
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tests.source_imports import imports_of
+
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
-BOTTOM = {"errors", "units", "events", "files", "writing", "cache", "bounded", "garbage", "visible", "settings"}
-BOTTOM |= {"__init__"}
-# Counters and the device, which need torch but know nothing of models.
-MACHINE = {"counters", "device"}
+# The ground floor: what knows nothing of the project.
+GROUND = {"__init__", "errors", "units", "events", "files", "writing", "cache", "bounded", "garbage", "visible"}
+BOTTOM = GROUND | {"settings"}
+MACHINE = {"hardware"}  # needs torch but knows nothing of models
 FILES = {"hub", "model_files"}
 MODEL = FILES | {"tokenizing", "quantization", "adapters", "loading"}
 ALLOWED: dict[str, set[str]] = {
@@ -26,15 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors", "units", "writing"},
     "writing": {"errors"},
     "settings": {"errors", "units"},
-    "counters": BOTTOM,
-    "device": BOTTOM,
+    "hardware": BOTTOM,
     "runs": BOTTOM,
     "hub": BOTTOM,
     "model_files": BOTTOM | MACHINE | {"hub", "runs"},
     "quantization": BOTTOM | MACHINE | FILES,
     "adapters": BOTTOM | MACHINE | FILES | {"quantization"},
     "loading": BOTTOM | MACHINE | FILES | {"tokenizing", "quantization", "adapters", "runs"},
-    "tokenizing": BOTTOM,
+    "tokenizing": BOTTOM | FILES,
     "data": BOTTOM | {"tokenizing"},
     "memory": BOTTOM | MACHINE | MODEL | {"runs"},
     "answering": BOTTOM | MACHINE | MODEL | {"runs"},
@@ -49,36 +50,15 @@ ALLOWED: dict[str, set[str]] = {
     | {"answering", "evaluating", "training", "merging", "memory", "data", "demo", "doctor", "runs"},
 }
 MOST_LINES = 500
+MOST_FILES = 18  # of a folder, besides its `__init__.py`
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-PACKAGES = {"qlora_cli"}
 LIGHT = BOTTOM | {"cli", "runs", "__main__"}
 
 
 def part_of(module: str) -> str:
     """Return the part that a dotted module of the package belongs to."""
     names = module.split(".")[1:]
-    return names[0] if names else "__init__"
-
-
-def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield every module imported, its line, and whether it is imported as soon as the file is.
-
-    Imports in functions, in `try` and under `TYPE_CHECKING` count too; a relative one is yielded as `.`.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    later = {id(node) for function in functions for node in ast.walk(function)}
-    for node in ast.walk(tree):
-        at_once = id(node) not in later
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno, at_once
-        elif isinstance(node, ast.ImportFrom):
-            module = "." if node.level else str(node.module)
-            # `from qlora_cli import counters` may name a module, too.
-            names = [f"{module}.{alias.name}" for alias in node.names] if module in PACKAGES else [module]
-            for name in names:
-                yield name, node.lineno, at_once
+    return names[0] if names and names[0] != "__version__" else "__init__"
 
 
 def wrong_arrows(package: Path) -> list[str]:
@@ -93,7 +73,7 @@ def wrong_arrows(package: Path) -> list[str]:
                 found.append(f"{relative}:{line}: relative import")
             elif root == "qlora_cli":
                 target = part_of(module)
-                if target != part and target not in ALLOWED[part] and module != "qlora_cli.__version__":
+                if target != part and target not in ALLOWED[part]:
                     found.append(f"{relative}:{line}: {part} must not import {target}")
             elif root in {"typer", "rich"} and part != "cli":
                 found.append(f"{relative}:{line}: only cli imports {root}")
@@ -105,6 +85,41 @@ def wrong_arrows(package: Path) -> list[str]:
 def test_every_import_runs_the_right_way() -> None:
     assert len(list(PACKAGE.rglob("*.py"))) >= 40
     assert wrong_arrows(PACKAGE) == []
+
+
+def circles(package: Path) -> list[str]:
+    """Return the files and folders of a folder that import each other in a circle, in every folder of `package`."""
+    files = {path.relative_to(package.parent).with_suffix("").parts: path for path in package.rglob("*.py")}
+    arrows: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for names, path in files.items():
+        for module, _, _ in imports_of(path):
+            target = tuple(module.split("."))
+            shared = next((at for at, pair in enumerate(zip(names, target, strict=False)) if len(set(pair)) > 1), None)
+            if shared and shared < min(len(names), len(target)) and names[shared] != "__init__":
+                arrows.setdefault(names[:shared], {}).setdefault(names[shared], set()).add(target[shared])
+    found = []
+    for folder, below in arrows.items():
+        try:
+            list(TopologicalSorter(below).static_order())
+        except CycleError as error:
+            found.append(f"{'/'.join(folder)}: {' -> '.join(error.args[1])}")
+    return found
+
+
+def test_no_two_files_or_folders_beside_each_other_import_each_other(tmp_path: Path) -> None:
+    assert circles(PACKAGE) == []
+    package = tmp_path / "qlora_cli"
+    for name, source in {
+        "memory/tracing/a.py": "from qlora_cli.memory.replaying.b import x\n",
+        "memory/replaying/b.py": "def f():\n    from qlora_cli.memory.c import x\n",
+        "memory/c.py": "from qlora_cli.memory.tracing import d\n",
+        "memory/tracing/d.py": "from qlora_cli.units import x\n",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(source)
+    (found,) = circles(package)
+    assert found.startswith("qlora_cli/memory: ")
+    assert set(found.split(": ")[1].split(" -> ")) == {"c", "replaying", "tracing"}
 
 
 # The packages of the data, in the order of the work.
@@ -124,7 +139,7 @@ def test_each_package_of_the_data_imports_those_before_it_alone() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "expected"),
     [
-        ("loading/a.py", "from qlora_cli.training.run import train\n", "loading must not import training"),
+        ("loading/a.py", "from qlora_cli.training.train_run import train\n", "loading must not import training"),
         ("data/a.py", "def f():\n    import qlora_cli.loading.loader\n", "data must not import loading"),
         ("training/a.py", "import rich\n", "only cli imports rich"),
         ("cli/a.py", "import torch\n", "cli must not import torch"),
@@ -133,7 +148,8 @@ def test_each_package_of_the_data_imports_those_before_it_alone() -> None:
         ("errors.py", "from qlora_cli import cli\n", "errors must not import cli"),
         ("training/a.py", "from .run import train\n", "relative import"),
         ("loading/a.py", "from qlora_cli.memory import trace\n", "loading must not import memory"),
-        ("counters.py", "from qlora_cli.loading import loader\n", "counters must not import loading"),
+        ("hardware/a.py", "from qlora_cli.loading import loader\n", "hardware must not import loading"),
+        ("files.py", "from qlora_cli import settings\n", "files must not import settings"),
     ],
 )
 def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expected: str) -> None:
@@ -147,7 +163,7 @@ def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expecte
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("loading/a.py", "from qlora_cli import counters\n"),
+        ("loading/a.py", "from qlora_cli.hardware import counters\n"),
         ("cli/a.py", "def f():\n    import torch\n"),
         ("cli/b.py", "from qlora_cli import __version__\n"),
         ("training/a.py", "from qlora_cli.data.feeding.prepare import prepare_data\n"),
@@ -161,14 +177,31 @@ def test_a_right_arrow_is_let_through(tmp_path: Path, file: str, source: str) ->
 
 
 def halls(package: Path) -> list[str]:
-    """Return the files of `package` that are too long, or named after nothing."""
+    """Return the files of `package` that are too long, or named after nothing, and folders of too many files."""
     paths = sorted(package.rglob("*.py"))
     too_long = [path.name for path in paths if path.read_text(encoding="utf-8").count("\n") > MOST_LINES]
-    return too_long + [path.name for path in paths if path.stem in {"utils", "helpers", "misc", "common"}]
+    nameless = [path.name for path in paths if path.stem in {"utils", "helpers", "misc", "common"}]
+    filled = Counter(path.parent for path in paths if path.stem != "__init__")
+    return [*too_long, *nameless, *(folder.name for folder, num_files in filled.items() if num_files > MOST_FILES)]
 
 
-def test_files_are_rooms_not_halls(tmp_path: Path) -> None:
+def test_no_file_is_too_long_and_no_folder_too_full(tmp_path: Path) -> None:
     assert halls(PACKAGE) == []
     (tmp_path / "long.py").write_text("x = 1\n" * (MOST_LINES + 1))
     (tmp_path / "utils.py").write_text("")
-    assert halls(tmp_path) == ["long.py", "utils.py"]
+    (tmp_path / "full").mkdir()
+    for number in range(MOST_FILES + 1):
+        (tmp_path / "full" / f"a{number}.py").touch()
+    assert halls(tmp_path) == ["long.py", "utils.py", "full"]
+
+
+# A command, and its section of the settings, go by the same word.
+OF_COMMANDS = (PACKAGE / "cli" / "commands", PACKAGE / "settings" / "sections")
+
+
+def test_no_two_modules_have_the_same_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        places.setdefault(path.stem, []).append(path.parent)
+    twice = {name: found for name, found in places.items() if len(found) > 1 and name != "__init__"}
+    assert {name for name, found in twice.items() if tuple(found) != OF_COMMANDS} == set()

@@ -14,7 +14,7 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.cli.sweeps import read_sweeps, read_values
+from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, does_evaluate, lengths_up_to
@@ -45,7 +45,7 @@ class Core:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> Core:
     stand_in = Core()
-    module = ModuleType("qlora_cli.memory.inspect")
+    module = ModuleType("qlora_cli.memory.memory_report")
     module.inspect_memory = stand_in.inspect_memory  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return stand_in

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.cli.render_load import BARS
-from qlora_cli.loading import blueprint
-from qlora_cli.quantization.report import KindCount, LoadReport
+from qlora_cli.cli.rendering.load_text import BARS
+from qlora_cli.loading import load_plan
+from qlora_cli.quantization.load_report import KindCount, LoadReport
 from tests.conftest import RunQlora
 from tests.integration.loading import save_model
 
@@ -91,7 +91,7 @@ def test_it_says_when_quantization_is_not_needed(
     assert advice not in qlora_load(base_model, *CPU, "--quant", "none").stdout
     report = loaded(base_model)
     assert report["unquantized_fits"] is True
-    monkeypatch.setattr(blueprint, "free_bytes", lambda _: 2 * report["unquantized_model_bytes"] - 1)
+    monkeypatch.setattr(load_plan, "free_bytes", lambda _: 2 * report["unquantized_model_bytes"] - 1)
     assert loaded(base_model)["unquantized_fits"] is False
     assert advice not in qlora_load(base_model, *CPU).stdout
 
@@ -205,7 +205,7 @@ def test_a_mistake_is_told_on_stderr_and_as_one_object_on_stdout(
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_exit_code_3(
     base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blueprint, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(load_plan, "free_bytes", lambda _: 1000)
     done = qlora_load(base_model, *CPU, "--json")
     assert done.exit_code == 3
     assert json.loads(done.stdout)["error"]["type"] == "OutOfMemoryError"

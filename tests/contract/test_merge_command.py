@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.merging.result import (
+from qlora_cli.merging.merge_result import (
     AppliedAdapter,
     BaseChoice,
     Divergence,

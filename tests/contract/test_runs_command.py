@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.cli.render_runs import table_lines
+from qlora_cli.cli.rendering.run_table import table_lines
 from qlora_cli.events import CheckpointSaved, Event, Noted, StepSkipped, TrainingEnded, TrainingResumed
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.summary import RunSummary

@@ -9,10 +9,10 @@ import pytest
 
 import qlora_cli
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.positions import shortened
 from qlora_cli.settings.models import TrainSettings, all_settings, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.settings.settle import Fact, found, made_in_code, settle
+from qlora_cli.tokenizing.positions import shortened
 
 PACKAGE = Path(qlora_cli.__file__).parent
 OWNED = re.compile(r"model_fields_set|model_copy\(|model_construct\(")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 import qlora_cli
 from qlora_cli.cli.console import TextConsole
-from qlora_cli.cli.told import redact, told
+from qlora_cli.cli.stderr import redact, told
 
 PACKAGE = Path(qlora_cli.__file__).parent
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

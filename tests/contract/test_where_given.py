@@ -18,7 +18,7 @@ import qlora_cli
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.marks import Command
+from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import KINDS, SECTIONS, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.shown import choices_of, flag_of, is_switch

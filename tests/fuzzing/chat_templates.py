@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.rows.column_formats import recognise
 from qlora_cli.data.rows.examples import Example, RowError
-from qlora_cli.data.rows.formats import recognise
-from qlora_cli.data.rows.meaning import MeaningChecker
 from qlora_cli.data.rows.messages import ROLES
+from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn

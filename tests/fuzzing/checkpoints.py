@@ -18,8 +18,8 @@ from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import CheckpointStore, seal
 from qlora_cli.runs.directory import RunDirectory, clear_beginning
 from qlora_cli.settings.models import ModelSettings, OutputSettings
-from qlora_cli.training.loop_state import LoopState, Progress, check_state, generator_states
-from qlora_cli.training.resume import find_resume, output_problem
+from qlora_cli.training.resuming.loop_state import LoopState, Progress, check_state, generator_states
+from qlora_cli.training.resuming.resume import find_resume, output_problem
 from qlora_cli.units import GIB
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from qlora_cli.adapters.reader import fit, open_adapter
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, lora_settings_of, notes_on_left_out
 from qlora_cli.model_files.checkpoint import read_header
-from qlora_cli.model_files.config import config_from
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.model_files.model_config import config_from
+from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
 from tests.tiny_models import tiny_config, tiny_model

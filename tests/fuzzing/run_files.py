@@ -8,13 +8,13 @@ from pathlib import Path
 from qlora_cli.errors import ModelError
 from qlora_cli.runs.detail import detail_of
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.find import read_run
+from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.record import load_record
-from qlora_cli.runs.report import report_page
-from qlora_cli.runs.result import TrainResult
-from qlora_cli.runs.weights import weights_of
+from qlora_cli.runs.report.run_page import report_page
+from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.runs.run_weights import weights_of
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import find_resume, output_problem
+from qlora_cli.training.resuming.resume import find_resume, output_problem
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
 from tests.run_directories import a_record, eval_done, lines_of, sample_done, step_done

@@ -14,8 +14,8 @@ from qlora_cli.events import StepDone
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.quantization.embedding import embedding_of
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import IDS, layers_of, load, logits, save_model, weight_of
 from tests.integration.plain import plain

@@ -9,8 +9,8 @@ import torch
 
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run, train
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]

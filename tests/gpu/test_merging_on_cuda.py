@@ -8,12 +8,12 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 
 from qlora_cli.loading.loader import load_model
-from qlora_cli.merging.base import Base, parameter_groups
-from qlora_cli.merging.inputs import read_inputs
-from qlora_cli.merging.run import merge
+from qlora_cli.merging.merge_run import merge
+from qlora_cli.merging.planning.base_weights import Base, parameter_groups
+from qlora_cli.merging.planning.inputs import read_inputs
 from qlora_cli.settings.choices import BaseWeights, Device
 from qlora_cli.settings.models import LoadSettings, ModelSettings
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.merge_command import merge_settings
 

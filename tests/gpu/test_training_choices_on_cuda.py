@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.events import Event, StepDone
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 
 pytestmark = [

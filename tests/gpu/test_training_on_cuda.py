@@ -8,8 +8,8 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from qlora_cli.settings.choices import Optimizer
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 
 pytestmark = [

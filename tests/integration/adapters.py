@@ -14,10 +14,10 @@ from qlora_cli.adapters.adapter import attach_adapter, load_adapter
 from qlora_cli.adapters.reader import Adapter, fit, open_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.model_files.config import ModelConfig
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.model_files.model_config import ModelConfig
+from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.loading import asked_load, load, logits
 from tests.integration.plain import IDS

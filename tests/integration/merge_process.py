@@ -6,10 +6,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from qlora_cli.cli.app import app
-from qlora_cli.merging import run
+from qlora_cli.merging import merge_run
 from tests.integration.training_process import FORKS
 
-FORKS.set_forkserver_preload([__name__, run.__name__])
+FORKS.set_forkserver_preload([__name__, merge_run.__name__])
 
 
 def _merge(arguments: list[str], log: Path) -> None:

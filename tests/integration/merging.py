@@ -23,15 +23,15 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import QloraError
 from qlora_cli.events import SilentReporter
 from qlora_cli.files import as_json
-from qlora_cli.merging.base import Base
-from qlora_cli.merging.beside import write_beside
-from qlora_cli.merging.inputs import Inputs, read_inputs
-from qlora_cli.merging.laboratory import Laboratory, base_reader
+from qlora_cli.merging.companion_files import write_beside
+from qlora_cli.merging.merge_result import BaseChoice, Verification
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.plan import MergePlan, plan_merge
-from qlora_cli.merging.result import BaseChoice, Verification
-from qlora_cli.merging.streamed import Beside, StreamedModel
-from qlora_cli.merging.verify import verify
+from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.inputs import Inputs, read_inputs
+from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
+from qlora_cli.merging.verifying.comparison import Laboratory, base_reader
+from qlora_cli.merging.verifying.streamed import Beside, StreamedModel
+from qlora_cli.merging.verifying.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype

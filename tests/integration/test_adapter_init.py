@@ -16,13 +16,13 @@ from qlora_cli.adapters.initialization import as_trained, begin
 from qlora_cli.adapters.writer import save_adapter, save_trained_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import LoraInit
-from qlora_cli.training.plan import prepare_run, settle_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run, settle_run
+from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import (
     adapt,

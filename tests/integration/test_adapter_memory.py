@@ -8,14 +8,14 @@ import pytest
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.memory.estimator import Estimator, Traced
-from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.replay import Peaks
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.replaying.replay import Peaks
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.training.memory import check_memory
+from qlora_cli.training.checks.predicted_memory import check_memory
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import adapt, settings_of
 from tests.integration.loading import save_model

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import load_planned
-from qlora_cli.memory import answers
+from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.inspect import inspect_memory
+from qlora_cli.memory.memory_report import inspect_memory
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import InspectMemorySettings
 from qlora_cli.settings.settle import made_in_code
-from qlora_cli.training.plan import settle_run
-from qlora_cli.training.run import train
+from qlora_cli.training.run_plan import settle_run
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import asked_load, save_model
 from tests.integration.merging import adapted, save, save_changing
@@ -163,7 +163,7 @@ def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
         predicted(adapter)
         keys |= set((tmp_path / "cache" / "memory").glob("*.json")) - before
     assert len(keys) == 3
-    assert answers.recall("none of them") is None
+    assert prediction_cache.recall("none of them") is None
 
 
 def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path, tmp_path: Path) -> None:

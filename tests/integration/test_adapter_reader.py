@@ -13,20 +13,20 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.adapters.kept import KeptParameters, kept_in
+from qlora_cli.adapters.base_parameters import KeptParameters, kept_in
 from qlora_cli.adapters.state import adapter_state, restore_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, TrainingError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.weights import check_finite
+from qlora_cli.loading.weight_reader import check_finite
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_checkpoint
-from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.model_config import read_config
 from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
-from qlora_cli.training.adapter_check import check_saved
+from qlora_cli.training.checks.adapter_check import check_saved
 from tests.integration.loading import asked_load, logits, refused, save_model
 from tests.integration.merging import adapted, change_adapter, merge, on_plain, save
 from tests.integration.merging import plain_logits as logits_of_merged

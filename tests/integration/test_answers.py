@@ -11,21 +11,21 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.adapters.writer import save_adapter
-from qlora_cli.answering import generate as answering
-from qlora_cli.answering.chat import Chat
-from qlora_cli.answering.generate import generate
-from qlora_cli.answering.opened import open_model
+from qlora_cli.answering import answer_prompts as answering
+from qlora_cli.answering.answer_prompts import generate
+from qlora_cli.answering.answers import Answer, GenerationReport, Source
+from qlora_cli.answering.conversation import Chat
+from qlora_cli.answering.open_model import open_model
 from qlora_cli.answering.prompts import Message, encode
-from qlora_cli.answering.result import Answer, GenerationReport, Source
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter, SilentReporter
-from qlora_cli.loading.blueprint import Blueprint
+from qlora_cli.loading.load_plan import Blueprint
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.adapters import adapt, settings_of, train_steps
 from tests.integration.experts import save_moe
@@ -39,7 +39,7 @@ SILENT = SilentReporter()
 REQUEST = AnswerSettings(max_new_tokens=12)
 COMPARE = AnswerSettings(max_new_tokens=12, compare=True)
 AS_TRAINED: dict[str, Any] = {"model__dtype": None}
-LOAD_PLANNED = "qlora_cli.answering.opened.load_planned"
+LOAD_PLANNED = "qlora_cli.answering.open_model.load_planned"
 
 
 def texts(report: GenerationReport) -> dict[Source, str]:

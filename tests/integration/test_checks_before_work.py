@@ -15,7 +15,7 @@ from qlora_cli.errors import DataError, DiskSpaceError, ModelError, QloraError, 
 from qlora_cli.events import PhaseStarted
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.plan import load_run, settle_run
+from qlora_cli.training.run_plan import load_run, settle_run
 from tests.conftest import Recorder, RunQlora, train_settings, write_jsonl
 from tests.integration.hub_server import COMMIT, Hub, Repo
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from qlora_cli.events import Noted
-from qlora_cli.loading.blueprint import plan_load
-from qlora_cli.merging.inputs import read_inputs
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.loading.load_plan import plan_load
+from qlora_cli.merging.planning.inputs import read_inputs
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import asked_load, load, save_model
 from tests.integration.merging import merge, on_plain, request_of, save, stored

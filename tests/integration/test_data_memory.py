@@ -13,7 +13,7 @@ import json, resource, sys
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.feeding.prepare import prepare_data
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.text import load_text_side
+from qlora_cli.tokenizing.text_interface import load_text_side
 from qlora_cli.settings.models import DataSettings, ModelSettings
 file, model, allowed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 side = load_text_side(ModelSettings(name=model), SilentReporter(), max_length=None)

@@ -13,15 +13,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import DataError, ModelError, QloraError, SettingsError
-from qlora_cli.evaluating import run as evaluating
-from qlora_cli.evaluating.result import Evaluation, SourceResult
-from qlora_cli.evaluating.run import evaluate
+from qlora_cli.evaluating import evaluation as evaluating
+from qlora_cli.evaluating.evaluation import evaluate
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult
 from qlora_cli.events import Noted
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.runs.result import TrainResult
+from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import copy_tokenizer
 from tests.integration.merging import save_changing

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from qlora_cli.events import EvalDone, Noted, SampleDone
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run, train
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
 from tests.integration.test_training_faults import messages
 

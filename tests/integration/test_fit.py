@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.synthetic import SHAPES, config_of, num_parameters, write_model
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.quantization.fit import check_fit, needed_bytes
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.memory_check import check_fit, needed_bytes
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings
@@ -93,7 +93,7 @@ def tiny_model_with_tokenizer(tmp_path: Path) -> Path:
 
 
 def test_a_plan_is_refused_likewise(enormous: Path, rows: Path, tmp_path: Path) -> None:
-    from qlora_cli.training.plan import prepare_run
+    from qlora_cli.training.run_plan import prepare_run
 
     with pytest.raises(OutOfMemoryError) as caught:
         prepare_run(train_settings(enormous, rows, tmp_path / "run", model__dtype="bf16"), Recorder())

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from qlora_cli.cli.app import app
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.facts import ModelFacts
 from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.config import ModelConfig
 from qlora_cli.model_files.left_over import layers_ahead, may_be_left_out
+from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import header_of
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.integration.loading import copy_tokenizer, load, logits, refused, save_model
 from tests.integration.merging import merge, on_plain, save, stored
 from tests.integration.merging import refused as merge_refused

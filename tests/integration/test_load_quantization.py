@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.events import SilentReporter, StepDone
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.facts import find_facts
+from qlora_cli.memory.model_facts import find_facts
 from qlora_cli.settings.choices import Quantization, Recipe
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, QuantizationSettings, TrainingSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.arguments import check_hardware
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.experts import save_moe
 from tests.integration.loading import (

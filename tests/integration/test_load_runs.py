@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.loading.load_plan import plan_load
+from qlora_cli.loading.model_outline import read_found, settle_base
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.loading.settled import read_found, settle_base
 from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.settings.models import LoadSettings, ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.settle import made_in_code
-from qlora_cli.training.plan import PreparedRun, prepare_run, settle_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
+from qlora_cli.training.train_run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.loading import (
     DAMAGED_PICKLES,

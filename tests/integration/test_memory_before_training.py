@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from bitsandbytes.functional import name2qmap
 
-from qlora_cli.cli.render import plan_rows
+from qlora_cli.cli.rendering.training_text import plan_rows
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.loading.blueprint import Blueprint, plan_load
+from qlora_cli.loading.load_plan import Blueprint, plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.settle import made_in_code
-from qlora_cli.training.memory import check_memory, gpu_at_hand
-from qlora_cli.training.plan import prepare_run
+from qlora_cli.training.checks.predicted_memory import check_memory, gpu_at_hand
+from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.units import MIB
 from tests.conftest import Recorder, train_settings
 

@@ -12,16 +12,16 @@ import torch
 from qlora_cli.errors import ModelError
 from qlora_cli.memory import estimator
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.extension import UnevenError, extend, passes_of
-from qlora_cli.memory.facts import ModelFacts
-from qlora_cli.memory.functions import GpuFunctions
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.memory.layers import Stack, find_stack
-from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.replay import Peaks
-from qlora_cli.memory.steps import trace_step
-from qlora_cli.memory.trace import MemoryTrace
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.replaying.replay import Peaks
+from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
+from qlora_cli.memory.tracing.functions import GpuFunctions
+from qlora_cli.memory.tracing.layers import Stack, find_stack
+from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.trace import MemoryTrace
+from qlora_cli.memory.tracing.training_step import trace_step
+from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.integration.tracing import deep_config, peaks, step_settings, twin_of

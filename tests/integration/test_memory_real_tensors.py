@@ -16,23 +16,23 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.memory.extension import passes_of
-from qlora_cli.memory.kernels import Kernels
-from qlora_cli.memory.layers import find_stack
-from qlora_cli.memory.optimizers import FIRST, optimizer_steps
-from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.steps import TracedStep, trace_step
-from qlora_cli.memory.trace import MemoryTrace, Segment
-from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.quantization.layout import build_on_meta
-from qlora_cli.quantization.methods.base import META
+from qlora_cli.memory.replaying.optimizer_step import FIRST, optimizer_steps
+from qlora_cli.memory.tracing.extension import passes_of
+from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.layers import find_stack
+from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
+from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
+from qlora_cli.quantization.methods.method import META
+from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import Optimizer, Recipe, SdpaBackend
 from qlora_cli.settings.models import LoraSettings
-from qlora_cli.training.plan import prepare_run
+from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.rehearsal import RehearsalCallback
+from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
-from qlora_cli.training.stop import StopSignal
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load, save_model
 from tests.integration.tracing import peaks, step_settings

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.events import SilentReporter
-from qlora_cli.memory.answers import key_of
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.inspect import inspect_memory
+from qlora_cli.memory.memory_report import inspect_memory
+from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, marks

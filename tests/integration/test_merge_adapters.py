@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.model_files.config import TOWERS
+from qlora_cli.model_files.model_config import TOWERS
 from tests.integration.loading import copy_tokenizer, save_model
 from tests.integration.merging import (
     adapted,

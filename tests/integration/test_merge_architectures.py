@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.merging.result import Action
-from qlora_cli.quantization.kept import fused_experts
+from qlora_cli.merging.merge_result import Action
+from qlora_cli.quantization.methods.skip_modules import fused_experts
 from tests.integration.loading import save_model
 from tests.integration.merging import (
     Merged,

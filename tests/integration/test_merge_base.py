@@ -17,11 +17,11 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.merging.base import Base, parameter_groups
-from qlora_cli.merging.choose import choose_base, settled_base
-from qlora_cli.merging.inputs import Inputs, read_inputs
-from qlora_cli.merging.laboratory import Laboratory
-from qlora_cli.merging.plan import plan_merge
+from qlora_cli.merging.planning.base_weights import Base, parameter_groups
+from qlora_cli.merging.planning.inputs import Inputs, read_inputs
+from qlora_cli.merging.planning.merge_plan import plan_merge
+from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
+from qlora_cli.merging.verifying.comparison import Laboratory
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from tests.integration.loading import copy_tokenizer, load, save_model
 from tests.integration.merging import (

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import qlora_cli.cli.progress
+import qlora_cli.cli.progress.reporters
 from qlora_cli.events import Event, PhaseStarted, Reporter
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.runs.checkpoints import list_checkpoints, step_of
@@ -330,7 +330,7 @@ def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
     def reporting() -> Iterator[Reporter]:
         yield reporter
 
-    patch.setattr(qlora_cli.cli.progress, "reporting", reporting)
+    patch.setattr(qlora_cli.cli.progress.reporters, "reporting", reporting)
 
 
 # In the weights, written by us, and in the tokenizer, written by a library that has an error of its own.

@@ -13,9 +13,9 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_cli.merging import laboratory
-from qlora_cli.merging.formats import Formats
-from qlora_cli.merging.streamed import StreamedModel
+from qlora_cli.merging.output_formats import Formats
+from qlora_cli.merging.verifying import comparison
+from qlora_cli.merging.verifying.streamed import StreamedModel
 from qlora_cli.settings.choices import ExportFormat
 from tests.conftest import ASSETS
 from tests.integration.loading import copy_tokenizer, logits
@@ -317,7 +317,7 @@ def test_too_little_memory_for_one_layer_is_told_before_anything_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = copy_run(run, tmp_path / "copy")
-    monkeypatch.setattr(laboratory, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(comparison, "free_bytes", lambda _: 1000)
     done = qlora_merge(other, "--base", "original", "--device", "cpu", "--json")
     assert done.exit_code == 3
     assert "for one layer" in json.loads(done.stdout)["error"]["message"]

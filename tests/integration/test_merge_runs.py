@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
-from qlora_cli.merging.result import MergeResult
-from qlora_cli.merging.run import merge
+from qlora_cli.merging.merge_result import MergeResult
+from qlora_cli.merging.merge_run import merge
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
-from qlora_cli.model_files.config import TOWERS
+from qlora_cli.model_files.model_config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.integration.experts import save_moe
 from tests.integration.loading import load, save_model

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.merging.adapters import Read
-from qlora_cli.merging.base import Base
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.laboratory import Laboratory, base_reader
-from qlora_cli.merging.run import merge
-from qlora_cli.merging.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
+from qlora_cli.merging.merge_run import merge
+from qlora_cli.merging.planning.adapter_changes import Read
+from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.inputs import Inputs
+from qlora_cli.merging.verifying.comparison import Laboratory, base_reader
+from qlora_cli.merging.verifying.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
-from qlora_cli.quantization.kept import fused_experts
+from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import BaseWeights
 from tests.conftest import Recorder
 from tests.integration.loading import save_model

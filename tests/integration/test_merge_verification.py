@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
-from qlora_cli.merging import beside, merger
-from qlora_cli.merging.changes import LowRank
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.laboratory import Laboratory
+from qlora_cli.merging import companion_files, merger
+from qlora_cli.merging.merge_result import Action
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.plan import MergePlan, PlannedTensor
-from qlora_cli.merging.result import Action
-from qlora_cli.merging.room import Room
+from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.inputs import Inputs
+from qlora_cli.merging.planning.merge_plan import MergePlan, PlannedTensor
+from qlora_cli.merging.planning.weight_changes import LowRank
+from qlora_cli.merging.verifying.comparison import Laboratory
 from tests.conftest import write_jsonl
 from tests.integration.merging import change_adapter
 from tests.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
@@ -129,14 +129,14 @@ def test_a_value_that_is_not_the_sum_in_fp32_cast_once_is_found(
 
 def test_a_tensor_in_another_dtype_is_found(gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = copy_run(gentle, tmp_path / "copy")
-    fill = beside.write_beside
+    fill = companion_files.write_beside
 
     def also_change(inputs: Inputs, plan: MergePlan, model: Path) -> None:
         fill(inputs, plan, model)
         tensors = load_file(model / "model.safetensors")
         save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].float()}, model / "model.safetensors")
 
-    monkeypatch.setattr("qlora_cli.merging.run.write_beside", also_change)
+    monkeypatch.setattr("qlora_cli.merging.merge_run.write_beside", also_change)
     assert failed(run, "--base", "original") == "1 weight not in the files as merged, such as model.norm.weight"
 
 

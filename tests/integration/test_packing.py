@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.errors import ModelError
-from qlora_cli.training.packing import packing_fault
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run, train
+from qlora_cli.training.checks.packing_check import packing_fault
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
 from tests.integration.test_training import gradients_of_first_step
 from tests.tiny_models import FAMILIES, VOCABULARY_SIZE, save_tiny, tiny_model

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
 from qlora_cli.errors import ModelError
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings, write_jsonl
 from tests.integration.loading import load, logits, save_model
 

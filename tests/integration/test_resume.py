@@ -15,12 +15,12 @@ from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, Setti
 from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
 from qlora_cli.runs.checkpoints import CHECKSUMS, list_checkpoints, seal
 from qlora_cli.runs.directory import RunDirectory, RunLock
-from qlora_cli.runs.find import read_run
+from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.history import read_history
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.plan import settle_run
-from qlora_cli.training.run import train
+from qlora_cli.training.run_plan import settle_run
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.training_process import SignalAt, start_training
 

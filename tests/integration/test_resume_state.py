@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.errors import QloraError
 from qlora_cli.events import CheckpointSaved
 from qlora_cli.runs.checkpoints import CHECKSUMS, seal
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 
 FAST = {"training__max_steps": 3, "training__save_steps": 1, "training__gradient_accumulation_steps": 1}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.runs.report import write_report
+from qlora_cli.runs.report.run_page import write_report
 from tests.integration.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
 from tests.run_directories import a_record, step_done, write_run
 from tests.unit.test_run_report import events_of_a_run, hostile_record

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import DatasetNotFoundError, ModelNotFoundError, OutputDirectoryError, SettingsError
-from qlora_cli.evaluating.result import Evaluation
-from qlora_cli.evaluating.run import evaluate
+from qlora_cli.evaluating.evaluation import evaluate
+from qlora_cli.evaluating.evaluation_result import Evaluation
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
-from qlora_cli.loading.blueprint import plan_load
-from qlora_cli.memory.facts import find_facts
+from qlora_cli.loading.load_plan import plan_load
+from qlora_cli.memory.model_facts import find_facts
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.settings.models import EstimateSettings, EvaluateSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.settle import made_in_code
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.loading import load
 from tests.integration.training_process import SignalAt

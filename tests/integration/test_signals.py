@@ -15,8 +15,8 @@ from qlora_cli.events import EvalStarted, Noted, StepDone
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.run import train
-from qlora_cli.training.stop import StopSignal
+from qlora_cli.training.callbacks.stop import StopSignal
+from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.integration.training_process import INTERRUPTED, SignalAt, start_training
 

@@ -13,7 +13,7 @@ from qlora_cli.data.feeding.prepare import TrainingData, prepare_data
 from qlora_cli.errors import DataError
 from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.training.notes import note_stream
+from qlora_cli.training.run_notes import note_stream
 from tests.chat_tokenizers import make_tokenizer
 from tests.conftest import Recorder, write_jsonl
 

@@ -13,13 +13,13 @@ from qlora_cli.data.feeding import stream as stream_module
 from qlora_cli.data.feeding.prepare import prepare_data
 from qlora_cli.data.feeding.stream import TokenStream
 from qlora_cli.data.opening import first_rows as first_rows_module
-from qlora_cli.data.opening.preflight import data_problems
+from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, TrainingError
 from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.training.plan import prepare_run
-from qlora_cli.training.run import run
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
 from tests.chat_tokenizers import make_tokenizer
 from tests.conftest import Recorder, train_settings, write_jsonl
 

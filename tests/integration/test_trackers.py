@@ -16,9 +16,9 @@ from qlora_cli.errors import SettingsError
 from qlora_cli.events import Noted
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training import trackers
-from qlora_cli.training.preflight import check_train_inputs
-from qlora_cli.training.trackers import Tracker, tracking
+from qlora_cli.training.callbacks import trackers
+from qlora_cli.training.callbacks.trackers import Tracker, tracking
+from qlora_cli.training.checks.input_checks import check_train_inputs
 from tests.conftest import Recorder, RunQlora, train_settings
 
 TRAIN = (

@@ -8,7 +8,7 @@ import trl
 from qlora_cli.errors import ModelError
 from qlora_cli.events import StepDone
 from qlora_cli.training import session
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.training_process import SignalAt
 

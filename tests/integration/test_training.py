@@ -19,10 +19,10 @@ from qlora_cli.events import CheckpointSaved, EvalDone, Noted, StepDone
 from qlora_cli.loading.loader import load_model
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import LoadSettings, LoraSettings, ModelSettings
-from qlora_cli.training.plan import PreparedRun, prepare_run
-from qlora_cli.training.run import run, train
+from qlora_cli.training.callbacks.stop import StopSignal
+from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.session import Session
-from qlora_cli.training.stop import StopSignal
+from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
 
 

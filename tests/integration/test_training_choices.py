@@ -22,8 +22,8 @@ from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.determinism import VARIABLES
-from qlora_cli.training.optimizers import let_b_learn_faster
-from qlora_cli.training.run import train
+from qlora_cli.training.lora_plus import let_b_learn_faster
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading import load, save_model
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from qlora_cli.adapters.state import adapter_state
-from qlora_cli.counters import is_out_of_memory
 from qlora_cli.errors import OutOfMemoryError, TrainingError
 from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone, StepSkipped
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.hardware.counters import is_out_of_memory
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.runs.checkpoints import CheckpointStore
-from qlora_cli.training.adapter_check import check_saved, check_trained
-from qlora_cli.training.memory import check_memory
-from qlora_cli.training.plan import PreparedRun, prepare_run
+from qlora_cli.training.checks.adapter_check import check_saved, check_trained
+from qlora_cli.training.checks.predicted_memory import check_memory
 from qlora_cli.training.rehearsal import RehearsalCallback
-from qlora_cli.training.run import run, train
+from qlora_cli.training.run_plan import PreparedRun, prepare_run
+from qlora_cli.training.train_run import run, train
 from qlora_cli.units import format_bytes
 from tests.conftest import Recorder, train_settings, write_jsonl
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 
 FAST = {

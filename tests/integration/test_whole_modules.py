@@ -15,7 +15,7 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.embedding import embedding_of
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
 from tests.integration.loading import load, logits, save_model

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from qlora_cli.memory.allocator import CachingAllocator
-from qlora_cli.memory.passes import Passes
-from qlora_cli.memory.steps import StepSettings
-from qlora_cli.memory.twin import Twin, build_twin
-from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.memory.replaying.allocator import CachingAllocator
+from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.training_step import StepSettings
+from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Recipe, SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from tests.tiny_models import FAMILIES, tiny_config

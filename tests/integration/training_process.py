@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.run import train
+from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
 
 INTERRUPTED = 77  # what a run that a signal stopped exits with here

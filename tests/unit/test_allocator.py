@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from qlora_cli.memory.allocator import Block, CachingAllocator, round_size, segment_size
+from qlora_cli.memory.replaying.allocator import Block, CachingAllocator, round_size, segment_size
 
 KIB, MIB = 1024, 1024**2
 

@@ -8,14 +8,14 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_cli.answering.answer_checks import check_merged
 from qlora_cli.answering.answerer import Answerer, Watch
-from qlora_cli.answering.preflight import check_merged
+from qlora_cli.answering.answers import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
-from qlora_cli.answering.result import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
-from qlora_cli.cli import render_answers
-from qlora_cli.cli.render_answers import Teller, verdict
+from qlora_cli.cli.rendering import answer_text
+from qlora_cli.cli.rendering.answer_text import Teller, verdict
 from qlora_cli.errors import ModelError, SettingsError
-from qlora_cli.settings.marks import marks_of
+from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.visible import harmless
@@ -258,10 +258,10 @@ def a_report(*texts: str) -> GenerationReport:
 def test_a_single_answer_is_raw_in_a_pipe_and_harmless_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    render_answers.render_answers(a_report(HOSTILE))
+    answer_text.render_answers(a_report(HOSTILE))
     assert capsys.readouterr().out == HOSTILE + "\n"
-    monkeypatch.setattr(render_answers, "to_terminal", lambda: True)
-    render_answers.render_answers(a_report(HOSTILE))
+    monkeypatch.setattr(answer_text, "to_terminal", lambda: True)
+    answer_text.render_answers(a_report(HOSTILE))
     assert capsys.readouterr().out == harmless(HOSTILE) + "\n"
     teller = Teller(is_headed=True, max_new_tokens=9)
     teller.begin("base")
@@ -272,7 +272,7 @@ def test_a_single_answer_is_raw_in_a_pipe_and_harmless_on_a_terminal(
 
 
 def test_compared_answers_are_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    render_answers.render_answers(a_report(HOSTILE.strip(), "[/bold]" + "long " * 60))
+    answer_text.render_answers(a_report(HOSTILE.strip(), "[/bold]" + "long " * 60))
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "[bold]a[U+001B][2J" in out

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from trl import SFTConfig
 
-from qlora_cli.device import ComputeDtype
 from qlora_cli.errors import HardwareError
+from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.settings.choices import Checkpointing, Dtype, Optimizer
 from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, training_arguments

@@ -18,7 +18,7 @@ from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.reading import hub_rows
 from qlora_cli.data.reading.raw import RawRow, Wanted
 from qlora_cli.data.reading.readers import read_rows
-from qlora_cli.data.rows.formats import columns_in_use
+from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qlora_cli.memory.attention import attend, choose_backend
-from qlora_cli.memory.functions import GpuFunctions
-from qlora_cli.memory.kernels import Kernels
-from qlora_cli.memory.trace import MemoryTrace
+from qlora_cli.memory.tracing.attention import attend, choose_backend
+from qlora_cli.memory.tracing.functions import GpuFunctions
+from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.settings.choices import SdpaBackend
 
 T4, A100 = (7, 5), (8, 0)

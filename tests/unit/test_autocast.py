@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora_cli.memory.functions import IN_16_BIT, IN_FP32, GpuFunctions
-from qlora_cli.memory.kernels import Kernels
-from qlora_cli.memory.trace import MemoryTrace
+from qlora_cli.memory.tracing.functions import IN_16_BIT, IN_FP32, GpuFunctions
+from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.trace import MemoryTrace
 from tests.tiny_models import tiny_config
 
 A100 = (8, 0)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, configuration_utils, mode
 
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalogue, nearest_names
 from qlora_cli.quantization.inventory import parameters_once
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.storage_plan import build_on_meta
 
 MODELS = catalogue()
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.chat_template import choose_chat_template
+from qlora_cli.tokenizing.chat_template import choose_chat_template
 from tests.unit.test_tokenizer import END, load, write_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.companions import faulty_config
-from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.model_files.source import ModelSource, has_vocabulary
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.tokenizing.tokenizer_files import faulty_config
 from tests.unit.test_tokenizer import END, PAD, TURN, write_tokenizer
 
 OF_BASE, OF_ADAPTER = "{{ 'base' }}", "{{ 'adapter' }}"

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.config import config_from, read_config
+from qlora_cli.model_files.model_config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
 
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.catalogue import catalogue
-from qlora_cli.model_files.config import config_from, read_config
 from qlora_cli.model_files.construction import (
     MOST_SECONDS,
     MOST_TRIED,
@@ -21,8 +20,9 @@ from qlora_cli.model_files.construction import (
     shown,
     text_config,
 )
+from qlora_cli.model_files.model_config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.tiny_models import FAMILIES, VOCABULARY_SIZE, tiny_config
 
 BROKEN: Mapping[str, Any] = {

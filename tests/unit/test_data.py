@@ -12,9 +12,9 @@ from qlora_cli.data.finding.sources import check_dataset_name
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import DataSettings, ModelSettings
+from qlora_cli.tokenizing.tokenizer import load_tokenizer
 from tests.conftest import ASSETS, write_jsonl
 
 

@@ -20,8 +20,8 @@ from qlora_cli.data.reading import arrow_messages, json_files, parquet_groups, r
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS, rows_at_once
 from qlora_cli.data.reading.raw import RawRow, Wanted
 from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.data.rows.examples import RowError
-from qlora_cli.data.rows.formats import columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.units import MIB

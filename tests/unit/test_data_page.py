@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from qlora_cli.data.feeding.report import DataReport
+from qlora_cli.data.feeding.data_report import DataReport
 from qlora_cli.data.showing import page
 from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
 from qlora_cli.data.showing.page import (

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlora_cli import device as choosing
-from qlora_cli.device import choose_compute_dtype
 from qlora_cli.errors import HardwareError
+from qlora_cli.hardware import device as choosing
+from qlora_cli.hardware.device import choose_compute_dtype
 from qlora_cli.settings.choices import Dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qlora_cli.cli.render_doctor import render_doctor
+from qlora_cli.cli.rendering.doctor_text import render_doctor
 from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install
+from qlora_cli.doctor.all_checks import Examination
+from qlora_cli.doctor.findings import Check, Outcome, Report, Status, failed, ok
 from qlora_cli.doctor.isolation import Isolation, without_home
-from qlora_cli.doctor.report import Check, Outcome, Report, Status, failed, ok
-from qlora_cli.doctor.run import Examination
 from qlora_cli.events import SilentReporter
 from qlora_cli.units import GIB
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_cli.device import choose_compute_dtype
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import SilentReporter
-from qlora_cli.loading.blueprint import plan_load
+from qlora_cli.hardware.device import choose_compute_dtype
+from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import load_model, load_planned
 from qlora_cli.quantization.embedding import embedding_of, grow, offloading_map
-from qlora_cli.quantization.fit import needed_bytes
-from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.quantization.memory_check import needed_bytes
+from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 from qlora_cli.settings.settle import made_in_code
@@ -63,7 +63,7 @@ def test_both_kinds_of_offloading_at_once_are_refused(tmp_path: Path, monkeypatc
         model=ModelSettings(name=str(save_model(tmp_path / "model")), offload_embedding=True),
         quantization=QuantizationSettings(method="int8", int8_cpu_offload=True),
     )
-    monkeypatch.setattr("qlora_cli.loading.blueprint.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("qlora_cli.loading.load_plan.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(ModelError, match="can't be used with"):
         plan_load(made_in_code(settings), SilentReporter())
 
@@ -89,7 +89,7 @@ def test_room_to_grow_is_part_of_what_a_model_needs() -> None:
 def test_a_model_that_overflows_fp16_is_never_computed_in_it(
     monkeypatch: pytest.MonkeyPatch, model_type: str, has_bf16: bool
 ) -> None:
-    monkeypatch.setattr("qlora_cli.device._native_bf16", lambda _: (has_bf16, "so it is"))
+    monkeypatch.setattr("qlora_cli.hardware.device._native_bf16", lambda _: (has_bf16, "so it is"))
     device = torch.device("cuda")
     with pytest.raises(HardwareError, match="overflows fp16"):
         choose_compute_dtype(Dtype.FP16, device, model_type)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.cli.progress_plain import PlainReporter
-from qlora_cli.cli.render_evaluation import render_evaluation, source_cells
+from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.rendering.evaluation_text import render_evaluation, source_cells
 from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
-from qlora_cli.evaluating.result import Evaluation, SourceResult, TaskResult
 from qlora_cli.evaluating.statistics import perplexity_of, ratio_stderr, summarize
 from qlora_cli.events import EvaluationAdvanced, Noted
 from qlora_cli.settings.models import DataSettings

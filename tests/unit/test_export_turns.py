@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.exports.go_template import go_template, literal
-from qlora_cli.merging.exports.turns import SystemPlace, derive_turns, trims, writes_bos
+from qlora_cli.merging.exports.template_turns import SystemPlace, derive_turns, trims, writes_bos
 from tests.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_tokenizer
 
 # In the style of templates that are about; by the family whose tokens they use.

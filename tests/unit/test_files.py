@@ -12,7 +12,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.files import check_output_directory, existing_path
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import output_problem
+from qlora_cli.training.resuming.resume import output_problem
 from qlora_cli.writing import write_directory
 
 IMPOSSIBLE = ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "a\0b"]

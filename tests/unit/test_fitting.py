@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting import MOST_SUGGESTIONS, fit_on, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
+from qlora_cli.memory.suggestions import MOST_SUGGESTIONS, fit_on, suggest
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.data.rows.column_formats import Layout, recognise
 from qlora_cli.data.rows.examples import Completion, Conversation, Example, RowError, Tokenized
-from qlora_cli.data.rows.formats import Layout, recognise
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat, LossOn

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from qlora_cli.quantization import fit
-from qlora_cli.quantization.fit import Limit, free_bytes
+from qlora_cli.quantization import memory_check
+from qlora_cli.quantization.memory_check import Limit, free_bytes
 
 CPU = torch.device("cpu")
 
@@ -23,14 +23,14 @@ def limit(directory: Path, most: str) -> Limit:
 def test_the_limit_of_a_container_counts_and_its_page_cache_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "LIMITS", (limit(tmp_path, str(2 * 1024**3 + 4096)),))
+    monkeypatch.setattr(memory_check, "LIMITS", (limit(tmp_path, str(2 * 1024**3 + 4096)),))
     assert free_bytes(CPU) == 4096
-    monkeypatch.setattr(fit, "LIMITS", (limit(tmp_path, str(1024**3)),))
+    monkeypatch.setattr(memory_check, "LIMITS", (limit(tmp_path, str(1024**3)),))
     assert free_bytes(CPU) == 0
 
 
 def test_without_a_limit_it_is_what_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none = tmp_path / "none"
     for limits in ((), (limit(tmp_path, "max"),), (Limit(none, none, none, "inactive_file"),)):
-        monkeypatch.setattr(fit, "LIMITS", limits)
+        monkeypatch.setattr(memory_check, "LIMITS", limits)
         assert abs(free_bytes(CPU) - psutil.virtual_memory().available) < 1024**3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.rendering.marks import What
+from qlora_cli.data.rendering.value_marks import What
 from qlora_cli.data.rows.examples import IGNORED, Conversation, RowError
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens

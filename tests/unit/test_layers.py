@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.memory.layers import Stack, contexts, find_stack, keep_layers, renamed, representatives
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.memory.tracing.layers import Stack, contexts, find_stack, keep_layers, renamed, representatives
+from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.tiny_models import tiny_config
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from qlora_cli.units import GIB, MIB

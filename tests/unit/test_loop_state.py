@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_cli.errors import OutputDirectoryError
-from qlora_cli.training.loop_state import LoopState, Progress, check_state, generator_states
+from qlora_cli.training.resuming.loop_state import LoopState, Progress, check_state, generator_states
 
 STATE = LoopState(
     step=3,

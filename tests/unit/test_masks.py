@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from qlora_cli.data.rendering.render import Renderer
+from qlora_cli.data.rendering.renderer import Renderer
 from qlora_cli.data.rendering.template import ChatTemplate, asks_always_alike
 from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, RowError, Tokenized
 from qlora_cli.data.tokenizing.encode import TextTokenizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_cli.merging.changes import (
+from qlora_cli.merging.planning.weight_changes import (
     Added,
     Change,
     Directed,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_cli.merging.compare import PIECE_TOKENS, divergence
+from qlora_cli.merging.verifying.divergence import PIECE_TOKENS, divergence
 
 TOKENS = 2 * PIECE_TOKENS + 5
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.conversions import Conversions, read_conversions
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.merging.planning.conversions import Conversions, read_conversions
+from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.tiny_models import tiny_config, tiny_model
 
 # Stored one by one and stacked, joined and stacked, joined, renamed, transposed, and as they are.

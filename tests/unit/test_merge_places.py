@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import SettingsError
+from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.merging.places import output_of, output_problem
-from qlora_cli.merging.preflight import check_merge
 from qlora_cli.settings.models import MergeCommandSettings
 
 

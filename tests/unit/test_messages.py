@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.data.rows.column_formats import recognise
 from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError
-from qlora_cli.data.rows.formats import recognise
 from qlora_cli.data.rows.messages import BESIDE_MESSAGES, SWITCHES, is_nothing
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.settings.choices import LossOn

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qlora_cli.quantization.inventory import parameters_once
-from qlora_cli.quantization.layout import Layout, build_on_meta, plan_layout
 from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.settle import varied

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, interleave_datasets
 
+from qlora_cli.data.feeding.data_report import describe_mixture
 from qlora_cli.data.feeding.mixing import mix
 from qlora_cli.data.feeding.prepare import TrainingData, prepare_data
-from qlora_cli.data.feeding.report import describe_mixture
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.showing.inspection import inspect_data
 from qlora_cli.errors import DataError, SettingsError

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from qlora_cli.memory.kernels import Kernels
-from qlora_cli.memory.optimizers import FIRST, LATER, MAP_BYTES, embeddings_of, in_groups, optimizer_steps
-from qlora_cli.memory.trace import MemoryTrace
+from qlora_cli.memory.replaying.optimizer_step import (
+    FIRST,
+    LATER,
+    MAP_BYTES,
+    embeddings_of,
+    in_groups,
+    optimizer_steps,
+)
+from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.settings.choices import Optimizer
 
 SHAPES = ((8, 64), (64, 8), (8, 130), (300, 8), (16, 256), (256, 16), (17, 300))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.positions import apply_rope_scaling, check_length, num_positions
+from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions
 from tests.tiny_models import tiny_config
 
 POSITIONS = 128  # of the tiny models

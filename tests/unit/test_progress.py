@@ -10,11 +10,11 @@ from typing import get_args, get_type_hints
 import pytest
 from rich.console import Console
 
-from qlora_cli.cli.describe import describe_age, describe_event, describe_memory, describe_prediction
-from qlora_cli.cli.progress_live import LiveReporter
-from qlora_cli.cli.progress_plain import PlainReporter
-from qlora_cli.cli.run_state import Direction, RunState
-from qlora_cli.cli.transfers import TRANSFERS, Transfer
+from qlora_cli.cli.progress.event_text import describe_age, describe_event, describe_memory, describe_prediction
+from qlora_cli.cli.progress.live_display import LiveReporter
+from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.progress.run_state import Direction, RunState
+from qlora_cli.cli.progress.transfers import TRANSFERS, Transfer
 from qlora_cli.events import (
     BytesDone,
     CheckpointSaved,

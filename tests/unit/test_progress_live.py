@@ -8,8 +8,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from qlora_cli.cli.live_lines import flow, memory_bar
-from qlora_cli.cli.progress_live import LiveReporter
+from qlora_cli.cli.progress.live_display import LiveReporter
+from qlora_cli.cli.progress.live_lines import flow, memory_bar
 from qlora_cli.events import (
     BytesDone,
     CheckpointSaved,
@@ -159,7 +159,7 @@ def test_a_terminal_without_blocks_gets_figures_without_curve_and_bar() -> None:
 
 def test_the_age_of_the_checkpoint_grows_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("qlora_cli.cli.progress_live.time.monotonic", lambda: now)
+    monkeypatch.setattr("qlora_cli.cli.progress.live_display.time.monotonic", lambda: now)
     screen = busy_screen(80)
     assert screen.lines()[-1].startswith("checkpoint step 800,300, 0s ago")
     now += 185

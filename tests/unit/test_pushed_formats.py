@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.formats import Formats
+from qlora_cli.merging.output_formats import Formats
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_cli.cli.progress import reporting
-from qlora_cli.cli.progress_live import LiveReporter
-from qlora_cli.cli.progress_plain import PlainReporter
-from qlora_cli.cli.render import render_plan
-from qlora_cli.cli.render_load import bars, errors_by_layer, render_load
+from qlora_cli.cli.progress.live_display import LiveReporter
+from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.progress.reporters import reporting
+from qlora_cli.cli.rendering.load_text import bars, errors_by_layer, render_load
+from qlora_cli.cli.rendering.training_text import render_plan
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
-from qlora_cli.quantization.report import KindCount, LoadReport, WeightError
-from qlora_cli.runs.result import TrainPlan
+from qlora_cli.quantization.load_report import KindCount, LoadReport, WeightError
+from qlora_cli.runs.run_result import TrainPlan
 
 STEP = StepDone(
     step=9,

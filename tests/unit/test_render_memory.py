@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from qlora_cli.cli.render_memory import (
+from qlora_cli.cli.rendering.memory_text import (
     component_lines,
     fit_lines,
     hanging,
@@ -13,7 +13,7 @@ from qlora_cli.cli.render_memory import (
     phase_lines,
     render_memory,
 )
-from qlora_cli.cli.render_sweep import sweep_lines
+from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS
 from qlora_cli.memory.prediction import MemoryReport

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.cli.render_merge import render_merge, render_merge_plan
-from qlora_cli.merging.result import (
+from qlora_cli.cli.rendering.merge_text import render_merge, render_merge_plan
+from qlora_cli.merging.merge_result import (
     Action,
     ActionCount,
     AppliedAdapter,

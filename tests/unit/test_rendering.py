@@ -16,19 +16,19 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli import bounded
-from qlora_cli.counters import peak_host_bytes
 from qlora_cli.data.rendering import pace
+from qlora_cli.data.rows.column_formats import Layout
 from qlora_cli.data.rows.examples import Conversation, RowError
-from qlora_cli.data.rows.formats import Layout
 from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted
-from qlora_cli.loading.chat_template import choose_chat_template
+from qlora_cli.hardware.counters import peak_host_bytes
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.tokenizing import rendering
-from qlora_cli.tokenizing.rendering import RefusedError, render, render_all, try_template, within_limits
+from qlora_cli.tokenizing import template_rendering
+from qlora_cli.tokenizing.chat_template import choose_chat_template
+from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all, try_template, within_limits
 from qlora_cli.units import GIB
 from tests.conftest import Recorder
 from tests.unit.test_tokenizer import write_tokenizer
@@ -96,9 +96,9 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr(rendering, "LONGEST_TEXT", 2000)
+    monkeypatch.setattr(template_rendering, "LONGEST_TEXT", 2000)
 
 
 @pytest.mark.usefixtures("soon")
@@ -269,7 +269,7 @@ def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBas
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         render(tokenizer, CHAT)
-    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
+    assert time.monotonic() - begin < template_rendering.LONGEST_SECONDS - 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -331,7 +331,7 @@ def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         try_template(NEVER_ENDS[2])
-    assert time.monotonic() - begin < rendering.LONGEST_SECONDS - 1
+    assert time.monotonic() - begin < template_rendering.LONGEST_SECONDS - 1
     assert psutil.Process().children() == before
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.events import CheckpointSaved, Noted
-from qlora_cli.training import reporting
-from qlora_cli.training.reporting import ReportWriter
+from qlora_cli.training.callbacks import reporting
+from qlora_cli.training.callbacks.reporting import ReportWriter
 from tests.conftest import Recorder
 
 

@@ -11,11 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.events import CheckpointSaved, Event, StepSkipped, TrainingResumed
-from qlora_cli.runs.axis import Axis, spanning
-from qlora_cli.runs.charts import charts_of
-from qlora_cli.runs.curve import HEIGHT, MOST_POINTS, WIDTH, Series, drawn, path_of, smoothed, thinned, window_of
-from qlora_cli.runs.drawing import MOST_BANDS, MOST_MARKS, Chart
-from qlora_cli.runs.find import read_run
+from qlora_cli.runs.find_runs import read_run
+from qlora_cli.runs.report.axis import Axis, spanning
+from qlora_cli.runs.report.charts import charts_of
+from qlora_cli.runs.report.curve import (
+    HEIGHT,
+    MOST_POINTS,
+    WIDTH,
+    Series,
+    drawn,
+    path_of,
+    smoothed,
+    thinned,
+    window_of,
+)
+from qlora_cli.runs.report.drawing import MOST_BANDS, MOST_MARKS, Chart
 from tests.run_directories import a_record, eval_done, step_done, write_run
 
 NAN, INF = float("nan"), float("inf")

@@ -12,7 +12,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.merge_record import MERGE_SCHEMA_VERSION, new_merge_record, read_merge_record
 from qlora_cli.runs.checkpoints import TRAINER_STATE, seal
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.find import read_run
+from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.record import (
     SCHEMA_VERSION,
     RunRecord,
@@ -23,9 +23,9 @@ from qlora_cli.runs.record import (
     within,
     write_record,
 )
-from qlora_cli.runs.result import PeakMemory, TrainResult
+from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import find_resume, output_problem
+from qlora_cli.training.resuming.resume import find_resume, output_problem
 from tests.run_directories import a_record
 
 VERSION_0 = Path(__file__).parent.parent / "records_of_version_0"  # as qlora wrote them before records had a version

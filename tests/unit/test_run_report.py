@@ -1,4 +1,4 @@
-"""`report.html`: what stands in it, that it needs nothing, and that neither text nor figures break it."""
+"""`run_page.html`: what stands in it, that it needs nothing, and that neither text nor figures break it."""
 
 import re
 import stat
@@ -16,9 +16,9 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingResumed,
 )
-from qlora_cli.runs import report
-from qlora_cli.runs.find import read_run
-from qlora_cli.runs.report import report_page, write_report
+from qlora_cli.runs.find_runs import read_run
+from qlora_cli.runs.report import run_page
+from qlora_cli.runs.report.run_page import report_page, write_report
 from qlora_cli.visible import visible
 from tests.run_directories import HOSTILE, SCRIPT, a_record, eval_done, sample_done, step_done, write_run
 from tests.unit.test_data_page import Element, parse
@@ -217,4 +217,4 @@ def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, mon
 
 def test_the_template_is_part_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text("utf-8"))
-    assert f"runs/{report.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]
+    assert f"runs/{run_page.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]

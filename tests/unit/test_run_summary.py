@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.events import Event, Rehearsed, TrainingEnded, TrainingResumed, TrainingStarted
-from qlora_cli.runs.find import find_runs, is_run, read_run
+from qlora_cli.runs.find_runs import find_runs, is_run, read_run
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB
 from tests.run_directories import START, a_record, eval_done, step_done, write_run

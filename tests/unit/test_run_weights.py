@@ -11,6 +11,7 @@ import pytest
 from qlora_cli import writing
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, seal
+from qlora_cli.runs.checksums import sums_of
 from qlora_cli.runs.directory import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
@@ -21,10 +22,9 @@ from qlora_cli.runs.directory import (
 )
 from qlora_cli.runs.history import read_history
 from qlora_cli.runs.record import load_record, read_record
-from qlora_cli.runs.sums import sums_of
-from qlora_cli.runs.weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
+from qlora_cli.runs.run_weights import RunWeights, is_complete, may_have_weights, weights_of, weights_of_part
 from qlora_cli.settings.models import OutputSettings
-from qlora_cli.training.resume import find_resume, output_problem
+from qlora_cli.training.resuming.resume import find_resume, output_problem
 
 
 def make_run(

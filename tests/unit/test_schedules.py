@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from qlora_cli.device import ComputeDtype
+from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.settings.choices import Dtype, Schedule
 from qlora_cli.training.arguments import training_arguments
-from qlora_cli.training.optimizers import let_b_learn_faster
+from qlora_cli.training.lora_plus import let_b_learn_faster
 from tests.conftest import train_settings
 
 PEAK = 0.5

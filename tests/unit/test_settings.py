@@ -11,7 +11,7 @@ from qlora_cli.errors import SettingsError
 from qlora_cli.settings.choices import Checkpointing, Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, LoadSettings, TrainSettings, json_schema
 from qlora_cli.settings.resolve import Sources, describe, resolve
-from qlora_cli.settings.sources import read_assignments
+from qlora_cli.settings.value_sources import read_assignments
 
 REQUIRED = {
     "model.name": ("--model", "base"),

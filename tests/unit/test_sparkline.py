@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from qlora_cli.cli.describe import describe_losses
+from qlora_cli.cli.progress.event_text import describe_losses
 from qlora_cli.cli.sparkline import BLOCKS, Curve, can_show_blocks, sparkline
 
 NAN, INF = math.nan, math.inf

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_cli.errors import MissingDependencyError, ModelError
-from qlora_cli.loading.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
-from qlora_cli.loading.vocabulary_files import why_unreadable
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+from qlora_cli.tokenizing.vocabulary_files import why_unreadable
 
 END = "</s>"
 PAD = "<|pad|>"

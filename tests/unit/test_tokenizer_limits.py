@@ -9,8 +9,8 @@ import pytest
 from qlora_cli.data.rows.examples import Completion
 from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.errors import ModelError
-from qlora_cli.loading.tokenizer import LoadedTokenizer
 from qlora_cli.settings.choices import LossOn
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
 from tests.unit.test_tokenizer import load, write_tokenizer
 
 KNOWN = {"text": 0, "a": 1, "b": 2, "Ġb": 3}  # what is tried before a row is read

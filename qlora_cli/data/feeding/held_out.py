@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_cli.data.feeding.table import Mask, Numbers, Table
+from qlora_cli.data.feeding.token_table import Mask, Numbers, Table
 from qlora_cli.data.rows.groups import NO_GROUP
 
 

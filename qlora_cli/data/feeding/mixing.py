@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from qlora_cli.data.feeding.table import Numbers
+from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.data.finding.sources import MOST_WEIGHT, DatasetSource
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import Mixing

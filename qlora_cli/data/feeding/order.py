@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from qlora_cli.data.feeding.table import Numbers
+from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.settings.choices import Sampling
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from qlora_cli.data.feeding.table import Numbers
+from qlora_cli.data.feeding.token_table import Numbers
 
 
 def best_fit(lengths: Numbers, capacity: int) -> list[list[int]]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from qlora_cli.data.feeding.data_report import Contribution, DataReport
 from qlora_cli.data.feeding.held_out import HeldOut, hold_out
 from qlora_cli.data.feeding.mixing import mix
 from qlora_cli.data.feeding.packing import best_fit, pack
-from qlora_cli.data.feeding.report import Contribution, DataReport
 from qlora_cli.data.feeding.stream import MOST_LOST, TokenStream
-from qlora_cli.data.feeding.table import Mask, Numbers, Table, first_of_each
+from qlora_cli.data.feeding.token_table import Mask, Numbers, Table, first_of_each
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.chosen import eval_split, held_out_sources, notes_on, trained_sources
 from qlora_cli.data.opening.first_rows import Named, first_rows_errors

@@ -7,10 +7,10 @@ from qlora_cli.data.limits import check_columns
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.reading.wrapped_rows import rows_by_column, rows_inside
+from qlora_cli.data.rows.column_formats import Layout, recognise
 from qlora_cli.data.rows.examples import RowError
-from qlora_cli.data.rows.formats import Layout, recognise
 from qlora_cli.data.rows.groups import with_groups
-from qlora_cli.data.rows.meaning import check_preferences
+from qlora_cli.data.rows.refused_columns import check_preferences
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 

@@ -14,7 +14,7 @@ from qlora_cli.data.finding.kinds import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG, check_blank_lines
 from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
-from qlora_cli.data.rows.formats import PARTS
+from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.settings.choices import DataFormat
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}

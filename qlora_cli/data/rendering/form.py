@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.rendering.marks import arguments_of
+from qlora_cli.data.rendering.value_marks import arguments_of
 from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation
 
 Message = dict[str, Any]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.rendering.pace import Pace
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.events import Reporter, SilentReporter
-from qlora_cli.tokenizing.rendering import RefusedError, render, render_all
+from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all
 
 Span = tuple[int, int]
 

@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.column_formats import Layout, columns_in_use
 from qlora_cli.data.rows.digests import digest_name
 from qlora_cli.data.rows.examples import RowError, kind_of
-from qlora_cli.data.rows.formats import Layout, columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.column_formats import Layout, nearest
 from qlora_cli.data.rows.examples import (
     IGNORED,
     Completion,
@@ -23,7 +24,6 @@ from qlora_cli.data.rows.examples import (
     kind_of,
     read_json,
 )
-from qlora_cli.data.rows.formats import Layout, nearest
 from qlora_cli.data.rows.messages import TRAIN, MessageReader
 from qlora_cli.data.rows.tool_calls import read_tools
 from qlora_cli.settings.choices import DataFormat, LossOn

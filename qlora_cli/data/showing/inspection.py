@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
 from qlora_cli.data.feeding.order import padding_share, row_order
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
-from qlora_cli.data.feeding.report import NEARLY_EQUAL, DataReport
-from qlora_cli.data.feeding.table import Table, first_of_each
+from qlora_cli.data.feeding.token_table import Table, first_of_each
 from qlora_cli.data.opening.skipped import read_skipped
 from qlora_cli.data.showing.preview import RowPreview, preview_rows
 from qlora_cli.data.tokenizing.encode import TextTokenizer

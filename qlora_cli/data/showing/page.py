@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from qlora_cli import __version__
-from qlora_cli.data.feeding.report import DataReport, describe_mixture
+from qlora_cli.data.feeding.data_report import DataReport, describe_mixture
 from qlora_cli.visible import Part, line_ends, parts, visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.rows.examples import IGNORED
-from qlora_cli.tokenizing.failing import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
 TRAINED_BEGIN, TRAINED_END = "«", "»"
 

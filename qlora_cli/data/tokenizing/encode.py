@@ -23,13 +23,13 @@ from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row, read_skipped
 from qlora_cli.data.reading.raw import Wanted
 from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub
+from qlora_cli.data.rows.column_formats import Layout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.rows.examples import Example, RowError
-from qlora_cli.data.rows.formats import Layout
 from qlora_cli.data.rows.groups import NO_GROUP, columns_to_read, group_of
-from qlora_cli.data.rows.meaning import MeaningChecker
+from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
-from qlora_cli.data.tokenizing import notes, store
+from qlora_cli.data.tokenizing import row_notes, store
 from qlora_cli.data.tokenizing.store import About, Record, StoredTokens, Writer
 from qlora_cli.data.tokenizing.tokens import Encoded, Rendering, Text, Tokenizer, Tokens
 from qlora_cli.errors import DataError
@@ -41,7 +41,9 @@ from qlora_cli.settings.models import DataSettings
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
 HEAD_ROWS = 1000  # rows of a stream that are looked at before training
 COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
-PARTS = ("data", "settings", "tokenizing")  # of our own code
+# Of our own code: what tokens depend on.
+OF_DATA = ("limits.py", "finding", "rows", "reading", "opening", "rendering", "tokenizing")
+PARTS = (*(f"data/{part}" for part in OF_DATA), "settings", "tokenizing")
 # What of the settings decides which tokens come out.
 DECIDING = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_group")
 
@@ -170,12 +172,12 @@ class Encoder:
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the rows so far."""
         return (
-            *notes.on_ends(self.tokenizer, self._text.tokenizer, self._text.end_ids),
-            *notes.on_bos(self._text.tokenizer, starts_with_bos=self._starts_with_bos),
-            *notes.on_control_tokens(self.tokenizer),
-            *notes.on_what_is_left_out(self.tokenizer.renderer),
-            *notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
-            *notes.on_groups(self._group, self._num_without_group),
+            *row_notes.on_ends(self.tokenizer, self._text.tokenizer, self._text.end_ids),
+            *row_notes.on_bos(self._text.tokenizer, starts_with_bos=self._starts_with_bos),
+            *row_notes.on_control_tokens(self.tokenizer),
+            *row_notes.on_what_is_left_out(self.tokenizer.renderer),
+            *row_notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
+            *row_notes.on_groups(self._group, self._num_without_group),
         )
 
     def _read(self, row: RawRow) -> "_Read":

@@ -16,12 +16,12 @@ from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rendering.render import Fitted, Renderer
+from qlora_cli.data.rendering.renderer import Fitted, Renderer
 from qlora_cli.data.rendering.template import Span
 from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
 from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
-from qlora_cli.tokenizing.failing import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
 SLICE = 500_000  # characters of a text that are tokenized at once; longer ones are cut, so that memory stays bounded
 

@@ -11,18 +11,18 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.tokenizer import load_tokenizer
 from qlora_cli.merging.exports.converter import Converter, convert, find_converter
-from qlora_cli.merging.exports.format import Export, Format
-from qlora_cli.merging.exports.turns import writes_bos
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.exports.export_format import Export, Format
+from qlora_cli.merging.exports.template_turns import writes_bos
+from qlora_cli.merging.merge_result import Divergence
+from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.model_config import read_config
 from qlora_cli.model_files.source import CONFIG, find_model
-from qlora_cli.quantization.layout import build_on_meta
+from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
+from qlora_cli.tokenizing.tokenizer import load_tokenizer
 from qlora_cli.units import format_bytes, format_count
 from qlora_cli.writing import copy_file
 

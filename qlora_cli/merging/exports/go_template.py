@@ -5,7 +5,7 @@ No action has a trim marker (`{{-`): white space around turns is what was traine
 
 import re
 
-from qlora_cli.merging.exports.turns import ASSISTANT, SYSTEM, USER, SystemPlace, Turns
+from qlora_cli.merging.exports.template_turns import ASSISTANT, SYSTEM, USER, SystemPlace, Turns
 
 HAS_SYSTEM = '(eq (index $.Messages 0).Role "system")'
 IS_LAST = "(eq (len (slice $.Messages $i)) 1)"

@@ -1,9 +1,9 @@
 """The merged model in the format of transformers, which all others are made from: it is there already."""
 
 from qlora_cli.events import Reporter
-from qlora_cli.merging.exports.format import Export, Format
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.exports.export_format import Export, Format
+from qlora_cli.merging.merge_result import Divergence
+from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.settings.choices import ExportFormat
 
 

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from qlora_cli.device import choose_device
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import size_of
+from qlora_cli.hardware.device import choose_device
 from qlora_cli.loading.loader import load_model
 from qlora_cli.loading.save import NOTE, save_quantized
-from qlora_cli.merging.exports.format import Export, Format
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.exports.export_format import Export, Format
+from qlora_cli.merging.merge_result import Divergence
+from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_checkpoint, read_json
-from qlora_cli.model_files.config import read_config
+from qlora_cli.model_files.model_config import read_config
 from qlora_cli.model_files.source import ModelSource
-from qlora_cli.quantization.kept import HEAD
-from qlora_cli.quantization.layout import build_on_meta, plan_layout
+from qlora_cli.quantization.methods.skip_modules import HEAD
+from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Device, Dtype, ExportFormat, Quantization
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 

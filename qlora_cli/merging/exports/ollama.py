@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.tokenizer import LoadedTokenizer, load_tokenizer
-from qlora_cli.merging.exports.format import Export, Format
+from qlora_cli.merging.exports.export_format import Export, Format
 from qlora_cli.merging.exports.gguf import gguf_file
 from qlora_cli.merging.exports.go_template import go_template
-from qlora_cli.merging.exports.turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
-from qlora_cli.merging.inputs import Inputs
-from qlora_cli.merging.result import Divergence
+from qlora_cli.merging.exports.template_turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
+from qlora_cli.merging.merge_result import Divergence
+from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG, find_model
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.writing import write_file
 
 MODELFILE = "Modelfile"

@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from qlora_cli.quantization.methods.base import Method, StoredWeight
+from qlora_cli.quantization.methods.method import Method, StoredWeight
 from qlora_cli.settings.choices import METHODS, Quantization
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from qlora_cli.quantization.kept import linear_layers
+from qlora_cli.quantization.methods.skip_modules import linear_layers
 
 BITSANDBYTES = "bitsandbytes"  # the quant_method of a checkpoint
 KEPT = "llm_int8_skip_modules"  # the modules that stay in 16 bit, in 4 bit too

@@ -24,9 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
 from qlora_cli.quantization.entries import Entry, dtype_name
-from qlora_cli.quantization.kept import fused_experts, linear_layers
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.methods.base import (
+from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
+from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
+from qlora_cli.quantization.methods.method import (
     META,
     ORIGINAL,
     Allocation,
@@ -37,8 +38,7 @@ from qlora_cli.quantization.methods.base import (
     Saving,
     StoredWeight,
 )
-from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
-from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
+from qlora_cli.quantization.methods.skip_modules import fused_experts, linear_layers
 from qlora_cli.quantization.round_trip import Quantized, quantized
 from qlora_cli.settings.choices import Quantization, Storage
 from qlora_cli.settings.models import QuantizationSettings

@@ -25,7 +25,8 @@ from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.model_files.finite import is_finite, not_finite
 from qlora_cli.quantization.blocks import PIECE_SIZE
 from qlora_cli.quantization.entries import Entry, dtype_name
-from qlora_cli.quantization.methods.base import (
+from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
+from qlora_cli.quantization.methods.method import (
     META,
     Allocation,
     Inside,
@@ -35,7 +36,6 @@ from qlora_cli.quantization.methods.base import (
     StoredWeight,
     nothing_quantized,
 )
-from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
 from qlora_cli.quantization.refused_weights import RefusedWeights
 from qlora_cli.settings.choices import DEFAULT_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.quantization.entries import Entry, dtype_name
-from qlora_cli.quantization.methods.base import Allocation, Method, Part
+from qlora_cli.quantization.methods.method import Allocation, Method, Part
 from qlora_cli.settings.models import QuantizationSettings
 
 

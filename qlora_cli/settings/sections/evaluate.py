@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.marks import Command, Marks
+from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import DistinctNames
 

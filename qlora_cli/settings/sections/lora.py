@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import LoraInit
-from qlora_cli.settings.marks import Marks
+from qlora_cli.settings.field_marks import Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import Alphas, NameList, Ranks, TargetModules, TargetParameters
 

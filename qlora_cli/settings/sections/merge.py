@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, MergeDtype
-from qlora_cli.settings.marks import Command, EffectiveWith, Marks
+from qlora_cli.settings.field_marks import Command, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 from qlora_cli.settings.values import Datasets, Formats, Nats, Weights

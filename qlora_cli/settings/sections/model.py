@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Attention, Device, Dtype
-from qlora_cli.settings.marks import BASES, LOADERS, READERS, TOKENIZERS, Command, Marks, OnResume
+from qlora_cli.settings.field_marks import BASES, LOADERS, READERS, TOKENIZERS, Command, Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import NameList, RopeScaling
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import ReportTo
-from qlora_cli.settings.marks import Marks, OnResume
+from qlora_cli.settings.field_marks import Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 from qlora_cli.settings.values import Resume

@@ -4,7 +4,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from qlora_cli.settings.marks import Command, Marks, OnResume
+from qlora_cli.settings.field_marks import Command, Marks, OnResume
 from qlora_cli.settings.values import Repository
 
 MAKERS = (Command.TRAIN, Command.MERGE)

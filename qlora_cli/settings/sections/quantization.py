@@ -13,7 +13,7 @@ from qlora_cli.settings.choices import (
     Storage,
     methods_of,
 )
-from qlora_cli.settings.marks import LOADERS, EffectiveWith, Marks
+from qlora_cli.settings.field_marks import LOADERS, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import NameList
 

@@ -1,0 +1,64 @@
+"""A conversation that goes on: each turn is answered with all that was said before."""
+
+import dataclasses
+
+from qlora_cli.answering.answers import Answer, Listener
+from qlora_cli.answering.open_model import OpenModel
+from qlora_cli.answering.prompts import Message, check_system, encode, system_messages
+from qlora_cli.errors import ModelError
+from qlora_cli.settings.models import AnswerSettings
+
+
+class Chat:
+    """What was said so far. Where base and adapter both answer, the conversation goes on with the adapter's answer."""
+
+    def __init__(self, opened: OpenModel, request: AnswerSettings) -> None:
+        self._opened = opened
+        self._system = request.system
+        self._messages: list[Message] = []
+        self._num_asked = 0
+
+    def ask(self, text: str, listener: Listener) -> tuple[Answer, ...]:
+        """Return the answers to the next turn, the last of which is kept; also a part, if it was stopped.
+
+        Raises:
+            ModelError: the conversation has grown beyond the model's positions, or the chat template refuses it.
+                Nothing of the turn is kept.
+            OutOfMemoryError: the GPU has no room for the answer.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        ids = encode(self._opened.loaded.tokenizer, [*system_messages(self._system), *messages])
+        room = self._room(len(ids))
+        answerer = dataclasses.replace(self._opened.answerer, max_tokens=room, turn=self._num_asked)
+        answers = tuple(
+            self._opened.answer(source, ids, listener, answerer=answerer) for source in self._opened.sources
+        )
+        self._messages = [*messages, {"role": "assistant", "content": answers[-1].text}]
+        self._num_asked += 1
+        return answers
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self._messages = []
+
+    def set_system(self, system: str | None) -> None:
+        """Take another system prompt, or none, from here on.
+
+        Raises:
+            ModelError: the chat template does not write it.
+        """
+        if system is not None:
+            check_system(self._opened.loaded.tokenizer, system)
+        self._system = system
+
+    def _room(self, num_tokens: int) -> int:
+        """Return how long an answer may be behind a conversation of `num_tokens`."""
+        positions, most = self._opened.num_positions, self._opened.answerer.max_tokens
+        if positions is None:
+            return most
+        if num_tokens >= positions:
+            raise ModelError(
+                f"the conversation has grown to {num_tokens:,} tokens, and the model has {positions:,} positions",
+                hint="/reset begins anew.",
+            )
+        return min(most, positions - num_tokens)

@@ -1,0 +1,144 @@
+"""`qlora chat MODEL`: a conversation on the terminal, or line by line from a pipe."""
+
+import importlib
+import importlib.util
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.commands.generate import check_request
+from qlora_cli.cli.stderr import tell
+from qlora_cli.errors import QloraError, UsageError
+from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.models import ChatSettings
+
+if TYPE_CHECKING:
+    from qlora_cli.answering.answers import Answer
+    from qlora_cli.answering.conversation import Chat
+    from qlora_cli.answering.open_model import OpenModel
+    from qlora_cli.cli.rendering.answer_text import Teller
+
+MARK = "> "
+COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
+HELP = "/reset begins anew, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
+
+
+@options.takes(Command.CHAT)
+def chat(context: typer.Context) -> None:
+    """Talk to a model, an adapter or a run, with its chat template. Reads lines from a pipe, too.
+
+    /reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
+    """
+    resolved = options.resolve_settings(context, ChatSettings)
+    settings = resolved.settings
+    if sys.stdin is None:
+        raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
+    check_request(resolved)
+
+    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+
+    with reporting() as reporter:
+        from qlora_cli.answering.conversation import Chat
+        from qlora_cli.answering.open_model import open_model
+
+        opened = open_model(resolved, settings.generate, reporter, is_chat=True)
+    _converse(opened, Chat(opened, settings.generate), settings.generate.max_new_tokens)
+
+
+def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
+    from qlora_cli.cli.rendering.answer_text import Teller
+
+    teller = Teller(is_headed=len(opened.sources) > 1, max_new_tokens=max_new_tokens)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        tell(HELP)
+    for line in _typed_lines() if is_terminal else _piped_lines():
+        command = COMMAND.fullmatch(line)
+        if command is not None and command[1] == "quit":
+            return
+        try:
+            if command is not None:
+                _obey(chat, command[1], command[2])
+            elif line.strip():
+                with _stopped_by_ctrl_c(teller) if is_terminal else nullcontext():
+                    _tell_kept(chat.ask(line.strip(), teller)[-1])
+        except QloraError as error:  # of this turn alone: the conversation stays as it was
+            tell(f"error: {error.message}")
+            tell(f"  hint: {error.hint}")
+
+
+def _obey(chat: "Chat", command: str, text: str | None) -> None:
+    """Do what a line that begins with a slash says.
+
+    Raises:
+        UsageError: there is no such command.
+        ModelError: the chat template does not write the system prompt.
+    """
+    if command == "reset":
+        chat.reset()
+        tell("what was said is forgotten")
+    elif command == "system":
+        chat.set_system(text or None)
+        tell("the system prompt holds from here on" if text else "no system prompt from here on")
+    else:
+        raise UsageError(f"no command /{command}", hint=f"{HELP}. What begins with a space is sent as it is.")
+
+
+def _tell_kept(answer: "Answer") -> None:
+    if answer.finish_reason == "interrupted":
+        tell("stopped; what there is of the answer stays in the conversation")
+
+
+def _typed_lines() -> Iterator[str]:
+    """Yield lines of a terminal until Ctrl-D; Ctrl-C ends the command."""
+    if importlib.util.find_spec("readline") is not None:  # not on every system
+        importlib.import_module("readline")  # from now on `input` edits lines and remembers them
+    while True:
+        if not sys.stdout.isatty():  # where `input` would write the mark to
+            print(MARK, end="", file=sys.stderr, flush=True)
+        try:
+            yield _decodable(input(MARK if sys.stdout.isatty() else ""))
+        except EOFError:
+            tell("")
+            return
+        except KeyboardInterrupt:
+            tell("")
+            raise
+        except UnicodeError:
+            tell("error: the line is not UTF-8")
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield _decodable(line.rstrip("\n"))
+    except UnicodeError as error:
+        raise UsageError("what stdin holds is not UTF-8", hint="Save it as UTF-8.") from error
+
+
+def _decodable(line: str) -> str:
+    line.encode()  # Python hands on stray bytes, in some locales, as characters that are none
+    return line
+
+
+@contextmanager
+def _stopped_by_ctrl_c(teller: "Teller") -> Iterator[None]:
+    """Make Ctrl-C stop the answer after the token in progress; twice, it ends the command as ever."""
+
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+        if teller.asked_to_stop:
+            raise KeyboardInterrupt
+        teller.asked_to_stop = True
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,87 @@
+"""`qlora config`: the resolved settings with their origins, and the schema of a settings file."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from qlora_cli.cli import options
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.errors import UsageError
+from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.models import KINDS, json_schema, marks
+from qlora_cli.settings.resolve import describe
+
+
+class ShownSettings(TyperCommand):
+    """`qlora config show COMMAND`, which takes what sets something of the command."""
+
+    def __init__(self, command: Command, parameters: list[Any]) -> None:
+        text = f"Print the settings of {command.value}, which are given as to the command itself."
+        super().__init__(command.value, params=parameters, help=text, rich_markup_mode=None)
+        self._of = command
+
+    def invoke(self, ctx: Any) -> None:
+        """Print the settings that the command has a use for."""
+        _print(ctx, self._of)
+
+
+class ShowGroup(TyperGroup):
+    """`qlora config show`: each command is made when it is asked for, of what the real one takes."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature is Click's
+        """Return the names of the commands that take settings."""
+        return [command.value for command in Command]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> ShownSettings | None:
+        """Return what shows the settings of the command of that name; None if none takes settings."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        shown = next(parameter for parameter in self.params if parameter.name == "json")
+        real = ctx.find_root().command.commands[cmd_name].params
+        return ShownSettings(Command(cmd_name), [*filter(options.is_of_settings, real), shown])
+
+
+config_app = typer.Typer(
+    name="config", no_args_is_help=True, rich_markup_mode=None, help="Show settings and where they come from."
+)
+show_app = typer.Typer(name="show", cls=ShowGroup, invoke_without_command=True, rich_markup_mode=None)
+config_app.add_typer(show_app)
+
+
+@show_app.callback()
+@options.takes(Command.TRAIN)
+def show(context: typer.Context, json: options.Json = False) -> None:  # noqa: ARG001 - read from the context
+    """Print every setting, its value and where the value comes from. Takes the flags of train.
+
+    Behind the name of a command its own flags are taken, and what it has a use for is shown.
+    """
+    if context.invoked_subcommand is None:
+        _print(context, None)
+    elif any(context.params.values()):
+        command = context.invoked_subcommand
+        hint = f"For example: qlora config show {command} --config FILE"
+        raise UsageError(f"flags of {command} belong behind its name", hint=hint)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of a settings file, for editors."""
+    print_json(json_schema())
+
+
+def _print(context: typer.Context, command: Command | None) -> None:
+    """Print every setting, or those that a command has a use for."""
+    rows = describe(options.read_sources(context), None if command is None else KINDS[command])
+    rows = [row for row in rows if command is None or _is_of_use(row[0], command)]
+    if context.params["json"]:
+        print_json({path: {"value": value, "origin": origin.where} for path, value, origin in rows})
+        return
+    from qlora_cli.cli.rendering.training_text import render_settings
+
+    render_settings(rows)
+
+
+def _is_of_use(path: str, command: Command) -> bool:
+    """Whether a command takes a setting: by its flag, or, of one that no command has a flag for, in a file."""
+    return marks(path).flag is None or marks(path).is_taken_by(command)

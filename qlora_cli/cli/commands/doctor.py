@@ -1,0 +1,32 @@
+"""`qlora doctor`: whether this machine can train, and what to do where it can't."""
+
+import dataclasses
+from typing import Any
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.stderr import redact
+
+
+def doctor(json: options.Json = False) -> None:
+    """Check whether this machine can train: packages, GPU, bitsandbytes, hub, disk. Exit code 1 if it can't."""
+    from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.rendering.doctor_text import render_doctor
+    from qlora_cli.doctor.all_checks import diagnose
+
+    with reporting() as reporter:
+        report = diagnose(reporter)
+    print_json(_redacted(dataclasses.asdict(report))) if json else render_doctor(report)
+    if not report.can_train:
+        raise typer.Exit(1)
+
+
+def _redacted(value: Any) -> Any:
+    """Return `value` without tokens: the text of an error may quote anything."""
+    if isinstance(value, dict):
+        return {key: _redacted(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(part) for part in value]
+    return redact(value) if isinstance(value, str) else value

@@ -1,0 +1,95 @@
+"""`qlora generate MODEL`: answers to prompts, from the base, with the adapter, and from the merged model."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from qlora_cli.answering.answer_checks import check_merged
+from qlora_cli.answering.answers import prompt_name
+from qlora_cli.cli import options
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.errors import UsageError
+from qlora_cli.model_files.source import check_model_name
+from qlora_cli.settings.collected import Collected
+from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.models import ChatSettings, GenerateSettings
+from qlora_cli.settings.resolve import Resolved
+
+FROM_STDIN = "-"
+PROMPTS = "generate.prompts"
+
+
+@options.takes(Command.GENERATE)
+def generate(context: typer.Context, json: options.Json = False) -> None:
+    """Answer prompts, greedily unless told otherwise, with the model's chat template and end tokens.
+
+    MODEL is a model, an adapter or a run directory. The answer alone is on stdout.
+    """
+    resolved = options.resolve_settings(context, GenerateSettings)
+    request = resolved.settings.generate
+    prompts = _read_prompts(request.prompts)
+    check_request(resolved)
+
+    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.rendering.answer_text import Teller, print_prompt, render_answers, to_terminal
+
+    streams = to_terminal() and not (json or request.compare)
+    with reporting() as reporter:
+        from qlora_cli.answering import answer_prompts as answering
+        from qlora_cli.answering.open_model import open_model
+
+        if streams:
+            opened = open_model(resolved, request, reporter, prompts=prompts)
+        else:
+            report = answering.generate(resolved, request, prompts, reporter)
+    if not streams:
+        print_json(report) if json else render_answers(report)
+        return
+    for number, text in enumerate(prompts, start=1):
+        if len(prompts) > 1:
+            print_prompt(text)
+        name = prompt_name(number, len(prompts))
+        teller = Teller(is_headed=False, max_new_tokens=request.max_new_tokens, prompt=name)
+        answering.answer_prompt(opened, request, text, teller)
+
+
+def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:
+    """Check what can be known to be wrong without torch.
+
+    Raises:
+        QloraError: there is no such model, or the merged model is none.
+        SettingsError: both.
+    """
+    settings, wrong = resolved.settings, Collected(resolved.where_of)
+    if problem := check_model_name(settings.model):
+        wrong.add("model.name", problem.of("model.name"))
+    if settings.generate.merged is not None and (problem := check_merged(settings.generate.merged)):
+        wrong.add("generate.merged", problem.of("generate.merged"))
+    wrong.raise_found()
+
+
+def _read_prompts(given: Sequence[str]) -> list[str]:
+    """Return the prompts, one of which may be on stdin."""
+    if given.count(FROM_STDIN) > 1:
+        raise UsageError("- is given twice, and stdin can be read once", hint="Give it once.", setting=PROMPTS)
+    return [_read_stdin() if text == FROM_STDIN else text for text in given]
+
+
+def _read_stdin() -> str:
+    """Return the prompt that stdin holds.
+
+    Raises:
+        UsageError: it holds none.
+    """
+    if sys.stdin is None:
+        raise UsageError("- reads stdin, which is closed", hint="Give the text: --prompt TEXT", setting=PROMPTS)
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt on stdin is not {error.encoding}: {error.reason}", hint="Save it as UTF-8."
+        ) from error
+    if not text.strip():
+        raise UsageError("the prompt on stdin is empty", hint="Give some text.")
+    return text

@@ -1,0 +1,48 @@
+"""`qlora inspect-memory MODEL`: what a run will take, before a weight is read or a GPU rented."""
+
+import gc
+import os
+from typing import Annotated
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.commands.memory_request import read_request
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.settings.field_marks import Command
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
+
+
+@options.takes(Command.INSPECT_MEMORY)
+def inspect_memory(
+    context: typer.Context,
+    words: Words = None,
+    json: options.Json = False,
+) -> None:
+    """Predict what training will take on a GPU, and where it fits: without a GPU, and without reading weights.
+
+    MODEL may also be a config.json, or a name of the bundled catalogue. Takes the flags of train that matter here.
+    """
+    request, plot = read_request(context, words or ())
+
+    from qlora_cli.cli.progress.reporters import reporting  # rich: only once the input is right
+    from qlora_cli.cli.rendering.memory_text import render_memory
+    from qlora_cli.events import Noted
+
+    # Nothing is compiled here, and the compiler of PyTorch takes a second to import (bitsandbytes asks for it).
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    with reporting() as reporter:
+        from qlora_cli.memory.memory_report import inspect_memory as predict
+
+        report = predict(request, reporter)
+        if plot is not None:
+            from qlora_cli.memory.plot import plot_sweep
+
+            plot_sweep(report, request.gpus, plot)
+            reporter.report(Noted(message=f"the picture is in {plot}"))
+    gc.freeze()  # looking through all that was imported for garbage, at the end, takes a second
+    print_json(report) if json else render_memory(report, request.gpus)
+    if request.gpus and any(fit.fits == "no" for fit in report.fits):
+        raise typer.Exit(OutOfMemoryError.exit_code)

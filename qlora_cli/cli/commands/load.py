@@ -1,0 +1,46 @@
+"""`qlora load MODEL`: quantize on loading, and say what came of it."""
+
+import dataclasses
+import time
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.settings.collected import Collected
+from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.models import LoadCommandSettings
+
+
+@options.takes(Command.LOAD)
+def load(context: typer.Context, json: options.Json = False) -> None:
+    """Load a model, quantized to 4 bit by default, and show what came of it: parameters, bytes, dtype, time, peaks."""
+    resolved = options.resolve_settings(context, LoadCommandSettings)
+    save, error = resolved.settings.load.save, resolved.settings.load.error
+
+    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the settings are right
+    from qlora_cli.cli.rendering.load_text import render_load
+    from qlora_cli.model_files.source import check_model_name
+    from qlora_cli.runs.directory import check_free_directory
+
+    wrong = Collected(resolved.where_of)
+    if problem := check_model_name(resolved.settings.model):
+        wrong.add("model.name", problem.of("model.name"))
+    if save is not None and (problem := check_free_directory(save, "--save")):
+        wrong.add("load.save", problem.of("load.save"))
+    wrong.raise_found()
+    with reporting() as reporter:
+        from qlora_cli.loading.load_plan import plan_load
+        from qlora_cli.loading.loader import load_planned
+        from qlora_cli.loading.save import check_savable, save_quantized
+
+        start = time.monotonic()
+        blueprint = plan_load(resolved, reporter)
+        if save is not None:
+            check_savable(blueprint, save)
+        loaded = load_planned(blueprint, reporter, measure_error=error, started=start)
+        report = loaded.report()
+        if save is not None:
+            num_bytes = save_quantized(loaded, save, reporter)
+            report = dataclasses.replace(report, saved=save, saved_bytes=num_bytes)
+    print_json(report) if json else render_load(report)

@@ -1,0 +1,131 @@
+"""What `qlora inspect-memory` is asked, as a request: GPUs found and sweeps read. Every problem is told at once."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.commands.sweep_values import read_sweeps
+from qlora_cli.errors import (
+    HardwareError,
+    MissingDependencyError,
+    OutputDirectoryError,
+    Problem,
+    QloraError,
+    SettingsError,
+    UsageError,
+)
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.memory.solver import SETTINGS
+from qlora_cli.settings.choices import Attention, SdpaBackend
+from qlora_cli.settings.models import InspectMemorySettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.shown import flag_of
+
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+HAS_SDPA = (Attention.AUTO, Attention.SDPA)
+
+
+def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRequest, Path | None]:
+    """Return what the command line asks, and where the picture goes; `words` are the arguments after MODEL.
+
+    Raises:
+        SettingsError: with every problem found, those of the settings among them.
+        QloraError: no picture can be drawn, or written where it is to be.
+    """
+    try:
+        resolved = options.resolve_settings(context, InspectMemorySettings)
+    except SettingsError as error:  # what was asked about the run is looked at all the same
+        given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
+        read = _Read.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
+        raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
+    asked = resolved.settings.inspect_memory
+    read = _Read.of(asked.gpus, asked.sweep, words, resolved.where_of)
+    if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
+        raise SettingsError(problems)
+    if asked.plot is not None and (wrong := check_plot(asked.plot)):
+        raise wrong.of("inspect_memory.plot")
+    sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
+    request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep)
+    return request, asked.plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The GPUs and the values to sweep that texts name, and what is wrong with them."""
+
+    gpus: tuple[Gpu, ...]
+    sweep: dict[str, tuple[int, ...]]
+    problems: list[Problem]
+
+    @classmethod
+    def of(
+        cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str], where_of: Callable[[str], str]
+    ) -> "_Read":
+        """Read texts; `where_of` says where a setting was given."""
+        problems: list[Problem] = []
+        found = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
+        values, more = read_sweeps([*sweep, *words] if sweep else (), where_of("inspect_memory.sweep"))
+        return cls(gpus=found, sweep=values, problems=problems + more)
+
+
+def check_plot(path: Path) -> QloraError | None:
+    """Return why no picture can be written to `path`."""
+    if path.suffix.lower() not in PLOT_FORMATS:
+        hint = f"Let its name end in {', '.join(PLOT_FORMATS[:-1])} or {PLOT_FORMATS[-1]}."
+        return UsageError(f"{path}: unknown kind of picture {path.suffix or path.name!r}", hint=hint)
+    if path.is_dir():
+        return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return OutputDirectoryError(f"{path}: {folder} can't be written to", hint="Choose another directory.")
+    if importlib.util.find_spec("matplotlib") is None:
+        return MissingDependencyError(
+            "a picture is drawn with matplotlib, which is not installed", hint="Run: pip install 'qlora-cli[plot]'"
+        )
+    return None
+
+
+def _misplaced(context: typer.Context, words: Sequence[str], sweep: Sequence[str] | None) -> list[Problem]:
+    """Return words where none belong, and a sweep in the place of MODEL."""
+    problems = []
+    model = str(context.params.get(options.parameter_of("model.name")) or "")
+    if model.partition("=")[0] in SETTINGS:
+        hint = "Put MODEL before --sweep, or quote all that is swept: --sweep 'rank=8,16 max-length=512..4096'."
+        problems.append(Problem(where="MODEL", message=f"{model!r} is no model, but values to sweep", hint=hint))
+    if words and not sweep:
+        hint = "One MODEL is inspected at a time; values to vary follow --sweep."
+        problems.append(Problem(where=words[0], message="is an argument too many", hint=hint))
+    return problems
+
+
+def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tuple[Gpu, ...]:
+    found: dict[str, Gpu] = {}
+    for text in texts:
+        try:
+            gpu = find_gpu(text)
+        except (UsageError, HardwareError) as error:
+            problems.append(Problem(where=where, message=error.message, hint=error.hint))
+        else:
+            found[gpu.name] = gpu
+    return tuple(found.values())
+
+
+def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
+    attention, asked = resolved.settings.model.attention, resolved.settings.inspect_memory
+    if asked.solve and not asked.gpus:
+        hint = "Name one: --gpu 'RTX 4090', --gpu 24GiB, or --gpu auto for this machine's."
+        yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)
+    if asked.sdpa_backend is not SdpaBackend.AUTO and attention not in HAS_SDPA:
+        where, message = (
+            resolved.where_of("inspect_memory.sdpa_backend"),
+            f"has no effect with --attention {attention}",
+        )
+        yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")

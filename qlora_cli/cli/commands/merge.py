@@ -1,0 +1,39 @@
+"""`qlora merge`: the merged model is the model that was trained."""
+
+from typing import Annotated
+
+import typer
+
+from qlora_cli.cli import options
+from qlora_cli.cli.json_output import print_json
+from qlora_cli.merging.merge_checks import check_merge
+from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.models import MergeCommandSettings
+
+
+@options.takes(Command.MERGE)
+def merge(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, tensor by tensor.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Merge adapters into their base, tensor by tensor on the CPU, and prove that the result is what was trained."""
+    resolved = options.resolve_settings(context, MergeCommandSettings)
+    request = resolved.settings
+    check_merge(request, resolved.where_of)
+
+    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.rendering.merge_text import render_merge, render_merge_plan
+    from qlora_cli.cli.termination import terminated_cleanly
+
+    with reporting() as reporter, terminated_cleanly():
+        from qlora_cli.merging import merge_run
+
+        if dry_run:
+            report = merge_run.plan(request, reporter)
+        else:
+            result = merge_run.merge(request, reporter)
+    if dry_run:
+        print_json(report) if json else render_merge_plan(report)
+    else:
+        print_json(result) if json else render_merge(result)

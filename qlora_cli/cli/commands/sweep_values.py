@@ -1,0 +1,72 @@
+"""What `--sweep` takes: `NAME=VALUES`, the values as `512..32768` (doubling), `1,2,4` or `8`."""
+
+import re
+from collections.abc import Sequence
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora_cli.errors import Problem
+from qlora_cli.memory.request import doubled
+from qlora_cli.memory.solver import SETTINGS
+from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.value_sources import did_you_mean
+
+EXAMPLE = "For example: --sweep max-length=512..32768 (doubling), or --sweep rank=8,16,64"
+MOST_DIGITS = 9
+
+
+def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str, tuple[int, ...]], list[Problem]]:
+    """Return the values of each setting in rising order, by its flag's name without dashes, and what is wrong.
+
+    A text may hold several specifications, with blanks between them; `where` says where they were given.
+    """
+    sweeps: dict[str, tuple[int, ...]] = {}
+    problems: list[Problem] = []
+    for spec in (spec for text in texts for spec in text.split()):
+        name, equals, values = spec.partition("=")
+        place = f"{where} {spec}"
+        if not equals:
+            problems.append(Problem(where=place, message="expected NAME=VALUES", hint=EXAMPLE))
+        elif name not in SETTINGS:
+            hint = did_you_mean(name, list(SETTINGS)) or f"Sweep {', '.join(SETTINGS)}."
+            problems.append(Problem(where=place, message=f"{name!r} can't be swept", hint=hint))
+        elif name in sweeps:
+            hint = f"Give all values at once, as in {name}=8,16,64."
+            problems.append(Problem(where=place, message=f"{name} is given twice", hint=hint))
+        else:
+            found = read_values(values)
+            if (
+                message := _wrong_value(name, found)
+                if found
+                else "expected values such as 512..32768 (rising), 8,16 or 8"
+            ):
+                problems.append(Problem(where=place, message=message, hint=EXAMPLE))
+            sweeps[name] = found or ()
+    return sweeps, problems
+
+
+def read_values(text: str) -> tuple[int, ...] | None:
+    """Return the numbers that `text` stands for, rising and each once: a range doubles from its first to its last.
+
+    The last is included whatever the first comes to by doubling. None if it can't be read, or falls.
+    """
+    number = rf"\d{{1,{MOST_DIGITS}}}"
+    if found := re.fullmatch(rf"({number})\.\.({number})", text):
+        first, last = int(found[1]), int(found[2])
+        return doubled(first, last) if 0 < first <= last else None
+    if re.fullmatch(rf"{number}(,{number})*", text):
+        return tuple(sorted({int(value) for value in text.split(",")}))
+    return None
+
+
+def _wrong_value(name: str, values: tuple[int, ...]) -> str | None:
+    """Return what is wrong with the first value that the setting does not take."""
+    section, key = SETTINGS[name].split(".")
+    adapter: TypeAdapter[int] = TypeAdapter(SECTIONS[section].model_fields[key].rebuild_annotation())
+    for value in values:
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].replace("Input should be", "must be")
+            return f"{name} {expected}, got {value}"
+    return None

@@ -1,0 +1,111 @@
+"""What is known of a run that goes on, from its events: the source of both displays."""
+
+import math
+from dataclasses import dataclass, field
+
+from qlora_cli.cli.progress.event_text import describe_event
+from qlora_cli.cli.sparkline import Curve
+from qlora_cli.events import (
+    CheckpointSaved,
+    EvalDone,
+    EvalStarted,
+    EvaluationAdvanced,
+    Event,
+    PhaseStarted,
+    StepDone,
+    StepSkipped,
+    TrainingResumed,
+    TrainingStarted,
+)
+
+SMOOTHING = 0.9  # weight of the past in the smoothed loss that the arrow compares with
+STEADY = 0.005  # relative change below which the loss counts as level
+
+
+class Direction:
+    """Whether a noisy series goes down, up or sideways, by an exponential mean."""
+
+    def __init__(self) -> None:
+        self._smoothed: float | None = None
+
+    def update(self, value: float) -> str:
+        """Take the next value and return an arrow; the first has no direction, nor has one that is not finite."""
+        if not math.isfinite(value):
+            return " "
+        if self._smoothed is None:
+            self._smoothed = value
+            return " "
+        before = self._smoothed
+        self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * value
+        change = (value - before) / max(abs(before), 1e-12)
+        return "→" if abs(change) < STEADY else ("↓" if change < 0 else "↑")
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """The run so far. One thread updates it while another may draw it: each field is right by itself.
+
+    `step` is the last that is over, done or skipped; `best_eval` the best that this process has seen, if it was the
+    best of the run; `checkpoint_time` that of the clock which `update` is given.
+    """
+
+    status: str = "Starting …"
+    started: TrainingStarted | None = None
+    resumed: TrainingResumed | None = None
+    step: int = 0
+    last_step: StepDone | None = None
+    arrow: str = " "
+    losses: Curve = field(default_factory=Curve)
+    last_eval: EvalDone | None = None
+    best_eval: EvalDone | None = None
+    checkpoint: CheckpointSaved | None = None
+    checkpoint_time: float = 0.0
+    num_skipped: int = 0
+    seconds_left: float | None = None
+    _direction: Direction = field(default_factory=Direction)
+    _pace_since: tuple[int, float] | None = (0, 0.0)  # step and its elapsed seconds
+
+    @property
+    def predicted_reserved_bytes(self) -> int | None:
+        """What the caching allocator was predicted to hold at most; None where nothing was predicted."""
+        return None if self.started is None else self.started.predicted_reserved_bytes
+
+    def update(self, event: Event, now: float) -> None:
+        """Take the next event, which came at `now` of a monotonic clock in seconds."""
+        match event:
+            case StepDone():
+                self._take_step(event)
+            case PhaseStarted() | EvalStarted() | EvaluationAdvanced():
+                self.status = describe_event(event) or ""
+            case TrainingStarted():
+                self.started = event
+                self._show_training()
+            case TrainingResumed():
+                self.resumed, self.step = event, event.step
+                self._pace_since = None  # elapsed seconds may or may not count those of the earlier process
+            case StepSkipped():
+                self.step = event.step
+                self.num_skipped += 1
+            case EvalDone():
+                self.last_eval = event
+                if event.is_best:
+                    self.best_eval = event
+                self._show_training()
+            case CheckpointSaved():
+                self.checkpoint_time = now
+                self.checkpoint = event
+
+    def _take_step(self, step: StepDone) -> None:
+        self.arrow = self._direction.update(step.loss)
+        self.losses.add(step.loss)
+        self.step, self.last_step = step.step, step
+        if self._pace_since is None:
+            self._pace_since = (step.step, step.elapsed_seconds)
+            return
+        since_step, since_seconds = self._pace_since
+        pace = (step.elapsed_seconds - since_seconds) / max(1, step.step - since_step)
+        self.seconds_left = pace * (step.num_steps - step.step)
+
+    def _show_training(self) -> None:
+        if self.started is not None:
+            self.status = describe_event(self.started) or ""

@@ -1,0 +1,49 @@
+"""What `qlora doctor` found, as text: a word, a name and a line for each check."""
+
+import textwrap
+
+from rich.text import Text
+
+from qlora_cli.cli.console import console, title
+from qlora_cli.cli.stderr import redact
+from qlora_cli.doctor.findings import Check, Report, Status
+
+WORDS = {Status.OK: "ok", Status.WARNING: "warn", Status.FAILED: "FAIL", Status.SKIPPED: "skip"}
+STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red", Status.SKIPPED: "dim"}
+
+
+def render_doctor(report: Report) -> None:
+    """Print the verdict and a line for each check; what to do stands below a check that is not ok."""
+    title(verdict(report))
+    width = max(len(check.name) for check in report.checks)
+    for check in report.checks:
+        _print_check(check, width)
+
+
+def verdict(report: Report) -> str:
+    """Return whether the machine can train, and how many checks went how."""
+    counts = [
+        f"{count} {status}" for status in Status if (count := sum(check.status == status for check in report.checks))
+    ]
+    can = "can" if report.can_train else "can't"
+    return f"This machine {can} train ({', '.join(counts)})"
+
+
+def _print_check(check: Check, name_width: int) -> None:
+    head = f"  {WORDS[check.status]:<4}  {check.name:<{name_width}}  "
+    finding, *more = _lines(check.finding, len(head))
+    line = Text.assemble(head[:2], (head[2:6], STYLES[check.status]), (head[6:], "cyan"), finding)
+    console().print(line, soft_wrap=True)
+    advice = _lines(f"-> {check.advice}", len(head)) if check.advice else []
+    for text in more + advice:
+        console().print(Text(" " * len(head) + text), soft_wrap=True)
+
+
+def _lines(text: str, indent: int) -> list[str]:
+    """Return `text` cut to what a terminal has room for beside the names; whole where there is no terminal."""
+    text = redact(" ".join(text.split()))
+    out = console()
+    if not out.is_terminal:
+        return [text]
+    # Flags and addresses stay whole, to be copied.
+    return textwrap.wrap(text, max(out.width - indent, 30), break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,193 @@
+"""What `qlora inspect-memory` shows: the peaks, what they are for, where they fit, and what would change that.
+
+All sizes are GiB (1024³ bytes) with two decimals, so that figures below one another compare.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from textwrap import wrap
+
+from rich.text import Text
+
+from qlora_cli.cli.console import Row, console, print_rows, title
+from qlora_cli.cli.rendering.sweep_table import render_sweep
+from qlora_cli.memory.gpus import GPUS, Gpu
+from qlora_cli.memory.prediction import Components, Fit, MemoryReport, Phase, Solution, Suggestion
+from qlora_cli.units import GIB, format_count, format_duration
+
+WIDTH = 80
+MOST_BARS = 30
+MOST_FIT_LINES = 8  # more GPUs than this share lines
+NAMES = {
+    "quantization_constants": "quantization constants",
+    "unquantized_weights": "16/32-bit weights",
+    "loss": "logits and loss",
+    "workspaces": "kernel workspaces",
+    "slack": "allocator slack",
+    "context": "CUDA context",
+}
+PROCESS = "process"
+
+
+def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
+    """Print a prediction, made for the `gpus` that were named; without any, the fits are of the whole catalogue."""
+    title(f"What training {report.model} takes")
+    print_rows(_rows(report))
+    _section("Predicted peak", figure_lines(report))
+    _section("What it is for", component_lines(report.components))
+    _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
+    _section("Where it fits, in GiB", fit_lines(report.fits))
+    print_rows([("smallest GPU", _describe_smallest(report.smallest_gpu))])
+    if report.suggestions:
+        _section("What to change", suggestion_lines(report.suggestions))
+    if report.solutions:
+        _section("The largest that fits", solution_lines(report.solutions))
+    if report.sweep:
+        render_sweep(report, gpus[0] if gpus else None)
+    if report.assumptions:
+        _section("Taken for granted", [line for text in report.assumptions for line in hanging(text, "  - ", "    ")])
+
+
+def gib(num_bytes: int) -> str:
+    """Return bytes as `3.36 GiB`, also where they are fewer than one."""
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def hanging(text: str, first: str, rest: str) -> list[str]:
+    """Return a sentence as lines of at most 80 columns; flags and paths stay whole."""
+    return wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    ) or [first.rstrip()]
+
+
+def _section(heading: str, lines: Sequence[str]) -> None:
+    console().print()
+    title(heading)
+    for line in lines:
+        console().print(Text(line), soft_wrap=True)
+
+
+def _rows(report: MemoryReport) -> list[Row]:
+    attention = ", ".join(report.attention_backends)
+    trained = f"{format_count(report.num_trainable_parameters)} of {format_count(report.num_parameters)} parameters"
+    asked = [("recipe", report.recipe), *report.settings.items()]
+    rows = [("model", report.architecture), ("trained", trained)]
+    rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in asked))
+    rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
+    rows.append(("answered in", format_duration(report.estimate_seconds)))
+    return rows
+
+
+def _wrapped(name: str, value: str, name_width: int = len("answered in")) -> list[Row]:
+    """Return a row whose value goes on in rows without a name."""
+    lines = wrap(value, WIDTH - name_width - 4, break_on_hyphens=False, break_long_words=False)
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
+
+
+def figure_lines(report: MemoryReport) -> list[str]:
+    """Return the three peaks, each with its error band, and what is kept elsewhere."""
+    own = report.predicted
+    figures = (
+        ("allocated", own.allocated_bytes, own.allocated_low_bytes, own.allocated_high_bytes, "by tensors"),
+        ("reserved", own.reserved_bytes, own.reserved_low_bytes, own.reserved_high_bytes, "by PyTorch for them"),
+        (PROCESS, own.process_bytes, own.process_low_bytes, own.process_high_bytes, "what nvidia-smi shows"),
+    )
+    lines = [
+        f"  {name:<10} {gib(middle):>11}   {_bare(low):>6} to {_bare(high):<6}   {meaning}"
+        for name, middle, low, high, meaning in figures
+    ]
+    if report.paged_bytes:
+        lines.append(f"  {'paged':<10} {gib(report.paged_bytes):>11}   optimizer state, which moves to the host")
+    if report.pinned_host_bytes:
+        lines.append(f"  {'on the host':<10} {gib(report.pinned_host_bytes):>10}   activations in pinned memory")
+    return lines
+
+
+def _bare(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"
+
+
+def component_lines(components: Components) -> list[str]:
+    """Return what the memory is for, as a table with bars that adds up to the process also as it is printed."""
+    parts = {name.removesuffix("_bytes"): num_bytes for name, num_bytes in asdict(components).items() if num_bytes}
+    total = sum(parts.values())
+    shown = hundredths(list(parts.values()))
+    most = max(parts.values())
+    lines = []
+    for (name, num_bytes), cents in zip(parts.items(), shown, strict=True):
+        bar = "█" * round(MOST_BARS * num_bytes / most)
+        label = NAMES.get(name, name.replace("_", " "))
+        lines.append(f"  {label:<22} {cents / 100:>7.2f} GiB  {num_bytes / total:>6.1%}  {bar}".rstrip())
+    return [*lines, f"  {PROCESS:<22} {sum(shown) / 100:>7.2f} GiB  100.0%"]
+
+
+def hundredths(sizes: Sequence[int]) -> list[int]:
+    """Return sizes in hundredths of a GiB that add up to the rounded sum, by the largest remainders."""
+    exact = [100 * size / GIB for size in sizes]
+    floors = [int(value) for value in exact]
+    missing = round(sum(exact)) - sum(floors)
+    by_remainder = sorted(range(len(exact)), key=lambda index: floors[index] - exact[index])
+    return [floor + (index in by_remainder[:missing]) for index, floor in enumerate(floors)]
+
+
+def phase_lines(phases: Sequence[Phase], ruling: str, reason: str) -> list[str]:
+    """Return the peaks of each phase, the one that rules marked, and why it does."""
+    lines = [f"  {'':<12} {'allocated':>12} {'reserved':>12}"]
+    for phase in phases:
+        mark = "  <- the peak" if phase.name == ruling else ""
+        lines.append(f"  {phase.name:<12} {gib(phase.allocated_bytes):>12} {gib(phase.reserved_bytes):>12}{mark}")
+    return lines + hanging(reason, "  ", "  ")
+
+
+def fit_lines(fits: Sequence[Fit]) -> list[str]:
+    """Return whether it fits on each GPU, and what is left: a line each, or two to a line where there are many."""
+    if len(fits) <= MOST_FIT_LINES:
+        width = max((len(fit.gpu) for fit in fits), default=0)
+        header = f"  {'':<{width}}  {'':<5} {'takes':>8} {'at most':>8} {'usable':>8} {'left':>8}"
+        return [header, *(_fit_line(fit, width) for fit in fits)]
+    lines = ["  what is left of each; below zero, what is missing"]
+    for group, members in groupby(fits, key=lambda fit: fit.group):
+        cells = [f"{fit.gpu:<22} {fit.fits:<5} {fit.margin_bytes / GIB:>+7.2f}" for fit in members]
+        lines.append(f"  {group}")
+        lines += ["    " + "   ".join(cells[index : index + 2]) for index in range(0, len(cells), 2)]
+    return lines
+
+
+def _fit_line(fit: Fit, width: int) -> str:
+    sizes = f"{_bare(fit.process_bytes):>8} {_bare(fit.process_high_bytes):>8} {_bare(fit.usable_bytes):>8}"
+    return f"  {fit.gpu:<{width}}  {fit.fits:<5} {sizes} {fit.margin_bytes / GIB:>+8.2f}"
+
+
+def _describe_smallest(name: str | None) -> str:
+    if name is None:
+        return "none of the catalogue is large enough"
+    (usable,) = [gpu.usable_bytes for gpu in GPUS if gpu.name == name]
+    return f"{name}, {gib(usable)}"
+
+
+def suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:
+    """Return each change of flags, what it costs, what it saves and what is left to take."""
+    lines = []
+    for suggestion in suggestions:
+        lines.append(f"  {suggestion.flags}")
+        saving = f"saves {gib(suggestion.saved_bytes)}, then {gib(suggestion.process_bytes)}: {_verdict(suggestion)}"
+        lines += hanging(f"{saving}; {suggestion.effect}" if suggestion.effect else saving, "      ", "      ")
+    return lines
+
+
+def _verdict(suggestion: Suggestion) -> str:
+    return {"yes": "fits", "tight": "fits tightly", "no": "still too large"}[suggestion.fits]
+
+
+def solution_lines(solutions: Sequence[Solution]) -> list[str]:
+    """Return the largest values that were asked for, and what stops at them."""
+    lines = []
+    for solution in solutions:
+        if solution.value is None or solution.process_bytes is None:
+            lines.append(f"  no --{solution.setting} fits on the {solution.gpu}")
+            continue
+        limit = f"; limited by {solution.limited_by}" if solution.limited_by else ""
+        text = f"--{solution.setting} {solution.value} on the {solution.gpu}: {gib(solution.process_bytes)}{limit}"
+        lines += hanging(text, "  ", "      ")
+    return lines

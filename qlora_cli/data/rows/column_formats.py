@@ -1,0 +1,201 @@
+"""Recognise how a data set is written by its columns: which format it is, and which of its columns is which."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.verdict_columns import SYSTEM, TOOLS, says_more
+from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
+from qlora_cli.settings.models import DataSettings
+
+# What each part of a format is called, ours first; data sets that are in use call it by the other names too.
+PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: {"messages": ("messages", "conversation", "dialogue", "dialog", "chat")},
+    DataFormat.SHAREGPT: {"conversations": ("conversations",)},
+    DataFormat.PROMPT_COMPLETION: {
+        "prompt": ("prompt",),
+        "completion": ("completion", "response", "answer", "output"),
+    },
+    DataFormat.ALPACA: {
+        "instruction": ("instruction",),
+        "output": ("output", "response", "completion", "answer"),
+    },
+    DataFormat.QUESTION_ANSWER: {
+        "question": ("question", "query", "problem"),
+        "answer": ("answer", "response", "solution", "output", "reply"),
+    },
+    DataFormat.TEXT: {"text": ("text", "content")},
+    DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
+}
+# What a format may have besides.
+CHAT = {
+    "tools": TOOLS,
+    "system": SYSTEM,
+    "chat_template_kwargs": ("chat_template_kwargs", "apply_chat_template_kwargs"),
+    "enable_thinking": ("enable_thinking",),
+}
+OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: CHAT,
+    DataFormat.SHAREGPT: CHAT,
+    DataFormat.PROMPT_COMPLETION: {"history": ("history",), **CHAT},
+    DataFormat.ALPACA: {"input": ("input", "context"), "history": ("history",), **CHAT},
+    DataFormat.QUESTION_ANSWER: {"context": ("context",), "history": ("history",), **CHAT},
+    DataFormat.TEXT: {},
+    DataFormat.TOKENS: {
+        "labels": ("labels",),
+        "attention_mask": ("attention_mask",),
+        "loss_mask": ("loss_mask", "completion_mask", "assistant_masks"),
+    },
+}
+COLUMNS = "data.columns"
+# By their own format only, or by another name of it that is asked for.
+ALSO_ASKED: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+    DataFormat.MESSAGES: {"messages": PARTS[DataFormat.SHAREGPT]["conversations"]},
+    DataFormat.SHAREGPT: {"conversations": PARTS[DataFormat.MESSAGES]["messages"]},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A format, and the column of the data set that holds each of its parts, by our name for the part.
+
+    `unused` are the columns that hold no part.
+    """
+
+    format: DataFormat
+    columns: Mapping[str, str]
+    unused: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return the format, what is called otherwise, and what is not used: `alpaca (output is response)`."""
+        said = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
+        said += [f"not used: {listed(self.unused)}"] if self.unused else []
+        return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
+
+
+def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Layout:
+    """Return the layout of a data set with these `columns`.
+
+    Raises:
+        DataError: no format fits, several do, or the one asked for, or a column named by hand, is not there.
+    """
+    named = settings.columns or {}
+    _check_named(named, columns, settings.format, name)
+    if settings.format != DataFormat.AUTO:
+        return _as_asked(settings.format, columns, named, name)
+    fits = [fmt for fmt in PARTS if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
+    if len(fits) > 1 and DataFormat.TEXT in fits:
+        fits.remove(DataFormat.TEXT)  # often the same again, as one text
+    if not fits:
+        raise _no_format(columns, name)
+    if len(fits) > 1:
+        raise DataError(
+            f"the columns of {name} fit several formats: {', '.join(fmt.value for fmt in fits)}",
+            hint=f"Choose with --format {fits[0].value}; if its files or rows differ, give each kind as a --dataset "
+            "of its own.",
+        )
+    return _layout(fits[0], columns, named)
+
+
+def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` are read: those that say something, or all where no format is recognised."""
+    try:
+        used = recognise(columns, settings, name).columns.values()
+        return [column for column in columns if column in used or says_more(column)]
+    except DataError:  # which is told when it is asked of the rows
+        return columns
+
+
+def nearest(columns: Collection[str]) -> str:
+    """Return the format that is most like these `columns`, and what it needs, in words."""
+
+    def likeness(fmt: DataFormat) -> float:
+        found = [
+            max((_likeness(name, column) for name in names for column in columns), default=0.0)
+            for names in PARTS[fmt].values()
+        ]
+        return sum(found) / len(found)
+
+    best = max(PARTS, key=likeness)
+    return f"{best.value} ({', '.join(PARTS[best])})"
+
+
+def _likeness(name: str, column: str) -> float:
+    return SequenceMatcher(None, name, column.lower().strip()).ratio()
+
+
+def _parts(fmt: DataFormat) -> dict[str, tuple[str, ...]]:
+    return {**PARTS[fmt], **OPTIONAL[fmt]}
+
+
+def _missing(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> list[str]:
+    free = set(columns) - set(named.values())
+    return [ours for ours, names in PARTS[fmt].items() if ours not in named and not set(names) & free]
+
+
+def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> Layout:
+    found = dict(named)
+    taken = set(named.values())
+    for ours, names in _parts(fmt).items():
+        theirs = next((name for name in names if name in columns and name not in taken), None)
+        if ours not in found and theirs is not None:
+            found[ours] = theirs
+            taken.add(theirs)
+    return Layout(format=fmt, columns=found, unused=tuple(name for name in columns if name not in taken))
+
+
+def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> Layout:
+    named = {**_also_asked(fmt, columns, named), **named}
+    if missing := _missing(fmt, columns, named):
+        raise DataError(
+            f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
+            hint=f"Its columns are {listed(columns)}; --columns {missing[0]}=NAME says which one it is.",
+        )
+    return _layout(fmt, columns, named)
+
+
+def _also_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of parts that are there by the name that another format has for them."""
+    missing, free = _missing(fmt, columns, named), set(columns) - set(named.values())
+    names = {ours: ALSO_ASKED.get(fmt, {}).get(ours, ()) for ours in missing}
+    return {ours: name for ours, others in names.items() for name in others if name in free}
+
+
+def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
+    known = set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
+    for theirs in named.values():
+        twice = [ours for ours, other in named.items() if other == theirs]
+        if len(twice) > 1:
+            raise DataError(
+                f"{theirs!r} is named twice, as {' and as '.join(twice)}",
+                hint="Name each column once.",
+                setting=COLUMNS,
+            )
+    for ours, theirs in named.items():
+        if ours not in known:
+            raise DataError(
+                f"{ours}={theirs}: no format has a part {ours!r}"
+                if fmt == DataFormat.AUTO
+                else f"{ours}={theirs}: the format {fmt.value} has no part {ours!r}",
+                hint=f"The parts are {', '.join(sorted(known))}.",
+                setting=COLUMNS,
+            )
+        if theirs not in columns:
+            near = get_close_matches(theirs, columns, n=1)
+            raise DataError(
+                f"{ours}={theirs}: {name} has no column {theirs!r}",
+                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {listed(columns)}.",
+                setting=COLUMNS,
+            )
+
+
+def _no_format(columns: Collection[str], name: str) -> DataError:
+    if "segments" in columns:
+        return DataError(f"{name} holds segments of text, which are no format here", hint=SEGMENTS_HINT)
+    known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
+    return DataError(
+        f"the columns of {name} fit no known format: {listed(columns) or 'there are none'}",
+        hint=f"The nearest is {nearest(columns)}; --format and --columns say what is what. Known are {known}.",
+    )

@@ -1,0 +1,158 @@
+"""Refuse rows that say more than their text does: preferences, verdicts, pictures. Hints are flags that were tried."""
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from qlora_cli.data.limits import listed
+from qlora_cli.data.rows.column_formats import OPTIONAL, PARTS, Layout, recognise
+from qlora_cli.data.rows.examples import Conversation, RowError
+from qlora_cli.data.rows.messages import is_media, is_nothing
+from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.verdict_columns import BETTER, compared, held, placeholder_in, says_more, switch, verdict
+from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.settle import varied
+
+ASKING = ("prompt", "question", "query", "problem", "instruction", "messages", "conversations", "conversation")
+NOT_HERE = "this is for training by comparison (DPO), not for fine-tuning on answers"
+BETTER_ONES = "To train on the better answers"
+Flags = tuple[DataFormat, Mapping[str, str]]
+
+
+class MeaningChecker:
+    """Refuses rows of which a part would be passed over that changes what they mean.
+
+    Who names columns by hand has decided what is trained, so that only pictures and sounds are a fault then.
+    """
+
+    def __init__(self, layout: Layout, settings: DataSettings) -> None:
+        self._layout = layout
+        self._settings = settings
+        self._used = frozenset(layout.columns.values())
+        self._hints: dict[tuple[str, ...], str] = {}
+        self._has_answers = layout.format not in (DataFormat.TEXT, DataFormat.TOKENS)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Check that nothing beside what is used of `row` changes what it means.
+
+        Raises:
+            RowError: it holds a picture or sound, answers to be compared, a verdict on its answer, or a switch.
+        """
+        beside = {name: value for name, value in row.items() if says_more(name) and name not in self._used}
+        if not beside:
+            return
+        self._check_media(row, beside)
+        if not self._settings.columns:
+            self._check_names(beside)
+            self._check_answers(row, beside)
+
+    def _check_names(self, beside: Mapping[str, Any]) -> None:
+        """Check that no second column has what one of another name is read for."""
+        for part in ("system", "tools"):
+            name = next(
+                (each for each in OPTIONAL[DataFormat.MESSAGES][part] if not is_nothing(beside.get(each))), None
+            )
+            if name is not None and (used := self._layout.columns.get(part)):
+                raise RowError(
+                    f"{used!r} and {name!r} are both {part}, of which one alone is read",
+                    hint=f"Put all into one of them, or name the one to read: --columns {part}={shlex.quote(used)}",
+                )
+
+    def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+        if name := held(beside):
+            raise RowError(
+                f"{name!r} holds what is no text, and only text can be trained",
+                hint="Leave such rows out (--on-bad-row skip), or take the column out if the text stands alone.",
+            )
+        media = [name for name in beside if is_media(name)]
+        if media and (found := placeholder_in([row.get(name) for name in self._used])):
+            raise RowError(
+                f"its text has {found}, which stands for something in {listed(media)}: only text can be trained",
+                hint="Leave such rows out (--on-bad-row skip), or take it out of the text.",
+            )
+
+    def _check_answers(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+        own = (self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]})
+        if names := compared(beside):
+            raise RowError(
+                f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
+                hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
+            )
+        if self._has_answers and (name := switch(beside)):
+            purpose = 'Say it in each message, with "train": true or false. To train on all answers'
+            raise RowError(
+                f"{name!r} says what of the row is trained, and would be ignored",
+                hint=self._hint([name], row, [own], purpose),
+            )
+        if self._has_answers and (name := verdict(beside)):
+            purpose = f"Leave out the rows whose {name!r} is false. To train on all that are there"
+            raise RowError(
+                f"{name!r} says whether the answer is wanted (KTO), and would be ignored: {NOT_HERE}",
+                hint=self._hint([name], row, [own], purpose),
+            )
+
+    def _hint(self, names: Collection[str], row: Mapping[str, Any], ways: Iterable[Flags], purpose: str) -> str:
+        """Return what to do about the columns `names`; the ways are tried on the first row that has them."""
+        if tuple(names) not in self._hints:
+            self._hints[tuple(names)] = _hint(row, ways, self._settings, purpose)
+        return self._hints[tuple(names)]
+
+
+def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings, name: str) -> None:
+    """Check that rows which fit no format are no preferences.
+
+    Raises:
+        DataError: they are; its hint says how the better answers are trained.
+    """
+    for row in rows:
+        if not settings.columns and (names := compared(row)):
+            raise DataError(
+                f"{name} holds preferences ({listed(names)}), in which one answer is to be avoided: {NOT_HERE}",
+                hint=_hint(row, _better(row, row), settings, BETTER_ONES),
+            )
+
+
+def _better(judged: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Flags]:
+    """Yield ways to train the better answer of a row, the likeliest first."""
+    for better in (name for name in BETTER if judged.get(name)):
+        asking = [name for name in ASKING if name in row]
+        yield DataFormat.MESSAGES, {"messages": better}
+        for name in asking:
+            if name in PARTS[DataFormat.ALPACA]["instruction"]:
+                yield DataFormat.ALPACA, {"instruction": name, "output": better}
+            if name in PARTS[DataFormat.QUESTION_ANSWER]["question"]:
+                yield DataFormat.QUESTION_ANSWER, {"question": name, "answer": better}
+            yield DataFormat.PROMPT_COMPLETION, {"prompt": name, "completion": better}
+        if not asking:
+            yield DataFormat.TEXT, {"text": better}
+
+
+def _hint(row: Mapping[str, Any], ways: Iterable[Flags], settings: DataSettings, purpose: str) -> str:
+    """Return the first of the `ways` to train the row that works, as flags."""
+    working = (way for way in ways if _trains(row, row.keys(), way, settings))
+    way = next(working, None)
+    return (
+        f"{purpose}: {_typed(way)}" if way else "Write the answers to be given as rows of their own, or as messages."
+    )
+
+
+def _trains(row: Mapping[str, Any], columns: Collection[str], way: Flags, settings: DataSettings) -> bool:
+    """Whether the row has something to train when it is read in this way."""
+    fmt, named = way
+    if any(set(name) & {",", "="} for name in named.values()):
+        return False  # which can't be typed
+    try:
+        layout = recognise(columns, varied(settings, format=fmt, columns=dict(named)), "row")
+        example = RowReader(layout, settings.loss_on, use_chat=True).read(row)
+    except (DataError, RowError):
+        return False
+    return not isinstance(example, Conversation) or (example.trained != () and example.trained[0] > 0)
+
+
+def _typed(way: Flags) -> str:
+    """Return the flags for a way to read rows, as they are typed in a shell."""
+    fmt, named = way
+    columns = ",".join(f"{ours}={theirs}" for ours, theirs in named.items())
+    return f"--format {fmt.value} --columns {shlex.quote(columns)}"

@@ -1,0 +1,242 @@
+"""Evaluate: base and adapter from one loaded model, then what was merged from them, on the same tokens."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from qlora_cli.adapters.initialization import changes_its_base
+from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.errors import DataError, ModelError
+from qlora_cli.evaluating.evaluation_checks import check_evaluation, names_rows
+from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, SourceResult, TaskResult
+from qlora_cli.evaluating.losses import RowLosses, measure_losses
+from qlora_cli.evaluating.merged_model import Merged, find_merged
+from qlora_cli.evaluating.rows import (
+    HeldOut,
+    TrainedRows,
+    facts_of_rows,
+    has_rows,
+    nothing_held_out,
+    read_rows,
+    trained_rows,
+)
+from qlora_cli.evaluating.statistics import summarize
+from qlora_cli.evaluating.tasks import Tasks, find_tasks
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.load_plan import Blueprint, check_placement, plan_found
+from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
+from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.units import counted
+
+TITLES: dict[Kind, str] = {
+    "model": "the model",
+    "base": "the base",
+    "adapter": "the adapter",
+    "merged": "the merged model",
+}
+
+
+def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evaluation:
+    """Measure loss and perplexity of a model, of its base and of what was merged, and run the tasks on each.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    check_evaluation(resolved)
+    request = resolved.settings.evaluate
+    if request.tasks:
+        reporter.report(PhaseStarted(title="Finding the tasks"))
+    tasks = find_tasks(request)
+    check_placement(resolved.settings)
+    model = find(resolved.settings.model, reporter)
+    run = trained_rows(model.source)
+    settled = settle_load(resolved, model, reporter, facts_of_rows(resolved, run))
+    blueprint = plan_found(model, settled.settings, reporter)
+    check_weights(blueprint, reporter)
+    left_out = _without_base(request, blueprint, reporter)
+    merged = find_merged(request, blueprint, reporter)
+    if has_rows(resolved, run):
+        rows = _read_rows(settled.settings, blueprint, run, reporter, are_named=names_rows(resolved))
+    elif request.tasks:
+        rows = None
+    else:
+        raise nothing_held_out(resolved.settings.model.name, run)
+    if merged is not None and rows is not None:
+        merged.check_rows(rows)
+    has_base = left_out is None and request.with_base is not False
+    num_known = blueprint.num_own_rows if has_base and blueprint.adapter is not None else None
+    bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
+    _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=has_base)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if merged is not None:
+        _evaluate_merged(bench, merged)
+    return Evaluation(
+        model=blueprint.source.name,
+        base_model=blueprint.source.base_name,
+        adapter=blueprint.source.adapter,
+        adapter_step=blueprint.source.adapter_step,
+        run_is_done=blueprint.source.run_is_done,
+        merged=merged.path if merged is not None else None,
+        device=str(blueprint.device),
+        compute_dtype=blueprint.dtype.name.value,
+        dataset=rows.data.report.name if rows is not None else None,
+        fingerprint=rows.data.report.fingerprint if rows is not None else None,
+        is_training_data=rows is not None and rows.is_training_data,
+        sources=tuple(bench.sources),
+        tasks=tuple(bench.figures),
+        notes=(*((left_out,) if left_out else ()), *(rows.notes if rows is not None else ()), *bench.notes),
+    )
+
+
+def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: Reporter) -> str | None:
+    """Return why the base is left out, which is noted; None if the model is its base while the adapter is off."""
+    if request.with_base is not None and blueprint.source.adapter is None:
+        message = f"has no effect: {blueprint.source.name} has no adapter"
+        raise ModelError(message, hint="Leave it out.", setting="evaluate.with_base")
+    reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
+    if reason is None or request.with_base is False:
+        return None
+    if request.with_base:
+        raise ModelError(
+            f"the base of {blueprint.source.name} can't be shown: {reason}",
+            hint=f"Leave --base out, and evaluate the base by itself: qlora evaluate {blueprint.source.base_name}",
+            setting="evaluate.with_base",
+        )
+    note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {blueprint.source.base_name}"
+    reporter.report(Noted(level="warning", message=note))
+    return note
+
+
+def _read_rows(
+    settled: EvaluateSettings, blueprint: Blueprint, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
+) -> HeldOut:
+    data: DataSettings = settled.data
+    reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
+    text = TextTokenizer(
+        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+    )
+    rows = read_rows(data, run, text, seed=settled.training.seed, are_named=are_named)
+    _note_rows(rows, reporter)
+    return rows
+
+
+def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
+    report = rows.data.report
+    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them evaluated"
+    reporter.report(
+        Noted(message=f"{report.name}: {counted(report.rows_trained, 'row')} of {report.recognised}; {tokens}")
+    )
+    lost = [
+        f"{report.name}: {counted(number, 'row')} {what}"
+        for number, what in (
+            (report.truncated_rows, f"cut; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
+            (report.dropped_rows, "longer than --max-length, dropped"),
+            (report.rows_without_supervision, "without a token to evaluate"),
+            (report.bad_rows, "that can't be used, skipped"),
+        )
+        if number
+    ]
+    for message in (*rows.data.notes, *lost, *rows.notes):
+        reporter.report(Noted(level="warning", message=message))
+
+
+@dataclass(kw_only=True)
+class _Bench:
+    """What each model is put to, and what came of it so far. `base` is what others are compared with.
+
+    `num_known` are the ids of tokens that are counted, if the base has fewer than the adapter.
+    """
+
+    request: EvaluationSettings
+    rows: HeldOut | None
+    tasks: Tasks | None
+    reporter: Reporter
+    num_known: int | None
+    base: RowLosses | None = None
+    notes: list[str] = field(default_factory=list)
+    sources: list[SourceResult] = field(default_factory=list)
+    figures: list[TaskResult] = field(default_factory=list)
+
+    def measure(self, kind: Kind, path: str, loaded: LoadedModel) -> None:
+        """Evaluate a model as it is now: its adapter may be switched off."""
+        if self.rows is not None:
+            self._measure_rows(kind, path, loaded, self.rows.data)
+        if self.tasks is not None:
+            title = f"{', '.join(self.tasks.names)} on {TITLES[kind]}"
+            self.reporter.report(PhaseStarted(title=f"Evaluating {title}"))
+            self.figures += self.tasks.run(
+                kind,
+                loaded.model,
+                loaded.tokenizer,
+                dtype=loaded.dtype.torch_dtype,
+                title=title,
+                reporter=self.reporter,
+            )
+
+    def _measure_rows(self, kind: Kind, path: str, loaded: LoadedModel, data: PreparedData) -> None:
+        self.reporter.report(PhaseStarted(title=f"Evaluating {TITLES[kind]}"))
+        losses = measure_losses(
+            loaded.model,
+            data,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            dtype=loaded.dtype.torch_dtype,
+            batch_size=self.request.batch_size,
+            num_known=self.num_known,
+            title=TITLES[kind],
+            reporter=self.reporter,
+        )
+        if kind == "base" and losses.num_left_out:
+            self._note_left_out(losses)
+        if bad := int((~np.isfinite(losses.nll)).sum()):
+            message = f"the loss of {TITLES[kind]} is no finite number in {counted(bad, 'row')}"
+            self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
+        quantization = loaded.settings.quantization.method.value
+        self.sources.append(summarize(kind, path, quantization, losses, self.base))
+        if kind == "base":
+            self.base = losses
+
+    def _note_left_out(self, losses: RowLosses) -> None:
+        new = f"{counted(losses.num_left_out, 'token')} to predict"
+        if not losses.tokens.any():
+            raise DataError(
+                f"there is nothing to compare with the base: {new}, all of them new, which the base does not have",
+                hint="Use --no-base, or other rows.",
+            )
+        note = f"{new} that the base does not have: left out of every loss; --no-base counts them"
+        self.notes.append(note)
+        self.reporter.report(Noted(level="warning", message=note))
+
+
+def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool, has_base: bool) -> None:
+    """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
+    loaded = load_planned(blueprint, bench.reporter)
+    for kind, path, state in _states(loaded, has_merged=has_merged, has_base=has_base):
+        with state:
+            bench.measure(kind, path, loaded)
+
+
+def _states(
+    loaded: LoadedModel, *, has_merged: bool, has_base: bool
+) -> Iterator[tuple[Kind, str, AbstractContextManager[None]]]:
+    """Yield what the loaded model is to be evaluated as, with the context in which it is that."""
+    source, model = loaded.source, loaded.model
+    if not isinstance(model, PeftModel):
+        yield "base" if has_merged else "model", source.name, nullcontext()
+        return
+    if has_base:
+        yield "base", source.base_name, model.disable_adapter()
+    yield "adapter", str(source.adapter), nullcontext()
+
+
+def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
+    loaded = load_planned(merged.blueprint, bench.reporter)
+    bench.measure("merged", str(merged.path), loaded)

@@ -1,0 +1,207 @@
+"""Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from qlora_cli.adapters.initialization import why_not_on_quantized
+from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, open_adapter, rows_of
+from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
+from qlora_cli.loading.model_outline import FoundModel, find, settle_load
+from qlora_cli.model_files.adapter_files import notes_on_left_out
+from qlora_cli.model_files.model_config import ModelConfig
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.embedding import check_offload, embedding_of
+from qlora_cli.quantization.memory_check import check_fit, free_bytes
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout, with_rows
+from qlora_cli.settings.choices import Attention, Dtype
+from qlora_cli.settings.models import LoadSettings, ModelSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.tokenizing.positions import apply_rope_scaling
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """All that is settled before a weight is read. `shapes` is the model on the meta device.
+
+    `num_rows` are the rows of the embedding that tokenizer and adapter need; the base may have more.
+    """
+
+    settings: LoadSettings
+    source: ModelSource
+    base: ModelConfig
+    shapes: PreTrainedModel
+    layout: Layout
+    tokenizer: LoadedTokenizer
+    device: torch.device
+    dtype: ComputeDtype
+    attention: str
+    free_bytes: int
+    adapter: Adapter | None
+    num_rows: int
+    notes: tuple[str, ...]
+
+    @property
+    def num_own_rows(self) -> int | None:
+        """The rows of the base's own vocabulary, if it is to be given more."""
+        rows = embedding_of(self.shapes).num_embeddings
+        return rows if rows < self.num_rows else None
+
+
+def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> Blueprint:
+    """Settle everything that can be known without the weights; downloads the small files that are not here yet.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        ModelError: the files are no causal language model that can be loaded as asked.
+        HardwareError: the device or dtype asked for is not there.
+        MissingDependencyError: the attention kernel asked for is not installed.
+        OutOfMemoryError: the model does not fit on the device.
+    """
+    check_placement(asked.settings)
+    model = find(asked.settings.model, reporter)
+    return plan_found(model, settle_load(asked, model, reporter).settings, reporter)
+
+
+def check_placement(settings: LoadSettings) -> None:
+    """Check what was asked for against this machine, before a file is looked for.
+
+    Raises:
+        HardwareError: the device asked for is not there, or can't hold weights that are stored so.
+    """
+    quantization, offloads = settings.quantization, settings.model.offload_embedding
+    device = choose_device(settings.model.device)
+    method_of(quantization.method).check_placement(quantization, device, offloads_embedding=offloads)
+
+
+def plan_found(model: FoundModel, settings: LoadSettings, reporter: Reporter) -> Blueprint:
+    """Plan the load of a model by settings that are settled. Raises what `plan_load` raises."""
+    check_placement(settings)
+    device = choose_device(settings.model.device)
+    dtype = _dtype_on(device, settings, model.base)
+    tokenizer = load_tokenizer(model.source, settings.model)
+    stretched = apply_rope_scaling(model.base.config, settings.model.rope_scaling)
+    shapes = build_on_meta(model.base.config, dtype.torch_dtype, trust_remote_code=settings.model.trust_remote_code)
+    if settings.model.offload_embedding:
+        check_offload(shapes, device)
+    adapter, num_rows = _adapter_for(model, shapes, tokenizer, dtype, settings.model)
+    attention = choose_attention(settings.model.attention, device, shapes)
+    layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, model.prequantized, device=device)
+    if adapter is not None and layout.is_quantized and (refusal := why_not_on_quantized(adapter.lora)):
+        raise refusal
+    free = free_bytes(device)
+    _check_fit(settings, shapes, layout, device, free, num_rows)
+    left_out = notes_on_left_out([model.source.adapter])
+    notes = (*model.base.notes, *left_out, *((stretched,) if stretched else ()), *tokenizer.notes)
+    for note in notes:
+        reporter.report(Noted(message=note))
+    return Blueprint(
+        settings=settings,
+        source=model.source,
+        base=model.base,
+        shapes=shapes,
+        layout=layout,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        free_bytes=free,
+        adapter=adapter,
+        num_rows=num_rows,
+        notes=notes,
+    )
+
+
+def _dtype_on(device: torch.device, settings: LoadSettings, base: ModelConfig) -> ComputeDtype:
+    """Return the dtype of the model; that of quantized layers may be another, but no other rules hold for it."""
+    compute = settings.quantization.compute_dtype
+    if compute != Dtype.AUTO:
+        choose_compute_dtype(compute, device, base.config.model_type)
+    return choose_compute_dtype(settings.model.dtype, device, base.config.model_type)
+
+
+def _adapter_for(
+    model: FoundModel,
+    shapes: PreTrainedModel,
+    tokenizer: LoadedTokenizer,
+    dtype: ComputeDtype,
+    settings: ModelSettings,
+) -> tuple[Adapter | None, int]:
+    """Return the adapter as it goes on the base, if one was named, and how many rows the vocabulary needs."""
+    source, base = model.source, model.base
+    stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.allow_pickle)
+    num_rows = max(tokenizer.num_rows, 0 if stored is None else rows_of(stored, shapes, base))
+    _check_new_rows(shapes, tokenizer, num_rows, source, settings)
+    adapter = None if stored is None else _fitted(stored, base, dtype.torch_dtype, num_rows, settings)
+    return adapter, num_rows
+
+
+def _check_fit(
+    settings: LoadSettings, shapes: PreTrainedModel, layout: Layout, device: torch.device, free: int, num_rows: int
+) -> None:
+    on_both = free + (free_bytes(torch.device("cpu")) if layout.method.spills_to_host(layout.settings) else 0)
+    check_fit(
+        settings.model.name,
+        shapes,
+        layout,
+        device,
+        on_both,
+        offload_embedding=settings.model.offload_embedding,
+        grows=num_rows > embedding_of(shapes).num_embeddings,
+    )
+
+
+def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrainedModel) -> str:
+    """Return the attention implementation for the model `shapes`, by the name that transformers gives it.
+
+    Raises:
+        HardwareError: it needs a GPU, and there is none.
+        MissingDependencyError: it needs a package that is not installed.
+        ModelError: the model has no such implementation.
+    """
+    name = type(shapes).__name__
+    if wanted == Attention.AUTO:
+        return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
+    if wanted == Attention.SDPA and not shapes._supports_sdpa:
+        raise ModelError(f"{name} does not compute attention by sdpa", hint="Use --attention eager.")
+    if wanted == Attention.FLASH_ATTENTION_2:
+        if device.type != "cuda":
+            raise HardwareError("flash_attention_2 needs an NVIDIA GPU", hint="Use --attention sdpa.")
+        if not is_flash_attn_2_available():
+            raise MissingDependencyError(
+                "flash_attention_2 needs the package flash-attn",
+                hint="Run: pip install flash-attn, or use --attention sdpa.",
+            )
+        if not shapes._supports_flash_attn:
+            raise ModelError(f"{name} does not compute attention by flash-attn", hint="Use --attention eager.")
+    return wanted.value
+
+
+def _fitted(
+    stored: StoredAdapter, base: ModelConfig, dtype: torch.dtype, num_rows: int, settings: ModelSettings
+) -> Adapter:
+    """Return the adapter as it goes on the base, whose vocabulary has at least `num_rows`."""
+    config, trust = deepcopy(base.config), settings.trust_remote_code
+    model = build_on_meta(config, dtype, trust_remote_code=trust)
+    return fit(stored, with_rows(model, config, num_rows, dtype, trust_remote_code=trust), base).adapter
+
+
+def _check_new_rows(
+    shapes: PreTrainedModel, tokenizer: LoadedTokenizer, needed: int, source: ModelSource, settings: ModelSettings
+) -> None:
+    num_rows = embedding_of(shapes).num_embeddings
+    beyond = {number for number in tokenizer.tokenizer.get_vocab().values() if number >= num_rows}
+    # New tokens bring their rows along, and an adapter's own tokenizer says how far its base was grown.
+    if source.adapter is None and not beyond <= set(tokenizer.new_token_ids):
+        check_vocabulary(tokenizer.tokenizer, num_rows, settings)
+    if needed > num_rows and settings.offload_embedding:
+        raise ModelError(
+            "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
+        )

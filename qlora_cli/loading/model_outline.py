@@ -1,0 +1,207 @@
+"""A model before a weight is read: its small files, and the settings of a load as they settle them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers.utils import logging as transformers_logging
+
+from qlora_cli.errors import ModelError, Problem, SettingsError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.files import as_json
+from qlora_cli.model_files.adapter_files import adapter_fact, check_unchanged, read_adapter_config
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.model_config import ModelConfig, read_config
+from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
+from qlora_cli.runs.directory import RUN_FILE, RunDirectory
+from qlora_cli.settings.conflicts import without_effect
+from qlora_cli.settings.models import DataSettings, LoadSettings, ModelSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import Fact, found, in_section, of_run, run_fact, settle
+from qlora_cli.tokenizing.positions import check_length, note_length, positions_with, shortened
+
+LoadT = TypeVar("LoadT", bound=LoadSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """The small files of a model, read before its settings are settled.
+
+    Attributes:
+        base: The config, its rotary positions as they are.
+        prequantized: How the checkpoint is quantized, by the names of the model that is built; None if it is not.
+    """
+
+    source: ModelSource
+    base: ModelConfig
+    prequantized: Prequantized | None
+
+    @property
+    def run_file(self) -> str:
+        """The record of the run that was named, if one was."""
+        return RUN_FILE if self.source.run is None else str(RunDirectory(self.source.run).run_file)
+
+
+def find(settings: ModelSettings, reporter: Reporter) -> FoundModel:
+    """Find a model and read its small files, which are downloaded if they are not here yet.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        ModelError: the files are no causal language model that can be read.
+    """
+    transformers_logging.disable_progress_bar()  # bytes are reported by us, and stdout is for the result
+    reporter.report(PhaseStarted(title=f"Finding {settings.name}"))
+    return read_found(find_model(settings, reporter), trust_remote_code=settings.trust_remote_code)
+
+
+def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
+    """Read the small files of a model that was found.
+
+    Raises:
+        ModelError: they can't be read, or are not of a causal language model.
+    """
+    base = read_config(source, trust_remote_code=trust_remote_code)
+    prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
+    if prequantized is not None:
+        prequantized = prequantized.renamed(base.renamed)
+    return FoundModel(source=source, base=base, prequantized=prequantized)
+
+
+def settle_load(
+    asked: Resolved[LoadT], model: FoundModel, reporter: Reporter, more: Sequence[Fact] = ()
+) -> Resolved[LoadT]:
+    """Return the settings of a load, and of what is done with the model, as they are from here on.
+
+    What was asked for by name stands; else the base is loaded as the run that was named was trained. How a checkpoint
+    is stored, and an adapter that trains on, can't be otherwise. `more` facts are about what is done with it.
+
+    Raises:
+        ModelError: what was asked for by name contradicts the files, or has no effect on them.
+    """
+    source = model.source
+    loading = _facts(asked, model)
+    loaded = settle(asked, loading)
+    check_effect(asked, loaded, source.name)
+    for difference in (*_differences(asked, model), *_other_base(source)):
+        reporter.report(Noted(level="warning", message=difference))
+    positions = positions_with(model.base.config, loaded.settings.model.rope_scaling)
+    settled = settle(asked, [*shortened(asked.settings, positions), *loading, *more])
+    _check_length(settled, model, reporter)
+    return settled
+
+
+def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
+    """Return the settings of a load as `settle_load` does, for who only reads the base: nothing is said.
+
+    Raises:
+        ModelError: what was asked for by name contradicts the files.
+    """
+    return settle(asked, _facts(asked, model))
+
+
+def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[Fact]:
+    """Return what the files of a model say of the settings of a load."""
+    if model.prequantized is not None:
+        check_settings(model.prequantized, asked.given("quantization"), model.source.name)
+    return [
+        *_of_the_checkpoint(model),
+        *_of_the_run(model),
+        *_of_the_vocabulary(asked, model),
+        *_of_the_adapter(asked, model),
+    ]
+
+
+def stored_facts(prequantized: Prequantized, where: object) -> list[Fact]:
+    """Return what the config of a quantized checkpoint says of the settings: what may be changed, and what is so."""
+    free = method_of(prequantized.method).free_settings(prequantized.config)
+    origin = found(where)
+    return [
+        Fact(values=in_section("quantization", free), origin=origin),
+        Fact(values=in_section("quantization", prequantized.settings), origin=origin, is_fixed=True),
+    ]
+
+
+def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) -> None:
+    """Check that the method by which weights are stored makes something of every setting of it that was given.
+
+    Raises:
+        ModelError: a checkpoint or a run settled the method, and it does not.
+        SettingsError: it does not, and is the default.
+    """
+    quantization = settled.settings.quantization
+    wrong = [one for one in without_effect("quantization", quantization) if asked.is_given(one[0])]
+    if wrong and settled.origin_of("quantization.method").kind == "found":
+        raise ModelError(
+            f"has no effect: {name} is stored in {quantization.method.value}",
+            hint="Leave it out.",
+            setting=wrong[0][0],
+        )
+    if wrong:
+        raise SettingsError([Problem(where=asked.where_of(path), message=why, hint=hint) for path, why, hint in wrong])
+
+
+def _of_the_run(model: FoundModel) -> Iterator[Fact]:
+    source = model.source
+    if source.run_model is not None and source.run_quantization is not None:
+        yield run_fact({"model": source.run_model, "quantization": source.run_quantization}, model.run_file)
+
+
+def _of_the_checkpoint(model: FoundModel) -> Iterator[Fact]:
+    if model.prequantized is not None:
+        yield from stored_facts(model.prequantized, model.source.path / CONFIG)
+
+
+def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
+    """Yield that no tokens are added to an adapter: those that its run was asked for are its own."""
+    source, tokens = model.source, asked.settings.model.new_tokens
+    if source.adapter is None or not tokens:
+        return
+    recorded = () if source.record is None else source.record.said_of("model")
+    if not any(list(tokens) == said.get("new_tokens") for said in recorded):
+        raise ModelError(
+            f"{source.name} is an adapter: the rows of --new-tokens {','.join(tokens)} would not be trained",
+            hint="Leave --new-tokens out, or name the base model.",
+        )
+    yield Fact(values={"model.new_tokens": None}, origin=found(source.adapter), is_fixed=True)
+
+
+def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
+    """Yield the settings of the adapter that trains on, which are not asked for."""
+    directory = model.source.adapter
+    if directory is None or "lora" not in type(asked.settings).model_fields:
+        return
+    config, record = read_adapter_config(directory), model.source.record
+    recorded = () if record is None else record.said_of("lora")
+    check_unchanged(model.source.name, config, asked.given("lora"), recorded)
+    yield adapter_fact(config, directory)
+
+
+def _differences(asked: Resolved[LoadT], model: FoundModel) -> Iterator[str]:
+    """Yield in words where what was asked for by name is not what the run that was named was trained with."""
+    recorded = {"model": model.source.run_model, "quantization": model.source.run_quantization}
+    for section, values in recorded.items():
+        given, then = asked.given(section), of_run(section, values or {})
+        for key in sorted(given.keys() & then.keys()):
+            if as_json(given[key]) != then[key]:
+                yield f"{section}.{key} is {given[key]} as asked; {model.source.name} was trained with {then[key]}"
+
+
+def _other_base(source: ModelSource) -> list[str]:
+    """Return in words that the base is not the one that the run was trained on, by samples of its bytes.
+
+    One on the hub is asked for by its commit.
+    """
+    known = None if source.record is None or source.commit is not None else source.record.base_model_digest
+    if known is None or known == base_digest(source.path):
+        return []
+    return [f"{source.path} is not the base that {source.name} was trained on: its weights are others"]
+
+
+def _check_length(settled: Resolved[LoadT], model: FoundModel, reporter: Reporter) -> None:
+    data: DataSettings | None = getattr(settled.settings, "data", None)
+    if data is not None:
+        check_length(model.base.config, data.max_length, settled.settings.model.rope_scaling)
+        note_length(settled, reporter)

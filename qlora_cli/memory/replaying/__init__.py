@@ -1,0 +1,1 @@
+"""Replay a trace through PyTorch's caching allocator: load, adapter, steps, evaluation."""

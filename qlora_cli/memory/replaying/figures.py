@@ -1,0 +1,85 @@
+"""Turn replayed peaks into figures on a GPU: with the CUDA context, error bands, components and a reason."""
+
+from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.prediction import (
+    ALLOCATED_ERROR,
+    COMPONENTS,
+    RESERVED_ERROR,
+    Components,
+    Estimate,
+    Figures,
+)
+from qlora_cli.memory.replaying.replay import Peaks
+from qlora_cli.units import format_bytes
+
+REASONS = {
+    "load": "reading the weights takes more than training: a 16-bit weight lies beside the quantized ones",
+    "forward": "the forward pass holds most",
+    "backward": "the backward pass holds most",
+    "optimizer": "the optimizer's step holds most: its state and temporaries of it",
+    "evaluation": "evaluation holds most",
+}
+CALLED = {
+    "quantized_weights": "the quantized weights",
+    "quantization_constants": "their constants",
+    "unquantized_weights": "the weights in 16 or 32 bit",
+    "adapters": "the adapters",
+    "gradients": "the gradients",
+    "optimizer": "the optimizer",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "workspaces": "weights dequantized inside kernels, and workspaces",
+}
+
+
+def estimate_of(
+    peaks: Peaks,
+    gpu: Gpu,
+    *,
+    dtype: str,
+    backends: tuple[str, ...],
+    checkpointing: str,
+    paged_bytes: int,
+    pinned_host_bytes: int,
+) -> Estimate:
+    """Return what a run with these peaks takes on `gpu`."""
+    by_label = {name: peaks.by_label.get(name, 0) for name in COMPONENTS}
+    by_label["slack"] = peaks.reserved_bytes - sum(by_label.values())
+    by_label["context"] = gpu.context_bytes
+    return Estimate(
+        gpu=gpu.name,
+        dtype=dtype,
+        attention_backends=backends,
+        gradient_checkpointing=checkpointing,
+        predicted=_figures(peaks, gpu),
+        components=Components(**{f"{name}_bytes": size for name, size in by_label.items()}),
+        phases=peaks.phases,
+        paged_bytes=paged_bytes,
+        pinned_host_bytes=pinned_host_bytes,
+        ruling_phase=peaks.ruling_phase,
+        reason=_reason(peaks),
+    )
+
+
+def _figures(peaks: Peaks, gpu: Gpu) -> Figures:
+    allocated, reserved = peaks.allocated_bytes, peaks.reserved_bytes
+    reserved_low = max(allocated, round(reserved * (1 - RESERVED_ERROR)))
+    reserved_high = round(reserved * (1 + RESERVED_ERROR))
+    return Figures(
+        allocated_bytes=allocated,
+        allocated_low_bytes=round(allocated * (1 - ALLOCATED_ERROR)),
+        allocated_high_bytes=round(allocated * (1 + ALLOCATED_ERROR)),
+        reserved_bytes=reserved,
+        reserved_low_bytes=reserved_low,
+        reserved_high_bytes=reserved_high,
+        process_bytes=reserved + gpu.context_bytes,
+        process_low_bytes=reserved_low + gpu.context_bytes,
+        process_high_bytes=reserved_high + max(gpu.context_bytes, gpu.context_high_bytes),
+    )
+
+
+def _reason(peaks: Peaks) -> str:
+    """Return in a sentence which phase rules, and what it holds."""
+    largest = sorted(CALLED, key=lambda name: -peaks.by_label.get(name, 0))[:2]
+    held = " and ".join(f"{CALLED[name]} ({format_bytes(peaks.by_label.get(name, 0))})" for name in largest)
+    return f"{REASONS[peaks.ruling_phase]}; the largest parts are {held}"

@@ -1,0 +1,231 @@
+"""What a step of the optimizer takes: its state, made in the first step, and its temporaries, in every one."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from qlora_cli.memory.tracing.passes import Passes, Recorder
+from qlora_cli.settings.choices import Optimizer
+
+OPTIMIZER = "optimizer"
+FIRST, LATER = "step 1", "step"
+FLOAT_BYTES = 4
+# bitsandbytes/optim/optimizer.py: smaller parameters keep an fp32 state, and smaller states are not paged.
+LEAST_8BIT_SIZE, LEAST_PAGED_SIZE = 4096, 100_000
+BLOCK = 256  # states that share a constant, in the 8-bit optimizers
+MAP_BYTES = 256 * 4  # the levels of 8-bit states, one table for each of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSteps:
+    """Passes `FIRST` and `LATER`; the state is permanent. `paged_bytes` of it are in unified memory."""
+
+    passes: Passes
+    paged_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept from step to step, in unified memory or not."""
+        permanent = (self.passes.storages[number] for number in self.passes.permanent)
+        return self.paged_bytes + sum(storage.num_bytes for storage in permanent)
+
+
+def learns_faster(name: str) -> bool:
+    """Whether the parameter of this name learns at the multiple of LoRA+: the B matrix of a layer.
+
+    That of an embedding does not: there PEFT begins with a random B and an A of zeros.
+    """
+    return ".lora_B." in name
+
+
+def in_groups(model: nn.Module, trained: Sequence[nn.Parameter], *, loraplus: bool) -> list[list[nn.Parameter]]:
+    """Return the parameters `trained` of `model` in the groups that the optimizer goes through, one after another."""
+    if not loraplus:
+        return [list(trained)]
+    faster = {id(parameter) for name, parameter in model.named_parameters() if learns_faster(name)}
+    return [[parameter for parameter in trained if (id(parameter) in faster) == is_b] for is_b in (False, True)]
+
+
+def embeddings_of(model: nn.Module) -> set[int]:
+    """Return the ids of weights whose state transformers keeps in fp32, also in the 8-bit optimizers."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def optimizer_steps(
+    optimizer: Optimizer,
+    groups: Sequence[Sequence[nn.Parameter]],
+    *,
+    clips: bool,
+    decays: bool = False,
+    embeddings: Collection[int] = (),
+) -> OptimizerSteps:
+    """Return what the first and a later step take for parameters like those of `groups`.
+
+    `clips`: gradients are, before; `decays`: weights do; `embeddings` are the ids of parameters that are some.
+    """
+    passes = Passes()
+    paged_bytes = 0
+    for name in (FIRST, LATER):
+        recorder = Recorder(passes, name, OPTIMIZER)
+        norm = _clip(recorder, sum(len(group) for group in groups)) if clips else None
+        paged_bytes += _step(recorder, optimizer, groups, embeddings, is_first=name == FIRST, decays=decays)
+        if norm is not None:
+            recorder.died(norm)
+    passes.find_permanent()
+    return OptimizerSteps(passes=passes, paged_bytes=paged_bytes)
+
+
+def _step(
+    recorder: Recorder,
+    optimizer: Optimizer,
+    groups: Sequence[Sequence[nn.Parameter]],
+    embeddings: Collection[int],
+    *,
+    is_first: bool,
+    decays: bool,
+) -> int:
+    """Record a step after clipping; return the bytes of paged state that it makes."""
+    trained = [parameter for group in groups for parameter in group]
+    if optimizer == Optimizer.ADAFACTOR:
+        _adafactor(recorder, trained, is_first=is_first)
+        return 0
+    if optimizer == Optimizer.SGD:
+        for group in groups if decays else ():
+            _as_large(recorder, group)  # the gradients with the decay added (`_multi_tensor_sgd`)
+        return 0
+    if optimizer == Optimizer.ADAMW_TORCH:
+        for group in groups:
+            if is_first:
+                _states(recorder, optimizer, group, embeddings)
+            _as_large(recorder, group)  # the roots of the second moments (`_multi_tensor_adam`)
+        return 0
+    return _states(recorder, optimizer, trained, embeddings) if is_first else 0
+
+
+def _states(
+    recorder: Recorder, optimizer: Optimizer, trained: Sequence[nn.Parameter], embeddings: Collection[int]
+) -> int:
+    """Record the states of all parameters; return the bytes of them that are paged."""
+    paged_bytes, has_levels = 0, False
+    for parameter in trained:
+        in_8_bit = is_8bit(optimizer, parameter) and id(parameter) not in embeddings
+        if in_8_bit and not has_levels:
+            for _ in range(_num_moments(optimizer)):
+                recorder.born(MAP_BYTES)
+            has_levels = True
+        paged_bytes += _state(recorder, optimizer, parameter, in_8_bit=in_8_bit)
+    return paged_bytes
+
+
+def is_8bit(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether the state of a parameter, which is no embedding, is kept in 8 bit."""
+    return optimizer.is_8bit and parameter.numel() >= LEAST_8BIT_SIZE
+
+
+def _num_moments(optimizer: Optimizer) -> int:
+    return 1 if optimizer.is_lion else 2
+
+
+def _state(recorder: Recorder, optimizer: Optimizer, parameter: nn.Parameter, *, in_8_bit: bool) -> int:
+    """Record the state of one parameter; return the bytes of it that are paged."""
+    size = parameter.numel() * parameter.element_size()
+    if optimizer == Optimizer.ADAMW_TORCH_FUSED:
+        recorder.born(FLOAT_BYTES)  # the step counter; that of the others is on the host
+    if optimizer in {Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED}:
+        recorder.born(size)
+        recorder.born(size)
+        return 0
+    size = parameter.numel() * (1 if in_8_bit else FLOAT_BYTES)
+    paged = optimizer.is_paged and parameter.numel() >= LEAST_PAGED_SIZE
+    moments = range(_num_moments(optimizer))
+    if not paged:
+        for _ in moments:
+            recorder.born(size)
+    if in_8_bit:
+        for _ in moments:
+            recorder.born(-(-parameter.numel() // BLOCK) * FLOAT_BYTES)
+    return len(moments) * size if paged else 0
+
+
+def _clip(recorder: Recorder, count: int) -> int:
+    """Record `clip_grad_norm_`: the norm of each gradient, those in a row, and of them all, by which all are scaled.
+
+    Returns the last, which the trainer keeps until it has told of the step.
+    """
+    norms = [recorder.born(FLOAT_BYTES) for _ in range(count)]
+    row = recorder.born(count * FLOAT_BYTES)
+    total = recorder.born(FLOAT_BYTES)
+    recorder.died(row, *reversed(norms))
+    sum_, reciprocal, coefficient = (recorder.born(FLOAT_BYTES) for _ in range(3))
+    recorder.died(reciprocal, sum_)
+    clamped = recorder.born(FLOAT_BYTES)
+    recorder.died(coefficient, clamped)
+    return total
+
+
+def _as_large(recorder: Recorder, trained: Sequence[nn.Parameter]) -> None:
+    """Record temporaries as large as the parameters, all at once: optimizers by lists of tensors take them."""
+    temporaries = [recorder.born(parameter.numel() * parameter.element_size()) for parameter in trained]
+    recorder.died(*reversed(temporaries))
+
+
+def _adafactor(recorder: Recorder, trained: Sequence[nn.Parameter], *, is_first: bool) -> None:
+    """Record a step of `transformers.optimization.Adafactor`, without a first moment, scaling or relative steps.
+
+    The update of a parameter lives until that of the next is there.
+    """
+    update: int | None = None
+    for parameter in trained:
+        size = parameter.numel() * parameter.element_size()
+        factors = _factors(parameter)
+        if is_first:
+            for state in factors[:2] or (size,):
+                recorder.born(state)
+        norm, rms = recorder.born(FLOAT_BYTES), recorder.born(FLOAT_BYTES)
+        # The root mean square of the weight is kept; in later steps, this one takes the place of the one before.
+        recorder.died(norm) if is_first else recorder.died(norm, rms)
+        squares, before = recorder.born(size), update
+        update = recorder.born(size)
+        recorder.died(squares, *([] if before is None else [before]))
+        update = _factored(recorder, update, factors, size) if factors else _rooted(recorder, update, size)
+        norm, mean = recorder.born(FLOAT_BYTES), recorder.born(FLOAT_BYTES)
+        recorder.died(norm)
+        threshold = recorder.born(FLOAT_BYTES)
+        recorder.died(mean, threshold)
+        recorder.died(recorder.born(size))  # the update, negated
+    if update is not None:
+        recorder.died(update)
+
+
+def _factors(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the bytes of the second moment's factors, by rows and by columns, and of a row's mean.
+
+    A vector has none.
+    """
+    if parameter.dim() < 2:
+        return ()
+    *outer, rows, columns = parameter.shape
+    mean = prod(outer) * parameter.element_size()
+    return mean * rows, mean * columns, mean
+
+
+def _factored(recorder: Recorder, squares: int, factors: tuple[int, ...], size: int) -> int:
+    """Record the update from two factors (`_approx_sq_grad`); return it."""
+    rows, columns, mean = factors
+    for num_bytes in (rows, columns):
+        recorder.died(recorder.born(num_bytes))
+    of_rows = recorder.born(mean)
+    row = recorder.born(rows)
+    recorder.died(of_rows)
+    column, update = recorder.born(columns), recorder.born(size)
+    recorder.died(row, column, squares)
+    return update
+
+
+def _rooted(recorder: Recorder, squares: int, size: int) -> int:
+    """Record the update of a vector; return it."""
+    update = recorder.born(size)
+    recorder.died(squares)
+    return update

@@ -1,0 +1,122 @@
+"""Replay a whole run through the allocator: load, adapter, two steps, evaluation; and note the peaks of its phases."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora_cli.memory.prediction import PHASES, Phase
+from qlora_cli.memory.replaying.allocator import Block, CachingAllocator
+from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD, UPCAST
+from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
+from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES
+from qlora_cli.memory.tracing.passes import Passes
+
+NUM_STEPS = 2  # the first makes the optimizer's state, the second has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvents:
+    """What happens in a run: the weights and the adapter, a step's passes, and the optimizer's."""
+
+    resident: Passes
+    step: Passes
+    optimizer: Passes
+    num_micro_batches: int
+    evaluates: bool
+    empties_cache: bool  # after the upcast, as PEFT does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Peaks in bytes: of each phase, and of the run, with what was held at its peak by label.
+
+    `by_label` are the sizes asked for; blocks that are larger are part of the slack.
+    """
+
+    phases: tuple[Phase, ...]
+    allocated_bytes: int
+    reserved_bytes: int
+    by_label: dict[str, int]
+    ruling_phase: str
+
+
+class _Replay:
+    def __init__(self, workspace_bytes: int) -> None:
+        self.workspace_bytes = workspace_bytes
+        self.allocator = CachingAllocator()
+        self.labels: dict[str, int] = {}
+        self.peak_labels: dict[str, int] = {}
+        self.peak_bytes = 0
+        self.ruling_phase = PHASES[0]
+        self.phases: dict[str, Phase] = {}
+        self._live: dict[tuple[int, int], Block] = {}
+
+    def run(self, phase: str, passes: Passes, names: Iterable[str], *, again: bool = False) -> None:
+        """Replay passes as a part of `phase`; `again`: what is permanent is there already."""
+        allocator, live, labels = self.allocator, self._live, self.labels
+        allocator.reset_peaks()
+        owner = id(passes)
+        for name in names:
+            for event in passes.events.get(name, ()):
+                if event >= 0:
+                    if again and event in passes.permanent:
+                        continue
+                    storage = passes.storages[event]
+                    label = storage.label
+                    num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
+                    left = live.get((owner, event))
+                    live[owner, event] = allocator.allocate(num_bytes)
+                    if left is not None:  # what a pass leaves behind is replaced when it runs again
+                        allocator.free(left)
+                    else:
+                        labels[label] = labels.get(label, 0) + num_bytes
+                    if allocator.allocated_bytes > self.peak_bytes:
+                        self.peak_bytes = allocator.allocated_bytes
+                        self.peak_labels = dict(labels)
+                        self.ruling_phase = phase
+                else:
+                    storage = passes.storages[~event]
+                    allocator.free(live.pop((owner, ~event)))
+                    labels[storage.label] -= storage.num_bytes
+        self._note(phase)
+
+    def _note(self, phase: str) -> None:
+        before = self.phases.get(phase)
+        self.phases[phase] = Phase(
+            name=phase,
+            allocated_bytes=max(self.allocator.peak_allocated_bytes, before.allocated_bytes if before else 0),
+            reserved_bytes=max(self.allocator.peak_reserved_bytes, before.reserved_bytes if before else 0),
+        )
+
+
+def replay(run: RunEvents, *, workspace_bytes: int) -> Peaks:
+    """Return the peaks of a run, where a cuBLAS handle has `workspace_bytes`; nothing is in the pool before it."""
+    state = _Replay(workspace_bytes)
+    state.run("load", run.resident, [LOAD, UPCAST])
+    if run.empties_cache:
+        state.allocator.empty_cache()
+    state.run("load", run.resident, [ADAPT])
+    rounds = min(run.num_micro_batches - 1, 1)
+    for step in range(NUM_STEPS):
+        again = step > 0
+        state.run("forward", run.step, ["first forward"], again=again)
+        state.run("backward", run.step, ["first backward", "first end"], again=again)
+        for _ in range(rounds):
+            state.run("forward", run.step, ["again forward"], again=again)
+            state.run("backward", run.step, ["again backward", "again end"], again=again)
+        state.run("optimizer", run.optimizer, [LATER if again else FIRST], again=again)
+        state.run("optimizer", run.step, ["zero"], again=again)
+    if run.evaluates:
+        state.run("evaluation", run.step, ["evaluation", "evaluation end"])
+    return Peaks(
+        phases=tuple(state.phases[name] for name in PHASES if name in state.phases),
+        allocated_bytes=state.peak_bytes,
+        reserved_bytes=max(phase.reserved_bytes for phase in state.phases.values()),
+        by_label=_merged(state.peak_labels),
+        ruling_phase=state.ruling_phase,
+    )
+
+
+def _merged(labels: dict[str, int]) -> dict[str, int]:
+    """Return the same with the workspaces of cuBLAS among the others."""
+    total = labels.get(CUBLAS, 0) + labels.get(WORKSPACES, 0)
+    return {**{label: size for label, size in labels.items() if label != CUBLAS}, WORKSPACES: total}

@@ -1,0 +1,233 @@
+"""What a GPU does at the level of PyTorch's functions, above autograd: its choice of attention kernel, and autocast.
+
+Autocast is a dispatch key of each device, and the meta device has none. Its rules are few and public; they are applied
+here, by name of the function, where the real ones would be.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from qlora_cli.memory.tracing.attention import AMPERE, attend, choose_backend
+from qlora_cli.settings.choices import SdpaBackend
+
+CUDA, META = "cuda", "meta"
+MAYBE_AUTOCAST = "maybe_autocast"  # of transformers.utils.generic
+# aten/src/ATen/autocast_mode.h, the lists for CUDA: what is computed in 16 bit, what in fp32, what in fp32 unless told
+# otherwise, and what in the widest dtype that it is given.
+IN_16_BIT = {
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv"),
+    *("einsum", "conv1d", "conv2d", "conv3d", "chain_matmul", "prelu", "scaled_dot_product_attention"),
+}
+IN_FP32 = {
+    *("pow", "__pow__", "rsqrt", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "softplus", "tan"),
+    *("layer_norm", "group_norm", "norm", "nll_loss", "mse_loss", "logsumexp", "cross_entropy", "cosh", "sinh"),
+    *("kl_div", "binary_cross_entropy_with_logits", "cosine_similarity", "cdist", "acos", "asin", "erfinv"),
+}
+IN_FP32_UNLESS_TOLD = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod", "linalg_norm"}
+IN_WIDEST = {"cat", "stack", "addcmul", "addcdiv", "index_put", "scatter_add", "dot", "cross", "tensordot"}
+HALF = (torch.float16, torch.bfloat16)
+
+
+class GpuFunctions(TorchFunctionMode):
+    """Calls functions as they come, but for those that a GPU treats otherwise than the meta device.
+
+    Attributes:
+        backends: The attention kernels that were taken.
+    """
+
+    def __init__(
+        self, capability: tuple[int, int], *, backend: SdpaBackend = SdpaBackend.AUTO, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` is what autocast computes in; None without autocast."""
+        super().__init__()
+        self.backends: set[SdpaBackend] = set()
+        self._capability = capability
+        self._backend = backend
+        self._dtype = dtype
+        self._were_on: list[bool] = []
+        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights, for the length of a pass
+
+    @contextmanager
+    def autocast(self, *, enabled: bool = True) -> Iterator[None]:
+        """Compute by autocast within; the flag is that of the GPU, which PEFT looks at."""
+        if self._dtype is None:
+            yield
+            return
+        before, dtype_before = torch.is_autocast_enabled(CUDA), torch.get_autocast_dtype(CUDA)
+        torch.set_autocast_enabled(CUDA, enabled)
+        for device_type in (CUDA, META):  # some code asks for the dtype of the device that a tensor is on
+            torch.set_autocast_dtype(device_type, self._dtype)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled(CUDA, before)
+            torch.set_autocast_dtype(CUDA, dtype_before)
+            if not before:
+                self._casts.clear()
+
+    def hooks_where_switched_off(self, model: nn.Module) -> list[RemovableHandle]:
+        """Leave autocast out of modules whose code switches it off on a GPU, as rotary embeddings and routers do.
+
+        transformers' `maybe_autocast` leaves the meta device alone, so the whole of such a module's pass goes without.
+        """
+        if self._dtype is None:
+            return []
+        found: list[RemovableHandle] = []
+        for module in model.modules():
+            if MAYBE_AUTOCAST in _names_used(type(module)):
+                found.append(module.register_forward_pre_hook(self._switch_off))
+                found.append(module.register_forward_hook(self._switch_on, always_call=True))
+        return found
+
+    def _switch_off(self, *_: Any) -> None:
+        self._were_on.append(torch.is_autocast_enabled(CUDA))
+        torch.set_autocast_enabled(CUDA, False)
+
+    def _switch_on(self, *_: Any) -> None:
+        torch.set_autocast_enabled(CUDA, self._were_on.pop())
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._dtype is not None and torch.is_autocast_enabled(CUDA):
+            args, kwargs = self._as_autocast(name, args, kwargs)
+        if name == "scaled_dot_product_attention":
+            return self._attend(*args, **kwargs)
+        if name == "_grouped_mm" and args[0].device.type == META:
+            return self._grouped_mm(func, *args, **kwargs)
+        if name == "dropout" and kwargs.get("p", 0.0) > 0 and kwargs.get("training", True):
+            # aten/src/ATen/native/Dropout.cpp: one kernel on CUDA, which keeps a mask of a byte an element.
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        if name == "softmax" and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float16:
+            # aten/src/ATen/native/SoftMax.cpp: on CUDA, from fp16 to fp32 in one kernel (`half_to_float`).
+            return torch.ops.aten._softmax(args[0], *args[1:2], *([kwargs["dim"]] if "dim" in kwargs else []), True)
+        return func(*args, **kwargs)
+
+    def _as_autocast(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if name in IN_16_BIT:
+            return _mapped(self._to_16_bit, args, kwargs)
+        if name in IN_FP32:
+            return _mapped(_to_fp32, args, kwargs)
+        if name in IN_FP32_UNLESS_TOLD and kwargs.get("dtype") is None and _is_half(args[0]):
+            return args, {**kwargs, "dtype": torch.float32}
+        if name in IN_WIDEST and _is_mixed((args, kwargs)):
+            return _mapped(_to_fp32, args, kwargs)
+        return args, kwargs
+
+    def _to_16_bit(self, value: Any) -> Any:
+        assert self._dtype is not None
+        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, *HALF):
+            return value
+        if value.dtype == self._dtype:
+            return value
+        if not (value.dtype == torch.float32 and value.requires_grad and value.is_leaf):
+            return value.to(self._dtype)
+        # A trained weight is cast once in a pass (`cached_cast`).
+        if id(value) not in self._casts:
+            self._casts[id(value)] = (value, value.to(self._dtype))
+        return self._casts[id(value)][1]
+
+    def _grouped_mm(
+        self, func: Any, rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **others: Any
+    ) -> torch.Tensor:
+        """Return the products of experts, by what a GPU takes for their dtype; the meta device knows bf16 alone."""
+        result: torch.Tensor
+        if self._capability < AMPERE:  # transformers.integrations.moe, `_can_use_grouped_mm`
+            result = torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
+        elif rows.dtype == torch.bfloat16:
+            result = func(rows, weights, offs=offs, **others)
+        else:
+            products: Any = _GroupedProducts.apply
+            result = products(rows, weights, offs)
+        return result
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        backend = self._backend
+        if backend == SdpaBackend.AUTO:
+            backend = choose_backend(
+                query, key, value, has_mask=attn_mask is not None, enable_gqa=enable_gqa, capability=self._capability
+            )
+        self.backends.add(backend)
+        return attend(
+            backend,
+            query,
+            key,
+            value,
+            mask=attn_mask,
+            dropout=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """`_grouped_mm` of `(rows, in)` and `(experts, in, out)`, for its allocations: it takes nothing besides."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        """Return the products, `(rows, out)`; `offs` is where the rows of each expert end."""
+        of_rows, of_weights, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weights else None, weights if of_rows else None, offs)
+        ctx.shapes = rows.shape, weights.shape
+        return rows.new_empty((rows.shape[0], weights.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients that are asked for."""
+        saved_rows, saved_weights, saved_offs = ctx.saved_tensors
+        (rows, weights), (of_rows, of_weights, _) = ctx.shapes, ctx.needs_input_grad
+        gradient_of_weights = gradient.new_empty(weights) if of_weights else None  # first, as in PyTorch
+        gradient_of_rows = gradient.new_empty(rows) if of_rows else None
+        del saved_rows, saved_offs, saved_weights  # held until now, and let go in this order, as in PyTorch
+        return gradient_of_rows, gradient_of_weights, None
+
+
+def _names_used(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names that the forward pass of a module's class uses, whatever it is wrapped in."""
+    code = getattr(unwrap(kind.forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def _mapped(
+    cast: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tree_map(cast, args), tree_map(cast, kwargs)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in HALF
+
+
+def _to_fp32(value: Any) -> Any:
+    return value.float() if _is_half(value) else value
+
+
+def _is_mixed(values: Any) -> bool:
+    dtypes: set[torch.dtype] = set()
+    tree_map(lambda value: dtypes.add(value.dtype) if isinstance(value, torch.Tensor) else None, values)
+    return torch.float32 in dtypes and not dtypes.isdisjoint(HALF)

@@ -1,0 +1,356 @@
+"""Run one training step, and one of evaluation, on the meta device, and record it.
+
+What happens is what `train` does: the model's own code, autograd, checkpointing, TRL's loss. Segments are marked at
+the borders of the layers, in the forward and in the backward pass, so that a step can be extended to more of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.masking_utils import flash_attention_mask
+
+from qlora_cli.errors import ModelError
+from qlora_cli.garbage import uncollected
+from qlora_cli.memory.tracing.attention import attend
+from qlora_cli.memory.tracing.functions import GpuFunctions
+from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.loss import fused_loss
+from qlora_cli.memory.tracing.meta_model import Twin
+from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
+from qlora_cli.quantization.methods import held_tensors
+from qlora_cli.quantization.methods.method import META
+from qlora_cli.settings.choices import Recipe, SdpaBackend
+
+GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
+CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
+FLASH_ON_META = "qlora_flash_on_meta"
+HEAD, TAIL = "head", "tail"
+RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers, which makes none where no row is padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step is run with. `length` in tokens; `is_padded`: rows differ in length, so there is a mask.
+
+    `adds_noise`: to the embedded tokens, by NEFTune, however much.
+    """
+
+    recipe: Recipe
+    batch_size: int
+    length: int
+    gradient_accumulation_steps: int
+    checkpointing: str  # on, off or offload
+    attention: str
+    backend: SdpaBackend
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    is_autocast: bool
+    is_packed: bool = False
+    adds_noise: bool = False
+    evaluates: bool = False
+    device: torch.device = META  # another only to compare with what real tensors do
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows of a batch differ in length: the worse case, and the usual one."""
+        return self.recipe == Recipe.QLORA and self.batch_size > 1 and not self.is_packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStep:
+    """What was recorded: a first micro-batch, one more if there are several, and an evaluation."""
+
+    trace: MemoryTrace
+    backends: tuple[str, ...]
+    pinned_host_bytes: int
+
+
+def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
+    """Record a step of `twin`. Its segments are marked `(pass, part)`; a part is a layer, by its place, or an end.
+
+    Raises:
+        ModelError: the model can't be trained as asked, or not be followed without data.
+    """
+    answers = {
+        **dict.fromkeys(NOT_PACKED, not settings.is_packed),
+        **dict.fromkeys((*NOT_PADDED, RECURRENT_MASK), not settings.is_padded),
+    }
+    trace = MemoryTrace(Kernels(settings.capability), answers, device_type=settings.device.type)
+    functions = GpuFunctions(
+        settings.capability, backend=settings.backend, dtype=settings.dtype if settings.is_autocast else None
+    )
+    step = _Step(twin, settings, trace, functions)
+    try:
+        # What dies, and when, must not depend on when cycles are searched for.
+        with uncollected(), step.prepared(), trace, functions:
+            step.run()
+    except NotImplementedError as error:  # as meta tensors answer to `nonzero` and `tolist`
+        raise ModelError(
+            f"what {type(step.base).__name__} computes depends on values, and can't be told without them: {error}",
+            hint="Measure it: train for a few steps with --max-steps.",
+        ) from error
+    return TracedStep(
+        trace=trace,
+        backends=tuple(sorted(backend.value for backend in functions.backends)) or (settings.attention,),
+        pinned_host_bytes=step.pinned_host_bytes,
+    )
+
+
+class _Step:
+    """The passes of a step, with what has to be in place around them."""
+
+    def __init__(self, twin: Twin, settings: StepSettings, trace: MemoryTrace, functions: GpuFunctions) -> None:
+        self.model = twin.model
+        self.base: PreTrainedModel = twin.model.get_base_model()
+        self.layers: list[nn.Module] = list(self.base.get_submodule(twin.stack.path).children()) if twin.stack else []
+        self.settings = settings
+        self.trace = trace
+        self.functions = functions
+        self.pinned_host_bytes = 0
+        self._passing = ""
+        self._held: Any = ()
+        self._empty = [
+            (module, name) for module in self.model.modules() for name, v in vars(module).items() if v is None
+        ]
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Switch on what the settings ask for, and take it back afterwards."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for module in self.model.modules():
+            tensors += (tensor for tensor in held_tensors(module) if tensor.device == self.settings.device)
+        for tensor in tensors:
+            self.trace.ignore(tensor)
+        hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
+        hooks += self._label_loss()
+        hooks += self.functions.hooks_where_switched_off(self.model)
+        hooks += [
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: self.trace.relabel(parameter.grad, GRADIENTS)
+            )
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        ]
+        self._set_attention()
+        checkpoints = self.settings.checkpointing != "off"
+        if checkpoints:
+            _check_checkpointing(self.base)
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+            self.base.enable_input_require_grads()
+            self._checkpoint_as_on_a_gpu()
+        noise = activate_neftune(self.model, 1.0) if self.settings.adds_noise else None
+        self.base.config.use_cache = False
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if noise is not None:
+                deactivate_neftune(self.model, noise)
+            if checkpoints:
+                self.base.disable_input_require_grads()
+                self.base.activation_checkpointing_disable()
+
+    def run(self) -> None:
+        """Run every pass that is asked for."""
+        self.train("first")
+        if self.settings.gradient_accumulation_steps > 1:
+            self.train("again")
+        self.trace.mark("zero", TAIL)
+        self._held = ()  # what a loop holds during the optimizer's step
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.settings.evaluates:
+            self.evaluate()
+
+    def train(self, name: str) -> None:
+        """Run one micro-batch: forward and backward."""
+        settings, trace = self.settings, self.trace
+        self.model.train()
+        self.pinned_host_bytes = 0  # those of the pass before are given back
+        self._passing = f"{name} forward"
+        trace.mark(self._passing, HEAD)
+        batches = [self._batch() for _ in range(settings.gradient_accumulation_steps if name == "first" else 1)]
+        with self.functions.autocast():
+            loss, kept = self._loss(batches[0])
+        if settings.recipe == Recipe.QLORA:
+            kept = ()  # the trainer lets go of a pass's outputs before the backward pass
+        self._passing = f"{name} backward"
+        trace.mark(self._passing, HEAD)
+        trace.in_autograd_thread, trace.label = True, LOSS
+        try:
+            # By its edge: with the tensor itself, PyTorch would leave the function mode out.
+            torch.autograd.backward((get_gradient_edge(loss),), (torch.ones_like(loss),))
+        finally:
+            trace.in_autograd_thread, trace.label = False, ACTIVATIONS
+        self._passing = ""
+        trace.mark(f"{name} end", TAIL)
+        self._held = kept  # a plain loop has its outputs until it goes round
+        del loss, kept, batches
+        self._let_go_of_states()
+
+    def evaluate(self) -> None:
+        """Run one batch of evaluation: forward, without gradients."""
+        self.model.eval()
+        self._passing = "evaluation"
+        self.trace.mark(self._passing, HEAD)
+        with torch.no_grad(), self.functions.autocast():
+            outputs = self._loss(self._batch())
+        self._passing = ""
+        self.trace.mark("evaluation end", TAIL)
+        del outputs
+        self._let_go_of_states()
+
+    def _let_go_of_states(self) -> None:
+        """Drop what modules keep of a pass, as recurrent layers do until the next: so that each pass is for itself."""
+        for module, name in self._empty:
+            if isinstance(getattr(module, name, None), torch.Tensor):
+                setattr(module, name, None)
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        if self.settings.recipe == Recipe.PEFT:
+            outputs = self.model(**batch)
+            return outputs.loss, outputs
+        return fused_loss(self.base, batch, self.settings.dtype)
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """Return a batch of rows as the collator makes it."""
+        settings = self.settings
+        rows = (settings.batch_size, settings.length)
+        if settings.is_packed:
+            rows = (1, settings.batch_size * settings.length)
+        names = ["input_ids", "labels"]
+        if settings.recipe == Recipe.QLORA:
+            names.append("position_ids" if settings.is_packed else "attention_mask")
+        values = dict.fromkeys(names, 0)
+        if not settings.is_padded and "attention_mask" in values:
+            values["attention_mask"] = 1  # real tensors are looked at
+        return {
+            name: torch.full(rows, value, dtype=torch.long, device=settings.device) for name, value in values.items()
+        }
+
+    def _set_attention(self) -> None:
+        name = self.settings.attention
+        if name == "flash_attention_2":
+            AttentionInterface.register(FLASH_ON_META, _flash_attention)
+            AttentionMaskInterface.register(FLASH_ON_META, flash_attention_mask)
+            name = FLASH_ON_META
+        for module in self.base.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = name
+
+    def _mark_layer(self, index: int, layer: nn.Module) -> list[Any]:
+        last = len(self.layers) - 1
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.trace.in_autograd_thread:  # recomputed: where checkpointing goes by the hooks too
+                return
+            self.trace.mark(self._passing, index)
+            if index == 0 and torch.is_grad_enabled():
+                self._mark_gradient(args[0] if args else kwargs.get("hidden_states"), TAIL)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if self.trace.in_autograd_thread:
+                return
+            if index == last:
+                self.trace.mark(self._passing, TAIL)
+            if torch.is_grad_enabled():
+                self._mark_gradient(output[0] if isinstance(output, tuple) else output, index)
+
+        return [
+            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_hook(after),
+        ]
+
+    def _label_loss(self) -> list[Any]:
+        """Tell what is taken after the last hidden states, and until their gradient is there, from the rest."""
+
+        def activations(_: torch.Tensor) -> None:
+            self.trace.label = ACTIVATIONS
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            self.trace.label = LOSS
+            if torch.is_grad_enabled():
+                output.last_hidden_state.register_hook(activations)
+
+        backbone = self.base.base_model
+        return [] if backbone is self.base else [backbone.register_forward_hook(after)]
+
+    def _mark_gradient(self, tensor: Any, part: int | str) -> None:
+        """Mark where the gradient of `tensor` is complete: there the backward pass of the layer before it begins."""
+
+        def arrived(_: torch.Tensor) -> None:
+            self.trace.mark(self._passing, part)
+
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _checkpoint_as_on_a_gpu(self) -> None:
+        """Recompute under autocast, as PyTorch does for a device that has it; keep on the host what is to be there."""
+
+        def pack(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+            self.pinned_host_bytes += tensor.numel() * tensor.element_size()
+            return tensor.shape, tensor.dtype
+
+        def unpack(packed: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+            return torch.empty(packed[0], dtype=packed[1], device=self.settings.device)
+
+        offloads = self.settings.checkpointing == "offload"
+
+        def around(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+            def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                def run(*args: Any, **kwargs: Any) -> Any:
+                    with self.functions.autocast() if self.trace.in_autograd_thread else nullcontext():
+                        return function(*args, **kwargs)
+
+                # As `save_on_cpu` does, around each layer.
+                with saved_tensors_hooks(pack, unpack) if offloads else nullcontext():
+                    return checkpoint(run, *args, **kwargs)
+
+            return checkpointed
+
+        for module in self.model.modules():
+            if CHECKPOINT in vars(module):
+                setattr(module, CHECKPOINT, around(getattr(module, CHECKPOINT)))
+
+
+def _check_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__} does not support gradient checkpointing",
+            hint="Use --gradient-checkpointing off.",
+        )
+
+
+def _flash_attention(
+    _module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return attention by flash-attn, `(batch, seq, heads, width)`; padded rows are packed for it, and unpacked."""
+    if attention_mask is not None:
+        query, key, value = (tensor.clone() for tensor in (query, key, value))
+    result = attend(
+        SdpaBackend.FLASH,
+        query,
+        key,
+        value,
+        mask=None,
+        dropout=dropout,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=True,
+    ).transpose(1, 2)
+    return (result if attention_mask is None else result.clone()), None

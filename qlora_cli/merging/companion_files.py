@@ -1,0 +1,152 @@
+"""What stands beside the weights of a merged model, so that it works elsewhere: configs, tokenizer, licence, card."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qlora_cli.errors import MergeError
+from qlora_cli.merging.planning.inputs import TAKEN, Inputs
+from qlora_cli.merging.planning.merge_plan import WRITTEN_IN, MergePlan
+from qlora_cli.merging.verifying.texts import PROMPTS
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.generation import GENERATION_CONFIG
+from qlora_cli.model_files.source import CONFIG
+from qlora_cli.settings.choices import MergeDtype
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
+from qlora_cli.writing import copy_file, leads_out
+
+CODE = "*.py"
+TOKENIZER_CONFIG, WRITTEN_BY_5 = "tokenizer_config.json", "TokenizersBackend"
+SENTENCEPIECE = "tokenizer.model"  # transformers does without it and does not write it; llama.cpp needs it for some
+
+
+def write_beside(inputs: Inputs, plan: MergePlan, target: Path) -> None:
+    """Write all but the weights and the card of a merged model to `target`.
+
+    The config is that of the base, word for word but for what training and merging changed.
+    """
+    tokenizer = inputs.tokenizer.tokenizer
+    tokenizer.save_pretrained(target)
+    _name_class(inputs.source.path, target)
+    _take(inputs, target)
+    config = read_json(inputs.source.path / CONFIG)
+    write_json(target / CONFIG, _config(config, inputs, plan))
+    generation = inputs.source.path / GENERATION_CONFIG
+    content = read_json(generation) if generation.is_file() else {"_from_model_config": True}
+    write_json(target / GENERATION_CONFIG, {**content, **_ends({**_text_part(config), **content}, inputs.tokenizer)})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _name_class(base: Path, target: Path) -> None:
+    """Call the class of the tokenizer what the base calls it: transformers 4 does not know the name that 5 writes."""
+    theirs, ours = base / TOKENIZER_CONFIG, target / TOKENIZER_CONFIG
+    if not (theirs.is_file() and ours.is_file()):
+        return
+    name, content = read_json(theirs).get("tokenizer_class"), read_json(ours)
+    if isinstance(name, str) and content.get("tokenizer_class") == WRITTEN_BY_5:
+        write_json(ours, {**content, "tokenizer_class": name})
+
+
+def _take(inputs: Inputs, target: Path) -> None:
+    patterns = (*TAKEN, CODE) if inputs.request.model.trust_remote_code else TAKEN
+    for path in sorted(inputs.source.path.iterdir()):
+        if path.is_file() and not leads_out(path) and any(fnmatch(path.name, pattern) for pattern in patterns):
+            copy_file(path, target / path.name)
+    of_tokenizer = inputs.source.tokenizer_path / SENTENCEPIECE
+    of_base = inputs.source.path / SENTENCEPIECE
+    if of_tokenizer.is_file() and not leads_out(of_tokenizer):
+        copy_file(of_tokenizer, target / SENTENCEPIECE)
+    elif of_base.is_file() and not leads_out(of_base) and not _has_more_tokens(inputs):
+        copy_file(of_base, target / SENTENCEPIECE)
+
+
+def _has_more_tokens(inputs: Inputs) -> bool:
+    """Whether the adapter came with tokens that the base's tokenizer lacks."""
+    trained = (inputs.source.run_model or {}).get("new_tokens")
+    return bool(inputs.base.grown or trained)
+
+
+def _config(config: Mapping[str, Any], inputs: Inputs, plan: MergePlan) -> dict[str, Any]:
+    config = dict(config)
+    config.pop("quantization_config", None)
+    text = dict(_text_part(config))
+    text.pop("quantization_config", None)
+    text |= _positions(text, inputs.config_changes)
+    text |= _ends(text, inputs.tokenizer)
+    if (dtype := _dtype(inputs)) is not None:
+        for part in (text, config):
+            part.pop("torch_dtype", None)  # the older name, which would win
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    if isinstance(config.get("text_config"), Mapping):
+        config["text_config"] = text
+    else:
+        config |= text
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
+    return config
+
+
+def _positions(text: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `changes` with rotary positions as the base's config has them: under the older name, if it has that.
+
+    How positions of images are laid out in parts (`mrope_section`) stays: the text decoder knows nothing of it.
+    """
+    new = changes.get("rope_parameters")
+    if new is None or any(isinstance(value, Mapping) for value in new.values()):
+        return dict(changes)
+    old = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    new = {**{key: value for key, value in old.items() if key.startswith("mrope")}, **new}
+    others = {key: value for key, value in changes.items() if key != "rope_parameters"}
+    if "rope_theta" not in text:
+        return {**others, "rope_parameters": new}
+    # As transformers 4 wrote it, and as what knows no newer config reads it; the newer one reads it too.
+    return {**others, "rope_theta": new.pop("rope_theta"), "rope_scaling": new}
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _dtype(inputs: Inputs) -> torch.dtype | None:
+    """Return what the model is written in, if it is another dtype than the base's."""
+    if inputs.request.merge.dtype != MergeDtype.KEEP:
+        return WRITTEN_IN[inputs.request.merge.dtype]
+    return inputs.base.layout.dtype if inputs.base.packed else None
+
+
+def _ends(config: Mapping[str, Any], loaded: LoadedTokenizer) -> dict[str, Any]:
+    """Return the ids that generation stops at and pads with: with those that the tokenizer was trained to end with."""
+    known = config.get("eos_token_id")
+    ends: list[int] = list(known) if isinstance(known, list) else [] if known is None else [known]
+    if loaded.tokenizer.eos_token_id not in ends:
+        ends.insert(0, loaded.tokenizer.eos_token_id)
+    ends += sorted(loaded.end_ids - set(ends))
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": loaded.tokenizer.pad_token_id}
+
+
+def check_tokenizer(inputs: Inputs, target: Path) -> None:
+    """Check that the tokenizer in `target`, opened again, is the one that was trained with.
+
+    Raises:
+        MergeError: it is not.
+    """
+    trained = inputs.tokenizer.tokenizer
+    written = AutoTokenizer.from_pretrained(target, trust_remote_code=inputs.request.model.trust_remote_code)
+    same = written.get_vocab() == trained.get_vocab() and written.chat_template == trained.chat_template
+    if not same or any(written(text)["input_ids"] != trained(text)["input_ids"] for text in PROMPTS):
+        raise MergeError(
+            "the tokenizer that was written makes other tokens of a text than the one that was trained with",
+            hint="Please report it with the name of the base, and copy the tokenizer of the adapter by hand.",
+        )

@@ -1,0 +1,244 @@
+"""`qlora merge`: plan, validate, apply, verify; what is written is there as a whole, or not at all."""
+
+import errno
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+
+from qlora_cli.errors import MergeError, OutOfMemoryError, QloraError
+from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
+from qlora_cli.files import check_disk_space, size_of
+from qlora_cli.hardware.counters import peak_host_bytes
+from qlora_cli.hub.push import check_push, push_folder
+from qlora_cli.merging.companion_files import check_tokenizer, write_beside
+from qlora_cli.merging.exports.hf import HfFormat
+from qlora_cli.merging.merge_checks import check_merge
+from qlora_cli.merging.merge_result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
+from qlora_cli.merging.merger import Merger
+from qlora_cli.merging.model_card import write_record
+from qlora_cli.merging.output_formats import Formats
+from qlora_cli.merging.places import name_of, output_of, output_problem
+from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.inputs import Inputs, read_inputs
+from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
+from qlora_cli.merging.planning.plan_report import applied_adapters, report_of
+from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
+from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.verify import failure, verify
+from qlora_cli.merging.write import write_weights
+from qlora_cli.settings.choices import BaseWeights
+from qlora_cli.settings.models import MergeCommandSettings
+from qlora_cli.writing import fill_directory
+
+OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
+
+
+def plan(request: MergeCommandSettings, reporter: Reporter) -> MergeReport:
+    """Return what `merge` would do; nothing is written.
+
+    Raises:
+        QloraError: as `merge` does before it writes.
+    """
+    check_merge(request)
+    settled = _settle(request, reporter)
+    return report_of(settled.inputs, settled.plans[0], output_of(request), settled.disk_bytes, settled.base)
+
+
+def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
+    """Merge adapters into their base and write what `request` asks for.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong; then nothing is left behind.
+        MergeError: the result is not the model that was to be merged; it is kept under a name that says so.
+    """
+    start = time.monotonic()
+    check_merge(request)
+    notes = _Notes(reporter)
+    check_push(request.merge, "merge.push_to_hub", notes)
+    settled = _settle(request, notes)
+    laboratory = (
+        Laboratory(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
+    )
+    choice = settled.choice or choose_base(_needed(laboratory), settled.plans, notes)
+    chosen = next(one for one in settled.plans if one.base == choice.base)
+    job = _Job(settled=settled, plan=chosen, choice=choice, laboratory=laboratory, reporter=notes)
+    output = output_of(request)
+    _fill(output, job)
+    result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
+    if request.merge.push_to_hub is not None:
+        folder, patterns = settled.formats.pushed(output)
+        address = push_folder(request.merge, folder, patterns, f"{folder} is done, but it", notes)
+        result = replace(result, pushed_to=address)
+    return result
+
+
+def _fill(output: Path, job: "_Job") -> None:
+    try:
+        fill_directory(output, job.fill)
+    except Exception as error:
+        if isinstance(error, QloraError) or not _is_disk_full(error):
+            raise
+        raise MergeError(
+            f"the disk of {output} is full: {error}",
+            hint="Nothing was left there. Free room, or choose another directory with --output.",
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return "No space left" in str(error)  # of tokenizers and safetensors, without an errno
+
+
+class _Notes:
+    """A reporter that keeps what was noted."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.messages: list[str] = []
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, Noted):
+            self.messages.append(event.message)
+        self._reporter.report(event)
+
+
+def _needed(laboratory: Laboratory | None) -> Laboratory:
+    assert laboratory is not None, "there is one whenever something is measured"
+    return laboratory
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settled:
+    """All that is known before a weight is read. `choice` is None if the base is yet to be measured."""
+
+    inputs: Inputs
+    formats: Formats
+    base: BaseWeights
+    choice: BaseChoice | None
+    plans: Sequence[MergePlan]
+    disk_bytes: int
+
+
+def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
+    formats = Formats.of(request)
+    inputs = read_inputs(request, reporter)
+    formats.check(inputs, reporter)
+    choice = settled_base(inputs)
+    kinds = (BaseWeights(choice.base),) if choice else (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)
+    reporter.report(PhaseStarted(title="Planning the merge"))
+    plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.merge.dtype) for kind in kinds]
+    disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
+    check_disk_space(output_of(request), disk_bytes, hint="Free room, or choose another directory with --output.")
+    if choice is not None:
+        reporter.report(Noted(message=f"merging into the {choice.base} base: {choice.reason}"))
+    base = BaseWeights(choice.base) if choice else BaseWeights.AUTO
+    return _Settled(inputs=inputs, formats=formats, base=base, choice=choice, plans=plans, disk_bytes=disk_bytes)
+
+
+class _Job:
+    """What is written into the directory that becomes the output, and what came of it."""
+
+    def __init__(
+        self,
+        *,
+        settled: _Settled,
+        plan: MergePlan,
+        choice: BaseChoice,
+        laboratory: Laboratory | None,
+        reporter: Reporter,
+    ) -> None:
+        self._settled, self._plan, self._choice = settled, plan, choice
+        self._laboratory, self._reporter = laboratory, reporter
+        self._result: MergeResult | None = None
+
+    def fill(self, directory: Path) -> None:
+        """Write everything into `directory`, and compare it.
+
+        Raises:
+            MergeError: what was written is not what was to be merged; it is moved aside.
+            OutOfMemoryError: it could not be compared; it is moved aside too.
+            OutputDirectoryError: the output is not empty any more.
+        """
+        inputs, formats = self._settled.inputs, self._settled.formats
+        request = inputs.request
+        model = formats.model(directory)
+        model.mkdir(exist_ok=True)
+        started = time.monotonic()
+        self._reporter.report(PhaseStarted(title=f"Merging into {output_of(request)}"))
+        merger = Merger(inputs.base, Base(inputs.base, self._plan.base))
+        write_weights(self._plan, inputs.source.path, model, merger.value, self._reporter)
+        write_beside(inputs, self._plan, model)
+        if request.merge.verify:
+            check_tokenizer(inputs, model)
+        seconds, peak_bytes = time.monotonic() - started, peak_host_bytes()
+        try:
+            verification = self._verified(model) if request.merge.verify else None
+        except OutOfMemoryError as error:
+            kept = _set_aside(directory, output_of(request), "failed-verification")
+            raise OutOfMemoryError(
+                error.message, hint=f"The merged model is in {kept}, and was not compared. {error.hint}"
+            ) from error
+        result = self._outcome(seconds, peak_bytes, verification)
+        if verification is not None and not verification.passed:
+            write_record(model, inputs, result, HfFormat(request))
+            raise failure(verification, _set_aside(directory, output_of(request), "failed-verification"))
+        result = replace(result, requantized=self._exported(directory))
+        for name, place in formats.places(directory).items():
+            write_record(place, inputs, result, formats.by_name[name])
+        self._result = replace(result, bytes_written=size_of(directory))
+        if problem := output_problem(request):
+            raise problem  # something has come there meanwhile, such as another merge, and is not replaced
+
+    def _exported(self, directory: Path) -> Mapping[str, Requantized]:
+        """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
+        formats, output = self._settled.formats, output_of(self._settled.inputs.request)
+        try:
+            return formats.write(directory, name_of(output), self._laboratory, self._reporter)
+        except QloraError as error:
+            kept = formats.model(_set_aside(directory, output, "failed-export"))
+            error.hint = f"{error.hint or ''} The merged 16-bit model is done, and in {kept}.".strip()
+            raise
+
+    def done(self) -> MergeResult:
+        """Return what came of it."""
+        assert self._result is not None, "it was filled"
+        return self._result
+
+    def _verified(self, model: Path) -> Verification:
+        most = self._settled.inputs.request.merge.max_divergence
+        return verify(_needed(self._laboratory), self._plan, self._choice, model, most, self._reporter)
+
+    def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:
+        inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
+        return MergeResult(
+            output=output,
+            outputs={name.value: place for name, place in self._settled.formats.places(output).items()},
+            base_model=inputs.source.base_name,
+            commit=inputs.source.commit,
+            adapters=applied_adapters(inputs),
+            base=self._plan.base.value,
+            base_choice=self._choice,
+            dtype=self._plan.main_dtype,
+            num_tensors=len(self._plan.tensors),
+            num_merged_tensors=self._plan.num_merged,
+            bytes_written=0,  # once all is written
+            merge_seconds=seconds,
+            total_seconds=0.0,
+            peak_host_bytes=peak_bytes,
+            verification=verification,
+            requantized={},
+            pushed_to=None,
+            notes=(),
+        )
+
+
+def _set_aside(directory: Path, output: Path, why: str) -> Path:
+    """Keep what failed under a name that says so: beside the output, or in it if a disk is mounted there."""
+    first = output / why if output.is_mount() else output.absolute().with_name(f"{output.name}-{why}")
+    numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    place = next(place for place in chain([first], numbered) if not place.exists())
+    directory.rename(place)
+    return place

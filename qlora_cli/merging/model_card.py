@@ -1,0 +1,149 @@
+"""What a merged model says of itself: a record for programs, a model card for people."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_cli import __version__
+from qlora_cli.merging.companion_files import write_json
+from qlora_cli.merging.exports.export_format import Format
+from qlora_cli.merging.merge_result import AppliedAdapter, Divergence, MergeResult
+from qlora_cli.merging.places import name_of
+from qlora_cli.merging.planning.inputs import Inputs
+from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
+from qlora_cli.model_files.merged import adapter_digest
+from qlora_cli.visible import visible
+
+CARD = "README.md"
+MARKUP = re.compile(r"[`|<>\[\]]")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Format) -> None:
+    """Write what `target`, a result in the format `written`, was merged from, how, and how it was verified.
+
+    Both may be published with the weights: what is a path on this machine is named by its end.
+    """
+    data = _data(inputs)
+    content = {
+        "written_by": f"qlora {__version__}",
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "format": written.name,
+        "base_model": _shown(result.base_model),
+        "commit": result.commit,
+        "adapters": [
+            {
+                "name": _shown(adapter.name),
+                "weight": adapter.weight,
+                "kind": adapter.kind,
+                "sha256": adapter_digest(adapter.path),
+                "step": adapter.step,
+                "run_is_done": adapter.run_is_done,
+            }
+            for adapter in result.adapters
+        ],
+        "data": data,
+        "base": result.base,
+        "base_choice": result.base_choice,
+        "dtype": result.dtype,
+        "num_tensors": result.num_tensors,
+        "num_merged_tensors": result.num_merged_tensors,
+        "verification": result.verification,
+        "requantized": result.requantized.get(written.name),
+    }
+    record = new_merge_record(content)
+    write_json(target / MERGE_FILE, record.model_dump(mode="json", exclude_unset=True))
+    (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
+
+
+def _data(inputs: Inputs) -> list[dict[str, Any]]:
+    """Return what the run was trained on: name, rows, and the fingerprint of its tokens."""
+    train = None if inputs.record is None else inputs.record.data.train
+    if train is None:
+        return []
+    figures = {key: train.integer(key) for key in ("rows_trained", "supervised_tokens")}
+    return [{"name": _shown(str(train.name)), **figures, "fingerprint": train.fingerprint}]
+
+
+def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: Format) -> Iterator[str]:
+    yield "---"
+    yield yaml.safe_dump(_front(inputs, result, written), sort_keys=False).strip()
+    yield "---"
+    yield ""
+    yield f"# {name_of(result.output)}"
+    yield ""
+    at = f" at commit `{result.commit}`" if result.commit else ""
+    yield f"`{_shown(result.base_model)}`{at}, with the adapter merged into its weights."
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for adapter in result.adapters:
+        weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
+        yield f"| adapter | `{_shown(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
+    for one in data:
+        yield f"| trained on | `{one['name']}`, {one['rows_trained']} rows, fingerprint `{one['fingerprint']}` |"
+    yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
+    yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
+    yield f"| verified | {_verified(result)} |"
+    if (again := result.requantized.get(written.name)) is not None:
+        yield f"| quantized again | to {again.to}: {_from_merged(again.divergence)} |"
+    yield ""
+    yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
+
+
+def _unfinished(adapter: AppliedAdapter) -> str:
+    """Return of an adapter of a run that did not end which step it is of, in words."""
+    if adapter.run_is_done is not False:
+        return ""
+    step = "a step" if adapter.step is None else f"step {adapter.step:,}"
+    return f", after {step} of a run that has not come to its end"
+
+
+def _front(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:
+    front: dict[str, Any] = {
+        "library_name": written.library,
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora", "lora"],
+    }
+    if inputs.source.commit is not None:  # else it is a path of the machine that it was merged on
+        front["base_model"] = result.base_model
+    return front
+
+
+def _shown(name: str) -> str:
+    """Return a name for others to read: a path of this machine says nothing to them but its end.
+
+    It may come from somebody else's run, and must not end the line, cell or code of the card that it stands in.
+    """
+    return MARKUP.sub("_", visible(Path(name).name if Path(name).is_absolute() else name))
+
+
+def _from_merged(found: Divergence | None) -> str:
+    return "not compared" if found is None else f"from the merged model, {_in_short(found)}"
+
+
+def _verified(result: MergeResult) -> str:
+    found = result.verification
+    if found is None:
+        return "no"
+    passed = "" if found.passed else "**failed**: "
+    exact = "exactly" if found.is_exact else "not exactly"
+    over = f"over {found.divergence.num_tokens:,} tokens"
+    model = "base with the adapter beside it"
+    if not found.ran_adapters:
+        model = "sum in fp32 of adapters that can't run beside each other, which is not verified itself"
+    cost = f"which costs, {over}: {_in_short(found.divergence)}"
+    return f"{passed}{exact} the {model}, rounded to {result.dtype}, {cost}"
+
+
+def _in_short(found: Divergence) -> str:
+    return (
+        f"mean KL divergence {found.mean_kl:.2g} nats a token, top token the same at {found.top_token_agreement:.1%}, "
+        f"perplexity {found.perplexity:.4g} against {found.reference_perplexity:.4g}"
+    )

@@ -1,0 +1,158 @@
+"""The weights of the base that is merged into: as they are stored, or as training saw them.
+
+`Base` gives any parameter of the model, whichever tensors of whichever files it is made of.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.conversions import Group
+from qlora_cli.merging.planning.stored_tensors import StoredTensors, not_finite
+from qlora_cli.model_files.finite import is_finite
+from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods.method import Stack
+from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.settings.choices import BaseWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The base on the meta device, how training stored it, and where its tensors are.
+
+    Attributes:
+        grown: The parameters of embedding and head, if they have been given more rows, `num_rows` of them.
+        quantized: The parameters that training had quantized.
+        packed: Those of them that the checkpoint holds quantized.
+    """
+
+    model: PreTrainedModel
+    layout: Layout
+    tensors: StoredTensors
+    groups: tuple[Group, ...]
+    num_rows: int | None
+    grown: frozenset[str]
+    quantized: frozenset[str]
+    packed: frozenset[str]
+
+    def is_weight(self, group: Group) -> bool:
+        """Whether a group makes up weights; a buffer may hold infinite values, as bounds do."""
+        module, _, leaf = group.targets[0].rpartition(".")
+        return leaf in self.model.get_submodule(module)._parameters
+
+
+class Base:
+    """Gives the parameters of a base, as `kind` says."""
+
+    def __init__(self, base: BaseModel, kind: BaseWeights) -> None:
+        self._base = base
+        self.kind = kind
+        self._through = base.quantized - base.packed if kind == BaseWeights.DEQUANTIZED else frozenset()
+        self._constants: dict[str, list[str]] = {}  # by the name of their weight
+        for name in base.tensors.headers if base.packed else ():
+            if weight := weight_of_constant(name):
+                self._constants.setdefault(weight, []).append(name)
+        self._stacked: tuple[Group, str, Stack] | None = None
+        self._finite: set[str] = set()
+
+    def parameters(self, group: Group, index: int | None = None, room: Room | None = None) -> dict[str, torch.Tensor]:
+        """Return the parameters of a group, or the slice `index` of each, in the dtype that they have in the base.
+
+        They are the caller's own; that of a single tensor may be in `room`.
+        """
+        if index is not None and (group.targets[0] in self._through):
+            return {target: self._stack(group, target).slice(index) for target in group.targets}
+        stored = {key: self._stored(group, key, room) for key in group.keys_of(index)}
+        made = group.forward(self._base.model, stored)
+        return {target: self._as_seen(target, value) for target, value in made.items()}
+
+    def _stored(self, group: Group, key: str, room: Room | None) -> torch.Tensor:
+        assert room is None or group.converter is None, "there is room for one"
+        if group.targets[0] not in self._base.packed:
+            return self._read(group, key, room)
+        tensor = self._base.tensors.read(key, room)
+        return self._unpacked(key, group.targets[0], tensor)
+
+    def _read(self, group: Group, key: str, room: Room | None = None) -> torch.Tensor:
+        """Return a tensor as it is stored; what is read more than once is checked once.
+
+        Raises:
+            ModelError: it holds what is no number.
+        """
+        tensor = self._base.tensors.read(key, room)
+        if key not in self._finite and tensor.is_floating_point() and self._base.is_weight(group):
+            if not is_finite(tensor):
+                raise not_finite(self._base.tensors.headers[key])
+            self._finite.add(key)
+        return tensor
+
+    def _as_seen(self, target: str, value: torch.Tensor) -> torch.Tensor:
+        if target in self._through:
+            value = self._through_quantization(target, value)
+        if target in self._base.grown:
+            value = grown(value, self._base.num_rows or 0, self._base.layout.dtype)
+        return value
+
+    def _through_quantization(self, target: str, value: torch.Tensor) -> torch.Tensor:
+        layout = self._base.layout
+        flips = self._is_conv1d(target)  # stored as (in, out), and quantized as (out, in)
+        weight = value.to(layout.dtype)
+        weight = weight.T.contiguous() if flips else weight
+        weight = layout.method.round_trip(weight, layout.settings)
+        return weight.T.contiguous() if flips else weight
+
+    def _is_conv1d(self, target: str) -> bool:
+        return isinstance(self._base.model.get_submodule(target.rpartition(".")[0]), Conv1D)
+
+    def _stack(self, group: Group, target: str) -> Stack:
+        """Return stacked experts, quantized; the last ones are kept, since their tensors come one after another."""
+        if self._stacked is not None and self._stacked[0] is group and self._stacked[1] == target:
+            return self._stacked[2]
+        self._stacked = None
+        shape = self._base.model.get_parameter(target).shape
+        assert group.num_slices is not None, "asked for by slices"
+        layout = self._base.layout
+        stack = layout.method.stacked(self._slices(group, target, group.num_slices), shape, layout.settings)
+        self._stacked = (group, target, stack)
+        return stack
+
+    def _slices(self, group: Group, target: str, num_slices: int) -> Iterator[torch.Tensor]:
+        num_weights = self._base.model.get_parameter(target).shape[1:].numel()
+        for index in range(num_slices) if self._base.layout.method.is_divisible(num_weights) else (None,):
+            stored = {key: self._read(group, key).to(self._base.layout.dtype) for key in group.keys_of(index)}
+            yield group.forward(self._base.model, stored)[target]
+
+    def _unpacked(self, key: str, target: str, codes: torch.Tensor) -> torch.Tensor:
+        """Return a weight that is stored quantized, dequantized."""
+        flips = self._is_conv1d(target)
+        tensors, layout = self._base.tensors, self._base.layout
+        constants = {name: tensors[name] for name in self._constants[key]}
+        weight = layout.method.restored(key, codes, constants, layout.dtype)
+        return weight.T.contiguous() if flips else weight
+
+
+def weight_of_constant(name: str) -> str | None:
+    """Return the weight that a tensor of a quantized checkpoint holds constants of; None if it looks like none."""
+    found = (method.weight_of_constant(name) for method in all_methods())
+    return next((weight for weight in found if weight is not None), None)
+
+
+def grown(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an embedding, a head or its bias with more rows, as training grew them: by the mean of the others.
+
+    `dtype` is the one that training held them in, and rounded the mean to.
+    """
+    mean = values.to(dtype).mean(0, dtype=torch.float32).to(dtype)
+    more = values.new_empty((num_rows, *values.shape[1:]), dtype=torch.promote_types(values.dtype, dtype))
+    more[: len(values)] = values
+    more[len(values) :] = mean
+    return more
+
+
+def parameter_groups(groups: tuple[Group, ...]) -> Mapping[str, Group]:
+    """Return the group of each parameter, by its name."""
+    return {target: group for group in groups for target in group.targets}

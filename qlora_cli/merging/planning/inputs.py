@@ -1,0 +1,320 @@
+"""What a merge begins with: the base and the adapters, found, read as far as their headers, and checked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qlora_cli.adapters.keys import with_twins
+from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.hardware.device import TORCH_DTYPES
+from qlora_cli.loading.model_outline import FoundModel, read_found, settle_base
+from qlora_cli.loading.weight_reader import check_shapes
+from qlora_cli.merging.planning.adapter_changes import AdapterChanges, Read, read_changes
+from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_groups
+from qlora_cli.merging.planning.conversions import read_conversions
+from qlora_cli.merging.planning.merge_plan import Changes
+from qlora_cli.merging.planning.stored_tensors import StoredTensors
+from qlora_cli.merging.planning.weight_changes import Weighted
+from qlora_cli.model_files.adapter_files import notes_on_left_out
+from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.left_over import note_on_prediction
+from qlora_cli.model_files.model_config import ModelConfig
+from qlora_cli.model_files.pickles import check_pickle
+from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
+from qlora_cli.quantization.embedding import embedding_of, ends_of
+from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout, with_rows
+from qlora_cli.runs.record import RunRecord
+from qlora_cli.settings.choices import BaseWeights, Dtype
+from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
+from qlora_cli.settings.settle import in_section, made_in_code, of_run
+from qlora_cli.tokenizing.positions import apply_rope_scaling
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
+from qlora_cli.tokenizing.tokenizer_files import templates_left_out
+from qlora_cli.writing import end_of, leads_out
+
+# Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
+TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a merge reads.
+
+    Attributes:
+        source: The base, and the first adapter.
+        sources: The same of every adapter.
+        config: That of the base, with what training changed of it: rotary positions, the size of the vocabulary.
+        config_changes: Those changes, by the key of the config.
+        record: What the run wrote down, if the first adapter is that of a run.
+        is_recorded: Whether it is known how training stored the base.
+        changes: What all adapters together do, by the name of the parameter.
+    """
+
+    request: MergeCommandSettings
+    source: ModelSource
+    sources: tuple[ModelSource, ...]
+    config: ModelConfig
+    config_changes: Mapping[str, Any]
+    tokenizer: LoadedTokenizer
+    record: RunRecord | None
+    is_recorded: bool
+    base: BaseModel
+    adapters: tuple[AdapterChanges, ...]
+    changes: Changes
+
+    @property
+    def was_quantized(self) -> bool:
+        """Whether training had quantized weights."""
+        return bool(self.base.quantized)
+
+
+def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
+    """Find base and adapters, and read all but the weights.
+
+    Raises:
+        ModelNotFoundError: one of them is not there.
+        ModelError: they can't be read, or do not belong together.
+    """
+    transformers_logging.disable_progress_bar()
+    reporter.report(PhaseStarted(title=f"Finding {request.merge.adapters[0]} and its base"))
+    sources = _find_all(request, reporter)
+    source = sources[0]
+    record = source.record
+    found = read_found(source, trust_remote_code=request.model.trust_remote_code)
+    _check_trained_alike(request, [replace(found, source=one) for one in sources])
+    settings, config = _trained_as(request, found).model, found.base
+    before = config.config.to_dict()
+    apply_rope_scaling(config.config, settings.rope_scaling)
+    tokenizer = load_tokenizer(source, settings)
+    fetch_weights(source, reporter)
+    checkpoint = read_checkpoint(source.path, allow_pickle=request.model.allow_pickle)
+    for file in checkpoint.files if checkpoint.is_pickle else ():
+        check_pickle(file)
+    for one in sources:
+        _check_digest(one, request, reporter)
+    opened = [
+        open_adapter(one.adapter, allow_pickle=request.model.allow_pickle)
+        for one in sources
+        if one.adapter is not None
+    ]
+    base = read_base(found, checkpoint, tokenizer, record, request, opened)
+    after = config.config.to_dict()
+    for note in (
+        *notes_on_left_out(one.adapter for one in sources),
+        *tokenizer.notes,
+        *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
+        *_notes_on_rows(base, before.get("vocab_size")),
+        *_notes_on_links(source),
+    ):
+        reporter.report(Noted(message=note))
+    read = _reader(base)
+    adapters = tuple(read_changes(_on_meta(config, base, request), config, one, read) for one in opened)
+    return Inputs(
+        request=request,
+        source=source,
+        sources=tuple(sources),
+        config=config,
+        config_changes={
+            key: value for key, value in after.items() if before.get(key) != value and key not in OF_THE_BUILD
+        },
+        tokenizer=tokenizer,
+        record=record,
+        is_recorded=record is not None or base.layout.prequantized is not None,
+        base=base,
+        adapters=adapters,
+        changes=_together(adapters, request.merge.weights),
+    )
+
+
+def _notes_on_links(source: ModelSource) -> Iterator[str]:
+    """Yield in words which files of the base are not put beside the result, since they are links to elsewhere."""
+    for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
+        if leads_out(path):
+            end = end_of(path) or "itself"
+            yield f"{path} is a link out of its directory, to {end}: it is not put beside the result"
+
+
+def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
+    """Yield in words what the merged model has more than what is computed with: rows, and layers that are copied."""
+    if base.num_rows is not None:
+        yield f"the merged model's embedding has {base.num_rows:,} rows, the base's {before or 0:,}"
+    fate = "copied as stored, nothing was trained there"
+    if (ahead := note_on_prediction(base.model.config, base.tensors.headers, fate)) is not None:
+        yield ahead
+
+
+def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:
+    """Return the settings by which training loaded the base, as far as the run and the checkpoint say."""
+    settings = LoadSettings(model=_model_settings(request, found.source.name))
+    return settle_base(made_in_code(settings), found).settings
+
+
+def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
+    return ModelSettings(
+        name=name,
+        revision=request.merge.revision if name == request.merge.adapters[0] else None,
+        base_model=request.model.base_model,
+        allow_pickle=request.model.allow_pickle,
+        trust_remote_code=request.model.trust_remote_code,
+    )
+
+
+def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSource]:
+    sources = [find_model(_model_settings(request, name), reporter) for name in request.merge.adapters]
+    first = request.merge.adapters[0]
+    for name, source in zip(request.merge.adapters, sources, strict=True):
+        if source.adapter is None:
+            raise ModelError(
+                f"{name} is a model, not an adapter: there is nothing to merge into it",
+                hint="Name a run directory, or an adapter; it names its base.",
+            )
+        if source.path.resolve() != sources[0].path.resolve():
+            raise ModelError(
+                f"{name} belongs to the base {source.base_name}, and {first} to {sources[0].base_name}",
+                hint="Adapters of one base can be merged together; name it with --base-model if they are the same.",
+            )
+    return sources
+
+
+def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundModel]) -> None:
+    """Check that runs whose adapters are added were trained on one base, stored alike: by what had an effect on it."""
+    first = found[0].source
+    one = _in_effect(_trained_as(request, found[0]))
+    for model in found[1:]:
+        other = model.source
+        if first.run_model is None or other.run_model is None:  # somebody else's adapter, of which nothing is known
+            continue
+        two = _in_effect(_trained_as(request, model))
+        # What has an effect in one of them alone goes by a setting that both have.
+        differing = [path for path in one if path in two and one[path] != two[path]]
+        if differing:
+            raise ModelError(
+                f"{other.name} and {first.name} were trained on bases that differ in {', '.join(differing)}",
+                hint="Merge adapters that were trained on the same base, stored the same way.",
+            )
+
+
+def _in_effect(settings: LoadSettings) -> dict[str, object]:
+    """Return by `section.key` what had an effect on how a run loaded its base."""
+    return {
+        **in_section("model", of_run("model", settings.model.in_effect())),
+        **in_section("quantization", of_run("quantization", settings.quantization.in_effect())),
+    }
+
+
+def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: Reporter) -> None:
+    """Check that the base is the one that the run was trained on, by samples of its bytes."""
+    recorded = None if source.record is None else source.record.base_model_digest
+    if recorded is None or recorded == base_digest(source.path):
+        return
+    message = f"{source.path} is not the base that {source.name} was trained on: its weights are others"
+    if request.model.base_model is None:
+        raise ModelError(
+            message, hint="Put back the base as it was, or name the right one with --base-model, at your own risk."
+        )
+    reporter.report(Noted(level="warning", message=f"{message}, or in other files"))
+
+
+def read_base(
+    found: FoundModel,
+    checkpoint: Checkpoint,
+    tokenizer: LoadedTokenizer,
+    record: RunRecord | None,
+    request: MergeCommandSettings,
+    adapters: Sequence[StoredAdapter] = (),
+) -> BaseModel:
+    """Return the base on the meta device, with what is known of how training, or its file, has stored it.
+
+    It has rows for the tokenizer and for `adapters`, which `config` says then too.
+
+    Raises:
+        ModelError: weights are not as config.json says.
+    """
+    source, config, prequantized = found.source, found.base, found.prequantized
+    dtype = _trained_in(config.config, record)
+    trust = request.model.trust_remote_code
+    model = build_on_meta(config.config, dtype, trust_remote_code=trust)
+    settings = _trained_as(request, found).quantization
+    device = torch.device("cpu" if _trained_on_cpu(record) else "cuda")
+    try:
+        layout = plan_layout(model, settings, dtype, prequantized, device=device)
+    except ModelError:
+        if record is not None or prequantized is not None:
+            raise
+        # By others, and nothing of it can be quantized as we do: then it was not.
+        layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
+    check_shapes(source, checkpoint, model, layout)
+    tensors = StoredTensors(source.path, checkpoint)
+    needed = max([tokenizer.num_rows, *(rows_of(one, model, config) for one in adapters)])
+    is_grown = needed > embedding_of(model).num_embeddings
+    model = with_rows(model, config.config, needed, dtype, trust_remote_code=trust)
+    conversions = read_conversions(model, list(tensors.headers), config.key_mapping)
+    quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized)
+    return BaseModel(
+        model=model,
+        layout=layout,
+        tensors=tensors,
+        groups=conversions.groups,
+        num_rows=needed if is_grown else None,
+        grown=frozenset(ends_of(model)) if is_grown else frozenset(),
+        quantized=quantized,
+        packed=quantized if prequantized is not None else frozenset(),
+    )
+
+
+def _trained_in(config: PreTrainedConfig, record: RunRecord | None) -> torch.dtype:
+    """Return the dtype that training held unquantized weights in; of an adapter of others, that of the base."""
+    if record is not None:
+        sizes = {} if record.base_model is None else record.base_model.dtype_bytes
+        held = {dtype: sizes.get(str(dtype).removeprefix("torch."), 0) for dtype in TORCH_DTYPES.values()}
+        name = record.setting("model.dtype")
+        if name in set(Dtype) - {Dtype.AUTO}:
+            return TORCH_DTYPES[Dtype(name)]
+        if any(held.values()):  # all but a few norms are in one
+            return max(held, key=lambda dtype: held[dtype])
+    stored = config.dtype
+    return stored if isinstance(stored, torch.dtype) and stored in TORCH_DTYPES.values() else torch.bfloat16
+
+
+def _trained_on_cpu(record: RunRecord | None) -> bool:
+    device = None if record is None or record.base_model is None else record.base_model.device
+    return device is not None and device.startswith("cpu")
+
+
+def _reader(base: BaseModel) -> Read:
+    original, groups = Base(base, BaseWeights.ORIGINAL), parameter_groups(base.groups)
+    stored = with_twins(groups, base.model.all_tied_weights_keys or {})
+    return lambda name: original.parameters(groups[stored[name]])[stored[name]]
+
+
+def _on_meta(config: ModelConfig, base: BaseModel, request: MergeCommandSettings) -> PreTrainedModel:
+    return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.model.trust_remote_code)
+
+
+def _together(adapters: Sequence[AdapterChanges], weights: Sequence[float]) -> Changes:
+    """Return what all adapters do to each parameter, each as much as it counts.
+
+    Raises:
+        ModelError: one of them does more than add, and not alone or not as a whole.
+    """
+    changes: dict[str, list[Weighted]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, change in adapter.changes.items():
+            changes.setdefault(name, []).append(Weighted(change=change, weight=weight))
+    for name, all_of_it in changes.items():
+        is_alone = len(all_of_it) == 1 and all_of_it[0].weight == 1
+        if not is_alone and not all(one.is_update for one in all_of_it):
+            raise ModelError(
+                f"{name} was trained whole, in rows, or with DoRA, which can't be weighed or added to another adapter",
+                hint="Merge that adapter alone and without --weight.",
+            )
+    return changes

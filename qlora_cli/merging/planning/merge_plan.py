@@ -1,0 +1,322 @@
+"""Which tensor of the checkpoint gets which change, from which file, settled and checked before a byte is written."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.adapters.reader import SAME_BASE
+from qlora_cli.errors import ModelError
+from qlora_cli.merging.merge_result import Action
+from qlora_cli.merging.planning.base_weights import BaseModel, parameter_groups, weight_of_constant
+from qlora_cli.merging.planning.conversions import Group
+from qlora_cli.merging.planning.weight_changes import Weighted
+from qlora_cli.model_files.checkpoint import TensorHeader
+from qlora_cli.model_files.left_over import hint_on_left_over, layers_ahead, may_be_left_out
+from qlora_cli.model_files.model_config import ModelConfig
+from qlora_cli.model_files.pickles import DTYPES
+from qlora_cli.quantization.embedding import ends_of
+from qlora_cli.settings.choices import BaseWeights, MergeDtype
+
+Changes = Mapping[str, Sequence[Weighted]]
+WRITTEN_IN = {MergeDtype.BF16: torch.bfloat16, MergeDtype.FP16: torch.float16, MergeDtype.FP32: torch.float32}
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """A tensor that will be written.
+
+    Attributes:
+        name: What it is called in the checkpoint.
+        file: The file that it is written to.
+        header: The tensor of the base that it comes from.
+        dtype: What it is written in; that of its bytes, where they are only copied.
+        shape: Its shape then.
+        action: What becomes of it.
+        group: The tensors that make up the same parameters; None if the model has no part in it.
+        index: The slice of the group that it is.
+        changes: The changes of each parameter of the group.
+        is_weight: Whether the model computes with it, so that it has to be finite.
+    """
+
+    name: str
+    file: str
+    header: TensorHeader
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    action: Action
+    group: Group | None = None
+    index: int | None = None
+    changes: Changes = field(default_factory=dict)
+    is_weight: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in the file."""
+        if self.action == Action.COPY:
+            return self.header.num_bytes
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """All tensors that will be written, by file and in the order of the files; `unties` head and embedding or not."""
+
+    base: BaseWeights
+    dtype: MergeDtype
+    tensors: tuple[PlannedTensor, ...]
+    unties: bool
+
+    @property
+    def files(self) -> dict[str, list[PlannedTensor]]:
+        """The tensors of each file, in the order that they are written in."""
+        files: dict[str, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            files.setdefault(tensor.file, []).append(tensor)
+        return files
+
+    @property
+    def num_merged(self) -> int:
+        """How many tensors an adapter changes."""
+        return sum(tensor.action == Action.MERGE for tensor in self.tensors)
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype that most bytes are written in, by its name in torch."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
+        return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+
+    @property
+    def num_bytes(self) -> int:
+        """What the tensors take in the files."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def plan_merge(
+    base: BaseModel, config: ModelConfig, changes: Changes, kind: BaseWeights, dtype: MergeDtype
+) -> MergePlan:
+    """Return what becomes of every tensor of the checkpoint.
+
+    Raises:
+        ModelError: a change finds no tensor, a tensor no rule, or a shape is not the one that was expected.
+    """
+    groups = parameter_groups(base.groups)
+    _check_all_there(base.model, groups)
+    changes, untied, parts = _settle_tied(base.model, groups, changes)
+    _check_found(changes, groups, untied)
+    known = base.model.state_dict()
+    for group in base.groups:
+        _check_shapes(base, group, known)
+    planner = _Planner(base=base, changes=changes, kind=kind, dtype=dtype)
+    by_key = {key: group for group in base.groups for key in group.keys}
+    packed_keys = {key for key, group in by_key.items() if group.targets[0] in base.packed}
+    ahead = layers_ahead(base.model.config, base.tensors.headers)
+    tensors = []
+    for name, header in base.tensors.headers.items():
+        if name in by_key:
+            tensors.append(planner.planned(name, header, by_key[name]))
+        elif weight_of_constant(name) not in packed_keys:
+            _check_left_over(base.model, config, name, header, ahead)
+            tensors.append(planner.left(name, header))
+    for name, twin in untied.items():
+        tensors.append(planner.untied(name, twin, groups[twin]))
+    return MergePlan(base=kind, dtype=dtype, tensors=tuple(_in_order(tensors)), unties=parts)
+
+
+def _in_order(tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
+    """Yield the tensors file by file, each in the order of its bytes; what is new comes last."""
+    for file in sorted({tensor.file for tensor in tensors}):
+        here = [tensor for tensor in tensors if tensor.file == file]
+        yield from sorted(here, key=lambda tensor: (tensor.name != tensor.header.name, tensor.header.offset))
+
+
+def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> None:
+    tied = model.all_tied_weights_keys or {}
+    given = {name for pair in tied.items() for name in pair if set(pair) & groups.keys()}
+    missing = sorted(name for name, _ in model.named_parameters() if name not in groups and name not in given)
+    if missing:
+        raise ModelError(
+            f"the base lacks {len(missing)} of its weights: {', '.join(missing[:MOST_NAMED])}",
+            hint="Check that the directory holds the whole model.",
+        )
+
+
+def _check_left_over(
+    model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader, ahead: Collection[int]
+) -> None:
+    if not may_be_left_out(model, config, name, header, ahead):
+        raise ModelError(
+            f"the base holds {name} (in {header.file}), which its config.json has no place for",
+            hint=hint_on_left_over(model.config, [name]),
+        )
+
+
+def _check_found(changes: Changes, groups: Mapping[str, Group], untied: Mapping[str, str]) -> None:
+    lost = sorted(name for name in changes if name not in groups and name not in untied)
+    if lost:
+        raise ModelError(
+            f"the adapter changes {', '.join(lost[:MOST_NAMED])}, which the base has no tensor for", hint=SAME_BASE
+        )
+
+
+def _settle_tied(
+    model: PreTrainedModel, groups: Mapping[str, Group], changes: Changes
+) -> tuple[Changes, dict[str, str], bool]:
+    """Return the changes of what is stored, what gets a tensor of its own beside its twin, and whether any two part.
+
+    Weights that are one in the base stay one if they are changed alike; head and embedding may part.
+    """
+    untied: dict[str, str] = {}
+    changes, parts = dict(changes), False
+    ends = ends_of(model)
+    for one, other in (model.all_tied_weights_keys or {}).items():
+        pairs = ((one, other), (other, one))
+        if _are_alike(changes.get(one, ()), changes.get(other, ())):
+            for name, twin in pairs:
+                if name not in groups and twin in groups:
+                    changes.pop(name, None)
+            continue
+        if not {one, other} <= ends:
+            raise ModelError(
+                f"{one} and {other} are one weight in the base, and the adapter changes them differently",
+                hint="Give both the same adapter, or serve it as an adapter.",
+            )
+        parts = True
+        untied |= {name: twin for name, twin in pairs if name not in groups}
+    return changes, untied, parts
+
+
+def _are_alike(changes: Sequence[Weighted], others: Sequence[Weighted]) -> bool:
+    return len(changes) == len(others) and all(map(_is_same, changes, others))
+
+
+def _is_same(one: Weighted, other: Weighted) -> bool:
+    return one.weight == other.weight and (one.change is other.change or one.change.equals(other.change))
+
+
+def _check_shapes(base: BaseModel, group: Group, known: Mapping[str, torch.Tensor]) -> None:
+    """Check that stored tensors make up parameters of the expected shapes, and that the way back gives theirs."""
+    headers = base.tensors.headers
+    if group.targets[0] in base.packed:
+        return  # by sizes of its own, which the loader's check compares
+    index = 0 if group.num_slices else None
+    for keys in group.sources.values():
+        for key in keys if group.num_slices else ():
+            _expect(headers[key], headers[keys[0]].shape, f"{keys[0]} has {headers[keys[0]].shape}")
+    stored = {key: torch.empty(headers[key].shape, device="meta") for key in group.keys_of(index)}
+    made = group.forward(base.model, stored)
+    for target in group.targets:
+        wanted = list(known[target].shape)
+        if target in base.grown:
+            wanted[0] = made[target].shape[0]
+        if index is not None:
+            wanted[0] = 1
+        if list(made[target].shape) != wanted:
+            raise ModelError(
+                f"{headers[group.keys[0]].file}: {group.keys[0]} makes up {target} of shape "
+                f"{tuple(made[target].shape)}, and config.json says {tuple(wanted)}",
+                hint="The weights belong to another config.json; download the model again as a whole.",
+            )
+    for key, value in group.backward(base.model, made, index).items():
+        assert tuple(value.shape) == headers[key].shape, f"{key} comes back in another shape"
+
+
+def _expect(header: TensorHeader, shape: tuple[int, ...], why: str) -> None:
+    if header.shape != shape:
+        raise ModelError(
+            f"{header.file}: {header.name} has the shape {header.shape}, and {why}",
+            hint="The weights belong to another config.json; download the model again as a whole.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planner:
+    base: BaseModel
+    changes: Changes
+    kind: BaseWeights
+    dtype: MergeDtype
+
+    def planned(self, name: str, header: TensorHeader, group: Group) -> PlannedTensor:
+        """Return what becomes of a tensor that a parameter is made of."""
+        changes = {target: self.changes[target] for target in group.targets if target in self.changes}
+        written = self._written_in(header, group.targets[0])
+        shape = self._shape(header, group)
+        if changes:
+            action = Action.MERGE
+        elif self._is_restored(group):
+            action = Action.DEQUANTIZE
+        elif written != DTYPES.get(header.dtype) or shape != header.shape or self.base.tensors.is_pickle:
+            action = Action.CAST
+        else:
+            action = Action.COPY
+        return PlannedTensor(
+            name=name,
+            file=_safetensors(header.file),
+            header=header,
+            dtype=written,
+            shape=shape,
+            action=action,
+            group=group,
+            index=group.slice_of(name),
+            changes=changes,
+            is_weight=self.base.is_weight(group),
+        )
+
+    def left(self, name: str, header: TensorHeader) -> PlannedTensor:
+        """Return what becomes of a tensor that the text model has no part in."""
+        written = self._written_in(header, name)
+        # Of a dtype that is not known here, it is copied: 8-bit floats of a tower, for one.
+        is_as_stored = written == DTYPES.get(header.dtype, written) and not self.base.tensors.is_pickle
+        action = Action.COPY if is_as_stored else Action.CAST
+        return PlannedTensor(
+            name=name, file=_safetensors(header.file), header=header, dtype=written, shape=header.shape, action=action
+        )
+
+    def untied(self, name: str, twin: str, group: Group) -> PlannedTensor:
+        """Return the tensor of a parameter that is one with `twin` in the base, and is not stored apart."""
+        header = self.base.tensors.headers[group.keys[0]]
+        changes = {twin: self.changes[name]} if name in self.changes else {}
+        return PlannedTensor(
+            name=name,
+            file=_safetensors(header.file),
+            header=header,
+            dtype=self._written_in(header, twin),
+            shape=self._shape(header, group),
+            action=Action.MERGE if changes else Action.CAST,
+            group=group,
+            changes=changes,
+        )
+
+    def _is_restored(self, group: Group) -> bool:
+        """Whether the base has other values than its files: dequantized ones."""
+        names = self.base.quantized if self.kind == BaseWeights.DEQUANTIZED else self.base.packed
+        return any(target in names for target in group.targets)
+
+    def _shape(self, header: TensorHeader, group: Group) -> tuple[int, ...]:
+        target = group.targets[0]
+        if target in self.base.packed:
+            return tuple(self.base.model.get_parameter(target).shape)
+        if target in self.base.grown:
+            return (self.base.num_rows or 0, *header.shape[1:])
+        return header.shape
+
+    def _written_in(self, header: TensorHeader, target: str) -> torch.dtype:
+        stored = DTYPES.get(header.dtype, torch.uint8)
+        is_packed = target in self.base.packed
+        if not stored.is_floating_point and not is_packed:
+            return stored
+        if self.dtype == MergeDtype.KEEP:
+            return self.base.layout.dtype if is_packed else stored
+        wanted = WRITTEN_IN[self.dtype]
+        kept: dict[str, torch.dtype] = self.base.model._get_dtype_plan(wanted)
+        return next((dtype for pattern, dtype in kept.items() if re.search(pattern, target)), wanted)
+
+
+def _safetensors(file: str) -> str:
+    """Return what a file of weights is called as safetensors."""
+    return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"

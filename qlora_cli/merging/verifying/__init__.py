@@ -1,0 +1,1 @@
+"""Verify a merge: compare models, module by module and token by token."""

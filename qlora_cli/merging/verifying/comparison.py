@@ -1,0 +1,303 @@
+"""Where models are compared: on which texts, on which device, and what each model's weights are."""
+
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.hardware.counters import is_out_of_memory
+from qlora_cli.hardware.device import OVERFLOWS_FP16, choose_device
+from qlora_cli.loading.model_outline import read_found
+from qlora_cli.merging.merge_result import Divergence, ModuleCheck
+from qlora_cli.merging.merger import merged
+from qlora_cli.merging.planning.adapter_changes import Read
+from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_groups
+from qlora_cli.merging.planning.conversions import read_conversions
+from qlora_cli.merging.planning.inputs import Inputs, read_base
+from qlora_cli.merging.planning.merge_plan import Changes, MergePlan, PlannedTensor, plan_merge
+from qlora_cli.merging.planning.stored_tensors import StoredTensors
+from qlora_cli.merging.planning.weight_changes import Experts
+from qlora_cli.merging.verifying.adapted_modules import ModuleWatch
+from qlora_cli.merging.verifying.divergence import divergence
+from qlora_cli.merging.verifying.reread import differing_files, is_same
+from qlora_cli.merging.verifying.streamed import Beside, StreamedModel, check_fit
+from qlora_cli.merging.verifying.texts import Texts, read_texts
+from qlora_cli.model_files.checkpoint import read_checkpoint
+from qlora_cli.model_files.model_config import read_config
+from qlora_cli.model_files.source import ModelSource
+from qlora_cli.quantization.embedding import embedding_of
+from qlora_cli.quantization.memory_check import free_bytes
+from qlora_cli.quantization.storage_plan import build_on_meta
+from qlora_cli.settings.choices import BaseWeights, MergeDtype
+
+# What lies between two models is their weights then, not the rounding of every product, which in bf16 is larger.
+COMPUTE_DTYPE = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was run from files: its logits, how many parameters were read, and which are other bits than planned."""
+
+    logits: torch.Tensor
+    num_parameters: int
+    differing: tuple[str, ...]
+
+
+class Laboratory:
+    """Runs the models that a merge is about over the same texts, each in one pass."""
+
+    def __init__(self, inputs: Inputs, reporter: Reporter) -> None:
+        """Choose the device and read the texts.
+
+        Raises:
+            OutOfMemoryError: not even one layer fits on the device.
+        """
+        self._inputs, self._reporter = inputs, reporter
+        self.device = choose_device(inputs.request.model.device)
+        check_fit(inputs.base.model, COMPUTE_DTYPE, free_bytes(self.device))
+        vocabulary = embedding_of(inputs.base.model).num_embeddings
+        self.texts: Texts = read_texts(inputs.tokenizer, inputs.record, vocabulary, reporter)
+        self._trained: torch.Tensor | None = None
+        self._checks: dict[BaseWeights, ModuleCheck | None] = {}
+        self._planned: dict[tuple[BaseWeights, MergeDtype], torch.Tensor] = {}
+
+    @property
+    def runs_adapters(self) -> bool:
+        """Whether the adapters run beside their base: if not, they are compared with their own sum."""
+        return len(self._inputs.adapters) == 1 or _run_together(self._inputs.changes)
+
+    def trained(self) -> torch.Tensor:
+        """Return the logits of the model that was trained: the base as training saw it, and the adapters beside it."""
+        if self._trained is None:
+            self._trained = self.beside(BaseWeights.DEQUANTIZED)
+        return self._trained
+
+    def reference(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits that those of the merged model are held against: of its base, the adapters beside it."""
+        return self.trained() if plan.base == BaseWeights.DEQUANTIZED else self.beside(plan.base)
+
+    def beside(self, kind: BaseWeights) -> torch.Tensor:
+        """Return the logits of a base with the adapters beside it, as PEFT runs them.
+
+        Several that PEFT can't run beside each other are added in fp32 instead. Else, if the merge is to be verified,
+        each adapted module is compared with the merged one on the way.
+        """
+        inputs = self._inputs
+        if not self.runs_adapters:
+            return self.planned(self.in_fp32(kind))
+        self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter beside it"))
+        base = Base(inputs.base, kind)
+        read = base_reader(inputs.base, base)
+        adapters = [
+            Beside(adapter=adapter, weight=weight)
+            for adapter, weight in zip(inputs.adapters, inputs.request.merge.weights, strict=True)
+        ]
+        watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.merge.verify else None
+        logits = self._logits(inputs.config.config, read, adapters, watch)
+        self._checks[kind] = None if watch is None else watch.check()
+        return logits
+
+    def modules(self, plan: MergePlan) -> ModuleCheck | None:
+        """Return how the adapted modules compared when the reference of `plan` ran."""
+        return self._checks.get(plan.base)
+
+    def unrounded(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write if it were written in fp32."""
+        return self.planned(self.in_fp32(plan.base))
+
+    @property
+    def may_be_fp16(self) -> bool:
+        """Whether models of this kind are known to compute in fp16: some grow activations beyond its range."""
+        return not self._inputs.config.config.model_type.startswith(OVERFLOWS_FP16)
+
+    def in_dtype(self, plan: MergePlan, dtype: MergeDtype) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write in another dtype."""
+        return self.planned(self._planned_in(plan.base, dtype))
+
+    def in_fp32(self, kind: BaseWeights) -> MergePlan:
+        """Return the plan of the same merge in fp32."""
+        return self._planned_in(kind, MergeDtype.FP32)
+
+    def _planned_in(self, kind: BaseWeights, dtype: MergeDtype) -> MergePlan:
+        inputs = self._inputs
+        return plan_merge(inputs.base, inputs.config, inputs.changes, kind, dtype)
+
+    def planned(self, plan: MergePlan) -> torch.Tensor:
+        """Return the logits of the model that `plan` would write; they are kept."""
+        key = (plan.base, plan.dtype)
+        if key not in self._planned:
+            self._planned[key] = self._run_planned(plan)
+        return self._planned[key]
+
+    def _run_planned(self, plan: MergePlan) -> torch.Tensor:
+        written = "as it is written" if plan.dtype == self._inputs.request.merge.dtype else f"in {plan.dtype.value}"
+        self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {written}"))
+        inputs = self._inputs
+        config = deepcopy(inputs.config.config)
+        if plan.unties:
+            config.tie_word_embeddings = False
+        return self._logits(config, planned_reader(inputs.base, plan))
+
+    def written(self, directory: Path, plan: MergePlan) -> "Written":
+        """Return the logits of the model in a directory, and what of it is not as `plan` would write it."""
+        expected = cast_once_reader(self._inputs.base, plan, self.in_fp32(plan.base))
+        compared, differing = [], list(differing_files(directory, self._inputs, plan))
+        read, config = self._file_reader(directory)
+
+        def read_and_compare(name: str) -> torch.Tensor:
+            value, wanted = read(name), expected(name)
+            compared.append(name)
+            if not is_same(value, wanted):
+                differing.append(name)
+            return value
+
+        logits = self._logits(config, read_and_compare)
+        return Written(logits=logits, num_parameters=len(set(compared)), differing=tuple(dict.fromkeys(differing)))
+
+    def stored(self, directory: Path) -> torch.Tensor:
+        """Return the logits of the model in a directory."""
+        read, config = self._file_reader(directory)
+        return self._logits(config, read)
+
+    def _file_reader(self, directory: Path) -> tuple[Read, PreTrainedConfig]:
+        self._reporter.report(PhaseStarted(title="Running the merged model from its files"))
+        config = read_config(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
+        checkpoint = read_checkpoint(directory, allow_pickle=False)
+        tensors = StoredTensors(directory, checkpoint)
+        model = build_on_meta(
+            config.config, COMPUTE_DTYPE, trust_remote_code=self._inputs.request.model.trust_remote_code
+        )
+        groups = read_conversions(model, list(tensors.headers), config.key_mapping).groups
+        by_name = parameter_groups(groups)
+
+        def read(name: str) -> torch.Tensor:
+            group = by_name[name]
+            return group.forward(model, {key: tensors[key] for key in group.keys})[name]
+
+        return _with_twins(read, by_name, model.all_tied_weights_keys or {}), config.config
+
+    def quantized(self, directory: Path) -> torch.Tensor:
+        """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
+        self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
+        found = read_found(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
+        checkpoint = read_checkpoint(directory, allow_pickle=False)
+        base = read_base(found, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
+        return self._logits(found.base.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
+
+    def compare(self, reference: torch.Tensor, other: torch.Tensor) -> Divergence:
+        """Return how far logits are from those of a reference."""
+        return divergence(reference, other, self.texts.targets)
+
+    def _logits(
+        self,
+        config: PreTrainedConfig,
+        read: Read,
+        adapters: Sequence[Beside] = (),
+        watch: ModuleWatch | None = None,
+    ) -> torch.Tensor:
+        model = StreamedModel(
+            config,
+            read,
+            device=self.device,
+            dtype=COMPUTE_DTYPE,
+            adapters=adapters,
+            watch=watch,
+            trust_remote_code=self._inputs.request.model.trust_remote_code,
+        )
+        try:
+            return self._run(model)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"comparing did not fit into the memory of {self.device}",
+                hint="Compare on the CPU with --device cpu, or merge with --no-verify and a --base.",
+            ) from error
+
+    def _run(self, model: StreamedModel) -> torch.Tensor:
+        return model.logits(*self.texts.batch(self._inputs.tokenizer.tokenizer.pad_token_id))
+
+
+def _run_together(changes: Changes) -> bool:
+    """Whether PEFT can run several adapters at once: not with what trained whole, nor with experts of one of them."""
+    return all(
+        one.is_update and not isinstance(one.change, Experts) for all_of_it in changes.values() for one in all_of_it
+    )
+
+
+def _source(directory: Path) -> ModelSource:
+    return ModelSource(name=str(directory), path=directory, base_name=str(directory), tokenizer_path=directory)
+
+
+def base_reader(model: BaseModel, base: Base) -> Read:
+    """Return what reads the parameters of a base."""
+    groups = parameter_groups(model.groups)
+    return _with_twins(
+        lambda name: base.parameters(groups[name])[name], groups, model.model.all_tied_weights_keys or {}
+    )
+
+
+def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
+    """Return what reads the parameters that `plan` would write, in the dtype that they would be written in."""
+    base, groups = Base(model, plan.base), parameter_groups(model.groups)
+    apart = {tensor.name: tensor for tensor in plan.tensors if _is_apart(model, tensor)}
+    written = {target: tensor.dtype for tensor in plan.tensors if tensor.group for target in tensor.group.targets}
+    changes: dict[str, Changes] = {
+        target: tensor.changes
+        for tensor in plan.tensors
+        if tensor.group is not None and tensor.name not in apart
+        for target in tensor.group.targets
+    }
+
+    def read(name: str) -> torch.Tensor:
+        if name in apart:
+            planned = apart[name]
+            assert planned.group is not None, "it is made of the tensors of its twin"
+            twin = planned.group.targets[0]
+            return merged(base.parameters(planned.group)[twin], planned.changes.get(twin, ()), planned.dtype)
+        value = base.parameters(groups[name])[name]
+        return merged(value, changes[name].get(name, ()), written[name])
+
+    return _with_twins(read, groups.keys() | apart.keys(), model.model.all_tied_weights_keys or {})
+
+
+def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> Read:
+    """Return what reads the parameters as they must be in the files of `plan`.
+
+    What an adapter changes is the merge in fp32, cast once by torch: so a value that was rounded on the way, or twice,
+    is another. What none changes is as the base has it.
+    """
+    as_planned, exact = planned_reader(model, plan), planned_reader(model, in_fp32)
+    changed = {
+        target: tensor.dtype
+        for tensor in plan.tensors
+        for target in ([tensor.name] if _is_apart(model, tensor) else tensor.changes)
+        if tensor.changes
+    }
+
+    def read(name: str) -> torch.Tensor:
+        return exact(name).to(changed[name]) if name in changed else as_planned(name)
+
+    known = {target for tensor in plan.tensors if tensor.group is not None for target in tensor.group.targets}
+    apart = {tensor.name for tensor in plan.tensors if _is_apart(model, tensor)}
+    return _with_twins(read, known | apart, model.model.all_tied_weights_keys or {})
+
+
+def _is_apart(model: BaseModel, tensor: PlannedTensor) -> bool:
+    """Whether it is of a parameter that the base has no tensor of its own for."""
+    return tensor.name not in model.tensors.headers
+
+
+def _with_twins(read: Read, known: Collection[str], tied: Mapping[str, str]) -> Read:
+    """Return what reads a parameter by its own name, or by that of one which it is one with."""
+    twins = {**{other: one for one, other in tied.items()}, **tied}
+
+    def read_any(name: str) -> torch.Tensor:
+        return read(name if name in known else twins[name])
+
+    return read_any

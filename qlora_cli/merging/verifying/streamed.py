@@ -1,0 +1,252 @@
+"""Run a model that need not fit into memory: its weights come layer by layer, and go again.
+
+The model is built with its weights on the meta device. Before a layer runs, its weights are asked for; after it, they
+are let go. So a pass needs one layer, and the same code measures what lies in files, what a merge would write, and the
+base with the adapter beside it, as PEFT runs it.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_cli.adapters.targets import BASE
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.merging.planning.adapter_changes import AdapterChanges, Read
+from qlora_cli.merging.verifying.adapted_modules import ModuleWatch
+from qlora_cli.model_files.construction import build_model
+from qlora_cli.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """An adapter that runs beside its base, and how much it counts."""
+
+    adapter: AdapterChanges
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where a weight goes while a unit runs: the module that holds it, by what name, and what it is called."""
+
+    module: nn.Module
+    leaf: str
+    name: str
+
+
+class StreamedModel:
+    """A model whose weights `read` gives by their full names."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        read: Read,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        adapters: Sequence[Beside] = (),
+        watch: ModuleWatch | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Build it; `watch` compares the adapted modules while it runs."""
+        self._read, self._device, self._dtype = read, device, dtype
+        self._base = _empty(config, dtype, trust_remote_code=trust_remote_code)
+        self._kept: dict[str, torch.dtype] = self._base._get_dtype_plan(dtype)
+        names = {id(parameter): name for name, parameter in self._base.named_parameters()}
+        units = unit_paths(self._base)
+        self._fill_buffers()
+        self._model: nn.Module = self._base
+        self._replaced: Mapping[str, torch.Tensor] = {}
+        if adapters:
+            self._model, self._replaced = _put_beside(self._base, adapters, names, device)
+        self._units = [_slots(self._module(path), names, deep=deep) for path, deep in units]
+        self._modules = [self._module(path) for path, _ in units]
+        if watch is not None:
+            watch.attach(self._model, names, self._placed)
+        self._hold_places()
+        self._model.eval()
+
+    def _module(self, path: str) -> nn.Module:
+        inside = isinstance(self._model, PeftModel)
+        return self._model.get_submodule(f"{BASE}{path}".removesuffix(".") if inside else path)
+
+    def _fill_buffers(self) -> None:
+        saved = self._base.state_dict().keys()
+        for name, buffer in self._base.named_buffers():
+            if name in saved:
+                buffer.copy_(self._read(name))
+        for module in self._base.modules():  # parameters stay where they are: nowhere
+            for name, held in module._buffers.items():
+                if held is not None:
+                    module._buffers[name] = held.to(self._device)
+
+    def _hold_places(self) -> None:
+        """Put something on the device where weights will be: some models send their input to where a weight is.
+
+        It takes no memory, and whatever reads it while its unit does not run computes NaN.
+        """
+        nothing = torch.tensor(torch.nan, device=self._device, dtype=self._dtype)
+        for slot in (slot for slots in self._units for slot in slots):
+            shape = slot.module._parameters[slot.leaf].shape  # type: ignore[union-attr] # a slot is of a weight
+            slot.module._parameters[slot.leaf] = nn.Parameter(nothing.expand(shape), requires_grad=False)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits at each token that counts, `(tokens, vocabulary)` in fp32 on the CPU.
+
+        `ids` and `mask` are `(rows, seq)`, padded on the right.
+        """
+        with _streaming(self._modules, self._units, self._put):
+            output = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False)
+        found: torch.Tensor = output.logits[mask.bool().to(self._device)].float().cpu()
+        return found
+
+    def _put(self, slot: Slot) -> torch.Tensor:
+        value = self._replaced[slot.name] if slot.name in self._replaced else self._read(slot.name)
+        return self._placed(value, slot.name)
+
+    def _placed(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the value of the parameter `name` where it is computed with, in the dtype that it is computed in."""
+        kept = next((dtype for pattern, dtype in self._kept.items() if re.search(pattern, name)), self._dtype)
+        return value.to(self._device, kept)
+
+
+def _empty(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    config = deepcopy(config)
+    with init_empty_weights(include_buffers=False):
+        model = build_model(config, dtype, trust_remote_code=trust_remote_code)
+    model.requires_grad_(False)
+    return model
+
+
+def unit_paths(model: nn.Module) -> list[tuple[str, bool]]:
+    """Return the modules that get their weights at once, and whether with all that is below them.
+
+    Those are the layers, and whatever holds a weight outside of them.
+    """
+    units: list[tuple[str, bool]] = []
+    layers: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{layer}.") for layer in layers):
+            continue
+        if path and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList):
+            layers.append(path)
+            units.append((path, True))
+        elif any(parameter is not None for parameter in module._parameters.values()):
+            units.append((path, not any(True for _ in module.children())))
+    return units
+
+
+def check_fit(model: nn.Module, dtype: torch.dtype, free_bytes: int) -> None:
+    """Check that the largest unit of `model` fits in memory, twice: as it was read, and as it is computed with.
+
+    Raises:
+        OutOfMemoryError: it does not.
+    """
+    needed = 2 * largest_unit_bytes(model, dtype)
+    if needed > free_bytes:
+        raise OutOfMemoryError(
+            f"comparing needs {format_bytes(needed)} for one layer, and {format_bytes(free_bytes)} are free",
+            hint="Free memory, or merge with --no-verify and --base original or dequantized.",
+        )
+
+
+def largest_unit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return what the weights of the largest unit take in `dtype`: those are in memory at a time."""
+    units = [(model.get_submodule(path), deep) for path, deep in unit_paths(model)]
+    sizes = [sum(weight.numel() for weight in unit.parameters(recurse=deep)) for unit, deep in units]
+    return dtype.itemsize * max(sizes, default=0)
+
+
+def _slots(module: nn.Module, names: dict[int, str], *, deep: bool) -> list[Slot]:
+    holders = module.modules() if deep else [module]
+    return [
+        Slot(module=holder, leaf=leaf, name=names[id(parameter)])
+        for holder in holders
+        for leaf, parameter in holder._parameters.items()
+        if parameter is not None and id(parameter) in names
+    ]
+
+
+@contextmanager
+def _streaming(
+    modules: Collection[nn.Module], units: Collection[list[Slot]], put: Callable[[Slot], torch.Tensor]
+) -> Iterator[None]:
+    """Give each of `modules` the weights of its unit while it runs."""
+    handles = []
+    for module, slots in zip(modules, units, strict=True):
+        empty = [(slot, slot.module._parameters[slot.leaf]) for slot in slots]
+
+        def fill(_: nn.Module, __: Any, slots: list[Slot] = slots) -> None:
+            for slot in slots:
+                slot.module._parameters[slot.leaf] = nn.Parameter(put(slot), requires_grad=False)
+
+        def clear(_: nn.Module, __: Any, ___: Any, empty: list[tuple[Slot, nn.Parameter | None]] = empty) -> None:
+            for slot, parameter in empty:
+                slot.module._parameters[slot.leaf] = parameter
+
+        handles += [module.register_forward_pre_hook(fill), module.register_forward_hook(clear, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _put_beside(
+    base: PreTrainedModel, adapters: Sequence[Beside], names: dict[int, str], device: torch.device
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """Return `base` with adapters, whose own weights are in memory, and what of the base they take the place of."""
+    model: PeftModel | None = None
+    replaced: dict[str, torch.Tensor] = {}
+    labels = [f"adapter_{number}" for number in range(len(adapters))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for label, one in zip(labels, adapters, strict=True):
+            config = deepcopy(one.adapter.config)
+            config.inference_mode = True
+            if model is None:
+                model = get_peft_model(base, config, label, autocast_adapter_dtype=False)
+            else:
+                model.add_adapter(label, config)
+            _materialize(model, names, device)
+            _fill(model, label, one.adapter.adapter.values)
+            replaced |= one.adapter.beside
+        assert model is not None, "there is an adapter"
+        model.base_model.set_adapter(labels if len(labels) > 1 else labels[0])
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for label, one in zip(labels, adapters, strict=True):
+                if label in module.scaling:
+                    module.scaling[label] *= one.weight
+    return model, replaced
+
+
+def _fill(model: PeftModel, label: str, values: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter its values, but for those of parameters of the base, such as biases.
+
+    Not by PEFT's own way, which renames some once more and then loses them.
+    """
+    rooms = get_peft_model_state_dict(model, adapter_name=label, save_embedding_layers=False)
+    for key, value in values.items():
+        rooms[key].copy_(value)
+
+
+def _materialize(model: PeftModel, names: dict[int, str], device: torch.device) -> None:
+    """Give what belongs to adapters room in memory, in fp32; the base stays empty."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and id(parameter) not in names:
+                room = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+                module._parameters[leaf] = nn.Parameter(room, requires_grad=False)

@@ -1,0 +1,162 @@
+"""Say before a weight is read whether a model fits, and if not, what the smallest change is that makes it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.quantization.embedding import is_tied
+from qlora_cli.quantization.storage_plan import Layout, plan_layout
+from qlora_cli.settings.choices import quant_flag
+from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.settings.settle import varied
+from qlora_cli.settings.shown import flags_of
+from qlora_cli.units import format_bytes
+
+OFFLOAD = "--offload-embedding"
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a control group says its limit, its use, and how much of the use is page cache that can be dropped."""
+
+    most: Path
+    used: Path
+    statistics: Path
+    droppable: str
+
+
+LIMITS = (  # of version 2 and of version 1
+    Limit(CGROUPS / "memory.max", CGROUPS / "memory.current", CGROUPS / "memory.stat", "inactive_file"),
+    Limit(
+        CGROUPS / "memory" / "memory.limit_in_bytes",
+        CGROUPS / "memory" / "memory.usage_in_bytes",
+        CGROUPS / "memory" / "memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of flags, and the bytes needed with it."""
+
+    flags: str
+    needed_bytes: int
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what is free on `device` now; on the host, what is available without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_left_by_limits()])
+
+
+def _left_by_limits() -> list[int]:
+    """Return what the limits of this process's control groups leave, as in a container; without limits, nothing."""
+    left = []
+    for limit in LIMITS:
+        try:
+            most = limit.most.read_text(encoding="ascii").strip()
+            if most.isdigit():  # `max` is no limit
+                statistics = dict(line.split() for line in limit.statistics.read_text(encoding="ascii").splitlines())
+                used = int(limit.used.read_text(encoding="ascii")) - int(statistics.get(limit.droppable, 0))
+                left.append(max(0, int(most) - used))
+        except OSError:  # another version of control groups, or none
+            continue
+    return left
+
+
+def needed_bytes(layout: Layout, *, offload_embedding: bool = False, grows: bool = False) -> int:
+    """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized.
+
+    `grows`: the embedding gets new rows, for which there are two of it for a moment.
+    """
+    embedding = _embedding_bytes(layout)
+    total = layout.inventory.total_bytes + max(layout.transient_bytes, embedding if grows else 0)
+    return total - (embedding if offload_embedding else 0)
+
+
+def check_fit(
+    name: str,
+    model: PreTrainedModel,
+    layout: Layout,
+    device: torch.device,
+    free: int,
+    *,
+    offload_embedding: bool,
+    grows: bool = False,
+) -> None:
+    """Check that the model, whose shapes are `model` on the meta device, fits into `free` bytes on `device`.
+
+    `grows`: the embedding gets new rows.
+
+    Raises:
+        OutOfMemoryError: it does not; with both numbers and the smallest change that fits.
+    """
+    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows)
+    if needed <= free:
+        return
+    changes = list(_changes(model, layout, device, offload_embedding=offload_embedding))
+    fitting = [change for change in changes if change.needed_bytes <= free]
+    if fitting:
+        hint = f"{fitting[0].flags} would fit: {format_bytes(fitting[0].needed_bytes)}."
+    else:
+        least = min((change.needed_bytes for change in changes), default=needed)
+        hint = f"No way of storing it fits here: the least is {format_bytes(min(least, needed))}. Take a smaller model"
+        hint += " or a device with more memory." if device.type == "cuda" else " or a machine with more memory."
+    raise OutOfMemoryError(
+        f"{name} needs {format_bytes(needed)} on {device}, and {format_bytes(free)} are free", hint=hint
+    )
+
+
+def _changes(
+    model: PreTrainedModel, layout: Layout, device: torch.device, *, offload_embedding: bool
+) -> Iterator[Change]:
+    """Yield what could be changed, what changes the model least first."""
+    can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
+    if can_offload:
+        yield Change(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
+    if layout.prequantized is not None:
+        return
+    for flags, settings in _smaller(layout).items():
+        try:
+            variant = plan_layout(model, settings, layout.dtype, device=device)
+        except QloraError:  # this model can't be stored so, and then it is no change to propose
+            continue
+        yield Change(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
+        if can_offload:
+            yield Change(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
+
+
+def _smaller(layout: Layout) -> dict[str, QuantizationSettings]:
+    """Return the settings that store less than those of `layout`, by the flag that makes them so."""
+    settings = layout.settings
+    same_method = {
+        flags_of({f"quantization.{saving.key}": saving.value}): varied(settings, **{saving.key: saving.value})
+        for saving in layout.method.savings(settings)
+    }
+    fewer_bits = {
+        quant_flag([method]): QuantizationSettings(method=method, skip_modules=settings.skip_modules)
+        for method in settings.method.smaller()
+    }
+    return {**same_method, **fewer_bits}
+
+
+def fits_unquantized(layout: Layout, free: int) -> bool:
+    """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter.
+
+    False for one that is not quantized, or that came so.
+    """
+    if not layout.settings.method.is_quantized or layout.prequantized is not None:
+        return False
+    return 2 * layout.inventory.num_parameters * layout.dtype.itemsize <= free
+
+
+def _embedding_bytes(layout: Layout) -> int:
+    return sum(entry.weight_bytes for entry in layout.inventory.entries if entry.kind == "embedding")

@@ -1,0 +1,264 @@
+"""Decide how each weight of a model is stored, and what that takes, from shapes alone: no weight is read.
+
+The model is built on the meta device. What is predicted here is what `take_inventory` counts after loading, to the
+byte; tests compare the two for every architecture.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model_files.construction import build_model
+from qlora_cli.quantization.embedding import embedding_of
+from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
+from qlora_cli.quantization.inventory import classify, parameters_once
+from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.methods.method import Method
+from qlora_cli.quantization.methods.skip_modules import (
+    fused_experts,
+    has_part,
+    kept_layers,
+    linear_layers,
+    tied_weights,
+)
+from qlora_cli.quantization.prequantized import Prequantized
+from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_flag
+from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the weights of a model are stored. `kept` are the linear layers and fused experts that are not quantized,
+    by full name with the reason.
+
+    `experts` are the full names of fused experts that are quantized; `prequantized`, that all comes so.
+    """
+
+    settings: QuantizationSettings
+    dtype: torch.dtype
+    kept: Mapping[str, str]
+    experts: tuple[str, ...]
+    prequantized: Prequantized | None
+    inventory: Inventory
+
+    @property
+    def method(self) -> Method:
+        """What stores the weights."""
+        return method_of(self.settings.method)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is."""
+        return any(entry.is_quantized for entry in self.inventory.entries)
+
+    def describe(self) -> str:
+        """Return in a few words how the model is stored: `NF4, double quantization`."""
+        return self.method.describe(self.settings) + ("" if self.prequantized is None else ", as stored")
+
+    @property
+    def transient_bytes(self) -> int:
+        """The most that is held beside the model while it is loaded: one weight before it is quantized.
+
+        Its constants may take more than they do afterwards. Fused experts that stay unquantized are put together
+        from tensors that are there at the same time.
+        """
+        if self.prequantized is not None:
+            return 0
+        constants = self.method.transient_constant_bytes(self.settings)
+        return max(
+            (
+                int(entry.num_parameters * (self.dtype.itemsize + (constants if entry.is_quantized else 0)))
+                for entry in self.inventory.entries
+                if entry.is_quantized or entry.kind == "experts"
+            ),
+            default=0,
+        )
+
+
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model without its weights: shapes only.
+
+    Raises:
+        ModelError: its architecture builds none of this config.
+        MissingDependencyError: its code needs a package that is not installed.
+    """
+    with torch.device("meta"):
+        return build_model(config, dtype, trust_remote_code=trust_remote_code)
+
+
+def with_rows(
+    model: PreTrainedModel, config: PreTrainedConfig, num_rows: int, dtype: torch.dtype, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return `model`, built of `config`, or one with `num_rows` rows if it has fewer, which `config` says then too."""
+    if num_rows <= embedding_of(model).num_embeddings:
+        return model
+    config.vocab_size = num_rows
+    return build_on_meta(config, dtype, trust_remote_code=trust_remote_code)
+
+
+def plan_layout(
+    model: PreTrainedModel,
+    settings: QuantizationSettings,
+    dtype: torch.dtype,
+    prequantized: Prequantized | None = None,
+    *,
+    device: torch.device,
+) -> Layout:
+    """Return the layout on `device` of `model`, which is on the meta device and in `dtype`.
+
+    Raises:
+        ModelError: nothing of it can be quantized as `settings` say, or its experts can't.
+    """
+    method = method_of(settings.method)
+    if prequantized is not None:
+        kept = _kept_as_stored(model, prequantized.kept)
+        experts = tuple(prequantized.config.get("quantized_parameters") or ())
+        kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
+        _check_skipped(model, settings.skip_modules, kept)
+        _check_tied(model, kept)
+        _check_restorable(model, prequantized, kept, device)
+    elif not settings.method.is_quantized:
+        kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
+    else:
+        kept = kept_layers(model, settings.skip_modules)
+        _check_matches(model, settings.skip_modules or ())
+        kept = {**method.unstorable(model, device), **kept}
+        experts = tuple(name for name, _ in fused_experts(model) if name not in kept)
+        if experts and not method.stores_experts:
+            raise _no_place_for_experts(model, settings.method, experts)
+        if not experts and all(name in kept for name, _ in linear_layers(model)):
+            raise _nothing_to_quantize(model, settings.method, kept)
+    inventory = _predict(model, settings, kept, experts)
+    return Layout(
+        settings=settings, dtype=dtype, kept=kept, experts=experts, prequantized=prequantized, inventory=inventory
+    )
+
+
+def _kept_as_stored(model: PreTrainedModel, named: list[str] | None) -> dict[str, str]:
+    """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with.
+
+    `named` are the modules that its config says so of.
+    """
+    patterns = HfQuantizer.get_modules_to_not_convert(model, named, list(model._keep_in_fp32_modules or ()))
+    reasons = kept_layers(model, None)
+    return {
+        name: reasons.get(name, "as stored")
+        for name, module in linear_layers(model)
+        if not should_convert_module(name, patterns) or reasons.get(name, "").startswith("a ")
+    }
+
+
+def _check_matches(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
+    names = [*(name for name, _ in linear_layers(model)), *(name for name, _ in fused_experts(model))]
+    for part in asked:
+        if not any(has_part(name, [part]) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise ModelError(
+                f"{part!r} matches no layer of the model",
+                hint=f"Its layers are {', '.join(leaves)}; any part of a full name between dots does.",
+                setting="quantization.skip_modules",
+            )
+
+
+def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: Mapping[str, str]) -> None:
+    wanted = [name for name, reason in kept_layers(model, asked).items() if reason == "as asked"]
+    if packed := [name for name in wanted if name not in kept]:
+        raise ModelError(
+            f"{','.join(asked or ())} are to be kept, but the checkpoint holds {packed[0]} quantized",
+            hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
+            setting="quantization.skip_modules",
+        )
+
+
+def _check_tied(model: PreTrainedModel, kept: Mapping[str, str]) -> None:
+    """Check that no layer is stored as quantized that is one weight with the embedding: it has no codes to read."""
+    tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
+    if wrong := [name for name, _ in linear_layers(model) if name in tied and name not in kept]:
+        raise ModelError(
+            f"the checkpoint can't be used: it has {wrong[0]} quantized, which is one weight with the embedding",
+            hint=f"Write it again with {wrong[0]} among llm_int8_skip_modules, or give the 16-bit model.",
+        )
+
+
+def _check_restorable(
+    model: PreTrainedModel, prequantized: Prequantized, kept: Mapping[str, str], device: torch.device
+) -> None:
+    unstorable = method_of(prequantized.method).unstorable(model, device)
+    wrong = [(name, reason) for name, reason in unstorable.items() if name not in kept]
+    if wrong:
+        name, reason = wrong[0]
+        raise ModelError(
+            f"{len(wrong)} weights can't be used on a {device.type.upper()} as they are stored: {name} has {reason}",
+            hint="Use a GPU, or load the 16-bit model, whose weights of this shape are kept unquantized.",
+        )
+
+
+def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    storing = quant_flag(other for other in Quantization if method_of(other).stores_experts)
+    num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
+    return ModelError(
+        f"{method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
+        f"{format_bytes(2 * total)} would silently stay in 16 bit",
+        hint=f"Use {storing}, which quantize experts too; or keep them in 16 bit knowingly with "
+        "--set quantization.skip_modules=experts",
+        setting="quantization.method",
+    )
+
+
+def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, kept: Mapping[str, str]) -> ModelError:
+    reasons = sorted(set(kept.values()))
+    return ModelError(
+        f"nothing of {type(model).__name__} can be stored in {method.value}: "
+        f"{'; '.join(reasons) or 'it has no linear layer'}",
+        hint=f"Load it with {quant_flag([UNQUANTIZED_METHOD])}, for LoRA on a 16-bit base.",
+    )
+
+
+def _predict(
+    model: PreTrainedModel,
+    settings: QuantizationSettings,
+    kept: Mapping[str, str],
+    experts: tuple[str, ...],
+) -> Inventory:
+    entries: list[Entry] = []
+    for name, module, parameter in parameters_once(model):
+        kind, why_not = classify(name, module, parameter.dim(), kept)
+        is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
+        if name in experts or is_linear:
+            shape = parameter.T.shape if isinstance(module, Conv1D) else parameter.shape  # that one is (in, out)
+            entries.append(method_of(settings.method).entry(name, kind, shape, parameter.dtype, settings))
+        else:
+            entries.append(_unquantized(model, name, kind, why_not, parameter))
+    buffer_bytes = sum(
+        buffer.numel() * _stored_dtype(model, name, buffer).itemsize for name, buffer in model.named_buffers()
+    )
+    return Inventory(entries=tuple(entries), buffer_bytes=buffer_bytes)
+
+
+def _stored_dtype(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a tensor is loaded in: some are kept in fp32 by their architecture."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(tensor.dtype)
+    return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), tensor.dtype)
+
+
+def _unquantized(model: PreTrainedModel, name: str, kind: str, why_not: str | None, parameter: nn.Parameter) -> Entry:
+    dtype = _stored_dtype(model, name, parameter)
+    return Entry(
+        name=name,
+        kind=kind,
+        why_not=why_not or "not asked for",
+        num_parameters=parameter.numel(),
+        weight_bytes=parameter.numel() * dtype.itemsize,
+        constant_bytes=0,
+        dtype=dtype_name(dtype),
+    )

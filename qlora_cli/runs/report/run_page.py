@@ -1,0 +1,228 @@
+"""`report.html` of a run: one file that needs nothing else, on a phone, on paper, and in ten years.
+
+What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from qlora_cli import __version__
+from qlora_cli.runs.directory import REPORT_FILE
+from qlora_cli.runs.find_runs import Run, read_run
+from qlora_cli.runs.history import RunHistory, parse_time
+from qlora_cli.runs.record import Rows, RunRecord, as_name, as_text
+from qlora_cli.runs.report.charts import charts_of
+from qlora_cli.runs.report.curve import HEIGHT, WIDTH
+from qlora_cli.runs.samples import answers_by_prompt
+from qlora_cli.runs.summary import RunSummary
+from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.visible import visible
+from qlora_cli.writing import PRIVATE_FILE, write_file
+
+TEMPLATE = f"{REPORT_FILE}.jinja"
+MOST_SKIPPED = 20  # steps that are listed
+BYTES, SECONDS = "_bytes", "_seconds"
+ABBREVIATIONS = {"cpus": "CPUs", "gpu": "GPU", "cuda": "CUDA", "dtype": "data type"}
+NOT_KNOWN = "\N{EN DASH}"
+DATA_ROWS = (
+    ("rows", "Rows read"),
+    ("rows_trained", "Rows fed"),
+    ("packed_rows", "Rows after packing"),
+    ("tokens", "Tokens fed"),
+    ("supervised_tokens", "Supervised tokens"),
+    ("longest_row_tokens", "Longest row, in tokens"),
+    ("truncated_rows", "Rows truncated"),
+    ("dropped_rows", "Rows dropped as too long"),
+    ("tokens_lost", "Tokens lost"),
+    ("supervised_tokens_lost", "Supervised tokens lost"),
+    ("rows_without_supervision", "Rows without supervision"),
+    ("duplicate_rows", "Duplicate rows"),
+    ("held_out_rows", "Rows held out"),
+    ("near_duplicate_rows", "Near-duplicates of trained rows"),
+    ("groups", "Groups"),
+    ("bad_rows", "Bad rows"),
+)
+WITHOUT_PLAN = ("output", "predicted_memory", "model")  # told elsewhere on the page
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the head of the page."""
+
+    name: str
+    figure: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """A kind of memory, predicted and measured, as text."""
+
+    name: str
+    predicted: str
+    measured: str
+    difference: str
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into the run directory, complete or not at all, and return its path.
+
+    Raises:
+        OSError: it can't be written, such as on a full disk.
+    """
+    path = directory / REPORT_FILE
+    write_page(path, read_run(directory))
+    return path
+
+
+def write_page(path: Path, run: Run) -> None:
+    """Write the page of a run to `path`, complete or not at all.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    write_file(path, report_page(run.summary, run.history, run.record), mode=PRIVATE_FILE)
+
+
+def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> str:
+    """Return the page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"visible": _visible, "lines": _visible_lines, "count": "{:,}".format}
+    template = environment.from_string(resources.files("qlora_cli.runs.report").joinpath(TEMPLATE).read_text("utf-8"))
+    charts = charts_of(history, summary, record)
+    return template.render(
+        summary=summary,
+        history=history,
+        state=summary.sentence,
+        about=about(summary, record),
+        tiles=list(tiles_of(summary, history)),
+        charts=charts,
+        width=WIDTH,
+        height=HEIGHT,
+        memory=list(memory_rows(summary)),
+        samples=answers_by_prompt(history),
+        skipped=history.skipped[:MOST_SKIPPED],
+        data=list(data_rows(record)),
+        has_evaluation=record.data.eval is not None,
+        facts=[(title, pairs) for title, pairs in facts_of(record).items() if pairs],
+        settings=record.settings_used,
+        fingerprint=record.data.train.fingerprint if record.data.train else None,
+        version=__version__,
+    )
+
+
+def about(summary: RunSummary, record: RunRecord) -> Pairs:
+    """Return what was trained on what, where and when."""
+    started = parse_time(summary.started)
+    device = as_name(record.hardware.get("gpu")) or record.plan.device
+    pairs = [
+        ("Model", summary.model),
+        ("Data", ", ".join(summary.dataset) or None),
+        ("Device", device),
+        ("Started", f"{started:%Y-%m-%d %H:%M} UTC" if started else None),
+        ("Trained for", format_duration(summary.duration_seconds) if summary.duration_seconds else None),
+        ("Directory", str(summary.path)),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
+    """Yield the figures to see first."""
+    if summary.loss is not None:
+        yield Tile("Loss", f"{summary.loss:.4f}", "at the last step")
+    if summary.best_loss is not None:
+        last = history.evaluations[-1]
+        is_last = last.step == summary.best_step
+        remark = "at the last evaluation" if is_last else f"at step {summary.best_step:,}, {last.loss:.4f} at the end"
+        yield Tile("Best held-out loss", f"{summary.best_loss:.4f}", remark)
+    if summary.tokens_per_second is not None:
+        yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", "tokens a second over all steps")
+    if summary.peak_reserved_bytes is not None:
+        foreseen = summary.predicted_reserved_bytes
+        remark = f"reserved, {format_bytes(foreseen)} predicted" if foreseen else "reserved on the GPU"
+        yield Tile("Peak memory", format_bytes(summary.peak_reserved_bytes), remark)
+    elif summary.peak_host_bytes is not None:
+        yield Tile("Peak memory", format_bytes(summary.peak_host_bytes), "of the process on the host")
+
+
+def memory_rows(summary: RunSummary) -> Iterator[MemoryRow]:
+    """Yield what was predicted beside what was measured."""
+    for name, predicted, measured in (
+        ("Allocated by tensors", summary.predicted_allocated_bytes, summary.peak_allocated_bytes),
+        ("Reserved by PyTorch", summary.predicted_reserved_bytes, summary.peak_reserved_bytes),
+        ("Process on the GPU", summary.predicted_process_bytes, None),
+        ("Process on the host", None, summary.peak_host_bytes),
+    ):
+        if predicted is not None or measured is not None:
+            yield MemoryRow(name, _bytes(predicted), _bytes(measured), _difference(predicted, measured))
+
+
+def _bytes(num_bytes: int | None) -> str:
+    return NOT_KNOWN if num_bytes is None else format_bytes(num_bytes)
+
+
+def _difference(predicted: int | None, measured: int | None) -> str:
+    return f"{100 * (predicted / measured - 1):+.1f} %" if predicted and measured else ""
+
+
+def data_rows(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """Yield what became of the rows: the name of a figure, that of the trained and that of the held-out rows."""
+    trained, evaluated = record.data.train or Rows(), record.data.eval or Rows()
+    for key, name in DATA_ROWS:
+        train, held_out = trained.integer(key), evaluated.integer(key)
+        if train is not None or held_out is not None:
+            yield name, _count(train), _count(held_out)
+
+
+def _count(value: int | None) -> str:
+    return NOT_KNOWN if value is None else f"{value:,}"
+
+
+def facts_of(record: RunRecord) -> dict[str, Pairs]:
+    """Return plan, machine and versions as names and values."""
+    plan = {key: value for key, value in record.plan.content.items() if key not in WITHOUT_PLAN}
+    return {
+        "Plan": _pairs(plan),
+        "Machine": _pairs(record.hardware),
+        "Versions": [(key, as_text(value)) for key, value in record.versions.items()],
+    }
+
+
+def _pairs(section: Mapping[str, object]) -> Pairs:
+    return [(_name_of(key), _value_of(key, value)) for key, value in section.items() if value is not None]
+
+
+def _name_of(key: str) -> str:
+    words = key.removeprefix("num_").removesuffix(BYTES).removesuffix(SECONDS).split("_")
+    name = " ".join(ABBREVIATIONS.get(word, word) for word in words)
+    return name[:1].upper() + name[1:]
+
+
+def _value_of(key: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return as_text(value)
+    formats: dict[str, Callable[[float], str]] = {
+        BYTES: lambda number: format_bytes(int(number)),
+        SECONDS: format_duration,
+        "_share": lambda number: f"{100 * number:.1f} %",
+        "_parameters": lambda number: format_count(int(number)),
+    }
+    for ending, formatted in formats.items():
+        if key.endswith(ending):
+            return formatted(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _visible(text: object) -> str:
+    return visible(str(text), is_end=False)
+
+
+def _visible_lines(text: object) -> str:
+    """Return text whose line breaks are real ones, and whose other unseen characters are seen."""
+    return "\n".join(_visible(line) for line in str(text).replace("\r\n", "\n").split("\n"))

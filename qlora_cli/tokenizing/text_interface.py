@@ -1,0 +1,40 @@
+"""What a model makes of text: its tokenizer and how many positions it has. Needs no weights."""
+
+from dataclasses import dataclass
+
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.model_files.model_config import read_config
+from qlora_cli.model_files.source import CONFIG, find_tokenizer
+from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions
+from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """The tokenizer of a model, and its positions; None if it has no limit, or no config is there."""
+
+    tokenizer: LoadedTokenizer
+    num_positions: int | None
+
+
+def load_text_side(settings: ModelSettings, reporter: Reporter, *, max_length: int | None) -> TextSide:
+    """Load the tokenizer of a model as `train` does. `max_length` is checked against the positions if it is given.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        ModelError: it has no tokenizer that can be used, or fewer positions than `max_length`.
+    """
+    reporter.report(PhaseStarted(title=f"Finding {settings.name}"))
+    source = find_tokenizer(settings, reporter)
+    tokenizer = load_tokenizer(source, settings)
+    for note in tokenizer.notes:
+        reporter.report(Noted(message=note))
+    if not (source.path / CONFIG).is_file():
+        reporter.report(Noted(message=f"{source.path} has no {CONFIG}: how many positions the model has is not known"))
+        return TextSide(tokenizer=tokenizer, num_positions=None)
+    config = read_config(source, trust_remote_code=settings.trust_remote_code).config
+    if max_length is not None:
+        check_length(config, max_length, settings.rope_scaling)
+    apply_rope_scaling(config, settings.rope_scaling)
+    return TextSide(tokenizer=tokenizer, num_positions=num_positions(config))

@@ -1,0 +1,303 @@
+"""Load the tokenizer of a model: new tokens, chat template, and a pad token that does not stand for the end."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.construction import shown, told
+from qlora_cli.model_files.generation import read_generation_config
+from qlora_cli.model_files.source import CONFIG, ModelSource, has_vocabulary
+from qlora_cli.settings.models import ModelSettings
+from qlora_cli.tokenizing.chat_template import choose_chat_template
+from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_files import faulty_config, open_tokenizer, places_of
+from qlora_cli.tokenizing.vocabulary_files import why_unreadable
+
+# Tokens that tokenizers carry for padding, best first. <|endoftext|> ends the text in many models; then it is out.
+PAD_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|padding|>",
+    "<\uff5c\u2581pad\u2581\uff5c>",  # DeepSeek
+    "<|endoftext|>",
+    "<|vision_pad|>",
+)
+# Tokens held in reserve, by the names that model families give them: <|reserved_special_token_0|>, <unused0>,
+# [unused1], >>UNUSED_1<<, <|placeholder1|>, <|dummy_0|>, <|extra_0|>, <extra_id_0>, <SPECIAL_20>, [control_8].
+RESERVED = re.compile(
+    r"(<|\[|>>)\|?(reserved|unused|placeholder|dummy|extra|special|control)[a-z_]*\d+\|?(>|\]|<<)", re.IGNORECASE
+)
+ADDED_PAD = "<|pad|>"
+WHAT_THEY_HOLD: Mapping[str, tuple[type, ...]] = {
+    "added_tokens.json": (int,),
+    "special_tokens_map.json": (str, list, dict),
+}
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTokenizer:
+    """A tokenizer that pads on the right.
+
+    `end_ids` are what generation stops at, `new_token_ids` those of the new tokens, in their order.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+    new_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """The rows that an embedding needs for it."""
+        return _largest_id(self.tokenizer) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What the model's files say: the rows of the embedding, the ids that end a text, and those for padding."""
+
+    num_rows: int | None
+    end_ids: frozenset[int]
+    pad_ids: tuple[int, ...]
+
+
+def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
+    """Return the tokenizer with new tokens, chat template and pad token as the settings say, and notes on them.
+
+    Raises:
+        ModelError: there is no tokenizer, it has no end-of-sequence token, or it can't give the position
+            of its tokens in the text, which the loss mask is built from; a new token is none; or the chat
+            template asked for can't be used.
+        MissingDependencyError: its vocabulary needs a package that is not installed.
+    """
+    with tokenizer_explained(source.name):
+        return _load(source, settings)
+
+
+def _load(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
+    facts = _read_facts(source)
+    tokenizer, differences = _open(source, settings, sys.maxsize if settings.resize_vocab else facts.num_rows or 0)
+    tokenizer.padding_side = "right"
+    new_token_ids = _add_new_tokens(tokenizer, settings.new_tokens or ())
+    notes = []
+    if new_token_ids:
+        ids = ", ".join(map(str, new_token_ids))
+        notes.append(f"new tokens: {', '.join(settings.new_tokens or ())} (ids {ids})")
+    notes += choose_chat_template(tokenizer, settings.chat_template)
+    if source.adapter is not None and facts.num_rows is not None:
+        # The base of an adapter is grown as far as its tokenizer goes, and was when it was trained.
+        facts = replace(facts, num_rows=max(facts.num_rows, _largest_id(tokenizer) + 1))
+    notes += _choose_pad(tokenizer, facts, may_grow=settings.resize_vocab)
+    assert tokenizer.eos_token_id is not None, "checked on opening"
+    return LoadedTokenizer(
+        tokenizer=tokenizer,
+        end_ids=facts.end_ids | {tokenizer.eos_token_id},
+        new_token_ids=new_token_ids,
+        notes=(*notes, *differences),
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings: ModelSettings) -> None:
+    """Check that every id of the tokenizer has a row of the embedding, unless it may be resized.
+
+    Raises:
+        ModelError: an id lies beyond the embedding.
+    """
+    largest = _largest_id(tokenizer)
+    if largest < num_rows or settings.resize_vocab:
+        return
+    cause = (
+        "--new-tokens do not fit" if settings.new_tokens else "The tokenizer belongs to another model, or was added to"
+    )
+    raise ModelError(
+        f"the tokenizer of {settings.name} has ids up to {largest}, but the embedding only {num_rows} rows",
+        hint=f"{cause}: {_names_from(tokenizer, num_rows)} without a row; --resize-vocab grows the embedding.",
+    )
+
+
+def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    try:
+        tokenizer, notes = open_tokenizer(
+            source,
+            trust_remote_code=settings.trust_remote_code,
+            is_template_asked=settings.chat_template is not None,
+            num_rows=num_rows,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # of a damaged file, tokenizers raises a bare one
+        raise _why_not_opened(source, error, trust_remote_code=settings.trust_remote_code) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {source.name} ({type(tokenizer).__name__}) gives no character offsets",
+            hint="Convert it to a tokenizer.json (a fast tokenizer).",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source.name} has no eos token, so the model could never learn to stop",
+            hint="Set eos_token in tokenizer_config.json.",
+        )
+    return tokenizer, notes
+
+
+def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> QloraError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
+            hint="Read the code; if you trust its author, give --trust-remote-code.",
+        )
+    for place in places_of(source):
+        _check_files(place)
+        if (unreadable := why_unreadable(place)) is not None:
+            return unreadable
+    reason = told(error)
+    if faulty := faulty_config(source, error, trust_remote_code=trust_remote_code):
+        file, key, value = faulty
+        return ModelError(
+            f"{file} makes no tokenizer: {key} is {shown(value)}: {reason}",
+            hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
+        )
+    hint = "Save one beside the weights with tokenizer.save_pretrained()."
+    if has_vocabulary(source.tokenizer_path):
+        hint = "Get its files anew from where the model came from, all of one version."
+    return ModelError(f"{source.name} has no tokenizer that can be loaded: {reason}", hint=hint)
+
+
+def _check_files(directory: Path) -> None:
+    """Raise the error of the first file of a tokenizer that is damaged, if one is."""
+    for file in JSON_FILES:
+        path = directory / file
+        for key, value in read_json(path).items() if path.is_file() else ():
+            if not isinstance(value, WHAT_THEY_HOLD.get(file, object)):
+                raise ModelError(f"{path} makes no tokenizer: {key} is {shown(value)}", hint=again(directory, file))
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # nothing more exact is raised
+            raise ModelError(f"{path} is no tokenizer: {error}", hint=again(directory, path.name)) from error
+
+
+def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:
+    """Add `tokens` as ordinary ones, which decoding keeps, found in the text as they are written."""
+    for index, token in enumerate(tokens):
+        if token in tokens[:index]:
+            raise ModelError(f"the new token {token} is given twice", hint="Name each of --new-tokens once.")
+        known = _known_id(tokenizer, token)
+        if known is not None:
+            raise ModelError(
+                f"the new token {token} is in the vocabulary already, as id {known}",
+                hint="Leave it out of --new-tokens.",
+            )
+    return tuple(_add(tokenizer, token, special=False) for token in tokens)
+
+
+def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    # Vocabularies write some characters in their own way: a byte-level one has "cafÃ©" for "café".
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) == 1 and tokenizer.decode(ids) == token:
+        return int(ids[0])
+    return tokenizer.get_vocab().get(token)
+
+
+def _add(tokenizer: PreTrainedTokenizerBase, token: str, *, special: bool) -> int:
+    taken = set(tokenizer.get_vocab().values())
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    token_id = int(tokenizer.get_vocab()[token])
+    if token_id in taken:  # the library counts tokens to find the next id
+        raise ModelError(
+            f"{token} can't be added: the tokenizer would give it id {token_id}, which another token has",
+            hint="The ids of the tokenizer have holes; add the tokens to its tokenizer.json.",
+        )
+    return token_id
+
+
+def _read_facts(source: ModelSource) -> _Facts:
+    config = source.path / CONFIG
+    files = (read_json(config) if config.is_file() else {}, read_generation_config(source.path))
+    texts = [part for values in files for part in (values, values.get("text_config")) if isinstance(part, dict)]
+    rows = [int(text["vocab_size"]) for text in texts if isinstance(text.get("vocab_size"), int)]
+    return _Facts(
+        num_rows=rows[-1] if rows else None,  # the text part's own, where there is one
+        end_ids=frozenset(token_id for text in texts for token_id in _as_ids(text.get("eos_token_id"))),
+        pad_ids=tuple(token_id for text in texts for token_id in _as_ids(text.get("pad_token_id"))),
+    )
+
+
+def _as_ids(value: Any) -> list[int]:
+    """Return the ids of a config's field, which holds one, several or none; some configs write -1 for none."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and item >= 0]
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase, facts: _Facts, *, may_grow: bool) -> list[str]:
+    """Keep the pad token if it is a good one, else give the tokenizer another and return a note on it."""
+    ends = facts.end_ids | {tokenizer.eos_token_id}
+    limit = sys.maxsize if may_grow else facts.num_rows or _largest_id(tokenizer) + 1
+    problem = _pad_problem(tokenizer, ends, limit)
+    if problem is None:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    for token in _pad_candidates(tokenizer, facts.pad_ids):
+        token_id = vocabulary.get(token)
+        if token_id is not None and token_id not in ends and token_id < limit:
+            tokenizer.add_special_tokens({"pad_token": token})
+            return [f"the tokenizer {problem}; padding with {token} instead"]
+    if _largest_id(tokenizer) + 1 < limit and ADDED_PAD not in vocabulary:
+        token_id = _add(tokenizer, ADDED_PAD, special=True)
+        tokenizer.pad_token = ADDED_PAD
+        return [f"the tokenizer {problem}; padding with {ADDED_PAD}, added as id {token_id}"]
+    # Harmless for training: padding is masked by position, so a real end token is still trained.
+    tokenizer.pad_token = tokenizer.eos_token
+    return [
+        f"the tokenizer {problem}, and has no token to spare; padding with its end token {tokenizer.eos_token}, "
+        "masked by position (--resize-vocab makes room for a pad token)"
+    ]
+
+
+def _pad_problem(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], limit: int) -> str | None:
+    token, token_id = tokenizer.pad_token, tokenizer.pad_token_id
+    if token is None or token_id is None:
+        return "has no pad token"
+    if token_id in ends:
+        return f"pads with {token}, which ends a text"
+    if token_id >= limit:
+        return f"pads with {token} (id {token_id}), beyond the {limit} rows of the embedding"
+    return None
+
+
+def _pad_candidates(tokenizer: PreTrainedTokenizerBase, config_pad_ids: tuple[int, ...]) -> Iterator[str]:
+    """Yield what may stand for padding, best first; not all of it is in the vocabulary or free."""
+    yield from PAD_TOKENS
+    reserved = [(token_id, token) for token, token_id in tokenizer.get_vocab().items() if RESERVED.fullmatch(token)]
+    yield from (token for _, token in sorted(reserved))
+    if tokenizer.unk_token is not None:
+        yield tokenizer.unk_token
+    for token_id in config_pad_ids:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if isinstance(token, str):
+            yield token
+
+
+def _names_from(tokenizer: PreTrainedTokenizerBase, first: int) -> str:
+    """Return the tokens with ids from `first` on, in few words."""
+    names = [
+        token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]) if number >= first
+    ]
+    more = f" and {len(names) - 1:,} more are" if len(names) > 1 else " is"
+    return f"{names[0]!r}{more}"
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values(), default=0)

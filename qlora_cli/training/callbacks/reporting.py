@@ -1,0 +1,132 @@
+"""Translate what the trainer logs into events."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, StepDone
+from qlora_cli.hardware.counters import current_memory
+from qlora_cli.runs.directory import REPORT_FILE
+from qlora_cli.runs.report.run_page import write_report
+from qlora_cli.training.resuming.loop_state import Progress
+
+MOST_OFTEN = 100  # times of drawing a page between two of them
+
+
+class ReportingCallback(TrainerCallback):
+    """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
+
+    Evaluation time is left out of `tokens_per_second`. `earlier` is what earlier processes had come to.
+    """
+
+    def __init__(self, reporter: Reporter, device: torch.device, *, loading_seconds: float) -> None:
+        self._reporter = reporter
+        self._device = device
+        self._start = self._last_time = 0.0
+        self._loading_seconds = loading_seconds
+        self.earlier = Progress(eval_losses={})
+        self.progress = replace(self.earlier, loading_seconds=loading_seconds)
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Take up what an earlier process had reported."""
+        self.earlier = progress
+        self.progress = replace(progress, loading_seconds=progress.loading_seconds + self._loading_seconds)
+        self._start = time.monotonic() - progress.elapsed_seconds
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the signatures are those of transformers
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Start the clock."""
+        self._start = self._last_time = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Report a step or an evaluation."""
+        logs = logs or {}
+        if "loss" in logs:
+            self._report_step(state, logs)
+        elif "eval_loss" in logs:
+            self._report_evaluation(state.global_step, float(logs["eval_loss"]), float(logs["eval_runtime"]))
+
+    def _report_evaluation(self, step: int, loss: float, seconds: float) -> None:
+        self.progress = replace(self.progress, eval_losses={**self.progress.eval_losses, step: loss})
+        is_best = self.progress.best_step == step
+        if not math.isfinite(loss):
+            message = f"step {step}: the held-out loss is {loss}; it counts as none"
+            self._reporter.report(Noted(level="warning", message=message))
+        self._last_time = time.monotonic()
+        self.progress = replace(self.progress, elapsed_seconds=self._last_time - self._start)
+        self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best))
+
+    def _report_step(self, state: TrainerState, logs: dict[str, float]) -> None:
+        before, now, loss = self.progress, time.monotonic(), float(logs["loss"])
+        num_tokens, seconds = int(logs["num_tokens"]), now - self._last_time
+        tokens = num_tokens - before.num_tokens
+        self._last_time = now
+        self.progress = replace(
+            before,
+            loss_sum=before.loss_sum + loss,
+            num_losses=before.num_losses + 1,
+            last_loss=loss,
+            num_tokens=num_tokens,
+            stepping_seconds=before.stepping_seconds + seconds,
+            elapsed_seconds=now - self._start,
+        )
+        self._reporter.report(
+            StepDone(
+                step=state.global_step,
+                num_steps=state.max_steps,
+                epoch=float(state.epoch or 0.0),
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=float(logs["grad_norm"]),
+                num_tokens=num_tokens,
+                tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+                elapsed_seconds=now - self._start,
+                memory=current_memory(self._device),
+            )
+        )
+
+
+class ReportWriter:
+    """A reporter that draws `report.html` anew when something is worth looking at: not at every step.
+
+    All of the run is read for it, which takes longer the longer it goes on; so pages are left out where drawing would
+    take more than a hundredth of the time.
+    """
+
+    def __init__(self, directory: Path, reporter: Reporter) -> None:
+        self._directory = directory
+        self._reporter = reporter
+        self._not_before = -math.inf
+
+    def report(self, event: Event) -> None:
+        """Draw the page after checkpoints and evaluations."""
+        start = time.monotonic()
+        if isinstance(event, CheckpointSaved | EvalDone) and start >= self._not_before:
+            draw_report(self._directory, self._reporter)
+            now = time.monotonic()
+            self._not_before = now + MOST_OFTEN * (now - start)
+
+
+def draw_report(directory: Path, reporter: Reporter) -> None:
+    """Draw `report.html` of a run; a page that can't be written is said, and costs no run its training."""
+    try:
+        write_report(directory)
+    except OSError as error:
+        reporter.report(Noted(level="warning", message=f"{REPORT_FILE} can't be written: {error.strerror}"))

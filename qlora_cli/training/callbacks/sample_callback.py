@@ -1,0 +1,66 @@
+"""Fixed prompts, answered before training and at each evaluation, so that one sees what the model learns."""
+
+from collections.abc import Collection
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_cli.answering.answerer import Answerer
+from qlora_cli.events import Reporter, SampleDone
+from qlora_cli.training.resuming.loop_state import generators_kept
+
+
+class SampleCallback(TrainerCallback):
+    """Answers the prompts before the first step, at each evaluation and after the last step."""
+
+    def __init__(self, answerer: Answerer, prompts: Collection[str], reporter: Reporter) -> None:
+        self._answerer = answerer
+        self._prompts = prompts
+        self._reporter = reporter
+        self._last_step: int | None = None
+
+    def _report(self, model: PeftModel, step: int) -> None:
+        if self._last_step == step:
+            return
+        self._last_step = step
+        with generators_kept():
+            for prompt in self._prompts:
+                answer = self._answerer.answer(model, prompt)
+                self._reporter.report(SampleDone(step=step, prompt=prompt, answer=answer))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the signatures are those of transformers
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        """Answer as the base does."""
+        if state.global_step == 0:
+            self._report(kwargs["model"], 0)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        """Answer as the model does now."""
+        self._report(kwargs["model"], state.global_step)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        """Answer as the trained model does."""
+        if state.global_step >= state.max_steps:
+            self.answer_last(kwargs["model"], state.global_step)
+
+    def answer_last(self, model: PeftModel, step: int) -> None:
+        """Answer after the last step, unless that was done."""
+        self._report(model, step)

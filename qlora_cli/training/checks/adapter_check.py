@@ -1,0 +1,149 @@
+"""After training: is there something in the adapter, and does what was written give the logits of what was trained?"""
+
+import re
+from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from qlora_cli.adapters.base_parameters import kept_in
+from qlora_cli.adapters.initialization import as_trained, is_pissa
+from qlora_cli.adapters.keys import in_base
+from qlora_cli.adapters.reader import fit, open_adapter
+from qlora_cli.adapters.state import difference, parts_of, put_values
+from qlora_cli.adapters.targets import ADAPTER
+from qlora_cli.errors import TrainingError
+from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.model_files.checkpoint import read_checkpoint
+from qlora_cli.quantization.embedding import ends_of
+from qlora_cli.quantization.storage_plan import build_on_meta
+
+OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
+MOST_NORM = 1e6  # of one matrix: far above what trains, far below what overflows
+NUM_PROBES = 16
+
+
+def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
+    """Check that every target has learnt something, and that its weights are sane.
+
+    `never_used` are layers that the model did not call, such as experts that no token was sent to.
+
+    Raises:
+        TrainingError: the adapter is empty, in whole or in part, or holds what is no weight.
+    """
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        norm = float(parameter.float().norm())
+        if not norm < MOST_NORM:  # nor is NaN
+            raise TrainingError(
+                f"the adapter is broken: the norm of {name} is {norm}",
+                hint="Lower --learning-rate. The checkpoints are kept.",
+            )
+    outputs = {name: parameter for name, parameter in trained.items() if OUTPUT.search(name)}
+    empty = [name for name, parameter in outputs.items() if not parameter.any()]
+    unexpected = [name for name in empty if name.partition(".lora_")[0] not in never_used]
+    if empty and (unexpected or len(empty) == len(outputs)):
+        named = (unexpected or empty)[0]
+        raise TrainingError(
+            f"the adapter is empty: {len(empty)} of {len(outputs)} targets have learnt nothing, such as {named}",
+            hint="Raise --learning-rate or --max-steps. The checkpoints are kept.",
+        )
+
+
+@torch.no_grad()
+def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
+    """Check that the adapter that was saved, on the base's own files, gives the logits of the one in memory.
+
+    It is read as every command reads it, and takes the place of the one in memory meanwhile: there is no second base.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    shapes = _shapes(model, loaded)
+    ends = ends_of(shapes)
+    fitted = fit(open_adapter(directory, allow_pickle=False), shapes, loaded.config)
+    written = as_trained(model, dict(fitted.adapter.values))
+    kept = kept_in(model)
+    wrong = (
+        _changed_base(model, ends, loaded)
+        or difference(parts_of(model), written)
+        or difference(kept.named if kept else {}, {name: fitted.adapter.kept[name] for name in fitted.adapter.given})
+        or _other_scales(model, fitted.model)
+    )
+    if wrong:
+        raise TrainingError(f"{directory} does not hold what was trained: {wrong}", hint="The checkpoints are kept.")
+    was_training = model.training
+    model.eval()
+    num_tokens = len(loaded.tokenizer)
+    before = _logits(model, num_tokens)
+    noise = _distance(before, _logits(model, num_tokens))  # of kernels that add in no fixed order
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.zero_()
+    put_values(model, written)
+    if kept:
+        kept.put({name: torch.zeros_like(value) for name, value in kept.named.items()})
+        kept.put(fitted.adapter.kept)
+    moved = _distance(before, _logits(model, num_tokens))
+    model.train(was_training)
+    if not moved <= noise:
+        raise TrainingError(
+            f"the adapter in {directory} gives other logits than the trained model: they move by {moved:.2g}",
+            hint="The checkpoints are kept.",
+        )
+
+
+def _shapes(model: PeftModel, loaded: LoadedModel) -> PreTrainedModel:
+    """Return the base of `model`, with the rows that it has, on the meta device."""
+    config, trust = deepcopy(model.get_base_model().config), loaded.settings.model.trust_remote_code
+    return build_on_meta(config, loaded.dtype.torch_dtype, trust_remote_code=trust)
+
+
+def _changed_base(model: PeftModel, ends: Collection[str], loaded: LoadedModel) -> str | None:
+    """Return which parameter of the base is not as in its files: an adapter was put into it.
+
+    Those that an adapter's file may hold are looked at: `ends`, embedding and head, and all biases and norms.
+    """
+    checkpoint = read_checkpoint(loaded.source.path, allow_pickle=loaded.settings.model.allow_pickle)
+    if checkpoint.is_pickle or is_pissa(model.peft_config[ADAPTER]):
+        return None
+    stored = {loaded.config.renamed(name): header for name, header in checkpoint.tensors.items()}
+    with model.disable_adapter():
+        held = {in_base(name): parameter for name, parameter in model.get_base_model().named_parameters()}
+        known = held.keys() & stored.keys()
+        for name in sorted(name for name in known if name in ends or held[name].ndim < 2):
+            header = stored[name]
+            with safe_open(loaded.source.path / header.file, framework="pt") as file:
+                value = file.get_tensor(header.name)
+            rows = held[name][: value.shape[0]]
+            if not torch.equal(value.to(rows.device, rows.dtype), rows):
+                return f"{header.name} of the base is not that of {header.file}"
+    return None
+
+
+def _other_scales(model: PeftModel, written: PeftModel) -> str | None:
+    """Return which layer the written config gives another scale, or no adapter."""
+    scales, others = _scales(model), _scales(written)
+    differing = sorted(path for path in scales.keys() | others.keys() if scales.get(path) != others.get(path))
+    return f"its config gives another scale to {differing[0]}" if differing else None
+
+
+def _scales(model: PeftModel) -> dict[str, float]:
+    return {path: layer.scaling[ADAPTER] for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Return how far logits are apart; infinite ones that are equal are not."""
+    return float(torch.where(logits == others, 0.0, (logits - others).abs()).max())
+
+
+def _logits(model: PeftModel, num_tokens: int) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(num_tokens, (1, NUM_PROBES), generator=chance).to(model.device)
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits.float()

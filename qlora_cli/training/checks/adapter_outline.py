@@ -1,0 +1,118 @@
+"""The adapter of a run before a weight is read: whether the model takes it, and what the files of the run take.
+
+It is attached on the meta device, to the model as it will be stored, by the code that attaches it to the real one.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from qlora_cli.adapters.adapter import attach_adapter, place_adapter
+from qlora_cli.adapters.base_parameters import kept_in
+from qlora_cli.adapters.initialization import check_init
+from qlora_cli.adapters.loftq import plan_losses
+from qlora_cli.adapters.reader import Adapter
+from qlora_cli.adapters.targets import adapted_layers, target_modules
+from qlora_cli.adapters.whole_modules import train_in_fp32
+from qlora_cli.files import check_disk_space, size_of
+from qlora_cli.hardware.device import TORCH_DTYPES
+from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.memory.replaying.optimizer_step import embeddings_of, optimizer_steps
+from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
+from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
+from qlora_cli.settings.models import LoraSettings, TrainSettings
+from qlora_cli.settings.settle import varied
+
+SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSizes:
+    """What a run writes: its adapter, and in a checkpoint the state of the optimizer beside it."""
+
+    adapter_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint takes."""
+        return self.adapter_bytes + self.optimizer_bytes + SMALL_FILES_BYTES
+
+    def disk_bytes(self, settings: TrainSettings) -> int:
+        """Return the most that a run directory takes.
+
+        The newest checkpoint is complete before the oldest is deleted; the best one stays besides.
+        """
+        most_checkpoints = settings.output.max_checkpoints + 1 + int(settings.training.eval_steps is not None)
+        return self.adapter_bytes + SMALL_FILES_BYTES + most_checkpoints * self.checkpoint_bytes
+
+    def check_room(self, settings: TrainSettings) -> None:
+        """Check that the disk has room for the run directory; what is in there already counts.
+
+        Raises:
+            DiskSpaceError: it has not.
+        """
+        directory = settings.output.directory
+        check_disk_space(
+            directory,
+            max(0, self.disk_bytes(settings) - size_of(directory)),
+            hint="Free room, choose another --output, or lower output.max_checkpoints or --rank.",
+        )
+
+
+def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
+    """Return what is written of `model`, which may be on the meta device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = kept_in(model)
+    return FileSizes(
+        adapter_bytes=4 * sum(parameter.numel() for parameter in trained) + (0 if kept is None else kept.frozen_bytes),
+        optimizer_bytes=optimizer_steps(
+            optimizer, [trained], clips=False, embeddings=embeddings_of(model)
+        ).state_bytes,
+    )
+
+
+def outline(blueprint: Blueprint, lora: LoraSettings) -> PeftModel:
+    """Return the model of a run on the meta device, with the adapter that will be trained.
+
+    Raises:
+        ModelError: the model does not take the adapter.
+    """
+    model = _as_stored(blueprint)
+    if blueprint.adapter is not None:
+        return _trained_on(model, blueprint.adapter)
+    if lora.init_lora_weights == LoraInit.LOFTQ:
+        plan_losses(blueprint.shapes, blueprint.layout, lora)
+    else:
+        check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
+    # There are no values here that it could begin with.
+    without_values = varied(lora, init_lora_weights=LoraInit.DEFAULT)
+    attached, _ = attach_adapter(model, without_values, blueprint.tokenizer.new_token_ids)
+    return attached
+
+
+def _as_stored(blueprint: Blueprint) -> PreTrainedModel:
+    layout, config = blueprint.layout, deepcopy(blueprint.base.config)
+    trusts = blueprint.settings.model.trust_remote_code
+    model = build_on_meta(config, layout.dtype, trust_remote_code=trusts)
+    model = with_rows(model, config, blueprint.num_rows, layout.dtype, trust_remote_code=trusts)
+    asked = blueprint.settings.quantization.compute_dtype
+    layout.method.store_on_meta(
+        model,
+        layout.settings,
+        layout.dtype,
+        kept=tuple(layout.kept),
+        experts=layout.experts,
+        compute_dtype=layout.dtype if asked == Dtype.AUTO else TORCH_DTYPES[asked],
+    )
+    return model
+
+
+def _trained_on(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    config: LoraConfig = deepcopy(adapter.lora)
+    config.init_lora_weights = True  # any other beginning would need values, and is replaced by those of the file
+    placed = place_adapter(model, config, adapter.directory)
+    train_in_fp32(placed)
+    return placed

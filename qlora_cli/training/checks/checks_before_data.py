@@ -1,0 +1,60 @@
+"""What can be known to be wrong before a row is tokenized or a weight is read, all of it told together.
+
+It shows from the config and the tokenizer of the model, the headers of its weights, the first rows of each data set
+and the room on the disk.
+"""
+
+from functools import partial
+
+from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
+from qlora_cli.data.tokenizing.encode import TextTokenizer, try_rows
+from qlora_cli.data.tokenizing.store import check_writable
+from qlora_cli.errors import QloraError
+from qlora_cli.events import Reporter
+from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.loader import check_weights
+from qlora_cli.settings.collected import INPUT_IS_WRONG, Collected
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.checks.adapter_outline import outline, sizes_of
+from qlora_cli.training.liger import check_liger
+
+MODEL, TARGETS, OUTPUT, DATASET = "model.name", "lora.target_modules", "output.directory", "data.dataset"
+
+
+def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> QloraError:
+    """Return what is wrong with the model, as `error` says, together with what is wrong with the data.
+
+    That the model does not fit in memory is told after what is wrong with the data.
+    """
+    wrong = Collected(asked.where_of)
+    if error.exit_code == INPUT_IS_WRONG:
+        wrong.add(MODEL, error)
+    wrong.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, chosen=on_this_disk))
+    return wrong.error or error
+
+
+def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, reporter: Reporter) -> None:
+    """Check the data on this disk, the adapter, the weights and the room for what will be written.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong; a `SettingsError` if several things are.
+    """
+    settings, wrong = resolved.settings, Collected(resolved.where_of)
+    text = TextTokenizer(
+        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+    )
+    look = partial(try_rows, settings=settings.data, text=text)
+    wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk, look=look))
+    with wrong.about(TARGETS if blueprint.adapter is None else MODEL):
+        adapted = outline(blueprint, settings.lora)
+        with wrong.about(OUTPUT):
+            sizes_of(adapted, settings.training.optimizer).check_room(settings)
+    if settings.training.use_liger_kernel:
+        with wrong.about("training.use_liger_kernel"):
+            check_liger(blueprint.base.config.model_type)
+    with wrong.about(MODEL):
+        check_weights(blueprint, reporter)
+    with wrong.about(DATASET):
+        check_writable()
+    wrong.raise_found()

@@ -1,0 +1,129 @@
+"""What a run will take on the GPU at hand, by the code of `qlora inspect-memory`, before its weights are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
+from qlora_cli.memory.suggestions import NO, YES, fit_on, suggest
+from qlora_cli.memory.untraced import untraced
+from qlora_cli.model_files.adapter_files import read_outline
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.source import CONFIG
+from qlora_cli.runs.run_result import PredictedMemory
+from qlora_cli.settings.choices import Recipe
+from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
+from qlora_cli.units import format_bytes
+
+
+def gpu_at_hand(blueprint: Blueprint) -> Gpu | None:
+    """Return the GPU of a run with what is free on it now; None for a run on the CPU."""
+    if blueprint.device.type != "cuda":
+        return None
+    gpu = find_gpu("auto")
+    # What is free is counted beside our own CUDA context, which is there by now.
+    return replace(gpu, total_bytes=min(gpu.total_bytes, blueprint.free_bytes + gpu.context_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run was predicted to take on its GPU, and the way to ask for less.
+
+    `estimate_of` predicts other settings; `asked` are those of the run.
+    """
+
+    predicted: PredictedMemory
+    estimate: Estimate
+    asked: EstimateSettings
+    gpu: Gpu
+    estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
+
+    def ways(self) -> str:
+        """Return the changes of flags that are predicted to fit, with what they take; empty if there are none."""
+        found = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
+        return "; ".join(f"{way.flags} ({format_bytes(way.process_bytes)})" for way in found if way.fits != NO)
+
+
+def check_memory(
+    settings: TrainSettings,
+    blueprint: Blueprint,
+    gpu: Gpu,
+    reporter: Reporter,
+    *,
+    longest_row_tokens: int,
+    force: bool,
+) -> Outlook | None:
+    """Return what a run takes on `gpu`, whose longest row has `longest_row_tokens`; None if it can't be predicted.
+
+    Raises:
+        OutOfMemoryError: it can't fit, and is not forced to go on; with what would.
+    """
+    asked = _as_asked(settings, blueprint, longest_row_tokens)
+    model = settings.model.name
+    source = blueprint.source
+    facts = ModelFacts(
+        name=model,
+        content=read_json(source.path / CONFIG),
+        path=source.path,
+        adapter=None if source.adapter is None else read_outline(source.adapter),
+    )
+    evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
+    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates)
+    try:
+        estimate = estimator.estimate(asked, gpu)
+    except QloraError as error:
+        reporter.report(Noted(level="warning", message=f"how much memory it will take is not known: {error}"))
+        return None
+    for sentence in untraced(settings.training):
+        reporter.report(Noted(message=f"predicted memory: {sentence}"))
+    fit = fit_on(estimate, gpu)
+    predicted = _as_predicted(estimate, fit.fits)
+    outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimator.estimate)
+    if fit.fits != YES:
+        ways = outlook.ways()
+        what = (
+            f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
+            f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are there"
+        )
+        if fit.fits == NO and not force and not settings.training.auto_micro_batch:
+            hint = f"It would fit with {ways}." if ways else "No change of flags makes it fit: take a larger GPU."
+            raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
+        more = f"; more room with {ways}" if ways else ""
+        verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
+        reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
+    return outlook
+
+
+def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens: int) -> EstimateSettings:
+    """Return the settings that the run is loaded and trained with, for rows as long as the longest there is."""
+    return EstimateSettings(
+        model=blueprint.settings.model,
+        quantization=blueprint.settings.quantization,
+        lora=settings.lora,
+        data=EstimateDataSettings(max_length=max(8, longest_row_tokens), packing=settings.data.packing),
+        training=settings.training,
+    )
+
+
+def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:
+    """Return the figures that a run is measured by: its peaks count from after loading."""
+    training = [phase.allocated_bytes for phase in estimate.phases if phase.name != "load"]
+    return PredictedMemory(
+        gpu=estimate.gpu,
+        allocated_bytes=max(training),
+        reserved_bytes=estimate.predicted.reserved_bytes,
+        process_bytes=estimate.predicted.process_bytes,
+        fits=fits,
+        consumers=_consumers(estimate.components),
+    )
+
+
+def _consumers(components: Components) -> dict[str, int]:
+    """Return what the memory is for at its peak, in bytes, the largest first."""
+    found = {name: getattr(components, f"{name}_bytes") for name in COMPONENTS}
+    return {name: size for name, size in sorted(found.items(), key=lambda item: -item[1]) if size}

@@ -1,0 +1,39 @@
+"""The order of rows as PyTorch's data loader asks for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Sampler
+
+from qlora_cli.data.feeding.order import row_order
+from qlora_cli.data.feeding.token_table import Numbers
+from qlora_cli.settings.models import TrainingSettings
+
+
+@dataclass(eq=False)
+class RowOrder(Sampler[int]):
+    """Draws the order of each epoch from the seed and the epoch alone, so that any epoch can be drawn again."""
+
+    lengths: Numbers
+    settings: TrainingSettings
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[int]:
+        settings = self.settings
+        return iter(
+            row_order(
+                self.lengths,
+                settings.sampling,
+                batch_rows=settings.micro_batch_size * settings.gradient_accumulation_steps,
+                longest_first=settings.longest_first,
+                seed=settings.seed,
+                epoch=self.epoch,
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to another epoch; accelerate calls it."""
+        self.epoch = epoch

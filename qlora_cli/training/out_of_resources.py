@@ -1,0 +1,119 @@
+"""What a machine runs out of while it trains, as errors that say what happened, what is kept, and what to do next."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import torch
+
+from qlora_cli.errors import OutOfMemoryError, OutputDirectoryError, QloraError, TrainingError
+from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
+from qlora_cli.runs.run_result import PeakMemory, TrainPlan
+from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.training.rehearsal import RehearsalError
+from qlora_cli.training.resuming.saved_state import file_that_failed_a_step, odd
+from qlora_cli.training.run_plan import PreparedRun
+from qlora_cli.units import format_bytes
+
+ALMOST_NOTHING_BYTES = 64 * 1024
+NUM_CONSUMERS = 3
+
+
+def explained(error: Exception, prepared: PreparedRun, phase: str, kept: str, *, step: int) -> Exception:
+    """Return `error` as one that says what to do, if it is known; `kept` says what is not lost.
+
+    `phase` is what the trainer was at, `step` the last that it has done.
+    """
+    if isinstance(error, RehearsalError):
+        return _out_of_memory(error.__cause__ or error, prepared, f"{phase}, tried before the first step", kept)
+    if is_out_of_memory(error) and not isinstance(error, QloraError):
+        return _out_of_memory(error, prepared, phase, kept)
+    if isinstance(error, OutputDirectoryError):  # the checkpoint that it was to go on from, before a step
+        return error
+    if isinstance(error, QloraError):
+        return _with_kept(error, kept)
+    resume = prepared.resume
+    checkpoint = resume.checkpoint if resume is not None and step == resume.step else None
+    if checkpoint is not None and (file := file_that_failed_a_step(error)):
+        return odd(checkpoint / file, str(error).split("\n", maxsplit=1)[0])
+    if "does not have a deterministic implementation" in str(error):
+        return TrainingError(
+            str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {kept}".strip()
+        )
+    if is_disk_full(error, prepared.plan.output):
+        return TrainingError(
+            f"the disk of {prepared.plan.output} is full: {error}",
+            hint=f"Free room and give the same command again: it goes on. {kept}".strip(),
+        )
+    return error
+
+
+def _with_kept(error: QloraError, kept: str) -> QloraError:
+    """Return an error of ours as one of a run that had begun."""
+    hint = f"{error.hint or ''} {kept}".strip()
+    return TrainingError(str(error), hint=hint or None)
+
+
+def is_disk_full(error: Exception, directory: Path) -> bool:
+    """Whether an error is that of a full disk."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    # safetensors and torch.save write a full disk as errors of their own, without an errno.
+    return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING_BYTES
+
+
+def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, kept: str) -> OutOfMemoryError:
+    plan = prepared.plan
+    device = prepared.loaded.device
+    lines = [f"{plan.device} ran out of memory in {phase}: {str(error).splitlines()[0]}"]
+    if plan.predicted_memory is not None:
+        predicted = plan.predicted_memory
+        largest = list(predicted.consumers.items())[:NUM_CONSUMERS]
+        lines += [
+            f"predicted {format_bytes(predicted.allocated_bytes)} allocated, "
+            f"{format_bytes(predicted.reserved_bytes)} reserved",
+            f"largest: {', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}",
+        ]
+    if measured := _measured(device):
+        lines.append(measured)
+    # Nothing is found where the prediction was that it fits as it is.
+    ways = prepared.outlook.ways() if prepared.outlook is not None else ""
+    hint = f"It would fit with {ways}." if ways else f"Try {_known_ways(prepared)}."
+    if kept:
+        kept = f"{kept} A run that goes on may change the micro-batch, with the same batch, and checkpointing."
+    return OutOfMemoryError("; ".join(lines), hint=f"{hint} {kept}".strip())
+
+
+def _measured(device: torch.device) -> str | None:
+    peak = PeakMemory(
+        host_bytes=0,
+        device_allocated_bytes=peak_device_allocated_bytes(device),
+        device_reserved_bytes=peak_device_reserved_bytes(device),
+    )
+    if peak.device_allocated_bytes is None or peak.device_reserved_bytes is None:
+        return None
+    return (
+        f"measured {format_bytes(peak.device_allocated_bytes)} allocated, "
+        f"{format_bytes(peak.device_reserved_bytes)} reserved"
+    )
+
+
+def _known_ways(prepared: PreparedRun) -> str:
+    """Return the flags that take less where nothing was predicted."""
+    plan, settings = prepared.plan, prepared.settings
+    flags = []
+    if plan.micro_batch_size > 1:
+        flags.append(smaller_micro_batch(plan, 1))
+    if plan.gradient_checkpointing == Checkpointing.OFF:
+        flags.append("--gradient-checkpointing on")
+    if plan.optimizer == "adamw_torch":
+        flags.append("--optimizer adamw_8bit")
+    longest = settings.data.max_length if settings.data.packing else plan.longest_row_tokens
+    flags.append(f"--max-length {max(8, longest // 2)}")
+    return " or ".join(flags)
+
+
+def smaller_micro_batch(plan: TrainPlan, size: int) -> str:
+    """Return the flags for a smaller micro-batch and the same batch."""
+    rows = plan.gradient_accumulation_steps * plan.micro_batch_size
+    return f"--micro-batch-size {size} --gradient-accumulation-steps {rows // size}"

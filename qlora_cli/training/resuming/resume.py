@@ -1,0 +1,407 @@
+"""Whether a run goes on where an earlier one ended: from which checkpoint, and with which settings changed. No torch.
+
+A run may only go on if what comes out is what it recorded of itself. So settings that shape the adapter must be those
+of before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may be named
+otherwise as long as the rows are the same, which is checked by digest, and the dtype as long as it comes to the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
+from qlora_cli.files import as_json, check_output_directory, path_problem
+from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, is_named_by_step, list_checkpoints, step_of
+from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
+from qlora_cli.runs.record import RunRecord, load_record, read_record
+from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.runs.run_weights import is_complete
+from qlora_cli.settings.choices import Schedule
+from qlora_cli.settings.field_marks import OnResume
+from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
+from qlora_cli.settings.resolve import Resolved
+
+AUTO, NEVER = "auto", "never"
+RESUME = "output.resume"
+NAMES_OF_BASE = ("model.name", "model.revision")
+
+CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """An earlier run that goes on.
+
+    Attributes:
+        run: Its directory.
+        record: What it recorded of itself.
+        checkpoint: The last good checkpoint; None if there is none yet, so that training begins anew.
+        damaged: Newer checkpoints that can't be used, each with the reason.
+    """
+
+    run: RunDirectory
+    record: RunRecord
+    checkpoint: Path | None
+    damaged: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """The step after which training goes on."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the earlier run has done all it was to do."""
+        return self.record.is_done
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has, and the adapter that it ended with is there."""
+        return is_complete(self.run, self.record)
+
+
+def output_problem(output: OutputSettings) -> QloraError | None:
+    """Return why a run can't be written to its directory, or what is to be resumed is none."""
+    if (problem := path_problem(output.directory)) is not None:
+        return problem
+    directory = RunDirectory(output.directory)
+    if (found := directory.unwritable) is not None:
+        return OutputDirectoryError(
+            f"{found[0]} {found[1]}: a run writes into no such thing",
+            hint="Put a copy of what it stands for in its place, or choose another --output.",
+        )
+    try:
+        record = _record_in(directory)
+    except OutputDirectoryError as error:
+        return error
+    if output.resume == NEVER and record is not None:
+        return OutputDirectoryError(
+            f"{directory.path} already holds a run, which is not to be resumed",
+            hint="Leave --resume never out to go on with it, choose another --output, or delete the run.",
+        )
+    asked = _path_of(output)
+    if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
+        return wrong
+    if record is not None:
+        return _is_busy(directory)
+    if directory.path.is_dir() and only_began(directory.path, takes_over=asked is not None):
+        return None
+    return check_output_directory(directory.path)
+
+
+def _path_of(output: OutputSettings) -> Path | None:
+    return None if output.resume in {AUTO, NEVER} else Path(output.resume)
+
+
+def _record_in(directory: RunDirectory) -> RunRecord | None:
+    """Return what the run in a directory recorded; None if there is no run.
+
+    Raises:
+        OutputDirectoryError: it can't be read.
+    """
+    if not directory.run_file.exists():
+        return None
+    try:
+        return load_record(directory.path)
+    except ModelError as error:
+        raise OutputDirectoryError(str(error), hint=f"{error.hint}, or choose another --output.") from error
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a path can be looked at: it is none that is too long, or a link to itself."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _came_from(record: RunRecord | None, asked: Path) -> bool:
+    """Whether a run went on from `asked`, a checkpoint or its run, so that its own checkpoints count."""
+    if record is None or not _may_be_there(asked):
+        return False
+    named = (place for entry in record.resumed for place in record.places_resumed(entry))
+    places = {place.resolve() for place in named if _may_be_there(place)}
+    return asked.resolve() in places | {place.parent.parent for place in places}
+
+
+def _is_busy(directory: RunDirectory) -> QloraError | None:
+    try:
+        with RunLock(directory):
+            return None
+    except OutputDirectoryError as error:
+        return error
+
+
+def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
+    hint = f"Name a folder {STEP_PREFIX}N in the checkpoints of a run, or a run directory."
+    run = _run_of(path) if _may_be_there(path) else None
+    if run is None or _record_in(run) is None:
+        return OutputDirectoryError(f"there is no checkpoint of a run in {path}", hint=hint, setting=RESUME)
+    is_same = run.path.resolve() == output.path.resolve()
+    if output.run_file.exists() and not is_same:
+        return OutputDirectoryError(
+            f"{output.path} already holds a run, other than the one that --resume {path} goes on with",
+            hint="Choose a new --output, or that of the run to go on with.",
+        )
+    newest = list_checkpoints(run.checkpoints)[-1:]
+    if is_same and _is_checkpoint(path) and [path.resolve()] != [found.resolve() for found in newest]:
+        return OutputDirectoryError(
+            f"{output.path} has checkpoints after {path.name}, which the run would write over",
+            hint="Go on from there in a new --output.",
+        )
+    return None
+
+
+def _run_of(path: Path) -> RunDirectory | None:
+    """Return the run that `path` is, or is a checkpoint of."""
+    if _is_checkpoint(path):
+        return RunDirectory(path.absolute().parent.parent)
+    return RunDirectory(path) if RunDirectory(path).is_run else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return is_named_by_step(path) and (path / TRAINER_STATE).is_file()
+
+
+def find_resume(output: OutputSettings) -> Resume | None:
+    """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
+
+    Raises:
+        OutputDirectoryError: there are checkpoints, and none is good; or there is none, and the run is another's, or
+            to begin anew would delete the adapter; or a run that is done has lost its weights.
+    """
+    asked, own = _path_of(output), RunDirectory(output.directory)
+    if asked is not None and _came_from(_record_in(own), asked):
+        asked = None
+    run = own if asked is None else _run_of(asked)
+    record = None if run is None else _record_in(run)
+    if run is None or record is None:
+        return None
+    is_one = asked is not None and _is_checkpoint(asked)
+    candidates = [asked] if asked is not None and is_one else list_checkpoints(run.checkpoints)
+    damaged: list[str] = []
+    for checkpoint in reversed(candidates):
+        reason = damage_of(checkpoint)
+        if reason is None:
+            return Resume(run=run, record=record, checkpoint=checkpoint, damaged=tuple(damaged))
+        damaged.append(f"{checkpoint}: {reason}")
+    is_own = run.path.resolve() == own.path.resolve()
+    if damaged and not (is_own and is_complete(run, record)):
+        raise OutputDirectoryError(
+            f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
+            hint="Start anew with another --output.",
+        )
+    if not is_own:
+        raise OutputDirectoryError(
+            f"the run of {asked} has no checkpoint to go on from",
+            hint="Leave --resume out to begin anew, or train its adapter on with --model.",
+            setting=RESUME,
+        )
+    if record.is_done and not is_complete(run, record):
+        raise OutputDirectoryError(
+            f"the run in {run.path} is done, and neither its adapter nor a checkpoint is there any more",
+            hint="Put one of them back, or start anew with another --output.",
+        )
+    found = Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
+    if not record.is_done:
+        check_adapter_kept(found, output)
+    return found
+
+
+def check_adapter_kept(resume: Resume, output: OutputSettings) -> None:
+    """Check that a run which is to train in `output` does not delete the only weights that it has.
+
+    Raises:
+        OutputDirectoryError: it has an adapter, and no checkpoint to go on from.
+    """
+    run = resume.run
+    is_own = run.path.resolve() == output.directory.resolve()
+    if resume.checkpoint is None and is_own and run.holds_adapter_weights:
+        raise OutputDirectoryError(
+            f"{run.path} has no checkpoint to go on from, and its {ADAPTER}/ would be lost",
+            hint=f"Train it on with --model {run.adapter} in a new --output, or delete it.",
+        )
+
+
+def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
+    """Return by `section.key` what settings were in the earlier run and are now, where they differ."""
+    found = {}
+    for section, values in as_json(settings.model_dump(mode="json")).items():
+        known = resume.record.settings.get(section, {})
+        for key, value in values.items():
+            # An older version's run did without a setting as its default does now.
+            default = as_json(SECTIONS[section].model_fields[key].get_default(call_default_factory=True))
+            if (was := known.get(key, default)) != value:
+                found[f"{section}.{key}"] = (was, value)
+    return found
+
+
+def asked_in(asked: Resolved[TrainSettings]) -> dict[str, dict[str, Any]]:
+    """Return what was given, as a record holds it."""
+    return {section: as_json(asked.given(section)) for section in type(asked.settings).model_fields}
+
+
+def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
+    """Return the result of the run in the output directory, if it is done and is the one that is asked for."""
+    settings = asked.settings
+    run = RunDirectory(settings.output.directory)
+    record = read_record(run.path)
+    if not is_complete(run, record) or settings.output.resume == NEVER:
+        return None
+    resume = Resume(run=run, record=record, checkpoint=None, damaged=())
+    is_same_command = bool(record.asked) and all(
+        values == record.asked.get(section, {}) for section, values in asked_in(asked).items() if section != "output"
+    )
+    if not is_same_command and any(not path.startswith("output.") for path in changed_settings(resume, settings)):
+        return None
+    return TrainResult.of_run(run, record)
+
+
+def check_changes(
+    resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool, digest: str | None = None
+) -> list[str]:
+    """Return what of the settings changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
+
+    The base may have another name as long as it is the same, by the `digest` of its weights.
+
+    Raises:
+        SettingsError: with every change that would make the result another than the record says.
+    """
+    changed = changed_settings(resume, settings)
+    if resume.checkpoint is None and not resume.is_done:  # it begins anew
+        return []
+    problems = [
+        Problem(
+            where=path,
+            message=f"is {_shown(now)}, and was {_shown(before)} until step {resume.step:,}",
+            hint=f"Leave it as it was, or start anew with another --output{_or_train_on(resume)}.",
+        )
+        for path, (before, now) in changed.items()
+        if marks(path).on_resume is OnResume.SAME
+        and not (trains_given_adapter and path.startswith("lora."))
+        and not (path in NAMES_OF_BASE and not trains_given_adapter and _is_trained_on(resume, digest))
+    ]
+    problems += _batch_problems(resume, changed, settings)
+    if problems:
+        raise SettingsError(problems)
+    return [f"{path}: {_shown(before)} before, {_shown(now)} now" for path, (before, now) in changed.items()]
+
+
+def _is_trained_on(resume: Resume, digest: str | None) -> bool:
+    """Whether the run trained a new adapter on the base with this digest."""
+    loaded = resume.record.base_model
+    began_anew = loaded is not None and loaded.adapter is None
+    return began_anew and digest is not None and digest == resume.record.base_model_digest
+
+
+def _or_train_on(resume: Resume) -> str:
+    return "" if resume.checkpoint is None else f"; or train its adapter on with --model {resume.checkpoint}"
+
+
+def _batch_problems(
+    resume: Resume, changed: Mapping[str, tuple[Any, Any]], settings: TrainSettings
+) -> Iterator[Problem]:
+    if not any(marks(path).on_resume is OnResume.BATCH for path in changed):
+        return
+    training = settings.training
+    rows, rows_before = training.micro_batch_size * training.gradient_accumulation_steps, 1
+    for key in ("micro_batch_size", "gradient_accumulation_steps"):
+        before = resume.record.setting(f"training.{key}")
+        rows_before *= before if isinstance(before, int) else 1
+    if rows != rows_before:
+        yield Problem(
+            where="training.micro_batch_size x training.gradient_accumulation_steps",
+            message=f"is {rows} rows a step, and was {rows_before}",
+            hint=f"Choose them so that their product is {rows_before}, or start anew with another --output.",
+        )
+
+
+def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> None:
+    """Check that a run that is to be longer or shorter than it was has the learning rates it would have had.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    before = resume.record.plan.num_steps or num_steps
+    if num_steps == before or (resume.checkpoint is None and not resume.is_done):
+        return
+    training = settings.training
+    is_same_warmup = training.schedule == Schedule.CONSTANT or (
+        round(training.warmup_ratio * num_steps) == round(training.warmup_ratio * before)
+    )
+    if training.schedule in CONSTANT and is_same_warmup and num_steps >= resume.step:
+        return
+    raise SettingsError(
+        [
+            Problem(
+                where="training.max_steps, training.epochs",
+                message=f"come to {num_steps:,} steps, and were {before:,}; the learning rates until step "
+                f"{resume.step:,} were those of {before:,} steps",
+                hint=f"Leave them as they were, or start anew with another --output{_or_train_on(resume)}.",
+            )
+        ]
+    )
+
+
+def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
+    """Check that the rows, by the digests of what is trained (`train`) and held out (`eval`), are those of before.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    if resume.checkpoint is None and not resume.is_done:
+        return
+    rows = {"train": resume.record.data.train, "eval": resume.record.data.eval}
+    before = {name: None if (known := rows[name]) is None else known.fingerprint for name in fingerprints}
+    problems = [
+        Problem(
+            where=f"data ({'training' if name == 'train' else 'held out'})",
+            message=f"the rows are not those that were trained until step {resume.step:,}",
+            hint=f"Restore them, or start anew with another --output{_or_train_on(resume)}.",
+        )
+        for name, fingerprint in fingerprints.items()
+        if fingerprint != before[name]
+    ]
+    if problems:
+        raise SettingsError(problems)
+
+
+def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
+    """Check that the base is the one that was trained on, and computed in the same dtype.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if resume.checkpoint is None:
+        return
+    known = resume.record.base_model_digest or digest
+    hint = f"Start anew with another --output{_or_train_on(resume)}."
+    if known != digest:
+        raise ModelError(
+            f"the weights of the base are not those that were trained on until step {resume.step:,}",
+            hint=f"Restore them, or name their --revision. {hint}",
+        )
+    before = resume.record.plan.compute_dtype or compute_dtype
+    if before != compute_dtype:
+        raise ModelError(
+            f"model.dtype comes to {compute_dtype} here, and was {before} until step {resume.step:,}",
+            hint=f"Go on with --dtype {before}, if this machine has it. {hint}",
+        )
+
+
+def changed_versions(resume: Resume, versions: Mapping[str, str]) -> list[str]:
+    """Return the libraries that are not those of before, in words."""
+    before = resume.record.versions
+    return [
+        f"{name}: {before[name]} before, {version} now"
+        for name, version in versions.items()
+        if name in before and before[name] != version
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,377 @@
+"""Settle everything before the first step: load, attach, prepare the data, do the batch arithmetic."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from peft import PeftModel
+from transformers import set_seed
+
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.reader import read_tensors
+from qlora_cli.adapters.trainable import why_not_trained_on
+from qlora_cli.data.feeding.order import padding_share
+from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.hub.push import check_push
+from qlora_cli.loading.load_plan import Blueprint, check_placement, plan_found
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.quantization.methods.skip_modules import linear_layers
+from qlora_cli.runs.run_result import TrainPlan, TrainResult
+from qlora_cli.settings.models import LoraSettings, TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.settle import Fact, found, settle
+from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
+from qlora_cli.training.checks.adapter_outline import sizes_of
+from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
+from qlora_cli.training.checks.input_checks import check_train_inputs
+from qlora_cli.training.checks.packing_check import check_packing
+from qlora_cli.training.checks.predicted_memory import Outlook, check_memory, gpu_at_hand
+from qlora_cli.training.data_order import RowOrder
+from qlora_cli.training.liger import use_liger_kernels
+from qlora_cli.training.resuming.loop_state import check_state
+from qlora_cli.training.resuming.resume import (
+    Resume,
+    check_adapter_kept,
+    check_base,
+    check_length,
+    check_rows,
+    find_resume,
+)
+from qlora_cli.training.run_notes import note_data, note_resume
+
+MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
+FITS = found("training.auto_micro_batch")  # what it found to fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledRun:
+    """A run of which all is known that can be known before its weights are read.
+
+    `resume` is the earlier run that it goes on with; `num_steps` those of the whole run.
+    """
+
+    asked: Resolved[TrainSettings]
+    resolved: Resolved[TrainSettings]
+    blueprint: Blueprint
+    rows: TrainingData
+    outlook: Outlook | None
+    resume: Resume | None
+    num_steps: int
+    started: float
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do."""
+        resume = self.resume
+        is_same = resume is not None and resume.run.path.resolve() == self.resolved.settings.output.directory.resolve()
+        if resume is None or not is_same or not resume.is_complete:
+            return False
+        result = TrainResult.of_run(resume.run, resume.record)
+        return result is not None and result.num_steps == self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that is ready for its first step, or for the one that it goes on with. `end_ids` end an answer."""
+
+    asked: Resolved[TrainSettings]
+    resolved: Resolved[TrainSettings]
+    loaded: LoadedModel
+    model: PeftModel
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    plan: TrainPlan
+    outlook: Outlook | None
+    resume: Resume | None
+    end_ids: frozenset[int]
+    started: float
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The resolved settings."""
+        return self.resolved.settings
+
+
+def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
+    """Do everything up to the first step; writes nothing. See `settle_run` and `load_run`."""
+    return load_run(settle_run(asked, reporter, force=force), reporter)
+
+
+def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
+    """Settle all that needs no weights.
+
+    Cheap checks come first, and what they find is told together: names and files; then what the model, its headers and
+    the first rows of the data tell. Then comes the data as a whole, and what training takes.
+    `force` goes on although training is predicted not to fit.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    started = time.monotonic()
+    check_train_inputs(asked)
+    try:
+        model = _settle_model(asked, reporter)
+    except QloraError as error:
+        told = with_data_errors(error, asked)
+        raise told from (None if told is error else error)
+    resolved, blueprint, resume = model.resolved, model.blueprint, model.resume
+    settings = resolved.settings
+    check_before_data(resolved, blueprint, reporter)
+    rows = _prepare_data(settings, blueprint, reporter)
+    num_steps = num_optimizer_steps(settings, None if rows.train.stream is not None else len(rows.train.dataset))
+    if resume is not None:
+        evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
+        check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
+        check_length(resume, settings, num_steps)
+    settled = SettledRun(
+        asked=asked,
+        resolved=resolved,
+        blueprint=blueprint,
+        rows=rows,
+        outlook=_check_memory(settings, blueprint, rows, reporter, force=force),
+        resume=resume,
+        num_steps=num_steps,
+        started=started,
+    )
+    if resume is not None and not settled.is_done:
+        check_adapter_kept(resume, settings.output)
+    return settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SettledModel:
+    """The model of a run, the settings as its files settle them, and the earlier run that goes on."""
+
+    resolved: Resolved[TrainSettings]
+    blueprint: Blueprint
+    resume: Resume | None
+
+
+def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _SettledModel:
+    check_push(asked.settings.output, "output.push_to_hub", reporter)
+    resume = find_resume(asked.settings.output)
+    if resume is not None and resume.checkpoint is not None:
+        check_state(resume.checkpoint)
+        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
+    check_placement(asked.settings)
+    model = find(asked.settings.model, reporter)
+    resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
+    settings = resolved.settings
+    blueprint = plan_found(model, settings, reporter)
+    _check_head_is_whole(blueprint)
+    if blueprint.adapter is not None and (refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes)):
+        raise refusal
+    if resume is not None:
+        trains_given = blueprint.source.adapter is not None
+        digest = base_digest(blueprint.source.path)
+        note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
+        check_base(resume, digest, blueprint.dtype.name.value)
+        if settings.training.max_steps is not None:  # else rows are counted first
+            check_length(resume, settings, settings.training.max_steps)
+    check_hardware(settings.quantization, settings.training, blueprint.device)
+    return _SettledModel(resolved=resolved, blueprint=blueprint, resume=resume)
+
+
+def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
+    """Read the weights of a settled run and attach its adapter.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    resolved, blueprint, rows = settled.resolved, settled.blueprint, settled.rows
+    settings = resolved.settings
+    loaded = load_planned(blueprint, reporter, trains_adapter=True, lora=settings.lora)
+    # PEFT draws the initial LoRA matrices from the global generator.
+    set_seed(settings.training.seed)
+    model = _attach(loaded, settings.lora, reporter)
+    if settings.training.use_liger_kernel:
+        use_liger_kernels(model)
+    if settings.data.packing:
+        check_packing(loaded, model)
+    plan = _plan(settled, loaded, model)
+    sizes_of(model, settings.training.optimizer).check_room(settings)  # once more: the tokens may be on that disk too
+    reporter.report(Noted(message=batch_arithmetic(plan)))
+    return PreparedRun(
+        asked=settled.asked,
+        resolved=resolved,
+        loaded=loaded,
+        model=model,
+        train_data=rows.train,
+        eval_data=rows.evaluation,
+        plan=plan,
+        outlook=settled.outlook,
+        resume=settled.resume,
+        end_ids=blueprint.tokenizer.end_ids,
+        started=settled.started,
+    )
+
+
+def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
+    """Return a run with another micro-batch and the same batch: `size` divides it."""
+    training = prepared.settings.training
+    accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
+    found_to_fit = Fact(
+        values={MICRO_BATCH: size, ACCUMULATION: accumulation},
+        origin=FITS,
+        is_fixed=True,
+    )
+    resolved = settle(prepared.resolved, [found_to_fit])
+    plan = replace(
+        prepared.plan,
+        micro_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        padding_share=_padding_share(resolved.settings, prepared.train_data),
+    )
+    return replace(prepared, resolved=resolved, plan=plan)
+
+
+def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -> list[Fact]:
+    """Return the micro-batch that the earlier run found to fit, if it looked for one."""
+    training = asked.settings.training
+    if resume is None or not training.auto_micro_batch:
+        return []
+    size, accumulation = (resume.record.setting(path) for path in (MICRO_BATCH, ACCUMULATION))
+    if not (isinstance(size, int) and isinstance(accumulation, int)):
+        return []
+    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    if size >= training.micro_batch_size or size * accumulation != rows:
+        return []
+    values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
+    return [Fact(values=values, origin=FITS, is_fixed=True)]
+
+
+def _check_memory(
+    settings: TrainSettings,
+    blueprint: Blueprint,
+    data: TrainingData,
+    reporter: Reporter,
+    *,
+    force: bool,
+) -> Outlook | None:
+    gpu = gpu_at_hand(blueprint)
+    if gpu is None:
+        return None
+    longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
+    if settings.data.streaming:  # longer rows than the first may come
+        longest = settings.data.max_length
+    return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
+
+
+def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
+    """Return the model with the adapter to train: the one it came with, or a new one."""
+    if isinstance(loaded.model, PeftModel):
+        reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} trains on"))
+        return loaded.model
+    model, notes = attach_adapter(loaded.model, settings, loaded.new_token_ids, loaded.source.commit)
+    for note in notes:
+        reporter.report(Noted(level="warning", message=note))
+    return model
+
+
+def _check_head_is_whole(blueprint: Blueprint) -> None:
+    """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
+    shapes, layout = blueprint.shapes, blueprint.layout
+    for name, module in linear_layers(shapes):
+        if module is shapes.get_output_embeddings() and name not in layout.kept:
+            raise ModelError(
+                f"{blueprint.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
+                "computed from its weight directly",
+                hint="Give the 16-bit model, which is quantized without its head.",
+            )
+
+
+def batch_arithmetic(plan: TrainPlan) -> str:
+    """Return in one line how rows make up a step, and steps the run."""
+    epochs = "" if plan.num_epochs is None else f", {plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
+    return (
+        f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
+        f"{plan.num_devices} device = {plan.examples_per_step} examples a step; {plan.num_steps:,} steps{epochs}"
+    )
+
+
+def _prepare_data(settings: TrainSettings, blueprint: Blueprint, reporter: Reporter) -> TrainingData:
+    data, tokenizer = settings.data, blueprint.tokenizer
+    reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
+    text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
+    found = prepare_data(data, text, seed=settings.training.seed)
+    for prepared in (found.train, found.evaluation):
+        if prepared is not None:
+            note_data(prepared, tokenizer.tokenizer, data.max_length, reporter)
+    return found
+
+
+def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
+    """Return the steps of a run: `max_steps`, or what `epochs` come to, as the trainer would count them.
+
+    `num_rows` is None for a stream, for which `max_steps` is given.
+    """
+    training = settings.training
+    if training.max_steps is not None:
+        return training.max_steps
+    assert num_rows is not None, "settings ask for the steps of a stream"
+    return max(1, math.ceil(training.epochs * _steps_per_epoch(settings, num_rows)))
+
+
+def _steps_per_epoch(settings: TrainSettings, num_rows: int) -> int:
+    num_micro_batches = math.ceil(num_rows / settings.training.micro_batch_size)
+    return math.ceil(num_micro_batches / settings.training.gradient_accumulation_steps)
+
+
+def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
+    """Return the share of pad tokens in the first epoch; packed rows follow one another without any."""
+    if settings.data.packing:
+        return 0.0
+    order = list(RowOrder(data.lengths, settings.training))
+    return padding_share(data.lengths, order, settings.training.micro_batch_size)
+
+
+def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPlan:
+    settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
+    training, report = settings.training, data.train.report
+    num_rows = None if data.train.stream is not None else len(data.train.dataset)
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_steps = settled.num_steps
+    sizes = sizes_of(model, training.optimizer)
+    return TrainPlan(
+        model=loaded.source.name,
+        output=settings.output.directory,
+        device=str(loaded.device),
+        quantization=loaded.settings.quantization.method.value,
+        compute_dtype=loaded.dtype.name.value,
+        compute_dtype_reason=loaded.dtype.reason,
+        attention=loaded.attention,
+        gradient_checkpointing=resolve_checkpointing(training.gradient_checkpointing, loaded.device).value,
+        optimizer=training.optimizer.value,
+        num_parameters=loaded.inventory.num_parameters,
+        num_trainable_parameters=num_trainable,
+        data_format=report.format,
+        num_train_rows=report.rows_trained,
+        num_packed_rows=report.packed_rows,
+        num_eval_rows=data.evaluation.report.rows_trained if data.evaluation else None,
+        num_train_tokens=report.tokens,
+        num_supervised_tokens=report.supervised_tokens,
+        longest_row_tokens=report.longest_row_tokens,
+        num_truncated_rows=report.truncated_rows,
+        num_dropped_rows=report.dropped_rows + report.rows_without_supervision,
+        num_lost_supervised_tokens=report.supervised_tokens_lost,
+        padding_share=_padding_share(settings, data.train),
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_devices=1,
+        examples_per_step=training.micro_batch_size * training.gradient_accumulation_steps,
+        num_steps=num_steps,
+        save_steps=save_interval(training, num_steps),
+        num_epochs=None if num_rows is None else num_steps / _steps_per_epoch(settings, num_rows),
+        adapter_bytes=sizes.adapter_bytes,
+        optimizer_bytes=sizes.optimizer_bytes,
+        checkpoint_bytes=sizes.checkpoint_bytes,
+        disk_bytes=sizes.disk_bytes(settings),
+        predicted_memory=outlook.predicted if outlook is not None else None,
+        notes=loaded.notes,
+    )

@@ -1,0 +1,323 @@
+"""Train: the main job, from resolved settings to a run directory."""
+
+import gc
+import os
+import socket
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import torch
+
+from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.events import Noted, Reporter, Reporters
+from qlora_cli.hardware.environment import describe_hardware, package_versions
+from qlora_cli.hub.push import push_adapter
+from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.model_files.digest import base_digest
+from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, sealed_in, step_of
+from qlora_cli.runs.checksums import sums_of
+from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
+from qlora_cli.runs.metrics import MetricsWriter
+from qlora_cli.runs.record import (
+    RunRecord,
+    load_record,
+    new_record,
+    read_record,
+    resumption,
+    resumptions_in,
+    within,
+    write_record,
+)
+from qlora_cli.runs.report.run_page import write_report
+from qlora_cli.runs.run_result import TrainPlan, TrainResult
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.callbacks.reporting import ReportWriter, draw_report
+from qlora_cli.training.callbacks.stop import StopSignal
+from qlora_cli.training.callbacks.trackers import tracking
+from qlora_cli.training.determinism import determinism
+from qlora_cli.training.out_of_resources import explained, smaller_micro_batch
+from qlora_cli.training.rehearsal import RehearsalError
+from qlora_cli.training.resuming.loop_state import LoopState
+from qlora_cli.training.resuming.resume import asked_in, result_of_done
+from qlora_cli.training.run_notes import note_stream
+from qlora_cli.training.run_plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
+from qlora_cli.training.session import Session
+from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
+
+OF_ADAPTER = ("lora", "model")  # sections that say what an adapter is
+
+
+def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
+    """Do everything up to the first step and return what would run; writes nothing.
+
+    `force` goes on although it is predicted not to fit on the GPU.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong.
+    """
+    with determinism(resolved.settings.training):
+        return prepare_run(resolved, reporter, force=force).plan
+
+
+def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
+    """Train an adapter and return what came of it; go on with the run that is in the output directory, if one is.
+
+    Ctrl-C, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint and the adapter as it is
+    then; the result says so. `force` goes on although the run is predicted not to fit on the GPU.
+
+    Raises:
+        QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
+    """
+    if (result := result_of_done(resolved)) is not None:
+        return _already_done(resolved.settings, result, reporter)
+    with determinism(resolved.settings.training):
+        return _train_settled(settle_run(resolved, reporter, force=force), reporter)
+
+
+def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
+    if settled.is_done and settled.resume is not None:
+        result = TrainResult.of_run(settled.resume.run, settled.resume.record)
+        assert result is not None, "seen when it was settled"
+        return _already_done(settled.resolved.settings, result, reporter)
+    return run(load_run(settled, reporter), reporter)
+
+
+def _already_done(settings: TrainSettings, result: TrainResult, reporter: Reporter) -> TrainResult:
+    directory = RunDirectory(settings.output.directory)
+    reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
+    return _pushed(settings, directory, load_record(directory.path), result, reporter)
+
+
+def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
+    """Train a prepared run; see `train`."""
+    directory = RunDirectory(prepared.plan.output)
+    made = [path for path in (directory.path, *directory.path.absolute().parents) if not path.exists()]
+    held = {path.name for path in directory.path.iterdir()} if directory.path.is_dir() else set()
+    with RunLock(directory):
+        try:
+            return _run_locked(prepared, directory, reporter)
+        except BaseException:
+            if not directory.is_run:
+                clear_beginning(directory.path, held, made)
+            raise
+
+
+def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
+    _check_unchanged(prepared, directory)
+    _take_over(prepared, directory, reporter)
+    writer = MetricsWriter(directory)
+    writer.end_cut_line()
+    reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        prepared, result = _train(prepared, directory, reporter, started)
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be full, which is what `error` says
+            _record_failure(directory, error)
+        raise
+    note_stream(prepared.train_data, reporter)
+    status = "interrupted" if result.interrupted_by else "done"
+    ended = {"status": status, "result": result.recorded(), "adapter_files": sums_of(directory.adapter)}
+    record = _opening_record(prepared, directory, started).changed(**ended)
+    write_record(directory, record)
+    draw_report(directory.path, reporter)
+    return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
+
+
+def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str, reporter: Reporter) -> None:
+    """Write that the run goes on from here, and make its directory one that it can be written to."""
+    write_record(directory, _opening_record(prepared, directory, started))
+    if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
+        kept = directory.drop_adapter([prepared.resume.record.adapter_files, sealed_in(prepared.resume.checkpoint)])
+        if kept is not None:
+            reporter.report(
+                Noted(level="warning", message=f"{directory.adapter} was not as the run wrote it: see {kept}")
+            )
+    directory.create()
+    evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
+    directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
+    if prepared.train_data.stream is not None:
+        prepared.train_data.stream.skipped_file = directory.skipped_rows_of_stream
+
+
+def _record_failure(directory: RunDirectory, error: BaseException) -> None:
+    """Write how the run ended, if this process came to begin it; else its record is as it was, or there is none."""
+    record = read_record(directory.path)
+    if record.status == "running" and record.pid == os.getpid():
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        write_record(directory, record.changed(status=status, error=f"{type(error).__name__}: {error}"))
+        write_report(directory.path)
+
+
+def _pushed(
+    settings: TrainSettings,
+    directory: RunDirectory,
+    record: RunRecord,
+    result: TrainResult,
+    reporter: Reporter,
+) -> TrainResult:
+    """Push the adapter of a run that is done, if that is asked for and was not done; return the result that says so.
+
+    Raises:
+        PushError: it can't be pushed. The run stays as it is.
+    """
+    if settings.output.push_to_hub is None or result.pushed_to is not None:
+        return result
+    result = replace(result, pushed_to=push_adapter(settings.output, directory.adapter, reporter))
+    write_record(directory, record.changed(result=result.recorded()))
+    return result
+
+
+def _train(
+    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, started: str
+) -> tuple[PreparedRun, TrainResult]:
+    """Train, with smaller micro-batches if they do not fit and may be lowered; return what ran in the end."""
+    if prepared.loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
+        reporter.report(
+            Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {prepared.loaded.device}")
+        )
+    with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
+        while True:
+            session = Session(prepared, directory, reporter, stop, trackers)
+            _record_beginning(prepared, directory, started, reporter)  # only now: TRL may refuse the run
+            try:
+                return prepared, session.train()
+            except RehearsalError as error:
+                session.trainer.abandon()
+                smaller = _smaller(prepared)
+                if smaller is None:
+                    raise _explained(error, prepared, session) from error
+            except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is kept; then it goes on
+                _save_last_step(session, error)
+                told = _explained(error, prepared, session)
+                raise told from (None if told is error else error)
+            # What the failed pass held is free only when its traceback is gone.
+            del session
+            gc.collect()
+            torch.cuda.empty_cache()
+            flags = smaller_micro_batch(prepared.plan, smaller)
+            reporter.report(
+                Noted(
+                    level="warning",
+                    message=f"{prepared.plan.micro_batch_size} rows at once do not fit in memory: lowered to {flags}",
+                )
+            )
+            prepared = with_micro_batch(prepared, smaller)
+
+
+def _smaller(prepared: PreparedRun) -> int | None:
+    """Return half the micro-batch, or less, as it divides the batch; None if it is not to be lowered, or can't be."""
+    size, rows = prepared.plan.micro_batch_size, prepared.plan.examples_per_step
+    if not prepared.settings.training.auto_micro_batch or size == 1:
+        return None
+    return next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
+
+
+def _save_last_step(session: Session, error: Exception) -> None:
+    """Save the state after the last complete step, from within one that failed."""
+    try:
+        session.trainer.save_last_step()
+    except Exception as another:  # noqa: BLE001 - the first failure is what is told
+        error.add_note(f"nor could the last step be saved: {another}")
+
+
+def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exception:
+    return explained(error, prepared, session.trainer.phase, _what_is_kept(session), step=session.step)
+
+
+def _what_is_kept(session: Session) -> str:
+    """Return where the last state is that was saved, in words; empty if there is none."""
+    newest = session.store.all()[-1:]
+    if not newest:
+        return ""
+    return f"What was trained until step {step_of(newest[0]):,} is in {newest[0]}."
+
+
+def _check_unchanged(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Check that no other process trained into the directory while this one was loading.
+
+    Raises:
+        OutputDirectoryError: one did.
+    """
+    resume = prepared.resume
+    known = resume is not None and resume.run.path.resolve() == directory.path.resolve()
+    newest = list_checkpoints(directory.checkpoints)[-1:]
+    is_behind = resume is not None and known and newest and step_of(newest[0]) > resume.step and not resume.damaged
+    if is_behind or (directory.run_file.exists() and not known):
+        raise OutputDirectoryError(
+            f"another process has written to {directory.path} meanwhile", hint="Give the same command again."
+        )
+
+
+def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> None:
+    """Make the directory one that the run can go on in, before it says that it does.
+
+    Of a run in another directory, the checkpoint, the best one and what was reported are copied. Damaged checkpoints
+    are renamed, so that they do not count as newer than those to come.
+    """
+    resume = prepared.resume
+    if resume is None:
+        return
+    store = CheckpointStore(directory.checkpoints, num_kept=1, needed_bytes=0, journal=directory.metrics_file)
+    if resume.run.path.resolve() == directory.path.resolve():
+        for moved in store.set_aside(resume.step):
+            reporter.report(Noted(level="warning", message=f"the damaged checkpoint is now {moved}"))
+        return
+    assert resume.checkpoint is not None, "refused when it was found"
+    directory.create()
+    best_step = LoopState.read(resume.checkpoint).progress.best_step
+    best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
+    for checkpoint in {resume.checkpoint, best}:
+        if damage_of(checkpoint) is None:
+            for path, reason in store.make_way(step_of(checkpoint)).items():
+                reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
+            write_directory(store.path_of(step_of(checkpoint)), partial(copy_folder, checkpoint))
+    if resume.run.metrics_file.is_file():
+        text = resume.run.metrics_file.read_text(encoding="utf-8", errors="replace")
+        write_file(directory.metrics_file, text, mode=PRIVATE_FILE)
+
+
+def _asked_of_adapter(loaded: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Return what was given of the adapter that trains on, by the run that it is from and those before."""
+    record = loaded.source.record
+    if record is None:
+        return {}
+    before, given = record.asked_of_adapter, record.asked
+    return {section: {**before.get(section, {}), **given.get(section, {})} for section in OF_ADAPTER}
+
+
+def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) -> RunRecord:
+    settings, loaded, resume = prepared.settings, prepared.loaded, prepared.resume
+    evaluation = prepared.eval_data
+    earlier = resume.record if resume is not None else RunRecord()
+    resumed = [*resumptions_in(directory, earlier)]
+    if resume is not None:
+        resumed.append(resumption(directory, now, resume.step, resume.checkpoint))
+    content = {
+        "status": "running",
+        "started": earlier.started or now,
+        "resumed": [entry.content for entry in resumed],
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "settings": settings.model_dump(mode="json"),
+        "asked": asked_in(prepared.asked),
+        "asked_of_adapter": _asked_of_adapter(loaded),
+        "origins": {path: origin.where for path, origin in prepared.resolved.origins.items()},
+        "seed": settings.training.seed,
+        "versions": package_versions(),
+        "hardware": describe_hardware(loaded.device),
+        "base_model": loaded.report(),
+        "base_model_path": loaded.source.path.absolute(),
+        "base_model_digest": base_digest(loaded.source.path),
+        "data": {
+            "train": prepared.train_data.report,
+            "eval": evaluation.report if evaluation else None,
+        },
+        "plan": replace(prepared.plan, output=within(directory, prepared.plan.output)),
+        "adapter_files": earlier.adapter_files,  # until it is dropped
+    }
+    return new_record(directory, content)

@@ -1,0 +1,25 @@
+"""What a file of Python imports, read from its text."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Yield every name imported, with its module, its line, and whether it is imported as soon as the file is.
+
+    Imports in functions, in `try` and under `TYPE_CHECKING` count too; a relative one is yielded as `.`.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    later = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        at_once = id(node) not in later
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, at_once
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield ".", node.lineno, at_once
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:  # which may be a module, too
+                yield f"{node.module}.{alias.name}", node.lineno, at_once
