@@ -3,8 +3,8 @@
     python benchmarks/rows_kept.py [--rows 200]
 
 The rows have system and developer prompts, reasoning under every key, tools, calls with arguments of every type, and
-results. Of what is used, the values are looked for as `tests/unit/test_kept.py` does; one that is lost and not told
-is an error.
+results. Of what is used, the values are looked for as `tests/unit/data_rows/test_kept.py` does; one that is lost and
+not told is an error.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import TEMPLATES, tokenizer_with
-from tests.drawn_rows import draw_row
-from tests.unit.test_kept import lost, trained_texts
+from tests.support.drawn_rows import draw_row
+from tests.unit.data_rows.test_kept import lost, trained_texts
 
 
 def outcomes(name: str, num_rows: int) -> Counter[str]:

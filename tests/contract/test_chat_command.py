@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from tests.contract.test_generate_command import CPU, answered, only
 from tests.contract.test_generate_command import adapter as adapter
-from tests.integration.loading import save_model
+from tests.support.loading import save_model
 
 
 def qlora_chat(model: Path, *lines: str, flags: tuple[str, ...] = CPU) -> Result:

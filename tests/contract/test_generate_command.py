@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering import answer_text
-from tests.integration.adapters import adapt, settings_of, train_steps
-from tests.integration.loading import save_model
+from tests.support.adapters import adapt, settings_of, train_steps
+from tests.support.loading import save_model
 
 CPU = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8")
 RUN_AND_LIST_MODULES = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_imports import imports_of
+from tests.support.source_imports import imports_of
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 # The ground floor: what knows nothing of the project.

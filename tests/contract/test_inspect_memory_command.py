@@ -22,7 +22,7 @@ from qlora_cli.settings.choices import Attention, Checkpointing, Quantization, R
 from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
-from tests.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
+from tests.support.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
 
 GIB = 1024**3
 TOO_LARGE = fit(T4, round(15.2 * GIB), 16 * GIB)

@@ -18,7 +18,7 @@ from qlora_cli.cli.rendering.load_text import BARS
 from qlora_cli.loading import load_plan
 from qlora_cli.quantization.load_report import KindCount, LoadReport
 from tests.conftest import RunQlora
-from tests.integration.loading import save_model
+from tests.support.loading import save_model
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
 

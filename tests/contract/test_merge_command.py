@@ -20,7 +20,7 @@ from qlora_cli.merging.merge_result import (
     Verification,
 )
 from tests.conftest import RunQlora
-from tests.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
 NO_TORCH = """
 import sys

@@ -16,7 +16,7 @@ from qlora_cli.events import CheckpointSaved, Event, Noted, StepSkipped, Trainin
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.summary import RunSummary
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
-from tests.run_directories import a_record, eval_done, sample_done, step_done, write_run
+from tests.support.run_directories import a_record, eval_done, sample_done, step_done, write_run
 
 
 def qlora(*arguments: str | Path) -> Result:

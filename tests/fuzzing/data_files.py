@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tests.fuzzing.frame import Generator, Target, damage
-from tests.reading import read
+from tests.support.reading import read
 
 ROWS = [
     {

@@ -17,9 +17,9 @@ from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
-from tests.integration.loading import IDS, layers_of, load, logits, save_model, weight_of
-from tests.integration.plain import plain
-from tests.integration.test_load_memory import PROMISED_BYTES, measure
+from tests.integration.loading.test_load_memory import PROMISED_BYTES, measure
+from tests.support.loading import IDS, layers_of, load, logits, save_model, weight_of
+from tests.support.plain import plain
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
+from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 
 @dataclass
 class Found:
-    """What `tests.integration.finding` printed."""
+    """What `tests.support.finding` printed."""
 
     events: list[dict[str, Any]]
     result: dict[str, Any]
@@ -77,4 +77,4 @@ def find(hub_env: dict[str, str]) -> Find:
 
 def finding(name: str, *waits: float, **settings: object) -> list[str]:
     arguments = [json.dumps({"name": name, **settings}), *map(str, waits)]
-    return [sys.executable, "-m", "tests.integration.finding", *arguments]
+    return [sys.executable, "-m", "tests.support.finding", *arguments]

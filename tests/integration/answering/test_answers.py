@@ -1,0 +1,410 @@
+"""Answers of real models: the base beneath any adapter, the adapter as it was trained, the merged model as merged."""
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.answering import answer_prompts as answering
+from qlora_cli.answering.answer_prompts import generate
+from qlora_cli.answering.answers import Answer, GenerationReport, Source
+from qlora_cli.answering.conversation import Chat
+from qlora_cli.answering.open_model import open_model
+from qlora_cli.answering.prompts import Message, encode
+from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.events import Noted, Reporter, SilentReporter
+from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.save import save_quantized
+from qlora_cli.settings.models import AnswerSettings, LoadSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.train_run import run
+from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.adapters import adapt, settings_of, train_steps
+from tests.support.experts import save_moe
+from tests.support.loading import asked_load, copy_tokenizer, load, save_model
+from tests.support.merging import save_changing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPT = "What does os.getcwd() do?"
+SILENT = SilentReporter()
+REQUEST = AnswerSettings(max_new_tokens=12)
+COMPARE = AnswerSettings(max_new_tokens=12, compare=True)
+AS_TRAINED: dict[str, Any] = {"model__dtype": None}
+LOAD_PLANNED = "qlora_cli.answering.open_model.load_planned"
+
+
+def texts(report: GenerationReport) -> dict[Source, str]:
+    """Return what each source answered to the one prompt."""
+    (given,) = report.answers
+    return {answer.source: answer.text for answer in given.answers}
+
+
+def ask(model: Path, request: AnswerSettings = REQUEST, prompt: str = PROMPT, **flags: object) -> GenerationReport:
+    return generate(asked_load(model, **flags), request, [prompt], SILENT)
+
+
+def adapted(directory: Path, base: Path, num_steps: int = 2, **lora: Any) -> Path:
+    """Train an adapter on `base` a little, so that it changes answers, and return where it was saved."""
+    init, quant = lora.get("init_lora_weights"), lora.pop("quant", "nf4")
+    model = adapt(base, settings_of(**lora), quantization__method="none" if init == "pissa" else quant)
+    train_steps(model, num_steps, learning_rate=5e-2)
+    save_adapter(model, directory)
+    return directory
+
+
+@dataclass
+class Ended:
+    """A run, with its adapter merged into the unquantized base beside it."""
+
+    run: Path
+    merged: Path
+
+
+@pytest.fixture(scope="module")
+def ended(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A few steps on the bundled base in FP4; that the merged model is not in its place is for tests to change."""
+    directory = tmp_path_factory.mktemp("ended")
+    rows = directory / "rows.jsonl"
+    rows.write_text("\n".join((ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:16]) + "\n")
+    asked = {"quantization__method": "fp4", "training__max_steps": 6, "training__learning_rate": 1e-2}
+    run(prepare_run(train_settings(base_model, rows, directory / "run", **asked), Recorder()), Recorder())
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    PeftModel.from_pretrained(base, directory / "run" / "adapter").merge_and_unload().save_pretrained(
+        directory / "merged"
+    )
+    copy_tokenizer(directory / "merged")
+    return Ended(directory / "run", directory / "merged")
+
+
+# ---- who answers
+
+
+def test_a_run_answers_with_its_adapter_on_the_base_as_it_was_trained(ended: Ended) -> None:
+    report = ask(ended.run, **AS_TRAINED)
+    ((answer,),) = (given.answers for given in report.answers)
+    loaded = load(ended.run, **AS_TRAINED)
+    assert loaded.settings.quantization.method == "fp4"
+    ids = encode(loaded.tokenizer, [{"role": "user", "content": PROMPT}])
+    expected = loaded.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+    assert answer.source == "adapter"
+    assert answer.text == str(loaded.tokenizer.decode(expected[0, len(ids) :], skip_special_tokens=True)).strip()
+    assert answer.num_prompt_tokens == len(ids)
+    assert report.adapter == ended.run / "adapter"
+
+
+def test_base_and_adapter_of_a_run_are_those_that_answer_alone(ended: Ended, base_model: Path) -> None:
+    found = texts(ask(ended.run, COMPARE, **AS_TRAINED))
+    assert list(found) == ["base", "adapter"]
+    assert found["adapter"] == texts(ask(ended.run, **AS_TRAINED))["adapter"]
+    assert found["base"] == texts(ask(base_model, quantization__method="fp4"))["base"]
+    assert found["base"] != found["adapter"]
+
+
+ON_EXPERTS: dict[str, Any] = {"target_parameters": "all-experts"}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "whole head": {"modules_to_save": ("lm_head",)},
+    "int8": {"quant": "int8"},
+    "loftq": {"init_lora_weights": "loftq"},
+}
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, "experts"])
+def test_with_the_adapter_off_every_kind_of_model_answers_as_its_base(tmp_path: Path, kind: str) -> None:
+    if kind == "experts":
+        base, lora = save_moe(tmp_path / "base", "qwen3_moe"), ON_EXPERTS
+    else:
+        base, lora = save_model(tmp_path / "base", tie_word_embeddings=False), dict(ADAPTERS[kind])
+    flags: dict[str, Any] = {"quantization__method": lora["quant"]} if "quant" in lora else {}
+    adapter = adapted(tmp_path / "adapter", base, **lora)
+    found = texts(ask(adapter, COMPARE, **flags))
+    assert found["base"] == texts(ask(base, **flags))["base"]
+    assert found["adapter"] == texts(ask(adapter, **flags))["adapter"]
+    assert found["base"] != found["adapter"]
+
+
+def test_the_base_of_an_adapter_with_new_tokens_answers_without_their_trained_rows(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"model__new_tokens": "<a>,<b>", "training__learning_rate": 1e-2}
+    ran = run(prepare_run(train_settings(base_model, rows, tmp_path / "run", **asked), Recorder()), Recorder())
+    found = texts(ask(ran.output, COMPARE, **AS_TRAINED))
+    assert found["base"] == texts(ask(base_model))["base"] != found["adapter"]
+
+
+def test_answers_in_16_bit_come_with_adapter_and_whole_head_in_fp32(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tie_word_embeddings=False)
+    adapter = adapted(tmp_path / "adapter", base, modules_to_save=("lm_head",))
+    assert list(texts(ask(adapter, COMPARE, model__dtype="bf16"))) == ["base", "adapter"]
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
+def test_an_adapter_that_changes_its_base_has_none_to_compare_with(kind: str, tmp_path: Path) -> None:
+    adapter = save_changing(save_model(tmp_path / "base"), tmp_path / "adapter", kind)
+    whole: dict[str, Any] = {"quantization__method": "none"}
+    assert "adapter" in texts(ask(adapter, **whole))
+    with pytest.raises(ModelError, match=r"the base of .* can't be shown"):
+        ask(adapter, COMPARE, **whole)
+
+
+# ---- the merged model
+
+
+def test_the_merged_model_of_a_run_is_found_and_answers_as_adapter_and_base_together(ended: Ended) -> None:
+    # On the unquantized base, which the adapter was merged into here, both are the same model.
+    flags: dict[str, Any] = {**AS_TRAINED, "quantization__method": "none", "quantization__double_quant": None}
+    (ended.run / "merged").symlink_to(ended.merged)
+    try:
+        report = ask(ended.run, COMPARE, **flags)
+        (checkpoint, *_) = sorted((ended.run / "checkpoints").iterdir())
+        assert list(texts(ask(checkpoint, COMPARE, **flags))) == ["base", "adapter"]  # it was not merged
+    finally:
+        (ended.run / "merged").unlink()
+    found = texts(report)
+    assert list(found) == ["base", "adapter", "merged"]
+    assert found["adapter"] == found["merged"] != found["base"]
+    assert report.merged == ended.run / "merged"
+    assert report.answers[0].differ is True
+
+
+def test_a_merged_model_is_compared_with_a_plain_base_too(ended: Ended, base_model: Path) -> None:
+    request = AnswerSettings(max_new_tokens=12, compare=True, merged=ended.merged)
+    found = texts(ask(base_model, request))
+    assert list(found) == ["base", "merged"]
+    assert found["merged"] == texts(ask(ended.merged, quantization__method="none"))["base"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A model that is about to be loaded, and how many that were loaded before are still there."""
+
+    quantization: str
+    dtype: str
+    num_others: int
+
+
+def loadings(monkeypatch: pytest.MonkeyPatch) -> list[Loading]:
+    """Return a list that each model that is loaded from now on is added to."""
+    seen: list[Loading] = []
+    models: list[weakref.ref[Any]] = []
+
+    def load_and_tell(blueprint: Blueprint, reporter: Reporter) -> LoadedModel:
+        num_others = len([model for model in models if model() is not None])
+        seen.append(Loading(blueprint.settings.quantization.method.value, blueprint.dtype.name.value, num_others))
+        loaded = load_planned(blueprint, reporter)
+        models.append(weakref.ref(loaded.base))
+        return loaded
+
+    monkeypatch.setattr(LOAD_PLANNED, load_and_tell)
+    return seen
+
+
+def test_the_merged_model_is_loaded_unquantized_after_the_first_is_let_go(
+    ended: Ended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = loadings(monkeypatch)
+    ask(ended.run, AnswerSettings(max_new_tokens=2, compare=True, merged=ended.merged), **AS_TRAINED)
+    assert seen == [Loading("fp4", "fp32", 0), Loading("none", "fp32", 0)]
+
+
+def test_a_merged_checkpoint_that_is_quantized_is_loaded_as_it_is_stored(
+    ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_quantized(load(ended.merged), tmp_path / "stored", SILENT)
+    seen = loadings(monkeypatch)
+    ask(ended.run, AnswerSettings(max_new_tokens=2, compare=True, merged=tmp_path / "stored"), **AS_TRAINED)
+    assert [each.quantization for each in seen] == ["fp4", "nf4"]
+
+
+# ---- refused before weights are read
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr(LOAD_PLANNED, read)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_prompt_that_is_too_long_for_the_positions_says_how_much_room_there_is(base_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"has 12 tokens, .* allows 501 more: .* the 512 positions") as caught:
+        ask(base_model, AnswerSettings(max_new_tokens=501), prompt="hi")
+    assert caught.value.hint == "Use --max-new-tokens 500, or a shorter prompt."
+    with pytest.raises(ModelError) as caught:
+        ask(base_model, AnswerSettings(max_new_tokens=1), prompt="hi " * 600)
+    assert caught.value.hint == "Use a shorter prompt."
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_nothing_to_compare_is_an_error(base_model: Path) -> None:
+    with pytest.raises(ModelError, match="has no adapter"):
+        ask(base_model, COMPARE)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_chat_compares_no_merged_model(base_model: Path, tmp_path: Path) -> None:
+    request = AnswerSettings(max_new_tokens=12, compare=True, merged=tmp_path)
+    with pytest.raises(ModelError, match="has no adapter") as caught:
+        open_model(asked_load(base_model), request, SILENT, is_chat=True)
+    assert "qlora generate" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_chat_without_a_template_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template") as caught:
+        open_model(asked_load(base), REQUEST, SILENT, is_chat=True)
+    assert "--chat-template chatml" in str(caught.value.hint)
+
+
+def test_without_a_template_the_prompt_is_continued_and_that_is_said(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    heard = Recorder()
+    report = generate(asked_load(base), REQUEST, ["hi"], heard)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert report.answers[0].answers[0].num_prompt_tokens == len(tokenizer("hi")["input_ids"])
+    assert [note for note in report.notes if "no chat template" in note]
+    assert [event for event in heard.events if isinstance(event, Noted) and "no chat template" in event.message]
+
+
+def test_a_gpu_without_room_for_an_answer_ends_with_exit_code_3(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    opened = open_model(asked_load(base_model), REQUEST, SILENT)
+    monkeypatch.setattr(opened.loaded.model, "generate", runs_out)
+    with pytest.raises(OutOfMemoryError, match="ran out of memory answering") as caught:
+        answering.answer_prompt(opened, REQUEST, "hi")
+    assert caught.value.exit_code == 3
+
+
+# ---- a conversation
+
+
+class Ear:
+    """Listens, and stops an answer after so many pieces."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.heard: list[str] = []
+        self._stop_after = stop_after
+        self._num_pieces = 0
+
+    def begin(self, source: Source) -> None:
+        self._num_pieces = 0
+        self.heard.append(f"{source}:")
+
+    def text(self, piece: str) -> None:
+        self._num_pieces += 1
+        self.heard[-1] += piece
+
+    def stops(self) -> bool:
+        return self._stop_after is not None and self._num_pieces >= self._stop_after
+
+    def end(self, answer: Answer) -> None:
+        assert self.heard[-1] == f"{answer.source}:{answer.text}"
+
+
+def chat_with(settings: Resolved[LoadSettings], request: AnswerSettings = REQUEST) -> Chat:
+    return Chat(open_model(settings, request, SILENT, is_chat=True), request)
+
+
+def answer_to(model: Path, messages: list[Message], **flags: object) -> str:
+    """Return the answer to a whole conversation at once."""
+    opened = open_model(asked_load(model, **flags), REQUEST, SILENT)
+    return opened.answer(opened.sources[-1], encode(opened.loaded.tokenizer, messages)).text
+
+
+def test_a_turn_is_answered_with_all_that_was_said_before(ended: Ended) -> None:
+    chat = chat_with(asked_load(ended.run, **AS_TRAINED))
+    (first,) = chat.ask("What is a list?", Ear())
+    (second,) = chat.ask("And a tuple?", Ear())
+    said = [
+        {"role": "user", "content": "What is a list?"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And a tuple?"},
+    ]
+    assert second.text == answer_to(ended.run, said, **AS_TRAINED)
+    assert second.text != answer_to(ended.run, said[2:], **AS_TRAINED)
+    chat.reset()
+    assert chat.ask("What is a list?", Ear())[0].text == first.text
+    chat.set_system("Be brief.")
+    chat.reset()
+    (briefly,) = chat.ask("What is a list?", Ear())
+    assert briefly.num_prompt_tokens > first.num_prompt_tokens
+
+
+def test_base_and_adapter_answer_and_the_conversation_goes_on_with_the_adapter(ended: Ended) -> None:
+    chat, ear = chat_with(asked_load(ended.run, **AS_TRAINED), COMPARE), Ear()
+    base, adapter = chat.ask(PROMPT, ear)
+    assert [text.partition(":")[0] for text in ear.heard] == ["base", "adapter"]
+    assert base.text != adapter.text
+    said = [
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": adapter.text},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert chat.ask("Why?", Ear())[-1].text == answer_to(ended.run, said, **AS_TRAINED)
+
+
+def test_a_part_of_an_answer_that_was_stopped_stays_in_the_conversation(ended: Ended) -> None:
+    chat = chat_with(asked_load(ended.run, **AS_TRAINED))
+    (part,) = chat.ask("What is a list?", Ear(stop_after=3))
+    assert part.finish_reason == "interrupted"
+    said = [
+        {"role": "user", "content": "What is a list?"},
+        {"role": "assistant", "content": part.text},
+        {"role": "user", "content": "Go on."},
+    ]
+    assert chat.ask("Go on.", Ear())[0].text == answer_to(ended.run, said, **AS_TRAINED)
+
+
+def test_a_conversation_fills_the_positions_says_so_and_goes_on_after_a_reset(base_model: Path) -> None:
+    chat = chat_with(asked_load(base_model))
+    filling = "word " * 240
+    (last,) = chat.ask(filling, Ear())
+    (cut,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Ear())
+    assert cut.num_prompt_tokens + cut.num_new_tokens <= 512
+    with pytest.raises(ModelError, match=r"has grown to [\d,]+ tokens, and the model has 512 positions") as caught:
+        chat.ask(filling, Ear())
+    assert "/reset" in str(caught.value.hint)
+    chat.reset()
+    assert chat.ask("hi", Ear())[0].num_prompt_tokens == 12
+
+
+def test_an_answer_takes_only_the_positions_that_are_left(base_model: Path) -> None:
+    request = AnswerSettings(max_new_tokens=1000)
+    opened = open_model(asked_load(base_model), request, SILENT, is_chat=True)
+    num_tokens = len(encode(opened.loaded.tokenizer, [{"role": "user", "content": "word " * 240}]))
+    (answer,) = Chat(opened, request).ask("word " * 240, Ear())
+    assert answer.num_new_tokens <= 512 - num_tokens
+
+
+def test_a_question_that_is_asked_again_draws_another_answer_and_a_chat_repeats(base_model: Path) -> None:
+    request = AnswerSettings(max_new_tokens=12, temperature=1.0, seed=3)
+
+    def twice() -> list[str]:
+        chat, found = chat_with(asked_load(base_model), request), []
+        for _ in range(2):
+            found.append(chat.ask("hi", Ear())[0].text)
+            chat.reset()
+        return found
+
+    first, second = twice()
+    assert first != second
+    assert twice() == [first, second]

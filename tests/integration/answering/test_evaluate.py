@@ -1,0 +1,393 @@
+"""Evaluations end to end: a run on what it held out, its parts, what was merged from it, rows that were named."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.errors import DataError, ModelError, QloraError, SettingsError
+from qlora_cli.evaluating import evaluation as evaluating
+from qlora_cli.evaluating.evaluation import evaluate
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult
+from qlora_cli.events import Noted
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.settings.models import EvaluateSettings
+from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.training.train_run import train
+from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
+from tests.support.loading import copy_tokenizer
+from tests.support.merging import save_changing
+
+NUM_HELD_OUT = 7
+# One batch of all held-out rows: the trainer averages the losses of batches, and that of one is its mean over tokens.
+LEARNS = {"training__micro_batch_size": 12, "training__learning_rate": 5e-3, "training__max_steps": 4}
+
+
+def write_rows(path: Path, source: str, begin: int, end: int) -> Path:
+    lines = (ASSETS / source).read_text(encoding="utf-8").splitlines()[begin:end]
+    return write_jsonl(path, [json.loads(line) for line in lines])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training rows, held-out rows and others."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_rows(folder / "train.jsonl", "train.jsonl", 0, 24)
+    write_rows(folder / "held-out.jsonl", "held_out.jsonl", 0, NUM_HELD_OUT)
+    write_rows(folder / "others.jsonl", "held_out.jsonl", 20, 32)
+    return folder
+
+
+def train_run(folder: Path, name: str, **changed: object) -> TrainResult:
+    base, rows = ASSETS / "base", folder / "train.jsonl"
+    return train(train_settings(base, rows, folder / name, **{**LEARNS, **changed}), Recorder())
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> TrainResult:
+    """A run on an NF4 base that held out a file of rows."""
+    held_out = str(folder / "held-out.jsonl")
+    return train_run(folder, "run", data__eval_dataset=held_out, data__max_length=200, training__save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def merged_run(folder: Path) -> TrainResult:
+    """A run on an unquantized base that held out a share of its rows, and what was merged from it."""
+    result = train_run(folder, "merged-run", data__eval_split="25%", quantization__method="none", training__seed=3)
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "base", dtype="float32")
+    merged = PeftModel.from_pretrained(base, result.adapter).merge_and_unload()
+    merged.save_pretrained(result.output / "merged")
+    copy_tokenizer(result.output / "merged")
+    return result
+
+
+def run_evaluation(
+    model: Path, recorder: Recorder | None = None, request: dict[str, Any] | None = None, **flags: object
+) -> Evaluation:
+    values = {"model.name": str(model), "model.device": "cpu"}
+    given = {**values, **{name.replace("__", "."): value for name, value in flags.items()}}
+    given |= {f"evaluate.{key}": value for key, value in (request or {}).items()}
+    resolved = resolve(Sources(flags={path: (path, value) for path, value in given.items()}), EvaluateSettings)
+    return evaluate(resolved, recorder or Recorder())
+
+
+def by_source(evaluation: Evaluation) -> dict[str, SourceResult]:
+    return {source.source: source for source in evaluation.sources}
+
+
+def warnings_of(recorder: Recorder) -> list[str]:
+    return [event.message for event in recorder.events if isinstance(event, Noted) and event.level == "warning"]
+
+
+# ---- a run
+
+
+def test_the_adapter_has_the_loss_that_its_run_measured_and_the_base_another(trained: TrainResult) -> None:
+    evaluation = run_evaluation(trained.output)
+    base, adapter = evaluation.sources
+    assert adapter.loss == pytest.approx(trained.eval_loss, abs=1e-5)
+    assert (base.source, adapter.source, base.quantization, adapter.quantization) == ("base", "adapter", "nf4", "nf4")
+    assert base.loss is not None
+    assert adapter.loss is not None
+    assert adapter.difference == pytest.approx(adapter.loss - base.loss)
+    assert adapter.loss < base.loss - 0.1
+    assert base.num_rows == adapter.num_rows == NUM_HELD_OUT
+    assert evaluation.model == str(trained.output)
+    assert (evaluation.base_model, evaluation.adapter) == (str(ASSETS / "base"), trained.adapter)
+    assert evaluation.compute_dtype == "fp32"
+
+
+def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained: TrainResult, tmp_path: Path) -> None:
+    base = shutil.copytree(ASSETS / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    with pytest.raises(ModelError, match="more than the 16 positions"):
+        run_evaluation(trained.output, model__base_model=str(base))
+
+
+def test_the_base_beside_an_adapter_is_the_base_by_itself(trained: TrainResult, folder: Path) -> None:
+    held_out = str(folder / "held-out.jsonl")
+    beside = by_source(run_evaluation(trained.output))["base"]
+    (alone,) = run_evaluation(ASSETS / "base", data__dataset=held_out, model__dtype="fp32").sources
+    assert alone.source == "model"
+    assert alone.loss == pytest.approx(beside.loss, abs=1e-6)
+    assert (alone.num_tokens, alone.token_accuracy) == (beside.num_tokens, beside.token_accuracy)
+
+
+def test_rows_that_a_run_drew_are_the_same_rows(merged_run: TrainResult) -> None:
+    evaluation = run_evaluation(merged_run.output, request={"with_base": False})
+    assert by_source(evaluation)["adapter"].loss == pytest.approx(merged_run.eval_loss, abs=1e-5)
+    assert by_source(evaluation)["adapter"].num_rows == 6
+    recorded = json.loads((merged_run.output / "run.json").read_text())["data"]["eval"]["fingerprint"]
+    assert evaluation.fingerprint == recorded
+
+
+@pytest.mark.parametrize("flags", [{"data__max_length": 40}, {"data__loss_on": "all"}, {"training__seed": 4}])
+def test_rows_that_a_run_drew_are_not_drawn_otherwise(merged_run: TrainResult, flags: dict[str, Any]) -> None:
+    # Others would be held out, and rows that were trained among them.
+    with pytest.raises(DataError, match="not those of") as caught:
+        run_evaluation(merged_run.output, data__accept_lost=True, **flags)
+    assert "--dataset" in str(caught.value.hint)
+
+
+def test_held_out_data_that_changed_is_said(trained: TrainResult) -> None:
+    recorder = Recorder()
+    evaluation = run_evaluation(trained.output, recorder, data__loss_on="all")
+    assert any("are not those of" in message for message in warnings_of(recorder))
+    assert evaluation.notes
+    assert run_evaluation(trained.output).notes == ()
+
+
+def test_settings_of_the_run_decide_how_other_rows_are_read(trained: TrainResult, folder: Path) -> None:
+    others = str(folder / "others.jsonl")
+    as_trained = run_evaluation(trained.output, data__dataset=others)
+    on_all = run_evaluation(trained.output, data__dataset=others, data__loss_on="all")
+    assert on_all.sources[0].num_tokens > as_trained.sources[0].num_tokens
+    assert (as_trained.dataset, as_trained.is_training_data) == (others, False)
+    sample = run_evaluation(trained.output, data__dataset=f"{others}#5", request={"with_base": False})
+    assert sample.sources[0].num_rows == 5
+
+
+def test_rows_that_were_trained_are_said_to_be(trained: TrainResult, folder: Path) -> None:
+    recorder = Recorder()
+    evaluation = run_evaluation(trained.output, recorder, data__dataset=str(folder / "train.jsonl#3"))
+    assert evaluation.is_training_data
+    assert any("was trained on" in message for message in warnings_of(recorder))
+    copy = folder / "copy.jsonl"
+    copy.write_bytes((folder / "train.jsonl").read_bytes())
+    assert run_evaluation(trained.output, data__dataset=str(copy)).is_training_data
+    held_out = run_evaluation(trained.output, data__eval_dataset=str(folder / "train.jsonl"))  # by another name
+    assert held_out.is_training_data
+    assert any("was trained on" in note for note in held_out.notes)
+
+
+def test_a_run_that_held_nothing_out_says_so(folder: Path) -> None:
+    result = train_run(folder, "without", training__max_steps=1)
+    with pytest.raises(DataError, match="held no rows out") as caught:
+        run_evaluation(result.output)
+    assert "--dataset" in str(caught.value.hint)
+    assert caught.value.exit_code == 2
+
+
+def test_groups_that_a_run_on_a_mixture_held_out_are_found_again(folder: Path) -> None:
+    names = [folder / f"{name}.jsonl" for name in ("small", "large")]
+    for path, count in zip(names, (6, 18), strict=True):
+        rows = [{"prompt": f"{path.stem} {i} ", "completion": f"it is {i}", "user": i % 4} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train_run(
+        folder,
+        "mixed",
+        data__dataset=(f"{names[0]}*0.5", f"{names[1]}*0.5"),
+        data__mixing="all_exhausted",
+        data__eval_split="25%",
+        data__eval_group="user",
+        training__max_steps=1,
+    )
+    held_out = run_evaluation(result.output, request={"with_base": False})
+    assert held_out.sources[0].loss == pytest.approx(result.eval_loss, abs=1e-5)
+    # Rows that are named are read whole, whatever the run mixed or grouped.
+    named = run_evaluation(result.output, data__dataset=tuple(map(str, names)), request={"with_base": False})
+    assert named.sources[0].num_rows == 24
+
+
+def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(trained: TrainResult) -> None:
+    first, last = trained.checkpoints
+    losses = [by_source(run_evaluation(path, request={"with_base": False}))["adapter"].loss for path in (first, last)]
+    assert losses[1] == pytest.approx(trained.eval_loss, abs=1e-5)
+    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+
+
+# ---- merged
+
+
+def test_what_was_merged_in_the_run_is_compared_on_the_same_rows(merged_run: TrainResult) -> None:
+    found = by_source(run_evaluation(merged_run.output))
+    assert list(found) == ["base", "adapter", "merged"]
+    assert found["merged"].loss == pytest.approx(found["adapter"].loss, abs=1e-5)
+    assert found["merged"].difference == pytest.approx(found["adapter"].difference, abs=1e-5)
+    assert found["merged"].path == str(merged_run.output / "merged")
+    assert found["merged"].num_tokens == found["adapter"].num_tokens
+
+
+def test_a_checkpoint_is_not_compared_with_what_was_merged_from_the_end(merged_run: TrainResult) -> None:
+    found = by_source(run_evaluation(merged_run.checkpoints[0]))
+    assert list(found) == ["base", "adapter"]
+    named = run_evaluation(merged_run.checkpoints[0], request={"merged": merged_run.output / "merged"})
+    assert list(by_source(named)) == ["base", "adapter", "merged"]
+
+
+def test_a_merged_model_is_compared_with_a_plain_base(merged_run: TrainResult, folder: Path) -> None:
+    evaluation = run_evaluation(
+        ASSETS / "base",
+        data__dataset=str(folder / "others.jsonl"),
+        quantization__method="none",
+        model__dtype="fp32",
+        request={"merged": merged_run.output / "merged"},
+    )
+    found = by_source(evaluation)
+    assert list(found) == ["base", "merged"]
+    assert found["merged"].difference is not None
+    assert found["merged"].difference < 0
+
+
+def test_the_first_model_is_gone_before_the_merged_one_is_loaded(
+    merged_run: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> LoadedModel:
+        gc.collect()
+        assert [model() for model in alive if model() is not None] == []
+        loaded = load_planned(*args, **kwargs)
+        alive.append(weakref.ref(loaded.base))
+        return loaded
+
+    monkeypatch.setattr(evaluating, "load_planned", watched)
+    run_evaluation(merged_run.output)
+    assert len(alive) == 2
+
+
+def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
+    trained: TrainResult, merged_run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (merged_run.output / "merged").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.delattr(evaluating, "read_rows")  # nor are rows tokenized
+    with pytest.raises(ModelError, match="the tokenizer of"):
+        run_evaluation(trained.output, request={"merged": other})
+
+
+def test_a_merged_model_that_is_cut_short_is_refused_before_the_first_one_is_evaluated(
+    trained: TrainResult, merged_run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(merged_run.output / "merged", cut)
+    (weights,) = cut.glob("*.safetensors")
+    with weights.open("rb+") as file:
+        file.truncate(weights.stat().st_size - 1)
+    monkeypatch.delattr(evaluating, "read_rows")
+    with pytest.raises(ModelError, match=weights.name):
+        run_evaluation(trained.output, request={"merged": cut})
+
+
+# ---- what can't be
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_model_without_an_adapter_has_no_base(with_base: bool, folder: Path) -> None:
+    with pytest.raises(ModelError, match="has no effect"):
+        run_evaluation(ASSETS / "base", data__dataset=str(folder / "others.jsonl"), request={"with_base": with_base})
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
+def test_a_base_that_the_adapter_changes_is_left_out_and_that_is_said(kind: str, folder: Path, tmp_path: Path) -> None:
+    adapter, recorder = save_changing(ASSETS / "base", tmp_path / "adapter", kind), Recorder()
+    flags: dict[str, Any] = {"data__dataset": str(folder / "others.jsonl"), "quantization__method": "none"}
+    found = run_evaluation(adapter, recorder, **flags)
+    assert list(by_source(found)) == ["adapter"]
+    (note,) = [note for note in found.notes if "the base is left out" in note]
+    assert note in warnings_of(recorder)
+    assert list(by_source(run_evaluation(adapter, request={"with_base": False}, **flags))) == ["adapter"]
+    with pytest.raises(ModelError, match=r"evaluate.with_base: the base of .* can't be shown") as caught:
+        run_evaluation(adapter, request={"with_base": True}, **flags)
+    assert "evaluate the base by itself" in str(caught.value.hint)
+
+
+def broken(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield records that do not say how their data was read."""
+    yield {key: value for key, value in record.items() if key != "data"}
+    yield {**record, "seed": None}
+    yield {**record, "settings": {**record["settings"], "data": {**record["settings"]["data"], "loss_on": "some"}}}
+
+
+def test_a_record_that_does_not_say_how_data_was_read_is_told_by_name(trained: TrainResult) -> None:
+    run_file = trained.output / "run.json"
+    whole = run_file.read_text()
+    try:
+        for number, record in enumerate(broken(json.loads(whole))):
+            run_file.write_text(json.dumps(record))
+            with pytest.raises(QloraError, match=r"run\.json") as caught:
+                run_evaluation(trained.output)
+            assert caught.value.exit_code == 2, number
+    finally:
+        run_file.write_text(whole)
+
+
+def test_settings_of_a_file_hold_rows_out_as_training_would(folder: Path, merged_run: TrainResult) -> None:
+    config = folder / "run.yaml"
+    data = {"dataset": str(folder / "train.jsonl"), "eval_split": "25%"}
+    config.write_text(json.dumps({"data": data, "training": {"seed": 3}}))  # JSON is YAML
+    flags = {path: (path, value) for path, value in {"model.name": str(ASSETS / "base")}.items()}
+    resolved = resolve(Sources(config=config, flags=flags), EvaluateSettings)
+    evaluation = evaluate(resolved, Recorder())
+    assert evaluation.fingerprint == run_evaluation(merged_run.output, request={"with_base": False}).fingerprint
+    config.write_text(json.dumps({"data": {"dataset": data["dataset"]}}))
+    with pytest.raises(SettingsError, match="--dataset"):
+        evaluate(resolve(Sources(config=config, flags=flags), EvaluateSettings), Recorder())
+
+
+# ---- an adapter that grew the vocabulary
+
+NEW = "<a1>"
+
+
+@pytest.fixture(scope="module")
+def with_new_tokens(folder: Path) -> TrainResult:
+    return train_run(folder, "new-tokens", model__new_tokens=f"{NEW},<a2>", quantization__method="none")
+
+
+def test_the_base_of_an_adapter_that_grew_the_vocabulary_is_the_base(
+    folder: Path, with_new_tokens: TrainResult
+) -> None:
+    request = {"batch_size": 1}
+    asked: dict[str, Any] = {"data__dataset": [str(folder / "held-out.jsonl")], "quantization__method": "none"}
+    found = by_source(run_evaluation(with_new_tokens.output, request=request, model__dtype="fp32", **asked))
+    alone = by_source(run_evaluation(ASSETS / "base", request=request, model__dtype="fp32", **asked))
+    assert found["base"].loss == alone["model"].loss
+    assert found["base"].token_accuracy == alone["model"].token_accuracy
+
+
+def test_tokens_that_the_base_does_not_have_count_in_no_loss_that_is_compared_with_its_own(
+    with_new_tokens: TrainResult, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"It is {NEW} and {NEW}."}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}] * 2)
+    asked: dict[str, Any] = {"data__dataset": [str(rows)], "quantization__method": "none"}
+    recorder = Recorder()
+    compared = run_evaluation(with_new_tokens.output, recorder, **asked)
+    found = by_source(compared)
+    note = "4 tokens to predict that the base does not have: left out of every loss; --no-base counts them"
+    assert note in compared.notes
+    assert note in warnings_of(recorder)
+    assert found["base"].loss is not None
+    alone = by_source(run_evaluation(with_new_tokens.output, request={"with_base": False}, **asked))
+    assert found["base"].num_tokens == found["adapter"].num_tokens == alone["adapter"].num_tokens - 4
+
+
+def test_rows_of_which_the_base_has_no_token_to_predict_are_an_error(
+    with_new_tokens: TrainResult, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Who?", "completion": NEW * 40}])
+    with pytest.raises(DataError, match=r"\d+ tokens to predict, all of them new, which the base does not have"):
+        run_evaluation(
+            with_new_tokens.output,
+            data__dataset=[str(rows)],
+            data__max_length=24,
+            data__accept_lost=True,
+            quantization__method="none",
+        )

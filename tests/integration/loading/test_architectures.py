@@ -1,0 +1,201 @@
+"""Every family of models: stored as planned, computed as plain transformers does, trained, saved and loaded again.
+
+Models are tiny and random, saved in bf16 as users' are, and computed in fp32, so that results compare to the bit.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.errors import ModelError
+from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.settings.models import LoraSettings
+from tests.integration.training.test_training import base_digest
+from tests.support.adapters import put_back
+from tests.support.loading import load, logits, refused, save_model
+from tests.support.plain import IDS, ROWS, dequantized, plain
+from tests.support.tiny_models import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMED = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "gpt2"),
+    *("gpt_neox", "falcon", "olmo2", "olmoe", "starcoder2", "stablelm", "cohere2", "granite", "granitemoe"),
+    *("smollm3", "glm4", "deepseek_v3", "gpt_oss", "bamba", "falcon_h1", "mamba2", "nemotron_h", "jamba"),
+}
+# Linear layers that get no adapter though they are neither head nor router, each said in a note: PEFT takes their
+# names for those of the experts, or renames their weights; or a kernel reads the weight itself.
+TAKEN = r"(mlp|shared_experts?|shared_mlp)\.(gate|up|down)_proj$"
+READ_BY_KERNEL = r"(mamba|mixer)\.out_proj$"
+WITHOUT_ADAPTER: Mapping[str, str] = {
+    **dict.fromkeys(("glm4_moe", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "laguna", "qwen3_next"), TAKEN),
+    **dict.fromkeys(("bamba", "falcon_h1", "mamba2", "mamba", "jamba", "granitemoehybrid"), READ_BY_KERNEL),
+    **dict.fromkeys(("nemotron_h", "zamba2"), READ_BY_KERNEL),
+}
+WITH_EXPERTS = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v3", "deepseek_v32"),
+    *("gpt_oss", "phimoe", "flex_olmo", "minimax_m2", "llama4_text", "jetmoe", "ernie4_5_moe", "laguna", "dbrx"),
+    *("lfm2_moe", "qwen3_next", "jamba", "granitemoehybrid", "nemotron_h"),
+}
+ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
+
+
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if family != "falcon"])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp(family), family, vocab_size=ROWS)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> LoadedModel:
+    """The model in nf4 with double quantization. Nothing changes it."""
+    return load(checkpoint)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def losses_of_two_steps(model: PeftModel) -> list[float]:
+    """Return the losses before, between and after two steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        losses.append(loss.item())
+        if len(losses) < 3:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return losses
+
+
+def test_the_families_are_many_and_the_common_ones_are_among_them() -> None:
+    assert len(FAMILIES) >= 60
+    assert set(FAMILIES) >= NAMED
+    assert set(FAMILIES) >= WITHOUT_ADAPTER.keys()
+
+
+def test_every_weight_is_quantized_or_kept_for_a_reason(loaded: LoadedModel) -> None:
+    kept = dict(loaded.layout.kept)
+    num_quantized = 0
+    for name, module in linears(loaded.base).items():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        if reason := kept.pop(name, None):
+            assert type(module) is not Linear4bit, name
+            assert weight.dtype == torch.float32
+            assert len(reason) > 5
+        else:
+            assert type(module) is Linear4bit, name
+            assert weight.dtype == torch.uint8
+            assert isinstance(weight, Params4bit)
+            assert weight.quant_state.nested
+            num_quantized += 1
+    assert num_quantized > 0
+    for name, reason in kept.items():  # what is left are fused experts
+        assert loaded.base.get_parameter(name).dtype == torch.float32
+        assert len(reason) > 5
+    unquantized = {entry.name: entry.why_not for entry in loaded.inventory.entries if not entry.is_quantized}
+    assert "not asked for" not in unquantized.values()
+    assert not [name for name in unquantized if "expert" in name and not is_small(name, loaded) and name not in kept]
+
+
+def is_small(name: str, loaded: LoadedModel) -> bool:
+    """Whether a parameter is a vector, a bias for each expert, or the weight of a router, or kept as a whole layer."""
+    return (
+        name.endswith("bias")
+        or loaded.base.get_parameter(name).dim() < 2
+        or name.rpartition(".")[0] in loaded.layout.kept
+    )
+
+
+def test_experts_are_found_where_they_are_and_nowhere_else(family: str, loaded: LoadedModel) -> None:
+    """Recurrent layers have weights of three dimensions too, and those are fragile."""
+    assert bool(loaded.layout.experts) == (family in WITH_EXPERTS)
+
+
+def test_what_was_planned_is_what_is_there_to_the_byte(loaded: LoadedModel) -> None:
+    planned, counted = loaded.layout.inventory, loaded.inventory
+    assert {entry.name: entry for entry in planned.entries} == {entry.name: entry for entry in counted.entries}
+    assert planned.buffer_bytes == counted.buffer_bytes
+    assert planned.total_bytes == counted.total_bytes
+
+
+def test_logits_are_those_of_plain_transformers_with_the_same_weights_dequantized(
+    loaded: LoadedModel, checkpoint: Path
+) -> None:
+    unquantized = plain(checkpoint)
+    assert loaded.inventory.num_parameters == unquantized.num_parameters()
+    found, exact = logits(loaded.base, IDS), logits(unquantized, IDS)
+    assert torch.equal(found, logits(dequantized(checkpoint, loaded), IDS))
+    assert found.isfinite().all()
+    assert not torch.equal(found, exact)  # quantizing did change something
+    assert (found - exact).std() < 0.5 * exact.std()
+
+
+def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_the_base_stays_as_it_is(
+    family: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    base = load(checkpoint).base
+    head = base.get_output_embeddings()
+    wanted = {name for name, module in linears(base).items() if module is not head and not ROUTER.search(name)}
+    left_out = {name for name in wanted if re.search(WITHOUT_ADAPTER.get(family, "$^"), name)}
+    before = logits(base, IDS)
+    model, notes = attach_adapter(base, LoraSettings(rank=8))
+    assert bool(left_out) == bool(notes) == (family in WITHOUT_ADAPTER)
+    prefix = "base_model.model."
+    assert {
+        name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    } == wanted - left_out
+    assert torch.equal(logits(model, IDS), before)  # B is zero
+
+    digest = base_digest(model)
+    losses = losses_of_two_steps(model)
+    assert losses[0] > losses[1] > losses[2]
+    assert base_digest(model) == digest
+    trained = logits(model, IDS)
+    assert not torch.equal(trained, before)
+
+    save_adapter(model, tmp_path / "adapter")
+    # Trainable, as the other is: torch folds a product with a batch differently if its weight has a gradient.
+    again = put_back(load(checkpoint).base, tmp_path / "adapter")
+    assert torch.equal(logits(again, IDS), trained)
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("falcon"), "falcon", vocab_size=ROWS)
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+def test_falcon_is_refused_quantized_because_its_linear_layers_are_none(falcon: Path, method: str) -> None:
+    said = refused(falcon, ModelError, quantization__method=method)
+    assert f"nothing of FalconForCausalLM can be stored in {method}" in said
+    assert "a FalconLinear, no plain linear layer" in said
+    assert "--quant none" in said
+
+
+def test_falcon_loads_unquantized_as_it_is(falcon: Path) -> None:
+    loaded = load(falcon, quantization__method="none")
+    assert torch.equal(logits(loaded.base, IDS), logits(plain(falcon), IDS))
+    assert loaded.layout.inventory == loaded.inventory
+    model, _ = attach_adapter(loaded.base, LoraSettings(rank=8))
+    losses = losses_of_two_steps(model)
+    assert losses[0] > losses[1] > losses[2]

@@ -1,0 +1,106 @@
+"""Loading and saving take bounded host memory, whatever the size of the checkpoint: measured on gigabytes of weights.
+
+What is promised is 1.5 GiB over the interpreter and, on a CPU, the quantized model. These checkpoints are small enough
+that reading one as a whole might go unnoticed, so a third of that is allowed here. Figures are shown by `pytest -s`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.load_case import STATUS
+from benchmarks.synthetic import SHAPES, num_parameters, write_model
+from qlora_cli.units import GIB, MIB
+
+ROOT = Path(__file__).parents[3]
+PROMISED_BYTES = 3 * GIB // 2
+ALLOWED_BYTES = PROMISED_BYTES // 3
+
+pytestmark = pytest.mark.skipif(
+    not STATUS.exists() or "RssAnon" not in STATUS.read_text(encoding="ascii"),
+    reason="needs Linux's count of anonymous memory",
+)
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of the size that the tests name, one at a time; it is deleted afterwards."""
+    size: str = request.param
+    directory = tmp_path_factory.mktemp("models") / size
+    write_model(directory, SHAPES[size])
+    yield directory
+    shutil.rmtree(directory)
+
+
+def checkpoint_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def measure(model: Path, *arguments: str | Path, **options: str) -> dict[str, Any]:
+    """Load in a process of its own and return what it took."""
+    values = json.dumps({"model.device": "cpu", **{key.replace("__", "."): value for key, value in options.items()}})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load_case", "qlora", model, "--options", values, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},  # as the command sets it
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout)
+    print(
+        f"\n{model.name}, {options}: {checkpoint_bytes(model) / GIB:.2f} GiB of weights, "
+        f"loaded {figures['model_bytes'] / MIB:.0f} MiB, peak {figures['peak_host_bytes'] / MIB:.0f} MiB "
+        f"in {figures['load_seconds']:.1f} s"
+    )
+    return figures
+
+
+def check_bounded(figures: dict[str, Any]) -> None:
+    assert figures["num_samples"] > 100, "the peak was not watched"
+    assert figures["peak_host_bytes"] <= figures["model_bytes"] + ALLOWED_BYTES
+
+
+@pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
+def test_a_checkpoint_of_two_gigabytes_with_a_large_embedding_is_never_in_memory_beside_the_quantized_model(
+    model: Path, tmp_path: Path
+) -> None:
+    assert checkpoint_bytes(model) >= 2e9
+    assert len(list(model.glob("*.safetensors"))) > 1
+    saved = tmp_path / "saved"
+    figures = measure(model, "--save", saved, model__dtype="fp32")
+    check_bounded(figures)
+    # In fp32 everything is copied out of the file: had the peak been missed, it would be below the model.
+    assert figures["peak_host_bytes"] >= figures["model_bytes"]
+    assert figures["model_bytes"] == figures["predicted_bytes"]
+    assert figures["model_bytes"] >= 4 * 2 * 128_256 * 2048, "embedding and head are in fp32"
+
+    # A model on a CPU is written from where it is. On a GPU, a shard of 1 GB is copied to the host at a time.
+    print(f"saving it: {figures['save_peak_host_bytes'] / MIB:.1f} MiB more")
+    assert figures["save_peak_host_bytes"] <= 64 * MIB
+    assert checkpoint_bytes(saved) == pytest.approx(figures["model_bytes"], rel=0.001)
+
+    again = measure(saved, model__dtype="fp32")
+    assert again["model_bytes"] == figures["model_bytes"]
+    assert again["peak_host_bytes"] <= 64 * MIB, "a checkpoint in the dtypes that it is used in is mapped, not copied"
+
+
+@pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
+def test_int8_is_bounded_likewise(model: Path) -> None:
+    check_bounded(measure(model, model__dtype="bf16", quantization__method="int8"))
+
+
+@pytest.mark.parametrize("model", ["1-layer-moe"], indirect=True)
+def test_experts_are_quantized_one_at_a_time(model: Path) -> None:
+    assert checkpoint_bytes(model) >= 1e9
+    figures = measure(model, model__dtype="bf16")
+    assert figures["model_bytes"] < num_parameters(SHAPES[model.name]), "the experts are not quantized"
+    check_bounded(figures)

@@ -1,0 +1,388 @@
+"""`qlora inspect-memory` from end to end: where a model may come from, what is never touched, and known answers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from qlora_cli.cli.app import app
+from qlora_cli.memory.catalogue import find_in_catalogue
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.gpus import find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.settings.choices import Recipe
+from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
+from tests.conftest import RunQlora
+from tests.support.hub_server import COMMIT, Hub, Repo
+
+SHORT = ("--max-length", "64", "--micro-batch-size", "1")
+
+
+@pytest.fixture
+def config(base_model: Path, tmp_path: Path) -> Path:
+    """Return a directory that holds config.json alone: no weights, no tokenizer."""
+    directory = tmp_path / "config-only"
+    directory.mkdir()
+    shutil.copy(base_model / "config.json", directory)
+    return directory
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> dict[str, str]:
+    """Return an environment with no answers kept, and no hub to ask."""
+    return {"QLORA_CACHE": str(tmp_path / "answers"), "HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what does not depend on how a model was named, nor on time."""
+    return {key: value for key, value in result.items() if key not in {"model", "assumptions", "estimate_seconds"}}
+
+
+def test_a_directory_its_config_and_the_catalogue_need_no_weights_and_no_network(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str]
+) -> None:
+    by_directory = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    by_file = run_qlora("inspect-memory", config / "config.json", *SHORT, "--json", env=alone)
+    assert (by_directory.code, by_file.code) == (0, 0), by_directory.stderr + by_file.stderr
+    assert figures(by_directory.json) == figures(by_file.json)
+    known = run_qlora("inspect-memory", "smollm2-135m", *SHORT, "--gpu", "24GiB", "--json", env=alone)
+    assert known.code == 0, known.stderr
+    assert known.json["num_parameters"] == 134_515_008
+    components = known.json["components"]
+    assert sum(components.values()) == known.json["predicted"]["process_bytes"]
+    assert [fit["fits"] for fit in known.json["fits"]] == ["yes"]
+
+
+def test_only_the_config_of_a_hub_id_is_fetched(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_qlora("inspect-memory", "owner/tiny", *SHORT, "--json", env={**hub_env, "QLORA_CACHE": str(tmp_path)})
+    assert done.code == 0, done.stderr
+    files = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
+    assert files == {"config.json"}
+    pinned = ("inspect-memory", "owner/tiny", "--revision", COMMIT, *SHORT, "--json")
+    again = run_qlora(*pinned, env={**hub_env, "QLORA_CACHE": str(tmp_path)})
+    assert figures(again.json) == figures(done.json)
+
+
+def test_an_adapter_on_the_hub_is_predicted_by_its_config(
+    run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/tiny", "r": 4, "target_modules": ["q_proj"]}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"not asked for"}
+    hub.repos["owner/adapter"] = Repo(commits={COMMIT: files})
+    env = {**hub_env, "QLORA_CACHE": str(tmp_path)}
+    done = run_qlora("inspect-memory", "owner/adapter", *SHORT, "--json", env=env)
+    assert done.code == 0, done.stderr
+    asked = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
+    assert asked == {"config.json", "adapter_config.json"}
+    same = ("--rank", "4", "--target-modules", "q_proj")
+    of_base = run_qlora("inspect-memory", "owner/tiny", *SHORT, *same, "--json", env=env)
+    assert figures(of_base.json) == figures(done.json)
+    assert any("by its config alone" in assumption for assumption in done.json["assumptions"])
+
+
+def test_a_run_directory_answers_for_its_own_settings(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    trained = run_qlora(
+        *("train", "--model", base_model, "--dataset", rows, "--output", run, "--device", "cpu", "--max-steps", "1"),
+        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2", "--accept-lost"),
+    )
+    assert trained.code == 0, trained.stderr
+    of_run = run_qlora("inspect-memory", run, "--json", env=alone)
+    assert of_run.code == 0, of_run.stderr
+    same = ("--rank", "4", "--max-length", "64", "--micro-batch-size", "2")
+    of_model = run_qlora("inspect-memory", base_model, *same, "--json", env=alone)
+    assert figures(of_run.json) == figures(of_model.json)
+    assert (
+        of_run.json["num_trainable_parameters"]
+        == json.loads((run / "run.json").read_text())["plan"]["num_trainable_parameters"]
+    )
+    wider = run_qlora("inspect-memory", run, "--rank", "8", "--json", env=alone)
+    assert wider.json["settings"]["rank"] == "8"
+    assert wider.json["settings"]["max-length"] == "64"
+    of_adapter = run_qlora("inspect-memory", run / "adapter", *same, "--json", env=alone)
+    own, asked = figures(of_adapter.json), figures(of_model.json)
+    # An adapter names the layers that it is on.
+    assert own["settings"].pop("target-modules").count(",") == 6
+    assert asked["settings"].pop("target-modules") == "all-linear"
+    assert own == asked
+
+
+def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
+) -> None:
+    base, run = shutil.copytree(base_model, tmp_path / "base"), tmp_path / "run"
+    trained = run_qlora(
+        *("train", "--model", base, "--dataset", rows, "--output", run, "--device", "cpu", "--max-steps", "1"),
+        *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2", "--accept-lost", "--quant", "none"),
+        *("--eval-split", "20%"),
+    )
+    assert trained.code == 0, trained.stderr
+    # Also of the adapter alone: it was trained on a base that was not quantized, and so it goes on.
+    for name in (run, run / "adapter", *(run / "checkpoints").glob("step-*")):
+        predicted = run_qlora("inspect-memory", name, *SHORT, "--json", env=alone)
+        assert predicted.code == 0, predicted.stderr
+        assert predicted.json["settings"]["quant"] == "none"
+        assert ("evaluation" in {phase["name"] for phase in predicted.json["phases"]}) == (name == run)
+    again = shutil.copytree(run, tmp_path / "copy")
+    assert f"settings of the run {again}" in " ".join(
+        run_qlora("inspect-memory", again, *SHORT, "--json", env=alone).json["assumptions"]
+    )
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["model"] |= {"trust_remote_code": True, "allow_pickle": True}
+    (run / "run.json").write_text(json.dumps(record))
+    content = json.loads((base / "config.json").read_text())
+    content |= {"model_type": "own", "auto_map": {"AutoConfig": "payload.Own", "AutoModelForCausalLM": "payload.Own"}}
+    (base / "config.json").write_text(json.dumps(content))
+    (base / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused = run_qlora("inspect-memory", run, *SHORT, "--json", env=alone)
+    assert (refused.code, (tmp_path / "ran").exists()) == (2, False), refused.stderr
+    assert "code of its own" in refused.stderr
+
+
+def test_a_known_answer_is_the_same_and_needs_no_torch(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    # Whoever imports torch now finds a module that ends the process.
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(99)")
+    trapped = {**alone, "PYTHONPATH": str(tmp_path / "trap")}
+    again = run_qlora("inspect-memory", config, *SHORT, "--json", env=trapped)
+    assert again.code == 0, again.stderr
+    assert figures(again.json) == figures(first.json)
+    other = run_qlora("inspect-memory", config, *SHORT, "--rank", "8", "--json", env=trapped)
+    assert other.code == 99  # another question is no known one
+
+
+def test_a_changed_config_is_another_question(run_qlora: RunQlora, config: Path, alone: dict[str, str]) -> None:
+    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    content = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps({**content, "intermediate_size": 2 * content["intermediate_size"]}))
+    second = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    assert second.json["num_parameters"] > first.json["num_parameters"]
+
+
+def test_answers_that_can_not_be_kept_or_read_are_computed(
+    run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    blocked = run_qlora(
+        "inspect-memory", config, *SHORT, "--json", env={**alone, "QLORA_CACHE": str(tmp_path / "file")}
+    )
+    assert blocked.code == 0, blocked.stderr
+    kept = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    (answer,) = (tmp_path / "answers" / "memory").glob("*.json")
+    answer.write_text("{")
+    mended = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    assert figures(mended.json) == figures(kept.json) == figures(blocked.json)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lama-3.1-8b",), "llama-3.1-8b"),
+        (("no/such/path/here",), "not a hub id"),
+        (("./nowhere",), "no such file or directory"),
+        (("smollm2-135m", "--max-length", "100000"), "positions"),
+        (("smollm2-135m", "--target-modules", "nope"), "matches no linear layer"),
+        (("smollm2-135m", "--quant", "none", "--set", "quantization.quant_storage=bf16"), "no effect"),
+        (("smollm2-135m", "--gpu", "RTX 9999"), "no GPU"),
+        (("smollm2-135m", "--gpu", "T4", "--dtype", "bf16"), "has no bf16"),
+        (("smollm2-135m", "--gpu", "auto"), "no NVIDIA GPU"),
+    ],
+)
+def test_what_is_unknown_or_contradicts_itself_is_refused_with_exit_2(
+    monkeypatch: pytest.MonkeyPatch, alone: dict[str, str], arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = CliRunner().invoke(app, ["inspect-memory", *arguments], env=alone)
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "bert"}', '{"hidden_size": 4}', '{"model_type": "x"}'])
+def test_a_config_that_can_not_be_read_is_refused(tmp_path: Path, alone: dict[str, str], content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    done = CliRunner().invoke(app, ["inspect-memory", str(tmp_path / "config.json")], env=alone)
+    assert done.exit_code == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora, alone: dict[str, str]) -> None:
+    # With all of the logits' neighbours kept: too much for 3 GiB, and enough with checkpointing.
+    asked = ("smollm2-135m", "--max-length", "4096", "--gradient-checkpointing", "off", "--gpu", "3GiB", "--json")
+    done = run_qlora("inspect-memory", *asked, env=alone)
+    assert done.code == 3, done.stderr
+    first = done.json["suggestions"][0]
+    assert first["flags"] == "--gradient-checkpointing on"
+    assert first["fits"] == "yes"
+    changed = run_qlora(
+        *("inspect-memory", "smollm2-135m", "--max-length", "4096", "--gpu", "3GiB", "--json"),
+        *first["flags"].split(),
+        env=alone,
+    )
+    assert changed.code == 0
+    assert changed.json["predicted"]["process_bytes"] == first["process_bytes"]
+    assert done.json["predicted"]["process_bytes"] - first["process_bytes"] == first["saved_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "stored", "proposed"),
+    [
+        (("--quant", "int8"), {"load_in_8bit": True}, "--quant nf4"),
+        (
+            ("--quant", "nf4", "--no-double-quant"),
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "--double-quant",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwise(
+    tmp_path: Path, alone: dict[str, str], asked_for: tuple[str, ...], stored: dict[str, object], proposed: str
+) -> None:
+    known = find_in_catalogue("smollm2-135m")
+    assert known is not None
+
+    small = (
+        "--rank",
+        "8",
+        "--target-modules",
+        "q_proj",
+        "--optimizer",
+        "paged_adamw_8bit",
+        "--gpu",
+        "300MiB",
+        "--json",
+    )
+
+    def suggested(quantization: dict[str, object], *flags: str) -> str:
+        content = {**known.config, **({"quantization_config": quantization} if quantization else {})}
+        (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        done = CliRunner().invoke(app, ["inspect-memory", str(tmp_path), *small, *flags], env=alone)
+        assert done.exit_code == 3, done.stderr
+        (nearest,) = json.loads(done.stdout)["suggestions"]  # of all that save something, since nothing fits
+        return str(nearest["flags"])
+
+    assert proposed in suggested({}, *asked_for)
+    found = suggested({"quant_method": "bitsandbytes", **stored})
+    assert "--max-length 64" in found
+    assert "quant" not in found
+
+
+def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
+    """Return the answer of a question, asked in this process."""
+    done = CliRunner().invoke(app, ["inspect-memory", str(config), *SHORT, *flags, "--json"], env=env)
+    assert done.exit_code == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_the_plain_recipe_has_its_own_defaults_and_keeps_what_is_not_quantized_in_fp32(
+    config: Path, alone: dict[str, str]
+) -> None:
+    ours, plain = (asked(config, alone, "--recipe", recipe) for recipe in ("qlora", "peft"))
+    assert ours["settings"]["gradient-accumulation-steps"] == "16"
+    assert plain["settings"]["gradient-accumulation-steps"] == "1"
+    given = asked(config, alone, "--recipe", "peft", "--gradient-accumulation-steps", "4")
+    assert given["settings"]["gradient-accumulation-steps"] == "4"
+    assert plain["components"]["unquantized_weights_bytes"] > ours["components"]["unquantized_weights_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "less"),
+    [
+        (("--quant", "none"), "quantized_weights_bytes"),
+        (("--no-double-quant",), None),
+        (("--rank", "4"), "adapters_bytes"),
+        (("--optimizer", "adamw_8bit", "--rank", "64"), None),
+        (("--target-modules", "q_proj"), "adapters_bytes"),
+        (("--gradient-checkpointing", "off"), None),
+        (("--attention", "eager"), None),
+        (("--micro-batch-size", "2"), None),
+        (("--packing", "--micro-batch-size", "2"), None),
+        (("--dtype", "fp32"), None),
+        (("--eval",), None),
+        (("--optimizer", "lion_32bit"), "optimizer_bytes"),
+        (("--optimizer", "adafactor"), None),
+        (("--optimizer", "sgd"), None),
+        (("--set", "training.loraplus_lr_ratio=16"), None),
+        (("--set", "training.full_determinism=true"), "workspaces_bytes"),
+    ],
+)
+def test_every_flag_changes_the_answer(
+    config: Path, alone: dict[str, str], flags: tuple[str, ...], less: str | None
+) -> None:
+    base, changed = asked(config, alone), asked(config, alone, *flags)
+    assert (base["predicted"], base["components"], base["phases"]) != (
+        changed["predicted"],
+        changed["components"],
+        changed["phases"],
+    )
+    if less is not None:
+        assert changed["components"][less] < base["components"][less]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("torch_compile", "torch.compile is not traced"),
+        ("use_liger_kernel", "Liger's kernels are not traced"),
+        ("full_determinism", "the smaller workspaces of cuBLAS are counted"),
+    ],
+)
+def test_what_is_not_traced_is_said(config: Path, alone: dict[str, str], setting: str, said: str) -> None:
+    assert not any(said in line for line in asked(config, alone)["assumptions"])
+    (line,) = [
+        line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if said in line
+    ]
+    assert line == line.strip()
+
+
+def test_noise_on_embeddings_is_followed(config: Path) -> None:
+    facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
+    births = []
+    for alpha in (None, 5.0):
+        estimator = Estimator(facts, recipe=Recipe.QLORA)
+        settings = EstimateSettings(
+            model=ModelSettings(name="m"),
+            data=EstimateDataSettings(max_length=64),
+            training=TrainingSettings(neftune_noise_alpha=alpha),
+        )
+        passes = estimator.traced(settings, find_gpu("RTX 4090")).events.step
+        births.append(sum(event >= 0 for event in passes.events["first forward"]))
+    assert births[1] == births[0] + 2  # the noise, and the sum
+
+
+# Hidden and intermediate size, layers, heads of the first LLaMA models; parameters that train with rank 64; the card.
+LLAMA = {
+    "7b": (4096, 11008, 32, 32, 159_907_840, "24GiB"),
+    "13b": (5120, 13824, 40, 40, 250_347_520, "24GiB"),
+    "33b": (6656, 17920, 60, 52, 487_587_840, "24GiB"),
+    "65b": (8192, 22016, 80, 64, 799_539_200, "48GiB"),
+}
+
+
+@pytest.mark.parametrize("size", LLAMA)
+def test_the_configs_of_the_paper_fit_the_card_that_they_name(
+    tmp_path: Path, alone: dict[str, str], size: str
+) -> None:
+    hidden, intermediate, layers, heads, num_trained, gpu = LLAMA[size]
+    shapes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    model = LlamaConfig(**shapes, num_attention_heads=heads, vocab_size=32_000, architectures=["LlamaForCausalLM"])
+    model.save_pretrained(tmp_path)
+    file = Path(__file__).parents[3] / "configs" / "paper" / f"llama-{size}.yaml"
+    command = ["inspect-memory", str(tmp_path), "--config", str(file), "--gpu", gpu, "--json"]
+    done = CliRunner().invoke(app, command, env=alone)
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["num_trainable_parameters"] == num_trained
+    assert [fit["fits"] for fit in answer["fits"]] == ["yes"]
+    assert f" # {answer['predicted']['process_bytes'] / 1024**3:.1f} GiB, as " in file.read_text()

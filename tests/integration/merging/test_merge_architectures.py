@@ -1,0 +1,136 @@
+"""Every family of models, merged: to the bit what plain arithmetic and PEFT give, under the names of the base.
+
+Models are tiny and random, saved in bf16 as users' are. Adapters are on every linear layer and on fused experts.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.merging.merge_result import Action
+from qlora_cli.quantization.methods.skip_modules import fused_experts
+from tests.support.loading import save_model
+from tests.support.merging import (
+    Merged,
+    assert_same,
+    change_adapter,
+    loaded_plain,
+    merge,
+    merged_by_hand,
+    merged_by_peft,
+    on_plain,
+    plain_logits,
+    save,
+    stored,
+    streamed_logits,
+    verified,
+)
+from tests.support.plain import ROWS, plain
+from tests.support.tiny_models import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Routers are no linear layers to PEFT, and Mamba reads the weights of these past an adapter.
+NOT_ADAPTED = re.compile(r"(router|gate|(mixer|mamba)\.(out|dt)_proj)$")
+# PEFT puts an adapter on its experts, and the model does not run with it.
+WITHOUT_EXPERTS = {"dbrx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family: its base, an adapter on it, what a merge wrote, and what it should have."""
+
+    base: Path
+    adapter: Path
+    merged: Merged
+    by_hand: dict[str, torch.Tensor]
+    by_peft: dict[str, torch.Tensor]
+    base_logits: torch.Tensor
+    adapted_logits: torch.Tensor
+
+
+def every_target(base: Path, family: str) -> LoraConfig:
+    """Return an adapter on all that can have one, by full names."""
+    model = plain(base)
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not NOT_ADAPTED.search(name)
+    ]
+    experts = [] if family in WITHOUT_EXPERTS else [name for name, _ in fused_experts(model)]
+    return LoraConfig(
+        r=4, lora_alpha=8, target_modules=names, target_parameters=experts or None, task_type="CAUSAL_LM"
+    )
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family: str = request.param
+    place = tmp_path_factory.mktemp(family)
+    base = save_model(place / "base", family, vocab_size=ROWS)
+    model = on_plain(base, every_target(base, family))
+    adapter = save(model, place / "adapter")
+    adapted_logits = plain_logits(model)
+    return Case(
+        base=base,
+        adapter=adapter,
+        merged=merge(adapter, output=place / "merged"),
+        by_hand=merged_by_hand(model, base, torch.bfloat16, place / "by-hand"),
+        by_peft=merged_by_peft(model, torch.bfloat16, place / "by-peft"),
+        base_logits=plain_logits(plain(base)),
+        adapted_logits=adapted_logits,
+    )
+
+
+def test_it_is_the_base_plus_the_product_in_fp32_cast_once_to_the_bit(case: Case) -> None:
+    assert_same(case.merged.tensors, case.by_hand)
+    base = stored(case.base)
+    changed = {name for name, value in case.merged.tensors.items() if not torch.equal(value, base[name])}
+    planned = {tensor.name for tensor in case.merged.plan.tensors if tensor.action == Action.MERGE}
+    assert changed == planned
+
+
+def test_it_is_what_peft_merges_in_memory_to_the_bit(case: Case) -> None:
+    """Before it is saved and loaded again, where PEFT loses adapters of laguna."""
+    assert_same(case.merged.tensors, case.by_peft)
+
+
+def test_plain_transformers_finds_every_weight_and_computes_what_was_trained(case: Case, tmp_path: Path) -> None:
+    loaded_plain(case.merged.directory)
+    exact = merge(case.adapter, output=tmp_path / "exact", dtype="fp32")
+    assert {value.dtype for value in exact.tensors.values() if value.is_floating_point()} == {torch.float32}
+    found = plain_logits(loaded_plain(exact.directory, "auto"))
+    assert (case.adapted_logits - case.base_logits).abs().max() > 1e-3
+    torch.testing.assert_close(found, case.adapted_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_streamed_it_computes_as_plain_transformers_and_peft_to_the_bit(case: Case) -> None:
+    """What a merge is verified with must be right where PEFT, loading the adapter from its file, is not."""
+    assert torch.equal(streamed_logits(case.merged, beside=False), case.base_logits)
+    assert torch.equal(streamed_logits(case.merged, beside=True), case.adapted_logits)
+
+
+def test_verified_each_adapted_module_computes_the_same(case: Case) -> None:
+    found = verified(case.merged)
+    assert found.is_exact, found
+    assert found.modules is not None
+    changed = {name.rpartition(".")[0] for name in case.merged.inputs.changes}
+    assert found.modules.num_modules == len(changed)
+    assert found.modules.difference < found.modules.max_difference / 10
+
+
+def test_with_an_adapter_that_is_zero_every_file_of_weights_is_that_of_the_base(case: Case, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in case.adapter.iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    change_adapter(adapter, lambda state: {k: v * ("lora_A" in k) for k, v in state.items()})
+    merged = merge(adapter, output=tmp_path / "merged").directory
+    assert (merged / "model.safetensors").read_bytes() == (case.base / "model.safetensors").read_bytes()

@@ -1,0 +1,471 @@
+"""What goes wrong in a merge is said, and costs nothing: no base, no output that was there, no half-written model."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qlora_cli.cli.progress.reporters
+from qlora_cli.events import Event, PhaseStarted, Reporter
+from qlora_cli.loading.save import save_quantized
+from qlora_cli.runs.checkpoints import list_checkpoints, step_of
+from tests.conftest import Recorder
+from tests.support.loading import load, save_model
+from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.support.merge_process import start_merge
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WEIGHTS, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
+SOON_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is merged, but never changed."""
+    return trained_run(tmp_path_factory.mktemp("merge"))
+
+
+@pytest.fixture
+def own(run: Path, tmp_path: Path) -> Path:
+    """A copy of it, with its base, that may be damaged."""
+    return copy_run(run, tmp_path / "own")
+
+
+@pytest.fixture
+def other(own: Path) -> Path:
+    """Its adapter as others would have it: without a run around it."""
+    return adapter_alone(own)
+
+
+def state_of(directory: Path) -> dict[str, bytes]:
+    """Return all files below a directory."""
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def change(file: Path, how: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change tensors of a file."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    how(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shard(base: Path) -> list[Path]:
+    """Write a base as several files, and return them."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    (base / WEIGHTS).unlink()
+    model.save_pretrained(base, max_shard_size="2MB")
+    return sorted(base.glob("model-*.safetensors"))
+
+
+# ---- the base
+
+
+def test_a_damaged_or_missing_shard_is_named(other: Path) -> None:
+    _, second, *_ = shard(other.parent / "base")
+    content = second.read_bytes()
+    second.unlink()
+    assert f"lacks {second.name}" in refused(other, "--output", other.parent / "out")
+    second.write_bytes(content[:-10])
+    told = refused(other, "--output", other.parent / "out")
+    assert f"{second.name} is damaged: it is cut off" in told
+    assert not (other.parent / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/model.safetensors", "C:\\model.safetensors"])
+def test_an_index_that_points_elsewhere_is_refused(other: Path, place: str) -> None:
+    shard(other.parent / "base")
+    index = other.parent / "base" / INDEX
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = place
+    index.write_text(json.dumps(content))
+    assert "which is no file of that directory" in refused(other, "--output", other.parent / "out")
+
+
+def test_a_base_that_has_a_tensor_twice_is_refused(other: Path) -> None:
+    first, second, *_ = shard(other.parent / "base")
+    name, tensor = next(iter(load_file(first).items()))
+    change(second, lambda tensors: tensors.update({name: tensor}))
+    assert f"holds the tensor {name} twice" in refused(other, "--output", other.parent / "out")
+
+
+def test_a_tensor_that_no_rule_covers_is_an_error(other: Path) -> None:
+    change(other.parent / "base" / WEIGHTS, lambda tensors: tensors.update({"model.extra.weight": torch.ones(4)}))
+    told = refused(other, "--output", other.parent / "out")
+    assert "holds model.extra.weight (in model.safetensors), which its config.json has no place for" in told
+
+
+def test_the_base_of_a_run_must_be_the_one_that_it_was_trained_on(own: Path) -> None:
+    change(own.parent / "base" / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
+    before = state_of(own)
+    assert "is not the base that" in refused(own)
+    assert state_of(own) == before
+
+
+def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
+    base = own.parent / "base"
+    moved = base.rename(base.with_name("moved"))
+    told = refused(own)
+    assert f"is {base}, which is not here" in told
+    assert merged(own, "--base-model", moved)["base_model"] == str(moved)
+    shutil.rmtree(own / "merged")
+    change(moved / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert "is not the base that" in "\n".join(merged(own, "--base-model", moved)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("llama", "weights that the base has no place for"), ("gpt_neox", "can't be put on its base")]
+)
+def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path, family: str, said: str) -> None:
+    base = save_model(tmp_path / family, family)
+    assert said in refused(other, "--base-model", base, "--output", tmp_path / "out")
+
+
+def test_a_base_of_other_widths_is_refused_by_its_shapes(other: Path, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "wide", num_hidden_layers=4, intermediate_size=256)
+    told = refused(other, "--base-model", base, "--output", tmp_path / "out")
+    assert "and the base asks for" in told
+
+
+def test_only_what_is_there_can_be_the_original(other: Path, tmp_path: Path) -> None:
+    save_quantized(load(other.parent / "base"), tmp_path / "packed", Recorder())
+    output = ("--output", tmp_path / "out")
+    told = refused(other, "--base-model", tmp_path / "packed", "--base", "original", *output)
+    assert "is there only quantized" in told
+    found = merged(other, "--base-model", tmp_path / "packed", *output)
+    assert found["base"] == "dequantized"
+
+
+def test_a_base_is_never_written_to(run: Path, tmp_path: Path) -> None:
+    base = run.parent / "base"
+    before = state_of(base), base.stat().st_mtime_ns
+    for path in [*base.iterdir(), base]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        merged(run, "--output", tmp_path / "out")
+    finally:
+        for path in [base, *base.iterdir()]:
+            path.chmod(path.stat().st_mode | 0o200)
+    assert (state_of(base), base.stat().st_mtime_ns) == before
+
+
+# ---- the adapter
+
+
+def test_an_adapter_that_is_damaged_or_holds_nan_is_refused(own: Path) -> None:
+    file = own / "adapter" / ADAPTER
+    content = file.read_bytes()
+    change(file, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    assert "holds NaN or infinite values" in refused(own)
+    file.write_bytes(content[:-100])
+    assert "it is cut off" in refused(own)
+    assert not (own / "merged").exists()
+
+
+def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> None:
+    shutil.rmtree(own / "adapter")
+    record = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps({**record, "status": "failed"}))
+    checkpoint = list_checkpoints(own / "checkpoints")[-1]
+    for name in (own, checkpoint):
+        found = merged(name, "--output", own.parent / "out")
+        assert found["num_merged_tensors"] == 28
+        assert found["verification"]["num_rows"] > 0  # of the run's data
+        (adapter,) = found["adapters"]
+        assert (adapter["path"], adapter["step"], adapter["run_is_done"]) == (
+            str(checkpoint),
+            step_of(checkpoint),
+            False,
+        )
+        assert "of a run that has not come to its end" in (own.parent / "out" / "README.md").read_text()
+        shutil.rmtree(own.parent / "out")
+    shutil.rmtree(own / "checkpoints")
+    assert "has no weights yet" in refused(own)
+
+
+def test_a_model_is_no_adapter(own: Path) -> None:
+    told = refused(own.parent / "base", "--output", own.parent / "out")
+    assert "is a model, not an adapter" in told
+
+
+def test_adapters_of_different_bases_are_refused(run: Path, own: Path) -> None:
+    assert f"{own} belongs to the base" in refused(run, own, "--output", own.parent / "out")
+
+
+def test_what_fp16_can_not_hold_is_an_error_and_leaves_nothing(other: Path) -> None:
+    change(other / ADAPTER, lambda tensors: [tensor.mul_(1e5) for tensor in tensors.values()])
+    told = refused(other, "--output", other.parent / "out", "--dtype", "fp16", "--no-verify")
+    assert "overflows fp16" in told
+    assert "--dtype bf16" in told
+    assert not list(other.parent.glob("*out*"))
+
+
+# ---- the output
+
+
+def test_an_output_that_holds_something_is_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = state_of(tmp_path)
+    for name, said in (
+        ("out", "holds something else (thesis.txt)"),
+        ("file", "is a file"),
+        ("link", "a link to nothing"),
+    ):
+        assert said in refused(run, "--output", tmp_path / name)
+    assert "file is a file" in refused(run, "--output", tmp_path / "file" / "below")
+    assert state_of(tmp_path) == before
+
+
+def test_an_empty_output_is_filled_also_by_way_of_a_link(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    inode = (tmp_path / "out").stat().st_ino
+    merged(run, "--output", tmp_path / "link")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "out").stat().st_ino == inode
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_fails_to_verify_is_kept_under_a_name_that_says_so(own: Path) -> None:
+    done = qlora_merge(own, "--max-divergence", "0", "--json")
+    assert done.exit_code == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "MergeError"
+    assert "more than 0" in error["message"]
+    kept = own / "merged-failed-verification"
+    assert str(kept) in error["hint"]
+    assert not (own / "merged").exists()
+    assert json.loads((kept / "merge.json").read_text())["verification"]["passed"] is False
+    assert "**failed**" in (kept / "README.md").read_text()
+    again = qlora_merge(own, "--max-divergence", "0")
+    assert again.exit_code == 1
+    assert (own / "merged-failed-verification-2" / WEIGHTS).is_file()
+    (own.parent / "there").mkdir()
+    assert qlora_merge(own, "--max-divergence", "0", "--output", own.parent / "there").exit_code == 1
+    assert list((own.parent / "there").iterdir()) == []  # so that the same command can be given again
+    assert (own.parent / "there-failed-verification" / WEIGHTS).is_file()
+
+
+def test_nan_is_no_small_divergence(other: Path) -> None:
+    change(other / ADAPTER, lambda tensors: [one.fill_(1e30) for key, one in tensors.items() if "lora_B" in key])
+    done = qlora_merge(other, "--output", other.parent / "out")
+    assert done.exit_code == 1
+    assert "computes NaN" in done.stderr
+    assert not (other.parent / "out").exists()
+
+
+FAULTY: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "a row of the embedding": ("model.embed_tokens.weight", lambda tensor: tensor[-1]),
+    "a norm": ("model.norm.weight", lambda tensor: tensor[3:4]),
+    "a layer that is merged": ("model.layers.0.mlp.up_proj.weight", lambda tensor: tensor[0]),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flags", ["", "--no-verify", "--dtype fp32 --no-verify", "--base dequantized"])
+def test_a_base_that_holds_what_is_no_number_is_named_with_its_file(
+    other: Path, kind: str, value: float, flags: str
+) -> None:
+    name, part = FAULTY[kind]
+    change(other.parent / "base" / WEIGHTS, lambda tensors: part(tensors[name]).fill_(value))
+    told = refused(other, *flags.split(), "--output", other.parent / "out")
+    assert f"the base holds NaN or infinite values in {name} (in {WEIGHTS})" in told
+    assert not list(other.parent.glob("out*"))
+
+
+# ---- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if os.geteuid() != 0 or mount is None or umount is None:
+        pytest.skip("only root may mount a small disk")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        yield disk
+    finally:
+        gc.collect()  # files that are mapped into memory hold a disk
+        subprocess.run([umount, str(disk)], check=True)
+
+
+class Filler(Recorder):
+    """Fills a disk but for `leave_bytes` when the merge begins to write: between the look at it and the write."""
+
+    def __init__(self, disk: Path, leave_bytes: int) -> None:
+        super().__init__()
+        self._disk, self._leave_bytes = disk, leave_bytes
+
+    def report(self, event: Event) -> None:
+        super().report(event)
+        if isinstance(event, PhaseStarted) and event.title.startswith("Merging into"):
+            with (self._disk / "filler").open("wb") as file:
+                file.write(bytes(shutil.disk_usage(self._disk).free - self._leave_bytes))
+
+
+def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
+    """Let the command report to `reporter`."""
+
+    @contextmanager
+    def reporting() -> Iterator[Reporter]:
+        yield reporter
+
+    patch.setattr(qlora_cli.cli.progress.reporters, "reporting", reporting)
+
+
+# In the weights, written by us, and in the tokenizer, written by a library that has an error of its own.
+@pytest.mark.parametrize("leave_bytes", [1 << 20, 7_130_000])
+def test_a_disk_that_fills_up_is_told_and_left_as_it_was(
+    run: Path, small_disk: Path, leave_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        report_to(patch, Filler(small_disk, leave_bytes))
+        done = qlora_merge(run, "--output", small_disk / "out")
+    assert done.exit_code == 1
+    assert f"the disk of {small_disk / 'out'} is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    (small_disk / "filler").unlink()
+    merged(run, "--output", small_disk / "out")
+
+
+def test_a_disk_that_is_too_small_is_found_out_before_anything_is_written(run: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(100 << 20))
+    told = refused(run, "--output", small_disk / "out")
+    assert "would be written to" in told
+    assert "--output" in told
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_run_on_a_read_only_disk_is_merged_elsewhere(run: Path, small_disk: Path, tmp_path: Path) -> None:
+    there = copy_run(run, small_disk / "own")
+    subprocess.run([str(shutil.which("mount")), "-o", "remount,ro", str(small_disk)], check=True)
+    assert f"{there} can't be written to" in refused(there)
+    assert merged(there, "--output", tmp_path / "out")["verification"]["passed"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_without_permission_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "can't be written to" in refused(run, "--output", tmp_path / "closed" / "out")
+
+
+def test_what_comes_into_the_output_meanwhile_is_not_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(Recorder):
+        def report(self, event: Event) -> None:
+            if isinstance(event, PhaseStarted) and event.title.startswith("Merging into"):
+                (tmp_path / "out").mkdir()
+                (tmp_path / "out" / "thesis.txt").write_text("years")
+
+    report_to(monkeypatch, Other())
+    assert "holds something else (thesis.txt)" in refused(run, "--output", tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/thesis.txt"]
+
+
+# ---- killed, terminated, interrupted
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of plain PEFT whose base takes a while to be merged: 280 MB in three files."""
+    directory = tmp_path_factory.mktemp("large")
+    base = save_model(
+        directory / "base",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    (base / WEIGHTS).unlink()
+    model.save_pretrained(base, max_shard_size="100MB")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(directory / "adapter")
+    return directory / "adapter"
+
+
+def wait_until_writing(process: BaseProcess, output: Path, log: Path) -> None:
+    """Wait until something of the result is on the disk."""
+    deadline = time.monotonic() + SOON_SECONDS
+    while not [*output.parent.glob(f".{output.name}.*.saving/whole/*"), *output.glob(".saving/whole/*")]:
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("is_there", "num_rounds"), [(False, 6), (True, 3)])
+def test_a_merge_that_is_killed_anywhere_leaves_nothing_that_looks_complete(
+    large: Path, tmp_path: Path, is_there: bool, num_rounds: int
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    if is_there:
+        output.mkdir()
+    command = (large, "--output", output, "--no-verify")
+    num_killed = 0
+    for round_number in range(num_rounds):
+        process = start_merge(*command, log=log)
+        wait_until_writing(process, output, log)
+        time.sleep(0.03 * round_number**2)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was only just too late
+            shutil.rmtree(output)
+            continue
+        num_killed += 1
+        assert not (output / "config.json").exists()
+        assert all(".saving" in str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
+    assert num_killed > num_rounds / 2
+    process = start_merge(*command, log=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+    assert not list(output.glob(".*"))
+    merged(large, "--output", tmp_path / "whole", "--no-verify")
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(names) == 3
+    for name in names:
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_signal_ends_a_merge_with_its_code_and_leaves_nothing(
+    large: Path, tmp_path: Path, number: signal.Signals, code: int, is_there: bool
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    if is_there:
+        output.mkdir()
+    process = start_merge(large, "--output", output, "--no-verify", "--json", log=log)
+    wait_until_writing(process, output, log)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    text = log.read_text()
+    assert process.exitcode == code, text
+    assert json.loads(text[text.index("{") :])["error"]["exit_code"] == code
+    assert "Traceback" not in text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log"] + (["out"] if is_there else [])

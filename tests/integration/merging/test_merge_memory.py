@@ -1,0 +1,74 @@
+"""Merging takes bounded host memory, whatever the size of the checkpoint: measured on gigabytes of weights.
+
+What is promised is 1.5 GiB over the interpreter, if the largest tensor permits. This checkpoint is small enough that
+reading it as a whole might go unnoticed, so a third of that is allowed here. Figures are shown by `pytest -s`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.load_case import STATUS
+from benchmarks.merge_case import write_adapter
+from benchmarks.synthetic import SHAPES, write_model
+from qlora_cli.units import GIB, MIB
+
+ROOT = Path(__file__).parents[3]
+PROMISED_BYTES = 3 * GIB // 2
+ALLOWED_BYTES = PROMISED_BYTES // 3
+
+pytestmark = pytest.mark.skipif(
+    not STATUS.exists() or "RssAnon" not in STATUS.read_text(encoding="ascii"),
+    reason="needs Linux's count of anonymous memory",
+)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An adapter of rank 16 on a base of 2 GB, in a directory that is deleted afterwards."""
+    directory = tmp_path_factory.mktemp("models")
+    write_model(directory / "base", SHAPES["1b-large-vocabulary"])
+    write_adapter(directory / "base", directory / "adapter")
+    yield directory / "adapter"
+    shutil.rmtree(directory)
+
+
+def measure(adapter: Path, output: Path, base: str) -> dict[str, Any]:
+    """Merge in a process of its own, and return what it took."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.merge_case", "qlora", adapter, output, "--base", base],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},  # as the command sets it
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{base}: peak {figures['anonymous_bytes'] / MIB:.0f} MiB in {figures['seconds']:.1f} s")
+    return figures
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_checkpoint_of_two_gigabytes_is_merged_in_a_quarter_of_its_size(
+    adapter: Path, tmp_path: Path, base: str
+) -> None:
+    base_files = list((adapter.parent / "base").glob("*.safetensors"))
+    assert len(base_files) > 1
+    assert sum(file.stat().st_size for file in base_files) >= 2e9
+    figures = measure(adapter, tmp_path / "merged", base)
+    assert figures["num_merged_tensors"] == 7 * SHAPES["1b-large-vocabulary"].num_layers
+    assert figures["num_samples"] > 100, "the peak was not watched"
+    assert figures["anonymous_bytes"] <= ALLOWED_BYTES
+    # What the process reports of itself holds the interpreter and its libraries too.
+    assert figures["resident_bytes"] <= figures["imports_host_bytes"] + PROMISED_BYTES
+    written = {file.name: file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")}
+    assert written == {file.name: file.stat().st_size for file in base_files}
+    shutil.rmtree(tmp_path / "merged")

@@ -1,0 +1,218 @@
+"""Runs of every kind, trained for two steps by `train` and merged from their directories, as `qlora merge` does."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import SilentReporter
+from qlora_cli.merging.merge_result import MergeResult
+from qlora_cli.merging.merge_run import merge
+from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
+from qlora_cli.model_files.model_config import TOWERS
+from qlora_cli.settings.choices import Device, MergeDtype
+from qlora_cli.training.train_run import train
+from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
+from tests.support.experts import save_moe
+from tests.support.loading import load, save_model
+from tests.support.merge_command import merge_settings
+from tests.support.merging import loaded_plain, plain_logits, random_run, stored
+from tests.support.merging import merge as merge_weights
+from tests.support.plain import ROWS
+from tests.support.vision_language import FULL_MODELS, load_full, save_full
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.tensor([[20, 21, 3070, 22, 3071, 400, 1000]])
+NEW_IDS = torch.tensor([[20, 3072, 21, 3073, 22]])  # of tokens that a run has added
+
+
+def model(family: str = "llama", **changes: Any) -> Callable[[Path], Path]:
+    """Return what writes a base of a family."""
+    return lambda place: save_model(place, family, **{"vocab_size": ROWS, **changes})
+
+
+GROWN = {"model__new_tokens": "<a>,<b>", "model__resize_vocab": True}
+KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "LoRA": (model(), {}),
+    "int8": (model(), {"quantization__method": "int8"}),
+    "unquantized": (model(), {"quantization__method": "none"}),
+    "rsLoRA": (model(), {"lora__use_rslora": True, "lora__alpha": 8}),
+    "DoRA": (model(), {"lora__use_dora": True}),
+    "patterns": (
+        model(),
+        {"lora__rank_pattern": {"down_proj": 4, "layers.0.mlp.down_proj": 2}, "lora__alpha_pattern": {"q_proj": 3}},
+    ),
+    "PiSSA": (model(), {"lora__init_lora_weights": "pissa", "quantization__method": "none"}),
+    "LoftQ": (model(), {"lora__init_lora_weights": "loftq"}),
+    "LoftQ by rsLoRA": (model(), {"lora__init_lora_weights": "loftq", "lora__use_rslora": True}),
+    "whole modules": (model(), {"lora__modules_to_save": "lm_head,norm"}),
+    "a whole tied head": (model(tie_word_embeddings=True), {"lora__modules_to_save": "lm_head"}),
+    "new tokens": (model(), {"model__new_tokens": "<a>,<b>"}),
+    "new rows": (model(vocab_size=3072), GROWN),
+    "new rows of a tied head": (model(vocab_size=3072, tie_word_embeddings=True), GROWN),
+    "rows that were lacking": (model(vocab_size=3008), {"model__resize_vocab": True}),
+    "new rows beside a whole norm": (model(vocab_size=3072), {**GROWN, "lora__modules_to_save": "norm"}),
+    "stretched positions": (model(), {"model__rope_scaling": "yarn:2"}),
+    "Conv1D": (model("gpt2"), {}),
+    "experts": (lambda place: save_moe(place, "qwen3_moe"), {"lora__target_parameters": "all-experts"}),
+    "experts in one": (lambda place: save_moe(place, "gpt_oss"), {"lora__target_parameters": "all-experts"}),
+    "experts without adapters": (lambda place: save_moe(place, "mixtral"), {}),
+    "with weights in fp32": (model("deepseek_v32"), {"lora__target_modules": "o_proj,q_a_proj"}),
+    "a decoder among towers": (lambda place: save_full(place, "gemma3"), {}),
+    "a mixture among towers": (lambda place: save_full(place, "qwen3_vl_moe"), {}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of two steps, and its base."""
+
+    kind: str
+    base: Path
+    path: Path
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Tokens to compare on, new ones among them if there are any."""
+        return NEW_IDS if "new" in self.kind else IDS
+
+    def merged(self, output: Path, **values: Any) -> MergeResult:
+        """Merge it as the command does."""
+        return merge(merge_settings(self.path, output=output, **{"device": Device.CPU, **values}), SilentReporter())
+
+
+def trained(base: Path, place: Path, kind: str, **how: Any) -> Run:
+    """Train for two steps, far enough that it shows."""
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    rows = write_jsonl(place / "rows.jsonl", [json.loads(line) for line in lines])
+    changed = {"training__max_steps": 2, "training__learning_rate": 1e-2, "lora__rank": 4, **how}
+    return Run(
+        kind=kind, base=base, path=train(train_settings(base, rows, place / "run", **changed), Recorder()).output
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    make, how = KINDS[request.param]
+    place = tmp_path_factory.mktemp("run")
+    return trained(make(place / "base"), place, request.param, **how)
+
+
+def test_a_done_pissa_run_without_its_adapter_merges_once_the_same_command_wrote_it(tmp_path: Path) -> None:
+    make, how = KINDS["PiSSA"]
+    run = trained(make(tmp_path / "base"), tmp_path, "PiSSA", **how)
+    adapter = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
+    shutil.rmtree(run.path / "adapter")
+    with pytest.raises(ModelError, match="it began by pissa, which changed its base") as refused:
+        run.merged(tmp_path / "merged")
+    assert "give the same qlora train command again" in str(refused.value.hint)
+    trained(run.base, tmp_path, "PiSSA", **how)
+    again = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
+    assert all(torch.equal(again[name], value) for name, value in adapter.items())
+    done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
+    assert done.verification is not None
+    assert done.verification.passed
+
+
+def test_merged_it_is_the_model_that_was_trained(run: Run, tmp_path: Path) -> None:
+    done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
+    assert done.verification is not None
+    assert done.verification.passed
+    adapted = plain_logits(load(run.path).model, run.ids)
+    loaded = load(done.output, quantization__method="none")
+    found = plain_logits(loaded.base, run.ids)
+    if run.kind == "int8":  # which rounds what goes into a product too
+        assert (found - adapted).norm() < 0.05 * adapted.norm()
+    else:
+        torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-4)
+        assert done.verification.divergence.max_logit_difference < 1e-4
+    quantized = KINDS[run.kind][1].get("quantization__method") != "none"
+    assert done.base == ("dequantized" if quantized else "original")
+    assert (done.base_choice.original is not None) == quantized  # measured
+
+
+def test_plain_transformers_finds_every_weight_and_the_config_is_right(run: Run, tmp_path: Path) -> None:
+    merged = merge_weights(run.path, output=tmp_path / "merged")
+    before, after = stored(run.base), merged.tensors
+    assert {name: after[name].dtype for name in before} == {name: value.dtype for name, value in before.items()}
+    config = json.loads((merged.directory / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in config:  # the test of towers loads the whole of it
+        return
+    loaded = loaded_plain(merged.directory, "auto")
+    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    assert loaded.config.tie_word_embeddings == (head.weight is embedding.weight)
+    tokenizer = AutoTokenizer.from_pretrained(merged.directory)
+    assert embedding.num_embeddings == head.out_features == loaded.config.vocab_size >= len(tokenizer)
+    rope = load(run.path).base.config.rope_parameters if run.kind == "stretched positions" else None
+    assert config.get("rope_parameters", None) == (rope or before_training(run).get("rope_parameters", None))
+    assert plain_logits(loaded, run.ids).isfinite().all()
+
+
+def before_training(run: Run) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.mark.parametrize("family", FULL_MODELS)
+def test_towers_are_copied_to_the_byte_and_the_whole_model_loads_again(family: str, tmp_path: Path) -> None:
+    base = save_full(tmp_path / "base", family)
+    _, run = random_run(base, tmp_path)
+    exact = merge_weights(run, output=tmp_path / "exact", base="dequantized", dtype="fp32")
+    whole = plain_logits(load_full(exact.directory, family))
+    text = plain_logits(load(exact.directory, quantization__method="none").base)
+    torch.testing.assert_close(whole, text, rtol=1e-4, atol=1e-4)
+    before, after = stored(base), merge_weights(run, output=tmp_path / "merged").tensors
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed
+    assert not [name for name in changed if any(part in name for part in TOWERS)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"model__rope_scaling": "yarn:2"},
+        {"model__new_tokens": ",".join(f"<{number}>" for number in range(70)), "model__resize_vocab": True},
+    ],
+    ids=["stretched", "grown"],
+)
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava"])
+def test_what_a_run_changes_of_the_decoder_is_changed_in_the_config_of_the_whole(
+    family: str, how: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where rotary positions have parts for images, which the decoder alone does not know."""
+    base = save_full(tmp_path / "base", family)
+    model, run = random_run(base, tmp_path, **how)
+    merged = merge_weights(run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
+    ids = NEW_IDS + 64 * (NEW_IDS > 3000) if "model__new_tokens" in how else IDS
+    whole = load_full(merged.directory, family)
+    torch.testing.assert_close(plain_logits(whole, ids), plain_logits(model, ids), rtol=1e-4, atol=1e-4)
+    old = json.loads((base / "config.json").read_text(encoding="utf-8"))["text_config"]["rope_parameters"]
+    new = json.loads((merged.directory / "config.json").read_text(encoding="utf-8"))["text_config"]["rope_parameters"]
+    assert old.keys() <= new.keys()
+    assert (old == new) == ("model__new_tokens" in how)
+
+
+@pytest.mark.parametrize("older", [{"rope_scaling": None, "rope_theta": 20000.0}, {"rope_theta": 20000.0}])
+def test_a_config_by_transformers_4_keeps_its_names_for_positions(older: dict[str, Any], tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", vocab_size=ROWS)
+    content = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    del content["rope_parameters"]
+    (base / "config.json").write_text(json.dumps({**content, **older}), encoding="utf-8")
+    model, run = random_run(base, tmp_path, model__rope_scaling="yarn:2")
+    merged = merge_weights(run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
+    found = plain_logits(loaded_plain(merged.directory))
+    torch.testing.assert_close(found, plain_logits(model), rtol=1e-4, atol=1e-4)
+    written = json.loads((merged.directory / "config.json").read_text(encoding="utf-8"))
+    assert "rope_parameters" not in written
+    assert written["rope_theta"] == 20000.0
+    assert written["rope_scaling"]["rope_type"] == "yarn"

@@ -1,0 +1,186 @@
+"""The how-to for CI does what it says: every command on the page, in order, with no stdin at all."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "how-to" / "ci.md"
+ASSETS = ROOT / "qlora_cli" / "demo" / "assets"
+NUM_ROWS = 60
+LONGEST_SECONDS = 120
+
+
+def blocks(language: str, page: Path = PAGE) -> list[str]:
+    """Return the fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@dataclass
+class Job:
+    """A directory where the blocks of the page run as CI runs them; remembers which did."""
+
+    directory: Path
+    environment: dict[str, str]
+    ran: list[str] = field(default_factory=list)
+
+    def start(self, block: str) -> subprocess.Popen[str]:
+        """Start a block with a closed stdin, as a step of a workflow is started; it has the process's number."""
+        self.ran.append(block)
+        step = self.directory / "step.sh"
+        step.write_text(block, encoding="utf-8")
+        return subprocess.Popen(
+            ["/bin/bash", "-c", 'exec bash --noprofile --norc -eo pipefail "$0" <&-', str(step)],
+            cwd=self.directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, block: str, *, code: int = 0) -> str:
+        """Run a block to its end and return its stderr."""
+        process = self.start(block)
+        stdout, stderr = process.communicate(timeout=LONGEST_SECONDS)
+        assert process.returncode == code, f"{block}{stdout}{stderr}"
+        return stderr
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A checkout with data and settings, and what the page says is set."""
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "ci.yaml", tmp_path / "configs")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, arguments in (("qlora", "-m qlora_cli"), ("python", "")):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n', encoding="utf-8")
+        (commands / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "MODEL": str(ASSETS / "base"),
+        "DATA": "data.jsonl",
+        "RUN": "17",
+    }
+    return Job(tmp_path, environment)
+
+
+def interrupted(job: Job, train: str, metrics: Path) -> None:
+    """Run `train` until it has made a step, then stop it as a system stops a job."""
+    process = job.start(train)
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while not (metrics.exists() and '"step_done"' in metrics.read_text(encoding="utf-8")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == 143, stderr
+
+
+def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
+    """Run the blocks that ask whether it fits and trains; a card that is too small ends them with exit code 3."""
+    fit, tight, smoke = steps
+    job.run(fit)
+    job.run(tight)
+    assert json.loads(job.path("memory.json").read_text())["fits"][0]["fits"] == "yes"
+    small = fit.replace('"RTX 4090"', "0.01GiB")
+    assert small != fit
+    job.run(small, code=3)
+    job.run(tight, code=1)
+    job.run(smoke)
+    assert json.loads(job.path("runs/17-smoke/run.json").read_text())["result"]["steps"] == 2
+
+
+def trains_on(job: Job, train: str) -> None:
+    """Run the same command until the run is done, and once more."""
+    run = job.path("runs/17")
+    interrupted(job, train, run / "metrics.jsonl")
+    assert json.loads(job.path("result.json").read_text())["interrupted_by"] == "SIGTERM"
+    assert list(run.glob("checkpoints/step-*"))
+    assert "Resuming at step" in job.run(train)
+    result = json.loads(job.path("result.json").read_text())
+    assert (result["interrupted_by"], result["steps"], result["num_steps"]) == (None, 20, 20)
+    before = (run / "metrics.jsonl").read_text()
+    assert "it is done: nothing is left to train" in job.run(train)
+    assert json.loads(job.path("result.json").read_text())["steps"] == 20
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def merged_is_what_was_trained(job: Job) -> None:
+    """The merged model answers as the quantized base and the adapter do together, in plain transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    result = json.loads(job.path("merge.json").read_text())
+    assert (result["base"], result["verification"]["passed"]) == ("dequantized", True)
+    assert result["output"] == "merged"
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "base", quantization_config=nf4, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(job.path("merged"), dtype=torch.float32)
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        alone = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, job.path("runs/17/adapter"))(tokens).logits
+        together = merged(tokens).logits
+    assert torch.allclose(together, adapted, atol=0.1)
+    assert not torch.allclose(together, alone, atol=0.5)
+
+
+def compares(job: Job, compare: str, keep: str) -> None:
+    """A run is as good as itself, and the job fails once the last good run is better."""
+    job.run(compare)
+    held_out = json.loads(job.path("new.json").read_text())["best_loss"]
+    assert 0 < held_out < 5
+    metrics = job.path("runs/good/metrics.jsonl")
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    better = [{**event, "loss": event["loss"] / 2} if event["event"] == "eval_done" else event for event in events]
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in better))
+    complaint = job.run(compare, code=1)
+    assert f"held-out loss {held_out:.4f}, of the last good run {held_out / 2:.4f}" in complaint
+    job.run(keep)
+    assert not job.path("runs/17").exists()
+    assert job.path("runs/good/adapter").is_dir()
+
+
+def test_every_command_of_the_page_does_what_it_says(job: Job) -> None:
+    steps = blocks("bash")
+    assert len(steps) == 7, "run what was added"
+    fit, tight, smoke, train, merge, compare, keep = steps
+    fits_and_trains(job, (fit, tight, smoke))
+    trains_on(job, train)
+    job.run(merge)
+    merged_is_what_was_trained(job)
+    compares(job, compare, keep)
+    assert [block for block in dict.fromkeys(job.ran) if block in steps] == steps
+
+
+def test_the_workflow_runs_exactly_the_commands_of_the_page() -> None:
+    (text,) = blocks("yaml")
+    workflow = yaml.safe_load(text)
+    steps = workflow["jobs"]["fine-tune"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == blocks("bash")
+    assert {"MODEL", "DATA", "RUN"} == set(workflow["env"])
+
+
+def test_the_page_has_no_other_commands() -> None:
+    languages = re.findall(r"^```(.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(languages) == {"bash", "yaml"}

@@ -1,0 +1,528 @@
+"""A run that is killed, and started again by the same command, ends as if nothing had happened."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, SettingsError
+from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
+from qlora_cli.runs.checkpoints import CHECKSUMS, list_checkpoints, seal
+from qlora_cli.runs.directory import RunDirectory, RunLock
+from qlora_cli.runs.find_runs import read_run
+from qlora_cli.runs.history import read_history
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.run_plan import settle_run
+from qlora_cli.training.train_run import train
+from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.training_process import SignalAt, start_training
+
+# Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to go on exactly.
+EXACT: dict[str, object] = {
+    "lora__dropout": 0.1,
+    "data__eval_split": "3",
+    "training__micro_batch_size": 1,
+    "training__gradient_accumulation_steps": 2,
+    "training__max_steps": 13,
+    "training__eval_steps": 4,
+    "training__save_steps": 1,
+    "training__logging_steps": 2,
+    "training__neftune_noise_alpha": 5,
+}
+
+
+def metrics_of(run: Path) -> list[tuple[Any, ...]]:
+    """Return what a run reported, without times and memory."""
+    history = read_history(run)
+    steps = history.steps
+    return [
+        *zip(steps.step, steps.loss, steps.learning_rate, steps.grad_norm, steps.num_tokens, strict=True),
+        *((found.step, found.loss, found.is_best) for found in history.evaluations),
+    ]
+
+
+def adapter_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """Return the result in `run.json`, without times, memory and paths."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "done"
+    keys = ("steps", "num_steps", "epochs", "final_loss", "train_loss", "eval_loss", "num_tokens", "best_step")
+    return {key: record["result"][key] for key in (*keys, "best_eval_loss", "num_skipped_steps")}
+
+
+@pytest.fixture(scope="module")
+def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, on the rows that every test has in a file of its own."""
+    directory = tmp_path_factory.mktemp("whole")
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
+    rows = directory / "rows.jsonl"
+    rows.write_text("".join(lines), encoding="utf-8")
+    train(train_settings(base_model, rows, directory / "run", **EXACT), Recorder())
+    return directory / "run"
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert adapter_of(run) == adapter_of(whole)
+    assert metrics_of(run) == metrics_of(whole)
+    assert result_of(run) == result_of(whole)
+
+
+def kill_until_done(settings: Resolved[TrainSettings], chance: random.Random, log: Path) -> tuple[int, int]:
+    """Start a run again and again, killing it at random points; return the kills, and those inside a write."""
+    checkpoints = settings.settings.output.directory / "checkpoints"
+    kills = inside = 0
+    while True:
+        process = start_training(settings, log)
+        waits_for_write = chance.random() < 0.4
+        until = time.monotonic() + chance.uniform(0.3, 2.5)
+        while process.is_alive() and time.monotonic() < until:
+            if waits_for_write and any(checkpoints.glob(".step-*.saving")):
+                break
+            time.sleep(0.0005)
+        if not process.is_alive():
+            process.join()
+            assert process.exitcode == 0, log.read_text()
+            return kills, inside
+        process.kill()
+        process.join()
+        kills += 1
+        inside += any(checkpoints.glob(".step-*.saving"))
+
+
+def test_killed_anywhere_it_ends_as_if_nothing_had_happened(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    chance = random.Random(0)  # noqa: S311 - no secret
+    kills = inside = round_ = 0
+    while kills < 10 or inside < 1:
+        run = tmp_path / f"killed-{round_}"
+        more, more_inside = kill_until_done(
+            train_settings(base_model, rows, run, **EXACT), chance, tmp_path / f"log-{round_}"
+        )
+        kills, inside, round_ = kills + more, inside + more_inside, round_ + 1
+        assert_same(run, whole)
+    print(f"{kills} kills, {inside} of them inside of a checkpoint's write, in {round_} runs")
+    # And nothing is left lying about.
+    names = {path.name for path in run.iterdir()}
+    assert names - {"run.lock"} == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json"}
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-12", "step-13"]
+
+
+def stopped_at(settings: Resolved[TrainSettings], step: int) -> None:
+    """Train, and leave as a killed process would have, behind the checkpoint of `step`."""
+
+    class Killer(Recorder):
+        def report(self, event: object) -> None:
+            if isinstance(event, CheckpointSaved) and event.step == step:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train(settings, Killer())
+    record = settings.settings.output.directory / "run.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps({**content, "status": "running"}), encoding="utf-8")
+
+
+class Killed(BaseException):
+    """Passes every handler, as a signal would."""
+
+
+def notes_of(recorder: Recorder) -> list[str]:
+    return [event.message for event in recorder.events if isinstance(event, Noted)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit"])
+def test_8_bit_states_are_taken_up_again(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
+    changed = {**EXACT, "training__optimizer": optimizer, "training__max_steps": 6}
+    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **changed), 3)
+    train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data__packing": True, "data__max_length": 96},
+        {"training__sampling": "group_by_length"},
+        {"data__streaming": True, "data__eval_split": None, "training__eval_steps": None},
+        {"quantization__method": "none", "lora__init_lora_weights": "pissa"},
+        {"lora__use_dora": True, "training__loraplus_lr_ratio": 4},
+        {"model__new_tokens": "<a>,<b>"},
+    ],
+    ids=["packed", "grouped", "streamed", "pissa", "dora-loraplus", "new-tokens"],
+)
+def test_every_way_to_feed_and_to_adapt_goes_on_exactly(
+    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    settings = {**EXACT, "training__max_steps": 5, **changed}
+    train(train_settings(base_model, rows, tmp_path / "whole", **settings), Recorder())
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **settings), 3)
+    train(train_settings(base_model, rows, tmp_path / "run", **settings), Recorder())
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_speed_that_is_shown_later_is_that_of_the_result(
+    base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool
+) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    if is_resumed:
+        stopped_at(settings, 5)
+    result = train(settings, Recorder())
+    assert read_run(tmp_path / "run").summary.tokens_per_second == pytest.approx(result.tokens_per_second)
+
+
+def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 5)
+    recorder = Recorder()
+    result = train(settings, recorder)
+    (resumed,) = [event for event in recorder.events if isinstance(event, TrainingResumed)]
+    assert (resumed.step, resumed.num_steps, resumed.checkpoint.name) == (5, 13, "step-5")
+    assert min(event.step for event in recorder.events if isinstance(event, StepDone)) == 6
+    assert result.resumed_from_step == 5
+    (entry,) = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["resumed"]
+    assert entry["step"] == 5
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 6)
+    weights = tmp_path / "run" / "checkpoints" / "step-6" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    recorder = Recorder()
+    assert train(settings, recorder).resumed_from_step == 5
+    assert any("step-6" in note and "adapter_model.safetensors" in note for note in notes_of(recorder))
+    assert_same(tmp_path / "run", whole)
+
+
+def test_no_good_checkpoint_is_an_error_not_a_new_start(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 1)
+    (tmp_path / "run" / "checkpoints" / "step-1" / "optimizer.pt").unlink()
+    with pytest.raises(OutputDirectoryError, match=r"optimizer\.pt is missing"):
+        train(settings, Recorder())
+
+
+def test_settings_that_may_change_are_listed_and_take_effect(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+    recorder = Recorder()
+    changed = {**EXACT, "training__save_steps": 4, "training__eval_steps": 6, "training__logging_steps": 1}
+    train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
+    for name, before, now in (("save_steps", 1, 4), ("eval_steps", 4, 6), ("logging_steps", 2, 1)):
+        assert f"changed since: training.{name}: {before} before, {now} now" in notes_of(recorder)
+    saved = [event.step for event in recorder.events if isinstance(event, CheckpointSaved)]
+    assert {8, 12, 13} <= set(saved) <= {6, 8, 12, 13}  # 6 is one if its evaluation was the best
+    assert [event.step for event in recorder.events if isinstance(event, StepDone)] == list(range(5, 14))
+
+
+def test_the_micro_batch_may_change_if_the_batch_does_not(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 5)
+    changed = {**EXACT, "training__micro_batch_size": 2, "training__gradient_accumulation_steps": 1}
+    train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    steps = [row[0] for row in metrics_of(tmp_path / "run") if len(row) > 3]
+    assert steps == [row[0] for row in metrics_of(whole) if len(row) > 3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora__rank": 8}, "lora.rank: is 8, and was 16 until step 4"),
+        ({"training__learning_rate": 1e-4}, "training.learning_rate: is 0.0001, and was 0.001"),
+        ({"training__seed": 1}, "training.seed: is 1, and was 0"),
+        ({"training__gradient_accumulation_steps": 4}, "is 4 rows a step, and was 2"),
+        ({"training__max_steps": 20}, "come to 20 steps, and were 13"),
+        ({"quantization__method": "fp4"}, "quantization.method: is fp4, and was nf4"),
+        ({"training__optimizer": "adamw_8bit"}, "training.optimizer"),
+    ],
+)
+def test_settings_that_would_make_the_result_a_lie_are_refused(
+    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(SettingsError) as caught:
+        train(train_settings(base_model, rows, tmp_path / "run", **{**EXACT, **changed}), Recorder())
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "--output" in str(caught.value.problems[0].hint)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_other_rows_are_refused_and_the_same_under_another_name_are_not(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+    moved = rows.rename(tmp_path / "moved.jsonl")
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(moved.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SettingsError, match="the rows are not those that were trained until step 4"):
+        train(train_settings(base_model, shorter, tmp_path / "run", **EXACT), Recorder())
+    train(train_settings(base_model, moved, tmp_path / "run", **EXACT), Recorder())
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_constant_schedule_may_be_trained_longer(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    constant = {**EXACT, "training__schedule": "constant", "training__max_steps": 8}
+    train(train_settings(base_model, rows, tmp_path / "whole", **constant), Recorder())
+    train(train_settings(base_model, rows, tmp_path / "run", **{**constant, "training__max_steps": 4}), Recorder())
+    result = train(train_settings(base_model, rows, tmp_path / "run", **constant), Recorder())
+    assert (result.resumed_from_step, result.steps) == (4, 8)
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_a_run_that_is_done_is_not_trained_again(base_model: Path, rows: Path, whole: Path) -> None:
+    written = (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    recorder = Recorder()
+    result = train(train_settings(base_model, rows, whole, **EXACT), recorder)
+    assert result.steps == result.num_steps == 13
+    assert any("nothing is left to train" in note for note in notes_of(recorder))
+    assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_never_refuses_a_directory_that_holds_a_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 2)
+    with pytest.raises(SettingsError, match="already holds a run"):
+        train(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__resume="never"), Recorder())
+
+
+def test_a_checkpoint_can_be_named_and_goes_on_elsewhere(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(checkpoint))
+    assert train(settings, Recorder()).resumed_from_step == 3
+    assert_same(tmp_path / "other", whole)
+    same = train_settings(base_model, rows, tmp_path / "run", **EXACT, output__resume=str(checkpoint))
+    with pytest.raises(SettingsError, match="has checkpoints after step-3"):
+        train(same, Recorder())
+    with pytest.raises(SettingsError, match="there is no checkpoint of a run"):
+        train(train_settings(base_model, rows, tmp_path / "new", **EXACT, output__resume=str(tmp_path)), Recorder())
+
+
+def test_a_run_that_never_came_to_a_checkpoint_begins_anew(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for path in ("adapter", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / path)
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step_done", "st')  # as it was killed
+    recorder = Recorder()
+    train(train_settings(base_model, rows, tmp_path / "run", **EXACT), recorder)
+    assert any("begins anew" in note for note in notes_of(recorder))
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
+    state = load_file(checkpoint / "adapter_model.safetensors")
+    key = next(key for key in state if "lora_B" in key)
+    state[key][0, 0] = float("nan")
+    save_file(state, checkpoint / "adapter_model.safetensors", {"format": "pt"})
+    (checkpoint / CHECKSUMS).unlink()
+    seal(checkpoint)
+    with pytest.raises(ModelError, match=f"step-2 is broken: {key} in adapter_model.safetensors holds NaN"):
+        settle_run(settings, Recorder())
+
+
+def test_two_processes_do_not_train_into_one_directory(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 2)
+    with RunLock(RunDirectory(tmp_path / "run")), pytest.raises(QloraError, match="another process is training into"):
+        train(settings, Recorder())
+
+
+def test_checkpoints_hold_no_pickle_of_classes(whole: Path) -> None:
+    checkpoint = whole / "checkpoints" / "step-13"
+    assert not list(checkpoint.glob("*.bin"))
+    for path in checkpoint.glob("*.pt*"):
+        assert torch.load(path, weights_only=path.name != "rng_state.pth")
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(checkpoint / "adapter_model.safetensors").values()
+    )
+
+
+def test_damaged_checkpoints_do_not_outlive_good_ones(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    one = {**EXACT, "output__max_checkpoints": 1}
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 6)
+    (tmp_path / "run" / "checkpoints" / "step-6" / "optimizer.pt").unlink()
+    settings = train_settings(base_model, rows, tmp_path / "run", **one)
+    stopped_at(settings, 6)
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-4", "step-6"]
+    assert train(settings, Recorder()).resumed_from_step == 6
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_named_checkpoint_goes_on_elsewhere_also_when_that_is_killed(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-5")
+    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=checkpoint)
+
+    with pytest.raises(Killed):
+        train(settings, KilledEarly())  # before the new run has a checkpoint of its own
+    shutil.rmtree(tmp_path / "run")
+    assert train(settings, Recorder()).resumed_from_step == 5  # the same command: from what was copied
+    assert_same(tmp_path / "other", whole)
+
+
+class KilledEarly(Recorder):
+    """Leaves as a killed process would, before the first step of a run that goes on."""
+
+    def report(self, event: object) -> None:
+        if isinstance(event, TrainingResumed):
+            raise Killed
+
+
+def test_a_run_that_is_named_goes_on_elsewhere_by_the_same_command_and_in_a_third_place(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    run, other, third = (tmp_path / name for name in ("run", "other", "third"))
+    stopped_at(train_settings(base_model, rows, run, **EXACT), 3)
+    stopped_at(train_settings(base_model, rows, run, **EXACT), 5)
+    settings = train_settings(base_model, rows, other, **EXACT, output__resume=str(run))
+    with pytest.raises(Killed):
+        train(settings, KilledEarly())
+    stopped_at(settings, 7)
+    shutil.rmtree(run)
+    onward = train_settings(base_model, rows, third, **EXACT, output__resume=str(other))
+    assert train(onward, Recorder()).resumed_from_step == 7
+    assert_same(third, whole)
+    resumed = json.loads((third / "run.json").read_text(encoding="utf-8"))["resumed"]
+    assert [(entry["step"], entry["checkpoint"], entry["from_run"]) for entry in resumed] == [
+        (3, str(run / "checkpoints" / "step-3"), "../run/checkpoints/step-3"),
+        (5, str(run / "checkpoints" / "step-5"), "../run/checkpoints/step-5"),
+        (5, str(other / "checkpoints" / "step-5"), "../other/checkpoints/step-5"),
+        (7, str(other / "checkpoints" / "step-7"), "../other/checkpoints/step-7"),
+    ]
+
+
+def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(tmp_path / "run"))
+    with pytest.raises(OutputDirectoryError, match=r"the run of .* has no checkpoint to go on from"):
+        train(settings, Recorder())
+
+
+def test_the_best_checkpoint_comes_along(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    best = {**EXACT, "training__load_best_model_at_end": True, "training__learning_rate": 0.02}
+    stopped_at(train_settings(base_model, rows, tmp_path / "run", **best), 7)
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "step-4" in kept  # that of the first evaluation, beyond the newest two
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-7")
+    settings = train_settings(base_model, rows, tmp_path / "other", **best, output__resume=checkpoint)
+    train(settings, Recorder())
+    train(train_settings(base_model, rows, tmp_path / "whole", **best), Recorder())
+    assert adapter_of(tmp_path / "other") == adapter_of(tmp_path / "whole")
+    assert result_of(tmp_path / "other") == result_of(tmp_path / "whole")
+
+
+EARLY: dict[str, object] = {
+    **EXACT,
+    "training__learning_rate": 0.05,
+    "training__schedule": "constant",
+    "training__eval_steps": 1,
+    "training__max_steps": 30,
+    "training__early_stopping_patience": 2,
+}
+
+
+@pytest.mark.parametrize("by", ["kill", "signal"])
+def test_early_stopping_ends_at_the_same_step(base_model: Path, rows: Path, tmp_path: Path, by: str) -> None:
+    whole = train(train_settings(base_model, rows, tmp_path / "whole", **EARLY), Recorder())
+    assert whole.stopped_early
+    settings = train_settings(base_model, rows, tmp_path / "run", **EARLY)
+    if by == "kill":
+        stopped_at(settings, whole.steps)
+    else:
+        train(settings, SignalAt(StepDone, whole.steps - whole.steps % 2))
+    result = train(settings, Recorder())
+    assert (result.steps, result.stopped_early) == (whole.steps, True)
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_another_base_and_another_dtype_are_refused(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(base_model, base)
+    settings = train_settings(base, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 3)
+    with pytest.raises(ModelError, match=r"model\.dtype comes to bf16 here, and was fp32 until step 3"):
+        train(train_settings(base, rows, tmp_path / "run", **EXACT, model__dtype="bf16"), Recorder())
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="the weights of the base are not those that were trained on until step 3"):
+        train(settings, Recorder())
+
+
+def test_without_a_checkpoint_other_settings_may_be_tried(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-1")
+    result = train(train_settings(base_model, rows, tmp_path / "run", **EXACT, lora__rank=4), Recorder())
+    assert result.steps == 13
+
+
+def test_a_record_that_cannot_be_read_is_said(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 2)
+    (tmp_path / "run" / "run.json").write_text('{"status": "run')
+    with pytest.raises(SettingsError, match=r"run\.json is damaged"):
+        train(settings, Recorder())
+
+
+def test_a_record_of_an_older_version_goes_on(base_model: Path, rows: Path, tmp_path: Path, whole: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
+    stopped_at(settings, 2)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("plan", "resumed", "base_model_digest", "versions"):
+        del record[key]
+    del record["settings"]["training"]["on_nan"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert train(settings, Recorder()).resumed_from_step == 2
+    assert_same(tmp_path / "run", whole)
+
+
+def test_samples_at_the_end_are_made_up_for(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    sampled = {
+        **EXACT,
+        "data__eval_split": None,
+        "training__eval_steps": None,
+        "training__sample_prompts": ["What is a list?"],
+        "training__sample_tokens": 4,
+    }
+    settings = train_settings(base_model, rows, tmp_path / "run", **sampled)
+    stopped_at(settings, 13)
+    train(settings, Recorder())
+    assert [sample.step for sample in read_history(tmp_path / "run").samples] == [0, 13]

@@ -1,0 +1,124 @@
+"""`report.html` in a real browser: what it complains of, how wide it gets, and that curves and labels are seen."""
+
+import re
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.runs.report.run_page import write_report
+from tests.support.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
+from tests.support.run_directories import a_record, step_done, write_run
+from tests.unit.runs.test_run_report import events_of_a_run, hostile_record
+
+PHONE_WIDTH, PHONE_HEIGHT = 390, 844
+WIDE = 1200
+FACTS = """<script>addEventListener("load", () => {
+  const root = document.documentElement;
+  const box = element => {
+    const at = element.getBoundingClientRect();
+    return [at.left, at.top, at.right, at.bottom];
+  };
+  const boxes = (within, what) => Array.from(within.querySelectorAll(what), box);
+  window.top.document.body.dataset.facts = JSON.stringify({
+    scrollWidth: root.scrollWidth, innerWidth,
+    outside: Array.from(document.querySelectorAll("body *:not(svg *)"), element => [element.tagName, box(element)])
+      .filter(([, at]) => at[2] > innerWidth + 0.5).map(String),
+    charts: Array.from(document.querySelectorAll(".chart"), chart => ({
+      plot: box(chart.querySelector(".plot")), labels: boxes(chart, ".plot .x, .plot .y"),
+      keys: boxes(chart, ".keys li"),
+      curves: Array.from(chart.querySelectorAll(".curve"), curve => curve.getTotalLength()),
+    })),
+    scripts: document.querySelectorAll("main script").length,
+    columns: getComputedStyle(document.querySelector(".charts")).gridTemplateColumns.split(" ").length,
+  });
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
+    browser = find_browser(tmp_path_factory.mktemp("browser"))
+    run = write_run(browser.folder / "run", events_of_a_run(), hostile_record())
+    write_report(run).rename(browser.page)
+    return browser
+
+
+def facts_on_a_phone(browser: Browser) -> dict[str, Any]:
+    framed = browser.folder / "framed.html"
+    page = escape(with_script(browser.page, FACTS))
+    framed.write_text(frame(f'srcdoc="{page}"', PHONE_WIDTH, PHONE_HEIGHT), "utf-8")
+    return browser.facts(framed)
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    """Whether two boxes of left, top, right and bottom share more than an edge."""
+    return min(one[2], other[2]) - max(one[0], other[0]) > 0.5 and min(one[3], other[3]) - max(one[1], other[1]) > 0.5
+
+
+def check_charts(facts: dict[str, Any]) -> None:
+    assert facts["scrollWidth"] <= facts["innerWidth"]
+    assert facts["outside"] == []
+    assert facts["scripts"] == 0
+    assert len(facts["charts"]) == 5
+    for chart in facts["charts"]:
+        left, top, right, bottom = chart["plot"]
+        assert right - left > 200
+        assert bottom - top > 150
+        assert chart["curves"]
+        assert all(length > 100 for length in chart["curves"])
+        boxes = [*chart["labels"], *chart["keys"]]
+        assert not [pair for pair in combinations(boxes, 2) if overlap(*pair)]
+
+
+def test_a_wide_window_shows_charts_side_by_side(browser: Browser) -> None:
+    copy = browser.folder / "copy.html"
+    copy.write_text(with_script(browser.page, FACTS), "utf-8")
+    facts = browser.facts(copy, f"--window-size={WIDE},1600")
+    assert facts["innerWidth"] == WIDE
+    check_charts(facts)
+    assert facts["columns"] == 2
+    plots = [chart["plot"] for chart in facts["charts"]]
+    for one, other in ((1, 2), (3, 4)):
+        assert plots[one][1] == plots[other][1]  # plots side by side stand at one height
+        assert plots[one][3] == plots[other][3]
+
+
+def test_a_phone_scrolls_in_one_direction(browser: Browser) -> None:
+    facts = facts_on_a_phone(browser)
+    assert facts["innerWidth"] == PHONE_WIDTH
+    check_charts(facts)
+    assert facts["columns"] == 1
+
+
+@pytest.mark.parametrize("num_steps", [3, 1_000_000])
+def test_labels_of_short_and_long_runs_stand_apart_on_a_phone(browser: Browser, num_steps: int) -> None:
+    steps = range(1, num_steps + 1, max(1, num_steps // 100))
+    run = write_run(browser.folder / str(num_steps), [step_done(step, num_steps) for step in steps], a_record())
+    other = Browser(browser.program, browser.folder / str(num_steps))
+    write_report(run).rename(other.page)
+    check_charts(facts_on_a_phone(other))
+
+
+def test_the_page_has_nothing_to_complain_of(browser: Browser) -> None:
+    assert browser.complaints(browser.page.as_uri()) == []
+    broken = browser.folder / "broken.html"
+    broken.write_text(browser.page.read_text("utf-8").replace("<main>", "<main><script>alert(1)</script>"), "utf-8")
+    assert browser.complaints(broken.as_uri())  # so the test would see it
+
+
+def test_in_light_and_dark_curves_are_seen(browser: Browser) -> None:
+    html = browser.page.read_text("utf-8")
+    for place, options in enumerate(((), (DARK_SCHEME,))):
+        pixels = browser.screenshot(browser.page.as_uri(), WIDE, 1600, *options)
+        for name, least in (("page", 0.5), ("first", 0.0003), ("second", 0.0003), ("third", 0.0001)):
+            color = re.findall(rf"--{name}: (#\w+);", html)[place]
+            assert share_of(color, pixels) > least, name
+
+
+def test_hostile_text_is_seen_as_text(browser: Browser) -> None:
+    dom = browser.open(browser.page.as_uri(), "--dump-dom")
+    assert dom.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 20
+    assert "<script" not in dom
+    assert Path(browser.page).stat().st_size < 500_000

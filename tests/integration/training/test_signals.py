@@ -1,0 +1,185 @@
+"""What is asked of a run from outside, by a signal or a file: it does so within one step, and nothing is lost."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.events import EvalStarted, Noted, StepDone
+from qlora_cli.runs.checkpoints import damage_of
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.callbacks.stop import StopSignal
+from qlora_cli.training.train_run import train
+from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.training_process import INTERRUPTED, SignalAt, start_training
+
+LONG: dict[str, object] = {
+    "lora__dropout": 0.1,
+    "data__eval_split": "3",
+    "training__max_steps": 400,
+    "training__micro_batch_size": 1,
+    "training__schedule": "constant",
+    "training__save_steps": 1000,
+}
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    """Return what was reported so far; the last line may be on its way."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [event["step"] for event in events_of(run) if event["event"] == "step_done"]
+
+
+def wait_for(process: BaseProcess, is_there: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not is_there():
+        assert process.is_alive(), "the run ended"
+        assert time.monotonic() < until, "nothing came"
+        time.sleep(0.002)
+
+
+def send(process: BaseProcess, number: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_goes_on_exactly(
+    base_model: Path, rows: Path, tmp_path: Path, number: int
+) -> None:
+    run, changed = tmp_path / "run", {**LONG, "training__max_steps": 40}
+    process = start_training(train_settings(base_model, rows, run, **changed), tmp_path / "log")
+    wait_for(process, lambda: len(steps_of(run)) >= 3)
+    at = steps_of(run)[-1]
+    send(process, number)
+    process.join()
+    assert process.exitcode == INTERRUPTED, (tmp_path / "log").read_text()
+    last = steps_of(run)[-1]
+    assert last - at <= 2  # the one in progress, and one that was done before the signal was there
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", signal.Signals(number).name)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last}"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert train(train_settings(base_model, rows, run, **changed), Recorder()).resumed_from_step == last
+    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # One step, and it takes long.
+    changed = {**LONG, "training__gradient_accumulation_steps": 3000, "training__max_steps": 1}
+    settings = train_settings(base_model, ASSETS / "train.jsonl", run, **changed)
+    process = start_training(settings, tmp_path / "log")
+    wait_for(process, lambda: any(event["event"] == "rehearsed" for event in events_of(run)))
+    time.sleep(0.3)
+    send(process, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    start = time.monotonic()
+    send(process, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGINT
+    assert time.monotonic() - start < 10
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
+    """Of one terminal that is closed, shell and kernel send one each, at nearly the same time."""
+    recorder = Recorder()
+    before = signal.getsignal(signal.SIGHUP)
+    with StopSignal(recorder) as stop:
+        signal.raise_signal(first)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.name == first.name
+        (noted,) = recorder.events
+        assert isinstance(noted, Noted)
+        assert noted.message.endswith(f"{'SIGTERM' if first == signal.SIGHUP else 'again'} to leave at once")
+        for number in (signal.SIGTERM, signal.SIGINT):  # which still do
+            with pytest.raises(SystemExit) as ended:
+                signal.raise_signal(number)
+            assert ended.value.code == 128 + number
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_two_hangups_end_the_run_with_a_checkpoint(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_training(train_settings(base_model, rows, run, **LONG), tmp_path / "log")
+    wait_for(process, lambda: len(steps_of(run)) >= 2)
+    send(process, signal.SIGHUP)
+    time.sleep(0.0002)
+    send(process, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == INTERRUPTED, (tmp_path / "log").read_text()
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", "SIGHUP")
+    (checkpoint,) = record["result"]["checkpoints"]
+    assert damage_of(run / checkpoint) is None
+
+
+def whole_and_cut(
+    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object], at: SignalAt
+) -> tuple[Resolved[TrainSettings], Path]:
+    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
+    settings = train_settings(base_model, rows, tmp_path / "run", **changed)
+    assert train(settings, at).interrupted_by == "SIGTERM"
+    return settings, tmp_path / "whole"
+
+
+def test_a_signal_before_an_evaluation_leaves_it_out_and_it_is_made_up_for(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    changed = {**LONG, "training__max_steps": 6, "training__eval_steps": 2}
+    settings, whole = whole_and_cut(base_model, rows, tmp_path, changed, SignalAt(StepDone, 4))
+    run = tmp_path / "run"
+    assert [event["step"] for event in events_of(run) if event["event"] == "eval_done"] == [2]
+    train(settings, Recorder())
+    losses = [
+        [(event["step"], event["loss"]) for event in events_of(found) if event["event"] == "eval_done"]
+        for found in (run, whole)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [2, 4, 6]
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_signal_during_the_last_evaluation_cuts_it_short(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    changed = {**LONG, "training__max_steps": 3}
+    settings, whole = whole_and_cut(base_model, rows, tmp_path, changed, SignalAt(EvalStarted, 3))
+    assert not [event for event in events_of(tmp_path / "run") if event["event"] == "eval_done"]
+    recorder = Recorder()
+    result = train(settings, recorder)
+    assert not [event for event in recorder.events if isinstance(event, StepDone)]  # all were done
+    record = json.loads((whole / "run.json").read_text())
+    assert result.eval_loss == record["result"]["eval_loss"]
+    assert result.train_loss == record["result"]["train_loss"]
+
+
+def test_a_file_asks_for_a_checkpoint_and_the_run_goes_on(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    class Asks(Recorder):
+        def report(self, event: Any) -> None:
+            super().report(event)
+            if isinstance(event, StepDone) and event.step == 2:
+                (tmp_path / "run" / "checkpoint-now").touch()
+
+    changed = {**LONG, "training__max_steps": 5}
+    result = train(train_settings(base_model, rows, tmp_path / "run", **changed), Asks())
+    saved = [event["step"] for event in events_of(tmp_path / "run") if event["event"] == "checkpoint_saved"]
+    assert saved == [3, 5]
+    assert result.steps == 5
+    assert not (tmp_path / "run" / "checkpoint-now").exists()

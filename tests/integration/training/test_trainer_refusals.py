@@ -1,0 +1,59 @@
+"""What TRL refuses while its trainer is made is one message; what our own code does wrong there stays a bug."""
+
+from pathlib import Path
+
+import pytest
+import trl
+
+from qlora_cli.errors import ModelError
+from qlora_cli.events import StepDone
+from qlora_cli.training import session
+from qlora_cli.training.train_run import train
+from tests.conftest import Recorder, train_settings
+from tests.support.training_process import SignalAt
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ValueError("the pad token is none of the vocabulary")
+
+
+def test_what_trl_refuses_is_said_in_one_message(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trl.SFTTrainer, "__init__", refuse)
+    with pytest.raises(ModelError, match=r"TRL makes no trainer of .*: the pad token is none of the vocab") as caught:
+        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    assert "qlora config show" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()  # so that nothing is left behind
+
+
+def test_a_run_that_would_go_on_is_as_it_was_when_trl_refuses(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(train_settings(base_model, rows, run), SignalAt(StepDone, 1))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(trl.SFTTrainer, "__init__", refuse)
+        for settings in (
+            train_settings(base_model, rows, run),
+            train_settings(base_model, rows, tmp_path / "a" / "other", output__resume=str(run)),
+        ):
+            with pytest.raises(ModelError, match="TRL makes no trainer"):
+                train(settings, Recorder())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "a").exists()
+    assert train(train_settings(base_model, rows, run), Recorder()).resumed_from_step == 2
+
+
+def test_a_fault_of_our_own_is_not_taken_for_one_of_the_settings(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("ours")
+
+    fails.__code__ = fails.__code__.replace(co_filename=str(Path(session.__file__)))
+    monkeypatch.setattr(session, "RowOrder", fails)
+    with pytest.raises(ValueError, match="ours") as caught:
+        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    assert not isinstance(caught.value, ModelError)

@@ -1,0 +1,239 @@
+"""Choices of the loop take effect in real runs: optimizers, LoRA+, NEFTune, determinism, compilation."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from trl import SFTConfig
+
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.errors import HardwareError, SettingsError
+from qlora_cli.events import Event, StepDone
+from qlora_cli.quantization.embedding import embedding_of, keep_on_host
+from qlora_cli.settings.choices import Optimizer
+from qlora_cli.settings.models import LoraSettings
+from qlora_cli.training.arguments import training_arguments
+from qlora_cli.training.determinism import VARIABLES
+from qlora_cli.training.lora_plus import let_b_learn_faster
+from qlora_cli.training.train_run import train
+from tests.conftest import Recorder, train_settings
+from tests.support.loading import load, save_model
+
+RATIO = 8.0
+ON_CPU = [optimizer for optimizer in Optimizer if not optimizer.is_paged]
+
+
+def trained(model: Path, rows: Path, output: Path, **flags: Any) -> dict[str, torch.Tensor]:
+    """Train at a constant rate from the first step on; return the adapter."""
+    values = {"schedule": "constant", "max_steps": 1, **flags}
+    train(train_settings(model, rows, output, **{f"training__{name}": v for name, v in values.items()}), Recorder())
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def groups_in(checkpoint: Path) -> list[dict[str, Any]]:
+    saved: list[dict[str, Any]] = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    return saved
+
+
+@pytest.mark.parametrize("optimizer", ON_CPU)
+def test_the_b_matrices_step_by_the_ratio_with_every_optimizer(
+    base_model: Path, rows: Path, tmp_path: Path, optimizer: Optimizer
+) -> None:
+    """B begins at zero and A gets no gradient before it is not, so that after one step B is the step."""
+    flags = {"optimizer": optimizer.value}
+    plain = trained(base_model, rows, tmp_path / "plain", **flags)
+    plus = trained(base_model, rows, tmp_path / "plus", **flags, loraplus_lr_ratio=RATIO)
+    assert plain.keys() == plus.keys()
+    for name, tensor in plain.items():
+        if "lora_B" in name:
+            assert tensor.abs().max() > 0, name
+            torch.testing.assert_close(plus[name], RATIO * tensor, rtol=1e-4, atol=1e-9)
+        else:
+            torch.testing.assert_close(plus[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "lion_8bit", "adafactor", "sgd"])
+def test_a_run_with_lora_plus_goes_on_from_its_checkpoint_to_the_same_bits(
+    base_model: Path, rows: Path, tmp_path: Path, optimizer: str
+) -> None:
+    flags = {"optimizer": optimizer, "loraplus_lr_ratio": RATIO, "weight_decay": 0.1, "schedule": "linear"}
+    whole = trained(base_model, rows, tmp_path / "whole", **flags, max_steps=4, save_steps=2)
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-2"
+    settings = train_settings(
+        base_model,
+        rows,
+        tmp_path / "resumed",
+        output__resume=str(checkpoint),
+        **{f"training__{name}": value for name, value in {**flags, "max_steps": 4, "save_steps": 2}.items()},
+    )
+    train(settings, Recorder())
+    resumed = load_file(tmp_path / "resumed" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+    rates = sorted({group["lr"] for group in groups_in(checkpoint) if group["params"]})
+    assert rates == pytest.approx([1e-3 * 2 / 4, RATIO * 1e-3 * 2 / 4])
+    assert {group["weight_decay"] for group in groups_in(checkpoint) if group["params"]} == {0.1}
+
+
+def test_groups_keep_what_they_had_and_only_the_b_matrices_of_layers_move() -> None:
+    names = ("lora_A", "lora_B", "lora_embedding_B", "lora_magnitude_vector")
+    model = nn.ModuleDict(
+        {"layer": nn.ModuleDict({name: nn.ParameterDict({"default": torch.zeros(2, 2)}) for name in names})}
+    )
+    parameters = {name.split(".")[1]: parameter for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameters["lora_A"], parameters["lora_B"]], "weight_decay": 0.25, "eps": 1e-3},
+            {"params": [parameters["lora_embedding_B"], parameters["lora_magnitude_vector"]], "weight_decay": 0.0},
+        ],
+        lr=0.5,
+    )
+    let_b_learn_faster(optimizer, model, 4.0)
+    first, second, third = optimizer.param_groups
+    assert [id(one) for one in third["params"]] == [id(parameters["lora_B"])]
+    assert (third["lr"], third["weight_decay"], third["eps"]) == (2.0, 0.25, 1e-3)
+    assert [id(one) for one in first["params"]] == [id(parameters["lora_A"])]
+    assert [group["lr"] for group in (first, second)] == [0.5, 0.5]
+    assert len(second["params"]) == 2
+    optimizer.state[parameters["lora_A"]] = {"step": torch.ones(())}
+    with pytest.raises(AssertionError):
+        let_b_learn_faster(optimizer, model, 4.0)
+
+
+@pytest.mark.parametrize("optimizer", [optimizer for optimizer in Optimizer if optimizer.is_paged])
+def test_a_paged_optimizer_needs_a_gpu(base_model: Path, rows: Path, tmp_path: Path, optimizer: Optimizer) -> None:
+    with pytest.raises(HardwareError, match=f"{optimizer.value} pages its state"):
+        trained(base_model, rows, tmp_path / "run", optimizer=optimizer.value)
+
+
+class Steps(Recorder):
+    """Keeps the loss of every step, and whether kernels were deterministic in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.were_deterministic: list[bool] = []
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self.losses.append(event.loss)
+            self.were_deterministic.append(torch.are_deterministic_algorithms_enabled())
+
+
+def steps_of(model: Path, rows: Path, output: Path, **flags: Any) -> Steps:
+    steps = Steps()
+    train(train_settings(model, rows, output, **flags), steps)
+    return steps
+
+
+def test_noise_changes_training_and_more_of_it_more_and_leaves_evaluation_alone(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    losses = [
+        steps_of(
+            base_model, rows, tmp_path / str(alpha), training__neftune_noise_alpha=alpha, training__max_steps=1
+        ).losses[0]
+        for alpha in (1e-6, 5.0, 50.0)
+    ]
+    quiet = steps_of(base_model, rows, tmp_path / "quiet", training__max_steps=1).losses[0]
+    assert losses[0] == pytest.approx(quiet, rel=1e-6)
+    assert abs(losses[1] - quiet) > 1e-3
+    assert losses[2] > losses[1]
+
+
+@pytest.mark.parametrize("place", ["plain", "offloaded", "new tokens", "trained whole"])
+def test_noise_reaches_the_embedding_wherever_it_is(tmp_path: Path, place: str) -> None:
+    loaded = load(save_model(tmp_path, "llama"))
+    if place == "offloaded":
+        keep_on_host(embedding_of(loaded.base), torch.device("cpu"))
+    lora = LoraSettings(rank=4, modules_to_save=("embed_tokens",) if place == "trained whole" else None)
+    model, _ = attach_adapter(loaded.base, lora, (1, 2) if place == "new tokens" else ())
+    ids = torch.arange(8)[None]
+    embeddings = model.get_base_model().get_input_embeddings()
+    quiet = embeddings(ids)
+    hook = activate_neftune(model, 3.0)
+    noise = (model.train().get_base_model().get_input_embeddings()(ids) - quiet).abs().max()
+    assert 0 < noise <= 3.0 / (quiet.shape[1] * quiet.shape[2]) ** 0.5
+    model.eval()
+    torch.testing.assert_close(embeddings(ids), quiet, rtol=0, atol=0)
+    deactivate_neftune(model, hook)
+    torch.testing.assert_close(model.train().get_base_model().get_input_embeddings()(ids), quiet, rtol=0, atol=0)
+
+
+def test_full_determinism_is_on_in_a_run_and_the_process_is_as_before_after_it(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    flags = {"lora__dropout": 0.1, "training__full_determinism": True}
+    first = steps_of(base_model, rows, tmp_path / "first", **flags)
+    assert first.were_deterministic == [True] * 3
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert {name: os.environ.get(name) for name in VARIABLES} == before
+    assert steps_of(base_model, rows, tmp_path / "second", **flags).losses == first.losses
+    assert steps_of(base_model, rows, tmp_path / "third").were_deterministic == [False] * 3
+
+
+@pytest.fixture
+def one_layer(base_model: Path, tmp_path: Path) -> Path:
+    """The bundled model cut down to its first layer: compiling takes seconds a layer."""
+    path = tmp_path / "one-layer"
+    shutil.copytree(base_model, path)
+    config = json.loads((path / "config.json").read_text())
+    layers = {"num_hidden_layers": 1, "layer_types": config.get("layer_types", ["full_attention"])[:1]}
+    (path / "config.json").write_text(json.dumps({**config, **layers}))
+    weights = load_file(path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
+    assert len(kept) < len(weights)
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.filterwarnings("default")  # those of the compiler are its own
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_a_compiled_model_trains_to_the_same_losses(
+    one_layer: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    """Packed, so that all batches have one shape, which is compiled once.
+
+    Captured and differentiated as always, but not turned into C++, which takes a minute and a half here.
+    """
+
+    def not_to_c(*args: Any, **kwargs: Any) -> SFTConfig:
+        arguments = training_arguments(*args, **kwargs)
+        assert arguments.torch_compile_backend in {None, "inductor"}
+        if arguments.torch_compile:
+            arguments.torch_compile_backend = "aot_eager"
+        return arguments
+
+    # Commands that compile nothing switch the compiler off for their process, which may be that of the tests.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("qlora_cli.training.session.training_arguments", not_to_c)
+    flags = {
+        "data__packing": True,
+        "data__max_length": 256,
+        "training__max_steps": 2,
+        "training__gradient_checkpointing": checkpointing,
+    }
+    plain = steps_of(one_layer, rows, tmp_path / "plain", **flags)
+    counters.clear()
+    compiled = steps_of(one_layer, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
+    names = [set(load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")) for run in ("plain", "compiled")]
+    assert names[0] == names[1]
+
+
+def test_liger_needs_to_be_installed_or_a_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", training__use_liger_kernel=True)
+    with pytest.raises((SettingsError, HardwareError), match=r"liger-kernel is not installed|run on a GPU only"):
+        train(settings, Recorder())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,49 @@
+"""Find a model as every command does, in a process of its own: the client reads its environment when imported.
+
+    python -m tests.support.finding '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
+
+With waits, all files of the repository are fetched, and these are the seconds between two attempts.
+Prints one JSON object a line: the events, then the source or the error.
+"""
+
+import dataclasses
+import json
+import sys
+
+from qlora_cli.errors import QloraError
+from qlora_cli.events import Event
+from qlora_cli.hub.repository import fetch_files, open_repository
+from qlora_cli.hub.transfer import Retry
+from qlora_cli.model_files.source import fetch_weights, find_model
+from qlora_cli.settings.models import ModelSettings
+
+
+class Printer:
+    """Prints each event."""
+
+    def report(self, event: Event) -> None:
+        """Print `event`."""
+        print(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, default=str), flush=True)
+
+
+def main() -> None:
+    """Find what the arguments name."""
+    settings = ModelSettings.model_validate_json(sys.argv[1])
+    waits = tuple(float(argument) for argument in sys.argv[2:])
+    try:
+        if waits:
+            repository = open_repository(settings.name, settings.revision, Printer(), Retry(waits_seconds=waits))
+            path = fetch_files(repository, repository.file_names, Printer(), Retry(waits_seconds=waits))
+            result: dict[str, object] = {"path": path}
+        else:
+            source = find_model(settings, Printer())
+            fetch_weights(source, Printer())
+            result = dataclasses.asdict(dataclasses.replace(source, pending=None))
+    except QloraError as error:
+        result = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+    assert "torch" not in sys.modules, "names are checked, and files found, before torch is imported"
+    print(json.dumps(result, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Merging as the command does it, without what it writes beside; adapters to merge, and what results are held against.
+
+An adapter here is made by plain PEFT on the plain model in fp32, with random values in place of trained ones.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.errors import QloraError
+from qlora_cli.events import SilentReporter
+from qlora_cli.files import as_json
+from qlora_cli.merging.companion_files import write_beside
+from qlora_cli.merging.merge_result import BaseChoice, Verification
+from qlora_cli.merging.merger import Merger
+from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.inputs import Inputs, read_inputs
+from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
+from qlora_cli.merging.verifying.comparison import Laboratory, base_reader
+from qlora_cli.merging.verifying.streamed import Beside, StreamedModel
+from qlora_cli.merging.verifying.verify import verify
+from qlora_cli.merging.write import write_weights
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_cli.settings.choices import BaseWeights, MergeDtype
+from qlora_cli.settings.models import MergeCommandSettings
+from tests.support.adapters import PREFIX, settings_of
+from tests.support.loading import load, logits
+from tests.support.merge_command import merge_settings
+from tests.support.plain import IDS, plain
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a merge wrote, and what it was made of."""
+
+    directory: Path
+    inputs: Inputs
+    plan: MergePlan
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that was written."""
+        return stored(self.directory)
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def request_of(*adapters: Path, **values: Any) -> MergeCommandSettings:
+    """Return what is asked for by naming these adapters, to be merged into the base as it is stored."""
+    return merge_settings(*adapters, **{"base": "original", **values})
+
+
+def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
+    """Merge, and write the result to `output`, as `qlora merge` does with neither comparison nor card."""
+    inputs, plan = planned(request_of(*adapters, **values))
+    output.mkdir(parents=True)
+    merger = Merger(inputs.base, Base(inputs.base, plan.base))
+    write_weights(plan, inputs.source.path, output, merger.value, SilentReporter())
+    write_beside(inputs, plan, output)
+    return Merged(directory=output, inputs=inputs, plan=plan)
+
+
+def planned(request: MergeCommandSettings) -> tuple[Inputs, MergePlan]:
+    """Return all that is known before a weight is read."""
+    inputs = read_inputs(request, SilentReporter())
+    kind = BaseWeights.DEQUANTIZED if inputs.base.packed else BaseWeights(request.merge.base)
+    return inputs, plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype(request.merge.dtype))
+
+
+def refused(*adapters: Path, **values: Any) -> str:
+    """Return message and hint of the error that a merge is refused with before anything is written."""
+    with pytest.raises(QloraError) as caught:
+        planned(request_of(*adapters, **values))
+    assert caught.value.hint
+    assert caught.value.exit_code == 2
+    return f"{caught.value} | {caught.value.hint}"
+
+
+def on_plain(checkpoint: Path, config: LoraConfig) -> PeftModel:
+    """Return the plain model in fp32 with a new adapter by plain PEFT, every value of it random."""
+    return adapted(plain(checkpoint), config)
+
+
+def adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Return a model with a new adapter, every value of it random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ties, which the tests are about, and of how GPT-2 is stored
+        model: PeftModel = get_peft_model(base, config)
+    randomize(model)
+    return model
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Move every value that trains, about as far as training moves it."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def save(model: PeftModel, directory: Path, **how: Any) -> Path:
+    """Write an adapter as plain PEFT does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(directory, **how)
+    return directory
+
+
+def save_changing(base: Path, directory: Path, kind: str) -> Path:
+    """Write an adapter without which the model is not its base: PiSSA that still trains, OLoRA, repeated `layers`."""
+    values: dict[str, Any] = (
+        {"layer_replication": [[0, 2], [1, 2]]} if kind == "layers" else {"init_lora_weights": kind}
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **values)
+    model = on_plain(base, config)
+    save(model, directory)
+    file = directory / ADAPTER_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values, "base_model_name_or_path": str(base)}))
+    return directory
+
+
+def change_adapter(directory: Path, change: Callable[[dict[str, torch.Tensor]], Tensors]) -> None:
+    """Change the values of an adapter in its file."""
+    file = directory / ADAPTER_WEIGHTS
+    save_file({key: value.contiguous() for key, value in change(load_file(file)).items()}, file)
+
+
+def merged_by_peft(model: PeftModel, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that PEFT's own merge, in fp32, and `save_pretrained` write once all is cast to `dtype`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole: PreTrainedModel = model.merge_and_unload()
+    torch.nn.Module.to(whole, dtype).save_pretrained(directory)
+    return stored(directory)
+
+
+def merged_by_hand(model: PeftModel, checkpoint: Path, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the base with W + s * (B @ A) for each LoRA layer, in fp32 and cast once to `dtype`."""
+    whole = plain(checkpoint)
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            module = whole.get_submodule(path.removeprefix(PREFIX).replace(".base_layer", ""))
+            weight = getattr(module, layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
+            weight.data += _delta_by_hand(layer)
+    torch.nn.Module.to(whole, dtype).save_pretrained(directory)
+    return stored(directory)
+
+
+@torch.no_grad()
+def _delta_by_hand(layer: Any) -> torch.Tensor:
+    name = "default"
+    left, right, scale = layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name]
+    if not isinstance(layer, ParamWrapper):
+        delta: torch.Tensor = left @ right * scale
+        return delta.T if layer.fan_in_fan_out else delta
+    if layer.num_experts == 1:
+        alone: torch.Tensor = left @ right * scale
+        return alone
+    rank = layer.r[name]
+    experts = [
+        left[:, expert :: layer.num_experts] @ right[expert * rank : (expert + 1) * rank] * scale
+        for expert in range(layer.num_experts)
+    ]
+    return torch.stack([one if layer._did_swap_in_out_features else one.T for one in experts])
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    """Check that tensors are the same to the bit, by name, dtype, shape and values."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def loaded_plain(directory: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Return a model by plain transformers, which finds every weight, and none too many."""
+    result: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model, info = result
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    assert not info["mismatched_keys"], info
+    found: PreTrainedModel = model
+    return found
+
+
+def streamed_logits(
+    merged: Merged, *, beside: bool, kind: BaseWeights = BaseWeights.ORIGINAL, ids: torch.Tensor = IDS
+) -> torch.Tensor:
+    """Return the logits, `(tokens, vocabulary)`, of the base, the adapters `beside` it or not, layer by layer."""
+    inputs = merged.inputs
+    read = base_reader(inputs.base, Base(inputs.base, kind))
+    model = StreamedModel(
+        inputs.config.config,
+        read,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        adapters=[Beside(adapter=adapter) for adapter in inputs.adapters if beside],
+    )
+    return model.logits(ids, torch.ones_like(ids))
+
+
+def verified(merged: Merged) -> Verification:
+    """Return how what was written compares with the base and the adapters beside it."""
+    choice = BaseChoice(base=merged.plan.base.value, reason="asked", original=None, dequantized=None)
+    laboratory = Laboratory(merged.inputs, SilentReporter())
+    return verify(laboratory, merged.plan, choice, merged.directory, None, SilentReporter())
+
+
+def plain_logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Return the logits, `(tokens, vocabulary)`."""
+    return logits(model, ids).flatten(0, 1)
+
+
+def random_run(base: Path, place: Path, **how: Any) -> tuple[PeftModel, Path]:
+    """Return a loaded base with an adapter of random values on it, and a run of them as training writes it.
+
+    The run tells no more than a merge must know: how the base was stored.
+    """
+    loaded = load(base, **how)
+    model, _ = attach_adapter(loaded.base, settings_of(alpha=16), loaded.new_token_ids)
+    randomize(model)
+    save_adapter(model, place / "run" / "adapter")
+    loaded.tokenizer.save_pretrained(place / "run" / "adapter")
+    settings = loaded.settings
+    record = {
+        "settings": {
+            "model": settings.model.model_dump(mode="json"),
+            "quantization": settings.quantization.model_dump(mode="json"),
+        },
+        "base_model": as_json(asdict(loaded.report())),
+        "base_model_path": str(loaded.source.path),
+    }
+    (place / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return model, place / "run"

@@ -1,0 +1,94 @@
+"""Tracing steps of tiny models as the estimator does, and what tests compare: peaks and events of every pass."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from qlora_cli.memory.replaying.allocator import CachingAllocator
+from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.training_step import StepSettings
+from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
+from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.models import LoraSettings, QuantizationSettings
+from tests.support.tiny_models import FAMILIES, tiny_config
+
+CUDA = torch.device("cuda")
+LISTS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
+DEPTHS = ("n_layer", "n_layers", "num_layers", "num_hidden_layers")
+
+
+def deep_config(family: str, num_layers: int = 7, **changes: Any) -> Any:
+    """Return the tiny config of a family with about `num_layers` layers, lists of them repeated."""
+    values = FAMILIES[family]
+    depths = [name for name in DEPTHS if values.get(name)] or ["num_hidden_layers"]
+    if "num_hidden_layers" not in values:
+        depths.append("num_hidden_layers")
+    deep: dict[str, Any] = dict.fromkeys(depths, num_layers)
+    for name in LISTS:
+        if pattern := values.get(name):
+            deep[name] = [pattern[index % len(pattern)] for index in range(num_layers)]
+    if "attention_types" in values:
+        deep["attention_types"] = [[values["attention_types"][0][0], num_layers // 2]]
+        deep |= dict.fromkeys(depths, num_layers // 2 * 2)
+    if "attn_layer_indices" in values:
+        deep["attn_layer_indices"] = list(range(1, num_layers, 2))
+    if "hybrid_layer_ids" in values:
+        deep["hybrid_layer_ids"] = list(range(1, num_layers, 2))
+    return tiny_config(family, **{**deep, **changes})
+
+
+def step_settings(**changes: Any) -> StepSettings:
+    """Return a step of a padded batch in bf16 under autocast on an Ampere GPU, as `train` runs it."""
+    values: dict[str, Any] = {
+        "recipe": Recipe.QLORA,
+        "batch_size": 1,
+        "length": 64,
+        "gradient_accumulation_steps": 4,
+        "checkpointing": "on",
+        "attention": "sdpa",
+        "backend": SdpaBackend.AUTO,
+        "capability": (8, 0),
+        "dtype": torch.bfloat16,
+        "is_autocast": True,
+        "evaluates": True,
+    }
+    return StepSettings(**{**values, **changes})
+
+
+def twin_of(
+    config: Any,
+    *,
+    whole: bool,
+    quantization: QuantizationSettings | None = None,
+    recipe: Recipe = Recipe.QLORA,
+    **lora: Any,
+) -> Twin:
+    """Return the twin of a model as `inspect-memory` builds it for a GPU."""
+    shapes = build_on_meta(deepcopy(config), torch.bfloat16)  # which becomes the twin, its config too
+    layout = plan_layout(shapes, quantization or QuantizationSettings(), torch.bfloat16, device=CUDA)
+    return build_twin(
+        shapes,
+        layout,
+        LoraSettings(rank=8, **lora),
+        recipe=recipe,
+        compute_dtype=torch.bfloat16,
+        whole=whole,
+    )
+
+
+def peaks(passes: Passes) -> dict[str, tuple[int, int]]:
+    """Return what is allocated and reserved at the peak of each pass, in bytes."""
+    found = {}
+    allocator, live = CachingAllocator(), {}
+    for name, events in passes.events.items():
+        allocator.reset_peaks()
+        for event in events:
+            if event >= 0:
+                live[event] = allocator.allocate(passes.storages[event].num_bytes)
+            else:
+                allocator.free(live.pop(~event))
+        if events:
+            found[name] = (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+    return found

@@ -1,0 +1,283 @@
+"""Losses of rows and what becomes of them: exact whatever the batch, halved where memory is short, paired, shown."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.rendering.evaluation_text import render_evaluation, source_cells
+from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
+from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
+from qlora_cli.evaluating.losses import RowLosses, measure_losses
+from qlora_cli.evaluating.statistics import perplexity_of, ratio_stderr, summarize
+from qlora_cli.events import EvaluationAdvanced, Noted
+from qlora_cli.settings.models import DataSettings
+from tests.conftest import Recorder, write_jsonl
+from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.tiny_models import tiny_model
+
+LENGTHS = (5, 9, 17, 30, 12, 23)
+# Heads that scale, cap or bias their logits, layers with a state, experts, and a plain one.
+HEADS = ("llama", "gemma2", "cohere", "granite", "falcon_h1", "phi", "mamba2", "qwen3_moe", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Six rows of unequal length, the first third of each a prompt."""
+    chance, rows = np.random.default_rng(0), []
+    for length in LENGTHS:
+        ids = chance.integers(3, 127, size=length).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    path = write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+    return prepare_data(DataSettings(dataset=(str(path),), max_length=64), make_tokenizer("chatml"), seed=0).train
+
+
+def measure(model: PreTrainedModel, data: PreparedData, **changed: Any) -> RowLosses:
+    given = {"pad_token_id": 0, "dtype": torch.float32, "batch_size": 3, "title": "it", "reporter": Recorder()}
+    return measure_losses(model, data, **{**given, **changed})
+
+
+@torch.no_grad()
+def one_by_one(model: PreTrainedModel, data: PreparedData) -> tuple[list[float], list[int], list[int]]:
+    """Return the same by the model's own logits, a row at a time, without padding."""
+    sums, correct, tokens = [], [], []
+    for row in data.dataset:
+        targets = torch.tensor([row["labels"]])[:, 1:]
+        logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[:, :-1][targets != -100].double()
+        targets = targets[targets != -100]
+        sums.append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")))
+        correct.append(int((logits.argmax(-1) == targets).sum()))
+        tokens.append(len(targets))
+    return sums, correct, tokens
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_losses_are_those_of_the_models_own_logits_row_by_row(family: str, data: PreparedData) -> None:
+    model = tiny_model(family)
+    found = measure(model, data)
+    sums, correct, tokens = one_by_one(model, data)
+    np.testing.assert_allclose(found.nll, sums, rtol=1e-5)
+    assert (found.correct.tolist(), found.tokens.tolist()) == (correct, tokens)
+    assert found.num_fed == sum(LENGTHS)
+
+
+def test_the_loss_is_the_mean_over_tokens_whatever_the_batch(data: PreparedData) -> None:
+    model = tiny_model("llama")
+    losses = [measure(model, data, batch_size=size).loss for size in (1, 2, 4, 100)]
+    sums, _, tokens = one_by_one(model, data)
+    assert losses == pytest.approx([sum(sums) / sum(tokens)] * 4, rel=1e-6)
+    # The mean of the means of rows is another number, which a test that is to prove this must see.
+    assert losses[0] != pytest.approx(np.mean(np.array(sums) / tokens), rel=1e-4)
+
+
+def test_16_bit_is_autocast_as_in_training(data: PreparedData) -> None:
+    model = tiny_model("llama")
+    exact, lower = measure(model, data), measure(model, data, dtype=torch.bfloat16)
+    assert lower.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert (lower.nll != exact.nll).all()
+
+
+def test_the_model_is_left_as_it_was(data: PreparedData) -> None:
+    model = tiny_model("llama").train()
+    measure(model, data)
+    assert model.training
+    assert "forward" not in model.__dict__
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def fits_at_most(model: PreTrainedModel, num_rows: int) -> list[int]:
+    """Let the model run out of memory on more rows than `num_rows`; return the list of batches that were tried."""
+    tried = []
+
+    def check(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > num_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.get_input_embeddings().register_forward_pre_hook(check)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_the_same(data: PreparedData) -> None:
+    whole = measure(tiny_model("llama"), data)
+    model, recorder = tiny_model("llama"), Recorder()
+    tried = fits_at_most(model, 1)
+    halved = measure(model, data, batch_size=4, reporter=recorder)
+    assert tried == [4, 2, 1, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(halved.nll, whole.nll, rtol=1e-5)
+    assert halved.batch_size == 1
+    warnings = [event.message for event in recorder.events if isinstance(event, Noted) and event.level == "warning"]
+    assert warnings == [
+        "4 rows of 30 tokens do not fit in memory at once: going on with 2",
+        "2 rows of 30 tokens do not fit in memory at once: going on with 1",
+    ]
+
+
+def test_a_row_that_does_not_fit_alone_is_out_of_memory_with_a_hint(data: PreparedData) -> None:
+    model = tiny_model("llama")
+    fits_at_most(model, 0)
+    with pytest.raises(OutOfMemoryError, match="a row of 30 tokens") as caught:
+        measure(model, data)
+    assert caught.value.exit_code == 3
+    assert "--max-length 15" in str(caught.value.hint)
+    assert "forward" not in model.__dict__
+
+
+def test_another_failure_of_the_model_is_not_taken_for_a_lack_of_memory(data: PreparedData) -> None:
+    model = tiny_model("llama", vocab_size=64)  # the rows have larger ids
+    with pytest.raises(IndexError):
+        measure(model, data)
+
+
+def test_a_model_that_trls_loss_does_not_know_is_refused(data: PreparedData) -> None:
+    with pytest.raises(ModelError, match="Llama4ForCausalLM"):
+        measure(tiny_model("llama4_text"), data)
+
+
+def test_progress_counts_rows_and_ends_with_all_of_them(data: PreparedData) -> None:
+    recorder = Recorder()
+    measure(tiny_model("llama"), data, batch_size=4, reporter=recorder)
+    events = [event for event in recorder.events if isinstance(event, EvaluationAdvanced)]
+    assert [(event.num_done, event.num_all) for event in events] == [(4, 6), (6, 6)]
+    assert events[0].seconds_left > events[1].seconds_left == 0
+
+
+# ---- statistics
+
+
+def losses_of(nll: list[float], tokens: list[int]) -> RowLosses:
+    return RowLosses(
+        num_left_out=0,
+        nll=np.array(nll),
+        correct=np.zeros(len(nll), np.int64),
+        tokens=np.array(tokens),
+        seconds=2.0,
+        num_fed=100,
+        batch_size=1,
+    )
+
+
+def test_the_standard_error_of_rows_of_one_length_is_that_of_their_mean() -> None:
+    values = np.array([3.0, 5.0, 4.0, 8.0])
+    assert ratio_stderr(values, np.array([1, 1, 1, 1])) == pytest.approx(values.std(ddof=1) / 2)
+    assert ratio_stderr(values[:1], np.array([1])) is None
+
+
+def test_the_standard_error_is_the_spread_of_losses_over_samples_of_rows() -> None:
+    chance = np.random.default_rng(0)
+
+    def draw() -> tuple[Any, Any]:
+        tokens = chance.integers(5, 60, size=200)
+        return tokens * chance.normal(2.0, 0.5, size=200), tokens  # a row's tokens are alike
+
+    samples = [draw() for _ in range(400)]
+    spread = np.std([values.sum() / tokens.sum() for values, tokens in samples])
+    told = np.mean([ratio_stderr(values, tokens) for values, tokens in samples])
+    assert told == pytest.approx(spread, rel=0.1)
+
+
+def test_a_difference_is_paired_by_row() -> None:
+    tokens = [10, 20, 30]
+    base = losses_of([10.0, 60.0, 150.0], tokens)
+    better = losses_of([8.0, 56.0, 144.0], tokens)  # each token of each row by 0.2
+    found = summarize("adapter", "run", "nf4", better, base)
+    assert found.difference == pytest.approx(-0.2)
+    assert found.difference_stderr == pytest.approx(0, abs=1e-12)
+    assert found.loss_stderr is not None
+    assert found.loss_stderr > 0.5
+    assert (found.num_rows, found.num_tokens, found.tokens_per_second) == (3, 60, 50)
+    alone = summarize("base", "base", "nf4", base, None)
+    assert (alone.difference, alone.difference_stderr) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(0.0, 1.0), (2.0, math.exp(2)), (1e4, None), (math.inf, None), (math.nan, None)]
+)
+def test_a_perplexity_that_is_no_number_is_none(loss: float, perplexity: float | None) -> None:
+    assert perplexity_of(loss) == perplexity
+    assert summarize("model", "m", "none", losses_of([loss], [1]), None).perplexity == perplexity
+
+
+# ---- what is shown
+
+
+def source(**changed: Any) -> SourceResult:
+    values: dict[str, Any] = {
+        **{"source": "base", "path": "base", "quantization": "nf4", "loss": 5.424, "loss_stderr": 0.1729},
+        **{"perplexity": 226.79, "token_accuracy": 0.2729, "num_rows": 40, "num_tokens": 634, "seconds": 0.3},
+        **{"tokens_per_second": 6073.5, "difference": None, "difference_stderr": None},
+    }
+    return SourceResult(**{**values, **changed})
+
+
+EVALUATION = Evaluation(
+    model="run",
+    base_model="base",
+    adapter=Path("run/adapter"),
+    merged=None,
+    device="cpu",
+    compute_dtype="fp32",
+    dataset="rows.jsonl",
+    fingerprint="0a",
+    is_training_data=False,
+    sources=(
+        source(),
+        source(source="adapter", loss=3.5757, difference=-1.8484, difference_stderr=0.139),
+    ),
+    tasks=(TaskResult(source="base", task="own", metric="acc", value=0.525, stderr=0.08, num_documents=40),),
+    notes=(),
+)
+
+
+def test_the_table_fits_in_80_columns_and_judges_differences(capsys: pytest.CaptureFixture[str]) -> None:
+    render_evaluation(EVALUATION)
+    shown = capsys.readouterr().out
+    assert "run on rows.jsonl\n  40 rows, 634 tokens evaluated, fp32\n" in shown
+    assert "  base (nf4)     5.4240 ± 0.1729       226.8     27.3%" in shown
+    assert "-1.8484 ± 0.1390" in shown
+    assert "  own   base  acc     0.5250 ± 0.0800" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_columns_without_a_figure_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    render_evaluation(Evaluation(**{**vars(EVALUATION), "sources": (source(source="model"),), "tasks": ()}))
+    shown = capsys.readouterr().out
+    assert "against base" not in shown
+    assert "lm-eval" not in shown
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "shown"), [(54.3, "54.30"), (1.0, "1.00"), (226.79, "226.8"), (3000.0, "3,000"), (1.5e9, "1.5e+09")]
+)
+def test_perplexities_of_one_size_have_as_many_decimals(perplexity: float, shown: str) -> None:
+    assert source_cells(source(perplexity=perplexity))[2] == shown
+
+
+def test_what_is_no_number_is_a_dash() -> None:
+    assert source_cells(source(loss=None, loss_stderr=None, perplexity=None))[1:3] == ("-", "-")
+
+
+def test_a_log_has_a_line_an_interval_of_an_evaluation() -> None:
+    advanced = [
+        EvaluationAdvanced(title="the base", unit="row", num_done=done, num_all=1200, seconds_left=65.0)
+        for done in (400, 800, 1200)
+    ]
+    told = {}
+    for seconds in (0.0, 1000.0):
+        file = io.StringIO()
+        reporter = PlainReporter(file, interval_seconds=seconds)
+        for event in advanced:
+            reporter.report(event)
+        told[seconds] = file.getvalue().splitlines()
+    first, second = (f"Evaluating the base: {done} of 1,200 rows, 1:05 left" for done in (400, 800))
+    assert told == {0.0: [first, second], 1000.0: [first]}

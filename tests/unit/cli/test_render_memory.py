@@ -1,0 +1,210 @@
+"""A prediction as text: everything is there, adds up as it is printed, and fits 80 columns."""
+
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+from qlora_cli.cli.rendering.memory_text import (
+    component_lines,
+    fit_lines,
+    hanging,
+    hundredths,
+    phase_lines,
+    render_memory,
+)
+from qlora_cli.cli.rendering.sweep_table import sweep_lines
+from qlora_cli.memory.bands import process_band, verdict
+from qlora_cli.memory.gpus import GPUS
+from qlora_cli.memory.prediction import MemoryReport
+from qlora_cli.units import GIB, MIB
+from tests.support.predictions import (
+    CATALOGUE_FITS,
+    COMPONENTS,
+    FIGURES,
+    REPORT,
+    RTX_4090,
+    SOLUTIONS,
+    SUGGESTIONS,
+    T4,
+    fit,
+    grid,
+    sweep_point,
+)
+
+TOO_LARGE = fit(T4, round(15.2 * GIB), 16 * GIB)
+FULL = replace(
+    REPORT,
+    fits=(TOO_LARGE, *REPORT.fits),
+    suggestions=SUGGESTIONS,
+    solutions=SOLUTIONS,
+    sweep=grid(),
+    paged_bytes=GIB // 2,
+    pinned_host_bytes=GIB,
+)
+
+
+def shown(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> str:
+    render_memory(report)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("report", [REPORT, FULL, replace(REPORT, fits=CATALOGUE_FITS)])
+def test_it_fits_80_columns_and_has_no_colour(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(report, capsys)
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+    assert "\x1b" not in text
+
+
+def test_it_says_what_was_asked_and_the_three_peaks_with_their_bands(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(REPORT, capsys)
+    first = text.splitlines()[0]
+    assert first == "What training llama-3.1-8b takes"
+    joined = " ".join(text.split())
+    assert "recipe qlora, quant nf4, double-quant true, rank 16, target-modules all-linear, max-length 2048" in joined
+    assert "41.94M of 8.03B parameters" in joined
+    assert "RTX 4090 in bf16; attention: flash" in joined
+    assert "allocated 7.50 GiB 7.42 to 7.58" in joined
+    assert "reserved 7.90 GiB 7.43 to 8.37" in joined
+    assert "process 8.35 GiB 7.88 to 8.94" in joined
+    assert "smallest GPU RTX 3080 10GB, 9.64 GiB" in joined
+    assert "  - Nothing else runs on the GPU" in text
+
+
+def test_what_is_kept_elsewhere_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("paged", "on the host"):
+        assert f"  {word}" not in shown(REPORT, capsys)
+        assert f"  {word}" in shown(FULL, capsys)
+
+
+def test_components_add_up_as_they_are_printed() -> None:
+    *parts, total = component_lines(COMPONENTS)
+    sizes = [float(re.findall(r"([\d.]+) GiB", line)[0]) for line in parts]
+    assert round(sum(sizes), 2) == float(re.findall(r"([\d.]+) GiB", total)[0]) == 8.35
+    assert sum(asdict(COMPONENTS).values()) == FIGURES.process_bytes
+    assert not any("workspaces" in line for line in parts)  # there are none here
+    bars = [line.count("█") for line in parts]
+    assert max(bars) == bars[0] == 30
+
+
+def test_rounding_keeps_the_sum() -> None:
+    thirds = [GIB // 3] * 3
+    assert hundredths(thirds) in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
+    assert hundredths([0, GIB]) == [0, 100]
+    assert sum(hundredths([7 * MIB] * 9)) == round(9 * 700 / 1024)
+
+
+def test_the_phase_that_rules_is_marked_and_explained() -> None:
+    lines = phase_lines(REPORT.phases, "backward", "Because.")
+    assert [line.split()[0] for line in lines if "<- the peak" in line] == ["backward"]
+    assert lines[-1] == "  Because."
+
+
+def test_named_gpus_have_a_line_each() -> None:
+    header, first, second = fit_lines((TOO_LARGE, *REPORT.fits))
+    assert header.split() == ["takes", "at", "most", "usable", "left"]
+    assert first.split() == ["T4", "no", "15.20", "16.00", "14.56", "-0.64"]
+    assert second.split() == ["RTX", "4090", "yes", "8.35", "8.94", "23.52", "+15.17"]
+
+
+def test_the_catalogue_is_shown_by_group_with_every_card() -> None:
+    lines = fit_lines(CATALOGUE_FITS)
+    assert [line.strip() for line in lines[1:] if not re.search(r"\d$", line)] == [
+        "consumer",
+        "workstation",
+        "data-centre",
+    ]
+    text = "\n".join(lines)
+    assert all(f"{gpu.name} " in text for gpu in GPUS)
+    assert len(lines) < len(GPUS)
+
+
+def test_a_table_is_marked_only_for_a_gpu_that_was_named(capsys: pytest.CaptureFixture[str]) -> None:
+    render_memory(replace(FULL, fits=CATALOGUE_FITS))
+    assert "!" not in capsys.readouterr().out
+    render_memory(FULL, (T4, RTX_4090))
+    assert "Process memory in GiB; ! does not fit on the T4, ~ is tight" in capsys.readouterr().out
+
+
+def test_suggestions_name_flags_saving_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(FULL, capsys)
+    assert "\n  --micro-batch-size 1 --gradient-accumulation-steps 32\n" in text
+    joined = " ".join(text.split())
+    assert "saves 2.50 GiB, then 15.20 GiB: still too large; the same batch in more passes" in joined
+    assert "saves 4.20 GiB, then 13.50 GiB: fits tightly" in joined
+    assert "What to change" not in shown(REPORT, capsys)
+
+
+def test_solutions_say_the_value_or_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(FULL, capsys)
+    assert "  --max-length 13952 on the RTX 4090: 22.90 GiB; limited by memory\n" in text
+    assert "  no --rank fits on the T4\n" in text
+
+
+def test_no_card_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none of the catalogue is large enough" in shown(replace(REPORT, smallest_gpu=None), capsys)
+
+
+def test_a_sentence_wraps_without_breaking_flags() -> None:
+    lines = hanging("word " * 14 + "--gradient-accumulation-steps 16", "  - ", "    ")
+    assert len(lines) == 2
+    assert lines[1] == "    --gradient-accumulation-steps 16"
+
+
+# ---- sweeps
+
+
+def test_two_settings_make_a_grid_with_marks_where_it_does_not_fit() -> None:
+    lines = sweep_lines(FULL, T4)
+    assert lines[0].split() == ["micro-batch-size"]
+    assert lines[1].split() == ["max-length", "1", "2", "4", "8"]
+    assert len(lines) == 2 + 7
+    first, last = lines[2].split(), lines[-1].split()
+    assert first == ["512", "6.30", "6.95", "8.25", "10.85"]
+    assert last[0] == "32,768"
+    assert all(cell.endswith("!") for cell in last[1:])
+    unmarked = sweep_lines(FULL, None)
+    assert not any("!" in line for line in unmarked)
+
+
+def test_one_setting_makes_a_column() -> None:
+    report = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in (512, 4096)))
+    assert [line.split() for line in sweep_lines(report, None)] == [
+        ["max-length"],
+        ["512", "6.30"],
+        ["4,096", "10.85"],
+    ]
+
+
+def test_a_third_setting_makes_a_grid_a_value_and_many_columns_go_on_below() -> None:
+    points = tuple(
+        sweep_point(max_length=length, micro_batch_size=rows, rank=rank)
+        for length in range(512, 512 + 9)
+        for rows in range(1, 9)
+        for rank in (1, 2)
+    )
+    lines = sweep_lines(replace(REPORT, sweep=points), None)
+    assert [line.strip() for line in lines if line.startswith("  rank")] == ["rank 1", "rank 2"]
+    assert len(lines) == 2 * (1 + 2 * (2 + 9))
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_swept_run_is_judged_like_the_run_itself() -> None:
+    own = REPORT.predicted
+    point = replace(
+        sweep_point(max_length=2048),
+        allocated_bytes=own.allocated_bytes,
+        reserved_bytes=own.reserved_bytes,
+        process_bytes=own.process_bytes,
+    )
+    assert process_band(REPORT, point) == (own.process_low_bytes, own.process_high_bytes)
+    least = own.allocated_low_bytes + REPORT.components.context_bytes
+    for usable, expected in (
+        (own.process_high_bytes, "yes"),
+        (own.process_high_bytes - 1, "tight"),
+        (least + 1, "tight"),
+        (least - 1, "no"),
+        (RTX_4090.usable_bytes, "yes"),
+    ):
+        assert verdict(REPORT, point, usable) == expected

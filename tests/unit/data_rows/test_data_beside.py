@@ -1,0 +1,266 @@
+"""Columns that change what a row means: preferences, verdicts and pictures are refused, with flags that work."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import DataFormat
+from tests.support.preparing import make_tokenizer, prepare, prepare_file, refusal, trained
+
+Row = dict[str, Any]
+ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
+HUMAN, GPT = {"from": "human", "value": "6 times 7?"}, {"from": "gpt", "value": "42"}
+WRONG, END = {"role": "assistant", "content": "41"}, "<|im_end|>"
+TWO = {"role": "assistant", "content": "2"}
+EARLIER = [{"role": "user", "content": "1 plus 1?"}, TWO]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer()
+
+
+def typed(hint: str | None) -> dict[str, str]:
+    """Return the flags that a hint proposes, as a shell reads them."""
+    words = shlex.split((hint or "").partition(": ")[2])
+    assert words[::2] == ["--format", "--columns"], hint
+    return {"format": words[1], "columns": words[3]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "6 times 7?", "chosen": "42", "rejected": "41"}, "42"),
+        ({"question": "6 times 7?", "chosen": "42", "rejected": "41", "system": "Be brief."}, "42"),
+        ({"instruction": "6 times 7?", "input": "", "chosen": "42", "rejected": "41"}, "42"),
+        ({"instruction": "6 times 7?", "input": "", "output": "40", "chosen": "42", "rejected": "41"}, "42"),
+        ({"question": "6 times 7?", "response_j": "42", "response_k": "41"}, "42"),
+        ({"chosen": "6 times 7? 42", "rejected": "6 times 7? 41"}, "6 times 7? 42"),
+        ({"prompt": "6 times 7?", "chosen": [ASK, ANSWER], "rejected": [ASK, WRONG]}, "42"),
+        ({"chosen": [ASK, ANSWER], "rejected": [ASK, WRONG], "score_chosen": 5.0}, "42"),
+        ({"messages": [ASK, TWO], "chosen": [ASK, ANSWER], "rejected": [ASK, WRONG]}, "42"),
+        ({"prompt": [ASK], "chosen": [ANSWER], "rejected": [WRONG]}, "42"),
+        ({"prompt": [ASK], "chosen": ANSWER, "rejected": WRONG}, "42"),
+        ({"messages": [*EARLIER, ASK], "chosen": ANSWER, "rejected": WRONG}, "42"),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": {**GPT, "value": "41"}}, "42"),
+        ({"conversations": [HUMAN, GPT, HUMAN], "chosen": [GPT], "rejected": [GPT]}, "42"),
+        ({"chosen_messages": [ASK, ANSWER], "rejected_messages": [ASK, WRONG]}, "42"),
+        ({"messages": [ASK, ANSWER], "rejected_response": "41"}, "42"),
+        ({"messages": [ASK, ANSWER], "rejected_messages": [ASK, WRONG]}, "42"),
+        ({"query": "6 times 7?", "response": "42", "rejected_response": "41"}, "42"),
+        ({"text": "6 times 7? 42", "chosen": "x", "rejected": "y"}, "x"),
+        ({"prompt": "6 times 7?", "completion": "42", "responses": ["42", "41"], "scores": [1, 0]}, "42"),
+    ],
+)
+def test_preferences_of_every_shape_are_refused_and_the_flags_of_the_hint_train_the_better_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, expected: str
+) -> None:
+    error = refusal(tmp_path, tokenizer, [row])
+    assert "preference" in str(error)
+    assert re.search("one (of its answers|answer) is to be avoided", str(error))
+    data = prepare(tmp_path, tokenizer, [row], **typed(error.hint))
+    assert trained(data, tokenizer) == f"{expected}{END}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "6 times 7?", "chosen": [ANSWER], "rejected": [WRONG]},
+        {"prompt": "6 times 7?", "responses": ["42", "41"], "scores": [1, 0]},
+        {"prompt": "6 times 7?", "completions": ["42", "41"], "labels": [True, False]},
+        {"input": {"messages": [ASK]}, "preferred_output": [ANSWER], "non_preferred_output": [WRONG]},
+        {"my=prompt": "6 times 7?", "chosen": {"text": "42"}, "rejected": {"text": "41"}},
+    ],
+)
+def test_no_flags_are_proposed_where_none_work(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    error = refusal(tmp_path, tokenizer, [row])
+    assert "preference" in str(error)
+    assert error.hint == "Write the answers to be given as rows of their own, or as messages."
+
+
+def test_a_preference_further_on_is_refused_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"messages": [ASK, ANSWER]}] * 150 + [{"messages": [ASK, ANSWER], "rejected_response": "41"}]
+    assert "row 151" in str(refusal(tmp_path, tokenizer, rows))
+    assert prepare(tmp_path, tokenizer, rows, on_bad_row="skip").report.bad_rows == 1
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_columns_of_preferences_with_nothing_in_them_are_no_preferences(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: object
+) -> None:
+    data = prepare(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "chosen": empty, "rejected": empty}])
+    assert trained(data, tokenizer) == f"42{END}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "6 times 7?", "completion": "42"},
+        {"messages": [ASK, ANSWER]},
+        {"conversations": [HUMAN, GPT]},
+        {"instruction": "6 times 7?", "output": "42"},
+        {"question": "6 times 7?", "answer": "42"},
+    ],
+)
+@pytest.mark.parametrize(("column", "value"), [("label", True), ("label", False), ("label", "True"), ("kto_tag", 0)])
+def test_verdicts_are_refused_and_the_flags_of_the_hint_train_all_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, column: str, value: object
+) -> None:
+    rows = [{**row, column: value}]
+    error = refusal(tmp_path, tokenizer, rows)
+    assert f"{column!r} says whether the answer is wanted (KTO)" in str(error)
+    assert f"Leave out the rows whose {column!r} is false" in str(error.hint)
+    assert trained(prepare(tmp_path, tokenizer, rows, **typed(error.hint)), tokenizer) == f"42{END}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"system": "Be brief."}, {"system_prompt": "Be kind."}),
+        ({"tools": [{"name": "f"}]}, {"functions": [{"name": "g"}]}),
+        ({"tools": []}, {"functions": [{"name": "g"}]}),
+    ],
+)
+def test_two_columns_for_the_same_are_refused_until_one_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, first: Row, second: Row
+) -> None:
+    (part,), (name,) = first, second
+    rows = [{"messages": [ASK, ANSWER], **first, **second}]
+    error = refusal(tmp_path, tokenizer, rows)
+    assert f"{part!r} and {name!r} are both {part}, of which one alone is read" in str(error)
+    data = prepare(tmp_path, tokenizer, rows, columns=str(error.hint).rpartition("--columns ")[2])
+    assert trained(data, tokenizer) == f"42{END}"
+    assert prepare(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], **first, name: None}]).report.rows == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("loss_mask", [0, 1]), ("train", False), ("trainable", True), ("weight", [0, 1.0])]
+)
+def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_the_hint_train_all(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object
+) -> None:
+    rows = [{"messages": [*EARLIER, ASK, ANSWER], column: value}]
+    error = refusal(tmp_path, tokenizer, rows)
+    assert f"{column!r} says what of the row is trained" in str(error)
+    flags = typed(str(error.hint).partition("false. ")[2])
+    assert trained(prepare(tmp_path, tokenizer, rows, **flags), tokenizer) == f"2{END}42{END}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "6 times 7?", "completion": "42", "label": "arithmetic"},
+        {"prompt": "6 times 7?", "completion": "42", "label": 3},
+        {"prompt": "6 times 7?", "completion": "42", "label": None},
+        {"text": "6 times 7? 42", "label": True},
+        {"messages": [ASK, ANSWER], "score": 1.0, "source": "x"},
+        {"messages": [ASK, ANSWER], "loss_mask": [], "loss": 1.5, "weight": 1},
+        {"messages": [ASK, ANSWER], "responses": 3, "scores": [1]},
+        {"question": "6 times 7?", "answer": "42", "image_url": "x.png", "file": "x.txt"},
+        {"messages": [ASK, ANSWER], "image": True, "videos": 0},
+        {"messages": [ASK, ANSWER], "chosen": 1, "rejected": False},
+    ],
+)
+def test_columns_that_only_describe_a_row_are_told_and_not_used(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row
+) -> None:
+    data = prepare(tmp_path, tokenizer, [row])
+    assert data.report.rows_trained == 1
+    assert f"not used: {list(row)[-1]}" in data.report.recognised or f", {list(row)[-1]}" in data.report.recognised
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("images", ["x.png"]),
+        ("image", "x.png"),
+        ("image", {"path": "x.png", "bytes": None}),
+        ("videos", [None, {"path": "x.mp4"}]),
+        ("video", "x.mp4"),
+        ("audios", ["x.wav"]),
+        ("audio", {"array": [0.0], "path": None}),
+        ("pixel_values", [[0.0]]),
+    ],
+)
+@pytest.mark.parametrize("row", [{"messages": [ASK, ANSWER]}, {"text": "6 times 7?"}, {"input_ids": [1, 2]}])
+def test_rows_with_pictures_or_sounds_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, column: str, value: object
+) -> None:
+    error = refusal(tmp_path, tokenizer, [{**row, column: value}])
+    assert f"{column!r} holds what is no text, and only text can be trained" in str(error)
+    rows = [row, {**row, column: value}]
+    assert prepare(tmp_path, tokenizer, rows, on_bad_row="skip").report.bad_rows == 1
+
+
+@pytest.mark.parametrize("empty", [None, [], "", [None], {"bytes": None, "path": None}])
+def test_rows_whose_pictures_are_none_are_trained(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: object
+) -> None:
+    assert (
+        trained(prepare(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "images": empty}]), tokenizer) == f"42{END}"
+    )
+
+
+@pytest.mark.parametrize("column", ["images", "image_path"])
+def test_what_stands_for_a_picture_is_not_trained_as_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str
+) -> None:
+    asked = [{**ASK, "content": "<image>What is it?"}, ANSWER]
+    error = refusal(tmp_path, tokenizer, [{"messages": asked, column: []}])
+    assert f"its text has <image>, which stands for something in {column}" in str(error)
+    assert prepare(tmp_path, tokenizer, [{"messages": asked}]).report.rows == 1  # about HTML, perhaps
+
+
+@pytest.mark.parametrize("row", [{"label": True}, {"rejected": "41"}, {"images": ["x.png"]}])
+def test_files_of_columns_are_read_as_far_as_they_change_what_a_row_means(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]
+) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "q", "completion": "a", **row}]), path)
+    with pytest.raises(DataError, match=r"only text can be trained|KTO|preference"):
+        prepare_file(path, tokenizer)
+
+
+def test_segments_of_axolotl_are_pointed_to_what_can_be_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows: list[Row] = [{"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}] * 2
+    error = refusal(tmp_path, tokenizer, rows)
+    assert "holds segments of text" in str(error)
+    assert "prompt and completion" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("chat_template", {"messages": [ASK, ANSWER]}),
+        ("chatml", {"conversations": [ASK, ANSWER]}),
+        ("conversational", {"conversations": [HUMAN, GPT]}),
+        ("openai", {"messages": [ASK, ANSWER]}),
+        ("ShareGPT", {"conversation": [HUMAN, GPT]}),
+        ("prompt-completion", {"prompt": "6 times 7?", "completion": "42"}),
+        ("alpaca_chat", {"instruction": "6 times 7?", "response": "42"}),
+        ("alpaca_chat.load_qa", {"question": "6 times 7?", "answer": "42"}),
+        ("completion", {"text": "42"}),
+    ],
+)
+def test_formats_go_by_the_names_that_recipes_of_other_tools_have_for_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, row: Row
+) -> None:
+    assert trained(prepare(tmp_path, tokenizer, [row], format=name), tokenizer) == f"42{END}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("input_output", "prompt and completion"), ("DPO", "comparison"), ("kto.x", "comparison")]
+)
+def test_formats_of_other_tools_that_are_none_here_are_pointed_to_what_there_is(name: str, expected: str) -> None:
+    assert expected in str(DataFormat.hint_for(name))
+    assert DataFormat.hint_for("nonsense") is None

@@ -1,0 +1,442 @@
+"""Which tokens are trained, for any conversation: exactly the answers and the ends of their turns."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, processors
+
+from qlora_cli.data.rendering.renderer import Renderer
+from qlora_cli.data.rendering.template import ChatTemplate, asks_always_alike
+from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, RowError, Tokenized
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
+from qlora_cli.settings.choices import LossOn
+from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
+
+TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
+# Text as people write it, and as they do not: line breaks and spaces at the ends, control tokens, any character.
+WORDS = st.sampled_from(
+    [
+        "one",
+        " two",
+        "\n",
+        "\n\n",
+        "  ",
+        "Größe",
+        "日本",
+        "🙂",
+        "<|im_end|>",
+        "<s>",
+        "[INST]",
+        "assistant\n",
+        "</s>",
+        "<think>",
+    ]
+)
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.lists(st.one_of(WORDS, ANYTHING), max_size=6).map("".join)
+ANSWER = TEXT.filter(lambda text: text.strip() != "")
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    """Draw a conversation of some turns, of which any answers are trained."""
+    messages: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(TEXT)})
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(TEXT)})
+        messages.append({"role": "assistant", "content": draw(ANSWER)})
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = tuple(place for place in answers if draw(st.booleans()))
+    if draw(st.booleans()):  # what ends with a question is cut off, not answered
+        messages.append({"role": "user", "content": draw(TEXT)})
+    return Conversation(messages=messages, trained=trained)
+
+
+def asked(question: str, answer: str) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(messages=messages, trained=(1,))
+
+
+def tokens_of(text: TextTokenizer, example: Any, loss_on: LossOn = LossOn.COMPLETIONS) -> Tokens:
+    (found,) = Tokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
+    assert isinstance(found, Tokens), found
+    return found
+
+
+def trained_text(text: TextTokenizer, tokens: Tokens) -> str:
+    return str(text.tokenizer.decode([label for label in tokens.labels.tolist() if label != IGNORED]))
+
+
+def expected(family: str, conversation: Conversation) -> str:
+    """Return what is to be trained: the answers as the template writes them, each with the end of its turn."""
+    *_, end, before = FAMILIES[family]
+    answers = [conversation.messages[place]["content"] for place in conversation.trained]
+    return "".join(before + (answer.strip() if family in TRIMS else answer) + end for answer in answers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(conversation=conversations())
+@settings(max_examples=120, deadline=None)
+def test_what_is_trained_is_exactly_the_answers_and_their_ends(family: str, conversation: Conversation) -> None:
+    text = TOKENIZERS[family]
+    tokens = tokens_of(text, conversation)
+    assert trained_text(text, tokens) == expected(family, conversation)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(conversation=conversations())
+@settings(max_examples=60, deadline=None)
+def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
+    family: str, conversation: Conversation
+) -> None:
+    text = TOKENIZERS[family]
+    tokens = tokens_of(text, conversation)
+    rendered = text.tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    assert text.tokenizer.decode(tokens.input_ids.tolist()) == rendered
+    pairs = list(zip(tokens.input_ids.tolist(), tokens.labels.tolist(), strict=True))
+    assert all(label in (token, IGNORED) for token, label in pairs)
+    if conversation.trained:
+        first = conversation.trained[0]
+        served: Any = text.tokenizer.apply_chat_template(
+            conversation.messages[:first], tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        begin = next(place for place, (_, label) in enumerate(pairs) if label != IGNORED)
+        assert [token for token, _ in pairs[:begin]] == served["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(conversation=conversations())
+@settings(max_examples=60, deadline=None)
+def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation: Conversation) -> None:
+    text = TOKENIZERS[family]
+    renderer = Renderer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    template = ChatTemplate(text.tokenizer, text.end_ids)
+    row = renderer.fit(conversation)
+    rendered = renderer.render(row, renderer.text(row))
+    long_way = [template.span(conversation, place, rendered.text) for place in conversation.trained]
+    assert list(rendered.spans) == long_way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(conversation=conversations())
+@settings(max_examples=60, deadline=None)
+def test_to_cut_behind_the_end_of_an_answer_changes_no_token(family: str, conversation: Conversation) -> None:
+    text = TOKENIZERS[family]
+    uncut = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    assert uncut._ends_alone
+    uncut._ends_alone = ()
+    (expected_tokens,) = uncut.tokenize([conversation])
+    tokens = tokens_of(text, conversation)
+    assert isinstance(expected_tokens, Tokens)
+    assert tokens.input_ids.tolist() == expected_tokens.input_ids.tolist()
+    assert tokens.labels.tolist() == expected_tokens.labels.tolist()
+
+
+@given(prompt=TEXT, completion=ANSWER)
+@settings(max_examples=150, deadline=None)
+def test_a_completion_is_trained_to_its_end_and_its_prompt_is_not(prompt: str, completion: str) -> None:
+    text = TOKENIZERS["llama"]
+    tokens = tokens_of(text, Completion(prompt=prompt, completion=completion))
+    bos, eos = text.tokenizer.bos_token, text.tokenizer.eos_token
+    whole = str(text.tokenizer.decode(tokens.input_ids.tolist()))
+    assert tokens.input_ids[0] == text.tokenizer.bos_token_id
+    assert tokens.input_ids[-1] == tokens.labels[-1] == text.tokenizer.eos_token_id
+    if bos not in prompt + completion and eos not in prompt + completion:
+        assert whole == f"{bos}{prompt}{completion}{eos}"
+        assert trained_text(text, tokens) == completion + eos
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_is_trained_but_the_first_token_on_demand(family: str) -> None:
+    text = TOKENIZERS[family]
+    conversation = Conversation(
+        messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
+    )
+    tokens = tokens_of(text, conversation, LossOn.ALL)
+    assert tokens.labels[0] == IGNORED
+    assert (tokens.labels[1:] == tokens.input_ids[1:]).all()
+
+
+def test_one_bos_where_the_text_has_one_too() -> None:
+    text = TOKENIZERS["llama"]
+    tokens = tokens_of(text, Completion(prompt="", completion="<|begin_of_text|>one two<|eot_id|>"))
+    assert tokens.input_ids.tolist().count(text.tokenizer.bos_token_id) == 1
+    assert tokens.input_ids.tolist().count(text.tokenizer.eos_token_id) == 1
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_cut() -> None:
+    text = TOKENIZERS["chatml"]
+    assert len(text.tokenizer(" function")["input_ids"]) == 1  # so it would lie across
+    tokens = tokens_of(text, Completion(prompt="Which func", completion="tion returns"))
+    served = text.tokenizer("Which func")["input_ids"]
+    assert tokens.input_ids.tolist()[: len(served)] == served
+    assert trained_text(text, tokens) == "tion returns<|im_end|>"
+
+
+def test_a_tokenizer_that_writes_a_space_before_every_text_is_not_cut() -> None:
+    text = make_sentencepiece()
+    tokens = tokens_of(text, Completion(prompt="Which function retu", completion="rns the current directory?"))
+    whole = text.tokenizer("Which function returns the current directory?")["input_ids"]
+    assert tokens.input_ids.tolist() == [*whole, text.tokenizer.eos_token_id]
+    assert "rns the current directory?" in trained_text(text, tokens)
+
+
+def refusal(text: TextTokenizer, example: Any) -> RowError:
+    (found,) = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids).tokenize([example])
+    assert isinstance(found, RowError)
+    return found
+
+
+TWO_TURNS = Conversation(
+    messages=[
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "second"},
+    ],
+    trained=(1, 3),
+)
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_with_what_to_do() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = REASONING
+    problem = refusal(text, TWO_TURNS)
+    assert "renders message 1 differently when others follow it" in str(problem)
+    assert "--loss-on last" in (problem.hint or "")
+    last = Conversation(messages=TWO_TURNS.messages, trained=(3,))
+    assert trained_text(text, tokens_of(text, last)) == "<think>\n\n</think>\n\nsecond<|im_end|>"
+
+
+def test_a_template_that_ends_no_turn_is_refused_with_what_to_do() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    problem = refusal(text, TWO_TURNS)
+    assert "ends no turn" in str(problem)
+    assert "chatml" in (problem.hint or "")
+
+
+def test_a_template_whose_prompt_is_not_what_the_row_has_is_refused() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = CHATML_THAT_OPENS_A_THOUGHT
+    assert "with other words than it renders it with" in str(refusal(text, TWO_TURNS))
+
+
+CHATML_THAT_OPENS_A_THOUGHT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+PHI = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_what_closes_the_text_behind_the_last_turn_is_not_trained() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    text.tokenizer.chat_template = PHI
+    assert trained_text(text, tokens_of(text, TWO_TURNS)) == "first<|end|>second<|end|>"
+
+
+def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = str(CHATML).replace(
+        "assistant\n{% endif %}",
+        "assistant\n{% if '/no_think' in messages[0].content %}<think></think>{% endif %}{% endif %}",
+    )
+    asked = Conversation(
+        messages=[{"role": "user", "content": "/no_think one"}, {"role": "assistant", "content": "two"}], trained=(1,)
+    )
+    plain = Conversation(
+        messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
+    )
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokens, problem = tokenizer.tokenize([plain, asked])  # the first settles what stands around the contents
+    assert isinstance(tokens, Tokens)
+    assert isinstance(problem, RowError)
+    assert "with other words" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("asks", "is_constant"),
+    [
+        ("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", True),
+        ("{%- if add_generation_prompt -%}{{ '<s>' + eos_token }}{%- endif -%}", True),
+        ("{% generation %}{% endgeneration %}{% if add_generation_prompt %}a{% endif %}", True),
+        ("{% if add_generation_prompt %}{{ messages[0].content }}{% endif %}", False),
+        ("{% if add_generation_prompt %}a{% if messages|length > 2 %}b{% endif %}{% endif %}", False),
+        ("{% if add_generation_prompt and messages[0].role == 'user' %}a{% endif %}", False),
+        ("{{ 'a' if add_generation_prompt else 'b' }}", False),
+        ("{% if messages[0].content %}{% if add_generation_prompt %}a{% endif %}{% endif %}", False),
+        ("{% if add_generation_prompt %}a{% if enable_thinking is defined %}b{% endif %}{% endif %}", True),
+        ("{% set x = messages[0].content %}{% if add_generation_prompt %}{{ x }}{% endif %}", False),
+        ("{% broken", False),
+    ],
+)
+def test_a_template_that_asks_by_constants_is_known(asks: str, is_constant: bool) -> None:
+    assert asks_always_alike("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content.index('zz') }}", "{{ 1 // 0 }}", "{{ messages[9].role }}"]
+)
+def test_a_template_that_fails_is_the_fault_of_the_row(template: str) -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = template
+    assert "the chat template refuses it" in str(refusal(text, TWO_TURNS))
+
+
+def test_a_template_that_renders_nothing_is_told() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    alone = Conversation(messages=[{"role": "system", "content": " "}], trained=())
+    assert "renders nothing" in str(refusal(text, alone))
+
+
+def test_tools_that_a_template_does_not_write_are_refused() -> None:
+    text = TOKENIZERS["chatml"]
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert "no place for tool calls: 'add'" in str(refusal(text, Conversation(messages=messages, trained=(1,))))
+    with_tools = Conversation(messages=TWO_TURNS.messages, trained=(1,), tools=[{"function": {"name": "sub"}}])
+    assert "no place for tools: 'sub'" in str(refusal(text, with_tools))
+
+
+def test_control_tokens_in_the_text_are_counted() -> None:
+    text = TOKENIZERS["chatml"]
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer.tokenize([TWO_TURNS, Completion(prompt="", completion="a <|im_end|> b <|im_end|>")])
+    assert tokenizer.num_with_control_tokens == 1
+    assert tokenizer.control_tokens == {"<|im_end|>": 2}
+
+
+@pytest.mark.parametrize(
+    ("example", "is_twice"),
+    [
+        (Completion(prompt="a", completion="b"), False),
+        (Completion(prompt="a", completion="b<|im_end|>"), False),  # that one is taken
+        (Completion(prompt="a", completion="b<|im_end|>\n"), True),
+        (Completion(prompt="a<|im_end|>", completion="b"), False),
+        (Completion(prompt="", completion="<|im_start|>user\na<|im_end|>\n"), True),
+        (asked("a", "b<|im_end|> "), True),
+        (asked("<|im_end|> a", "b"), False),
+    ],
+)
+def test_a_text_that_brings_the_end_along_which_is_written_behind_it_is_counted(
+    example: Completion | Conversation, is_twice: bool
+) -> None:
+    text = TOKENIZERS["chatml"]
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    (tokens,) = tokenizer.tokenize([example])
+    assert isinstance(tokens, Tokens)
+    assert tokenizer.num_ended_twice == is_twice
+    end = text.tokenizer.eos_token
+    found = str(text.tokenizer.decode(tokens.input_ids)).replace(" ", "").replace("\n", "")
+    assert (f"{end}{end}" in found) == is_twice
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("trims", [True, False])
+@given(prompt=TEXT.filter(bool), completion=ANSWER)
+@settings(max_examples=40, deadline=None)
+def test_a_prompt_has_the_tokens_that_are_served_whatever_the_tokenizer_adds(
+    ends: bool, trims: bool, prompt: str, completion: str
+) -> None:
+    text = _POST_PROCESSED[ends, trims]
+    tokens = tokens_of(text, Completion(prompt=prompt, completion=completion))
+    served = text.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if text.tokenizer.eos_token not in prompt + completion:
+        assert tokens.input_ids[: len(served)].tolist() == served
+        assert trained_text(text, tokens) == completion + str(text.tokenizer.eos_token)
+
+
+def _with_post_processor(*, ends: bool, trims: bool) -> TextTokenizer:
+    """Return a tokenizer that writes EOS behind every text, or takes spaces out of the positions of tokens."""
+    text = make_tokenizer("chatml")
+    eos, backend = str(text.tokenizer.eos_token), text.tokenizer.backend_tokenizer
+    adds = processors.TemplateProcessing(
+        single=f"$A {eos}" if ends else "$A", special_tokens=[(eos, backend.token_to_id(eos))]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trims), adds])
+    return text
+
+
+_POST_PROCESSED = {
+    (ends, trims): _with_post_processor(ends=ends, trims=trims) for ends in (True, False) for trims in (True, False)
+}
+
+
+def test_a_header_that_takes_the_space_behind_it_is_not_trained() -> None:
+    text = make_sentencepiece()
+    text.tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    text.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}</s>"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    spaced = Conversation(
+        messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": " two"}], trained=(1,)
+    )
+    tokens = tokens_of(text, spaced)
+    header = text.tokenizer.get_vocab()["<|assistant|>"]
+    assert header in tokens.input_ids.tolist()
+    assert header not in tokens.labels.tolist()
+
+
+def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TOKENIZERS["llama"]
+    example = Completion(prompt="one two " * 40, completion="Which function returns? " * 60)
+    whole = tokens_of(text, example)
+    monkeypatch.setattr("qlora_cli.data.tokenizing.tokens.SLICE", 50)
+    sliced = tokens_of(text, example)
+    assert sliced.input_ids.tolist() == whole.input_ids.tolist()
+    assert sliced.labels.tolist() == whole.labels.tolist()
+
+
+def test_an_unusual_end_of_turn_is_noticed() -> None:
+    text = TOKENIZERS["gemma"]
+    only_eos = frozenset({text.tokenizer.eos_token_id or 0})
+    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, only_eos)
+    tokenizer.tokenize([TWO_TURNS])
+    assert {text.tokenizer.decode([token]) for token in tokenizer.odd_ends} == {"<end_of_turn>"}
+
+
+def test_tool_calls_are_trained_as_they_are_rendered() -> None:
+    text = make_tokenizer("chatml")
+    text.tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }})"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    tokens = tokens_of(text, Conversation(messages=messages, trained=(1,)))
+    assert trained_text(text, tokens) == 'add({"a": 1})<|im_end|>'
+
+
+def test_tokens_as_they_come_are_fed_as_they_come() -> None:
+    text = TOKENIZERS["llama"]
+    tokens = tokens_of(
+        text, Tokenized(input_ids=np.array([5, 6, 7], np.int32), labels=np.array([IGNORED, 6, IGNORED], np.int32))
+    )
+    assert tokens.input_ids.tolist() == [5, 6, 7]
+    assert tokens.labels.tolist() == [IGNORED, 6, IGNORED]
+    ids = np.array([1, 10**6], np.int32)
+    beyond = Tokenized(input_ids=ids, labels=ids)
+    assert "beyond the" in str(refusal(text, beyond))

@@ -1,0 +1,371 @@
+"""A chat template is a program from elsewhere: whatever it does, the command ends, and names the template."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_cli import bounded
+from qlora_cli.data.rendering import pace
+from qlora_cli.data.rows.column_formats import Layout
+from qlora_cli.data.rows.examples import Conversation, RowError
+from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
+from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted
+from qlora_cli.hardware.counters import peak_host_bytes
+from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.models import DataSettings
+from qlora_cli.tokenizing import template_rendering
+from qlora_cli.tokenizing.chat_template import choose_chat_template
+from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all, try_template, within_limits
+from qlora_cli.units import GIB
+from tests.conftest import Recorder
+from tests.unit.tokenizing.test_tokenizer import write_tokenizer
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+ITSELF = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+FOR_HOURS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MANY_CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
+OF_A_SCHEMA = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
+)
+# One operation each that takes gigabytes, before anything that counts comes back from it.
+AT_ONCE = (
+    "'x' * 10**9",
+    "[0] * 10**9",
+    "10**(10**11)",
+    "'%1000000000d' % 1",
+    "'%.1000000000f' % 1.5",
+    "'{:>1000000000}'.format(1)",
+    "'%1000000000d'|format(1)",
+    "'x'.ljust(10**9)",
+    "'x'.rjust(10**9)",
+    "'x'.zfill(10**9)",
+    "'\\t'.expandtabs(10**9)",
+    "'x'|center(10**9)",
+    "'x\\ny'|indent(10**9)",
+    "messages|tojson(indent=10**9)",
+    "[1]|batch(10**9, 0)|list",
+    "'a'.replace('', 'x' * 10**9)",
+    "('x' * 10**6)|replace('x', 'x' * 10**6)",
+    "(['x' * 10**6] * 10**6)|join",
+    "1|round(10**10, 'ceil')",
+    "(1).to_bytes(10**10, 'big')",
+)
+BIT_BY_BIT = (
+    "{% set all = namespace(x='x') %}{% for i in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}a{% endfor %}{% endfor %}",
+    "{% set x %}{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}{% endset %}",
+)
+MEMORY = [*(f"{{{{ {operation} }}}}" for operation in AT_ONCE), *BIT_BY_BIT]
+# What Python can't interrupt, or what overflows the stack; the first two when they are compiled already.
+DOUBLED = "{% set ns=namespace(a=(), b=()) %}{% for i in range(60) %}{% set ns.a=(ns.a,ns.a) %}"
+NEVER_ENDS = (
+    "{{ ([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 1000] * 9999)|sum(start=[])|length }}",
+    "{% if messages|length == 40 %}{{ ([range(9999)|list]*9999)|sum(start=[]) }}{% endif %}",
+    DOUBLED + "{% endfor %}{% set d={ns.a:1} %}",
+    DOUBLED + "{% set ns.b=(ns.b,ns.b) %}{% endfor %}{{ ns.a==ns.b }}",
+    DOUBLED + "{% endfor %}{{ ns.a|tojson }}",
+    DOUBLED + "{% endfor %}{% if tools %}{{ 1 in ns.a|list or {ns.a: 1} }}{% endif %}",
+)
+OVERFLOWS = (
+    "{% set ns=namespace(a=()) %}{% for i in range(60000) %}{% set ns.a=(((((ns.a,),),),),) %}{% endfor %}"
+    "{% set d={ns.a:1} %}"
+)
+DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    write_tokenizer(tmp_path / "model")
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path / "model")
+    return loaded
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.3)
+    monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(template_rendering, "LONGEST_TEXT", 2000)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
+        (DEEP, "the chat template calls itself without an end, nests too deeply"),
+        (FOR_HOURS, r"the chat template did not end within 0 s, for 2 messages of \d+ characters"),
+        (MANY_CALLS, "the chat template did not end within 0 s"),
+        ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
+    ],
+)
+def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=message):
+        render(tokenizer, CHAT)
+    with pytest.raises(ModelError, match=message):
+        render_all(tokenizer, [CHAT])
+    with pytest.raises(ModelError, match=message):
+        Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if 1e308 * 10 %}x{% endif %}",
+        "{% set x = -1e999 %}{{ x }}",
+        "{{ messages[1e999] }}",
+        "{{ cycler() }}",
+        "{% set n = namespace(x=1) %}{% for i in range(16) %}{% set n.x = n.x * 10**300 %}{% endfor %}{{ n.x }}",
+    ],
+)
+def test_what_goes_wrong_in_a_template_is_its_refusal_of_the_messages(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(RefusedError):
+        render(tokenizer, CHAT)
+    assert render_all(tokenizer, [CHAT]) is None
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, f"0x{'F' * 5000}", f"0b{'1' * 20_000}", "10**5000"])
+@pytest.mark.parametrize("template", ["{{{{ {} }}}}", "{{% set x = {} %}}", "{{% if [{}] %}}{{% endif %}}"])
+def test_a_number_that_can_not_be_written_is_an_error_that_names_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, number: str, template: str
+) -> None:
+    (tmp_path / "a.jinja").write_text(template.format(number))
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be compiled: Exceeds the limit"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("template", MEMORY)
+def test_one_operation_that_takes_much_memory_is_an_error_and_gets_little_of_it(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    tokenizer.chat_template = template
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    used = peak_host_bytes()
+    for tools in (None, [{"function": {"name": "f"}}]):  # it is no fault of the tools
+        with pytest.raises(ModelError, match=r"takes too much memory|did not end within"):
+            render(tokenizer, CHAT, tools=tools)
+    with pytest.raises(ModelError, match=r"takes too much memory|did not end within"):
+        render_all(tokenizer, [CHAT, CHAT])
+    assert peak_host_bytes() - used < GIB
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+@pytest.mark.usefixtures("soon")
+def test_a_template_whose_constants_take_much_to_compute_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.jinja").write_text("{{ ('x' * 4 * 10**7).encode() }}")
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template .* takes too much time or memory"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_long_messages_have_room_in_proportion(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + m.content|trim }}{% endfor %}"
+    )
+    widest = "\U0001f642" * 2**24  # characters as the longest row has, of four bytes each
+    assert len(render(tokenizer, [{"role": "user", "content": widest}])) == 6 + 2 * len(widest)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_a_limit_of_the_users_own_stays_the_narrower_one() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    own = (8 * GIB, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, own)
+    try:
+        within = within_limits(lambda: resource.getrlimit(resource.RLIMIT_DATA), num_characters=GIB)
+        assert within == resource.getrlimit(resource.RLIMIT_DATA) == own
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_one_conversation_that_fails_among_many_is_left_to_be_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}a"
+    with_x = [{"role": "user", "content": "x"}]
+    assert render_all(tokenizer, [CHAT, CHAT]) == ["a", "a"]
+    assert render_all(tokenizer, [CHAT, with_x]) is None
+    assert render_all(tokenizer, [with_x, CHAT]) is None
+    with pytest.raises(RefusedError, match="no x"):
+        render(tokenizer, with_x)
+
+
+def test_a_file_that_nests_too_deeply_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "deep.jinja").write_text(DEEP)
+    with pytest.raises(ModelError, match=r"deep\.jinja: the chat template nests too deeply to be compiled"):
+        choose_chat_template(tokenizer, str(tmp_path / "deep.jinja"))
+
+
+def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = OF_A_SCHEMA
+    schema: dict[str, Any] = {"a": 1}
+    for _ in range(400):
+        schema = {"a": schema}
+    with pytest.raises(RefusedError, match="calls itself too often for what tools"):
+        render(tokenizer, CHAT, tools=[schema])
+    conversation = Conversation(messages=CHAT, trained=(1,), tools=[schema])
+    (found,) = Tokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
+    assert isinstance(found, RowError)
+    assert "the chat template refuses it: it calls itself too often" in str(found)
+
+
+@pytest.mark.usefixtures("soon")
+def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
+    try:
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        assert render(tokenizer, CHAT) == "hi"
+        tokenizer.chat_template = FOR_HOURS
+        with pytest.raises(ModelError):
+            render(tokenizer, CHAT)
+        time.sleep(0.5)
+        assert rung == []
+        signal.raise_signal(signal.SIGALRM)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_outside_of_the_main_thread_a_conversation_is_rendered_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template, found = "{{ messages[1].content }}", []
+    thread = threading.Thread(target=lambda: found.append(render(tokenizer, CHAT)))
+    thread.start()
+    thread.join()
+    assert found == ["yes"]
+
+
+def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = FOR_HOURS
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    begin = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        render(tokenizer, CHAT)
+    assert time.monotonic() - begin < template_rendering.LONGEST_SECONDS - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("template", NEVER_ENDS)
+def test_a_template_with_an_operation_that_does_not_end_is_named_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    (tmp_path / "a.jinja").write_text(template)
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be rendered: one operation .* not end"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_and_nothing_is_written_of_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jinja").write_text(OVERFLOWS)
+    with pytest.raises(ModelError, match=r"a\.jinja: the chat template can't be rendered: it ends the process by SIG"):
+        choose_chat_template(tokenizer, str(tmp_path / "a.jinja"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_template_that_is_slow_or_refuses_what_it_is_tried_on_is_no_error() -> None:
+    for text in ("{{ raise_exception('no') }}", FOR_HOURS, ITSELF, "{{ 'x' * 10**9 }}", "{{ messages[1] + 1 }}"):
+        try_template(text)
+
+
+def test_a_trial_leaves_handlers_timers_and_signals_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGINT)]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try_template("{{ messages[0].content }}")
+    assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGINT)] == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    assert signal.getitimer(signal.ITIMER_PROF) == signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_operation_that_can_not_be_interrupted_ends_the_process_at_last_and_shows_where() -> None:
+    script = (
+        "from qlora_cli import bounded\n"
+        "bounded.LAST_SECONDS = 0.2 / bounded._num_cores()\n"
+        "def never_ends():\n"
+        "    value = ()\n"
+        "    for _ in range(60):\n"
+        "        value = (value, value)\n"
+        "    return hash(value)\n"
+        "bounded.within_seconds(never_ends, 0.1 / bounded._num_cores())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGPROF
+    assert "in never_ends" in done.stderr
+    assert "in within_seconds" in done.stderr
+
+
+def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    before, begin = psutil.Process().children(), time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        try_template(NEVER_ENDS[2])
+    assert time.monotonic() - begin < template_rendering.LONGEST_SECONDS - 1
+    assert psutil.Process().children() == before
+
+
+SLOW = "{% for i in range(40000) %}{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_rendered(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, is_plain: bool
+) -> None:
+    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(pace, "SECONDS_PER_ROW", 0.0005)
+    tokenizer.chat_template, recorder = SLOW, Recorder()
+    asked = [] if is_plain else [{"role": "user", "content": "more"}, {"role": "assistant", "content": "</think>"}]
+    rows = [Conversation(messages=[*CHAT, *asked], trained=(1,)) for _ in range(20)]
+    text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset(), reporter=recorder)
+    encoder = Encoder(
+        Layout(format=DataFormat.MESSAGES, columns={"messages": "messages"}), DataSettings(dataset="rows"), text
+    )
+    found = encoder.tokenizer.tokenize(rows)
+    assert not any(isinstance(row, RowError) for row in found)
+    (event,) = recorder.events
+    assert isinstance(event, Noted)
+    assert re.search(r"the chat template is slow: 0 s so far, with \d rows? done; Ctrl-C stops it", event.message)
+
+
+def test_a_template_that_is_fast_is_not_said_to_be_slow_however_many_rows_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.0)
+    recorder = Recorder()
+    measured = pace.Pace(recorder)
+    measured.row_done()
+    for _ in range(100):
+        with measured.measured():
+            pass
+    assert recorder.events == []

@@ -1,0 +1,163 @@
+"""The picture of a sweep: what is drawn, where labels stand, and that a file is complete or absent."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from qlora_cli.memory import plot
+from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.plot import cards, draw, levels, lines_of, plot_sweep, spread
+from qlora_cli.memory.prediction import MemoryReport
+from qlora_cli.units import GIB
+from tests.support.predictions import REPORT, RTX_4090, T4, grid, sweep_point
+
+GRID = replace(REPORT, sweep=grid())
+SHORT = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in (256, 512, 1024, 2048)))
+
+
+def overlapping(figure: Figure) -> list[tuple[str, str]]:
+    """Return the texts of a figure that cover one another once it is drawn."""
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
+    boxes = [(name, box) for name, box in boxes if name.strip() and box.width and box.height]
+    return [
+        (name, other)
+        for index, (name, box) in enumerate(boxes)
+        for other, other_box in boxes[index + 1 :]
+        if box.shrunk(0.98, 0.9).overlaps(other_box.shrunk(0.98, 0.9))
+    ]
+
+
+def texts_of(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text) if isinstance(text, Text))
+
+
+def test_there_is_a_line_for_each_micro_batch_size_with_its_band() -> None:
+    lines = lines_of(GRID)
+    assert [line.label for line in lines] == [f"micro-batch-size {size}" for size in (1, 2, 4, 8)]
+    for line in lines:
+        assert line.lengths == tuple(512 * 2**power for power in range(7))
+        assert all(low < middle < high for low, middle, high in zip(line.low, line.middle, line.high, strict=True))
+    assert [line.label for line in lines_of(SHORT)] == [""]
+
+
+def test_a_setting_with_one_value_is_in_the_subtitle_not_in_the_legend() -> None:
+    points = tuple(sweep_point(max_length=length, rank=64) for length in (512, 1024))
+    report = replace(REPORT, sweep=points)
+    assert [line.label for line in lines_of(report)] == [""]
+    text = texts_of(draw(report, ()))
+    assert "rank 64" in text
+    assert "rank 16" not in text
+    assert "max-length 2048" not in text
+
+
+def test_the_picture_says_model_settings_and_units() -> None:
+    text = texts_of(draw(GRID, (RTX_4090, T4)))
+    for expected in (
+        "What training llama-3.1-8b takes",
+        "quant nf4",
+        "on RTX 4090 in bf16; shaded: error band",
+        "process memory, GiB",
+        "max-length, tokens",
+        "RTX 4090: 23.5",
+        "T4: 14.6",
+        "micro-batch-size 8",
+        "32,768",
+    ):
+        assert expected in text
+    assert "micro-batch-size 1," not in text  # it is swept: no part of the subtitle
+
+
+@pytest.mark.parametrize("report", [GRID, SHORT, replace(REPORT, sweep=SHORT.sweep[:1])])
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("T4",),
+        ("RTX 4090", "RTX 3090", "A10", "L4", "L40S", "A100 80GB", "H100 SXM", "B200"),
+        tuple(gpu.name for gpu in GPUS),
+    ],
+)
+def test_no_text_covers_another(report: MemoryReport, names: Sequence[str]) -> None:
+    with mpl.rc_context({**mpl.rcParamsDefault, **plot.STYLE}):
+        assert overlapping(draw(report, tuple(map(find_gpu, names)))) == []
+
+
+def test_cards_of_common_sizes_are_shown_where_none_was_named() -> None:
+    shown, beyond = cards((), 20.0)
+    assert [gpu.name for gpu in shown] == ["RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090"]
+    assert beyond == []
+    assert {gpu.name for gpu in cards((), 1000.0)[0]} == set(plot.TYPICAL)
+
+
+def test_a_card_far_above_the_curves_is_named_below_the_picture() -> None:
+    shown, beyond = cards((find_gpu("B200"), T4), 10.0)
+    assert (shown, [gpu.name for gpu in beyond]) == ([T4], ["B200"])
+    assert "above the picture: B200 (178.3 GiB)" in texts_of(draw(SHORT, (find_gpu("B200"),)))
+
+
+def test_cards_that_hardly_differ_share_a_line() -> None:
+    def card(name: str, gib: float) -> Gpu:
+        return replace(T4, name=name, total_bytes=round(gib * GIB))
+
+    shown = [card("a", 22.0), card("b", 22.1), card("c", 22.2), card("d", 24)]
+    assert levels(shown) == [(22.0, "a, b + 1: 22.0"), (24.0, "d: 24.0")]
+
+
+@pytest.mark.parametrize(
+    "heights",
+    [[], [0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9], [0.1, 0.12, 0.97, 0.99], [0.2 + 0.001 * i for i in range(15)]],
+)
+def test_labels_keep_their_distance_and_stay_within(heights: list[float]) -> None:
+    placed = spread(heights, gap=0.05)
+    assert len(placed) == len(heights)
+    assert all(after - before >= 0.05 - 1e-9 for before, after in pairwise(placed))
+    assert all(-1e-9 <= height <= 1 + 1e-9 for height in placed)
+    assert spread([0.1, 0.5, 0.9], gap=0.05) == pytest.approx([0.1, 0.5, 0.9])
+    assert spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
+    crowd = spread([0.5] * 101, gap=0.05)  # more than there is room for
+    assert (crowd[0], crowd[-1]) == pytest.approx((0, 1))
+
+
+def test_more_lines_than_colours_are_still_told_apart() -> None:
+    points = tuple(sweep_point(max_length=512, micro_batch_size=rows) for rows in range(1, 13))
+    figure = draw(replace(REPORT, sweep=points), ())
+    colors = {line.get_color() for line in figure.axes[0].get_lines() if line.get_marker() == "o"}
+    assert len(colors) == 12
+    assert figure.legends  # below the picture, where it covers nothing
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_the_suffix_decides_the_format_and_nothing_else_is_left(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / f"memory{suffix}"
+    path.write_text("old")
+    plot_sweep(GRID, (RTX_4090,), path)
+    assert path.read_bytes().startswith(magic)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "memory.png"
+    path.write_text("old")
+
+    def fails(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("qlora_cli.writing.os.fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        plot_sweep(GRID, (), path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_of_matplotlib_are_as_before(tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    plot_sweep(SHORT, (), tmp_path / "memory.png")
+    assert dict(mpl.rcParams) == before

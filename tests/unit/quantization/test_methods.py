@@ -1,0 +1,145 @@
+"""The quantization methods: complete, every setting of theirs has an effect with one, and what they say agrees."""
+
+import pytest
+import torch
+
+from qlora_cli.quantization.inventory import parameters_once
+from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
+from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
+from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
+from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
+from qlora_cli.settings.settle import varied
+from qlora_cli.settings.shown import shown_flags
+from tests.support.tiny_models import tiny_config
+
+CUDA = torch.device("cuda")  # a label: nothing is put there
+WAYS = {
+    "nf4": QuantizationSettings(),
+    "nf4, single": QuantizationSettings(double_quant=False),
+    "fp4 in bf16": QuantizationSettings.model_validate({"method": "fp4", "quant_storage": "bf16"}),
+    "int8": QuantizationSettings.model_validate({"method": "int8"}),
+    "int8 in every product": QuantizationSettings.model_validate({"method": "int8", "int8_has_fp16_weight": True}),
+    "none": UNQUANTIZED,
+}
+FAMILIES = ("llama", "gpt2", "qwen3_moe")
+
+
+def layout_of(family: str, settings: QuantizationSettings) -> Layout:
+    model = build_on_meta(tiny_config(family), torch.bfloat16)
+    if family == "qwen3_moe" and not method_of(settings.method).stores_experts and settings.method.is_quantized:
+        settings = settings.model_copy(update={"skip_modules": ("experts",)})
+    return plan_layout(model, settings, torch.bfloat16, device=CUDA)
+
+
+def test_every_method_has_its_traits() -> None:
+    assert METHODS.keys() == set(Quantization)
+    assert [method.value for method in Quantization if not method.is_quantized] == ["none"]
+    assert UNQUANTIZED.method == "none"
+
+
+def test_every_setting_has_an_effect_with_a_method_and_none_without_quantization() -> None:
+    keys = set(QuantizationSettings.model_fields) - {"method"}
+    sections = {method: QuantizationSettings(method=method) for method in Quantization}
+    assert {key for section in sections.values() for key in keys if section.takes(key)} == keys
+    assert not any(UNQUANTIZED.takes(key) for key in keys)
+    assert all(section.takes("method") for section in sections.values())
+    four_bit = {"double_quant", "compute_dtype", "quant_storage", "skip_modules"}
+    for method in (Quantization.NF4, Quantization.FP4):
+        assert {key for key in keys if sections[method].takes(key)} == four_bit
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    {
+        "nf4": "NF4, double quantization",
+        "nf4, single": "NF4, single quantization",
+        "fp4 in bf16": "FP4, double quantization",
+        "int8": "LLM.int8()",
+        "none": "not quantized",
+    }.items(),
+)
+def test_every_method_says_how_it_stores(way: str, words: str) -> None:
+    assert layout_of("llama", WAYS[way]).describe() == words
+
+
+def test_the_settings_that_are_shown_are_those_of_the_method() -> None:
+    shown = {way: shown_flags(settings) for way, settings in WAYS.items()}
+    assert shown["nf4"] == {"quant": "nf4", "double-quant": "on"}
+    assert shown["nf4, single"] == {"quant": "nf4", "double-quant": "off"}
+    assert shown["int8"] == {"quant": "int8"}
+    assert shown["none"] == {"quant": "none"}
+    assert WAYS["fp4 in bf16"].in_effect() == {
+        "method": "fp4",
+        "double_quant": True,
+        "compute_dtype": "auto",
+        "quant_storage": "bf16",
+        "skip_modules": None,
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_method_says_would_save_memory_does_and_stores_by_the_same_method(way: str) -> None:
+    settings = WAYS[way]
+    method = method_of(settings.method)
+    savings = list(method.savings(settings))
+    assert [saving.key for saving in savings] == (["double_quant"] if way == "nf4, single" else [])
+    for saving in savings:
+        less = varied(settings, **{saving.key: saving.value})
+        # Of a small weight, the table of levels would take more than its constants.
+        shape = torch.Size((4096, 4096))
+        few, many = (method.entry("a", "linear layers", shape, torch.bfloat16, one) for one in (less, settings))
+        assert few.weight_bytes + few.constant_bytes < many.weight_bytes + many.constant_bytes
+        assert list(method.savings(less)) == []
+
+
+def test_what_is_proposed_takes_less_and_what_changes_the_model_least_comes_first() -> None:
+    found = {method.value: [str(smaller) for smaller in method.smaller()] for method in Quantization}
+    assert found == {"nf4": [], "fp4": [], "int8": ["nf4"], "none": ["int8", "nf4"]}
+
+
+def test_a_hint_names_every_method_that_would_do() -> None:
+    assert quant_flag(method for method in Quantization if method.traits.measures_error) == "--quant nf4 or fp4"
+
+
+def test_every_method_has_a_module_and_a_module_may_have_several_names() -> None:
+    assert {type(method_of(name)) for name in Quantization} == {type(method) for method in all_methods()}
+    assert method_of(Quantization.NF4) is method_of(Quantization.FP4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
+    layout = layout_of(family, WAYS[way])
+    for entry in layout.inventory.entries:
+        if not entry.is_quantized:
+            continue
+        for num_pieces in (1, 4):
+            taken = list(layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces))
+            kept = sum(allocation.num_bytes for allocation in taken if allocation.is_kept)
+            assert kept == entry.weight_bytes + entry.constant_bytes, entry.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: str) -> None:
+    layout = layout_of(family, WAYS[way])
+    model = build_on_meta(tiny_config(family), torch.bfloat16)
+    layout.method.store_on_meta(
+        model,
+        layout.settings,
+        layout.dtype,
+        kept=list(layout.kept),
+        experts=layout.experts,
+        compute_dtype=torch.bfloat16,
+    )
+    found = {}
+    for name, module, parameter in parameters_once(model):
+        stored = stored_weight(module, name.rpartition(".")[2], parameter)
+        found[name] = (stored.shape.numel(), parameter.nbytes, sum(tensor.nbytes for tensor in stored.constants))
+    planned = {
+        entry.name: (entry.num_parameters, entry.weight_bytes, entry.constant_bytes)
+        for entry in layout.inventory.entries
+    }
+    assert found == planned
+    replaced = any(is_quantized_layer(module) or restores_weight(module) for module in model.modules())
+    assert replaced == layout.settings.method.is_quantized
