@@ -29,14 +29,14 @@ _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Text as it is, or a sign that stands for what can't be seen."""
 
     text: str
     is_sign: bool
 
 
-class Piece(Protocol):
+class TextPiece(Protocol):
     """Text of a row whose tokens are shown together."""
 
     @property
@@ -61,16 +61,16 @@ def visible(text: str, *, is_end: bool = True) -> str:
     return "".join(part.text for part in parts(text, is_end=is_end))
 
 
-def parts(text: str, *, is_end: bool = True) -> Iterator[Part]:
+def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:
     """Yield `visible(text)` in parts that tell a sign from the same character in the data."""
     place = 0
     for found in (_UNSEEN_AT_END if is_end else _UNSEEN).finditer(text):
         if found.start() > place:
-            yield Part(text[place : found.start()], is_sign=False)
-        yield Part(_sign(found.group()), is_sign=True)
+            yield TextPart(text[place : found.start()], is_sign=False)
+        yield TextPart(_sign(found.group()), is_sign=True)
         place = found.end()
     if place < len(text):
-        yield Part(text[place:], is_sign=False)
+        yield TextPart(text[place:], is_sign=False)
 
 
 def harmless(text: str) -> str:
@@ -78,7 +78,7 @@ def harmless(text: str) -> str:
     return _DRIVES.sub(lambda found: _sign(found.group()), text)
 
 
-def line_ends(pieces: Sequence[Piece]) -> list[bool]:
+def line_ends(pieces: Sequence[TextPiece]) -> list[bool]:
     """Return after which pieces of a row a line, a turn or trained text ends: a space before is one too many."""
     ends: list[bool] = []
     is_end, is_trained = True, None

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.keys import Key
+from qlora_cli.adapters.keys import AdapterKey
 from qlora_cli.adapters.targets import is_target, named
 
 # What the decoder begins with in a model with towers, in the place of the decoder's own beginning.
@@ -38,7 +38,7 @@ class Renaming:
         return f"{self.here}{name.removeprefix(self.whole)}" if name.startswith(self.whole) else name
 
 
-def renaming_of(keys: Iterable[Key]) -> Renaming | None:
+def renaming_of(keys: Iterable[AdapterKey]) -> Renaming | None:
     """Return how the file of an adapter names the decoder; None if it does so by the decoder's own names."""
     for key in keys:
         if key.module == key.in_file or ("language_model" not in key.in_file and "text_model" not in key.in_file):

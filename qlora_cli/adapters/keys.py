@@ -27,7 +27,7 @@ ORIGINAL = ".original_module."  # the values of the base beside those of a modul
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class AdapterKey:
     """A key of a file, taken apart.
 
     Attributes:
@@ -58,7 +58,7 @@ class Names:
         self._prefix = model.base_model_prefix
         self._base = base
 
-    def read(self, key: str) -> Key | None:
+    def read(self, key: str) -> AdapterKey | None:
         """Return a key of a file, taken apart; None for a copy of the base's own values."""
         name = without_wrappers(key)
         if is_of_base(name):
@@ -77,8 +77,8 @@ class Names:
         path, _, leaf = name.rpartition(".")
         return self._key(path, leaf)
 
-    def _key(self, path: str, tail: str, *, adapter: str | None = None, is_copy: bool = False) -> Key:
-        return Key(module=self._find(path), tail=tail, adapter=adapter, is_copy=is_copy, in_file=path)
+    def _key(self, path: str, tail: str, *, adapter: str | None = None, is_copy: bool = False) -> AdapterKey:
+        return AdapterKey(module=self._find(path), tail=tail, adapter=adapter, is_copy=is_copy, in_file=path)
 
     def _find(self, path: str) -> str:
         """Return what the module `path` of a file is called in the model; as it is, where it is none of them."""

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 SETTING = "lora.init_lora_weights"
 
 
-def plan_losses(shapes: PreTrainedModel, layout: Layout, settings: LoraSettings) -> Losses | None:
+def plan_losses(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings) -> Losses | None:
     """Return which losses to take down for the adapter of `settings` while a model is read; None if it needs none.
 
     `shapes` is the model on the meta device, stored as `layout` says.

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.decoder import WHOLE, Renaming, has_targets, on_decoder, renaming_by_config, renaming_of
 from qlora_cli.adapters.keys import (
-    Key,
+    AdapterKey,
     Names,
     beginning_of,
     in_base,
@@ -100,7 +100,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedAdapter:
     """An adapter, and its base on the meta device with the adapter on it."""
 
     adapter: Adapter
@@ -242,7 +242,7 @@ def rows_of(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) ->
     return max(rows)
 
 
-def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fitted:
+def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> FittedAdapter:
     """Put an adapter on `model`, which is on the meta device, and bring its tensors to the names there.
 
     Raises:
@@ -282,7 +282,7 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
         renaming=renaming,
         is_converted=is_converted,
     )
-    return Fitted(adapter=adapter, model=adapted)
+    return FittedAdapter(adapter=adapter, model=adapted)
 
 
 def _names_in(model: PreTrainedModel) -> Iterator[str]:
@@ -383,9 +383,9 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
     return config
 
 
-def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, tuple[Key, torch.Tensor]]:
+def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, tuple[AdapterKey, torch.Tensor]]:
     """Return the tensors by their names in the base, each with its key, taken apart; towers are left out."""
-    found: dict[str, tuple[Key, torch.Tensor]] = {}
+    found: dict[str, tuple[AdapterKey, torch.Tensor]] = {}
     adapters: set[str] = set()
     for key, tensor in stored.tensors.items():
         if base.is_left_out(key):

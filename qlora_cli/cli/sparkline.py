@@ -35,7 +35,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_block(mean, low, high) for mean in means)
 
 
-class Curve:
+class SparklineCurve:
     """A series of any length, kept as fewer than `most_kept` means of equally many values each.
 
     The mean of values none of which is finite is NaN.

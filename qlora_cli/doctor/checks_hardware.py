@@ -29,7 +29,7 @@ ON_CPU = "Small models train on the CPU all the same; for others use a machine w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
+class DetectedGpu:
     """A GPU as PyTorch sees it. Free is what no process holds, this one's CUDA context counted as held."""
 
     index: int
@@ -165,7 +165,7 @@ def check_gpu() -> Outcome:
     return ok(finding, gpus=details)
 
 
-def _look_at(index: int) -> Gpu:
+def _look_at(index: int) -> DetectedGpu:
     import torch
 
     device = torch.device("cuda", index)
@@ -174,7 +174,7 @@ def _look_at(index: int) -> Gpu:
         raise HardwareError(f"GPU {index} multiplies wrong")
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     capability = torch.cuda.get_device_capability(device)
-    return Gpu(
+    return DetectedGpu(
         index=index,
         name=torch.cuda.get_device_name(device),
         compute_capability=_dotted(capability),

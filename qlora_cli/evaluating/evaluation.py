@@ -18,7 +18,7 @@ from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, SourceResul
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged_model import Merged, find_merged
 from qlora_cli.evaluating.rows import (
-    HeldOut,
+    HeldOutRows,
     TrainedRows,
     facts_of_rows,
     has_rows,
@@ -118,7 +118,7 @@ def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: R
 
 def _read_rows(
     settled: EvaluateSettings, blueprint: Blueprint, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
-) -> HeldOut:
+) -> HeldOutRows:
     data: DataSettings = settled.data
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(
@@ -129,7 +129,7 @@ def _read_rows(
     return rows
 
 
-def _note_rows(rows: HeldOut, reporter: Reporter) -> None:
+def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:
     report = rows.data.report
     tokens = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them evaluated"
     reporter.report(
@@ -157,7 +157,7 @@ class _Bench:
     """
 
     request: EvaluationSettings
-    rows: HeldOut | None
+    rows: HeldOutRows | None
     tasks: Tasks | None
     reporter: Reporter
     num_known: int | None

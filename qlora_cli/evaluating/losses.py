@@ -80,7 +80,7 @@ def measure_losses(
     collate = make_collator(pad_token_id, packing=False)
     order = np.argsort(-data.lengths, kind="stable")
     found = np.zeros((len(order), 3))
-    progress = _Progress(data.lengths, title, reporter)
+    progress = _LossProgress(data.lengths, title, reporter)
     done = num_left_out = 0
     with _evaluating(model):
         while done < len(order):
@@ -106,7 +106,7 @@ def measure_losses(
     )
 
 
-class _Progress:
+class _LossProgress:
     """Tells how many rows are done, and how long the others will take by their tokens."""
 
     def __init__(self, lengths: Numbers, title: str, reporter: Reporter) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_cli.errors import ModelError
-from qlora_cli.evaluating.rows import HeldOut
+from qlora_cli.evaluating.rows import HeldOutRows
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import Blueprint, plan_load
 from qlora_cli.loading.loader import check_weights
@@ -21,7 +21,7 @@ class Merged:
     path: Path
     blueprint: Blueprint
 
-    def check_rows(self, rows: HeldOut) -> None:
+    def check_rows(self, rows: HeldOutRows) -> None:
         """Check that it has positions for `rows`.
 
         Raises:

@@ -39,7 +39,7 @@ class TrainedRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutRows:
     """Rows to evaluate. `is_training_data`: known to be what the run was trained on; `notes` say what is off."""
 
     data: PreparedData
@@ -127,7 +127,7 @@ def _data_of(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> dict
 
 def read_rows(
     settings: DataSettings, run: TrainedRows | None, text: TextTokenizer, *, seed: int, are_named: bool
-) -> HeldOut:
+) -> HeldOutRows:
     """Read and tokenize the rows that `settings`, settled, name or hold out of what they name.
 
     Raises:
@@ -139,17 +139,19 @@ def read_rows(
     prepared = prepare_data(settings, text, seed=seed)
     data = prepared.evaluation or prepared.train
     if run is None:
-        return HeldOut(data=data, is_training_data=False, notes=())
+        return HeldOutRows(data=data, is_training_data=False, notes=())
     if are_named:
         is_same = data.report.fingerprint == run.train_fingerprint or _shares_files(settings, run)
-        return HeldOut(data=data, is_training_data=is_same, notes=(_of_trained(data, run),) if is_same else ())
+        return HeldOutRows(data=data, is_training_data=is_same, notes=(_of_trained(data, run),) if is_same else ())
     if data.report.fingerprint == run.eval_fingerprint:
-        return HeldOut(data=data, is_training_data=False, notes=())
+        return HeldOutRows(data=data, is_training_data=False, notes=())
     changed = f"the held-out rows are not those of {run.path}: data, settings or tokenizer are others than then"
     if prepared.evaluation is not None:  # drawn from the data that is trained, so that others may have been trained
         raise DataError(changed, hint=f"Leave out what was changed, or name them. {NAME_THEM}")
     is_trained = data.report.fingerprint == run.train_fingerprint or _shares_files(settings, run)
-    return HeldOut(data=data, is_training_data=is_trained, notes=(changed, *((_of_trained(data, run),) * is_trained)))
+    return HeldOutRows(
+        data=data, is_training_data=is_trained, notes=(changed, *((_of_trained(data, run),) * is_trained))
+    )
 
 
 def _of_trained(data: PreparedData, run: TrainedRows) -> str:

@@ -63,7 +63,7 @@ def open_repository(name: str, revision: str | None, reporter: Reporter, retry: 
     try:
         with _explained(name, revision):
             info = _ask_again(ask, name, reporter, retry)
-    except _AwayError as error:
+    except _HubUnreachableError as error:
         return _open_cached(name, revision, error, reporter)
     except (ValueError, KeyError, TypeError) as error:  # an answer that is none of the hub's: a proxy's page, for one
         raise _no_hub(name, f"{type(error).__name__}: {error}") from error
@@ -115,7 +115,7 @@ def _downloading(repository: Repository) -> Iterator[None]:
     try:
         with _explained(repository.name, repository.revision):
             yield
-    except _AwayError as error:
+    except _HubUnreachableError as error:
         raise ModelNotFoundError(
             f"{repository.name} was not downloaded to the end: {error}",
             hint="Run it again: it goes on where it stopped.",
@@ -153,7 +153,7 @@ def _link(repository: Repository, names: Collection[str]) -> Path:
     return Path(path).resolve()
 
 
-class _AwayError(QloraError):
+class _HubUnreachableError(QloraError):
     """The hub can't be reached or does not work; the message says why."""
 
 
@@ -189,16 +189,16 @@ def _explain(error: Exception, name: str, revision: str | None) -> QloraError | 
         return ModelNotFoundError(f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit.")
     if isinstance(error, errors.OfflineModeIsEnabled):
         hint = "Check the path; or let it be downloaded once, with HF_HUB_OFFLINE=0."
-        return _AwayError("HF_HUB_OFFLINE=1 keeps the hub from being asked", hint=hint)
+        return _HubUnreachableError("HF_HUB_OFFLINE=1 keeps the hub from being asked", hint=hint)
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return _explain(error.__cause__, name, revision)  # why the client looked into its cache at all
     if isinstance(error, errors.FileMetadataError):
         return _no_hub(name, str(error))
     if is_lost_connection(error):
         hint = "Check the path or the network, and HF_ENDPOINT and the proxy if they are set."
-        return _AwayError(f"the hub can't be reached ({describe_failure(error)})", hint=hint)
+        return _HubUnreachableError(f"the hub can't be reached ({describe_failure(error)})", hint=hint)
     if is_passing_status(error):
-        return _AwayError(describe_failure(error), hint="Try again later.")
+        return _HubUnreachableError(describe_failure(error), hint="Try again later.")
     if isinstance(error, errors.HfHubHTTPError):
         return ModelNotFoundError(
             f"the hub does not hand out {name}: {describe_failure(error)}",
@@ -226,7 +226,7 @@ def _ask_again(ask: Callable[[], Answer], what: str, reporter: Reporter, retry: 
     return ask()
 
 
-def _open_cached(name: str, revision: str | None, away: _AwayError, reporter: Reporter) -> Repository:
+def _open_cached(name: str, revision: str | None, away: _HubUnreachableError, reporter: Reporter) -> Repository:
     from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 

@@ -19,7 +19,7 @@ from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.memory_check import check_fit, free_bytes
 from qlora_cli.quantization.methods import method_of
-from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout, with_rows
+from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
 from qlora_cli.settings.choices import Attention, Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
@@ -38,7 +38,7 @@ class Blueprint:
     source: ModelSource
     base: ModelConfig
     shapes: PreTrainedModel
-    layout: Layout
+    layout: StoragePlan
     tokenizer: LoadedTokenizer
     device: torch.device
     dtype: ComputeDtype
@@ -144,7 +144,12 @@ def _adapter_for(
 
 
 def _check_fit(
-    settings: LoadSettings, shapes: PreTrainedModel, layout: Layout, device: torch.device, free: int, num_rows: int
+    settings: LoadSettings,
+    shapes: PreTrainedModel,
+    layout: StoragePlan,
+    device: torch.device,
+    free: int,
+    num_rows: int,
 ) -> None:
     on_both = free + (free_bytes(torch.device("cpu")) if layout.method.spills_to_host(layout.settings) else 0)
     check_fit(

@@ -38,7 +38,7 @@ from qlora_cli.quantization.inventory import take_inventory
 from qlora_cli.quantization.load_report import LoadReport, WeightError
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.memory_check import fits_unquantized
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
 from qlora_cli.settings.settle import made_in_code
@@ -63,7 +63,7 @@ class LoadedModel:
     device: torch.device
     dtype: ComputeDtype
     attention: str
-    layout: Layout
+    layout: StoragePlan
     inventory: Inventory
     errors: dict[str, float] | None
     unquantized_fits: bool
@@ -291,7 +291,7 @@ def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
     return [said if blueprint.adapter is None else f"{said}; without the adapter, no new token is predicted"]
 
 
-def _check_measurable(layout: Layout) -> None:
+def _check_measurable(layout: StoragePlan) -> None:
     if layout.prequantized is not None or not layout.settings.method.traits.measures_error:
         what = "is quantized already" if layout.prequantized is not None else "is not quantized to 4 bit"
         raise ModelError(f"the model {what}, so there is no 4-bit error to measure", hint="Leave --error out.")

@@ -25,7 +25,7 @@ from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import stored_weight
 from qlora_cli.quantization.refused_weights import OTHER_VERSION
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.quantization.storage_plan import StoragePlan
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
 LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
@@ -39,7 +39,7 @@ FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\.
 
 
 def quantization_config(
-    layout: Layout, compute_dtype: torch.dtype, *, measure_error: bool = False, losses: Losses | None = None
+    layout: StoragePlan, compute_dtype: torch.dtype, *, measure_error: bool = False, losses: Losses | None = None
 ) -> QuantizationConfigMixin | None:
     """Return the layout as `from_pretrained` takes it; None to load as stored, or unquantized."""
     if layout.prequantized is not None:
@@ -54,7 +54,7 @@ def quantization_config(
     )
 
 
-def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: Layout) -> None:
+def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: StoragePlan) -> None:
     """Check that stored tensors have the shapes of `model`, which is on the meta device, where names agree.
 
     Weights that are stored packed have sizes of their own, and constants beside them. Experts that are stored one by
@@ -113,7 +113,7 @@ def load_weights(
     source: ModelSource,
     checkpoint: Checkpoint,
     base: ModelConfig,
-    layout: Layout,
+    layout: StoragePlan,
     *,
     device_map: Mapping[str, Any] | str,
     quantization: QuantizationConfigMixin | None,
@@ -218,7 +218,7 @@ def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig,
         raise not_finite(f"{source.base_name}: {name}{where} holds ", parameter.dtype)
 
 
-def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:
+def _config_to_load(base: ModelConfig, layout: StoragePlan) -> PreTrainedConfig:
     """Return a copy of the config; a quantized checkpoint is read by our quantizers, which place it as asked."""
     config = deepcopy(base.config)
     if layout.prequantized is not None:
@@ -229,7 +229,7 @@ def _config_to_load(base: ModelConfig, layout: Layout) -> PreTrainedConfig:
     return config
 
 
-def compute_as_asked(model: PreTrainedModel, layout: Layout, compute_dtype: torch.dtype) -> None:
+def compute_as_asked(model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype) -> None:
     """Make a model that was stored quantized compute as the settings say; it was loaded to compute as it was saved."""
     planned = {entry.name: entry.dtype for entry in layout.inventory.entries if not entry.is_quantized}
     for name, parameter in model.named_parameters():

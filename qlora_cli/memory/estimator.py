@@ -36,7 +36,7 @@ from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
-from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout, with_rows
+from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
 from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
@@ -171,12 +171,12 @@ class Estimator:
             return None
         return self._once(("adapter", dtype), lambda: fit_outline(outline, self._build(settings, dtype), base))
 
-    def layout(self, settings: EstimateSettings, dtype: Dtype) -> Layout:
+    def layout(self, settings: EstimateSettings, dtype: Dtype) -> StoragePlan:
         """Return how the weights are stored."""
         quantization = settings.quantization
         key = ("layout", dtype, quantization.model_dump_json())
 
-        def plan() -> Layout:
+        def plan() -> StoragePlan:
             stored = self._prequantized()
             if stored is not None:  # another run may be asked about, which is not stored so
                 check_settings(stored, dict(quantization), self._facts.name)

@@ -10,7 +10,7 @@ from qlora_cli.garbage import uncollected
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, find_facts
-from qlora_cli.memory.prediction import Estimate, Fit, MemoryReport, Solution
+from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
 from qlora_cli.memory.suggestions import YES, fit_on, suggest
@@ -111,9 +111,9 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     )
 
 
-def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[Fit, ...], tuple[str, ...]]:
+def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:
     """Return the verdict for each GPU of the catalogue, and those that can't compute so."""
-    found: list[Fit] = []
+    found: list[GpuFit] = []
     left_out: list[str] = []
     for gpu in GPUS:
         try:

@@ -44,7 +44,7 @@ TICKS_GIB = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryLine:
     """Process memory of one combination of everything but the length: `lengths` in tokens, the rest in GiB."""
 
     label: str
@@ -87,7 +87,7 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     return figure
 
 
-def lines_of(report: MemoryReport) -> list[Line]:
+def lines_of(report: MemoryReport) -> list[MemoryLine]:
     """Return a line for each combination of the settings that were swept besides the length, least memory first."""
     groups: dict[str, list[SweepPoint]] = {}
     varied = varied_settings(report.sweep) - {LENGTH}
@@ -101,7 +101,7 @@ def lines_of(report: MemoryReport) -> list[Line]:
         points = sorted(points, key=lambda point: point.values[LENGTH])
         bands = [process_band(report, point) for point in points]
         lines.append(
-            Line(
+            MemoryLine(
                 label=label,
                 lengths=tuple(point.values[LENGTH] for point in points),
                 middle=tuple(point.process_bytes / GIB for point in points),
@@ -164,7 +164,7 @@ def spread(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
     return [mean + place * gap for place, mean in enumerate(means)]
 
 
-def _set_scales(axes: Axes, lines: Sequence[Line], most: float, least: float) -> None:
+def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: float) -> None:
     lengths = sorted({length for line in lines for length in line.lengths})
     axes.set_xscale("log", base=2)
     ticks = lengths[:1]

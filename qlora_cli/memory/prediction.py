@@ -106,7 +106,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class GpuFit:
     """Whether a run fits on a GPU: `yes` with the whole error band, `no` even at its lower end, else `tight`.
 
     `margin_bytes` is what is left of the usable memory, negative if it falls short.
@@ -181,7 +181,7 @@ class MemoryReport:
     reason: str
     paged_bytes: int
     pinned_host_bytes: int
-    fits: tuple[Fit, ...]
+    fits: tuple[GpuFit, ...]
     smallest_gpu: str | None
     suggestions: tuple[Suggestion, ...]
     solutions: tuple[Solution, ...]

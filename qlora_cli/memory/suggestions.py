@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import Estimate, Fit, Suggestion
+from qlora_cli.memory.prediction import Estimate, GpuFit, Suggestion
 from qlora_cli.memory.solver import LENGTH_STEP, Ask, Point, narrow, room
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings
@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Change:
+class FlagChange:
     """One way to need less memory. Its steps save less and less: the first saves most, the last changes least.
 
     `is_gentle`: the same weights are trained on the same rows, at most in another time or with other rounding.
@@ -48,11 +48,11 @@ class Change:
 class Chosen:
     """A change at one of its steps."""
 
-    change: Change
+    change: FlagChange
     step: Step
 
 
-def fit_on(estimate: Estimate, gpu: Gpu) -> Fit:
+def fit_on(estimate: Estimate, gpu: Gpu) -> GpuFit:
     """Return whether the run of `estimate`, which was made for `gpu`, fits on it.
 
     `no` is what can't be: even if PyTorch gave back every segment that it caches, the tensors would not fit beside
@@ -66,7 +66,7 @@ def fit_on(estimate: Estimate, gpu: Gpu) -> Fit:
         verdict = NO
     else:
         verdict = TIGHT
-    return Fit(
+    return GpuFit(
         gpu=gpu.name,
         group=gpu.group,
         fits=verdict,
@@ -101,7 +101,7 @@ def suggest(settings: EstimateSettings, gpu: Gpu, ask: Ask, base: Estimate) -> t
     return tuple(trials.suggestion(some) for some in found)
 
 
-def _singles(trials: "Trials", changes: Iterable[Change]) -> tuple[list[Chosen], list[Chosen]]:
+def _singles(trials: "Trials", changes: Iterable[FlagChange]) -> tuple[list[Chosen], list[Chosen]]:
     """Return the changes that save something and those of them that fit, all at the step that saves most."""
     useful: list[Chosen] = []
     fitting: list[Chosen] = []
@@ -208,7 +208,7 @@ def _values(together: Sequence[Chosen]) -> dict[str, object]:
     return {path: value for chosen in together for path, value in chosen.step.values.items()}
 
 
-def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[Change]:
+def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]:
     """Yield what could be changed, what changes the result or the speed least first."""
     gentle = (
         _checkpointing(base),
@@ -222,7 +222,7 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[Change]:
     for is_gentle, ladders in ((True, gentle), (False, other)):
         for ladder in ladders:
             if steps := tuple(ladder):
-                yield Change(steps, is_gentle)
+                yield FlagChange(steps, is_gentle)
 
 
 # Each yields the steps of one change, the one that saves most first.

@@ -8,7 +8,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.base_weights import Base, BaseModel
 from qlora_cli.merging.planning.buffer import Room
 from qlora_cli.merging.planning.merge_plan import PlannedTensor
-from qlora_cli.merging.planning.weight_changes import Rows, Weighted, Whole, total_delta
+from qlora_cli.merging.planning.weight_changes import RowUpdate, Weighted, Whole, total_delta
 from qlora_cli.model_files.finite import is_finite
 
 PIECE_SIZE = 256 * 1024  # weights that are added up and cast at a time, so that they stay in the processor's cache
@@ -71,7 +71,7 @@ def merged(
         change = changes[0].change
         if isinstance(change, Whole) and index is None:
             return cast(change.values, dtype)
-        if isinstance(change, Rows):
+        if isinstance(change, RowUpdate):
             result = cast(weight, dtype)
             result[torch.tensor(change.indices)] = change.values.to(dtype)
             return result

@@ -33,7 +33,7 @@ def write_weights(plan: MergePlan, base: Path, target: Path, value: Value, repor
     Raises:
         ModelError: a tensor would hold what is no number.
     """
-    progress = _Progress(plan.num_bytes, reporter)
+    progress = _WriteProgress(plan.num_bytes, reporter)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         for file, tensors in plan.files.items():
             (target / file).parent.mkdir(parents=True, exist_ok=True)  # an index may name folders
@@ -51,7 +51,7 @@ def _write_tensors(
     value: Value,
     reader: Executor,
     writer: Executor,
-    progress: "_Progress",
+    progress: "_WriteProgress",
 ) -> None:
     """Write tensors in order; of the values, two are in memory: one on its way to the file, and the next."""
     waiting: Future[None] | None = None
@@ -88,7 +88,7 @@ def _write(content: memoryview, stream: RawIOBase) -> None:
         content = content[stream.write(content[:PIECE_BYTES]) or 0 :]
 
 
-class _Progress:
+class _WriteProgress:
     def __init__(self, total_bytes: int, reporter: Reporter) -> None:
         self._total_bytes = total_bytes
         self._done_bytes = 0

@@ -13,11 +13,11 @@ MERGE_FILE = "merge.json"
 MERGE_SCHEMA_VERSION = 1  # a record that names none is of version 0
 
 
-class _Part(BaseModel):
+class _RecordPart(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class MergedAdapter(_Part):
+class MergedAdapter(_RecordPart):
     """An adapter that was merged. `sha256` is that of its weights; `step` is that of the run that it is of."""
 
     name: str | None = None
@@ -28,7 +28,7 @@ class MergedAdapter(_Part):
     run_is_done: bool | None = None
 
 
-class MergedRows(_Part):
+class MergedRows(_RecordPart):
     """The data that the first adapter's run was trained on."""
 
     name: str
@@ -37,7 +37,7 @@ class MergedRows(_Part):
     fingerprint: str | None = None
 
 
-class MergeRecord(_Part):
+class MergeRecord(_RecordPart):
     """The record of a merge. Paths of the machine are named by their ends: it may be published with the weights."""
 
     schema_version: int = 0

@@ -8,7 +8,7 @@ from qlora_cli.quantization.load_report import KindCount
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class WeightEntry:
     """One weight: how many parameters, and what it takes as it is stored. `why_not` it is quantized, if it is not."""
 
     name: str
@@ -29,7 +29,7 @@ class Entry:
 class Inventory:
     """The weights of a model, and its buffers. Tied weights count once."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[WeightEntry, ...]
     buffer_bytes: int
 
     @property
@@ -93,7 +93,7 @@ class Inventory:
 
     def kinds(self) -> tuple[KindCount, ...]:
         """Return parameters and bytes by kind, with why a kind is not quantized, the largest first."""
-        groups: dict[tuple[str, str | None], list[Entry]] = {}
+        groups: dict[tuple[str, str | None], list[WeightEntry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.kind, entry.why_not), []).append(entry)
         counts = (

@@ -6,7 +6,7 @@ from math import prod
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
+from qlora_cli.quantization.entries import Inventory, WeightEntry, dtype_name
 from qlora_cli.quantization.methods import stored_weight
 from qlora_cli.quantization.methods.skip_modules import HEAD, ROUTER_NAME, holds_experts
 
@@ -21,7 +21,7 @@ def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:
         tables |= {tensor.data_ptr() for tensor in stored.constants}
         kind, why_not = classify(name, module, len(stored.shape), kept)
         entries.append(
-            Entry(
+            WeightEntry(
                 name=name,
                 kind=kind,
                 why_not=stored.why_not and (why_not or stored.why_not),

@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank:
+class ResidualFactors:
     """A matrix as the product of `left`, `(out, rank)`, and `right`, `(rank, in)`, both in fp32."""
 
     left: torch.Tensor
@@ -22,7 +22,7 @@ class Losses:
     """
 
     ranks: Mapping[str, int]
-    parts: dict[str, LowRank] = field(default_factory=dict)
+    parts: dict[str, ResidualFactors] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Losses":
         return self
@@ -32,7 +32,7 @@ class Losses:
         self.parts[name] = best_of_rank(lost, self.ranks[name])
 
 
-def best_of_rank(matrix: torch.Tensor, rank: int) -> LowRank:
+def best_of_rank(matrix: torch.Tensor, rank: int) -> ResidualFactors:
     """Return the nearest matrix of `rank`, or of the rank that `matrix` has at most, in two factors of equal norms.
 
     By Eckart and Young it is the projection on the leading singular vectors. These are the eigenvectors of the Gram
@@ -41,9 +41,11 @@ def best_of_rank(matrix: torch.Tensor, rank: int) -> LowRank:
     num_rows, num_columns = matrix.shape
     if num_rows > num_columns:
         found = best_of_rank(matrix.T, rank)
-        return LowRank(left=found.right.T.contiguous(), right=found.left.T.contiguous())
+        return ResidualFactors(left=found.right.T.contiguous(), right=found.left.T.contiguous())
     _, vectors = torch.linalg.eigh(matrix @ matrix.T)  # in ascending order
     leading = vectors.flip(1)[:, :rank]
     projected = leading.T @ matrix
     roots = projected.norm(dim=1).sqrt()  # of the singular values
-    return LowRank(left=leading * roots, right=projected / roots.clamp_min(torch.finfo(roots.dtype).tiny)[:, None])
+    return ResidualFactors(
+        left=leading * roots, right=projected / roots.clamp_min(torch.finfo(roots.dtype).tiny)[:, None]
+    )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.quantization.embedding import is_tied
-from qlora_cli.quantization.storage_plan import Layout, plan_layout
+from qlora_cli.quantization.storage_plan import StoragePlan, plan_layout
 from qlora_cli.settings.choices import quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.settings.settle import varied
@@ -43,7 +43,7 @@ LIMITS = (  # of version 2 and of version 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class SettingChange:
     """A change of flags, and the bytes needed with it."""
 
     flags: str
@@ -72,7 +72,7 @@ def _left_by_limits() -> list[int]:
     return left
 
 
-def needed_bytes(layout: Layout, *, offload_embedding: bool = False, grows: bool = False) -> int:
+def needed_bytes(layout: StoragePlan, *, offload_embedding: bool = False, grows: bool = False) -> int:
     """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized.
 
     `grows`: the embedding gets new rows, for which there are two of it for a moment.
@@ -85,7 +85,7 @@ def needed_bytes(layout: Layout, *, offload_embedding: bool = False, grows: bool
 def check_fit(
     name: str,
     model: PreTrainedModel,
-    layout: Layout,
+    layout: StoragePlan,
     device: torch.device,
     free: int,
     *,
@@ -116,12 +116,12 @@ def check_fit(
 
 
 def _changes(
-    model: PreTrainedModel, layout: Layout, device: torch.device, *, offload_embedding: bool
-) -> Iterator[Change]:
+    model: PreTrainedModel, layout: StoragePlan, device: torch.device, *, offload_embedding: bool
+) -> Iterator[SettingChange]:
     """Yield what could be changed, what changes the model least first."""
     can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
     if can_offload:
-        yield Change(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
+        yield SettingChange(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
     if layout.prequantized is not None:
         return
     for flags, settings in _smaller(layout).items():
@@ -129,12 +129,12 @@ def _changes(
             variant = plan_layout(model, settings, layout.dtype, device=device)
         except QloraError:  # this model can't be stored so, and then it is no change to propose
             continue
-        yield Change(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
+        yield SettingChange(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
         if can_offload:
-            yield Change(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
+            yield SettingChange(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
 
 
-def _smaller(layout: Layout) -> dict[str, QuantizationSettings]:
+def _smaller(layout: StoragePlan) -> dict[str, QuantizationSettings]:
     """Return the settings that store less than those of `layout`, by the flag that makes them so."""
     settings = layout.settings
     same_method = {
@@ -148,7 +148,7 @@ def _smaller(layout: Layout) -> dict[str, QuantizationSettings]:
     return {**same_method, **fewer_bits}
 
 
-def fits_unquantized(layout: Layout, free: int) -> bool:
+def fits_unquantized(layout: StoragePlan, free: int) -> bool:
     """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter.
 
     False for one that is not quantized, or that came so.
@@ -158,5 +158,5 @@ def fits_unquantized(layout: Layout, free: int) -> bool:
     return 2 * layout.inventory.num_parameters * layout.dtype.itemsize <= free
 
 
-def _embedding_bytes(layout: Layout) -> int:
+def _embedding_bytes(layout: StoragePlan) -> int:
     return sum(entry.weight_bytes for entry in layout.inventory.entries if entry.kind == "embedding")

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.construction import build_model
 from qlora_cli.quantization.embedding import embedding_of
-from qlora_cli.quantization.entries import Entry, Inventory, dtype_name
+from qlora_cli.quantization.entries import Inventory, WeightEntry, dtype_name
 from qlora_cli.quantization.inventory import classify, parameters_once
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.method import Method
@@ -36,7 +36,7 @@ from qlora_cli.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class StoragePlan:
     """How the weights of a model are stored. `kept` are the linear layers and fused experts that are not quantized,
     by full name with the reason.
 
@@ -112,7 +112,7 @@ def plan_layout(
     prequantized: Prequantized | None = None,
     *,
     device: torch.device,
-) -> Layout:
+) -> StoragePlan:
     """Return the layout on `device` of `model`, which is on the meta device and in `dtype`.
 
     Raises:
@@ -138,7 +138,7 @@ def plan_layout(
         if not experts and all(name in kept for name, _ in linear_layers(model)):
             raise _nothing_to_quantize(model, settings.method, kept)
     inventory = _predict(model, settings, kept, experts)
-    return Layout(
+    return StoragePlan(
         settings=settings, dtype=dtype, kept=kept, experts=experts, prequantized=prequantized, inventory=inventory
     )
 
@@ -230,7 +230,7 @@ def _predict(
     kept: Mapping[str, str],
     experts: tuple[str, ...],
 ) -> Inventory:
-    entries: list[Entry] = []
+    entries: list[WeightEntry] = []
     for name, module, parameter in parameters_once(model):
         kind, why_not = classify(name, module, parameter.dim(), kept)
         is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
@@ -251,9 +251,11 @@ def _stored_dtype(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> to
     return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), tensor.dtype)
 
 
-def _unquantized(model: PreTrainedModel, name: str, kind: str, why_not: str | None, parameter: nn.Parameter) -> Entry:
+def _unquantized(
+    model: PreTrainedModel, name: str, kind: str, why_not: str | None, parameter: nn.Parameter
+) -> WeightEntry:
     dtype = _stored_dtype(model, name, parameter)
-    return Entry(
+    return WeightEntry(
         name=name,
         kind=kind,
         why_not=why_not or "not asked for",

@@ -123,7 +123,7 @@ def read_history(directory: Path) -> RunHistory:
     Raises:
         OSError: the file can't be read.
     """
-    reader, path = _Reader(), directory / METRICS_FILE
+    reader, path = _HistoryReader(), directory / METRICS_FILE
     if path.exists() and not (path.is_file() or path.is_dir()):  # such as a pipe, which would wait for ever
         raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
@@ -137,10 +137,10 @@ def read_history(directory: Path) -> RunHistory:
 
 def empty_history() -> RunHistory:
     """Return that of a run that reported nothing."""
-    return _Reader().history()
+    return _HistoryReader().history()
 
 
-class _Reader:
+class _HistoryReader:
     """Takes the lines of a file in order, and forgets what a resumption undoes."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ UPDATE = "Update qlora: pip install -U qlora-cli"
 Values = Mapping[str, JsonValue]
 
 
-class Part(BaseModel):
+class RecordSection(BaseModel):
     """A part of the record: what it needs of it by name, and all else as it was written."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
@@ -44,7 +44,7 @@ class Part(BaseModel):
         return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-class Resumption(Part):
+class Resumption(RecordSection):
     """That the run went on behind a step; `checkpoint` is within the run, or absolute.
 
     `from_run` is where one of another run is as seen from this one, so that the two may be moved together.
@@ -56,14 +56,14 @@ class Resumption(Part):
     from_run: Path | None = None
 
 
-class NamedFrom(Part):
+class NamedFrom(RecordSection):
     """The working directory that relative names were given in, and where that is as seen from the run."""
 
     directory: Path
     from_run: Path
 
 
-class LoadedBase(Part):
+class LoadedBase(RecordSection):
     """How the base was loaded."""
 
     base_model: str | None = None
@@ -73,21 +73,21 @@ class LoadedBase(Part):
     dtype_bytes: Mapping[str, int] = Field(default_factory=dict)
 
 
-class Rows(Part):
+class RecordedRows(RecordSection):
     """What became of a data set's rows."""
 
     name: str | None = None
     fingerprint: str | None = None
 
 
-class Data(Part):
+class Data(RecordSection):
     """The rows that were trained, and those that were held out."""
 
-    train: Rows | None = None
-    eval: Rows | None = None
+    train: RecordedRows | None = None
+    eval: RecordedRows | None = None
 
 
-class Predicted(Part):
+class Predicted(RecordSection):
     """What the run was predicted to take on its GPU, in bytes."""
 
     gpu: str | None = None
@@ -96,7 +96,7 @@ class Predicted(Part):
     process_bytes: int | None = None
 
 
-class Plan(Part):
+class Plan(RecordSection):
     """What was settled before the first step."""
 
     model: str | None = None
@@ -106,7 +106,7 @@ class Plan(Part):
     predicted_memory: Predicted | None = None
 
 
-class Peak(Part):
+class Peak(RecordSection):
     """The largest memory seen by the process that ended the run, in bytes."""
 
     host_bytes: int | None = None
@@ -114,7 +114,7 @@ class Peak(Part):
     device_reserved_bytes: int | None = None
 
 
-class Result(Part):
+class Result(RecordSection):
     """What came of a run that ended by itself, or by a signal."""
 
     steps: int | None = None
@@ -151,7 +151,7 @@ class BaseUsed:
     places: tuple[Path, ...]
 
 
-class RunRecord(Part):
+class RunRecord(RecordSection):
     """The record of a run. `problems` are what could not be read of it, in sentences."""
 
     schema_version: int = 0

@@ -7,7 +7,7 @@ from qlora_cli.runs.history import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class SampleAnswer:
     """What was answered after a step; `when` says what is special about it."""
 
     step: int
@@ -20,7 +20,7 @@ class Sample:
     """A prompt and what became of its answer, in order of steps."""
 
     prompt: str
-    answers: tuple[Answer, ...]
+    answers: tuple[SampleAnswer, ...]
 
 
 def answers_by_prompt(history: RunHistory) -> tuple[Sample, ...]:
@@ -32,10 +32,10 @@ def answers_by_prompt(history: RunHistory) -> tuple[Sample, ...]:
     return tuple(Sample(prompt=prompt, answers=_chosen(by_step, best_step)) for prompt, by_step in by_prompt.items())
 
 
-def _chosen(by_step: dict[int, SampleDone], best_step: int | None) -> tuple[Answer, ...]:
+def _chosen(by_step: dict[int, SampleDone], best_step: int | None) -> tuple[SampleAnswer, ...]:
     steps = {min(by_step), max(by_step)} | ({best_step} & by_step.keys() if best_step is not None else set())
     return tuple(
-        Answer(step=step, when=_when(step, best_step, max(by_step)), text=by_step[step].answer)
+        SampleAnswer(step=step, when=_when(step, best_step, max(by_step)), text=by_step[step].answer)
         for step in sorted(steps)
     )
 

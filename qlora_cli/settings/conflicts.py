@@ -18,13 +18,13 @@ from qlora_cli.settings.models import (
     TrainingSettings,
     marks,
 )
-from qlora_cli.settings.value_sources import Entry
+from qlora_cli.settings.value_sources import SettingEntry
 from qlora_cli.settings.values import either, held_out_share
 
 Conflict = tuple[str, str, str]
 
 
-def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list[Problem]:
+def conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEntry]) -> list[Problem]:
     """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
     found = [*_about_run(validated), *_about_commands(validated)]
     if (lora := validated.get("lora")) is not None:
@@ -44,7 +44,7 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, Entry]) -> list
     return problems + not_from_a_file(merged)
 
 
-def _where(entry: Entry, message: str) -> str:
+def _where(entry: SettingEntry, message: str) -> str:
     """Return where a value came from, and its name where nothing else says it."""
     return entry.origin.where if entry.path in message else entry.origin.of(entry.path)
 
@@ -162,7 +162,7 @@ def is_default(section: Section, key: str) -> bool:
     return bool(getattr(section, key) == field.get_default(call_default_factory=True))
 
 
-def not_from_a_file(merged: Mapping[str, Entry]) -> list[Problem]:
+def not_from_a_file(merged: Mapping[str, SettingEntry]) -> list[Problem]:
     """Return what a settings file switches on and must not."""
     return [
         Problem(

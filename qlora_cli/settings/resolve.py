@@ -16,7 +16,14 @@ from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.settings.conflicts import conflicts, not_from_a_file
 from qlora_cli.settings.models import SECTIONS, Section, field_of
 from qlora_cli.settings.shown import choices_of, example_of, flag_of, hint_for
-from qlora_cli.settings.value_sources import Entry, Origin, did_you_mean, read_assignments, read_file, read_flags
+from qlora_cli.settings.value_sources import (
+    Origin,
+    SettingEntry,
+    did_you_mean,
+    read_assignments,
+    read_file,
+    read_flags,
+)
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
@@ -88,9 +95,9 @@ def resolve(
     return Resolved(settings, {path: entry.origin for path, entry in merged.items()})
 
 
-def merge(sources: Sources) -> tuple[dict[str, Entry], list[Problem]]:
+def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
     """Return the winning entry of each setting given, by `section.key`, and the problems of the sources."""
-    entries: list[Entry] = []
+    entries: list[SettingEntry] = []
     problems: list[Problem] = []
     if sources.config is not None:
         entries, problems = read_file(sources.config)
@@ -137,7 +144,7 @@ def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
 
 
 def _validate(
-    merged: Mapping[str, Entry],
+    merged: Mapping[str, SettingEntry],
     sections: Mapping[str, type[Section]],
     *,
     required: set[str],
@@ -177,7 +184,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
-def _explain(detail: ErrorDetails, path: str, entry: Entry) -> Problem:
+def _explain(detail: ErrorDetails, path: str, entry: SettingEntry) -> Problem:
     """Say what is wrong with one value in the words of the command line."""
     where = entry.origin.of(path)
     value = detail["input"] if isinstance(entry.value, list | tuple) else entry.value

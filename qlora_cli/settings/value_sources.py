@@ -1,6 +1,6 @@
 """Where values come from: a YAML file, `--set section.key=value`, flags.
 
-Each source yields `Entry` values, which know their origin, and the problems met on the way. Nothing is
+Each source yields `SettingEntry` values, which know their origin, and the problems met on the way. Nothing is
 validated here beyond the shape: that is the business of `resolve`.
 """
 
@@ -40,7 +40,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class SettingEntry:
     """One value for one setting."""
 
     section: str
@@ -76,18 +76,18 @@ def check_name(section: str, key: str | None, where: str) -> Problem | None:
     return None
 
 
-def read_flags(flags: Mapping[str, tuple[str, Any]]) -> list[Entry]:
+def read_flags(flags: Mapping[str, tuple[str, Any]]) -> list[SettingEntry]:
     """Return the entries of flags: a mapping from `section.key` to the flag's name and value."""
     entries = []
     for path, (flag, value) in flags.items():
         section, key = path.split(".")
-        entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="flag", where=flag)))
+        entries.append(SettingEntry(section=section, key=key, value=value, origin=Origin(kind="flag", where=flag)))
     return entries
 
 
-def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Problem]]:
+def read_assignments(assignments: Sequence[str]) -> tuple[list[SettingEntry], list[Problem]]:
     """Read `--set section.key=value`; the value is YAML, so lists and null can be given."""
-    entries: list[Entry] = []
+    entries: list[SettingEntry] = []
     problems: list[Problem] = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -109,11 +109,11 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[Entry], list[Prob
             value = text if refused(text) else yaml.safe_load(text)
         except UNREADABLE:
             value = text
-        entries.append(Entry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
+        entries.append(SettingEntry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
     return entries, problems
 
 
-def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
+def read_file(path: Path) -> tuple[list[SettingEntry], list[Problem]]:
     """Read a settings file: YAML, a mapping of sections to mappings of settings."""
     try:
         with path.open("rb") as file:
@@ -145,8 +145,8 @@ def _file_problem(path: Path, message: str, hint: str | None = None) -> Problem:
     return Problem(where=f"--config {path}", message=message, hint=hint)
 
 
-def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], list[Problem]]:
-    entries: list[Entry] = []
+def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[SettingEntry], list[Problem]]:
+    entries: list[SettingEntry] = []
     problems: list[Problem] = []
     for section, line, node in _items(path, root, problems):
         if problem := check_name(section, None, f"{path}:{line}"):
@@ -165,7 +165,7 @@ def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[Entry], lis
                     problems.append(Problem(where=f"{where} {section}.{key}", message=f"can't be read: {reason}"))
                     continue
                 origin = Origin(kind="file", where=where)
-                entries.append(Entry(section=section, key=key, value=value, origin=origin))
+                entries.append(SettingEntry(section=section, key=key, value=value, origin=origin))
         elif node.tag != "tag:yaml.org,2002:null":  # a section left empty is fine
             message = f"section {section!r} must be a mapping of settings"
             problems.append(Problem(where=f"{path}:{line}", message=message))

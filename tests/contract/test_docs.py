@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import typer.main
 
-from qlora_cli.answering.answers import Answer as GivenAnswer
-from qlora_cli.answering.answers import GenerationReport, PromptAnswers
+from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.data.feeding.data_report import DataReport
-from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
-from qlora_cli.data.showing.preview import Piece, RowPreview
+from qlora_cli.data.showing.inspection import Bar, BatchSummary, DataInspection, Trouble
+from qlora_cli.data.showing.preview import RowPreview, TokenPiece
 from qlora_cli.demo.demo_result import DemoResult
 from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped
@@ -26,7 +25,7 @@ from qlora_cli.memory.prediction import (
     PHASES,
     Components,
     Figures,
-    Fit,
+    GpuFit,
     MemoryReport,
     Phase,
     Solution,
@@ -49,7 +48,7 @@ from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.metrics import EVENT_NAMES
 from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
-from qlora_cli.runs.samples import Answer, Sample
+from qlora_cli.runs.samples import Sample, SampleAnswer
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, marks
 from qlora_cli.settings.resolve import describe
@@ -154,11 +153,11 @@ def test_local_links_and_paths_lead_somewhere() -> None:
     assert links >= 15
 
 
-DATA = (DataReport, DataInspection, Batches, Trouble, Bar, RowPreview, Piece)
-RUN = (RunDetail, Sample, Answer, EvalDone, StepSkipped, Noted)
+DATA = (DataReport, DataInspection, BatchSummary, Trouble, Bar, RowPreview, TokenPiece)
+RUN = (RunDetail, Sample, SampleAnswer, EvalDone, StepSkipped, Noted)
 MERGE = (MergeResult, Verification, ModuleCheck, Rounding, Divergence, BaseChoice, AppliedAdapter)
 MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
-MEMORY = (MemoryReport, Figures, Components, Phase, Fit, Suggestion, Solution, SweepPoint)
+MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint)
 
 
 @pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, DemoResult])
@@ -209,7 +208,7 @@ def test_every_json_key_and_flag_of_an_evaluation_is_documented_in_its_section()
 def test_every_json_key_and_flag_of_answers_is_documented_in_its_section() -> None:
     page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
     section = page.partition("### qlora generate\n")[2].partition("\n### ")[0]
-    keys = {field.name for result in (GenerationReport, PromptAnswers, GivenAnswer) for field in fields(result)}
+    keys = {field.name for result in (GenerationReport, PromptAnswers, Answer) for field in fields(result)}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
     flags = page.partition("## Flags of qlora generate and qlora chat")[2].partition("\n## ")[0]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]

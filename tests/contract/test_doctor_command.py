@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.doctor import checks_hub
-from qlora_cli.doctor.checks_hardware import Gpu
+from qlora_cli.doctor.checks_hardware import DetectedGpu
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status
 from qlora_cli.doctor.isolation import Isolation
 from tests.conftest import Finished, RunQlora
@@ -90,7 +90,7 @@ def test_every_key_is_documented(run_qlora: RunQlora) -> None:
     section = page.partition("### qlora doctor\n")[2].partition("\n### ")[0]
     checks = checks_of(run_qlora("doctor", "--json"))
     trials = set(checks["bitsandbytes_cpu"]["details"]["relative_errors"])
-    gpu = {field.name for field in fields(Gpu)}
+    gpu = {field.name for field in fields(DetectedGpu)}
     printed = {"can_train", "checks", *keys_of(list(checks.values())), *gpu} - trials
     assert [key for key in sorted(printed) if f"`{key}`" not in section] == []
     rows = {name if "cuda_" not in name else "bitsandbytes_cuda_0" for name in checks}

@@ -1,5 +1,6 @@
 """The arrows of the architecture: which part may import which, and what the command line must not load."""
 
+import ast
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -205,3 +206,10 @@ def test_no_two_modules_have_the_same_name() -> None:
         places.setdefault(path.stem, []).append(path.parent)
     twice = {name: found for name, found in places.items() if len(found) > 1 and name != "__init__"}
     assert {name for name, found in twice.items() if tuple(found) != OF_COMMANDS} == set()
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    classes = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert len(classes) > 300
+    assert {name for name, num_classes in classes.items() if num_classes > 1} == set()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
-from qlora_cli.memory.prediction import COMPONENTS, Figures, Fit, MemoryReport
+from qlora_cli.memory.prediction import COMPONENTS, Figures, GpuFit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, does_evaluate, lengths_up_to
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization, Recipe
 from qlora_cli.settings.models import all_settings, marks
@@ -288,7 +288,7 @@ def test_help_and_mistakes_are_answered_without_torch(arguments: list[str]) -> N
     ],
 )
 def test_the_exit_code_says_whether_it_fits_the_gpus_that_were_named(
-    core: Core, arguments: list[str], fits: tuple[Fit, ...], code: int
+    core: Core, arguments: list[str], fits: tuple[GpuFit, ...], code: int
 ) -> None:
     assert any(fit.fits == "no" for fit in CATALOGUE_FITS)
     core.report = replace(REPORT, fits=fits)

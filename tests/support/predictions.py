@@ -4,7 +4,7 @@ from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
     Components,
     Figures,
-    Fit,
+    GpuFit,
     MemoryReport,
     Phase,
     Solution,
@@ -18,9 +18,9 @@ RESERVED = round(7.9 * GIB)
 T4, RTX_4090 = find_gpu("T4"), find_gpu("RTX 4090")
 
 
-def fit(gpu: Gpu, process_bytes: int, high_bytes: int) -> Fit:
+def fit(gpu: Gpu, process_bytes: int, high_bytes: int) -> GpuFit:
     """Return how a run fits on a GPU."""
-    return Fit(
+    return GpuFit(
         gpu=gpu.name,
         group=gpu.group,
         fits="yes" if high_bytes <= gpu.usable_bytes else "no",

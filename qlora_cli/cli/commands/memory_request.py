@@ -42,10 +42,10 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         resolved = options.resolve_settings(context, InspectMemorySettings)
     except SettingsError as error:  # what was asked about the run is looked at all the same
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
-        read = _Read.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
+        read = _ReadFlags.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
     asked = resolved.settings.inspect_memory
-    read = _Read.of(asked.gpus, asked.sweep, words, resolved.where_of)
+    read = _ReadFlags.of(asked.gpus, asked.sweep, words, resolved.where_of)
     if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
@@ -56,7 +56,7 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Read:
+class _ReadFlags:
     """The GPUs and the values to sweep that texts name, and what is wrong with them."""
 
     gpus: tuple[Gpu, ...]
@@ -66,7 +66,7 @@ class _Read:
     @classmethod
     def of(
         cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str], where_of: Callable[[str], str]
-    ) -> "_Read":
+    ) -> "_ReadFlags":
         """Read texts; `where_of` says where a setting was given."""
         problems: list[Problem] = []
         found = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from qlora_cli.cli.progress.event_text import describe_event
-from qlora_cli.cli.sparkline import Curve
+from qlora_cli.cli.sparkline import SparklineCurve
 from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
@@ -55,7 +55,7 @@ class RunState:
     step: int = 0
     last_step: StepDone | None = None
     arrow: str = " "
-    losses: Curve = field(default_factory=Curve)
+    losses: SparklineCurve = field(default_factory=SparklineCurve)
     last_eval: EvalDone | None = None
     best_eval: EvalDone | None = None
     checkpoint: CheckpointSaved | None = None

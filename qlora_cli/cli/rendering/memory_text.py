@@ -13,7 +13,7 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.gpus import GPUS, Gpu
-from qlora_cli.memory.prediction import Components, Fit, MemoryReport, Phase, Solution, Suggestion
+from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, Solution, Suggestion
 from qlora_cli.units import GIB, format_count, format_duration
 
 WIDTH = 80
@@ -140,7 +140,7 @@ def phase_lines(phases: Sequence[Phase], ruling: str, reason: str) -> list[str]:
     return lines + hanging(reason, "  ", "  ")
 
 
-def fit_lines(fits: Sequence[Fit]) -> list[str]:
+def fit_lines(fits: Sequence[GpuFit]) -> list[str]:
     """Return whether it fits on each GPU, and what is left: a line each, or two to a line where there are many."""
     if len(fits) <= MOST_FIT_LINES:
         width = max((len(fit.gpu) for fit in fits), default=0)
@@ -154,7 +154,7 @@ def fit_lines(fits: Sequence[Fit]) -> list[str]:
     return lines
 
 
-def _fit_line(fit: Fit, width: int) -> str:
+def _fit_line(fit: GpuFit, width: int) -> str:
     sizes = f"{_bare(fit.process_bytes):>8} {_bare(fit.process_high_bytes):>8} {_bare(fit.usable_bytes):>8}"
     return f"  {fit.gpu:<{width}}  {fit.fits:<5} {sizes} {fit.margin_bytes / GIB:>+8.2f}"
 

@@ -11,7 +11,7 @@ from qlora_cli.data.rows.groups import NO_GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutChoice:
     """Digests of rows that are held out: of what is kept of them, of their groups, and of texts with their number."""
 
     rows: frozenset[int] = frozenset()
@@ -19,7 +19,7 @@ class HeldOut:
     texts: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: Table, places: Numbers) -> "HeldOut":
+    def of(cls, table: Table, places: Numbers) -> "HeldOutChoice":
         """Return the digests of the rows at `places`."""
         rows, groups = (frozenset(column[places].tolist()) for column in (table.kept_digest, table.group))
         return cls(rows=rows, groups=groups - {NO_GROUP}, texts=Counter(table.text_digest[places].tolist()))

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from qlora_cli.data.feeding.data_report import Contribution, DataReport
-from qlora_cli.data.feeding.held_out import HeldOut, hold_out
+from qlora_cli.data.feeding.held_out import HeldOutChoice, hold_out
 from qlora_cli.data.feeding.mixing import mix
 from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.data.feeding.stream import MOST_LOST, TokenStream
@@ -76,12 +76,12 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
         _check_first_rows(settings, text, seed)
     head = HEAD_ROWS if settings.streaming else None
     table = _read(sources, settings.split, settings, text, seed, head)
-    rows = _Rows.of(table, settings)
-    evaluation, held_out, notes = None, HeldOut(), []
+    rows = _PreparedRows.of(table, settings)
+    evaluation, held_out, notes = None, HeldOutChoice(), []
     if settings.eval_dataset is not None or settings.eval_split is not None:
         held_rows = _held_out_rows(rows, settings, text, seed)
         evaluation = _prepared(held_rows, held_rows.fed(), settings, is_part=held_rows.table is table)
-        held_out = HeldOut.of(evaluation.table, evaluation.selected)
+        held_out = HeldOutChoice.of(evaluation.table, evaluation.selected)
         rows = rows.without(held_out.among(table))
         notes = _notes_on_part(rows, held_rows, settings) if held_rows.table is table else []
     fed = rows.fed()
@@ -141,7 +141,7 @@ def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _PreparedRows:
     """What becomes of each row of a table; every array is bool `(rows,)`."""
 
     table: Table
@@ -153,7 +153,7 @@ class _Rows:
     held_out: Mask
 
     @classmethod
-    def of(cls, table: Table, settings: DataSettings) -> "_Rows":
+    def of(cls, table: Table, settings: DataSettings) -> "_PreparedRows":
         return cls(
             table=table,
             too_long=table.length > settings.max_length,
@@ -164,7 +164,7 @@ class _Rows:
             held_out=np.zeros(len(table), dtype=bool),
         )
 
-    def without(self, held_out: Mask) -> "_Rows":
+    def without(self, held_out: Mask) -> "_PreparedRows":
         """Return the same with other rows held out."""
         return replace(self, held_out=held_out)
 
@@ -207,13 +207,13 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
     wrong.raise_found()
 
 
-def _held_out_rows(rows: _Rows, settings: DataSettings, text: TextTokenizer, seed: int) -> _Rows:
+def _held_out_rows(rows: _PreparedRows, settings: DataSettings, text: TextTokenizer, seed: int) -> _PreparedRows:
     """Return what becomes of the rows that are held out: a part of `rows`, or data sets of their own."""
     unit = rows.table.unit
     candidates = unit[rows.usable]
     wanted = _num_wanted(settings, len(candidates))
     if wanted is None:
-        return _Rows.of(_read_held_out(settings, text, seed), settings)
+        return _PreparedRows.of(_read_held_out(settings, text, seed), settings)
     if wanted >= len(candidates):
         raise _not_held_out(settings, f"there are {len(candidates):,} that can be used")
     chosen = candidates[hold_out(candidates, wanted, seed)]
@@ -229,7 +229,7 @@ def _num_wanted(settings: DataSettings, num_rows: int) -> int | None:
     return max(1, round(share * num_rows)) if isinstance(share, float) else share
 
 
-def _notes_on_part(rows: _Rows, part: _Rows, settings: DataSettings) -> list[str]:
+def _notes_on_part(rows: _PreparedRows, part: _PreparedRows, settings: DataSettings) -> list[str]:
     """Return what is to be said of a part of the rows that is held out; `rows` is the other one."""
     together = "that are equal" if settings.eval_group is None else f"of one {settings.eval_group!r}"
     num_held = int((part.usable & ~part.held_out).sum())
@@ -260,7 +260,7 @@ def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Ta
     return _read(held_out_sources(settings), eval_split(settings), settings, text, seed)
 
 
-def _prepared(rows: _Rows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
+def _prepared(rows: _PreparedRows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
     """Return rows as they are fed; `is_part`: of a table that is read, and reported on, for training."""
     table, here = rows.table, ~rows.held_out
     report = _report(rows, fed, settings)
@@ -300,7 +300,7 @@ def _packed(data: PreparedData, max_length: int) -> PreparedData:
     )
 
 
-def _report(rows: _Rows, fed: Numbers, settings: DataSettings) -> DataReport:
+def _report(rows: _PreparedRows, fed: Numbers, settings: DataSettings) -> DataReport:
     table, here = rows.table, ~rows.held_out
     kept = np.minimum(table.length, settings.max_length)
     dropped = here & rows.too_long & rows.drops_long
@@ -358,7 +358,7 @@ def _fingerprint(table: Table, kept: Numbers, fed: Numbers) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
-def _nothing_left(rows: _Rows, report: DataReport, settings: DataSettings) -> DataError:
+def _nothing_left(rows: _PreparedRows, report: DataReport, settings: DataSettings) -> DataError:
     if len(rows.table) == 0:
         (first,) = read_skipped(rows.table.skipped, 1)
         return DataError(

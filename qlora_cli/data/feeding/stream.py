@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, IterableDataset, List, Value
 
-from qlora_cli.data.feeding.held_out import HeldOut
+from qlora_cli.data.feeding.held_out import HeldOutChoice
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
@@ -64,7 +64,7 @@ class TokenStream:
         text: TextTokenizer,
         *,
         seed: int,
-        held_out: HeldOut,
+        held_out: HeldOutChoice,
     ) -> None:
         self.skipped_file: Path | None = None
         self._sources = sources
@@ -72,7 +72,7 @@ class TokenStream:
         self._text = text
         self._seed = seed
         self._held_out = held_out
-        self._parts: tuple[_Part, ...] = ()
+        self._parts: tuple[_StreamPart, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` pickles what it iterates, for a name that nothing asks for.
@@ -118,8 +118,8 @@ class TokenStream:
             for stream in streams:
                 stream.close()
 
-    def _part(self, source: DatasetSource) -> "_Part":
-        return _Part(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
+    def _part(self, source: DatasetSource) -> "_StreamPart":
+        return _StreamPart(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
 
     def _window(self, rows: Sequence[Tokens]) -> Iterator[Row]:
         if not self._settings.packing:
@@ -144,7 +144,7 @@ class TokenStream:
             )
 
 
-class _Part:
+class _StreamPart:
     """The rows of one data set of a stream. `near` are texts that are held out and nearly equal to one that is fed."""
 
     def __init__(
@@ -153,7 +153,7 @@ class _Part:
         settings: DataSettings,
         text: TextTokenizer,
         seed: int,
-        held_out: HeldOut,
+        held_out: HeldOutChoice,
         skipped_file: Path | None,
     ) -> None:
         self.counts: Counter[str] = Counter()

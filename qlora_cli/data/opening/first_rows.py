@@ -11,7 +11,7 @@ from qlora_cli.data.opening.chosen import eval_split, held_out_sources, trained_
 from qlora_cli.data.opening.layouts import SAMPLED_ROWS, open_rows
 from qlora_cli.data.reading.raw import RawRow, Wanted
 from qlora_cli.data.reading.readers import read_rows
-from qlora_cli.data.rows.column_formats import Layout
+from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.groups import columns_to_read
 from qlora_cli.errors import QloraError
 from qlora_cli.settings.models import DataSettings
@@ -26,7 +26,7 @@ class Named(NamedTuple):
     is_trained: bool
 
 
-Look = Callable[[Layout, Iterator[RawRow]], None]
+Look = Callable[[RowLayout, Iterator[RawRow]], None]
 
 
 def first_rows_errors(

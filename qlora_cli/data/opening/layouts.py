@@ -7,7 +7,7 @@ from qlora_cli.data.limits import check_columns
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.reading.wrapped_rows import rows_by_column, rows_inside
-from qlora_cli.data.rows.column_formats import Layout, recognise
+from qlora_cli.data.rows.column_formats import RowLayout, recognise
 from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.rows.groups import with_groups
 from qlora_cli.data.rows.refused_columns import check_preferences
@@ -17,7 +17,7 @@ from qlora_cli.settings.models import DataSettings
 SAMPLED_ROWS = 100  # rows whose columns are looked at to recognise the format
 
 
-def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[Layout, Iterator[RawRow]]:
+def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tuple[RowLayout, Iterator[RawRow]]:
     """Return the layout of rows by the columns of the first of them, and all of the rows.
 
     Raises:
@@ -35,7 +35,7 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     return layout, itertools.chain(first, rows)
 
 
-def _recognised(columns: Collection[str], first: Sequence[RawRow], settings: DataSettings, name: str) -> Layout:
+def _recognised(columns: Collection[str], first: Sequence[RawRow], settings: DataSettings, name: str) -> RowLayout:
     is_alone = len(first) == 1
     if is_alone and (by_column := rows_by_column(first[0])) is not None:
         raise by_column

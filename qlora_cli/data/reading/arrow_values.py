@@ -64,7 +64,7 @@ def _rows_of(names: Sequence[str], columns: Sequence[Any], num_rows: int) -> Ite
         yield from _rows_of(names, [column.slice(0, middle) for column in columns], middle)
         yield from _rows_of(names, [column.slice(middle) for column in columns], num_rows - middle)
         return
-    reader = _Reader()
+    reader = _ArrowReader()
     values = [reader.read(column) for column in columns]
     for place in range(num_rows):
         row = {name: column[place] for name, column in zip(names, values, strict=True)}
@@ -87,7 +87,7 @@ def _problems_in(row: dict[str, Any]) -> Iterator[str]:
         level = parts
 
 
-class _Reader:
+class _ArrowReader:
     """Reads arrays into lists of values; `has_unreadable` tells whether an `Unreadable` is in any of them."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class _Reader:
 
     def read(self, array: Any) -> list[Any]:
         """Return the values of `array`."""
-        read = next((read for is_type, read in WAYS if is_type(array.type)), _Reader.unknown)
+        read = next((read for is_type, read in WAYS if is_type(array.type)), _ArrowReader.unknown)
         return read(self, array) if len(array) else []
 
     def unknown(self, array: Any) -> list[Any]:
@@ -241,25 +241,28 @@ class _Reader:
 
 
 # Which types are read in which way; of a type that is none of them, no value is.
-WAYS: Sequence[tuple[Callable[[Any], bool], Callable[[_Reader, Any], list[Any]]]] = (
-    (lambda kind: types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind), _Reader.texts),
-    (types.is_struct, _Reader.objects),
-    (lambda kind: types.is_list(kind) or types.is_large_list(kind), _Reader.lists),
-    (lambda kind: types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind), _Reader.plain),
-    (lambda kind: types.is_float32(kind) or types.is_float64(kind), _Reader.plain),
-    (types.is_float16, _Reader.halves),
-    (types.is_decimal, _Reader.decimals),
-    (types.is_interval, _Reader.intervals),
-    (types.is_temporal, _Reader.times),
-    (types.is_dictionary, _Reader.dictionaries),
-    (types.is_map, _Reader.maps),
-    (types.is_fixed_size_list, _Reader.fixed_lists),
-    (lambda kind: types.is_list_view(kind) or types.is_large_list_view(kind), _Reader.list_views),
-    (types.is_run_end_encoded, _Reader.runs),
-    (types.is_union, _Reader.unions),
-    (lambda kind: isinstance(kind, pyarrow.BaseExtensionType), _Reader.extensions),
-    (lambda kind: types.is_binary(kind) or types.is_large_binary(kind), _Reader.contents),
-    (lambda kind: types.is_binary_view(kind) or types.is_fixed_size_binary(kind), _Reader.contents),
+WAYS: Sequence[tuple[Callable[[Any], bool], Callable[[_ArrowReader, Any], list[Any]]]] = (
+    (
+        lambda kind: types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        _ArrowReader.texts,
+    ),
+    (types.is_struct, _ArrowReader.objects),
+    (lambda kind: types.is_list(kind) or types.is_large_list(kind), _ArrowReader.lists),
+    (lambda kind: types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind), _ArrowReader.plain),
+    (lambda kind: types.is_float32(kind) or types.is_float64(kind), _ArrowReader.plain),
+    (types.is_float16, _ArrowReader.halves),
+    (types.is_decimal, _ArrowReader.decimals),
+    (types.is_interval, _ArrowReader.intervals),
+    (types.is_temporal, _ArrowReader.times),
+    (types.is_dictionary, _ArrowReader.dictionaries),
+    (types.is_map, _ArrowReader.maps),
+    (types.is_fixed_size_list, _ArrowReader.fixed_lists),
+    (lambda kind: types.is_list_view(kind) or types.is_large_list_view(kind), _ArrowReader.list_views),
+    (types.is_run_end_encoded, _ArrowReader.runs),
+    (types.is_union, _ArrowReader.unions),
+    (lambda kind: isinstance(kind, pyarrow.BaseExtensionType), _ArrowReader.extensions),
+    (lambda kind: types.is_binary(kind) or types.is_large_binary(kind), _ArrowReader.contents),
+    (lambda kind: types.is_binary_view(kind) or types.is_fixed_size_binary(kind), _ArrowReader.contents),
 )
 
 

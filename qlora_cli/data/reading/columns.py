@@ -19,7 +19,7 @@ DESCRIBED_SECONDS = 4.0
 STDERR = 2
 
 
-class Batches(NamedTuple):
+class BatchReader(NamedTuple):
     """Record batches of a table, the names of all its columns, and of those that are in use.
 
     `allowance` is what its file may be made into; None if it has no file, as a table of the hub.
@@ -54,7 +54,7 @@ def read_parquet(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
                 with path.open("rb") as pages:
                     batch_rows = rows_at_once(pages, metadata, columns, printable(path))
                 batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)
-                read = Batches(schema.names, columns, batches, allowance)
+                read = BatchReader(schema.names, columns, batches, allowance)
                 yield from rows_of_batches(printable(path), read, number, wanted)
             number += num_rows
 
@@ -121,7 +121,7 @@ def count_arrow(path: Path) -> int:
 
 
 @contextmanager
-def _open_arrow(path: Path, wanted: Wanted) -> Iterator[Batches]:
+def _open_arrow(path: Path, wanted: Wanted) -> Iterator[BatchReader]:
     import pyarrow
 
     from qlora_cli.data.reading.arrow_batches import columns_to_read
@@ -138,7 +138,7 @@ def _open_arrow(path: Path, wanted: Wanted) -> Iterator[Batches]:
         file.seek(0)
         reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=places))
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield Batches(schema.names, columns, batches, _allowance_of(path))
+        yield BatchReader(schema.names, columns, batches, _allowance_of(path))
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def _decoding(path: Path) -> Iterator[None]:
         ) from error
 
 
-def rows_of_batches(name: str, read: Batches, number: int = 1, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
+def rows_of_batches(name: str, read: BatchReader, number: int = 1, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     """Yield the rows of batches of the table `name`, which begin with row `number`, under the names of all columns.
 
     Raises:

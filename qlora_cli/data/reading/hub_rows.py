@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.finding.sources import DatasetSource, called_alike
-from qlora_cli.data.reading.columns import Batches, rows_of_batches
+from qlora_cli.data.reading.columns import BatchReader, rows_of_batches
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted
 from qlora_cli.data.reading.sampling import choose, too_few
@@ -62,7 +62,7 @@ def resolve_hub(source: DatasetSource) -> str:
         with _explained(source):
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             commit = HfApi().dataset_info(source.repository, revision=source.revision, timeout=timeout).sha
-    except _AwayError as error:
+    except _RowsUnreachableError as error:
         commit = _cached_commit(source)
         if commit is None:
             raise DatasetNotFoundError(error.message, hint=error.hint) from error
@@ -124,11 +124,11 @@ def _rows_of(tables: Any, names: Sequence[str] | None, wanted: Wanted, name: str
     number = 1
     for table in tables.iter(batch_size=BATCH_ROWS):
         columns = table.column_names if names is not None else columns_to_read(table.schema, wanted, name)
-        yield from rows_of_batches(name, Batches(names or table.column_names, columns, table.to_batches()), number)
+        yield from rows_of_batches(name, BatchReader(names or table.column_names, columns, table.to_batches()), number)
         number += table.num_rows
 
 
-class _AwayError(DatasetNotFoundError):
+class _RowsUnreachableError(DatasetNotFoundError):
     """The hub can't be asked."""
 
 
@@ -155,7 +155,7 @@ def _explain(error: Exception, source: DatasetSource) -> QloraError:
 
     repository, words = source.repository, str(error)
     if _is_away(error):
-        return _AwayError(
+        return _RowsUnreachableError(
             f"no data set at {repository!r}: no such file or directory, not in the local cache, and the hub can't be "
             f"reached ({_why_away(error)})",
             hint=_near(source) or "Check the name, and the network.",

@@ -20,7 +20,7 @@ from qlora_cli.errors import DataError
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _RowReader:
     """How rows of one kind of file are read; `count` does so without making values of them where it can."""
 
     read: Callable[[Path, Wanted], Iterator[RawRow]]
@@ -28,13 +28,13 @@ class _Reader:
 
 
 READERS = {
-    ".jsonl": _Reader(read_json_lines, count_json_lines),
-    ".ndjson": _Reader(read_json_lines, count_json_lines),
-    ".json": _Reader(read_json, count_json),
-    ".csv": _Reader(read_delimited, count_delimited),
-    ".tsv": _Reader(read_delimited, count_delimited),
-    ".parquet": _Reader(read_parquet, count_parquet),
-    ".arrow": _Reader(read_arrow, count_arrow),
+    ".jsonl": _RowReader(read_json_lines, count_json_lines),
+    ".ndjson": _RowReader(read_json_lines, count_json_lines),
+    ".json": _RowReader(read_json, count_json),
+    ".csv": _RowReader(read_delimited, count_delimited),
+    ".tsv": _RowReader(read_delimited, count_delimited),
+    ".parquet": _RowReader(read_parquet, count_parquet),
+    ".arrow": _RowReader(read_arrow, count_arrow),
 }
 
 
@@ -77,7 +77,7 @@ def _sample(source: DatasetSource, seed: int, wanted: Wanted) -> Iterator[RawRow
         raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
 
 
-def _reader_of(path: Path) -> _Reader:
+def _reader_of(path: Path) -> _RowReader:
     suffixes = suffixes_of(path)
     assert suffixes is not None, "find_dataset lets no other file through"
     return READERS[suffixes[0]]

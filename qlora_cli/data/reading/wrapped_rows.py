@@ -25,7 +25,7 @@ OBJECT = "d"  # what the file holds, in the command
 OPENERS = {None: "open", ".gz": "gzip.open", ".bz2": "bz2.open", ".xz": "lzma.open"}
 
 
-class _Rows(NamedTuple):
+class _WrappedRows(NamedTuple):
     """What holds rows, in words, and the Python expression that makes a list of them."""
 
     where: str
@@ -42,7 +42,7 @@ def rows_inside(row: RawRow) -> DataError | None:
     return _error(row, [*_by_number(row.value), *_lists(row.value)]) if row.value else None
 
 
-def _error(row: RawRow, found: Sequence[_Rows]) -> DataError | None:
+def _error(row: RawRow, found: Sequence[_WrappedRows]) -> DataError | None:
     suffix, compression = suffixes_of(Path(row.file)) or ("", None)
     if not found or suffix not in JSON_KINDS:
         return None
@@ -71,26 +71,28 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _lists(value: Mapping[str, Any], expression: str = OBJECT, path: str = "", depth: int = 0) -> Iterator[_Rows]:
+def _lists(
+    value: Mapping[str, Any], expression: str = OBJECT, path: str = "", depth: int = 0
+) -> Iterator[_WrappedRows]:
     """Yield the lists of objects in an object, those further in last."""
     inside = {key: (f"{expression}[{_literal(key)}]", f"{path}.{key}".lstrip(".")) for key in value}
     for key, part in value.items():
         if isinstance(part, list) and part and all(isinstance(each, dict) for each in part):
             where, name = inside[key]
-            yield _Rows(f"{name} ({counted(len(part), 'object')} with {listed(list(part[0]))})", where)
+            yield _WrappedRows(f"{name} ({counted(len(part), 'object')} with {listed(list(part[0]))})", where)
     for key, part in value.items():
         if isinstance(part, dict) and depth < DEEPEST_LIST:
             yield from _lists(part, *inside[key], depth + 1)
 
 
-def _by_column(value: Mapping[str, Any]) -> Iterator[_Rows]:
+def _by_column(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
     """Yield the rows of an object that holds a list or an index of texts under the name of each column."""
     parts = list(value.values())
     texts = f"each of {listed(list(value))} holds the values of all rows"
     if all(isinstance(part, list) and len(part) == len(parts[0]) and _are_texts(part) for part in parts):
-        yield _Rows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*{OBJECT}.values())]")
+        yield _WrappedRows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*{OBJECT}.values())]")
     elif all(isinstance(part, dict) and part.keys() == parts[0].keys() and _is_index(part) for part in parts):
-        yield _Rows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*map(dict.values, {OBJECT}.values()))]")
+        yield _WrappedRows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*map(dict.values, {OBJECT}.values()))]")
 
 
 def _are_texts(values: list[Any]) -> bool:
@@ -101,7 +103,7 @@ def _is_index(value: Mapping[str, Any]) -> bool:
     return bool(value) and all(re.fullmatch(r"[0-9]+", key) for key in value)
 
 
-def _by_number(value: Mapping[str, Any]) -> Iterator[_Rows]:
+def _by_number(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
     """Yield the rows of an object that holds one under each number."""
     if _is_index(value) and all(isinstance(part, dict) for part in value.values()):
-        yield _Rows(f"one under each of {listed(list(value))}", f"list({OBJECT}.values())")
+        yield _WrappedRows(f"one under each of {listed(list(value))}", f"list({OBJECT}.values())")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.rendering.form import AS_THEY_ARE, Form, common_form
 from qlora_cli.data.rendering.left_out import MAY_BE_LOST, WaysOut, ends_no_turn, like, refusal
 from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
-from qlora_cli.data.rendering.template_fit import THOUGHT_END, Fit, find_fit, joined, missing
+from qlora_cli.data.rendering.template_fit import THOUGHT_END, TemplateFit, find_fit, joined, missing
 from qlora_cli.data.rendering.turn_units import Unit, example_of, units_of
 from qlora_cli.data.rendering.value_marks import Value, What, mark
 from qlora_cli.data.rows.examples import PLAIN_KEYS, Conversation, RowError
@@ -43,7 +43,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedTemplate:
     """A conversation as the row has it, and in the form that the template takes.
 
     `roles` are those of one with plain messages alone.
@@ -52,7 +52,7 @@ class Fitted:
     original: Conversation
     conversation: Conversation
     roles: tuple[str, ...] | None
-    fit: Fit
+    fit: TemplateFit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,11 @@ class Renderer:
         self._template = ChatTemplate(tokenizer, end_ids, trains_last=loss_on == LossOn.LAST, reporter=reporter)
         self._trains_all = loss_on == LossOn.ALL
         self._accepts_lost = accepts_lost
-        self._fits: dict[tuple[object, Form | None], tuple[Fit, int] | None] = {}
-        self._fits_of_roles: dict[tuple[str, ...], Fit] = {}
+        self._fits: dict[tuple[object, Form | None], tuple[TemplateFit, int] | None] = {}
+        self._fits_of_roles: dict[tuple[str, ...], TemplateFit] = {}
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
-    def fit(self, conversation: Conversation) -> Fitted:
+    def fit(self, conversation: Conversation) -> FittedTemplate:
         """Return `conversation` in the form that the template takes.
 
         Raises:
@@ -108,7 +108,7 @@ class Renderer:
         roles = _roles_of(conversation)
         fit = self._fit_of(conversation) if roles is None else self._fit_of_roles(roles)
         self._check(conversation, fit)
-        return Fitted(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
+        return FittedTemplate(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
 
     def writes_key(self, key: str) -> bool:
         """Whether the template may write what messages have under `key`, which no format knows."""
@@ -116,7 +116,7 @@ class Renderer:
         asked = re.compile(rf"\.{re.escape(name)}\b|(\[|get\()\s*['\"]{re.escape(name)}['\"]")
         return key not in self.told_keys and asked.search(self._template.source) is not None
 
-    def texts(self, rows: Sequence[Fitted]) -> list[str] | None:
+    def texts(self, rows: Sequence[FittedTemplate]) -> list[str] | None:
         """Return plain conversations as texts, at less cost than one by one; None if one is refused.
 
         Raises:
@@ -124,7 +124,7 @@ class Renderer:
         """
         return self._template.texts([row.conversation for row in rows])
 
-    def text(self, row: Fitted) -> str:
+    def text(self, row: FittedTemplate) -> str:
         """Return a conversation as text.
 
         Raises:
@@ -133,7 +133,7 @@ class Renderer:
         """
         return self._template.text(row.conversation)
 
-    def render(self, row: Fitted, text: str) -> Rendered:
+    def render(self, row: FittedTemplate, text: str) -> Rendered:
         """Return a conversation, whose text is `text`, with the spans that are trained.
 
         Raises:
@@ -151,7 +151,7 @@ class Renderer:
             text, spans = self._by_row(row, text)
         return Rendered(text=text, spans=((0, len(text)),) if self._trains_all else tuple(spans.values()))
 
-    def _by_shape(self, row: Fitted, text: str) -> dict[int, Span] | None:
+    def _by_shape(self, row: FittedTemplate, text: str) -> dict[int, Span] | None:
         """Return the spans of the trained answers of a row whose text is that of its shape with its contents."""
         if row.roles is None:
             return None
@@ -173,7 +173,7 @@ class Renderer:
                     return None
         return spans
 
-    def _by_row(self, row: Fitted, text: str) -> tuple[str, dict[int, Span]]:
+    def _by_row(self, row: FittedTemplate, text: str) -> tuple[str, dict[int, Span]]:
         """Return the text of a row in which contents may change what the template writes, and the trained spans."""
         fit = row.fit
         if row.roles is not None:  # it is that of contents without tags
@@ -181,7 +181,7 @@ class Renderer:
             self._check(row.original, fit)
         trained = () if self._trains_all else row.original.trained
         spans = {place: self._template.span(row.conversation, place, text) for place in trained}
-        found = Fit(losses=tuple(missing(mark(row.original, self._template.tags).values, text, spans)))
+        found = TemplateFit(losses=tuple(missing(mark(row.original, self._template.tags).values, text, spans)))
         self._check(row.original, found)
         for place, span in spans.items():
             message = row.original.messages[place]
@@ -197,7 +197,7 @@ class Renderer:
         self.told_keys |= {loss.value.key for loss in fit.losses if loss.value.what == What.OTHER}
         return text, spans
 
-    def _fit_of_roles(self, roles: tuple[str, ...]) -> Fit:
+    def _fit_of_roles(self, roles: tuple[str, ...]) -> TemplateFit:
         if roles not in self._fits_of_roles:
             if len(self._fits_of_roles) >= MOST_SHAPES:
                 self._fits_of_roles.clear()
@@ -205,14 +205,14 @@ class Renderer:
             self._fits_of_roles[roles] = self._fit_of(Conversation(messages=messages, trained=()))
         return self._fits_of_roles[roles]
 
-    def _fit_of(self, conversation: Conversation, form: Form | None = None) -> Fit:
+    def _fit_of(self, conversation: Conversation, form: Form | None = None) -> TemplateFit:
         """Return how the template takes a conversation, in one form or in that which loses least."""
         units = units_of(conversation, self._template.tags)
         if form is None:
             form = common_form(self._fit_of_unit(conversation, unit, None).form for unit in units)
         return joined([self._fit_of_unit(conversation, unit, form) for unit in units], form)
 
-    def _fit_of_unit(self, conversation: Conversation, unit: Unit, form: Form | None) -> Fit:
+    def _fit_of_unit(self, conversation: Conversation, unit: Unit, form: Form | None) -> TemplateFit:
         key = (unit.key, form)
         if key not in self._fits:
             if len(self._fits) >= MOST_SHAPES:
@@ -223,11 +223,11 @@ class Renderer:
             self._fits[key] = None if found is None else (found, example.start)
         kept = self._fits[key]
         if kept is None:
-            return Fit(form=form or AS_THEY_ARE, unknown=frozenset(range(unit.start, unit.end)))
+            return TemplateFit(form=form or AS_THEY_ARE, unknown=frozenset(range(unit.start, unit.end)))
         fit, start = kept
         return fit.of_unit(unit, start)
 
-    def _check(self, conversation: Conversation, fit: Fit) -> None:
+    def _check(self, conversation: Conversation, fit: TemplateFit) -> None:
         """Raise the error for the first of the losses that must not be."""
         for loss in fit.losses:
             is_trained = self._trains_all or loss.value.place in conversation.trained

@@ -43,7 +43,7 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class TemplateFit:
     """How a template takes the conversations of one sequence of roles and keys.
 
     Attributes:
@@ -57,7 +57,7 @@ class Fit:
     endless: frozenset[int] = frozenset()
     unknown: frozenset[int] = frozenset()
 
-    def of_unit(self, unit: Unit, start: int) -> "Fit":
+    def of_unit(self, unit: Unit, start: int) -> "TemplateFit":
         """Return what is so of a unit that stands in an example from `start`, by its places in the whole."""
         shift, end = unit.start - start, start + unit.end - unit.start
         losses = (
@@ -70,9 +70,9 @@ class Fit:
         return replace(self, losses=tuple(losses), endless=frozenset(endless))
 
 
-def joined(fits: Sequence[Fit], form: Form) -> Fit:
+def joined(fits: Sequence[TemplateFit], form: Form) -> TemplateFit:
     """Return what is so of a conversation in whose units each is so."""
-    return Fit(
+    return TemplateFit(
         form=form,
         losses=tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses)),
         endless=frozenset().union(*(fit.endless for fit in fits)),
@@ -80,7 +80,7 @@ def joined(fits: Sequence[Fit], form: Form) -> Fit:
     )
 
 
-def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | None = None) -> Fit | None:
+def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | None = None) -> TemplateFit | None:
     """Return how `template` takes a conversation with marks; None if it refuses marks in any of the `forms`.
 
     Raises:
@@ -104,7 +104,7 @@ def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | Non
         return None
     _, form, given, text = best
     spans = _spans(template, given, text)
-    return Fit(
+    return TemplateFit(
         form=form,
         losses=(*_losses(template, given, text, spans, marked.marks), *_mistaken(template, given, text, marked.marks)),
         endless=frozenset(

@@ -58,7 +58,7 @@ ALSO_ASKED: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RowLayout:
     """A format, and the column of the data set that holds each of its parts, by our name for the part.
 
     `unused` are the columns that hold no part.
@@ -75,7 +75,7 @@ class Layout:
         return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
 
 
-def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Layout:
+def recognise(columns: Collection[str], settings: DataSettings, name: str) -> RowLayout:
     """Return the layout of a data set with these `columns`.
 
     Raises:
@@ -135,7 +135,7 @@ def _missing(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]
     return [ours for ours, names in PARTS[fmt].items() if ours not in named and not set(names) & free]
 
 
-def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> Layout:
+def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> RowLayout:
     found = dict(named)
     taken = set(named.values())
     for ours, names in _parts(fmt).items():
@@ -143,10 +143,10 @@ def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str])
         if ours not in found and theirs is not None:
             found[ours] = theirs
             taken.add(theirs)
-    return Layout(format=fmt, columns=found, unused=tuple(name for name in columns if name not in taken))
+    return RowLayout(format=fmt, columns=found, unused=tuple(name for name in columns if name not in taken))
 
 
-def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> Layout:
+def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> RowLayout:
     named = {**_also_asked(fmt, columns, named), **named}
     if missing := _missing(fmt, columns, named):
         raise DataError(

@@ -54,7 +54,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
+class PromptCompletion:
     """Text in two parts, of which the second is trained."""
 
     prompt: str
@@ -69,7 +69,7 @@ class Tokenized:
     labels: Ids
 
 
-Example = Conversation | Completion | Tokenized
+Example = Conversation | PromptCompletion | Tokenized
 
 
 def kind_of(value: object) -> str:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.column_formats import Layout, columns_in_use
+from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use
 from qlora_cli.data.rows.digests import digest_name
 from qlora_cli.data.rows.examples import RowError, kind_of
 from qlora_cli.errors import DataError
@@ -22,7 +22,7 @@ def columns_to_read(columns: Collection[str], settings: DataSettings, name: str)
     return used if settings.eval_group is None else {*used, settings.eval_group}
 
 
-def with_groups(layout: Layout, columns: Collection[str], group: str | None, name: str) -> Layout:
+def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, name: str) -> RowLayout:
     """Return `layout` with the column `group` as one that is used.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.column_formats import OPTIONAL, PARTS, Layout, recognise
+from qlora_cli.data.rows.column_formats import OPTIONAL, PARTS, RowLayout, recognise
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.data.rows.messages import is_media, is_nothing
 from qlora_cli.data.rows.row_reader import RowReader
@@ -27,7 +27,7 @@ class MeaningChecker:
     Who names columns by hand has decided what is trained, so that only pictures and sounds are a fault then.
     """
 
-    def __init__(self, layout: Layout, settings: DataSettings) -> None:
+    def __init__(self, layout: RowLayout, settings: DataSettings) -> None:
         self._layout = layout
         self._settings = settings
         self._used = frozenset(layout.columns.values())

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.column_formats import Layout, nearest
+from qlora_cli.data.rows.column_formats import RowLayout, nearest
 from qlora_cli.data.rows.examples import (
     IGNORED,
-    Completion,
     Conversation,
     Example,
     Ids,
+    PromptCompletion,
     RowError,
     Tokenized,
     kind_of,
@@ -72,7 +72,7 @@ class RowReader:
     `unknown_keys` counts the rows whose messages have a key that is no part of a conversation, by the key.
     """
 
-    def __init__(self, layout: Layout, loss_on: LossOn, *, use_chat: bool) -> None:
+    def __init__(self, layout: RowLayout, loss_on: LossOn, *, use_chat: bool) -> None:
         self._layout = layout
         self._loss_on = loss_on
         self._use_chat = use_chat
@@ -151,7 +151,7 @@ class RowReader:
         return self._completion(row, f"{system}\n\n{question}\n" if system else f"{question}\n", answer)
 
     def _text(self, row: Mapping[str, Any]) -> Example:
-        return Completion(prompt="", completion=self._part(row, "text"))
+        return PromptCompletion(prompt="", completion=self._part(row, "text"))
 
     def _tokens(self, row: Mapping[str, Any]) -> Example:
         ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
@@ -196,7 +196,7 @@ class RowReader:
             )
         return messages
 
-    def _completion(self, row: Mapping[str, Any], prompt: str, completion: str) -> Completion:
+    def _completion(self, row: Mapping[str, Any], prompt: str, completion: str) -> PromptCompletion:
         for part, found in (
             ("tools", self._tools(row)),
             ("chat_template_kwargs", self._template_kwargs(row)),
@@ -208,7 +208,7 @@ class RowReader:
                     f"{self._layout.columns[part]!r} is for a chat template, and this row is plain text",
                     hint=f"{self._way_to_a_template()}, or leave the column out.",
                 )
-        return Completion(prompt=prompt, completion=completion)
+        return PromptCompletion(prompt=prompt, completion=completion)
 
     def _way_to_a_template(self) -> str:
         """Return how rows of plain text come to be rendered by a chat template."""

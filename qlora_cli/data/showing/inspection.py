@@ -44,7 +44,7 @@ class Trouble:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches:
+class BatchSummary:
     """What batches of these rows are made of.
 
     Attributes:
@@ -87,7 +87,7 @@ class DataInspection:
     longest_uncut_tokens: int
     median_uncut_tokens: int
     lengths: tuple[Bar, ...]
-    batches: Batches
+    batches: BatchSummary
     troubles: tuple[Trouble, ...]
     notes: tuple[str, ...]
     skipped_rows: tuple[Path, ...]
@@ -149,7 +149,7 @@ def count_lengths(lengths: NDArray[np.int64]) -> tuple[Bar, ...]:
     )
 
 
-def _batches(data: PreparedData, training: TrainingSettings, max_length: int) -> Batches:
+def _batches(data: PreparedData, training: TrainingSettings, max_length: int) -> BatchSummary:
     def share(sampling: Sampling) -> float:
         order = row_order(
             data.lengths,
@@ -161,7 +161,7 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
         return padding_share(data.lengths, order, training.micro_batch_size)
 
     num_packed = len(best_fit(data.lengths, max_length))
-    return Batches(
+    return BatchSummary(
         micro_batch_size=training.micro_batch_size,
         padding_share=share(training.sampling),
         grouped_padding_share=share(Sampling.GROUP_BY_LENGTH),

@@ -21,12 +21,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from qlora_cli import __version__
 from qlora_cli.data.feeding.data_report import DataReport, describe_mixture
-from qlora_cli.visible import Part, line_ends, parts, visible
+from qlora_cli.visible import TextPart, line_ends, parts, visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 
 if TYPE_CHECKING:  # they import torch
     from qlora_cli.data.showing.inspection import Bar, DataInspection
-    from qlora_cli.data.showing.preview import Piece, RowPreview
+    from qlora_cli.data.showing.preview import RowPreview, TokenPiece
 
 TEMPLATE = "page.html.jinja"
 MOST_PADDING = 3  # pad tokens in a row that are shown at once; more are folded
@@ -55,11 +55,11 @@ class Token:
 
     ids: tuple[int, ...]
     classes: str
-    parts: tuple[Part, ...]
+    parts: tuple[TextPart, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Tokens next to one another, folded if there is nothing to see in them."""
 
     is_folded: bool
@@ -175,19 +175,19 @@ def _if_any(number: int, what: str) -> str:
     return f"{number:,} {what}" if number else ""
 
 
-def runs_of(row: "RowPreview") -> list[Run]:
+def runs_of(row: "RowPreview") -> list[TokenRun]:
     """Return a row's tokens, more than a few pad tokens next to one another folded."""
     runs = []
     for is_padding, pieces in groupby(_tokens(row.pieces), key=lambda pair: pair[0].is_padding):
         tokens = tuple(token for _, token in pieces)
-        runs.append(Run(is_folded=is_padding and len(tokens) > MOST_PADDING, tokens=tokens))
+        runs.append(TokenRun(is_folded=is_padding and len(tokens) > MOST_PADDING, tokens=tokens))
     return runs
 
 
-def _tokens(pieces: Sequence["Piece"]) -> Iterator[tuple["Piece", Token]]:
+def _tokens(pieces: Sequence["TokenPiece"]) -> Iterator[tuple["TokenPiece", Token]]:
     for piece, is_end in zip(pieces, line_ends(pieces), strict=True):
         kinds = {"trained": piece.is_trained, "special": piece.is_special, "padding": piece.is_padding}
-        shown = tuple(parts(piece.text, is_end=is_end)) or (Part(WITHOUT_TEXT, is_sign=True),)
+        shown = tuple(parts(piece.text, is_end=is_end)) or (TextPart(WITHOUT_TEXT, is_sign=True),)
         classes = " ".join(kind for kind, is_so in kinds.items() if is_so)
         yield piece, Token(ids=piece.ids, classes=classes, parts=shown)
 

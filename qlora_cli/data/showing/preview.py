@@ -15,7 +15,7 @@ TRAINED_BEGIN, TRAINED_END = "«", "»"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TokenPiece:
     """A token as text; several, where only together they are a character.
 
     `is_special`: a control token such as the end of a turn. `is_padding`: not fed to the loss, nor attended to.
@@ -35,7 +35,7 @@ class RowPreview:
     where: str
     num_tokens: int
     num_supervised: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenPiece, ...]
 
     def in_a_line(self, most: int) -> str:
         """Return the row in one line of about `most` characters, trained text within « and »."""
@@ -92,14 +92,14 @@ class _Stream:
 
 def _pieces(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
+) -> list[TokenPiece]:
     with tokenizer_explained(tokenizer.name_or_path):
         return list(_decoded(ids, labels, mask, tokenizer))
 
 
 def _decoded(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Piece]:
+) -> Iterator[TokenPiece]:
     stream = _Stream(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     waiting: list[int] = []
@@ -110,7 +110,7 @@ def _decoded(
         changes = not is_last and (labels[place] == IGNORED) != (labels[place + 1] == IGNORED)
         if text is None and not is_last and not changes:
             continue  # part of a character
-        yield Piece(
+        yield TokenPiece(
             ids=tuple(waiting),
             text=str(tokenizer.decode(waiting)) if text is None else text,
             is_trained=labels[place] != IGNORED,

@@ -23,7 +23,7 @@ from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row, read_skipped
 from qlora_cli.data.reading.raw import Wanted
 from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub
-from qlora_cli.data.rows.column_formats import Layout
+from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.rows.examples import Example, RowError
 from qlora_cli.data.rows.groups import NO_GROUP, columns_to_read, group_of
@@ -101,7 +101,7 @@ def is_tokenized(
     return store.recall(_key(source, split, settings, text, seed, head)) is not None
 
 
-def try_rows(layout: Layout, rows: Iterable[RawRow], settings: DataSettings, text: TextTokenizer) -> None:
+def try_rows(layout: RowLayout, rows: Iterable[RawRow], settings: DataSettings, text: TextTokenizer) -> None:
     """Tokenize `rows` for what is wrong with them.
 
     Raises:
@@ -126,7 +126,7 @@ class EncodedRow(NamedTuple):
 class Encoder:
     """Turns rows as they are read into tokens, in batches; what can't be used comes out as what is wrong with it."""
 
-    def __init__(self, layout: Layout, settings: DataSettings, text: TextTokenizer) -> None:
+    def __init__(self, layout: RowLayout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
         self._text = text
         self._group = settings.eval_group
@@ -180,17 +180,17 @@ class Encoder:
             *row_notes.on_groups(self._group, self._num_without_group),
         )
 
-    def _read(self, row: RawRow) -> "_Read":
+    def _read(self, row: RawRow) -> "_ReadRows":
         if row.value is None:
-            return _Read(RowError(row.problem or "can't be read"))
+            return _ReadRows(RowError(row.problem or "can't be read"))
         try:
             self._meaning.check(row.value)
-            return _Read(self.reader.read(row.value), group_of(row.value, self._group))
+            return _ReadRows(self.reader.read(row.value), group_of(row.value, self._group))
         except RowError as error:
-            return _Read(error)
+            return _ReadRows(error)
 
 
-class _Read(NamedTuple):
+class _ReadRows(NamedTuple):
     """A row as an example, or what is wrong with it, and the digest of its group."""
 
     example: Example | RowError
@@ -201,7 +201,7 @@ class _Waiting(NamedTuple):
     """A batch whose texts are being encoded."""
 
     rows: list[RawRow]
-    read: list[_Read]
+    read: list[_ReadRows]
     rendering: Rendering
     encoded: "Future[list[Encoded]]"
 

@@ -16,9 +16,9 @@ from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rendering.renderer import Fitted, Renderer
+from qlora_cli.data.rendering.renderer import FittedTemplate, Renderer
 from qlora_cli.data.rendering.template import Span
-from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, Example, Ids, RowError, Tokenized
+from qlora_cli.data.rows.examples import IGNORED, Conversation, Example, Ids, PromptCompletion, RowError, Tokenized
 from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
@@ -140,7 +140,7 @@ class Tokenizer:
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, or as tokens if it is some, or what is wrong with it, in order."""
         fitted = [self._fitted(example) for example in examples]
-        plain = [each for each in fitted if isinstance(each, Fitted) and each.original.is_plain]
+        plain = [each for each in fitted if isinstance(each, FittedTemplate) and each.original.is_plain]
         texts = self.renderer.texts(plain) if plain else None
         found = dict(zip(map(id, plain), texts or (), strict=False))
         return tuple(self._prepare(example, found.get(id(example))) for example in fitted)
@@ -176,7 +176,7 @@ class Tokenizer:
         rendering = self.render(examples)
         return self.label(rendering, self.encode(rendering))
 
-    def _fitted(self, example: Example) -> Fitted | Completion | Tokenized | RowError:
+    def _fitted(self, example: Example) -> FittedTemplate | PromptCompletion | Tokenized | RowError:
         if not isinstance(example, Conversation):
             return example
         try:
@@ -191,14 +191,14 @@ class Tokenizer:
             return error
 
     def _prepare(
-        self, example: Fitted | Completion | Tokenized | RowError, text: str | None
+        self, example: FittedTemplate | PromptCompletion | Tokenized | RowError, text: str | None
     ) -> Tokens | RowError | Text:
         try:
             if isinstance(example, RowError):
                 return example
             if isinstance(example, Tokenized):
                 return self._as_given(example)
-            return self._rendered(example, text) if isinstance(example, Fitted) else self._plain(example)
+            return self._rendered(example, text) if isinstance(example, FittedTemplate) else self._plain(example)
         except RowError as error:
             return error
 
@@ -217,12 +217,12 @@ class Tokenizer:
             ended = (text for text, _ in has if text.rstrip().endswith(self._ends))
             self.num_ended_twice += any(taken is None or not text.endswith(taken) for text in ended)
 
-    def _rendered(self, row: Fitted, text: str | None) -> Text:
+    def _rendered(self, row: FittedTemplate, text: str | None) -> Text:
         self._note_control_tokens(message["content"] for message in row.original.messages)
         rendered = self.renderer.render(row, self.renderer.text(row) if text is None else text)
         return Text(text=rendered.text, spans=rendered.spans, is_plain=False)
 
-    def _plain(self, example: Completion) -> Text:
+    def _plain(self, example: PromptCompletion) -> Text:
         text = example.prompt + example.completion
         self._note_control_tokens([text], taken=self._tokenizer.eos_token)
         start = 0 if self._trains_all else len(example.prompt)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from qlora_cli.memory.tracing.layers import Stack, contexts
+from qlora_cli.memory.tracing.layers import LayerStack, contexts
 from qlora_cli.memory.tracing.passes import Passes, Recorder
-from qlora_cli.quantization.entries import Entry
-from qlora_cli.quantization.methods.method import Part
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.quantization.entries import WeightEntry
+from qlora_cli.quantization.methods.method import WeightPart
+from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import Recipe
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
@@ -22,13 +22,13 @@ QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "unquantized_weights",
     "adapters",
 )
-LABELS = {Part.WEIGHT: UNQUANTIZED, Part.CODES: QUANTIZED, Part.CONSTANTS: CONSTANTS}
+LABELS = {WeightPart.WEIGHT: UNQUANTIZED, WeightPart.CODES: QUANTIZED, WeightPart.CONSTANTS: CONSTANTS}
 FLOAT_BYTES = 4
 LOAD, UPCAST, ADAPT = "load", "upcast", "adapt"
 
 
 def load_weights(
-    layout: Layout,
+    layout: StoragePlan,
     recipe: Recipe,
     *,
     num_experts: int = 1,
@@ -48,7 +48,7 @@ def load_weights(
     if not is_direct:
         load.died(load.born(sum(entry.weight_bytes for entry in entries)))
         entries = sorted(entries, key=_natural)
-    upcast: list[tuple[Entry, int]] = []
+    upcast: list[tuple[WeightEntry, int]] = []
     for entry in entries:
         if not entry.is_quantized:
             number = load.born(entry.weight_bytes)
@@ -64,12 +64,12 @@ def load_weights(
     return passes
 
 
-def _natural(entry: Entry) -> list[tuple[int, int, str]]:
+def _natural(entry: WeightEntry) -> list[tuple[int, int, str]]:
     """Order names as `dot_natural_key` of transformers does: numbers as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", entry.name)]
 
 
-def _quantize(load: Recorder, entry: Entry, layout: Layout, num_pieces: int) -> None:
+def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_pieces: int) -> None:
     """Take what the method takes for a weight in 16 bit, and give back what it does not keep."""
     passing = []
     for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
@@ -79,7 +79,7 @@ def _quantize(load: Recorder, entry: Entry, layout: Layout, num_pieces: int) -> 
     load.died(*reversed(passing))
 
 
-def _upcast(recorder: Recorder, layout: Layout, upcast: Sequence[tuple[Entry, int]]) -> None:
+def _upcast(recorder: Recorder, layout: StoragePlan, upcast: Sequence[tuple[WeightEntry, int]]) -> None:
     """Cast what is not quantized to fp32, as `prepare_model_for_kbit_training` does in the order of the model."""
     order = {entry.name: place for place, entry in enumerate(layout.inventory.entries)}
     for entry, number in sorted(upcast, key=lambda pair: order[pair[0].name]):
@@ -96,7 +96,7 @@ def attach(passes: Passes, trained: Sequence[nn.Parameter], held_bytes: Sequence
         adapt.born(parameter.numel() * parameter.element_size())
 
 
-def all_trained(model: nn.Module, stack: Stack | None, chosen: Sequence[int]) -> list[nn.Parameter]:
+def all_trained(model: nn.Module, stack: LayerStack | None, chosen: Sequence[int]) -> list[nn.Parameter]:
     """Return the parameters that train, of all layers, in the order of the model: those of a likeness for each."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if stack is None:
@@ -114,7 +114,7 @@ def all_trained(model: nn.Module, stack: Stack | None, chosen: Sequence[int]) ->
 
 
 def _in_all_layers(
-    by_layer: dict[int, list[nn.Parameter]], stack: Stack, chosen: Sequence[int]
+    by_layer: dict[int, list[nn.Parameter]], stack: LayerStack, chosen: Sequence[int]
 ) -> Iterator[nn.Parameter]:
     places = {
         context: place

@@ -7,7 +7,7 @@ among the layers that were traced, on storages of its own. Where that does not c
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
-from qlora_cli.memory.tracing.layers import Stack, contexts
+from qlora_cli.memory.tracing.layers import LayerStack, contexts
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
 
@@ -27,7 +27,7 @@ def passes_of(trace: MemoryTrace) -> Passes:
     return passes
 
 
-def extend(trace: MemoryTrace, stack: Stack, chosen: Sequence[int]) -> Passes:
+def extend(trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> Passes:
     """Return what was recorded for the layers `chosen`, as it is for the whole `stack`.
 
     Raises:
@@ -37,7 +37,7 @@ def extend(trace: MemoryTrace, stack: Stack, chosen: Sequence[int]) -> Passes:
 
 
 class _Extension:
-    def __init__(self, trace: MemoryTrace, stack: Stack, chosen: Sequence[int]) -> None:
+    def __init__(self, trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> None:
         traced = contexts([stack.kinds[index] for index in chosen])
         places = {context: place for place, context in reversed(list(enumerate(traced)))}
         self.likeness = [places[context] for context in contexts(stack.kinds)]

@@ -17,14 +17,14 @@ EDGE = -1  # the kind of what lies before the first layer and after the last
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
+class LayerStack:
     """The layers of a model: where they are, and the kind of each, by number."""
 
     path: str
     kinds: tuple[int, ...]
 
 
-def find_stack(model: PreTrainedModel, marks: Mapping[str, str] | None = None) -> Stack | None:
+def find_stack(model: PreTrainedModel, marks: Mapping[str, str] | None = None) -> LayerStack | None:
     """Return the stack of `model`; None if it has none that can be told from its structure.
 
     `marks` say by full module name what else tells two layers apart, such as that one of them is not quantized.
@@ -52,7 +52,7 @@ def find_stack(model: PreTrainedModel, marks: Mapping[str, str] | None = None) -
             ),
         )
         kinds.append(numbers.setdefault(signature, len(numbers)))
-    return Stack(path=path, kinds=tuple(kinds))
+    return LayerStack(path=path, kinds=tuple(kinds))
 
 
 def _shares_parameters(stack: nn.ModuleList) -> bool:
@@ -118,7 +118,7 @@ def contexts(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
     return list(zip(around[:-2], around[1:-1], around[2:], strict=True))
 
 
-def keep_layers(model: PreTrainedModel, stack: Stack, chosen: Sequence[int]) -> None:
+def keep_layers(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int]) -> None:
     """Reduce `model` to the layers `chosen`, and its config's lists with them."""
     config = model.config.get_text_config(decoder=True)
     for name, values in _per_layer_lists(config, len(stack.kinds)).items():
@@ -129,7 +129,7 @@ def keep_layers(model: PreTrainedModel, stack: Stack, chosen: Sequence[int]) -> 
     model.set_submodule(stack.path, nn.ModuleList([layers[index] for index in chosen]))
 
 
-def renamed(name: str, stack: Stack, chosen: Sequence[int]) -> str | None:
+def renamed(name: str, stack: LayerStack, chosen: Sequence[int]) -> str | None:
     """Return what the module `name` is called in a model reduced to `chosen`; None if it is not there."""
     prefix = f"{stack.path}."
     if not name.startswith(prefix):

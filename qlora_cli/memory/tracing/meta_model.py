@@ -18,8 +18,8 @@ from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.trainable import why_not_trained_on
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.tracing.layers import Stack, find_stack, keep_layers, renamed, representatives
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.memory.tracing.layers import LayerStack, find_stack, keep_layers, renamed, representatives
+from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, Recipe, quant_flag
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.settings.settle import varied
@@ -37,14 +37,14 @@ class Twin:
     """
 
     model: PeftModel
-    stack: Stack | None
+    stack: LayerStack | None
     chosen: tuple[int, ...]
     notes: tuple[str, ...]
 
 
 def build_twin(
     model: PreTrainedModel,
-    layout: Layout,
+    layout: StoragePlan,
     lora: LoraSettings,
     *,
     recipe: Recipe,
@@ -120,7 +120,7 @@ def _to_train(lora: LoraConfig) -> LoraConfig:
     return config
 
 
-def _there(names: Sequence[str], stack: Stack, chosen: Sequence[int]) -> tuple[str, ...]:
+def _there(names: Sequence[str], stack: LayerStack, chosen: Sequence[int]) -> tuple[str, ...]:
     found = (renamed(name, stack, chosen) for name in names)
     return tuple(name for name in found if name is not None)
 
@@ -144,7 +144,7 @@ def _peft_config(lora: LoraSettings) -> LoraConfig:
     )
 
 
-def _as_peft_prepares(model: PreTrainedModel, config: LoraConfig, layout: Layout) -> PeftModel:
+def _as_peft_prepares(model: PreTrainedModel, config: LoraConfig, layout: StoragePlan) -> PeftModel:
     """Return the model as `prepare_model_for_kbit_training` and `get_peft_model` leave it: all else in fp32."""
     if config.target_parameters:
         raise ModelError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Storage:
+class TracedStorage:
     """One piece of memory: its bytes, and what it is for."""
 
     num_bytes: int
@@ -18,7 +18,7 @@ class Passes:
     `permanent` are the storages that are never given back.
     """
 
-    storages: list[Storage] = field(default_factory=list)
+    storages: list[TracedStorage] = field(default_factory=list)
     events: dict[str, list[int]] = field(default_factory=dict)
     permanent: set[int] = field(default_factory=set)
 
@@ -40,7 +40,7 @@ class Recorder:
     def born(self, num_bytes: int, label: str | None = None) -> int:
         """Record the birth of a storage; return its number."""
         number = len(self._passes.storages)
-        self._passes.storages.append(Storage(num_bytes, label or self._label))
+        self._passes.storages.append(TracedStorage(num_bytes, label or self._label))
         if num_bytes:
             self._events.append(number)
         return number

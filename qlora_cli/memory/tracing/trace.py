@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES, Kernels
-from qlora_cli.memory.tracing.passes import Storage
+from qlora_cli.memory.tracing.passes import TracedStorage
 
 aten = torch.ops.aten
 ACTIVATIONS = "activations"
@@ -48,7 +48,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """`answers` are what code that asks a tensor without data is told, by function; other devices are not seen."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._device_type = device_type
-        self.storages: list[Storage] = []
+        self.storages: list[TracedStorage] = []
         self.segments: list[Segment] = [Segment(("start", "head"))]
         self.label = ACTIVATIONS
         self.in_autograd_thread = False
@@ -78,7 +78,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None:
             return known[0]
         number = len(self.storages)
-        self.storages.append(Storage(storage.nbytes(), label or self.label))
+        self.storages.append(TracedStorage(storage.nbytes(), label or self.label))
         if storage.nbytes():
             self.segments[-1].events.append(number)
         self._live[key] = (number, weakref.ref(storage, self._buried(key, number)))
@@ -99,7 +99,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def temporary(self, num_bytes: int, label: str | None = None) -> int:
         """Record the birth of memory that no tensor shows: inside a kernel. It lives until `bury`."""
         number = len(self.storages)
-        self.storages.append(Storage(num_bytes, label or self.label))
+        self.storages.append(TracedStorage(num_bytes, label or self.label))
         self.segments[-1].events.append(number)
         return number
 

@@ -15,12 +15,21 @@ from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.reader import BEGUN_BY_PEFT, BY_PEFT, Adapter, StoredAdapter, changed_base, fit
 from qlora_cli.adapters.targets import ADAPTER, BASE
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.planning.weight_changes import Added, Change, Directed, Experts, LowRank, Replaced, Rows, Whole
+from qlora_cli.merging.planning.weight_changes import (
+    Added,
+    Directed,
+    Experts,
+    LowRankUpdate,
+    Replaced,
+    RowUpdate,
+    WeightChange,
+    Whole,
+)
 from qlora_cli.model_files.model_config import ModelConfig
 
 Read = Callable[[str], torch.Tensor]
 # A parameter of a module by its name there, its change, and the adapter's tensors that say so.
-Found = tuple[str, Change, tuple[str, ...]]
+Found = tuple[str, WeightChange, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class AdapterChanges:
 
     adapter: Adapter
     beside: Mapping[str, torch.Tensor]
-    changes: Mapping[str, Change]
+    changes: Mapping[str, WeightChange]
     summary: str
 
     @property
@@ -97,7 +106,9 @@ def _is_same(values: torch.Tensor, stored: torch.Tensor) -> bool:
     return values.shape == stored.shape and torch.equal(values.to(stored.dtype), stored)
 
 
-def _changes(adapted: PeftModel, state: Mapping[str, torch.Tensor], directory: Path) -> Iterator[tuple[str, Change]]:
+def _changes(
+    adapted: PeftModel, state: Mapping[str, torch.Tensor], directory: Path
+) -> Iterator[tuple[str, WeightChange]]:
     """Yield each parameter that the adapter changes, by its full name in the base, and how."""
     read = set()
     for path, module in adapted.named_modules(remove_duplicate=False):
@@ -128,13 +139,13 @@ def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], di
             "PEFT only",
             hint=BY_PEFT,
         )
-    update = LowRank(
+    update = LowRankUpdate(
         left=state[keys[0]],
         right=state[keys[1]],
         scale=layer.scaling[ADAPTER],
         is_transposed=isinstance(layer, Embedding) or layer.fan_in_fan_out,
     )
-    change: Change = update
+    change: WeightChange = update
     if layer.use_dora[ADAPTER]:
         keys = (*keys, f"{path}.lora_magnitude_vector")
         change = Directed(update=update, magnitude=state[keys[2]])
@@ -149,10 +160,10 @@ def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], di
         yield "bias", Added(values=state[key], scale=layer.scaling[ADAPTER]), (key,)
 
 
-def _of_experts(layer: ParamWrapper, state: Mapping[str, torch.Tensor], keys: tuple[str, ...]) -> Change:
+def _of_experts(layer: ParamWrapper, state: Mapping[str, torch.Tensor], keys: tuple[str, ...]) -> WeightChange:
     left, right, scale = state[keys[0]], state[keys[1]], layer.scaling[ADAPTER]
     if layer.num_experts == 1:
-        return LowRank(left=left, right=right, scale=scale)
+        return LowRankUpdate(left=left, right=right, scale=scale)
     return Experts(
         left=left,
         right=right,
@@ -180,14 +191,14 @@ def _of_rows(
             if isinstance(module, TrainableTokensWrapper) and module.token_adapter is layer.tied_adapter
         ]
     key = f"{owner}.token_adapter.trainable_tokens_delta"
-    yield "weight", Rows(indices=tuple(layer.token_indices[ADAPTER]), values=state[key]), (key,)
+    yield "weight", RowUpdate(indices=tuple(layer.token_indices[ADAPTER]), values=state[key]), (key,)
 
 
-def _summary(config: LoraConfig, changes: Mapping[str, Change]) -> str:
+def _summary(config: LoraConfig, changes: Mapping[str, WeightChange]) -> str:
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    others = [name for name, there in (("whole modules", Whole), ("rows", Rows)) if _has(changes, there)]
+    others = [name for name, there in (("whole modules", Whole), ("rows", RowUpdate)) if _has(changes, there)]
     return " and ".join([f"{kind} of rank {config.r}", *others])
 
 
-def _has(changes: Mapping[str, Change], kind: type[Change]) -> bool:
+def _has(changes: Mapping[str, WeightChange], kind: type[WeightChange]) -> bool:
     return any(isinstance(change, kind) for change in changes.values())

@@ -15,8 +15,8 @@ from qlora_cli.merging.planning.conversions import Group
 from qlora_cli.merging.planning.stored_tensors import StoredTensors, not_finite
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.quantization.methods import all_methods
-from qlora_cli.quantization.methods.method import Stack
-from qlora_cli.quantization.storage_plan import Layout
+from qlora_cli.quantization.methods.method import ExpertStack
+from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import BaseWeights
 
 
@@ -31,7 +31,7 @@ class BaseModel:
     """
 
     model: PreTrainedModel
-    layout: Layout
+    layout: StoragePlan
     tensors: StoredTensors
     groups: tuple[Group, ...]
     num_rows: int | None
@@ -56,7 +56,7 @@ class Base:
         for name in base.tensors.headers if base.packed else ():
             if weight := weight_of_constant(name):
                 self._constants.setdefault(weight, []).append(name)
-        self._stacked: tuple[Group, str, Stack] | None = None
+        self._stacked: tuple[Group, str, ExpertStack] | None = None
         self._finite: set[str] = set()
 
     def parameters(self, group: Group, index: int | None = None, room: Room | None = None) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ class Base:
     def _is_conv1d(self, target: str) -> bool:
         return isinstance(self._base.model.get_submodule(target.rpartition(".")[0]), Conv1D)
 
-    def _stack(self, group: Group, target: str) -> Stack:
+    def _stack(self, group: Group, target: str) -> ExpertStack:
         """Return stacked experts, quantized; the last ones are kept, since their tensors come one after another."""
         if self._stacked is not None and self._stacked[0] is group and self._stacked[1] == target:
             return self._stacked[2]

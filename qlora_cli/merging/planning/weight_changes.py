@@ -12,7 +12,7 @@ import torch
 from qlora_cli.merging.planning.buffer import Room
 
 
-class Change(ABC):
+class WeightChange(ABC):
     """One adapter's change of one parameter, or of the slice `index` of its first dimension."""
 
     @abstractmethod
@@ -24,7 +24,7 @@ class Change(ABC):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The adapter's own values."""
 
-    def equals(self, other: "Change") -> bool:
+    def equals(self, other: "WeightChange") -> bool:
         """Whether it does the same to a weight as another change does."""
         if type(self) is not type(other) or _settings_of(self) != _settings_of(other):
             return False
@@ -32,11 +32,11 @@ class Change(ABC):
         return all(torch.equal(one, two) for one, two in pairs)
 
 
-def _settings_of(change: Change) -> dict[str, object]:
+def _settings_of(change: WeightChange) -> dict[str, object]:
     return {name: value for name, value in vars(change).items() if not isinstance(value, torch.Tensor)}
 
 
-class Update(Change):
+class Update(WeightChange):
     """A change that adds the same to whatever the weight is."""
 
     @property
@@ -54,7 +54,7 @@ class Update(Change):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LowRank(Update):
+class LowRankUpdate(Update):
     """LoRA (arXiv 2106.09685, section 4.1): `scale * left @ right`, `(out, rank)` and `(rank, in)`.
 
     `is_transposed`: the weight is stored as `(in, out)`, as in GPT-2's Conv1D and in embeddings.
@@ -75,9 +75,9 @@ class LowRank(Update):
         """The factors of what is added to the weight as it is stored."""
         return (self.right.T, self.left.T) if self.is_transposed else (self.left, self.right)
 
-    def equals(self, other: Change) -> bool:
+    def equals(self, other: WeightChange) -> bool:
         """Whether it does the same to a weight; embedding and head hold it each the other way round."""
-        if not isinstance(other, LowRank) or self.scale != other.scale:
+        if not isinstance(other, LowRankUpdate) or self.scale != other.scale:
             return False
         return all(torch.equal(one, two) for one, two in zip(self._sides, other._sides, strict=True))
 
@@ -144,13 +144,13 @@ class Added(Update):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Directed(Change):
+class Directed(WeightChange):
     """DoRA (arXiv 2402.09353, section 4): the weight with its update, each row scaled to a magnitude that was trained.
 
     `magnitude` is `(out,)`; of an embedding, whose rows are tokens, it is that of its columns.
     """
 
-    update: LowRank
+    update: LowRankUpdate
     magnitude: torch.Tensor
 
     @property
@@ -158,7 +158,7 @@ class Directed(Change):
         """The two factors and the magnitudes."""
         return *self.update.tensors, self.magnitude
 
-    def equals(self, other: Change) -> bool:
+    def equals(self, other: WeightChange) -> bool:
         """Whether it does the same to a weight."""
         return (
             isinstance(other, Directed)
@@ -175,7 +175,7 @@ class Directed(Change):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Whole(Change):
+class Whole(WeightChange):
     """A parameter that was trained as a whole, and takes the place of the one that was there."""
 
     values: torch.Tensor
@@ -192,18 +192,18 @@ class Whole(Change):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Replaced(Change):
+class Replaced(WeightChange):
     """An embedding or head that was saved beside an adapter and takes the place of the base's, with its `change`."""
 
     values: torch.Tensor
-    change: Change
+    change: WeightChange
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The values, and those of the change."""
         return self.values, *self.change.tensors
 
-    def equals(self, other: Change) -> bool:
+    def equals(self, other: WeightChange) -> bool:
         """Whether it does the same to a weight."""
         return (
             isinstance(other, Replaced) and torch.equal(self.values, other.values) and self.change.equals(other.change)
@@ -216,7 +216,7 @@ class Replaced(Change):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows(Change):
+class RowUpdate(WeightChange):
     """Rows of an embedding that were trained, such as those of new tokens."""
 
     indices: Sequence[int]
@@ -238,7 +238,7 @@ class Rows(Change):
 class Weighted:
     """A change as much as it counts: with 1, all of it."""
 
-    change: Change
+    change: WeightChange
     weight: float = 1.0
 
     @property

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
-from qlora_cli.quantization.entries import Entry, dtype_name
+from qlora_cli.quantization.entries import WeightEntry, dtype_name
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
 from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
@@ -34,9 +34,9 @@ from qlora_cli.quantization.methods.method import (
     Inside,
     Method,
     Operator,
-    Part,
     Saving,
     StoredWeight,
+    WeightPart,
 )
 from qlora_cli.quantization.methods.skip_modules import fused_experts, linear_layers
 from qlora_cli.quantization.round_trip import Quantized, quantized
@@ -110,7 +110,7 @@ class FourBitMethod(Method):
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
-    ) -> Entry:
+    ) -> WeightEntry:
         """Return what a weight takes, by the closed form (section 3)."""
         count = shape.numel()
         num_blocks = -(-count // BLOCK_SIZE)
@@ -118,7 +118,7 @@ class FourBitMethod(Method):
         if settings.double_quant:
             num_nested = -(-num_blocks // NESTED_BLOCK_SIZE)
             constants = num_blocks + FLOAT_BYTES * num_nested + OFFSET_BYTES + NESTED_CODE_BYTES
-        return Entry(
+        return WeightEntry(
             name=name,
             kind=kind,
             why_not=None,
@@ -261,20 +261,20 @@ class FourBitMethod(Method):
             _register_parametrization_hooks(module, leaf)
 
     def allocations(
-        self, entry: Entry, settings: QuantizationSettings, dtype: torch.dtype, num_pieces: int
+        self, entry: WeightEntry, settings: QuantizationSettings, dtype: torch.dtype, num_pieces: int
     ) -> Iterator[Allocation]:
         """Yield what `blocks.quantize` takes on a GPU: for a weight as a whole, or expert by expert."""
         num_blocks = -(-entry.num_parameters // BLOCK_SIZE)
         weight = entry.num_parameters // num_pieces * dtype.itemsize
         is_nested = settings.double_quant
-        yield Allocation(num_bytes=weight, part=Part.WEIGHT, is_kept=False)
-        yield Allocation(num_bytes=num_blocks * FLOAT_BYTES, part=Part.CONSTANTS, is_kept=not is_nested)
-        yield Allocation(num_bytes=entry.weight_bytes, part=Part.CODES)
-        yield Allocation(num_bytes=CODE_BYTES, part=Part.CONSTANTS)
+        yield Allocation(num_bytes=weight, part=WeightPart.WEIGHT, is_kept=False)
+        yield Allocation(num_bytes=num_blocks * FLOAT_BYTES, part=WeightPart.CONSTANTS, is_kept=not is_nested)
+        yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.CODES)
+        yield Allocation(num_bytes=CODE_BYTES, part=WeightPart.CONSTANTS)
         if is_nested:
             num_nested = -(-num_blocks // NESTED_BLOCK_SIZE)
             for num_bytes in (OFFSET_BYTES, num_blocks, num_nested * FLOAT_BYTES, NESTED_CODE_BYTES):
-                yield Allocation(num_bytes=num_bytes, part=Part.CONSTANTS)
+                yield Allocation(num_bytes=num_bytes, part=WeightPart.CONSTANTS)
 
     def held(self, module: nn.Module) -> Iterator[torch.Tensor]:
         """Yield the constants of a layer's weight, or of the fused weight that `module` restores."""

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.model_files.finite import is_finite, not_finite
 from qlora_cli.quantization.blocks import PIECE_SIZE
-from qlora_cli.quantization.entries import Entry, dtype_name
+from qlora_cli.quantization.entries import WeightEntry, dtype_name
 from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
 from qlora_cli.quantization.methods.method import (
     META,
@@ -32,8 +32,8 @@ from qlora_cli.quantization.methods.method import (
     Inside,
     Method,
     Operator,
-    Part,
     StoredWeight,
+    WeightPart,
     nothing_quantized,
 )
 from qlora_cli.quantization.refused_weights import RefusedWeights
@@ -194,10 +194,10 @@ class Int8(Method):
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
-    ) -> Entry:
+    ) -> WeightEntry:
         """Return what a weight, `(out, in)`, takes: a byte each, and a scale in fp32 for each row."""
         keeps = settings.int8_has_fp16_weight
-        return Entry(
+        return WeightEntry(
             name=name,
             kind=kind,
             why_not=IN_EVERY_PRODUCT if keeps else None,
@@ -355,15 +355,15 @@ class Int8(Method):
 
     def allocations(
         self,
-        entry: Entry,
+        entry: WeightEntry,
         settings: QuantizationSettings,
         dtype: torch.dtype,
         num_pieces: int,
     ) -> Iterator[Allocation]:
         """Yield the weight, its codes and their scales."""
-        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=Part.WEIGHT, is_kept=False)
-        yield Allocation(num_bytes=entry.weight_bytes, part=Part.CODES)
-        yield Allocation(num_bytes=entry.constant_bytes, part=Part.CONSTANTS)
+        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=WeightPart.WEIGHT, is_kept=False)
+        yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.CODES)
+        yield Allocation(num_bytes=entry.constant_bytes, part=WeightPart.CONSTANTS)
 
     def held(self, module: nn.Module) -> Iterator[torch.Tensor]:
         """Yield the codes and scales of a layer's weight."""

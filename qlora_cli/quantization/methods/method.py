@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.entries import Entry
+from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.settings.models import QuantizationSettings
 
@@ -41,7 +41,7 @@ class StoredWeight:
     why_not: str | None = None
 
 
-class Part(Enum):
+class WeightPart(Enum):
     """What an allocation holds."""
 
     WEIGHT = "weight"
@@ -54,7 +54,7 @@ class Allocation:
     """Memory on a GPU that is taken while a weight is loaded; given back at the end if it is not kept."""
 
     num_bytes: int
-    part: Part
+    part: WeightPart
     is_kept: bool = True
 
 
@@ -80,7 +80,7 @@ class Operator:
     on_meta: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
-class Stack(Protocol):
+class ExpertStack(Protocol):
     """Stacked weights as training saw them."""
 
     def slice(self, index: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Method(ABC):
     @abstractmethod
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
-    ) -> Entry:
+    ) -> WeightEntry:
         """Return what a weight of `shape`, `(out, in)` or stacked, that comes in `dtype` takes as it is stored."""
 
     def transient_constant_bytes(self, settings: QuantizationSettings) -> float:
@@ -254,7 +254,7 @@ class Method(ABC):
 
     @abstractmethod
     def allocations(
-        self, entry: Entry, settings: QuantizationSettings, dtype: torch.dtype, num_pieces: int
+        self, entry: WeightEntry, settings: QuantizationSettings, dtype: torch.dtype, num_pieces: int
     ) -> Iterable[Allocation]:
         """Yield what is taken while a weight in `dtype` is loaded, in the order of birth; it is given back in reverse.
 
@@ -275,7 +275,9 @@ class Method(ABC):
         """Whether stacked weights of `num_weights` each are quantized independently of one another."""
         return True
 
-    def stacked(self, slices: Iterable[torch.Tensor], shape: torch.Size, settings: QuantizationSettings) -> Stack:
+    def stacked(
+        self, slices: Iterable[torch.Tensor], shape: torch.Size, settings: QuantizationSettings
+    ) -> ExpertStack:
         """Return stacked weights of `shape`, given in slices, or as a whole where they are not divisible."""
         raise NotImplementedError(f"{type(self).__name__} stores no experts")
 

@@ -21,7 +21,7 @@ ROUTER_NAME = re.compile(r"(^|\.)(router|gate|[a-z_]*router[a-z_]*|shared_expert
 
 
 @dataclass(frozen=True)
-class Rule:
+class SkipRule:
     """Linear layers whose full name matches `pattern` are kept, because they are `reason`."""
 
     pattern: re.Pattern[str]
@@ -29,12 +29,12 @@ class Rule:
 
 
 RULES = (
-    Rule(re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)$"), HEAD),
-    Rule(ROUTER_NAME, "router"),
-    Rule(re.compile(r"(^|\.)mamba(\.|$)"), "state-space mixer"),
-    Rule(re.compile(r"(^|\.)mixer\.(out_proj|x_proj|dt_proj)$"), "state-space weight that a fused kernel reads"),
-    Rule(re.compile(r"(^|\.)(vision|visual|audio)[a-z_]*(\.|$)"), "vision or audio tower"),
-    Rule(re.compile(r"(^|\.)([a-z_]*projector|merger|connector)(\.|$)"), "projector between towers"),
+    SkipRule(re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)$"), HEAD),
+    SkipRule(ROUTER_NAME, "router"),
+    SkipRule(re.compile(r"(^|\.)mamba(\.|$)"), "state-space mixer"),
+    SkipRule(re.compile(r"(^|\.)mixer\.(out_proj|x_proj|dt_proj)$"), "state-space weight that a fused kernel reads"),
+    SkipRule(re.compile(r"(^|\.)(vision|visual|audio)[a-z_]*(\.|$)"), "vision or audio tower"),
+    SkipRule(re.compile(r"(^|\.)([a-z_]*projector|merger|connector)(\.|$)"), "projector between towers"),
 )
 
 

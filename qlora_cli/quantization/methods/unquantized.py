@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.quantization.entries import Entry, dtype_name
-from qlora_cli.quantization.methods.method import Allocation, Method, Part
+from qlora_cli.quantization.entries import WeightEntry, dtype_name
+from qlora_cli.quantization.methods.method import Allocation, Method, WeightPart
 from qlora_cli.settings.models import QuantizationSettings
 
 
@@ -16,9 +16,9 @@ class Unquantized(Method):
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
-    ) -> Entry:
+    ) -> WeightEntry:
         """Return what the weight takes."""
-        return Entry(
+        return WeightEntry(
             name=name,
             kind=kind,
             why_not="not asked for",
@@ -45,13 +45,13 @@ class Unquantized(Method):
 
     def allocations(
         self,
-        entry: Entry,
+        entry: WeightEntry,
         settings: QuantizationSettings,
         dtype: torch.dtype,
         num_pieces: int,
     ) -> Iterator[Allocation]:
         """Yield the weight."""
-        yield Allocation(num_bytes=entry.weight_bytes, part=Part.WEIGHT)
+        yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.WEIGHT)
 
     def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
         """Return the weight."""

@@ -14,7 +14,7 @@ from qlora_cli import __version__
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.find_runs import Run, read_run
 from qlora_cli.runs.history import RunHistory, parse_time
-from qlora_cli.runs.record import Rows, RunRecord, as_name, as_text
+from qlora_cli.runs.record import RecordedRows, RunRecord, as_name, as_text
 from qlora_cli.runs.report.charts import charts_of
 from qlora_cli.runs.report.curve import HEIGHT, WIDTH
 from qlora_cli.runs.samples import answers_by_prompt
@@ -173,7 +173,7 @@ def _difference(predicted: int | None, measured: int | None) -> str:
 
 def data_rows(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield what became of the rows: the name of a figure, that of the trained and that of the held-out rows."""
-    trained, evaluated = record.data.train or Rows(), record.data.eval or Rows()
+    trained, evaluated = record.data.train or RecordedRows(), record.data.eval or RecordedRows()
     for key, name in DATA_ROWS:
         train, held_out = trained.integer(key), evaluated.integer(key)
         if train is not None or held_out is not None:

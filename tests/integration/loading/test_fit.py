@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from benchmarks.synthetic import SHAPES, config_of, num_parameters, write_model
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.quantization.memory_check import check_fit, needed_bytes
-from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings
@@ -124,7 +124,7 @@ def tied() -> PreTrainedModel:
     return build_on_meta(shapes_config("1b"), torch.bfloat16)
 
 
-def plan(model: PreTrainedModel, device: torch.device, **settings: Any) -> Layout:
+def plan(model: PreTrainedModel, device: torch.device, **settings: Any) -> StoragePlan:
     return plan_layout(model, QuantizationSettings(**settings), torch.bfloat16, device=device)
 
 

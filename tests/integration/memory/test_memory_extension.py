@@ -17,7 +17,7 @@ from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.replaying.replay import Peaks
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.functions import GpuFunctions
-from qlora_cli.memory.tracing.layers import Stack, find_stack
+from qlora_cli.memory.tracing.layers import LayerStack, find_stack
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
@@ -62,7 +62,7 @@ class Spy:
     extended: list[Passes] = field(default_factory=list)
     whole: list[Passes] = field(default_factory=list)
 
-    def extend(self, trace: MemoryTrace, stack: Stack, chosen: Any) -> Passes:
+    def extend(self, trace: MemoryTrace, stack: LayerStack, chosen: Any) -> Passes:
         self.extended.append(extend(trace, stack, chosen))
         return self.extended[-1]
 

@@ -17,7 +17,7 @@ from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.planning.buffer import Room
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, PlannedTensor
-from qlora_cli.merging.planning.weight_changes import LowRank
+from qlora_cli.merging.planning.weight_changes import LowRankUpdate
 from qlora_cli.merging.verifying.comparison import Laboratory
 from tests.conftest import write_jsonl
 from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
@@ -55,12 +55,12 @@ def test_a_right_merge_of_it_passes_with_room_to_spare(gentle: Path, tmp_path: P
 def test_an_update_of_another_scale_is_found(
     gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, base: str
 ) -> None:
-    delta = LowRank.delta
+    delta = LowRankUpdate.delta
 
-    def scaled(self: LowRank, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def scaled(self: LowRankUpdate, index: int | None = None, room: Room | None = None) -> torch.Tensor:
         return delta(self, index, room).mul_(factor)
 
-    monkeypatch.setattr(LowRank, "delta", scaled)
+    monkeypatch.setattr(LowRankUpdate, "delta", scaled)
     assert "rounding does not explain" in failed(copy_run(gentle, tmp_path / "copy"), "--base", base)
 
 
@@ -85,14 +85,14 @@ def test_a_tensor_that_was_not_merged_into_its_file_is_found(
 def test_one_module_whose_update_is_of_another_scale_is_named(
     gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    delta, seen = LowRank.delta, []
+    delta, seen = LowRankUpdate.delta, []
 
-    def scaled(self: LowRank, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def scaled(self: LowRankUpdate, index: int | None = None, room: Room | None = None) -> torch.Tensor:
         seen.append(self.left)  # of the same layer each time: the values lie in the file of the adapter
         wrong = self.left.data_ptr() == seen[0].data_ptr()
         return delta(self, index, room).mul_(factor if wrong else 1.0)
 
-    monkeypatch.setattr(LowRank, "delta", scaled)
+    monkeypatch.setattr(LowRankUpdate, "delta", scaled)
     message = failed(copy_run(gentle, tmp_path / "copy"), "--base", "original")
     assert "computes something else with the adapter merged" in message
     assert "model.layers.0." in message

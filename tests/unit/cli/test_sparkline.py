@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from qlora_cli.cli.progress.event_text import describe_losses
-from qlora_cli.cli.sparkline import BLOCKS, Curve, can_show_blocks, sparkline
+from qlora_cli.cli.sparkline import BLOCKS, SparklineCurve, can_show_blocks, sparkline
 
 NAN, INF = math.nan, math.inf
 LARGEST = 1.7e308
@@ -54,7 +54,7 @@ def test_losses_are_drawn_with_their_range_in_the_width_given() -> None:
 
 
 def test_a_curve_of_any_length_is_kept_in_few_means() -> None:
-    curve, most_kept = Curve(8), 0
+    curve, most_kept = SparklineCurve(8), 0
     for value in range(10_000):
         curve.add(float(value))
         most_kept = max(most_kept, len(curve.means()))
@@ -63,14 +63,14 @@ def test_a_curve_of_any_length_is_kept_in_few_means() -> None:
     assert means == sorted(means)
     assert means[0] == statistics.fmean(range(2048))
     assert means[-1] == statistics.fmean(range(4 * 2048, 10_000))  # those of the mean that is not complete yet
-    million = Curve()
+    million = SparklineCurve()
     for _ in range(1_000_000):
         million.add(1.0)
     assert 256 <= len(million.means()) <= 512
 
 
 def test_a_short_curve_is_kept_as_it_is() -> None:
-    curve = Curve()
+    curve = SparklineCurve()
     assert curve.means() == []
     for value in (3.0, 2.0, 1.0):
         curve.add(value)
@@ -78,7 +78,7 @@ def test_a_short_curve_is_kept_as_it_is() -> None:
 
 
 def test_values_that_are_not_finite_are_kept_as_gaps_unless_beside_finite_ones() -> None:
-    curve = Curve(4)
+    curve = SparklineCurve(4)
     for value in (NAN, INF, 1.0, NAN, 5.0, 7.0):
         curve.add(value)
     first, *others = curve.means()

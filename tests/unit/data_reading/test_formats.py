@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.rows.column_formats import Layout, recognise
-from qlora_cli.data.rows.examples import Completion, Conversation, Example, RowError, Tokenized
+from qlora_cli.data.rows.column_formats import RowLayout, recognise
+from qlora_cli.data.rows.examples import Conversation, Example, PromptCompletion, RowError, Tokenized
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat, LossOn
@@ -14,7 +14,7 @@ from qlora_cli.settings.models import DataSettings
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-def layout_of(*columns: str, **settings: Any) -> Layout:
+def layout_of(*columns: str, **settings: Any) -> RowLayout:
     return recognise(columns, DataSettings(dataset=("rows.jsonl",), **settings), "rows.jsonl")
 
 
@@ -152,10 +152,10 @@ def test_parts_of_text_are_joined() -> None:
 
 def test_rows_without_a_template_are_text() -> None:
     found = read({"instruction": "i", "input": "x", "output": "o"}, use_chat=False)
-    assert isinstance(found, Completion)
+    assert isinstance(found, PromptCompletion)
     assert found.prompt.endswith("### Instruction:\ni\n\n### Input:\nx\n\n### Response:\n")
-    assert read({"question": "q", "answer": "a"}, use_chat=False) == Completion(prompt="q\n", completion="a")
-    assert read({"text": "t"}) == Completion(prompt="", completion="t")
+    assert read({"question": "q", "answer": "a"}, use_chat=False) == PromptCompletion(prompt="q\n", completion="a")
+    assert read({"text": "t"}) == PromptCompletion(prompt="", completion="t")
 
 
 def test_a_system_prompt_in_a_column_of_its_own_is_the_first_message() -> None:
@@ -167,7 +167,7 @@ def test_a_system_prompt_in_a_column_of_its_own_is_the_first_message() -> None:
 def test_a_context_or_a_system_prompt_in_a_column_of_its_own_is_part_of_the_prompt() -> None:
     asked = conversation({"context": "c", "question": "q", "answer": "a"})
     assert asked.messages[0]["content"] == "c\n\nq"
-    assert read({"prompt": "p", "completion": "c", "system": "s"}) == Completion(prompt="s\n\np", completion="c")
+    assert read({"prompt": "p", "completion": "c", "system": "s"}) == PromptCompletion(prompt="s\n\np", completion="c")
     assert conversation({"messages": [USER, ANSWER], "system": "s"}).messages[0]["content"] == "s"
 
 

@@ -22,7 +22,7 @@ from matplotlib.text import Text
 
 from qlora_cli.data.feeding.data_report import DataReport
 from qlora_cli.data.showing import page
-from qlora_cli.data.showing.inspection import Bar, Batches, DataInspection, Trouble
+from qlora_cli.data.showing.inspection import Bar, BatchSummary, DataInspection, Trouble
 from qlora_cli.data.showing.page import (
     LIGHT,
     PIXEL_RATIO,
@@ -36,7 +36,7 @@ from qlora_cli.data.showing.page import (
     write_page,
 )
 from qlora_cli.data.showing.page_file import check_page
-from qlora_cli.data.showing.preview import Piece, RowPreview
+from qlora_cli.data.showing.preview import RowPreview, TokenPiece
 from qlora_cli.visible import visible
 
 SCRIPT = "<script>alert(1)</script>"
@@ -48,8 +48,8 @@ VOID = {"meta", "source", "img", "br", "link", "input", "hr"}
 MODEL = "Qwen/Qwen3-0.6B"
 
 
-def piece(text: str, *, trained: bool = False, special: bool = False, padding: bool = False) -> Piece:
-    return Piece(ids=(7,), text=text, is_trained=trained, is_special=special, is_padding=padding)
+def piece(text: str, *, trained: bool = False, special: bool = False, padding: bool = False) -> TokenPiece:
+    return TokenPiece(ids=(7,), text=text, is_trained=trained, is_special=special, is_padding=padding)
 
 
 PAD = piece("<|pad|>", special=True, padding=True)
@@ -110,7 +110,7 @@ INSPECTION = DataInspection(
     median_uncut_tokens=240,
     refusals=(),
     lengths=BARS,
-    batches=Batches(
+    batches=BatchSummary(
         micro_batch_size=4,
         padding_share=0.2345,
         grouped_padding_share=0.0123,
@@ -306,7 +306,7 @@ def test_more_than_a_few_pad_tokens_are_folded(root: Element) -> None:
         ([piece("a "), piece(""), piece("b")], "a ∅b"),
     ],
 )
-def test_a_space_is_marked_where_a_line_a_turn_or_trained_text_ends(pieces: list[Piece], expected: str) -> None:
+def test_a_space_is_marked_where_a_line_a_turn_or_trained_text_ends(pieces: list[TokenPiece], expected: str) -> None:
     row = replace(ROWS[0], pieces=tuple(pieces))
     assert "".join(part.text for run in runs_of(row) for token in run.tokens for part in token.parts) == expected
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, processors
 
 from qlora_cli.data.rendering.renderer import Renderer
 from qlora_cli.data.rendering.template import ChatTemplate, asks_always_alike
-from qlora_cli.data.rows.examples import IGNORED, Completion, Conversation, RowError, Tokenized
+from qlora_cli.data.rows.examples import IGNORED, Conversation, PromptCompletion, RowError, Tokenized
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
@@ -141,7 +141,7 @@ def test_to_cut_behind_the_end_of_an_answer_changes_no_token(family: str, conver
 @settings(max_examples=150, deadline=None)
 def test_a_completion_is_trained_to_its_end_and_its_prompt_is_not(prompt: str, completion: str) -> None:
     text = TOKENIZERS["llama"]
-    tokens = tokens_of(text, Completion(prompt=prompt, completion=completion))
+    tokens = tokens_of(text, PromptCompletion(prompt=prompt, completion=completion))
     bos, eos = text.tokenizer.bos_token, text.tokenizer.eos_token
     whole = str(text.tokenizer.decode(tokens.input_ids.tolist()))
     assert tokens.input_ids[0] == text.tokenizer.bos_token_id
@@ -164,7 +164,7 @@ def test_everything_is_trained_but_the_first_token_on_demand(family: str) -> Non
 
 def test_one_bos_where_the_text_has_one_too() -> None:
     text = TOKENIZERS["llama"]
-    tokens = tokens_of(text, Completion(prompt="", completion="<|begin_of_text|>one two<|eot_id|>"))
+    tokens = tokens_of(text, PromptCompletion(prompt="", completion="<|begin_of_text|>one two<|eot_id|>"))
     assert tokens.input_ids.tolist().count(text.tokenizer.bos_token_id) == 1
     assert tokens.input_ids.tolist().count(text.tokenizer.eos_token_id) == 1
 
@@ -172,7 +172,7 @@ def test_one_bos_where_the_text_has_one_too() -> None:
 def test_a_token_across_the_beginning_of_an_answer_is_cut() -> None:
     text = TOKENIZERS["chatml"]
     assert len(text.tokenizer(" function")["input_ids"]) == 1  # so it would lie across
-    tokens = tokens_of(text, Completion(prompt="Which func", completion="tion returns"))
+    tokens = tokens_of(text, PromptCompletion(prompt="Which func", completion="tion returns"))
     served = text.tokenizer("Which func")["input_ids"]
     assert tokens.input_ids.tolist()[: len(served)] == served
     assert trained_text(text, tokens) == "tion returns<|im_end|>"
@@ -180,7 +180,7 @@ def test_a_token_across_the_beginning_of_an_answer_is_cut() -> None:
 
 def test_a_tokenizer_that_writes_a_space_before_every_text_is_not_cut() -> None:
     text = make_sentencepiece()
-    tokens = tokens_of(text, Completion(prompt="Which function retu", completion="rns the current directory?"))
+    tokens = tokens_of(text, PromptCompletion(prompt="Which function retu", completion="rns the current directory?"))
     whole = text.tokenizer("Which function returns the current directory?")["input_ids"]
     assert tokens.input_ids.tolist() == [*whole, text.tokenizer.eos_token_id]
     assert "rns the current directory?" in trained_text(text, tokens)
@@ -319,7 +319,7 @@ def test_tools_that_a_template_does_not_write_are_refused() -> None:
 def test_control_tokens_in_the_text_are_counted() -> None:
     text = TOKENIZERS["chatml"]
     tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
-    tokenizer.tokenize([TWO_TURNS, Completion(prompt="", completion="a <|im_end|> b <|im_end|>")])
+    tokenizer.tokenize([TWO_TURNS, PromptCompletion(prompt="", completion="a <|im_end|> b <|im_end|>")])
     assert tokenizer.num_with_control_tokens == 1
     assert tokenizer.control_tokens == {"<|im_end|>": 2}
 
@@ -327,17 +327,17 @@ def test_control_tokens_in_the_text_are_counted() -> None:
 @pytest.mark.parametrize(
     ("example", "is_twice"),
     [
-        (Completion(prompt="a", completion="b"), False),
-        (Completion(prompt="a", completion="b<|im_end|>"), False),  # that one is taken
-        (Completion(prompt="a", completion="b<|im_end|>\n"), True),
-        (Completion(prompt="a<|im_end|>", completion="b"), False),
-        (Completion(prompt="", completion="<|im_start|>user\na<|im_end|>\n"), True),
+        (PromptCompletion(prompt="a", completion="b"), False),
+        (PromptCompletion(prompt="a", completion="b<|im_end|>"), False),  # that one is taken
+        (PromptCompletion(prompt="a", completion="b<|im_end|>\n"), True),
+        (PromptCompletion(prompt="a<|im_end|>", completion="b"), False),
+        (PromptCompletion(prompt="", completion="<|im_start|>user\na<|im_end|>\n"), True),
         (asked("a", "b<|im_end|> "), True),
         (asked("<|im_end|> a", "b"), False),
     ],
 )
 def test_a_text_that_brings_the_end_along_which_is_written_behind_it_is_counted(
-    example: Completion | Conversation, is_twice: bool
+    example: PromptCompletion | Conversation, is_twice: bool
 ) -> None:
     text = TOKENIZERS["chatml"]
     tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
@@ -357,7 +357,7 @@ def test_a_prompt_has_the_tokens_that_are_served_whatever_the_tokenizer_adds(
     ends: bool, trims: bool, prompt: str, completion: str
 ) -> None:
     text = _POST_PROCESSED[ends, trims]
-    tokens = tokens_of(text, Completion(prompt=prompt, completion=completion))
+    tokens = tokens_of(text, PromptCompletion(prompt=prompt, completion=completion))
     served = text.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if text.tokenizer.eos_token not in prompt + completion:
         assert tokens.input_ids[: len(served)].tolist() == served
@@ -398,7 +398,7 @@ def test_a_header_that_takes_the_space_behind_it_is_not_trained() -> None:
 
 def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     text = TOKENIZERS["llama"]
-    example = Completion(prompt="one two " * 40, completion="Which function returns? " * 60)
+    example = PromptCompletion(prompt="one two " * 40, completion="Which function returns? " * 60)
     whole = tokens_of(text, example)
     monkeypatch.setattr("qlora_cli.data.tokenizing.tokens.SLICE", 50)
     sliced = tokens_of(text, example)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli import bounded
 from qlora_cli.data.rendering import pace
-from qlora_cli.data.rows.column_formats import Layout
+from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokenizer
@@ -349,7 +349,7 @@ def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_render
     rows = [Conversation(messages=[*CHAT, *asked], trained=(1,)) for _ in range(20)]
     text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset(), reporter=recorder)
     encoder = Encoder(
-        Layout(format=DataFormat.MESSAGES, columns={"messages": "messages"}), DataSettings(dataset="rows"), text
+        RowLayout(format=DataFormat.MESSAGES, columns={"messages": "messages"}), DataSettings(dataset="rows"), text
     )
     found = encoder.tokenizer.tokenize(rows)
     assert not any(isinstance(row, RowError) for row in found)

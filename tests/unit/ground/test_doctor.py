@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # torch and bitsandbytes are imported where they are tested: the children that run these checks import this file.
 TOKEN = "hf_" + "a1B2" * 6
-GPU = checks_hardware.Gpu(
+GPU = checks_hardware.DetectedGpu(
     index=0, name="NVIDIA L4", compute_capability="8.9", bf16=True, total_bytes=24 * GIB, free_bytes=20 * GIB
 )
 

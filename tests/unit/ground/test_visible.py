@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from qlora_cli.visible import Part, parts, visible
+from qlora_cli.visible import TextPart, parts, visible
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,12 @@ def test_what_can_be_seen_stays(text: str) -> None:
 
 
 def test_a_sign_is_told_from_the_same_character() -> None:
-    assert list(parts("→\t· ")) == [Part("→", False), Part("→", True), Part("·", False), Part("·", True)]
+    assert list(parts("→\t· ")) == [
+        TextPart("→", False),
+        TextPart("→", True),
+        TextPart("·", False),
+        TextPart("·", True),
+    ]
 
 
 def test_spaces_are_no_end_where_the_line_goes_on() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, Fit, Suggestion
+from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, GpuFit, Suggestion
 from qlora_cli.memory.suggestions import MOST_SUGGESTIONS, fit_on, suggest
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
@@ -72,7 +72,7 @@ def estimate(process: int, *, low: int = 0, high: int = 0, gpu: str = "card", ch
 )
 def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: str) -> None:
     fit = fit_on(estimate(20 * GIB, low=17 * GIB, high=22 * GIB), card(usable))
-    assert fit == Fit(
+    assert fit == GpuFit(
         gpu="card",
         group="consumer",
         fits=verdict,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.memory.tracing.layers import Stack, contexts, find_stack, keep_layers, renamed, representatives
+from qlora_cli.memory.tracing.layers import LayerStack, contexts, find_stack, keep_layers, renamed, representatives
 from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.support.tiny_models import tiny_config
 
@@ -80,7 +80,7 @@ def test_contexts_tell_the_first_and_the_last_from_the_others() -> None:
 def test_kinds_come_from_modules_and_lists_of_the_config(
     family: str, changes: dict[str, Any], path: str, kinds: tuple[int, ...]
 ) -> None:
-    assert find_stack(on_meta(family, **changes)) == Stack(path=path, kinds=kinds)
+    assert find_stack(on_meta(family, **changes)) == LayerStack(path=path, kinds=kinds)
 
 
 def test_what_is_marked_otherwise_is_a_kind_of_its_own() -> None:
@@ -111,7 +111,7 @@ def test_two_lists_of_that_length_are_no_stack() -> None:
 
 
 def test_names_follow_their_layer_to_its_new_place() -> None:
-    stack = Stack(path="model.layers", kinds=(0,) * 5)
+    stack = LayerStack(path="model.layers", kinds=(0,) * 5)
     chosen = (2, 3, 4)
     assert renamed("model.layers.3.mlp.up_proj", stack, chosen) == "model.layers.1.mlp.up_proj"
     assert renamed("model.layers.2", stack, chosen) == "model.layers.0"

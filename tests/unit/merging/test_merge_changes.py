@@ -5,12 +5,12 @@ import torch
 
 from qlora_cli.merging.planning.weight_changes import (
     Added,
-    Change,
     Directed,
     Experts,
-    LowRank,
+    LowRankUpdate,
     Replaced,
-    Rows,
+    RowUpdate,
+    WeightChange,
     Weighted,
     Whole,
     total_delta,
@@ -27,8 +27,8 @@ LEFT, RIGHT, WEIGHT = values(6, 2), values(2, 4), values(6, 4)
 PRODUCT = 1.5 * (LEFT @ RIGHT)
 
 
-def low_rank(*, is_transposed: bool = False, scale: float = 1.5) -> LowRank:
-    return LowRank(left=LEFT, right=RIGHT, scale=scale, is_transposed=is_transposed)
+def low_rank(*, is_transposed: bool = False, scale: float = 1.5) -> LowRankUpdate:
+    return LowRankUpdate(left=LEFT, right=RIGHT, scale=scale, is_transposed=is_transposed)
 
 
 def test_lora_adds_the_scaled_product() -> None:
@@ -39,7 +39,7 @@ def test_lora_adds_the_scaled_product() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_in_16_bit_are_multiplied_in_fp32(dtype: torch.dtype) -> None:
     left, right = LEFT.to(dtype), RIGHT.to(dtype)
-    found = LowRank(left=left, right=right, scale=1.5).delta()
+    found = LowRankUpdate(left=left, right=right, scale=1.5).delta()
     assert found.dtype == torch.float32
     assert torch.equal(found, left.float() @ right.float() * 1.5)
 
@@ -76,7 +76,7 @@ def test_a_bias_is_scaled_too() -> None:
 
 
 def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> None:
-    rows = Rows(indices=(4, 1), values=values(2, 4).bfloat16())
+    rows = RowUpdate(indices=(4, 1), values=values(2, 4).bfloat16())
     found = rows.apply(WEIGHT.clone())
     assert torch.equal(found[[4, 1]], rows.values.float())
     assert torch.equal(found[[0, 2, 3, 5]], WEIGHT[[0, 2, 3, 5]])
@@ -90,7 +90,7 @@ def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> 
 
 
 def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> None:
-    zero = LowRank(left=torch.zeros(6, 2), right=RIGHT, scale=3.0)
+    zero = LowRankUpdate(left=torch.zeros(6, 2), right=RIGHT, scale=3.0)
     many = [Weighted(change=low_rank(), weight=0.5), Weighted(change=zero), Weighted(change=low_rank(), weight=-2)]
     found = total_delta(many)
     assert found is not None
@@ -99,13 +99,13 @@ def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> N
     assert total_delta([]) is None
 
 
-SAME = LowRank(left=RIGHT.T.clone(), right=LEFT.T.clone(), scale=1.5, is_transposed=True)
-PAIRS: dict[str, tuple[Change, Change, bool]] = {
+SAME = LowRankUpdate(left=RIGHT.T.clone(), right=LEFT.T.clone(), scale=1.5, is_transposed=True)
+PAIRS: dict[str, tuple[WeightChange, WeightChange, bool]] = {
     "copies": (low_rank(), low_rank(), True),
     "held the other way round": (low_rank(), SAME, True),
     "transposed": (low_rank(), low_rank(is_transposed=True), False),
     "another scale": (low_rank(), low_rank(scale=2.0), False),
-    "other values": (low_rank(), LowRank(left=LEFT, right=RIGHT + 1, scale=1.5), False),
+    "other values": (low_rank(), LowRankUpdate(left=LEFT, right=RIGHT + 1, scale=1.5), False),
     "another kind": (low_rank(), Whole(values=LEFT), False),
     "DoRA": (
         Directed(update=low_rank(), magnitude=LEFT[:, 0]),
@@ -117,8 +117,8 @@ PAIRS: dict[str, tuple[Change, Change, bool]] = {
         Directed(update=low_rank(scale=2.0), magnitude=LEFT[:, 0]),
         False,
     ),
-    "rows": (Rows(indices=(1, 2), values=LEFT[:2]), Rows(indices=(1, 2), values=LEFT[:2].clone()), True),
-    "other rows": (Rows(indices=(1, 2), values=LEFT[:2]), Rows(indices=(2, 1), values=LEFT[:2]), False),
+    "rows": (RowUpdate(indices=(1, 2), values=LEFT[:2]), RowUpdate(indices=(1, 2), values=LEFT[:2].clone()), True),
+    "other rows": (RowUpdate(indices=(1, 2), values=LEFT[:2]), RowUpdate(indices=(2, 1), values=LEFT[:2]), False),
     "replaced": (Replaced(values=WEIGHT, change=low_rank()), Replaced(values=WEIGHT, change=SAME), True),
     "replaced by others": (
         Replaced(values=WEIGHT, change=low_rank()),

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from qlora_cli.units import GIB, MIB
@@ -169,7 +169,7 @@ def shapes_of(published: Published) -> PreTrainedModel:
     return build_on_meta(AutoConfig.for_model(published.family, **published.config), torch.bfloat16)
 
 
-def plan(model: PreTrainedModel, device: torch.device = CUDA, **settings: Any) -> Layout:
+def plan(model: PreTrainedModel, device: torch.device = CUDA, **settings: Any) -> StoragePlan:
     return plan_layout(model, QuantizationSettings(**settings), torch.bfloat16, device=device)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
-from qlora_cli.quantization.storage_plan import Layout, build_on_meta, plan_layout
+from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.settle import varied
@@ -24,7 +24,7 @@ WAYS = {
 FAMILIES = ("llama", "gpt2", "qwen3_moe")
 
 
-def layout_of(family: str, settings: QuantizationSettings) -> Layout:
+def layout_of(family: str, settings: QuantizationSettings) -> StoragePlan:
     model = build_on_meta(tiny_config(family), torch.bfloat16)
     if family == "qwen3_moe" and not method_of(settings.method).stores_experts and settings.method.is_quantized:
         settings = settings.model_copy(update={"skip_modules": ("experts",)})
