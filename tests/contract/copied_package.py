@@ -1,4 +1,4 @@
-"""A copy of the package, in which a walk of CONTRIBUTING is gone, and what its commands say."""
+"""A copy of the package, to which a recipe of CONTRIBUTING.md is applied, and what its commands say."""
 
 import json
 import os

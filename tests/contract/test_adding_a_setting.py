@@ -1,4 +1,4 @@
-"""The walk of CONTRIBUTING.md, "a training setting": one line in one file, and every table knows it.
+"""The recipe of CONTRIBUTING.md, "Add a training setting": one line in one file, and every table knows it.
 
 The package is copied, fields are added to the sections that a run has, and nothing else is touched.
 """

@@ -1,4 +1,4 @@
-"""The walk of CONTRIBUTING.md, "an export format": a module, a line in the table, a name, and every command knows it.
+"""The recipe of CONTRIBUTING.md, "Add an export format": a module, a line, a name, and every command knows it.
 
 The package is copied, and a format is added to it whose weights are rounded to steps of 1/64.
 """

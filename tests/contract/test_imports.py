@@ -1,6 +1,7 @@
 """The arrows of the architecture: which part may import which, and what the command line must not load."""
 
 import ast
+import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -10,50 +11,48 @@ import pytest
 from tests.support.source_imports import imports_of
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
-# The ground floor: what knows nothing of the project.
-GROUND = {"__init__", "errors", "units", "events", "files", "writing", "cache", "bounded", "garbage", "visible"}
-BOTTOM = GROUND | {"settings"}
-MACHINE = {"hardware"}  # needs torch but knows nothing of models
-FILES = {"hub", "model_files"}
-MODEL = FILES | {"tokenizing", "quantization", "adapters", "loading"}
-ALLOWED: dict[str, set[str]] = {
+# What knows nothing of the project, each with those of its kind that it may import.
+GROUND: dict[str, set[str]] = {
     "__init__": set(),
-    "__main__": {"cli"},
     "errors": set(),
     "units": set(),
     "events": set(),
-    "cache": {"errors"},
-    "bounded": {"units"},
     "garbage": set(),
     "visible": set(),
-    "files": {"errors", "units", "writing"},
+    "bounded": {"units"},
+    "cache": {"errors"},
     "writing": {"errors"},
-    "settings": {"errors", "units"},
-    "hardware": BOTTOM,
-    "runs": BOTTOM,
-    "hub": BOTTOM,
-    "model_files": BOTTOM | MACHINE | {"hub", "runs"},
-    "quantization": BOTTOM | MACHINE | FILES,
-    "adapters": BOTTOM | MACHINE | FILES | {"quantization"},
-    "loading": BOTTOM | MACHINE | FILES | {"tokenizing", "quantization", "adapters", "runs"},
-    "tokenizing": BOTTOM | FILES,
-    "data": BOTTOM | {"tokenizing"},
-    "memory": BOTTOM | MACHINE | MODEL | {"runs"},
-    "answering": BOTTOM | MACHINE | MODEL | {"runs"},
-    "training": BOTTOM | MACHINE | MODEL | {"answering", "data", "memory", "runs"},
-    "merging": BOTTOM | MACHINE | MODEL | {"data", "runs"},
-    "demo": BOTTOM | MACHINE | MODEL | {"answering", "evaluating", "training", "data", "memory", "runs"},
-    "evaluating": BOTTOM | MACHINE | MODEL | {"data", "runs"},
-    "doctor": BOTTOM | MACHINE | MODEL,
-    "cli": BOTTOM
-    | MACHINE
-    | MODEL
-    | {"answering", "evaluating", "training", "merging", "memory", "data", "demo", "doctor", "runs"},
+    "files": {"errors", "units", "writing"},
 }
 MOST_LINES = 500
 MOST_FILES = 18  # of a folder, besides its `__init__.py`
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-LIGHT = BOTTOM | {"cli", "runs", "__main__"}
+LIGHT = {*GROUND, "settings", "cli", "runs", "__main__"}
+MAP_LINE = re.compile(r"^\| `(\w+)` \| .+ \| ([\w, ]*)\|$", re.MULTILINE)
+
+
+def on_the_map() -> dict[str, set[str]]:
+    """Return which packages each may import, besides the ground floor, as CONTRIBUTING.md has it."""
+    lines = MAP_LINE.findall((PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    return {name: {other.strip() for other in others.split(",") if other.strip()} for name, others in lines}
+
+
+MAP = on_the_map()
+ALLOWED = {**GROUND, **{name: {*GROUND, *others} for name, others in MAP.items()}, "__main__": {"cli"}}
+
+
+def test_the_map_has_every_package_below_those_that_import_it() -> None:
+    folders = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
+    assert sorted(MAP) == sorted(folders)
+    for at, (name, others) in enumerate(MAP.items()):
+        assert others <= set(list(MAP)[:at]), name
+
+
+def test_the_map_has_no_arrow_that_is_not_taken() -> None:
+    for name, others in MAP.items():
+        modules = {module for path in (PACKAGE / name).rglob("*.py") for module, _, _ in imports_of(path)}
+        imported = {part_of(module) for module in modules if module.startswith("qlora_cli.")}
+        assert others <= imported, name
 
 
 def part_of(module: str) -> str:
