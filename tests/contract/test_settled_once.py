@@ -21,23 +21,23 @@ FILE = found("run.json")
 
 # Who settles, and how often: each command once, and what is asked again whenever a machine says that it must be less.
 SETTLES = {
-    "cli/inspect_data.py": 1,  # the positions of the model, whose weights are not looked for
-    "loading/settled.py": 3,  # what loads a model: how it is loaded says how many positions it has; and a merge's base
+    "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not looked for
+    "loading/model_outline.py": 3,  # what loads a model: how it is loaded says how many positions it has; and a merge's base
     "memory/estimator.py": 2,  # a prediction, for which no file is looked for: the same two steps
-    "training/plan.py": 1,  # a smaller micro-batch, when memory ran out
+    "training/run_plan.py": 1,  # a smaller micro-batch, when memory ran out
 }
 # Who asks about another load, run or look at the data that is like this one but for a value.
 VARIES = {
     "data/showing/inspection.py": 1,  # the rows themselves are looked at, not packed ones
-    "data/rows/meaning.py": 1,  # the flags that a hint names are tried before they are named
+    "data/rows/refused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # a look goes on where training would be refused
-    "memory/fitting.py": 1,  # what would fit instead
-    "memory/solve.py": 1,  # the largest that fits
-    "memory/twin.py": 1,  # values that the adapter begins with do not matter
-    "merging/texts.py": 1,  # a few rows to compare on
+    "memory/suggestions.py": 1,  # what would fit instead
+    "memory/solver.py": 1,  # the largest that fits
+    "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
+    "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
-    "quantization/fit.py": 1,  # what would fit instead
-    "training/outline.py": 1,  # values that the adapter begins with do not matter
+    "quantization/memory_check.py": 1,  # what would fit instead
+    "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
 }
 
 

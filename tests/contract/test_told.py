@@ -22,13 +22,13 @@ CLIPBOARD, TURNED = "\x1b]52;c;ZXZpbA==\x07", "\u202egpj.exe"
 # Who writes by itself, with the reason.
 WRITERS = {
     "cli/app.py": "its own version",
-    "cli/chat.py": "the mark of a prompt",
+    "cli/commands/chat.py": "the mark of a prompt",
     "cli/console.py": "the one console",
     "cli/failures.py": "JSON, in which nothing is but ASCII",
-    "cli/output.py": "JSON, in which nothing is but ASCII",
-    "cli/progress_plain.py": "lines that were told",
-    "cli/render_answers.py": "answers: harmless on a terminal, as they are in a pipe",
-    "cli/told.py": "the one place for lines on stderr",
+    "cli/json_output.py": "JSON, in which nothing is but ASCII",
+    "cli/progress/plain_lines.py": "lines that were told",
+    "cli/rendering/answer_text.py": "answers: harmless on a terminal, as they are in a pipe",
+    "cli/stderr.py": "the one place for lines on stderr",
 }
 
 
