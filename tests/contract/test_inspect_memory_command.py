@@ -1,6 +1,5 @@
 """`qlora inspect-memory` as scripts and eyes see it: what is asked, what is refused, exit codes, one JSON object."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -371,16 +370,6 @@ def test_where_no_picture_can_be_written_is_told_first(
     assert "is a directory" in refused("base", "--plot", tmp_path / "folder.png")
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "can't be written to" in refused("base", "--plot", tmp_path / "memory.png")
-    assert core.requests == []
-
-
-def test_a_picture_without_matplotlib_says_what_to_install(
-    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    shown = refused("base", "--plot", tmp_path / "memory.png")
-    assert "matplotlib, which is not installed\n  hint: Run: pip install 'qlora-cli[plot]'" in shown
     assert core.requests == []
 
 

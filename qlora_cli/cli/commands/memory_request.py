@@ -1,6 +1,5 @@
 """What `qlora inspect-memory` is asked, as a request: GPUs found and sweeps read. Every problem is told at once."""
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from qlora_cli.cli import options
 from qlora_cli.cli.commands.sweep_values import read_sweeps
 from qlora_cli.errors import (
     HardwareError,
-    MissingDependencyError,
     OutputDirectoryError,
     Problem,
     QloraError,
@@ -86,10 +84,6 @@ def check_plot(path: Path) -> QloraError | None:
         return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         return OutputDirectoryError(f"{path}: {folder} can't be written to", hint="Choose another directory.")
-    if importlib.util.find_spec("matplotlib") is None:
-        return MissingDependencyError(
-            "a picture is drawn with matplotlib, which is not installed", hint="Run: pip install 'qlora-cli[plot]'"
-        )
     return None
 
 

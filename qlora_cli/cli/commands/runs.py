@@ -64,7 +64,7 @@ def show(
     """Show one run in detail, and write it as a web page with --html."""
     _check_directory(run, _nearest_run(run))
     from qlora_cli.cli.rendering.run_text import render_run
-    from qlora_cli.data.showing.page_file import check_place
+    from qlora_cli.data.showing.page_file import check_page
     from qlora_cli.runs.detail import detail_of
     from qlora_cli.runs.find_runs import is_run, read_run
 
@@ -73,7 +73,7 @@ def show(
             f"{run} is no run directory: it holds neither {RUN_FILE} nor {METRICS_FILE}",
             hint=f"List the runs in it: qlora runs {run}",
         )
-    if html is not None and (problem := check_place(html)):
+    if html is not None and (problem := check_page(html)):
         raise SettingsError([Problem(where="--html", message=problem.message, hint=problem.hint)])
     found = read_run(run)
     if html is not None:

@@ -1,27 +1,15 @@
-"""Whether a page can be written where it is to be, told before anything is read."""
+"""Whether a page can be written where the user wants it, checked before anything is read."""
 
-import importlib.util
 import os
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_cli.errors import MissingDependencyError, OutputDirectoryError, QloraError
+from qlora_cli.errors import OutputDirectoryError, QloraError
 
 PAGE_SUFFIXES = (".html", ".htm")
 
 
 def check_page(path: Path) -> QloraError | None:
-    """Return why no page of a data set can be written to `path`."""
-    wrong = check_place(path)
-    if wrong is None and importlib.util.find_spec("matplotlib") is None:
-        return MissingDependencyError(
-            "a page draws the lengths with matplotlib, which is not installed",
-            hint="Run: pip install 'qlora-cli[plot]'",
-        )
-    return wrong
-
-
-def check_place(path: Path) -> QloraError | None:
     """Return why no page can be written to `path`."""
     try:
         return _wrong_place(path)

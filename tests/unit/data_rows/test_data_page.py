@@ -481,11 +481,10 @@ def test_a_place_that_can_be_no_page_is_told_before(tmp_path: Path, monkeypatch:
     assert "can't be written to" in str(check_page(tmp_path / "page.html"))
 
 
-def test_matplotlib_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    problem = check_page(tmp_path / "page.html")
-    assert problem is not None
-    assert problem.hint == "Run: pip install 'qlora-cli[plot]'"
+def test_what_draws_the_page_is_a_dependency_of_every_installation() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert any(re.match(r"matplotlib\b", requirement) for requirement in project["dependencies"])
+    assert "plot" in project["optional-dependencies"]  # asked for by those who installed it before
 
 
 def test_the_template_is_part_of_the_package() -> None:

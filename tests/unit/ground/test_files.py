@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.data.finding.sources import check_dataset_name
-from qlora_cli.data.showing.page_file import check_place
+from qlora_cli.data.showing.page_file import check_page
 from qlora_cli.errors import QloraError
 from qlora_cli.files import check_output_directory, existing_path
 from qlora_cli.runs.directory import check_free_directory
@@ -88,7 +88,7 @@ def test_a_checkpoint_by_a_path_that_can_be_none_is_not_there(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
 def test_a_page_by_a_path_that_can_be_none_is_refused(name: str) -> None:
-    assert re.search("File name too long|NUL", str(check_place(Path(name))))
+    assert re.search("File name too long|NUL", str(check_page(Path(name))))
 
 
 def test_names_as_long_as_they_may_be_are_not_refused(tmp_path: Path) -> None:
