@@ -32,12 +32,12 @@ DEMO_SETTINGS = {
 }
 
 
-def demo_settings(output: Path) -> Resolved[TrainSettings]:
-    """Return the settings of the demonstration, written to `output`."""
+def demo_settings(output: Path, assets: Path = ASSETS) -> Resolved[TrainSettings]:
+    """Return the settings of the demonstration, on the base and the rows in `assets`, written to `output`."""
     values = {
-        "model.name": str(ASSETS / "base"),
-        "data.dataset": str(ASSETS / "train.jsonl"),
-        "data.eval_dataset": str(ASSETS / "held_out.jsonl"),
+        "model.name": str(assets / "base"),
+        "data.dataset": str(assets / "train.jsonl"),
+        "data.eval_dataset": str(assets / "held_out.jsonl"),
         "output.directory": str(output),
         "output.resume": "never",
         **DEMO_SETTINGS,

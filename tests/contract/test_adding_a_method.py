@@ -28,8 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora_cli.quantization.entries import Entry
-from qlora_cli.quantization.methods.method import Allocation, Method, Part, StoredWeight
+from qlora_cli.quantization.entries import WeightEntry
+from qlora_cli.quantization.methods.method import Allocation, Method, WeightPart, StoredWeight
 
 STEPS = 256
 
@@ -89,7 +89,7 @@ class Fixed(Method):
 
     def entry(self, name, kind, shape, dtype, settings):
         count = shape.numel()
-        return Entry(name=name, kind=kind, why_not=None, num_parameters=count, weight_bytes=count, constant_bytes=0,
+        return WeightEntry(name=name, kind=kind, why_not=None, num_parameters=count, weight_bytes=count, constant_bytes=0,
                      dtype="int8")
 
     def stored(self, module, name, parameter):
@@ -105,8 +105,8 @@ class Fixed(Method):
         model.config.quantization_config = FixedConfig(kept)
 
     def allocations(self, entry, settings, dtype, num_pieces):
-        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=Part.WEIGHT, is_kept=False)
-        yield Allocation(num_bytes=entry.weight_bytes, part=Part.CODES)
+        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=WeightPart.WEIGHT, is_kept=False)
+        yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.CODES)
 
     def round_trip(self, weight, settings):
         return codes_of(weight).to(weight.dtype) / STEPS
