@@ -56,7 +56,7 @@ def fuzz(name: str, seed: int, seconds: float, most_rounds: int | None) -> int:
 def _in_own_process(name: str, seed: int, seconds: float, most_rounds: int | None) -> int:
     command = [sys.executable, __file__, "--here", "--seed", str(seed), "--minutes", str(seconds / 60), name]
     command += [] if most_rounds is None else ["--rounds", str(most_rounds)]
-    code = subprocess.run(command, check=False).returncode  # noqa: S603 - ourselves
+    code = subprocess.run(command, check=False).returncode
     if code not in (0, 1):
         print(f"\n{name}: the process ended with {code}, in the round named last", flush=True)
     return int(code != 0)

@@ -89,8 +89,10 @@ class Fixed(Method):
 
     def entry(self, name, kind, shape, dtype, settings):
         count = shape.numel()
-        return WeightEntry(name=name, kind=kind, why_not=None, num_parameters=count, weight_bytes=count, constant_bytes=0,
-                     dtype="int8")
+        return WeightEntry(
+            name=name, kind=kind, why_not=None, dtype="int8",
+            num_parameters=count, weight_bytes=count, constant_bytes=0,
+        )
 
     def stored(self, module, name, parameter):
         if not isinstance(module, FixedLinear) or name != "weight":

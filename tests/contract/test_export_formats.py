@@ -59,7 +59,7 @@ class StepsFormat(Format):
 # Three files of the copy: where the format is written, named, and in the table.
 EDITS = {
     "settings/choices.py": {'    HF = "hf"\n': '    STEPS = "steps"\n'},
-    "merging/exports/table.py": {
+    "merging/exports/all_formats.py": {
         "from qlora_cli.merging.exports.ollama": "from qlora_cli.merging.exports.steps import StepsFormat\n",
         "        Nf4Format,\n": "        StepsFormat,\n",
     },
@@ -165,7 +165,7 @@ ELSEWHERE = {
     "settings/choices.py": 3,
     "settings/sections/merge.py": 3,
     # Whether llama.cpp is here, before torch is imported.
-    "merging/preflight.py": 1,
+    "merging/merge_checks.py": 1,
     # Weights that are GGUF already, which nothing here reads.
     "model_files/source.py": 2,
     "quantization/prequantized.py": 1,

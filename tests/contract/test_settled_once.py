@@ -22,7 +22,7 @@ FILE = found("run.json")
 # Who settles, and how often: each command once, and what is asked again whenever a machine says that it must be less.
 SETTLES = {
     "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not looked for
-    "loading/model_outline.py": 3,  # what loads a model: how it is loaded says how many positions it has; and a merge's base
+    "loading/model_outline.py": 3,  # what loads a model, whose load says its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, for which no file is looked for: the same two steps
     "training/run_plan.py": 1,  # a smaller micro-batch, when memory ran out
 }
