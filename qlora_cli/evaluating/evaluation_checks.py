@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_cli.data.finding.sources import NO_SPLITS, check_dataset_name, find_dataset
-from qlora_cli.data.opening.chosen import EVAL_SPLIT
+from qlora_cli.data.opening.train_and_eval import EVAL_SPLIT
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG

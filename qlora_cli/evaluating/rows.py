@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.data.finding.sources import check_dataset_name, find_dataset, first_local
 from qlora_cli.data.finding.split_names import TRAIN
-from qlora_cli.data.opening.chosen import EVAL_SPLIT, trained_sources
+from qlora_cli.data.opening.train_and_eval import EVAL_SPLIT, trained_sources
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.evaluating.evaluation_checks import names_rows

@@ -16,9 +16,9 @@ from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.data.feeding.stream import MOST_LOST, TokenStream
 from qlora_cli.data.feeding.token_table import Mask, Numbers, Table, first_of_each
 from qlora_cli.data.finding.sources import DatasetSource
-from qlora_cli.data.opening.chosen import eval_split, held_out_sources, notes_on, trained_sources
 from qlora_cli.data.opening.first_rows import Named, first_rows_errors
 from qlora_cli.data.opening.skipped import bad_row, read_skipped
+from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, notes_on, trained_sources
 from qlora_cli.data.rows.groups import NO_GROUP
 from qlora_cli.data.tokenizing.encode import HEAD_ROWS, TextTokenizer, is_tokenized, tokenize_source, try_rows
 from qlora_cli.errors import DataError

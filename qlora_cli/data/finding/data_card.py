@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from qlora_cli.data.finding.file_types import is_data, may_be_path, printable
 from qlora_cli.data.finding.globs import matches
-from qlora_cli.data.finding.kinds import is_data, may_be_path, printable
 from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.finding.data_card import CARD, choose_config, configs_of, files_of
+from qlora_cli.data.finding.file_types import is_data, kinds, may_be_path, printable
 from qlora_cli.data.finding.globs import directories_below
-from qlora_cli.data.finding.kinds import is_data, kinds, may_be_path, printable
 from qlora_cli.data.finding.split_names import TRAIN, WORDS, named, shard_of, split_of_prefix, splits_told, words_in
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError

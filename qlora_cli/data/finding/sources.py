@@ -13,8 +13,8 @@ from glob import has_magic
 from pathlib import Path
 
 from qlora_cli.data.finding.directories import Directory, look_into
+from qlora_cli.data.finding.file_types import checked, is_data, kinds, printable, suffixes_of
 from qlora_cli.data.finding.globs import matches
-from qlora_cli.data.finding.kinds import checked, is_data, kinds, printable, suffixes_of
 from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.files import existing_path

@@ -7,8 +7,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from qlora_cli.data.finding.sources import DatasetSource
-from qlora_cli.data.opening.chosen import eval_split, held_out_sources, trained_sources
 from qlora_cli.data.opening.layouts import SAMPLED_ROWS, open_rows
+from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, trained_sources
 from qlora_cli.data.reading.raw import RawRow, Wanted
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.data.rows.column_formats import RowLayout

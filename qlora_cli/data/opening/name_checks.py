@@ -5,8 +5,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 from qlora_cli.data.finding.sources import NO_SPLITS, DatasetSource, check_dataset_name
-from qlora_cli.data.opening.chosen import eval_split, held_out_sources, trained_and_held_out, trained_sources
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
+from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, trained_and_held_out, trained_sources
 from qlora_cli.errors import Problem, QloraError
 from qlora_cli.settings.models import DataSettings, LoadSettings, field_of
 from qlora_cli.settings.resolve import Resolved

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.finding.sources import DatasetSource, called_alike
-from qlora_cli.data.reading.columns import BatchReader, rows_of_batches
+from qlora_cli.data.reading.columnar import BatchReader, rows_of_batches
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted
 from qlora_cli.data.reading.sampling import choose, too_few

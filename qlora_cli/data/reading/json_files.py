@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_cli.data.finding.kinds import printable, suffixes_of
+from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG, check_blank_lines
 from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text

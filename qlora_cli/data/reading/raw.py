@@ -12,7 +12,7 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from qlora_cli.data.finding.kinds import printable, suffixes_of
+from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.limits import ALWAYS_EXPANDED, MOST_EXPANSION
 from qlora_cli.errors import DataError, MissingDependencyError
 from qlora_cli.units import format_bytes

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_cli.data.finding.kinds import suffixes_of
+from qlora_cli.data.finding.file_types import suffixes_of
 from qlora_cli.data.finding.sources import DatasetSource
-from qlora_cli.data.reading.columns import count_arrow, count_parquet, read_arrow, read_parquet
+from qlora_cli.data.reading.columnar import count_arrow, count_parquet, read_arrow, read_parquet
 from qlora_cli.data.reading.hub_rows import read_hub
 from qlora_cli.data.reading.hub_rows import resolve_hub as resolve_hub
 from qlora_cli.data.reading.json_files import count_json, count_json_lines, read_json, read_json_lines

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_cli.data.finding.kinds import suffixes_of
+from qlora_cli.data.finding.file_types import suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW
 from qlora_cli.data.reading.raw import open_text
 

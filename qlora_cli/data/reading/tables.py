@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_cli.data.finding.kinds import printable, suffixes_of
+from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_blank_lines, check_columns
 from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
 from qlora_cli.data.reading.separators import reader_of, said_separator, separator_of

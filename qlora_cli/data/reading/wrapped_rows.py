@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_cli.data.finding.kinds import suffixes_of
+from qlora_cli.data.finding.file_types import suffixes_of
 from qlora_cli.data.finding.split_names import TRAIN, words_in
 from qlora_cli.data.limits import listed
 from qlora_cli.data.reading.raw import RawRow

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora_cli.data import limits
-from qlora_cli.data.reading.columns import count_arrow, count_parquet, read_arrow, read_parquet
+from qlora_cli.data.reading.columnar import count_arrow, count_parquet, read_arrow, read_parquet
 from qlora_cli.errors import DataError
 
 ROWS = "has more than 10 rows for each of its bytes, and 100,000"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.data.finding.sources import find_dataset
-from qlora_cli.data.opening.chosen import notes_on
+from qlora_cli.data.opening.train_and_eval import notes_on
 from qlora_cli.data.reading.separators import SAMPLE_BYTES, separator_of
 from qlora_cli.errors import DataError
 from tests.support.reading import problems_of, read, values_of, write

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.data.finding.sources import check_dataset_name, find_dataset, find_split
 from qlora_cli.data.finding.split_names import NO_WORD, WORDS, words_in
-from qlora_cli.data.opening.chosen import held_out_sources, notes_on, trained_and_held_out, trained_sources
+from qlora_cli.data.opening.train_and_eval import held_out_sources, notes_on, trained_and_held_out, trained_sources
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 

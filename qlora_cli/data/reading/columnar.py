@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_cli.bounded import DeadlyError, try_apart
-from qlora_cli.data.finding.kinds import printable
+from qlora_cli.data.finding.file_types import printable
 from qlora_cli.data.limits import Allowance
 from qlora_cli.data.reading.arrow_messages import FILE_MARK, check_messages
 from qlora_cli.data.reading.parquet_groups import num_values, rows_at_once

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qlora_cli.data.finding.directories import Directory, of_files
-from qlora_cli.data.finding.kinds import printable, suffixes_of
+from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.finding.sources import DatasetSource, find_dataset, find_split
 from qlora_cli.data.finding.split_names import TEST, shard_of, splits_told
 from qlora_cli.data.limits import listed
