@@ -1,4 +1,4 @@
-"""How much one row or file may be, so that a damaged or hostile one ends in a message, not in a machine at its end."""
+"""Limits on the size of rows and files: a damaged or hostile file causes an error, not an exhausted machine."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -6,41 +6,44 @@ from typing import Any
 from qlora_cli.errors import DataError
 from qlora_cli.units import MIB, format_bytes
 
-# Of a line, a field, or a value in a list: some sixteen million tokens, far beyond what any model takes.
-LONGEST_ROW = 64 * MIB
-# Of a row: what is known of columns is asked and said by name, for each of them.
-MOST_COLUMNS = 1000
-# Lists and objects in each other: tool schemas have about ten; what walks through values calls itself as often.
-DEEPEST = 100
-# Text is compressed to a fifth or a tenth, rarely to a fiftieth; what gains more than this is made to fill a machine.
-MOST_EXPANSION = 200
-ALWAYS_EXPANDED = 256 * MIB  # bytes that an archive may have inside, however small it is
-# Of a text: rows are written with some between them, and a file of nothing else is read for minutes.
-MOST_BLANK_LINES, MOST_BLANK_FOR_EACH_ROW = 1_000_000, 10
-# Of a file of columns, for each of its bytes: a row of text is tens of bytes, rarely a tenth of one if all are alike.
-MOST_ROWS_PER_BYTE, ALWAYS_ROWS = 10, 100_000
-MOST_VALUES_PER_BYTE, ALWAYS_VALUES = 200, 2**24  # the padding of tokens takes almost nothing
-MOST_BAD_ROWS_LISTED = 10_000
+# Of a line, a field, or a value in a list: about sixteen million tokens, far beyond any model's context.
+MAX_ROW_BYTES = 64 * MIB
+# Of a row: columns are looked up and reported one by one, by name.
+MAX_COLUMNS = 1000
+# Lists and objects in each other: tool schemas have about ten levels; functions that walk values recurse as deep.
+MAX_NESTING = 100
+# Text compresses to a fifth or a tenth, rarely to a fiftieth; a higher ratio points to a decompression bomb.
+MAX_EXPANSION = 200
+ALWAYS_ALLOWED_BYTES = 256 * MIB  # that an archive may expand to, however small it is
+# Of a text file: some tools write blank lines between rows, but a file of nothing else takes minutes to read.
+MAX_BLANK_LINES, MAX_BLANK_LINES_PER_ROW = 1_000_000, 10
+# Of a columnar file: a row of text takes tens of bytes, but a tenth of a byte if all rows are alike.
+MAX_ROWS_PER_BYTE, ALWAYS_ALLOWED_ROWS = 10, 100_000
+MAX_VALUES_PER_BYTE, ALWAYS_ALLOWED_VALUES = 200, 2**24  # the padding of tokens takes almost nothing
+MAX_BAD_ROWS_LISTED = 10_000
 
-TOO_LONG = f"longer than {format_bytes(LONGEST_ROW)}"
-TOO_DEEP = f"nested too deeply to be read (more than {DEEPEST} lists and objects in each other)"
-SHOWN_NAMES, SHOWN_CHARACTERS = 20, 60
+TOO_LONG = f"longer than {format_bytes(MAX_ROW_BYTES)}"
+TOO_DEEP = f"nested too deeply to be read (more than {MAX_NESTING} lists and objects in each other)"
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 20, 60
 
 
-class Allowance:
-    """What the file `name` of `num_bytes` may be made into; in columns, nulls and equal values take no room."""
+class DecodingBudget:
+    """The rows, values and bytes that a file may still be decoded into.
+
+    They are limited by the size of the file, because nulls and repeated values take almost no space in its columns.
+    """
 
     def __init__(self, name: str, num_bytes: int) -> None:
         self._name = name
-        self._rows = max(ALWAYS_ROWS, MOST_ROWS_PER_BYTE * num_bytes)
-        self._values = max(ALWAYS_VALUES, MOST_VALUES_PER_BYTE * num_bytes)
-        self._bytes = max(ALWAYS_EXPANDED, MOST_EXPANSION * num_bytes)
+        self._rows = max(ALWAYS_ALLOWED_ROWS, MAX_ROWS_PER_BYTE * num_bytes)
+        self._values = max(ALWAYS_ALLOWED_VALUES, MAX_VALUES_PER_BYTE * num_bytes)
+        self._bytes = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * num_bytes)
 
-    def take(self, *, num_rows: int = 0, num_values: int = 0, num_bytes: int = 0) -> None:
-        """Take from what is left.
+    def charge(self, *, num_rows: int = 0, num_values: int = 0, num_bytes: int = 0) -> None:
+        """Subtract from the budget.
 
         Raises:
-            DataError: there is less left.
+            DataError: the budget does not suffice.
         """
         self.check(num_rows=num_rows, num_values=num_values, num_bytes=num_bytes)
         self._rows -= num_rows
@@ -48,80 +51,86 @@ class Allowance:
         self._bytes -= num_bytes
 
     def check(self, *, num_rows: int = 0, num_values: int = 0, num_bytes: int = 0) -> None:
-        """Check that as much is left.
+        """Check that the budget suffices, without using it up.
 
         Raises:
-            DataError: there is less left.
+            DataError: it does not.
         """
         if num_rows > self._rows:
-            raise self._error(f"has more than {MOST_ROWS_PER_BYTE} rows for each of its bytes, and {ALWAYS_ROWS:,}")
+            raise self._error(
+                f"has more than {MAX_ROWS_PER_BYTE} rows for each of its bytes, and {ALWAYS_ALLOWED_ROWS:,}"
+            )
         if num_values > self._values:
             raise self._error(
-                f"has more than {MOST_VALUES_PER_BYTE} values for each of its bytes, and {ALWAYS_VALUES:,}"
+                f"has more than {MAX_VALUES_PER_BYTE} values for each of its bytes, and {ALWAYS_ALLOWED_VALUES:,}"
             )
         if num_bytes > self._bytes:
             raise self._error(
-                f"expands to more than {MOST_EXPANSION} times its size, and {format_bytes(ALWAYS_EXPANDED)}"
+                f"expands to more than {MAX_EXPANSION} times its size, and {format_bytes(ALWAYS_ALLOWED_BYTES)}"
             )
 
-    def _error(self, what: str) -> DataError:
+    def _error(self, problem: str) -> DataError:
         return DataError(
-            f"{self._name} {what}",
-            hint="Is it text to train on? If it is, write the file anew as JSON lines.",
+            f"{self._name} {problem}",
+            hint="If it is text to train on, rewrite the file as JSON lines.",
         )
 
 
 def check_columns(columns: Collection[str], name: str) -> None:
-    """Check that the data set or file `name` does not have too many columns.
+    """Check the number of columns of the data set or file `name`.
 
     Raises:
-        DataError: it has.
+        DataError: there are more than `MAX_COLUMNS`.
     """
-    if len(columns) > MOST_COLUMNS:
+    if len(columns) > MAX_COLUMNS:
         raise DataError(
-            f"{name} has {len(columns):,} columns, more than {MOST_COLUMNS:,}",
-            hint="Write a file with those alone that hold text to train on.",
+            f"{name} has {len(columns):,} columns, more than {MAX_COLUMNS:,}",
+            hint="Write a file with only the columns to train on.",
         )
 
 
 def check_blank_lines(num_blank: int, num_rows: int, name: str) -> None:
-    """Check that there are not too many blank lines for the rows that were read of the file `name` so far.
+    """Check the number of blank lines in the file `name` against the rows read so far.
 
     Raises:
-        DataError: there are.
+        DataError: there are too many blank lines.
     """
-    if num_blank > MOST_BLANK_LINES + MOST_BLANK_FOR_EACH_ROW * num_rows:
+    if num_blank > MAX_BLANK_LINES + MAX_BLANK_LINES_PER_ROW * num_rows:
         raise DataError(
             f"{name} has {num_blank:,} blank lines and {num_rows:,} rows so far: more blank lines than "
-            f"{MOST_BLANK_LINES:,}, and {MOST_BLANK_FOR_EACH_ROW} for each row",
-            hint="Is it a text to train on? If it is, take them out with: grep -v '^[[:space:]]*$'",
+            f"{MAX_BLANK_LINES:,}, and {MAX_BLANK_LINES_PER_ROW} for each row",
+            hint="If it is text to train on, remove them with: grep -v '^[[:space:]]*$'",
         )
 
 
 def nests_too_deeply(value: Any) -> bool:
-    """Whether lists and objects in `value` nest deeper than `DEEPEST` levels."""
-    level = _nested([value])
-    for _ in range(DEEPEST):
+    """Return whether lists and objects in `value` nest deeper than `MAX_NESTING` levels."""
+    level = _containers([value])
+    for _ in range(MAX_NESTING):
         if not level:
             return False
-        level = _nested(part for each in level for part in (each.values() if isinstance(each, dict) else each))
+        level = _containers(
+            value
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
+        )
     return bool(level)
 
 
-def _nested(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
+def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
     return [value for value in values if isinstance(value, dict | list)]
 
 
 def text_nests_too_deeply(value: Any, num_brackets: int) -> bool:
-    """Whether `value` nests too deeply, which was read of a text with `num_brackets` opening brackets."""
-    return num_brackets > DEEPEST and nests_too_deeply(value)
+    """Return whether `value`, parsed from text with `num_brackets` opening brackets, nests too deeply."""
+    return num_brackets > MAX_NESTING and nests_too_deeply(value)
 
 
 def listed(names: Collection[str]) -> str:
-    """Return names for a message, the first of many, each cut to what fits on a line."""
+    """Return names for a message: the first of them, each truncated to fit on a line."""
     shown = [
-        name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"
-        for name, _ in zip(names, range(SHOWN_NAMES), strict=False)
+        name if len(name) <= MAX_SHOWN_CHARACTERS else f"{name[:MAX_SHOWN_CHARACTERS]}…"
+        for name, _ in zip(names, range(MAX_SHOWN_NAMES), strict=False)
     ]
-    more = f", and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    more = f", and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
     return ", ".join(shown) + more

@@ -28,7 +28,7 @@ from qlora_cli.settings.value_sources import (
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
 DEFAULT = Origin(kind="default", where="default")
-MOST_CHARACTERS = 300  # of a value that a message shows
+MAX_SHOWN_CHARACTERS = 300  # of a value that a message shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
 
 
 def _explain(detail: ErrorDetails, path: str, entry: SettingEntry) -> Problem:

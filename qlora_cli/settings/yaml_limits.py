@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import yaml
 
 MOST_BYTES = 256 * 1024  # a file with every setting is a tenth of it; to read one takes seconds
-DEEPEST = 20  # lists and mappings in each other; settings have four
+MAX_NESTING = 20  # lists and mappings in each other; settings have four
 LONGEST_NUMBER = 256  # characters: what is written so, also in base 16 or 60, is no more than a float can be
 NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_:.+-]*")  # also what YAML reads as a text for all that
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -48,8 +48,8 @@ def _refused(text: str) -> Refused | None:
             message = f"a number of more than {LONGEST_NUMBER} characters"
             return Refused(line=line, message=message, hint="If it is a text, put it in quotes.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            message = f"nested too deeply (more than {DEEPEST} lists and mappings in each other)"
+        if depth > MAX_NESTING:
+            message = f"nested too deeply (more than {MAX_NESTING} lists and mappings in each other)"
             return Refused(line=line, message=message, hint="No setting is nested so.")
     return None
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, describe_mixture
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.stream import BECAME
-from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
+from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.showing.preview import preview_rows
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.environment import package_versions
@@ -58,7 +58,7 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
 
 
 def _listed(num_rows: int) -> str:
-    return "listed" if num_rows <= MOST_BAD_ROWS_LISTED else f"the first {MOST_BAD_ROWS_LISTED:,} of a data set listed"
+    return "listed" if num_rows <= MAX_BAD_ROWS_LISTED else f"the first {MAX_BAD_ROWS_LISTED:,} of a data set listed"
 
 
 def note_stream(data: PreparedData, reporter: Reporter) -> None:

@@ -128,7 +128,7 @@ def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: P
         (("--format", "alpacca"), "Did you mean alpaca?"),
         (("--columns", "prompt=question"), "no column 'question'"),
         (("--eval-split", "5"), "can't be held out"),
-        (("--eval-split", "validation"), "nothing tells of splits in it"),
+        (("--eval-split", "validation"), "it has no splits"),
         (("--dataset", "nothing.jsonl"), "no data set at nothing.jsonl"),
         (("--rows", "-1"), "must be greater than or equal to 0"),
     ],
@@ -192,20 +192,20 @@ def test_of_a_directory_each_split_goes_where_it_was_asked_for(file: Path, token
     found = as_json(folder, tokenizer_only, "--eval-split", "validation", "--accept-lost")
     assert (found["rows"], found["evaluation"]["rows"]) == (2, 2)
     assert found["notes"][0] == (
-        f"{folder}: reading train (rows.jsonl) and validation (rows.jsonl); left aside: test (rows.jsonl)"
+        f"{folder}: reading train (rows.jsonl) and validation (rows.jsonl); not read: test (rows.jsonl)"
     )
     found = as_json(folder, tokenizer_only, "--set", "data.split=test")
     assert (found["rows"], found["evaluation"]) == (1, None)
     whole = inspect(folder, tokenizer_only, "--eval-split", "train")
     assert whole.exit_code == 2
-    assert "is the split that is trained" in whole.stderr.replace("\n", " ")
+    assert "is the split that is trained on" in whole.stderr.replace("\n", " ")
 
 
 def test_held_out_rows_that_are_all_that_is_trained_are_named_as_that(file: Path, tokenizer_only: Path) -> None:
     copy = shutil.copy(file, file.with_name("copy.jsonl"))
     same, equal = (inspect(file, tokenizer_only, "--eval-dataset", str(path)) for path in (file, copy))
     assert (same.exit_code, equal.exit_code) == (2, 2)
-    assert "names what is trained too: all rows of" in same.stderr.replace("\n", " ")
+    assert "names data that is trained on too: all rows of" in same.stderr.replace("\n", " ")
     assert "4 held out   hint: Hold other rows out" in equal.stderr.replace("\n", " ")
 
 

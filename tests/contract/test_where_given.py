@@ -101,7 +101,7 @@ CASES = [
     wrong(LOAD, "quantization.compute_dtype", "bf16", "has no effect with", quantization__method="none"),
     wrong(TRAIN, "data.dataset", "no.jsonl", "no.jsonl"),
     wrong(TRAIN, "data.eval_dataset", "no.jsonl", "no.jsonl"),
-    wrong(TRAIN, "data.eval_split", "validation", "nothing tells of splits in it"),
+    wrong(TRAIN, "data.eval_split", "validation", "it has no splits"),
     wrong(TRAIN, "data.eval_split", "1000000", "can't be held out"),
     wrong(TRAIN, "data.eval_group", "user", "has no column 'user'", data__eval_split="50%"),
     wrong(TRAIN, "data.mixing", "all_exhausted", "has no effect on a single data set"),

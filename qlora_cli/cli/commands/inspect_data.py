@@ -29,7 +29,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
     wrong = Collected(resolved.where_of)
-    wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk))
+    wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk))
     wrong.raise_found()
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the settings are right

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from qlora_cli.data.feeding.token_table import Numbers
-from qlora_cli.data.finding.sources import MOST_WEIGHT, DatasetSource
+from qlora_cli.data.finding.sources import MAX_WEIGHT, DatasetSource
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import Mixing
 
@@ -48,10 +48,10 @@ def _by_probability(sources: Sequence[DatasetSource], num_rows: Sequence[int], m
     total = min(exhausted) if mixing == Mixing.FIRST_EXHAUSTED else max(exhausted)
     weights = [total * source.weight / number for source, number in zip(sources, num_rows, strict=True)]
     most = max(range(len(sources)), key=weights.__getitem__)
-    if weights[most] > MOST_WEIGHT:
+    if weights[most] > MAX_WEIGHT:
         raise DataError(
             f"each row of {sources[most].name} would be fed {float(weights[most]):,.0f} times until all data sets are "
-            f"exhausted, more than {MOST_WEIGHT:,}",
+            f"exhausted, more than {MAX_WEIGHT:,}",
             hint="Use --mixing first_exhausted, or give it a smaller weight.",
             setting="data.mixing",
         )

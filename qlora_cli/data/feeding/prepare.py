@@ -16,9 +16,9 @@ from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.data.feeding.stream import MOST_LOST, TokenStream
 from qlora_cli.data.feeding.token_table import Mask, Numbers, Table, first_of_each
 from qlora_cli.data.finding.sources import DatasetSource
-from qlora_cli.data.opening.first_rows import Named, first_rows_errors
-from qlora_cli.data.opening.skipped import bad_row, read_skipped
-from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, notes_on, trained_sources
+from qlora_cli.data.opening.first_rows import ConfiguredDataset, first_rows_errors
+from qlora_cli.data.opening.skipped import bad_row_error, read_skipped_rows
+from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, source_notes, trained_sources
 from qlora_cli.data.rows.groups import NO_GROUP
 from qlora_cli.data.tokenizing.encode import HEAD_ROWS, TextTokenizer, is_tokenized, tokenize_source, try_rows
 from qlora_cli.errors import DataError
@@ -102,7 +102,7 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
         )
     elif settings.packing:
         train = _packed(train, settings.max_length)
-    train = replace(train, notes=(*notes_on(sources, held_out_sources(settings)), *train.notes))
+    train = replace(train, notes=(*source_notes(sources, held_out_sources(settings)), *train.notes))
     return TrainingData(train=train, evaluation=evaluation)
 
 
@@ -116,7 +116,7 @@ def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
     """Return why `settings` do not allow to train on `data`, if they do not."""
     report, found = data.report, []
     if report.bad_rows and settings.on_bad_row == OnBadRow.ERROR:
-        found.append(bad_row(*read_skipped(data.skipped, 1)))
+        found.append(bad_row_error(*read_skipped_rows(data.skipped, 1)))
     num_long = report.truncated_rows + report.dropped_rows
     longest = f"the longest row has {int(data.table.length.max()):,} tokens"
     if num_long and settings.on_long == OnLong.ERROR:
@@ -197,13 +197,14 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
         SettingsError: several can't.
     """
 
-    def is_to_be_read(named: Named) -> bool:
-        head = HEAD_ROWS if settings.streaming and named.is_trained else None
-        return named.source.is_local or not is_tokenized(named.source, named.split, settings, text, seed, head=head)
+    def is_to_be_read(dataset: ConfiguredDataset) -> bool:
+        head = HEAD_ROWS if settings.streaming and dataset.is_trained else None
+        is_done = is_tokenized(dataset.source, dataset.split, settings, text, seed, head=head)
+        return dataset.source.is_local or not is_done
 
     wrong = Collected()
     look = partial(try_rows, settings=settings, text=text)
-    wrong.extend(first_rows_errors(settings, seed, chosen=is_to_be_read, look=look))
+    wrong.extend(first_rows_errors(settings, seed, include=is_to_be_read, check_rows=look))
     wrong.raise_found()
 
 
@@ -211,12 +212,12 @@ def _held_out_rows(rows: _PreparedRows, settings: DataSettings, text: TextTokeni
     """Return what becomes of the rows that are held out: a part of `rows`, or data sets of their own."""
     unit = rows.table.unit
     candidates = unit[rows.usable]
-    wanted = _num_wanted(settings, len(candidates))
-    if wanted is None:
+    num_requested = _num_wanted(settings, len(candidates))
+    if num_requested is None:
         return _PreparedRows.of(_read_held_out(settings, text, seed), settings)
-    if wanted >= len(candidates):
+    if num_requested >= len(candidates):
         raise _not_held_out(settings, f"there are {len(candidates):,} that can be used")
-    chosen = candidates[hold_out(candidates, wanted, seed)]
+    chosen = candidates[hold_out(candidates, num_requested, seed)]
     if len(chosen) == 0:
         group = settings.eval_group
         raise _not_held_out(settings, "they are all equal" if group is None else f"they are all of one {group!r}")
@@ -233,12 +234,12 @@ def _notes_on_part(rows: _PreparedRows, part: _PreparedRows, settings: DataSetti
     """Return what is to be said of a part of the rows that is held out; `rows` is the other one."""
     together = "that are equal" if settings.eval_group is None else f"of one {settings.eval_group!r}"
     num_held = int((part.usable & ~part.held_out).sum())
-    wanted = _num_wanted(settings, int(rows.usable.sum()))
+    num_requested = _num_wanted(settings, int(rows.usable.sum()))
     notes = []
-    if wanted is not None and abs(num_held - wanted) > wanted / 2:
+    if num_requested is not None and abs(num_held - num_requested) > num_requested / 2:
         notes.append(
-            f"{counted(num_held, 'row')} held out, where {settings.eval_split} would be {wanted:,}: rows {together} "
-            "are kept together"
+            f"{counted(num_held, 'row')} held out, where {settings.eval_split} would be {num_requested:,}: "
+            f"rows {together} are kept together"
         )
     if num_equal := int((rows.usable & rows.held_out & part.held_out).sum()):
         other = f"with another {settings.eval_group!r}"
@@ -360,7 +361,7 @@ def _fingerprint(table: Table, kept: Numbers, fed: Numbers) -> str:
 
 def _nothing_left(rows: _PreparedRows, report: DataReport, settings: DataSettings) -> DataError:
     if len(rows.table) == 0:
-        (first,) = read_skipped(rows.table.skipped, 1)
+        (first,) = read_skipped_rows(rows.table.skipped, 1)
         return DataError(
             f"no row of {report.name} can be used; the first of {counted(report.bad_rows, 'row')}: {first}",
             hint=first.hint or "Correct it, or say with --format and --columns how rows are to be read.",

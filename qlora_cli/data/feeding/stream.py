@@ -20,10 +20,10 @@ from datasets import Features, IterableDataset, List, Value
 from qlora_cli.data.feeding.held_out import HeldOutChoice
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.finding.sources import DatasetSource
-from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
+from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.opening.layouts import open_rows
-from qlora_cli.data.opening.skipped import SkippedRow, bad_row
-from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error
+from qlora_cli.data.reading.raw import Selection
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.data.rows.digests import digest_row
 from qlora_cli.data.rows.examples import RowError
@@ -185,8 +185,10 @@ class _StreamPart:
 
     def _pass(self, *, is_first: bool) -> Iterator[Tokens]:
         source, settings = self._source, self._settings
-        wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
-        with closing(read_rows(source, split=settings.split, seed=self._seed, streaming=True, wanted=wanted)) as raw:
+        selection = Selection(columns=partial(columns_to_read, settings=settings, name=source.name))
+        with closing(
+            read_rows(source, split=settings.split, seed=self._seed, streaming=True, selection=selection)
+        ) as raw:
             layout, rows = open_rows(source.name, raw, settings)
             encoder = Encoder(layout, settings, self._text)
             self._first_pass = self._first_pass or encoder
@@ -194,15 +196,15 @@ class _StreamPart:
                 for row in batch:
                     self.counts["read"] += 1
                     if isinstance(row.tokens, RowError):
-                        self._skip(SkippedRow.of(row.raw, row.tokens), is_first=is_first)
+                        self._skip(SkippedRow.from_row(row.raw, row.tokens), is_first=is_first)
                     elif (kept := self._kept(row, row.tokens)) is not None:
                         yield kept
 
     def _skip(self, row: SkippedRow, *, is_first: bool) -> None:
         if self._settings.on_bad_row == OnBadRow.ERROR:
-            raise bad_row(row)
+            raise bad_row_error(row)
         self.counts["bad"] += 1
-        if is_first and self._skipped_file is not None and self.counts["bad"] <= MOST_BAD_ROWS_LISTED:
+        if is_first and self._skipped_file is not None and self.counts["bad"] <= MAX_BAD_ROWS_LISTED:
             append_line(self._skipped_file, json.dumps(asdict(row)))
 
     def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:

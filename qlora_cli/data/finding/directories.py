@@ -1,7 +1,7 @@
-"""What a directory holds: files of rows, by split where something says which is of which.
+"""Scan a directory for data files, grouped by split where splits can be identified.
 
-What libraries write is known by what they write beside it: `save_to_disk`, the cache of `datasets`, the card of a data
-set of the hub. Otherwise the names of files and folders tell. A test split is never read unless it is asked for.
+Metadata files identify the splits that libraries write: by `save_to_disk`, in the cache of `datasets`, or with a card
+as on the hub. Otherwise the names of files and folders do. A test split is never read unless it is requested.
 """
 
 import json
@@ -11,40 +11,48 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.finding.data_card import CARD, choose_config, configs_of, files_of
-from qlora_cli.data.finding.file_types import is_data, kinds, may_be_path, printable
+from qlora_cli.data.finding.data_card import CARD, read_card_configs, select_config, split_files
+from qlora_cli.data.finding.file_types import is_data_file, may_be_path, printable, supported_suffixes
 from qlora_cli.data.finding.globs import directories_below
-from qlora_cli.data.finding.split_names import TRAIN, WORDS, named, shard_of, split_of_prefix, splits_told, words_in
+from qlora_cli.data.finding.split_names import (
+    SPLIT_WORDS,
+    TRAIN,
+    matching_splits,
+    shard_of,
+    split_of_shard,
+    splits_in_name,
+    splits_in_path,
+)
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
 from qlora_cli.files import open_regular
 
-DATASET_DICT, SAVED_STATE, BUILDER_INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-MOST_METADATA_BYTES = 16 * 1024**2
-MOST_NAMED, MOST_DIRECTORIES = 5, 1000  # that are looked into for data
-DATA_FOLDER, ABOUT_OTHERS, HALF_WRITTEN = "data", "metadata", ".incomplete"
+DATASET_DICT, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"
+MAX_METADATA_BYTES = 16 * 1024**2
+MAX_SHOWN_FOLDERS, MAX_SEARCHED_DIRECTORIES = 5, 1000
+DATA_FOLDER, METADATA_STEM, INCOMPLETE_SUFFIX = "data", "metadata", ".incomplete"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The files of a split, sorted; none where it is named, but not here."""
+    """The files of a split, sorted; none if the split is declared, but its files are missing."""
 
     name: str
     files: tuple[Path, ...]
 
     def describe(self) -> str:
-        """Return its name, and its file or how many: `test (dev.jsonl)`."""
-        return f"{self.name} ({of_files(self.files)})"
+        """Return the name of the split with its file or their number: `test (dev.jsonl)`."""
+        return f"{self.name} ({describe_files(self.files)})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Directory:
-    """What a directory holds.
+class DataDirectory:
+    """The data files of a directory.
 
     Attributes:
-        path: Where it is.
-        splits: Its splits, by name; none if nothing tells of any.
-        files: All of its files of rows, where there are no splits.
+        path: The directory.
+        splits: Its splits; none if nothing identifies any.
+        files: All of its data files, if it has no splits.
         unclear: Files whose names tell of several splits.
         others: Files that are about others, or of no split where others are.
         configs: Other configs of it than the one that these are of, which nobody named.
@@ -53,206 +61,229 @@ class Directory:
     path: Path
     splits: tuple[Split, ...] = ()
     files: tuple[Path, ...] = ()
-    unclear: tuple[Path, ...] = ()
-    others: tuple[Path, ...] = ()
-    configs: tuple[str, ...] = ()
+    ambiguous: tuple[Path, ...] = ()
+    unassigned: tuple[Path, ...] = ()
+    other_configs: tuple[str, ...] = ()
 
     @property
     def has_splits(self) -> bool:
-        """Whether anything tells of splits."""
-        return bool(self.splits or self.unclear)
+        """Whether any splits are identified."""
+        return bool(self.splits or self.ambiguous)
 
-    def split(self, asked: str, name: str) -> Split:
-        """Return the split that is asked for of a directory that has any; `name` is what the user calls it.
+    def split(self, requested: str, name: str) -> Split:
+        """Return the requested split of a directory that has splits; `name` is the data set's name, for messages.
 
         Raises:
-            DataError: it is not there, or several or files of several splits may be meant.
+            DataError: the split is not there, or the request is ambiguous.
         """
-        for path in self.unclear:
-            if words_in(asked) & splits_told(path.relative_to(self.path)):
+        for path in self.ambiguous:
+            if splits_in_name(requested) & splits_in_path(path.relative_to(self.path)):
                 raise DataError(
-                    f"{name}: {printable(path)} may be of {asked} or of another split: its name tells of both",
+                    f"{name}: {printable(path)} may be of {requested} or of another split: its name matches both",
                     hint="Rename it, or name the files to read.",
                 )
-        found = [split for split in self.splits if split.name in named((each.name for each in self.splits), asked)]
-        if len(found) != 1:
-            raise self._not_one(asked, found, name)
-        if not found[0].files:
+        matching = [
+            split
+            for split in self.splits
+            if split.name in matching_splits((each.name for each in self.splits), requested)
+        ]
+        if len(matching) != 1:
+            raise self._no_single_split(requested, matching, name)
+        if not matching[0].files:
             raise DataError(
-                f"{name}: no file of its split {found[0].name} is there, which is named; it holds {self._held()}",
+                f"{name}: no file of its split {matching[0].name} is there, although it is declared; "
+                f"it holds {self._describe_splits()}",
                 hint="Download it again.",
             )
-        return found[0]
+        return matching[0]
 
-    def _not_one(self, asked: str, found: Sequence[Split], name: str) -> DataError:
-        which = (
-            f"{' and '.join(split.name for split in found)} for the split {asked}" if found else f"no split {asked}"
+    def _no_single_split(self, requested: str, matching: Sequence[Split], name: str) -> DataError:
+        problem = (
+            f"{' and '.join(split.name for split in matching)} for the split {requested}"
+            if matching
+            else f"no split {requested}"
         )
-        # What is held out is proposed from what is not trained.
-        others = sorted(self.splits, key=lambda split: asked != TRAIN and split.name == TRAIN)
-        first = next(iter([*found, *others]), None)
+        # Suggest another split than train for evaluation.
+        remaining = sorted(self.splits, key=lambda split: requested != TRAIN and split.name == TRAIN)
+        first = next(iter([*matching, *remaining]), None)
         hint = "Name the files to read." if first is None else f"Name one of them: {name}::{first.name}"
-        return DataError(f"{name} has {which}; it holds {self._held()}", hint=hint)
+        return DataError(f"{name} has {problem}; it holds {self._describe_splits()}", hint=hint)
 
-    def _held(self) -> str:
-        return listed([split.describe() for split in self.splits if split.files]) or "files of unclear splits"
+    def _describe_splits(self) -> str:
+        return listed([split.describe() for split in self.splits if split.files]) or "files of ambiguous splits"
 
 
-def of_files(files: Sequence[Path]) -> str:
-    """Return the name of a file, or how many there are."""
+def describe_files(files: Sequence[Path]) -> str:
+    """Return the name of a single file, or the number of files."""
     return printable(Path(files[0].name)) if len(files) == 1 else f"{len(files):,} files"
 
 
-def look_into(path: Path, config: str | None = None, name: str | None = None) -> Directory:
-    """Return what the directory at `path` holds, or its `config`; `name` is what the user calls it.
+def scan_directory(path: Path, config: str | None = None, name: str | None = None) -> DataDirectory:
+    """Return the data files of the directory at `path`, or of its `config`; `name` is its name, for messages.
 
     Raises:
-        DataError: it can't be read, holds no data, has no such config, or several of which none was named.
+        DataError: it can't be read, contains no data, or lacks the config; or it has several, and none was requested.
     """
     name = name or printable(path)
-    shown = _shown(path)
-    if configs := configs_of(path):
-        chosen = choose_config(configs, config, name)
-        others = () if config else tuple(each.name for each in configs if each != chosen)
-        if chosen.patterns:
-            return Directory(path=path, splits=_splits(files_of(chosen)), configs=others)
-        if chosen.folder != path:
-            return replace(look_into(chosen.folder, name=name), configs=others)
+    entries = _visible_entries(path)
+    if configs := read_card_configs(path):
+        selected = select_config(configs, config, name)
+        other_configs = () if config else tuple(entry.name for entry in configs if entry != selected)
+        if selected.patterns:
+            return DataDirectory(path=path, splits=_splits(split_files(selected)), other_configs=other_configs)
+        if selected.folder != path:
+            return replace(scan_directory(selected.folder, name=name), other_configs=other_configs)
     elif config:
         raise DataError(f"{name} has no config {config}: no {CARD} in it names any", hint=f"Leave :{config} out.")
-    return _saved(path) or _cached(path, shown) or _by_names(path, shown) or _of_folders(path, shown)
+    return (
+        _from_save_to_disk(path)
+        or _from_datasets_cache(path, entries)
+        or _from_names(path, entries)
+        or _from_subfolder(path, entries)
+    )
 
 
 def _splits(files: Mapping[str, Iterable[Path]]) -> tuple[Split, ...]:
-    """Return splits: train, validation and test, then others by their names."""
-    order = sorted(files, key=lambda name: (list(WORDS).index(name) if name in WORDS else len(WORDS), name))
+    """Return splits in order: train, validation and test, then others by name."""
+    order = sorted(
+        files, key=lambda name: (list(SPLIT_WORDS).index(name) if name in SPLIT_WORDS else len(SPLIT_WORDS), name)
+    )
     return tuple(Split(name=name, files=tuple(sorted(files[name]))) for name in order)
 
 
-def _saved(path: Path) -> Directory | None:
-    """Return what `save_to_disk` wrote, if it wrote the directory: a data set, or a folder for each split."""
-    if names := _names(_metadata(path / DATASET_DICT).get("splits")):
-        return Directory(path=path, splits=_splits({name: _saved_files(path / name) for name in names}))
-    files = _saved_files(path)
-    return Directory(path=path, files=files) if files else None
+def _from_save_to_disk(path: Path) -> DataDirectory | None:
+    """Return the files of a directory that `save_to_disk` wrote, of a data set or of a folder per split."""
+    if names := _last_parts(_read_json_object(path / DATASET_DICT).get("splits")):
+        return DataDirectory(path=path, splits=_splits({name: _files_of_save_to_disk(path / name) for name in names}))
+    files = _files_of_save_to_disk(path)
+    return DataDirectory(path=path, files=files) if files else None
 
 
-def _saved_files(path: Path) -> tuple[Path, ...]:
-    """Return the files of one data set that `save_to_disk` wrote; none if it wrote none there."""
-    found = _metadata(path / SAVED_STATE).get("_data_files")
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+def _files_of_save_to_disk(path: Path) -> tuple[Path, ...]:
+    """Return the files of one data set that `save_to_disk` wrote; none if it did not write the directory."""
+    data_files = _read_json_object(path / STATE_FILE).get("_data_files")
+    if not isinstance(data_files, list) or not all(isinstance(entry, dict) for entry in data_files):
         return ()
-    return tuple(path / name for name in _names([each.get("filename") for each in found]))
+    return tuple(path / name for name in _last_parts([entry.get("filename") for entry in data_files]))
 
 
-def _names(values: object) -> list[str]:
-    """Return the last parts of paths, each the name of something in a directory; none at all if one is none."""
+def _last_parts(values: object) -> list[str]:
+    """Return the file names of paths; an empty list if one of them is not a valid name."""
     if not isinstance(values, list):
         return []
     names = [Path(value).name if may_be_path(value) else "" for value in values]
     return names if all(name not in ("", "..") for name in names) else []
 
 
-def _cached(path: Path, entries: Iterable[Path]) -> Directory | None:
-    """Return what is in a directory of the cache of `datasets`: NAME-SPLIT.arrow, or shards of it."""
-    splits = _metadata(path / BUILDER_INFO).get("splits")
+def _from_datasets_cache(path: Path, entries: Iterable[Path]) -> DataDirectory | None:
+    """Return the files in a cache directory of `datasets`: NAME-SPLIT.arrow, or shards of it."""
+    splits = _read_json_object(path / INFO_FILE).get("splits")
     if not isinstance(splits, dict):
         return None
-    files = {str(split): [entry for entry in entries if is_data(entry) and _is_of(entry, split)] for split in splits}
-    return Directory(path=path, splits=_splits(files)) if any(files.values()) else None
+    files = {
+        str(split): [entry for entry in entries if is_data_file(entry) and _belongs_to(entry, split)]
+        for split in splits
+    }
+    return DataDirectory(path=path, splits=_splits(files)) if any(files.values()) else None
 
 
-def _is_of(path: Path, split: str) -> bool:
+def _belongs_to(path: Path, split: str) -> bool:
     shard = shard_of(path.name)
     return (shard.prefix if shard else path.name.partition(".")[0]).endswith(f"-{split}")
 
 
-def _metadata(path: Path) -> Mapping[str, Any]:
-    """Return the object in a file of JSON that libraries write; nothing if there is none, or it is something else."""
+def _read_json_object(path: Path) -> Mapping[str, Any]:
+    """Return the object in a JSON metadata file; empty if the file is missing or holds something else."""
     try:
         with open_regular(path) as file:
-            content = file.read(MOST_METADATA_BYTES + 1)
-        found = json.loads(content) if len(content) <= MOST_METADATA_BYTES else {}
-    except (OSError, ValueError, RecursionError):  # a file of the user's that is only called so
+            content = file.read(MAX_METADATA_BYTES + 1)
+        value = json.loads(content) if len(content) <= MAX_METADATA_BYTES else {}
+    except (OSError, ValueError, RecursionError):  # a file of the user's that only has this name
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _by_names(path: Path, entries: Sequence[Path]) -> Directory | None:
-    """Return the files in a directory, and in folders that are called as splits, by what their names tell."""
-    files = [entry for entry in entries if is_data(entry)]
-    folders = [entry for entry in entries if words_in(entry.name) and entry.is_dir()]
+def _from_names(path: Path, entries: Sequence[Path]) -> DataDirectory | None:
+    """Return the files in a directory, and in its folders that are named after splits, by split."""
+    files = [entry for entry in entries if is_data_file(entry)]
+    folders = [entry for entry in entries if splits_in_name(entry.name) and entry.is_dir()]
     data = path / DATA_FOLDER
-    if not folders and data in entries and not any(words_in(file.name) for file in files):
-        inside = _by_names(data, _shown(data))
-        if inside and (inside.has_splits or not files):
-            return replace(inside, others=(*files, *inside.others))
-    in_folders = [file for folder in folders for below in directories_below(folder) for file in _data_in(below)]
+    if not folders and data in entries and not any(splits_in_name(file.name) for file in files):
+        nested = _from_names(data, _visible_entries(data))
+        if nested and (nested.has_splits or not files):
+            return replace(nested, unassigned=(*files, *nested.unassigned))
+    in_folders = [
+        file for folder in folders for directory in directories_below(folder) for file in _data_files_in(directory)
+    ]
     files = sorted({*files, *in_folders})
-    return _sorted(path, files) if files else None
+    return _group_by_split(path, files) if files else None
 
 
-def _shown(path: Path) -> list[Path]:
+def _visible_entries(path: Path) -> list[Path]:
     try:
         return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}", hint="Check its permissions.") from error
 
 
-def _data_in(path: Path) -> list[Path]:
-    return [entry for entry in _shown(path) if is_data(entry)]
+def _data_files_in(path: Path) -> list[Path]:
+    return [entry for entry in _visible_entries(path) if is_data_file(entry)]
 
 
-def _sorted(path: Path, files: Sequence[Path]) -> Directory:
-    others = [file for file in files if file.name.partition(".")[0] == ABOUT_OTHERS]
-    if len(others) == len(files):
-        others = []
-    told = {file: splits_told(file.relative_to(path)) for file in files if file not in others}
-    if not any(told.values()):
-        return Directory(path=path, files=tuple(told), others=tuple(others))
+def _group_by_split(path: Path, files: Sequence[Path]) -> DataDirectory:
+    unassigned = [file for file in files if file.name.partition(".")[0] == METADATA_STEM]
+    if len(unassigned) == len(files):
+        unassigned = []
+    splits_of_file = {file: splits_in_path(file.relative_to(path)) for file in files if file not in unassigned}
+    if not any(splits_of_file.values()):
+        return DataDirectory(path=path, files=tuple(splits_of_file), unassigned=tuple(unassigned))
     splits: dict[str, list[Path]] = {}
-    rest = []
-    for file, names in told.items():
-        prefix = split_of_prefix(file.relative_to(path))
+    without_split = []
+    for file, names in splits_of_file.items():
+        prefix = split_of_shard(file.relative_to(path))
         if len(names) == 1 or (not names and prefix):
             splits.setdefault(next(iter(names), prefix or ""), []).append(file)
         elif not names:
-            rest.append(file)
-    if not named(splits, TRAIN) and rest:
-        splits[TRAIN], rest = rest, []
-    unclear = tuple(file for file, names in told.items() if len(names) > 1)
-    return Directory(path=path, splits=_splits(splits), unclear=unclear, others=tuple(others + rest))
-
-
-def _of_folders(path: Path, entries: Sequence[Path]) -> Directory:
-    """Return what is in the only folder with data, if that has splits: the cache of `datasets` has some in each other.
-
-    Raises:
-        DataError: it has none, or there is no such folder, or several.
-    """
-    folders = [entry for entry in entries if entry.is_dir() and _holds_data(entry)]
-    if len(folders) == 1 and (found := look_into(folders[0])).has_splits:
-        return found
-    named = [each for folder in folders for each in _nearest(folder)]
-    first = ", ".join(map(printable, named[:MOST_NAMED]))
-    more = f", and {len(named) - MOST_NAMED:,} more" if len(named) > MOST_NAMED else ""
-    raise DataError(
-        f"{path} holds no data: no {kinds()} file",
-        hint=f"Folders below do; give one: {first}{more}" if named else "Check the path.",
+            without_split.append(file)
+    if not matching_splits(splits, TRAIN) and without_split:
+        splits[TRAIN], without_split = without_split, []
+    ambiguous = tuple(file for file, names in splits_of_file.items() if len(names) > 1)
+    return DataDirectory(
+        path=path, splits=_splits(splits), ambiguous=ambiguous, unassigned=tuple(unassigned + without_split)
     )
 
 
-def _holds_data(path: Path) -> bool:
-    """Whether a directory that was not left half-written, or one below it, holds data."""
-    return path.suffix != HALF_WRITTEN and any(map(_data_in, islice(directories_below(path), MOST_DIRECTORIES)))
+def _from_subfolder(path: Path, entries: Sequence[Path]) -> DataDirectory:
+    """Return the only subfolder with data, if it has splits; the cache of `datasets` nests such folders.
+
+    Raises:
+        DataError: it has no splits, or there is no such folder, or several.
+    """
+    folders = [entry for entry in entries if entry.is_dir() and _has_data(entry)]
+    if len(folders) == 1 and (directory := scan_directory(folders[0])).has_splits:
+        return directory
+    candidates = [candidate for folder in folders for candidate in _data_directories(folder)]
+    first = ", ".join(map(printable, candidates[:MAX_SHOWN_FOLDERS]))
+    more = f", and {len(candidates) - MAX_SHOWN_FOLDERS:,} more" if len(candidates) > MAX_SHOWN_FOLDERS else ""
+    raise DataError(
+        f"{path} holds no data: no {supported_suffixes()} file",
+        hint=f"Its subfolders do; give one: {first}{more}" if candidates else "Check the path.",
+    )
 
 
-def _nearest(path: Path) -> Iterator[Path]:
-    """Yield the directory itself if it can be read, or those below that can."""
-    entries = _shown(path)
-    if _saved(path) or _cached(path, entries) or _by_names(path, entries):
+def _has_data(path: Path) -> bool:
+    """Return whether a directory, or one below it, contains data and is not an incomplete download."""
+    return path.suffix != INCOMPLETE_SUFFIX and any(
+        map(_data_files_in, islice(directories_below(path), MAX_SEARCHED_DIRECTORIES))
+    )
+
+
+def _data_directories(path: Path) -> Iterator[Path]:
+    """Yield the directory itself if it can be read as a data set, or else those below it that can."""
+    entries = _visible_entries(path)
+    if _from_save_to_disk(path) or _from_datasets_cache(path, entries) or _from_names(path, entries):
         yield path
         return
     for folder in entries:
-        if folder.is_dir() and _holds_data(folder):
-            yield from _nearest(folder)
+        if folder.is_dir() and _has_data(folder):
+            yield from _data_directories(folder)

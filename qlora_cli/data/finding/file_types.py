@@ -1,4 +1,4 @@
-"""Which files hold rows: by their names, and by what shows in their first bytes that they do not."""
+"""Recognise data files by their names, and reject files whose first bytes show that they hold no rows."""
 
 import os
 import re
@@ -10,39 +10,39 @@ from qlora_cli.files import open_regular
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-READ_FROM_ANY_PLACE = (".parquet", ".arrow")
-# What libraries write about data into its directory.
+NEEDS_SEEKING = (".parquet", ".arrow")
+# Metadata that libraries write into the directory of the data.
 METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"))
-# What `map` of `datasets` leaves where it read: a result and no data. With a name of the user's own only beside these.
+# Cached results of `Dataset.map`. A file named by the user counts as one only next to the metadata of `datasets`.
 MAP_CACHE = re.compile(r"cache-[0-9a-f]{16}(_[0-9]{5}_of_[0-9]{5})?\.arrow")
-NAMED_CACHE, BESIDE_CACHES = re.compile(r"cache-.*\.arrow"), ("state.json", "dataset_info.json")
-LONGEST_PATH, LONGEST_PART = 4000, 255  # bytes, of which Linux takes a few more behind a directory's own path
-POINTER, LONGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+NAMED_CACHE, CACHE_METADATA = re.compile(r"cache-.*\.arrow"), ("state.json", "dataset_info.json")
+MAX_PATH_BYTES, MAX_NAME_BYTES = 4000, 255  # Linux allows a few more bytes, but the directory's own path comes first
+POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
-def kinds() -> str:
-    """Return the suffixes of files that are read, for a message."""
+def supported_suffixes() -> str:
+    """Return the suffixes of supported files, for a message."""
     return ", ".join(SUFFIXES)
 
 
 def printable(path: Path) -> str:
-    """Return `path` as text that can be written anywhere: bytes in it that are no UTF-8 become `\ufffd`."""
+    """Return `path` as valid Unicode: bytes in it that are not UTF-8 become `\ufffd`."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def may_be_path(text: object) -> TypeGuard[str]:
-    """Whether a value in a file of others can be the name of a file, or a path to one: a text that systems take."""
+    """Return whether an untrusted value is text that the system accepts as a path."""
     if not isinstance(text, str) or "\0" in text:
         return False
     try:
         encoded = os.fsencode(text)
-    except UnicodeEncodeError:  # half a character
+    except UnicodeEncodeError:  # a lone surrogate
         return False
-    return len(encoded) <= LONGEST_PATH and all(len(part) <= LONGEST_PART for part in encoded.split(b"/"))
+    return len(encoded) <= MAX_PATH_BYTES and all(len(part) <= MAX_NAME_BYTES for part in encoded.split(b"/"))
 
 
 def suffixes_of(path: Path) -> tuple[str, str | None] | None:
-    """Return the kind of a file and its compression, as `(".jsonl", ".gz")`; None if it is of no kind that is read."""
+    """Return the type and compression of a file, such as `(".jsonl", ".gz")`; None if its type is not supported."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in SUFFIXES:
         return suffixes[-1], None
@@ -51,39 +51,41 @@ def suffixes_of(path: Path) -> tuple[str, str | None] | None:
     return None
 
 
-def is_data(path: Path) -> bool:
-    """Whether `path`, which nobody named, is a file of rows."""
+def is_data_file(path: Path) -> bool:
+    """Return whether `path`, which was found in a directory and not named by the user, is a data file."""
     is_cache = MAP_CACHE.fullmatch(path.name) or (
-        NAMED_CACHE.fullmatch(path.name) and any((path.parent / name).is_file() for name in BESIDE_CACHES)
+        NAMED_CACHE.fullmatch(path.name) and any((path.parent / name).is_file() for name in CACHE_METADATA)
     )
     return path.name not in METADATA and not is_cache and suffixes_of(path) is not None and path.is_file()
 
 
-def checked(path: Path) -> Path:
-    """Return `path` if it can hold rows.
+def checked_file(path: Path) -> Path:
+    """Return `path` if it may contain rows.
 
     Raises:
-        DataError: it is of a kind that is not read, or not when compressed; or empty, gone, or a pointer of Git LFS.
+        DataError: its type is not supported, or not when compressed; or it is empty, missing, or a Git LFS pointer.
     """
-    if (found := suffixes_of(path)) is None:
-        raise DataError(f"{printable(path)} is of a kind that is not read", hint=f"Use a {kinds()} file.")
-    suffix, compression = found
-    if suffix in READ_FROM_ANY_PLACE and compression:
+    if (suffixes := suffixes_of(path)) is None:
         raise DataError(
-            f"{printable(path)}: a {suffix} file that is compressed as a whole is not read",
-            hint=f"Take the {compression} off it first.",
+            f"{printable(path)} is of a file type that is not supported", hint=f"Use a {supported_suffixes()} file."
+        )
+    suffix, compression = suffixes
+    if suffix in NEEDS_SEEKING and compression:
+        raise DataError(
+            f"{printable(path)}: a {suffix} file can't be read when it is compressed as a whole",
+            hint=f"Decompress it first, so that its name ends in {suffix} instead of {compression}.",
         )
     try:
         num_bytes = path.stat().st_size
         with open_regular(path) as file:
-            is_pointer = num_bytes <= LONGEST_POINTER and file.read(len(POINTER)) == POINTER
+            is_pointer = num_bytes <= MAX_POINTER_BYTES and file.read(len(POINTER)) == POINTER
     except OSError as error:
         raise DataError(f"{printable(path)} can't be read: {error.strerror}", hint="Is it still there?") from error
     if num_bytes == 0:
         raise DataError(f"{printable(path)} is empty", hint="Give a file with at least one row.")
     if is_pointer:
         raise DataError(
-            f"{printable(path)} is no data: it is a pointer of Git LFS to the file, which was not downloaded",
+            f"{printable(path)} is a Git LFS pointer to the data, which was not downloaded",
             hint="In its repository run: git lfs install && git lfs pull",
         )
     return path

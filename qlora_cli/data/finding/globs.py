@@ -1,4 +1,4 @@
-"""Find files by a pattern. Every directory is gone into once, however many links lead to it."""
+"""Expand glob patterns. Every directory is visited once, however many links lead to it."""
 
 import os
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from pathlib import Path
 ANY_DEPTH = "**"
 
 
-def matches(pattern: str) -> list[Path]:
-    """Return everything that `pattern` finds, sorted; nothing if it is no glob."""
+def expand_glob(pattern: str) -> list[Path]:
+    """Return all paths that match `pattern`, sorted; an empty list if it has no wildcard."""
     if not has_magic(pattern):
         return []
     try:
-        found = _expand(str(Path(pattern).expanduser()))
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a home directory of nobody
+        paths = _expand(str(Path(pattern).expanduser()))
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, an unknown user's home directory
         return []
-    return sorted(set(map(Path, found)))
+    return sorted(set(map(Path, paths)))
 
 
 def directories_below(top: str | Path) -> Iterator[Path]:
-    """Yield `top` and the directories below that are not hidden, each once; one itself comes before links to it."""
+    """Yield `top` and all directories below it but hidden ones, each once; a directory comes before links to it."""
     seen = set()
     for directory, names, _ in os.walk(top, followlinks=True):
         stat = Path(directory).stat()
@@ -35,13 +35,13 @@ def directories_below(top: str | Path) -> Iterator[Path]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Return what `pattern` finds; `**` goes into each directory below once, however many links lead to it."""
+    """Return the paths that match `pattern`; `**` visits each directory once, however many links lead to it."""
     parts = Path(pattern).parts
     if ANY_DEPTH not in parts:
-        # `Path.glob` takes no absolute pattern, and finds hidden files.
+        # `Path.glob` accepts no absolute pattern, and matches hidden files.
         return glob(pattern)  # noqa: PTH207
-    place = parts.index(ANY_DEPTH)
-    behind = [*dropwhile(lambda part: part == ANY_DEPTH, parts[place:])] or ["*"]
-    tops = glob(str(Path(*parts[:place]))) if place else ["."]  # noqa: PTH207
+    index = parts.index(ANY_DEPTH)
+    remaining = [*dropwhile(lambda part: part == ANY_DEPTH, parts[index:])] or ["*"]
+    tops = glob(str(Path(*parts[:index]))) if index else ["."]  # noqa: PTH207
     directories = [escape(str(directory)) for top in tops for directory in directories_below(top)]
-    return [found for directory in directories for found in _expand(str(Path(directory, *behind)))]
+    return [path for directory in directories for path in _expand(str(Path(directory, *remaining)))]

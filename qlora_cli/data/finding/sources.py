@@ -1,7 +1,7 @@
-"""Find a data set by its name: local files, or a hub id. Imports nothing heavy: names are checked before a run begins.
+"""Find a data set by its name: local files, or a hub id. Imports nothing heavy, because names are checked first.
 
-A name is `PATH[#ROWS][*WEIGHT]`, of a file or a glob, `PATH[:CONFIG[:SPLIT]][#ROWS][*WEIGHT]`, of a directory, or
-`[OWNER/]NAME[@REVISION][:CONFIG[:SPLIT]][#ROWS][*WEIGHT]`, of a data set on the hub.
+A name is `PATH[#ROWS][*WEIGHT]` for a file or a glob, `PATH[:CONFIG[:SPLIT]][#ROWS][*WEIGHT]` for a directory, or
+`[OWNER/]NAME[@REVISION][:CONFIG[:SPLIT]][#ROWS][*WEIGHT]` for a data set on the hub.
 """
 
 import re
@@ -12,16 +12,16 @@ from fractions import Fraction
 from glob import has_magic
 from pathlib import Path
 
-from qlora_cli.data.finding.directories import Directory, look_into
-from qlora_cli.data.finding.file_types import checked, is_data, kinds, printable, suffixes_of
-from qlora_cli.data.finding.globs import matches
+from qlora_cli.data.finding.directories import DataDirectory, scan_directory
+from qlora_cli.data.finding.file_types import checked_file, is_data_file, printable, suffixes_of, supported_suffixes
+from qlora_cli.data.finding.globs import expand_glob
 from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 from qlora_cli.files import existing_path
 
-MOST_WEIGHT = 1000
-LONGEST_HUB_ID = 96
-NO_SPLITS = "nothing tells of splits in it, as the names of files in a directory may"
+MAX_WEIGHT = 1000
+MAX_HUB_ID_LENGTH = 96
+NO_SPLITS = "it has no splits: no file or folder is named after one"
 CHECK_PATTERN = "Check the pattern; ** searches directories below, as in data/**/*.jsonl."
 
 SAMPLE = re.compile(r"(?s)(?P<base>.+)#(?P<value>[^#*/]*)")
@@ -32,24 +32,24 @@ HUB_NAME = re.compile(
     r"(?:@(?P<revision>[^:\s*?\[]+))?(?::(?P<config>[^:/]*)(?::(?P<split>.+))?)?",
     re.ASCII,
 )
-PART_OF_DIRECTORY = re.compile(r"(?s)(?P<base>.+?):(?P<config>[^:/]*)(?::(?P<split>[^:/]+))?")
+DIRECTORY_NAME = re.compile(r"(?s)(?P<base>.+?):(?P<config>[^:/]*)(?::(?P<split>[^:/]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSource:
-    """Either local `files`, sorted, or a `repository` of the hub.
+    """A data set: either local `files`, sorted, or a `repository` on the hub.
 
     Attributes:
-        name: As the user gave it, with everything behind it.
-        directory: What the directory holds that `files` are of, if they are of one.
-        split: Of the hub data set, if the name has one; of a directory, that of `files`, if it has any.
-        num_rows: The size of the sample that is drawn from the rows; all of them if None.
-        weight: How many times each row is taken.
+        name: As the user gave it, including config, split, sample and weight.
+        directory: The scanned directory that `files` come from, if the name is that of a directory.
+        split: The split in the name of a hub data set, or the split of a directory that `files` belong to.
+        num_rows: The size of the random sample to draw; None for all rows.
+        weight: How often each row is repeated.
     """
 
     name: str
     files: tuple[Path, ...] = ()
-    directory: Directory | None = None
+    directory: DataDirectory | None = None
     repository: str | None = None
     revision: str | None = None
     config: str | None = None
@@ -59,18 +59,18 @@ class DatasetSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether the rows lie on this disk."""
+        """Whether the data is on this disk."""
         return bool(self.files)
 
     @property
     def has_splits(self) -> bool:
-        """Whether it is of one split of several that may be named."""
+        """Whether the data set has splits that can be selected."""
         return not self.is_local or self.split is not None
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """One way to read a name: what is found by `base`, and what stood behind it."""
+class _ParsedName:
+    """One way to split a name into a path or repository, `base`, and the parts that follow it."""
 
     base: str
     sample: str | None = None
@@ -79,46 +79,46 @@ class _Reading:
     split: str | None = None
 
     @property
-    def takes_part(self) -> bool:
-        """Whether a config or a split stood there."""
+    def has_config(self) -> bool:
+        """Whether the name has a config, which may be empty, or a split."""
         return self.config is not None
 
 
 def find_dataset(name: str, split: str = TRAIN) -> DatasetSource:
-    """Return where the data set `name` is: of a directory with splits the one that it names, or else `split`.
+    """Return the source of the data set `name`; of a directory with splits, the one in the name, or else `split`.
 
     Raises:
         DatasetNotFoundError: no such file or directory, and it can't be a hub id.
-        DataError: a file of a kind that is not read, an empty one, a directory or a glob without any, a
-            sample or weight that is none, or a split or config that is not there.
+        DataError: a file is empty or of an unsupported type, a directory or glob has no data files, the sample or
+            weight is not a number in range, or the split or config does not exist.
     """
-    reading, found = _locate(name)
-    return _find_on_hub(name, reading) if found is None else _local(name, reading, found, reading.split or split)
+    parsed, location = _locate(name)
+    return _find_on_hub(name, parsed) if location is None else _local(name, parsed, location, parsed.split or split)
 
 
 def find_split(name: str, split: str) -> DatasetSource:
-    """Return all of the split `split` of the data set that `name` is of, whichever rows of it the name takes.
+    """Return the whole split `split` of the data set `name`, ignoring a sample or split in the name.
 
     Raises:
         DatasetNotFoundError: as `find_dataset`.
-        DataError: as `find_dataset`; or it has no splits.
+        DataError: as `find_dataset`; or the data set has no splits.
     """
-    reading, found = _locate(name)
-    reading = replace(reading, sample=None)
-    if found is None:
-        return replace(_find_on_hub(name, reading), split=split)
-    source = _local(name, reading, found, split)
+    parsed, location = _locate(name)
+    parsed = replace(parsed, sample=None)
+    if location is None:
+        return replace(_find_on_hub(name, parsed), split=split)
+    source = _local(name, parsed, location, split)
     if source.split is None:
         raise DataError(f"{name}: {NO_SPLITS}", hint="Hold out a share such as 5%, or name a file of its own.")
     return source
 
 
 def first_local(names: Iterable[str]) -> str | None:
-    """Return the first of the names of data sets that is of something on this disk; None if none is."""
+    """Return the first of the names that refers to data on this disk; None if none does."""
     for name in names:
-        reading, found = _locate(name)
+        parsed, location = _locate(name)
         try:
-            if found is not None and _contents(name, reading, found):
+            if location is not None and _resolve(name, parsed, location):
                 return name
         except QloraError:
             continue
@@ -126,7 +126,7 @@ def first_local(names: Iterable[str]) -> str | None:
 
 
 def check_dataset_name(name: str, split: str = TRAIN) -> QloraError | None:
-    """Return what is wrong with a data set's name, as far as this machine can tell at once."""
+    """Return the error in a data set's name, as far as it shows without asking the hub; None if there is none."""
     try:
         find_dataset(name, split)
     except QloraError as error:
@@ -134,69 +134,73 @@ def check_dataset_name(name: str, split: str = TRAIN) -> QloraError | None:
     return None
 
 
-def _readings(name: str) -> Iterator[_Reading]:
-    """Yield the ways to read `name`, that which takes most of it for a path first."""
-    yield _Reading(name)
+def _parses(name: str) -> Iterator[_ParsedName]:
+    """Yield the ways to split `name`, the one with the longest path first."""
+    yield _ParsedName(name)
     base, weight = name, None
-    if found := WEIGHT.fullmatch(name):
-        base, weight = found["base"], found["value"]
-        yield _Reading(base, weight=weight)
-    if found := SAMPLE.fullmatch(base):
-        yield _Reading(found["base"], found["value"], weight)
+    if match := WEIGHT.fullmatch(name):
+        base, weight = match["base"], match["value"]
+        yield _ParsedName(base, weight=weight)
+    if match := SAMPLE.fullmatch(base):
+        yield _ParsedName(match["base"], match["value"], weight)
 
 
-def _in_parts(readings: Iterable[_Reading]) -> Iterator[_Reading]:
-    """Yield the readings whose end may be a config and a split of a directory, with these taken off."""
-    for reading in readings:
-        if found := PART_OF_DIRECTORY.fullmatch(reading.base):
-            yield replace(reading, base=found["base"], config=found["config"], split=found["split"])
+def _with_config_and_split(parses: Iterable[_ParsedName]) -> Iterator[_ParsedName]:
+    """Yield the parses whose base may end in a config and a split of a directory, with these split off."""
+    for parsed in parses:
+        if match := DIRECTORY_NAME.fullmatch(parsed.base):
+            yield replace(parsed, base=match["base"], config=match["config"], split=match["split"])
 
 
-def _locate(name: str) -> tuple[_Reading, Path | list[Path] | None]:
-    """Return how to read `name`, and what is there: a path, what a glob finds, or None: only the hub may have it."""
-    readings = list(_readings(name))
-    for reading in [*readings, *_in_parts(reversed(readings))]:
-        if (path := existing_path(reading.base)) is not None:
-            return reading, path
-    for reading in readings:
-        if found := matches(reading.base):
-            return reading, found
-    return readings[-1], None
+def _locate(name: str) -> tuple[_ParsedName, Path | list[Path] | None]:
+    """Return the parsed `name`, and its path or the matches of its glob; None if only the hub may have it."""
+    parses = list(_parses(name))
+    for parsed in [*parses, *_with_config_and_split(reversed(parses))]:
+        if (path := existing_path(parsed.base)) is not None:
+            return parsed, path
+    for parsed in parses:
+        if paths := expand_glob(parsed.base):
+            return parsed, paths
+    return parses[-1], None
 
 
-def _local(name: str, reading: _Reading, found: Path | list[Path], split: str) -> DatasetSource:
-    holds = _contents(name, reading, found)
-    files, chosen = _files_of(holds, reading, split)
+def _local(name: str, parsed: _ParsedName, location: Path | list[Path], split: str) -> DatasetSource:
+    contents = _resolve(name, parsed, location)
+    files, used_split = _select_files(contents, parsed, split)
     return DatasetSource(
         name=name,
-        files=tuple(map(checked, files)),
-        directory=holds if isinstance(holds, Directory) else None,
-        split=chosen,
-        num_rows=_num_rows(name, reading.sample),
-        weight=_weight(name, reading.weight),
+        files=tuple(map(checked_file, files)),
+        directory=contents if isinstance(contents, DataDirectory) else None,
+        split=used_split,
+        num_rows=_num_rows(name, parsed.sample),
+        weight=_weight(name, parsed.weight),
     )
 
 
-def _files_of(holds: Directory | list[Path], reading: _Reading, split: str) -> tuple[Iterable[Path], str | None]:
-    """Return the files to read of what is there, and the split that they are, if it has any."""
-    if isinstance(holds, list):
-        return holds, None
-    if holds.has_splits:
-        chosen = holds.split(split, reading.base)
-        return chosen.files, chosen.name
-    if reading.split:
-        raise DataError(f"{reading.base} has no splits: no name in it tells of any", hint=f"Write {reading.base}")
-    return holds.files, None
+def _select_files(
+    contents: DataDirectory | list[Path], parsed: _ParsedName, split: str
+) -> tuple[Iterable[Path], str | None]:
+    """Return the files to read, and their split if the directory has splits."""
+    if isinstance(contents, list):
+        return contents, None
+    if contents.has_splits:
+        used = contents.split(split, parsed.base)
+        return used.files, used.name
+    if parsed.split:
+        raise DataError(
+            f"{parsed.base} has no splits: no file or folder in it is named after one", hint=f"Write {parsed.base}"
+        )
+    return contents.files, None
 
 
-def _contents(name: str, reading: _Reading, found: Path | list[Path]) -> Directory | list[Path]:
-    if isinstance(found, list):
-        return _find_among(found, reading.base)
-    if found.is_dir():
-        return look_into(found, reading.config or None, reading.base)
-    if reading.takes_part:
-        raise DataError(f"{name}: {reading.base} is one file, without splits", hint=f"Write {reading.base}")
-    return [_find_at(found)]
+def _resolve(name: str, parsed: _ParsedName, location: Path | list[Path]) -> DataDirectory | list[Path]:
+    if isinstance(location, list):
+        return _data_files_among(location, parsed.base)
+    if location.is_dir():
+        return scan_directory(location, parsed.config or None, parsed.base)
+    if parsed.has_config:
+        raise DataError(f"{name}: {parsed.base} is one file, without splits", hint=f"Write {parsed.base}")
+    return [_check_is_file(location)]
 
 
 def _num_rows(name: str, text: str | None) -> int | None:
@@ -204,7 +208,7 @@ def _num_rows(name: str, text: str | None) -> int | None:
         return None
     if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
         raise DataError(
-            f"{name}: '#{text}' is no number of rows", hint="For a sample of 500 rows write #500; there is no #0."
+            f"{name}: '#{text}' is not a number of rows", hint="For a sample of 500 rows write #500; there is no #0."
         )
     return int(text)
 
@@ -214,69 +218,72 @@ def _weight(name: str, text: str | None) -> Fraction:
         return Fraction(1)
     is_number = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text)
     weight = Fraction(text) if is_number else Fraction(0)
-    if not 0 < weight <= MOST_WEIGHT:
+    if not 0 < weight <= MAX_WEIGHT:
         raise DataError(
-            f"{name}: '*{text}' is no weight",
-            hint=f"Write *2 to take each row twice, *0.5 to take half of them; more than 0, at most {MOST_WEIGHT}.",
+            f"{name}: '*{text}' is not a weight",
+            hint=f"Write *2 to take each row twice, *0.5 to take half of them; more than 0, at most {MAX_WEIGHT}.",
         )
     return weight
 
 
-def _find_at(path: Path) -> Path:
-    """Return `path`, which exists, if it is a file."""
+def _check_is_file(path: Path) -> Path:
+    """Return `path`, which exists, if it is a regular file."""
     if not path.is_file():
-        raise DataError(f"{path} is neither a file nor a directory", hint=f"Use a {kinds()} file.")
+        raise DataError(f"{path} is neither a file nor a directory", hint=f"Use a {supported_suffixes()} file.")
     return path
 
 
-def _find_among(found: list[Path], pattern: str) -> list[Path]:
-    if files := [path for path in found if is_data(path)]:
+def _data_files_among(paths: list[Path], pattern: str) -> list[Path]:
+    if files := [path for path in paths if is_data_file(path)]:
         return files
     raise DataError(
-        f"{pattern} matches no data: {len(found)} found ({printable(found[0])} for one), but no {kinds()} file",
+        f"{pattern} matches no data: {len(paths)} matches ({printable(paths[0])} for one), "
+        f"but no {supported_suffixes()} file",
         hint=CHECK_PATTERN,
     )
 
 
-def _find_on_hub(name: str, reading: _Reading) -> DatasetSource:
-    found = HUB_NAME.fullmatch(reading.base)
-    if found is None or not _may_be_repository(found["repository"]):
-        raise _nothing_at(name, reading.base)
+def _find_on_hub(name: str, parsed: _ParsedName) -> DatasetSource:
+    match = HUB_NAME.fullmatch(parsed.base)
+    if match is None or not _may_be_repository(match["repository"]):
+        raise _not_found(name, parsed.base)
     return DatasetSource(
         name=name,
-        repository=found["repository"],
-        revision=found["revision"],
-        config=found["config"] or None,
-        split=found["split"],
-        num_rows=_num_rows(name, reading.sample),
-        weight=_weight(name, reading.weight),
+        repository=match["repository"],
+        revision=match["revision"],
+        config=match["config"] or None,
+        split=match["split"],
+        num_rows=_num_rows(name, parsed.sample),
+        weight=_weight(name, parsed.weight),
     )
 
 
 def _may_be_repository(repository: str) -> bool:
-    is_id = len(repository) <= LONGEST_HUB_ID and "--" not in repository and ".." not in repository
+    is_id = len(repository) <= MAX_HUB_ID_LENGTH and "--" not in repository and ".." not in repository
     return is_id and suffixes_of(Path(repository)) is None
 
 
-def _nothing_at(name: str, base: str) -> DatasetNotFoundError:
+def _not_found(name: str, base: str) -> DatasetNotFoundError:
     hint = "Check the path."
-    if turned := re.fullmatch(r"(?s)(.+)(\*[0-9.]+)(#[0-9]+)", name):
-        hint = f"The number of rows comes before the weight: {turned[1]}{turned[3]}{turned[2]}"
+    if swapped := re.fullmatch(r"(?s)(.+)(\*[0-9.]+)(#[0-9]+)", name):
+        hint = f"The number of rows comes before the weight: {swapped[1]}{swapped[3]}{swapped[2]}"
     elif has_magic(base):
         return DatasetNotFoundError(f"no file matches {base}", hint=CHECK_PATTERN)
-    elif near := called_alike(base):
-        hint = f"Did you mean {near}?"
+    elif similar := similar_local_name(base):
+        hint = f"Did you mean {similar}?"
     return DatasetNotFoundError(f"no data set at {name}: no such file", hint=hint)
 
 
-def called_alike(base: str) -> str | None:
-    """Return the file of rows or directory beside `base`, which is not there, that is called most like it."""
+def similar_local_name(base: str) -> str | None:
+    """Return the existing data file or directory whose name is most like that of `base`, which does not exist."""
     path = Path(base)
     try:
-        beside = [each.name for each in path.expanduser().parent.iterdir() if is_data(each) or each.is_dir()]
+        siblings = [
+            entry.name for entry in path.expanduser().parent.iterdir() if is_data_file(entry) or entry.is_dir()
+        ]
     except (OSError, ValueError, RuntimeError):  # no such directory either
         return None
-    stems = {name.partition(".")[0]: name for name in sorted(beside, reverse=True)}
+    stems = {name.partition(".")[0]: name for name in sorted(siblings, reverse=True)}
     stem = path.name.partition(".")[0]
     near = [stem] if stem in stems else get_close_matches(stem, stems, n=1)
     return printable(path.with_name(stems[near[0]])) if near else None

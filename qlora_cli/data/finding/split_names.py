@@ -1,6 +1,6 @@
-"""Which split a file is of, by its name and those of the folders above it.
+"""Identify the split of a file by its name and the names of the folders above it.
 
-The words are those that `datasets` goes by, and stand alone in a name: between characters that belong to no word.
+The keywords are those of `datasets`, and must stand alone in a name, between separators.
 """
 
 import re
@@ -9,59 +9,59 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-WORDS: Mapping[str, Sequence[str]] = {
+SPLIT_WORDS: Mapping[str, Sequence[str]] = {
     TRAIN: ("train", "training"),
     VALIDATION: ("validation", "valid", "dev", "val"),
     TEST: ("test", "testing", "eval", "evaluation"),
 }
-NO_WORD = "-._ 0-9"
-SPLIT_OF_WORD: Mapping[str, str] = {word: split for split, words in WORDS.items() for word in words}
-WORD = re.compile(rf"(?<![^{NO_WORD}])(?:{'|'.join(SPLIT_OF_WORD)})(?![^{NO_WORD}])", re.IGNORECASE)
+SEPARATORS = "-._ 0-9"
+SPLIT_OF_WORD: Mapping[str, str] = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+WORD = re.compile(rf"(?<![^{SEPARATORS}])(?:{'|'.join(SPLIT_OF_WORD)})(?![^{SEPARATORS}])", re.IGNORECASE)
 # One file of several: train-00000-of-00012.parquet, train-00000-of-00012-a1b2c3.parquet.
-SHARD = re.compile(r"(?s)(?P<prefix>.+?)-(?P<place>[0-9]{5})-of-(?P<number>[0-9]{5})(?P<rest>[-.].*)")
-# What `datasets` takes for the name of a split.
+SHARD = re.compile(r"(?s)(?P<prefix>.+?)-(?P<index>[0-9]{5})-of-(?P<num_shards>[0-9]{5})(?P<suffix>[-.].*)")
+# A split name, as `datasets` defines it.
 SPLIT = re.compile(r"\w+(\.\w+)*")
 
 
 class Shard(NamedTuple):
-    """Which file of how many one is, from 0, and what they share: the name before the number, and behind it."""
+    """The parts of a shard's file name: `PREFIX-INDEX-of-NUM_SHARDSSUFFIX`; the index counts from 0."""
 
     prefix: str
-    place: int
-    number: int
-    rest: str
+    shard_index: int
+    num_shards: int
+    suffix: str
 
 
 def shard_of(name: str) -> Shard | None:
-    """Return which shard a file is by its name; None if it is none."""
-    found = SHARD.fullmatch(name)
-    return Shard(found["prefix"], int(found["place"]), int(found["number"]), found["rest"]) if found else None
+    """Return the parts of a shard's name; None if `name` is not that of a shard."""
+    match = SHARD.fullmatch(name)
+    return Shard(match["prefix"], int(match["index"]), int(match["num_shards"]), match["suffix"]) if match else None
 
 
-def words_in(name: str) -> frozenset[str]:
-    """Return the splits of which `name` has a word: train, validation or test."""
+def splits_in_name(name: str) -> frozenset[str]:
+    """Return the splits whose keywords `name` contains: train, validation or test."""
     return frozenset(SPLIT_OF_WORD[word.lower()] for word in WORD.findall(name))
 
 
-def splits_told(path: PurePath) -> frozenset[str]:
-    """Return the splits that the folders of a relative path tell of; if they tell of none, the name of the file."""
-    folders = frozenset(split for folder in path.parts[:-1] for split in words_in(folder))
+def splits_in_path(path: PurePath) -> frozenset[str]:
+    """Return the splits that the folders of a relative path are named after, or else those in the file's name."""
+    folders = frozenset(split for folder in path.parts[:-1] for split in splits_in_name(folder))
     if folders:
         return folders
     shard = shard_of(path.name)
-    told = words_in(shard.prefix if shard else path.name)
-    return frozenset((shard.prefix,)) if shard and len(told) == 1 and SPLIT.fullmatch(shard.prefix) else told
+    splits = splits_in_name(shard.prefix if shard else path.name)
+    return frozenset((shard.prefix,)) if shard and len(splits) == 1 and SPLIT.fullmatch(shard.prefix) else splits
 
 
-def split_of_prefix(path: PurePath) -> str | None:
-    """Return the name of the split that a shard has in the place of a word: `unsupervised-00000-of-00001.parquet`."""
+def split_of_shard(path: PurePath) -> str | None:
+    """Return the split that a shard is named after without a keyword: `unsupervised-00000-of-00001.parquet`."""
     shard = shard_of(path.name)
     return shard.prefix if shard and SPLIT.fullmatch(shard.prefix) else None
 
 
-def named(splits: Iterable[str], asked: str) -> list[str]:
-    """Return which of `splits` are meant by `asked`: that one, or those of its kind if it is a word such as dev."""
-    if asked in (found := list(splits)):
-        return [asked]
-    kind = SPLIT_OF_WORD.get(asked)
-    return [split for split in found if kind is not None and words_in(split) == {kind}]
+def matching_splits(splits: Iterable[str], requested: str) -> list[str]:
+    """Return the `splits` that match `requested`: that name itself, or else those of the same keyword, such as dev."""
+    if requested in (names := list(splits)):
+        return [requested]
+    kind = SPLIT_OF_WORD.get(requested)
+    return [split for split in names if kind is not None and splits_in_name(split) == {kind}]

@@ -1,4 +1,4 @@
-"""Rows that can't be used: what is wrong with them, as it is listed and as an error."""
+"""Rows that can't be used, and why: as list entries and as errors."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from qlora_cli.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedRow:
-    """A row that can't be used: its file, number and line, what is wrong with it, and what to do if that is known."""
+    """A row that can't be used: its file, number and line, the problem, and a hint if there is one."""
 
     file: str
     row: int
@@ -22,8 +22,8 @@ class SkippedRow:
     hint: str | None = None
 
     @classmethod
-    def of(cls, row: RawRow, problem: RowError) -> "SkippedRow":
-        """Describe `row`."""
+    def from_row(cls, row: RawRow, problem: RowError) -> "SkippedRow":
+        """Return the entry for `row` and the problem with it."""
         return cls(file=row.file, row=row.number, line=row.line, problem=str(problem), hint=problem.hint)
 
     def __str__(self) -> str:
@@ -31,16 +31,16 @@ class SkippedRow:
         return f"{self.file}, row {self.row}{line}: {self.problem}"
 
 
-def read_skipped(lists: Iterable[Path], most: int) -> list[SkippedRow]:
-    """Return the first rows of lists of skipped ones."""
-    found: list[SkippedRow] = []
+def read_skipped_rows(lists: Iterable[Path], limit: int) -> list[SkippedRow]:
+    """Return at most `limit` rows from files that list skipped rows as JSON lines."""
+    skipped: list[SkippedRow] = []
     for path in lists:
         with path.open(encoding="utf-8") as lines:
-            found += [SkippedRow(**json.loads(line)) for line in itertools.islice(lines, most - len(found))]
-    return found
+            skipped += [SkippedRow(**json.loads(line)) for line in itertools.islice(lines, limit - len(skipped))]
+    return skipped
 
 
-def bad_row(row: SkippedRow) -> DataError:
-    """Return the error that names a row that can't be used."""
+def bad_row_error(row: SkippedRow) -> DataError:
+    """Return the error for a row that can't be used."""
     hint = "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then."
     return DataError(str(row), hint=row.hint or hint)

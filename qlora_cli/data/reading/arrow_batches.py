@@ -1,8 +1,8 @@
-"""Batches of tables, of the columns in use alone, in which every place that they name was looked at.
+"""Validated batches of the selected columns of a table.
 
-A table holds numbers that say where in it a text begins and ends. Nothing in pyarrow compares them with what is there
-unless it is asked to; a damaged one would end the process, or show what else lies in memory as the text of a row. So
-every batch is checked in full before a value of it is made.
+A table holds the offsets at which each text begins and ends. pyarrow does not compare them with the size of the
+buffers unless asked to; a wrong one would crash the process, or return other memory as the text of a row. So every
+batch is validated in full before any value of it is decoded.
 """
 
 from collections import Counter
@@ -12,26 +12,29 @@ from typing import Any
 import pyarrow
 from pyarrow import types
 
-from qlora_cli.data.limits import DEEPEST, Allowance, check_columns
-from qlora_cli.data.reading.arrow_sizes import take_from
-from qlora_cli.data.reading.arrow_values import BYTES_OF_TEXT
+from qlora_cli.data.limits import MAX_NESTING, DecodingBudget, check_columns
+from qlora_cli.data.reading.arrow_sizes import charge_columns
+from qlora_cli.data.reading.arrow_values import BINARY_TYPES
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS
-from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.reading.raw import Selection
 from qlora_cli.errors import DataError
 
-UNREAD = (pyarrow.lib.Type_INTERVAL_MONTHS, pyarrow.lib.Type_INTERVAL_DAY_TIME)  # of which pyarrow makes no array
+UNSUPPORTED_TYPES = (
+    pyarrow.lib.Type_INTERVAL_MONTHS,
+    pyarrow.lib.Type_INTERVAL_DAY_TIME,
+)  # for which pyarrow has no array class
 
 
-def columns_to_read(schema: Any, wanted: Wanted, name: str) -> list[str]:
-    """Return which columns of a table are in use, in its order; `name` is what it is called.
+def selected_columns(schema: Any, selection: Selection, name: str) -> list[str]:
+    """Return the selected columns of a table, in its order; `name` is its name, for messages.
 
     Raises:
-        DataError: there are too many columns; or one that is in use is there twice, nests too deeply, or has a type
-            that is not read.
+        DataError: there are too many columns; or a selected one is there twice, nests too deeply, or has an
+            unsupported type.
     """
     check_columns(schema.names, name)
-    chosen: Collection[str] = schema.names if wanted.columns is None else wanted.columns(schema.names)
-    fields = [field for field in schema if field.name in chosen]
+    selected: Collection[str] = schema.names if selection.columns is None else selection.columns(schema.names)
+    fields = [field for field in schema if field.name in selected]
     for column, count in Counter(field.name for field in fields).items():
         if count > 1:
             raise DataError(f"{name} has the column {column!r} more than once", hint="Rename one of them.")
@@ -41,81 +44,81 @@ def columns_to_read(schema: Any, wanted: Wanted, name: str) -> list[str]:
 
 
 def _check_type(field: Any, name: str) -> None:
-    levels = list(_levels_of(field.type))
-    if len(levels) - 1 > DEEPEST:
+    levels = list(_type_levels(field.type))
+    if len(levels) - 1 > MAX_NESTING:
         raise DataError(
-            f"{name}: the column {field.name!r} nests deeper than {DEEPEST} levels", hint="Write it flatter."
+            f"{name}: the column {field.name!r} nests deeper than {MAX_NESTING} levels", hint="Write it flatter."
         )
-    if unread := [kind for level in levels for kind in level if kind.id in UNREAD]:
+    if unsupported := [kind for level in levels for kind in level if kind.id in UNSUPPORTED_TYPES]:
         raise DataError(
-            f"{name}: the column {field.name!r} has values of the type {unread[0]}, which is not read",
+            f"{name}: the column {field.name!r} has values of the type {unsupported[0]}, which is not supported",
             hint="Write it anew as text.",
         )
 
 
-def checked_batches(batch: Any, columns: Sequence[str], allowance: Allowance | None) -> Iterator[Any]:
-    """Yield short parts of a record batch, of `columns` alone. `allowance` is that of the file, if it is of one.
+def validated_batches(batch: Any, columns: Sequence[str], budget: DecodingBudget | None) -> Iterator[Any]:
+    """Yield slices of `columns` of a record batch, after validating it. `budget` is that of its file, if it has one.
 
     Raises:
-        ArrowInvalid: a place in it lies outside.
-        DataError: it is of more rows, values or bytes than the file may be.
+        ArrowInvalid: an offset in it is out of range.
+        DataError: it has more rows, values or bytes than the budget allows.
     """
-    chosen = batch.select(columns)
+    selected = batch.select(columns)
     try:
-        chosen.validate(full=True)
+        selected.validate(full=True)
     except pyarrow.ArrowInvalid:
-        # Text that is not UTF-8, or a time beyond midnight, is a fault of its row alone, told when its value is made.
-        for column in chosen.columns:
-            column.view(_as_stored(column.type)).validate(full=True)
-    if allowance is not None:
-        take_from(allowance, chosen.columns, batch.num_rows)
+        # Text that is not UTF-8, or a time beyond midnight, makes only its row bad, which shows when it is decoded.
+        for column in selected.columns:
+            column.view(_storage_type(column.type)).validate(full=True)
+    if budget is not None:
+        charge_columns(budget, selected.columns, batch.num_rows)
     for start in range(0, batch.num_rows, BATCH_ROWS):
-        yield chosen.slice(start, BATCH_ROWS)
+        yield selected.slice(start, BATCH_ROWS)
 
 
-def _levels_of(kind: Any) -> Iterator[list[Any]]:
-    """Yield a type, the types of its parts, those of theirs, and so on."""
+def _type_levels(kind: Any) -> Iterator[list[Any]]:
+    """Yield the types at each level of nesting, beginning with `kind` itself."""
     level = [kind]
     while level:
         yield level
-        level = [part for each in level for part in _parts_of(each)]
+        level = [part for each in level for part in _child_types(each)]
 
 
-def _parts_of(kind: Any) -> list[Any]:
+def _child_types(kind: Any) -> list[Any]:
     if isinstance(kind, pyarrow.BaseExtensionType):
         return [kind.storage_type]
     if types.is_dictionary(kind):
         return [kind.value_type]
-    return [kind.field(place).type for place in range(kind.num_fields)]
+    return [kind.field(index).type for index in range(kind.num_fields)]
 
 
-def _as_stored(kind: Any) -> Any:
-    """Return the type of the same values as they are stored, of which only the places can be wrong."""
+def _storage_type(kind: Any) -> Any:
+    """Return the type that the values are stored as, of which only offsets can be invalid."""
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _as_stored(kind.storage_type)
+        return _storage_type(kind.storage_type)
     if types.is_date64(kind) or types.is_time(kind):
         return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
     if types.is_decimal(kind):
         return pyarrow.binary(kind.byte_width)
     if types.is_dictionary(kind):
-        return pyarrow.dictionary(kind.index_type, _as_stored(kind.value_type), kind.ordered)
+        return pyarrow.dictionary(kind.index_type, _storage_type(kind.value_type), kind.ordered)
     if types.is_run_end_encoded(kind):
-        return pyarrow.run_end_encoded(kind.run_end_type, _as_stored(kind.value_type))
+        return pyarrow.run_end_encoded(kind.run_end_type, _storage_type(kind.value_type))
     if types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_as_stored(field.type)) for field in kind])
+        return pyarrow.struct([field.with_type(_storage_type(field.type)) for field in kind])
     if types.is_map(kind):
-        return pyarrow.map_(_as_stored(kind.key_type), _as_stored(kind.item_type))
+        return pyarrow.map_(_storage_type(kind.key_type), _storage_type(kind.item_type))
     for is_list, make in (
         (types.is_list, pyarrow.list_),
         (types.is_large_list, pyarrow.large_list),
         (types.is_list_view, pyarrow.list_view),
         (types.is_large_list_view, pyarrow.large_list_view),
-        # A size below 0 is found where the type itself is looked at.
+        # A negative size is reported when the type itself is validated.
         (
             types.is_fixed_size_list,
             lambda value: pyarrow.list_(value, kind.list_size) if kind.list_size >= 0 else kind,
         ),
     ):
         if is_list(kind):
-            return make(kind.value_field.with_type(_as_stored(kind.value_type)))
-    return BYTES_OF_TEXT.get(kind, kind)
+            return make(kind.value_field.with_type(_storage_type(kind.value_type)))
+    return BINARY_TYPES.get(kind, kind)

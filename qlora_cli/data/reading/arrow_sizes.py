@@ -1,7 +1,7 @@
-"""How many values the rows of a column are made into, and how many bytes, before any of them is made.
+"""The number of values and bytes that the rows of a column decode into, computed before any row is decoded.
 
-A type can hold a value once for many places: dictionaries, runs, views and unions do. Nulls, empty objects and what
-stands in them take no room in a file at all. So a column of a few bytes may be of a billion values.
+Some types store a value once for many rows: dictionaries, runs, views and unions. Nulls and empty objects take no
+space in a file at all. So a column of a few bytes may decode into a billion values.
 """
 
 from collections.abc import Sequence
@@ -12,35 +12,36 @@ import numpy.typing as npt
 import pyarrow
 from pyarrow import compute, types
 
-from qlora_cli.data.limits import Allowance
+from qlora_cli.data.limits import DecodingBudget
 
 Sizes = npt.NDArray[np.float64]
-VIEW_NUMBERS = 4  # of four bytes each in a view, the first of which is how long its text is
+INTS_PER_VIEW = 4  # int32 numbers in a view, the first of which is the length of its text
 
 
-def take_from(allowance: Allowance, columns: Sequence[Any], num_rows: int) -> None:
-    """Take what `columns` are made into from the allowance of their file; every place in them has been looked at.
+def charge_columns(budget: DecodingBudget, columns: Sequence[Any], num_rows: int) -> None:
+    """Charge the budget of a file with the rows, values and bytes of `columns`, whose offsets have been validated.
 
     Raises:
-        DataError: it is more than is left.
+        DataError: the budget does not suffice.
     """
-    allowance.check(num_rows=num_rows, num_values=sum(map(_count, columns)))  # after which no array here is long
-    shared = [column for column in columns if _shares(column.type)]
-    others = [column for column in columns if not _shares(column.type)]
-    allowance.take(
+    budget.check(num_rows=num_rows, num_values=sum(map(_count_values, columns)))  # bounds the arrays below
+    shared = [column for column in columns if _may_share_values(column.type)]
+    others = [column for column in columns if not _may_share_values(column.type)]
+    budget.charge(
         num_rows=num_rows,
-        num_values=sum(map(_count, others)) + int(sum(_sizes(each, in_bytes=False).sum() for each in shared)),
-        num_bytes=int(sum(map(bytes_of, others)) + sum(_sizes(each, in_bytes=True).sum() for each in shared)),
+        num_values=sum(map(_count_values, others))
+        + int(sum(_value_sizes(each, in_bytes=False).sum() for each in shared)),
+        num_bytes=int(sum(map(array_bytes, others)) + sum(_value_sizes(each, in_bytes=True).sum() for each in shared)),
     )
 
 
-def bytes_of(array: Any) -> float:
-    """Return about how much the values of `array` are; some types keep one for several places."""
+def array_bytes(array: Any) -> float:
+    """Return the approximate bytes of the values of `array`, with a value that is stored once counted for each use."""
     kind = array.type
-    if not len(array):  # of which a file has no offsets; pyarrow would look for them all the same, and end the process
+    if not len(array):  # pyarrow would read offsets that an empty array does not have, and crash
         return 0.0
     if isinstance(array, pyarrow.ExtensionArray):
-        return bytes_of(array.storage)
+        return array_bytes(array.storage)
     if types.is_dictionary(kind):
         return float(array.indices.nbytes) + len(array) * _bytes_per_value(array.dictionary)
     if types.is_run_end_encoded(kind):
@@ -48,28 +49,28 @@ def bytes_of(array: Any) -> float:
     if _is_list_view(kind):
         return float(sum(array.sizes.to_pylist())) * _bytes_per_value(array.values)
     if types.is_struct(kind):
-        return sum((bytes_of(array.field(place)) for place in range(kind.num_fields)), 0.0)
+        return sum((array_bytes(array.field(index)) for index in range(kind.num_fields)), 0.0)
     if types.is_list(kind) or types.is_large_list(kind):
         first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        return float(array.offsets.nbytes) + bytes_of(array.values.slice(first, last - first))
+        return float(array.offsets.nbytes) + array_bytes(array.values.slice(first, last - first))
     return float(array.nbytes)
 
 
 def _bytes_per_value(array: Any) -> float:
-    return bytes_of(array) / max(1, len(array))
+    return array_bytes(array) / max(1, len(array))
 
 
-def _shares(kind: Any) -> bool:
-    """Whether values of a type, or of its parts, may be kept once for several places."""
+def _may_share_values(kind: Any) -> bool:
+    """Return whether a type, or a type nested in it, may store a value once for several rows."""
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _shares(kind.storage_type)
+        return _may_share_values(kind.storage_type)
     return (
         types.is_dictionary(kind)
         or types.is_run_end_encoded(kind)
         or types.is_union(kind)
         or _is_list_view(kind)
         or _is_text_view(kind)
-        or any(_shares(kind.field(place).type) for place in range(kind.num_fields))
+        or any(_may_share_values(kind.field(index).type) for index in range(kind.num_fields))
     )
 
 
@@ -81,15 +82,15 @@ def _is_text_view(kind: Any) -> bool:
     return bool(types.is_string_view(kind) or types.is_binary_view(kind))
 
 
-def _count(array: Any) -> int:
-    """Return how many values `array` and its parts have, each counted once."""
-    return len(array) + sum(map(_count, _parts(array))) if len(array) else 0
+def _count_values(array: Any) -> int:
+    """Return the number of values in `array` and its children, each counted once."""
+    return len(array) + sum(map(_count_values, _children(array))) if len(array) else 0
 
 
-def _parts(array: Any) -> list[Any]:
+def _children(array: Any) -> list[Any]:
     kind = array.type
     if isinstance(array, pyarrow.ExtensionArray):
-        return _parts(array.storage)
+        return _children(array.storage)
     if types.is_dictionary(kind):
         return [array.dictionary]
     if types.is_run_end_encoded(kind) or _is_list_view(kind):
@@ -98,46 +99,48 @@ def _parts(array: Any) -> list[Any]:
         return [array.values.slice(kind.list_size * array.offset, kind.list_size * len(array))]
     if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
         first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        wholes = [array.keys, array.items] if types.is_map(kind) else [array.values]
-        return [whole.slice(first, last - first) for whole in wholes]
-    return [array.field(place) for place in range(kind.num_fields)]
+        children = [array.keys, array.items] if types.is_map(kind) else [array.values]
+        return [child.slice(first, last - first) for child in children]
+    return [array.field(index) for index in range(kind.num_fields)]
 
 
-def _sizes(array: Any, *, in_bytes: bool) -> Sizes:
-    """Return the size of each value of `array`: the bytes that it is made into, or the values in it and itself."""
+def _value_sizes(array: Any, *, in_bytes: bool) -> Sizes:
+    """Return the size of each value of `array`: its decoded bytes, or one plus the number of values inside it."""
     kind = array.type
     if isinstance(array, pyarrow.ExtensionArray):
-        return _sizes(array.storage, in_bytes=in_bytes)
+        return _value_sizes(array.storage, in_bytes=in_bytes)
     if not len(array):
         return np.zeros(0)
     if types.is_dictionary(kind):
-        places = array.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-        return _picked(_sizes(array.dictionary, in_bytes=in_bytes), places)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return _take(_value_sizes(array.dictionary, in_bytes=in_bytes), indices)
     if types.is_run_end_encoded(kind):
-        places = np.arange(array.offset, array.offset + len(array))
-        runs = np.searchsorted(array.run_ends.to_numpy(), places, side="right")
-        return _picked(_sizes(array.values, in_bytes=in_bytes), runs)
+        indices = np.arange(array.offset, array.offset + len(array))
+        runs = np.searchsorted(array.run_ends.to_numpy(), indices, side="right")
+        return _take(_value_sizes(array.values, in_bytes=in_bytes), runs)
     own = _own_sizes(array) if in_bytes else np.ones(len(array))
     if types.is_struct(kind):
-        return own + sum(_sizes(part, in_bytes=in_bytes) for part in _parts(array))
+        return own + sum(_value_sizes(part, in_bytes=in_bytes) for part in _children(array))
     if types.is_union(kind):
         return own + max(
-            (float(_sizes(part, in_bytes=in_bytes).max(initial=0)) for part in _parts(array)), default=0.0
+            (float(_value_sizes(part, in_bytes=in_bytes).max(initial=0)) for part in _children(array)), default=0.0
         )
     if kind.num_fields:
-        return own + _sizes_of_lists(array, in_bytes=in_bytes)
+        return own + _list_sizes(array, in_bytes=in_bytes)
     return own
 
 
-def _picked(sizes: Sizes, places: npt.NDArray[np.int64]) -> Sizes:
-    return sizes[places] if len(sizes) else np.zeros(len(places))  # of no values, all places are null
+def _take(sizes: Sizes, indices: npt.NDArray[np.int64]) -> Sizes:
+    return sizes[indices] if len(sizes) else np.zeros(len(indices))  # without values, all indices are null
 
 
 def _own_sizes(array: Any) -> Sizes:
-    """Return the bytes of each value without those of its parts."""
+    """Return the bytes of each value without those of its children."""
     kind = array.type
     if _is_text_view(kind):
-        lengths = np.frombuffer(array.buffers()[1], np.int32)[::VIEW_NUMBERS][array.offset : array.offset + len(array)]
+        lengths = np.frombuffer(array.buffers()[1], np.int32)[::INTS_PER_VIEW][
+            array.offset : array.offset + len(array)
+        ]
         return np.where(array.is_valid().to_numpy(zero_copy_only=False), lengths, 0).astype(np.float64)
     if types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind):
         lengths = compute.binary_length(array).fill_null(0)
@@ -145,20 +148,20 @@ def _own_sizes(array: Any) -> Sizes:
     return np.zeros(len(array)) if kind.num_fields else np.full(len(array), array.nbytes / len(array))
 
 
-def _sizes_of_lists(array: Any, *, in_bytes: bool) -> Sizes:
-    """Return the size of what is in each list or map."""
+def _list_sizes(array: Any, *, in_bytes: bool) -> Sizes:
+    """Return the size of the contents of each list or map."""
     kind = array.type
-    wholes = [array.keys, array.items] if types.is_map(kind) else [array.values]
+    children = [array.keys, array.items] if types.is_map(kind) else [array.values]
     if types.is_fixed_size_list(kind):
-        begins = kind.list_size * np.arange(array.offset, array.offset + len(array))
-        ends = begins + kind.list_size
+        starts = kind.list_size * np.arange(array.offset, array.offset + len(array))
+        ends = starts + kind.list_size
     elif _is_list_view(kind):
-        begins = array.offsets.to_numpy().astype(np.int64)
-        ends = begins + array.sizes.to_numpy()
+        starts = array.offsets.to_numpy().astype(np.int64)
+        ends = starts + array.sizes.to_numpy()
     else:
-        begins, ends = array.offsets.to_numpy()[:-1], array.offsets.to_numpy()[1:]
-    found = np.zeros(len(array))
-    for whole in wholes:
-        until = np.concatenate([[0.0], np.cumsum(_sizes(whole, in_bytes=in_bytes))])
-        found += until[ends] - until[begins]
-    return found
+        starts, ends = array.offsets.to_numpy()[:-1], array.offsets.to_numpy()[1:]
+    sizes = np.zeros(len(array))
+    for child in children:
+        totals = np.concatenate([[0.0], np.cumsum(_value_sizes(child, in_bytes=in_bytes))])
+        sizes += totals[ends] - totals[starts]
+    return sizes

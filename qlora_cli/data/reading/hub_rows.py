@@ -1,4 +1,4 @@
-"""Rows of data sets on the hub, and every way in which getting them fails."""
+"""Read rows of data sets on the hub, and translate the errors of the libraries involved."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -6,52 +6,52 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.finding.sources import DatasetSource, called_alike
-from qlora_cli.data.reading.columnar import BatchReader, rows_of_batches
+from qlora_cli.data.finding.sources import DatasetSource, similar_local_name
+from qlora_cli.data.reading.columnar import TableBatches, rows_of_batches
 from qlora_cli.data.reading.parquet_groups import BATCH_ROWS
-from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted
-from qlora_cli.data.reading.sampling import choose, too_few
+from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection
+from qlora_cli.data.reading.sampling import sample_indices, too_few_rows
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
 
 SHUFFLE_ROWS = 10_000
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# What `datasets` says when a config or a split is not there; both lists are written as Python writes them.
+# In the messages of `datasets` about a missing config or split; both lists are in Python syntax.
 KNOWN_CONFIGS = re.compile(r"(?is)config.*(?:Available|available configs|in the cache): (\[.*?\])")
 KNOWN_SPLITS = re.compile(r"(?is)split.*(?:Should be one of|Available splits:) (\[.*?\])")
 
 
 def read_hub(
-    source: DatasetSource, *, split: str, seed: int, streaming: bool, wanted: Wanted = EVERYTHING
+    source: DatasetSource, *, split: str, seed: int, streaming: bool, selection: Selection = SELECT_ALL
 ) -> Iterator[RawRow]:
-    """Yield the rows of a hub data set; when streaming, a sample is numbered in the order in which it comes.
+    """Yield the rows of a hub data set; when streaming, the rows of a sample are numbered in the order of arrival.
 
-    Of columns that are not `wanted`, a row has the names alone, with None for their values.
+    Columns that are not selected are None in every row.
 
     Raises:
         DatasetNotFoundError: the hub has no such data set or revision, or can't be reached.
-        DataError: it has no such config or split, fewer rows than asked for, or can't be read.
+        DataError: it has no such config or split, or fewer rows than requested, or can't be read.
     """
-    with _explained(source):
-        opened = _load(source, split, streaming)
-        rows = _as_tables(opened, wanted, source.name)
+    with _translate_errors(source):
+        loaded = _load(source, split, streaming)
+        rows = _as_arrow(loaded, selection, source.name)
         numbers: list[int] | None = None
         if source.num_rows is not None and streaming:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS).take(source.num_rows)
         elif source.num_rows is not None:
-            numbers = [int(index) + 1 for index in choose(source, len(rows), seed)]
+            numbers = [int(index) + 1 for index in sample_indices(source, len(rows), seed)]
             rows = rows.select([number - 1 for number in numbers])
         count = 0
-        for count, row in enumerate(_rows_of(rows, opened.column_names, wanted, source.name), start=1):
+        for count, row in enumerate(_rows_in_tables(rows, loaded.column_names, selection, source.name), start=1):
             yield row._replace(number=numbers[count - 1] if numbers else count)
         if source.num_rows is not None and count < source.num_rows:
-            raise too_few(source, count)
+            raise too_few_rows(source, count)
 
 
 def resolve_hub(source: DatasetSource) -> str:
-    """Return the commit of a hub data set, 40 hex digits; from the cache if the hub can't be asked.
+    """Return the commit of a hub data set, 40 hex digits; from the local cache if the hub can't be reached.
 
     Raises:
-        DatasetNotFoundError: no such data set or revision, or no way to ask and nothing in the cache.
+        DatasetNotFoundError: no such data set or revision, or the hub can't be reached and nothing is in the cache.
     """
     from huggingface_hub import HfApi, constants
 
@@ -59,7 +59,7 @@ def resolve_hub(source: DatasetSource) -> str:
         return source.revision
     assert source.repository is not None
     try:
-        with _explained(source):
+        with _translate_errors(source):
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             commit = HfApi().dataset_info(source.repository, revision=source.revision, timeout=timeout).sha
     except _RowsUnreachableError as error:
@@ -67,7 +67,9 @@ def resolve_hub(source: DatasetSource) -> str:
         if commit is None:
             raise DatasetNotFoundError(error.message, hint=error.hint) from error
     if commit is None:
-        raise DatasetNotFoundError(f"what answered for {source.repository} is no hub: it names no commit")
+        raise DatasetNotFoundError(
+            f"the server that answered for {source.repository} is not a hub: it names no commit"
+        )
     return commit
 
 
@@ -86,81 +88,83 @@ def _load(source: DatasetSource, split: str, streaming: bool) -> Any:
 
     disable_progress_bar()
     commit = resolve_hub(source)
-    # The revision as it was given: with the commit in its place, the cache would not learn what the name stands for.
+    # The revision as given: if it were the commit, the cache would not record which commit a branch points to.
     builder = load_dataset_builder(source.repository, source.config, revision=source.revision)
     if builder.hash != commit:
-        raise _other_commit(source, commit, builder.hash)
+        raise _stale_cache_error(source, commit, builder.hash)
     if streaming:
         return builder.as_streaming_dataset(split=source.split or split)
     builder.download_and_prepare()
     return builder.as_dataset(split=source.split or split)
 
 
-def _other_commit(source: DatasetSource, wanted: str, found: str) -> DatasetNotFoundError:
-    """Return the error for what `datasets` does when the hub is away: take any commit from its cache."""
+def _stale_cache_error(source: DatasetSource, expected: str, cached: str) -> DatasetNotFoundError:
+    """Return the error for `datasets` using another commit from its cache, as it does when the hub is unreachable."""
     return DatasetNotFoundError(
-        f"{source.name} is commit {wanted[:12]}, but the local cache was last filled with {found[:12]}",
-        hint="Run it again with the hub in reach, or name the other commit as OWNER/NAME@COMMIT.",
+        f"{source.name} is commit {expected[:12]}, but the local cache was last filled with {cached[:12]}",
+        hint="Run it again when the hub is reachable, or name the other commit as OWNER/NAME@COMMIT.",
     )
 
 
-def _as_tables(rows: Any, wanted: Wanted, name: str) -> Any:
-    """Return rows as tables of the columns in use, or of all that a stream has if that shows when it is read.
+def _as_arrow(rows: Any, selection: Selection, name: str) -> Any:
+    """Return rows as Arrow tables of the selected columns, or of all columns of a stream that does not declare them.
 
-    As tables, because `datasets` decodes every image and every sound of what it gives as values.
+    As tables, because `datasets` would decode every image and sound in rows.
     """
-    from qlora_cli.data.reading.arrow_batches import columns_to_read
+    from qlora_cli.data.reading.arrow_batches import selected_columns
 
     tables = rows.with_format("arrow")
     if rows.features is None:
         return tables
-    return tables.select_columns(columns_to_read(rows.features.arrow_schema, wanted, name))
+    return tables.select_columns(selected_columns(rows.features.arrow_schema, selection, name))
 
 
-def _rows_of(tables: Any, names: Sequence[str] | None, wanted: Wanted, name: str) -> Iterator[RawRow]:
-    """Yield the rows of tables; `names` are those of all columns, of which the tables have those in use."""
-    from qlora_cli.data.reading.arrow_batches import columns_to_read
+def _rows_in_tables(tables: Any, names: Sequence[str] | None, selection: Selection, name: str) -> Iterator[RawRow]:
+    """Yield the rows of tables; `names` are those of all columns, of which the tables have the selected ones."""
+    from qlora_cli.data.reading.arrow_batches import selected_columns
 
     number = 1
     for table in tables.iter(batch_size=BATCH_ROWS):
-        columns = table.column_names if names is not None else columns_to_read(table.schema, wanted, name)
-        yield from rows_of_batches(name, BatchReader(names or table.column_names, columns, table.to_batches()), number)
+        columns = table.column_names if names is not None else selected_columns(table.schema, selection, name)
+        yield from rows_of_batches(
+            name, TableBatches(names or table.column_names, columns, table.to_batches()), number
+        )
         number += table.num_rows
 
 
 class _RowsUnreachableError(DatasetNotFoundError):
-    """The hub can't be asked."""
+    """The hub can't be reached."""
 
 
 @contextmanager
-def _explained(source: DatasetSource) -> Iterator[None]:
-    """Turn what the libraries raise into errors of ours."""
+def _translate_errors(source: DatasetSource) -> Iterator[None]:
+    """Turn the errors of the libraries into a `QloraError`."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
     from pyarrow import ArrowException
 
-    # Of httpx or httpx2, whichever the client is built on.
+    # Of httpx or httpx2, whichever the hub's client uses.
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield
     except QloraError:
         raise
     except (DatasetsError, ArrowException, http_error, OSError, ValueError, RuntimeError) as error:
-        raise _explain(error, source) from error
+        raise _translate(error, source) from error
 
 
-def _explain(error: Exception, source: DatasetSource) -> QloraError:
+def _translate(error: Exception, source: DatasetSource) -> QloraError:
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
     from huggingface_hub.errors import GatedRepoError
 
-    repository, words = source.repository, str(error)
-    if _is_away(error):
+    repository, message = source.repository, str(error)
+    if _is_unreachable(error):
         return _RowsUnreachableError(
             f"no data set at {repository!r}: no such file or directory, not in the local cache, and the hub can't be "
-            f"reached ({_why_away(error)})",
-            hint=_near(source) or "Check the name, and the network.",
+            f"reached ({_unreachable_reason(error)})",
+            hint=_similar_name_hint(source) or "Check the name, and the network.",
         )
-    if isinstance(error, GatedRepoError) or "gated dataset" in words:
+    if isinstance(error, GatedRepoError) or "gated dataset" in message:
         return DatasetNotFoundError(
             f"{repository} is gated: this account has no access to it",
             hint=f"Ask for access at https://huggingface.co/datasets/{repository}, then run: hf auth login",
@@ -170,25 +174,25 @@ def _explain(error: Exception, source: DatasetSource) -> QloraError:
             f"{repository} has no revision {source.revision!r}", hint="Give a branch, tag or commit."
         )
     if isinstance(error, DataFilesNotFoundError) or type(error).__name__ == "EmptyDatasetError":
-        return DataError(f"{repository} holds no data: no file of a kind that is read", hint="Look at its files.")
+        return DataError(f"{repository} holds no data: no file of a supported type", hint="Look at its files.")
     if _is_missing(error):
         return DatasetNotFoundError(
             f"no data set at {repository!r}: no such file or directory, and the hub does not have it",
-            hint=_near(source) or "Check the name; for a private data set run: hf auth login",
+            hint=_similar_name_hint(source) or "Check the name; for a private data set run: hf auth login",
         )
     if isinstance(error, DatasetGenerationError):
-        words = str(error.__cause__ or error)
-    return _unreadable(words, source)
+        message = str(error.__cause__ or error)
+    return _unreadable_error(message, source)
 
 
-def _near(source: DatasetSource) -> str | None:
-    """Return a hint at what on this disk is called most like what the hub does not have."""
-    near = called_alike(str(source.repository))
-    return near and f"Did you mean {near}, which is on this disk?"
+def _similar_name_hint(source: DatasetSource) -> str | None:
+    """Return a hint that names the local data whose name is most like that of the missing repository."""
+    similar = similar_local_name(str(source.repository))
+    return similar and f"Did you mean {similar}, which is on this disk?"
 
 
-def _is_away(error: Exception) -> bool:
-    """Whether the hub gave no answer, or that it is out of order."""
+def _is_unreachable(error: Exception) -> bool:
+    """Return whether the hub did not respond, or responded that it is overloaded or failing."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -196,11 +200,11 @@ def _is_away(error: Exception) -> bool:
     return isinstance(error, ConnectionError | HfHubHTTPError.__bases__[0])
 
 
-def _why_away(error: Exception) -> str:
+def _unreachable_reason(error: Exception) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE=1 keeps it from being asked"
+        return "HF_HUB_OFFLINE=1 is set"
     return f"{type(error).__name__}: {_first_line(str(error))}"
 
 
@@ -219,24 +223,24 @@ def _is_missing(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | HFValidationError | HfHubHTTPError)
 
 
-def _unreadable(words: str, source: DatasetSource) -> DataError:
+def _unreadable_error(message: str, source: DatasetSource) -> DataError:
     hint = "Do all of its rows have the same columns and types?"
-    if configs := _names_in(KNOWN_CONFIGS, words):
+    if configs := _quoted_names(KNOWN_CONFIGS, message):
         hint = f"It has {', '.join(configs)}; for the first one write {source.repository}:{configs[0]}"
-    elif splits := _names_in(KNOWN_SPLITS, words):
+    elif splits := _quoted_names(KNOWN_SPLITS, message):
         given = f"{source.repository}:{source.config or ''}:{splits[0]}"
         hint = f"It has {', '.join(splits)}; for the first one write {given}, or --set data.split={splits[0]}"
-        if re.match(r"Bad split: \S*\[", words):
+        if re.match(r"Bad split: \S*\[", message):
             hint = "A part of a split can't be streamed; take a sample instead, as #500."
-    elif words.startswith("Dataset scripts"):
+    elif message.startswith("Dataset scripts"):
         hint = f"The hub may have made Parquet files of it: {source.repository}@refs/convert/parquet"
-    return DataError(f"{source.name} can't be read: {_first_line(words)}", hint=hint)
+    return DataError(f"{source.name} can't be read: {_first_line(message)}", hint=hint)
 
 
-def _names_in(pattern: re.Pattern[str], words: str) -> list[str]:
-    found = pattern.search(words)
-    return re.findall(r"'([^']+)'", found[1]) if found else []
+def _quoted_names(pattern: re.Pattern[str], message: str) -> list[str]:
+    match = pattern.search(message)
+    return re.findall(r"'([^']+)'", match[1]) if match else []
 
 
-def _first_line(words: str) -> str:
-    return words.splitlines()[0] if words else "no reason is given"
+def _first_line(message: str) -> str:
+    return message.splitlines()[0] if message else "no reason is given"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.finding.file_types import printable, suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW, MOST_COLUMNS, TOO_LONG, check_blank_lines
+from qlora_cli.data.limits import MAX_COLUMNS, MAX_ROW_BYTES, TOO_LONG, check_blank_lines
 from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
-from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
+from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection, open_text
 from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.settings.choices import DataFormat
 
@@ -23,7 +23,7 @@ CONVERSATION_KEYS = frozenset(PARTS[DataFormat.MESSAGES]["messages"] + PARTS[Dat
 NAME_IT_JSON = "; a file that holds one list or object over several lines must be named .json"
 
 
-def read_json_lines(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
+def read_json_lines(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]:
     """Yield the row of each line that is not blank.
 
     Raises:
@@ -34,7 +34,7 @@ def read_json_lines(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]
         for number, (line, content) in enumerate(_lines(path, file), start=1):
             if number == 1 and _begins_json(path, content):
                 advice = NAME_IT_JSON
-            if wanted.has(number):
+            if selection.includes(number):
                 value, problem = _decode_line(content, values) if content else (None, f"the line is {TOO_LONG}")
                 yield _row(file_name, number, Decoded(line, value, problem, len(content)), advice)
 
@@ -45,7 +45,7 @@ def count_json_lines(path: Path) -> int:
         return sum(1 for _ in _lines(path, file))
 
 
-def read_json(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
+def read_json(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]:
     """Yield the rows of a list of objects, of an object that holds nothing but one, of lines, or of a lone object.
 
     What follows a syntax error can't be read; the error is the last row.
@@ -55,9 +55,9 @@ def read_json(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
     """
     layout = _layout_of(path)
     if layout == _Layout.LINES:
-        yield from read_json_lines(path, wanted)
+        yield from read_json_lines(path, selection)
         return
-    yield from (row for row in _rows(path, layout) if wanted.has(row.number))
+    yield from (row for row in _rows(path, layout) if selection.includes(row.number))
 
 
 def count_json(path: Path) -> int:
@@ -72,8 +72,8 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     Only a line feed ends a line.
     """
     num_blank = 0
-    for line, content in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
-        if len(content) > LONGEST_ROW:
+    for line, content in enumerate(iter(partial(file.readline, MAX_ROW_BYTES + 1), b""), start=1):
+        if len(content) > MAX_ROW_BYTES:
             _pass_line(file, content)
             yield line, b""
         elif content.strip():
@@ -114,8 +114,8 @@ def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> Raw
     line, value, problem, num_characters = decoded
     if problem is None and not isinstance(value, dict):
         problem = f"expected a JSON object, found {KINDS.get(type(value), 'null')}"
-    elif problem is None and len(value) > MOST_COLUMNS:
-        problem = f"{len(value):,} keys, more than {MOST_COLUMNS:,}"
+    elif problem is None and len(value) > MAX_COLUMNS:
+        problem = f"{len(value):,} keys, more than {MAX_COLUMNS:,}"
     if problem is not None:
         value, problem = None, problem + advice
     return RawRow(file_name, number, line, value, problem, num_characters)

@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_cli.data.limits import LONGEST_ROW, TOO_DEEP, TOO_LONG, text_nests_too_deeply
+from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, text_nests_too_deeply
 
 WINDOW_BYTES = 1024**2
 # What `json` blames is at most this far from where it ran out of text: `-Infinity`, `\\ud83d\\ude00`.
@@ -138,7 +138,7 @@ class JsonText:
             try:
                 value, end, problem = self._values.decode_at(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and len(self._text) - self._at > LONGEST_ROW:
+                if self._may_be_cut(error) and len(self._text) - self._at > MAX_ROW_BYTES:
                     raise self._broken(f"a value is {TOO_LONG}", self._at) from error
                 if not self._may_be_cut(error) or not self._grow():
                     raise self._broken(self._reason(error), error.pos) from error

@@ -1,4 +1,4 @@
-"""What every reader yields, and how files are opened: decompressed, behind a byte order mark, failures explained."""
+"""Raw rows, as every reader yields them, and files opened for reading: decompressed, without a byte order mark."""
 
 import bz2
 import gzip
@@ -13,59 +13,59 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from qlora_cli.data.finding.file_types import printable, suffixes_of
-from qlora_cli.data.limits import ALWAYS_EXPANDED, MOST_EXPANSION
+from qlora_cli.data.limits import ALWAYS_ALLOWED_BYTES, MAX_EXPANSION
 from qlora_cli.errors import DataError, MissingDependencyError
 from qlora_cli.units import format_bytes
 
 BUFFER_BYTES = 256 * 1024
-UTF8_MARK = b"\xef\xbb\xbf"
-# The longer ones first: that of UTF-32LE begins with that of UTF-16LE.
-OTHER_MARKS = {
+UTF8_BOM = b"\xef\xbb\xbf"
+# Longest first: the mark of UTF-32LE begins with that of UTF-16LE.
+FOREIGN_BOMS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
 
-# What archives begin with; the second one of .xz is that of its forerunner, the second one of .zst a skipped frame.
-ARCHIVE_MARKS = {
+# The second alternative of .xz is the older .lzma format, that of .zst a skippable frame.
+ARCHIVE_MAGIC = {
     ".gz": re.compile(rb"\x1f\x8b"),
     ".bz2": re.compile(rb"BZh"),
     ".xz": re.compile(rb"\xfd7zXZ\0|\x5d\0\0"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }
 HEAD_BYTES = 8
-VALUE_BYTES = 8  # of what is no text
+SCALAR_BYTES = 8  # assumed for values other than text
 
 
-class Wanted(NamedTuple):
-    """What of a file is to be read.
+class Selection(NamedTuple):
+    """The rows and columns of a file to read.
 
     Attributes:
-        rows: One byte for each row of the file, 0 for those to skip; None to read all.
-        columns: Returns which of a file's columns are read, where others can be passed over; None to read all.
+        rows: A mask with one byte per row of the file, 0 to skip it; None to read all rows.
+        columns: Returns which of a file's columns to read, for formats that can skip columns; None to read all.
     """
 
     rows: bytes | None = None
     columns: Callable[[Collection[str]], Collection[str]] | None = None
 
-    def has(self, number: int) -> bool:
-        """Whether row `number`, from 1, is to be read; one that was not there when rows were chosen is not."""
+    def includes(self, number: int) -> bool:
+        """Return whether row `number`, from 1, is selected; a row beyond the end of the mask is not."""
         return self.rows is None or (number <= len(self.rows) and self.rows[number - 1] != 0)
 
 
-EVERYTHING = Wanted()
+SELECT_ALL = Selection()
 
 
 class RawRow(NamedTuple):
-    """A row as its file has it, or what is wrong with it: exactly one of `value` and `problem` is set.
+    """A row as read from its file, or the problem with it: exactly one of `value` and `problem` is set.
 
     Attributes:
-        file: The path, printable, or the name of a hub data set.
-        number: Of the row in its file, from 1.
-        line: On which it begins, from 1, where a text file has lines.
-        num_bytes: About how much text it is.
-        columns: The names of all columns, where the file has them apart from its rows.
+        file: The printable path, or the name of a hub data set.
+        number: The number of the row in its file, from 1.
+        line: The line on which the row begins, from 1, in text files.
+        num_bytes: The approximate bytes of its text.
+        columns: The names of all columns, if the file lists them separately from its rows.
     """
 
     file: str
@@ -78,38 +78,38 @@ class RawRow(NamedTuple):
 
 
 def estimate_bytes(value: object) -> int:
-    """Return about how many bytes the texts in `value` have, however deep they lie in lists and objects."""
+    """Return the approximate bytes of all texts in `value`, at any depth of lists and objects."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Mapping):
         return sum(map(estimate_bytes, value.values()))
-    return sum(map(estimate_bytes, value)) if isinstance(value, list) else VALUE_BYTES
+    return sum(map(estimate_bytes, value)) if isinstance(value, list) else SCALAR_BYTES
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a text file for its bytes, decompressed and behind the byte order mark of UTF-8.
+    """Open a text file to read its bytes, decompressed and after the UTF-8 byte order mark.
 
     Raises:
         DataError: it can't be read, its archive is damaged, or it is in another encoding.
-        MissingDependencyError: nothing here can decompress it.
+        MissingDependencyError: the package that decompresses it is not installed.
     """
-    with reading(path), BufferedReader(_open(path), BUFFER_BYTES) as file:
+    with explain_read_errors(path), BufferedReader(_open(path), BUFFER_BYTES) as file:
         head, name = file.peek(4)[:4], printable(Path(path.name))
-        for mark, encoding in OTHER_MARKS.items():
+        for mark, encoding in FOREIGN_BOMS.items():
             if head.startswith(mark):
                 raise DataError(
                     f"{printable(path)} is {encoding} text, not UTF-8",
                     hint=f"Convert it: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}",
                 )
-        if head.startswith(UTF8_MARK):
-            file.read(len(UTF8_MARK))
+        if head.startswith(UTF8_BOM):
+            file.read(len(UTF8_BOM))
         yield cast("BinaryIO", file)
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Explain what goes wrong while the bytes of `path` are read.
+def explain_read_errors(path: Path) -> Iterator[None]:
+    """Turn errors while the bytes of `path` are read into a `DataError`.
 
     Raises:
         DataError: it can't be read, or its archive is damaged.
@@ -117,7 +117,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # what the decompressors raise when the archive is to blame
+        if error.errno is None:  # raised by the decompressors for a damaged archive
             raise _damaged(path, error) from error
         # Not `error.strerror`, in which pyarrow repeats the path.
         raise DataError(
@@ -132,12 +132,12 @@ def _damaged(path: Path, error: Exception) -> DataError:
     if compression is not None:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-        if not ARCHIVE_MARKS[compression].match(head):
+        if not ARCHIVE_MAGIC[compression].match(head):
             return DataError(
-                f"{printable(path)} is no {compression} archive: it begins with {head!r}",
+                f"{printable(path)} is no {compression} archive: it starts with {head!r}",
                 hint=f"If it is not compressed, take {compression} off its name; otherwise decompress it yourself.",
             )
-    return DataError(f"{printable(path)} is damaged or cut short: {error}", hint="Copy or download it again.")
+    return DataError(f"{printable(path)} is damaged or truncated: {error}", hint="Copy or download it again.")
 
 
 def _open(path: Path) -> RawIOBase:
@@ -146,34 +146,34 @@ def _open(path: Path) -> RawIOBase:
         return path.open("rb", buffering=0)
     openers: Mapping[str, Callable[[Path], Any]]
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
-    return _Expanded(path, openers[compression](path))
+    return _LimitedArchive(path, openers[compression](path))
 
 
-class _Expanded(RawIOBase):
-    """What is in an archive, as far as it is not so much more than the archive that it can be no text."""
+class _LimitedArchive(RawIOBase):
+    """Decompresses an archive, and raises a `DataError` once it has expanded more than text does."""
 
-    def __init__(self, path: Path, inside: RawIOBase) -> None:
+    def __init__(self, path: Path, archive: RawIOBase) -> None:
         self._path = path
-        self._inside = inside
-        self._num_left = max(ALWAYS_EXPANDED, MOST_EXPANSION * path.stat().st_size)
+        self._archive = archive
+        self._remaining_bytes = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * path.stat().st_size)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        num_bytes = self._inside.readinto(buffer) or 0
-        self._num_left -= num_bytes
-        if self._num_left < 0:
+        num_bytes = self._archive.readinto(buffer) or 0
+        self._remaining_bytes -= num_bytes
+        if self._remaining_bytes < 0:
             raise DataError(
-                f"{printable(self._path)} expands to more than {MOST_EXPANSION} times its size, and to more than "
-                f"{format_bytes(ALWAYS_EXPANDED)}",
-                hint="Is it a text to train on? If it is, decompress it yourself.",
+                f"{printable(self._path)} expands to more than {MAX_EXPANSION} times its size, and to more than "
+                f"{format_bytes(ALWAYS_ALLOWED_BYTES)}",
+                hint="If it is text to train on, decompress it yourself.",
             )
         return num_bytes
 
     def close(self) -> None:
         if not self.closed:
-            self._inside.close()
+            self._archive.close()
         super().close()
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a data set are its sample."""
+"""Draw the random sample of rows that a data set's name asks for."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,22 +8,22 @@ from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 
 
-def choose(source: DatasetSource, num_present: int, seed: int) -> NDArray[np.int64]:
-    """Return the indices of the sample that `source` asks for, `(num_rows,)`, rising; of one seed always the same.
+def sample_indices(source: DatasetSource, num_available: int, seed: int) -> NDArray[np.int64]:
+    """Return the ascending indices of the sample that `source` asks for, `(num_rows,)`; deterministic for a seed.
 
     Raises:
         DataError: it asks for more rows than there are.
     """
     assert source.num_rows is not None
-    if source.num_rows > num_present:
-        raise too_few(source, num_present)
-    chosen = np.random.default_rng(seed).choice(num_present, source.num_rows, replace=False, shuffle=False)
+    if source.num_rows > num_available:
+        raise too_few_rows(source, num_available)
+    chosen = np.random.default_rng(seed).choice(num_available, source.num_rows, replace=False, shuffle=False)
     return np.sort(chosen.astype(np.int64))
 
 
-def too_few(source: DatasetSource, num_present: int) -> DataError:
+def too_few_rows(source: DatasetSource, num_available: int) -> DataError:
     """Return the error for a sample that is larger than its data set."""
     return DataError(
-        f"{source.name} asks for {counted(source.num_rows or 0, 'row')}, and has {counted(num_present, 'row')}",
+        f"{source.name} asks for {counted(source.num_rows or 0, 'row')}, and has {counted(num_available, 'row')}",
         hint=f"Ask for fewer, or for all: leave #{source.num_rows} out.",
     )

@@ -1,6 +1,6 @@
-"""What separates the fields of a table that is written as text: as its suffix says, unless its first rows tell better.
+"""Detect the separator of CSV and TSV files: the one that the suffix implies, unless the first rows contradict it.
 
-Spreadsheets write semicolons into .csv files where a comma is part of numbers, and databases tabs or bars.
+Spreadsheets write semicolons into .csv files in locales with decimal commas, and databases write tabs or bars.
 """
 
 import csv
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_cli.data.finding.file_types import suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW
+from qlora_cli.data.limits import MAX_ROW_BYTES
 from qlora_cli.data.reading.raw import open_text
 
-NAMES: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars (|)"}
+SEPARATOR_NAMES: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars (|)"}
 SAMPLE_BYTES, SAMPLED_RECORDS = 256 * 1024, 50
-LONGEST_NAME = 60  # of a column, as far as another separator is believed
+MAX_NAME_CHARACTERS = 60  # of a column's name, for another separator to be accepted
 DECLARED = re.compile(r'"?sep=([^\w\s"]|\t)"?[ \t,;|]*\r?\n?', re.IGNORECASE)
 Header = Sequence[str]
 
 
 class Separator(NamedTuple):
-    """What stands between two fields, and whether spaces behind it are no part of the field.
+    """The character between two fields, and whether spaces after it are skipped.
 
-    `is_declared`: the first line says so, as Excel writes it (`sep=;`), and is none of the table.
+    `is_declared`: the first line declares it (`sep=;`), as Excel writes it, and is not part of the table.
     """
 
     character: str
@@ -32,12 +32,12 @@ class Separator(NamedTuple):
     is_declared: bool = False
 
     def describe(self) -> str:
-        """Return it in words: `semicolons`, `commas and spaces`."""
-        return NAMES.get(self.character, repr(self.character)) + (" and spaces" if self.has_space else "")
+        """Return the separator in words: `semicolons`, `commas and spaces`."""
+        return SEPARATOR_NAMES.get(self.character, repr(self.character)) + (" and spaces" if self.has_space else "")
 
 
 class _Sample(NamedTuple):
-    """The first records of a file as a separator cuts them: the header, and how many others have as many fields."""
+    """The first records of a file, parsed with a separator: the header, and how many records have as many fields."""
 
     header: Header
     num_equal: int
@@ -45,11 +45,13 @@ class _Sample(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        """Whether the header names several columns, as names are; the last may be empty, behind a separator."""
+        """Whether the header has several distinct short names; the last may be empty, after a trailing separator."""
         names = [name.strip() for name in self.header]
         if len(names) < 2:
             return False
-        are_names = all(0 < len(name) <= LONGEST_NAME for name in names[:-1]) and len(names[-1]) <= LONGEST_NAME
+        are_names = (
+            all(0 < len(name) <= MAX_NAME_CHARACTERS for name in names[:-1]) and len(names[-1]) <= MAX_NAME_CHARACTERS
+        )
         return len(set(names)) == len(names) and are_names
 
     @property
@@ -58,13 +60,13 @@ class _Sample(NamedTuple):
         return len(self.header) > 1 and all(name.startswith(" ") for name in self.header[1:])
 
 
-def usual_separator(path: Path) -> str:
-    """Return what the suffix of a file says."""
+def default_separator(path: Path) -> str:
+    """Return the separator that the suffix of a file implies."""
     return "\t" if (suffixes_of(path) or ("",))[0] == ".tsv" else ","
 
 
-def separator_of(path: Path) -> Separator:
-    """Return what separates the fields of a file: the usual, if its first rows do not all but say something else.
+def detect_separator(path: Path) -> Separator:
+    """Return the separator of a file: the default of its suffix, unless the first rows fit only another one.
 
     Raises:
         DataError: it can't be read.
@@ -72,41 +74,47 @@ def separator_of(path: Path) -> Separator:
     lines, is_whole = _first_lines(path)
     if lines and (declared := DECLARED.fullmatch(lines[0])):
         return Separator(declared[1], is_declared=True)
-    usual = Separator(usual_separator(path))
-    as_usual = _sample(lines, usual, is_whole=is_whole)
-    if len(as_usual.header) > 1 and as_usual.num_others == 0 and not as_usual.has_spaces:
-        return usual
-    fitting = [found for character in NAMES if (found := _fitting(lines, character, as_usual, is_whole=is_whole))]
-    return fitting[0] if len(fitting) == 1 else usual
+    default = Separator(default_separator(path))
+    by_default = _sample(lines, default, is_whole=is_whole)
+    if len(by_default.header) > 1 and by_default.num_others == 0 and not by_default.has_spaces:
+        return default
+    candidates = [
+        separator
+        for character in SEPARATOR_NAMES
+        if (separator := _separator_of_table(lines, character, by_default, is_whole=is_whole))
+    ]
+    return candidates[0] if len(candidates) == 1 else default
 
 
-def said_separator(path: Path) -> str:
-    """Return ` separated by …` for a message about fields; nothing where the separator is the usual one."""
-    separator = separator_of(path)
-    return "" if separator == Separator(usual_separator(path)) else f" separated by {separator.describe()}"
+def separator_note(path: Path) -> str:
+    """Return ` separated by …` for a message about fields; an empty string for the default separator."""
+    separator = detect_separator(path)
+    return "" if separator == Separator(default_separator(path)) else f" separated by {separator.describe()}"
 
 
-def reader_of(lines: Iterable[str], separator: Separator) -> Iterator[list[str]]:
-    """Return the records of `lines` as a strict reader yields them."""
-    # Where a quote is left open, all that follows would be one field. Of the whole process; the default is 128 Ki.
-    csv.field_size_limit(LONGEST_ROW)
-    # Strict: otherwise a quote that is left open takes the rows that follow into its field, and nothing is said.
+def csv_reader(lines: Iterable[str], separator: Separator) -> Iterator[list[str]]:
+    """Return a strict reader of the records in `lines`."""
+    # After an unclosed quote, the rest of the file would be one field. Process-wide; the default is 128 Ki.
+    csv.field_size_limit(MAX_ROW_BYTES)
+    # Strict, because otherwise an unclosed quote silently takes the following rows into its field.
     return csv.reader(lines, delimiter=separator.character, skipinitialspace=separator.has_space, strict=True)
 
 
-def _fitting(lines: Sequence[str], character: str, as_usual: _Sample, *, is_whole: bool) -> Separator | None:
-    """Return `character` as a separator, with spaces or without, if it makes a table of what is none as usual."""
+def _separator_of_table(
+    lines: Sequence[str], character: str, by_default: _Sample, *, is_whole: bool
+) -> Separator | None:
+    """Return `character` as a separator, with or without spaces, if the lines are a table by it but not by default."""
     for separator in (Separator(character), Separator(character, has_space=True)):
-        found = _sample(lines, separator, is_whole=is_whole)
-        # Rows may be wrong where the usual separator does not even cut the header.
-        fits = found.num_others == 0 or (len(as_usual.header) < 2 and found.num_equal > 0)
-        if found.is_table and fits and not found.has_spaces:
+        sample = _sample(lines, separator, is_whole=is_whole)
+        # Some rows may be bad if the default separator does not even split the header.
+        fits = sample.num_others == 0 or (len(by_default.header) < 2 and sample.num_equal > 0)
+        if sample.is_table and fits and not sample.has_spaces:
             return separator
     return None
 
 
 def _first_lines(path: Path) -> tuple[list[str], bool]:
-    """Return the first lines of a file, and whether they are all."""
+    """Return the first lines of a file, and whether they are the whole file."""
     with open_text(path) as file:
         content = file.read(SAMPLE_BYTES)
         is_whole = not file.read(1)
@@ -114,14 +122,14 @@ def _first_lines(path: Path) -> tuple[list[str], bool]:
 
 
 def _sample(lines: Sequence[str], separator: Separator, *, is_whole: bool) -> _Sample:
-    reader = reader_of(lines, separator)
+    reader = csv_reader(lines, separator)
     sizes: list[int] = []
     header: list[str] | None = None
     while len(sizes) <= SAMPLED_RECORDS:
         try:
             record = next(reader)
         except StopIteration:
-            sizes = sizes if is_whole else sizes[:-1]  # the last one may be cut
+            sizes = sizes if is_whole else sizes[:-1]  # the last one may be truncated
             break
         except csv.Error:
             record = []

@@ -1,4 +1,4 @@
-"""Read rows of tables that are written as text, CSV and TSV."""
+"""Read rows of CSV and TSV files."""
 
 import csv
 from collections import Counter
@@ -9,31 +9,33 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_cli.data.finding.file_types import printable, suffixes_of
-from qlora_cli.data.limits import LONGEST_ROW, TOO_LONG, check_blank_lines, check_columns
-from qlora_cli.data.reading.raw import EVERYTHING, RawRow, Wanted, open_text
-from qlora_cli.data.reading.separators import reader_of, said_separator, separator_of
+from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_LONG, check_blank_lines, check_columns
+from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection, open_text
+from qlora_cli.data.reading.separators import csv_reader, detect_separator, separator_note
 from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 
-# The first line of a record, and its fields or what is wrong with them.
+# The number of a record's first line, its fields, and the problem with them if there is one.
 Record = tuple[int, list[str], str | None]
 
 
-def read_delimited(path: Path, wanted: Wanted = EVERYTHING) -> Iterator[RawRow]:
-    """Yield the rows of a .csv or .tsv file under the names in its first line; every value is text.
+def read_delimited(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]:
+    """Yield the rows of a .csv or .tsv file, keyed by the names in its header; every value is text.
 
     Raises:
-        DataError: the file can't be read, or its header is none.
+        DataError: the file can't be read, or its header is invalid.
     """
     file_name = printable(path)
     with open_text(path) as file, closing(_records(path, file)) as records:
         header = _header(path, records)
-        used = _columns_in_use(path, header, wanted)
-        said = said_separator(path)
+        columns = _selected_columns(path, header, selection)
+        separated_by = separator_note(path)
         for number, (line, fields, problem) in enumerate(records, start=1):
-            if wanted.has(number):
-                problem = problem or _size_problem(fields, header, said) or _problem_of(fields, header, used)
-                value = None if problem else _value_of(fields, header, used)
+            if selection.includes(number):
+                problem = (
+                    problem or _length_problem(fields, header, separated_by) or _text_problem(fields, header, columns)
+                )
+                value = None if problem else _row_value(fields, header, columns)
                 yield RawRow(file_name, number, line, value, problem, sum(map(len, fields)), header)
 
 
@@ -44,14 +46,14 @@ def count_delimited(path: Path) -> int:
 
 
 def _records(path: Path, file: BinaryIO) -> Generator[Record]:
-    """Yield what is not a blank line. What is not UTF-8 becomes half characters in its field, which names its row."""
+    """Yield all records but blank lines. Invalid UTF-8 becomes surrogates, so that it is reported with its row."""
     suffix, _ = suffixes_of(path) or ("", None)
-    separator = separator_of(path)
+    separator = detect_separator(path)
     text = TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     lines = _Lines(text)
     if separator.is_declared:
         next(lines)
-    reader = reader_of(lines, separator)
+    reader = csv_reader(lines, separator)
     num_blank = num_rows = 0
     try:
         while True:
@@ -59,7 +61,7 @@ def _records(path: Path, file: BinaryIO) -> Generator[Record]:
             try:
                 fields = next(reader)
             except csv.Error as error:
-                yield line, [], f"broken {suffix[1:].upper()}: {_explained(error)}"
+                yield line, [], f"broken {suffix[1:].upper()}: {_explain_csv_error(error)}"
                 continue
             except _LongLineError:
                 yield line, [], f"the line is {TOO_LONG}"
@@ -73,22 +75,22 @@ def _records(path: Path, file: BinaryIO) -> Generator[Record]:
     except StopIteration:
         return
     finally:
-        text.detach()  # `file` is closed by those who opened it
+        text.detach()  # the caller closes `file`
 
 
-def _explained(error: csv.Error) -> str:
-    """Return what is wrong with a record, in words of what is there."""
+def _explain_csv_error(error: csv.Error) -> str:
+    """Return the problem with a record in plain words."""
     if "unexpected end of data" in str(error):
-        return "a quote that begins a field of it is not closed to the end of the file"
+        return "a quote that opens a field is not closed by the end of the file"
     return f"{error}; a quote within a field is written twice" if "expected after" in str(error) else str(error)
 
 
 class _LongLineError(Exception):
-    """A line is longer than a row may be; the next one is read after it."""
+    """A line is longer than a row may be; reading can continue with the next line."""
 
 
 class _Lines:
-    """The lines of a text with their ends, and the number of the last one, from 1."""
+    """Yields the lines of a text with their line ends; `number` is that of the last one, from 1."""
 
     def __init__(self, text: TextIOWrapper) -> None:
         self.number = 0
@@ -98,13 +100,13 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(LONGEST_ROW + 1)
+        line = self._text.readline(MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
         self.number += 1
-        if len(line) > LONGEST_ROW:
+        if len(line) > MAX_ROW_BYTES:
             while line and line[-1] not in "\r\n":
-                line = self._text.readline(LONGEST_ROW)
+                line = self._text.readline(MAX_ROW_BYTES)
             raise _LongLineError
         return line
 
@@ -112,35 +114,36 @@ class _Lines:
 def _header(path: Path, records: Iterator[Record]) -> Sequence[str]:
     _, header, problem = next(records, (1, [], "there is none"))
     check_columns(header, printable(path))
-    if problem := problem or _problem_of(header, header, frozenset(header)):
+    if problem := problem or _text_problem(header, header, frozenset(header)):
         raise DataError(
-            f"{printable(path)}: its first line names no columns: {problem}",
+            f"{printable(path)}: its first line is not a header: {problem}",
             hint="Save it as UTF-8 text, with a header.",
         )
     return header
 
 
-def _columns_in_use(path: Path, header: Sequence[str], wanted: Wanted) -> Collection[str]:
-    used = frozenset(header if wanted.columns is None else wanted.columns(header))
-    if twice := sorted(name for name, count in Counter(header).items() if count > 1 and name in used):
+def _selected_columns(path: Path, header: Sequence[str], selection: Selection) -> Collection[str]:
+    columns = frozenset(header if selection.columns is None else selection.columns(header))
+    if duplicates := sorted(name for name, count in Counter(header).items() if count > 1 and name in columns):
         raise DataError(
-            f"{printable(path)}: its header has the column {twice[0]!r} more than once", hint="Rename one of them."
+            f"{printable(path)}: its header has the column {duplicates[0]!r} more than once",
+            hint="Rename one of them.",
         )
-    return used
+    return columns
 
 
-def _value_of(fields: Sequence[str], header: Sequence[str], used: Collection[str]) -> dict[str, str | None]:
-    return {name: field if name in used else None for name, field in zip(header, fields, strict=True)}
+def _row_value(fields: Sequence[str], header: Sequence[str], columns: Collection[str]) -> dict[str, str | None]:
+    return {name: field if name in columns else None for name, field in zip(header, fields, strict=True)}
 
 
-def _size_problem(fields: Sequence[str], header: Sequence[str], said: str) -> str | None:
+def _length_problem(fields: Sequence[str], header: Sequence[str], separated_by: str) -> str | None:
     same = len(fields) == len(header)
-    return None if same else f"{counted(len(fields), 'field')}{said}, the header has {len(header)}"
+    return None if same else f"{counted(len(fields), 'field')}{separated_by}, the header has {len(header)}"
 
 
-def _problem_of(fields: Sequence[str], header: Sequence[str], used: Collection[str]) -> str | None:
+def _text_problem(fields: Sequence[str], header: Sequence[str], columns: Collection[str]) -> str | None:
     for name, field in zip(header, fields, strict=True):
-        if name not in used:
+        if name not in columns:
             continue
         if "\0" in field:
             return f"NUL byte at {field.index(chr(0)) + 1} of {name!r}"

@@ -1,8 +1,8 @@
-"""Rows that are inside of one object: where they are, and the command that writes them as a file of rows.
+"""Detect rows nested in a single object, and suggest the command that extracts them.
 
-So are the answers of servers (`{"count": 2, "rows": […]}`), data sets with a version (`{"version": …, "data": […]}`),
-and what pandas writes unless told otherwise (`{"question": {"0": …, "1": …}}`). Reading them by a guess could take the
-messages of one conversation for rows.
+Examples are server responses (`{"count": 2, "rows": […]}`), versioned data sets (`{"version": …, "data": […]}`), and
+the default output of pandas (`{"question": {"0": …, "1": …}}`). They are not read directly, because a wrong guess
+could take the messages of one conversation for rows.
 """
 
 import json
@@ -13,49 +13,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_cli.data.finding.file_types import suffixes_of
-from qlora_cli.data.finding.split_names import TRAIN, words_in
+from qlora_cli.data.finding.split_names import TRAIN, splits_in_name
 from qlora_cli.data.limits import listed
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.errors import DataError
 from qlora_cli.units import counted
 
-DEEPEST_LIST = 3  # objects around a list of rows
+MAX_LIST_DEPTH = 3  # of the objects around a list of rows
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
-OBJECT = "d"  # what the file holds, in the command
+OBJECT = "d"  # the variable for the file's content in the command
 OPENERS = {None: "open", ".gz": "gzip.open", ".bz2": "bz2.open", ".xz": "lzma.open"}
 
 
 class _WrappedRows(NamedTuple):
-    """What holds rows, in words, and the Python expression that makes a list of them."""
+    """A description of where rows are nested, and the Python expression that extracts them as a list."""
 
     where: str
     expression: str
 
 
-def rows_by_column(row: RawRow) -> DataError | None:
-    """Return the error of a file whose only row has the texts of all rows under each key; None if it has not."""
-    return _error(row, list(_by_column(row.value))) if row.value else None
+def column_object_error(row: RawRow) -> DataError | None:
+    """Return the error for a file whose only row holds all rows' values under each key; None if it does not."""
+    return _error(row, list(_column_objects(row.value))) if row.value else None
 
 
-def rows_inside(row: RawRow) -> DataError | None:
-    """Return the error of a file whose only row, of no known format, has lists of rows inside; None if it has none."""
-    return _error(row, [*_by_number(row.value), *_lists(row.value)]) if row.value else None
+def nested_rows_error(row: RawRow) -> DataError | None:
+    """Return the error for a file whose only row, of no known format, nests lists of rows; None if it does not."""
+    return _error(row, [*_indexed_rows(row.value), *_nested_lists(row.value)]) if row.value else None
 
 
-def _error(row: RawRow, found: Sequence[_WrappedRows]) -> DataError | None:
+def _error(row: RawRow, wrapped: Sequence[_WrappedRows]) -> DataError | None:
     suffix, compression = suffixes_of(Path(row.file)) or ("", None)
-    if not found or suffix not in JSON_KINDS:
+    if not wrapped or suffix not in JSON_KINDS:
         return None
-    of_train = [rows for rows in found if words_in(rows.where) == {TRAIN}]
+    train_rows = [rows for rows in wrapped if splits_in_name(rows.where) == {TRAIN}]
     return DataError(
-        f"{row.file} is one object that holds the rows: {listed([rows.where for rows in found])}",
-        hint=_command(row.file, compression, (of_train or found)[0].expression),
+        f"{row.file} is one object that holds the rows: {listed([rows.where for rows in wrapped])}",
+        hint=_command(row.file, compression, (train_rows or wrapped)[0].expression),
     )
 
 
 def _command(file: str, compression: str | None, expression: str) -> str:
     if compression not in OPENERS:
-        return f"Take the {compression} off it; then its rows can be written as a list."
+        return "Decompress it; then its rows can be written as a list."
     opener = OPENERS[compression]
     module = f", {opener.partition('.')[0]}" if compression else ""
     target = f"{Path(file).name.partition('.')[0]}-rows.json"
@@ -67,26 +67,26 @@ def _command(file: str, compression: str | None, expression: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return a text as Python reads it, without the quotes that a shell has around the command."""
+    """Return `text` as a Python literal without single quotes, which enclose the command in the shell."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _lists(
+def _nested_lists(
     value: Mapping[str, Any], expression: str = OBJECT, path: str = "", depth: int = 0
 ) -> Iterator[_WrappedRows]:
-    """Yield the lists of objects in an object, those further in last."""
-    inside = {key: (f"{expression}[{_literal(key)}]", f"{path}.{key}".lstrip(".")) for key in value}
+    """Yield the lists of objects nested in an object, the outer ones first."""
+    nested = {key: (f"{expression}[{_literal(key)}]", f"{path}.{key}".lstrip(".")) for key in value}
     for key, part in value.items():
         if isinstance(part, list) and part and all(isinstance(each, dict) for each in part):
-            where, name = inside[key]
+            where, name = nested[key]
             yield _WrappedRows(f"{name} ({counted(len(part), 'object')} with {listed(list(part[0]))})", where)
     for key, part in value.items():
-        if isinstance(part, dict) and depth < DEEPEST_LIST:
-            yield from _lists(part, *inside[key], depth + 1)
+        if isinstance(part, dict) and depth < MAX_LIST_DEPTH:
+            yield from _nested_lists(part, *nested[key], depth + 1)
 
 
-def _by_column(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
-    """Yield the rows of an object that holds a list or an index of texts under the name of each column."""
+def _column_objects(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
+    """Yield the rows of an object that holds a list, or an indexed object, of values under each column's name."""
     parts = list(value.values())
     texts = f"each of {listed(list(value))} holds the values of all rows"
     if all(isinstance(part, list) and len(part) == len(parts[0]) and _are_texts(part) for part in parts):
@@ -103,7 +103,7 @@ def _is_index(value: Mapping[str, Any]) -> bool:
     return bool(value) and all(re.fullmatch(r"[0-9]+", key) for key in value)
 
 
-def _by_number(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
-    """Yield the rows of an object that holds one under each number."""
+def _indexed_rows(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
+    """Yield the rows of an object that holds one row under each number."""
     if _is_index(value) and all(isinstance(part, dict) for part in value.values()):
         yield _WrappedRows(f"one under each of {listed(list(value))}", f"list({OBJECT}.values())")

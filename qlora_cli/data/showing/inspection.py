@@ -12,14 +12,14 @@ from qlora_cli.data.feeding.order import padding_share, row_order
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
 from qlora_cli.data.feeding.token_table import Table, first_of_each
-from qlora_cli.data.opening.skipped import read_skipped
+from qlora_cli.data.opening.skipped import read_skipped_rows
 from qlora_cli.data.showing.preview import RowPreview, preview_rows
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.settle import varied
 
-MOST_NAMED = 5  # rows that are named of each kind of trouble
+MAX_SHOWN_FOLDERS = 5  # rows that are named of each kind of trouble
 NUM_BARS = 16
 STEPS = (1, 2, 5)
 LONG_TAIL = 20  # a longest row of so many times the median is drawn on doubling bars
@@ -181,7 +181,7 @@ def _troubles(table: Table, settings: DataSettings) -> list[Trouble]:
         ("equal to an earlier row", ~first_of_each(table.digest)),
     )
     return [
-        Trouble(kind=kind, rows=int(mask.sum()), where=_where(table, np.flatnonzero(mask)[:MOST_NAMED]))
+        Trouble(kind=kind, rows=int(mask.sum()), where=_where(table, np.flatnonzero(mask)[:MAX_SHOWN_FOLDERS]))
         for kind, mask in kinds
         if mask.any()
     ]
@@ -193,14 +193,14 @@ def _near_duplicates(train: PreparedData, evaluation: PreparedData) -> list[Trou
     if not len(near):
         return []
     kind = f"held out {NEARLY_EQUAL}"
-    return [Trouble(kind=kind, rows=len(near), where=_where(evaluation.table, near[:MOST_NAMED]))]
+    return [Trouble(kind=kind, rows=len(near), where=_where(evaluation.table, near[:MAX_SHOWN_FOLDERS]))]
 
 
 def _bad_rows(data: PreparedData) -> list[Trouble]:
     """Return the rows that can't be used, and of the first of them why."""
     if not data.report.bad_rows:
         return []
-    where = tuple(map(str, read_skipped(data.skipped, MOST_NAMED)))
+    where = tuple(map(str, read_skipped_rows(data.skipped, MAX_SHOWN_FOLDERS)))
     empty = f" ({data.report.empty_answers:,} for an empty answer)" if data.report.empty_answers else ""
     return [Trouble(kind=f"can't be used{empty}", rows=data.report.bad_rows, where=where)]
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.layouts import open_rows
-from qlora_cli.data.opening.skipped import SkippedRow, bad_row, read_skipped
-from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error, read_skipped_rows
+from qlora_cli.data.reading.raw import Selection
 from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
@@ -76,10 +76,12 @@ def tokenize_source(
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
     before = _state_of(source)
-    wanted = Wanted(columns=partial(columns_to_read, settings=settings, name=source.name))
+    selection = Selection(columns=partial(columns_to_read, settings=settings, name=source.name))
 
     def fill(writer: Writer) -> About:
-        with closing(read_rows(source, split=split, seed=seed, streaming=settings.streaming, wanted=wanted)) as raw:
+        with closing(
+            read_rows(source, split=split, seed=seed, streaming=settings.streaming, selection=selection)
+        ) as raw:
             rows = raw if head is None else itertools.islice(raw, head)
             with uncollected():
                 about = _fill(writer, source.name, rows, settings, text)
@@ -90,7 +92,7 @@ def tokenize_source(
     key = _key(source, split, settings, text, seed, head)
     found = store.recall(key) or store.keep(key, fill)
     if found.about.num_bad and settings.on_bad_row == OnBadRow.ERROR:
-        raise bad_row(*read_skipped([found.skipped] if found.skipped else [], 1))
+        raise bad_row_error(*read_skipped_rows([found.skipped] if found.skipped else [], 1))
     return replace(found, about=replace(found.about, name=source.name))
 
 
@@ -111,7 +113,7 @@ def try_rows(layout: RowLayout, rows: Iterable[RawRow], settings: DataSettings, 
     for batch in Encoder(layout, settings, text).encode(rows):
         for row in batch:
             if isinstance(row.tokens, RowError) and settings.on_bad_row == OnBadRow.ERROR:
-                raise bad_row(SkippedRow.of(row.raw, row.tokens)) from row.tokens
+                raise bad_row_error(SkippedRow.from_row(row.raw, row.tokens)) from row.tokens
 
 
 class EncodedRow(NamedTuple):
@@ -222,7 +224,7 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
         for row, group, tokens, text_digest in batch:
             if isinstance(tokens, RowError):
                 if settings.on_bad_row == OnBadRow.ERROR:
-                    raise bad_row(SkippedRow.of(row, tokens)) from tokens
+                    raise bad_row_error(SkippedRow.from_row(row, tokens)) from tokens
                 writer.skip(row, tokens)
                 continue
             file = files.setdefault(row.file, len(files))

@@ -21,7 +21,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from qlora_cli.cache import cache_folder, is_name
-from qlora_cli.data.limits import MOST_BAD_ROWS_LISTED
+from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.opening.skipped import SkippedRow
 from qlora_cli.data.reading.arrow_messages import check_messages
 from qlora_cli.data.reading.readers import RawRow
@@ -149,8 +149,8 @@ class Writer:
         """Note down a row that can't be used, and why; of very many, the first ones are listed."""
         self.num_bad += 1
         self.num_empty += problem.is_empty
-        if self.num_bad <= MOST_BAD_ROWS_LISTED:
-            self._skipped.write(json.dumps(asdict(SkippedRow.of(row, problem))) + "\n")
+        if self.num_bad <= MAX_BAD_ROWS_LISTED:
+            self._skipped.write(json.dumps(asdict(SkippedRow.from_row(row, problem))) + "\n")
 
     def close(self) -> None:
         """Complete the files."""

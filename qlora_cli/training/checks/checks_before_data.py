@@ -30,7 +30,7 @@ def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> Qlora
     wrong = Collected(asked.where_of)
     if error.exit_code == INPUT_IS_WRONG:
         wrong.add(MODEL, error)
-    wrong.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, chosen=on_this_disk))
+    wrong.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, include=on_this_disk))
     return wrong.error or error
 
 
@@ -45,7 +45,7 @@ def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, r
         tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
     )
     look = partial(try_rows, settings=settings.data, text=text)
-    wrong.extend(first_rows_errors(settings.data, settings.training.seed, chosen=on_this_disk, look=look))
+    wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk, check_rows=look))
     with wrong.about(TARGETS if blueprint.adapter is None else MODEL):
         adapted = outline(blueprint, settings.lora)
         with wrong.about(OUTPUT):

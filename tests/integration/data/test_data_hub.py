@@ -172,7 +172,7 @@ def test_offline_gives_what_was_read_before_and_never_another_commit(env: dict[s
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     (unknown,) = ask(offline, "owner/plain")
     assert unknown["error"] == "DatasetNotFoundError"
-    assert "HF_HUB_OFFLINE=1 keeps it from being asked" in unknown["message"]
+    assert "HF_HUB_OFFLINE=1 is set" in unknown["message"]
     before = ask(env, "owner/plain@v1", "owner/plain")
     assert texts(before[0]) == ["old1", "old2"]
     plain, by_commit, old = ask(offline, "owner/plain", f"owner/plain@{COMMIT}", "owner/plain@v1")

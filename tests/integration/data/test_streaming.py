@@ -85,7 +85,7 @@ def test_a_weight_on_a_single_stream_is_an_error(base_model: Path, tmp_path: Pat
     }
     resolved = resolve(Sources(flags={key: (key, value) for key, value in values.items()}), TrainSettings)
     (problem,) = data_problems(resolved, resolved.settings.data)
-    assert "has a weight, and a stream of one data set is mixed with nothing" in problem.message
+    assert "has a weight, but a stream of a single data set is not mixed" in problem.message
     assert "#500" in (problem.hint or "")
 
 

@@ -165,7 +165,7 @@ def test_what_data_sets_have_is_read_in_full(tmp_path: Path, column: Callable[[]
 
 def test_a_large_file_may_hold_more_than_a_small_one() -> None:
     for num_bytes in (10**6, 10**9):
-        allowance = limits.Allowance("a", num_bytes)
+        allowance = limits.DecodingBudget("a", num_bytes)
         allowance.check(num_rows=10 * num_bytes, num_values=200 * num_bytes, num_bytes=200 * num_bytes)
         with pytest.raises(DataError, match=ROWS):
             allowance.check(num_rows=10 * num_bytes + 1)

@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from qlora_cli.data.finding.sources import find_dataset
-from qlora_cli.data.reading.raw import Wanted
+from qlora_cli.data.reading.raw import Selection
 from qlora_cli.data.reading.readers import read_rows
 from tests.support.reading import read
 
@@ -205,6 +205,6 @@ def test_the_values_of_any_type_are_those_that_it_was_made_of(tmp_path: Path, co
     assert [row.problem is not None for row in rows] == list(map(is_bad, values))
     good = [(row.value, value) for row, value in zip(rows, values, strict=True) if not is_bad(value)]
     assert [found for found, _ in good] == [{"text": (found or {})["text"], "a": value} for found, value in good]
-    only_text = Wanted(columns=lambda _: ["text"])
-    unread = read_rows(find_dataset(str(path)), split="train", seed=0, wanted=only_text)
+    only_text = Selection(columns=lambda _: ["text"])
+    unread = read_rows(find_dataset(str(path)), split="train", seed=0, selection=only_text)
     assert [row.value for row in unread] == [{"text": str(number), "a": None} for number in range(len(values))]

@@ -16,7 +16,7 @@ import pytest
 from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.reading import hub_rows
-from qlora_cli.data.reading.raw import RawRow, Wanted
+from qlora_cli.data.reading.raw import RawRow, Selection
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.errors import DataError
@@ -79,8 +79,8 @@ def write_arrow(path: Path, columns: dict[str, Array], *, as_stream: bool = Fals
 def read_in_use(path: Path) -> list[RawRow]:
     """Return rows as training reads them: of the columns in use."""
     settings = DataSettings(dataset=str(path))
-    wanted = Wanted(columns=partial(columns_in_use, settings=settings, name=path.name))
-    return list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))
+    selection = Selection(columns=partial(columns_in_use, settings=settings, name=path.name))
+    return list(read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection))
 
 
 # What becomes of each type
@@ -138,9 +138,12 @@ BAD: dict[str, tuple[Array, str]] = {
     "a year in a zone": (of(pyarrow.timestamp("ms", "Asia/Tokyo"), 253402300799000, 0), "outside of the years 1 to"),
     "a date": (of(pyarrow.date32(), 2**31 - 1, 0), "a: a date outside of the years 1 to 9999"),
     "a date before": (of(pyarrow.date64(), -FAR_FUTURE // 86_400_000 * 86_400_000, 0), "a: a date outside of"),
-    "a zone": (of(pyarrow.timestamp("s", "Mars/Olympus"), 0), "a: a time in the zone 'Mars/Olympus', which is not"),
-    "a zone that is a path": (of(pyarrow.timestamp("s", "../../etc/passwd"), 0), "which is not known here"),
-    "a zone that is a folder": (of(pyarrow.timestamp("s", "Europe"), 0), "which is not known here"),
+    "a zone": (
+        of(pyarrow.timestamp("s", "Mars/Olympus"), 0),
+        "a: a time in the zone 'Mars/Olympus', which is unknown",
+    ),
+    "a zone that is a path": (of(pyarrow.timestamp("s", "../../etc/passwd"), 0), "which is unknown here"),
+    "a zone that is a folder": (of(pyarrow.timestamp("s", "Europe"), 0), "which is unknown here"),
     "a time of day": (of(pyarrow.time64("us"), -1, 0), "a: a time of day that is not within a day"),
     "JSON": (as_json("{", "1"), "a: broken JSON: Expecting property name"),
     "JSON of no value": (as_json("[NaN]", "1"), "a: broken JSON: NaN is no JSON value"),
@@ -151,7 +154,7 @@ BAD: dict[str, tuple[Array, str]] = {
     "a part": (pyarrow.array([[{"b": b"a"}, {"b": NOT_TEXT}], []]), "a[1].b: not UTF-8 text"),
     "fields of one name": (
         pyarrow.StructArray.from_arrays([pyarrow.array([1])] * 2, ["x", "x"]),
-        "a: a value of the type struct<x: int64, x: int64>, which is not read",
+        "a: a value of the type struct<x: int64, x: int64>, which is not supported",
     ),
 }
 
@@ -227,7 +230,9 @@ def test_a_type_that_pyarrow_makes_nothing_of_is_an_error_that_names_its_column_
 ) -> None:
     write_months(tmp_path / "a.arrow")
     assert [row.value for row in read_in_use(tmp_path / "a.arrow")] == [{"text": "t", "a": None}]
-    with pytest.raises(DataError, match="the column 'a' has values of the type month_interval, which is not read"):
+    with pytest.raises(
+        DataError, match="the column 'a' has values of the type month_interval, which is not supported"
+    ):
         read(tmp_path / "a.arrow")
 
 
@@ -345,9 +350,13 @@ def test_rows_of_the_hub_and_of_its_files_are_the_same_and_no_picture_is_decoded
     write_parquet(tmp_path / "a.parquet", columns)
     for named in ({}, {"text": "when"}, {"text": "picture"}):
         settings = DataSettings(dataset="owner/name", columns=named, format=DataFormat.TEXT)
-        wanted = Wanted(columns=partial(columns_in_use, settings=settings, name="a"))
+        selection = Selection(columns=partial(columns_in_use, settings=settings, name="a"))
         found, expected = (
-            list(read_rows(find_dataset(f"{name}{behind}"), split="train", seed=3, streaming=is_stream, wanted=wanted))
+            list(
+                read_rows(
+                    find_dataset(f"{name}{behind}"), split="train", seed=3, streaming=is_stream, selection=selection
+                )
+            )
             for name in ("owner/name", tmp_path / "a.parquet")
         )
         if is_stream and behind:  # a sample of a stream is another

@@ -17,8 +17,8 @@ import pytest
 from qlora_cli.data import limits
 from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.reading import arrow_messages, json_files, parquet_groups, raw, tables
-from qlora_cli.data.reading.parquet_groups import BATCH_ROWS, rows_at_once
-from qlora_cli.data.reading.raw import RawRow, Wanted
+from qlora_cli.data.reading.parquet_groups import BATCH_ROWS, decodable_rows
+from qlora_cli.data.reading.raw import RawRow, Selection
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.data.rows.examples import RowError
@@ -102,16 +102,16 @@ def test_columns_that_are_not_in_use_are_named_but_not_decompressed(tmp_path: Pa
     with pytest.raises(DataError, match=r"a\.(parquet|arrow) is damaged"):
         read(path)
     settings = DataSettings(dataset=[str(path)])
-    wanted = Wanted(columns=lambda columns: columns_in_use(columns, settings, "a"))
-    found = [row.value for row in read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted)]
+    selection = Selection(columns=lambda columns: columns_in_use(columns, settings, "a"))
+    found = [row.value for row in read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection)]
     assert found == [{"prompt": p, "completion": c, "junk": None} for p, c in (("a", "c"), ("b", "d"))]
-    sample = read_rows(find_dataset(f"{path}#1"), split="train", seed=0, wanted=wanted)
+    sample = read_rows(find_dataset(f"{path}#1"), split="train", seed=0, selection=selection)
     assert [row.value for row in sample if row.value not in found] == []
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
 def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
-    names, path = [f"c{number}" for number in range(limits.MOST_COLUMNS + 1)], tmp_path / f"a.{suffix}"
+    names, path = [f"c{number}" for number in range(limits.MAX_COLUMNS + 1)], tmp_path / f"a.{suffix}"
     table = pyarrow.table({name: [1] for name in names})
     if suffix == "parquet":
         pyarrow.parquet.write_table(table, path)
@@ -127,7 +127,9 @@ def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Pat
 def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "ALWAYS_EXPANDED", 4096 * MIB)  # so that all may be decoded, one part after another
+    monkeypatch.setattr(
+        limits, "ALWAYS_ALLOWED_BYTES", 4096 * MIB
+    )  # so that all may be decoded, one part after another
     text, path = "x" * 2_000_000, tmp_path / "a.parquet"
     for chat in (False, True):
         texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array([text]))
@@ -155,20 +157,20 @@ def test_an_ordinary_dictionary_is_read_in_hundreds_of_rows(tmp_path: Path) -> N
         group = pyarrow.parquet.ParquetFile(file).metadata.row_group(0)
         assert group.column(0).has_dictionary_page
         assert group.column(1).has_dictionary_page
-        assert 100 <= rows_at_once(file, group, ["text", "ids"], "a") < BATCH_ROWS
-        assert rows_at_once(file, group, ["ids"], "a") == BATCH_ROWS
+        assert 100 <= decodable_rows(file, group, ["text", "ids"], "a") < BATCH_ROWS
+        assert decodable_rows(file, group, ["ids"], "a") == BATCH_ROWS
 
 
 def test_a_column_that_is_far_larger_than_what_is_stored_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_groups, "ALWAYS_EXPANDED", MIB)
+    monkeypatch.setattr(parquet_groups, "ALWAYS_ALLOWED_BYTES", MIB)
     table, path = pyarrow.table({"text": ["x" * 3 * MIB], "n": [1]}), tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
     with pytest.raises(DataError, match=r"a\.parquet: the column text expands to more than 200 times its size"):
         read(path)
-    wanted = Wanted(columns=lambda _: ["n"])
-    assert len(list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))) == 1
+    selection = Selection(columns=lambda _: ["n"])
+    assert len(list(read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection))) == 1
 
 
 @pytest.mark.parametrize("as_stream", [True, False])
@@ -184,7 +186,7 @@ def test_a_compressed_arrow_file_that_is_far_larger_inside_is_an_error(
     with make(path, batch.schema, options=options) as writer:
         writer.write_batch(batch)
     assert len(values_of(path)) == 1
-    monkeypatch.setattr(arrow_messages, "ALWAYS_EXPANDED", MIB)
+    monkeypatch.setattr(arrow_messages, "ALWAYS_ALLOWED_BYTES", MIB)
     with pytest.raises(DataError, match=r"a\.arrow expands to more than 200 times its size, to 8\.00 MiB at once"):
         read(path)
     # One that is as large but not compressed is read.
@@ -218,7 +220,7 @@ VIEWS = pyarrow.struct([("x", pyarrow.string_view()), ("y", pyarrow.binary_view(
 def test_a_column_that_is_not_in_use_may_be_as_large_inside_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool
 ) -> None:
-    monkeypatch.setattr(arrow_messages, "ALWAYS_EXPANDED", MIB)
+    monkeypatch.setattr(arrow_messages, "ALWAYS_ALLOWED_BYTES", MIB)
     large = pyarrow.array(["x" * 8 * MIB])
     each = {**columns_of_every_kind(), "large": large, "text": pyarrow.array(["t"])}
     for order in (list(each), list(each)[::-1]):
@@ -236,8 +238,8 @@ def test_a_column_that_is_not_in_use_may_be_as_large_inside_as_it_is(
 
 
 def read_columns(path: Path, *names: str) -> list[RawRow]:
-    wanted = Wanted(columns=lambda _: names)
-    return list(read_rows(find_dataset(str(path)), split="train", seed=0, wanted=wanted))
+    selection = Selection(columns=lambda _: names)
+    return list(read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection))
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -
     rows = read_rows(find_dataset(str(path)), split="train", seed=0)
     next(rows)
     os.truncate(path, 10_000)
-    with pytest.raises(DataError, match=r"a\.arrow .*cut short"):
+    with pytest.raises(DataError, match=r"a\.arrow .*truncated"):
         list(rows)
 
 
@@ -265,8 +267,8 @@ def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
 def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for module in (json_files, tables):
-        monkeypatch.setattr(module, "LONGEST_ROW", 1000)
-    monkeypatch.setattr("qlora_cli.data.reading.json_text.LONGEST_ROW", 1000)
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("qlora_cli.data.reading.json_text.MAX_ROW_BYTES", 1000)
     monkeypatch.setattr("qlora_cli.data.reading.json_text.WINDOW_BYTES", 100)
     long, short = "x" * 5000, "y" * 900
     if name == "a.csv":
@@ -284,11 +286,11 @@ def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest
 
 def test_long_lines_at_the_end_and_in_a_header_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (json_files, tables):
-        monkeypatch.setattr(module, "LONGEST_ROW", 1000)
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", '{"a": "b"}\n' + "x" * 5000)
     assert [problem for _, _, problem in problems_of(path)] == [None, "the line is longer than 64.00 MiB"]
     assert len(read(f"{path}#2")) == 2
-    with pytest.raises(DataError, match="names no columns: the line is longer than"):
+    with pytest.raises(DataError, match="is not a header: the line is longer than"):
         read(write(tmp_path / "a.csv", "x" * 5000))
 
 
@@ -296,7 +298,7 @@ def test_long_lines_at_the_end_and_in_a_header_end_too(tmp_path: Path, monkeypat
 def test_an_archive_that_is_far_larger_inside_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compress: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr(raw, "ALWAYS_EXPANDED", 2**20)
+    monkeypatch.setattr(raw, "ALWAYS_ALLOWED_BYTES", 2**20)
     path = write(tmp_path / f"a.jsonl{suffix}", compress(b'{"text": "' + b"a" * 2**24))
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} expands to more than 200 times its size"):
         read(path)
@@ -313,7 +315,7 @@ def test_an_archive_that_is_far_larger_inside_is_an_error(
 def test_a_file_of_blank_lines_ends_in_an_error_with_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, end: str
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_BLANK_LINES", 1000)
+    monkeypatch.setattr(limits, "MAX_BLANK_LINES", 1000)
     path = write(tmp_path / name, begin + end * 2000)
     for sample in ("", "#1"):
         with pytest.raises(
@@ -326,7 +328,7 @@ def test_a_file_of_blank_lines_ends_in_an_error_with_the_limit(
 def test_ten_blank_lines_between_rows_are_read_however_many_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, header: str, row: str
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_BLANK_LINES", 100)
+    monkeypatch.setattr(limits, "MAX_BLANK_LINES", 100)
     path = write(tmp_path / name, f"{header}\n" + f"{row}\n\n\n\n\n\n\n\n\n\n\n" * 1000)
     assert values_of(path) == [{"text": "x"}] * 1000
 

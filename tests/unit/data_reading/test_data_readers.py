@@ -59,7 +59,7 @@ def test_a_quote_that_is_left_open_takes_no_rows_in_silence(tmp_path: Path) -> N
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"4\n5,6\n')
     assert problems_of(path) == [
         (1, 2, None),
-        (2, 3, "broken CSV: a quote that begins a field of it is not closed to the end of the file"),
+        (2, 3, "broken CSV: a quote that opens a field is not closed by the end of the file"),
     ]
 
 
@@ -67,9 +67,9 @@ def test_a_quote_that_is_left_open_takes_no_rows_in_silence(tmp_path: Path) -> N
     ("content", "problem"),
     [
         (b"a,b,a\n1,2,3\n", "its header has the column 'a' more than once"),
-        (b"caf\xe9,b\n1,2\n", "its first line names no columns: not UTF-8 text"),
-        (b"\n\n", "its first line names no columns: there is none"),
-        (b'"a,b\n', "its first line names no columns: broken CSV"),
+        (b"caf\xe9,b\n1,2\n", "its first line is not a header: not UTF-8 text"),
+        (b"\n\n", "its first line is not a header: there is none"),
+        (b'"a,b\n', "its first line is not a header: broken CSV"),
     ],
 )
 def test_a_header_that_is_none_is_an_error(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -335,7 +335,7 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path, compression: str, damage:
         changed = bytes(byte ^ 255 for byte in archive[place : place + 9])
         archive = archive[:place] + changed + archive[place + 9 :]
     path = write(tmp_path / f"a.jsonl.{compression}", archive)
-    with pytest.raises(DataError, match=f"a.jsonl.{compression} is damaged or cut short: "):
+    with pytest.raises(DataError, match=f"a.jsonl.{compression} is damaged or truncated: "):
         read(f"{path}{behind}")
 
 
@@ -345,7 +345,7 @@ def test_a_file_that_is_no_archive_is_told_from_a_damaged_one(tmp_path: Path, co
     path = write(tmp_path / f"a.jsonl.{compression}", b'{"a": 1}\n' * 50)
     with pytest.raises(DataError) as caught:
         read(f"{path}{behind}")
-    assert str(caught.value) == f"{path} is no .{compression} archive: it begins with b'{{\"a\": 1}}'"
+    assert str(caught.value) == f"{path} is no .{compression} archive: it starts with b'{{\"a\": 1}}'"
     assert f"take .{compression} off its name" in str(caught.value.hint)
 
 

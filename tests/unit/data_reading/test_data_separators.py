@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.data.finding.sources import find_dataset
-from qlora_cli.data.opening.train_and_eval import notes_on
-from qlora_cli.data.reading.separators import SAMPLE_BYTES, separator_of
+from qlora_cli.data.opening.train_and_eval import source_notes
+from qlora_cli.data.reading.separators import SAMPLE_BYTES, detect_separator
 from qlora_cli.errors import DataError
 from tests.support.reading import problems_of, read, values_of, write
 
@@ -22,7 +22,7 @@ def written(separator: str) -> str:
 
 
 def note_of(path: Path) -> list[str]:
-    return list(notes_on([find_dataset(str(path))], []))
+    return list(source_notes([find_dataset(str(path))], []))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
@@ -72,7 +72,7 @@ def test_the_first_line_may_say_it(tmp_path: Path) -> None:
 )
 def test_where_it_is_not_clear_commas_separate(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "a.csv", content)
-    assert (separator_of(path).character, separator_of(path).has_space) == (",", False)
+    assert (detect_separator(path).character, detect_separator(path).has_space) == (",", False)
 
 
 def test_a_row_that_is_wrong_does_not_change_what_separates_the_others(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_file_that_is_really_called_so_comes_first(
     for name in ("a.jsonl", "b1.jsonl", real):
         Path(name).write_text("x")
     if real == "a.jsonl#5":
-        assert "kind that is not read" in str(refusal(real))
+        assert "file type that is not supported" in str(refusal(real))
     else:
         assert files_of(real) == [real]
         assert find_dataset(f"{real}#7*3").num_rows == 7
@@ -232,12 +232,12 @@ def test_a_name_that_only_the_hub_may_have_is_told_with_a_file_that_is_called_so
         assert caught.value.hint == f"Did you mean {near}, which is on this disk?"
 
 
-def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "train-00000-of-00001.parquet"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     for name in (path, tmp_path, f"{tmp_path}/*"):
         problem = refusal(str(name))
-        assert "pointer of Git LFS" in str(problem)
+        assert "Git LFS pointer" in str(problem)
         assert "git lfs pull" in str(problem.hint)
 
 
@@ -249,14 +249,18 @@ def test_rows_and_weight_in_the_wrong_order_are_put_right(data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("notes.txt", "notes.txt is of a kind that is not read", ".jsonl"),
-        ("*.txt", "*.txt matches no data: 1 found (notes.txt for one)", "**/*.jsonl"),
+        ("notes.txt", "notes.txt is of a file type that is not supported", ".jsonl"),
+        ("*.txt", "*.txt matches no data: 1 matches (notes.txt for one)", "**/*.jsonl"),
         ("deep", "deep holds no data", "deep/er"),
         ("void", "void holds no data", "path"),
         ("empty.jsonl", "empty.jsonl is empty", "at least one row"),
         ("empty.*", "empty.jsonl is empty", "at least one row"),
-        ("outside.parquet.gz", "outside.parquet.gz: a .parquet file that is compressed as a whole", ".gz"),
-        ("outside.*", "outside.parquet.gz: a .parquet file that is compressed as a whole", ".gz"),
+        (
+            "outside.parquet.gz",
+            "outside.parquet.gz: a .parquet file can't be read when it is compressed as a whole",
+            ".gz",
+        ),
+        ("outside.*", "outside.parquet.gz: a .parquet file can't be read when it is compressed as a whole", ".gz"),
         ("/dev/null", "/dev/null is neither a file nor a directory", ".jsonl"),
     ],
 )

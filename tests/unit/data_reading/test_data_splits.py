@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.data.finding.sources import check_dataset_name, find_dataset, find_split
-from qlora_cli.data.finding.split_names import NO_WORD, WORDS, words_in
-from qlora_cli.data.opening.train_and_eval import held_out_sources, notes_on, trained_and_held_out, trained_sources
+from qlora_cli.data.finding.split_names import SEPARATORS, SPLIT_WORDS, splits_in_name
+from qlora_cli.data.opening.train_and_eval import held_out_sources, overlapping_source, source_notes, trained_sources
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -50,14 +50,14 @@ def refusal(name: str, split: str = "train") -> DataError:
 
 def notes_of(*names: str, **settings: object) -> list[str]:
     data = DataSettings.model_validate({"dataset": names, **settings})
-    return list(notes_on(trained_sources(data), held_out_sources(data)))
+    return list(source_notes(trained_sources(data), held_out_sources(data)))
 
 
 def test_the_words_are_those_of_datasets() -> None:
-    assert {split: list(words) for split, words in WORDS.items()} == {
+    assert {split: list(words) for split, words in SPLIT_WORDS.items()} == {
         str(split): words for split, words in data_files.SPLIT_KEYWORDS.items()
     }
-    assert NO_WORD == data_files.NON_WORDS_CHARS
+    assert SEPARATORS == data_files.NON_WORDS_CHARS
 
 
 LAYOUTS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
@@ -119,8 +119,8 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
     [
         (["Train.jsonl", "Test.jsonl"], ["Train.jsonl"], "test (Test.jsonl)"),
         (["a.jsonl", "b.jsonl", "test.jsonl"], ["a.jsonl", "b.jsonl"], "test (test.jsonl)"),
-        (["train.jsonl", "extra.jsonl"], ["train.jsonl"], "extra.jsonl (of no split or about others)"),
-        (["a.jsonl", "metadata.csv"], ["a.jsonl"], "metadata.csv (of no split or about others)"),
+        (["train.jsonl", "extra.jsonl"], ["train.jsonl"], "extra.jsonl (of no split, or metadata)"),
+        (["a.jsonl", "metadata.csv"], ["a.jsonl"], "metadata.csv (of no split, or metadata)"),
         (["a.jsonl", "eval/x.jsonl", "eval/y.jsonl"], ["a.jsonl"], "test (2 files)"),
         (
             ["train_a.jsonl", "train_b.jsonl", "val.jsonl"],
@@ -128,7 +128,7 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
             "validation (val.jsonl)",
         ),
         (["data/a.jsonl", "data/dev.jsonl"], ["data/a.jsonl"], "validation (dev.jsonl)"),
-        (["data/train.jsonl", "stats.json"], ["data/train.jsonl"], "stats.json (of no split or about others)"),
+        (["data/train.jsonl", "stats.json"], ["data/train.jsonl"], "stats.json (of no split, or metadata)"),
         (["default/train/0.jsonl", "default/test/0.jsonl"], ["default/train/0.jsonl"], "test (0.jsonl)"),
         (
             ["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"],
@@ -137,13 +137,13 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
         ),
     ],
 )
-def test_train_is_read_and_what_is_left_aside_is_said(
+def test_train_is_read_and_the_rest_is_reported_as_not_read(
     place: Callable[..., str], names: list[str], read: list[str], aside: str
 ) -> None:
     path = place(*names)
     assert files_of(path) == read
     (note,) = notes_of(path)
-    assert f"left aside: {aside}" in note
+    assert f"not read: {aside}" in note
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> No
 def test_an_unclear_file_keeps_no_other_split_from_being_read(place: Callable[..., str]) -> None:
     path = place("train-test.jsonl", "train.jsonl", "validation.jsonl")
     assert files_of(path, "dev") == ["validation.jsonl"]
-    assert "train-test.jsonl (of unclear splits)" in notes_of(f"{path}::validation")[0]
+    assert "train-test.jsonl (of ambiguous splits)" in notes_of(f"{path}::validation")[0]
 
 
 def test_a_sample_and_a_weight_stand_behind_the_split(place: Callable[..., str]) -> None:
@@ -214,7 +214,7 @@ def test_a_file_has_no_splits_to_name(place: Callable[..., str]) -> None:
     assert "has no splits" in str(refusal(f"{path}::test"))
     assert "has no config en" in str(refusal(f"{path}:en"))
     for name in (path, f"{path}/a.jsonl"):
-        with pytest.raises(DataError, match="nothing tells of splits"):
+        with pytest.raises(DataError, match="it has no splits"):
             find_split(name, "validation")
 
 
@@ -322,7 +322,7 @@ def test_a_file_of_the_card_that_is_of_no_kind_that_is_read_is_an_error(
     place: Callable[..., str], pattern: str
 ) -> None:
     path = place("notes.txt", card=f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n")
-    assert "notes.txt is of a kind that is not read" in str(refusal(path))
+    assert "notes.txt is of a file type that is not supported" in str(refusal(path))
 
 
 def test_a_split_of_the_card_without_files_is_an_error_where_it_is_read(place: Callable[..., str]) -> None:
@@ -342,7 +342,7 @@ def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> 
     (top / "train" / "other.arrow").write_text("x")
     assert files_of(str(top)) == ["train/data-00000-of-00001.arrow"]
     assert files_of(f"{top}::test") == ["test/data-00000-of-00001.arrow"]
-    assert "left aside: test (data-00000-of-00001.arrow)" in notes_of(str(top))[0]
+    assert "not read: test (data-00000-of-00001.arrow)" in notes_of(str(top))[0]
     (top / "test" / "data-00000-of-00001.arrow").unlink()
     assert files_of(str(top)) == ["train/data-00000-of-00001.arrow"]
     assert "data-00000-of-00001.arrow can't be read: No such file" in str(refusal(f"{top}::test"))
@@ -397,7 +397,7 @@ def test_of_the_cache_of_datasets_the_results_of_map_are_not_read(cached: Path) 
     for name in (folder, folder.parent, cached):
         assert [Path(file).name for file in files_of(str(name))] == ["set-train.arrow"]
         assert [Path(file).name for file in files_of(f"{name}::test")] == ["set-test.arrow"]
-        assert "left aside: test (set-test.arrow)" in notes_of(str(name))[0]
+        assert "not read: test (set-test.arrow)" in notes_of(str(name))[0]
 
 
 def test_of_several_data_sets_in_a_cache_one_has_to_be_named(cached: Path) -> None:
@@ -415,7 +415,7 @@ def test_folders_of_several_configs_are_named(place: Callable[..., str]) -> None
     path = place("en/train/0.jsonl", "en/test/0.jsonl", "more/de/a.jsonl", "docs/x.txt")
     problem = refusal(path)
     assert "holds no data" in str(problem)
-    assert problem.hint == f"Folders below do; give one: {path}/en, {path}/more/de"
+    assert problem.hint == f"Its subfolders do; give one: {path}/en, {path}/more/de"
 
 
 def test_shards_of_a_cache_are_of_their_split(place: Callable[..., str]) -> None:
@@ -438,7 +438,7 @@ def test_files_of_several_splits_that_were_named_are_all_read_and_said(place: Ca
         [f"{path}/t*.jsonl", f"{path}/b.jsonl"],
     ):
         (note,) = notes_of(*names)
-        assert "called as of several splits are all trained: test (test.jsonl), train (train.jsonl)" in note
+        assert "named after several splits are all trained on: test (test.jsonl), train (train.jsonl)" in note
     assert notes_of(f"{path}/train*") == notes_of(f"{path}/test.jsonl") == []
 
 
@@ -453,7 +453,7 @@ def test_shards_that_are_missing_are_said(place: Callable[..., str]) -> None:
 def test_a_split_that_is_evaluated_is_not_left_aside(place: Callable[..., str]) -> None:
     path = place("train.jsonl", "val.jsonl", "test.jsonl")
     (note,) = notes_of(path, eval_split="dev")
-    assert note == f"{path}: reading train (train.jsonl) and validation (val.jsonl); left aside: test (test.jsonl)"
+    assert note == f"{path}: reading train (train.jsonl) and validation (val.jsonl); not read: test (test.jsonl)"
     assert notes_of(path, eval_dataset=[f"{path}::validation"]) == [note]
     assert [source.split for source in held_out_sources(DataSettings(dataset=(path,), eval_split="5%"))] == []
 
@@ -480,7 +480,7 @@ def test_data_that_is_trained_and_all_of_it_held_out_is_found(
 ) -> None:
     monkeypatch.chdir(place("train.jsonl", "test.jsonl"))
     data = DataSettings(dataset=(trained,), eval_dataset=(evaluated,))
-    found = trained_and_held_out(trained_sources(data), held_out_sources(data), data)
+    found = overlapping_source(trained_sources(data), held_out_sources(data), data)
     assert (found is not None) == is_same
 
 
@@ -504,11 +504,11 @@ def test_no_file_of_another_split_is_trained_and_each_is_read_said_or_in_another
         directory = source.directory
         assert directory is not None
         for path in source.files:
-            told = [words_in(part) for part in path.relative_to(top).parts if words_in(part)]
+            told = [splits_in_name(part) for part in path.relative_to(top).parts if splits_in_name(part)]
             assert told[:1] in ([], [{"train"}])
         by_split = [path for split in directory.splits for path in split.files]
-        known = {*source.files, *by_split, *directory.unclear, *directory.others, *directory.files}
+        known = {*source.files, *by_split, *directory.ambiguous, *directory.unassigned, *directory.files}
         left = {path for path in top.rglob("*.jsonl") if path not in known}
         assert {path.parent.name for path in left} <= {"data", "other"}
-        (note,) = notes_on([source], []) or ("",)
+        (note,) = source_notes([source], []) or ("",)
         assert bool(note) == bool(known - set(source.files))

@@ -108,7 +108,7 @@ def test_an_object_without_rows_inside_is_told_as_ever(tmp_path: Path, content: 
 def test_of_an_object_too_long_for_a_row_the_list_inside_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    monkeypatch.setattr("qlora_cli.data.reading.json_text.LONGEST_ROW", WINDOW_BYTES)
+    monkeypatch.setattr("qlora_cli.data.reading.json_text.MAX_ROW_BYTES", WINDOW_BYTES)
     rows = ", ".join(['{"text": "' + "x" * 1000 + '"}'] * 4000)
     path = write(tmp_path / "a.json", f'{{{before}"data": [{rows}], "end": 1}}')
     ((_, _, problem),) = problems_of(path)

@@ -198,7 +198,7 @@ def test_names_that_can_be_nothing_are_known_at_once(tmp_path: Path) -> None:
     for name, expected in (
         ("missing.jsonl", "no such file"),
         (str(tmp_path / "empty.jsonl"), "is empty"),
-        (str(tmp_path / "notes.docx"), "kind that is not read"),
+        (str(tmp_path / "notes.docx"), "file type that is not supported"),
         (str(tmp_path / "folder"), "holds no data"),
     ):
         problem = check_dataset_name(name)

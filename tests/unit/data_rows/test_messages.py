@@ -19,13 +19,13 @@ AS_SERVED = {"type": "function", "function": CALL}
 TEXT = {"type": "text", "text": "a"}
 
 
-def reader_of(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> RowReader:
+def csv_reader(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> RowReader:
     layout = recognise(list(row), DataSettings(dataset=("rows.jsonl",)), "rows.jsonl")
     return RowReader(layout, loss_on, use_chat=True)
 
 
 def read(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> Conversation:
-    found = reader_of(row, loss_on).read(row)
+    found = csv_reader(row, loss_on).read(row)
     assert isinstance(found, Conversation)
     return found
 
@@ -345,7 +345,7 @@ VALUES = st.recursive(
 def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str, value: Any) -> None:
     """A switch of an answer says whether it is trained; all else is in the message, noted if no list knows it."""
     row = {"messages": [USER, {**ANSWER, key: value}]}
-    reader = reader_of(row)
+    reader = csv_reader(row)
     try:
         found = reader.read(row)
     except RowError:
@@ -368,7 +368,7 @@ def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str
 def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:
     row: dict[str, Any] = {"messages": [{**USER, "mood": "glad", "id": 1, "lang": None}, {**ANSWER, "mood": "glad"}]}
     parts = {"messages": [{"role": "user", "content": [{**TEXT, "lang": "en"}]}, ANSWER]}
-    reader = reader_of(row)
+    reader = csv_reader(row)
     for each in (row, row, parts):
         found = reader.read(each)
     assert reader.unknown_keys == {"mood": 2, "content.lang": 1}

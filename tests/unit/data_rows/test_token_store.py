@@ -87,7 +87,7 @@ def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(tab
 def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MOST_BAD_ROWS_LISTED", 2)
+    monkeypatch.setattr(store, "MAX_BAD_ROWS_LISTED", 2)
     writer = Writer(tmp_path)
     for number in range(5):
         writer.skip(RawRow("rows.jsonl", number, None, None, "broken JSON", 1), RowError("it is broken"))
