@@ -3,15 +3,22 @@
 Each class carries the exit code of the command that it ends and also inherits the standard exception
 it refines, so that library users can catch what they know. A message names what was wrong and the value;
 the hint says what to do next.
-
-Exit codes: 0 done, 1 the run failed, 2 bad input or settings, 3 does not fit in memory, 129 the terminal was closed,
-130 interrupted, 143 terminated.
 """
 
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
+
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "bad input",
+    3: "does not fit in memory",
+    128 + signal.SIGHUP: "terminal closed",
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGTERM: "terminated",
+}
 
 
 def is_panic(error: BaseException) -> bool:

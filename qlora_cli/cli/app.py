@@ -23,6 +23,7 @@ from qlora_cli.cli.commands.runs import runs_app
 from qlora_cli.cli.commands.train import train
 from qlora_cli.cli.failures import FailureGroup
 from qlora_cli.cli.stderr import tell_of_libraries
+from qlora_cli.errors import EXIT_CODES
 
 app = typer.Typer(
     name="qlora",
@@ -32,8 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: whole flag names at any width, and half the time
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models on one GPU with QLoRA: predict, plan, train, prove.",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 does not fit in memory, 129 terminal closed, "
-    "130 interrupted, 143 terminated.",
+    epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
 
 # A new command is one file and one line here; its module must not import torch.

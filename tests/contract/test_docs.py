@@ -1,11 +1,13 @@
 """The documentation: its commands parse with valid values, what it names exists, and the generated page is fresh."""
 
+import importlib
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -162,13 +164,13 @@ MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution
 
 @pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, DemoResult])
 def test_every_json_key_is_documented(result: type) -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     assert [field.name for field in fields(result) if f"`{field.name}`" not in page] == []
 
 
 def test_every_json_key_of_a_prediction_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
-    section = page.partition("### qlora inspect-memory")[2].partition("\n### ")[0]
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora inspect-memory")[2].partition("\n## ")[0]
     keys = {field.name for result in MEMORY for field in fields(result)} | {
         *PHASES,
         *(f"{name}_bytes" for name in COMPONENTS),
@@ -176,73 +178,44 @@ def test_every_json_key_of_a_prediction_is_documented_in_its_section() -> None:
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
 
 
-def test_every_json_key_and_flag_of_a_merge_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+def test_every_json_key_of_a_merge_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     for heading, results in (("qlora merge\n", MERGE), ("qlora merge --dry-run\n", MERGE_PLAN)):
-        section = page.partition(f"### {heading}")[2].partition("\n### ")[0]
+        section = page.partition(f"## {heading}")[2].partition("\n## ")[0]
         keys = {field.name for result in results for field in fields(result)}
         assert sorted(key for key in keys if f"`{key}`" not in section) == []
-    flags = page.partition("## Flags of qlora merge")[2].partition("\n## ")[0]
-    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
-    own = {flag for flag in flags_of(command) if flag.startswith("--")} - {"--config", "--set", "--json"}
-    assert own >= {"--base", "--format", "--no-verify", "--dry-run"}
-    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
 
 
-def test_every_json_key_and_flag_of_an_evaluation_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
-    section = page.partition("### qlora evaluate\n")[2].partition("\n### ")[0]
+def test_every_json_key_of_an_evaluation_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora evaluate\n")[2].partition("\n## ")[0]
     keys = {field.name for result in (Evaluation, SourceResult, TaskResult) for field in fields(result)}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
-    flags = page.partition("## Flags of qlora evaluate")[2].partition("\n## ")[0]
-    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
-    own = {flag for flag in flags_of(command) - flags_of_train() if flag.startswith("--")} - {
-        "--config",
-        "--set",
-        "--json",
-    }
-    assert own >= {"--merged", "--tasks", "--no-base"}
-    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
 
 
-def test_every_json_key_and_flag_of_answers_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
-    section = page.partition("### qlora generate\n")[2].partition("\n### ")[0]
+def test_every_json_key_of_answers_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora generate\n")[2].partition("\n## ")[0]
     keys = {field.name for result in (GenerationReport, PromptAnswers, Answer) for field in fields(result)}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
-    flags = page.partition("## Flags of qlora generate and qlora chat")[2].partition("\n## ")[0]
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    load, asking = flags_of(commands["load"]), flags_of(commands["generate"]) | flags_of(commands["chat"])
-    own = {flag for flag in asking - load if flag.startswith("--")}
-    assert own >= {"--prompt", "--compare", "--merged", "--seed"}
-    assert sorted(flag for flag in own if f"`{flag}`" not in flags) == []
 
 
 def test_every_json_key_of_an_inspection_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
-    section = page.partition("### qlora inspect-data")[2].partition("\n### ")[0]
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora inspect-data")[2].partition("\n## ")[0]
     # The report on the rows to train on is on the same level as the rest.
     keys = {field.name for result in DATA for field in fields(result)} - {"data"}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
 
 
 def test_every_json_key_of_runs_is_documented_in_its_section() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     of_all, of_one = (
-        page.partition(f"### {name}\n")[2].partition("\n### ")[0] for name in ("qlora runs", "qlora runs show")
+        page.partition(f"## {name}\n")[2].partition("\n## ")[0] for name in ("qlora runs", "qlora runs show")
     )
     assert [field.name for field in fields(RunSummary) if f"`{field.name}`" not in of_all] == []
     keys = {field.name for result in RUN for field in fields(result)} - {"summary"} | {"value", "origin"}
     assert sorted(key for key in keys if f"`{key}`" not in of_one) == []
-
-
-def test_every_flag_of_a_prediction_that_is_no_setting_is_documented() -> None:
-    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
-    section = page.partition("## Flags of qlora inspect-memory")[2].partition("\n## ")[0]
-    command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
-    own = {flag for flag in flags_of(command) - flags_of_train() if flag.startswith("--")}
-    assert own >= {"--gpu", "--solve", "--sweep", "--plot"}
-    assert sorted(flag for flag in own - {"--config", "--set", "--json"} if f"`{flag}`" not in section) == []
 
 
 def test_every_event_of_a_run_and_its_keys_are_documented() -> None:
@@ -252,8 +225,37 @@ def test_every_event_of_a_run_and_its_keys_are_documented() -> None:
         assert [field.name for field in fields(event) if f"`{field.name}`" not in row] == []
 
 
-def test_the_settings_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def make_reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-    from make_reference import PAGE, settings_page
+    return importlib.import_module("make_reference")
 
-    assert PAGE.read_text(encoding="utf-8") == settings_page(), "run: make reference"
+
+def test_generated_pages_are_fresh(make_reference: ModuleType) -> None:
+    assert set(make_reference.PAGES) == {"settings.md", "commands.md"}
+    for name, page in make_reference.PAGES.items():
+        assert (REFERENCE / name).read_text(encoding="utf-8") == page(), "run: make reference"
+
+
+def test_every_command_and_flag_is_on_the_page_of_the_commands() -> None:
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+
+    def check(command: Any, name: str) -> None:
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        if not hasattr(command, "commands") or command.invoke_without_command:
+            assert f"\n    {name}" in section, name
+            flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+            assert [flag for flag in flags if flag.startswith("--") and f"`{flag}`" not in section] == [], name
+        for word, below in getattr(command, "commands", {}).items():
+            check(below, f"{name} {word}")
+
+    for word, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        check(command, f"qlora {word}")
+
+
+def test_the_readme_is_short_and_the_index_has_every_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 900
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md") if page.name != "README.md"]
+    assert len(pages) > 40
+    assert [str(page) for page in pages if f"({page})" not in index] == []
