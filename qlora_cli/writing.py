@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from glob import escape
-from io import FileIO
 from pathlib import Path
 
 import psutil
@@ -57,15 +56,6 @@ def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:
         stream.write(line + "\n")
 
 
-def append_bytes(file: Path) -> FileIO:
-    """Open a file to append to, whoever made it, unbuffered; it is made if it is not there.
-
-    Raises:
-        OSError: it is a link, has another name or is no file, or can't be written to.
-    """
-    return FileIO(_open_in_place(file, APPENDING, USUAL_FILE, of_anyone=True), "ab")
-
-
 def end_line(file: Path) -> None:
     """End a line that a killed process left unfinished, so that the next one stands alone.
 
@@ -82,22 +72,19 @@ def end_line(file: Path) -> None:
             stream.write(b"\n")
 
 
-def not_in_place(file: Path, *, of_anyone: bool = False) -> str | None:
-    """Return why nothing may be written into, or read from, what is there by the name of a file of ours.
-
-    None if it may; `of_anyone`: whoever it belongs to.
-    """
-    return _not_plain(file.lstat(), file.parent, of_anyone=of_anyone)
+def not_in_place(file: Path) -> str | None:
+    """Return why nothing may be written into, or read from, what has the name of a file of ours; None if it may."""
+    return _not_plain(file.lstat(), file.parent)
 
 
-def _not_plain(found: os.stat_result, folder: Path, *, of_anyone: bool) -> str | None:
+def _not_plain(found: os.stat_result, folder: Path) -> str | None:
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if not stat.S_ISREG(found.st_mode):
         return "is no file"
     if found.st_nlink > 1:
         return "has another name, by which something else would be changed"
-    return None if of_anyone or is_own(found, folder) else f"belongs to another user (uid {found.st_uid})"
+    return None if is_own(found, folder) else f"belongs to another user (uid {found.st_uid})"
 
 
 def is_own(found: os.stat_result, folder: Path) -> bool:
@@ -118,12 +105,12 @@ def _owner_of_new(folder: Path) -> int | None:
     return owner
 
 
-def _open_in_place(file: Path, flags: int, mode: int = PRIVATE_FILE, *, of_anyone: bool = False) -> int:
-    if os.path.lexists(file) and (reason := not_in_place(file, of_anyone=of_anyone)):
+def _open_in_place(file: Path, flags: int, mode: int = PRIVATE_FILE) -> int:
+    if os.path.lexists(file) and (reason := not_in_place(file)):
         raise PermissionError(f"{file} {reason}")
     # Looked at again once it is open: it may be another by then, of which a pipe would wait for its reader.
     descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
-    if reason := _not_plain(os.fstat(descriptor), file.parent, of_anyone=of_anyone):
+    if reason := _not_plain(os.fstat(descriptor), file.parent):
         os.close(descriptor)
         raise PermissionError(f"{file} {reason}")
     return descriptor

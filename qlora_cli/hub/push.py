@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_cli.errors import PushError, QloraError, UsageError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.hub.transfer import http_error_type
+from qlora_cli.hub.http_failures import http_error_type
 from qlora_cli.settings.sections.pushing import Pushed
 
 LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."

@@ -7,30 +7,27 @@ the hub could not be reached, not what the cache lacked.
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_cli.errors import DiskSpaceError, ModelError, ModelNotFoundError, OutputDirectoryError, QloraError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.hub.transfer import (
-    RemoteFile,
+from qlora_cli.hub.download import WITHOUT_XET, RemoteFile, download
+from qlora_cli.hub.http_failures import (
     Retry,
+    ask_again,
     describe_failure,
     http_error_type,
     is_lost_connection,
     is_passing_status,
-    note_retry,
-    transfer,
 )
 from qlora_cli.units import format_bytes
 
-Answer = TypeVar("Answer")
 ETAG = re.compile(r"[\w.-]+")
 DEFAULT_RETRY = Retry()
 
@@ -62,7 +59,7 @@ def open_repository(name: str, revision: str | None, reporter: Reporter, retry: 
     ask = partial(HfApi().model_info, name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     try:
         with _explained(name, revision):
-            info = _ask_again(ask, name, reporter, retry)
+            info = ask_again(ask, name, reporter, retry)
     except _HubUnreachableError as error:
         return _open_cached(name, revision, error, reporter)
     except (ValueError, KeyError, TypeError) as error:  # an answer that is none of the hub's: a proxy's page, for one
@@ -87,7 +84,7 @@ def fetch_files(
         return repository.snapshot.resolve()
     with _downloading(repository):
         _fetch_missing(repository, missing, reporter, retry)
-        path = _link(repository, names)
+        path = _complete_snapshot(repository, names)
     if path != repository.snapshot.resolve():
         raise ModelError(f"{repository.name} was changed on the hub while it was downloaded", hint="Run it again.")
     return path
@@ -118,7 +115,19 @@ def _downloading(repository: Repository) -> Iterator[None]:
     except _HubUnreachableError as error:
         raise ModelNotFoundError(
             f"{repository.name} was not downloaded to the end: {error}",
-            hint="Run it again: it goes on where it stopped.",
+            hint="Run it again: files that have arrived whole are not downloaded again.",
+        ) from error
+    except QloraError:
+        raise
+    except RuntimeError as error:  # of xet
+        raise ModelNotFoundError(
+            f"{repository.name} was not downloaded to the end: {describe_failure(error)}",
+            hint=f"Run it again, or do without xet: {WITHOUT_XET}.",
+        ) from error
+    except ValueError as error:  # of the client: a file that is too large for HTTP, or an answer that it can't read
+        raise ModelError(
+            f"{repository.name} can't be downloaded: {error}",
+            hint="Files above 50 GB need hf_xet: pip install hf_xet, and HF_HUB_DISABLE_XET not set.",
         ) from error
 
 
@@ -134,22 +143,14 @@ def _missing(repository: Repository, names: Collection[str]) -> list[str]:
     return missing
 
 
-def _link(repository: Repository, names: Collection[str]) -> Path:
-    """Let the client put what was fetched into the snapshot, and note branch and listing for a time offline."""
+def _complete_snapshot(repository: Repository, names: Collection[str]) -> Path:
+    """Return the folder of `names`, all of which are in the cache, after noting branch and listing for offline use."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # public, but named lazily
 
     silent: Any = partial(tqdm, disable=True)
     patterns = [escape(name) for name in names]
-    try:
-        path = snapshot_download(
-            repository.name, revision=repository.revision, allow_patterns=patterns, tqdm_class=silent
-        )
-    except ValueError as error:
-        raise ModelError(
-            f"{repository.name} can't be downloaded: {error}",
-            hint="Files above 50 GB need hf_xet: pip install hf_xet, and HF_HUB_DISABLE_XET not set.",
-        ) from error
+    path = snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns, tqdm_class=silent)
     return Path(path).resolve()
 
 
@@ -204,6 +205,8 @@ def _explain(error: Exception, name: str, revision: str | None) -> QloraError | 
             f"the hub does not hand out {name}: {describe_failure(error)}",
             hint="If your token has expired or lacks the right to read, run: hf auth login",
         )
+    if isinstance(error, OSError) and not isinstance(error, QloraError) and error.errno is None:
+        return _HubUnreachableError(str(error).partition("\n")[0])  # the client's own: fewer bytes than announced
     return None
 
 
@@ -211,19 +214,6 @@ def _no_hub(name: str, why: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"what answered for {name} is no hub: {why}", hint="Check HF_ENDPOINT and the proxy settings."
     )
-
-
-def _ask_again(ask: Callable[[], Answer], what: str, reporter: Reporter, retry: Retry) -> Answer:
-    """Call `ask` until the hub does not answer that it is busy or broken; a lost connection is not waited for."""
-    for wait in retry.waits_seconds:
-        try:
-            return ask()
-        except Exception as error:
-            if not is_passing_status(error):
-                raise
-            reporter.report(note_retry(what, error, wait))
-            time.sleep(wait)
-    return ask()
 
 
 def _open_cached(name: str, revision: str | None, away: _HubUnreachableError, reporter: Reporter) -> Repository:
@@ -258,31 +248,20 @@ def _incomplete(repository: Repository, missing: list[str]) -> ModelNotFoundErro
 
 
 def _fetch_missing(repository: Repository, missing: list[str], reporter: Reporter, retry: Retry) -> None:
-    from huggingface_hub import constants
-
     files = [_describe_file(repository, name, reporter, retry) for name in missing]
     _check_disk(repository.name, files)
-    # Larger ones the hub does not hand out by plain HTTP: those are left to the client and its hf_xet.
-    most_bytes = constants.MAX_HTTP_DOWNLOAD_SIZE
-    transfer([file for file in files if (file.num_bytes or 0) <= most_bytes], reporter, retry)
+    download(repository.name, repository.commit, files, reporter, retry)
 
 
 def _describe_file(repository: Repository, name: str, reporter: Reporter, retry: Retry) -> RemoteFile:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repository.name, name, revision=repository.commit)
-    found: Any = _ask_again(partial(get_hf_file_metadata, url), name, reporter, retry)
-    if not found.etag or not ETAG.fullmatch(found.etag):
+    metadata: Any = ask_again(partial(get_hf_file_metadata, url), name, reporter, retry)
+    if not metadata.etag or not ETAG.fullmatch(metadata.etag):
         raise _no_hub(repository.name, f"{name} has no proper ETag")
-    folder = _cache_folder(repository.name)
-    return RemoteFile(
-        name=name,
-        url=url,
-        etag=found.etag,
-        num_bytes=found.size,
-        blobs=folder / "blobs",
-        lock=folder.parent / ".locks" / folder.name / f"{found.etag}.lock",
-    )
+    blob = _cache_folder(repository.name) / "blobs" / metadata.etag
+    return RemoteFile(name=name, num_bytes=metadata.size, blob=blob)
 
 
 def _cache_folder(name: str) -> Path:
@@ -293,7 +272,7 @@ def _cache_folder(name: str) -> Path:
 
 
 def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
-    """Refuse a download that does not fit on the disk of the cache; what has arrived of it counts.
+    """Refuse a download that does not fit on the disk of the cache; files that have arrived need none.
 
     Raises:
         DiskSpaceError: with both numbers.
@@ -312,5 +291,5 @@ def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
     if (free := shutil.disk_usage(disk).free) < needed:
         raise DiskSpaceError(
             f"downloading {name} takes {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free",
-            hint="Free room there, or set HF_HOME to a directory on a larger disk.",
+            hint="Free space there, or set HF_HOME to a directory on a larger disk.",
         )

@@ -12,8 +12,8 @@ import sys
 
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Event
+from qlora_cli.hub.http_failures import Retry
 from qlora_cli.hub.repository import fetch_files, open_repository
-from qlora_cli.hub.transfer import Retry
 from qlora_cli.model_files.source import fetch_weights, find_model
 from qlora_cli.settings.models import ModelSettings
 

@@ -8,7 +8,12 @@ a token belongs to, makes repositories and takes commits, weights by way of LFS.
 import base64
 import hashlib
 import json
+import socket
+import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +61,8 @@ class Hub:
     statuses: dict[str, list[int]] = field(default_factory=dict)
     # By file: after how many bytes to close the connection, one a request.
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    # By file: after how many bytes to reset the connection, one a request.
+    resets: dict[str, list[int]] = field(default_factory=dict)
     # By file: after how many bytes to send nothing more, one a request.
     stalls: dict[str, list[int]] = field(default_factory=dict)
     # By file: what it claims to be long.
@@ -64,6 +71,9 @@ class Hub:
     # By token: what `whoami-v2` answers. Others are not accepted.
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
+    # By file that lies in the xet storage: the hash that it is found by there; and the address of that storage.
+    xet_hashes: dict[str, str] = field(default_factory=dict)
+    xet_endpoint: str = ""
     # The file whose request moves the branch `main` to the other commit.
     moves_main_at: str | None = None
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -75,7 +85,7 @@ class Hub:
             "HF_ENDPOINT": f"http://127.0.0.1:{self.port}",
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet_hashes else "1",
         }
 
     def sent_from(self, file: str) -> list[int]:
@@ -100,6 +110,21 @@ def serving(hub: Hub) -> Iterator[Hub]:
         hub.closing.set()
         server.shutdown()
         server.server_close()
+
+
+def store_by_xet(content: bytes, store: Path) -> str:
+    """Put `content` into a xet storage on this disk and return the hash that it is found by.
+
+    A process of its own, since one process holds such a storage at a time.
+    """
+    code = (
+        "import sys, hf_xet\n"
+        "with hf_xet.XetSession().new_upload_commit(endpoint=sys.argv[1]) as commit:\n"
+        "    upload = commit.start_upload_bytes(sys.stdin.buffer.read())\n"
+        "print(upload.result().xet_info.hash)\n"
+    )
+    arguments = [sys.executable, "-c", code, f"local://{store}"]
+    return subprocess.run(arguments, input=content, capture_output=True, check=True).stdout.decode().strip()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,6 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts == ["api", "whoami-v2"]:
             account = self.hub.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
             self._send(401) if account is None else self._send_json(account)
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["xet-read-token"]:
+            self._send(
+                200,
+                {
+                    "X-Xet-Cas-Url": self.hub.xet_endpoint,
+                    "X-Xet-Access-Token": "xet",
+                    "X-Xet-Token-Expiration": str(int(time.time()) + 3600),
+                },
+            )
+        elif parts[0] == "stall":
+            self.hub.stalled.set()
+            self.hub.closing.wait()
         elif parts[:2] in (["api", "models"], ["api", "datasets"]):
             self._answer_api("/".join(parts[2:4]), parts[4:])
         elif parts[0] == "cdn":
@@ -242,6 +279,9 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Repo-Commit": commit,
                 "Location": f"http://localhost:{self.hub.port}/cdn/{name}/{commit}/{file}",
             }
+            if file in self.hub.xet_hashes:
+                route = f"http://127.0.0.1:{self.hub.port}/api/models/{name}/xet-read-token/{commit}"
+                headers |= {"X-Xet-Hash": self.hub.xet_hashes[file], "X-Xet-Refresh-Route": route}
             self._send(302, headers)
 
     def _send_content(self, name: str, commit: str, file: str, start: int) -> None:
@@ -254,14 +294,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        cuts, stalls = self.hub.cuts.get(file), self.hub.stalls.get(file)
-        end = cuts.pop(0) if cuts else stalls[0] if stalls else len(content)
+        cuts, stalls, resets = (by_file.get(file) for by_file in (self.hub.cuts, self.hub.stalls, self.hub.resets))
+        end = cuts.pop(0) if cuts else stalls[0] if stalls else resets[0] if resets else len(content)
         self.wfile.write(content[start:end])
         self.wfile.flush()
+        if resets:
+            resets.pop(0)
+            self._reset()
         if stalls:
             stalls.pop(0)
             self.hub.stalled.set()
             self.hub.closing.wait()
+
+    def _reset(self) -> None:
+        """Close the connection without a farewell: whoever reads from it gets an error."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
 
     def _send(self, code: int, headers: dict[str, str] | None = None, content: bytes = b"{}") -> None:
         self.send_response(code)

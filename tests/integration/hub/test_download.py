@@ -1,6 +1,5 @@
 """Downloads against a hub on loopback that breaks off, stalls, is busy, or has more than the disk holds."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Find, finding
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub
+from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, store_by_xet
 
 WEIGHTS = "model.safetensors"
+MIB = 1024**2
+CHUNK_BYTES = (
+    10 * MIB
+)  # of which huggingface_hub writes a file; what has arrived of the next one is lost with a connection
 
 
 def test_a_download_is_reported_by_bytes_and_a_second_one_asks_for_nothing(find: Find, hub: Hub) -> None:
@@ -38,11 +41,13 @@ def test_a_busy_hub_is_asked_again_and_that_is_said(find: Find, hub: Hub) -> Non
     hub.statuses = {"/api/models/owner/tiny": [503], f"/cdn/owner/tiny/{COMMIT}/{WEIGHTS}": [502, 429]}
     found = find("owner/tiny", 0, 0)
     assert (Path(found.result["path"]) / WEIGHTS).is_file()
-    assert [note.split(";")[0] for note in found.notes] == [
-        "owner/tiny: the hub answers 503 Service Unavailable",
-        f"{WEIGHTS}: the hub answers 502 Bad Gateway",
-        f"{WEIGHTS}: the hub answers 429 Too Many Requests",
+    assert found.notes == [
+        "owner/tiny: the hub answers 503 Service Unavailable; trying again in 0 s",
+        f"{WEIGHTS}: the hub answers 502 Bad Gateway; trying again in 0 s",
+        f"{WEIGHTS}: HTTP Error 429 thrown while requesting GET the hub",
+        f"{WEIGHTS}: Retrying in 1s [Retry 1/5].",
     ]
+    assert found.stderr == ""
 
 
 def test_a_broken_hub_is_given_up_after_bounded_retries(find: Find, hub: Hub) -> None:
@@ -55,22 +60,66 @@ def test_a_broken_hub_is_given_up_after_bounded_retries(find: Find, hub: Hub) ->
     assert "not downloaded to the end: the hub answers 503" in error["message"]
 
 
-def test_a_connection_that_breaks_goes_on_where_it_broke(find: Find, hub: Hub) -> None:
-    hub.cuts[WEIGHTS] = [1_000_000, 2_000_000]
-    found = find("owner/tiny", 0, 0)
-    assert hub.sent_from(WEIGHTS) == [0, 1_000_000, 2_000_000]
+@pytest.fixture
+def large(hub: Hub) -> bytes:
+    """The weights of `owner/tiny`, of some chunks."""
+    content = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS] = bytes(range(256)) * (25 * MIB // 256)
+    return content
+
+
+def test_a_connection_that_breaks_is_made_again_from_the_last_chunk_on(find: Find, hub: Hub, large: bytes) -> None:
+    hub.cuts[WEIGHTS] = [15 * MIB, 24 * MIB]
+    found = find("owner/tiny", 0)
+    assert hub.sent_from(WEIGHTS) == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
+    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
+    assert [note.startswith(f"{WEIGHTS}: Error while downloading from the hub: ") for note in found.notes] == [
+        True
+    ] * 2
+    assert found.stderr == ""
+
+
+def test_a_connection_that_is_reset_begins_the_file_anew(find: Find, hub: Hub, large: bytes) -> None:
+    hub.resets[WEIGHTS] = [20 * MIB]
+    found = find("owner/tiny", 0)
+    assert hub.sent_from(WEIGHTS) == [0, 0]
+    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
+    assert "ReadError" in found.notes[0]
+    assert found.downloads[-1] == (found.downloads[-1][1], found.downloads[-1][1])
+
+
+def test_a_server_without_ranges_sends_the_file_anew(find: Find, hub: Hub, large: bytes) -> None:
+    hub.cuts[WEIGHTS] = [15 * MIB]
+    hub.ignores_ranges = True
+    found = find("owner/tiny", 0)
+    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
+    assert all(done <= total for done, total in found.downloads)
+
+
+def test_a_stalled_connection_is_made_again(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+    hub.stalls[WEIGHTS] = [1_500_000]
+    found = find("owner/tiny", 0, env={**hub_env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert "timed out" in found.notes[0]
+    assert hub.sent_from(WEIGHTS) == [0, 0]
     expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
     assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
-    assert "going on from" in found.notes[0]
 
 
-def test_a_stalled_connection_is_given_up_and_goes_on_where_it_stalled(
-    find: Find, hub: Hub, hub_env: dict[str, str]
-) -> None:
-    hub.stalls[WEIGHTS] = [1_500_000]
-    found = find("owner/tiny", 0, 0, env={**hub_env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
-    assert "ReadTimeout" in found.notes[0]
-    assert hub.sent_from(WEIGHTS) == [0, 1_500_000]
+def test_fewer_bytes_than_announced_are_no_file(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+    hub.claimed_bytes[WEIGHTS] = len(hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]) + 1
+    error = find("owner/tiny", 0).result
+    assert (error["error"], "not downloaded to the end" in error["message"]) == ("ModelNotFoundError", True)
+    assert "Consistency check failed" in error["message"]
+    assert not list(Path(hub_env["HF_HOME"]).rglob("*.incomplete"))
+
+
+def test_when_one_file_fails_those_on_their_way_arrive(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+    hub.repos["owner/tiny"].commits[COMMIT] = {name: name.encode() for name in ("a", "b")}
+    hub.statuses[f"/cdn/owner/tiny/{COMMIT}/a"] = [403]
+    hub.cuts["b"] = [0]  # after which the client waits for a second
+    error = find("owner/tiny", 0).result
+    assert "does not hand out owner/tiny" in error["message"]
+    blobs = Path(hub_env["HF_HOME"]) / "hub" / "models--owner--tiny" / "blobs"
+    assert [blob.read_bytes() for blob in blobs.iterdir()] == [b"b"]
 
 
 def test_a_branch_that_moves_on_meanwhile_changes_nothing(find: Find, hub: Hub) -> None:
@@ -81,75 +130,81 @@ def test_a_branch_that_moves_on_meanwhile_changes_nothing(find: Find, hub: Hub) 
     assert find("owner/tiny").result["commit"] == OLD_COMMIT
 
 
-def test_a_server_without_ranges_starts_over_once(find: Find, hub: Hub) -> None:
-    hub.cuts[WEIGHTS] = [1_000_000]
-    hub.ignores_ranges = True
-    found = find("owner/tiny", 0, 0)
-    expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+def interrupted(process: "subprocess.Popen[str]") -> str:
+    """Press Ctrl-C and return what the process then writes to stderr; it has a few seconds to end."""
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    return stderr
 
 
-def test_a_partial_file_of_other_bytes_is_found_out_by_its_hash(find: Find) -> None:
-    path = Path(find("owner/tiny").result["path"])
-    expected = (path / WEIGHTS).read_bytes()
-    blob = (path / WEIGHTS).resolve()
-    (path / WEIGHTS).unlink()
-    blob.rename(blob.with_name(f"{blob.name}.incomplete"))
-    blob.with_name(f"{blob.name}.incomplete").write_bytes(b"x" * 1_000_000)
-    again = find("owner/tiny", 0, 0)
-    assert "SHA-256" in again.notes[0]
-    assert (path / WEIGHTS).read_bytes() == expected
-
-
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link"])
-def test_a_partial_file_that_leads_elsewhere_is_not_followed(find: Find, tmp_path: Path, kind: str) -> None:
-    path = Path(find("owner/tiny").result["path"])
-    expected = {name: (path / name).read_bytes() for name in (WEIGHTS, "config.json")}
-    precious = tmp_path / "precious"
-    for name, content in expected.items():
-        blob = (path / name).resolve()
-        (path / name).unlink()
-        blob.unlink()
-        partial = blob.with_name(f"{blob.name}.incomplete")
-        if kind == "hard link":
-            precious.write_bytes(b"p" * len(content))
-            partial.hardlink_to(precious)
-        else:
-            partial.symlink_to(precious)
-            if kind == "link":
-                precious.write_bytes(b"p" * len(content))
-        find("owner/tiny")
-        assert (path / name).read_bytes() == content
-        assert not (path / name).resolve().is_symlink()
-        if kind == "link to nothing":
-            assert not precious.exists()
-        else:
-            assert precious.read_bytes() == b"p" * len(content)
-            precious.unlink()
-
-
-def test_a_stalled_download_is_interrupted_at_once_and_a_second_run_asks_for_the_rest(
+def test_a_stalled_download_is_interrupted_at_once_and_leaves_no_partial_file(
     find: Find, hub: Hub, hub_env: dict[str, str]
 ) -> None:
     hub.stalls[WEIGHTS] = [1_500_000]
+    blobs = Path(hub_env["HF_HOME"]) / "hub" / "models--owner--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    of_another_process = blobs / f"{'a' * 64}.01234567.incomplete"
+    of_another_process.touch()
     process = subprocess.Popen(
         finding("owner/tiny"), env={**os.environ, **hub_env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    assert hub.stalled.wait(30)
-    for line in process.stdout:  # the bytes are counted only once they are in the file
-        if json.loads(line).get("done_bytes") == 1_500_000:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=5)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in stderr
+    assert hub.stalled.wait(60)
+    assert len(list(blobs.glob("*.incomplete"))) == 2
+    assert "KeyboardInterrupt" in interrupted(process)
+    assert list(blobs.glob("*.incomplete")) == [of_another_process]
+    num_sent = len(hub.sent_from("config.json"))
     found = find("owner/tiny")
-    assert hub.sent_from(WEIGHTS) == [0, 1_500_000]
+    assert hub.sent_from(WEIGHTS) == [0, 0]
+    assert len(hub.sent_from("config.json")) == num_sent == 1
     expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
     assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+
+
+@pytest.fixture
+def xet_env(hub: Hub, hub_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that asks the hub, whose weights lie in a xet storage on this disk."""
+    files = hub.repos["owner/tiny"].commits[COMMIT]
+    hub.xet_endpoint = f"local://{tmp_path / 'xet'}"
+    hub.xet_hashes[WEIGHTS] = store_by_xet(files[WEIGHTS], tmp_path / "xet")
+    return {**hub_env, "HF_HUB_DISABLE_XET": "0"}
+
+
+def test_weights_in_xet_come_from_there(find: Find, hub: Hub, xet_env: dict[str, str]) -> None:
+    found = find("owner/tiny", env=xet_env)
+    expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
+    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+    assert hub.sent_from(WEIGHTS) == []
+    assert (0, len(expected)) in found.downloads
     assert found.downloads[-1] == (len(expected), len(expected))
-    assert (1_500_000, len(expected)) in found.downloads  # what was there counts from the start
+    assert (found.notes, found.stderr) == ([], "")
+
+
+def test_weights_that_xet_lacks_are_named_with_the_way_without_it(
+    find: Find, hub: Hub, xet_env: dict[str, str], tmp_path: Path
+) -> None:
+    hub.xet_endpoint = f"local://{tmp_path / 'empty'}"
+    error = find("owner/tiny", env=xet_env).result
+    assert (error["error"], "not downloaded to the end" in error["message"]) == ("ModelNotFoundError", True)
+    assert "HF_HUB_DISABLE_XET=1" in error["hint"]
+    assert (Path(find("owner/tiny", env={**xet_env, "HF_HUB_DISABLE_XET": "1"}).result["path"]) / WEIGHTS).is_file()
+
+
+def test_a_xet_storage_that_stalls_is_noted_and_interrupted_at_once(hub: Hub, xet_env: dict[str, str]) -> None:
+    hub.xet_endpoint = f"http://127.0.0.1:{hub.port}/stall"
+    code = "from qlora_cli.hub import download; download.SILENT_SECONDS = 0.5; from tests.support import finding; "
+    program, _, _, *arguments = finding("owner/tiny")
+    process = subprocess.Popen(
+        [program, "-c", f"{code} finding.main()", *arguments],
+        env={**os.environ, **xet_env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any("nothing has arrived" in line and "HF_HUB_DISABLE_XET=1" in line for line in process.stdout)
+    assert "KeyboardInterrupt" in interrupted(process)
+    assert not list(Path(xet_env["HF_HOME"]).rglob("*.incomplete"))
 
 
 def test_a_download_larger_than_the_disk_is_refused_before_it_starts(

@@ -120,13 +120,11 @@ def test_dropout_on_fused_experts_is_refused_by_the_settings_alone() -> None:
 
 def test_a_cache_that_is_no_directory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from qlora_cli.hub import repository as hub
-    from qlora_cli.hub.transfer import RemoteFile
+    from qlora_cli.hub.download import RemoteFile
 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    remote = RemoteFile(
-        name="x", url="http://127.0.0.1:9/x", etag="0", num_bytes=5, blobs=tmp_path, lock=tmp_path / "lock"
-    )
+    remote = RemoteFile(name="x", num_bytes=5, blob=tmp_path / "blob")
     monkeypatch.setattr(hub, "_describe_file", lambda *_: remote)
     repository = Repository(name="a/b", revision=None, commit="0" * 40, file_names=frozenset({"x"}))
     with pytest.raises(OutputDirectoryError, match="can't be written to") as caught:

@@ -17,7 +17,6 @@ from qlora_cli.writing import (
     LEFT_OVER,
     MARK,
     WHOLE,
-    append_bytes,
     append_line,
     clear_left_overs,
     copy_file,
@@ -314,21 +313,6 @@ def test_what_takes_the_place_of_a_file_while_it_is_opened_is_not_written_to(
     monkeypatch.undo()
     assert precious.read_text() == "precious"
     assert kind != "another user's" or file.read_text() == "theirs"
-
-
-def test_bytes_are_appended_to_what_anyone_made_but_through_no_link(
-    tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "part").write_bytes(b"one ")
-    (tmp_path / "link").symlink_to(precious)
-    give_away(tmp_path / "part", monkeypatch)
-    for name in ("part", "new"):
-        with append_bytes(tmp_path / name) as stream:
-            stream.write(b"two")
-    assert ((tmp_path / "part").read_bytes(), (tmp_path / "new").read_bytes()) == (b"one two", b"two")
-    with pytest.raises(PermissionError, match="is a link"):
-        append_bytes(tmp_path / "link")
-    assert precious.read_text() == "precious"
 
 
 @pytest.mark.parametrize("came", ["a folder with something in it", "a file", "a name in an empty folder"])
