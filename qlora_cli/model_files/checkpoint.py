@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, TypeGuard
 from safetensors import SafetensorError, safe_open
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.file_limits import HEADER, limited_files, read_limited
 from qlora_cli.units import format_bytes
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-MOST_HEADER_BYTES = 100_000_000  # the format's own bound
 MOST_DIMENSIONS, LARGEST_SIZE = 64, 2**63 - 1  # of a tensor in torch
 SHOWN_CHARACTERS = 200
 # Names as the format writes them; F4 and F6 are packed.
@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         check_regular(path)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_limited(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can't be read as JSON: {error}", hint=again(path.parent, path.name)) from error
     if not isinstance(value, dict):
@@ -157,28 +157,44 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Check that what is at `path`, if anything is, can be read to an end: a file, and of JSON not more than any is.
+    """Check that what is at `path`, if anything is, is a regular file, which can be read to an end.
 
     Raises:
-        ValueError: it is not: a link to nothing, a directory, a pipe.
+        ValueError: it is a link to nothing, a directory, a pipe.
     """
     if path.is_symlink() and not path.exists():
         raise ValueError(f"it is a link to {path.readlink()}, which is not there")
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
-    if path.suffix == ".json" and path.exists() and path.stat().st_size > MOST_HEADER_BYTES:
-        raise ValueError(f"it is larger than {format_bytes(MOST_HEADER_BYTES)}")
 
 
 def check_present(directory: Path, names: Collection[str]) -> None:
-    """Check that what `directory` lists under `names` are files that can be read.
+    """Check that what `directory` lists under `names` are files that can be read, and its small files in full.
 
     Raises:
-        ModelError: one is a link to nothing, a directory or a pipe.
+        ModelError: one is a link to nothing, a directory or a pipe; or holds more than any of its kind.
     """
     for name in names:
         try:
             check_regular(directory / name)
+        except ValueError as error:
+            raise ModelError(f"{directory / name} can't be read: {error}", hint=again(directory, name)) from error
+    check_small_files(directory)
+
+
+def check_small_files(directory: Path) -> None:
+    """Check each file in `directory` that transformers or PEFT reads whole, before one of them does.
+
+    Raises:
+        ModelError: one is larger, or holds more values, than any of its kind; names it and the limit.
+    """
+    for name in limited_files(directory):
+        try:
+            read_limited(directory / name)
+        except OSError as error:
+            raise ModelError(
+                f"{directory / name} can't be read: {error.strerror}", hint="Check its permissions."
+            ) from error
         except ValueError as error:
             raise ModelError(f"{directory / name} can't be read: {error}", hint=again(directory, name)) from error
 
@@ -286,12 +302,17 @@ def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], in
     if len(prefix) < 8:
         raise ValueError(f"it holds {file_bytes} bytes, too few for a header")
     num_bytes = int.from_bytes(prefix, "little")
-    if num_bytes > MOST_HEADER_BYTES or num_bytes < 2:
+    if num_bytes > HEADER.most_bytes or num_bytes < 2:
         raise ValueError("it does not begin with a safetensors header")
     if num_bytes > file_bytes - 8:
         raise ValueError(f"it is cut off in its header, at {format_bytes(file_bytes)}")
+    content = stream.read(num_bytes)
     try:
-        header = json.loads(stream.read(num_bytes))
+        HEADER.check(content)
+    except ValueError as error:
+        raise ValueError(f"its header can't be read: {error}") from None
+    try:
+        header = json.loads(content)
     except (ValueError, RecursionError):
         raise ValueError("its header is no JSON") from None
     if not isinstance(header, dict):

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.checkpoint import check_small_files, read_json
 from qlora_cli.model_files.construction import (
     ABOUT_ITSELF,
     build_config,
@@ -74,6 +74,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
     Raises:
         ModelError: it can't be read, needs code of its own, or is no text decoder that transformers has.
     """
+    check_small_files(source.path)
     content = read_json(source.path / CONFIG)
     check_bounds(str(source.path), content)
     check_dtypes(str(source.path), content)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.checkpoint import again, check_small_files, read_json
 
 MOST_IDS = 2**24  # vocabularies have up to some 300,000
 MOST_PARTS = 100  # normalizers, splits, decoders and the like; some ten are common
@@ -26,6 +26,7 @@ def check_tokenizer_files(directory: Path) -> None:
     Raises:
         ModelError: one can't be read, or asks for more than any tokenizer needs.
     """
+    check_small_files(directory)
     for name in ("tokenizer.json", "vocab.json"):
         path = directory / name
         if path.is_file():

@@ -148,7 +148,7 @@ def test_what_is_in_the_place_of_a_file_is_not_waited_for(
 def test_json_larger_than_any_of_a_model_is_not_read(tmp_path: Path) -> None:
     (tmp_path / INDEX).touch()
     os.truncate(tmp_path / INDEX, 10**9)
-    assert "it is larger than 95.37 MiB" in message_of(tmp_path)
+    assert "it is larger than 64.00 MiB" in message_of(tmp_path)
 
 
 def test_every_dtype_of_the_format_is_known_by_its_size(tmp_path: Path) -> None:
