@@ -65,7 +65,7 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
                 sys.stdout.flush()
             except OSError:  # it is stdout that is full, not the run's own files
                 let_go(sys.stdout)
-            _fail(QloraError(f"the disk is full: {error}", hint="Free room and try again."), as_json=as_json)
+            _fail(QloraError(f"the disk is full: {error}", hint="Free disk space and try again."), as_json=as_json)
         tell(_traceback_of(error))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
     except BaseException as error:

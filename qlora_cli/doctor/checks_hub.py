@@ -140,7 +140,7 @@ def judge_disk(cache: Path, cache_free_bytes: int, here_free_bytes: int) -> Outc
     }
     finding = f"{format_bytes(cache_free_bytes)} free in the cache {cache}, {format_bytes(here_free_bytes)} here"
     if cache_free_bytes < CACHE_WANTED_BYTES:
-        return warning(finding, "An 8B model takes 16 GB: free room, or set HF_HOME to a larger disk.", **details)
+        return warning(finding, "An 8B model takes 16 GB: free some, or set HF_HOME to a larger disk.", **details)
     if here_free_bytes < HERE_WANTED_BYTES:
-        return warning(finding, "Checkpoints may not fit: free room, or give --output on a larger disk.", **details)
+        return warning(finding, "Checkpoints may not fit: free some, or give --output on a larger disk.", **details)
     return ok(finding, **details)

@@ -43,7 +43,7 @@ def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
             setting="load.save",
         )
     needed = layout.inventory.total_bytes + OTHER_FILES_BYTES
-    check_disk_space(directory, needed, hint="Free room, or choose another directory for --save.")
+    check_disk_space(directory, needed, hint="Free disk space, or choose another directory for --save.")
 
 
 def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> int:

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a merged model, so that it works elsewhere: configs, tokenizer, licence, card."""
+"""Write the companion files of merged weights, without which they work nowhere: configs, tokenizer, licence."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ TOKENIZER_CONFIG, WRITTEN_BY_5 = "tokenizer_config.json", "TokenizersBackend"
 SENTENCEPIECE = "tokenizer.model"  # transformers does without it and does not write it; llama.cpp needs it for some
 
 
-def write_beside(inputs: Inputs, plan: MergePlan, target: Path) -> None:
+def write_companion_files(inputs: Inputs, plan: MergePlan, target: Path) -> None:
     """Write all but the weights and the card of a merged model to `target`.
 
     The config is that of the base, word for word but for what training and merging changed.

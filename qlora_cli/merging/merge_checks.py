@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a merge before torch is imported: names, numbers, places, what has no effect."""
+"""Check a merge before torch is imported: names, numbers, directories, flags without effect."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def _problems(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
     if request.merge.output is None and len(request.merge.adapters) > 1:
         yield Problem(
             where=where("merge.output"),
-            message="is missing: what several adapters come to has no place of its own",
+            message="is missing: a merge of several adapters has no directory of its own",
             hint="Name a directory with --output.",
         )
     elif request.merge.output is not None or not unusable:

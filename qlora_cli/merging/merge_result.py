@@ -19,7 +19,7 @@ class Action(StrEnum):
 class AppliedAdapter:
     """An adapter that is merged: `weight` is how much it counts, `kind` what it is, such as LoRA of rank 8.
 
-    Of a run, `step` is the step of its weights, and `run_is_done` whether it came to its end.
+    Of a run, `step` is the step of its weights, and `run_is_done` whether it was trained to its end.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge will do. `disk_bytes` is the room that it needs; `base` is `auto` if it is yet to be measured."""
+    """What a merge will do. `disk_bytes` is the space that it needs; `base` is `auto` if it is yet to be measured."""
 
     output: Path
     base_model: str
@@ -101,7 +101,7 @@ class BaseChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleCheck:
-    """Each adapted module, merged in fp32, against itself with the adapter beside it, both given the same input.
+    """Each adapted module, merged in fp32, against itself with the adapter on it, both given the same input.
 
     Attributes:
         num_modules: How many were compared.
@@ -134,9 +134,9 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The merged files against the base with the adapter beside it. All is computed in fp32.
+    """The merged files against the base with the adapter on it. All is computed in fp32.
 
-    Several adapters that PEFT can't run beside each other are summed in fp32 instead, by the merge's own arithmetic:
+    Several adapters that PEFT can't run together are summed in fp32 instead, by the merge's own arithmetic:
     what is verified then are the files and the rounding, not the sum. `ran_adapters` says so.
 
     What must be exact is the arithmetic (`modules`, `unrounded`) and what lies in the files (`differing_parameters`),
@@ -145,10 +145,10 @@ class Verification:
 
     Attributes:
         is_exact: Whether all that must be exact is.
-        ran_adapters: Whether the reference is the base with the adapters beside it, as PEFT runs them.
+        ran_adapters: Whether the reference is the base with the adapters on it, as PEFT runs them.
         max_divergence: The largest mean KL divergence that passes; None if no bound was set.
         max_unexplained: The largest median KL divergence of `unrounded` that passes.
-        divergence: Of the files from the base with the adapter beside it: the cost of rounding.
+        divergence: Of the files from the base with the adapter on it: the cost of rounding.
         unrounded: Of the merge, if it were written in fp32, from the same.
         modules: The adapted modules, one by one; None if the adapters did not run.
         less_rounded: The same merge in the dtype that rounds less, measured where rounding costs much; else None.

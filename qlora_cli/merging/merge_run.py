@@ -12,7 +12,7 @@ from qlora_cli.events import Event, Noted, PhaseStarted, Reporter
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.counters import peak_host_bytes
 from qlora_cli.hub.push import check_push, push_folder
-from qlora_cli.merging.companion_files import check_tokenizer, write_beside
+from qlora_cli.merging.companion_files import check_tokenizer, write_companion_files
 from qlora_cli.merging.exports.hf import HfFormat
 from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.merging.merge_result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
@@ -25,7 +25,7 @@ from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
 from qlora_cli.merging.planning.plan_report import applied_adapters, report_of
 from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.merging.verifying.verify import failure, verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.settings.choices import BaseWeights
@@ -50,7 +50,7 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     """Merge adapters into their base and write what `request` asks for.
 
     Raises:
-        QloraError: of the kind that fits what is wrong; then nothing is left behind.
+        QloraError: the kind says what is wrong; then nothing is left on the disk.
         MergeError: the result is not the model that was to be merged; it is kept under a name that says so.
     """
     start = time.monotonic()
@@ -58,12 +58,12 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     notes = _Notes(reporter)
     check_push(request.merge, "merge.push_to_hub", notes)
     settled = _settle(request, notes)
-    laboratory = (
-        Laboratory(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
+    comparer = (
+        ModelComparer(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
     )
-    choice = settled.choice or choose_base(_needed(laboratory), settled.plans, notes)
+    choice = settled.choice or choose_base(_needed(comparer), settled.plans, notes)
     chosen = next(one for one in settled.plans if one.base == choice.base)
-    job = _Job(settled=settled, plan=chosen, choice=choice, laboratory=laboratory, reporter=notes)
+    job = _Job(settled=settled, plan=chosen, choice=choice, comparer=comparer, reporter=notes)
     output = output_of(request)
     _fill(output, job)
     result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
@@ -82,7 +82,7 @@ def _fill(output: Path, job: "_Job") -> None:
             raise
         raise MergeError(
             f"the disk of {output} is full: {error}",
-            hint="Nothing was left there. Free room, or choose another directory with --output.",
+            hint="Nothing was left there. Free buffer, or choose another directory with --output.",
         ) from error
 
 
@@ -105,9 +105,9 @@ class _Notes:
         self._reporter.report(event)
 
 
-def _needed(laboratory: Laboratory | None) -> Laboratory:
-    assert laboratory is not None, "there is one whenever something is measured"
-    return laboratory
+def _needed(comparer: ModelComparer | None) -> ModelComparer:
+    assert comparer is not None, "there is a comparer whenever something is measured"
+    return comparer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
     reporter.report(PhaseStarted(title="Planning the merge"))
     plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.merge.dtype) for kind in kinds]
     disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
-    check_disk_space(output_of(request), disk_bytes, hint="Free room, or choose another directory with --output.")
+    check_disk_space(output_of(request), disk_bytes, hint="Free buffer, or choose another directory with --output.")
     if choice is not None:
         reporter.report(Noted(message=f"merging into the {choice.base} base: {choice.reason}"))
     base = BaseWeights(choice.base) if choice else BaseWeights.AUTO
@@ -147,11 +147,11 @@ class _Job:
         settled: _Settled,
         plan: MergePlan,
         choice: BaseChoice,
-        laboratory: Laboratory | None,
+        comparer: ModelComparer | None,
         reporter: Reporter,
     ) -> None:
         self._settled, self._plan, self._choice = settled, plan, choice
-        self._laboratory, self._reporter = laboratory, reporter
+        self._comparer, self._reporter = comparer, reporter
         self._result: MergeResult | None = None
 
     def fill(self, directory: Path) -> None:
@@ -170,7 +170,7 @@ class _Job:
         self._reporter.report(PhaseStarted(title=f"Merging into {output_of(request)}"))
         merger = Merger(inputs.base, Base(inputs.base, self._plan.base))
         write_weights(self._plan, inputs.source.path, model, merger.value, self._reporter)
-        write_beside(inputs, self._plan, model)
+        write_companion_files(inputs, self._plan, model)
         if request.merge.verify:
             check_tokenizer(inputs, model)
         seconds, peak_bytes = time.monotonic() - started, peak_host_bytes()
@@ -196,7 +196,7 @@ class _Job:
         """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
         formats, output = self._settled.formats, output_of(self._settled.inputs.request)
         try:
-            return formats.write(directory, name_of(output), self._laboratory, self._reporter)
+            return formats.write(directory, name_of(output), self._comparer, self._reporter)
         except QloraError as error:
             kept = formats.model(_set_aside(directory, output, "failed-export"))
             error.hint = f"{error.hint or ''} The merged 16-bit model is done, and in {kept}.".strip()
@@ -209,7 +209,7 @@ class _Job:
 
     def _verified(self, model: Path) -> Verification:
         most = self._settled.inputs.request.merge.max_divergence
-        return verify(_needed(self._laboratory), self._plan, self._choice, model, most, self._reporter)
+        return verify(_needed(self._comparer), self._plan, self._choice, model, most, self._reporter)
 
     def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:
         inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
@@ -236,7 +236,7 @@ class _Job:
 
 
 def _set_aside(directory: Path, output: Path, why: str) -> Path:
-    """Keep what failed under a name that says so: beside the output, or in it if a disk is mounted there."""
+    """Move a failed result to a name that says so: next to the output, or into it if a disk is mounted there."""
     first = output / why if output.is_mount() else output.absolute().with_name(f"{output.name}-{why}")
     numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
     place = next(place for place in chain([first], numbered) if not place.exists())

@@ -6,7 +6,7 @@ import torch
 
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.base_weights import Base, BaseModel
-from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.merging.planning.merge_plan import PlannedTensor
 from qlora_cli.merging.planning.weight_changes import RowUpdate, Weighted, Whole, total_delta
 from qlora_cli.model_files.finite import is_finite
@@ -21,7 +21,7 @@ class Merger:
         self._model = model
         self._base = base
         # While one tensor is written, the next one is computed.
-        self._room, self._other_room, self._delta_room = Room(), Room(), Room()
+        self._buffer, self._other_buffer, self._delta_buffer = Buffer(), Buffer(), Buffer()
 
     @torch.no_grad()
     def value(self, planned: PlannedTensor) -> torch.Tensor:
@@ -30,13 +30,13 @@ class Merger:
         Raises:
             ModelError: it would hold infinite values, or NaN.
         """
-        self._room, self._other_room = self._other_room, self._room
+        self._buffer, self._other_buffer = self._other_buffer, self._buffer
         if planned.group is None:
-            value = cast(self._model.tensors.read(planned.header.name, self._room), planned.dtype)
+            value = cast(self._model.tensors.read(planned.header.name, self._buffer), planned.dtype)
         elif planned.group.converter is None:
             target = planned.group.targets[0]
-            (weight,) = self._base.parameters(planned.group, room=self._room).values()
-            value = merged(weight, planned.changes.get(target, ()), planned.dtype, room=self._delta_room)
+            (weight,) = self._base.parameters(planned.group, buffer=self._buffer).values()
+            value = merged(weight, planned.changes.get(target, ()), planned.dtype, buffer=self._delta_buffer)
         else:
             value = cast(self._converted(planned), planned.dtype)
         if value.is_floating_point() and not is_finite(value):
@@ -58,11 +58,11 @@ def merged(
     changes: Sequence[Weighted],
     dtype: torch.dtype,
     index: int | None = None,
-    room: Room | None = None,
+    buffer: Buffer | None = None,
 ) -> torch.Tensor:
     """Return `weight`, or the slice `index` of one, with `changes`: computed in fp32, cast once to `dtype`.
 
-    `weight` may be written to; what is added to it is computed in `room`, if that is given.
+    `weight` may be written to; what is added to it is computed in `buffer`, if that is given.
     """
     if not changes:
         return cast(weight, dtype)
@@ -77,11 +77,11 @@ def merged(
             return result
         return cast(change.apply(weight.to(torch.float32, copy=True), index), dtype)
     if weight.dim() < 3 or index is not None:
-        return _added(weight, total_delta(changes, index, room), dtype)
+        return _added(weight, total_delta(changes, index, buffer), dtype)
     experts = torch.empty(weight.shape, dtype=dtype)
     for expert in range(len(weight)):
         piece = slice(expert, expert + 1)
-        experts[piece] = _added(weight[piece], total_delta(changes, expert, room), dtype)
+        experts[piece] = _added(weight[piece], total_delta(changes, expert, buffer), dtype)
     return experts
 
 

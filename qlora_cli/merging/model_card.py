@@ -102,7 +102,7 @@ def _unfinished(adapter: AppliedAdapter) -> str:
     if adapter.run_is_done is not False:
         return ""
     step = "a step" if adapter.step is None else f"step {adapter.step:,}"
-    return f", after {step} of a run that has not come to its end"
+    return f", after {step} of a run that was not trained to its end"
 
 
 def _front(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def _verified(result: MergeResult) -> str:
     passed = "" if found.passed else "**failed**: "
     exact = "exactly" if found.is_exact else "not exactly"
     over = f"over {found.divergence.num_tokens:,} tokens"
-    model = "base with the adapter beside it"
+    model = "base with the adapter on it"
     if not found.ran_adapters:
-        model = "sum in fp32 of adapters that can't run beside each other, which is not verified itself"
+        model = "sum in fp32 of adapters that can't run together, which is not verified itself"
     cost = f"which costs, {over}: {_in_short(found.divergence)}"
     return f"{passed}{exact} the {model}, rounded to {result.dtype}, {cost}"
 

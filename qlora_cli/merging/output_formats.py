@@ -15,7 +15,7 @@ from qlora_cli.merging.exports.all_formats import FORMATS
 from qlora_cli.merging.exports.export_format import ABOUT, Export, Format
 from qlora_cli.merging.merge_result import Requantized
 from qlora_cli.merging.planning.inputs import Inputs
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings
 
@@ -71,14 +71,14 @@ class Formats:
         return self._place(first, output), (*self.by_name[first].files, *ABOUT)
 
     def disk_bytes(self, model_bytes: int) -> int:
-        """Return the room that all formats take while they are written."""
+        """Return the disk space that all formats take while they are written."""
         return model_bytes + sum(int(model_bytes * one.share) for one in self.by_name.values())
 
     def _place(self, name: ExportFormat, output: Path) -> Path:
         return output if len(self.asked) == 1 else output / name.value
 
     def write(
-        self, output: Path, name: str, laboratory: Laboratory | None, reporter: Reporter
+        self, output: Path, name: str, comparer: ModelComparer | None, reporter: Reporter
     ) -> Mapping[str, Requantized]:
         """Write all formats, given the 16-bit model; return how far those that are quantized are from it, by name."""
         model, found = self.model(output), {}
@@ -88,7 +88,7 @@ class Formats:
                 target=self._place(kind, output) if one.holds_model else self._aside(kind, output),
                 name=name,
                 places=self.places(output),
-                laboratory=laboratory,
+                comparer=comparer,
                 reporter=reporter,
             )
             divergence = one.write(export)
@@ -99,7 +99,7 @@ class Formats:
         return found
 
     def _aside(self, name: ExportFormat, output: Path) -> Path:
-        """Return where a format is written: if it is the only one, beside the model that it is made from."""
+        """Return where a format is written: if it is the only one, next to the model that it is made from."""
         place = self._place(name, output)
         return output / name.value if place == output else place
 

@@ -50,10 +50,10 @@ class StepsFormat(Format):
             tensors = {name: (tensor * 64).round() / 64 for name, tensor in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
         (export.target / "steps.txt").write_text("1/64")
-        if export.laboratory is None:
+        if export.comparer is None:
             return None
-        return export.laboratory.compare(
-            export.laboratory.stored(export.model), export.laboratory.stored(export.target)
+        return export.comparer.compare(
+            export.comparer.stored(export.model), export.comparer.stored(export.target)
         )
 '''
 # Three files of the copy: where the format is written, named, and in the table.

@@ -99,7 +99,7 @@ def test_the_text_says_what_was_merged_and_how_near_it_is(run: Path, tmp_path: P
     headings = [line for line in lines if not line.startswith(" ")]
     assert headings == [
         "Distance from the model that was trained",
-        "Verified against the base with the adapter beside it",
+        "Verified against the base with the adapter on it",
     ]
     assert "\x1b" not in done.stdout
     assert "Merging into" in done.stderr

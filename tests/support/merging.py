@@ -23,14 +23,14 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import QloraError
 from qlora_cli.events import SilentReporter
 from qlora_cli.files import as_json
-from qlora_cli.merging.companion_files import write_beside
+from qlora_cli.merging.companion_files import write_companion_files
 from qlora_cli.merging.merge_result import BaseChoice, Verification
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
-from qlora_cli.merging.verifying.comparison import Laboratory, base_reader
-from qlora_cli.merging.verifying.streamed import Beside, StreamedModel
+from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
+from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel
 from qlora_cli.merging.verifying.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -77,7 +77,7 @@ def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
     output.mkdir(parents=True)
     merger = Merger(inputs.base, Base(inputs.base, plan.base))
     write_weights(plan, inputs.source.path, output, merger.value, SilentReporter())
-    write_beside(inputs, plan, output)
+    write_companion_files(inputs, plan, output)
     return Merged(directory=output, inputs=inputs, plan=plan)
 
 
@@ -216,16 +216,16 @@ def streamed_logits(
         read,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        adapters=[Beside(adapter=adapter) for adapter in inputs.adapters if beside],
+        adapters=[PlacedAdapter(adapter=adapter) for adapter in inputs.adapters if beside],
     )
     return model.logits(ids, torch.ones_like(ids))
 
 
 def verified(merged: Merged) -> Verification:
-    """Return how what was written compares with the base and the adapters beside it."""
+    """Return how what was written compares with the base with the adapters on it."""
     choice = BaseChoice(base=merged.plan.base.value, reason="asked", original=None, dequantized=None)
-    laboratory = Laboratory(merged.inputs, SilentReporter())
-    return verify(laboratory, merged.plan, choice, merged.directory, None, SilentReporter())
+    comparer = ModelComparer(merged.inputs, SilentReporter())
+    return verify(comparer, merged.plan, choice, merged.directory, None, SilentReporter())
 
 
 def plain_logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -45,7 +45,7 @@ def render_merge(result: MergeResult) -> None:
         title("Distance from the model that was trained")
         print_rows([("original", _in_short(choice.original)), ("dequantized", _in_short(choice.dequantized))])
     if result.verification is not None:
-        against = "the base with the adapter beside it" if result.verification.ran_adapters else "their sum in fp32"
+        against = "the base with the adapter on it" if result.verification.ran_adapters else "their sum in fp32"
         title(f"Verified against {against}")
         print_rows(list(_verification_rows(result.verification)))
     else:
@@ -124,7 +124,7 @@ def _verification_rows(found: Verification) -> Iterator[Row]:
             f"KL divergence {found.unrounded.median_kl:.1g} at the median token, at most {found.max_unexplained:g}",
         )
     else:
-        yield "not verified", "the sum itself: PEFT can't run these adapters beside each other"
+        yield "not verified", "the sum itself: PEFT can't run these adapters together"
     if found.modules is not None:
         yield "each module", _describe_modules(found.modules)
     yield "in the files", f"{found.num_parameters:,} parameters, to the bit as merged"

@@ -61,7 +61,7 @@ def find_converter(llama_cpp: Path | None) -> Converter:
             hint='Run: pip install "qlora-cli[gguf]".',
             setting="merge.formats",
         )
-    return Converter(script=script.resolve())  # what lies beside it is found by its own place, not a link's
+    return Converter(script=script.resolve())  # files next to it are found by its real path, not a link's
 
 
 def _find_script(llama_cpp: Path | None) -> Path:
@@ -156,7 +156,7 @@ def _hint(lines: Sequence[str], command: Sequence[str]) -> str:
     if missing := re.search(r"No module named '([\w.]+)'", text):
         return f"Run: pip install {missing[1].split('.')[0]}"
     if re.search(r"(Missing|not found:) \S*tokenizer\.model", text):
-        return "Of this architecture the converter reads tokenizer.model: copy it from the base beside the weights."
+        return "Of this architecture the converter reads tokenizer.model: copy it from the base to the weights."
     if re.search(r"Model \S+ is not supported", text):
         return "This llama.cpp knows no such architecture: update it (git pull), or use another --format."
     return _again(command)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from qlora_cli.events import Reporter
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.model_files.merge_record import MERGE_FILE
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings
@@ -17,7 +17,7 @@ from qlora_cli.settings.models import MergeCommandSettings
 # The files of a checkpoint for transformers; what it was made of may run code of its own.
 CHECKPOINT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CODE = "*.py"
-# What stands beside every format: the card, the record of the merge, what the base's makers ask for.
+# Comes with every format: the card, the record of the merge, the licence of the base.
 ABOUT = ("README.md", MERGE_FILE, "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
@@ -30,14 +30,14 @@ class Export:
         target: The directory to write to, which may not be there yet.
         name: What the result is called.
         places: The directory of each format that was asked for.
-        laboratory: What compares models; None if nothing is to be compared.
+        comparer: What compares models; None if nothing is to be compared.
     """
 
     model: Path
     target: Path
     name: str
     places: Mapping[ExportFormat, Path]
-    laboratory: Laboratory | None
+    comparer: ModelComparer | None
     reporter: Reporter
 
 
@@ -46,7 +46,7 @@ class Format(ABC):
 
     Attributes:
         name: What it is asked for by, and what its directory is called.
-        share: The room that it takes beside the 16-bit model, as a share of that, at most.
+        share: The disk space that it takes at most, as a share of the 16-bit model.
         library: What loads it, as model cards call that.
     """
 

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, beside the model that it was made from: it must read and end text as the model does.
+"""Compare a GGUF file with the model that it was made from: it must read and end text as the model does.
 
 Needs the package `gguf`, which nothing else does: import this module only once it is known to be there.
 """

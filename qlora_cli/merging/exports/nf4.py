@@ -55,10 +55,10 @@ class Nf4Format(Format):
             export.model, export.target, trust_remote_code=trust, device=device, reporter=export.reporter
         )
         export.reporter.report(Noted(message=f"in NF4 the weights are {done.times_smaller:.2f} times smaller"))
-        if export.laboratory is None:
+        if export.comparer is None:
             return None
-        merged = export.laboratory.stored(export.model)
-        return export.laboratory.compare(merged, export.laboratory.quantized(export.target))
+        merged = export.comparer.stored(export.model)
+        return export.comparer.compare(merged, export.comparer.quantized(export.target))
 
 
 @dataclass(frozen=True, kw_only=True)

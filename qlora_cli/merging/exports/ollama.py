@@ -55,7 +55,7 @@ PLAIN_NAME = re.compile(r"[\w./+-]+")
 
 
 class OllamaFormat(Format):
-    """A Modelfile, beside the 16-bit model unless it names a GGUF."""
+    """A Modelfile, next to the 16-bit model unless it names a GGUF."""
 
     name = ExportFormat.OLLAMA
 
@@ -123,7 +123,7 @@ def write_modelfile(
 ) -> OllamaExport:
     """Write the Modelfile `target` of the model in the directory `model`, and report what a user should know of it.
 
-    `source` is what FROM names, relative to the Modelfile: `.` for safetensors beside it, or `./NAME.gguf`.
+    `source` is what FROM names, relative to the Modelfile: `.` for safetensors next to it, or `./NAME.gguf`.
 
     Raises:
         ModelError: no TEMPLATE can write what the chat template does, or `source` can't be named in a Modelfile.
@@ -189,8 +189,8 @@ def _stops(loaded: LoadedTokenizer, turns: Turns | None) -> tuple[str, ...]:
     tokenizer = loaded.tokenizer
     ids = sorted(loaded.end_ids)
     if turns is not None:
-        behind = tokenizer.encode(turns.after[ASSISTANT].strip(), add_special_tokens=False)
-        ids += [number for number in behind[:1] if number in tokenizer.added_tokens_decoder]
+        after = tokenizer.encode(turns.after[ASSISTANT].strip(), add_special_tokens=False)
+        ids += [number for number in after[:1] if number in tokenizer.added_tokens_decoder]
     texts = (str(tokenizer.decode([number], skip_special_tokens=False)) for number in ids)
     return tuple(dict.fromkeys(text for text in texts if text.strip() and text.isprintable()))
 

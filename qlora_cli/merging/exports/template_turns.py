@@ -145,8 +145,8 @@ def _derive(prober: _Prober, bos: str, *, drops_bos: bool) -> Turns:
     opening = bos if first.startswith(bos) and (drops_bos or bos not in again) else ""
     first = first.removeprefix(opening)
     place, before_system, after_system = _system(prober, opening, first, again)
-    behind_system = [after_system] if place == SystemPlace.OWN_TURN else []
-    before_user = _before_user(first, [again, *behind_system], tail)
+    after_system_turn = [after_system] if place == SystemPlace.OWN_TURN else []
+    before_user = _before_user(first, [again, *after_system_turn], tail)
     after_user = _shared(between, end)
     if place == SystemPlace.OWN_TURN:
         after_system = after_system.removesuffix(before_user)
@@ -182,8 +182,8 @@ def _before_user(first: str, others: Sequence[str], tail: str) -> str:
     `tail` ends a conversation behind an answer, and so ends the turn before.
     """
     backwards = [text[::-1] for text in (first, *others)]
-    behind_answer = others[0].removeprefix(_shared(others[0], tail))
-    candidates = [first, behind_answer, _shared(*backwards)[::-1]]
+    after_answer = others[0].removeprefix(_shared(others[0], tail))
+    candidates = [first, after_answer, _shared(*backwards)[::-1]]
     return next(begin for begin in candidates if all(text.endswith(begin) for text in (first, *others)))
 
 

@@ -38,11 +38,11 @@ class AdapterChanges:
 
     Attributes:
         adapter: The adapter as it goes on the base.
-        beside: Parameters of the base that its file holds and that are not as the base has them, by their names there.
+        base_parameters: Parameters of the base that its file holds with other values, by their names there.
     """
 
     adapter: Adapter
-    beside: Mapping[str, torch.Tensor]
+    base_parameters: Mapping[str, torch.Tensor]
     changes: Mapping[str, WeightChange]
     summary: str
 
@@ -71,13 +71,15 @@ def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapte
     _check_mergeable(stored)
     fitted = fit(stored, model, base)
     adapter, directory = fitted.adapter, stored.directory
-    beside = {name: value for name, value in adapter.kept.items() if not _is_same(value, read(name))}
+    base_parameters = {name: value for name, value in adapter.kept.items() if not _is_same(value, read(name))}
     changes = dict(_changes(fitted.model, adapter.values, directory))
-    for name, values in beside.items():
+    for name, values in base_parameters.items():
         changes[name] = Replaced(values=values, change=changes[name]) if name in changes else Whole(values=values)
     if not changes:
         raise ModelError(f"the adapter in {directory} changes nothing", hint="Train it first.")
-    return AdapterChanges(adapter=adapter, beside=beside, changes=changes, summary=_summary(adapter.lora, changes))
+    return AdapterChanges(
+        adapter=adapter, base_parameters=base_parameters, changes=changes, summary=_summary(adapter.lora, changes)
+    )
 
 
 def _check_mergeable(stored: StoredAdapter) -> None:

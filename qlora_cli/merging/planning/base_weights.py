@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.merging.planning.conversions import Group
 from qlora_cli.merging.planning.stored_tensors import StoredTensors, not_finite
 from qlora_cli.model_files.finite import is_finite
@@ -59,31 +59,33 @@ class Base:
         self._stacked: tuple[Group, str, ExpertStack] | None = None
         self._finite: set[str] = set()
 
-    def parameters(self, group: Group, index: int | None = None, room: Room | None = None) -> dict[str, torch.Tensor]:
+    def parameters(
+        self, group: Group, index: int | None = None, buffer: Buffer | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return the parameters of a group, or the slice `index` of each, in the dtype that they have in the base.
 
-        They are the caller's own; that of a single tensor may be in `room`.
+        They are the caller's own; that of a single tensor may be in `buffer`.
         """
         if index is not None and (group.targets[0] in self._through):
             return {target: self._stack(group, target).slice(index) for target in group.targets}
-        stored = {key: self._stored(group, key, room) for key in group.keys_of(index)}
+        stored = {key: self._stored(group, key, buffer) for key in group.keys_of(index)}
         made = group.forward(self._base.model, stored)
         return {target: self._as_seen(target, value) for target, value in made.items()}
 
-    def _stored(self, group: Group, key: str, room: Room | None) -> torch.Tensor:
-        assert room is None or group.converter is None, "there is room for one"
+    def _stored(self, group: Group, key: str, buffer: Buffer | None) -> torch.Tensor:
+        assert buffer is None or group.converter is None, "the buffer holds one"
         if group.targets[0] not in self._base.packed:
-            return self._read(group, key, room)
-        tensor = self._base.tensors.read(key, room)
+            return self._read(group, key, buffer)
+        tensor = self._base.tensors.read(key, buffer)
         return self._unpacked(key, group.targets[0], tensor)
 
-    def _read(self, group: Group, key: str, room: Room | None = None) -> torch.Tensor:
+    def _read(self, group: Group, key: str, buffer: Buffer | None = None) -> torch.Tensor:
         """Return a tensor as it is stored; what is read more than once is checked once.
 
         Raises:
             ModelError: it holds what is no number.
         """
-        tensor = self._base.tensors.read(key, room)
+        tensor = self._base.tensors.read(key, buffer)
         if key not in self._finite and tensor.is_floating_point() and self._base.is_weight(group):
             if not is_finite(tensor):
                 raise not_finite(self._base.tensors.headers[key])

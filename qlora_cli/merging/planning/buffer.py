@@ -1,4 +1,4 @@
-"""Memory that is used again for one tensor after another.
+"""A buffer that one tensor after another is computed in.
 
 A fresh tensor of 100 MB costs the system more time than multiplying into it: every page is asked for and cleared.
 """
@@ -6,8 +6,8 @@ A fresh tensor of 100 MB costs the system more time than multiplying into it: ev
 import torch
 
 
-class Room:
-    """Lends memory for one tensor at a time: what was lent before is no longer good."""
+class Buffer:
+    """Lends memory for one tensor at a time: the tensor lent before is overwritten."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)

@@ -136,11 +136,11 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
 
 
 def _notes_on_links(source: ModelSource) -> Iterator[str]:
-    """Yield in words which files of the base are not put beside the result, since they are links to elsewhere."""
+    """Yield in words which files of the base are not copied, since they are links out of its directory."""
     for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
         if leads_out(path):
             end = end_of(path) or "itself"
-            yield f"{path} is a link out of its directory, to {end}: it is not put beside the result"
+            yield f"{path} is a link out of its directory, to {end}: it is not copied"
 
 
 def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:

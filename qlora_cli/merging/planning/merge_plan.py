@@ -123,8 +123,8 @@ def plan_merge(
         elif weight_of_constant(name) not in packed_keys:
             _check_left_over(base.model, config, name, header, ahead)
             tensors.append(planner.left(name, header))
-    for name, twin in untied.items():
-        tensors.append(planner.untied(name, twin, groups[twin]))
+    for name, tied_to in untied.items():
+        tensors.append(planner.untied(name, tied_to, groups[tied_to]))
     return MergePlan(base=kind, dtype=dtype, tensors=tuple(_in_order(tensors)), unties=parts)
 
 
@@ -167,9 +167,9 @@ def _check_found(changes: Changes, groups: Mapping[str, Group], untied: Mapping[
 def _settle_tied(
     model: PreTrainedModel, groups: Mapping[str, Group], changes: Changes
 ) -> tuple[Changes, dict[str, str], bool]:
-    """Return the changes of what is stored, what gets a tensor of its own beside its twin, and whether any two part.
+    """Return the changes of stored tensors, the weights that get a tensor of their own, and whether any two part.
 
-    Weights that are one in the base stay one if they are changed alike; head and embedding may part.
+    Tied weights stay one if they are changed alike; head and embedding may part.
     """
     untied: dict[str, str] = {}
     changes, parts = dict(changes), False
@@ -177,8 +177,8 @@ def _settle_tied(
     for one, other in (model.all_tied_weights_keys or {}).items():
         pairs = ((one, other), (other, one))
         if _are_alike(changes.get(one, ()), changes.get(other, ())):
-            for name, twin in pairs:
-                if name not in groups and twin in groups:
+            for name, tied_to in pairs:
+                if name not in groups and tied_to in groups:
                     changes.pop(name, None)
             continue
         if not {one, other} <= ends:
@@ -187,7 +187,7 @@ def _settle_tied(
                 hint="Give both the same adapter, or serve it as an adapter.",
             )
         parts = True
-        untied |= {name: twin for name, twin in pairs if name not in groups}
+        untied |= {name: tied_to for name, tied_to in pairs if name not in groups}
     return changes, untied, parts
 
 
@@ -277,15 +277,15 @@ class _Planner:
             name=name, file=_safetensors(header.file), header=header, dtype=written, shape=header.shape, action=action
         )
 
-    def untied(self, name: str, twin: str, group: Group) -> PlannedTensor:
-        """Return the tensor of a parameter that is one with `twin` in the base, and is not stored apart."""
+    def untied(self, name: str, tied_to: str, group: Group) -> PlannedTensor:
+        """Return the tensor of a parameter that is tied to `tied_to` in the base, and not stored apart."""
         header = self.base.tensors.headers[group.keys[0]]
-        changes = {twin: self.changes[name]} if name in self.changes else {}
+        changes = {tied_to: self.changes[name]} if name in self.changes else {}
         return PlannedTensor(
             name=name,
             file=_safetensors(header.file),
             header=header,
-            dtype=self._written_in(header, twin),
+            dtype=self._written_in(header, tied_to),
             shape=self._shape(header, group),
             action=Action.MERGE if changes else Action.CAST,
             group=group,

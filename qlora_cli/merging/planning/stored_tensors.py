@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.model_files.checkpoint import SAFETENSORS, Checkpoint, TensorHeader
 from qlora_cli.model_files.finite import DAMAGED
 from qlora_cli.model_files.pickles import DTYPES, header_of
@@ -30,13 +30,13 @@ class StoredTensors:
         """Return a tensor, which is the caller's own."""
         return self.read(name)
 
-    def read(self, name: str, room: Room | None = None) -> torch.Tensor:
-        """Return a tensor, which is the caller's own; in `room`, if it is given."""
+    def read(self, name: str, buffer: Buffer | None = None) -> torch.Tensor:
+        """Return a tensor, which is the caller's own; in `buffer`, if it is given."""
         if self._unpickled:
             return self._unpickled[name].clone(memory_format=torch.contiguous_format)
         header = self.headers[name]
         dtype = DTYPES[header.dtype]
-        tensor = torch.empty(header.shape, dtype=dtype) if room is None else room.lend(header.shape, dtype)
+        tensor = torch.empty(header.shape, dtype=dtype) if buffer is None else buffer.lend(header.shape, dtype)
         with (self._directory / header.file).open("rb", buffering=0) as file:
             file.seek(header.offset)
             fill(file, bytes_of(tensor))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.buffer import Buffer
 
 
 class WeightChange(ABC):
@@ -45,8 +45,8 @@ class Update(WeightChange):
         return not all(tensor.any() for tensor in self.tensors)
 
     @abstractmethod
-    def delta(self, index: int | None = None, room: Room | None = None) -> torch.Tensor:
-        """Return what is added, in fp32 and in the shape of the parameter or slice; in `room`, if it is given."""
+    def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
+        """Return what is added, in fp32 and in the shape of the parameter or slice; in `buffer`, if it is given."""
 
     def apply(self, weight: torch.Tensor, index: int | None = None) -> torch.Tensor:
         """Return the weight with the update."""
@@ -81,10 +81,10 @@ class LowRankUpdate(Update):
             return False
         return all(torch.equal(one, two) for one, two in zip(self._sides, other._sides, strict=True))
 
-    def delta(self, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
         """Return the product of the factors, scaled."""
         assert index is None, "a matrix has no slices"
-        return _product(self.left, self.right, self.scale, room, flips=self.is_transposed)
+        return _product(self.left, self.right, self.scale, buffer, flips=self.is_transposed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,22 +105,24 @@ class Experts(Update):
         """The two matrices."""
         return self.left, self.right
 
-    def delta(self, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
         """Return the update of all experts, `(num_experts, …, …)`, or of one as `(1, …, …)`."""
         if index is not None:
-            return self._of(index, room).unsqueeze(0)
+            return self._of(index, buffer).unsqueeze(0)
         return torch.stack([self._of(expert, None) for expert in range(self.num_experts)])
 
-    def _of(self, expert: int, room: Room | None) -> torch.Tensor:
+    def _of(self, expert: int, buffer: Buffer | None) -> torch.Tensor:
         left = self.left.view(self.left.shape[0], -1, self.num_experts)[:, :, expert]
         right = self.right.view(self.num_experts, -1, self.right.shape[1])[expert]
-        return _product(left, right, self.scale, room, flips=self.is_transposed)
+        return _product(left, right, self.scale, buffer, flips=self.is_transposed)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, scale: float, room: Room | None, *, flips: bool) -> torch.Tensor:
+def _product(
+    left: torch.Tensor, right: torch.Tensor, scale: float, buffer: Buffer | None, *, flips: bool
+) -> torch.Tensor:
     """Return `scale * left @ right` in fp32, or its transpose, which is computed as such and not copied."""
     one, other = (right.T, left.T) if flips else (left, right)
-    out = None if room is None else room.lend((one.shape[0], other.shape[1]), torch.float32)
+    out = None if buffer is None else buffer.lend((one.shape[0], other.shape[1]), torch.float32)
     return torch.mm(one.float(), other.float(), out=out).mul_(scale)
 
 
@@ -136,9 +138,9 @@ class Added(Update):
         """The vector."""
         return (self.values,)
 
-    def delta(self, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
         """Return the vector, scaled."""
-        del room  # it is small
+        del buffer  # it is small
         assert index is None, "a vector has no slices"
         return self.values.float() * self.scale
 
@@ -193,7 +195,7 @@ class Whole(WeightChange):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Replaced(WeightChange):
-    """An embedding or head that was saved beside an adapter and takes the place of the base's, with its `change`."""
+    """An embedding or head that was saved with an adapter and replaces that of the base, with its `change`."""
 
     values: torch.Tensor
     change: WeightChange
@@ -246,21 +248,21 @@ class Weighted:
         """Whether it adds the same to whatever the weight is."""
         return isinstance(self.change, Update)
 
-    def delta(self, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
         """Return what is added."""
         assert isinstance(self.change, Update), "only an update adds the same to every weight"
-        delta = self.change.delta(index, room)
+        delta = self.change.delta(index, buffer)
         return delta if self.weight == 1 else delta.mul_(self.weight)
 
 
 def total_delta(
-    changes: Sequence[Weighted], index: int | None = None, room: Room | None = None
+    changes: Sequence[Weighted], index: int | None = None, buffer: Buffer | None = None
 ) -> torch.Tensor | None:
-    """Return what `changes`, all of them updates, add together, in `room` if it is given; None if that is nothing."""
+    """Return the sum of `changes`, all of them updates, in `buffer` if it is given; None if nothing is added."""
     changes = [one for one in changes if not (isinstance(one.change, Update) and one.change.is_zero)]
     if not changes:
         return None
-    total = changes[0].delta(index, room)
+    total = changes[0].delta(index, buffer)
     for other in changes[1:]:
         total = total.add_(other.delta(index))
     return total

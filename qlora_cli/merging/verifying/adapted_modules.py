@@ -1,6 +1,6 @@
-"""Whether each adapted module, merged, computes what it computes with the adapter beside it.
+"""Whether each adapted module, merged, computes what it computes with the adapter on it.
 
-Both get the same input, the one that comes to the module while the model runs. So the errors of the layers before do
+Both get the same input: the one that reaches the module while the model runs. So the errors of the layers before do
 not add up, however deep the model is, and what lies between the two can be held against what the adapter does there,
 however little that is: a missing update is all of it, a doubled one as much again.
 """
@@ -58,17 +58,17 @@ class ModuleWatch:
         module: nn.Module,
         args: tuple[Any, ...],
         options: dict[str, Any],
-        beside: Any,
+        adapted: Any,
     ) -> None:
         del module
-        if not isinstance(beside, torch.Tensor):
+        if not isinstance(adapted, torch.Tensor):
             return
         alone = inner(*args, **options)
-        effect, size = _norm(beside - alone), _norm(beside)
+        effect, size = _norm(adapted - alone), _norm(adapted)
         del alone
         values = {leaf: place(self._merged(parameter), parameter) for leaf, parameter in leaves.items()}
         merged = functional_call(inner, values, args, options)
-        difference = _norm(merged - beside) / max(effect + LEAST_EFFECT * size, torch.finfo(torch.float32).tiny)
+        difference = _norm(merged - adapted) / max(effect + LEAST_EFFECT * size, torch.finfo(torch.float32).tiny)
         self._found[name] = max(self._found.get(name, 0.0), difference, key=_nan_last)
 
     def check(self) -> ModuleCheck | None:

@@ -8,7 +8,7 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.merging.merge_result import BaseChoice, Divergence
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import BaseWeights
 
 
@@ -45,14 +45,14 @@ def settled_base(inputs: Inputs) -> BaseChoice | None:
     return None
 
 
-def choose_base(laboratory: Laboratory, plans: Sequence[MergePlan], reporter: Reporter) -> BaseChoice:
+def choose_base(comparer: ModelComparer, plans: Sequence[MergePlan], reporter: Reporter) -> BaseChoice:
     """Measure how far each merge would be from the model that was trained, and return the nearer one.
 
     Raises:
         ModelError: one of them computes what is no number.
     """
     found: dict[BaseWeights, Divergence] = {
-        plan.base: laboratory.compare(laboratory.trained(), laboratory.planned(plan)) for plan in plans
+        plan.base: comparer.compare(comparer.trained(), comparer.planned(plan)) for plan in plans
     }
     if any(math.isnan(one.mean_kl) for one in found.values()):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Where models are compared: on which texts, on which device, and what each model's weights are."""
+"""Compare the models of a merge: on the same texts and device, each with its own weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -25,7 +25,7 @@ from qlora_cli.merging.planning.weight_changes import Experts
 from qlora_cli.merging.verifying.adapted_modules import ModuleWatch
 from qlora_cli.merging.verifying.divergence import divergence
 from qlora_cli.merging.verifying.reread import differing_files, is_same
-from qlora_cli.merging.verifying.streamed import Beside, StreamedModel, check_fit
+from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel, check_fit
 from qlora_cli.merging.verifying.texts import Texts, read_texts
 from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.model_files.model_config import read_config
@@ -48,7 +48,7 @@ class Written:
     differing: tuple[str, ...]
 
 
-class Laboratory:
+class ModelComparer:
     """Runs the models that a merge is about over the same texts, each in one pass."""
 
     def __init__(self, inputs: Inputs, reporter: Reporter) -> None:
@@ -68,33 +68,33 @@ class Laboratory:
 
     @property
     def runs_adapters(self) -> bool:
-        """Whether the adapters run beside their base: if not, they are compared with their own sum."""
+        """Whether PEFT can run the adapters on their base: if not, the merge is compared with their sum."""
         return len(self._inputs.adapters) == 1 or _run_together(self._inputs.changes)
 
     def trained(self) -> torch.Tensor:
-        """Return the logits of the model that was trained: the base as training saw it, and the adapters beside it."""
+        """Return the logits of the model that was trained: the base as training saw it, and the adapters on it."""
         if self._trained is None:
-            self._trained = self.beside(BaseWeights.DEQUANTIZED)
+            self._trained = self.with_adapters(BaseWeights.DEQUANTIZED)
         return self._trained
 
     def reference(self, plan: MergePlan) -> torch.Tensor:
-        """Return the logits that those of the merged model are held against: of its base, the adapters beside it."""
-        return self.trained() if plan.base == BaseWeights.DEQUANTIZED else self.beside(plan.base)
+        """Return the logits that those of the merged model are held against: of its base, the adapters on it."""
+        return self.trained() if plan.base == BaseWeights.DEQUANTIZED else self.with_adapters(plan.base)
 
-    def beside(self, kind: BaseWeights) -> torch.Tensor:
-        """Return the logits of a base with the adapters beside it, as PEFT runs them.
+    def with_adapters(self, kind: BaseWeights) -> torch.Tensor:
+        """Return the logits of a base with the adapters on it, as PEFT runs them.
 
-        Several that PEFT can't run beside each other are added in fp32 instead. Else, if the merge is to be verified,
+        Several that PEFT can't run together are added in fp32 instead. Else, if the merge is to be verified,
         each adapted module is compared with the merged one on the way.
         """
         inputs = self._inputs
         if not self.runs_adapters:
             return self.planned(self.in_fp32(kind))
-        self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter beside it"))
+        self._reporter.report(PhaseStarted(title=f"Running the {kind.value} base with the adapter on it"))
         base = Base(inputs.base, kind)
         read = base_reader(inputs.base, base)
         adapters = [
-            Beside(adapter=adapter, weight=weight)
+            PlacedAdapter(adapter=adapter, weight=weight)
             for adapter, weight in zip(inputs.adapters, inputs.request.merge.weights, strict=True)
         ]
         watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.merge.verify else None
@@ -179,7 +179,7 @@ class Laboratory:
             group = by_name[name]
             return group.forward(model, {key: tensors[key] for key in group.keys})[name]
 
-        return _with_twins(read, by_name, model.all_tied_weights_keys or {}), config.config
+        return _with_ties(read, by_name, model.all_tied_weights_keys or {}), config.config
 
     def quantized(self, directory: Path) -> torch.Tensor:
         """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
@@ -197,7 +197,7 @@ class Laboratory:
         self,
         config: PreTrainedConfig,
         read: Read,
-        adapters: Sequence[Beside] = (),
+        adapters: Sequence[PlacedAdapter] = (),
         watch: ModuleWatch | None = None,
     ) -> torch.Tensor:
         model = StreamedModel(
@@ -237,7 +237,7 @@ def _source(directory: Path) -> ModelSource:
 def base_reader(model: BaseModel, base: Base) -> Read:
     """Return what reads the parameters of a base."""
     groups = parameter_groups(model.groups)
-    return _with_twins(
+    return _with_ties(
         lambda name: base.parameters(groups[name])[name], groups, model.model.all_tied_weights_keys or {}
     )
 
@@ -257,13 +257,13 @@ def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
     def read(name: str) -> torch.Tensor:
         if name in apart:
             planned = apart[name]
-            assert planned.group is not None, "it is made of the tensors of its twin"
-            twin = planned.group.targets[0]
-            return merged(base.parameters(planned.group)[twin], planned.changes.get(twin, ()), planned.dtype)
+            assert planned.group is not None, "it is made of the tensors of the weight that it is tied to"
+            tied_to = planned.group.targets[0]
+            return merged(base.parameters(planned.group)[tied_to], planned.changes.get(tied_to, ()), planned.dtype)
         value = base.parameters(groups[name])[name]
         return merged(value, changes[name].get(name, ()), written[name])
 
-    return _with_twins(read, groups.keys() | apart.keys(), model.model.all_tied_weights_keys or {})
+    return _with_ties(read, groups.keys() | apart.keys(), model.model.all_tied_weights_keys or {})
 
 
 def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> Read:
@@ -285,7 +285,7 @@ def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> R
 
     known = {target for tensor in plan.tensors if tensor.group is not None for target in tensor.group.targets}
     apart = {tensor.name for tensor in plan.tensors if _is_apart(model, tensor)}
-    return _with_twins(read, known | apart, model.model.all_tied_weights_keys or {})
+    return _with_ties(read, known | apart, model.model.all_tied_weights_keys or {})
 
 
 def _is_apart(model: BaseModel, tensor: PlannedTensor) -> bool:
@@ -293,11 +293,11 @@ def _is_apart(model: BaseModel, tensor: PlannedTensor) -> bool:
     return tensor.name not in model.tensors.headers
 
 
-def _with_twins(read: Read, known: Collection[str], tied: Mapping[str, str]) -> Read:
+def _with_ties(read: Read, known: Collection[str], tied: Mapping[str, str]) -> Read:
     """Return what reads a parameter by its own name, or by that of one which it is one with."""
-    twins = {**{other: one for one, other in tied.items()}, **tied}
+    ties = {**{other: one for one, other in tied.items()}, **tied}
 
     def read_any(name: str) -> torch.Tensor:
-        return read(name if name in known else twins[name])
+        return read(name if name in known else ties[name])
 
     return read_any

@@ -1,8 +1,8 @@
-"""Run a model that need not fit into memory: its weights come layer by layer, and go again.
+"""Run a model that need not fit into memory: each layer's weights are loaded before it runs, and freed after.
 
 The model is built with its weights on the meta device. Before a layer runs, its weights are asked for; after it, they
 are let go. So a pass needs one layer, and the same code measures what lies in files, what a merge would write, and the
-base with the adapter beside it, as PEFT runs it.
+base with the adapter on it, as PEFT runs it.
 """
 
 import re
@@ -29,8 +29,8 @@ from qlora_cli.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """An adapter that runs beside its base, and how much it counts."""
+class PlacedAdapter:
+    """An adapter on its base, and its weight in the sum."""
 
     adapter: AdapterChanges
     weight: float = 1.0
@@ -55,7 +55,7 @@ class StreamedModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        adapters: Sequence[Beside] = (),
+        adapters: Sequence[PlacedAdapter] = (),
         watch: ModuleWatch | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -69,7 +69,7 @@ class StreamedModel:
         self._model: nn.Module = self._base
         self._replaced: Mapping[str, torch.Tensor] = {}
         if adapters:
-            self._model, self._replaced = _put_beside(self._base, adapters, names, device)
+            self._model, self._replaced = _attach(self._base, adapters, names, device)
         self._units = [_slots(self._module(path), names, deep=deep) for path, deep in units]
         self._modules = [self._module(path) for path, _ in units]
         if watch is not None:
@@ -204,8 +204,8 @@ def _streaming(
             handle.remove()
 
 
-def _put_beside(
-    base: PreTrainedModel, adapters: Sequence[Beside], names: dict[int, str], device: torch.device
+def _attach(
+    base: PreTrainedModel, adapters: Sequence[PlacedAdapter], names: dict[int, str], device: torch.device
 ) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     """Return `base` with adapters, whose own weights are in memory, and what of the base they take the place of."""
     model: PeftModel | None = None
@@ -222,7 +222,7 @@ def _put_beside(
                 model.add_adapter(label, config)
             _materialize(model, names, device)
             _fill(model, label, one.adapter.adapter.values)
-            replaced |= one.adapter.beside
+            replaced |= one.adapter.base_parameters
         assert model is not None, "there is an adapter"
         model.base_model.set_adapter(labels if len(labels) > 1 else labels[0])
     for module in model.modules():
@@ -244,9 +244,9 @@ def _fill(model: PeftModel, label: str, values: Mapping[str, torch.Tensor]) -> N
 
 
 def _materialize(model: PeftModel, names: dict[int, str], device: torch.device) -> None:
-    """Give what belongs to adapters room in memory, in fp32; the base stays empty."""
+    """Allocate the parameters of adapters in fp32; the base stays empty."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and id(parameter) not in names:
-                room = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-                module._parameters[leaf] = nn.Parameter(room, requires_grad=False)
+                values = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+                module._parameters[leaf] = nn.Parameter(values, requires_grad=False)

@@ -15,12 +15,12 @@ from qlora_cli.errors import MergeError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.merging.merge_result import BaseChoice, Divergence, Rounding, Verification
 from qlora_cli.merging.planning.merge_plan import MergePlan
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.model_files.merge_record import MERGE_FILE
 from qlora_cli.settings.choices import MergeDtype
 from qlora_cli.units import counted, format_bytes
 
-# Nats, of the median token. Sums in fp32 come to 1e-10 or so; an update that is missing from one layer, to far more.
+# Nats, of the median token. Rounding in fp32 makes 1e-10 or so; an update missing from one layer makes far more.
 # Not of the mean: a mixture of experts may send a token to other experts for the last bit of fp32, which moves a few
 # tokens far.
 MAX_UNEXPLAINED = 1e-6
@@ -30,33 +30,33 @@ NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def verify(
-    laboratory: Laboratory, plan: MergePlan, choice: BaseChoice, model: Path, most: float | None, reporter: Reporter
+    comparer: ModelComparer, plan: MergePlan, choice: BaseChoice, model: Path, most: float | None, reporter: Reporter
 ) -> Verification:
-    """Compare the files in `model` with the base and the adapters beside it; `most` bounds rounding, if it is set."""
+    """Compare the files in `model` with the base with the adapters on it; `most` bounds rounding, if it is set."""
     started = time.monotonic()
-    if not laboratory.runs_adapters:
+    if not comparer.runs_adapters:
         message = (
-            "PEFT can't run these adapters beside each other: the files are compared with their sum in fp32, and the "
+            "PEFT can't run these adapters together: the files are compared with their sum in fp32, and the "
             "sum itself is not verified"
         )
         reporter.report(Noted(message=message, level="warning"))
-    reference = laboratory.reference(plan)
-    unrounded = laboratory.compare(reference, laboratory.unrounded(plan))
-    written = laboratory.written(model, plan)
-    found = laboratory.compare(reference, written.logits)
-    modules = laboratory.modules(plan)
+    reference = comparer.reference(plan)
+    unrounded = comparer.compare(reference, comparer.unrounded(plan))
+    written = comparer.written(model, plan)
+    found = comparer.compare(reference, written.logits)
+    modules = comparer.modules(plan)
     is_exact = (
         unrounded.median_kl <= MAX_UNEXPLAINED  # NaN is not
         and (modules is None or modules.passed)
         and not written.differing
     )
-    less = _less_rounded(laboratory, plan, reference, unrounded) if is_exact and found.mean_kl > NOTEWORTHY else None
+    less = _less_rounded(comparer, plan, reference, unrounded) if is_exact and found.mean_kl > NOTEWORTHY else None
     if less is not None:
         reporter.report(Noted(message=_on_rounding(plan, choice, found, less), level="warning"))
     return Verification(
         passed=is_exact and not math.isnan(found.mean_kl) and (most is None or found.mean_kl <= most),
         is_exact=is_exact,
-        ran_adapters=laboratory.runs_adapters,
+        ran_adapters=comparer.runs_adapters,
         max_divergence=most,
         max_unexplained=MAX_UNEXPLAINED,
         divergence=found,
@@ -65,15 +65,15 @@ def verify(
         less_rounded=less,
         num_parameters=written.num_parameters,
         differing_parameters=written.differing,
-        num_prompts=laboratory.texts.num_prompts,
-        num_rows=laboratory.texts.num_rows,
-        device=str(laboratory.device),
+        num_prompts=comparer.texts.num_prompts,
+        num_rows=comparer.texts.num_rows,
+        device=str(comparer.device),
         seconds=time.monotonic() - started,
     )
 
 
 def _less_rounded(
-    laboratory: Laboratory, plan: MergePlan, reference: torch.Tensor, unrounded: Divergence
+    comparer: ModelComparer, plan: MergePlan, reference: torch.Tensor, unrounded: Divergence
 ) -> Rounding | None:
     """Return what the next dtype that rounds less would make of it: fp16, of the same size, where its range is enough.
 
@@ -81,20 +81,20 @@ def _less_rounded(
     """
     if plan.main_dtype == "float32":
         return None
-    if plan.main_dtype == "bfloat16" and laboratory.may_be_fp16:
-        in_fp16 = laboratory.compare(reference, laboratory.in_dtype(plan, MergeDtype.FP16))
+    if plan.main_dtype == "bfloat16" and comparer.may_be_fp16:
+        in_fp16 = comparer.compare(reference, comparer.in_dtype(plan, MergeDtype.FP16))
         if in_fp16.mean_kl < NOTEWORTHY:  # not of what overflows, which is NaN
             return Rounding(dtype="fp16", mean_kl=in_fp16.mean_kl, num_bytes=plan.num_bytes)
-    exact = laboratory.in_fp32(plan.base)
+    exact = comparer.in_fp32(plan.base)
     return Rounding(dtype="fp32", mean_kl=unrounded.mean_kl, num_bytes=exact.num_bytes)
 
 
 def _on_rounding(plan: MergePlan, choice: BaseChoice, found: Divergence, less: Rounding) -> str:
     size = "the same size" if less.num_bytes == plan.num_bytes else format_bytes(less.num_bytes)
     other = choice.original  # the same adapter on the base that was never quantized
-    beside = "" if other is None else f" (quantizing the base had moved it by {other.mean_kl:.2g})"
+    cost = "" if other is None else f" (quantizing the base had moved it by {other.mean_kl:.2g})"
     return (
-        f"rounding to {NAMES[plan.main_dtype]} moves the merged model by {found.mean_kl:.2g} nats a token{beside}, "
+        f"rounding to {NAMES[plan.main_dtype]} moves the merged model by {found.mean_kl:.2g} nats a token{cost}, "
         f"and another token comes first at {1 - found.top_token_agreement:.1%} of them; "
         f"--dtype {less.dtype} moves it by {less.mean_kl:.2g}, at {size}"
     )

@@ -38,7 +38,7 @@ class MergeSettings(Section):
         default=(ExportFormat.HF,), description="What is written; may be given several times."
     )
     verify: Annotated[bool, Marks(flag="--verify", commands=MERGE)] = Field(
-        default=True, description="Compare the result with the base and the adapter beside it."
+        default=True, description="Compare the result with the base that has the adapter on it."
     )
     max_divergence: Annotated[Nats | None, Marks(flag="--max-divergence", commands=MERGE, metavar="NATS")] = Field(
         default=None,

@@ -21,7 +21,7 @@ from qlora_cli.merging.planning.base_weights import Base, parameter_groups
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import plan_merge
 from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from tests.support.loading import copy_tokenizer, load, save_model
 from tests.support.merging import (
@@ -237,11 +237,11 @@ def test_auto_measures_both_and_takes_the_nearer(tmp_path: Path) -> None:
     case = trained(base, tmp_path)
     inputs = case.inputs(base=BaseWeights.AUTO)
     assert settled_base(inputs) is None
-    laboratory = Laboratory(inputs, SilentReporter())
+    comparer = ModelComparer(inputs, SilentReporter())
     for dtype in (MergeDtype.KEEP, MergeDtype.FP32):
         kinds = (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)
         plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, dtype) for kind in kinds]
-        choice = choose_base(laboratory, plans, SilentReporter())
+        choice = choose_base(comparer, plans, SilentReporter())
         assert choice.base == BaseWeights.DEQUANTIZED.value
         assert choice.original is not None
         assert choice.dequantized is not None

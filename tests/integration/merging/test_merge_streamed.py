@@ -15,8 +15,8 @@ from qlora_cli.merging.merge_run import merge
 from qlora_cli.merging.planning.adapter_changes import Read
 from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs
-from qlora_cli.merging.verifying.comparison import Laboratory, base_reader
-from qlora_cli.merging.verifying.streamed import Beside, StreamedModel, check_fit, largest_unit_bytes
+from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
+from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel, check_fit, largest_unit_bytes
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import BaseWeights
@@ -68,7 +68,7 @@ def test_never_more_than_one_layer_is_in_memory(llama: Path, tmp_path: Path) -> 
     adapter = save(on_plain(llama, config_of()), tmp_path / "adapter")
     inputs, _ = planned(request_of(adapter))
     handed = Handed(base_reader(inputs.base, Base(inputs.base, BaseWeights.ORIGINAL)))
-    model = streamed(inputs, handed, adapters=[Beside(adapter=one) for one in inputs.adapters])
+    model = streamed(inputs, handed, adapters=[PlacedAdapter(adapter=one) for one in inputs.adapters])
     largest_bytes = largest_unit_bytes(inputs.base.model, torch.float32)
     assert largest_bytes < sum(parameter.nbytes for parameter in plain(llama).parameters()) / 2
     model.logits(IDS, torch.ones_like(IDS))
@@ -127,12 +127,12 @@ def test_several_adapters_beside_a_base_are_the_sum_of_what_they_do(kind: str, t
     adapters = adapters_of(kind, base, tmp_path)
     weights = (0.5, 1.0) if kind == "whole" else (0.5, -1.25)
     inputs, plan = planned(request_of(*adapters, weights=weights, dtype="fp32"))
-    laboratory = Laboratory(inputs, SilentReporter())
-    found = laboratory.compare(laboratory.reference(plan), laboratory.planned(plan))
+    comparer = ModelComparer(inputs, SilentReporter())
+    found = comparer.compare(comparer.reference(plan), comparer.planned(plan))
     assert found.max_logit_difference < 1e-5
     alone, _ = planned(request_of(adapters[0]))
     assert (
-        laboratory.compare(laboratory.reference(plan), Laboratory(alone, SilentReporter()).reference(plan)).mean_kl
+        comparer.compare(comparer.reference(plan), ModelComparer(alone, SilentReporter()).reference(plan)).mean_kl
         > 1e-6
     )
     if kind == "layers":  # and as one adapter of both, by hand
@@ -143,7 +143,7 @@ def test_several_adapters_beside_a_base_are_the_sum_of_what_they_do(kind: str, t
                 name = key.removeprefix("base_model.model.").replace("lora_B.", "")
                 product = state[key] @ state[key.replace("lora_B", "lora_A")]
                 expected.get_parameter(name).data += weight * alpha / 4 * product
-        batch = laboratory.texts.batch(0)
+        batch = comparer.texts.batch(0)
         with torch.no_grad():
             logits = expected(input_ids=batch[0], attention_mask=batch[1]).logits[batch[1].bool()]
-        torch.testing.assert_close(laboratory.reference(plan), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(comparer.reference(plan), logits, rtol=1e-4, atol=1e-4)

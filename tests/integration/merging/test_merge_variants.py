@@ -1,4 +1,4 @@
-"""Every kind of adapter, merged: the model is the base with the adapter beside it, and what PEFT's own merge gives."""
+"""Every kind of adapter, merged: the model is the base with the adapter on it, and what PEFT's own merge gives."""
 
 from pathlib import Path
 from typing import Any

@@ -14,11 +14,11 @@ from qlora_cli.cli.app import app
 from qlora_cli.merging import companion_files, merger
 from qlora_cli.merging.merge_result import Action
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.planning.buffer import Room
+from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, PlannedTensor
 from qlora_cli.merging.planning.weight_changes import LowRankUpdate
-from qlora_cli.merging.verifying.comparison import Laboratory
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from tests.conftest import write_jsonl
 from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 from tests.support.merging import change_adapter
@@ -57,8 +57,8 @@ def test_an_update_of_another_scale_is_found(
 ) -> None:
     delta = LowRankUpdate.delta
 
-    def scaled(self: LowRankUpdate, index: int | None = None, room: Room | None = None) -> torch.Tensor:
-        return delta(self, index, room).mul_(factor)
+    def scaled(self: LowRankUpdate, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
+        return delta(self, index, buffer).mul_(factor)
 
     monkeypatch.setattr(LowRankUpdate, "delta", scaled)
     assert "rounding does not explain" in failed(copy_run(gentle, tmp_path / "copy"), "--base", base)
@@ -87,10 +87,10 @@ def test_one_module_whose_update_is_of_another_scale_is_named(
 ) -> None:
     delta, seen = LowRankUpdate.delta, []
 
-    def scaled(self: LowRankUpdate, index: int | None = None, room: Room | None = None) -> torch.Tensor:
+    def scaled(self: LowRankUpdate, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
         seen.append(self.left)  # of the same layer each time: the values lie in the file of the adapter
         wrong = self.left.data_ptr() == seen[0].data_ptr()
-        return delta(self, index, room).mul_(factor if wrong else 1.0)
+        return delta(self, index, buffer).mul_(factor if wrong else 1.0)
 
     monkeypatch.setattr(LowRankUpdate, "delta", scaled)
     message = failed(copy_run(gentle, tmp_path / "copy"), "--base", "original")
@@ -129,14 +129,14 @@ def test_a_value_that_is_not_the_sum_in_fp32_cast_once_is_found(
 
 def test_a_tensor_in_another_dtype_is_found(gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = copy_run(gentle, tmp_path / "copy")
-    fill = companion_files.write_beside
+    fill = companion_files.write_companion_files
 
     def also_change(inputs: Inputs, plan: MergePlan, model: Path) -> None:
         fill(inputs, plan, model)
         tensors = load_file(model / "model.safetensors")
         save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].float()}, model / "model.safetensors")
 
-    monkeypatch.setattr("qlora_cli.merging.merge_run.write_beside", also_change)
+    monkeypatch.setattr("qlora_cli.merging.merge_run.write_companion_files", also_change)
     assert failed(run, "--base", "original") == "1 weight not in the files as merged, such as model.norm.weight"
 
 
@@ -144,14 +144,14 @@ def test_a_tensor_in_another_dtype_is_found(gentle: Path, tmp_path: Path, monkey
 def test_what_moves_few_tokens_in_fp32_is_the_routing_of_experts_and_what_moves_most_is_a_wrong_merge(
     gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, passes: bool
 ) -> None:
-    unrounded = Laboratory.unrounded
+    unrounded = ModelComparer.unrounded
 
-    def moved(self: Laboratory, plan: MergePlan) -> torch.Tensor:
+    def moved(self: ModelComparer, plan: MergePlan) -> torch.Tensor:
         logits = unrounded(self, plan).clone()
         logits[: int(share * len(logits)), ::2] += 1
         return logits
 
-    monkeypatch.setattr(Laboratory, "unrounded", moved)
+    monkeypatch.setattr(ModelComparer, "unrounded", moved)
     run = copy_run(gentle, tmp_path / "copy")
     if passes:
         found = merged(run, "--base", "original")["verification"]

@@ -354,7 +354,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     with pytest.raises(TrainingError, match=message) as caught:
         train(settings, filler)
     assert caught.value.exit_code == 1
-    assert "Free room" in str(caught.value.hint)
+    assert "Free disk space" in str(caught.value.hint)
     (small_disk / "filler").unlink()
     assert [path.name for path in (output / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step-2"]
     # Room was made: it goes on, and ends as if the disk had been large enough.

@@ -147,7 +147,7 @@ def test_a_sum_that_was_not_verified_is_told(capsys: pytest.CaptureFixture[str])
     render_merge(replace(RESULT, verification=found))
     text = capsys.readouterr().out
     assert "Verified against their sum in fp32" in text
-    assert re.search(r"not verified +the sum itself: PEFT can't run these adapters beside each other", text)
+    assert re.search(r"not verified +the sum itself: PEFT can't run these adapters together", text)
     assert "before rounding" not in text
 
 
