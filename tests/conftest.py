@@ -14,6 +14,7 @@ import pytest
 from qlora_cli.events import Event
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
+from tests.support.forks import end_of, is_forkable, prepare_environment, start_command
 
 ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
 
@@ -47,26 +48,41 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     # Read by `datasets` and `huggingface_hub` when they are first imported, here and in subprocesses.
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf-home"))
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("answers"))
+    prepare_environment()
 
 
 @pytest.fixture(scope="session")
-def run_qlora() -> RunQlora:
-    """Run `python -m qlora_cli` with arguments and wait for it."""
+def run_qlora(tmp_path_factory: pytest.TempPathFactory) -> RunQlora:
+    """Run `qlora` with arguments in a process of its own and wait for it.
+
+    It is forked from a process that has imported everything, unless a variable in `env` is read by an import.
+    """
 
     def run(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "qlora_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **(env or {})},
-            cwd=cwd,
-            timeout=300,
-            check=False,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
+        words = [*map(str, arguments)]
+        environment = {**os.environ, **(env or {})}
+        if not is_forkable(environment):
+            return _run_from_the_start(words, environment, cwd)
+        streams = tmp_path_factory.mktemp("streams")
+        code = end_of(start_command(words, environment, cwd or Path.cwd(), streams), seconds=300)
+        return Finished(code, *((streams / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")))
 
     return run
+
+
+def _run_from_the_start(arguments: list[str], environment: dict[str, str], cwd: Path | None) -> Finished:
+    command = [sys.executable, "-m", "qlora_cli", *arguments]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        cwd=cwd,
+        timeout=300,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")

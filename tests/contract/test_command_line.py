@@ -20,6 +20,7 @@ from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
+from tests.support.forks import end_of, start_command
 
 RUN_AND_LIST_MODULES = """
 import sys
@@ -291,25 +292,25 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
     base_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "qlora_cli", "train", "--model", str(base_model), "--output", str(output)]
+    command = ["train", "--model", str(base_model), "--output", str(output)]
     command += ["--dataset", str(ASSETS / "train.jsonl"), "--epochs", "50", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_command(command, os.environ, tmp_path, streams=tmp_path)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and "step_done" in metrics.read_text()):
         assert time.monotonic() < deadline, "no step was made"
-        assert process.poll() is None, "the run ended before its first step"
+        assert process.is_alive(), "the run ended before its first step"
         time.sleep(0.1)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    result = json.loads(stdout)
+    os.kill(process.pid or 0, number)
+    stderr = tmp_path / "stderr"
+    assert end_of(process, seconds=120) == code, stderr.read_text()
+    result = json.loads((tmp_path / "stdout").read_text())
     assert result["interrupted_by"] == number.name
     assert [Path(path).name for path in result["checkpoints"]] == [f"step-{result['steps']}"]
     assert (output / "checkpoints" / f"step-{result['steps']}" / "adapter_model.safetensors").is_file()
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
-    assert f"Stopped by {number.name}" in stderr
+    assert f"Stopped by {number.name}" in stderr.read_text()
 
 
 def start_on_terminal(command: list[str]) -> tuple[int, int]:

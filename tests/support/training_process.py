@@ -1,6 +1,5 @@
 """A run in a process of its own, forked from one that has imported everything, to be killed or sent signals."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,10 +11,9 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
+from tests.support.forks import redirect, start_process
 
 INTERRUPTED = 77  # what a run that a signal stopped exits with here
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
 
 
 class SignalAt(Recorder):
@@ -32,15 +30,11 @@ class SignalAt(Recorder):
 
 
 def _train(settings: Resolved[TrainSettings], log: Path) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    redirect(log, log)
     result = train(settings, Recorder())
     sys.exit(0 if result.interrupted_by is None else INTERRUPTED)
 
 
 def start_training(settings: Resolved[TrainSettings], log: Path) -> BaseProcess:
     """Start a run; what it prints is appended to `log`. It exits with 0, or `INTERRUPTED` if a signal stopped it."""
-    process = FORKS.Process(target=_train, args=(settings, log))
-    process.start()
-    return process
+    return start_process(_train, settings, log)

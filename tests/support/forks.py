@@ -1,0 +1,85 @@
+"""Processes forked from one that has imported everything: a command starts in milliseconds, not in seconds.
+
+Python forks such a process for `multiprocessing`; nothing has been computed in it, so that no thread of OpenMP is
+missing in what it forks. Tests whose subject is how a process starts (what it imports, closed pipes, a full disk
+below stdout) start Python themselves.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from qlora_cli.cli.app import main
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.support.imported_early"])
+# Variables that no library reads when it is imported.
+READ_WHEN_USED = frozenset(
+    {"COLUMNS", "HF_TOKEN", "MARKER", "PYTEST_CURRENT_TEST", "QLORA_CACHE", "TERM", "WANDB_API_KEY"}
+)
+_environment: dict[str, str] = {}
+
+
+def prepare_environment() -> None:
+    """Remember the environment of the session as the one to import in."""
+    _environment.update(os.environ)
+
+
+def start_process(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a function in a process of its own; what it exits with is the exit code.
+
+    The process to fork from is started by the first, in the environment of the session and not that of a test.
+    """
+    process = FORKS.Process(target=target, args=arguments)
+    of_test = dict(os.environ)
+    _set_environment(_environment)
+    try:
+        process.start()
+    finally:
+        _set_environment(of_test)
+    return process
+
+
+def is_forkable(environment: Mapping[str, str]) -> bool:
+    """Whether an environment differs from that of the session in nothing that is read when a library is imported."""
+    names = environment.keys() | _environment.keys()
+    return all(environment.get(name) == _environment.get(name) for name in names - READ_WHEN_USED)
+
+
+def start_command(arguments: list[str], environment: Mapping[str, str], directory: Path, streams: Path) -> BaseProcess:
+    """Start `qlora` in a directory; it writes to `stdout` and `stderr` in the folder `streams`."""
+    return start_process(_command, arguments, dict(environment), directory, streams)
+
+
+def redirect(stdout: Path, stderr: Path) -> None:
+    """Append all that this process writes from now on to these files."""
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+
+
+def end_of(process: BaseProcess, seconds: float) -> int:
+    """Wait for a process, which is killed if it takes longer, and return its exit code."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"a process took more than {seconds} seconds")
+    return process.exitcode
+
+
+def _command(arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:
+    redirect(streams / "stdout", streams / "stderr")
+    _set_environment(environment)
+    os.chdir(directory)
+    sys.argv = ["qlora", *arguments]
+    main()
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)

@@ -1,0 +1,17 @@
+"""What commands import when they run, imported before: torch, transformers, TRL, PEFT and datasets with it."""
+
+from qlora_cli.answering import answer_prompts, conversation, open_model
+from qlora_cli.data.showing import inspection
+from qlora_cli.demo import demonstration
+from qlora_cli.doctor import all_checks
+from qlora_cli.evaluating import evaluation
+from qlora_cli.loading import load_plan, loader, save
+from qlora_cli.memory import memory_report
+from qlora_cli.merging import merge_run
+from qlora_cli.training import train_run
+from tests.support import merge_process, training_process
+
+MODULES = (
+    *(answer_prompts, conversation, open_model, inspection, demonstration, all_checks, evaluation),
+    *(load_plan, loader, save, memory_report, merge_run, train_run, merge_process, training_process),
+)
