@@ -317,6 +317,7 @@ def start_on_terminal(command: list[str]) -> tuple[int, int]:
     """Start a command whose terminal is one of our own; return its number, and the other end of the terminal."""
     number, terminal = pty.fork()
     if number == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores for the tests, too
         os.execv(command[0], command)  # noqa: S606 - no shell is wanted
     return number, terminal
 

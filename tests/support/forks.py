@@ -7,19 +7,21 @@ below stdout) start Python themselves.
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
 from qlora_cli.cli.app import main
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.imported_early"])
-# Variables that no library reads when it is imported.
-READ_WHEN_USED = frozenset(
-    {"COLUMNS", "HF_TOKEN", "MARKER", "PYTEST_CURRENT_TEST", "QLORA_CACHE", "TERM", "WANDB_API_KEY"}
-)
+# What variables are called that are read by an import, or by Python as it starts.
+READ_BY_IMPORTS = ("CUDA_", "HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
+READ_WHEN_USED = frozenset({"HF_TOKEN"})
 _environment: dict[str, str] = {}
 
 
@@ -32,8 +34,9 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
     """Start a function in a process of its own; what it exits with is the exit code.
 
     The process to fork from is started by the first, in the environment of the session and not that of a test.
+    Hangups end it as they end a command in a terminal, also where `nohup` runs the tests.
     """
-    process = FORKS.Process(target=target, args=arguments)
+    process = FORKS.Process(target=_heeding_hangups, args=(target, *arguments))
     of_test = dict(os.environ)
     _set_environment(_environment)
     try:
@@ -44,14 +47,24 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
 
 
 def is_forkable(environment: Mapping[str, str]) -> bool:
-    """Whether an environment differs from that of the session in nothing that is read when a library is imported."""
-    names = environment.keys() | _environment.keys()
-    return all(environment.get(name) == _environment.get(name) for name in names - READ_WHEN_USED)
+    """Whether an environment differs from that of the session in nothing that is read by an import."""
+    names = (environment.keys() | _environment.keys()) - READ_WHEN_USED
+    changed = [name for name in names if environment.get(name) != _environment.get(name)]
+    return not any(name.startswith(READ_BY_IMPORTS) for name in changed)
 
 
 def start_command(arguments: list[str], environment: Mapping[str, str], directory: Path, streams: Path) -> BaseProcess:
     """Start `qlora` in a directory; it writes to `stdout` and `stderr` in the folder `streams`."""
     return start_process(_command, arguments, dict(environment), directory, streams)
+
+
+def cpu_seconds_of(process: BaseProcess) -> float:
+    """Return the seconds of the CPU that a process has taken; on a busy machine it does as much in them."""
+    try:
+        times = psutil.Process(process.pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def redirect(stdout: Path, stderr: Path) -> None:
@@ -70,6 +83,11 @@ def end_of(process: BaseProcess, seconds: float) -> int:
         process.join()
         raise TimeoutError(f"a process took more than {seconds} seconds")
     return process.exitcode
+
+
+def _heeding_hangups(target: Callable[..., None], *arguments: object) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    target(*arguments)
 
 
 def _command(arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:

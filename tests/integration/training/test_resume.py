@@ -22,6 +22,7 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.forks import cpu_seconds_of
 from tests.support.training_process import SignalAt, start_training
 
 # Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to go on exactly.
@@ -78,14 +79,17 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def kill_until_done(settings: Resolved[TrainSettings], chance: random.Random, log: Path) -> tuple[int, int]:
-    """Start a run again and again, killing it at random points; return the kills, and those inside a write."""
+    """Start a run again and again, killing it at random points; return the kills, and those inside a write.
+
+    Each start gets some seconds of the CPU, so that it comes as far on a busy machine.
+    """
     checkpoints = settings.settings.output.directory / "checkpoints"
     kills = inside = 0
     while True:
         process = start_training(settings, log)
         waits_for_write = chance.random() < 0.4
-        until = time.monotonic() + chance.uniform(0.3, 2.5)
-        while process.is_alive() and time.monotonic() < until:
+        most_seconds = chance.uniform(0.3, 2.5)
+        while process.is_alive() and cpu_seconds_of(process) < most_seconds:
             if waits_for_write and any(checkpoints.glob(".step-*.saving")):
                 break
             time.sleep(0.0005)

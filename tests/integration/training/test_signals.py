@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ LONG: dict[str, object] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _heeding_hangups() -> Iterator[None]:
+    """Heed them also where `nohup` runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def events_of(run: Path) -> list[dict[str, Any]]:
     """Return what was reported so far; the last line may be on its way."""
     metrics = run / "metrics.jsonl"
@@ -41,7 +49,7 @@ def steps_of(run: Path) -> list[int]:
     return [event["step"] for event in events_of(run) if event["event"] == "step_done"]
 
 
-def wait_for(process: BaseProcess, is_there: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(process: BaseProcess, is_there: Callable[[], bool], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not is_there():
         assert process.is_alive(), "the run ended"

@@ -96,25 +96,12 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit the time of a conversation, for what never ends: on a busy machine anything may take as long."""
     monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr(template_rendering, "LONGEST_TEXT", 2000)
 
 
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
-        (DEEP, "the chat template calls itself without an end, nests too deeply"),
-        (FOR_HOURS, r"the chat template did not end within 0 s, for 2 messages of \d+ characters"),
-        (MANY_CALLS, "the chat template did not end within 0 s"),
-        ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
-    ],
-)
-def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
-    tokenizer: PreTrainedTokenizerBase, template: str, message: str
-) -> None:
+def assert_refused(tokenizer: PreTrainedTokenizerBase, template: str, message: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=message):
         render(tokenizer, CHAT)
@@ -122,6 +109,29 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
         render_all(tokenizer, [CHAT])
     with pytest.raises(ModelError, match=message):
         Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("template", [FOR_HOURS, MANY_CALLS])
+def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    assert_refused(tokenizer, template, r"the chat template did not end within 0 s, for 2 messages of \d+ characters")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
+        (DEEP, "the chat template calls itself without an end, nests too deeply"),
+        ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
+    ],
+)
+def test_a_template_that_nests_or_writes_too_much_is_an_error_and_no_row_is_to_blame(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_rendering, "LONGEST_TEXT", 2000)
+    assert_refused(tokenizer, template, message)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,7 @@ def test_one_operation_that_takes_much_memory_is_an_error_and_gets_little_of_it(
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
 @pytest.mark.usefixtures("soon")
 def test_a_template_whose_constants_take_much_to_compute_is_named_when_it_is_read(
@@ -234,15 +245,15 @@ def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(token
     assert "the chat template refuses it: it calls itself too often" in str(found)
 
 
-@pytest.mark.usefixtures("soon")
 def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase, request: pytest.FixtureRequest
 ) -> None:
     rung: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
     try:
         tokenizer.chat_template = "{{ messages[0].content }}"
         assert render(tokenizer, CHAT) == "hi"
+        request.getfixturevalue("soon")
         tokenizer.chat_template = FOR_HOURS
         with pytest.raises(ModelError):
             render(tokenizer, CHAT)
@@ -272,6 +283,7 @@ def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBas
     assert time.monotonic() - begin < template_rendering.LONGEST_SECONDS - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("template", NEVER_ENDS)
@@ -293,6 +305,7 @@ def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_and_nothin
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("soon")
 def test_a_template_that_is_slow_or_refuses_what_it_is_tried_on_is_no_error() -> None:
     for text in ("{{ raise_exception('no') }}", FOR_HOURS, ITSELF, "{{ 'x' * 10**9 }}", "{{ messages[1] + 1 }}"):
