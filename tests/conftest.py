@@ -1,5 +1,6 @@
 """What tests share: the bundled tiny model, small data sets, and the command line as a user runs it."""
 
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,30 @@ class Finished:
 
 
 RunQlora = Callable[..., Finished]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the choice of `scripts/test fast`."""
+    parser.addoption("--fast", action="store_true", help="one case of each test, and none that is marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out all but the first case of each test."""
+    if not config.getoption("fast"):
+        return
+    chosen: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            chosen.setdefault(item.nodeid.partition("[")[0], item)
+    first = set(chosen.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in first])
+    items[:] = chosen.values()
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported and collected out of every later search for cycles: each training asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

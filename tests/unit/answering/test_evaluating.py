@@ -108,6 +108,7 @@ def fits_at_most(model: PreTrainedModel, num_rows: int) -> list[int]:
     return tried
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_the_same(data: PreparedData) -> None:
     whole = measure(tiny_model("llama"), data)
     model, recorder = tiny_model("llama"), Recorder()
@@ -123,6 +124,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_the_same(data: P
     ]
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_fit_alone_is_out_of_memory_with_a_hint(data: PreparedData) -> None:
     model = tiny_model("llama")
     fits_at_most(model, 0)

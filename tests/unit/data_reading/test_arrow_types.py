@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 from hypothesis import HealthCheck, given, reject
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -193,6 +194,7 @@ def write(path: Path, array: Any, *, as_stream: bool) -> None:
         writer.write_batch(batch)
 
 
+@pytest.mark.slow
 @examples(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

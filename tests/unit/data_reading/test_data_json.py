@@ -122,6 +122,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
     assert f"iconv -f {named} -t UTF-8 a.{suffix}" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_thirty_mebibytes_of_lines_are_read_in_eight(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", (json.dumps({"text": "x" * 1000}) + "\n") * (30 * MIB // 1013))
     assert path.stat().st_size > 29 * MIB

@@ -124,6 +124,7 @@ def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Pat
         read(path)
 
 
+@pytest.mark.slow
 def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

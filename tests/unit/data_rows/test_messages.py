@@ -340,6 +340,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(key=KEYS, value=VALUES)
 @settings(max_examples=400, deadline=None)
 def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str, value: Any) -> None:

@@ -110,6 +110,7 @@ def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_mad
     assert content_of(keep(KEY, fill)) == expected
 
 
+@pytest.mark.slow
 def test_tokens_with_a_sum_that_fits_are_read_without_a_crash_or_not_at_all(table: Path) -> None:
     """Whoever writes a table can write its sum: no place that the rows name may lie outside of the file."""
     whole = (table / TOKENS).read_bytes()

@@ -68,6 +68,7 @@ def test_an_exception_is_a_finding_with_its_text_and_without_the_home_directory(
     assert outcome.details == {"error": "\nno kernel image\nin ~/lib.so"}
 
 
+@pytest.mark.slow
 def test_a_check_that_kills_its_process_is_a_finding_and_the_next_one_runs() -> None:
     with Isolation() as isolation:
         for check, how in ((aborts, "SIGABRT"), (exits, "exit code 3")):
@@ -77,6 +78,7 @@ def test_a_check_that_kills_its_process_is_a_finding_and_the_next_one_runs() -> 
             assert isolation.run(passes, advice="", limit_seconds=60) == ok("fine")
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_a_finding_and_the_next_one_runs() -> None:
     with Isolation() as isolation:
         assert isolation.run(passes, advice="", limit_seconds=60) == ok("fine")

@@ -11,6 +11,7 @@ from tests.fuzzing.frame import Generator, Outcome, Target, play
 from tests.fuzzing.targets import TARGETS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_input_of_others_is_read_or_refused(tmp_path: Path, name: str) -> None:
     target = TARGETS[name]

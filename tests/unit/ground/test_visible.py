@@ -72,6 +72,7 @@ def test_a_row_of_nothing_but_spaces_takes_no_time() -> None:
     assert time.perf_counter() - began < 1
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
     light = "visible", "data.showing.page_file", "data.showing.page"

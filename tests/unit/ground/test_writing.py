@@ -417,6 +417,7 @@ def killed_at(deletion: int, deletes: Callable[[Path], None], target: Path) -> b
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deletes", [fails_after_filling, discards, replaces, clears])
 def test_a_process_killed_while_it_deletes_leaves_what_the_next_one_clears(
     tmp_path: Path, deletes: Callable[[Path], None]

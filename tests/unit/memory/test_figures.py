@@ -35,6 +35,7 @@ def drawn(figures: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return directory / "nf4.png", figures.write(directory)
 
 
+@pytest.mark.slow
 def test_the_figure_in_the_documentation_has_the_size_and_the_numbers_of_one_drawn_now(
     figures: ModuleType, drawn: tuple[Path, dict[str, float]]
 ) -> None:
