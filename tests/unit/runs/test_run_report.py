@@ -217,4 +217,4 @@ def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, mon
 
 def test_the_template_is_part_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
-    assert f"runs/{run_page.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]
+    assert f"runs/report/{run_page.TEMPLATE}" in project["tool"]["setuptools"]["package-data"]["qlora_cli"]
