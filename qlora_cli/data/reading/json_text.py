@@ -4,9 +4,11 @@ import codecs
 import json
 import re
 import sys
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, text_nests_too_deeply
+from qlora_cli.data.rows.json_objects import name_repeated_key, object_of
 
 WINDOW_BYTES = 1024**2
 # What `json` blames is at most this far from where it ran out of text: `-Infinity`, `\\ud83d\\ude00`.
@@ -41,11 +43,15 @@ class JsonValues:
 
     def __init__(self) -> None:
         self._constants: list[str] = []
-        self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
+        self._repeated: list[str] = []
+        self._decoder = json.JSONDecoder(
+            parse_constant=self._constants.append, object_pairs_hook=partial(object_of, repeated=self._repeated)
+        )
 
     def decode_whole(self, text: str) -> tuple[Any, str | None]:
         """Return the value that `text` is, and what is wrong with it."""
         self._constants.clear()
+        self._repeated.clear()
         try:
             value = self._decoder.decode(text)
         except json.JSONDecodeError as error:
@@ -64,6 +70,7 @@ class JsonValues:
             RecursionError: it is nested too deeply.
         """
         self._constants.clear()
+        self._repeated.clear()
         value, end = self._decoder.raw_decode(text, start)
         return value, end, self._problem(value, text, start, end)
 
@@ -72,6 +79,8 @@ class JsonValues:
             return TOO_DEEP
         if self._constants:
             return f"broken JSON: {self._constants[0]} is no JSON value"
+        if self._repeated:
+            return name_repeated_key(self._repeated[0])
         if text.find("\\ud", start, end) < 0 and text.find("\\uD", start, end) < 0:
             return None
         try:

@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.limits import TOO_DEEP, text_nests_too_deeply
+from qlora_cli.data.rows.json_objects import name_repeated_key, object_of
 
 Ids = NDArray[np.int32]
 
@@ -82,26 +84,33 @@ def kind_of(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), "an object")
 
 
+def is_nothing(value: object) -> bool:
+    """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
+    if isinstance(value, Mapping):
+        return all(map(is_nothing, value.values()))
+    return all(map(is_nothing, value)) if isinstance(value, list) else value in (None, "", b"")
+
+
 def read_json(text: str, where: str) -> Any:
     """Return what JSON text says.
 
     Raises:
-        RowError: it is no JSON, or nests too deeply.
+        RowError: it is no JSON, nests too deeply, or has two values under one key.
     """
-    return _decoded(text, where, json.loads)
+    return _decoded(text, where, lambda decoder: decoder.decode(text))
 
 
 def read_json_values(text: str, where: str) -> list[Any]:
     """Return what JSON text says, which may be several values one after another; at least one.
 
     Raises:
-        RowError: it is no JSON, or nests too deeply.
+        RowError: it is no JSON, nests too deeply, or has two values under one key.
     """
-    return list(_decoded(text, where, _values))
+    return list(_decoded(text, where, partial(_values, text)))
 
 
-def _values(text: str) -> list[Any]:
-    decoder, values, place = json.JSONDecoder(), list[Any](), len(text) - len(text.lstrip())
+def _values(text: str, decoder: json.JSONDecoder) -> list[Any]:
+    values, place = list[Any](), len(text) - len(text.lstrip())
     while place < len(text) or not values:
         value, end = decoder.raw_decode(text, place)
         values.append(value)
@@ -109,13 +118,16 @@ def _values(text: str) -> list[Any]:
     return values
 
 
-def _decoded(text: str, where: str, decode: Callable[[str], Any]) -> Any:
+def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -> Any:
+    repeated: list[str] = []
     try:
-        value = decode(text)
+        value = decode(json.JSONDecoder(object_pairs_hook=partial(object_of, repeated=repeated)))
     except ValueError as error:
         raise RowError(f"{where} is text, but no JSON: {error}") from error
     except RecursionError as error:
         raise RowError(f"{where}: {TOO_DEEP}") from error
     if text_nests_too_deeply(value, text.count("[") + text.count("{")):
         raise RowError(f"{where}: {TOO_DEEP}")
+    if repeated:
+        raise RowError(f"{where}: {name_repeated_key(repeated[0])}")
     return value

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, kind_of, read_json
-from qlora_cli.data.rows.tool_calls import read_calls
+from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, is_nothing, kind_of, read_json
+from qlora_cli.data.rows.tool_calls import read_calls, unknown_keys
+from qlora_cli.data.rows.training_switches import TRAIN, take_switch
 
 ROLES = {
     "system": "system",
@@ -35,15 +36,7 @@ CALLING_ROLES = {"function_call", "tool_call"}  # the text of such a message is 
 SPEAKING = {word: role for word, role in ROLES.items() if word not in CALLING_ROLES}
 SHAREGPT_KEYS = {"from", "value"}
 ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
-# Whether a message is trained, as axolotl, OpenAI, ms-swift, verl and LLaMA-Factory call it; `masked` is the contrary.
-SWITCHES = {
-    **dict.fromkeys(
-        ("train", "training", "trainable", "weight", "loss", "loss_mask", "loss_weight", "loss_scale"), True
-    ),
-    "masked": False,
-}
-TRAIN = "train"  # under which a message keeps what its switches say
-LIKE_A_SWITCH = re.compile("train|loss|mask|weight|supervis|learn|ignore", re.IGNORECASE)
+REASONING = frozenset(REASONING_KEYS)
 # What needs no place in a text.
 BESIDE_MESSAGES = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
     *("id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time"),
@@ -79,8 +72,8 @@ class MessageReader:
         messages: list[dict[str, Any]] = []
         for place, message in enumerate(value):
             read = self._message(message, f"{key}[{place}]")
-            if "tool_calls" in read and messages and messages[-1]["role"] == "assistant" and _is_calling(message):
-                _add_calls(messages[-1], read, f"{key}[{place}]")
+            if messages and messages[-1]["role"] == "assistant" and _is_calling(message):
+                messages[-1] = _joined_turn(messages[-1], read, f"{key}[{place}]")
             else:
                 messages.append(read)
         return messages
@@ -95,7 +88,7 @@ class MessageReader:
         if (plain := _plain(found)) is not None:
             return plain
         given, role = _take_role(found, where)
-        train = _take_switch(found, where)
+        train = take_switch(found, where)
         if media := held_media(found):
             raise no_text(where, media)
         read = self._said(found, where, is_calling=given in CALLING_ROLES)
@@ -106,6 +99,7 @@ class MessageReader:
             raise RowError(f"{where} has thoughts in its parts, and others besides")
         said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
         self.unknown_keys |= {key for key in said.keys() - BESIDE_MESSAGES if not is_nothing(said[key])}
+        self.unknown_keys |= unknown_keys(said.get("tool_calls", []))
         return {"role": role, "content": said.pop("content"), **said}
 
     def _said(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
@@ -114,13 +108,16 @@ class MessageReader:
         read: dict[str, Any] = (
             {"content": ""} if content_key is None else self._content(value, f"{where}.{content_key}")
         )
-        if is_calling:
-            read = {**read, "content": "", "tool_calls": read_calls(read["content"], f"{where}.{content_key}")}
+        if is_calling and (text := read["content"].strip()):  # before its parts that are calls, which come last
+            calls = read_calls(text, f"{where}.{content_key}")
+            read = {**read, "content": "", "tool_calls": [*calls, *read.get("tool_calls", ())]}
         for key in CALL_KEYS:
             if key in found and (calls := read_calls(found.pop(key), f"{where}.{key}")):
-                if "tool_calls" in read and read["tool_calls"] != calls:
+                if _functions(read.get("tool_calls") or calls) != _functions(calls):
                     raise RowError(f"{where} has calls in {key!r}, and others besides")
                 read["tool_calls"] = calls
+        if is_calling and not read.get("tool_calls"):
+            raise RowError(f"{where} is to be a call by its role, and has none")
         refusal = found.pop("refusal") if isinstance(found.get("refusal"), str) else ""
         if refusal and read["content"] not in ("", refusal):
             raise RowError(f"{where} has both {content_key!r} and 'refusal', which differ")
@@ -165,7 +162,7 @@ class _Parts:
             raise no_text(where, kind_of(part))
         found = {name: value for name, value in part.items() if value is not None}
         kind = str(found.pop("type", "text"))
-        self._switches.append(_take_switch(found, where))
+        self._switches.append(take_switch(found, where))
         if kind in CALL_PARTS:
             self._add_call(found, where)
             return set()
@@ -256,10 +253,34 @@ def _is_calling(message: Mapping[str, Any]) -> bool:
     return any(str(message.get(key)).lower() in CALLING_ROLES for key in ROLE_KEYS)
 
 
-def _add_calls(turn: dict[str, Any], calling: Mapping[str, Any], where: str) -> None:
-    if turn.get(TRAIN) != calling.get(TRAIN):
+def _functions(calls: list[dict[str, Any]]) -> list[Any]:
+    """Return what is called, without ids, which calls have in one place and not in another."""
+    return [call["function"] for call in calls]
+
+
+def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return an answer with calls that follow it, and with all else that these say.
+
+    Raises:
+        RowError: the two differ in what a turn has once, or the calls come with thoughts behind text.
+    """
+    if turn.get(TRAIN, True) != calling.get(TRAIN, True):
         raise RowError(f"{where} and the message before it are one turn, and do not agree on whether it is trained")
-    turn["tool_calls"] = [*turn.get("tool_calls", ()), *calling["tool_calls"]]
+    if not REASONING.isdisjoint(calling) and (
+        turn["content"].strip() or not {*REASONING, "tool_calls"}.isdisjoint(turn)
+    ):
+        raise RowError(
+            f"{where} has thoughts behind what the message before it says, and the two are one turn",
+            hint="Thoughts come first: write them into the message before it, or the calls as 'tool_calls' of a "
+            "message from assistant.",
+        )
+    for key in (turn.keys() & calling.keys()) - BESIDE_MESSAGES:
+        if turn[key] != calling[key]:
+            raise RowError(
+                f"{where} and the message before it are one turn, and have {key!r} with values that differ",
+                hint="Take it out of one of them.",
+            )
+    return {**calling, **turn, "tool_calls": [*turn.get("tool_calls", ()), *calling["tool_calls"]]}
 
 
 def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:
@@ -284,13 +305,6 @@ def held_media(found: Mapping[str, Any]) -> str | None:
 def is_media(name: str) -> bool:
     """Whether a column or key of this name may hold pictures or sounds."""
     return MEDIA.fullmatch(name) is not None
-
-
-def is_nothing(value: object) -> bool:
-    """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
-    if isinstance(value, Mapping):
-        return all(map(is_nothing, value.values()))
-    return all(map(is_nothing, value)) if isinstance(value, list) else value in (None, "", b"")
 
 
 def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
@@ -318,37 +332,6 @@ def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str
         if other != value:
             raise RowError(f"{where} has both {key!r} and {other_key!r}, which differ")
     return key, value
-
-
-def _take_switch(found: dict[str, Any], where: str) -> bool | None:
-    """Take out of a message or part what says whether it is trained; None if nothing does."""
-    if SWITCHES.keys().isdisjoint(found) and not any(map(_is_like_a_switch, found)):
-        return None
-    said = {key: _switch(found.pop(key), f"{where}.{key}") is SWITCHES[key] for key in SWITCHES if key in found}
-    for key, value in found.items():
-        if _is_like_a_switch(key) and not isinstance(value, str):
-            raise RowError(
-                f"{where}.{key} looks like a switch of training, and is none that is known",
-                hint=f'Say it of the whole message with "train": true or false, or take {key!r} out.',
-            )
-    if len(set(said.values())) > 1:
-        raise RowError(f"{where}: {', '.join(said)} do not agree on whether it is trained", hint="Keep one of them.")
-    return next(iter(said.values()), None)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_like_a_switch(key: str) -> bool:
-    return LIKE_A_SWITCH.search(key) is not None
-
-
-def _switch(value: object, where: str) -> bool:
-    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, int | float):
-        raise RowError(
-            f"{where} is {value}: a message is trained or not, and can't count in part", hint="Write 0 or 1 instead."
-        )
-    raise RowError(f"{where} must be true or false, found {value!r}")
 
 
 def _check_role(said: Mapping[str, Any], role: str, where: str) -> None:

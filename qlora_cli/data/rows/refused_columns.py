@@ -6,10 +6,11 @@ from typing import Any
 
 from qlora_cli.data.limits import listed
 from qlora_cli.data.rows.column_formats import OPTIONAL, PARTS, RowLayout, recognise
-from qlora_cli.data.rows.examples import Conversation, RowError
-from qlora_cli.data.rows.messages import is_media, is_nothing
+from qlora_cli.data.rows.examples import Conversation, RowError, is_nothing
+from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.row_reader import RowReader
-from qlora_cli.data.rows.verdict_columns import BETTER, compared, held, placeholder_in, says_more, switch, verdict
+from qlora_cli.data.rows.training_switches import row_switch
+from qlora_cli.data.rows.verdict_columns import BETTER, compared, held, placeholder_in, says_more, verdict
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -80,7 +81,7 @@ class MeaningChecker:
                 f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
                 hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
             )
-        if self._has_answers and (name := switch(beside)):
+        if self._has_answers and (name := row_switch(beside)):
             purpose = 'Say it in each message, with "train": true or false. To train on all answers'
             raise RowError(
                 f"{name!r} says what of the row is trained, and would be ignored",

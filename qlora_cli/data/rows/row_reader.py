@@ -24,8 +24,9 @@ from qlora_cli.data.rows.examples import (
     kind_of,
     read_json,
 )
-from qlora_cli.data.rows.messages import TRAIN, MessageReader
+from qlora_cli.data.rows.messages import MessageReader
 from qlora_cli.data.rows.tool_calls import read_tools
+from qlora_cli.data.rows.training_switches import TRAIN
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_cli.data.rows.messages import SWITCHES, is_media, is_nothing
+from qlora_cli.data.rows.examples import is_nothing
+from qlora_cli.data.rows.messages import is_media
+from qlora_cli.data.rows.training_switches import SWITCHES
 
 # The better answer and the worse one, as TRL, LLaMA-Factory, ms-swift and data sets of comparisons call them.
 BETTER = (
@@ -75,11 +77,6 @@ def verdict(row: Mapping[str, Any]) -> str | None:
         if isinstance(value, bool) or word in ("true", "false") or (name != LABEL and word in (0, 1, "0", "1")):
             return name
     return None
-
-
-def switch(row: Mapping[str, Any]) -> str | None:
-    """Return the column that says whether a row is trained, or which of its messages; a number only weighs it."""
-    return next((name for name in SWITCHES if isinstance(row.get(name), bool | list) and row[name] != []), None)
 
 
 def placeholder_in(value: object) -> str | None:

@@ -57,6 +57,7 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
     [
         (b'{"a": "caf\xe9"}', "not UTF-8 text (byte 11 of the line)"),
         (b'{"a": }', "broken JSON: Expecting value (column 7)"),
+        (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' is there twice, with values that differ"),
         (b'{"a": 1} {', "broken JSON: Extra data (column 10)"),
         (b'{"a": 1,}', "broken JSON: "),
         (b"[1]", "expected a JSON object, found array"),
@@ -75,7 +76,7 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
     ],
 )
 def test_a_bad_line_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, line: bytes, problem: str) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"a": "\\ud83d\\ude00"}\n\n' + line + b'\n{"a": 2, "a": 3}\n')
+    path = write(tmp_path / "a.jsonl", b'{"a": "\\ud83d\\ude00"}\n\n' + line + b'\n{"a": 3, "a": 3}\n')
     first, bad, last = read(path)
     assert first.value == {"a": "😀"}
     assert (bad.number, bad.line, bad.value) == (2, 3, None)

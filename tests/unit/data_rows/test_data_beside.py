@@ -142,7 +142,19 @@ def test_two_columns_for_the_same_are_refused_until_one_is_named(
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("loss_mask", [0, 1]), ("train", False), ("trainable", True), ("weight", [0, 1.0])]
+    ("column", "value"),
+    [
+        *(("loss_mask", [0, 1]), ("train", False), ("trainable", True), ("weight", [0, 1.0]), ("weight", False)),
+        *(
+            ("train", 0),
+            ("train", "false"),
+            ("train", "0"),
+            ("trainable", " False "),
+            ("masked", "true"),
+            ("masked", 1),
+        ),
+        *(("loss_mask", "[0, 0, 0, 1]"), ("weight", 0), ("loss_weight", "0"), ("loss_scale", 0.0), ("loss", 0)),
+    ],
 )
 def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_the_hint_train_all(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object
@@ -163,6 +175,7 @@ def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_th
         {"text": "6 times 7? 42", "label": True},
         {"messages": [ASK, ANSWER], "score": 1.0, "source": "x"},
         {"messages": [ASK, ANSWER], "loss_mask": [], "loss": 1.5, "weight": 1},
+        {"messages": [ASK, ANSWER], "loss_mask": "[]", "train": "", "training": "by hand", "loss_weight": "0.5"},
         {"messages": [ASK, ANSWER], "responses": 3, "scores": [1]},
         {"question": "6 times 7?", "answer": "42", "image_url": "x.png", "file": "x.txt"},
         {"messages": [ASK, ANSWER], "image": True, "videos": 0},

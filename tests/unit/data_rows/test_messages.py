@@ -6,38 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.rows.column_formats import recognise
-from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError
-from qlora_cli.data.rows.messages import BESIDE_MESSAGES, SWITCHES, is_nothing
-from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError, is_nothing
+from qlora_cli.data.rows.messages import BESIDE_MESSAGES
+from qlora_cli.data.rows.training_switches import SWITCHES
 from qlora_cli.settings.choices import LossOn
-from qlora_cli.settings.models import DataSettings
-
-USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-CALL = {"name": "f", "arguments": {"x": 1}}
-AS_SERVED = {"type": "function", "function": CALL}
-TEXT = {"type": "text", "text": "a"}
-
-
-def csv_reader(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> RowReader:
-    layout = recognise(list(row), DataSettings(dataset=("rows.jsonl",)), "rows.jsonl")
-    return RowReader(layout, loss_on, use_chat=True)
-
-
-def read(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> Conversation:
-    found = csv_reader(row, loss_on).read(row)
-    assert isinstance(found, Conversation)
-    return found
-
-
-def chat(*messages: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS, **columns: Any) -> Conversation:
-    return read({"messages": list(messages), **columns}, loss_on)
-
-
-def problem(*messages: dict[str, Any], **columns: Any) -> RowError:
-    with pytest.raises(RowError) as caught:
-        chat(*messages, **columns)
-    return caught.value
+from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat, problem, read, reader_of
 
 
 @pytest.mark.parametrize(("key", "is_upright"), SWITCHES.items())
@@ -66,11 +39,33 @@ def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_u
             "messages[1].is_trainable looks like a switch of training, and is none that is known",
         ),
         ({"lossMask": 0}, "messages[1].lossMask looks like a switch of training, and is none that is known"),
+        (
+            {"ignore_loss": "true"},
+            "messages[1].ignore_loss looks like a switch of training, and is none that is known",
+        ),
+        ({"loss": "0.5"}, "messages[1].loss must be true or false, found '0.5'"),
         ({"supervised": False}, "messages[1].supervised looks like a switch of training, and is none that is known"),
     ],
 )
 def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], expected: str) -> None:
     assert expected in str(problem(USER, {**ANSWER, **switches}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *({"constraints": [1]}, {"glossary": {"x": True}}, {"learner_id": 17}, {"straining": 1, "unmasking": True}),
+        *({"train_detail": []}, {"is_trainable": None}, {"learning": "by heart"}, {"weight_kg": 70}),
+    ],
+)
+def test_what_is_no_switch_by_its_words_or_says_nothing_stays_for_the_template(key: dict[str, Any]) -> None:
+    assert chat(USER, {**ANSWER, **key}).trained == (1,)
+
+
+@pytest.mark.parametrize("key", SWITCHES)
+@pytest.mark.parametrize(("text", "is_on"), [("true", True), (" False", False), ("1", True), ("0", False)])
+def test_switches_are_text_where_a_format_has_nothing_else(key: str, text: str, is_on: bool) -> None:
+    assert (chat(USER, {**ANSWER, key: text}).trained == (1,)) is (is_on is SWITCHES[key])
 
 
 def test_switches_that_agree_are_one() -> None:
@@ -205,7 +200,14 @@ def test_a_call_of_anthropic_keeps_its_id() -> None:
     assert chat(USER, {"role": "assistant", "content": [part]}).messages[1]["tool_calls"] == [{"id": "1", **AS_SERVED}]
 
 
-@pytest.mark.parametrize("calls", [[], None, "", {"name": None, "arguments": None}])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        *([], None, "", "null", "{}", "[]", "[null]", [None], [{}], {"name": None, "arguments": None}),
+        *({"name": "", "arguments": ""}, {"name": "", "arguments": "{}"}, '{"name": "", "arguments": {}}'),
+        [{"id": "", "type": "function", "function": {"name": "", "arguments": "null"}}],
+    ],
+)
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
 def test_no_calls_are_none(key: str, calls: object) -> None:
     assert chat({**USER, key: calls}, {**ANSWER, key: calls}).messages == [USER, ANSWER]
@@ -263,6 +265,9 @@ def test_a_value_that_is_no_call_is_refused() -> None:
         ("call f", "conversations[1].value is text, but no JSON"),
         ('{"name": "f"} and more', "conversations[1].value is text, but no JSON"),
         ('["f"]', "conversations[1].value must hold functions with a name"),
+        ('{"name": "", "arguments": {"x": 1}}', "conversations[1].value must hold functions with a name"),
+        ("", "conversations[1] is to be a call by its role, and has none"),
+        ("[]", "conversations[1] is to be a call by its role, and has none"),
     ):
         turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
         with pytest.raises(RowError) as caught:
@@ -288,12 +293,14 @@ def test_tools_are_as_servers_send_them(tools: object) -> None:
     assert chat(USER, ANSWER, tools=tools).tools == served
 
 
-@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+@pytest.mark.parametrize(
+    "tools", [None, [], "", "[]", "null", "{}", "[null]", {}, {"name": None}, [None], [{"type": "function"}]]
+)
 def test_no_tools_are_none(tools: object) -> None:
     assert chat(USER, ANSWER, tools=tools).tools is None
 
 
-@pytest.mark.parametrize("tool", [{"type": "web_search"}, {"parameters": {}}, 3, '"f"'])
+@pytest.mark.parametrize("tool", [{"type": "web_search"}, {"parameters": {"type": "object"}}, 3, '"f"'])
 def test_a_tool_without_a_name_is_refused(tool: object) -> None:
     assert "'tools' 0 must be a function with a name" in str(problem(USER, ANSWER, tools=[tool]))
 
@@ -346,7 +353,7 @@ VALUES = st.recursive(
 def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str, value: Any) -> None:
     """A switch of an answer says whether it is trained; all else is in the message, noted if no list knows it."""
     row = {"messages": [USER, {**ANSWER, key: value}]}
-    reader = csv_reader(row)
+    reader = reader_of(row)
     try:
         found = reader.read(row)
     except RowError:
@@ -357,7 +364,8 @@ def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str
     if value is None or empty_calls or (value == "" and key in ("refusal", *REASONING_KEYS)):
         assert message == ANSWER
     elif key in SWITCHES:
-        assert (found.trained == (1,)) is (bool(value) is SWITCHES[key])
+        is_on = SWITCHES[key] if is_nothing(value) else value in (1, "1")
+        assert (found.trained == (1,)) is (is_on is SWITCHES[key])
         assert message == ANSWER
     elif key in ("from", "value"):  # the same by another name
         assert message == ANSWER
@@ -369,7 +377,7 @@ def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str
 def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:
     row: dict[str, Any] = {"messages": [{**USER, "mood": "glad", "id": 1, "lang": None}, {**ANSWER, "mood": "glad"}]}
     parts = {"messages": [{"role": "user", "content": [{**TEXT, "lang": "en"}]}, ANSWER]}
-    reader = csv_reader(row)
+    reader = reader_of(row)
     for each in (row, row, parts):
         found = reader.read(each)
     assert reader.unknown_keys == {"mood": 2, "content.lang": 1}
