@@ -2,7 +2,7 @@
 
     python benchmarks/measured_rows.py [FILE] [--json]
 
-The rows are of a plain loop around PEFT's own preparation (`--recipe peft`), in fp16, with AdamW, attention pinned to
+The rows are of a plain loop around PEFT's own preparation (`plain_loop.py`), in fp16, with AdamW, attention pinned to
 the memory-efficient kernel where it is not eager. Source: the open measurements of fitcheck-llm 0.3.1 (MIT).
 """
 
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.memory.estimator import Estimator
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain_loop import predict_plain_loop
 from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
-from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import MIB
 
@@ -88,9 +89,8 @@ def settings_of(row: Mapping[str, Any]) -> EstimateSettings:
 
 def predict(row: Mapping[str, Any]) -> Estimate:
     """Return the prediction for a row."""
-    facts = ModelFacts(name=row["config"]["name"], content=content_of(row["config"]))
     backend = SdpaBackend.AUTO if row["run"]["kernel"] == "eager" else SdpaBackend.EFFICIENT
-    return Estimator(facts, recipe=Recipe.PEFT, backend=backend).estimate(settings_of(row), find_gpu("T4"))
+    return predict_plain_loop(content_of(row["config"]), settings_of(row), find_gpu("T4"), backend)
 
 
 def compare(row: Mapping[str, Any]) -> Compared:

@@ -20,12 +20,11 @@ from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD, UPCAST
+from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD
 from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
 from qlora_cli.memory.replaying.replay import RunEvents
 from qlora_cli.memory.tracing.kernels import CUBLAS, cublas_workspace_bytes
 from qlora_cli.memory.tracing.passes import Passes
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 
@@ -75,14 +74,14 @@ def second_step() -> Timeline:
             "training": {"gradient_accumulation_steps": 1},
         }
     )
-    estimator = Estimator(ModelFacts(name=MODEL, content=deepcopy(dict(model.config))), recipe=Recipe.QLORA)
+    estimator = Estimator(ModelFacts(name=MODEL, content=deepcopy(dict(model.config))))
     gpu = find_gpu(CARD)
     return _timeline(estimator.traced(settings, gpu).events, cublas_workspace_bytes(gpu.capability))
 
 
 def _timeline(run: RunEvents, workspace_bytes: int) -> Timeline:
     timeline = Timeline()
-    for name in (LOAD, UPCAST, ADAPT):
+    for name in (LOAD, ADAPT):
         timeline.play(run.resident, name, workspace_bytes, phase=None, again=False)
     for again in (False, True):
         for passes, name, phase in (

@@ -19,7 +19,6 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import REFERENCE
 from qlora_cli.memory.model_facts import STORED_OTHERWISE, ModelFacts
 from qlora_cli.memory.suggestions import fit_on
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
 
@@ -95,7 +94,7 @@ def row(name: str) -> str:
     gc.collect()
     gc.disable()  # what is freed, and when, must not depend on when the collector runs
     try:
-        estimator = Estimator(_facts(model), recipe=Recipe.QLORA)
+        estimator = Estimator(_facts(model))
         short = _settings(model, SHORT)
         cells = [_size(estimator, short), *(_verdict(estimator, short, card) for card in CARDS)]
         cells.append(_size(estimator, _settings(model, LONG)))

@@ -16,6 +16,7 @@ from qlora_cli.cli.lasting_stream import dropped_without_terminal, let_go
 from qlora_cli.cli.options import WHERE
 from qlora_cli.cli.stderr import redact, tell
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_panic
+from qlora_cli.settings.value_sources import hint_for_removed_flag
 
 MOST_TRACEBACK_LINES, FIRST_LINES = 40, 12
 PANIC = "The tokenizer.json of the model is the likeliest one; get its files anew from where they came from."
@@ -163,5 +164,6 @@ def _explain_usage(error: typer.TyperException) -> QloraError:
         names = {flag.lstrip("-"): flag for flag in flags}
         if matches := get_close_matches(misspelt.lstrip("-"), names, n=1):
             hint = f"Did you mean {names[matches[0]]}?"
+        hint = hint_for_removed_flag(context.command.name, misspelt) or hint
     usage = UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
     return _with_code(usage, error.exit_code)

@@ -22,7 +22,7 @@ from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replaying.figures import estimate_of
 from qlora_cli.memory.replaying.loaded_weights import all_trained, attach, load_weights
 from qlora_cli.memory.replaying.optimizer_step import embeddings_of, in_groups, optimizer_steps
-from qlora_cli.memory.replaying.replay import Peaks, RunEvents, replay
+from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
 from qlora_cli.memory.request import does_evaluate
 from qlora_cli.memory.tracing.attention import AMPERE
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
@@ -37,17 +37,15 @@ from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
-from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, Recipe, SdpaBackend
+from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found, settle
+from qlora_cli.settings.settle import settle
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions, shortened
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")
 EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
-# transformers takes one micro-batch a step unless it is told otherwise.
-OF_A_TRAINER = Fact(values={"training.gradient_accumulation_steps": 1}, origin=found("the default of a Trainer"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +64,12 @@ class Traced:
 
 
 class Estimator:
-    """Predicts runs of one model by one recipe."""
+    """Predicts runs of one model."""
 
     def __init__(
         self,
         facts: ModelFacts,
         *,
-        recipe: Recipe,
         backend: SdpaBackend = SdpaBackend.AUTO,
         evaluates: bool | None = None,
         whole: bool = False,
@@ -83,14 +80,13 @@ class Estimator:
         instead of few: slower, with the same result.
         """
         self._facts = facts
-        self._recipe = recipe
         self._backend = backend
         self._evaluates = evaluates
         self._whole = whole
         self._cache: dict[Any, Any] = {}
 
     def settled(self, asked: Resolved[EstimateT]) -> Resolved[EstimateT]:
-        """Return the settings of a run as they are from here on: with what model, adapter and recipe say of them.
+        """Return the settings of a run as they are from here on: with what model and adapter say of them.
 
         Raises:
             ModelError: what was asked for contradicts the checkpoint, has no effect on it, or is too long for it.
@@ -99,7 +95,6 @@ class Estimator:
         if stored is not None:
             check_settings(stored, asked.given("quantization"), name)
         facts = [
-            *([] if self._recipe == Recipe.QLORA else [OF_A_TRAINER]),
             *([] if stored is None else stored_facts(stored, f"{CONFIG} of {name}")),
             *self._facts.settings,
         ]
@@ -189,7 +184,7 @@ class Estimator:
         events = self.traced(settings, gpu).events
         deterministic = settings.training.full_determinism
         workspace_bytes = cublas_workspace_bytes(gpu.capability, deterministic=deterministic)
-        return self._once((id(events), workspace_bytes), lambda: replay(events, workspace_bytes=workspace_bytes))
+        return self._once((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> Traced:
         """Return what happens in the run on a GPU with the kernels of `gpu`."""
@@ -206,18 +201,15 @@ class Estimator:
         trained = all_trained(twin.model, twin.stack, twin.chosen)
         resident = load_weights(
             layout,
-            self._recipe,
             num_experts=self._num_experts(settings, dtype),
             on_host=self._on_host(settings, dtype),
         )
         adapter = self._adapter(settings, dtype)
         attach(resident, trained, [] if adapter is None else _held_bytes(adapter, TORCH_DTYPES[dtype]))
-        is_ours = self._recipe == Recipe.QLORA
         training = settings.training
         optimized = optimizer_steps(
             training.optimizer,
             in_groups(twin.model, trained, loraplus=training.loraplus_lr_ratio is not None),
-            clips=is_ours,
             decays=training.weight_decay > 0,
             embeddings=embeddings_of(twin.model),
         )
@@ -229,7 +221,6 @@ class Estimator:
                 optimizer=optimized.passes,
                 num_micro_batches=step.gradient_accumulation_steps,
                 evaluates=does_evaluate(settings, self._evaluates),
-                empties_cache=not is_ours and layout.settings.method.is_quantized,
             ),
             backends=traced.backends,
             paged_bytes=optimized.paged_bytes,
@@ -252,11 +243,9 @@ class Estimator:
             return twin, passes_of(traced.trace), traced
 
     def _step_of(self, twin: Twin, step: StepSettings) -> TracedStep:
-        # PEFT adapts by itself what it can't run, as routers that return two tensors.
-        failures = (RuntimeError, AttributeError) if self._recipe == Recipe.PEFT else (RuntimeError,)
         try:
             return trace_step(twin, step)
-        except failures as error:
+        except RuntimeError as error:
             if isinstance(error, QloraError):
                 raise
             raise ModelError(
@@ -275,7 +264,6 @@ class Estimator:
                 self._build(settings, dtype),
                 self.layout(settings, dtype),
                 settings.lora,
-                recipe=self._recipe,
                 compute_dtype=compute_dtype,
                 new_token_ids=tuple(range(last - num_new, last)),
                 adapter=self._adapter(settings, dtype),
@@ -298,7 +286,6 @@ class Estimator:
         self._check_length(settings)
         training = settings.training
         return StepSettings(
-            recipe=self._recipe,
             batch_size=training.micro_batch_size,
             length=settings.data.max_length,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -307,8 +294,10 @@ class Estimator:
             backend=self._backend,
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
-            is_autocast=self._recipe == Recipe.QLORA and dtype != Dtype.FP32,
+            is_autocast=dtype != Dtype.FP32,
             is_packed=settings.data.packing,
+            # Rows of a batch that differ in length are the usual case, and take more.
+            is_padded=training.micro_batch_size > 1 and not settings.data.packing,
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=does_evaluate(settings, self._evaluates),
         )

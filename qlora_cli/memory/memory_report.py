@@ -15,7 +15,6 @@ from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
 from qlora_cli.memory.suggestions import YES, fit_on, suggest
 from qlora_cli.memory.untraced import untraced
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.shown import shown_flags
 
@@ -63,7 +62,6 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
 
     return Estimator(
         facts,
-        recipe=request.prediction.recipe,
         backend=request.prediction.sdpa_backend,
         evaluates=request.prediction.evaluate,
     )
@@ -89,7 +87,6 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         architecture=type(shapes).__name__,
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
         num_trainable_parameters=traced.num_trained,
-        recipe=request.prediction.recipe.value,
         settings=_shown(settings, estimate),
         gpu=gpu.name,
         dtype=estimate.dtype,
@@ -169,7 +166,6 @@ def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
 
 
 def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, left_out: tuple[str, ...]) -> list[str]:
-    batch, recipe = settings.training.micro_batch_size, request.prediction.recipe
     found = []
     if not request.gpus:
         found.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
@@ -177,16 +173,11 @@ def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, l
         found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
     if settings.data.packing:
         found.append("rows are packed to the full length, with a mask that keeps them apart")
-    elif batch > 1 and recipe == Recipe.QLORA:
+    elif settings.training.micro_batch_size > 1:
         found.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
     else:
         found.append(f"every row has {settings.data.max_length:,} tokens")
-    if recipe == Recipe.QLORA:
-        found.append("every token is trained; with a loss on answers only, a little less is taken")
-    else:
-        found.append(
-            "a plain loop with PEFT's preparation: all but the quantized weights in fp32, full logits, no autocast"
-        )
+    found.append("every token is trained; with a loss on answers only, a little less is taken")
     if settings.model.new_tokens:
         found.append("new tokens have rows in the embedding already")
     found += untraced(settings.training)

@@ -253,7 +253,7 @@ def _subtitle(report: MemoryReport) -> str:
     settings = {**report.settings, **report.sweep[0].values}
     fixed = [f"{name} {value}" for name, value in settings.items() if name not in varied | {LENGTH}]
     lines = [""]
-    for part in [f"recipe {report.recipe}", *fixed, f"on {report.gpu} in {report.dtype}"]:
+    for part in [*fixed, f"on {report.gpu} in {report.dtype}"]:
         if len(lines[-1]) + len(part) > LINE_LENGTH:
             lines.append("")
         lines[-1] += f", {part}" if lines[-1] else part

@@ -169,7 +169,6 @@ class MemoryReport:
     architecture: str
     num_parameters: int
     num_trainable_parameters: int
-    recipe: str
     settings: dict[str, str]
     gpu: str
     dtype: str

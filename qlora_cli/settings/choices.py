@@ -407,13 +407,6 @@ class MergeDtype(DtypeChoice):
     FP32 = "fp32"
 
 
-class Recipe(Choice):
-    """Whose run is predicted: that of `qlora train`, or a plain loop around PEFT's own preparation."""
-
-    QLORA = "qlora"
-    PEFT = "peft"
-
-
 class SdpaBackend(Choice):
     """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
 

@@ -1,7 +1,7 @@
 """What every section of settings has in common."""
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationInfo, field_validator
 
@@ -15,6 +15,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
+
+    # Names that were settings once, each with a hint for whoever still gives it.
+    removed: ClassVar[Mapping[str, str]] = {}
 
     def takes(self, key: str) -> bool:
         """Whether the setting `key` has an effect beside the others of its section, by the marks of its field."""

@@ -70,10 +70,17 @@ def check_name(section: str, key: str | None, where: str) -> Problem | None:
     if key is not None and key not in SECTIONS[section].model_fields:
         known = list(SECTIONS[section].model_fields)
         owner = [name for name, model in SECTIONS.items() if key in model.model_fields]
-        hint = f"Did you mean {owner[0]}.{key}?" if owner else did_you_mean(key, known)
+        hint = SECTIONS[section].removed.get(key)
+        hint = hint or (f"Did you mean {owner[0]}.{key}?" if owner else did_you_mean(key, known))
         hint = hint or f"{section} has {', '.join(known)}."
         return Problem(where=where, message=f"unknown setting '{section}.{key}'", hint=hint)
     return None
+
+
+def hint_for_removed_flag(command: str, flag: str) -> str | None:
+    """Return the hint for a flag of `command` whose setting was removed; None if there never was one."""
+    section = SECTIONS.get(command.replace("-", "_"))
+    return None if section is None else section.removed.get(flag.lstrip("-").replace("-", "_"))
 
 
 def read_flags(flags: Mapping[str, tuple[str, Any]]) -> list[SettingEntry]:

@@ -37,7 +37,7 @@ data: {dataset: rows.jsonl, max_length: 512}
 output: {directory: run}
 load: {save: quantized, error: true}
 inspect_data: {rows: 7}
-inspect_memory: {gpus: [RTX 4090, T4], solve: rank, recipe: peft, evaluate: true}
+inspect_memory: {gpus: [RTX 4090, T4], solve: rank, sdpa_backend: math, evaluate: true}
 generate: {prompts: [one, two], temperature: 0.5, top_k: 3}
 evaluate: {batch_size: 2, tasks: "a,b,a", with_base: false}
 merge: {adapters: [run], weights: [0.5], formats: [hf, nf4, hf], dtype: float16}
@@ -216,7 +216,12 @@ def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: li
         ("generate", "generate: {prompts: ['']}", "all.yaml:1 generate.prompts: is empty"),
         ("evaluate", "evaluate: {limit: 3}", "all.yaml:1 evaluate.limit: has no effect without --tasks"),
         ("evaluate", "evaluate: {batch_sise: 3}", "all.yaml:1: unknown setting 'evaluate.batch_sise'"),
-        ("inspect-memory", "inspect_memory: {recipe: pft}", "all.yaml:1 inspect_memory.recipe: 'pft' is not one of"),
+        (
+            "inspect-memory",
+            "inspect_memory: {sdpa_backend: flsh}",
+            "all.yaml:1 inspect_memory.sdpa_backend: 'flsh' is no",
+        ),
+        ("inspect-memory", "inspect_memory: {recipe: peft}", "all.yaml:1: unknown setting 'inspect_memory.recipe'"),
         ("inspect-memory", "inspect_memory: {solve: rank}", "all.yaml:1 inspect_memory.solve: needs a GPU to fit on"),
         ("load", "merge: {dtype: bf17}", "all.yaml:1 merge.dtype: 'bf17' is not one of keep, bf16, fp16, fp32"),
     ],

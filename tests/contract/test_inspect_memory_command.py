@@ -17,7 +17,7 @@ from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, GpuFit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, does_evaluate, lengths_up_to
-from qlora_cli.settings.choices import Attention, Checkpointing, Quantization, Recipe
+from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
@@ -89,7 +89,6 @@ def test_a_model_alone_asks_for_a_plain_run(asked: Ask) -> None:
     request = asked("llama-3.1-8b")
     assert request.asked.settings.model.name == "llama-3.1-8b"
     assert (request.gpus, request.solve, request.sweep) == ((), (), {})
-    assert request.prediction.recipe is Recipe.QLORA
     assert (request.prediction.sdpa_backend, request.asked.settings.data.packing, evaluates(request)) == (
         "auto",
         False,
@@ -99,11 +98,10 @@ def test_a_model_alone_asks_for_a_plain_run(asked: Ask) -> None:
 
 def test_every_flag_reaches_the_core(asked: Ask) -> None:
     request = asked(
-        *("base", "--gpu", "4090", "--gpu", "16GiB", "--recipe", "peft", "--sdpa-backend", "math", "--packing"),
+        *("base", "--gpu", "4090", "--gpu", "16GiB", "--sdpa-backend", "math", "--packing"),
         *("--eval", "--solve", "rank", "--solve", "max-length", "--solve", "rank", "--sweep", "rank=8..32"),
     )
     assert [gpu.name for gpu in request.gpus] == ["RTX 4090", "16.00 GiB"]
-    assert request.prediction.recipe is Recipe.PEFT
     assert (request.prediction.sdpa_backend, request.asked.settings.data.packing, evaluates(request)) == (
         "math",
         True,
@@ -216,7 +214,14 @@ def test_all_that_is_wrong_with_sweeps_is_told() -> None:
         ([], "MODEL: is missing"),
         (["base", "--gpu", "RTX 9090"], "--gpu: no GPU 'RTX 9090' is known; the nearest known are"),
         (["base", "--gpu", "24"], "--gpu: '24' is a size without a unit"),
-        (["base", "--recipe", "qlra"], "--recipe: 'qlra' is not one of qlora, peft\n  hint: Did you mean qlora?"),
+        (
+            ["base", "--recipe", "peft"],
+            "no such option: --recipe\n  hint: Leave it out: the run of qlora train is predicted.",
+        ),
+        (
+            ["base", "--set", "inspect_memory.recipe=peft"],
+            "unknown setting 'inspect_memory.recipe'\n  hint: Leave it out: the run of qlora train is predicted.",
+        ),
         (["base", "--sdpa-backend", "cudnn"], "--sdpa-backend: 'cudnn' is not one of auto, flash, efficient, math"),
         (["base", "--sdpa-backend", "flash", "--attention", "eager"], "has no effect with --attention eager"),
         (["base", "--solve", "rank"], "--solve: needs a GPU to fit on\n  hint: Name one: --gpu 'RTX 4090'"),
@@ -243,7 +248,7 @@ def test_all_problems_are_told_at_once(core: Core) -> None:
             "0",
             "--gpu",
             "RTX 9090",
-            "--recipe",
+            "--sdpa-backend",
             "x",
             "--solve",
             "y",
@@ -253,7 +258,7 @@ def test_all_problems_are_told_at_once(core: Core) -> None:
             "lora",
         ),
     )
-    for where in ("--rank", "--gpu", "--recipe", "--solve", "--sweep z", "--set lora"):
+    for where in ("--rank", "--gpu", "--sdpa-backend", "--solve", "--sweep z", "--set lora"):
         assert f"error: {where}: " in shown
     assert "6 problems" in shown
     assert core.requests == []

@@ -82,7 +82,6 @@ REPORT = MemoryReport(
     architecture="LlamaForCausalLM",
     num_parameters=8_030_261_248,
     num_trainable_parameters=41_943_040,
-    recipe="qlora",
     settings={
         "quant": "nf4",
         "double-quant": "true",

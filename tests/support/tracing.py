@@ -10,7 +10,7 @@ from qlora_cli.memory.tracing.meta_model import Twin, build_twin
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
-from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from tests.support.tiny_models import FAMILIES, tiny_config
 
@@ -40,9 +40,8 @@ def deep_config(family: str, num_layers: int = 7, **changes: Any) -> Any:
 
 
 def step_settings(**changes: Any) -> StepSettings:
-    """Return a step of a padded batch in bf16 under autocast on an Ampere GPU, as `train` runs it."""
+    """Return a step in bf16 under autocast on an Ampere GPU, as `train` runs it."""
     values: dict[str, Any] = {
-        "recipe": Recipe.QLORA,
         "batch_size": 1,
         "length": 64,
         "gradient_accumulation_steps": 4,
@@ -53,8 +52,10 @@ def step_settings(**changes: Any) -> StepSettings:
         "dtype": torch.bfloat16,
         "is_autocast": True,
         "evaluates": True,
+        **changes,
     }
-    return StepSettings(**{**values, **changes})
+    is_padded = values["batch_size"] > 1 and not values.get("is_packed")
+    return StepSettings(**{"is_padded": is_padded, **values})
 
 
 def twin_of(
@@ -62,7 +63,6 @@ def twin_of(
     *,
     whole: bool,
     quantization: QuantizationSettings | None = None,
-    recipe: Recipe = Recipe.QLORA,
     **lora: Any,
 ) -> Twin:
     """Return the twin of a model as `inspect-memory` builds it for a GPU."""
@@ -72,7 +72,6 @@ def twin_of(
         shapes,
         layout,
         LoraSettings(rank=8, **lora),
-        recipe=recipe,
         compute_dtype=torch.bfloat16,
         whole=whole,
     )

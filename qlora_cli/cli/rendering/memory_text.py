@@ -71,9 +71,8 @@ def _section(heading: str, lines: Sequence[str]) -> None:
 def _rows(report: MemoryReport) -> list[Row]:
     attention = ", ".join(report.attention_backends)
     trained = f"{format_count(report.num_trainable_parameters)} of {format_count(report.num_parameters)} parameters"
-    asked = [("recipe", report.recipe), *report.settings.items()]
     rows = [("model", report.architecture), ("trained", trained)]
-    rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in asked))
+    rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in report.settings.items()))
     rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
     rows.append(("answered in", format_duration(report.estimate_seconds)))
     return rows

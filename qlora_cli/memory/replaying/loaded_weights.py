@@ -14,7 +14,6 @@ from qlora_cli.memory.tracing.passes import Passes, Recorder
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.methods.method import WeightPart
 from qlora_cli.quantization.storage_plan import StoragePlan
-from qlora_cli.settings.choices import Recipe
 
 QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "quantized_weights",
@@ -23,45 +22,42 @@ QUANTIZED, CONSTANTS, UNQUANTIZED, ADAPTERS = (
     "adapters",
 )
 LABELS = {WeightPart.WEIGHT: UNQUANTIZED, WeightPart.CODES: QUANTIZED, WeightPart.CONSTANTS: CONSTANTS}
-FLOAT_BYTES = 4
-LOAD, UPCAST, ADAPT = "load", "upcast", "adapt"
+LOAD, ADAPT = "load", "adapt"
 
 
-def load_weights(
-    layout: StoragePlan,
-    recipe: Recipe,
-    *,
-    num_experts: int = 1,
-    on_host: Iterable[str] = (),
-) -> Passes:
-    """Return what loading takes and leaves: pass `load`, and for PEFT's preparation `upcast`.
+def load_weights(layout: StoragePlan, *, num_experts: int = 1, on_host: Iterable[str] = ()) -> Passes:
+    """Return what loading takes and leaves, as pass `load`.
 
-    `num_experts` are stacked in a fused weight; `on_host` are names of weights that are kept in host memory.
+    `num_experts` are stacked in a fused weight; `on_host` are names of weights that stay in host memory.
     """
     passes = Passes()
     load = Recorder(passes, LOAD, UNQUANTIZED)
     skipped = set(on_host)
-    entries = [entry for entry in layout.inventory.entries if entry.name not in skipped]
-    # transformers takes a block as large as the model first, so that the driver is asked once
-    # (`caching_allocator_warmup`); an unquantized model of the plain recipe comes by way of the host.
-    is_direct = recipe == Recipe.PEFT and not layout.settings.method.is_quantized
-    if not is_direct:
-        load.died(load.born(sum(entry.weight_bytes for entry in entries)))
-        entries = sorted(entries, key=_natural)
-    upcast: list[tuple[WeightEntry, int]] = []
-    for entry in entries:
-        if not entry.is_quantized:
-            number = load.born(entry.weight_bytes)
-            upcast.append((entry, number))
-        elif layout.prequantized is not None:
-            load.born(entry.weight_bytes, QUANTIZED)
-            load.born(entry.constant_bytes, CONSTANTS)
-        else:
-            _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
+    for entry in warm_up(load, [entry for entry in layout.inventory.entries if entry.name not in skipped]):
+        load_weight(load, entry, layout, num_experts)
     load.born(layout.inventory.buffer_bytes)
-    if recipe == Recipe.PEFT and layout.settings.method.is_quantized:
-        _upcast(Recorder(passes, UPCAST, UNQUANTIZED), layout, upcast)
     return passes
+
+
+def warm_up(load: Recorder, entries: Sequence[WeightEntry]) -> list[WeightEntry]:
+    """Record the block as large as the model that transformers takes first; return the weights as it reads them.
+
+    With `caching_allocator_warmup` the driver is asked once.
+    """
+    load.died(load.born(sum(entry.weight_bytes for entry in entries)))
+    return sorted(entries, key=_natural)
+
+
+def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> int | None:
+    """Record what one weight takes; return the number of its storage if it is not quantized."""
+    if not entry.is_quantized:
+        return load.born(entry.weight_bytes)
+    if layout.prequantized is not None:
+        load.born(entry.weight_bytes, QUANTIZED)
+        load.born(entry.constant_bytes, CONSTANTS)
+    else:
+        _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
+    return None
 
 
 def _natural(entry: WeightEntry) -> list[tuple[int, int, str]]:
@@ -77,14 +73,6 @@ def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_piece
         if not allocation.is_kept:
             passing.append(number)
     load.died(*reversed(passing))
-
-
-def _upcast(recorder: Recorder, layout: StoragePlan, upcast: Sequence[tuple[WeightEntry, int]]) -> None:
-    """Cast what is not quantized to fp32, as `prepare_model_for_kbit_training` does in the order of the model."""
-    order = {entry.name: place for place, entry in enumerate(layout.inventory.entries)}
-    for entry, number in sorted(upcast, key=lambda pair: order[pair[0].name]):
-        recorder.born(entry.num_parameters * FLOAT_BYTES)
-        recorder.died(number)
 
 
 def attach(passes: Passes, trained: Sequence[nn.Parameter], held_bytes: Sequence[int] = ()) -> None:

@@ -57,7 +57,7 @@ def optimizer_steps(
     optimizer: Optimizer,
     groups: Sequence[Sequence[nn.Parameter]],
     *,
-    clips: bool,
+    clips: bool = True,
     decays: bool = False,
     embeddings: Collection[int] = (),
 ) -> OptimizerSteps:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qlora_cli.memory.prediction import PHASES, Phase
 from qlora_cli.memory.replaying.allocator import Block, CachingAllocator
-from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD, UPCAST
+from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD
 from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
 from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES
 from qlora_cli.memory.tracing.passes import Passes
@@ -22,7 +22,6 @@ class RunEvents:
     optimizer: Passes
     num_micro_batches: int
     evaluates: bool
-    empties_cache: bool  # after the upcast, as PEFT does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,12 @@ class Peaks:
     ruling_phase: str
 
 
-class _Replay:
+class Replay:
+    """The allocator during a run, where a cuBLAS handle has `workspace_bytes`; nothing is in its pool before.
+
+    Another training loop that loads in another way is a subclass with a `load` of its own.
+    """
+
     def __init__(self, workspace_bytes: int) -> None:
         self.workspace_bytes = workspace_bytes
         self.allocator = CachingAllocator()
@@ -49,6 +53,33 @@ class _Replay:
         self.ruling_phase = PHASES[0]
         self.phases: dict[str, Phase] = {}
         self._live: dict[tuple[int, int], Block] = {}
+
+    def peaks(self, run: RunEvents) -> Peaks:
+        """Return the peaks of `run`, from loading to evaluation."""
+        self.load(run.resident)
+        rounds = min(run.num_micro_batches - 1, 1)
+        for step in range(NUM_STEPS):
+            again = step > 0
+            self.run("forward", run.step, ["first forward"], again=again)
+            self.run("backward", run.step, ["first backward", "first end"], again=again)
+            for _ in range(rounds):
+                self.run("forward", run.step, ["again forward"], again=again)
+                self.run("backward", run.step, ["again backward", "again end"], again=again)
+            self.run("optimizer", run.optimizer, [LATER if again else FIRST], again=again)
+            self.run("optimizer", run.step, ["zero"], again=again)
+        if run.evaluates:
+            self.run("evaluation", run.step, ["evaluation", "evaluation end"])
+        return Peaks(
+            phases=tuple(self.phases[name] for name in PHASES if name in self.phases),
+            allocated_bytes=self.peak_bytes,
+            reserved_bytes=max(phase.reserved_bytes for phase in self.phases.values()),
+            by_label=_merged(self.peak_labels),
+            ruling_phase=self.ruling_phase,
+        )
+
+    def load(self, resident: Passes) -> None:
+        """Replay the loading of the weights, and the adapter."""
+        self.run("load", resident, [LOAD, ADAPT])
 
     def run(self, phase: str, passes: Passes, names: Iterable[str], *, again: bool = False) -> None:
         """Replay passes as a part of `phase`; `again`: what is permanent is there already."""
@@ -86,34 +117,6 @@ class _Replay:
             allocated_bytes=max(self.allocator.peak_allocated_bytes, before.allocated_bytes if before else 0),
             reserved_bytes=max(self.allocator.peak_reserved_bytes, before.reserved_bytes if before else 0),
         )
-
-
-def replay(run: RunEvents, *, workspace_bytes: int) -> Peaks:
-    """Return the peaks of a run, where a cuBLAS handle has `workspace_bytes`; nothing is in the pool before it."""
-    state = _Replay(workspace_bytes)
-    state.run("load", run.resident, [LOAD, UPCAST])
-    if run.empties_cache:
-        state.allocator.empty_cache()
-    state.run("load", run.resident, [ADAPT])
-    rounds = min(run.num_micro_batches - 1, 1)
-    for step in range(NUM_STEPS):
-        again = step > 0
-        state.run("forward", run.step, ["first forward"], again=again)
-        state.run("backward", run.step, ["first backward", "first end"], again=again)
-        for _ in range(rounds):
-            state.run("forward", run.step, ["again forward"], again=again)
-            state.run("backward", run.step, ["again backward", "again end"], again=again)
-        state.run("optimizer", run.optimizer, [LATER if again else FIRST], again=again)
-        state.run("optimizer", run.step, ["zero"], again=again)
-    if run.evaluates:
-        state.run("evaluation", run.step, ["evaluation", "evaluation end"])
-    return Peaks(
-        phases=tuple(state.phases[name] for name in PHASES if name in state.phases),
-        allocated_bytes=state.peak_bytes,
-        reserved_bytes=max(phase.reserved_bytes for phase in state.phases.values()),
-        by_label=_merged(state.peak_labels),
-        ruling_phase=state.ruling_phase,
-    )
 
 
 def _merged(labels: dict[str, int]) -> dict[str, int]:

@@ -26,7 +26,7 @@ from qlora_cli.memory.tracing.meta_model import Twin
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import held_tensors
 from qlora_cli.quantization.methods.method import META
-from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.choices import SdpaBackend
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
@@ -37,12 +37,15 @@ RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers, which mak
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step is run with. `length` in tokens; `is_padded`: rows differ in length, so there is a mask.
+    """What a step is run with.
 
-    `adds_noise`: to the embedded tokens, by NEFTune, however much.
+    Attributes:
+        length: Of a row, in tokens.
+        is_packed: Rows are packed into one of `batch_size` times the length.
+        is_padded: Rows of a batch differ in length, so that there is an attention mask; never with packing.
+        adds_noise: NEFTune adds noise to the embedded tokens, however much.
     """
 
-    recipe: Recipe
     batch_size: int
     length: int
     gradient_accumulation_steps: int
@@ -53,14 +56,10 @@ class StepSettings:
     dtype: torch.dtype
     is_autocast: bool
     is_packed: bool = False
+    is_padded: bool = False
     adds_noise: bool = False
     evaluates: bool = False
     device: torch.device = META  # another only to compare with what real tensors do
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether rows of a batch differ in length: the worse case, and the usual one."""
-        return self.recipe == Recipe.QLORA and self.batch_size > 1 and not self.is_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,10 @@ class TracedStep:
     pinned_host_bytes: int
 
 
-def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
+def trace_step(twin: Twin, settings: StepSettings, loop: "type[TrainingStep] | None" = None) -> TracedStep:
     """Record a step of `twin`. Its segments are marked `(pass, part)`; a part is a layer, by its place, or an end.
+
+    `loop` is the training loop whose step it is; that of `qlora train` by default.
 
     Raises:
         ModelError: the model can't be trained as asked, or not be followed without data.
@@ -86,7 +87,7 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
     functions = GpuFunctions(
         settings.capability, backend=settings.backend, dtype=settings.dtype if settings.is_autocast else None
     )
-    step = _Step(twin, settings, trace, functions)
+    step = (loop or TrainingStep)(twin, settings, trace, functions)
     try:
         # What dies, and when, must not depend on when cycles are searched for.
         with uncollected(), step.prepared(), trace, functions:
@@ -103,8 +104,11 @@ def trace_step(twin: Twin, settings: StepSettings) -> TracedStep:
     )
 
 
-class _Step:
-    """The passes of a step, with what has to be in place around them."""
+class TrainingStep:
+    """The passes of a step as `qlora train` runs it, with what has to be in place around them.
+
+    The step of another training loop is a subclass, with its own `loss`, `columns` and `zero_gradients`.
+    """
 
     def __init__(self, twin: Twin, settings: StepSettings, trace: MemoryTrace, functions: GpuFunctions) -> None:
         self.model = twin.model
@@ -115,7 +119,6 @@ class _Step:
         self.functions = functions
         self.pinned_host_bytes = 0
         self._passing = ""
-        self._held: Any = ()
         self._empty = [
             (module, name) for module in self.model.modules() for name, v in vars(module).items() if v is None
         ]
@@ -164,24 +167,21 @@ class _Step:
         if self.settings.gradient_accumulation_steps > 1:
             self.train("again")
         self.trace.mark("zero", TAIL)
-        self._held = ()  # what a loop holds during the optimizer's step
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.zero_gradients()
         if self.settings.evaluates:
             self.evaluate()
 
     def train(self, name: str) -> None:
         """Run one micro-batch: forward and backward."""
-        settings, trace = self.settings, self.trace
+        trace = self.trace
         self.model.train()
         self.pinned_host_bytes = 0  # those of the pass before are given back
         self._passing = f"{name} forward"
         trace.mark(self._passing, HEAD)
-        batches = [self._batch() for _ in range(settings.gradient_accumulation_steps if name == "first" else 1)]
+        batches = [self._batch() for _ in range(self.settings.gradient_accumulation_steps if name == "first" else 1)]
         with self.functions.autocast():
-            loss, kept = self._loss(batches[0])
-        if settings.recipe == Recipe.QLORA:
-            kept = ()  # the trainer lets go of a pass's outputs before the backward pass
+            loss, outputs = self.loss(batches[0])
+        del outputs  # the trainer drops them before the backward pass
         self._passing = f"{name} backward"
         trace.mark(self._passing, HEAD)
         trace.in_autograd_thread, trace.label = True, LOSS
@@ -192,8 +192,7 @@ class _Step:
             trace.in_autograd_thread, trace.label = False, ACTIVATIONS
         self._passing = ""
         trace.mark(f"{name} end", TAIL)
-        self._held = kept  # a plain loop has its outputs until it goes round
-        del loss, kept, batches
+        del loss, batches
         self._let_go_of_states()
 
     def evaluate(self) -> None:
@@ -202,7 +201,7 @@ class _Step:
         self._passing = "evaluation"
         self.trace.mark(self._passing, HEAD)
         with torch.no_grad(), self.functions.autocast():
-            outputs = self._loss(self._batch())
+            outputs = self.loss(self._batch())
         self._passing = ""
         self.trace.mark("evaluation end", TAIL)
         del outputs
@@ -214,11 +213,20 @@ class _Step:
             if isinstance(getattr(module, name, None), torch.Tensor):
                 setattr(module, name, None)
 
-    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        if self.settings.recipe == Recipe.PEFT:
-            outputs = self.model(**batch)
-            return outputs.loss, outputs
+    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Return the loss of a batch, and what else the forward pass leaves."""
         return fused_loss(self.base, batch, self.settings.dtype)
+
+    def columns(self) -> dict[str, int]:
+        """Return the columns of a batch, each with the value that fills it; real tensors are looked at."""
+        if self.settings.is_packed:
+            return {"input_ids": 0, "labels": 0, "position_ids": 0}
+        return {"input_ids": 0, "labels": 0, "attention_mask": 0 if self.settings.is_padded else 1}
+
+    def zero_gradients(self) -> None:
+        """Drop the gradients, after the optimizer's step."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """Return a batch of rows as the collator makes it."""
@@ -226,14 +234,9 @@ class _Step:
         rows = (settings.batch_size, settings.length)
         if settings.is_packed:
             rows = (1, settings.batch_size * settings.length)
-        names = ["input_ids", "labels"]
-        if settings.recipe == Recipe.QLORA:
-            names.append("position_ids" if settings.is_packed else "attention_mask")
-        values = dict.fromkeys(names, 0)
-        if not settings.is_padded and "attention_mask" in values:
-            values["attention_mask"] = 1  # real tensors are looked at
         return {
-            name: torch.full(rows, value, dtype=torch.long, device=settings.device) for name, value in values.items()
+            name: torch.full(rows, value, dtype=torch.long, device=settings.device)
+            for name, value in self.columns().items()
         }
 
     def _set_attention(self) -> None:

@@ -1,11 +1,12 @@
 """What `qlora inspect-memory` is asked besides the run."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import Recipe, SdpaBackend
+from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.values import Solvables, Words
@@ -16,11 +17,12 @@ INSPECT = (Command.INSPECT_MEMORY,)
 class PredictionSettings(Section):
     """What `qlora inspect-memory` is asked besides the run."""
 
+    removed: ClassVar[Mapping[str, str]] = {
+        "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
+    }
+
     gpus: Annotated[Words, Marks(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
         Field(default=(), description="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated.")
-    )
-    recipe: Annotated[Recipe, Marks(flag="--recipe", commands=INSPECT)] = Field(
-        default=Recipe.QLORA, description="Whose run: that of train, or of a Trainer with plain PEFT."
     )
     sdpa_backend: Annotated[SdpaBackend, Marks(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,

@@ -16,7 +16,6 @@ from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.source import CONFIG
 from qlora_cli.runs.run_result import PredictedMemory
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes
 
@@ -73,7 +72,7 @@ def check_memory(
         adapter=None if source.adapter is None else read_outline(source.adapter),
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    estimator = Estimator(facts, recipe=Recipe.QLORA, evaluates=evaluates)
+    estimator = Estimator(facts, evaluates=evaluates)
     try:
         estimate = estimator.estimate(asked, gpu)
     except QloraError as error:

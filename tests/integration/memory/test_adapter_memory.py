@@ -13,7 +13,6 @@ from qlora_cli.memory.estimator import Estimator, Traced
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.replaying.replay import Peaks
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.training.checks.predicted_memory import check_memory
 from tests.conftest import Recorder, train_settings
@@ -37,9 +36,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-def estimated(
-    family: str, lora: dict[str, Any], *, whole: bool = False, recipe: Recipe = Recipe.QLORA
-) -> tuple[Peaks, Traced]:
+def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tuple[Peaks, Traced]:
     """Return what is predicted for a model of six layers."""
     facts = ModelFacts(name=family, content=deep_config(family, NUM_LAYERS).to_dict())
     settings = EstimateSettings.model_validate(
@@ -50,7 +47,7 @@ def estimated(
             "training": {"gradient_accumulation_steps": 4},
         }
     )
-    estimator = Estimator(facts, recipe=recipe, whole=whole)
+    estimator = Estimator(facts, whole=whole)
     return estimator.peaks(settings, A100), estimator.traced(settings, A100)
 
 
@@ -93,13 +90,6 @@ def test_how_an_adapter_begins_changes_nothing() -> None:
     plain, _ = estimated("llama", {})
     for init in ("gaussian", "orthogonal", "loftq"):
         assert estimated("llama", {"init_lora_weights": init})[0] == plain
-
-
-@pytest.mark.parametrize("choice", ["DoRA", "ranks", "head"])
-def test_the_recipe_of_peft_follows_too(choice: str) -> None:
-    plain, _ = estimated("llama", {}, recipe=Recipe.PEFT)
-    other, _ = estimated("llama", CHOICES[choice], recipe=Recipe.PEFT)
-    assert other.allocated_bytes > plain.allocated_bytes
 
 
 def test_a_name_that_matches_nothing_is_refused_here_too() -> None:

@@ -19,7 +19,6 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import inspect_memory
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import InspectMemorySettings
 from qlora_cli.settings.settle import made_in_code
 from qlora_cli.training.run_plan import settle_run
@@ -91,10 +90,9 @@ def request_of(values: dict[str, Any]) -> MemoryRequest:
     return MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),))
 
 
-def predicted(model: Path, recipe: Recipe = Recipe.QLORA, **lora: object) -> MemoryReport:
+def predicted(model: Path, **lora: object) -> MemoryReport:
     asked = {"model": {"name": str(model)}, "lora": lora, "data": {"max_length": 64}}
-    request = request_of({**asked, "inspect_memory": {"recipe": recipe}})
-    return inspect_memory(request, SilentReporter())
+    return inspect_memory(request_of(asked), SilentReporter())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,8 +119,6 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
     assert predicted(adapter).predicted == of_new.predicted == predicted(adapter, rank=3).predicted
     with pytest.raises(ModelError, match=r"is an adapter, which trains on as it is: lora\.rank can't be changed"):
         predicted(adapter, rank=4)
-    by_plain_loop = predicted(adapter, Recipe.PEFT)
-    assert by_plain_loop.num_trainable_parameters == of_new.num_trainable_parameters
     request = request_of({"model": {"name": str(adapter)}, "inspect_memory": {"solve": ["rank"]}})
     with pytest.raises(ModelError, match="which training on keeps"):
         inspect_memory(request, SilentReporter())

@@ -14,7 +14,6 @@ from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
 from tests.support.hub_server import COMMIT, Hub, Repo
@@ -285,17 +284,6 @@ def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
     return result
 
 
-def test_the_plain_recipe_has_its_own_defaults_and_keeps_what_is_not_quantized_in_fp32(
-    config: Path, alone: dict[str, str]
-) -> None:
-    ours, plain = (asked(config, alone, "--recipe", recipe) for recipe in ("qlora", "peft"))
-    assert ours["settings"]["gradient-accumulation-steps"] == "16"
-    assert plain["settings"]["gradient-accumulation-steps"] == "1"
-    given = asked(config, alone, "--recipe", "peft", "--gradient-accumulation-steps", "4")
-    assert given["settings"]["gradient-accumulation-steps"] == "4"
-    assert plain["components"]["unquantized_weights_bytes"] > ours["components"]["unquantized_weights_bytes"]
-
-
 @pytest.mark.parametrize(
     ("flags", "less"),
     [
@@ -350,7 +338,7 @@ def test_noise_on_embeddings_is_followed(config: Path) -> None:
     facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
     births = []
     for alpha in (None, 5.0):
-        estimator = Estimator(facts, recipe=Recipe.QLORA)
+        estimator = Estimator(facts)
         settings = EstimateSettings(
             model=ModelSettings(name="m"),
             data=EstimateDataSettings(max_length=64),

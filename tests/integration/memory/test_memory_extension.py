@@ -22,7 +22,6 @@ from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.support.tiny_models import FAMILIES
 from tests.support.tracing import deep_config, peaks, step_settings, twin_of
@@ -79,7 +78,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return spy
 
 
-def estimate(family: str, *, whole: bool, recipe: Recipe = Recipe.QLORA, gpu: Gpu = A100, **training: Any) -> Peaks:
+def estimate(family: str, *, whole: bool, gpu: Gpu = A100, **training: Any) -> Peaks:
     """Return the peaks of a family as `inspect-memory` predicts them."""
     facts = ModelFacts(name=family, content=deep_config(family, DEPTHS.get(family, 5)).to_dict())
     values = {
@@ -95,7 +94,7 @@ def estimate(family: str, *, whole: bool, recipe: Recipe = Recipe.QLORA, gpu: Gp
         },
     }
     settings = EstimateSettings.model_validate(values)
-    return Estimator(facts, recipe=recipe, evaluates=family in WITH_STATES, whole=whole).peaks(settings, gpu)
+    return Estimator(facts, evaluates=family in WITH_STATES, whole=whole).peaks(settings, gpu)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -125,7 +124,7 @@ def test_the_host_holds_the_inputs_of_all_layers_of_one_micro_batch(num_micro_ba
         }
     )
     config = deep_config("llama", 7, max_position_embeddings=1024)
-    traced = Estimator(ModelFacts(name="llama", content=config.to_dict()), recipe=Recipe.QLORA).traced(settings, A100)
+    traced = Estimator(ModelFacts(name="llama", content=config.to_dict())).traced(settings, A100)
     assert traced.pinned_host_bytes == 7 * 4 * 1024 * config.hidden_size * 2
 
 
@@ -164,7 +163,6 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eager": ({"attention": "eager"}, {}),
     "flash attention": ({"attention": "flash_attention_2", "batch_size": 2}, {}),
     "a GPU without bf16": ({"capability": (7, 5), "dtype": torch.float16}, {}),
-    "a plain loop": ({"recipe": Recipe.PEFT, "is_autocast": False}, {"recipe": Recipe.PEFT}),
     "some targets": ({}, {"target_modules": ("q_proj", "v_proj")}),
     "dropout": ({}, {"dropout": 0.1}),
 }

@@ -27,7 +27,7 @@ from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.quantization.methods.method import META
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.choices import Optimizer, Recipe, SdpaBackend
+from qlora_cli.settings.choices import Optimizer, SdpaBackend
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.rehearsal import RehearsalCallback
@@ -105,7 +105,7 @@ def _pair(family: str, changes: dict[str, Any], directory: Path, lora: LoraSetti
     loaded = load(save_model(directory, family, **changes))
     shapes = build_on_meta(loaded.base.config, torch.float32)
     model, notes = attach_adapter(loaded.base, lora)
-    meta = build_twin(shapes, loaded.layout, lora, recipe=Recipe.QLORA, compute_dtype=torch.float32, whole=True)
+    meta = build_twin(shapes, loaded.layout, lora, compute_dtype=torch.float32, whole=True)
     assert meta.notes == notes
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {
         name: (p.shape, p.dtype) for name, p in meta.model.named_parameters()

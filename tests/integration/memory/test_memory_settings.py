@@ -13,7 +13,6 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import inspect_memory
 from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.choices import Recipe
 from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
@@ -43,7 +42,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("recipe", list(Recipe))
 @pytest.mark.parametrize(
     "values",
     [
@@ -58,10 +56,9 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     monkeypatch: pytest.MonkeyPatch,
     read: set[str],
     values: dict[str, str],
-    recipe: Recipe,
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    asked = asked_of(base_model, data__max_length="64", inspect_memory__recipe=recipe.value, **values)
+    asked = asked_of(base_model, data__max_length="64", **values)
     read.clear()
     inspect_memory(MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),)), SilentReporter())
     marked = {path for path in all_settings() if marks(path).affects_memory}

@@ -62,7 +62,7 @@ def test_it_says_what_was_asked_and_the_three_peaks_with_their_bands(capsys: pyt
     first = text.splitlines()[0]
     assert first == "What training llama-3.1-8b takes"
     joined = " ".join(text.split())
-    assert "recipe qlora, quant nf4, double-quant true, rank 16, target-modules all-linear, max-length 2048" in joined
+    assert "asked quant nf4, double-quant true, rank 16, target-modules all-linear, max-length 2048" in joined
     assert "41.94M of 8.03B parameters" in joined
     assert "RTX 4090 in bf16; attention: flash" in joined
     assert "allocated 7.50 GiB 7.42 to 7.58" in joined
