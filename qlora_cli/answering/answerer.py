@@ -25,7 +25,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model wrote behind a prompt, without special tokens; the token that ended it counts."""
+    """What a model wrote after a prompt, without special tokens; the token that ended it counts."""
 
     text: str
     num_new_tokens: int
@@ -87,7 +87,7 @@ class Answerer:
 
     @torch.no_grad()
     def complete(self, model: Model, ids: Sequence[int], watch: Watch | None = None) -> Completion:
-        """Return what the model writes behind `ids`."""
+        """Return what the model writes after `ids`."""
         start = time.monotonic()
         inputs = torch.tensor([ids], device=_device_of(model))
         if watch is not None:

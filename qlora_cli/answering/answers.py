@@ -41,7 +41,7 @@ class PromptAnswers:
 class GenerationReport:
     """What `qlora generate` answered. `adapter` and `merged` are None where there was none.
 
-    Of a run, `adapter_step` is the step of its weights, and `run_is_done` whether it came to its end.
+    Of a run, `adapter_step` is the step of its weights, and `run_is_done` whether it was trained to its end.
     """
 
     model: str
@@ -61,7 +61,7 @@ class Listener(Protocol):
         """An answer begins."""
 
     def text(self, piece: str) -> None:
-        """It goes on with `piece`."""
+        """The answer continues with `piece`."""
 
     def stops(self) -> bool:
         """Whether it shall end here; asked after each token."""
@@ -77,7 +77,7 @@ def collect(prompt: str, answers: list[Answer]) -> PromptAnswers:
 
 
 def cut_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | None:
-    """Return a sentence on an answer that did not come to its end, and what ended it, or None.
+    """Return a sentence on an answer that did not end by itself, and what ended it, or None.
 
     `prompt` is which one it answers, `prompt 2 of 3`, where there are several.
     """

@@ -1,4 +1,4 @@
-"""A conversation that goes on: each turn is answered with all that was said before."""
+"""A conversation: each turn is answered with the turns before it."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from qlora_cli.settings.models import AnswerSettings
 
 
 class Chat:
-    """What was said so far. Where base and adapter both answer, the conversation goes on with the adapter's answer."""
+    """The turns so far. Where base and adapter both answer, the conversation continues with the adapter's answer."""
 
     def __init__(self, opened: OpenModel, request: AnswerSettings) -> None:
         self._opened = opened
@@ -52,7 +52,7 @@ class Chat:
         self._system = system
 
     def _room(self, num_tokens: int) -> int:
-        """Return how long an answer may be behind a conversation of `num_tokens`."""
+        """Return how long an answer may be after a conversation of `num_tokens`."""
         positions, most = self._opened.num_positions, self._opened.answerer.max_tokens
         if positions is None:
             return most

@@ -79,7 +79,7 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ids: list[int] = tokenizer(text)["input_ids"]
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]  # some tokenizers end every text, also one that shall go on
+        ids = ids[:-1]  # some tokenizers end every text, also one that is to be continued
     if begin is not None and ids[:2] == [begin, begin]:  # the text has one of its own
         ids = ids[1:]
     return ids

@@ -22,7 +22,7 @@ from qlora_cli.cli.commands.merge import merge
 from qlora_cli.cli.commands.runs import runs_app
 from qlora_cli.cli.commands.train import train
 from qlora_cli.cli.failures import FailureGroup
-from qlora_cli.cli.stderr import tell_of_libraries
+from qlora_cli.cli.stderr import log_libraries
 from qlora_cli.errors import EXIT_CODES
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def main() -> None:
     # Deprecations inside the libraries are for their authors; what a user must know, we say ourselves.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    tell_of_libraries()
+    log_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file that can't show a bar shows a question mark
             stream.reconfigure(errors="replace")

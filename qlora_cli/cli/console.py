@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from qlora_cli.cli.stderr import redact, told
+from qlora_cli.cli.stderr import redact, sanitized
 from qlora_cli.visible import harmless
 
 Row = tuple[str, str]
@@ -35,7 +35,7 @@ class TextConsole(Console):
 
 def _harmless(part: object) -> object:
     if isinstance(part, str):
-        return told(part)
+        return sanitized(part)
     if isinstance(part, Text) and redact(part.plain) != part.plain:
         part = Text(redact(part.plain), style=part.style)
     if not isinstance(part, Text) or harmless(part.plain) == part.plain:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from qlora_cli.cli.lasting_stream import dropped_without_terminal, let_go
 from qlora_cli.cli.options import WHERE
-from qlora_cli.cli.stderr import redact, tell
+from qlora_cli.cli.stderr import print_line, redact
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_panic
 from qlora_cli.settings.value_sources import hint_for_removed_flag
 
@@ -50,7 +50,7 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
         _fail(_placed(error, known.get(WHERE)), as_json=as_json)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it; its message is the help
-            tell(error.format_message())
+            print_line(error.format_message())
             raise typer.Exit(error.exit_code) from None
         _fail(_explain_usage(error), as_json=as_json)
     except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def failures_explained(arguments: list[str], known: Mapping[str, Any]) -> Iterat
             except OSError:  # it is stdout that is full, not the run's own files
                 let_go(sys.stdout)
             _fail(QloraError(f"the disk is full: {error}", hint="Free disk space and try again."), as_json=as_json)
-        tell(_traceback_of(error))
+        print_line(_traceback_of(error))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
     except BaseException as error:
         if not is_panic(error):
@@ -108,15 +108,15 @@ def _tell(error: QloraError) -> None:
     problems = problems_of(error)
     if problems:
         for problem in problems:
-            tell(f"error: {problem}")
+            print_line(f"error: {problem}")
             if problem.hint:
-                tell(f"  hint: {problem.hint}")
+                print_line(f"  hint: {problem.hint}")
         if len(problems) > 1:
-            tell(f"{len(problems)} problems")
+            print_line(f"{len(problems)} problems")
     else:
-        tell(f"error: {error}")
+        print_line(f"error: {error}")
         if error.hint:
-            tell(f"  hint: {error.hint}")
+            print_line(f"  hint: {error.hint}")
 
 
 def _placed(error: QloraError, where_of: Callable[[str], str] | None) -> QloraError:

@@ -36,17 +36,17 @@ def redact(text: str) -> str:
     return SIGNED.sub(r"\1***", CREDENTIALS.sub("***@", TOKEN.sub("hf_***", text)))
 
 
-def told(text: str) -> str:
+def sanitized(text: str) -> str:
     """Return `text` as people may read it: without secrets, and with nothing that drives a terminal."""
     return harmless(redact(text))
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     """Write a line to stderr."""
-    typer.echo(told(line), err=True)
+    typer.echo(sanitized(line), err=True)
 
 
-def tell_of_libraries() -> None:
+def log_libraries() -> None:
     """Have what any library logs or warns of, from now on, told as our own lines are."""
     logging.setLogRecordFactory(_ToldRecord)
     warnings.showwarning = _tell_warning
@@ -58,11 +58,11 @@ class _ToldRecord(logging.LogRecord):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0] is not None:  # which a formatter takes before it makes its own
-            self.exc_text = told("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+            self.exc_text = sanitized("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
 
     def getMessage(self) -> str:  # noqa: N802 - the name that logging has for it
         """Return the message."""
-        return told(COLOURS.sub("", super().getMessage()))
+        return sanitized(COLOURS.sub("", super().getMessage()))
 
 
 def _tell_warning(
@@ -76,4 +76,4 @@ def _tell_warning(
     stream = sys.stderr if file is None else file
     if stream is not None:  # as Python does, which loses a warning that can't be written
         text = COLOURS.sub("", warnings.formatwarning(message, category, filename, lineno, line))
-        LastingStream(stream).write(told(text))
+        LastingStream(stream).write(sanitized(text))

@@ -51,11 +51,11 @@ class Examination:
             outcome = skipped(f"needs {missing[0]}", f"See {missing[0]}.")
         else:
             outcome = self._isolation.run(function, *arguments, advice=advice, limit_seconds=LIMIT_SECONDS)
-        found = _named(name, outcome)
-        self._checks[name] = found
+        check = _named(name, outcome)
+        self._checks[name] = check
         if vital:
             self._vital.add(name)
-        return found
+        return check
 
     def report(self) -> Report:
         """Sum up."""

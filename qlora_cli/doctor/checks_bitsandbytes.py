@@ -168,7 +168,7 @@ def _normal(seed: int, *shape: int) -> "torch.Tensor":
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _error(found: Any, expected: "torch.Tensor") -> float:
+def _error(actual: Any, expected: "torch.Tensor") -> float:
     """Return the relative error in the Frobenius norm."""
     exact = expected.detach().double()
-    return float((found.detach().double() - exact).norm() / exact.norm())
+    return float((actual.detach().double() - exact).norm() / exact.norm())

@@ -72,10 +72,10 @@ def driver_cuda_version() -> tuple[int, int] | None:
         driver = ctypes.CDLL(DRIVER_LIBRARIES.get(sys.platform, "libcuda.so.1"))
     except OSError:
         return None
-    found = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(found)) != 0:
+    version_number = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version_number)) != 0:
         return None
-    return found.value // 1000, found.value % 1000 // 10
+    return version_number.value // 1000, version_number.value % 1000 // 10
 
 
 def check_driver() -> Outcome:
@@ -118,8 +118,8 @@ def check_cuda() -> Outcome:
     built_for = torch.version.cuda
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        found = f"PyTorch reaches {count} {'GPU' if count == 1 else 'GPUs'} through CUDA {built_for}"
-        return ok(found, built_for_cuda=built_for, num_gpus=count)
+        finding = f"PyTorch reaches {count} {'GPU' if count == 1 else 'GPUs'} through CUDA {built_for}"
+        return ok(finding, built_for_cuda=built_for, num_gpus=count)
     if driver is None:
         advice = "Nothing to do without an NVIDIA GPU; with one, see driver."
         return skipped("no driver to reach a GPU through", advice, built_for_cuda=built_for, num_gpus=0)
@@ -230,11 +230,11 @@ def _runs(backend: str, device: "torch.device", dtype: "torch.dtype") -> bool:
 def _flash_attn() -> tuple[str | None, str | None]:
     """Return the version of the package, and why it can't be imported; None and None where there is none."""
     try:
-        found = version("flash-attn")
+        installed = version("flash-attn")
     except PackageNotFoundError:
         return None, None
     outcome = attempt(_import_flash_attn, advice="")
-    return found, None if outcome.status == Status.OK else outcome.finding
+    return installed, None if outcome.status == Status.OK else outcome.finding
 
 
 def _import_flash_attn() -> Outcome:

@@ -1,4 +1,4 @@
-"""The hub, the token for it and the room on the disk. Of the token, only where it comes from is told."""
+"""The hub, the token for it and the free disk space. Of the token, only its origin is shown."""
 
 import os
 import shutil
@@ -70,18 +70,18 @@ def check_token(ask_hub: bool) -> Outcome:
     if token is None:
         return warning("none: gated and private models can't be downloaded", LOG_IN, source=None, accepted=None)
     source = _source_of_token(Path(constants.HF_TOKEN_PATH))
-    found = f"present, from {OTHER_SOURCES.get(source, source)}"
+    presence = f"present, from {OTHER_SOURCES.get(source, source)}"
     if not ask_hub:
-        return ok(f"{found}; not tried, see hub", source=source, accepted=None)
+        return ok(f"{presence}; not tried, see hub", source=source, accepted=None)
     status, _, answer = _get("/api/whoami-v2", token=token)
     if status == 200 and isinstance(answer, dict):
-        return ok(f"{found}; the hub accepts it", source=source, accepted=True)
+        return ok(f"{presence}; the hub accepts it", source=source, accepted=True)
     if status in {401, 403}:
         advice = f"Correct {source}, or unset it." if source in TOKEN_VARIABLES else LOG_IN
-        return warning(f"{found}, but the hub rejects it (HTTP {status})", advice, source=source, accepted=False)
+        return warning(f"{presence}, but the hub rejects it (HTTP {status})", advice, source=source, accepted=False)
     why = answer if status is None else f"HTTP {status}"
     return warning(
-        f"{found}; the hub did not say whether it accepts it ({why})",
+        f"{presence}; the hub did not say whether it accepts it ({why})",
         "Try again later, or set the token anew: hf auth login",
         source=source,
         accepted=None,

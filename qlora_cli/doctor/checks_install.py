@@ -40,25 +40,25 @@ def check_python() -> Outcome:
     """Compare the interpreter with the versions that the package says it runs on."""
     from packaging.specifiers import SpecifierSet
 
-    found = platform.python_version()
+    running = platform.python_version()
     try:
         required = metadata(DISTRIBUTION)["Requires-Python"] or ""
     except PackageNotFoundError:
         required = ""
     details = {
-        "version": found,
+        "version": running,
         "required": required,
         "implementation": platform.python_implementation(),
         "system": platform.system(),
         "machine": platform.machine(),
     }
-    if not SpecifierSet(required).contains(found, prereleases=True):
+    if not SpecifierSet(required).contains(running, prereleases=True):
         return failed(
-            f"{found}, but {required} is needed", "Make a virtual environment with a newer Python.", **details
+            f"{running}, but {required} is needed", "Make a virtual environment with a newer Python.", **details
         )
     if sys.maxsize < 2**32:
-        return failed(f"{found} is a 32-bit build", "Install a 64-bit Python; PyTorch has no other.", **details)
-    return ok(f"{found} on {platform.system()} {platform.machine()}", **details)
+        return failed(f"{running} is a 32-bit build", "Install a 64-bit Python; PyTorch has no other.", **details)
+    return ok(f"{running} on {platform.system()} {platform.machine()}", **details)
 
 
 def check_packages() -> Outcome:

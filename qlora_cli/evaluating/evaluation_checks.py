@@ -88,21 +88,21 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
         if wrong := check_dataset_name(name, split):
             yield resolved.problem(rows, wrong)
             continue
-        found = find_dataset(name, split)
-        if found.weight != 1:
+        source = find_dataset(name, split)
+        if source.weight != 1:
             message = f"{name} has a weight, and every row is evaluated once"
             yield Problem(where=resolved.where_of(rows), message=message, hint="Leave the weight out.")
-        if not found.has_splits and request.split is not None:
+        if not source.has_splits and request.split is not None:
             message = f"has no effect on {name}: {NO_SPLITS}"
             yield Problem(where=resolved.where_of("evaluate.split"), message=message, hint="Leave it out.")
 
 
 def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     """Yield what was given for this evaluation and changes nothing in it; a settings file is of training too."""
-    beside = (
+    unused = (
         ("eval_dataset", "eval_split", "eval_group", "mixing", "split", "streaming") if names_rows(resolved) else ()
     )
-    without = {**dict.fromkeys(beside, "beside rows that are named"), "packing": "on a loss that is measured"}
+    without = {**dict.fromkeys(unused, "with rows that are named"), "packing": "on a loss that is measured"}
     for key, why in without.items():
         path = f"data.{key}"
         if resolved.origin_of(path).kind in ("flag", "set") and not asks_for_nothing(resolved.settings.data, key):

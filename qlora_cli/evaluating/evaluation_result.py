@@ -62,7 +62,7 @@ class Evaluation:
         base_model: The base it stands for: the same, unless it is an adapter or a run.
         adapter: The adapter, if it is or has one.
         adapter_step: Of a run, the step of its weights.
-        run_is_done: Whether that run came to its end.
+        run_is_done: Whether that run was trained to its end.
         merged: The merged model, if one was compared with.
         device, compute_dtype: Where, and in which dtype.
         dataset: The rows, as they were named; None if only tasks were run.

@@ -32,18 +32,18 @@ class ReportingLM(HFLM):
         return self._in_parts(super().generate_until, requests)
 
     def _in_parts(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-        found: list[Any] = []
+        replies: list[Any] = []
         size, started = BATCHES_A_REPORT * self.batch_size, time.monotonic()
         for start in range(0, len(requests), size):
-            found += answer(requests[start : start + size], disable_tqdm=True)
+            replies += answer(requests[start : start + size], disable_tqdm=True)
             seconds = time.monotonic() - started
             self._reporter.report(
                 EvaluationAdvanced(
                     title=self._title,
                     unit="request",
-                    num_done=len(found),
+                    num_done=len(replies),
                     num_all=len(requests),
-                    seconds_left=seconds * (len(requests) - len(found)) / len(found),
+                    seconds_left=seconds * (len(requests) - len(replies)) / len(replies),
                 )
             )
-        return found
+        return replies

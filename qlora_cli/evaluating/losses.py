@@ -79,7 +79,7 @@ def measure_losses(
     """
     collate = make_collator(pad_token_id, packing=False)
     order = np.argsort(-data.lengths, kind="stable")
-    found = np.zeros((len(order), 3))
+    figures_of_rows = np.zeros((len(order), 3))
     progress = _LossProgress(data.lengths, title, reporter)
     done = num_left_out = 0
     with _evaluating(model):
@@ -91,14 +91,14 @@ def measure_losses(
             if figures is None:
                 batch_size = _halved(len(places), batch, reporter)
                 continue
-            found[places] = figures
+            figures_of_rows[places] = figures
             done += len(places)
             num_left_out += num_new
             progress.report(order[:done])
     return RowLosses(
-        nll=found[:, 0],
-        correct=found[:, 1].astype(np.int64),
-        tokens=found[:, 2].astype(np.int64),
+        nll=figures_of_rows[:, 0],
+        correct=figures_of_rows[:, 1].astype(np.int64),
+        tokens=figures_of_rows[:, 2].astype(np.int64),
         num_left_out=num_left_out,
         seconds=progress.seconds,
         num_fed=int(data.lengths.sum()),

@@ -65,7 +65,7 @@ class Tasks:
                 mixed_precision_dtype=None if dtype == torch.float32 else dtype,
             )
             try:
-                found = simple_evaluate(
+                results = simple_evaluate(
                     model=wrapped,
                     tasks=list(self.names),
                     task_manager=self.manager,
@@ -73,10 +73,10 @@ class Tasks:
                     log_samples=False,
                 )
             except (OSError, ValueError, RuntimeError, MemoryError, DatasetsError) as error:
-                told = _explained(error, self.names, self.batch_size)
-                raise told from (None if told is error else error)
-        assert found is not None, "one process"
-        return tuple(_figures(source, found))
+                explained = _explained(error, self.names, self.batch_size)
+                raise explained from (None if explained is error else error)
+        assert results is not None, "one process"
+        return tuple(_figures(source, results))
 
 
 def find_tasks(request: EvaluationSettings) -> Tasks | None:
@@ -97,10 +97,10 @@ def find_tasks(request: EvaluationSettings) -> Tasks | None:
         manager = TaskManager(include_path=list(folders) or None)
     names: dict[str, None] = {}
     for asked in request.tasks:
-        found = manager.match_tasks([_task_of(files[asked]) if asked in files else asked])
-        if not found:
+        matches = manager.match_tasks([_task_of(files[asked]) if asked in files else asked])
+        if not matches:
             raise _unknown(asked, manager.all_tasks)
-        names |= dict.fromkeys(found)
+        names |= dict.fromkeys(matches)
     return Tasks(names=tuple(names), manager=manager, limit=request.limit, batch_size=request.batch_size)
 
 
@@ -128,10 +128,10 @@ def _unknown(name: str, known: Sequence[str]) -> QloraError:
     return DataError(f"lm-eval has no task {name}", hint=hint)
 
 
-def _figures(source: Kind, found: Mapping[str, Any]) -> Iterator[TaskResult]:
+def _figures(source: Kind, results: Mapping[str, Any]) -> Iterator[TaskResult]:
     """Yield every figure of every task; of a group, that of all its tasks together too."""
-    counts = found.get("n-samples", {})
-    for task, values in found["results"].items():
+    counts = results.get("n-samples", {})
+    for task, values in results["results"].items():
         for name, value in values.items():
             metric, _, filtered = name.partition(",")
             if not filtered or metric.endswith(STDERR):

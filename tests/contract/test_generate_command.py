@@ -71,13 +71,13 @@ def test_the_answer_alone_is_on_stdout_and_all_else_on_stderr(base_model: Path) 
 def test_on_a_terminal_the_answer_is_written_as_it_comes(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = qlora_generate(base_model, "--prompt", "hello", *CPU)
     written: list[str] = []
-    tell = answer_text.Teller.text
+    tell = answer_text.AnswerPrinter.text
 
-    def listen(teller: answer_text.Teller, piece: str) -> None:
+    def listen(printer: answer_text.AnswerPrinter, piece: str) -> None:
         written.append(piece)
-        tell(teller, piece)
+        tell(printer, piece)
 
-    monkeypatch.setattr(answer_text.Teller, "text", listen)
+    monkeypatch.setattr(answer_text.AnswerPrinter, "text", listen)
     monkeypatch.setattr(answer_text, "to_terminal", lambda: True)
     streamed = qlora_generate(base_model, "--prompt", "hello", *CPU)
     assert streamed.stdout == whole.stdout

@@ -14,7 +14,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.commands.generate import check_request
-from qlora_cli.cli.stderr import tell
+from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import ChatSettings
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_cli.answering.answers import Answer
     from qlora_cli.answering.conversation import Chat
     from qlora_cli.answering.open_model import OpenModel
-    from qlora_cli.cli.rendering.answer_text import Teller
+    from qlora_cli.cli.rendering.answer_text import AnswerPrinter
 
 MARK = "> "
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
@@ -53,12 +53,12 @@ def chat(context: typer.Context) -> None:
 
 
 def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
-    from qlora_cli.cli.rendering.answer_text import Teller
+    from qlora_cli.cli.rendering.answer_text import AnswerPrinter
 
-    teller = Teller(is_headed=len(opened.sources) > 1, max_new_tokens=max_new_tokens)
+    printer = AnswerPrinter(is_headed=len(opened.sources) > 1, max_new_tokens=max_new_tokens)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        tell(HELP)
+        print_line(HELP)
     for line in _typed_lines() if is_terminal else _piped_lines():
         command = COMMAND.fullmatch(line)
         if command is not None and command[1] == "quit":
@@ -67,11 +67,11 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
             if command is not None:
                 _obey(chat, command[1], command[2])
             elif line.strip():
-                with _stopped_by_ctrl_c(teller) if is_terminal else nullcontext():
-                    _tell_kept(chat.ask(line.strip(), teller)[-1])
+                with _stopped_by_ctrl_c(printer) if is_terminal else nullcontext():
+                    _tell_kept(chat.ask(line.strip(), printer)[-1])
         except QloraError as error:  # of this turn alone: the conversation stays as it was
-            tell(f"error: {error.message}")
-            tell(f"  hint: {error.hint}")
+            print_line(f"error: {error.message}")
+            print_line(f"  hint: {error.hint}")
 
 
 def _obey(chat: "Chat", command: str, text: str | None) -> None:
@@ -83,17 +83,17 @@ def _obey(chat: "Chat", command: str, text: str | None) -> None:
     """
     if command == "reset":
         chat.reset()
-        tell("what was said is forgotten")
+        print_line("what was said is forgotten")
     elif command == "system":
         chat.set_system(text or None)
-        tell("the system prompt holds from here on" if text else "no system prompt from here on")
+        print_line("the system prompt holds from here on" if text else "no system prompt from here on")
     else:
         raise UsageError(f"no command /{command}", hint=f"{HELP}. What begins with a space is sent as it is.")
 
 
 def _tell_kept(answer: "Answer") -> None:
     if answer.finish_reason == "interrupted":
-        tell("stopped; what there is of the answer stays in the conversation")
+        print_line("stopped; what there is of the answer stays in the conversation")
 
 
 def _typed_lines() -> Iterator[str]:
@@ -106,13 +106,13 @@ def _typed_lines() -> Iterator[str]:
         try:
             yield _decodable(input(MARK if sys.stdout.isatty() else ""))
         except EOFError:
-            tell("")
+            print_line("")
             return
         except KeyboardInterrupt:
-            tell("")
+            print_line("")
             raise
         except UnicodeError:
-            tell("error: the line is not UTF-8")
+            print_line("error: the line is not UTF-8")
 
 
 def _piped_lines() -> Iterator[str]:
@@ -129,13 +129,13 @@ def _decodable(line: str) -> str:
 
 
 @contextmanager
-def _stopped_by_ctrl_c(teller: "Teller") -> Iterator[None]:
+def _stopped_by_ctrl_c(printer: "AnswerPrinter") -> Iterator[None]:
     """Make Ctrl-C stop the answer after the token in progress; twice, it ends the command as ever."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
-        if teller.asked_to_stop:
+        if printer.asked_to_stop:
             raise KeyboardInterrupt
-        teller.asked_to_stop = True
+        printer.asked_to_stop = True
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

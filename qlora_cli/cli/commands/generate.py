@@ -32,7 +32,7 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     check_request(resolved)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
-    from qlora_cli.cli.rendering.answer_text import Teller, print_prompt, render_answers, to_terminal
+    from qlora_cli.cli.rendering.answer_text import AnswerPrinter, print_prompt, render_answers, to_terminal
 
     streams = to_terminal() and not (json or request.compare)
     with reporting() as reporter:
@@ -50,8 +50,8 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
         if len(prompts) > 1:
             print_prompt(text)
         name = prompt_name(number, len(prompts))
-        teller = Teller(is_headed=False, max_new_tokens=request.max_new_tokens, prompt=name)
-        answering.answer_prompt(opened, request, text, teller)
+        printer = AnswerPrinter(is_headed=False, max_new_tokens=request.max_new_tokens, prompt=name)
+        answering.answer_prompt(opened, request, text, printer)
 
 
 def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:

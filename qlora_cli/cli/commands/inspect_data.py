@@ -6,7 +6,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.cli.stderr import tell
+from qlora_cli.cli.stderr import print_line
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, SettingsError
@@ -64,7 +64,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
             reporter.report(Noted(message=f"the page is in {html}"))
     print_json(inspection.as_json()) if json else render_data(inspection)
     for refusal in inspection.refusals:
-        tell(f"error: {refusal}")
+        print_line(f"error: {refusal}")
     if inspection.refusals:
-        tell("  hint: train would end with this; see qlora inspect-data --help for what may be accepted")
+        print_line("  hint: train would end with this; see qlora inspect-data --help for what may be accepted")
         raise typer.Exit(DataError.exit_code)

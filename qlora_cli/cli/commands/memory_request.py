@@ -1,4 +1,4 @@
-"""What `qlora inspect-memory` is asked, as a request: GPUs found and sweeps read. Every problem is told at once."""
+"""Read the flags of `qlora inspect-memory` as a request. Every problem is reported at once."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -67,9 +67,9 @@ class _ReadFlags:
     ) -> "_ReadFlags":
         """Read texts; `where_of` says where a setting was given."""
         problems: list[Problem] = []
-        found = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
+        named_gpus = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
         values, more = read_sweeps([*sweep, *words] if sweep else (), where_of("inspect_memory.sweep"))
-        return cls(gpus=found, sweep=values, problems=problems + more)
+        return cls(gpus=named_gpus, sweep=values, problems=problems + more)
 
 
 def check_plot(path: Path) -> QloraError | None:
@@ -101,15 +101,15 @@ def _misplaced(context: typer.Context, words: Sequence[str], sweep: Sequence[str
 
 
 def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tuple[Gpu, ...]:
-    found: dict[str, Gpu] = {}
+    by_name: dict[str, Gpu] = {}
     for text in texts:
         try:
             gpu = find_gpu(text)
         except (UsageError, HardwareError) as error:
             problems.append(Problem(where=where, message=error.message, hint=error.hint))
         else:
-            found[gpu.name] = gpu
-    return tuple(found.values())
+            by_name[gpu.name] = gpu
+    return tuple(by_name.values())
 
 
 def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.cli.stderr import tell
+from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 
@@ -75,14 +75,14 @@ def show(
         )
     if html is not None and (problem := check_page(html)):
         raise SettingsError([Problem(where="--html", message=problem.message, hint=problem.hint)])
-    found = read_run(run)
+    loaded = read_run(run)
     if html is not None:
         from qlora_cli.runs.report.run_page import write_page
 
-        write_page(html, found)
-        tell(f"the page is in {html}")
-    detail = detail_of(found)
-    print_json(detail.as_json()) if json else render_run(detail, found.history)
+        write_page(html, loaded)
+        print_line(f"the page is in {html}")
+    detail = detail_of(loaded)
+    print_json(detail.as_json()) if json else render_run(detail, loaded.history)
 
 
 def _check_directory(directory: Path, hint: str) -> None:
@@ -97,7 +97,7 @@ def _check_directory(directory: Path, hint: str) -> None:
 def _nearest_run(run: Path) -> str:
     """Return a hint for a run that is not there: one of a name like it, beside it or in the usual place."""
     for folder in (run.parent, Path("runs")):
-        beside = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
-        if matches := get_close_matches(run.name, beside, n=1):
-            return f"Did you mean {beside[matches[0]]}?"
+        siblings = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+        if matches := get_close_matches(run.name, siblings, n=1):
+            return f"Did you mean {siblings[matches[0]]}?"
     return "List the runs: qlora runs DIR"

@@ -34,14 +34,14 @@ def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str,
             hint = f"Give all values at once, as in {name}=8,16,64."
             problems.append(Problem(where=place, message=f"{name} is given twice", hint=hint))
         else:
-            found = read_values(values)
+            bounds = read_values(values)
             if (
-                message := _wrong_value(name, found)
-                if found
+                message := _wrong_value(name, bounds)
+                if bounds
                 else "expected values such as 512..32768 (rising), 8,16 or 8"
             ):
                 problems.append(Problem(where=place, message=message, hint=EXAMPLE))
-            sweeps[name] = found or ()
+            sweeps[name] = bounds or ()
     return sweeps, problems
 
 
@@ -51,8 +51,8 @@ def read_values(text: str) -> tuple[int, ...] | None:
     The last is included whatever the first comes to by doubling. None if it can't be read, or falls.
     """
     number = rf"\d{{1,{MOST_DIGITS}}}"
-    if found := re.fullmatch(rf"({number})\.\.({number})", text):
-        first, last = int(found[1]), int(found[2])
+    if bounds := re.fullmatch(rf"({number})\.\.({number})", text):
+        first, last = int(bounds[1]), int(bounds[2])
         return doubled(first, last) if 0 < first <= last else None
     if re.fullmatch(rf"{number}(,{number})*", text):
         return tuple(sorted({int(value) for value in text.split(",")}))

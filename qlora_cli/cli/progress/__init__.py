@@ -1,1 +1,1 @@
-"""A run while it goes on, on stderr: a live display, or plain lines."""
+"""A run in progress, on stderr: a live display, or plain lines."""

@@ -60,7 +60,7 @@ def describe_event(event: Event) -> str | None:
             return f"step {event.step}: checkpoint {event.path}"
         case TrainingEnded(interrupted_by=str()):
             where = f"after step {event.step:,} of {event.num_steps:,}"
-            return f"Stopped by {event.interrupted_by} {where}; the same command goes on from there"
+            return f"Stopped by {event.interrupted_by} {where}; the same command resumes there"
         case _:
             return None
 

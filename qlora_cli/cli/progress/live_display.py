@@ -24,7 +24,7 @@ from qlora_cli.cli.progress.live_lines import NARROW, training_lines
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import TRANSFERS
 from qlora_cli.cli.sparkline import can_show_blocks
-from qlora_cli.cli.stderr import told
+from qlora_cli.cli.stderr import sanitized
 from qlora_cli.events import (
     BytesDone,
     EvalDone,
@@ -121,7 +121,7 @@ class LiveReporter:
 
     def _print(self, line: str | None, style: str = "") -> None:
         if line is not None:
-            self.live.console.print(Text(told(line), style=style))
+            self.live.console.print(Text(sanitized(line), style=style))
 
     def _report_bytes(self, event: BytesDone) -> None:
         if event.done_bytes >= event.total_bytes:
@@ -137,7 +137,7 @@ class LiveReporter:
     def _draw(self) -> RenderableType:
         state = self._state
         lines: list[RenderableType] = [
-            Text(told(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(sanitized(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
         ]
         if self._transfers:
             lines.append(self._bytes)
@@ -165,6 +165,6 @@ def _style(event: Event) -> str:
 def _sample_table(event: SampleDone) -> Table:
     prompt, answer = sample_texts(event)
     table = Table.grid(Column(min_width=len("  answer")), Column(overflow="fold"), padding=(0, 2))
-    table.add_row("  prompt", Text(told(prompt), style="dim"))
-    table.add_row("  answer", Text(told(answer)))
+    table.add_row("  prompt", Text(sanitized(prompt), style="dim"))
+    table.add_row("  answer", Text(sanitized(answer)))
     return table

@@ -35,7 +35,7 @@ def training_lines(state: RunState, width: int, now: float, *, can_show_blocks: 
 
 
 def flow(parts: Sequence[str | Text], width: int, style: str = "") -> list[Text]:
-    """Return `parts` beside each other, on the next line where one does not fit; a part is never broken."""
+    """Return `parts` in a row, on the next line where one does not fit; a part is never broken."""
     lines: list[Text] = []
     for part in parts:
         if lines and lines[-1].cell_len + len(GAP) + len(part) <= width:

@@ -14,7 +14,7 @@ from qlora_cli.cli.progress.event_text import (
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import Transfer
 from qlora_cli.cli.sparkline import can_show_blocks
-from qlora_cli.cli.stderr import told
+from qlora_cli.cli.stderr import sanitized
 from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, StepDone, TrainingEnded
 from qlora_cli.units import format_duration
 
@@ -86,4 +86,4 @@ class PlainReporter:
 
     def _write(self, line: str | None) -> None:
         if line is not None:
-            print(told(line), file=self._file, flush=True)
+            print(sanitized(line), file=self._file, flush=True)

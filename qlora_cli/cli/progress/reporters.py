@@ -1,4 +1,4 @@
-"""Show a run while it goes on, on stderr: a live display on a terminal, plain lines elsewhere."""
+"""Show a run in progress, on stderr: a live display on a terminal, plain lines elsewhere."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What is known of a run that goes on, from its events: the source of both displays."""
+"""The state of a run in progress, from its events: the source of both displays."""
 
 import math
 from dataclasses import dataclass, field

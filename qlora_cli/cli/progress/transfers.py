@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qlora_cli.events import BytesDone
 from qlora_cli.units import format_bytes, format_duration
 
-# What is said of bytes while they go on, and once all are done.
+# Titles of a transfer, in progress and done.
 TRANSFERS = {
     "download": ("Downloading", "downloaded"),
     "quantize": ("Quantizing", "quantized"),

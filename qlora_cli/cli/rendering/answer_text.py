@@ -7,7 +7,7 @@ from rich.text import Text
 
 from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers, Source, cut_note
 from qlora_cli.cli.console import console, title
-from qlora_cli.cli.stderr import tell
+from qlora_cli.cli.stderr import print_line
 from qlora_cli.visible import harmless
 
 
@@ -59,7 +59,7 @@ def _render_prompt(given: PromptAnswers) -> None:
         console().print(Text(verdict(given.answers), style="cyan"), soft_wrap=True)
 
 
-class Teller:
+class AnswerPrinter:
     """Writes answers to stdout as they come; a heading tells several sources apart, `prompt` several prompts."""
 
     def __init__(self, *, is_headed: bool, max_new_tokens: int, prompt: str = "") -> None:
@@ -85,4 +85,4 @@ class Teller:
         """End its line, and say on stderr if it was cut off."""
         print(flush=True)
         if note := cut_note(answer, self._max_new_tokens, self._prompt):
-            tell(note)
+            print_line(note)

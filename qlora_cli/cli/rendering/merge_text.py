@@ -113,41 +113,46 @@ def _describe_choice(choice: BaseChoice) -> str:
     return f"the {choice.base} base: {choice.reason}"
 
 
-def _verification_rows(found: Verification) -> Iterator[Row]:
-    yield from _divergence_rows(found.divergence)
-    rows = f" and {counted(found.num_rows, 'row')} of the data" if found.num_rows else ""
-    yield "over", f"{found.divergence.num_tokens:,} tokens of {found.num_prompts} prompts{rows}"
-    yield "computed", f"in fp32 on {found.device}, in {format_duration(found.seconds)}"
-    if found.ran_adapters:
-        yield (
-            "before rounding",
-            f"KL divergence {found.unrounded.median_kl:.1g} at the median token, at most {found.max_unexplained:g}",
-        )
+def _verification_rows(verification: Verification) -> Iterator[Row]:
+    yield from _divergence_rows(verification.divergence)
+    rows = f" and {counted(verification.num_rows, 'row')} of the data" if verification.num_rows else ""
+    yield "over", f"{verification.divergence.num_tokens:,} tokens of {verification.num_prompts} prompts{rows}"
+    yield "computed", f"in fp32 on {verification.device}, in {format_duration(verification.seconds)}"
+    if verification.ran_adapters:
+        median = f"KL divergence {verification.unrounded.median_kl:.1g} at the median token"
+        yield "before rounding", f"{median}, at most {verification.max_unexplained:g}"
     else:
         yield "not verified", "the sum itself: PEFT can't run these adapters together"
-    if found.modules is not None:
-        yield "each module", _describe_modules(found.modules)
-    yield "in the files", f"{found.num_parameters:,} parameters, to the bit as merged"
-    if found.less_rounded is not None:
-        yield "less rounding", f"--dtype {found.less_rounded.dtype}, KL divergence {found.less_rounded.mean_kl:.2g}"
-    if found.max_divergence is not None:
-        yield "passed", f"KL divergence at most {found.max_divergence:g}"
+    if verification.modules is not None:
+        yield "each module", _describe_modules(verification.modules)
+    yield "in the files", f"{verification.num_parameters:,} parameters, to the bit as merged"
+    if verification.less_rounded is not None:
+        yield (
+            "less rounding",
+            f"--dtype {verification.less_rounded.dtype}, KL divergence {verification.less_rounded.mean_kl:.2g}",
+        )
+    if verification.max_divergence is not None:
+        yield "passed", f"KL divergence at most {verification.max_divergence:g}"
 
 
-def _describe_modules(found: ModuleCheck) -> str:
-    share = f"off by at most {found.difference:.1g} of what the adapter does there"
-    return f"{counted(found.num_modules, 'adapted module')} one by one, {share}; {found.floor:g} of the output passes"
+def _describe_modules(check: ModuleCheck) -> str:
+    share = f"off by at most {check.difference:.1g} of what the adapter does there"
+    return f"{counted(check.num_modules, 'adapted module')} one by one, {share}; {check.floor:g} of the output passes"
 
 
-def _divergence_rows(found: Divergence) -> Iterator[Row]:
-    yield "KL divergence", f"{found.mean_kl:.2g} nats a token, at most {found.max_kl:.2g}"
-    yield "logits", f"differ by {found.mean_logit_difference:.2g} on average, at most {found.max_logit_difference:.2g}"
-    yield "top token", f"the same at {found.top_token_agreement:.2%} of the tokens"
-    yield "perplexity", f"{found.perplexity:.4f} against {found.reference_perplexity:.4f}"
+def _divergence_rows(divergence: Divergence) -> Iterator[Row]:
+    yield "KL divergence", f"{divergence.mean_kl:.2g} nats a token, at most {divergence.max_kl:.2g}"
+    yield (
+        "logits",
+        f"differ by {divergence.mean_logit_difference:.2g} on average, at most {divergence.max_logit_difference:.2g}",
+    )
+    yield "top token", f"the same at {divergence.top_token_agreement:.2%} of the tokens"
+    yield "perplexity", f"{divergence.perplexity:.4f} against {divergence.reference_perplexity:.4f}"
 
 
-def _in_short(found: Divergence) -> str:
+def _in_short(divergence: Divergence) -> str:
     return (
-        f"KL divergence {found.mean_kl:.2g} nats a token, top token the same at {found.top_token_agreement:.2%}, "
-        f"perplexity {found.perplexity:.4f} against {found.reference_perplexity:.4f}"
+        f"KL divergence {divergence.mean_kl:.2g} nats a token, "
+        f"top token the same at {divergence.top_token_agreement:.2%}, "
+        f"perplexity {divergence.perplexity:.4f} against {divergence.reference_perplexity:.4f}"
     )

@@ -98,7 +98,7 @@ def _end_rows(detail: RunDetail) -> Iterator[Row]:
     if summary.checkpoints:
         yield "checkpoints", _shown(", ".join(path.name for path in summary.checkpoints))
     if detail.resumed_from:
-        yield "resumed", f"behind step {', '.join(f'{step:,}' for step in detail.resumed_from)}"
+        yield "resumed", f"after step {', '.join(f'{step:,}' for step in detail.resumed_from)}"
     if summary.error:
         yield "error", _shown(summary.error)
     if detail.next_step:

@@ -90,7 +90,7 @@ def _describe_time(result: TrainResult) -> str:
     time = f"{format_duration(result.train_seconds)} training, {format_duration(result.total_seconds)} in all"
     if result.resumed_from_step is None:
         return time
-    return f"{time}; of the whole run, as all figures but peaks (resumed behind step {result.resumed_from_step:,})"
+    return f"{time}; of the whole run, as all figures but peaks (resumed after step {result.resumed_from_step:,})"
 
 
 def render_demo(result: DemoResult) -> None:

@@ -13,7 +13,7 @@ from qlora_cli.answering.answerer import Answerer, Watch
 from qlora_cli.answering.answers import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
 from qlora_cli.cli.rendering import answer_text
-from qlora_cli.cli.rendering.answer_text import Teller, verdict
+from qlora_cli.cli.rendering.answer_text import AnswerPrinter, verdict
 from qlora_cli.errors import ModelError, SettingsError
 from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
@@ -263,11 +263,11 @@ def test_a_single_answer_is_raw_in_a_pipe_and_harmless_on_a_terminal(
     monkeypatch.setattr(answer_text, "to_terminal", lambda: True)
     answer_text.render_answers(a_report(HOSTILE))
     assert capsys.readouterr().out == harmless(HOSTILE) + "\n"
-    teller = Teller(is_headed=True, max_new_tokens=9)
-    teller.begin("base")
+    printer = AnswerPrinter(is_headed=True, max_new_tokens=9)
+    printer.begin("base")
     for character in HOSTILE:
-        teller.text(character)
-    teller.end(an_answer(HOSTILE))
+        printer.text(character)
+    printer.end(an_answer(HOSTILE))
     assert capsys.readouterr().out == f"base\n{harmless(HOSTILE)}\n"
 
 

@@ -88,7 +88,7 @@ def test_plain_lines_for_everything_else() -> None:
         "warning: cut",
         "step 3: held-out loss 1.5000, best so far (2.00 s)",
         "step 3: checkpoint run/checkpoints/step-3",
-        "Stopped by SIGTERM after step 3 of 9; the same command goes on from there",
+        "Stopped by SIGTERM after step 3 of 9; the same command resumes there",
     ]
 
 

@@ -244,7 +244,7 @@ def test_the_course_of_the_loss_stays_on_the_terminal() -> None:
     screen.report(TrainingEnded(step=2, num_steps=3, interrupted_by="SIGTERM"))
     assert screen.written().splitlines() == [
         "losses █▅▁  2 to 4",
-        "Stopped by SIGTERM after step 2 of 3; the same command goes on from there",
+        "Stopped by SIGTERM after step 2 of 3; the same command resumes there",
     ]
 
 

@@ -192,7 +192,7 @@ def test_events_are_marked_with_their_steps(tmp_path: Path) -> None:
     assert kinds["saved"].x == curve_of(found["loss"], "raw")[19][0]
     for chart in found.values():
         (rule,) = [rule for rule in chart.rules if rule.kind == "resumed"]
-        assert rule.title == "resumed behind step 40"
+        assert rule.title == "resumed after step 40"
         assert not rule.is_level
 
 

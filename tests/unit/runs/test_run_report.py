@@ -156,7 +156,7 @@ def test_plan_machine_versions_and_notes_are_told(root: Element) -> None:
     text = words(root.all("main")[0])
     for expected in (
         *("Padding share25.0 %", "Memory64.00 GiB", "CPUs16", "torch2.11.0", f"lowered {SCRIPT}"),
-        *(f"Step 62 was skipped: {SCRIPT} ({SCRIPT}, row [U+202E]2)", "Training was resumed behind step 60."),
+        *(f"Step 62 was skipped: {SCRIPT} ({SCRIPT}, row [U+202E]2)", "Training was resumed after step 60."),
         f"SIGINT {SCRIPT} stopped it after step 60.",
     ):
         assert expected in text
