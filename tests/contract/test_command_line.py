@@ -30,7 +30,7 @@ try:
     main()
 except SystemExit as error:
     print("exit", error.code, file=sys.stderr)
-heavy = sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules))
+heavy = sorted({"torch", "transformers", "datasets", "peft", "trl", "matplotlib"} & set(sys.modules))
 print("heavy", heavy, file=sys.stderr)
 """
 TRAIN_FLAGS = (

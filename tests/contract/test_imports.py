@@ -26,7 +26,7 @@ GROUND: dict[str, set[str]] = {
 }
 MOST_LINES = 500
 MOST_FILES = 18  # of a folder, besides its `__init__.py`
-HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib"}
 LIGHT = {*GROUND, "settings", "cli", "runs", "__main__"}
 MAP_LINE = re.compile(r"^\| `(\w+)` \| .+ \| ([\w, ]*)\|$", re.MULTILINE)
 

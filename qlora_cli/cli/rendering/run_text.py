@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from qlora_cli.charts.series import Series, smoothed
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
 from qlora_cli.cli.sparkline import can_show_blocks, sparkline
 from qlora_cli.events import EvalDone
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.history import RunHistory, parse_time
 from qlora_cli.runs.record import SettingUsed
-from qlora_cli.runs.report.curve import Series, smoothed
 from qlora_cli.runs.samples import Sample
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import counted, format_bytes, format_duration

@@ -3,20 +3,24 @@
 What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from qlora_cli import __version__
+from qlora_cli.charts.canvas import ChartSize, drawing_style
+from qlora_cli.charts.line_chart import embedded_line_chart
+from qlora_cli.charts.page_svg import PAGE_CSS
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.find_runs import Run, read_run
 from qlora_cli.runs.history import RunHistory, parse_time
 from qlora_cli.runs.record import RecordedRows, RunRecord, as_name, as_text
-from qlora_cli.runs.report.charts import charts_of
-from qlora_cli.runs.report.curve import HEIGHT, WIDTH
+from qlora_cli.runs.report.run_charts import charts_of
+from qlora_cli.runs.report.step_chart import Labels, RunChart
 from qlora_cli.runs.samples import answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import format_bytes, format_count, format_duration
@@ -46,7 +50,15 @@ DATA_ROWS = (
     ("groups", "Groups"),
     ("bad_rows", "Bad rows"),
 )
-WITHOUT_PLAN = ("output", "predicted_memory", "model")  # told elsewhere on the page
+WITHOUT_PLAN = ("output", "predicted_memory", "model")  # shown elsewhere on the page
+# The first chart has the full width of the page, the others half of it; see `PAGE_CSS` for which size is seen when.
+NARROW = ChartSize(name="narrow", width=340, height=240, num_ticks=4)
+SIZES = (ChartSize(name="medium", width=500, height=242, num_ticks=5), NARROW)
+FIRST_SIZES = (
+    ChartSize(name="wide", width=1000, height=362, num_ticks=8),
+    ChartSize(name="medium", width=600, height=320, num_ticks=6),
+    ChartSize(name="narrow", width=340, height=290, num_ticks=4),
+)
 
 Pairs = list[tuple[str, str]]
 
@@ -95,16 +107,14 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"visible": _visible, "lines": _visible_lines, "count": "{:,}".format}
     template = environment.from_string(resources.files("qlora_cli.runs.report").joinpath(TEMPLATE).read_text("utf-8"))
-    charts = charts_of(history, summary, record)
     return template.render(
         summary=summary,
         history=history,
         state=summary.sentence,
         about=about(summary, record),
         tiles=list(tiles_of(summary, history)),
-        charts=charts,
-        width=WIDTH,
-        height=HEIGHT,
+        charts=drawn_charts(charts_of(history, summary, record)),
+        chart_css=Markup(PAGE_CSS),  # noqa: S704 - ours
         memory=list(memory_rows(summary)),
         samples=answers_by_prompt(history),
         skipped=history.skipped[:MOST_SKIPPED],
@@ -115,6 +125,19 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         fingerprint=record.data.train.fingerprint if record.data.train else None,
         version=__version__,
     )
+
+
+def drawn_charts(charts: Sequence[RunChart]) -> list[tuple[Labels, Markup]]:
+    """Return the charts as SVG, each with what stands around it."""
+    if not charts:
+        return []
+    drawn = []
+    with drawing_style():
+        for place, chart in enumerate(charts):
+            labels, sizes = chart.labels, SIZES if place else FIRST_SIZES
+            svg = embedded_line_chart(chart.chart, labels.name, sizes, description=labels.description)
+            drawn.append((labels, Markup(svg)))  # noqa: S704 - its text is escaped
+    return drawn
 
 
 def about(summary: RunSummary, record: RunRecord) -> Pairs:

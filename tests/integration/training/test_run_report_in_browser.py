@@ -15,6 +15,7 @@ from tests.unit.runs.test_run_report import events_of_a_run, hostile_record
 
 PHONE_WIDTH, PHONE_HEIGHT = 390, 844
 WIDE = 1200
+LEAST_FONT_PIXELS, MOST_FONT_PIXELS = 9, 17
 FACTS = """<script>addEventListener("load", () => {
   const root = document.documentElement;
   const box = element => {
@@ -22,14 +23,18 @@ FACTS = """<script>addEventListener("load", () => {
     return [at.left, at.top, at.right, at.bottom];
   };
   const boxes = (within, what) => Array.from(within.querySelectorAll(what), box);
+  const seen = chart => Array.from(chart.querySelectorAll("svg.drawn")).filter(svg => svg.getClientRects().length);
   window.top.document.body.dataset.facts = JSON.stringify({
     scrollWidth: root.scrollWidth, innerWidth,
     outside: Array.from(document.querySelectorAll("body *:not(svg *)"), element => [element.tagName, box(element)])
       .filter(([, at]) => at[2] > innerWidth + 0.5).map(String),
     charts: Array.from(document.querySelectorAll(".chart"), chart => ({
-      plot: box(chart.querySelector(".plot")), labels: boxes(chart, ".plot .x, .plot .y"),
-      keys: boxes(chart, ".keys li"),
-      curves: Array.from(chart.querySelectorAll(".curve"), curve => curve.getTotalLength()),
+      sizes: seen(chart).map(svg => svg.classList[1]), plot: box(seen(chart)[0]), labels: boxes(seen(chart)[0], "text"),
+      fontPixels: Math.min(...Array.from(seen(chart)[0].querySelectorAll("text"),
+        text => parseFloat(getComputedStyle(text).fontSize) * seen(chart)[0].getScreenCTM().a)),
+      font: getComputedStyle(seen(chart)[0].querySelector("text")).fontFamily,
+      keys: boxes(chart, ".legend li"),
+      curves: Array.from(seen(chart)[0].querySelectorAll("g > path[style*='--first']"), path => path.getTotalLength()),
     })),
     scripts: document.querySelectorAll("main script").length,
     columns: getComputedStyle(document.querySelector(".charts")).gridTemplateColumns.split(" ").length,
@@ -46,9 +51,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
 
 
 def facts_on_a_phone(browser: Browser) -> dict[str, Any]:
+    return facts_in_a_frame(browser, PHONE_WIDTH)
+
+
+def facts_in_a_frame(browser: Browser, width: int) -> dict[str, Any]:
     framed = browser.folder / "framed.html"
     page = escape(with_script(browser.page, FACTS))
-    framed.write_text(frame(f'srcdoc="{page}"', PHONE_WIDTH, PHONE_HEIGHT), "utf-8")
+    framed.write_text(frame(f'srcdoc="{page}"', width, PHONE_HEIGHT), "utf-8")
     return browser.facts(framed)
 
 
@@ -64,15 +73,19 @@ def check_charts(facts: dict[str, Any]) -> None:
     assert len(facts["charts"]) == 5
     for chart in facts["charts"]:
         left, top, right, bottom = chart["plot"]
-        assert right - left > 200
-        assert bottom - top > 150
+        assert len(chart["sizes"]) == 1
+        assert right - left > 250
+        assert bottom - top > 180
+        assert LEAST_FONT_PIXELS <= chart["fontPixels"] <= MOST_FONT_PIXELS
+        assert "system-ui" in chart["font"]
         assert chart["curves"]
         assert all(length > 100 for length in chart["curves"])
+        assert all(left - 1 <= label[0] and label[2] <= right + 1 for label in chart["labels"])
         boxes = [*chart["labels"], *chart["keys"]]
         assert not [pair for pair in combinations(boxes, 2) if overlap(*pair)]
 
 
-def test_a_wide_window_shows_charts_side_by_side(browser: Browser) -> None:
+def test_a_wide_window_shows_two_charts_in_a_row(browser: Browser) -> None:
     copy = browser.folder / "copy.html"
     copy.write_text(with_script(browser.page, FACTS), "utf-8")
     facts = browser.facts(copy, f"--window-size={WIDE},1600")
@@ -81,7 +94,7 @@ def test_a_wide_window_shows_charts_side_by_side(browser: Browser) -> None:
     assert facts["columns"] == 2
     plots = [chart["plot"] for chart in facts["charts"]]
     for one, other in ((1, 2), (3, 4)):
-        assert plots[one][1] == plots[other][1]  # plots side by side stand at one height
+        assert plots[one][1] == plots[other][1]  # both stand at one height
         assert plots[one][3] == plots[other][3]
 
 
@@ -90,6 +103,12 @@ def test_a_phone_scrolls_in_one_direction(browser: Browser) -> None:
     assert facts["innerWidth"] == PHONE_WIDTH
     check_charts(facts)
     assert facts["columns"] == 1
+    assert {chart["sizes"][0] for chart in facts["charts"]} == {"narrow"}
+
+
+@pytest.mark.parametrize("width", [320, 480, 640, 705, 800, 900, 1024, 1152, 1600])
+def test_labels_are_legible_and_apart_in_any_width(browser: Browser, width: int) -> None:
+    check_charts(facts_in_a_frame(browser, width))
 
 
 @pytest.mark.parametrize("num_steps", [3, 1_000_000])

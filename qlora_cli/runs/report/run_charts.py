@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 
+from qlora_cli.charts.axis_range import spanning
+from qlora_cli.charts.line_chart import Rule
+from qlora_cli.charts.series import Series, is_drawable
 from qlora_cli.runs.history import RunHistory
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.runs.report.axis import is_drawable, spanning
-from qlora_cli.runs.report.curve import Series
-from qlora_cli.runs.report.drawing import Chart, Key, Labels, Line, Rule, chart_of, level
 from qlora_cli.runs.report.loss_chart import loss_chart
+from qlora_cli.runs.report.step_chart import Labels, LegendEntry, Line, RunChart, chart_of
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB, MIB, format_bytes
 
 WIDE = 20  # times the median: gradient norms beyond are drawn on a logarithmic axis
 
 
-def charts_of(history: RunHistory, summary: RunSummary, record: RunRecord) -> list[Chart]:
-    """Return the charts that there is something to draw in, that of the loss first."""
+def charts_of(history: RunHistory, summary: RunSummary, record: RunRecord) -> list[RunChart]:
+    """Return the charts that have something to draw, that of the loss first."""
     builders = (
         loss_chart(history),
         learning_rate_chart(history),
@@ -26,39 +27,39 @@ def charts_of(history: RunHistory, summary: RunSummary, record: RunRecord) -> li
     return [chart for chart in builders if chart is not None]
 
 
-def learning_rate_chart(history: RunHistory) -> Chart | None:
+def learning_rate_chart(history: RunHistory) -> RunChart | None:
     """Return the chart of the learning rate."""
     rates = Series(history.steps.step, history.steps.learning_rate)
     if not rates.drawable:
         return None
     labels = Labels(name="learning_rate", title="Learning rate", description=_describe("Learning rate", rates))
-    line = Line(kind="first", name="learning rate", series=rates, spec=".3g")
+    line = Line(color="first", name="learning rate", series=rates, spec=".3g")
     return chart_of(history, labels, [line], spanning(rates.drawable, from_zero=True))
 
 
-def grad_norm_chart(history: RunHistory, record: RunRecord) -> Chart | None:
+def grad_norm_chart(history: RunHistory, record: RunRecord) -> RunChart | None:
     """Return the chart of the gradient norm before clipping, with where it is clipped."""
     norms = Series(history.steps.step, history.steps.grad_norm)
-    found = sorted(norms.drawable)
-    if not found:
+    ordered = sorted(norms.drawable)
+    if not ordered:
         return None
-    is_log = found[0] > 0 and found[-1] > WIDE * found[len(found) // 2]
+    is_log = ordered[0] > 0 and ordered[-1] > WIDE * ordered[len(ordered) // 2]
     limit = record.setting("training.max_grad_norm")
     limits = [float(limit)] if isinstance(limit, int | float) and limit > 0 and is_drawable(limit) else []
-    up = spanning([*found, *limits], from_zero=True, is_log=is_log)
+    y = spanning([*ordered, *limits], from_zero=True, is_log=is_log)
     labels = Labels(
         name="grad_norm",
         title="Gradient norm",
         unit="logarithmic" if is_log else "",
         description=_describe("Gradient norm", norms),
-        keys=tuple(Key("limit", f"clipped above {limit:g}") for limit in limits),
+        legend=tuple(LegendEntry("limit", f"clipped above {limit:g}") for limit in limits),
     )
-    line = Line(kind="first", name="gradient norm", series=norms, spec=".4g", has_mean=True)
-    rules = [Rule("limit", level(limit, up), f"clipped above {limit:g}", is_level=True) for limit in limits]
-    return chart_of(history, labels, [line], up, rules=rules)
+    line = Line(color="first", name="gradient norm", series=norms, spec=".4g", has_mean=True)
+    rules = [Rule("muted", limit, f"clipped above {limit:g}", is_level=True) for limit in limits]
+    return chart_of(history, labels, [line], y, rules=rules)
 
 
-def speed_chart(history: RunHistory, summary: RunSummary) -> Chart | None:
+def speed_chart(history: RunHistory, summary: RunSummary) -> RunChart | None:
     """Return the chart of the tokens a second."""
     speeds = Series(history.steps.step, history.steps.tokens_per_second)
     if not speeds.drawable:
@@ -71,7 +72,7 @@ def speed_chart(history: RunHistory, summary: RunSummary) -> Chart | None:
         remark="" if speed is None else f"over all steps: {speed:,.0f}",
         description=_describe("Tokens a second", speeds),
     )
-    line = Line(kind="first", name="tokens a second", series=speeds, spec=",.0f", has_mean=True)
+    line = Line(color="first", name="tokens a second", series=speeds, spec=",.0f", has_mean=True)
     return chart_of(history, labels, [line], spanning(speeds.drawable, from_zero=True))
 
 
@@ -79,7 +80,7 @@ def _describe(what: str, series: Series) -> str:
     return f"{what} by step, from {min(series.drawable):.4g} to {max(series.drawable):.4g}."
 
 
-def memory_chart(history: RunHistory, summary: RunSummary) -> Chart | None:
+def memory_chart(history: RunHistory, summary: RunSummary) -> RunChart | None:
     """Return the chart of the memory in use after each step, with what was predicted for its peaks."""
     columns = history.steps
     kinds = (
@@ -92,28 +93,28 @@ def memory_chart(history: RunHistory, summary: RunSummary) -> Chart | None:
         return None
     most = max(*(max(filter(is_drawable, values)) for _, _, values, _ in seen), *(kind[3] or 0 for kind in seen), 1)
     size, unit = (GIB, "GiB") if most >= GIB else (MIB, "MiB")
-    up = spanning([most / size], from_zero=True)
+    y = spanning([most / size], from_zero=True)
     labels = Labels(
         name="memory",
         title="Memory",
         unit=unit,
         remark="in use after each step; peaks within a step are higher",
         description=f"Memory in use by step, up to {format_bytes(int(most))}.",
-        keys=(
-            *(Key(kind, name) for kind, name, _, _ in seen),
-            *([Key("predicted", "predicted peak")] if any(foreseen for _, _, _, foreseen in seen) else []),
+        legend=(
+            *(LegendEntry(color, name) for color, name, _, _ in seen),
+            *([LegendEntry("predicted", "predicted peak")] if any(predicted for _, _, _, predicted in seen) else []),
         ),
     )
     lines = [
-        Line(kind=kind, name=f"{name}, {unit}", series=_scaled(columns.step, values, size), spec=".2f")
-        for kind, name, values, _ in seen
+        Line(color=color, name=f"{name}, {unit}", series=_scaled(columns.step, values, size), spec=".2f")
+        for color, name, values, _ in seen
     ]
     rules = [
-        Rule(f"{kind} predicted", level(foreseen / size, up), f"{name}, predicted: {format_bytes(foreseen)}", True)
-        for kind, name, _, foreseen in seen
-        if foreseen
+        Rule(color, predicted / size, f"{name}, predicted: {format_bytes(predicted)}", is_level=True)
+        for color, name, _, predicted in seen
+        if predicted
     ]
-    return chart_of(history, labels, lines, up, rules=rules)
+    return chart_of(history, labels, lines, y, rules=rules)
 
 
 def _scaled(steps: Sequence[int], values: Sequence[float], size: int) -> Series:

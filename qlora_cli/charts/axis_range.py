@@ -1,0 +1,91 @@
+"""What an axis spans, and the round values that are written next to it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+SMALLEST = 1e-100
+EQUAL = 1e-9  # of their size: values that differ by less are drawn as one
+STEPS = (1, 2, 5, 10)  # times a power of ten: the distances between ticks
+SMALLEST_DECIMAL = 1e-3  # smaller ones are written with an exponent: 2e-4
+LARGEST_DECIMAL = 1e7
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisRange:
+    """From `low` to `high`, which differ; both above zero if it is logarithmic."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Return whether `value` is a number within."""
+        return self.low <= value <= self.high
+
+    def at(self, share: float) -> float:
+        """Return the value that stands at a share of the axis: 0 is its low end, 1 its high one."""
+        if self.is_log:
+            return float(self.low * (self.high / self.low) ** share)
+        return self.low + share * (self.high - self.low)
+
+    def ticks(self, most: int, *, is_whole: bool = False) -> list[tuple[float, str]]:
+        """Return up to `most` round values within and their labels, lowest first; only whole ones if `is_whole`."""
+        values = self._round_values(most, is_whole=is_whole)
+        largest = max(map(abs, values), default=1.0)
+        smallest = min(values, default=1.0) if self.is_log else largest  # linear ones have the decimals of their step
+        has_exponent = not SMALLEST_DECIMAL <= smallest <= largest < LARGEST_DECIMAL and not is_whole
+        between = min((after - value for value, after in pairwise(values)), default=largest or 1.0)
+        labels = [tick_label(value, between, has_exponent=has_exponent) for value in values]
+        if self.is_log:  # each with the decimals that it needs, unless they are too close
+            own = [tick_label(value, value, has_exponent=has_exponent) for value in values]
+            labels = own if len(set(own)) == len(own) else labels
+        return list(zip(values, labels, strict=True))
+
+    def _round_values(self, most: int, *, is_whole: bool) -> list[float]:
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        found: list[float] = []
+        if self.is_log:
+            for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+                if 2 <= len(found := self._within(LogLocator(subs=subs).tick_values(self.low, self.high))) <= most:
+                    return found
+            every = math.ceil(len(found) / most)
+            return found[:: max(every, 1)]
+        for bins in range(most, 0, -1):
+            locator = MaxNLocator(bins, steps=STEPS, integer=is_whole, min_n_ticks=1)
+            if len(found := self._within(locator.tick_values(self.low, self.high))) <= most:
+                return found
+        return found
+
+    def _within(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values if self.holds(value)]
+
+
+def tick_label(value: float, step: float, *, has_exponent: bool = False) -> str:
+    """Return a value with the decimals that `step`, which is above zero, has in its first digit."""
+    if value == 0 or abs(value) < step / 1e6:
+        return "0"
+    decade = math.floor(math.log10(step) + 1e-9)
+    if has_exponent:
+        digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) - decade)
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:,.{max(0, -decade)}f}"
+
+
+def spanning(
+    values: Sequence[float], *, from_zero: bool = False, is_log: bool = False, margin: float = 0.05
+) -> AxisRange:
+    """Return a range that holds `values`, which are drawable, with a margin at its ends."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if is_log:
+        factor = (high / low) ** margin if high > low else 2.0
+        return AxisRange(low=low / factor, high=high * factor, is_log=True)
+    if from_zero:
+        low = min(low, 0.0)
+    size = max(abs(low), abs(high))
+    space = (high - low) * margin if high - low > EQUAL * size else 0.1 * size
+    space = space if space > SMALLEST else 1.0
+    return AxisRange(low=low if from_zero and low == 0 else low - space, high=high + space)

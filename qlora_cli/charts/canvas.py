@@ -1,0 +1,105 @@
+"""An empty figure and its files, the same on every machine: whatever the machine's own matplotlibrc says.
+
+matplotlib is imported when something is drawn: it takes half a second, which commands that draw nothing do not pay.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.charts.palette import LIGHT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FONT_PIXELS = 12
+PIXELS_PER_INCH = 72  # of the figures of a page: as in SVG, a point is a pixel, and the page scales them
+SAME_FILES: dict[str, dict[str, None]] = {  # what would make files of equal pictures differ
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+TOP, RIGHT, BOTTOM, LEFT = 8, 12, 42, 12  # pixels around the axes of a page's figure, on the left next to labels
+TICK_FROM_END = 3  # pixels, at least
+PIXELS_PER_CHARACTER = 7.2  # of a label, at most: digits are that wide
+LABEL_PAD = 8  # pixels between the axes and their labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartSize:
+    """A size that a figure of a page is drawn in, in CSS pixels, axes and labels included. The page scales it a bit.
+
+    `name` is the class that the page shows and hides it by; `num_ticks` is how many labels fit below the axis.
+    """
+
+    name: str
+    width: int
+    height: int
+    num_ticks: int
+
+
+@contextmanager
+def drawing_style(font_size: float = FONT_PIXELS) -> Iterator[None]:
+    """Let matplotlib draw in our style, and without hints on stderr that no user can act on, such as of its caches."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import matplotlib as mpl  # which looks for its caches
+
+        with mpl.rc_context({**mpl.rcParamsDefault, **_settings(font_size)}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it is drawn as a box
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _settings(font_size: float) -> dict[Any, Any]:
+    return {
+        "font.family": "DejaVu Sans",  # comes with matplotlib
+        "font.size": font_size,
+        "text.color": LIGHT.ink,
+        "text.parse_math": False,  # a name may hold dollar signs
+        "axes.edgecolor": LIGHT.line,
+        "axes.labelcolor": LIGHT.muted,
+        "xtick.color": LIGHT.muted,
+        "ytick.color": LIGHT.muted,
+        "path.simplify": False,  # a point between two gaps would vanish
+        "svg.hashsalt": "qlora",
+    }
+
+
+def picture_of(figure: "Figure", file_format: str) -> bytes:
+    """Return a figure as `png`, `svg` or `pdf`: the same bytes for the same figure and version of matplotlib."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file_format, metadata=SAME_FILES[file_format])
+    return picture.getvalue()
+
+
+def page_figure(
+    size: ChartSize, *, left_labels: Sequence[str], low_labels: Sequence[str], left: int = LEFT, top: int = TOP
+) -> "tuple[Figure, Axes]":
+    """Return a figure for a page and its axes, with space for the labels on the left and the last one below."""
+    from matplotlib.figure import Figure
+
+    left += round(PIXELS_PER_CHARACTER * max(map(len, left_labels), default=0))
+    right = max(RIGHT, round(PIXELS_PER_CHARACTER * len(low_labels[-1] if low_labels else "") / 2 - TICK_FROM_END))
+    width, height = size.width - left - right, size.height - top - BOTTOM
+    figure = Figure(figsize=(size.width / PIXELS_PER_INCH, size.height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+    return figure, figure.add_axes((left / size.width, BOTTOM / size.height, width / size.width, height / size.height))
+
+
+def clear_frame(axes: "Axes", grid: str) -> None:
+    """Leave of the frame what helps to read values: two edges, and faint lines.
+
+    `grid` is the axis whose values have a line: `x`, `y` or `both`.
+    """
+    axes.grid(axis=grid, color=LIGHT.line, linewidth=1)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=LABEL_PAD)
+    axes.spines[["top", "right"]].set_visible(False)
