@@ -29,7 +29,8 @@ FACTS = """<script>addEventListener("load", () => {
     outside: Array.from(document.querySelectorAll("body *:not(svg *)"), element => [element.tagName, box(element)])
       .filter(([, at]) => at[2] > innerWidth + 0.5).map(String),
     charts: Array.from(document.querySelectorAll(".chart"), chart => ({
-      sizes: seen(chart).map(svg => svg.classList[1]), plot: box(seen(chart)[0]), labels: boxes(seen(chart)[0], "text"),
+      sizes: seen(chart).map(svg => svg.classList[1]), plot: box(seen(chart)[0]),
+      labels: boxes(seen(chart)[0], "text"),
       fontPixels: Math.min(...Array.from(seen(chart)[0].querySelectorAll("text"),
         text => parseFloat(getComputedStyle(text).fontSize) * seen(chart)[0].getScreenCTM().a)),
       font: getComputedStyle(seen(chart)[0].querySelector("text")).fontFamily,
