@@ -158,7 +158,7 @@ class Terminal:
 
     def wait_for(self, text: str, *, pressing: str = "") -> str:
         """Return what was shown since the last call, up to and with `text`; `pressing` keys again if nothing comes."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         self.type(pressing)
         while text not in self._seen:
             assert time.monotonic() < deadline, f"{text!r} was not shown: {self._seen}"
@@ -171,7 +171,7 @@ class Terminal:
 
     def exit_code(self) -> int:
         """Wait for the end; what is still written fits into the terminal's buffer."""
-        return self._process.wait(timeout=30)
+        return self._process.wait(timeout=120)
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(base_model: Path, tmp_path: Path) -> None:

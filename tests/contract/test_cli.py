@@ -29,7 +29,7 @@ def run_without_reader(*arguments: str) -> tuple[int, str]:
             stderr=subprocess.PIPE,
             text=True,
             env=BUFFERED,
-            timeout=60,
+            timeout=300,
             check=False,
         )
     finally:
@@ -69,7 +69,7 @@ def test_a_full_disk_below_stdout_is_one_message(arguments: list[str], code: int
             stderr=subprocess.PIPE,
             text=True,
             env=BUFFERED,
-            timeout=60,
+            timeout=300,
             check=False,
         )
     assert done.returncode == code

@@ -60,7 +60,7 @@ TRAIN_FLAGS = (
 )
 def test_help_and_every_usage_or_settings_error_answer_without_torch(arguments: list[str], code: int) -> None:
     command = [sys.executable, "-c", RUN_AND_LIST_MODULES, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert f"exit {code}\n" in done.stderr
     assert "heavy []" in done.stderr
     assert "Traceback" not in done.stderr
@@ -186,7 +186,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert process.stderr is not None
     process.stdout.close()
     errors = process.stderr.read().decode()
-    process.wait(timeout=30)
+    process.wait(timeout=300)
     process.stderr.close()
     assert errors == ""
 

@@ -273,7 +273,7 @@ def test_this_machine_s_gpu_can_t_be_meant_without_one(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("arguments", [["--help"], ["base", "--gpu", "RTX 9090"], ["base", "--sweep", "rank=a"]])
 def test_help_and_mistakes_are_answered_without_torch(arguments: list[str]) -> None:
     command = [sys.executable, "-c", RUN_AND_LIST_MODULES, "inspect-memory", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert f"exit {0 if arguments == ['--help'] else 2}\n" in done.stderr
     assert "heavy []" in done.stderr
 

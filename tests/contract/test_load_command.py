@@ -230,7 +230,7 @@ def test_ctrl_c_while_loading_ends_with_130_and_leaves_nothing(tmp_path: Path) -
         if line.startswith("Loading "):
             break
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "interrupted" in stderr

@@ -1,6 +1,7 @@
 """Names of files that several parts read are spelt once, by their owner; docstrings may speak of them."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,24 @@ OWNERS = {
 }
 
 
-def spelt(name: str, package: Path) -> list[str]:
-    """Return the files in which a string that is no docstring holds `name`, once for each."""
-    found = []
+@cache
+def strings_in(package: Path) -> list[tuple[str, str]]:
+    """Return all strings that are no docstrings, each with its file."""
+    strings = []
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        found += [
-            path.relative_to(package).as_posix()
+        strings += [
+            (path.relative_to(package).as_posix(), node.value)
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
-            if name in node.value
         ]
-    return found
+    return strings
+
+
+def spelt(name: str, package: Path) -> list[str]:
+    """Return the files in which a string that is no docstring holds `name`, once for each."""
+    return [file for file, string in strings_in(package) if name in string]
 
 
 @pytest.mark.parametrize("name", OWNERS)

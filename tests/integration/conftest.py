@@ -66,7 +66,7 @@ def find(hub_env: dict[str, str]) -> Find:
 
     def run(name: str, *waits: float, env: dict[str, str] = hub_env, **settings: object) -> Found:
         done = subprocess.run(
-            finding(name, *waits, **settings), env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+            finding(name, *waits, **settings), env={**os.environ, **env}, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in done.stdout.splitlines()]

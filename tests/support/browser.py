@@ -67,7 +67,7 @@ class Browser:
         home = self.folder / "home"
         command = [self.program, *OPTIONS, *options, f"--user-data-dir={home / 'profile'}", address]
         env = {**os.environ, "HOME": str(home)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
         assert done.returncode == 0, done.stderr
         return done
 

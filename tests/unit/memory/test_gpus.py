@@ -200,4 +200,4 @@ def test_auto_reads_this_machines_gpu_and_takes_the_context_of_the_nearest_card(
 
 def test_a_card_is_found_without_torch() -> None:
     code = "import sys; from qlora_cli.memory.gpus import find_gpu; find_gpu('4090'); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -165,7 +165,7 @@ def test_ctrl_c_and_sigterm_end_all_of_it_and_leave_no_file(tmp_path: Path, numb
     pids = _wait_for(tmp_path / "model.pids", process)
     assert target.exists()
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=300) == code
     assert not target.exists()
     assert not [pid for pid in pids if _runs(pid)]
 
