@@ -24,16 +24,16 @@ from qlora_cli.memory.replaying.loaded_weights import (
     ADAPT,
     LOAD,
     UNQUANTIZED,
-    all_trained,
-    attach,
+    load_adapter,
     load_weight,
+    trained_parameters,
     warm_up,
 )
-from qlora_cli.memory.replaying.optimizer_step import embeddings_of, in_groups, optimizer_steps
+from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
 from qlora_cli.memory.replaying.replay import Replay, RunEvents
 from qlora_cli.memory.tracing.extension import extend
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
-from qlora_cli.memory.tracing.meta_model import Twin, store_few_layers
+from qlora_cli.memory.tracing.meta_model import MetaModel, store_few_layers
 from qlora_cli.memory.tracing.passes import Passes, Recorder
 from qlora_cli.memory.tracing.training_step import StepSettings, TrainingStep, trace_step
 from qlora_cli.model_files.model_config import config_from
@@ -70,16 +70,16 @@ def predict_plain_loop(
         is_autocast=False,
     )
     traced = trace_step(adapted, step, PlainStep)
-    trained = all_trained(adapted.model, adapted.stack, adapted.chosen)
+    trained = trained_parameters(adapted.model, adapted.stack, adapted.chosen)
     optimized = optimizer_steps(
         settings.training.optimizer,
-        in_groups(adapted.model, trained, loraplus=False),
+        parameter_groups(adapted.model, trained, loraplus=False),
         clips=False,
         decays=settings.training.weight_decay > 0,
-        embeddings=embeddings_of(adapted.model),
+        embeddings=embedding_ids(adapted.model),
     )
     resident = load_and_upcast(layout)
-    attach(resident, trained)
+    load_adapter(resident, trained)
     events = RunEvents(
         resident=resident,
         step=extend(traced.trace, adapted.stack, adapted.chosen),
@@ -98,7 +98,7 @@ def predict_plain_loop(
     )
 
 
-def prepare(model: PreTrainedModel, layout: StoragePlan, lora: LoraSettings, *, whole: bool = False) -> Twin:
+def prepare(model: PreTrainedModel, layout: StoragePlan, lora: LoraSettings, *, whole: bool = False) -> MetaModel:
     """Return `model`, reduced and stored as `layout` says, as PEFT prepares and adapts it: all else in fp32."""
     stack, chosen = store_few_layers(model, layout, layout.dtype, whole=whole)
     model.requires_grad_(False)
@@ -114,7 +114,7 @@ def prepare(model: PreTrainedModel, layout: StoragePlan, lora: LoraSettings, *, 
         target_modules=targets if isinstance(targets, str) else list(targets),
         bias="none",
     )
-    return Twin(model=get_peft_model(model, config), stack=stack, chosen=chosen, notes=())
+    return MetaModel(model=get_peft_model(model, config), stack=stack, chosen=chosen, notes=())
 
 
 def load_and_upcast(layout: StoragePlan) -> Passes:
@@ -130,13 +130,13 @@ def load_and_upcast(layout: StoragePlan) -> Passes:
         entry.name: load_weight(load, entry, layout)
         for entry in (warm_up(load, in_order) if is_quantized else in_order)
     }
-    load.born(layout.inventory.buffer_bytes)
+    load.allocate(layout.inventory.buffer_bytes)
     upcast = Recorder(passes, UPCAST, UNQUANTIZED)
     for entry in in_order if is_quantized else ():
         number = numbers[entry.name]
         if number is not None:
-            upcast.born(entry.num_parameters * FLOAT_BYTES)
-            upcast.died(number)
+            upcast.allocate(entry.num_parameters * FLOAT_BYTES)
+            upcast.free(number)
     return passes
 
 

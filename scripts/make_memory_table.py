@@ -18,7 +18,7 @@ from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import REFERENCE
 from qlora_cli.memory.model_facts import STORED_OTHERWISE, ModelFacts
-from qlora_cli.memory.suggestions import fit_on
+from qlora_cli.memory.suggestions import judge_fit
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
 
@@ -126,7 +126,7 @@ def _size(estimator: Estimator, settings: EstimateSettings) -> str:
 def _verdict(estimator: Estimator, settings: EstimateSettings, card: str) -> str:
     gpu = find_gpu(card)
     try:
-        return fit_on(estimator.estimate(settings, gpu), gpu).fits
+        return judge_fit(estimator.estimate(settings, gpu), gpu).fits
     except QloraError:
         return NONE
 

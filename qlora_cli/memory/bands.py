@@ -1,12 +1,12 @@
-"""The error band of what a run takes with other values, which a table and a picture show. Imports no torch."""
+"""The error band of a swept run, which tables and plots show. Imports no torch."""
 
 from qlora_cli.memory.prediction import MemoryReport, SweepPoint
 
 
 def process_band(report: MemoryReport, point: SweepPoint) -> tuple[int, int]:
-    """Return both ends of the band of `point.process_bytes`.
+    """Return the lower and the upper end of the band of `point.process_bytes`, in bytes.
 
-    As for the run itself: a share of what is reserved, and what is not known of the CUDA context.
+    It is that of the run itself: a share of reserved memory, and the uncertainty of the CUDA context.
     """
     own = report.predicted
     low = point.reserved_bytes * own.reserved_low_bytes / own.reserved_bytes
@@ -17,7 +17,7 @@ def process_band(report: MemoryReport, point: SweepPoint) -> tuple[int, int]:
 
 
 def verdict(report: MemoryReport, point: SweepPoint, usable_bytes: int) -> str:
-    """Return whether a swept run fits: `yes`, `tight` or `no`, as `fitting.fit_on` judges a run."""
+    """Return whether a swept run fits: `yes`, `tight` or `no`, as `suggestions.judge_fit` judges a run."""
     own = report.predicted
     if process_band(report, point)[1] <= usable_bytes:
         return "yes"

@@ -1,7 +1,7 @@
-"""The models that people fine-tune most, with the facts of their `config.json`.
+"""The models that people fine-tune most, with their `config.json` as far as memory depends on it.
 
-A memory prediction from here needs neither a network nor access to a gated repository. The facts are those that
-shapes, dtypes and the attention pattern follow from; tests build each model from them and count its parameters.
+A prediction for one of them needs neither a network nor access to a gated repository. Shapes, dtypes and the attention
+pattern follow from these configs; tests build each model from its own and count the parameters.
 """
 
 import json
@@ -18,12 +18,12 @@ NUM_SUGGESTIONS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogueModel:
-    """One model: its short `name`, the repository `hub_id` that its facts are from, and other names it goes by.
+    """One model: its short `name`, the repository `hub_id` that its config is from, and other names for it.
 
-    `aliases` have the same facts: chat variants, mirrors, fine-tunes. `is_gated` is about `hub_id` alone.
-    `num_parameters` is the published count of the decoder that `config` builds, tied weights once; None where no
-    count was found. `source` says where the facts are from. Transformers changes the nested values of a config that
-    it is given, so give it a deep copy of `config`.
+    `aliases` have the same config: chat variants, mirrors, fine-tunes. `is_gated` is about `hub_id` alone.
+    `num_parameters` is the published count of the decoder that `config` builds, tied weights once; None where no count
+    was published. `source` says where the config is from. Transformers changes nested values of a config that it is
+    given, so give it a deep copy.
     """
 
     name: str
@@ -36,7 +36,7 @@ class CatalogueModel:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """Every name that this model is found by."""
+        """Every name that this model goes by."""
         return (self.name, self.hub_id, *self.aliases)
 
 
@@ -54,13 +54,13 @@ def find_in_catalogue(name: str) -> CatalogueModel | None:
 
 def nearest_names(name: str) -> list[str]:
     """Return the names most like `name`, best first, for an error message; a hub id is also compared by its end."""
-    wanted = name.strip().casefold()
+    folded = name.strip().casefold()
     by_spelling = _by_spelling()
-    found: dict[str, None] = {}
-    for text in dict.fromkeys((wanted, wanted.rpartition("/")[2])):
+    nearest: dict[str, None] = {}
+    for text in dict.fromkeys((folded, folded.rpartition("/")[2])):
         for spelling in get_close_matches(text, by_spelling, n=NUM_SUGGESTIONS):
-            found[by_spelling[spelling].name] = None
-    return list(found)[:NUM_SUGGESTIONS]
+            nearest[by_spelling[spelling].name] = None
+    return list(nearest)[:NUM_SUGGESTIONS]
 
 
 @cache

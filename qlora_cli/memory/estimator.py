@@ -1,7 +1,7 @@
-"""Predict what a run takes on a GPU: build its model without bytes, trace a step, extend it, replay it.
+"""Predict the memory of a run on a GPU: build its model without bytes, trace a step, extend it, replay it.
 
-What is the same for several questions is done once: the model for a dtype, the twin for a storage and an adapter,
-the peaks for GPUs that take the same kernels.
+What several predictions share is computed once: the shapes for a dtype, the meta model for a storage and an adapter,
+the peaks for GPUs with the same kernels.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replaying.figures import estimate_of
-from qlora_cli.memory.replaying.loaded_weights import all_trained, attach, load_weights
-from qlora_cli.memory.replaying.optimizer_step import embeddings_of, in_groups, optimizer_steps
+from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights, trained_parameters
+from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
-from qlora_cli.memory.request import does_evaluate
+from qlora_cli.memory.request import runs_evaluation
 from qlora_cli.memory.tracing.attention import AMPERE
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
-from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
@@ -49,10 +49,16 @@ EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traced:
-    """A run as it was followed: what happens in it, on every GPU that takes the same kernels.
+class TracedRun:
+    """The allocations of a run on every GPU with the same kernels.
 
-    `notes` are what is said when the adapter is attached.
+    Attributes:
+        events: Those that a replay needs.
+        backends: The attention kernels that the run uses, by name.
+        paged_bytes: Optimizer state in unified memory.
+        pinned_host_bytes: Activations in host memory, of all layers.
+        num_trained: Trained parameters.
+        notes: Messages that attaching the adapter gave.
     """
 
     events: RunEvents
@@ -74,10 +80,10 @@ class Estimator:
         evaluates: bool | None = None,
         whole: bool = False,
     ) -> None:
-        """Predict by what is known of the model, for settings that are `settled`.
+        """Predict from the model's facts, for settings that are `settled`.
 
-        `evaluates`: whether an evaluation batch is run too; None if the settings decide. `whole` traces every layer
-        instead of few: slower, with the same result.
+        `evaluates`: whether an evaluation batch is run, too; None if the settings decide. `whole` traces every layer
+        instead of a few: slower, with the same result.
         """
         self._facts = facts
         self._backend = backend
@@ -86,10 +92,10 @@ class Estimator:
         self._cache: dict[Any, Any] = {}
 
     def settled(self, asked: Resolved[EstimateT]) -> Resolved[EstimateT]:
-        """Return the settings of a run as they are from here on: with what model and adapter say of them.
+        """Return the settings of a run with the defaults that the model and the adapter decide.
 
         Raises:
-            ModelError: what was asked for contradicts the checkpoint, has no effect on it, or is too long for it.
+            ModelError: a setting contradicts the checkpoint, has no effect on it, or is too long for it.
         """
         name, stored = self._facts.name, self._prequantized()
         if stored is not None:
@@ -110,14 +116,14 @@ class Estimator:
         check_length(config, settings.data.max_length, settings.model.rope_scaling)
 
     def _prequantized(self) -> Prequantized | None:
-        return self._once("prequantized", lambda: read_prequantized(self._facts.content, self._facts.name))
+        return self._cached("prequantized", lambda: read_prequantized(self._facts.content, self._facts.name))
 
     def estimate(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
-        """Return what the run takes on `gpu`.
+        """Return the estimate of the run on `gpu`.
 
         Raises:
-            ModelError: the model can't be run so.
-            HardwareError: the GPU can't compute so.
+            ModelError: the model can't be run with these settings.
+            HardwareError: the GPU can't compute with them.
         """
         method_of(settings.quantization.method).check_trainable(settings.quantization)
         traced = self.traced(settings, gpu)
@@ -142,7 +148,7 @@ class Estimator:
         """Return the model on the meta device, with nothing quantized."""
         model = settings.model
         key = ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
-        return self._once(key, lambda: self._build(settings, dtype))
+        return self._cached(key, lambda: self._build(settings, dtype))
 
     def _build(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         model = settings.model
@@ -153,114 +159,116 @@ class Estimator:
         return with_rows(shapes, config, num_rows, TORCH_DTYPES[dtype], trust_remote_code=model.trust_remote_code)
 
     def _num_rows(self, shapes: PreTrainedModel, trust_remote_code: bool) -> int:
-        """Return how many rows the adapter that trains on, and the tokenizer beside it, have for the vocabulary."""
+        """Return the number of embedding rows that an adapter to train further needs; 0 for the model's own."""
         outline, base = self._facts.adapter, self._config(trust_remote_code)
         if outline is None:
             return 0
-        return self._once("rows", lambda: max(outline.num_rows, rows_of(without_values(outline), shapes, base)))
+        return self._cached("rows", lambda: max(outline.num_rows, rows_of(without_values(outline), shapes, base)))
 
     def _adapter(self, settings: EstimateSettings, dtype: Dtype) -> Adapter | None:
-        """Return the adapter that trains on, as it goes on the model."""
+        """Return the adapter to train further, with its shapes; None for a new one."""
         outline, base = self._facts.adapter, self._config(settings.model.trust_remote_code)
         if outline is None:
             return None
-        return self._once(("adapter", dtype), lambda: fit_outline(outline, self._build(settings, dtype), base))
+        return self._cached(("adapter", dtype), lambda: fit_outline(outline, self._build(settings, dtype), base))
 
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> StoragePlan:
-        """Return how the weights are stored."""
+        """Return the plan by which the weights are stored."""
         quantization = settings.quantization
         key = ("layout", dtype, quantization.model_dump_json())
 
         def plan() -> StoragePlan:
             stored = self._prequantized()
-            if stored is not None:  # another run may be asked about, which is not stored so
+            if stored is not None:  # suggestions ask for other settings than those of the run
                 check_settings(stored, dict(quantization), self._facts.name)
             return plan_layout(self.shapes(settings, dtype), quantization, TORCH_DTYPES[dtype], stored, device=CUDA)
 
-        return self._once(key, plan)
+        return self._cached(key, plan)
 
     def peaks(self, settings: EstimateSettings, gpu: Gpu) -> Peaks:
-        """Return the peaks of the run on `gpu`, the CUDA context left out."""
+        """Return the peaks of the run on `gpu`, without the CUDA context."""
         events = self.traced(settings, gpu).events
         deterministic = settings.training.full_determinism
         workspace_bytes = cublas_workspace_bytes(gpu.capability, deterministic=deterministic)
-        return self._once((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
+        return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
-    def traced(self, settings: EstimateSettings, gpu: Gpu) -> Traced:
-        """Return what happens in the run on a GPU with the kernels of `gpu`."""
+    def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
+        """Return the allocations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
         step = self._step(settings, dtype, kernels_like(gpu.capability))
         training = settings.training
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
-        key = ("traced", self._twin_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
-        return self._once(key, lambda: self._trace(settings, dtype, step))
+        key = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
+        return self._cached(key, lambda: self._trace(settings, dtype, step))
 
-    def _trace(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> Traced:
+    def _trace(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> TracedRun:
         layout = self.layout(settings, dtype)
-        twin, passes, traced = self._follow(settings, dtype, step)
-        trained = all_trained(twin.model, twin.stack, twin.chosen)
+        meta_model, passes, traced = self._trace_step(settings, dtype, step)
+        trained = trained_parameters(meta_model.model, meta_model.stack, meta_model.chosen)
         resident = load_weights(
             layout,
             num_experts=self._num_experts(settings, dtype),
             on_host=self._on_host(settings, dtype),
         )
         adapter = self._adapter(settings, dtype)
-        attach(resident, trained, [] if adapter is None else _held_bytes(adapter, TORCH_DTYPES[dtype]))
+        load_adapter(resident, trained, [] if adapter is None else _copied_bytes(adapter, TORCH_DTYPES[dtype]))
         training = settings.training
         optimized = optimizer_steps(
             training.optimizer,
-            in_groups(twin.model, trained, loraplus=training.loraplus_lr_ratio is not None),
+            parameter_groups(meta_model.model, trained, loraplus=training.loraplus_lr_ratio is not None),
             decays=training.weight_decay > 0,
-            embeddings=embeddings_of(twin.model),
+            embeddings=embedding_ids(meta_model.model),
         )
-        ratio = len(twin.stack.kinds) / len(twin.chosen) if twin.stack else 1
-        return Traced(
+        ratio = len(meta_model.stack.kinds) / len(meta_model.chosen) if meta_model.stack else 1
+        return TracedRun(
             events=RunEvents(
                 resident=resident,
                 step=passes,
                 optimizer=optimized.passes,
                 num_micro_batches=step.gradient_accumulation_steps,
-                evaluates=does_evaluate(settings, self._evaluates),
+                evaluates=runs_evaluation(settings, self._evaluates),
             ),
             backends=traced.backends,
             paged_bytes=optimized.paged_bytes,
             pinned_host_bytes=round(traced.pinned_host_bytes * ratio),
             num_trained=sum(parameter.numel() for parameter in trained),
-            notes=twin.notes,
+            notes=meta_model.notes,
         )
 
-    def _follow(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> tuple[Twin, Passes, TracedStep]:
-        """Run a step of few layers and extend it to all, or one of all where that does not come out even."""
-        twin = self._twin(settings, dtype, whole=self._whole)
-        traced = self._step_of(twin, step)
-        if twin.stack is None:
-            return twin, passes_of(traced.trace), traced
+    def _trace_step(
+        self, settings: EstimateSettings, dtype: Dtype, step: StepSettings
+    ) -> tuple[MetaModel, Passes, TracedStep]:
+        """Trace a step through a few layers and extend it to all; where that is uneven, trace it through all."""
+        meta_model = self._meta_model(settings, dtype, whole=self._whole)
+        traced = self._run_step(meta_model, step)
+        if meta_model.stack is None:
+            return meta_model, passes_of(traced.trace), traced
         try:
-            return twin, extend(traced.trace, twin.stack, twin.chosen), traced
+            return meta_model, extend(traced.trace, meta_model.stack, meta_model.chosen), traced
         except UnevenError:
-            twin = self._twin(settings, dtype, whole=True)
-            traced = self._step_of(twin, step)
-            return twin, passes_of(traced.trace), traced
+            meta_model = self._meta_model(settings, dtype, whole=True)
+            traced = self._run_step(meta_model, step)
+            return meta_model, passes_of(traced.trace), traced
 
-    def _step_of(self, twin: Twin, step: StepSettings) -> TracedStep:
+    def _run_step(self, meta_model: MetaModel, step: StepSettings) -> TracedStep:
         try:
-            return trace_step(twin, step)
+            return trace_step(meta_model, step)
         except RuntimeError as error:
             if isinstance(error, QloraError):
                 raise
             raise ModelError(
                 f"{self._facts.name} can't be run on tensors without data: {str(error).strip().splitlines()[0]}",
-                hint="Its code looks at values, or fails with this adapter. What it takes is seen when it trains.",
+                hint="Its code reads values, or fails with this adapter. Measure its memory with train --max-steps.",
             ) from error
 
-    def _twin(self, settings: EstimateSettings, dtype: Dtype, *, whole: bool) -> Twin:
+    def _meta_model(self, settings: EstimateSettings, dtype: Dtype, *, whole: bool) -> MetaModel:
         compute = settings.quantization.compute_dtype
         compute_dtype = TORCH_DTYPES[dtype if compute == Dtype.AUTO else compute]
 
-        def build() -> Twin:
+        def build() -> MetaModel:
             num_new = len(settings.model.new_tokens or ())
             last = embedding_of(self.shapes(settings, dtype)).num_embeddings
-            return build_twin(
+            return build_meta_model(
                 self._build(settings, dtype),
                 self.layout(settings, dtype),
                 settings.lora,
@@ -270,9 +278,10 @@ class Estimator:
                 whole=whole,
             )
 
-        return self._once(("twin", whole, self._twin_key(settings, dtype)), build)
+        return self._cached(("meta_model", whole, self._meta_model_key(settings, dtype)), build)
 
-    def _twin_key(self, settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
+    def _meta_model_key(self, settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
+        """Return all that decides what the meta model is."""
         model = settings.model
         return (
             dtype,
@@ -296,26 +305,26 @@ class Estimator:
             dtype=TORCH_DTYPES[dtype],
             is_autocast=dtype != Dtype.FP32,
             is_packed=settings.data.packing,
-            # Rows of a batch that differ in length are the usual case, and take more.
+            # Rows of different lengths are the usual case, and their mask takes memory.
             is_padded=training.micro_batch_size > 1 and not settings.data.packing,
             adds_noise=training.neftune_noise_alpha is not None,
-            evaluates=does_evaluate(settings, self._evaluates),
+            evaluates=runs_evaluation(settings, self._evaluates),
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
-        """Return the attention implementation; what it needs is installed where the run is."""
-        shapes, wanted = self.shapes(settings, dtype), settings.model.attention
+        """Return the attention implementation; the package that it needs only has to be where the run is."""
+        shapes, asked = self.shapes(settings, dtype), settings.model.attention
         name = type(shapes).__name__
-        if wanted == Attention.AUTO:
+        if asked == Attention.AUTO:
             return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
         supported = {Attention.SDPA: shapes._supports_sdpa, Attention.FLASH_ATTENTION_2: shapes._supports_flash_attn}
-        if not supported.get(wanted, True):
-            raise ModelError(f"{name} does not compute attention by {wanted.value}", hint="Use --attention eager.")
-        if wanted == Attention.FLASH_ATTENTION_2 and dtype == Dtype.FP32:
+        if not supported.get(asked, True):
+            raise ModelError(f"{name} does not compute attention by {asked.value}", hint="Use --attention eager.")
+        if asked == Attention.FLASH_ATTENTION_2 and dtype == Dtype.FP32:
             raise ModelError("flash_attention_2 computes in 16 bit only", hint="Use --dtype bf16 or --attention sdpa.")
-        if wanted == Attention.FLASH_ATTENTION_2 and capability < AMPERE:
+        if asked == Attention.FLASH_ATTENTION_2 and capability < AMPERE:
             raise HardwareError("flash_attention_2 needs an Ampere GPU or a newer one", hint="Use --attention sdpa.")
-        return wanted.value
+        return asked.value
 
     def _num_experts(self, settings: EstimateSettings, dtype: Dtype) -> int:
         shapes = [shape for _, shape in fused_experts(self.shapes(settings, dtype))]
@@ -342,7 +351,7 @@ class Estimator:
             return read_config(source, trust_remote_code=True)
         return config_from(self._facts.name, content)
 
-    def _once(self, key: Any, make: Callable[[], Value]) -> Value:
+    def _cached(self, key: Any, make: Callable[[], Value]) -> Value:
         if key not in self._cache:
             self._cache[key] = make()
         value: Value = self._cache[key]
@@ -350,7 +359,7 @@ class Estimator:
 
 
 def kernels_like(capability: tuple[int, int]) -> tuple[int, int]:
-    """Return the compute capability that stands for all with the same kernels, as far as memory goes."""
+    """Return the compute capability that represents all whose kernels allocate the same."""
     return (7, 5) if capability < AMPERE else (8, 0)
 
 
@@ -359,7 +368,7 @@ def _checkpointing(settings: EstimateSettings) -> str:
     return (Checkpointing.ON if asked == Checkpointing.AUTO else asked).value
 
 
-def _held_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
-    """Return what the parameters of the base take that an adapter's file holds and that do not train, one by one."""
-    held = {id(value): value for name, value in adapter.kept.items() if name not in adapter.trained}
-    return [value.numel() * dtype.itemsize for value in held.values()]
+def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
+    """Return the size of each base parameter that the adapter's file has a copy of and that is not trained."""
+    copies = {id(value): value for name, value in adapter.kept.items() if name not in adapter.trained}
+    return [value.numel() * dtype.itemsize for value in copies.values()]

@@ -1,11 +1,11 @@
-"""A catalogue of NVIDIA GPUs: the memory that PyTorch sees of each, and what a training process holds beside it.
+"""A catalogue of NVIDIA GPUs: the memory that PyTorch sees, and the memory of a training process outside PyTorch.
 
 A marketing size is not what a program gets: error correction takes a sixteenth of GDDR6 boards that have it
 on, the driver's firmware a few hundred MiB, and a process's CUDA context some more. The numbers are of Linux
 with recent drivers (550 and later); older drivers leave some 100 MiB more, and Windows shows nearly all of the
 marketing size.
 
-Where the totals come from is said of each card, in `Gpu.source`:
+`Gpu.source` says for each card where its total is from:
     out-of-memory message: PyTorch's own, quoted in public issue trackers and logs, good to 0.01 GiB;
     device properties: `total_memory` as programs print it, good to 1 MiB;
     nvidia-smi: its total less what the nearest card of the architecture loses to the driver;
@@ -13,8 +13,8 @@ Where the totals come from is said of each card, in `Gpu.source`:
 
 The contexts are "in use" less "allocated" less "reserved but unallocated" in out-of-memory messages of single
 processes, good to 20 MiB; `high` is the largest of them, leaving out runs over several GPUs, whose NCCL buffers
-it would count. They grow with the SMs of an architecture. Where no message was found, the estimate is the
-architecture's MiB for each SM times the card's SMs, its `high` a guess, and the line says so. Compute
+it would count. They grow with the SMs of an architecture. Without such a message, the estimate is the architecture's
+MiB for each SM times the card's SMs, its `high` a guess, and the line says so. Compute
 capabilities and SM counts are NVIDIA's published ones.
 """
 
@@ -35,10 +35,10 @@ SMI = "nvidia-smi"
 OLDER = "older driver"
 
 UNIT_BYTES = {"mb": 10**6, "mib": MIB, "gb": 10**9, "gib": GIB}
-SAME_MEMORY = 0.02  # cards of one name whose memory differs by less than this part are as good as each other
+SAME_MEMORY = 0.02  # cards of one name whose memory differs by less than this share count as one
 SIZE_RATIOS = (0.90, 1.01)  # what PyTorch sees of a marketing size in GiB
-# The words that a name may have or lack and mean the same card.
-NOISE = r"\b(nvidia|geforce|tesla|quadro|generation|blackwell|workstation|server|edition|hbm\w*)\b"
+# Words that do not distinguish one card from another.
+IGNORED_WORDS = r"\b(nvidia|geforce|tesla|quadro|generation|blackwell|workstation|server|edition|hbm\w*)\b"
 
 Row = tuple[str, int, tuple[int, int], int, int, int, str]
 
@@ -103,7 +103,7 @@ DATA_CENTRE_ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU, as a training process on it sees it. Where `total_bytes` comes from is in `source`.
+    """A GPU, as a training process on it sees it. `source` says where `total_bytes` is from.
 
     `total_bytes` is PyTorch's `total_memory`. `context_bytes` is what a training process holds outside PyTorch's
     allocator, the CUDA context and the modules it loads; `context_high_bytes` the most seen. Of a GPU `as asked`,
@@ -151,7 +151,7 @@ GPUS = _catalogue()
 
 
 def find_gpu(text: str) -> Gpu:
-    """Return the GPU that `text` means: a name, a size such as `24GiB` or `24GB`, or `auto` for this machine's.
+    """Return the GPU that `text` names: a card, a size such as `24GiB` or `24GB`, or `auto` for this machine's.
 
     Of a name, case, spaces, dashes and the brand do not matter: `4090`, `rtx4090`, `NVIDIA A100-SXM4-80GB`. One that
     several cards have is refused if their memory differs, else it means the first. GiB are 1024³ bytes, GB 10⁹.
@@ -165,28 +165,28 @@ def find_gpu(text: str) -> Gpu:
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]i?b)", text.strip().lower())
     if size:
         return _gpu_of_size(text, round(float(size[1]) * UNIT_BYTES[size[2]]))
-    found = _cards_named(text)
-    if not found:
+    cards = _cards_named(text)
+    if not cards:
         raise _unknown(text)
-    if found[-1].total_bytes > found[0].total_bytes * (1 + SAME_MEMORY):
-        names = ", ".join(card.name for card in found)
+    if cards[-1].total_bytes > cards[0].total_bytes * (1 + SAME_MEMORY):
+        names = ", ".join(card.name for card in cards)
         raise UsageError(f"{text!r} names GPUs of different memory: {names}", hint="Name one of them.")
-    return found[0]
+    return cards[0]
 
 
 def _cards_named(text: str) -> list[Gpu]:
     """Return the cards of this name in the order of the catalogue, fewest bytes first."""
     base, form, size = _parse(text)
-    found = [card for card in GPUS if _parse(card.name)[0] == base]
-    # PyTorch names A100s and V100s by form too; the catalogue tells forms apart only where they differ.
-    found = [card for card in found if form and _parse(card.name)[1] == form] or found
+    cards = [card for card in GPUS if _parse(card.name)[0] == base]
+    # PyTorch's names of A100s and V100s have the form, too; the catalogue has it only where forms differ.
+    cards = [card for card in cards if form and _parse(card.name)[1] == form] or cards
     low, high = SIZE_RATIOS
-    return [card for card in found if size is None or low <= card.total_bytes / (size * GIB) <= high]
+    return [card for card in cards if size is None or low <= card.total_bytes / (size * GIB) <= high]
 
 
 def _parse(text: str) -> tuple[str, str | None, int | None]:
-    """Split a name into what identifies the chip, the form of the board and the marketing size in GB."""
-    text = re.sub(NOISE, "", re.sub(r"[\s_-]+", " ", text.lower()))
+    """Split a name into the part that identifies the chip, the form of the board and the marketing size in GB."""
+    text = re.sub(IGNORED_WORDS, "", re.sub(r"[\s_-]+", " ", text.lower()))
     size = re.search(r"(?<= )\d{1,3} ?(g|gb|gib)?(?= |$)", text)
     if size:
         text = text[: size.start()] + text[size.end() :]

@@ -1,4 +1,4 @@
-"""The answer of `qlora inspect-memory`: predict, judge, solve, suggest. Torch is imported only for a new question."""
+"""Make the report of `qlora inspect-memory`: predict, judge, solve, suggest. Only a new prediction imports torch."""
 
 import time
 from dataclasses import replace
@@ -9,11 +9,11 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import uncollected
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
-from qlora_cli.memory.model_facts import ModelFacts, find_facts
+from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
 from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
-from qlora_cli.memory.suggestions import YES, fit_on, suggest
+from qlora_cli.memory.suggestions import YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.shown import shown_flags
@@ -21,43 +21,43 @@ from qlora_cli.settings.shown import shown_flags
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
-REFERENCE = "RTX 4090"  # whose kernels and CUDA context are taken if no GPU is named
+REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
 def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
-    """Return what the run asked about takes, and whether it fits.
+    """Return the memory of a run, and whether it fits.
 
     Raises:
         ModelNotFoundError: no such model.
-        ModelError: the model can't be read, or can't be trained so.
-        HardwareError: a GPU that was named can't compute so.
+        ModelError: the model can't be read, or can't be trained with these settings.
+        HardwareError: a GPU that was named can't compute with them.
     """
     start = time.monotonic()
-    facts = find_facts(request.asked, reporter)
-    _check_askable(request, facts)
+    facts = find_model_facts(request.asked, reporter)
+    _check_rank_may_vary(request, facts)
     key = prediction_cache.key_of(request, facts.description)
-    known = prediction_cache.recall(key)
-    if known is not None:
-        return replace(known, model=facts.name, estimate_seconds=time.monotonic() - start)
+    cached = prediction_cache.load(key)
+    if cached is not None:
+        return replace(cached, model=facts.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
-    # Looking through all that is imported for garbage, again and again, takes a second.
+    # Garbage collection would take a second, going through all that is imported again and again.
     with uncollected():
-        report = _answer(request, facts)
+        report = _predict(request, facts)
     report = replace(report, estimate_seconds=time.monotonic() - start)
-    prediction_cache.keep(key, report)
+    prediction_cache.store(key, report)
     return report
 
 
-def _check_askable(request: MemoryRequest, facts: ModelFacts) -> None:
+def _check_rank_may_vary(request: MemoryRequest, facts: ModelFacts) -> None:
     if facts.adapter is not None and "rank" in (*request.solve, *request.sweep):
         raise ModelError(
-            f"the rank of {facts.adapter.directory} is {facts.adapter.config.r}, which training on keeps",
+            f"the rank of {facts.adapter.directory} is {facts.adapter.config.r}, which training does not change",
             hint="Name the base model to ask about another rank.",
         )
 
 
 def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
-    """Return what predicts for a request; imports torch."""
+    """Return the estimator for a request; imports torch."""
     from qlora_cli.memory.estimator import Estimator
 
     return Estimator(
@@ -67,27 +67,26 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
     )
 
 
-def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
+def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
-    ask = estimator.estimate
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
     settings = estimator.settled(request.asked).settings
-    estimate = ask(settings, gpu)
+    estimate = estimator.estimate(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
     traced = estimator.traced(settings, gpu)
-    left_out: tuple[str, ...] = ()
+    incapable: tuple[str, ...] = ()
     if request.gpus:
-        fits = tuple(fit_on(ask(settings, gpu), gpu) for gpu in request.gpus)
+        fits = tuple(judge_fit(estimator.estimate(settings, gpu), gpu) for gpu in request.gpus)
     else:
-        fits, left_out = _over_catalogue(settings, estimator)
+        fits, incapable = _over_catalogue(settings, estimator)
     misses = request.gpus and fits[0].fits != YES
     return MemoryReport(
         model=facts.name,
         architecture=type(shapes).__name__,
         num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
         num_trainable_parameters=traced.num_trained,
-        settings=_shown(settings, estimate),
+        settings=_shown_settings(settings, estimate),
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
@@ -100,31 +99,31 @@ def _answer(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         pinned_host_bytes=estimate.pinned_host_bytes,
         fits=fits,
         smallest_gpu=_smallest(settings, estimator),
-        suggestions=suggest(settings, gpu, ask, estimate) if misses else (),
+        suggestions=suggest(settings, gpu, estimator.estimate, estimate) if misses else (),
         solutions=_solutions(request, settings, estimator),
-        sweep=sweep(request.swept(settings), settings, gpu, ask) if request.sweep else (),
-        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, settings, gpu, left_out)),
+        sweep=sweep(request.swept(settings), settings, gpu, estimator.estimate) if request.sweep else (),
+        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, settings, gpu, incapable)),
         estimate_seconds=0.0,
     )
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:
-    """Return the verdict for each GPU of the catalogue, and those that can't compute so."""
-    found: list[GpuFit] = []
-    left_out: list[str] = []
+    """Return the verdict for each GPU of the catalogue, and the names of those that can't compute with these."""
+    fits: list[GpuFit] = []
+    incapable: list[str] = []
     for gpu in GPUS:
         try:
-            found.append(fit_on(estimator.estimate(settings, gpu), gpu))
-        except HardwareError:  # bf16 before Ampere, for one
-            left_out.append(gpu.name)
-    return tuple(found), tuple(left_out)
+            fits.append(judge_fit(estimator.estimate(settings, gpu), gpu))
+        except HardwareError:  # bf16 before Ampere, for example
+            incapable.append(gpu.name)
+    return tuple(fits), tuple(incapable)
 
 
 def _smallest(settings: EstimateSettings, estimator: "Estimator") -> str | None:
-    """Return the catalogue's smallest GPU on which the run fits for sure: larger ones need no prediction."""
+    """Return the smallest GPU of the catalogue on which the run certainly fits. Larger ones need no prediction."""
     for gpu in sorted(GPUS, key=lambda gpu: gpu.usable_bytes):
         try:
-            if fit_on(estimator.estimate(settings, gpu), gpu).fits == YES:
+            if judge_fit(estimator.estimate(settings, gpu), gpu).fits == YES:
                 return gpu.name
         except HardwareError:
             continue
@@ -147,7 +146,7 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
     )
 
 
-def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
+def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
     """Return the settings that memory depends on, by the flag's name without dashes."""
     lora = settings.lora
     targets = lora.target_modules or lora.target_parameters or ()
@@ -165,21 +164,24 @@ def _shown(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
     }
 
 
-def _assumptions(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, left_out: tuple[str, ...]) -> list[str]:
-    found = []
+def _assumptions(
+    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, incapable: tuple[str, ...]
+) -> list[str]:
+    """Return sentences on what the prediction takes for granted."""
+    sentences = []
     if not request.gpus:
-        found.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
-    if left_out:
-        found.append(f"not judged, since they can't compute so: {', '.join(left_out)}")
+        sentences.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
+    if incapable:
+        sentences.append(f"not judged, since they can't compute with these settings: {', '.join(incapable)}")
     if settings.data.packing:
-        found.append("rows are packed to the full length, with a mask that keeps them apart")
+        sentences.append("rows are packed to the full length, and attention does not cross from one to another")
     elif settings.training.micro_batch_size > 1:
-        found.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
+        sentences.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
     else:
-        found.append(f"every row has {settings.data.max_length:,} tokens")
-    found.append("every token is trained; with a loss on answers only, a little less is taken")
+        sentences.append(f"every row has {settings.data.max_length:,} tokens")
+    sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
-        found.append("new tokens have rows in the embedding already")
-    found += untraced(settings.training)
-    found.append("one GPU, nothing else on it, PyTorch's allocator as it comes (no PYTORCH_CUDA_ALLOC_CONF)")
-    return found
+        sentences.append("new tokens have rows in the embedding already")
+    sentences += untraced(settings.training)
+    sentences.append("one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)")
+    return sentences

@@ -1,7 +1,7 @@
-"""What is known of a model before anything is computed: the content of its config.json, and where it came from.
+"""The facts of a model that a prediction needs: the content of its config.json, and where that is from.
 
-A name of the catalogue costs nothing, a local model one small file; only another hub id asks the network, for that
-one file. Imports no torch.
+The catalogue has them in memory, a local model in one small file; only another hub id needs the network, for that one
+file. Imports no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from qlora_cli.settings.models import SECTIONS, EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import Fact, found, run_fact
 
-# What a run's record decides of a prediction for it; a flag that is given wins.
+# The sections in which a run's record gives the defaults of a prediction for it.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
-WITHOUT_LORA = tuple(section for section in OF_A_RUN if section != "lora")  # which an adapter that trains on says
+WITHOUT_LORA = tuple(section for section in OF_A_RUN if section != "lora")  # which an adapter's own config gives
 NAMES = {"model": {"name", "revision", "base_model"}}
 HOW_TRAINED = "how the run was trained"
 STORED_OTHERWISE = ("mxfp4", "fp8")
@@ -39,9 +39,15 @@ STORED_OTHERWISE = ("mxfp4", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The config of a model. `path` is its directory if it is on this disk; `notes` are for the answer.
+    """The config of a model, and what an adapter or a run that was named adds to it.
 
-    `adapter` is the one that was named, and trains on. `settings` are what it and its run say of the settings.
+    Attributes:
+        name: As it was given, or as the catalogue spells it.
+        content: Of its config.json.
+        path: Its directory, if it is on this disk.
+        adapter: The adapter that was named, to train further.
+        settings: Defaults that the adapter or the run gives.
+        notes: Sentences for the report.
     """
 
     name: str
@@ -53,13 +59,13 @@ class ModelFacts:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All that an answer depends on."""
-        adapter = {} if self.adapter is None else {"adapter that trains on": self.adapter.description}
+        """All that a prediction depends on, for its key in the cache."""
+        adapter = {} if self.adapter is None else {"adapter": self.adapter.description}
         return {**self.content, **adapter, "settings": [fact.values for fact in self.settings], "notes": self.notes}
 
 
-def find_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
-    """Return what is known of the model that was asked about, and of the settings, if it is a run or an adapter.
+def find_model_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
+    """Return the facts of the model that was asked about: a model, an adapter, or a run.
 
     Raises:
         ModelNotFoundError: no such model.
@@ -68,29 +74,29 @@ def find_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFa
     model = asked.settings.model
     path = existing_path(model.name)
     if path is None and looks_local(model.name):
-        raise _not_there(model.name).of("model.name")
+        raise _no_such_path(model.name).of("model.name")
     if path is not None and RunDirectory(path).is_run:
         _check_no_revision(path, model.revision)
-        return _of_run(path, asked, reporter)
-    facts = _named(model.name, model.revision, reporter)
+        return _facts_of_run(path, asked, reporter)
+    facts = _facts_by_name(model.name, model.revision, reporter)
     if isinstance(facts, Path):
-        return _of_adapter(facts, asked, reporter)
+        return _facts_of_adapter(facts, asked, reporter)
     if problem := base_model_problem(model.name, model):
         raise problem
     return facts
 
 
-def _not_there(name: str) -> ModelNotFoundError:
+def _no_such_path(name: str) -> ModelNotFoundError:
     return ModelNotFoundError(f"no model at {name}: no such file or directory", hint="Check the path.")
 
 
-def _named(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | Path:
-    """Return what is known of a model; of an adapter the directory that it is in."""
+def _facts_by_name(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | Path:
+    """Return the facts of a model; for an adapter, its directory."""
     if looks_local(name):
-        return _local(name, revision)
+        return _local_facts(name, revision)
     known = find_in_catalogue(name) if revision is None else None
     if known is None:
-        return _in_directory(name, _from_hub(name, revision, reporter))
+        return _facts_in_directory(name, _fetch_config(name, revision, reporter))
     content = dict(known.config)
     notes = [f"architecture of {known.hub_id} from the catalogue"]
     stored = content.get("quantization_config")
@@ -100,19 +106,19 @@ def _named(name: str, revision: str | None, reporter: Reporter) -> ModelFacts | 
     return ModelFacts(name=known.name, content=content, notes=tuple(notes))
 
 
-def _local(name: str, revision: str | None) -> ModelFacts | Path:
+def _local_facts(name: str, revision: str | None) -> ModelFacts | Path:
     path = existing_path(name)
     if path is None:
-        raise _not_there(name)
+        raise _no_such_path(name)
     _check_no_revision(path, revision)
     if path.is_dir():
-        return _in_directory(name, path)
+        return _facts_in_directory(name, path)
     if path.suffix != ".json":
         raise ModelError(f"{path} is no config.json", hint="Give a model's directory, its config.json, or a hub id.")
     return ModelFacts(name=name, content=read_json(path), path=path.parent)
 
 
-def _in_directory(name: str, path: Path) -> ModelFacts | Path:
+def _facts_in_directory(name: str, path: Path) -> ModelFacts | Path:
     if (path / ADAPTER_CONFIG).is_file():
         return path
     if not (path / CONFIG).is_file():
@@ -125,9 +131,9 @@ def _check_no_revision(path: Path, revision: str | None) -> None:
         raise ModelError(f"a revision ({revision}) has no meaning for the local {path}", hint="Leave it out.")
 
 
-def _base(name: str, reporter: Reporter) -> ModelFacts:
-    """Return what is known of the base that an adapter, a run or the user names."""
-    facts = _named(name, None, reporter)
+def _facts_of_base(name: str, reporter: Reporter) -> ModelFacts:
+    """Return the facts of the base that an adapter, a run or the user names."""
+    facts = _facts_by_name(name, None, reporter)
     if isinstance(facts, Path):
         raise ModelError(
             f"the base is {name}, an adapter itself",
@@ -136,7 +142,7 @@ def _base(name: str, reporter: Reporter) -> ModelFacts:
     return facts
 
 
-def _of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
+def _facts_of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     outline, run, model = read_outline(path), run_around(path), asked.settings.model
     recorded: Sequence[Mapping[str, Any]] = ()
     settings: tuple[Fact, ...] = (adapter_fact(outline.config, path),)
@@ -145,14 +151,14 @@ def _of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporte
     else:
         record = load_record(run.path)
         recorded = record.said_of("lora")
-        base = model.base_model or _place_of(record.base(), run.path)
+        base = model.base_model or _locate_base(record.base(), run.path)
         loaded = {section: record.settings_of(section, HOW_TRAINED) for section in ("model", "quantization")}
         settings = (run_fact(loaded, run.run_file), *settings)
     check_unchanged(model.name, outline.config, asked.given("lora"), recorded)
-    facts = _base(base, reporter)
-    note = f"the adapter {model.name} trains on, as it is"
+    facts = _facts_of_base(base, reporter)
+    note = f"the adapter {model.name} is trained further, with its own rank and targets"
     if outline.headers is None:
-        note += "; by its config alone, since its weights are not here as safetensors"
+        note += "; by its config alone, since there are no safetensors weights"
     return replace(facts, adapter=outline, settings=settings, notes=(*facts.notes, note))
 
 
@@ -160,24 +166,24 @@ def _base_of_adapter(path: Path, outline: AdapterOutline, name: str) -> str:
     base = outline.config.base_model_name_or_path
     if not base:
         raise ModelError(f"the adapter {name} does not name its base model", hint="Give the base model itself.")
-    beside = path / base
-    return str(beside) if existing_path(base) is None and beside.is_dir() else base
+    relative = path / base
+    return str(relative) if existing_path(base) is None and relative.is_dir() else base
 
 
-def _of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
+def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     record = load_record(path)
-    base, adapter = record.base(), _trained_on(path, record)
-    settings = [_all_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
+    base, adapter = record.base(), _adapter_of_run(path, record)
+    settings = [_settings_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
     if adapter is not None:
         check_unchanged(str(path), adapter.config, asked.given("lora"), record.said_of("lora"))
         settings.append(adapter_fact(adapter.config, adapter.directory))
-    facts = _base(asked.settings.model.base_model or _place_of(base, path), reporter)
-    note = f"settings of the run {path}, but for what was given here"
+    facts = _facts_of_base(asked.settings.model.base_model or _locate_base(base, path), reporter)
+    note = f"settings of the run {path}, except for those that were given here"
     return replace(facts, name=base.name, adapter=adapter, settings=tuple(settings), notes=(*facts.notes, note))
 
 
-def _all_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> Fact:
-    """Return all that a run recorded of the settings that a prediction has, which may be of another version."""
+def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> Fact:
+    """Return the settings of a run that a prediction has, too; another version may have recorded others."""
     known = {section: SECTIONS[section].model_fields.keys() - NAMES.get(section, set()) for section in sections}
     values = {
         f"{section}.{key}": value
@@ -188,10 +194,11 @@ def _all_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> Fact:
     return Fact(values=values, origin=found(RunDirectory(path).run_file))
 
 
-def _trained_on(path: Path, record: RunRecord) -> AdapterOutline | None:
-    """Return the adapter of a run that trains one on, which no settings describe; None if it made a new one.
+def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:
+    """Return the adapter of a run that trains an existing one further; None if the run made a new one.
 
-    It is as the run's own weights are, or as the one that it began with before there are any.
+    No settings describe such an adapter: its outline is read from the weights of the run or, before there are any,
+    from the adapter that the run began with.
     """
     began_with = None if record.base_model is None else record.base_model.adapter
     if began_with is None:
@@ -199,46 +206,46 @@ def _trained_on(path: Path, record: RunRecord) -> AdapterOutline | None:
     run = RunDirectory(path)
     if may_have_weights(run):
         return read_outline(weights_of(run, record).path)
-    places = (began_with, *record.places_of(str(began_with)))
-    here = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
-    if here is None:
+    paths = (began_with, *record.places_of(str(began_with)))
+    existing = next((adapter for adapter in paths if (adapter / ADAPTER_CONFIG).is_file()), None)
+    if existing is None:
         raise ModelNotFoundError(
-            f"the run {path} has no weights yet, and the adapter that it trains on is not here (looked for "
-            f"{' and '.join(map(str, places))})",
+            f"the run {path} has no weights yet, and the adapter that it began with is not here (looked for "
+            f"{' and '.join(map(str, paths))})",
             hint="Put it there, or name an adapter of the same kind.",
         )
-    return read_outline(here)
+    return read_outline(existing)
 
 
-def _place_of(base: BaseUsed, run: Path) -> str:
-    """Return the base of a run by where it is on this disk, or by its name on the hub."""
-    here = next((str(place) for place in base.places if (place / CONFIG).is_file()), None)
-    if here is None and base.commit is None:
+def _locate_base(base: BaseUsed, run: Path) -> str:
+    """Return the path of a run's base on this disk, or its name on the hub."""
+    existing = next((str(path) for path in base.places if (path / CONFIG).is_file()), None)
+    if existing is None and base.commit is None:
         looked = " and ".join(map(str, base.places))
         raise ModelNotFoundError(
             f"the base of the run {run} is {base.name}, which is not here (looked for {looked})",
             hint="Put it there, or say where it is: --base-model BASE.",
         )
-    return here or base.name
+    return existing or base.name
 
 
-def _from_hub(name: str, revision: str | None, reporter: Reporter) -> Path:
-    """Return where the config of a model, or of an adapter, was brought to."""
+def _fetch_config(name: str, revision: str | None, reporter: Reporter) -> Path:
+    """Download the config of a model or of an adapter; return the directory that has it."""
     if not HUB_ID.fullmatch(name):
-        raise ModelNotFoundError(f"no model at {name!r}: no such path, and not a hub id", hint=_known(name))
+        raise ModelNotFoundError(f"no model at {name!r}: no such path, and not a hub id", hint=_hint_for_unknown(name))
     from qlora_cli.hub.repository import fetch_files, open_repository
 
     try:
         repository = open_repository(name, revision, reporter)
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(str(error), hint=f"{error.hint or ''} {_known(name)}".strip()) from error
-    wanted = next((file for file in (CONFIG, ADAPTER_CONFIG) if file in repository.file_names), None)
-    if wanted is None:
+        raise ModelNotFoundError(str(error), hint=f"{error.hint or ''} {_hint_for_unknown(name)}".strip()) from error
+    file_name = next((file for file in (CONFIG, ADAPTER_CONFIG) if file in repository.file_names), None)
+    if file_name is None:
         raise ModelError(f"{name} has no {CONFIG} on the hub", hint="Give the repository of the base model.")
-    return fetch_files(repository, [wanted], reporter)
+    return fetch_files(repository, [file_name], reporter)
 
 
-def _known(name: str) -> str:
+def _hint_for_unknown(name: str) -> str:
     nearest = nearest_names(name)
     if nearest:
         return f"Known without a network are, for example, {', '.join(nearest)}."

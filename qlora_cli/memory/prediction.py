@@ -1,9 +1,9 @@
-"""What is predicted for a run, as plain values. Imports no torch: an answer that is known comes without it."""
+"""The prediction for a run, as plain values. Imports no torch: a cached prediction is shown without it."""
 
 from dataclasses import dataclass
 
-# How far a prediction may be off, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the
-# worst was 0.25 % of allocated and 5.7 % of reserved; of allocated, other GPUs and kernels are given more room.
+# The error bands, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the largest errors
+# were 0.25 % of allocated and 5.7 % of reserved memory; the band of allocated is wider, for other GPUs and kernels.
 ALLOCATED_ERROR = 0.01
 RESERVED_ERROR = 0.06
 
@@ -25,7 +25,7 @@ PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What the memory of the process is for at its peak, in bytes; adds up to `Figures.process_bytes`.
+    """The components of the process's memory at its peak, in bytes; they add up to `Figures.process_bytes`.
 
     Attributes:
         quantized_weights_bytes: Packed codes.
@@ -33,11 +33,11 @@ class Components:
         unquantized_weights_bytes: Weights in 16 or 32 bit, and buffers.
         adapters_bytes: LoRA matrices and other trained weights.
         gradients_bytes: Of the adapters.
-        optimizer_bytes: Its state, and what a step of it takes.
-        activations_bytes: Kept for the backward pass, and in flight.
-        loss_bytes: Logits and what becomes of them.
+        optimizer_bytes: Its state, and the temporaries of a step.
+        activations_bytes: Saved for the backward pass, and temporary.
+        loss_bytes: Logits, and what the loss computes from them.
         workspaces_bytes: Of cuBLAS and inside kernels: dequantized weights among them.
-        slack_bytes: Reserved by PyTorch's allocator, but used by no tensor.
+        slack_bytes: Reserved by PyTorch's allocator, and used by no tensor.
         context_bytes: The CUDA context and loaded kernels, outside the allocator.
     """
 
@@ -80,16 +80,16 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run takes on one GPU.
+    """The memory of a run on one GPU.
 
     Attributes:
         gpu: Its name in the catalogue.
         dtype: The compute dtype there.
-        attention_backends: The attention kernels that the GPU takes, by name.
-        paged_bytes: Optimizer state in unified memory, outside of the figures.
-        pinned_host_bytes: Activations that are kept in host memory.
+        attention_backends: The attention kernels that run there, by name.
+        paged_bytes: Optimizer state in unified memory, which the figures leave out.
+        pinned_host_bytes: Activations that are offloaded to host memory.
         ruling_phase: The phase with the peak.
-        reason: Why it rules, in a sentence.
+        reason: A sentence that says why.
     """
 
     gpu: str
@@ -109,7 +109,7 @@ class Estimate:
 class GpuFit:
     """Whether a run fits on a GPU: `yes` with the whole error band, `no` even at its lower end, else `tight`.
 
-    `margin_bytes` is what is left of the usable memory, negative if it falls short.
+    `margin_bytes` is the usable memory less that of the process; negative if it is too small.
     """
 
     gpu: str
@@ -123,7 +123,7 @@ class GpuFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """A change of flags that makes a run fit, or comes nearer. The nearest to what was asked comes first."""
+    """A change of flags that makes a run fit, or brings it nearer to that."""
 
     flags: str
     effect: str
@@ -145,7 +145,7 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """What a run takes with other values of some settings, by the flag's name without dashes."""
+    """The memory of a run with other `values` of some settings, by the flag's name without dashes."""
 
     values: dict[str, int]
     allocated_bytes: int
@@ -156,13 +156,13 @@ class SweepPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """The answer of `qlora inspect-memory`.
+    """The result of `qlora inspect-memory`.
 
     Attributes:
-        fits: For the GPUs that were asked for, or for every one of the catalogue.
-        smallest_gpu: The catalogue's smallest GPU on which it fits, if there is one.
-        suggestions: What makes it fit on the first GPU that was asked for, if it does not.
-        assumptions: What was taken for granted, in sentences.
+        fits: For the GPUs that were asked for, or for every GPU of the catalogue.
+        smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
+        suggestions: Changes that make the run fit on the first GPU that was asked for, if it does not.
+        assumptions: In sentences.
     """
 
     model: str

@@ -1,6 +1,6 @@
-"""Answers that were given before, kept on disk: by what was asked, the config, and the versions of all that computes.
+"""A cache of predictions on disk, by the request, the model's config, and the versions of all code that computes.
 
-A question whose answer is here costs no import of torch. A stale answer is impossible: the code itself is in the key.
+A cached prediction costs no import of torch, and is never stale: the code itself is part of the key.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from qlora_cli.settings.models import all_settings, marks
 from qlora_cli.writing import PRIVATE_FILE, not_in_place, private_folder, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-# Of our own code: what an answer depends on.
+# The packages of this project that a prediction depends on.
 PARTS = ("memory", "loading", "adapters", "quantization", "model_files", "settings", "tokenizing", "hardware")
-WORDS = ("gpus", "sweep", "plot")  # of the question: what is read of them counts, and where a picture goes does not
-MOST_ANSWERS = 500
+UNKEYED = ("gpus", "sweep", "plot")  # their parsed values are in the key; the file of a plot changes nothing
+MAX_PREDICTIONS = 500
 
 
 def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
-    """Return the name that the answer to `request` about a model with this config goes by."""
+    """Return the key of the prediction for `request` and a model with this config."""
     settings = request.asked.settings
     values = settings.model_dump(mode="json")
-    question = {key: value for key, value in values["inspect_memory"].items() if key not in WORDS}
-    asked = {**question, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
+    about = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
+    asked = {**about, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
     for path in (path for path in all_settings() if marks(path).affects_memory):
         section, key = path.split(".")
         asked[path] = values[section][key]
-        # What is not given depends on the model, or on whose run it is.
+        # The default of a setting that is not given may depend on the model.
         asked[f"{path} is given"] = request.asked.is_given(path)
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
     return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
 
 
-def recall(key: str) -> MemoryReport | None:
-    """Return the answer kept under `key`; None if there is none that can be read."""
+def load(key: str) -> MemoryReport | None:
+    """Return the prediction under `key`; None if there is none, or it can't be read."""
     file = cache_folder("memory") / f"{key}.json"
     try:
         if not_in_place(file) is not None:
@@ -52,19 +52,19 @@ def recall(key: str) -> MemoryReport | None:
         return None
 
 
-def keep(key: str, report: MemoryReport) -> None:
-    """Keep an answer; where it can't be written, it is computed anew another time."""
-    place = cache_folder("memory")
+def store(key: str, report: MemoryReport) -> None:
+    """Store a prediction; where the disk does not take it, it is computed again the next time."""
+    folder = cache_folder("memory")
     try:
-        private_folder(place)
-        write_file(place / f"{key}.json", json.dumps(as_json(dataclasses.asdict(report))), mode=PRIVATE_FILE)
-        _forget_oldest(place)
-    except OSError:  # a full or read-only disk: nothing is lost but time
+        private_folder(folder)
+        write_file(folder / f"{key}.json", json.dumps(as_json(dataclasses.asdict(report))), mode=PRIVATE_FILE)
+        _delete_oldest(folder)
+    except OSError:  # a full or read-only disk costs time only
         return
 
 
-def _forget_oldest(place: Path) -> None:
-    own = [path for path in place.glob("*.json") if is_name(path.stem) and not path.is_symlink()]
-    found = sorted(own, key=lambda path: path.stat().st_mtime)
-    for path in found[:-MOST_ANSWERS]:
+def _delete_oldest(folder: Path) -> None:
+    own = [path for path in folder.glob("*.json") if is_name(path.stem) and not path.is_symlink()]
+    by_age = sorted(own, key=lambda path: path.stat().st_mtime)
+    for path in by_age[:-MAX_PREDICTIONS]:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is asked of a prediction, as plain values. Imports no torch."""
+"""The request for a prediction, as plain values. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,18 +7,18 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, PredictionSettings
 from qlora_cli.settings.resolve import Resolved
 
-SHORTEST = 512  # tokens, where a picture begins
-LEAST_LENGTH = 8  # that data.max_length takes
+PLOT_START = 512  # tokens
+MIN_LENGTH = 8  # the least that data.max_length takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRequest:
-    """What the settings of `qlora inspect-memory` ask, the words in them read.
+    """The settings of `qlora inspect-memory`, with GPUs and sweeps parsed.
 
     Attributes:
         gpus: In the order in which they were named; empty if none was.
-        sweep: The values to predict for, rising, by the flag's name without dashes; every combination of them. Empty
-            for `max-length`: those of a picture, up to the length of the run, which `swept` fills in.
+        sweep: The values to predict for, rising, by the flag's name without dashes; every combination is predicted.
+            No values for `max-length` mean those of a plot, up to the length of the run, which `swept` fills in.
     """
 
     asked: Resolved[InspectMemorySettings]
@@ -27,7 +27,7 @@ class MemoryRequest:
 
     @property
     def prediction(self) -> PredictionSettings:
-        """What is asked besides the run."""
+        """The settings that are about the prediction, not about the run."""
         return self.asked.settings.inspect_memory
 
     @property
@@ -36,12 +36,12 @@ class MemoryRequest:
         return tuple(setting.value for setting in self.prediction.solve)
 
     def swept(self, settings: EstimateSettings) -> dict[str, tuple[int, ...]]:
-        """Return what is swept around a run with these settings, every value known."""
+        """Return the sweep around a run with these settings, with all values filled in."""
         return {name: values or lengths_up_to(settings.data.max_length) for name, values in self.sweep.items()}
 
 
-def does_evaluate(settings: EstimateSettings, asked: bool | None) -> bool:
-    """Whether an evaluation batch is run too: as asked, else if `train` would evaluate with these settings."""
+def runs_evaluation(settings: EstimateSettings, asked: bool | None) -> bool:
+    """Whether an evaluation batch is run, too: as `asked`, else if `train` would evaluate with these settings."""
     if asked is not None:
         return asked
     data = settings.data
@@ -50,7 +50,7 @@ def does_evaluate(settings: EstimateSettings, asked: bool | None) -> bool:
 
 
 def doubled(first: int, last: int) -> tuple[int, ...]:
-    """Return `first`, twice that, and so on, up to `last`, which is included whatever the others come to."""
+    """Return `first`, twice that, and so on up to `last`, which is always included."""
     values = []
     while first < last:
         values.append(first)
@@ -59,5 +59,5 @@ def doubled(first: int, last: int) -> tuple[int, ...]:
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:
-    """Return the lengths of a picture: from 512 tokens, or less where rows are short."""
-    return doubled(min(SHORTEST, max(LEAST_LENGTH, longest // 8)), longest)
+    """Return the lengths of a plot, in tokens: from 512 on, or from less if `longest` is short."""
+    return doubled(min(PLOT_START, max(MIN_LENGTH, longest // 8)), longest)

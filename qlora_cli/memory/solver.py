@@ -1,4 +1,4 @@
-"""Ask the same prediction for other values of a setting: the largest that fits on a GPU, or every one in a table."""
+"""Repeat a prediction with other values of a setting: find the largest that fits on a GPU, or sweep over many."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import varied_run
 
 # Predicts a run on a GPU; raises a QloraError where the settings can't work together.
-Ask = Callable[[EstimateSettings, Gpu], Estimate]
+Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 # What can be solved for and swept, by the flag's name without dashes.
 SETTINGS = {
@@ -25,29 +25,29 @@ SETTINGS = {
     Solvable.RANK.value: "lora.rank",
 }
 LENGTH_STEP = 64  # kernels work in tiles of 64 tokens or more, so that lengths between save next to nothing
-MOST_TOKENS, MOST_ROWS, MOST_RANK = 2**20, 1024, 4096
-MOST_GROWTH = 8  # times, from one value that fits to the next that is asked
-NUM_INTERPOLATED = 8  # asks, before a search goes on by halves: it then takes no more than ten or so others
+MAX_TOKENS, MAX_ROWS, MAX_RANK = 2**20, 1024, 4096
+MAX_GROWTH = 8  # from one value that fits to the next that is tried, as a factor
+NUM_INTERPOLATED = 8  # predictions, before the search bisects: it then needs about ten more at most
 
 
 @dataclass(frozen=True)
 class Point:
-    """A position in a list of values, and the bytes that are left of the GPU there; negative if it does not fit."""
+    """A position in a list of values, and the bytes left on the GPU there; negative if the run does not fit."""
 
     at: int
-    room: float
+    headroom: float
 
 
-def room(estimate: Estimate, gpu: Gpu) -> int:
-    """Return the bytes that the upper end of the error band leaves of what is usable: a run fits if none lack."""
+def headroom_bytes(estimate: Estimate, gpu: Gpu) -> int:
+    """Return the usable bytes left at the upper end of the error band; a run fits if that is not negative."""
     return gpu.usable_bytes - estimate.predicted.process_high_bytes
 
 
-def solve(setting: str, settings: EstimateSettings, gpu: Gpu, ask: Ask, *, most: int | None) -> Solution:
+def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, *, most: int | None) -> Solution:
     """Return the largest value of `setting` with which the run fits on `gpu`, whole error band included.
 
-    Lengths are tried in multiples of 64, ranks in multiples of 8 (and 1, 2, 4). Everything else stays as it is, the
-    accumulation of micro-batches too. `most` is the positions of the model, where they are known; it bounds lengths.
+    Lengths are tried in multiples of 64, ranks in multiples of 8 (and 1, 2, 4). All other settings stay, gradient
+    accumulation included. `most`, the number of the model's positions if it is known, bounds lengths.
 
     Raises:
         UsageError: `setting` can't be solved for.
@@ -57,13 +57,13 @@ def solve(setting: str, settings: EstimateSettings, gpu: Gpu, ask: Ask, *, most:
     values, bound = _values(setting, most)
     process_bytes: dict[int, int] = {}
 
-    def room_at(position: int) -> int:
-        estimate = ask(with_value(settings, setting, values[position]), gpu)
+    def headroom_at(position: int) -> int:
+        estimate = predict(with_value(settings, setting, values[position]), gpu)
         process_bytes[position] = estimate.predicted.process_bytes
-        return room(estimate, gpu)
+        return headroom_bytes(estimate, gpu)
 
     start = max(bisect_right(values, _value(settings, setting)) - 1, 0)
-    best = _climb(start, len(values) - 1, room_at)
+    best = _search_upwards(start, len(values) - 1, headroom_at)
     return Solution(
         setting=setting,
         gpu=gpu.name,
@@ -74,7 +74,7 @@ def solve(setting: str, settings: EstimateSettings, gpu: Gpu, ask: Ask, *, most:
 
 
 def sweep(
-    values: Mapping[str, tuple[int, ...]], settings: EstimateSettings, gpu: Gpu, ask: Ask
+    values: Mapping[str, tuple[int, ...]], settings: EstimateSettings, gpu: Gpu, predict: Predict
 ) -> tuple[SweepPoint, ...]:
     """Return what the run takes with every combination of `values`, the last setting changing fastest.
 
@@ -84,12 +84,12 @@ def sweep(
     """
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     changed = []
-    for combination in combinations:  # a wrong value is told before the first second is spent
+    for combination in combinations:  # all are checked before the first prediction, which takes a second
         variant = settings
         for setting, value in combination.items():
             variant = with_value(variant, setting, value)
         changed.append(variant)
-    return tuple(_point(point, ask(variant, gpu)) for point, variant in zip(combinations, changed, strict=True))
+    return tuple(_point(point, predict(variant, gpu)) for point, variant in zip(combinations, changed, strict=True))
 
 
 def _point(values: dict[str, int], estimate: Estimate) -> SweepPoint:
@@ -103,7 +103,7 @@ def _point(values: dict[str, int], estimate: Estimate) -> SweepPoint:
 
 
 def with_value(settings: EstimateSettings, setting: str, value: int) -> EstimateSettings:
-    """Return the settings with another value of `setting`, which is named as its flag without dashes.
+    """Return the settings with another value of `setting`, which goes by its flag's name without dashes.
 
     Raises:
         UsageError: there is no such setting here, or it does not take the value.
@@ -119,50 +119,52 @@ def with_value(settings: EstimateSettings, setting: str, value: int) -> Estimate
     return varied_run(settings, {SETTINGS[setting]: value})
 
 
-def narrow(low: Point, high: Point, room_at: Callable[[int], float], *, most_asks: int | None = None) -> int:
-    """Return the largest position that has room, between `low`, which has some, and `high`, which lacks some.
+def search_between(
+    low: Point, high: Point, headroom_at: Callable[[int], float], *, max_predictions: int | None = None
+) -> int:
+    """Return the largest position that fits, between `low`, which fits, and `high`, which does not.
 
-    By interpolation, since memory grows nearly linearly: false position, with the weight of an end halved that stays
-    twice (the Illinois method: Dowell and Jarratt, 1971), which a curve does not slow down. After some asks by
-    halves. With `most_asks`, the largest of the positions that were asked.
+    Memory grows nearly linearly, so the search interpolates: false position, with the weight of an end halved when it
+    stays twice (the Illinois method: Dowell and Jarratt, 1971), which curvature does not slow down. After
+    `NUM_INTERPOLATED` predictions it bisects. With `max_predictions` it returns the largest position that was tried.
     """
-    assert low.room >= 0 > high.room, (low, high)
-    num_asks = side = 0
-    while high.at - low.at > 1 and num_asks != most_asks:
-        share = low.room / (low.room - high.room) if num_asks < NUM_INTERPOLATED else 0.5
+    assert low.headroom >= 0 > high.headroom, (low, high)
+    num_predictions = side = 0
+    while high.at - low.at > 1 and num_predictions != max_predictions:
+        share = low.headroom / (low.headroom - high.headroom) if num_predictions < NUM_INTERPOLATED else 0.5
         at = min(max(low.at + int((high.at - low.at) * share), low.at + 1), high.at - 1)
-        here = Point(at, room_at(at))
-        num_asks += 1
-        if here.room >= 0:
-            low, high = here, replace(high, room=high.room / 2) if side > 0 else high
+        here = Point(at, headroom_at(at))
+        num_predictions += 1
+        if here.headroom >= 0:
+            low, high = here, replace(high, headroom=high.headroom / 2) if side > 0 else high
             side = 1
         else:
-            low, high = replace(low, room=low.room / 2) if side < 0 else low, here
+            low, high = replace(low, headroom=low.headroom / 2) if side < 0 else low, here
             side = -1
     return low.at
 
 
-def _climb(start: int, top: int, room_at: Callable[[int], float]) -> int | None:
-    """Return the largest position up to `top` that has room, looked for from `start` on; None if none has."""
-    low = before = Point(start, room_at(start))
-    if low.room < 0:
-        least = Point(0, room_at(0)) if start else low
-        return narrow(least, low, room_at) if least.room >= 0 else None
+def _search_upwards(start: int, top: int, headroom_at: Callable[[int], float]) -> int | None:
+    """Return the largest position up to `top` that fits, searched from `start` on; None if none does."""
+    low = before = Point(start, headroom_at(start))
+    if low.headroom < 0:
+        least = Point(0, headroom_at(0)) if start else low
+        return search_between(least, low, headroom_at) if least.headroom >= 0 else None
     while low.at < top:
-        at = min(_beyond(before, low), top)
-        here = Point(at, room_at(at))
-        if here.room < 0:
-            return narrow(low, here, room_at)
+        at = min(_next_position(before, low), top)
+        here = Point(at, headroom_at(at))
+        if here.headroom < 0:
+            return search_between(low, here, headroom_at)
         before, low = low, here
     return top
 
 
-def _beyond(before: Point, low: Point) -> int:
-    """Return where to look next above `low`: just beyond where the line through both runs out of room."""
-    if before.room <= low.room:  # one point only, or no growth yet: twice the value
+def _next_position(before: Point, low: Point) -> int:
+    """Return the position to try next above `low`: just beyond where the line through both points reaches zero."""
+    if before.headroom <= low.headroom:  # one point only, or no growth yet: twice the value
         return 2 * low.at + 1
-    num_steps = ceil(low.room * (low.at - before.at) / (before.room - low.room))
-    return min(low.at + num_steps + 1, MOST_GROWTH * (low.at + 1))
+    num_steps = ceil(low.headroom * (low.at - before.at) / (before.headroom - low.headroom))
+    return min(low.at + num_steps + 1, MAX_GROWTH * (low.at + 1))
 
 
 def _check_known(setting: str) -> None:
@@ -178,11 +180,11 @@ def _value(settings: EstimateSettings, setting: str) -> int:
 
 
 def _values(setting: str, most: int | None) -> tuple[Sequence[int], str]:
-    """Return the values of `setting` that are tried, smallest first, and what bounds them at the top."""
+    """Return the values of `setting` that are tried, smallest first, and the reason for the largest."""
     if setting == "micro-batch-size":
-        return range(1, MOST_ROWS + 1), f"{MOST_ROWS:,} rows, the most that are tried"
+        return range(1, MAX_ROWS + 1), f"{MAX_ROWS:,} rows, the most that are tried"
     if setting == "rank":
-        return (1, 2, 4, *range(8, MOST_RANK + 1, 8)), "the largest rank that is allowed"
+        return (1, 2, 4, *range(8, MAX_RANK + 1, 8)), "the largest rank that is allowed"
     if most is None:
-        return range(LENGTH_STEP, MOST_TOKENS + 1, LENGTH_STEP), f"{MOST_TOKENS:,} tokens, the most that are tried"
+        return range(LENGTH_STEP, MAX_TOKENS + 1, LENGTH_STEP), f"{MAX_TOKENS:,} tokens, the most that are tried"
     return (*range(LENGTH_STEP, most, LENGTH_STEP), most), "the positions of the model"

@@ -1,4 +1,4 @@
-"""Whether a run fits on a GPU, and if not, which changes of flags make it fit: what changes the run least first."""
+"""Judge whether a run fits on a GPU, and suggest changes of flags that make it fit, the mildest first."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, GpuFit, Suggestion
-from qlora_cli.memory.solver import LENGTH_STEP, Ask, Point, narrow, room
+from qlora_cli.memory.solver import LENGTH_STEP, Point, Predict, headroom_bytes, search_between
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import varied_run
@@ -15,19 +15,19 @@ from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"
 
-LEAST_RANK = 8
+MIN_RANK = 8
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-MOST_SUGGESTIONS = 6
-LEAST_SAVING = MIB
-# Each ask may take a second. A search for a milder step gets few, and none is begun for a combination after so many.
-SEARCH_ASKS = 4
-MOST_ASKS = 14
+MAX_SUGGESTIONS = 6
+MIN_SAVING_BYTES = MIB
+# A prediction may take a second. A search for a milder step gets a few; for a combination, none begins after so many.
+MAX_SEARCH_PREDICTIONS = 4
+MAX_PREDICTIONS = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """Other values of some settings, by `section.key`, and their effect in a few words."""
+class ChangeStep:
+    """New values of some settings, by `section.key`, and their effect in a few words."""
 
     values: Mapping[str, object]
     effect: str
@@ -35,32 +35,32 @@ class Step:
 
 @dataclass(frozen=True)
 class FlagChange:
-    """One way to need less memory. Its steps save less and less: the first saves most, the last changes least.
+    """A change that saves memory, in steps: the first saves most, the last changes the run least.
 
-    `is_gentle`: the same weights are trained on the same rows, at most in another time or with other rounding.
+    `is_gentle`: the same weights are trained on the same rows; only speed or rounding differ.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[ChangeStep, ...]
     is_gentle: bool
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenStep:
     """A change at one of its steps."""
 
     change: FlagChange
-    step: Step
+    step: ChangeStep
 
 
-def fit_on(estimate: Estimate, gpu: Gpu) -> GpuFit:
+def judge_fit(estimate: Estimate, gpu: Gpu) -> GpuFit:
     """Return whether the run of `estimate`, which was made for `gpu`, fits on it.
 
-    `no` is what can't be: even if PyTorch gave back every segment that it caches, the tensors would not fit beside
-    the context. `tight` is what may end with out of memory, or after retries that slow it down.
+    `no`: even if PyTorch released every cached segment, the tensors and the CUDA context would not fit. `tight`: the
+    run may run out of memory, or be slowed down by the allocator's retries.
     """
     assert estimate.gpu == gpu.name, f"an estimate for {estimate.gpu}, judged on {gpu.name}"
     figures = estimate.predicted
-    if room(estimate, gpu) >= 0:
+    if headroom_bytes(estimate, gpu) >= 0:
         verdict = YES
     elif figures.allocated_low_bytes + estimate.components.context_bytes > gpu.usable_bytes:
         verdict = NO
@@ -77,139 +77,143 @@ def fit_on(estimate: Estimate, gpu: Gpu) -> GpuFit:
     )
 
 
-def suggest(settings: EstimateSettings, gpu: Gpu, ask: Ask, base: Estimate) -> tuple[Suggestion, ...]:
-    """Return the changes that make a run fit on `gpu` which `base` says does not; what changes it least comes first.
+def suggest(settings: EstimateSettings, gpu: Gpu, predict: Predict, base: Estimate) -> tuple[Suggestion, ...]:
+    """Return the changes that make a run fit on `gpu`, the mildest first; none if it fits by `base` already.
 
-    Single changes, each at the mildest step that fits; where all of those train something else, first the gentle
-    ones together, with the first of the others if it then takes a milder step. If no single one fits, the
-    combination that does after the changes it is made of; if nothing fits, the combination that comes nearest, alone.
-    A change that this model or these settings can't be run with, or that saves nothing, is none.
+    Each is a single change at the mildest step that fits. If none of those is gentle, a combination comes first: all
+    gentle changes, with the first of the others where that allows it a milder step. If no single change suffices, the
+    combination that does comes after its parts; if nothing fits, the combination that comes nearest is the only one.
+    Changes that the model or the settings do not allow, and those that save nothing, are left out.
     """
-    trials = Trials(settings, gpu, ask, base)
-    if trials.base_room >= 0:
+    trials = Trials(settings, gpu, predict, base)
+    if trials.base_headroom_bytes >= 0:
         return ()
-    useful, fitting = _singles(trials, _changes(settings, base))
+    useful, fitting = _single_changes(trials, _changes(settings, base))
     if not fitting:
-        return _combination(trials, useful)
-    found = [[trials.mildest([chosen], 0)] for chosen in fitting]
+        return _combined(trials, useful)
+    suggested = [[trials.mildest([chosen], 0)] for chosen in fitting]
     if not any(chosen.change.is_gentle for chosen in fitting):
         gentle = [chosen for chosen in useful if chosen.change.is_gentle]
-        together = _accumulate(trials, [*gentle, *fitting])
-        together = _relax(trials, together) if trials.room(together) >= 0 else []
-        if together[-1:] not in ([], *found):
-            found.insert(0, together)
-    return tuple(trials.suggestion(some) for some in found)
+        combination = _accumulate(trials, [*gentle, *fitting])
+        combination = _relax(trials, combination) if trials.headroom_bytes(combination) >= 0 else []
+        if combination[-1:] not in ([], *suggested):
+            suggested.insert(0, combination)
+    return tuple(trials.suggestion(steps) for steps in suggested)
 
 
-def _singles(trials: "Trials", changes: Iterable[FlagChange]) -> tuple[list[Chosen], list[Chosen]]:
-    """Return the changes that save something and those of them that fit, all at the step that saves most."""
-    useful: list[Chosen] = []
-    fitting: list[Chosen] = []
+def _single_changes(trials: "Trials", changes: Iterable[FlagChange]) -> tuple[list[ChosenStep], list[ChosenStep]]:
+    """Return the changes that save memory and, of them, those that fit, all at the step that saves most."""
+    useful: list[ChosenStep] = []
+    fitting: list[ChosenStep] = []
     for change in changes:
-        chosen = Chosen(change, change.steps[0])
-        if trials.saved_bytes([chosen]) >= LEAST_SAVING:
+        chosen = ChosenStep(change, change.steps[0])
+        if trials.saved_bytes([chosen]) >= MIN_SAVING_BYTES:
             useful.append(chosen)
-            if trials.room([chosen]) >= 0:
+            if trials.headroom_bytes([chosen]) >= 0:
                 fitting.append(chosen)
-        if len(fitting) == MOST_SUGGESTIONS:
+        if len(fitting) == MAX_SUGGESTIONS:
             break
     return useful, fitting
 
 
-def _combination(trials: "Trials", useful: Sequence[Chosen]) -> tuple[Suggestion, ...]:
-    """Return the combination that fits, after the changes it is made of; if none does, the nearest alone."""
-    together = _accumulate(trials, useful)
-    if trials.room(together) < 0:
-        return (trials.suggestion(together),) if together else ()
-    together = _relax(trials, together)
-    singles = [[single] for single in together if trials.saved_bytes([single]) >= LEAST_SAVING]
-    return tuple(trials.suggestion(some) for some in (*singles, together))
+def _combined(trials: "Trials", useful: Sequence[ChosenStep]) -> tuple[Suggestion, ...]:
+    """Return the combination that fits, after its parts; if none fits, the nearest one alone."""
+    combination = _accumulate(trials, useful)
+    if trials.headroom_bytes(combination) < 0:
+        return (trials.suggestion(combination),) if combination else ()
+    combination = _relax(trials, combination)
+    singles = [[single] for single in combination if trials.saved_bytes([single]) >= MIN_SAVING_BYTES]
+    return tuple(trials.suggestion(steps) for steps in (*singles, combination))
 
 
-def _accumulate(trials: "Trials", useful: Sequence[Chosen]) -> list[Chosen]:
-    """Return the changes added up in their order until the run fits, less those that then save nothing more."""
-    together: list[Chosen] = []
+def _accumulate(trials: "Trials", useful: Sequence[ChosenStep]) -> list[ChosenStep]:
+    """Return the changes, added one by one until the run fits, without those that save nothing more."""
+    combination: list[ChosenStep] = []
     for chosen in useful:
         replaced = chosen.step.values.keys()
-        more = [*(other for other in together if not other.step.values.keys() <= replaced), chosen]
-        if trials.saved_bytes(more) - trials.saved_bytes(together) >= LEAST_SAVING:
-            together = more
-        if trials.room(together) >= 0:
+        more = [*(other for other in combination if not other.step.values.keys() <= replaced), chosen]
+        if trials.saved_bytes(more) - trials.saved_bytes(combination) >= MIN_SAVING_BYTES:
+            combination = more
+        if trials.headroom_bytes(combination) >= 0:
             break
-    return together
+    return combination
 
 
-def _relax(trials: "Trials", together: list[Chosen]) -> list[Chosen]:
-    """Return the combination with the mildest steps that fit, those that change the run most made milder first."""
-    for index in reversed(range(len(together))):
-        if trials.num_asks < MOST_ASKS:
-            together = [*together[:index], trials.mildest(together, index), *together[index + 1 :]]
-    return together
+def _relax(trials: "Trials", combination: list[ChosenStep]) -> list[ChosenStep]:
+    """Return the combination with milder steps that still fit; the changes of most effect on the run relax first."""
+    for index in reversed(range(len(combination))):
+        if trials.num_predictions < MAX_PREDICTIONS:
+            combination = [*combination[:index], trials.mildest(combination, index), *combination[index + 1 :]]
+    return combination
 
 
 class Trials:
-    """What a run takes on a GPU with changes; the same ones are asked once."""
+    """The estimates of a run on a GPU with changes; each combination is predicted once."""
 
-    def __init__(self, settings: EstimateSettings, gpu: Gpu, ask: Ask, base: Estimate) -> None:
-        self.base_room = room(base, gpu)
-        self._settings, self._gpu, self._ask, self._base = settings, gpu, ask, base
-        self._known: dict[str, Estimate | None] = {"": base}
+    def __init__(self, settings: EstimateSettings, gpu: Gpu, predict: Predict, base: Estimate) -> None:
+        self.base_headroom_bytes = headroom_bytes(base, gpu)
+        self._settings, self._gpu, self._predict, self._base = settings, gpu, predict, base
+        self._estimates: dict[str, Estimate | None] = {"": base}
 
     @property
-    def num_asks(self) -> int:
-        """How often was asked so far."""
-        return len(self._known) - 1
+    def num_predictions(self) -> int:
+        """The number of predictions so far."""
+        return len(self._estimates) - 1
 
-    def _estimate(self, together: Sequence[Chosen]) -> Estimate | None:
-        """Return what is predicted with the changes; None if the run can't be made with them."""
-        values = _values(together)
+    def _estimate(self, combination: Sequence[ChosenStep]) -> Estimate | None:
+        """Return the estimate with the changes; None if the run is not possible with them."""
+        values = _values(combination)
         flags = flags_of(values)
-        if flags not in self._known:
+        if flags not in self._estimates:
             try:
-                self._known[flags] = self._ask(varied_run(self._settings, values), self._gpu)
-            except QloraError:  # not with this model or beside the other settings: no change to propose
-                self._known[flags] = None
-        return self._known[flags]
+                self._estimates[flags] = self._predict(varied_run(self._settings, values), self._gpu)
+            except QloraError:  # not with this model, or not with the other settings: nothing to suggest
+                self._estimates[flags] = None
+        return self._estimates[flags]
 
-    def room(self, together: Sequence[Chosen]) -> int:
-        """Return the bytes that are left with the changes; what can't be run has no more than without them."""
-        estimate = self._estimate(together)
-        return self.base_room if estimate is None else room(estimate, self._gpu)
+    def headroom_bytes(self, combination: Sequence[ChosenStep]) -> int:
+        """Return the bytes left with the changes; a run that is not possible has no more than the unchanged one."""
+        estimate = self._estimate(combination)
+        return self.base_headroom_bytes if estimate is None else headroom_bytes(estimate, self._gpu)
 
-    def saved_bytes(self, together: Sequence[Chosen]) -> int:
-        """Return how much less the process takes with the changes; nothing if it can't be run with them."""
-        estimate = self._estimate(together)
+    def saved_bytes(self, combination: Sequence[ChosenStep]) -> int:
+        """Return the bytes that the process saves with the changes; 0 if the run is not possible with them."""
+        estimate = self._estimate(combination)
         return 0 if estimate is None else self._base.predicted.process_bytes - estimate.predicted.process_bytes
 
-    def mildest(self, together: Sequence[Chosen], index: int) -> Chosen:
-        """Return the change at `index` at its mildest step with which the changes, which fit, still do."""
-        change = together[index].change
+    def mildest(self, combination: Sequence[ChosenStep], index: int) -> ChosenStep:
+        """Return the change at `index` at the mildest step with which the combination, which fits, still does."""
+        change = combination[index].change
 
-        def room_at(position: int) -> int:
-            return self.room([*together[:index], Chosen(change, change.steps[position]), *together[index + 1 :]])
+        def headroom_at(position: int) -> int:
+            return self.headroom_bytes(
+                [*combination[:index], ChosenStep(change, change.steps[position]), *combination[index + 1 :]]
+            )
 
-        low, high = Point(0, room_at(0)), Point(len(change.steps), self.base_room)
-        return Chosen(change, change.steps[narrow(low, high, room_at, most_asks=SEARCH_ASKS)])
+        low, high = Point(0, headroom_at(0)), Point(len(change.steps), self.base_headroom_bytes)
+        return ChosenStep(
+            change, change.steps[search_between(low, high, headroom_at, max_predictions=MAX_SEARCH_PREDICTIONS)]
+        )
 
-    def suggestion(self, together: Sequence[Chosen]) -> Suggestion:
-        """Return the changes as they are shown."""
-        estimate = self._estimate(together)
+    def suggestion(self, combination: Sequence[ChosenStep]) -> Suggestion:
+        """Return the suggestion to make these changes."""
+        estimate = self._estimate(combination)
         assert estimate is not None, "suggested, though it can't be run"
         return Suggestion(
-            flags=flags_of(_values(together)),
-            effect="; ".join(chosen.step.effect for chosen in together),
-            saved_bytes=self.saved_bytes(together),
+            flags=flags_of(_values(combination)),
+            effect="; ".join(chosen.step.effect for chosen in combination),
+            saved_bytes=self.saved_bytes(combination),
             process_bytes=estimate.predicted.process_bytes,
-            fits=fit_on(estimate, self._gpu).fits,
+            fits=judge_fit(estimate, self._gpu).fits,
         )
 
 
-def _values(together: Sequence[Chosen]) -> dict[str, object]:
-    return {path: value for chosen in together for path, value in chosen.step.values.items()}
+def _values(combination: Sequence[ChosenStep]) -> dict[str, object]:
+    return {path: value for chosen in combination for path, value in chosen.step.values.items()}
 
 
 def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]:
-    """Yield what could be changed, what changes the result or the speed least first."""
+    """Yield the possible changes, those with the least effect on result and speed first."""
     gentle = (
         _checkpointing(base),
         _smaller_micro_batch(settings),
@@ -219,29 +223,29 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]
         _sdpa(settings),
     )
     other = (_fewer_bits(settings), _lower_rank(settings), _shorter_rows(settings), _fewer_targets(settings))
-    for is_gentle, ladders in ((True, gentle), (False, other)):
-        for ladder in ladders:
-            if steps := tuple(ladder):
+    for is_gentle, changes in ((True, gentle), (False, other)):
+        for change in changes:
+            if steps := tuple(change):
                 yield FlagChange(steps, is_gentle)
 
 
-# Each yields the steps of one change, the one that saves most first.
+# Each generator yields the steps of one change, the one that saves most first.
 
 
-def _checkpointing(base: Estimate) -> Iterator[Step]:
+def _checkpointing(base: Estimate) -> Iterator[ChangeStep]:
     if base.gradient_checkpointing == Checkpointing.OFF:
-        yield Step(
+        yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.ON},
             effect="same result, a step takes up to half as long again",
         )
 
 
-def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[Step]:
+def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[ChangeStep]:
     num_rows = settings.training.micro_batch_size
     batch = num_rows * settings.training.gradient_accumulation_steps
     for micro in _halvings(num_rows, 1):
         if batch % micro == 0:
-            yield Step(
+            yield ChangeStep(
                 values={
                     "training.micro_batch_size": micro,
                     "training.gradient_accumulation_steps": batch // micro,
@@ -250,14 +254,14 @@ def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[Step]:
             )
 
 
-def _denser_storage(settings: EstimateSettings) -> Iterator[Step]:
+def _denser_storage(settings: EstimateSettings) -> Iterator[ChangeStep]:
     from qlora_cli.quantization.methods import method_of  # with torch
 
     for saving in reversed(list(method_of(settings.quantization.method).savings(settings.quantization))):
-        yield Step(values={f"quantization.{saving.key}": saving.value}, effect=saving.effect)
+        yield ChangeStep(values={f"quantization.{saving.key}": saving.value}, effect=saving.effect)
 
 
-def _smaller_optimizer(settings: EstimateSettings) -> Iterator[Step]:
+def _smaller_optimizer(settings: EstimateSettings) -> Iterator[ChangeStep]:
     optimizer = settings.training.optimizer
     if optimizer.is_paged:
         return
@@ -267,47 +271,47 @@ def _smaller_optimizer(settings: EstimateSettings) -> Iterator[Step]:
         if optimizer.is_lion
         else (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
     )
-    yield Step(
+    yield ChangeStep(
         values={"training.optimizer": paged},
         effect="optimizer state in 8 bit, and in host memory when the GPU is full",
     )
     if optimizer != unpaged:
-        yield Step(values={"training.optimizer": unpaged}, effect="optimizer state in 8 bit")
+        yield ChangeStep(values={"training.optimizer": unpaged}, effect="optimizer state in 8 bit")
 
 
-def _offload(base: Estimate) -> Iterator[Step]:
+def _offload(base: Estimate) -> Iterator[ChangeStep]:
     if base.gradient_checkpointing != Checkpointing.OFFLOAD:
-        yield Step(
+        yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.OFFLOAD},
             effect="same result, slower: activations wait in host memory",
         )
 
 
-def _sdpa(settings: EstimateSettings) -> Iterator[Step]:
+def _sdpa(settings: EstimateSettings) -> Iterator[ChangeStep]:
     if settings.model.attention == Attention.EAGER:
-        yield Step(values={"model.attention": Attention.SDPA}, effect="same result but for rounding, faster")
+        yield ChangeStep(values={"model.attention": Attention.SDPA}, effect="same result but for rounding, faster")
 
 
-def _fewer_bits(settings: EstimateSettings) -> Iterator[Step]:
+def _fewer_bits(settings: EstimateSettings) -> Iterator[ChangeStep]:
     for method in reversed(settings.quantization.method.smaller()):
         assert method.traits.proposal is not None, "only what is proposed is smaller"
-        yield Step(values={"quantization.method": method}, effect=method.traits.proposal)
+        yield ChangeStep(values={"quantization.method": method}, effect=method.traits.proposal)
 
 
-def _lower_rank(settings: EstimateSettings) -> Iterator[Step]:
-    for rank in _halvings(settings.lora.rank, LEAST_RANK):
-        yield Step(values={"lora.rank": rank}, effect=f"a smaller adapter, of rank {rank}")
+def _lower_rank(settings: EstimateSettings) -> Iterator[ChangeStep]:
+    for rank in _halvings(settings.lora.rank, MIN_RANK):
+        yield ChangeStep(values={"lora.rank": rank}, effect=f"a smaller adapter, of rank {rank}")
 
 
-def _shorter_rows(settings: EstimateSettings) -> Iterator[Step]:
+def _shorter_rows(settings: EstimateSettings) -> Iterator[ChangeStep]:
     for length in range(LENGTH_STEP, settings.data.max_length, LENGTH_STEP):
-        yield Step(values={"data.max_length": length}, effect=f"rows beyond {length:,} tokens are cut")
+        yield ChangeStep(values={"data.max_length": length}, effect=f"rows beyond {length:,} tokens are truncated")
 
 
-def _fewer_targets(settings: EstimateSettings) -> Iterator[Step]:
+def _fewer_targets(settings: EstimateSettings) -> Iterator[ChangeStep]:
     targets = settings.lora.target_modules
     if targets == "all-linear" or set(targets) > set(ATTENTION_MODULES):
-        yield Step(values={"lora.target_modules": ATTENTION_MODULES}, effect="adapters on attention only")
+        yield ChangeStep(values={"lora.target_modules": ATTENTION_MODULES}, effect="adapters on attention only")
 
 
 def _halvings(value: int, least: int) -> list[int]:

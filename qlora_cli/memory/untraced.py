@@ -1,21 +1,21 @@
-"""What changes the memory of a run and is not followed: to be said with every prediction. Imports no torch."""
+"""Settings that change the memory of a run and are not traced, which every prediction mentions. Imports no torch."""
 
 from qlora_cli.settings.models import TrainingSettings
 
 
 def untraced(training: TrainingSettings) -> list[str]:
-    """Return in sentences what a prediction for these settings leaves out."""
-    found = []
+    """Return sentences on what a prediction for these settings leaves out."""
+    sentences = []
     if training.torch_compile:
-        found.append(
-            "torch.compile is not traced: the figures are those of the run without it; compiled code keeps other "
+        sentences.append(
+            "torch.compile is not traced: the figures are those of the run without it; compiled code saves other "
             "activations, usually fewer, and may take more while it compiles"
         )
     if training.use_liger_kernel:
-        found.append(
+        sentences.append(
             "Liger's kernels are not traced: the figures are those of the run without them; with them it usually "
             "takes less"
         )
     if training.full_determinism:
-        found.append("of full_determinism the smaller workspaces of cuBLAS are counted, other kernels are not")
-    return found
+        sentences.append("of full_determinism the smaller workspaces of cuBLAS are counted, other kernels are not")
+    return sentences

@@ -5,7 +5,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from torch.optim import Optimizer
 
-from qlora_cli.memory.replaying.optimizer_step import learns_faster
+from qlora_cli.memory.replaying.optimizer_step import is_lora_b
 
 
 def let_b_learn_faster(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
@@ -17,7 +17,7 @@ def let_b_learn_faster(optimizer: Optimizer, model: nn.Module, ratio: float) -> 
     optimizers only by names that they do not have in transformers.
     """
     assert not optimizer.state, "groups can't change once there is state, which is saved by their order"
-    faster = {id(parameter) for name, parameter in model.named_parameters() if learns_faster(name)}
+    faster = {id(parameter) for name, parameter in model.named_parameters() if is_lora_b(name)}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in faster]
         if moved:

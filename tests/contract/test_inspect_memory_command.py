@@ -16,7 +16,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, GpuFit, MemoryReport
-from qlora_cli.memory.request import MemoryRequest, does_evaluate, lengths_up_to
+from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluation
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from qlora_cli.settings.models import all_settings, marks
 from tests.conftest import ASSETS
@@ -67,7 +67,7 @@ def asked(core: Core) -> Ask:
 
 
 def evaluates(request: MemoryRequest) -> bool:
-    return does_evaluate(request.asked.settings, request.prediction.evaluate)
+    return runs_evaluation(request.asked.settings, request.prediction.evaluate)
 
 
 def refused(*arguments: str | Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qlora_cli.memory.replaying.allocator import CachingAllocator
-from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
@@ -58,17 +58,17 @@ def step_settings(**changes: Any) -> StepSettings:
     return StepSettings(**{"is_padded": is_padded, **values})
 
 
-def twin_of(
+def meta_model_of(
     config: Any,
     *,
     whole: bool,
     quantization: QuantizationSettings | None = None,
     **lora: Any,
-) -> Twin:
-    """Return the twin of a model as `inspect-memory` builds it for a GPU."""
-    shapes = build_on_meta(deepcopy(config), torch.bfloat16)  # which becomes the twin, its config too
+) -> MetaModel:
+    """Return the meta model of a config as `inspect-memory` builds it for a GPU."""
+    shapes = build_on_meta(deepcopy(config), torch.bfloat16)  # which is changed into the meta model, its config too
     layout = plan_layout(shapes, quantization or QuantizationSettings(), torch.bfloat16, device=CUDA)
-    return build_twin(
+    return build_meta_model(
         shapes,
         layout,
         LoraSettings(rank=8, **lora),

@@ -1,7 +1,7 @@
 """Read JSON lines and JSON lists, object by object, exactly as they are written.
 
-`datasets` reads them into columns instead, in which every nested object has the keys of all others; tools
-and their schemas would reach the prompt changed.
+`datasets` reads them into columns, in which every nested object gets the keys of all others: tools and their schemas
+would be changed in the prompt.
 """
 
 from collections.abc import Iterator
@@ -46,9 +46,9 @@ def count_json_lines(path: Path) -> int:
 
 
 def read_json(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]:
-    """Yield the rows of a list of objects, of an object that holds nothing but one, of lines, or of a lone object.
+    """Yield the rows of a list of objects, of an object that only wraps such a list, of lines, or of a single object.
 
-    What follows a syntax error can't be read; the error is the last row.
+    Nothing after a syntax error can be read; the error is the last row.
 
     Raises:
         DataError: the file can't be read or is no UTF-8 text.
@@ -67,14 +67,14 @@ def count_json(path: Path) -> int:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of each line that is not blank, no bytes of one that is too long.
+    """Yield number and bytes of each line that is not blank; of a line that is too long, no bytes.
 
     Only a line feed ends a line.
     """
     num_blank = 0
     for line, content in enumerate(iter(partial(file.readline, MAX_ROW_BYTES + 1), b""), start=1):
         if len(content) > MAX_ROW_BYTES:
-            _pass_line(file, content)
+            _skip_line(file, content)
             yield line, b""
         elif content.strip():
             yield line, content
@@ -83,8 +83,8 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             check_blank_lines(num_blank, line - num_blank, printable(path))
 
 
-def _pass_line(file: BinaryIO, content: bytes) -> None:
-    """Read on to the end of the line of which `content` was read."""
+def _skip_line(file: BinaryIO, content: bytes) -> None:
+    """Read to the end of the line that begins with `content`."""
     while content and not content.endswith(b"\n"):
         content = file.readline(WINDOW_BYTES)
 
@@ -100,7 +100,7 @@ def _begins_json(path: Path, content: bytes) -> bool:
 
 
 def _decode_line(content: bytes, values: JsonValues) -> tuple[Any, str | None]:
-    """Return the value on a line, and what is wrong with it."""
+    """Return the value on a line, and the problem with it."""
     if (null := content.find(b"\0")) >= 0:
         return None, f"NUL byte at {null + 1} of the line"
     try:
@@ -122,7 +122,7 @@ def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> Raw
 
 
 class _Layout(Enum):
-    """How a .json file holds its rows."""
+    """The layout of the rows in a .json file."""
 
     LIST = auto()
     LINES = auto()
@@ -144,9 +144,9 @@ def _layout_of(path: Path) -> _Layout:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether an object ends with the first line, and something follows that is not its continuation.
+    """Whether an object ends with the first line, and the next line begins another value.
 
-    In JSON a line break is never inside a string, and only `,`, `]` and `}` continue what ends with `}`.
+    In JSON a line break is never inside a string, and only `,`, `]` and `}` continue a text that ends with `}`.
     """
     last, is_broken, num_blank = b"", False, 0
     with open_text(path) as file:
@@ -162,9 +162,9 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _is_wrapped(path: Path) -> bool:
-    """Whether the file is an object with nothing in it but a list of objects, that is no conversation.
+    """Whether the file is an object with a single key, under which is a list of rows that is not a conversation.
 
-    Whether more follows shows at the end only, so that such a file is read twice.
+    Only the end of the list shows whether there is another key, so such a file is read twice.
     """
     with open_text(path) as file:
         text = JsonText(file)
@@ -180,7 +180,7 @@ def _is_wrapped(path: Path) -> bool:
 
 
 def _enter_list(text: JsonText) -> bool:
-    """Go into the list of `{"key": [{`, if that is how `text` begins."""
+    """Enter the list in `{"key": [{`; return whether `text` begins so."""
     text.expect("{")
     if text.peek() != '"':
         return False
@@ -189,7 +189,7 @@ def _enter_list(text: JsonText) -> bool:
 
 
 def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
-    """Yield the rows of a list or a lone object; the last one is a syntax error if there is one."""
+    """Yield the rows of a list or of a single object; a syntax error is the last row."""
     file_name, number = printable(path), 0
     with open_text(path) as file:
         text = JsonText(file)
@@ -204,7 +204,7 @@ def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
 
 
 def _first_list(path: Path) -> str | None:
-    """Return the key of an object under which a list of objects begins, the first one."""
+    """Return the first key of an object that has a list of objects; None if there is none."""
     with open_text(path) as file:
         text = JsonText(file)
         try:
@@ -216,7 +216,7 @@ def _first_list(path: Path) -> str | None:
                     return key if text.peek() == "{" else None
                 text.decode()
                 text.expect(",")
-        except BrokenJsonError:  # of which the row tells
+        except BrokenJsonError:  # the row has it as its problem
             pass
     return None
 
@@ -234,7 +234,7 @@ def _values(text: JsonText, layout: _Layout) -> Iterator[Decoded]:
 
 
 def _elements(text: JsonText) -> Iterator[Decoded]:
-    """Yield the elements of a list that was entered, and leave it."""
+    """Yield the elements of a list that was entered, up to its end."""
     if text.take("]"):
         return
     while True:

@@ -1,4 +1,8 @@
-"""Decode JSON values one after the other from a file of any size."""
+"""Decode JSON values one after another from a file of any size, in bounded memory.
+
+Python's own decoder reads each value, so that a row in a list and the same row on a line are equal. Why it is not
+ijson: docs/decisions/0020-large-json-files-by-our-own-decoder.md.
+"""
 
 import codecs
 import json
@@ -11,13 +15,13 @@ from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, text_nests_
 from qlora_cli.data.rows.json_objects import name_repeated_key, object_of
 
 WINDOW_BYTES = 1024**2
-# What `json` blames is at most this far from where it ran out of text: `-Infinity`, `\\ud83d\\ude00`.
-LONGEST_TOKEN = 16
-SPACE = re.compile(r"[ \t\r\n]*")
+# `json` reports an error at most this far before the end of an incomplete text: `-Infinity`, `\\ud83d\\ude00`.
+MAX_TOKEN_LENGTH = 16
+WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BrokenJsonError(Exception):
-    """The text is no JSON from here on; `line` says where, from 1."""
+    """The text is not JSON from `line` on, which counts from 1."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -25,7 +29,7 @@ class BrokenJsonError(Exception):
 
 
 class Decoded(NamedTuple):
-    """A value in a file, or what is wrong with it; the line on which it begins, and how much text it is."""
+    """A value in a file, or the problem with it; the line on which it begins, and its length in characters."""
 
     line: int
     value: Any
@@ -34,12 +38,12 @@ class Decoded(NamedTuple):
 
 
 def name_long_number() -> str:
-    """Return what is wrong where Python refuses to make a number of its digits, the only such `ValueError`."""
+    """Return the problem with an integer that Python refuses to convert, the only plain `ValueError` of `json`."""
     return f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 class JsonValues:
-    """Decodes values, and says what is wrong with one that `json` takes although it is none."""
+    """Decodes values, and finds problems that `json` accepts: NaN, lone surrogates, too many levels."""
 
     def __init__(self) -> None:
         self._constants: list[str] = []
@@ -49,7 +53,7 @@ class JsonValues:
         )
 
     def decode_whole(self, text: str) -> tuple[Any, str | None]:
-        """Return the value that `text` is, and what is wrong with it."""
+        """Return the value of the whole `text`, and the problem with it."""
         self._constants.clear()
         self._repeated.clear()
         try:
@@ -63,10 +67,10 @@ class JsonValues:
         return value, self._problem(value, text, 0, len(text))
 
     def decode_at(self, text: str, start: int) -> tuple[Any, int, str | None]:
-        """Return the value at `start`, where it ends, and what is wrong with it.
+        """Return the value at `start`, its end, and the problem with it.
 
         Raises:
-            ValueError: it is no JSON; JSONDecodeError says where.
+            ValueError: it is not JSON; JSONDecodeError says where.
             RecursionError: it is nested too deeply.
         """
         self._constants.clear()
@@ -75,6 +79,7 @@ class JsonValues:
         return value, end, self._problem(value, text, start, end)
 
     def _problem(self, value: Any, text: str, start: int, end: int) -> str | None:
+        # The searches in the text are cheap; only a row with an escaped surrogate is encoded to look for a lone one.
         if text_nests_too_deeply(value, text.count("[", start, end) + text.count("{", start, end)):
             return TOO_DEEP
         if self._constants:
@@ -95,7 +100,7 @@ class JsonText:
     """A window on the text of a file that moves forward, and grows when a value does not fit.
 
     Raises:
-        BrokenJsonError: from every method, when the text is not what it has to be.
+        BrokenJsonError: by every method, if the text is not JSON or not what the method expects.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -104,15 +109,15 @@ class JsonText:
         self._values = JsonValues()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at = "", 0
-        self._line_start = 0  # of `line`, in the window; negative once it has moved on
+        self._line_start = 0  # the index of `line` in the window; negative once the window has moved past it
         self._num_bytes = 0  # read so far
         self._is_whole = False
-        self._problem: str | None = None  # why the text ends where it does
+        self._problem: str | None = None  # why the text ends before the file does
 
     def peek(self) -> str:
-        """Go to what follows, and return its first character; nothing at the end of the file."""
+        """Skip whitespace; return the next character, or an empty string at the end of the file."""
         while True:
-            match = SPACE.match(self._text, self._at)
+            match = WHITESPACE.match(self._text, self._at)
             assert match is not None
             self._go_to(match.end())
             if self._at < len(self._text):
@@ -124,49 +129,49 @@ class JsonText:
         return ""
 
     def take(self, character: str) -> bool:
-        """Go past `character` if it is what follows."""
+        """Skip `character` if it is next; return whether it was."""
         if self.peek() != character:
             return False
         self._go_to(self._at + 1)
         return True
 
     def expect(self, character: str) -> None:
-        """Go past `character`, which has to follow."""
+        """Skip `character`, which has to be next."""
         if not self.take(character):
             raise self._broken(f"Expecting {character!r}" if self._at < len(self._text) else "it ends here", self._at)
 
     def expect_end(self) -> None:
-        """Check that nothing follows."""
+        """Check that the file ends here."""
         if self.peek():
             raise self._broken("Extra data", self._at)
 
     def decode(self) -> Decoded:
-        """Go past the value that follows, and return it."""
+        """Skip the next value, and return it."""
         self.peek()
         while True:
             try:
                 value, end, problem = self._values.decode_at(self._text, self._at)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and len(self._text) - self._at > MAX_ROW_BYTES:
+                if self._is_incomplete(error) and len(self._text) - self._at > MAX_ROW_BYTES:
                     raise self._broken(f"a value is {TOO_LONG}", self._at) from error
-                if not self._may_be_cut(error) or not self._grow():
+                if not self._is_incomplete(error) or not self._grow():
                     raise self._broken(self._reason(error), error.pos) from error
             except ValueError as error:  # a number of thousands of digits
                 raise self._broken(name_long_number(), self._at) from error
             except RecursionError as error:
                 raise self._broken("nested too deeply", self._at) from error
             else:
-                # A number may go on behind the window.
+                # A number at the end of the window may have more digits after it.
                 if end < len(self._text) or not self._grow():
                     decoded = Decoded(self.line, value, problem, end - self._at)
                     self._go_to(end)
                     return decoded
 
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        return error.pos + LONGEST_TOKEN >= len(self._text) or error.msg.startswith("Unterminated string")
+    def _is_incomplete(self, error: json.JSONDecodeError) -> bool:
+        return error.pos + MAX_TOKEN_LENGTH >= len(self._text) or error.msg.startswith("Unterminated string")
 
     def _reason(self, error: json.JSONDecodeError) -> str:
-        if self._problem and self._may_be_cut(error):
+        if self._problem and self._is_incomplete(error):
             return self._problem
         return "NUL byte" if self._text[error.pos : error.pos + 1] == "\0" else error.msg
 
@@ -182,7 +187,10 @@ class JsonText:
         return BrokenJsonError(f"broken JSON: {message} (line {line}, column {position - start + 1})", line)
 
     def _grow(self) -> bool:
-        """Drop what is done with and read as much again as is left, a window at least; False at the end."""
+        """Drop the text before the position and read as much as is left, at least a window; False at the end.
+
+        Doubling keeps the decoding of one long value linear in its length.
+        """
         if self._is_whole:
             return False
         self._text, self._line_start, self._at = self._text[self._at :], self._line_start - self._at, 0

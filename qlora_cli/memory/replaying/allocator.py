@@ -1,9 +1,9 @@
 """A replica of PyTorch's caching allocator: what it reserves from the driver for a sequence of allocations.
 
 Rules and constants are those of `c10/core/CachingDeviceAllocator` and `c10/cuda/CUDACachingAllocator.cpp` with the
-default configuration (no expandable segments, no maximum split size), on one stream. Addresses are made up, but fall
-from segment to segment as those of the driver do on Linux (it maps from the top down): best fit takes the lowest of
-blocks of one size, and which one that is decides what is left whole.
+default configuration (no expandable segments, no maximum split size), on one stream. Addresses are invented, but fall
+from segment to segment as the driver's do on Linux, which maps from the top down. They matter: best fit takes the
+lowest of blocks of equal size, and which one it splits decides which large block stays whole.
 """
 
 from bisect import bisect_left, insort
@@ -14,17 +14,17 @@ MIN_BLOCK_BYTES = 512  # kMinBlockSize: every size is rounded up to a multiple
 SMALL_BYTES = 1 << 20  # kSmallSize: up to here, blocks come from the pool of small segments
 SMALL_SEGMENT_BYTES = 2 << 20  # kSmallBuffer
 LARGE_SEGMENT_BYTES = 20 << 20  # kLargeBuffer: a segment for blocks of 1 to 10 MiB
-MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc: from here on, a segment is made for the block
+MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc: from here on, a block has a segment of its own
 ROUND_LARGE_BYTES = 2 << 20  # kRoundLarge
 
 
 def round_size(num_bytes: int) -> int:
-    """Return the size of the block that a request is rounded up to."""
+    """Return the bytes of the block for a request of `num_bytes`."""
     return max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
 
 
 def segment_size(block_bytes: int) -> int:
-    """Return what is asked of the driver for a block that no cached one can hold."""
+    """Return the bytes that the driver is asked for when no free block can hold one of `block_bytes`."""
     if block_bytes <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if block_bytes < MIN_LARGE_BYTES:
@@ -45,7 +45,7 @@ class Block:
 
 
 class CachingAllocator:
-    """Hands out blocks, keeps what is freed, and counts. All figures in bytes."""
+    """Hands out blocks, caches those that are freed, and counts. All figures are in bytes."""
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
@@ -53,7 +53,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
         self._lowest_address = 0
-        # (size, address, block), ordered: the first that is large enough is the best fit.
+        # By pool, small or large: (size, address, block) in order, so that the first large enough is the best fit.
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
     def allocate(self, num_bytes: int) -> Block:
@@ -70,7 +70,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Take a block back into its pool, joined with free neighbours."""
+        """Return a block to its pool, joined with free neighbours."""
         self.allocated_bytes -= block.num_bytes
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.is_free:
@@ -80,14 +80,14 @@ class CachingAllocator:
         insort(self._free[block.is_small], (block.num_bytes, block.address, block))
 
     def empty_cache(self) -> None:
-        """Give whole segments that are free back to the driver, as `torch.cuda.empty_cache` does."""
+        """Return segments that are free as a whole to the driver, as `torch.cuda.empty_cache` does."""
         for is_small, free in self._free.items():
             whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
             self.reserved_bytes -= sum(size for size, _, _ in whole)
             self._free[is_small] = [entry for entry in free if entry not in whole]
 
     def reset_peaks(self) -> None:
-        """Count peaks anew from what is held now."""
+        """Restart the peaks from what is allocated and reserved now."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
@@ -100,7 +100,7 @@ class CachingAllocator:
         return block
 
     def _split(self, block: Block, size: int) -> None:
-        """Cut what is too much off a block: anything of a small one, only more than 1 MiB of a large one."""
+        """Split off the rest of a block: any of a small one, of a large one only if it is more than 1 MiB."""
         rest = block.num_bytes - size
         if rest < MIN_BLOCK_BYTES or (not block.is_small and rest <= SMALL_BYTES):
             return

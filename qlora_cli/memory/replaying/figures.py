@@ -1,4 +1,4 @@
-"""Turn replayed peaks into figures on a GPU: with the CUDA context, error bands, components and a reason."""
+"""Turn replayed peaks into the estimate for a GPU: with CUDA context, error bands, components and a reason."""
 
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import (
@@ -13,13 +13,13 @@ from qlora_cli.memory.replaying.replay import Peaks
 from qlora_cli.units import format_bytes
 
 REASONS = {
-    "load": "reading the weights takes more than training: a 16-bit weight lies beside the quantized ones",
-    "forward": "the forward pass holds most",
-    "backward": "the backward pass holds most",
-    "optimizer": "the optimizer's step holds most: its state and temporaries of it",
-    "evaluation": "evaluation holds most",
+    "load": "loading takes more than training: a 16-bit weight next to the quantized ones",
+    "forward": "the forward pass takes most",
+    "backward": "the backward pass takes most",
+    "optimizer": "the optimizer's step takes most: its state and temporaries",
+    "evaluation": "evaluation takes most",
 }
-CALLED = {
+COMPONENT_NAMES = {
     "quantized_weights": "the quantized weights",
     "quantization_constants": "their constants",
     "unquantized_weights": "the weights in 16 or 32 bit",
@@ -42,7 +42,7 @@ def estimate_of(
     paged_bytes: int,
     pinned_host_bytes: int,
 ) -> Estimate:
-    """Return what a run with these peaks takes on `gpu`."""
+    """Return the estimate for a run with these peaks on `gpu`."""
     by_label = {name: peaks.by_label.get(name, 0) for name in COMPONENTS}
     by_label["slack"] = peaks.reserved_bytes - sum(by_label.values())
     by_label["context"] = gpu.context_bytes
@@ -79,7 +79,7 @@ def _figures(peaks: Peaks, gpu: Gpu) -> Figures:
 
 
 def _reason(peaks: Peaks) -> str:
-    """Return in a sentence which phase rules, and what it holds."""
-    largest = sorted(CALLED, key=lambda name: -peaks.by_label.get(name, 0))[:2]
-    held = " and ".join(f"{CALLED[name]} ({format_bytes(peaks.by_label.get(name, 0))})" for name in largest)
+    """Return a sentence that names the phase with the peak, and its largest components."""
+    largest = sorted(COMPONENT_NAMES, key=lambda name: -peaks.by_label.get(name, 0))[:2]
+    held = " and ".join(f"{COMPONENT_NAMES[name]} ({format_bytes(peaks.by_label.get(name, 0))})" for name in largest)
     return f"{REASONS[peaks.ruling_phase]}; the largest parts are {held}"

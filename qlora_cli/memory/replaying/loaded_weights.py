@@ -1,15 +1,15 @@
-"""What stays on the device in a run: the weights, as loading leaves them and the allocator's pool; and the adapter.
+"""The allocations of loading: the weights, one after the other, and the adapter.
 
-Loading is replayed weight by weight: a 16-bit weight that is quantized leaves a hole that later tensors fall into, and
-so decides what the pool reserves.
+Loading is replayed weight by weight, because the 16-bit copy of a weight that is quantized leaves a free block in the
+allocator's pool. Later tensors go into such blocks, so they decide how much the pool reserves.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from qlora_cli.memory.tracing.layers import LayerStack, contexts
+from qlora_cli.memory.tracing.layers import LayerStack, represented_by
 from qlora_cli.memory.tracing.passes import Passes, Recorder
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.methods.method import WeightPart
@@ -26,87 +26,83 @@ LOAD, ADAPT = "load", "adapt"
 
 
 def load_weights(layout: StoragePlan, *, num_experts: int = 1, on_host: Iterable[str] = ()) -> Passes:
-    """Return what loading takes and leaves, as pass `load`.
+    """Return the allocations and releases of loading, as pass `load`.
 
-    `num_experts` are stacked in a fused weight; `on_host` are names of weights that stay in host memory.
+    `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory.
     """
     passes = Passes()
     load = Recorder(passes, LOAD, UNQUANTIZED)
     skipped = set(on_host)
     for entry in warm_up(load, [entry for entry in layout.inventory.entries if entry.name not in skipped]):
         load_weight(load, entry, layout, num_experts)
-    load.born(layout.inventory.buffer_bytes)
+    load.allocate(layout.inventory.buffer_bytes)
     return passes
 
 
 def warm_up(load: Recorder, entries: Sequence[WeightEntry]) -> list[WeightEntry]:
-    """Record the block as large as the model that transformers takes first; return the weights as it reads them.
+    """Record the block as large as the model that transformers allocates first; return the weights in its order.
 
-    With `caching_allocator_warmup` the driver is asked once.
+    With that block (`caching_allocator_warmup`) the driver is asked for memory once.
     """
-    load.died(load.born(sum(entry.weight_bytes for entry in entries)))
+    load.free(load.allocate(sum(entry.weight_bytes for entry in entries)))
     return sorted(entries, key=_natural)
 
 
 def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> int | None:
-    """Record what one weight takes; return the number of its storage if it is not quantized."""
+    """Record the loading of one weight; return the number of its storage, or None if it is quantized."""
     if not entry.is_quantized:
-        return load.born(entry.weight_bytes)
+        return load.allocate(entry.weight_bytes)
     if layout.prequantized is not None:
-        load.born(entry.weight_bytes, QUANTIZED)
-        load.born(entry.constant_bytes, CONSTANTS)
+        load.allocate(entry.weight_bytes, QUANTIZED)
+        load.allocate(entry.constant_bytes, CONSTANTS)
     else:
         _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
     return None
 
 
 def _natural(entry: WeightEntry) -> list[tuple[int, int, str]]:
-    """Order names as `dot_natural_key` of transformers does: numbers as numbers."""
+    """Return the key that orders names as `dot_natural_key` of transformers does: numbers as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", entry.name)]
 
 
 def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_pieces: int) -> None:
-    """Take what the method takes for a weight in 16 bit, and give back what it does not keep."""
+    """Record the allocations of quantizing a 16-bit weight, and the release of those that do not stay."""
     passing = []
     for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
-        number = load.born(allocation.num_bytes, LABELS[allocation.part])
+        number = load.allocate(allocation.num_bytes, LABELS[allocation.part])
         if not allocation.is_kept:
             passing.append(number)
-    load.died(*reversed(passing))
+    load.free(*reversed(passing))
 
 
-def attach(passes: Passes, trained: Sequence[nn.Parameter], held_bytes: Sequence[int] = ()) -> None:
-    """Add the birth of the adapter, parameter by parameter, and of what it holds besides, as pass `adapt`."""
+def load_adapter(passes: Passes, trained: Sequence[nn.Parameter], copied_bytes: Sequence[int] = ()) -> None:
+    """Add the allocations of the adapter as pass `adapt`, parameter by parameter.
+
+    `copied_bytes` are the sizes of base parameters that the adapter's file holds a copy of, without training them.
+    """
     adapt = Recorder(passes, ADAPT, ADAPTERS)
-    for num_bytes in held_bytes:
-        adapt.born(num_bytes)
+    for num_bytes in copied_bytes:
+        adapt.allocate(num_bytes)
     for parameter in trained:
-        adapt.born(parameter.numel() * parameter.element_size())
+        adapt.allocate(parameter.numel() * parameter.element_size())
 
 
-def all_trained(model: nn.Module, stack: LayerStack | None, chosen: Sequence[int]) -> list[nn.Parameter]:
-    """Return the parameters that train, of all layers, in the order of the model: those of a likeness for each."""
+def trained_parameters(model: nn.Module, stack: LayerStack | None, chosen: Sequence[int]) -> list[nn.Parameter]:
+    """Return the trained parameters of all layers, in the order of the whole model.
+
+    `model` has the layers `chosen`; for any other layer, the parameters of its representative are returned.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if stack is None:
         return [parameter for _, parameter in named]
-    prefix = re.compile(rf"(^|\.){re.escape(stack.path)}\.(\d+)\.")
-    by_layer: dict[int, list[nn.Parameter]] = {place: [] for place in range(len(chosen))}
+    in_layer = re.compile(rf"(^|\.){re.escape(stack.path)}\.(\d+)\.")
+    by_part: dict[int, list[nn.Parameter]] = {part: [] for part in range(len(chosen))}
     before: list[nn.Parameter] = []
     after: list[nn.Parameter] = []
     for name, parameter in named:
-        if found := prefix.search(name):
-            by_layer[int(found[2])].append(parameter)
+        if match := in_layer.search(name):
+            by_part[int(match[2])].append(parameter)
         else:
-            (after if any(by_layer.values()) else before).append(parameter)
-    return [*before, *_in_all_layers(by_layer, stack, chosen), *after]
-
-
-def _in_all_layers(
-    by_layer: dict[int, list[nn.Parameter]], stack: LayerStack, chosen: Sequence[int]
-) -> Iterator[nn.Parameter]:
-    places = {
-        context: place
-        for place, context in reversed(list(enumerate(contexts([stack.kinds[index] for index in chosen]))))
-    }
-    for context in contexts(stack.kinds):
-        yield from by_layer[places[context]]
+            (after if any(by_part.values()) else before).append(parameter)
+    in_layers = (parameter for part in represented_by(stack, chosen) for parameter in by_part[part])
+    return [*before, *in_layers, *after]

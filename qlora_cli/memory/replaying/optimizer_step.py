@@ -1,4 +1,8 @@
-"""What a step of the optimizer takes: its state, made in the first step, and its temporaries, in every one."""
+"""The allocations of an optimizer step: the state, made in the first step, and temporaries, in every one.
+
+Bytes follow from the shapes of the trained parameters. The order follows `step()` of each optimizer in torch,
+bitsandbytes or transformers.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,10 +16,10 @@ from qlora_cli.settings.choices import Optimizer
 OPTIMIZER = "optimizer"
 FIRST, LATER = "step 1", "step"
 FLOAT_BYTES = 4
-# bitsandbytes/optim/optimizer.py: smaller parameters keep an fp32 state, and smaller states are not paged.
-LEAST_8BIT_SIZE, LEAST_PAGED_SIZE = 4096, 100_000
-BLOCK = 256  # states that share a constant, in the 8-bit optimizers
-MAP_BYTES = 256 * 4  # the levels of 8-bit states, one table for each of them
+# bitsandbytes/optim/optimizer.py: smaller parameters have an fp32 state, and smaller states are not paged.
+MIN_8BIT_SIZE, MIN_PAGED_SIZE = 4096, 100_000
+BLOCK = 256  # values of an 8-bit state that share a constant
+MAP_BYTES = 256 * 4  # the table of levels, one for each 8-bit state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +31,29 @@ class OptimizerSteps:
 
     @property
     def state_bytes(self) -> int:
-        """What is kept from step to step, in unified memory or not."""
+        """The state, in unified memory or not."""
         permanent = (self.passes.storages[number] for number in self.passes.permanent)
         return self.paged_bytes + sum(storage.num_bytes for storage in permanent)
 
 
-def learns_faster(name: str) -> bool:
-    """Whether the parameter of this name learns at the multiple of LoRA+: the B matrix of a layer.
+def is_lora_b(name: str) -> bool:
+    """Whether this is the B matrix of a linear layer, which LoRA+ gives a multiple of the learning rate.
 
-    That of an embedding does not: there PEFT begins with a random B and an A of zeros.
+    The B of an embedding does not count: there PEFT initializes B at random and A with zeros.
     """
     return ".lora_B." in name
 
 
-def in_groups(model: nn.Module, trained: Sequence[nn.Parameter], *, loraplus: bool) -> list[list[nn.Parameter]]:
-    """Return the parameters `trained` of `model` in the groups that the optimizer goes through, one after another."""
+def parameter_groups(model: nn.Module, trained: Sequence[nn.Parameter], *, loraplus: bool) -> list[list[nn.Parameter]]:
+    """Return the parameters `trained` of `model` in the groups that the optimizer steps through one by one."""
     if not loraplus:
         return [list(trained)]
-    faster = {id(parameter) for name, parameter in model.named_parameters() if learns_faster(name)}
+    faster = {id(parameter) for name, parameter in model.named_parameters() if is_lora_b(name)}
     return [[parameter for parameter in trained if (id(parameter) in faster) == is_b] for is_b in (False, True)]
 
 
-def embeddings_of(model: nn.Module) -> set[int]:
-    """Return the ids of weights whose state transformers keeps in fp32, also in the 8-bit optimizers."""
+def embedding_ids(model: nn.Module) -> set[int]:
+    """Return the `id` of each embedding weight, whose state is in fp32 in the 8-bit optimizers, too."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -61,9 +65,9 @@ def optimizer_steps(
     decays: bool = False,
     embeddings: Collection[int] = (),
 ) -> OptimizerSteps:
-    """Return what the first and a later step take for parameters like those of `groups`.
+    """Return the allocations of the first and of a later step for parameters with the shapes of `groups`.
 
-    `clips`: gradients are, before; `decays`: weights do; `embeddings` are the ids of parameters that are some.
+    `clips`: gradients are clipped before; `decays`: there is weight decay; `embeddings`: see `embedding_ids`.
     """
     passes = Passes()
     paged_bytes = 0
@@ -72,7 +76,7 @@ def optimizer_steps(
         norm = _clip(recorder, sum(len(group) for group in groups)) if clips else None
         paged_bytes += _step(recorder, optimizer, groups, embeddings, is_first=name == FIRST, decays=decays)
         if norm is not None:
-            recorder.died(norm)
+            recorder.free(norm)
     passes.find_permanent()
     return OptimizerSteps(passes=passes, paged_bytes=paged_bytes)
 
@@ -86,20 +90,20 @@ def _step(
     is_first: bool,
     decays: bool,
 ) -> int:
-    """Record a step after clipping; return the bytes of paged state that it makes."""
+    """Record a step after clipping; return the bytes of paged state that it allocates."""
     trained = [parameter for group in groups for parameter in group]
     if optimizer == Optimizer.ADAFACTOR:
         _adafactor(recorder, trained, is_first=is_first)
         return 0
     if optimizer == Optimizer.SGD:
         for group in groups if decays else ():
-            _as_large(recorder, group)  # the gradients with the decay added (`_multi_tensor_sgd`)
+            _foreach(recorder, group)  # the gradients with the decay added (`_multi_tensor_sgd`)
         return 0
     if optimizer == Optimizer.ADAMW_TORCH:
         for group in groups:
             if is_first:
                 _states(recorder, optimizer, group, embeddings)
-            _as_large(recorder, group)  # the roots of the second moments (`_multi_tensor_adam`)
+            _foreach(recorder, group)  # the roots of the second moments (`_multi_tensor_adam`)
         return 0
     return _states(recorder, optimizer, trained, embeddings) if is_first else 0
 
@@ -113,15 +117,15 @@ def _states(
         in_8_bit = is_8bit(optimizer, parameter) and id(parameter) not in embeddings
         if in_8_bit and not has_levels:
             for _ in range(_num_moments(optimizer)):
-                recorder.born(MAP_BYTES)
+                recorder.allocate(MAP_BYTES)
             has_levels = True
         paged_bytes += _state(recorder, optimizer, parameter, in_8_bit=in_8_bit)
     return paged_bytes
 
 
 def is_8bit(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Whether the state of a parameter, which is no embedding, is kept in 8 bit."""
-    return optimizer.is_8bit and parameter.numel() >= LEAST_8BIT_SIZE
+    """Whether the state of a parameter, which is no embedding, is in 8 bit."""
+    return optimizer.is_8bit and parameter.numel() >= MIN_8BIT_SIZE
 
 
 def _num_moments(optimizer: Optimizer) -> int:
@@ -132,20 +136,20 @@ def _state(recorder: Recorder, optimizer: Optimizer, parameter: nn.Parameter, *,
     """Record the state of one parameter; return the bytes of it that are paged."""
     size = parameter.numel() * parameter.element_size()
     if optimizer == Optimizer.ADAMW_TORCH_FUSED:
-        recorder.born(FLOAT_BYTES)  # the step counter; that of the others is on the host
+        recorder.allocate(FLOAT_BYTES)  # the step counter; that of the others is on the host
     if optimizer in {Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED}:
-        recorder.born(size)
-        recorder.born(size)
+        recorder.allocate(size)
+        recorder.allocate(size)
         return 0
     size = parameter.numel() * (1 if in_8_bit else FLOAT_BYTES)
-    paged = optimizer.is_paged and parameter.numel() >= LEAST_PAGED_SIZE
+    paged = optimizer.is_paged and parameter.numel() >= MIN_PAGED_SIZE
     moments = range(_num_moments(optimizer))
     if not paged:
         for _ in moments:
-            recorder.born(size)
+            recorder.allocate(size)
     if in_8_bit:
         for _ in moments:
-            recorder.born(-(-parameter.numel() // BLOCK) * FLOAT_BYTES)
+            recorder.allocate(-(-parameter.numel() // BLOCK) * FLOAT_BYTES)
     return len(moments) * size if paged else 0
 
 
@@ -154,21 +158,21 @@ def _clip(recorder: Recorder, count: int) -> int:
 
     Returns the last, which the trainer keeps until it has told of the step.
     """
-    norms = [recorder.born(FLOAT_BYTES) for _ in range(count)]
-    row = recorder.born(count * FLOAT_BYTES)
-    total = recorder.born(FLOAT_BYTES)
-    recorder.died(row, *reversed(norms))
-    sum_, reciprocal, coefficient = (recorder.born(FLOAT_BYTES) for _ in range(3))
-    recorder.died(reciprocal, sum_)
-    clamped = recorder.born(FLOAT_BYTES)
-    recorder.died(coefficient, clamped)
+    norms = [recorder.allocate(FLOAT_BYTES) for _ in range(count)]
+    row = recorder.allocate(count * FLOAT_BYTES)
+    total = recorder.allocate(FLOAT_BYTES)
+    recorder.free(row, *reversed(norms))
+    sum_, reciprocal, coefficient = (recorder.allocate(FLOAT_BYTES) for _ in range(3))
+    recorder.free(reciprocal, sum_)
+    clamped = recorder.allocate(FLOAT_BYTES)
+    recorder.free(coefficient, clamped)
     return total
 
 
-def _as_large(recorder: Recorder, trained: Sequence[nn.Parameter]) -> None:
-    """Record temporaries as large as the parameters, all at once: optimizers by lists of tensors take them."""
-    temporaries = [recorder.born(parameter.numel() * parameter.element_size()) for parameter in trained]
-    recorder.died(*reversed(temporaries))
+def _foreach(recorder: Recorder, trained: Sequence[nn.Parameter]) -> None:
+    """Record one temporary for each parameter, all alive at once, as `torch._foreach_` operations allocate them."""
+    temporaries = [recorder.allocate(parameter.numel() * parameter.element_size()) for parameter in trained]
+    recorder.free(*reversed(temporaries))
 
 
 def _adafactor(recorder: Recorder, trained: Sequence[nn.Parameter], *, is_first: bool) -> None:
@@ -182,27 +186,27 @@ def _adafactor(recorder: Recorder, trained: Sequence[nn.Parameter], *, is_first:
         factors = _factors(parameter)
         if is_first:
             for state in factors[:2] or (size,):
-                recorder.born(state)
-        norm, rms = recorder.born(FLOAT_BYTES), recorder.born(FLOAT_BYTES)
-        # The root mean square of the weight is kept; in later steps, this one takes the place of the one before.
-        recorder.died(norm) if is_first else recorder.died(norm, rms)
-        squares, before = recorder.born(size), update
-        update = recorder.born(size)
-        recorder.died(squares, *([] if before is None else [before]))
+                recorder.allocate(state)
+        norm, rms = recorder.allocate(FLOAT_BYTES), recorder.allocate(FLOAT_BYTES)
+        # The optimizer's state holds the root mean square of the weight; in later steps, this one replaces it.
+        recorder.free(norm) if is_first else recorder.free(norm, rms)
+        squares, before = recorder.allocate(size), update
+        update = recorder.allocate(size)
+        recorder.free(squares, *([] if before is None else [before]))
         update = _factored(recorder, update, factors, size) if factors else _rooted(recorder, update, size)
-        norm, mean = recorder.born(FLOAT_BYTES), recorder.born(FLOAT_BYTES)
-        recorder.died(norm)
-        threshold = recorder.born(FLOAT_BYTES)
-        recorder.died(mean, threshold)
-        recorder.died(recorder.born(size))  # the update, negated
+        norm, mean = recorder.allocate(FLOAT_BYTES), recorder.allocate(FLOAT_BYTES)
+        recorder.free(norm)
+        threshold = recorder.allocate(FLOAT_BYTES)
+        recorder.free(mean, threshold)
+        recorder.free(recorder.allocate(size))  # the update, negated
     if update is not None:
-        recorder.died(update)
+        recorder.free(update)
 
 
 def _factors(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return the bytes of the second moment's factors, by rows and by columns, and of a row's mean.
+    """Return the bytes of the second moment's factors, by rows and by columns, and of the rows' mean.
 
-    A vector has none.
+    The second moment of a vector is not factored: it has none.
     """
     if parameter.dim() < 2:
         return ()
@@ -215,17 +219,17 @@ def _factored(recorder: Recorder, squares: int, factors: tuple[int, ...], size: 
     """Record the update from two factors (`_approx_sq_grad`); return it."""
     rows, columns, mean = factors
     for num_bytes in (rows, columns):
-        recorder.died(recorder.born(num_bytes))
-    of_rows = recorder.born(mean)
-    row = recorder.born(rows)
-    recorder.died(of_rows)
-    column, update = recorder.born(columns), recorder.born(size)
-    recorder.died(row, column, squares)
+        recorder.free(recorder.allocate(num_bytes))
+    of_rows = recorder.allocate(mean)
+    row = recorder.allocate(rows)
+    recorder.free(of_rows)
+    column, update = recorder.allocate(columns), recorder.allocate(size)
+    recorder.free(row, column, squares)
     return update
 
 
 def _rooted(recorder: Recorder, squares: int, size: int) -> int:
     """Record the update of a vector; return it."""
-    update = recorder.born(size)
-    recorder.died(squares)
+    update = recorder.allocate(size)
+    recorder.free(squares)
     return update

@@ -1,4 +1,4 @@
-"""Replay a whole run through the allocator: load, adapter, two steps, evaluation; and note the peaks of its phases."""
+"""Replay a whole run through the allocator, from loading to evaluation, and take the peaks of its phases."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NUM_STEPS = 2  # the first makes the optimizer's state, the second has it
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvents:
-    """What happens in a run: the weights and the adapter, a step's passes, and the optimizer's."""
+    """The allocations of a run: of the weights and the adapter, of the passes of a step, and of the optimizer."""
 
     resident: Passes
     step: Passes
@@ -26,9 +26,9 @@ class RunEvents:
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """Peaks in bytes: of each phase, and of the run, with what was held at its peak by label.
+    """Peaks in bytes: of each phase and of the run, and what was allocated at the run's peak, by label.
 
-    `by_label` are the sizes asked for; blocks that are larger are part of the slack.
+    `by_label` sums the requested sizes; what blocks are larger than that counts as slack.
     """
 
     phases: tuple[Phase, ...]
@@ -39,9 +39,9 @@ class Peaks:
 
 
 class Replay:
-    """The allocator during a run, where a cuBLAS handle has `workspace_bytes`; nothing is in its pool before.
+    """The allocator during a run, at first with an empty pool; each cuBLAS handle allocates `workspace_bytes`.
 
-    Another training loop that loads in another way is a subclass with a `load` of its own.
+    A training loop that loads in another way is a subclass with its own `load`.
     """
 
     def __init__(self, workspace_bytes: int) -> None:
@@ -82,7 +82,7 @@ class Replay:
         self.run("load", resident, [LOAD, ADAPT])
 
     def run(self, phase: str, passes: Passes, names: Iterable[str], *, again: bool = False) -> None:
-        """Replay passes as a part of `phase`; `again`: what is permanent is there already."""
+        """Replay passes as a part of `phase`; `again`: they ran before, so what is permanent is allocated."""
         allocator, live, labels = self.allocator, self._live, self.labels
         allocator.reset_peaks()
         owner = id(passes)
@@ -94,10 +94,10 @@ class Replay:
                     storage = passes.storages[event]
                     label = storage.label
                     num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
-                    left = live.get((owner, event))
+                    leftover = live.get((owner, event))
                     live[owner, event] = allocator.allocate(num_bytes)
-                    if left is not None:  # what a pass leaves behind is replaced when it runs again
-                        allocator.free(left)
+                    if leftover is not None:  # still allocated from the last time: replaced by the new one
+                        allocator.free(leftover)
                     else:
                         labels[label] = labels.get(label, 0) + num_bytes
                     if allocator.allocated_bytes > self.peak_bytes:
@@ -120,6 +120,6 @@ class Replay:
 
 
 def _merged(labels: dict[str, int]) -> dict[str, int]:
-    """Return the same with the workspaces of cuBLAS among the others."""
+    """Return `labels` with the workspaces of cuBLAS added to the others."""
     total = labels.get(CUBLAS, 0) + labels.get(WORKSPACES, 0)
     return {**{label: size for label, size in labels.items() if label != CUBLAS}, WORKSPACES: total}

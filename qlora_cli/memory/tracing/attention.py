@@ -1,7 +1,7 @@
-"""Which attention kernel a GPU takes, and the same on tensors without data.
+"""The attention kernel that PyTorch chooses on a GPU, run on tensors without data.
 
 PyTorch chooses a backend of `scaled_dot_product_attention` by device; on the meta device it would always be the one
-that stores all scores. A function mode puts the GPU's choice in its place, with what PyTorch does around the kernel.
+that stores all scores. A function mode (`functions`) calls the GPU's choice instead, with what PyTorch does around it.
 """
 
 import torch
@@ -11,7 +11,7 @@ from qlora_cli.settings.choices import SdpaBackend
 
 aten = torch.ops.aten
 AMPERE = (8, 0)
-MOST_FLASH_WIDTH = 256
+MAX_FLASH_HEAD_DIM = 256
 
 
 def choose_backend(
@@ -23,14 +23,14 @@ def choose_backend(
     enable_gqa: bool,
     capability: tuple[int, int],
 ) -> SdpaBackend:
-    """Return what PyTorch takes on a GPU of `capability`; tensors are `(batch, heads, seq, head width)`.
+    """Return what PyTorch chooses on a GPU of `capability`; tensors are `(batch, heads, seq, head_dim)`.
 
     `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: flash before memory-efficient before math. cuDNN, which
     newer GPUs may prefer to flash, stores no scores either.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    same_width = query.shape[-1] == key.shape[-1] == value.shape[-1]
-    if capability >= AMPERE and half and not has_mask and same_width and query.shape[-1] <= MOST_FLASH_WIDTH:
+    same_dim = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if capability >= AMPERE and half and not has_mask and same_dim and query.shape[-1] <= MAX_FLASH_HEAD_DIM:
         return SdpaBackend.FLASH
     grouped = enable_gqa and key.shape[1] != query.shape[1]
     if not grouped and not (query.dtype == torch.bfloat16 and capability < AMPERE):
@@ -50,7 +50,7 @@ def attend(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Return the result of attention, `(batch, heads, seq, head width)`, by the kernel of `backend`."""
+    """Return the result of attention, `(batch, heads, seq, head_dim)`, by the kernel of `backend`."""
     if backend == SdpaBackend.FLASH:
         return _flash(query, key, value, dropout, is_causal, scale)
     if enable_gqa and key.shape[1] != query.shape[1]:
@@ -64,14 +64,14 @@ def attend(
 def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, is_causal: bool, scale: float | None
 ) -> torch.Tensor:
-    width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    if pad := -width % 8:  # pad_last_dim<8> in aten/src/ATen/native/transformers/attention.cpp
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if pad := -head_dim % 8:  # pad_last_dim<8> in aten/src/ATen/native/transformers/attention.cpp
         query, key, value = (F.pad(tensor, (0, pad)) for tensor in (query, key, value))
     result: torch.Tensor = aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal, False, scale=scale
     )[0]
-    return result[..., :width] if pad else result
+    return result[..., :head_dim] if pad else result
 
 
 def _efficient(
@@ -93,7 +93,7 @@ def _efficient(
 
 
 def _as_bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Return a mask as the kernel takes it: added to the scores, rows aligned to 16 elements (`preprocess_mask`)."""
+    """Return a mask as the kernel adds it to the scores, its rows aligned to 16 elements (`preprocess_mask`)."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype, device=mask.device))
     num_keys = mask.shape[-1]

@@ -1,21 +1,23 @@
 """Extend what was recorded for few layers to all of a model's, exactly: event by event.
 
-A layer between the same neighbours does the same. So each layer of the model takes over the events of its likeness
-among the layers that were traced, on storages of its own. Where that does not come out even, there is no extension.
+A layer between the same neighbours does the same. So each layer of the model repeats the events of its representative
+among the layers that were traced, on storages of its own. Where allocations and releases then do not match, there is
+no extension.
 """
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
-from qlora_cli.memory.tracing.layers import LayerStack, contexts
+from qlora_cli.memory.tracing.layers import LayerStack, contexts, represented_by
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
 
-Key = tuple[str, int, int]  # the pass and the layer that a storage was born in, and its place among those born there
+# The pass and the layer in which a storage was allocated, and its index among the allocations there.
+Origin = tuple[str, int, int]
 
 
 class UnevenError(Exception):
-    """What a layer gives back is not what its likeness took: the model has to be traced as a whole."""
+    """A layer releases other storages than its representative allocated: the model has to be traced as a whole."""
 
 
 def passes_of(trace: MemoryTrace) -> Passes:
@@ -37,136 +39,157 @@ def extend(trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> Pass
 
 
 class _Extension:
+    """The extension of one trace.
+
+    A *layer* is one of the model's, by its index there. A *part* is one that was traced, by its index among those.
+
+    Attributes:
+        part_of: The part that represents each layer.
+        layers_of: The layers in the same context as each part.
+        origins: Where each storage of the trace was allocated, if in a layer.
+        numbers: The number in `passes` of a storage: of a layer's by its origin in that layer, of any other by its
+            number in the trace.
+        live: The storages of `passes` that are allocated.
+    """
+
     def __init__(self, trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> None:
-        traced = contexts([stack.kinds[index] for index in chosen])
-        places = {context: place for place, context in reversed(list(enumerate(traced)))}
-        self.likeness = [places[context] for context in contexts(stack.kinds)]
-        self.followers = {
-            place: [layer for layer, likeness in enumerate(self.likeness) if likeness == places[context]]
-            for place, context in enumerate(traced)
+        self.kinds = [stack.kinds[index] for index in chosen]
+        self.part_of = represented_by(stack, chosen)
+        traced = contexts(self.kinds)
+        self.layers_of = {
+            part: [layer for layer, other in enumerate(self.part_of) if traced[other] == traced[part]]
+            for part in range(len(chosen))
         }
         self.trace = trace
-        self.kinds = [stack.kinds[index] for index in chosen]
-        self.stays = passes_of(trace).permanent
+        self.permanent = passes_of(trace).permanent
         self.passes = Passes()
-        self.birthplaces: dict[int, Key] = {}
-        self.numbers: dict[Key | int, int] = {}
+        self.origins: dict[int, Origin] = {}
+        self.numbers: dict[Origin | int, int] = {}
         self.live: set[int] = set()
 
     def run(self) -> Passes:
         for name, segments in _by_pass(self.trace.segments):
             layers = [segment for segment in segments if isinstance(segment.mark[1], int)]
-            if not layers:
-                for segment in segments:
-                    self._outside(name, segment)
+            if layers:
+                self._extend_pass(name, segments, layers)
                 continue
-            self._pass(name, segments, layers)
+            for segment in segments:
+                self._copy(name, segment)
         self.passes.find_permanent()
         return self.passes
 
-    def _pass(self, name: str, segments: list[Segment], layers: list[Segment]) -> None:
-        parts = [segment.mark[1] for segment in layers]
-        order = range(len(self.likeness))
-        ascending = list(range(len(self.followers)))
-        if parts not in (ascending, ascending[::-1]):
-            raise UnevenError(f"{name} went through layers in the order {parts}")
+    def _extend_pass(self, name: str, segments: list[Segment], layers: list[Segment]) -> None:
+        """Extend a pass through the layers: up in the forward pass, down in the backward pass."""
+        order = [segment.mark[1] for segment in layers]
+        ascending = list(range(len(self.layers_of)))
+        if order not in (ascending, ascending[::-1]):
+            raise UnevenError(f"{name} went through layers in the order {order}")
         by_part = {segment.mark[1]: segment for segment in layers}
         before = segments[: segments.index(layers[0])]
         after = segments[segments.index(layers[-1]) + 1 :]
-        self._register(name, by_part)
+        self._note_origins(name, by_part)
         for segment in before:
-            self._outside(name, segment)
-        in_order = list(order if parts == ascending else reversed(order))
-        last_of = {self.likeness[layer]: layer for layer in in_order}
+            self._copy(name, segment)
+        all_layers = range(len(self.part_of))
+        in_order = list(all_layers if order == ascending else reversed(all_layers))
+        last_of = {self.part_of[layer]: layer for layer in in_order}
         for layer in in_order:
-            part = self.likeness[layer]
-            self._layer(name, layer, by_part[part], is_last=last_of[part] == layer)
+            part = self.part_of[layer]
+            self._repeat(name, layer, by_part[part], is_last=last_of[part] == layer)
         for segment in after:
-            self._outside(name, segment)
+            self._copy(name, segment)
 
-    def _register(self, name: str, by_part: Mapping[int, Segment]) -> None:
-        """Give each birth its place among those of its layer: the same place in layers of one kind."""
-        births: dict[int, list[int]] = {
-            part: [event for event in segment.events if event >= 0 and event not in self.stays]
+    def _note_origins(self, name: str, by_part: Mapping[int, Segment]) -> None:
+        """Give each allocation its index in its part: the same one in parts of one kind."""
+        allocated: dict[int, list[int]] = {
+            part: [event for event in segment.events if event >= 0 and event not in self.permanent]
             for part, segment in by_part.items()
         }
-        models: dict[int, list[int]] = {}
-        for part in sorted(births, key=lambda part: len(births[part])):
-            sizes = [self.trace.storages[number].num_bytes for number in births[part]]
-            model = models.setdefault(self.kinds[part], sizes)
-            for number, place in zip(births[part], _places(model, sizes), strict=True):
-                self.birthplaces[number] = (name, part, place)
-            # What stays for good, as the workspace of the first product, has no place among equals.
-            for extra, number in enumerate(e for e in by_part[part].events if e >= 0 and e in self.stays):
-                self.birthplaces[number] = (name, part, -1 - extra)
+        # Parts of a kind may differ by a few allocations. Those of the shortest one number all others.
+        shortest: dict[int, list[int]] = {}
+        for part in sorted(allocated, key=lambda part: len(allocated[part])):
+            sizes = [self.trace.storages[number].num_bytes for number in allocated[part]]
+            reference = shortest.setdefault(self.kinds[part], sizes)
+            for number, index in zip(allocated[part], _aligned(reference, sizes), strict=True):
+                self.origins[number] = (name, part, index)
+            # What is never released, as the workspace of the first product, is not aligned with anything.
+            permanent = (event for event in by_part[part].events if event >= 0 and event in self.permanent)
+            for extra, number in enumerate(permanent):
+                self.origins[number] = (name, part, -1 - extra)
 
-    def _layer(self, name: str, layer: int, segment: Segment, *, is_last: bool) -> None:
+    def _repeat(self, name: str, layer: int, segment: Segment, *, is_last: bool) -> None:
+        """Repeat the events of a part for one of its layers; `is_last`: the last of them in this pass."""
         part = segment.mark[1]
         for event in segment.events:
             if event >= 0:
-                _, _, place = self.birthplaces[event]
-                self._born(name, (name, layer, place), event)
+                _, _, index = self.origins[event]
+                self._allocate(name, (name, layer, index), event)
                 continue
-            birthplace = self.birthplaces.get(~event)
-            if birthplace is None:
-                if is_last:  # the last that looks like this one is the last to need it
-                    self._died(name, ~event)
+            origin = self.origins.get(~event)
+            if origin is None:
+                if is_last:  # allocated outside of the layers, and needed by all of these
+                    self._free(name, ~event)
             else:
-                where, other, place = birthplace
+                allocated_in, other, index = origin
                 if abs(other - part) > 1:
-                    raise UnevenError(f"{name}: layer {part} gives back what layer {other} took")
-                self._died(name, (where, layer + other - part, place))
+                    raise UnevenError(f"{name}: layer {part} releases what layer {other} allocated")
+                self._free(name, (allocated_in, layer + other - part, index))
 
-    def _outside(self, name: str, segment: Segment) -> None:
+    def _copy(self, name: str, segment: Segment) -> None:
+        """Copy the events outside of the layers; what they release of a part is released for each of its layers."""
         for event in segment.events:
             if event >= 0:
-                self._born(name, event, event)
+                self._allocate(name, event, event)
                 continue
-            birthplace = self.birthplaces.get(~event)
-            if birthplace is None:
-                self._died(name, ~event)
+            origin = self.origins.get(~event)
+            if origin is None:
+                self._free(name, ~event)
             else:
-                where, part, place = birthplace
-                held = [key for layer in self.followers[part] if self._is_held(key := (where, layer, place))]
-                if not held and part in self.likeness:  # else it went with those of its double
-                    raise UnevenError(f"{name}: nothing is held of what layer {part} took in {where}")
-                for key in held:
-                    self._died(name, key)
+                allocated_in, part, index = origin
+                live = [key for layer in self.layers_of[part] if self._is_live(key := (allocated_in, layer, index))]
+                if not live and part in self.part_of:  # else it was released with those of its representative
+                    raise UnevenError(f"{name}: nothing is left of what layer {part} allocated in {allocated_in}")
+                for key in live:
+                    self._free(name, key)
 
-    def _born(self, name: str, key: Key | int, original: int) -> None:
+    def _allocate(self, name: str, key: Origin | int, original: int) -> None:
         number = len(self.passes.storages)
         self.passes.storages.append(self.trace.storages[original])
         self.numbers[key] = number
         self.live.add(number)
         self.passes.events.setdefault(name, []).append(number)
 
-    def _is_held(self, key: Key) -> bool:
+    def _is_live(self, key: Origin) -> bool:
         return self.numbers.get(key, -1) in self.live
 
-    def _died(self, name: str, key: Key | int) -> None:
+    def _free(self, name: str, key: Origin | int) -> None:
         number = self.numbers.get(key)
         if number is None or number not in self.live:
-            raise UnevenError(f"{name}: {key} is given back, but not held")
+            raise UnevenError(f"{name}: {key} is released, but not allocated")
         self.live.discard(number)
         self.passes.events.setdefault(name, []).append(~number)
 
 
-def _places(model: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Return the place in `model` of each of `sizes`, which may be more; what has none gets one beyond its end."""
-    if len(model) == len(sizes):
+def _aligned(reference: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Return for each of `sizes`, which may be more, the index of its match in `reference`.
+
+    What has no match gets an index beyond the end of `reference`.
+    """
+    if len(reference) == len(sizes):
         return list(range(len(sizes)))
-    places = [len(model) + place for place in range(len(sizes))]
-    for block in SequenceMatcher(None, model, sizes, autojunk=False).get_matching_blocks():
+    indices = [len(reference) + index for index in range(len(sizes))]
+    for block in SequenceMatcher(None, reference, sizes, autojunk=False).get_matching_blocks():
         for step in range(block.size):
-            places[block.b + step] = block.a + step
-    return places
+            indices[block.b + step] = block.a + step
+    return indices
 
 
 def _by_pass(segments: Sequence[Segment]) -> list[tuple[str, list[Segment]]]:
-    found: list[tuple[str, list[Segment]]] = []
+    """Return segments that follow each other in one pass together, with the name of the pass."""
+    groups: list[tuple[str, list[Segment]]] = []
     for segment in segments:
         name = str(segment.mark[0])
-        if not found or found[-1][0] != name:
-            found.append((name, []))
-        found[-1][1].append(segment)
-    return found
+        if not groups or groups[-1][0] != name:
+            groups.append((name, []))
+        groups[-1][1].append(segment)
+    return groups

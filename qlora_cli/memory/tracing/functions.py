@@ -1,7 +1,7 @@
-"""What a GPU does at the level of PyTorch's functions, above autograd: its choice of attention kernel, and autocast.
+"""What a GPU does at the level of PyTorch's functions, above autograd: choose an attention kernel, and autocast.
 
-Autocast is a dispatch key of each device, and the meta device has none. Its rules are few and public; they are applied
-here, by name of the function, where the real ones would be.
+Autocast is a dispatch key of each device, and the meta device has none. Its rules are few and public; this module
+applies them by the name of the function, at the level where the real ones apply.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,8 @@ from qlora_cli.settings.choices import SdpaBackend
 
 CUDA, META = "cuda", "meta"
 MAYBE_AUTOCAST = "maybe_autocast"  # of transformers.utils.generic
-# aten/src/ATen/autocast_mode.h, the lists for CUDA: what is computed in 16 bit, what in fp32, what in fp32 unless told
-# otherwise, and what in the widest dtype that it is given.
+# aten/src/ATen/autocast_mode.h, the lists for CUDA: what computes in 16 bit, in fp32, in fp32 unless a dtype is given,
+# and in the widest dtype of its arguments.
 IN_16_BIT = {
     *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv"),
     *("einsum", "conv1d", "conv2d", "conv3d", "chain_matmul", "prelu", "scaled_dot_product_attention"),
@@ -32,33 +32,34 @@ IN_FP32 = {
     *("layer_norm", "group_norm", "norm", "nll_loss", "mse_loss", "logsumexp", "cross_entropy", "cosh", "sinh"),
     *("kl_div", "binary_cross_entropy_with_logits", "cosine_similarity", "cdist", "acos", "asin", "erfinv"),
 }
-IN_FP32_UNLESS_TOLD = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod", "linalg_norm"}
+IN_FP32_BY_DEFAULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod", "linalg_norm"}
 IN_WIDEST = {"cat", "stack", "addcmul", "addcdiv", "index_put", "scatter_add", "dot", "cross", "tensordot"}
 HALF = (torch.float16, torch.bfloat16)
 
 
 class GpuFunctions(TorchFunctionMode):
-    """Calls functions as they come, but for those that a GPU treats otherwise than the meta device.
+    """Calls functions as they are, except for those that a GPU treats differently from the meta device.
 
     Attributes:
-        backends: The attention kernels that were taken.
+        backends: The attention kernels that were chosen so far.
     """
 
     def __init__(
         self, capability: tuple[int, int], *, backend: SdpaBackend = SdpaBackend.AUTO, dtype: torch.dtype | None = None
     ) -> None:
-        """`dtype` is what autocast computes in; None without autocast."""
+        """Act as a GPU of `capability`; `dtype` is what autocast computes in, None without autocast."""
         super().__init__()
         self.backends: set[SdpaBackend] = set()
         self._capability = capability
         self._backend = backend
         self._dtype = dtype
-        self._were_on: list[bool] = []
-        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights, for the length of a pass
+        self._enabled_before: list[bool] = []
+        # The 16-bit copies of trained weights, for one pass; the weight is kept so that its id stays its own.
+        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
-        """Compute by autocast within; the flag is that of the GPU, which PEFT looks at."""
+        """Autocast within; the flag that is set is the one for CUDA, which PEFT reads."""
         if self._dtype is None:
             yield
             return
@@ -74,26 +75,27 @@ class GpuFunctions(TorchFunctionMode):
             if not before:
                 self._casts.clear()
 
-    def hooks_where_switched_off(self, model: nn.Module) -> list[RemovableHandle]:
-        """Leave autocast out of modules whose code switches it off on a GPU, as rotary embeddings and routers do.
+    def disable_autocast_hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        """Disable autocast in modules whose code disables it on a GPU, as rotary embeddings and routers do.
 
-        transformers' `maybe_autocast` leaves the meta device alone, so the whole of such a module's pass goes without.
+        transformers' `maybe_autocast` does nothing on the meta device, so autocast is off for the whole forward pass
+        of such a module.
         """
         if self._dtype is None:
             return []
-        found: list[RemovableHandle] = []
+        hooks: list[RemovableHandle] = []
         for module in model.modules():
             if MAYBE_AUTOCAST in _names_used(type(module)):
-                found.append(module.register_forward_pre_hook(self._switch_off))
-                found.append(module.register_forward_hook(self._switch_on, always_call=True))
-        return found
+                hooks.append(module.register_forward_pre_hook(self._disable))
+                hooks.append(module.register_forward_hook(self._restore, always_call=True))
+        return hooks
 
-    def _switch_off(self, *_: Any) -> None:
-        self._were_on.append(torch.is_autocast_enabled(CUDA))
+    def _disable(self, *_: Any) -> None:
+        self._enabled_before.append(torch.is_autocast_enabled(CUDA))
         torch.set_autocast_enabled(CUDA, False)
 
-    def _switch_on(self, *_: Any) -> None:
-        torch.set_autocast_enabled(CUDA, self._were_on.pop())
+    def _restore(self, *_: Any) -> None:
+        torch.set_autocast_enabled(CUDA, self._enabled_before.pop())
 
     def __torch_function__(
         self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,27 +103,28 @@ class GpuFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._dtype is not None and torch.is_autocast_enabled(CUDA):
-            args, kwargs = self._as_autocast(name, args, kwargs)
+            args, kwargs = self._autocast_arguments(name, args, kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(*args, **kwargs)
         if name == "_grouped_mm" and args[0].device.type == META:
             return self._grouped_mm(func, *args, **kwargs)
         if name == "dropout" and kwargs.get("p", 0.0) > 0 and kwargs.get("training", True):
-            # aten/src/ATen/native/Dropout.cpp: one kernel on CUDA, which keeps a mask of a byte an element.
+            # aten/src/ATen/native/Dropout.cpp: one kernel on CUDA, which saves a mask of one byte an element.
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
         if name == "softmax" and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float16:
             # aten/src/ATen/native/SoftMax.cpp: on CUDA, from fp16 to fp32 in one kernel (`half_to_float`).
             return torch.ops.aten._softmax(args[0], *args[1:2], *([kwargs["dim"]] if "dim" in kwargs else []), True)
         return func(*args, **kwargs)
 
-    def _as_autocast(
+    def _autocast_arguments(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the function `name`, cast as autocast does."""
         if name in IN_16_BIT:
             return _mapped(self._to_16_bit, args, kwargs)
         if name in IN_FP32:
             return _mapped(_to_fp32, args, kwargs)
-        if name in IN_FP32_UNLESS_TOLD and kwargs.get("dtype") is None and _is_half(args[0]):
+        if name in IN_FP32_BY_DEFAULT and kwargs.get("dtype") is None and _is_half(args[0]):
             return args, {**kwargs, "dtype": torch.float32}
         if name in IN_WIDEST and _is_mixed((args, kwargs)):
             return _mapped(_to_fp32, args, kwargs)
@@ -135,7 +138,7 @@ class GpuFunctions(TorchFunctionMode):
             return value
         if not (value.dtype == torch.float32 and value.requires_grad and value.is_leaf):
             return value.to(self._dtype)
-        # A trained weight is cast once in a pass (`cached_cast`).
+        # A trained weight is cast once in a pass, and the copy lives until its end (`cached_cast`).
         if id(value) not in self._casts:
             self._casts[id(value)] = (value, value.to(self._dtype))
         return self._casts[id(value)][1]
@@ -143,7 +146,7 @@ class GpuFunctions(TorchFunctionMode):
     def _grouped_mm(
         self, func: Any, rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **others: Any
     ) -> torch.Tensor:
-        """Return the products of experts, by what a GPU takes for their dtype; the meta device knows bf16 alone."""
+        """Return the products of experts as a GPU computes them in their dtype; the meta device knows bf16 alone."""
         result: torch.Tensor
         if self._capability < AMPERE:  # transformers.integrations.moe, `_can_use_grouped_mm`
             result = torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
@@ -185,7 +188,7 @@ class GpuFunctions(TorchFunctionMode):
 
 
 class _GroupedProducts(torch.autograd.Function):
-    """`_grouped_mm` of `(rows, in)` and `(experts, in, out)`, for its allocations: it takes nothing besides."""
+    """`_grouped_mm` of `(rows, in)` and `(experts, in, out)` in any dtype: it allocates its results alone."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
@@ -203,12 +206,12 @@ class _GroupedProducts(torch.autograd.Function):
         (rows, weights), (of_rows, of_weights, _) = ctx.shapes, ctx.needs_input_grad
         gradient_of_weights = gradient.new_empty(weights) if of_weights else None  # first, as in PyTorch
         gradient_of_rows = gradient.new_empty(rows) if of_rows else None
-        del saved_rows, saved_offs, saved_weights  # held until now, and let go in this order, as in PyTorch
+        del saved_rows, saved_offs, saved_weights  # released here and in this order, as in PyTorch
         return gradient_of_rows, gradient_of_weights, None
 
 
 def _names_used(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return the names that the forward pass of a module's class uses, whatever it is wrapped in."""
+    """Return the names in the code of a class's forward pass, without its decorators."""
     code = getattr(unwrap(kind.forward), "__code__", None)
     return code.co_names if code is not None else ()
 

@@ -1,7 +1,7 @@
-"""What a CUDA kernel takes besides its results: temporaries that no tensor shows, and the workspaces of cuBLAS.
+"""What a CUDA kernel allocates besides its results: temporaries that no tensor shows, and the workspaces of cuBLAS.
 
-Each term has its cause in the source of PyTorch or the kernel itself, named beside it. What the products of quantized
-weights take is said by their methods.
+Each term has its cause in the source of PyTorch or of the kernel, which its comment names. The quantization methods
+say what the products of their weights allocate.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from qlora_cli.quantization.methods.method import Inside, Operator
 aten = torch.ops.aten
 KIB, MIB = 1024, 1024**2
 WORKSPACES = "workspaces"
-CUBLAS = "cublas"  # its workspaces, which are as large as the GPU's generation has them: `cublas_workspace_bytes`
+CUBLAS = "cublas"  # the label of its workspaces, whose size depends on the GPU: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
-
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Inside]
 
@@ -31,7 +30,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def cublas_workspace_bytes(capability: tuple[int, int], *, deterministic: bool = False) -> int:
-    """Return the workspace of one cuBLAS handle.
+    """Return the bytes of the workspace of one cuBLAS handle.
 
     `aten/src/ATen/cuda/CublasHandlePool.cpp`, `parseChosenWorkspaceSize`: `:4096:2:16:8` (in KiB), and 32 MiB on
     Hopper and data-centre Blackwell; `deterministic`: `:16:8`, as `enable_full_determinism` of transformers sets it.
@@ -42,7 +41,7 @@ def cublas_workspace_bytes(capability: tuple[int, int], *, deterministic: bool =
 
 
 class Kernels:
-    """The kernels of a GPU of some compute capability."""
+    """The kernels of a GPU of this compute capability."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
@@ -58,7 +57,7 @@ class Kernels:
         self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
     def inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside | None:
-        """Return what `func` takes besides its results; None for nothing."""
+        """Return what `func` allocates besides its results; None for nothing."""
         rule = self._rules.get(func)
         if rule is not None:
             return rule(args, kwargs)
@@ -66,38 +65,41 @@ class Kernels:
         return None if operator is None else operator.inside(args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what `func` does, also where the size of its result depends on values that are not there."""
+        """Return the result of `func`, also where its size depends on values, which meta tensors do not have."""
         operator = self._operator(func)
         if operator is None or operator.on_meta is None or args[0].device.type != "meta":
             return func(*args, **kwargs)
         return operator.on_meta(func, args, kwargs)
 
     def _operator(self, func: Any) -> Operator | None:
-        """Return what a quantization method says of an operator that is none of PyTorch's own."""
+        """Return what a quantization method declares of an operator that is not one of PyTorch's own."""
         return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
 
     def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
-        """Return what the backward pass of the memory-efficient kernel takes.
+        """Return what the backward pass of the memory-efficient kernel allocates.
 
         `transformers/cuda/attention_backward.cu` and `mem_eff_attention/kernel_backward.h`: `delta`, `(batch, heads,
-        queries)` in fp32, and where the result is in 16 bit an fp32 accumulator of the gradient of the queries, in
-        blocks of 64 queries (`GradQTempStorage`: 16 bytes of locks and the tile). Keys and values have accumulators
-        too where a head is too wide for the registers.
+        queries)` in fp32, and for a result in 16 bit an fp32 accumulator of the gradient of the queries, in blocks
+        of 64 queries (`GradQTempStorage`: 16 bytes of locks and the tile). Keys and values have accumulators too
+        where the head dimension is too large for the registers.
         """
         _, query, key, value = args[:4]
-        batch, heads, num_queries, width = query.shape
-        num_keys, value_width = key.shape[2], value.shape[3]
+        batch, heads, num_queries, head_dim = query.shape
+        num_keys, value_dim = key.shape[2], value.shape[3]
         delta = batch * heads * num_queries * FLOAT_BYTES
         if query.element_size() > 2:
             return Inside(after=(delta,))
-        has_wide_blocks = self.capability >= (8, 0) and max(width, value_width) > 64
-        rows = 128 if has_wide_blocks else 64
-        columns = 128 if has_wide_blocks and max(width, value_width) <= 96 else 64
+        largest_dim = max(head_dim, value_dim)
+        has_large_blocks = self.capability >= (8, 0) and largest_dim > 64
+        rows = 128 if has_large_blocks else 64
+        columns = 128 if has_large_blocks and largest_dim <= 96 else 64
         tile = 16 + rows * columns * FLOAT_BYTES
-        blocks = -(-num_queries // rows) * -(-width // columns)
+        blocks = -(-num_queries // rows) * -(-head_dim // columns)
         workspace = blocks * tile
-        if max(width, value_width) > rows:  # kOutputInRF is false
-            workspace += _ceil(num_keys, columns) * (_ceil(width, columns) + _ceil(value_width, columns)) * FLOAT_BYTES
+        if largest_dim > rows:  # kOutputInRF is false
+            workspace += (
+                _ceil(num_keys, columns) * (_ceil(head_dim, columns) + _ceil(value_dim, columns)) * FLOAT_BYTES
+            )
         return Inside(after=(delta, batch * heads * workspace))
 
 
@@ -111,15 +113,15 @@ def _softmax_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
 
 
 def _flash_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
-    """Return what the backward pass of flash attention takes.
+    """Return what the backward pass of flash attention allocates.
 
     `flash_attn/flash_api.cpp`, `mha_bwd`: `softmax_d` and `dq_accum` in fp32, rounded up to 128 queries and 32 (or 64)
-    columns; with grouped queries, gradients of keys and values for every head, summed up afterwards.
+    columns; with grouped queries, gradients of keys and values for every query head, which are then summed.
     """
     _, query, key = args[:3]
-    batch, heads, num_queries, width = query.shape
-    rounded, columns = _ceil(num_queries, 128), _ceil(width, 32 if width <= 128 else 64)
+    batch, heads, num_queries, head_dim = query.shape
+    rounded, columns = _ceil(num_queries, 128), _ceil(head_dim, 32 if head_dim <= 128 else 64)
     sizes = [batch * heads * rounded * FLOAT_BYTES, batch * heads * rounded * columns * FLOAT_BYTES]
     if key.shape[1] != heads:
-        sizes += 2 * [batch * heads * key.shape[2] * width * key.element_size()]
+        sizes += 2 * [batch * heads * key.shape[2] * head_dim * key.element_size()]
     return Inside(after=tuple(sizes))

@@ -1,7 +1,8 @@
-"""Find the stack of a model's layers, tell their kinds apart, and choose few that stand for all.
+"""Find the stack of a model's layers, tell their kinds apart, and choose a few that represent all.
 
-A step through 80 layers repeats itself. It is traced through as few layers as show every layer between its neighbours,
-and extended from there (`extension`). Nothing here knows an architecture: kinds come from the modules themselves.
+A step through 80 layers repeats itself. It is traced through the fewest layers that show each kind between the
+neighbours it has, and extended from there (`extension`). Nothing here knows an architecture: the modules themselves
+show their kind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,16 +19,16 @@ EDGE = -1  # the kind of what lies before the first layer and after the last
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStack:
-    """The layers of a model: where they are, and the kind of each, by number."""
+    """The layers of a model: the name of their `nn.ModuleList`, and the kind of each layer, as a number."""
 
     path: str
     kinds: tuple[int, ...]
 
 
 def find_stack(model: PreTrainedModel, marks: Mapping[str, str] | None = None) -> LayerStack | None:
-    """Return the stack of `model`; None if it has none that can be told from its structure.
+    """Return the stack of `model`; None if its structure does not show one.
 
-    `marks` say by full module name what else tells two layers apart, such as that one of them is not quantized.
+    `marks` say, by full module name, what else makes layers differ, such as that a module in one is not quantized.
     """
     config = model.config.get_text_config(decoder=True)
     num_layers = getattr(config, "num_hidden_layers", None)
@@ -75,7 +76,7 @@ def _per_layer_lists(config: Any, num_layers: int) -> dict[str, list[Any]]:
 
 
 def _structure(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what a layer is made of: classes, shapes, and plain attributes but for its number."""
+    """Return what a layer consists of: classes, shapes, and plain attributes except for its number."""
     return tuple(
         (
             name,
@@ -92,19 +93,19 @@ def _structure(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def representatives(kinds: Sequence[int]) -> list[int]:
-    """Return the numbers of as few layers as show each kind between the neighbours that it has.
+    """Return the indices of the fewest layers that show each kind between the neighbours it has.
 
-    The layers are a walk over pairs of kinds. A loop of the walk is left out where every step of it occurs elsewhere.
+    Layers that lie between two with equal neighbours are dropped, as long as every context of the stack still occurs.
     """
     chosen = list(range(len(kinds)))
     shrinks = True
     while shrinks:
         shrinks = False
-        wanted = set(contexts(kinds))
+        required = set(contexts(kinds))
         for start in range(len(chosen)):
             for end in range(len(chosen) - 1, start, -1):
                 shorter = chosen[:start] + chosen[end:]
-                if set(contexts([kinds[i] for i in shorter])) == wanted:
+                if set(contexts([kinds[i] for i in shorter])) == required:
                     chosen, shrinks = shorter, True
                     break
             if shrinks:
@@ -113,12 +114,18 @@ def representatives(kinds: Sequence[int]) -> list[int]:
 
 
 def contexts(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return each layer's kind between those of its neighbours."""
+    """Return for each layer the kinds of its predecessor, its own and of its successor."""
     around = [EDGE, *kinds, EDGE]
     return list(zip(around[:-2], around[1:-1], around[2:], strict=True))
 
 
-def keep_layers(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int]) -> None:
+def represented_by(stack: LayerStack, chosen: Sequence[int]) -> list[int]:
+    """Return for each layer of `stack` the index in `chosen` of the first layer with the same context."""
+    traced = contexts([stack.kinds[index] for index in chosen])
+    return [traced.index(context) for context in contexts(stack.kinds)]
+
+
+def reduce_to(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int]) -> None:
     """Reduce `model` to the layers `chosen`, and its config's lists with them."""
     config = model.config.get_text_config(decoder=True)
     for name, values in _per_layer_lists(config, len(stack.kinds)).items():
@@ -130,7 +137,7 @@ def keep_layers(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int]
 
 
 def renamed(name: str, stack: LayerStack, chosen: Sequence[int]) -> str | None:
-    """Return what the module `name` is called in a model reduced to `chosen`; None if it is not there."""
+    """Return the name of the module `name` in a model reduced to the layers `chosen`; None if it is not in it."""
     prefix = f"{stack.path}."
     if not name.startswith(prefix):
         return name

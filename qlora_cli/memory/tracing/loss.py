@@ -1,7 +1,7 @@
-"""TRL's fused head and chunked loss, as they run on a GPU: what its Triton kernels keep to themselves stays unseen.
+"""TRL's fused head and chunked loss with the allocations that they make on a GPU.
 
-`trl.kernels.chunked_logprob` folds tiles of logits into statistics by one kernel on a GPU, and by many operations with
-temporaries elsewhere. Here is what the former allocates, so that a trace on the meta device sees the same.
+`trl.kernels.chunked_logprob` reduces tiles of logits to statistics: on a GPU by one Triton kernel, elsewhere by many
+operations with temporaries. This module allocates what the GPU's code does, and a trace on the meta device sees it.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ from qlora_cli.errors import ModelError
 
 TOKEN_CHUNK = 4096  # TOKEN_CHUNK_SIZE
 VOCABULARY_CHUNK = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl.trainer.utils
-NUM_STATISTICS = 7  # running maximum, sums and target logit, one number a token each
+NUM_STATISTICS = 7  # a running maximum, sums and the target's logit: one fp32 number each for a token
 
 
 def fused_loss(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], compute_dtype: torch.dtype
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return the loss of a batch whose every token is trained, and what the metrics are computed from.
+    """Return the loss of a batch in which every token is trained, and the tensors that TRL computes metrics from.
 
-    `batch` has `input_ids` and `labels`, `(batch, seq)`; the hidden states are `(batch, seq, hidden)`.
+    `batch` has `input_ids` and `labels`, `(batch, seq)`; metrics are computed from tensors of `(batch, seq - 1)`.
 
     Raises:
-        ModelError: the loss does not work for the model.
+        ModelError: TRL's loss does not work for the model.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     backbone: Any = model.base_model
-    if backbone is model:  # as in TRL's trainer, whose loss fails there
+    if backbone is model:  # TRL's trainer fails here, too
         raise ModelError(
             f"TRL's loss does not find the layers of {type(model).__name__}, and can't train it",
             hint="Its class does not name them by base_model_prefix; choose another model.",
@@ -37,7 +37,7 @@ def fused_loss(
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     mask = labels != -100
-    # What a boolean mask turns into: the positions where it is true, of which there are as many as tokens here.
+    # Indexing by a boolean mask computes the positions where it is true, int64, one row a dimension. Here all are.
     where = torch.zeros((mask.numel(), mask.dim()), dtype=torch.long, device=mask.device).unbind(1)
     head = model.get_output_embeddings()
     apply: Any = _ChunkedLogProbs.apply
@@ -48,13 +48,13 @@ def fused_loss(
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """`ChunkedLogProbFunction` on a GPU, for its allocations; returns log-probabilities, entropy and `is_top1`."""
+    """`ChunkedLogProbFunction` of TRL as it allocates on a GPU; returns log-probabilities, entropy and `is_top1`."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute_dtype: torch.dtype
     ) -> tuple[torch.Tensor, ...]:
-        """Project `hidden`, `(tokens, hidden)`, tile by tile."""
+        """Project `hidden`, `(tokens, hidden)`, on `weight`, `(vocabulary, hidden)`, tile by tile."""
         num_tokens = hidden.shape[0]
         statistics = [
             torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(NUM_STATISTICS)
@@ -71,16 +71,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """Recompute the tiles, and add up the gradient of `hidden` in fp32."""
+        """Recompute the tiles, and sum the gradient of `hidden` in fp32."""
         hidden, weight, _, _, _ = ctx.saved_tensors
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        of_weight = None
-        if ctx.needs_input_grad[1]:  # rows of the head train: the gradient of all of them, in fp32
-            of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # where rows of the head train: a gradient of all of them, in fp32
+            weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         _tiles(hidden, weight, ctx.compute_dtype, gradient)
         return (
             gradient.to(hidden.dtype),
-            None if of_weight is None else of_weight.to(weight.dtype),
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
             None,
             None,
         )
@@ -103,6 +103,6 @@ def _tiles(
 
 
 def _add_product(total: torch.Tensor, tile: torch.Tensor, columns: torch.Tensor) -> None:
-    # By cuBLAS itself from 16-bit factors into fp32 (`addmm` with `out_dtype`): nothing is taken besides.
+    # cuBLAS itself adds the product of 16-bit factors to an fp32 sum (`addmm` with `out_dtype`), without a temporary.
     if total.dtype == tile.dtype:
         torch.addmm(total, tile, columns, out=total)

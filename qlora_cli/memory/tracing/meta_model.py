@@ -1,6 +1,6 @@
-"""Build the model of a run on the meta device, as it is stored: packed codes, constants, adapters, and no bytes.
+"""Build the model of a run on the meta device as it is stored: packed codes, constants, adapters, and no bytes.
 
-The code that `train` loads and adapts with builds it.
+The adapter is attached by the code that `train` runs.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.trainable import why_not_trained_on
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.tracing.layers import LayerStack, find_stack, keep_layers, renamed, representatives
+from qlora_cli.memory.tracing.layers import LayerStack, find_stack, reduce_to, renamed, representatives
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, quant_flag
 from qlora_cli.settings.models import LoraSettings
@@ -25,14 +25,14 @@ from qlora_cli.settings.settle import varied
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twin:
+class MetaModel:
     """A model on the meta device with the adapter attached, reduced to few layers.
 
     Attributes:
-        model: What a step is traced through.
+        model: The reduced model that a step is traced through.
         stack: The layers of the whole model; None if it was not reduced.
-        chosen: Which of them are in `model`.
-        notes: What was said while the adapter was attached.
+        chosen: The indices of those that are in `model`.
+        notes: Messages that attaching the adapter gave.
     """
 
     model: PeftModel
@@ -41,7 +41,7 @@ class Twin:
     notes: tuple[str, ...]
 
 
-def build_twin(
+def build_meta_model(
     model: PreTrainedModel,
     layout: StoragePlan,
     lora: LoraSettings,
@@ -50,20 +50,20 @@ def build_twin(
     new_token_ids: tuple[int, ...] = (),
     adapter: Adapter | None = None,
     whole: bool = False,
-) -> Twin:
-    """Return the twin of `model`, which is on the meta device and becomes it, stored as `layout` says.
+) -> MetaModel:
+    """Return `model`, which is on the meta device and is changed, stored as `layout` says and with an adapter.
 
-    `adapter` is one that trains on, in place of a new one by `lora`. `whole` keeps every layer, which takes longer and
-    comes to the same.
+    `adapter` is an existing one to train further, instead of a new one by `lora`. `whole` keeps every layer, which
+    takes longer and gives the same result.
 
     Raises:
         ModelError: an adapter can't be attached as asked.
     """
     on_experts = lora.target_parameters if adapter is None else adapter.lora.target_parameters
     if on_experts and not layout.experts:
-        # PEFT's own wrapper switches autocast off by the name of the device, and PyTorch has none for this one.
+        # PEFT's wrapper disables autocast for the device of the weight, and PyTorch has no autocast for meta.
         raise ModelError(
-            "what adapters on experts take can't be predicted where the experts are not quantized",
+            "the memory of adapters on experts can't be predicted where the experts are not quantized",
             hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave lora.target_parameters out.",
         )
     names_layers = _names_layers(lora) if adapter is None else _chooses_layers(adapter.lora)
@@ -73,37 +73,37 @@ def build_twin(
         refusal = refusal or why_not_trained_on(adapter, model)
         trained = place_adapter(model, _to_train(adapter.lora), adapter.directory)
         train_in_fp32(trained)
-        said = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
-        return Twin(model=trained, stack=stack, chosen=chosen, notes=said)
-    # What a run takes does not depend on the values that it begins with, and there are none here.
+        notes = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
+        return MetaModel(model=trained, stack=stack, chosen=chosen, notes=notes)
+    # Memory does not depend on initial values, and meta tensors have none to compute with.
     lora = varied(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)
-    return Twin(model=adapted, stack=stack, chosen=chosen, notes=notes)
+    return MetaModel(model=adapted, stack=stack, chosen=chosen, notes=notes)
 
 
 def store_few_layers(
     model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype, *, whole: bool = False
 ) -> tuple[LayerStack | None, tuple[int, ...]]:
-    """Reduce `model` to few layers and store it as `layout` says; return all its layers, and those that are left.
+    """Reduce `model` to a few layers and store it as `layout` says; return the stack, and the indices of the few.
 
-    With `whole`, or where the layers are not told apart, there is no stack, and all of them are left.
+    There is no stack, and nothing is reduced, with `whole` or where the structure of the model shows none.
     """
     marks = {**layout.kept, **dict.fromkeys(layout.experts, "quantized")}
     stack = None if whole else find_stack(model, marks)
     chosen = tuple(representatives(stack.kinds)) if stack else ()
-    kept, experts = tuple(layout.kept), layout.experts
+    unquantized, experts = tuple(layout.kept), layout.experts
     if stack:
-        keep_layers(model, stack, chosen)
-        kept, experts = _there(kept, stack, chosen), _there(experts, stack, chosen)
-    # A checkpoint that came quantized is laid out as its own settings say, which `layout` has taken over.
+        reduce_to(model, stack, chosen)
+        unquantized, experts = _renamed_all(unquantized, stack, chosen), _renamed_all(experts, stack, chosen)
+    # For a checkpoint that is quantized already, `layout.settings` are its own.
     layout.method.store_on_meta(
-        model, layout.settings, layout.dtype, kept=kept, experts=experts, compute_dtype=compute_dtype
+        model, layout.settings, layout.dtype, kept=unquantized, experts=experts, compute_dtype=compute_dtype
     )
     return stack, chosen
 
 
 def _names_layers(lora: LoraSettings) -> bool:
-    """Whether targets are named with the number of their layer: then no layer stands for another."""
+    """Whether targets are named with the number of their layer: then no layer represents another."""
     targets = (lora.target_modules, lora.target_parameters, lora.modules_to_save)
     names = [name for target in targets if isinstance(target, tuple) for name in target]
     names += [*(lora.rank_pattern or {}), *(lora.alpha_pattern or {})]
@@ -111,7 +111,7 @@ def _names_layers(lora: LoraSettings) -> bool:
 
 
 def _chooses_layers(lora: LoraConfig) -> bool:
-    """Whether an adapter is not the same on every layer, as far as its config can tell."""
+    """Whether an adapter may differ between layers, as far as its config shows."""
     if lora.layers_to_transform is not None or lora.layer_replication or isinstance(lora.target_modules, str):
         return True
     names = [*(lora.target_modules or ()), *(lora.target_parameters or ()), *(lora.modules_to_save or ())]
@@ -120,12 +120,13 @@ def _chooses_layers(lora: LoraConfig) -> bool:
 
 
 def _to_train(lora: LoraConfig) -> LoraConfig:
-    """Return a config for training on, without a beginning that needs values: there are none here."""
+    """Return a config for training an adapter further, without an initialization that computes from weights."""
     config = deepcopy(lora)
     config.init_lora_weights, config.inference_mode = True, False
     return config
 
 
-def _there(names: Sequence[str], stack: LayerStack, chosen: Sequence[int]) -> tuple[str, ...]:
-    found = (renamed(name, stack, chosen) for name in names)
-    return tuple(name for name in found if name is not None)
+def _renamed_all(names: Sequence[str], stack: LayerStack, chosen: Sequence[int]) -> tuple[str, ...]:
+    """Return the names that those of `names` have which are in the reduced model."""
+    reduced = (renamed(name, stack, chosen) for name in names)
+    return tuple(name for name in reduced if name is not None)

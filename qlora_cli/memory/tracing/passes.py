@@ -1,11 +1,11 @@
-"""Births and deaths of storages, in named passes: what a trace comes to, and what is known without one."""
+"""Allocations and releases of storages, in named passes: what a trace records, and what is known without one."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class TracedStorage:
-    """One piece of memory: its bytes, and what it is for."""
+    """One piece of memory: its size in bytes, and what it is for."""
 
     num_bytes: int
     label: str
@@ -13,9 +13,9 @@ class TracedStorage:
 
 @dataclass(slots=True)
 class Passes:
-    """Events of passes, by name: `n` is the birth of storage `n`, `~n` its death.
+    """Events of passes, by name: `n` is the allocation of storage `n`, `~n` its release.
 
-    `permanent` are the storages that are never given back.
+    `permanent` are the storages that are never released.
     """
 
     storages: list[TracedStorage] = field(default_factory=list)
@@ -23,28 +23,28 @@ class Passes:
     permanent: set[int] = field(default_factory=set)
 
     def find_permanent(self) -> None:
-        """Note what is never given back, once all is recorded."""
-        dead = {~event for events in self.events.values() for event in events if event < 0}
-        born = {event for events in self.events.values() for event in events if event >= 0}
-        self.permanent = born - dead
+        """Note which storages are never released, once all events are recorded."""
+        released = {~event for events in self.events.values() for event in events if event < 0}
+        allocated = {event for events in self.events.values() for event in events if event >= 0}
+        self.permanent = allocated - released
 
 
 class Recorder:
-    """Writes down the events of one pass."""
+    """Records the events of one pass."""
 
     def __init__(self, passes: Passes, name: str, label: str) -> None:
         self._passes = passes
         self._events = passes.events.setdefault(name, [])
         self._label = label
 
-    def born(self, num_bytes: int, label: str | None = None) -> int:
-        """Record the birth of a storage; return its number."""
+    def allocate(self, num_bytes: int, label: str | None = None) -> int:
+        """Record the allocation of a storage; return its number. An empty one has a number, but no event."""
         number = len(self._passes.storages)
         self._passes.storages.append(TracedStorage(num_bytes, label or self._label))
         if num_bytes:
             self._events.append(number)
         return number
 
-    def died(self, *numbers: int) -> None:
-        """Record deaths, in order."""
+    def free(self, *numbers: int) -> None:
+        """Record the release of storages, in this order."""
         self._events += [~number for number in numbers if self._passes.storages[number].num_bytes]

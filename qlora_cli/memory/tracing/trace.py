@@ -1,13 +1,12 @@
-"""Record when the memory of each tensor is taken and given back, while real code runs on tensors without data.
+"""Record when the memory of each tensor is allocated and released, while real code runs on tensors without data.
 
 On the meta device tensors have shapes, dtypes, strides and autograd history, but no bytes. A dispatch mode sees every
-operation below autograd, as the GPU would: each new storage is a birth, its last reference going away a death.
+operation below autograd, as the GPU would: a new storage is an allocation, the end of its last reference a release.
 """
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,22 +19,22 @@ from qlora_cli.memory.tracing.passes import TracedStorage
 
 aten = torch.ops.aten
 ACTIVATIONS = "activations"
-# Functions of transformers that ask a tensor for a truth: whether no sequence is packed, and whether no row is padded.
+# Functions of transformers that branch on a tensor's value: on whether no sequence is packed, and no row is padded.
 NOT_PACKED = ("find_packed_sequence_indices",)
 NOT_PADDED = ("_ignore_causal_mask_sdpa", "flash_attention_mask")
-MOST_FRAMES = 12
+MAX_FRAMES = 12  # from the operator up to one of those functions
 
 
 @dataclass(slots=True)
 class Segment:
-    """Events between two marks: `n` is the birth of storage `n`, `~n` its death."""
+    """Events between two marks: `n` is the allocation of storage `n`, `~n` its release."""
 
     mark: tuple[Any, ...]
     events: list[int] = field(default_factory=list)
 
 
 class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records births and deaths of storages, in segments.
+    """Records allocations and releases of storages, in segments.
 
     Attributes:
         storages: Every storage seen, by number.
@@ -43,9 +42,12 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, kernels: Kernels, answers: Mapping[str, bool] | None = None, *, device_type: str = "meta"
+        self, kernels: Kernels, branches: Mapping[str, bool] | None = None, *, device_type: str = "meta"
     ) -> None:
-        """`answers` are what code that asks a tensor without data is told, by function; other devices are not seen."""
+        """Record storages on devices of `device_type` alone.
+
+        `branches` says, by the name of a function, which way it branches where it looks at a tensor without data.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._device_type = device_type
         self.storages: list[TracedStorage] = []
@@ -53,42 +55,34 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label = ACTIVATIONS
         self.in_autograd_thread = False
         self._kernels = kernels
-        self._answers = {**dict.fromkeys((*NOT_PACKED, *NOT_PADDED), True), **(answers or {})}
-        self._live: dict[int, tuple[int, Any]] = {}  # by the address of the storage's implementation
+        self._branches = {**dict.fromkeys((*NOT_PACKED, *NOT_PADDED), True), **(branches or {})}
+        # By the address of the storage's implementation: two tensors that share it are one allocation.
+        self._live: dict[int, tuple[int, Any]] = {}
         self._have_workspace: set[bool] = set()
 
     def mark(self, *mark: Any) -> None:
         """Begin a new segment."""
         self.segments.append(Segment(mark))
 
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        """Give what is born within `label`."""
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
-
-    def hold(self, tensor: torch.Tensor, label: str | None = None) -> int:
-        """Record the storage of `tensor` as born now, if it is new; return its number."""
+    def record(self, tensor: torch.Tensor) -> int:
+        """Record the storage of `tensor` as allocated now, if it is new; return its number."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
         if known is not None:
             return known[0]
         number = len(self.storages)
-        self.storages.append(TracedStorage(storage.nbytes(), label or self.label))
+        self.storages.append(TracedStorage(storage.nbytes(), self.label))
         if storage.nbytes():
             self.segments[-1].events.append(number)
-        self._live[key] = (number, weakref.ref(storage, self._buried(key, number)))
+        self._live[key] = (number, weakref.ref(storage, self._on_release(key, number)))
         return number
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Leave the storage of `tensor` out: it is accounted for elsewhere."""
+        """Leave the storage of `tensor` out, which is accounted for elsewhere."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        self._live[key] = (-1, weakref.ref(storage, self._forgotten(key)))
+        self._live[key] = (-1, weakref.ref(storage, self._on_release_of_ignored(key)))
 
     def relabel(self, tensor: torch.Tensor, label: str) -> None:
         """Say what an existing storage is for, now that it is known."""
@@ -96,70 +90,74 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None and known[0] >= 0:
             self.storages[known[0]].label = label
 
-    def temporary(self, num_bytes: int, label: str | None = None) -> int:
-        """Record the birth of memory that no tensor shows: inside a kernel. It lives until `bury`."""
+    def allocate_temporary(self, num_bytes: int, label: str) -> int:
+        """Record memory that a kernel allocates and no tensor shows, until `free_temporary`; return its number."""
         number = len(self.storages)
-        self.storages.append(TracedStorage(num_bytes, label or self.label))
+        self.storages.append(TracedStorage(num_bytes, label))
         self.segments[-1].events.append(number)
         return number
 
-    def bury(self, number: int) -> None:
-        """Record the death of a `temporary`."""
+    def free_temporary(self, number: int) -> None:
+        """Record the release of an `allocate_temporary`."""
         self.segments[-1].events.append(~number)
 
-    def _buried(self, key: int, number: int) -> Callable[[Any], None]:
-        def died(_: Any) -> None:
+    def _on_release(self, key: int, number: int) -> Callable[[Any], None]:
+        def released(_: Any) -> None:
             self._live.pop(key, None)
             if self.storages[number].num_bytes:
                 self.segments[-1].events.append(~number)
 
-        return died
+        return released
 
-    def _forgotten(self, key: int) -> Callable[[Any], None]:
-        def died(_: Any) -> None:
+    def _on_release_of_ignored(self, key: int) -> Callable[[Any], None]:
+        def released(_: Any) -> None:
             self._live.pop(key, None)
 
-        return died
+        return released
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return self._answer(args[0])
+            return self._scalar_of(args[0])
         inside = self._kernels.inside(func, args, kwargs)
         if inside is None:
             result = self._kernels.run(func, args, kwargs)
-            self._hold_all(result)
+            self._record_all(result)
             return result
-        before = [self.temporary(size, WORKSPACES) for size in inside.before]
+        before = [self.allocate_temporary(size, WORKSPACES) for size in inside.before]
         result = self._kernels.run(func, args, kwargs)
-        self._hold_all(result)
+        self._record_all(result)
         if inside.uses_cublas and self.in_autograd_thread not in self._have_workspace:
-            # One a thread: the handle of cuBLAS is, and autograd runs the backward pass in a thread of its own.
+            # Each thread has a handle of cuBLAS, and autograd runs the backward pass in a thread of its own.
             self._have_workspace.add(self.in_autograd_thread)
-            self.temporary(1, CUBLAS)
-        after = [self.temporary(size, WORKSPACES) for size in inside.after]
+            self.allocate_temporary(1, CUBLAS)
+        after = [self.allocate_temporary(size, WORKSPACES) for size in inside.after]
         for number in (*before, *after):
-            self.bury(number)
+            self.free_temporary(number)
         return result
 
-    def _hold_all(self, result: Any) -> None:
+    def _record_all(self, result: Any) -> None:
         for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             if isinstance(value, torch.Tensor) and value.device.type == self._device_type:
-                self.hold(value)
+                self.record(value)
 
-    def _answer(self, tensor: torch.Tensor) -> bool | float | int:
-        """Return the value that code asks a tensor without data for."""
+    def _scalar_of(self, tensor: torch.Tensor) -> bool | float | int:
+        """Return the value that code reads of a tensor, which on the meta device has none.
+
+        A truth decides which branch the code takes. Which one it would take on data depends on the function that
+        asks, so the nearest known caller decides.
+        """
         if tensor.device.type != "meta":
             value: bool | float | int = tensor.detach().numpy().item()
             return value
         if tensor.dtype != torch.bool:
             return 1.0 if tensor.is_floating_point() else 1
         frame = sys._getframe(2)
-        for _ in range(MOST_FRAMES):
-            if frame.f_code.co_name in self._answers:
-                return self._answers[frame.f_code.co_name]
+        for _ in range(MAX_FRAMES):
+            if frame.f_code.co_name in self._branches:
+                return self._branches[frame.f_code.co_name]
             if frame.f_back is None:
                 break
             frame = frame.f_back

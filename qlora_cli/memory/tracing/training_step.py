@@ -1,7 +1,7 @@
-"""Run one training step, and one of evaluation, on the meta device, and record it.
+"""Run one training step, and an evaluation batch, on the meta device, and record their allocations.
 
-What happens is what `train` does: the model's own code, autograd, checkpointing, TRL's loss. Segments are marked at
-the borders of the layers, in the forward and in the backward pass, so that a step can be extended to more of them.
+The step is the one that `train` runs: the model's own code, autograd, checkpointing, TRL's loss. Marks between the
+layers, in the forward and in the backward pass, make segments, which `extension` repeats for layers not traced.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from qlora_cli.memory.tracing.attention import attend
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.loss import fused_loss
-from qlora_cli.memory.tracing.meta_model import Twin
+from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import held_tensors
 from qlora_cli.quantization.methods.method import META
@@ -32,7 +32,7 @@ GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
 FLASH_ON_META = "qlora_flash_on_meta"
 HEAD, TAIL = "head", "tail"
-RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers, which makes none where no row is padded
+RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers: no mask where no row is padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,42 +59,46 @@ class StepSettings:
     is_padded: bool = False
     adds_noise: bool = False
     evaluates: bool = False
-    device: torch.device = META  # another only to compare with what real tensors do
+    device: torch.device = META  # another one only in tests, which compare with real tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedStep:
-    """What was recorded: a first micro-batch, one more if there are several, and an evaluation."""
+    """The record of a first micro-batch, of one more if there are several, and of an evaluation batch.
+
+    `pinned_host_bytes` are activations of one micro-batch in host memory, for the layers that were traced.
+    """
 
     trace: MemoryTrace
     backends: tuple[str, ...]
     pinned_host_bytes: int
 
 
-def trace_step(twin: Twin, settings: StepSettings, loop: "type[TrainingStep] | None" = None) -> TracedStep:
-    """Record a step of `twin`. Its segments are marked `(pass, part)`; a part is a layer, by its place, or an end.
+def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "type[TrainingStep] | None" = None) -> TracedStep:
+    """Record a step of `meta_model`, in segments that are marked `(pass, part)`.
 
-    `loop` is the training loop whose step it is; that of `qlora train` by default.
+    A part is the index of a layer, or `HEAD` or `TAIL` for what comes before and after the layers. `loop` is the
+    training loop whose step it is; by default that of `qlora train`.
 
     Raises:
-        ModelError: the model can't be trained as asked, or not be followed without data.
+        ModelError: the model can't be trained as asked, or its code needs values.
     """
-    answers = {
+    branches = {
         **dict.fromkeys(NOT_PACKED, not settings.is_packed),
         **dict.fromkeys((*NOT_PADDED, RECURRENT_MASK), not settings.is_padded),
     }
-    trace = MemoryTrace(Kernels(settings.capability), answers, device_type=settings.device.type)
+    trace = MemoryTrace(Kernels(settings.capability), branches, device_type=settings.device.type)
     functions = GpuFunctions(
         settings.capability, backend=settings.backend, dtype=settings.dtype if settings.is_autocast else None
     )
-    step = (loop or TrainingStep)(twin, settings, trace, functions)
+    step = (loop or TrainingStep)(meta_model, settings, trace, functions)
     try:
-        # What dies, and when, must not depend on when cycles are searched for.
+        # Garbage collection would release tensors in cycles at a time that depends on what ran before.
         with uncollected(), step.prepared(), trace, functions:
             step.run()
-    except NotImplementedError as error:  # as meta tensors answer to `nonzero` and `tolist`
+    except NotImplementedError as error:  # raised by meta tensors for `nonzero` and `tolist`
         raise ModelError(
-            f"what {type(step.base).__name__} computes depends on values, and can't be told without them: {error}",
+            f"what {type(step.base).__name__} computes depends on values, and can't be traced without them: {error}",
             hint="Measure it: train for a few steps with --max-steps.",
         ) from error
     return TracedStep(
@@ -105,27 +109,31 @@ def trace_step(twin: Twin, settings: StepSettings, loop: "type[TrainingStep] | N
 
 
 class TrainingStep:
-    """The passes of a step as `qlora train` runs it, with what has to be in place around them.
+    """The passes of a step as `qlora train` runs it, and the hooks that the record needs.
 
-    The step of another training loop is a subclass, with its own `loss`, `columns` and `zero_gradients`.
+    The step of another training loop is a subclass with its own `loss`, `columns` and `zero_gradients`.
     """
 
-    def __init__(self, twin: Twin, settings: StepSettings, trace: MemoryTrace, functions: GpuFunctions) -> None:
-        self.model = twin.model
-        self.base: PreTrainedModel = twin.model.get_base_model()
-        self.layers: list[nn.Module] = list(self.base.get_submodule(twin.stack.path).children()) if twin.stack else []
+    def __init__(
+        self, meta_model: MetaModel, settings: StepSettings, trace: MemoryTrace, functions: GpuFunctions
+    ) -> None:
+        self.model = meta_model.model
+        self.base: PreTrainedModel = meta_model.model.get_base_model()
+        self.layers: list[nn.Module] = (
+            list(self.base.get_submodule(meta_model.stack.path).children()) if meta_model.stack else []
+        )
         self.settings = settings
         self.trace = trace
         self.functions = functions
         self.pinned_host_bytes = 0
-        self._passing = ""
-        self._empty = [
+        self._phase = ""
+        self._empty_attributes = [
             (module, name) for module in self.model.modules() for name, v in vars(module).items() if v is None
         ]
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Switch on what the settings ask for, and take it back afterwards."""
+        """Set up attention, checkpointing, noise and hooks for the step, and remove them afterwards."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
             tensors += (tensor for tensor in held_tensors(module) if tensor.device == self.settings.device)
@@ -133,7 +141,7 @@ class TrainingStep:
             self.trace.ignore(tensor)
         hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
         hooks += self._label_loss()
-        hooks += self.functions.hooks_where_switched_off(self.model)
+        hooks += self.functions.disable_autocast_hooks(self.model)
         hooks += [
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: self.trace.relabel(parameter.grad, GRADIENTS)
@@ -162,7 +170,7 @@ class TrainingStep:
                 self.base.activation_checkpointing_disable()
 
     def run(self) -> None:
-        """Run every pass that is asked for."""
+        """Run a micro-batch, a second one if gradients are accumulated, and an evaluation batch if asked."""
         self.train("first")
         if self.settings.gradient_accumulation_steps > 1:
             self.train("again")
@@ -175,50 +183,53 @@ class TrainingStep:
         """Run one micro-batch: forward and backward."""
         trace = self.trace
         self.model.train()
-        self.pinned_host_bytes = 0  # those of the pass before are given back
-        self._passing = f"{name} forward"
-        trace.mark(self._passing, HEAD)
+        self.pinned_host_bytes = 0  # those of the pass before are released
+        self._phase = f"{name} forward"
+        trace.mark(self._phase, HEAD)
         batches = [self._batch() for _ in range(self.settings.gradient_accumulation_steps if name == "first" else 1)]
         with self.functions.autocast():
             loss, outputs = self.loss(batches[0])
-        del outputs  # the trainer drops them before the backward pass
-        self._passing = f"{name} backward"
-        trace.mark(self._passing, HEAD)
+        del outputs  # before the backward pass, as the trainer does
+        self._phase = f"{name} backward"
+        trace.mark(self._phase, HEAD)
         trace.in_autograd_thread, trace.label = True, LOSS
         try:
-            # By its edge: with the tensor itself, PyTorch would leave the function mode out.
+            # `loss.backward()` would leave the function mode, which recomputation needs; from the edge it stays.
             torch.autograd.backward((get_gradient_edge(loss),), (torch.ones_like(loss),))
         finally:
             trace.in_autograd_thread, trace.label = False, ACTIVATIONS
-        self._passing = ""
+        self._phase = ""
         trace.mark(f"{name} end", TAIL)
         del loss, batches
-        self._let_go_of_states()
+        self._drop_states()
 
     def evaluate(self) -> None:
         """Run one batch of evaluation: forward, without gradients."""
         self.model.eval()
-        self._passing = "evaluation"
-        self.trace.mark(self._passing, HEAD)
+        self._phase = "evaluation"
+        self.trace.mark(self._phase, HEAD)
         with torch.no_grad(), self.functions.autocast():
             outputs = self.loss(self._batch())
-        self._passing = ""
+        self._phase = ""
         self.trace.mark("evaluation end", TAIL)
         del outputs
-        self._let_go_of_states()
+        self._drop_states()
 
-    def _let_go_of_states(self) -> None:
-        """Drop what modules keep of a pass, as recurrent layers do until the next: so that each pass is for itself."""
-        for module, name in self._empty:
+    def _drop_states(self) -> None:
+        """Drop tensors that modules keep after a pass, as recurrent layers do, so that each pass starts alike."""
+        for module, name in self._empty_attributes:
             if isinstance(getattr(module, name, None), torch.Tensor):
                 setattr(module, name, None)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """Return the loss of a batch, and what else the forward pass leaves."""
+        """Return the loss of a batch, and the other outputs of the forward pass."""
         return fused_loss(self.base, batch, self.settings.dtype)
 
     def columns(self) -> dict[str, int]:
-        """Return the columns of a batch, each with the value that fills it; real tensors are looked at."""
+        """Return the columns of a batch, each with the value that fills it.
+
+        With real tensors, transformers reads the mask: all ones are no padding.
+        """
         if self.settings.is_packed:
             return {"input_ids": 0, "labels": 0, "position_ids": 0}
         return {"input_ids": 0, "labels": 0, "attention_mask": 0 if self.settings.is_padded else 1}
@@ -229,7 +240,7 @@ class TrainingStep:
             parameter.grad = None
 
     def _batch(self) -> dict[str, torch.Tensor]:
-        """Return a batch of rows as the collator makes it."""
+        """Return a batch as the collator makes it: `(batch, seq)`, or `(1, batch * seq)` with packing."""
         settings = self.settings
         rows = (settings.batch_size, settings.length)
         if settings.is_packed:
@@ -253,9 +264,9 @@ class TrainingStep:
         last = len(self.layers) - 1
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.trace.in_autograd_thread:  # recomputed: where checkpointing goes by the hooks too
+            if self.trace.in_autograd_thread:  # recomputation calls the hooks of a layer, too
                 return
-            self.trace.mark(self._passing, index)
+            self.trace.mark(self._phase, index)
             if index == 0 and torch.is_grad_enabled():
                 self._mark_gradient(args[0] if args else kwargs.get("hidden_states"), TAIL)
 
@@ -263,7 +274,7 @@ class TrainingStep:
             if self.trace.in_autograd_thread:
                 return
             if index == last:
-                self.trace.mark(self._passing, TAIL)
+                self.trace.mark(self._phase, TAIL)
             if torch.is_grad_enabled():
                 self._mark_gradient(output[0] if isinstance(output, tuple) else output, index)
 
@@ -273,30 +284,33 @@ class TrainingStep:
         ]
 
     def _label_loss(self) -> list[Any]:
-        """Tell what is taken after the last hidden states, and until their gradient is there, from the rest."""
+        """Label what is allocated from the last hidden states on, until their gradient is complete, as the loss's."""
 
-        def activations(_: torch.Tensor) -> None:
+        def label_activations(_: torch.Tensor) -> None:
             self.trace.label = ACTIVATIONS
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
+        def label_loss(_: nn.Module, __: Any, output: Any) -> None:
             self.trace.label = LOSS
             if torch.is_grad_enabled():
-                output.last_hidden_state.register_hook(activations)
+                output.last_hidden_state.register_hook(label_activations)
 
         backbone = self.base.base_model
-        return [] if backbone is self.base else [backbone.register_forward_hook(after)]
+        return [] if backbone is self.base else [backbone.register_forward_hook(label_loss)]
 
     def _mark_gradient(self, tensor: Any, part: int | str) -> None:
-        """Mark where the gradient of `tensor` is complete: there the backward pass of the layer before it begins."""
+        """Mark where the gradient of `tensor` is complete: the backward pass of the layer below begins there."""
 
-        def arrived(_: torch.Tensor) -> None:
-            self.trace.mark(self._passing, part)
+        def mark(_: torch.Tensor) -> None:
+            self.trace.mark(self._phase, part)
 
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+            tensor.register_hook(mark)  # type: ignore[no-untyped-call]
 
     def _checkpoint_as_on_a_gpu(self) -> None:
-        """Recompute under autocast, as PyTorch does for a device that has it; keep on the host what is to be there."""
+        """Recompute under autocast, as PyTorch does on a GPU, and count what is offloaded to the host.
+
+        `torch.utils.checkpoint` restores the autocast state of the device of its tensors, and meta has none.
+        """
 
         def pack(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
             self.pinned_host_bytes += tensor.numel() * tensor.element_size()
@@ -307,7 +321,7 @@ class TrainingStep:
 
         offloads = self.settings.checkpointing == "offload"
 
-        def around(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 def run(*args: Any, **kwargs: Any) -> Any:
                     with self.functions.autocast() if self.trace.in_autograd_thread else nullcontext():
@@ -321,7 +335,7 @@ class TrainingStep:
 
         for module in self.model.modules():
             if CHECKPOINT in vars(module):
-                setattr(module, CHECKPOINT, around(getattr(module, CHECKPOINT)))
+                setattr(module, CHECKPOINT, wrapped(getattr(module, CHECKPOINT)))
 
 
 def _check_checkpointing(model: PreTrainedModel) -> None:
@@ -342,7 +356,10 @@ def _flash_attention(
     scaling: float | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return attention by flash-attn, `(batch, seq, heads, width)`; padded rows are packed for it, and unpacked."""
+    """Return attention by flash-attn, `(batch, seq, heads, head_dim)`.
+
+    Padded rows are packed before the kernel and unpacked after it, each a copy.
+    """
     if attention_mask is not None:
         query, key, value = (tensor.clone() for tensor in (query, key, value))
     result = attend(

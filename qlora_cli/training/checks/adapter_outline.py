@@ -19,7 +19,7 @@ from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.device import TORCH_DTYPES
 from qlora_cli.loading.load_plan import Blueprint
-from qlora_cli.memory.replaying.optimizer_step import embeddings_of, optimizer_steps
+from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps
 from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
 from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
 from qlora_cli.settings.models import LoraSettings, TrainSettings
@@ -69,7 +69,7 @@ def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
     return FileSizes(
         adapter_bytes=4 * sum(parameter.numel() for parameter in trained) + (0 if kept is None else kept.frozen_bytes),
         optimizer_bytes=optimizer_steps(
-            optimizer, [trained], clips=False, embeddings=embeddings_of(model)
+            optimizer, [trained], clips=False, embeddings=embedding_ids(model)
         ).state_bytes,
     )
 

@@ -10,7 +10,7 @@ from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
-from qlora_cli.memory.suggestions import NO, YES, fit_on, suggest
+from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
@@ -80,7 +80,7 @@ def check_memory(
         return None
     for sentence in untraced(settings.training):
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
-    fit = fit_on(estimate, gpu)
+    fit = judge_fit(estimate, gpu)
     predicted = _as_predicted(estimate, fit.fits)
     outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimator.estimate)
     if fit.fits != YES:

@@ -17,7 +17,7 @@ from qlora_cli.events import SilentReporter, StepDone
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.model_facts import find_facts
+from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, QuantizationSettings, TrainingSettings
 from qlora_cli.settings.resolve import Sources, resolve
@@ -202,7 +202,7 @@ def test_a_setting_of_the_method_is_judged_once_the_files_say_the_method(tmp_pat
         assert (taken.method, taken.int8_threshold) == (Quantization.INT8, threshold)
         flags = {path: (path, value) for path, value in {"model.name": str(saved), **given}.items()}
         asked = resolve(Sources(flags=flags), EstimateSettings)
-        predicted = Estimator(find_facts(asked, quiet)).settled(asked).settings
+        predicted = Estimator(find_model_facts(asked, quiet)).settled(asked).settings
         assert predicted.quantization == taken
     with pytest.raises(SettingsError, match=r"int8_threshold has no effect with --quant nf4"):
         plan_load(asked_load(model, **{key: 3.0}), quiet)

@@ -9,7 +9,7 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.load_plan import plan_load
-from qlora_cli.memory.estimator import Estimator, Traced
+from qlora_cli.memory.estimator import Estimator, TracedRun
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.replaying.replay import Peaks
@@ -36,7 +36,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tuple[Peaks, Traced]:
+def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tuple[Peaks, TracedRun]:
     """Return what is predicted for a model of six layers."""
     facts = ModelFacts(name=family, content=deep_config(family, NUM_LAYERS).to_dict())
     settings = EstimateSettings.model_validate(

@@ -120,7 +120,7 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
     with pytest.raises(ModelError, match=r"is an adapter, which trains on as it is: lora\.rank can't be changed"):
         predicted(adapter, rank=4)
     request = request_of({"model": {"name": str(adapter)}, "inspect_memory": {"solve": ["rank"]}})
-    with pytest.raises(ModelError, match="which training on keeps"):
+    with pytest.raises(ModelError, match="which training does not change"):
         inspect_memory(request, SilentReporter())
 
 
@@ -159,7 +159,7 @@ def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
         predicted(adapter)
         keys |= set((tmp_path / "cache" / "memory").glob("*.json")) - before
     assert len(keys) == 3
-    assert prediction_cache.recall("none of them") is None
+    assert prediction_cache.load("none of them") is None
 
 
 def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_unfinished_run_that_trains_an_adapter_on_is_predicted_by_its_newest_
     shutil.rmtree(run / "checkpoints")
     assert predicted(run).num_trainable_parameters == trained.num_trainable_parameters
     adapter.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelNotFoundError, match="the adapter that it trains on is not here"):
+    with pytest.raises(ModelNotFoundError, match="the adapter that it began with is not here"):
         predicted(run)
 
 

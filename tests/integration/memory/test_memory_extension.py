@@ -24,12 +24,12 @@ from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.support.tiny_models import FAMILIES
-from tests.support.tracing import deep_config, peaks, step_settings, twin_of
+from tests.support.tracing import deep_config, meta_model_of, peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 A100, T4 = find_gpu("A100 40GB"), find_gpu("T4")
-# Traced whole, and why.
+# TracedRun whole, and why.
 WHOLE = {"zamba2": "its hybrid layers share the weights of one block, so no layer can be had without the others"}
 # Not trained with gradient checkpointing, which transformers has not written for them.
 WITHOUT_CHECKPOINTING = {"ctrl", "jetmoe"}
@@ -129,11 +129,11 @@ def test_the_host_holds_the_inputs_of_all_layers_of_one_micro_batch(num_micro_ba
 
 
 def test_all_but_one_family_are_extended_and_the_one_shares_weights_between_layers() -> None:
-    assert set(WHOLE) == {family for family in FAMILIES if find_stack(meta_model(family)) is None}
+    assert set(WHOLE) == {family for family in FAMILIES if find_stack(shapes_of(family)) is None}
     assert len(FAMILIES) - len(WHOLE) >= 60
 
 
-def meta_model(family: str) -> Any:
+def shapes_of(family: str) -> Any:
     return build_on_meta(deep_config(family), torch.bfloat16)
 
 
@@ -174,7 +174,7 @@ def test_few_layers_extend_in_every_kind_of_step(family: str, step: str) -> None
     changes, adapter = STEPS[step]
     settings = step_settings(**{"gradient_accumulation_steps": 1, "evaluates": False, **changes})
     config = deep_config(family, 6, **THREE[family])
-    few, whole = (twin_of(config, whole=is_whole, **adapter) for is_whole in (False, True))
+    few, whole = (meta_model_of(config, whole=is_whole, **adapter) for is_whole in (False, True))
     assert few.stack is not None
     assert len(few.chosen) < len(few.stack.kinds) == 6
     extended = extend(trace_step(few, settings).trace, few.stack, few.chosen)
@@ -183,7 +183,7 @@ def test_few_layers_extend_in_every_kind_of_step(family: str, step: str) -> None
 
 def test_adapters_on_experts_extend_too() -> None:
     config = deep_config("qwen3_moe", 6)
-    few, whole = (twin_of(config, whole=is_whole, target_parameters="all-experts") for is_whole in (False, True))
+    few, whole = (meta_model_of(config, whole=is_whole, target_parameters="all-experts") for is_whole in (False, True))
     assert few.stack is not None
     extended = extend(trace_step(few, step_settings()).trace, few.stack, few.chosen)
     assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings()).trace))
@@ -210,15 +210,15 @@ def test_experts_are_predicted_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_targets_named_by_the_number_of_their_layer_are_traced_whole() -> None:
-    twin = twin_of(deep_config("llama"), whole=False, target_modules=("model.layers.3.self_attn.q_proj",))
-    assert twin.stack is None
-    assert len(twin.model.get_base_model().model.layers) == 7
+    meta_model = meta_model_of(deep_config("llama"), whole=False, target_modules=("model.layers.3.self_attn.q_proj",))
+    assert meta_model.stack is None
+    assert len(meta_model.model.get_base_model().model.layers) == 7
 
 
 def test_a_layer_that_is_kept_in_16_bit_is_a_kind_of_its_own() -> None:
     config = deep_config("llama")
     skip = QuantizationSettings(skip_modules=("model.layers.2.mlp.down_proj",))
-    few, whole = (twin_of(config, whole=is_whole, quantization=skip) for is_whole in (False, True))
+    few, whole = (meta_model_of(config, whole=is_whole, quantization=skip) for is_whole in (False, True))
     assert few.stack is not None
     assert few.stack.kinds == (0, 0, 1, 0, 0, 0, 0)
     extended = extend(trace_step(few, step_settings()).trace, few.stack, few.chosen)
@@ -226,13 +226,13 @@ def test_a_layer_that_is_kept_in_16_bit_is_a_kind_of_its_own() -> None:
 
 
 def test_what_does_not_come_out_even_is_an_error_and_not_a_guess() -> None:
-    twin = twin_of(deep_config("llama"), whole=False)
-    assert twin.stack is not None
-    trace = trace_step(twin, step_settings()).trace
+    meta_model = meta_model_of(deep_config("llama"), whole=False)
+    assert meta_model.stack is not None
+    trace = trace_step(meta_model, step_settings()).trace
     segment = next(segment for segment in trace.segments if segment.mark == ("first backward", 1))
     segment.events.append(next(event for event in segment.events if event < 0))  # one death more
-    with pytest.raises(UnevenError, match="is given back, but not held"):
-        extend(trace, twin.stack, twin.chosen)
+    with pytest.raises(UnevenError, match="is released, but not allocated"):
+        extend(trace, meta_model.stack, meta_model.chosen)
 
 
 def test_the_estimator_traces_the_whole_where_extension_fails(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:

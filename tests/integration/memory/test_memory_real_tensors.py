@@ -20,7 +20,7 @@ from qlora_cli.memory.replaying.optimizer_step import FIRST, optimizer_steps
 from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.layers import find_stack
-from qlora_cli.memory.tracing.meta_model import Twin, build_twin
+from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
 from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
@@ -69,18 +69,18 @@ COPIED = ("linear attention", "padded rows", 2 * 20 * 8 * 4)
 
 @dataclass(frozen=True)
 class Pair:
-    """A model of real tensors, and its twin without data."""
+    """A model with real tensors, and the same on the meta device."""
 
-    real: Twin
-    meta: Twin
+    real: MetaModel
+    meta: MetaModel
 
     def traced(self, **changes: Any) -> tuple[TracedStep, TracedStep]:
         """Return the same step of both."""
         found = []
-        for twin, device in ((self.real, CPU), (self.meta, META)):
+        for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
-            found.append(trace_step(twin, settings))
+            found.append(trace_step(model, settings))
         return found[0], found[1]
 
 
@@ -89,7 +89,7 @@ Make = Callable[..., Pair]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Load models for real, and build their twins; each once."""
+    """Load models, and build the same on the meta device; each once."""
     known: dict[str, Pair] = {}
 
     def make(name: str, lora: LoraSettings | None = None) -> Pair:
@@ -105,12 +105,12 @@ def _pair(family: str, changes: dict[str, Any], directory: Path, lora: LoraSetti
     loaded = load(save_model(directory, family, **changes))
     shapes = build_on_meta(loaded.base.config, torch.float32)
     model, notes = attach_adapter(loaded.base, lora)
-    meta = build_twin(shapes, loaded.layout, lora, compute_dtype=torch.float32, whole=True)
+    meta = build_meta_model(shapes, loaded.layout, lora, compute_dtype=torch.float32, whole=True)
     assert meta.notes == notes
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {
         name: (p.shape, p.dtype) for name, p in meta.model.named_parameters()
     }
-    return Pair(real=Twin(model=model, stack=None, chosen=(), notes=notes), meta=meta)
+    return Pair(real=MetaModel(model=model, stack=None, chosen=(), notes=notes), meta=meta)
 
 
 def lives(passes: Passes) -> dict[str, list[tuple[int, int]]]:
@@ -166,7 +166,7 @@ def _count_pairs(sizes: list[int], size: int) -> int:
 
 
 def _without_pairs(sizes: list[int], size: int) -> list[int]:
-    """Leave out what is born and dies at once."""
+    """Leave out what is allocate and dies at once."""
     found: list[int] = []
     for value in sizes:
         if value == -size and found and found[-1] == size:
@@ -303,9 +303,9 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
         trainer.train()
     found = {segment.mark: sizes_of(trace, [segment]) for segment in trace.segments}
 
-    twin = Twin(model=prepared.model, stack=stack, chosen=tuple(range(len(stack.kinds))), notes=())
+    meta_model = MetaModel(model=prepared.model, stack=stack, chosen=tuple(range(len(stack.kinds))), notes=())
     predicted = trace_step(
-        twin,
+        meta_model,
         step_settings(
             device=CPU,
             is_autocast=False,

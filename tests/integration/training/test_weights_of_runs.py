@@ -13,7 +13,7 @@ from qlora_cli.evaluating.evaluation import evaluate
 from qlora_cli.evaluating.evaluation_result import Evaluation
 from qlora_cli.events import CheckpointSaved, Noted, StepDone
 from qlora_cli.loading.load_plan import plan_load
-from qlora_cli.memory.model_facts import find_facts
+from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.settings.models import EstimateSettings, EvaluateSettings, LoadSettings, ModelSettings
@@ -208,9 +208,9 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     assert named.path == base
     asked = {"model": {"name": str(moved / "runs" / "a")}}
     with pytest.raises(ModelNotFoundError, match=str(moved / "models" / "base")):
-        find_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
+        find_model_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
     asked["model"]["base_model"] = str(base)
-    facts = find_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
+    facts = find_model_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
     assert facts.path == base
 
     (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so did the data

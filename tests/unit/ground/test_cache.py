@@ -53,17 +53,17 @@ def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(prediction_cache, "MOST_ANSWERS", 2)
+    monkeypatch.setattr(prediction_cache, "MAX_PREDICTIONS", 2)
     folder = tmp_path / "memory"
     folder.mkdir()
     for name in ("mine.json", "also.json", "notes.txt"):
         (folder / name).write_text("mine")
     for number in range(4):
-        prediction_cache.keep(f"{number}" * 64, REPORT)
+        prediction_cache.store(f"{number}" * 64, REPORT)
     kept = {path.name for path in folder.iterdir()}
     assert {"mine.json", "also.json", "notes.txt"} < kept
     assert len(kept) == 3 + 2
-    assert prediction_cache.recall("3" * 64) == REPORT
+    assert prediction_cache.load("3" * 64) == REPORT
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
@@ -71,7 +71,7 @@ def test_an_answer_that_is_no_file_of_ours_is_computed_anew_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    prediction_cache.keep("0" * 64, REPORT)
+    prediction_cache.store("0" * 64, REPORT)
     file = tmp_path / "memory" / f"{'0' * 64}.json"
     file.rename(tmp_path / "elsewhere")
     if kind == "a link":
@@ -80,7 +80,7 @@ def test_an_answer_that_is_no_file_of_ours_is_computed_anew_and_not_waited_for(
         os.mkfifo(file)
     else:
         file.mkdir()
-    assert prediction_cache.recall("0" * 64) is None
+    assert prediction_cache.load("0" * 64) is None
 
 
 # Code that brings bytes and words, of which no kept result depends.

@@ -1,4 +1,4 @@
-"""Which attention kernel a GPU takes, and what each one has born: scores or none."""
+"""Which attention kernel a GPU takes, and what each one has allocate: scores or none."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def run(
     widths: tuple[int, int] = (WIDTH, WIDTH),
     seq: int = SEQ,
 ) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Return the result of attention, and the bytes of what is born in the forward and in the backward pass."""
+    """Return the result of attention, and the bytes of what is allocate in the forward and in the backward pass."""
     query, key, value = (
         heads(HEADS, widths[0], seq=seq),
         heads(kv_heads, widths[0], seq=seq),

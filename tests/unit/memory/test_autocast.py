@@ -168,7 +168,7 @@ def test_modules_that_leave_autocast_on_a_gpu_go_without_it() -> None:
     def note(module: nn.Module, *_: Any) -> None:
         seen[type(module).__name__] = torch.is_autocast_enabled("cuda")
 
-    hooks = functions.hooks_where_switched_off(model)
+    hooks = functions.disable_autocast_hooks(model)
     assert hooks
     hooks += [module.register_forward_pre_hook(note) for module in model.modules()]
     with functions, functions.autocast():
@@ -183,7 +183,7 @@ def test_modules_that_leave_autocast_on_a_gpu_go_without_it() -> None:
 def test_without_autocast_no_module_is_touched() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    assert GpuFunctions(A100).hooks_where_switched_off(model) == []
+    assert GpuFunctions(A100).disable_autocast_hooks(model) == []
 
 
 def test_dropout_keeps_a_mask_of_a_byte_an_element() -> None:
@@ -196,7 +196,7 @@ def test_dropout_keeps_a_mask_of_a_byte_an_element() -> None:
 
 
 def births(count: int, *, trained: bool) -> list[int]:
-    """Return the bytes born by using one fp32 weight `count` times in a pass."""
+    """Return the bytes allocate by using one fp32 weight `count` times in a pass."""
     weight = nn.Parameter(torch.empty((16, 8), device="meta"), requires_grad=trained)
     x = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
     functions, trace = GpuFunctions(A100, dtype=torch.bfloat16), MemoryTrace(Kernels(A100))

@@ -9,14 +9,14 @@ import pytest
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, GpuFit, Suggestion
-from qlora_cli.memory.suggestions import MOST_SUGGESTIONS, fit_on, suggest
+from qlora_cli.memory.suggestions import MAX_SUGGESTIONS, judge_fit, suggest
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.shown import flags_of, is_switch
 from qlora_cli.units import GIB, MIB
 
-MOST_ASKS = 20
+MAX_PREDICTIONS = 20
 CONTEXT = GIB // 2
 
 
@@ -71,7 +71,7 @@ def estimate(process: int, *, low: int = 0, high: int = 0, gpu: str = "card", ch
     ],
 )
 def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: str) -> None:
-    fit = fit_on(estimate(20 * GIB, low=17 * GIB, high=22 * GIB), card(usable))
+    fit = judge_fit(estimate(20 * GIB, low=17 * GIB, high=22 * GIB), card(usable))
     assert fit == GpuFit(
         gpu="card",
         group="consumer",
@@ -85,7 +85,7 @@ def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: s
 
 def test_an_estimate_for_another_gpu_is_no_basis() -> None:
     with pytest.raises(AssertionError, match="an estimate for T4, judged on card"):
-        fit_on(estimate(GIB, gpu="T4"), card(GIB))
+        judge_fit(estimate(GIB, gpu="T4"), card(GIB))
 
 
 def settings_of(**given: Any) -> EstimateSettings:
@@ -142,14 +142,14 @@ def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple
     """Return the suggestions, after checks that hold of all: what they say is what asking for their flags says."""
     base = Asker()(settings, gpu)
     found = suggest(settings, gpu, asker, base)
-    assert len(asker.asked) <= MOST_ASKS
+    assert len(asker.asked) <= MAX_PREDICTIONS
     assert len({changed.model_dump_json() for changed in asker.asked}) == len(asker.asked), "asked twice"
     for suggestion in found:
         changed = with_flags(settings, suggestion.flags)
         assert changed in asker.asked
         assert suggestion.process_bytes == process_bytes(changed)
         assert suggestion.saved_bytes == process_bytes(settings) - process_bytes(changed) >= MIB
-        assert suggestion.fits == fit_on(Asker()(changed, gpu), gpu).fits
+        assert suggestion.fits == judge_fit(Asker()(changed, gpu), gpu).fits
         assert suggestion.effect
     return found
 
@@ -202,7 +202,7 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
         "--gradient-checkpointing offload",
         "--attention sdpa",
     ]
-    assert len(found) == MOST_SUGGESTIONS
+    assert len(found) == MAX_SUGGESTIONS
     assert {suggestion.fits for suggestion in found} == {"yes"}
 
 
@@ -221,7 +221,7 @@ def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:
         "--max-length 4032",
         "--target-modules q_proj,k_proj,v_proj,o_proj",
     ]
-    assert found[2].effect == "rows beyond 4,032 tokens are cut"
+    assert found[2].effect == "rows beyond 4,032 tokens are truncated"
 
 
 def test_a_step_goes_no_further_than_it_must() -> None:
@@ -298,10 +298,10 @@ def test_what_keeps_the_result_comes_before_a_single_change_that_does_not() -> N
 
 def test_a_harder_change_is_made_milder_by_those_that_keep_the_result() -> None:
     settings = settings_of(data__max_length=8192, training__micro_batch_size=4)
-    together, alone = suggestions_for(settings, card(8 * GIB), Asker())
+    combination, alone = suggestions_for(settings, card(8 * GIB), Asker())
     assert flags_in((alone,)) == ["--max-length 832"]
-    assert together.flags.startswith("--micro-batch-size 1 --gradient-accumulation-steps 64 ")
-    assert int(together.flags.split()[-1]) > 4 * 832
+    assert combination.flags.startswith("--micro-batch-size 1 --gradient-accumulation-steps 64 ")
+    assert int(combination.flags.split()[-1]) > 4 * 832
 
 
 def test_changes_that_are_refused_together_are_suggested_alone() -> None:
@@ -360,7 +360,7 @@ def test_suggestions_hold_for_many_runs_with_few_asks(usable_gib: int) -> None:
             lora__rank=rank,
         )
         found = suggestions_for(settings, card(usable_gib * GIB), Asker())
-        assert len([suggestion for suggestion in found if suggestion.fits == "yes"]) in range(MOST_SUGGESTIONS + 1)
+        assert len([suggestion for suggestion in found if suggestion.fits == "yes"]) in range(MAX_SUGGESTIONS + 1)
 
 
 def test_a_tuple_and_a_switch_are_written_as_the_command_line_takes_them() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.memory.tracing.layers import LayerStack, contexts, find_stack, keep_layers, renamed, representatives
+from qlora_cli.memory.tracing.layers import LayerStack, contexts, find_stack, reduce_to, renamed, representatives
 from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.support.tiny_models import tiny_config
 
@@ -125,7 +125,7 @@ def test_a_model_is_reduced_with_its_configs_lists_and_its_layers_are_those_chos
     stack = find_stack(model)
     assert stack is not None
     layers, types = list(model.model.layers), list(model.config.layer_types)
-    keep_layers(model, stack, (0, 1, 5))
+    reduce_to(model, stack, (0, 1, 5))
     assert list(model.model.layers) == [layers[0], layers[1], layers[5]]
     assert model.config.num_hidden_layers == 3
     assert model.config.layer_types == [types[0], types[1], types[5]]

@@ -14,9 +14,9 @@ from qlora_cli.memory.replaying.optimizer_step import (
     FIRST,
     LATER,
     MAP_BYTES,
-    embeddings_of,
-    in_groups,
+    embedding_ids,
     optimizer_steps,
+    parameter_groups,
 )
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.trace import MemoryTrace
@@ -37,7 +37,7 @@ def parameters(shapes: Sequence[tuple[int, ...]], device: str = "meta") -> list[
 
 
 def lives(events: Sequence[int], sizes: Sequence[int]) -> Life:
-    """Return the same events with storages numbered as they are born."""
+    """Return the same events with storages numbered as they are allocate."""
     numbers: dict[int, int] = {}
     found = []
     for event in events:
@@ -231,7 +231,7 @@ def test_the_state_of_an_embedding_stays_in_fp32_in_8_bit_optimizers() -> None:
         real.step()
     finally:
         manager.initialize()  # what it knows is of the whole process
-    steps = optimizer_steps(Optimizer.ADAMW_8BIT, [[weight]], clips=False, embeddings=embeddings_of(embedding))
+    steps = optimizer_steps(Optimizer.ADAMW_8BIT, [[weight]], clips=False, embeddings=embedding_ids(embedding))
     sizes = [steps.passes.storages[event].num_bytes for event in steps.passes.events[FIRST]]
     assert sizes == state_sizes(real, weight) == [weight.numel() * 4] * 2
 
@@ -246,11 +246,11 @@ def test_lora_plus_puts_the_b_matrices_of_all_layers_into_a_group_of_their_own()
     model = nn.ModuleDict({"q_proj": model})
     a, b = model.parameters()
     trained = [a, b, a, b]  # one layer stands for two
-    assert [[id(one) for one in group] for group in in_groups(model, trained, loraplus=True)] == [
+    assert [[id(one) for one in group] for group in parameter_groups(model, trained, loraplus=True)] == [
         [id(a)] * 2,
         [id(b)] * 2,
     ]
-    assert in_groups(model, trained, loraplus=False) == [trained]
+    assert parameter_groups(model, trained, loraplus=False) == [trained]
 
 
 def test_fused_adamw_takes_no_temporaries_and_keeps_its_counters_on_the_device() -> None:

@@ -10,11 +10,11 @@ import pytest
 from qlora_cli.errors import ModelError, UsageError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures
-from qlora_cli.memory.solver import SETTINGS, Point, narrow, solve, sweep, with_value
+from qlora_cli.memory.solver import SETTINGS, Point, search_between, solve, sweep, with_value
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, MIB
 
-MOST_ASKS = 14
+MAX_PREDICTIONS = 14
 SETTINGS_ASKED = EstimateSettings.model_validate({"model": {"name": "m"}})
 CARD = Gpu(
     name="card",
@@ -101,10 +101,10 @@ def test_solve_finds_what_brute_force_finds_with_few_asks(form: Bytes, setting: 
         for value in candidates(setting, 131072)
         if form(with_value(SETTINGS_ASKED, setting, value)) * 21 // 20 <= gpu.usable_bytes
     ]
-    ask = Counting(form)
-    solution = solve(setting, SETTINGS_ASKED, gpu, ask, most=131072)
+    predict = Counting(form)
+    solution = solve(setting, SETTINGS_ASKED, gpu, predict, most=131072)
     assert solution.value == (fitting[-1] if fitting else None)
-    assert len(ask.asked) <= MOST_ASKS
+    assert len(predict.asked) <= MAX_PREDICTIONS
     if solution.value is None:
         assert solution.process_bytes is None
     else:
@@ -136,18 +136,18 @@ def test_the_answer_does_not_depend_on_what_was_asked_for(asked: int) -> None:
 def test_what_always_fits_is_limited_by_something_else(
     setting: str, most: int | None, value: int, limited_by: str
 ) -> None:
-    ask = Counting(lambda _: 0)
-    solution = solve(setting, SETTINGS_ASKED, CARD, ask, most=most)
+    predict = Counting(lambda _: 0)
+    solution = solve(setting, SETTINGS_ASKED, CARD, predict, most=most)
     assert (solution.value, solution.limited_by, solution.process_bytes) == (value, limited_by, 0)
-    assert len(ask.asked) <= MOST_ASKS
+    assert len(predict.asked) <= MAX_PREDICTIONS
 
 
 def test_what_never_fits_has_no_value() -> None:
-    ask = Counting(lambda _: 25 * GIB)
+    predict = Counting(lambda _: 25 * GIB)
     for setting in SETTINGS:
-        solution = solve(setting, SETTINGS_ASKED, CARD, ask, most=4096)
+        solution = solve(setting, SETTINGS_ASKED, CARD, predict, most=4096)
         assert (solution.value, solution.process_bytes, solution.limited_by) == (None, None, "memory")
-    assert len(ask.asked) == 5  # the rows of a micro-batch are the least already
+    assert len(predict.asked) == 5  # the rows of a micro-batch are the least already
 
 
 def test_what_memory_limits_says_so() -> None:
@@ -169,15 +169,15 @@ def test_narrow_finds_the_edge_of_any_falling_function(share: float, stairs: int
     edge = int(1999 * share) // stairs * stairs + stairs - 1
     asked: list[int] = []
 
-    def room_at(at: int) -> float:
+    def headroom_at(at: int) -> float:
         asked.append(at)
         left = (edge - at) // stairs
         return math.copysign(abs(left) ** power, left)
 
-    low, high = Point(0, room_at(0)), Point(2100, room_at(2100))
-    assert narrow(low, high, room_at) == edge
+    low, high = Point(0, headroom_at(0)), Point(2100, headroom_at(2100))
+    assert search_between(low, high, headroom_at) == edge
     assert len(asked) <= 22
-    assert narrow(low, high, room_at, most_asks=3) <= edge
+    assert search_between(low, high, headroom_at, max_predictions=3) <= edge
 
 
 def test_sweep_asks_every_combination_in_order() -> None:
@@ -193,10 +193,10 @@ def test_sweep_asks_every_combination_in_order() -> None:
 
 
 def test_a_wrong_value_of_a_sweep_is_told_before_anything_is_asked() -> None:
-    ask = Counting(linear)
+    predict = Counting(linear)
     with pytest.raises(UsageError, match="max-length must be greater than or equal to 8, got 2"):
-        sweep({"rank": (8,), "max-length": (512, 2)}, SETTINGS_ASKED, CARD, ask)
-    assert not ask.asked
+        sweep({"rank": (8,), "max-length": (512, 2)}, SETTINGS_ASKED, CARD, predict)
+    assert not predict.asked
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
