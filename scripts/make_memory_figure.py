@@ -1,4 +1,4 @@
-"""Draw docs/explanation/figures/memory-step.png: what one training step holds, from birth to death.
+"""Draw docs/explanation/figures/memory-step.png: the memory of one training step, allocation by allocation.
 
 python scripts/make_memory_figure.py          # a test fails when it shows other peaks than are predicted now
 """

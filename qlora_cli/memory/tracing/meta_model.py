@@ -73,8 +73,8 @@ def build_meta_model(
         refusal = refusal or why_not_trained_on(adapter, model)
         trained = place_adapter(model, _to_train(adapter.lora), adapter.directory)
         train_in_fp32(trained)
-        notes = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
-        return MetaModel(model=trained, stack=stack, chosen=chosen, notes=notes)
+        warnings = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
+        return MetaModel(model=trained, stack=stack, chosen=chosen, notes=warnings)
     # Memory does not depend on initial values, and meta tensors have none to compute with.
     lora = varied(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)

@@ -60,7 +60,7 @@ def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tupl
         ("qwen3_moe", "DoRA"),
     ],
 )
-def test_each_choice_changes_the_prediction_and_few_layers_stand_for_all(family: str, choice: str) -> None:
+def test_each_choice_changes_the_prediction_and_few_layers_represent_all(family: str, choice: str) -> None:
     plain, _ = estimated(family, {})
     few, _ = estimated(family, CHOICES[choice])
     whole, _ = estimated(family, CHOICES[choice], whole=True)
@@ -69,7 +69,7 @@ def test_each_choice_changes_the_prediction_and_few_layers_stand_for_all(family:
     assert few.allocated_bytes > plain.allocated_bytes
 
 
-def test_what_trains_is_counted() -> None:
+def test_trained_parameters_are_counted() -> None:
     config = deep_config("llama", NUM_LAYERS)
     hidden, inner, words = config.hidden_size, config.intermediate_size, config.vocab_size
     plain = estimated("llama", {})[1].num_trained
@@ -86,7 +86,7 @@ def test_what_trains_is_counted() -> None:
     assert more(use_rslora=True, alpha=1, init_lora_weights="loftq") == 0
 
 
-def test_how_an_adapter_begins_changes_nothing() -> None:
+def test_the_initialization_of_an_adapter_changes_nothing() -> None:
     plain, _ = estimated("llama", {})
     for init in ("gaussian", "orthogonal", "loftq"):
         assert estimated("llama", {"init_lora_weights": init})[0] == plain

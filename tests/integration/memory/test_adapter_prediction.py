@@ -106,7 +106,7 @@ def test_as_many_parameters_are_predicted_to_train_as_do(kind: str, tmp_path: Pa
     assert report.num_trainable_parameters == sum(parameter.numel() for parameter in trained)
     assert report.num_parameters == loaded.inventory.num_parameters
     held = sum(parameter.nbytes for parameter in trained)
-    if KINDS[kind][2] and "modules_to_save" not in KINDS[kind][1]:  # embedding and head are held beside the base's
+    if KINDS[kind][2] and "modules_to_save" not in KINDS[kind][1]:  # embedding and head are copies next to the base's
         held += 2 * 2 * (ROWS + 64) * loaded.base.config.hidden_size
     assert report.components.adapters_bytes >= held
     if kind == "another rank":
@@ -138,7 +138,9 @@ def test_without_weights_that_have_a_header_the_config_alone_says_it(kind: str, 
 
 @pytest.mark.parametrize("is_pickled", [False, True])
 @pytest.mark.parametrize("kind", ["LoRA on the head", "olora", "pissa", "layers"])
-def test_what_train_would_refuse_is_said(kind: str, is_pickled: bool, rows: Path, tmp_path: Path) -> None:
+def test_the_report_notes_that_train_would_refuse_an_adapter(
+    kind: str, is_pickled: bool, rows: Path, tmp_path: Path
+) -> None:
     adapter = adapter_of("LoRA on the head", tmp_path)
     if kind != "LoRA on the head":
         adapter = save_changing(tmp_path / "base", tmp_path / kind, kind)
@@ -150,7 +152,7 @@ def test_what_train_would_refuse_is_said(kind: str, is_pickled: bool, rows: Path
     assert f"qlora train would refuse this: {caught.value}" in predicted(adapter).assumptions
 
 
-def test_an_answer_is_kept_by_the_adapter_too(tmp_path: Path) -> None:
+def test_the_adapter_is_part_of_the_key_of_a_cached_prediction(tmp_path: Path) -> None:
     first = adapter_of("another rank", tmp_path / "first")
     second = adapter_of("rows", tmp_path / "second")
     keys = set()
@@ -172,7 +174,7 @@ def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path
         predicted(tmp_path / "run", rank=8)
 
 
-def test_an_unfinished_run_that_trains_an_adapter_on_is_predicted_by_its_newest_checkpoint_or_what_it_began_with(
+def test_an_unfinished_run_that_trains_an_adapter_further_is_predicted_by_its_newest_checkpoint_or_first_adapter(
     rows: Path, tmp_path: Path
 ) -> None:
     adapter, run = adapter_of("a pattern", tmp_path), tmp_path / "run"

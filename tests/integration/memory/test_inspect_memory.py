@@ -32,7 +32,7 @@ def config(base_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> dict[str, str]:
-    """Return an environment with no answers kept, and no hub to ask."""
+    """Return an environment with an empty prediction cache, and without a hub."""
     return {"QLORA_CACHE": str(tmp_path / "answers"), "HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -146,7 +146,7 @@ def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
     assert "code of its own" in refused.stderr
 
 
-def test_a_known_answer_is_the_same_and_needs_no_torch(
+def test_a_cached_prediction_is_the_same_and_needs_no_torch(
     run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
     first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
@@ -169,7 +169,7 @@ def test_a_changed_config_is_another_question(run_qlora: RunQlora, config: Path,
     assert second.json["num_parameters"] > first.json["num_parameters"]
 
 
-def test_answers_that_can_not_be_kept_or_read_are_computed(
+def test_predictions_that_can_not_be_cached_or_read_are_computed(
     run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no directory")
@@ -216,7 +216,7 @@ def test_a_config_that_can_not_be_read_is_refused(tmp_path: Path, alone: dict[st
 
 
 def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora, alone: dict[str, str]) -> None:
-    # With all of the logits' neighbours kept: too much for 3 GiB, and enough with checkpointing.
+    # Without checkpointing, all activations are saved: too much for 3 GiB. With it, they fit.
     asked = ("smollm2-135m", "--max-length", "4096", "--gradient-checkpointing", "off", "--gpu", "3GiB", "--json")
     done = run_qlora("inspect-memory", *asked, env=alone)
     assert done.code == 3, done.stderr
@@ -305,7 +305,7 @@ def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
         (("--set", "training.full_determinism=true"), "workspaces_bytes"),
     ],
 )
-def test_every_flag_changes_the_answer(
+def test_every_flag_changes_the_prediction(
     config: Path, alone: dict[str, str], flags: tuple[str, ...], less: str | None
 ) -> None:
     base, changed = asked(config, alone), asked(config, alone, *flags)
@@ -326,7 +326,7 @@ def test_every_flag_changes_the_answer(
         ("full_determinism", "the smaller workspaces of cuBLAS are counted"),
     ],
 )
-def test_what_is_not_traced_is_said(config: Path, alone: dict[str, str], setting: str, said: str) -> None:
+def test_the_report_notes_what_is_not_traced(config: Path, alone: dict[str, str], setting: str, said: str) -> None:
     assert not any(said in line for line in asked(config, alone)["assumptions"])
     (line,) = [
         line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if said in line
@@ -334,9 +334,9 @@ def test_what_is_not_traced_is_said(config: Path, alone: dict[str, str], setting
     assert line == line.strip()
 
 
-def test_noise_on_embeddings_is_followed(config: Path) -> None:
+def test_noise_on_embeddings_is_traced(config: Path) -> None:
     facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
-    births = []
+    allocations = []
     for alpha in (None, 5.0):
         estimator = Estimator(facts)
         settings = EstimateSettings(
@@ -345,8 +345,8 @@ def test_noise_on_embeddings_is_followed(config: Path) -> None:
             training=TrainingSettings(neftune_noise_alpha=alpha),
         )
         passes = estimator.traced(settings, find_gpu("RTX 4090")).events.step
-        births.append(sum(event >= 0 for event in passes.events["first forward"]))
-    assert births[1] == births[0] + 2  # the noise, and the sum
+        allocations.append(sum(event >= 0 for event in passes.events["first forward"]))
+    assert allocations[1] == allocations[0] + 2  # the noise, and the sum
 
 
 # Hidden and intermediate size, layers, heads of the first LLaMA models; parameters that train with rank 64; the card.

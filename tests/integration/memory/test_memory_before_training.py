@@ -37,7 +37,7 @@ def blueprint(settings: TrainSettings) -> Blueprint:
     return plan_load(made_in_code(settings), SilentReporter())
 
 
-def test_a_run_that_fits_goes_on_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:
     reporter = Recorder()
     outlook = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
     assert outlook is not None
@@ -57,7 +57,7 @@ def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(
     assert "--force" in str(caught.value.hint)
 
 
-def test_force_goes_on_and_warns(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_force_continues_and_warns(settings: TrainSettings, blueprint: Blueprint) -> None:
     reporter = Recorder()
     outlook = check_memory(settings, blueprint, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
     assert outlook is not None

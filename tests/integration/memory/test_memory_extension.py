@@ -138,7 +138,7 @@ def shapes_of(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_followed_is_refused_with_the_reason(family: str) -> None:
+def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(family: str) -> None:
     with pytest.raises(ModelError, match=REFUSED[family]) as caught:
         estimate(family, whole=False)
     assert caught.value.hint
@@ -215,7 +215,7 @@ def test_targets_named_by_the_number_of_their_layer_are_traced_whole() -> None:
     assert len(meta_model.model.get_base_model().model.layers) == 7
 
 
-def test_a_layer_that_is_kept_in_16_bit_is_a_kind_of_its_own() -> None:
+def test_a_layer_in_16_bit_is_a_kind_of_its_own() -> None:
     config = deep_config("llama")
     skip = QuantizationSettings(skip_modules=("model.layers.2.mlp.down_proj",))
     few, whole = (meta_model_of(config, whole=is_whole, quantization=skip) for is_whole in (False, True))
@@ -225,12 +225,12 @@ def test_a_layer_that_is_kept_in_16_bit_is_a_kind_of_its_own() -> None:
     assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings()).trace))
 
 
-def test_what_does_not_come_out_even_is_an_error_and_not_a_guess() -> None:
+def test_allocations_and_releases_that_do_not_match_are_an_error_and_not_a_guess() -> None:
     meta_model = meta_model_of(deep_config("llama"), whole=False)
     assert meta_model.stack is not None
     trace = trace_step(meta_model, step_settings()).trace
     segment = next(segment for segment in trace.segments if segment.mark == ("first backward", 1))
-    segment.events.append(next(event for event in segment.events if event < 0))  # one death more
+    segment.events.append(next(event for event in segment.events if event < 0))  # one release too many
     with pytest.raises(UnevenError, match="is released, but not allocated"):
         extend(trace, meta_model.stack, meta_model.chosen)
 

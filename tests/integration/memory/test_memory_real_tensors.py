@@ -1,4 +1,4 @@
-"""What is recorded on tensors without data is what happens to real ones on a CPU: every birth and death, in order.
+"""What is recorded on tensors without data is what happens to real ones on a CPU: every allocation and release.
 
 In fp32 and without autocast, which is the CPU's own affair; with eager attention, or with PyTorch's composition of
 `scaled_dot_product_attention`: a CPU has other fused kernels than a GPU. Kernels of bitsandbytes are opaque on both.
@@ -113,8 +113,8 @@ def _pair(family: str, changes: dict[str, Any], directory: Path, lora: LoraSetti
     return Pair(real=MetaModel(model=model, stack=None, chosen=(), notes=notes), meta=meta)
 
 
-def lives(passes: Passes) -> dict[str, list[tuple[int, int]]]:
-    """Return births and deaths of every pass: which, by the order of birth, and of how many bytes."""
+def event_sizes(passes: Passes) -> dict[str, list[tuple[int, int]]]:
+    """Return the events of every pass: a storage by the order of allocation, and its bytes, negative if released."""
     numbers: dict[int, int] = {}
     found: dict[str, list[tuple[int, int]]] = {}
     for name, events in passes.events.items():
@@ -128,7 +128,7 @@ def lives(passes: Passes) -> dict[str, list[tuple[int, int]]]:
 
 def assert_same(real: TracedStep, meta: TracedStep) -> None:
     on_cpu, on_meta = passes_of(real.trace), passes_of(meta.trace)
-    found, expected = lives(on_meta), lives(on_cpu)
+    found, expected = event_sizes(on_meta), event_sizes(on_cpu)
     for name, events in expected.items():
         assert found[name] == events, name
     assert found.keys() == expected.keys()
@@ -138,7 +138,7 @@ def assert_same(real: TracedStep, meta: TracedStep) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("model", ["plain", "experts", "sliding windows"])
-def test_every_birth_and_death_is_that_of_real_tensors(pair: Make, model: str, step: str) -> None:
+def test_every_allocation_and_release_is_that_of_real_tensors(pair: Make, model: str, step: str) -> None:
     assert_same(*pair(model).traced(**STEPS[step]))
 
 
@@ -153,8 +153,8 @@ def test_one_copy_of_gates_in_the_backward_pass_is_not_seen_on_meta(pair: Make) 
     """The strides of a gradient of `(batch, seq, 2 * heads)` are inferred otherwise; the copy is gone at once."""
     model, step, size = COPIED
     real, meta = (passes_of(traced.trace) for traced in pair(model).traced(**STEPS[step]))
-    for name, events in lives(real).items():
-        on_cpu, on_meta = [size for _, size in events], [size for _, size in lives(meta)[name]]
+    for name, events in event_sizes(real).items():
+        on_cpu, on_meta = [size for _, size in events], [size for _, size in event_sizes(meta)[name]]
         num_copies = _count_pairs(on_cpu, size) - _count_pairs(on_meta, size)
         assert num_copies == (1 if name.endswith("backward") else 0)
         assert _without_pairs(on_cpu, size) == _without_pairs(on_meta, size)
@@ -190,7 +190,7 @@ def test_the_noise_of_neftune_is_the_same_but_for_numbers_that_stay_on_the_host(
     real, meta = (passes_of(step.trace) for step in traced)
     single = 8  # bytes at most: the scale of the noise is computed on the host, which here is the device
     found, expected = (
-        {name: [size for _, size in events if abs(size) > single] for name, events in lives(passes).items()}
+        {name: [size for _, size in events if abs(size) > single] for name, events in event_sizes(passes).items()}
         for passes in (meta, real)
     )
     assert found == expected
@@ -198,10 +198,10 @@ def test_the_noise_of_neftune_is_the_same_but_for_numbers_that_stay_on_the_host(
         passes_of(step.trace) for step in pair("plain").traced(checkpointing=checkpointing, batch_size=2)[1:]
     )
     noise = 2 * 20 * 64 * 4  # of each embedded token, in fp32, twice: itself and the sum
-    sizes = [size for _, size in lives(without)["first forward"] if abs(size) > single]
+    sizes = [size for _, size in event_sizes(without)["first forward"] if abs(size) > single]
     assert len(found["first forward"]) > len(sizes)
     assert found["first forward"].count(noise) - sizes.count(noise) == 2
-    assert found["evaluation"] == [size for _, size in lives(without)["evaluation"] if abs(size) > single]
+    assert found["evaluation"] == [size for _, size in event_sizes(without)["evaluation"] if abs(size) > single]
 
 
 def test_adapters_on_experts_are_the_same(pair: Make) -> None:
@@ -235,7 +235,7 @@ def test_dropout_is_the_same(pair: Make) -> None:
     assert_same(*pair("plain", LoraSettings(rank=8, dropout=0.1)).traced(checkpointing="off"))
 
 
-def test_adamw_leaves_and_takes_the_same_for_a_real_adapter(pair: Make) -> None:
+def test_adamw_allocates_the_same_for_a_real_adapter(pair: Make) -> None:
     trained = [parameter for parameter in pair("plain").real.model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
@@ -327,7 +327,7 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
 
 
 def sizes_of(trace: MemoryTrace, segments: list[Segment]) -> list[int]:
-    """Return the bytes of births and, negative, of deaths."""
+    """Return the bytes of allocations and, negative, of releases."""
     return [
         trace.storages[event].num_bytes if event >= 0 else -trace.storages[~event].num_bytes
         for segment in segments

@@ -1,7 +1,7 @@
 """Which settings a prediction of memory goes by: those whose field says so, and no others.
 
-Answers are kept by these settings, and `inspect-memory` takes their flags; one that is read without the mark would
-give another run's answer.
+The keys of cached predictions have these settings, and `inspect-memory` takes their flags; one that is read without
+the mark would give another run's answer.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
 
 
-def test_an_answer_is_found_again_by_what_memory_depends_on_alone(base_model: Path) -> None:
+def test_the_key_of_a_cached_prediction_has_what_memory_depends_on_alone(base_model: Path) -> None:
     def key(**values: str) -> str:
         return key_of(MemoryRequest(asked=asked_of(base_model, **values)), {"model_type": "llama"})
 

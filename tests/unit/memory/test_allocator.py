@@ -60,7 +60,7 @@ def test_small_and_large_blocks_are_never_in_one_segment() -> None:
     assert allocator.reserved_bytes == 22 * MIB
 
 
-def test_what_a_small_block_leaves_is_cut_off_down_to_512_bytes() -> None:
+def test_the_rest_of_a_small_block_is_split_off_down_to_512_bytes() -> None:
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(MIB))  # the segment of 2 MiB is whole again
     big = allocator.allocate(MIB)
@@ -81,7 +81,7 @@ def test_a_remainder_of_at_most_1_mib_stays_with_a_large_block_and_counts_as_all
     assert allocator.reserved_bytes == 12 * MIB
 
 
-def test_the_best_fit_is_taken_not_the_first() -> None:
+def test_the_best_fit_is_chosen_not_the_first() -> None:
     allocator = CachingAllocator()
     blocks = [allocator.allocate(size * MIB) for size in (30, 12, 20)]
     for block in blocks:
@@ -92,7 +92,7 @@ def test_the_best_fit_is_taken_not_the_first() -> None:
     assert allocator.reserved_bytes == 62 * MIB
 
 
-def test_of_equal_blocks_the_one_of_the_lowest_address_is_taken_and_addresses_fall() -> None:
+def test_of_equal_blocks_the_one_of_the_lowest_address_is_chosen_and_addresses_fall() -> None:
     allocator = CachingAllocator()
     first, second = allocator.allocate(12 * MIB), allocator.allocate(12 * MIB)
     assert second.address == first.address - 12 * MIB
@@ -122,7 +122,7 @@ def test_blocks_of_neighbouring_segments_are_not_joined() -> None:
     assert allocator.reserved_bytes == 40 * MIB
 
 
-def test_a_block_between_two_in_use_is_taken_again() -> None:
+def test_a_block_between_two_in_use_is_reused() -> None:
     allocator = CachingAllocator()
     before, middle, after = (allocator.allocate(2 * MIB) for _ in range(3))
     allocator.free(middle)
@@ -146,7 +146,7 @@ def test_emptying_the_cache_gives_back_whole_segments_only() -> None:
     assert allocator.peak_reserved_bytes == 86 * MIB
 
 
-def test_peaks_are_counted_anew_from_what_is_held() -> None:
+def test_peaks_restart_from_what_is_allocated() -> None:
     allocator = CachingAllocator()
     held, gone = allocator.allocate(16 * MIB), allocator.allocate(32 * MIB)
     allocator.free(gone)

@@ -38,7 +38,7 @@ def heads(
         (A100, torch.bfloat16, 4, (192, 128), False, SdpaBackend.EFFICIENT),  # latent attention
     ],
 )
-def test_the_backend_is_the_one_that_pytorch_takes(
+def test_the_backend_is_the_one_that_pytorch_chooses(
     capability: tuple[int, int],
     dtype: torch.dtype,
     kv_heads: int,
@@ -103,7 +103,7 @@ def test_the_result_has_the_width_of_the_values_where_it_is_another(backend: Sdp
 
 @pytest.mark.parametrize("backend", [SdpaBackend.FLASH, SdpaBackend.EFFICIENT])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: SdpaBackend, kv_heads: int) -> None:
+def test_flash_and_efficient_kernels_allocate_no_scores(backend: SdpaBackend, kv_heads: int) -> None:
     sums = []
     for seq in (1024, 2048):
         _, forward, backward = run(backend, kv_heads=kv_heads, seq=seq)
@@ -113,7 +113,7 @@ def test_no_scores_are_born_by_flash_and_efficient_kernels(backend: SdpaBackend,
     assert sums[1] == 2 * sums[0]
 
 
-def test_scores_are_born_by_the_math_backend_and_grow_with_the_square_of_the_length() -> None:
+def test_the_math_backend_allocates_scores_that_grow_with_the_square_of_the_length() -> None:
     for seq in (SEQ, 2 * SEQ):
         _, forward, backward = run(SdpaBackend.MATH, seq=seq)
         scores = BATCH * HEADS * seq * seq * 2
@@ -149,7 +149,7 @@ def test_widths_that_are_no_multiple_of_8_are_padded_by_flash() -> None:
     assert run(SdpaBackend.FLASH, widths=(24, 24))[1].count(padded) == 1
 
 
-def test_a_pinned_backend_is_taken_whatever_the_gpu_would() -> None:
+def test_a_pinned_backend_is_used_whatever_the_gpu_would_choose() -> None:
     for pinned, expected in ((SdpaBackend.AUTO, SdpaBackend.FLASH), (SdpaBackend.MATH, SdpaBackend.MATH)):
         functions = GpuFunctions(A100, backend=pinned)
         with functions:

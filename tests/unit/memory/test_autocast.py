@@ -118,7 +118,7 @@ def test_tensors_of_two_dtypes_are_put_together_in_the_wider(name: str) -> None:
         assert ours(lambda *values: function(values), arguments) == expected
 
 
-def test_a_dtype_that_is_asked_for_is_kept() -> None:
+def test_an_explicit_dtype_stays() -> None:
     (half,) = tensors(((3, 4),), [torch.bfloat16], "meta")
     assert ours(lambda a: F.softmax(a, dim=-1, dtype=torch.bfloat16), [half]) == torch.bfloat16
     assert ours(lambda a: a.sum(dtype=torch.bfloat16), [half]) == torch.bfloat16
@@ -195,7 +195,7 @@ def test_dropout_keeps_a_mask_of_a_byte_an_element() -> None:
     assert sorted(storage.num_bytes for storage in trace.storages) == [4096, 8192]
 
 
-def births(count: int, *, trained: bool) -> list[int]:
+def allocations(count: int, *, trained: bool) -> list[int]:
     """Return the bytes allocate by using one fp32 weight `count` times in a pass."""
     weight = nn.Parameter(torch.empty((16, 8), device="meta"), requires_grad=trained)
     x = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
@@ -210,8 +210,8 @@ def births(count: int, *, trained: bool) -> list[int]:
 
 def test_a_trained_fp32_weight_is_cast_once_in_a_pass_and_a_frozen_one_each_time() -> None:
     cast = 16 * 8 * 2
-    assert births(3, trained=True).count(cast) == 1
-    assert births(3, trained=False).count(cast) == 3
+    assert allocations(3, trained=True).count(cast) == 1
+    assert allocations(3, trained=False).count(cast) == 3
 
 
 def test_the_cast_of_a_weight_is_given_back_when_autocast_ends() -> None:

@@ -73,7 +73,7 @@ def test_transformers_reads_every_fact_of_a_config(model: CatalogueModel) -> Non
 
 
 @each_model
-def test_a_model_says_where_its_facts_are_from_and_is_found_by_each_spelling(model: CatalogueModel) -> None:
+def test_a_model_says_where_its_config_is_from_and_goes_by_each_spelling(model: CatalogueModel) -> None:
     assert model.source
     assert "/" in model.hub_id
     for spelling in model.spellings:

@@ -224,7 +224,7 @@ def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:
     assert found[2].effect == "rows beyond 4,032 tokens are truncated"
 
 
-def test_a_step_goes_no_further_than_it_must() -> None:
+def test_a_change_is_no_larger_than_it_must_be() -> None:
     settings = settings_of(training__micro_batch_size=16, training__gradient_accumulation_steps=3)
     for micro in (8, 4, 2, 1):
         changed = settings_of(training__micro_batch_size=micro)
@@ -257,7 +257,7 @@ def test_weights_get_no_fewer_bits_than_they_must(method: str, flags: str) -> No
     assert flags in flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - GIB), Asker()))
 
 
-def test_a_combination_follows_the_changes_it_is_made_of() -> None:
+def test_a_combination_comes_after_its_parts() -> None:
     gpu = card(7 * GIB)
     found = suggestions_for(FULL, gpu, Asker())
     *singles, combination = found
@@ -275,7 +275,7 @@ def test_a_combination_follows_the_changes_it_is_made_of() -> None:
     assert "--max-length" not in words
 
 
-def test_a_combination_goes_no_further_than_it_must() -> None:
+def test_a_combination_is_no_larger_than_it_must_be() -> None:
     settings = settings_of(training__gradient_checkpointing="off", training__micro_batch_size=8, data__max_length=64)
     changed = settings_of(training__micro_batch_size=2, data__max_length=64)
     found = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())

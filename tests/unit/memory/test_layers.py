@@ -35,12 +35,12 @@ def test_the_chosen_show_every_kind_between_the_neighbours_that_it_has(seed: int
 
 
 @pytest.mark.parametrize("depth", [3, 4, 32, 126])
-def test_three_layers_stand_for_any_number_of_one_kind(depth: int) -> None:
+def test_three_layers_represent_any_number_of_one_kind(depth: int) -> None:
     assert len(representatives([0] * depth)) == 3
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_one_or_two_layers_stand_for_themselves(depth: int) -> None:
+def test_one_or_two_layers_represent_themselves(depth: int) -> None:
     assert representatives([0] * depth) == list(range(depth))
 
 
@@ -53,7 +53,7 @@ def test_one_or_two_layers_stand_for_themselves(depth: int) -> None:
         ([0, 0, 0, 1] * 12, 8),  # every fourth another, as of Qwen3-Next
     ],
 )
-def test_few_stand_for_patterns_of_real_models(kinds: list[int], most: int) -> None:
+def test_a_few_layers_represent_patterns_of_real_models(kinds: list[int], most: int) -> None:
     assert len(representatives(kinds)) <= most
 
 

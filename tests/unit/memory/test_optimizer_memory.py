@@ -26,7 +26,7 @@ SHAPES = ((8, 64), (64, 8), (8, 130), (300, 8), (16, 256), (256, 16), (17, 300))
 # Around the sizes where bitsandbytes stores otherwise: 8 bit from 4096 numbers, paged from 100,000.
 AT_THE_LIMITS = ((1, 4095), (1, 4096), (1, 4097), (1, 99_999), (1, 100_000), (8, 12_501))
 
-Life = list[tuple[int, int]]  # (number by order of birth, bytes); a death has a negative size
+EventSizes = list[tuple[int, int]]  # (number by order of allocation, bytes); a release has a negative size
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], device: str = "meta") -> list[nn.Parameter]:
@@ -36,7 +36,7 @@ def parameters(shapes: Sequence[tuple[int, ...]], device: str = "meta") -> list[
     return found
 
 
-def lives(events: Sequence[int], sizes: Sequence[int]) -> Life:
+def event_sizes(events: Sequence[int], sizes: Sequence[int]) -> EventSizes:
     """Return the same events with storages numbered as they are allocate."""
     numbers: dict[int, int] = {}
     found = []
@@ -51,9 +51,9 @@ def lives(events: Sequence[int], sizes: Sequence[int]) -> Life:
 
 def predicted(
     optimizer: Optimizer, trained: Sequence[nn.Parameter], name: str, *, clips: bool, decays: bool = False
-) -> Life:
+) -> EventSizes:
     passes = optimizer_steps(optimizer, [trained], clips=clips, decays=decays).passes
-    return lives(passes.events[name], [storage.num_bytes for storage in passes.storages])
+    return event_sizes(passes.events[name], [storage.num_bytes for storage in passes.storages])
 
 
 @pytest.fixture
@@ -62,12 +62,12 @@ def _foreach_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_device_has_foreach_support", lambda _: True)
 
 
-def recorded(optimizer: torch.optim.Optimizer, *, clips: bool) -> list[Life]:
+def recorded(optimizer: torch.optim.Optimizer, *, clips: bool) -> list[EventSizes]:
     """Return what two steps of an optimizer by lists do to memory."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trace = traced(optimizer, clipped=trained if clips else ())
     sizes = [storage.num_bytes for storage in trace.storages]
-    return [lives(segment.events, sizes) for segment in trace.segments[1:]]
+    return [event_sizes(segment.events, sizes) for segment in trace.segments[1:]]
 
 
 def traced(optimizer: torch.optim.Optimizer, clipped: Sequence[nn.Parameter] = ()) -> MemoryTrace:
@@ -90,7 +90,9 @@ def traced(optimizer: torch.optim.Optimizer, clipped: Sequence[nn.Parameter] = (
 @pytest.mark.usefixtures("_foreach_on_meta")
 @pytest.mark.parametrize("clips", [True, False])
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], AT_THE_LIMITS])
-def test_adamw_takes_what_the_real_one_does_event_by_event(shapes: tuple[tuple[int, ...], ...], clips: bool) -> None:
+def test_adamw_allocates_what_the_real_one_does_event_by_event(
+    shapes: tuple[tuple[int, ...], ...], clips: bool
+) -> None:
     trained = parameters(shapes)
     found = [predicted(Optimizer.ADAMW_TORCH, trained, name, clips=clips) for name in (FIRST, LATER)]
     assert found == recorded(torch.optim.AdamW(trained, foreach=True), clips=clips)
@@ -103,14 +105,16 @@ def test_lora_plus_makes_adamw_go_through_two_groups_one_after_another() -> None
     groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr": 1.0}]
     passes = optimizer_steps(Optimizer.ADAMW_TORCH, [slow, fast], clips=True).passes
     sizes = [storage.num_bytes for storage in passes.storages]
-    found = [lives(passes.events[name], sizes) for name in (FIRST, LATER)]
+    found = [event_sizes(passes.events[name], sizes) for name in (FIRST, LATER)]
     assert found == recorded(torch.optim.AdamW(groups, foreach=True), clips=True)
     assert found[1] != predicted(Optimizer.ADAMW_TORCH, [*slow, *fast], LATER, clips=True)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shapes", [SHAPES, AT_THE_LIMITS])
-def test_sgd_takes_what_the_real_one_does_event_by_event(shapes: tuple[tuple[int, ...], ...], decay: float) -> None:
+def test_sgd_allocates_what_the_real_one_does_event_by_event(
+    shapes: tuple[tuple[int, ...], ...], decay: float
+) -> None:
     trained = parameters(shapes)
     found = [predicted(Optimizer.SGD, trained, name, clips=False, decays=decay > 0) for name in (FIRST, LATER)]
     assert found == recorded(torch.optim.SGD(trained, lr=0.1, weight_decay=decay, foreach=True), clips=False)
@@ -119,7 +123,7 @@ def test_sgd_takes_what_the_real_one_does_event_by_event(shapes: tuple[tuple[int
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], ((40,), (8, 64), (50,)), ((3, 8, 16), (4,))])
-def test_adafactor_takes_what_the_real_one_does_event_by_event(
+def test_adafactor_allocates_what_the_real_one_does_event_by_event(
     shapes: tuple[tuple[int, ...], ...], decay: float
 ) -> None:
     trained = parameters(shapes)
@@ -128,8 +132,8 @@ def test_adafactor_takes_what_the_real_one_does_event_by_event(
     trace = traced(real)
     sizes = [storage.num_bytes for storage in trace.storages]
     first, later = (segment.events for segment in trace.segments[1:])
-    assert predicted(Optimizer.ADAFACTOR, trained, FIRST, clips=False) == lives(first, sizes)
-    # In a later step a number takes the place of that of the step before, whose death comes in its stead.
+    assert predicted(Optimizer.ADAFACTOR, trained, FIRST, clips=False) == event_sizes(first, sizes)
+    # In a later step the allocation replaces that of the step before, which is released then.
     in_order = [sizes[event] if event >= 0 else -sizes[~event] for event in later]
     assert [size for _, size in predicted(Optimizer.ADAFACTOR, trained, LATER, clips=False)] == in_order
 
@@ -205,7 +209,7 @@ def test_the_state_of_lion_in_32_bit_is_one_moment(shape: tuple[int, ...]) -> No
 def test_paged_states_are_out_of_the_pool_from_100_000_numbers_on(
     shape: tuple[int, ...], optimizer: Optimizer, real_class: Any
 ) -> None:
-    """On a CPU bitsandbytes pages nothing, so what is paged on a GPU is told by its rule: `numel() < 1e5` is not."""
+    """On a CPU bitsandbytes pages nothing, so its rule decides what a GPU would page: not what has `numel() < 1e5`."""
     (parameter,) = trained = parameters([shape], "cpu")
     real = real_class(trained)
     real.init_state(real.param_groups[0], parameter, 0, 0)
@@ -253,7 +257,7 @@ def test_lora_plus_puts_the_b_matrices_of_all_layers_into_a_group_of_their_own()
     assert parameter_groups(model, trained, loraplus=False) == [trained]
 
 
-def test_fused_adamw_takes_no_temporaries_and_keeps_its_counters_on_the_device() -> None:
+def test_fused_adamw_has_no_temporaries_and_its_counters_are_on_the_device() -> None:
     trained = parameters(SHAPES)
     found = predicted(Optimizer.ADAMW_TORCH_FUSED, trained, FIRST, clips=False)
     assert [size for _, size in found] == [

@@ -94,7 +94,7 @@ def candidates(setting: str, most: int | None) -> list[int]:
 @pytest.mark.parametrize("usable_gib", [5, 7, 12, 24, 80, 180])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("form", [linear, quadratic, flat_then_steep, staircase])
-def test_solve_finds_what_brute_force_finds_with_few_asks(form: Bytes, setting: str, usable_gib: int) -> None:
+def test_solve_finds_what_brute_force_finds_with_few_predictions(form: Bytes, setting: str, usable_gib: int) -> None:
     gpu = Gpu(**{**vars(CARD), "total_bytes": usable_gib * GIB})
     fitting = [
         value
@@ -112,7 +112,7 @@ def test_solve_finds_what_brute_force_finds_with_few_asks(form: Bytes, setting: 
 
 
 @pytest.mark.parametrize("asked", [64, 100, 8192, 1_000_000])
-def test_the_answer_does_not_depend_on_what_was_asked_for(asked: int) -> None:
+def test_the_solution_does_not_depend_on_the_value_of_the_run(asked: int) -> None:
     solutions = {
         solve(
             "max-length", with_value(SETTINGS_ASKED, "max-length", length), CARD, Counting(linear), most=40_960
@@ -192,7 +192,7 @@ def test_sweep_asks_every_combination_in_order() -> None:
         assert point.ruling_phase == "backward"
 
 
-def test_a_wrong_value_of_a_sweep_is_told_before_anything_is_asked() -> None:
+def test_a_wrong_value_of_a_sweep_is_an_error_before_any_prediction() -> None:
     predict = Counting(linear)
     with pytest.raises(UsageError, match="max-length must be greater than or equal to 8, got 2"):
         sweep({"rank": (8,), "max-length": (512, 2)}, SETTINGS_ASKED, CARD, predict)
