@@ -1,4 +1,4 @@
-"""What `qlora inspect-memory` is asked besides the run."""
+"""Settings of `qlora inspect-memory` about the prediction, besides those of the run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ INSPECT = (Command.INSPECT_MEMORY,)
 
 
 class PredictionSettings(Section):
-    """What `qlora inspect-memory` is asked besides the run."""
+    """Settings of `qlora inspect-memory` about the prediction, besides those of the run."""
 
     removed: ClassVar[Mapping[str, str]] = {
         "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
@@ -26,7 +26,7 @@ class PredictionSettings(Section):
     )
     sdpa_backend: Annotated[SdpaBackend, Marks(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,
-        description="Which backend scaled_dot_product_attention is pinned to; auto: the one that the GPU takes.",
+        description="Backend of scaled_dot_product_attention; auto: the one that PyTorch chooses on the GPU.",
     )
     evaluate: Annotated[bool | None, Marks(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
         default=None, description="Run an evaluation batch too; if not given, where the settings ask for evaluation."

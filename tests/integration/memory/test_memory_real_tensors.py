@@ -1,4 +1,4 @@
-"""What is recorded on tensors without data is what happens to real ones on a CPU: every allocation and release.
+"""A trace on meta tensors equals one on real tensors on a CPU: every allocation and release, in order.
 
 In fp32 and without autocast, which is the CPU's own affair; with eager attention, or with PyTorch's composition of
 `scaled_dot_product_attention`: a CPU has other fused kernels than a GPU. Kernels of bitsandbytes are opaque on both.
