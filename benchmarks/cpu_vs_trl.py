@@ -22,7 +22,7 @@ from typing import Any
 # Run as a file, a script finds its siblings only so.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measured import Finished, run_measured, write_model_aside
+from benchmarks.measured import Finished, run_measured, write_model_in_process
 from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, results_file, revision, versions
 from benchmarks.synthetic import SHAPES, num_parameters, write_rows
 from qlora_cli.units import format_bytes
@@ -152,7 +152,7 @@ def _read_qlora(finished: Finished, paths: Paths) -> tuple[int, float, str]:
 def prepare(directory: Path, num_rows: int) -> Paths:
     """Make the model and its data."""
     paths = Paths(model=directory / "model", data=directory / "data" / "train.jsonl", output=directory / "runs")
-    write_model_aside(sys.executable, MODEL_SIZE, paths.model, environment=ENVIRONMENT)
+    write_model_in_process(sys.executable, MODEL_SIZE, paths.model, environment=ENVIRONMENT)
     paths.data.parent.mkdir()
     paths.output.mkdir()
     write_rows(paths.data, paths.model, num_rows=num_rows, num_tokens=MAX_LENGTH)

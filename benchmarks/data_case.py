@@ -63,16 +63,16 @@ def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float,
     text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids, reporter=SilentReporter())
     settings = DataSettings(dataset=(str(file),), max_length=max_length, accept_lost=True)
     start = time.perf_counter()
-    found = prepare_data(settings, text, seed=0)
-    return time.perf_counter() - start, found.train.dataset
+    prepared = prepare_data(settings, text, seed=0)
+    return time.perf_counter() - start, prepared.train.dataset
 
 
 def digest(rows: Any) -> str:
     """Return a digest of the tokens and of which of them are trained, of every row in order."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in rows.select_columns(["input_ids", "labels"]):
-        found.update(json.dumps([row["input_ids"], row["labels"][1:]]).encode())
-    return found.hexdigest()
+        digest.update(json.dumps([row["input_ids"], row["labels"][1:]]).encode())
+    return digest.hexdigest()
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/data_vs_trl.py [--rows 100000] [--repeats 3]
 
-Both programs take turns on the same file, each in a process of its own with empty caches; the ratio is the median of
+Both programs run in turn on the same file, each in a process of its own with empty caches; the ratio is the median of
 the pairs. Rows are conversations of one to three turns put together from the bundled questions. The chat template
 has the marks by which TRL finds the answers. Both must come to the same tokens and labels, or it is an error.
 """
@@ -70,8 +70,8 @@ def measure(program: str, file: Path, model: Path, max_length: int) -> dict[str,
         )
     if done.returncode:
         raise RuntimeError(f"{program} ended with {done.returncode}: {done.stderr[-1000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -92,10 +92,10 @@ def main() -> None:
         for _ in range(arguments.repeats):
             digests = set()
             for program in arguments.programs:
-                found = measure(program, file, model, arguments.max_length)
-                digests.add(found["digest"])
-                seconds[program].append(found["seconds"])
-                print(f"{program:16} {found['seconds']:7.1f} s", flush=True)
+                figures = measure(program, file, model, arguments.max_length)
+                digests.add(figures["digest"])
+                seconds[program].append(figures["seconds"])
+                print(f"{program:16} {figures['seconds']:7.1f} s", flush=True)
                 append(
                     results,
                     {
@@ -108,7 +108,7 @@ def main() -> None:
                         "program": program,
                         "file_bytes": file.stat().st_size,
                         "max_length": arguments.max_length,
-                        **found,
+                        **figures,
                     },
                 )
             if len(digests) > 1:

@@ -120,7 +120,7 @@ def _compared(result: TrainResult) -> dict[str, Any] | None:
 
 
 def load_only(case: Case, model: Path, device: str) -> dict[str, Any]:
-    """Load as `case` says; whether the peak kept to the model and one 16-bit tensor is None without a GPU."""
+    """Load as `case` says; whether the peak is at most the model and one 16-bit tensor is None without a GPU."""
     figures = load_with_qlora(model, {**case.settings, "model.device": device})
     peak, most = figures["peak_device_bytes"], figures["device_model_bytes"] + figures["one_tensor_bytes"]
     return {

@@ -72,7 +72,7 @@ CASES = (
         size="1b",
         settings={"training.micro_batch_size": 4, "quantization.method": "none"},
     ),
-    # Mixtures of experts: int8 has no way to store them.
+    # Mixtures of experts: int8 can't store them.
     *_loads("2b-moe", "nf4", "fp4", "none"),
     *_loads("8b", "nf4", "fp4", "int8", "none"),
     _load("8b", "nf4-offload-embedding", model__offload_embedding=True),

@@ -2,7 +2,7 @@
 
 Llama- and Qwen3-MoE-shaped models with random weights are made in a temporary directory, loaded by the shared loader
 and trained for a few steps by the code that `qlora train` runs. One JSON line a case: seconds to load, seconds a step,
-tokens/s, and the peaks of memory allocated, reserved and used by the process, beside what was predicted; for a case
+tokens/s, and the peaks of memory allocated, reserved and used by the process, next to those predicted; for a case
 that only loads, bytes predicted, counted and allocated at the peak.
 
 The cases named `*-memory-*` compare predictions with measurements; with the others they take more than ten minutes, so
@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_cases import CASES, Case
-from benchmarks.measured import run_measured, write_model_aside
+from benchmarks.measured import run_measured, write_model_in_process
 from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, results_file, revision, versions
 from benchmarks.synthetic import SHAPES, num_parameters
 from qlora_cli.units import format_bytes
@@ -40,14 +40,14 @@ DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b", "70b-wide"), "cpu": ("tiny", "ti
 
 def select_cases(patterns: Sequence[str], sizes: Sequence[str], without: Sequence[str] = ()) -> list[Case]:
     """Return the cases of these sizes that match one of the patterns and none of `without`, by model."""
-    found = [
+    cases = [
         case
         for case in CASES
         if case.size in sizes
         and any(fnmatch(case.name, pattern) for pattern in patterns)
         and not any(fnmatch(case.name, pattern) for pattern in without)
     ]
-    return sorted(found, key=lambda case: sizes.index(case.size))
+    return sorted(cases, key=lambda case: sizes.index(case.size))
 
 
 class Suite:
@@ -72,7 +72,7 @@ class Suite:
         if self._seconds_left() <= 0:
             return {**record, "case": asdict(case), "status": "skipped", "error": "the time limit was reached"}
         try:
-            return {**record, **self._run_aside(case, self._model(case.size))}
+            return {**record, **self._run_in_process(case, self._model(case.size))}
         except RuntimeError as error:
             return {**record, "case": asdict(case), "status": "failed", "error": _shown(str(error), self._directory)}
 
@@ -85,13 +85,13 @@ class Suite:
         if not path.exists():
             for other in self._directory.glob("model-*"):
                 shutil.rmtree(other)
-            seconds = write_model_aside(
+            seconds = write_model_in_process(
                 sys.executable, size, path, environment=ENVIRONMENT, timeout_seconds=self._seconds_left()
             )
             print(f"made the {size} model in {seconds:.0f} s", flush=True)
         return path
 
-    def _run_aside(self, case: Case, model: Path) -> dict[str, Any]:
+    def _run_in_process(self, case: Case, model: Path) -> dict[str, Any]:
         directory = self._directory / f"case-{case.name}"
         directory.mkdir()
         used_before = query_gpu()["memory_used_bytes"] if self._device == "cuda" else None

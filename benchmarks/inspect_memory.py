@@ -58,10 +58,12 @@ def main() -> None:
     results = results_file(arguments.output_dir, "inspect_memory")
     for model in arguments.models:
         for options in ([], ["--gpu", GPU]):
-            found = measure(model, options, arguments.repeats)
+            figures = measure(model, options, arguments.repeats)
             label = " ".join([model, *options])
-            ratio = found["new_seconds"] / floor
-            print(f"{label:44} {found['new_seconds']:6.2f} s ({ratio:.2f} x)   known {found['known_seconds']:5.2f} s")
+            ratio = figures["new_seconds"] / floor
+            print(
+                f"{label:44} {figures['new_seconds']:6.2f} s ({ratio:.2f} x)  cached {figures['known_seconds']:.2f} s"
+            )
             append(
                 results,
                 {
@@ -74,7 +76,7 @@ def main() -> None:
                     "model": model,
                     "options": options,
                     "imports_seconds": floor,
-                    **found,
+                    **figures,
                 },
             )
 

@@ -1,7 +1,7 @@
-"""Compare ways of loading one model in 4 bit: seconds, host memory, device memory; in one run, on CPU and GPU.
+"""Compare programs that load one model in 4 bit: seconds, host memory, device memory; in one run, on CPU and GPU.
 
-A Llama of 1.1 billion parameters with random weights, 2.1 GiB in bf16, its files in the page cache. The ways take
-turns, each in a process of its own; importing the libraries is left out.
+A Llama of 1.1 billion parameters with random weights, 2.1 GiB in bf16, its files in the page cache. They run in
+turn, each in a process of its own; importing the libraries is left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_suite import query_gpu
-from benchmarks.measured import run_measured, write_model_aside
+from benchmarks.measured import run_measured, write_model_in_process
 from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, results_file, revision, versions
 from benchmarks.synthetic import SHAPES
 from qlora_cli.units import format_bytes
@@ -31,7 +31,7 @@ FIGURES = ("load_seconds", "peak_host_bytes", "peak_device_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Loader:
     """One way to load: which program of `load_case`, from which checkpoint, and how OpenMP threads wait.
 
     The command `qlora` makes them wait passively; on a busy machine that alone decides much.
@@ -44,16 +44,16 @@ class Way:
     waits_passively: bool = True
 
 
-WAYS = (
-    Way(
+LOADERS = (
+    Loader(
         name=BASELINE,
         title="from_pretrained, BitsAndBytesConfig",
         program="transformers",
         waits_passively=False,
     ),
-    Way(name="transformers-passive", title="the same, OMP_WAIT_POLICY=PASSIVE", program="transformers"),
-    Way(name="qlora", title="load_model, from bf16", program="qlora"),
-    Way(name="qlora-saved", title="load_model, from what --save wrote", program="qlora", from_saved=True),
+    Loader(name="transformers-passive", title="the same, OMP_WAIT_POLICY=PASSIVE", program="transformers"),
+    Loader(name="qlora", title="load_model, from bf16", program="qlora"),
+    Loader(name="qlora-saved", title="load_model, from what --save wrote", program="qlora", from_saved=True),
 )
 
 
@@ -79,7 +79,7 @@ def measure(arguments: Sequence[str], timeout_seconds: float, *, waits_passively
 def prepare(size: str, directory: Path, dtype: str, timeout_seconds: float) -> tuple[Path, Path]:
     """Make the model, and what `--save` writes of it."""
     model, saved = directory / "model", directory / "saved"
-    write_model_aside(sys.executable, size, model, environment=ENVIRONMENT)
+    write_model_in_process(sys.executable, size, model, environment=ENVIRONMENT)
     options = json.dumps({"model.dtype": dtype, "model.device": "cpu"})
     measure(["qlora", str(model), "--options", options, "--save", str(saved)], timeout_seconds)
     os.sync()
@@ -88,7 +88,7 @@ def prepare(size: str, directory: Path, dtype: str, timeout_seconds: float) -> t
 
 def compare(arguments: argparse.Namespace, devices: Sequence[str], results: Path) -> dict[str, dict[str, list[Any]]]:
     """Load in every way `--repeats` times on each device, in turn, and write each load down."""
-    measured: dict[str, dict[str, list[Any]]] = {device: {way.name: [] for way in WAYS} for device in devices}
+    measured: dict[str, dict[str, list[Any]]] = {device: {way.name: [] for way in LOADERS} for device in devices}
     context = {
         "hardware": cpu_hardware(),
         "gpu": query_gpu() if "cuda" in devices else None,
@@ -99,7 +99,7 @@ def compare(arguments: argparse.Namespace, devices: Sequence[str], results: Path
         model, saved = prepare(arguments.size, Path(directory), arguments.dtype, arguments.timeout)
         for device in devices:
             for repeat in range(arguments.repeats):
-                for way in WAYS:
+                for way in LOADERS:
                     options = {"model.dtype": arguments.dtype, "model.device": device}
                     checkpoint = saved if way.from_saved else model
                     load_average = os.getloadavg()[0]

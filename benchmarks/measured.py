@@ -50,7 +50,7 @@ def run_measured(command: Sequence[str], *, environment: Mapping[str, str], time
         )
 
 
-def write_model_aside(
+def write_model_in_process(
     python: str,
     size: str,
     output: Path,

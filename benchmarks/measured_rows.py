@@ -1,4 +1,4 @@
-"""Compare predictions with public measurements of QLoRA steps on a T4; print the errors and what they come to.
+"""Compare predictions with public measurements of QLoRA steps on a T4; print the errors, their mean and the worst.
 
     python benchmarks/measured_rows.py [FILE] [--json]
 
@@ -30,7 +30,7 @@ EVERY = ("allocated", "reserved")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
+class Comparison:
     """One row: what was predicted and what was measured, in MiB."""
 
     label: str
@@ -93,11 +93,11 @@ def predict(row: Mapping[str, Any]) -> Estimate:
     return predict_plain_loop(content_of(row["config"]), settings_of(row), find_gpu("T4"), backend)
 
 
-def compare(row: Mapping[str, Any]) -> Compared:
-    """Return a row's figures side by side."""
+def compare(row: Mapping[str, Any]) -> Comparison:
+    """Return the predicted and the measured figures of a row."""
     estimate, measured, run = predict(row), row["measured"], row["run"]
     phases = {phase.name: phase.allocated_bytes / MIB for phase in estimate.phases}
-    return Compared(
+    return Comparison(
         label=f"{row['config']['name']:28.28} {run['quantization']:4} {run['kernel']:5} "
         f"{run['batch_size']:2} x {run['seq_len']:5}",
         predicted={
@@ -120,14 +120,15 @@ def main(arguments: list[str]) -> None:
     rows = json.loads(Path(files[0] if files else ROWS).read_text(encoding="utf-8"))
     compared = []
     for row in rows:
-        compared.append(found := compare(row))
+        compared.append(comparison := compare(row))
         if "--json" not in arguments:
             figures = "  ".join(
-                f"{name} {found.predicted[name]:8.1f} of {found.measured[name]:8.1f} MiB ({found.error(name):+.2f} %)"
+                f"{name} {comparison.predicted[name]:8.1f} of {comparison.measured[name]:8.1f} MiB "
+                f"({comparison.error(name):+.2f} %)"
                 for name in EVERY
             )
-            print(f"{found.label}  {figures}", flush=True)
-    errors = {name: [abs(found.error(name)) for found in compared] for name in compared[0].predicted}
+            print(f"{comparison.label}  {figures}", flush=True)
+    errors = {name: [abs(comparison.error(name)) for comparison in compared] for name in compared[0].predicted}
     summary = {
         name: {"mean_percent": round(statistics.mean(values), 3), "worst_percent": round(max(values), 3)}
         for name, values in errors.items()

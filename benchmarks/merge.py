@@ -22,7 +22,7 @@ from typing import Any
 # Run as a file, a script finds its siblings only so.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measured import run_measured, write_model_aside
+from benchmarks.measured import run_measured, write_model_in_process
 from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, results_file, revision, versions
 from benchmarks.synthetic import SHAPES
 from qlora_cli.units import format_bytes
@@ -122,7 +122,7 @@ def compare(arguments: argparse.Namespace, results: Path) -> dict[str, list[dict
     with tempfile.TemporaryDirectory(prefix="qlora-benchmark-", dir=arguments.work_dir) as name:
         directory = Path(name)
         base, adapter = directory / "base", directory / "adapter"
-        write_model_aside(sys.executable, arguments.size, base, environment=ENVIRONMENT)
+        write_model_in_process(sys.executable, arguments.size, base, environment=ENVIRONMENT)
         command = [sys.executable, "-m", "benchmarks.merge_case", "adapter", str(adapter), str(base)]
         subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
         for repeat in range(arguments.repeats):

@@ -9,37 +9,37 @@ import statistics
 
 import pytest
 
-from benchmarks.measured_rows import ROWS, Compared, compare
+from benchmarks.measured_rows import ROWS, Comparison, compare
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 @pytest.fixture(scope="module")
-def compared() -> list[Compared]:
+def compared() -> list[Comparison]:
     """Every row: predicted and measured."""
     return [compare(row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
 
 
-def errors(compared: list[Compared], figure: str) -> list[float]:
+def errors(compared: list[Comparison], figure: str) -> list[float]:
     return [abs(row.error(figure)) for row in compared]
 
 
-def test_there_are_rows(compared: list[Compared]) -> None:
+def test_there_are_rows(compared: list[Comparison]) -> None:
     assert len(compared) == len(json.loads(ROWS.read_text(encoding="utf-8"))) >= 20
 
 
-def test_what_is_allocated_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Compared]) -> None:
+def test_what_is_allocated_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Comparison]) -> None:
     found = errors(compared, "allocated")
     assert statistics.mean(found) <= 0.3
     assert max(found) <= 1
 
 
-def test_what_is_reserved_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Compared]) -> None:
+def test_what_is_reserved_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Comparison]) -> None:
     found = errors(compared, "reserved")
     assert statistics.mean(found) <= 2.5
     assert max(found) <= 8
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
-def test_the_peak_of_each_phase_is_right_within_1_percent_on_average(compared: list[Compared], phase: str) -> None:
+def test_the_peak_of_each_phase_is_right_within_1_percent_on_average(compared: list[Comparison], phase: str) -> None:
     assert statistics.mean(errors(compared, phase)) <= 1
