@@ -198,6 +198,7 @@ class Estimator:
         step = self._step(settings, dtype, kernels_like(gpu.capability))
         training = settings.training
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
+        # All that decides the allocations, and nothing else: sweeps and suggestions ask for the same run again.
         key = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
         return self._cached(key, lambda: self._trace(settings, dtype, step))
 
@@ -219,6 +220,7 @@ class Estimator:
             decays=training.weight_decay > 0,
             embeddings=embedding_ids(meta_model.model),
         )
+        # Each layer offloads as much, and only the chosen ones were traced.
         ratio = len(meta_model.stack.kinds) / len(meta_model.chosen) if meta_model.stack else 1
         return TracedRun(
             events=RunEvents(
@@ -269,7 +271,7 @@ class Estimator:
             num_new = len(settings.model.new_tokens or ())
             last = embedding_of(self.shapes(settings, dtype)).num_embeddings
             return build_meta_model(
-                self._build(settings, dtype),
+                self._build(settings, dtype),  # not the shared shapes: it is reduced and changed
                 self.layout(settings, dtype),
                 settings.lora,
                 compute_dtype=compute_dtype,

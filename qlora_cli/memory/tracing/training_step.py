@@ -127,6 +127,7 @@ class TrainingStep:
         self.functions = functions
         self.pinned_host_bytes = 0
         self._phase = ""
+        # Attributes without a value: a tensor in one of them later is a state that the module keeps between passes.
         self._empty_attributes = [
             (module, name) for module in self.model.modules() for name, v in vars(module).items() if v is None
         ]
@@ -134,6 +135,7 @@ class TrainingStep:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Set up attention, checkpointing, noise and hooks for the step, and remove them afterwards."""
+        # The weights are part of loading; the record is of what the step itself allocates.
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
             tensors += (tensor for tensor in held_tensors(module) if tensor.device == self.settings.device)
@@ -186,6 +188,7 @@ class TrainingStep:
         self.pinned_host_bytes = 0  # those of the pass before are released
         self._phase = f"{name} forward"
         trace.mark(self._phase, HEAD)
+        # The trainer fetches the micro-batches of a step together, before the first of them runs.
         batches = [self._batch() for _ in range(self.settings.gradient_accumulation_steps if name == "first" else 1)]
         with self.functions.autocast():
             loss, outputs = self.loss(batches[0])
