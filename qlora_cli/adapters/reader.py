@@ -328,7 +328,7 @@ def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> N
     """Check that layers and rows that a config names by number are in the model."""
     rows = config.trainable_token_indices or ()
     named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
-    spans = config.layer_replication or ()
+    spans, tokens = config.layer_replication or (), config.alora_invocation_tokens or ()
     layers = [number for pair in spans for number in pair]
     num_layers = model.config.get_text_config().num_hidden_layers
     embedding = model.get_input_embeddings().weight
@@ -337,6 +337,7 @@ def _check_in_range(model: PreTrainedModel, config: LoraConfig, file: Path) -> N
     beyond = {
         "layer_replication": ([one for one in layers if not 0 <= one <= num_layers], f"{num_layers} layers"),
         "trainable_token_indices": ([one for one in named if not 0 <= one < num_rows], f"{num_rows:,} rows"),
+        "alora_invocation_tokens": ([one for one in tokens if one >= num_rows], f"{num_rows:,} rows"),
     }
     for key, (numbers, size) in beyond.items():
         if numbers:
@@ -372,7 +373,7 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
     init = stored.config.init_lora_weights
     if not (isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT)):
         # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
-        content |= {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}
+        content |= {"init_lora_weights": True}
     try:
         with unheard():
             config = PeftConfig.from_peft_type(**content)

@@ -1,16 +1,25 @@
 """The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.adapter_variants import (
+    BlockDiagonal,
+    GroupSize,
+    Initialization,
+    Kasa,
+    Monteclora,
+    TokenIds,
+    Velora,
+)
 from qlora_cli.model_files.checkpoint import TensorHeader, read_header, read_json
+from qlora_cli.model_files.pattern_trial import MOST_SECONDS, TriedPattern, find_fault
 from qlora_cli.model_files.vocabulary import num_ids
 from qlora_cli.runs.directory import ADAPTER_CONFIG as ADAPTER_CONFIG
 from qlora_cli.runs.directory import ADAPTER_PICKLE as ADAPTER_PICKLE
@@ -19,11 +28,15 @@ from qlora_cli.settings.choices import LoraInit
 from qlora_cli.settings.settle import Fact, found, in_section
 
 LORA = "LORA"
+BY_HAND = "Was it edited by hand? PEFT writes it with the right types; copy the original again."
 MOST_CHARACTERS = 60
 NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"
 # What tools write into every config, and what does nothing alone.
-MUTE = ("megatron_core", "auto_mapping", "unsloth_version", "unsloth_fixed")
-MOST_PATTERN_CHARACTERS = 10_000
+MUTE = (
+    *("megatron_core", "auto_mapping", "unsloth_version", "unsloth_fixed"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of a beginning, which is past
+)
+MOST_PATTERN_CHARACTERS, MOST_CHARACTERS_OF_PATTERNS = 10_000, 100_000  # of each, of all together
 MOST_PATTERNS, MOST_NAMES, MOST_LAYERS = 2_000, 10_000, 2_000
 # What is taken from the config of somebody's adapter: what the adapter is. Modules to import and memory to run in are
 # not for a file to choose, and what PEFT does not know has no effect.
@@ -34,8 +47,7 @@ TAKEN = frozenset(
         *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
         *("layer_replication", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
         *("bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "qalora_group_size", "use_bdlora"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config", "kasa_config"),
-        *("velora_config", "monteclora_config", "alora_invocation_tokens"),
+        *("arrow_config", "kasa_config", "velora_config", "monteclora_config", "alora_invocation_tokens"),
     )
 )
 
@@ -46,12 +58,6 @@ Number = TypeVar("Number", int, float)
 def _pattern(value: str) -> str:
     if len(value) > MOST_PATTERN_CHARACTERS:
         raise PydanticCustomError("pattern", f"a pattern of at most {MOST_PATTERN_CHARACTERS:,} characters")
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else error
-        reason = f"{value[:MOST_CHARACTERS]!r}: {why}"
-        raise PydanticCustomError("pattern", "a regular expression ({reason})", {"reason": reason}) from error
     return value
 
 
@@ -88,12 +94,15 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 class AdapterConfig(BaseModel):
     """The fields of a LoRA config that decide what the adapter is, of the types that PEFT takes.
 
-    Fields of other names and of later versions are left to PEFT; `content` is all of the file.
+    There is one for each key that is taken; `content` is all of the file.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     peft_type: Literal["LORA"]
+    task_type: str | None = None
+    peft_version: str | None = None
+    inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
     r: Positive = 8
@@ -107,14 +116,23 @@ class AdapterConfig(BaseModel):
     layers_pattern: list[Pattern] | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, Positive], AfterValidator(_few_patterns)] = {}
     alpha_pattern: Annotated[dict[Pattern, float], AfterValidator(_few_patterns)] = {}
-    modules_to_save: Names | None = None
+    modules_to_save: Annotated[list[Pattern], AfterValidator(_few_names)] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | Initialization = True
     fan_in_fan_out: bool = False
     lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
+    ensure_weight_tying: bool = False
+    use_qalora: bool = False
+    qalora_group_size: GroupSize = 16
+    use_bdlora: BlockDiagonal | None = None
+    arrow_config: dict[str, JsonValue] | None = None
+    kasa_config: Kasa | None = None
+    velora_config: Velora | None = None
+    monteclora_config: Monteclora | None = None
+    alora_invocation_tokens: TokenIds | None = None
     content: dict[str, Any]
 
     @property
@@ -125,7 +143,8 @@ class AdapterConfig(BaseModel):
     @property
     def taken(self) -> dict[str, Any]:
         """What of it an adapter is loaded by; the file of one that trains on keeps the rest."""
-        return {key: value for key, value in self.given.items() if key in TAKEN}
+        none = () if self.alora_invocation_tokens else ("alora_invocation_tokens",)  # PEFT looks for the first of none
+        return {key: value for key, value in self.given.items() if key in TAKEN and key not in none}
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -186,12 +205,42 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     given = {key: value for key, value in content.items() if value is not None or key in NOT_NULL}
     _check_kind(file, given)
     try:
-        return AdapterConfig.model_validate({**given, "content": content})
+        config = AdapterConfig.model_validate({**given, "content": content})
     except ValidationError as error:
-        raise ModelError(
-            f"{file} can't be used: {_reason(error, given)}",
-            hint="Was it edited by hand? PEFT writes it with the right types; copy the original again.",
-        ) from error
+        raise ModelError(f"{file} can't be used: {_reason(error, given)}", hint=BY_HAND) from error
+    if fault := _pattern_fault(config):
+        raise ModelError(f"{file} can't be used: {fault}", hint=BY_HAND)
+    return config
+
+
+def patterns_of(config: AdapterConfig) -> Iterator[TriedPattern]:
+    """Yield the patterns of a config, with what PEFT makes of each."""
+    for key, whole in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
+        if isinstance(whole, str):
+            yield TriedPattern(key, whole, whole, "fullmatch")
+    for key, ends in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for end in ends:
+            yield TriedPattern(key, end, rf"(.*\.)?({end})$")
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for layers in lists or ():
+        yield TriedPattern("layers_pattern", layers, rf"(?:^|.*?\.){layers}\.(?P<idx>\d+)\.")
+    for module in config.modules_to_save or ():
+        yield TriedPattern("modules_to_save", module, rf"(^|.*\.){module}($|\..*)")
+
+
+def _pattern_fault(config: AdapterConfig) -> str | None:
+    """Return in words what is wrong with the patterns of a config, whatever base they are matched with."""
+    patterns = list(patterns_of(config))
+    if (found := sum(len(one.written) for one in patterns)) > MOST_CHARACTERS_OF_PATTERNS:
+        most = f"{MOST_CHARACTERS_OF_PATTERNS:,} characters in all"
+        return f"its patterns have {found:,} characters, and should have at most {most}"
+    fault = find_fault(patterns)
+    if fault is None:
+        return None
+    key, pattern = fault.pattern.key, fault.pattern.written
+    why = f"it takes more than {MOST_SECONDS:g} seconds to compile" if fault.reason is None else fault.reason
+    value = _shown(config.content[key])
+    return f"{key} is {value}, and should be a regular expression ({pattern[:MOST_CHARACTERS]!r}: {why})"
 
 
 def notes_on_left_out(adapters: Iterable[Path | None]) -> Iterator[str]:

@@ -35,6 +35,14 @@ MORE = {
     "megatron_config": {"x": 1},
     "runtime_config": {"ephemeral_gpu_offload": True},
     "loftq_config": {"x": 1},
+    "init_lora_weights": "pissa_niter_4",
+    "use_qalora": True,
+    "qalora_group_size": 4,
+    "use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2},
+    "kasa_config": {"beta": 0.1, "gamma": 0.1},
+    "velora_config": {"num_groups": 4},
+    "monteclora_config": {"num_samples": 2},
+    "alora_invocation_tokens": [1, 2],
 }
 
 

@@ -1,15 +1,18 @@
 """Patterns in the config of somebody's adapter: common ones are matched, those that would go on for ever are named."""
 
+import re
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import pytest
 
-from qlora_cli.adapters import patterns
 from qlora_cli.adapters.patterns import check_patterns
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterConfig
+from qlora_cli.model_files import pattern_trial
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterConfig, patterns_of
+from qlora_cli.model_files.pattern_trial import PLAIN, TriedPattern, find_fault
 
 NAMES = [f"model.layers.{layer}.{part}.{leaf}" for layer in range(50) for part, leaf in (("self_attn", "q_proj"),)]
 UNSLOTH = (
@@ -41,7 +44,7 @@ def config(**content: Any) -> AdapterConfig:
 def test_a_pattern_that_goes_on_for_ever_is_named_with_its_key_and_file(
     monkeypatch: pytest.MonkeyPatch, key: str, value: object
 ) -> None:
-    monkeypatch.setattr(patterns, "MOST_SECONDS", 0.6)
+    monkeypatch.setattr(pattern_trial, "MOST_SECONDS", 0.6)
     began = monotonic()
     with pytest.raises(ModelError) as caught:
         check_patterns(Path("of/adapter"), config(**{key: value}), NAMES)
@@ -57,6 +60,70 @@ def test_patterns_of_many_parts_that_are_quick_pass(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["q_proj", r".*\.(q_proj|v_proj)", r"^model\.layers\.0\.mlp$", "(q_proj|k_proj)"])
 def test_a_plain_pattern_needs_no_trial(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    monkeypatch.setattr(patterns, "TRIAL", "raise SystemExit(1)")
+    monkeypatch.setattr(pattern_trial, "TRIAL", "raise SystemExit(1)")
     check_patterns(Path(), config(target_modules=pattern, rank_pattern={pattern: 4}), NAMES)
     check_patterns(Path(), config(target_modules=["q_proj"]), NAMES)
+
+
+LITERALS = [*"aé_. $-09", r"\.", r"\d", r"\-"]
+OTHERS = [
+    *(*"()[]{}*+?|^\\", "(?i)", "(?P<idx>", r"\1", r"\p", r"\A", "{2}", "{9999999999}", "[z-a]", "\0", "\ud800"),
+    *("*?", "(a"),
+]
+KEYS = ("target_modules", "exclude_modules", "rank_pattern", "layers_pattern", "modules_to_save")
+
+
+def drawn(chance: np.random.Generator) -> str:
+    parts = [LITERALS if chance.random() < 0.5 else OTHERS for _ in range(chance.integers(9))]
+    return "".join(part[chance.integers(len(part))] for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
+@pytest.mark.parametrize("key", KEYS)
+def test_what_passes_compiles_as_peft_matches_it_and_what_does_not_is_refused(key: str) -> None:
+    """Of random patterns; of the plain ones among them too, which are not tried."""
+    chance = np.random.default_rng(KEYS.index(key))
+    num_plain = num_passed = num_refused = 0
+    for _ in range(4000):
+        pattern = drawn(chance)
+        values: dict[str, object] = {"rank_pattern": {pattern: 4}, "layers_pattern": [pattern]}
+        values["modules_to_save"] = [pattern]
+        value = values.get(key, pattern)
+        (one,) = patterns_of(config(**{key: value}))
+        try:
+            re.compile(one.matched)
+            compiles = True
+        except (re.error, OverflowError, RecursionError):
+            compiles = False
+        if PLAIN.fullmatch(pattern):
+            num_plain += 1
+            assert compiles, pattern
+        elif (num_passed if compiles else num_refused) < 8:  # each is a process
+            fault = find_fault([one])
+            assert (fault is None) == compiles, pattern
+            num_passed, num_refused = num_passed + compiles, num_refused + (not compiles)
+    assert min(num_plain, num_passed, num_refused) > 3
+
+
+@pytest.mark.parametrize(
+    "code", ["raise SystemExit(3)", "import os; os.abort()", "print(0); print(1, flush=True); exit(1)"]
+)
+def test_a_trial_that_ends_otherwise_is_a_fault_of_the_pattern_it_was_at(
+    monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setattr(pattern_trial, "TRIAL", code)
+    asked = [TriedPattern("rank_pattern", text, text) for text in (f"a*{code}", f"b*{code}")]
+    fault = find_fault(asked)
+    assert fault is not None
+    assert fault.pattern == asked["print" in code]
+    assert fault.reason == "what tries it ends by it"
+
+
+def test_what_takes_all_memory_or_processor_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = "(?i)" + "[\0-\uffff]" * 1_900
+    monkeypatch.setattr(pattern_trial, "MOST_SECONDS", 1.0)
+    began = monotonic()
+    fault = find_fault([TriedPattern("target_modules", sets, sets)])
+    assert fault is not None
+    assert fault.reason is None
+    assert monotonic() - began < 15

@@ -1,6 +1,7 @@
 """What an adapter's config may hold: LoRA, named by its type, with values of the types that PEFT takes."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
     TAKEN,
+    AdapterConfig,
     notes_on_left_out,
     read_adapter_config,
 )
+from qlora_cli.model_files.adapter_variants import INITIALIZATIONS
 from qlora_cli.model_files.source import check_model_name
 from qlora_cli.settings.models import ModelSettings
 
@@ -28,15 +31,27 @@ WRONG_TYPES: dict[str, list[object]] = {
     "target_modules": [5, [5], {"q_proj": 1}, "(q_proj"],
     "target_parameters": ["experts", 5],
     "exclude_modules": [5, [None], "*"],
-    "layers_pattern": [["["], "["],
+    "layers_pattern": [["["], "[", "(?P<idx>a)"],
     "layer_replication": [5, [[0]], [["0", 1]]],
     "layers_to_transform": ["1", [1.5]],
-    "rank_pattern": [[], {"q_proj": 4.5}, {"q_proj": 0}, {"q_proj[": 4}],
+    "rank_pattern": [[], {"q_proj": 4.5}, {"q_proj": 0}, {"q_proj[": 4}, {"(?i)q_proj": 4}],
     "alpha_pattern": ["x", {"q_proj": "8"}, {"(": 8}],
-    "modules_to_save": ["lm_head", 5],
+    "modules_to_save": ["lm_head", 5, ["("], ["lm_head", "(("], ["["]],
     "trainable_token_indices": [5, ["a"], {"embed_tokens": 5}],
     "bias": ["some", 5],
-    "init_lora_weights": [5],
+    "init_lora_weights": [5, "pissa_niter_99999999", "pissa_niter_65", "pissa_niter_", "pissa_niter_٣", "olora2", ""],
+    "task_type": [["CAUSAL_LM"]],
+    "peft_version": [0.1],
+    "inference_mode": ["x"],
+    "ensure_weight_tying": [1],
+    "use_qalora": ["x"],
+    "qalora_group_size": [0, -1, "16", 10**30],
+    "use_bdlora": [True, {"nblocks": 0}, {"nblocks": 10**9}, {"target_modules_bd_a": "q_proj"}],
+    "arrow_config": [True],
+    "kasa_config": [True, {"beta": float("nan")}, {"gamma": "x"}],
+    "velora_config": [True, {"num_groups": 0}, {"scale": float("inf")}, {"init_type": "x"}],
+    "monteclora_config": [True, {"num_samples": 10**9}, {"buffer_size": 10**9}, {"dirichlet_prior": 0.0}],
+    "alora_invocation_tokens": [["x"], [-1], [1.5], 5, "x", [[1]], [True]],
     "use_dora": ["yes", 1],
     "use_rslora": ["yes"],
     "fan_in_fan_out": [0],
@@ -107,16 +122,19 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
         ("exclude_modules", "a{99999999999}", "a regular expression"),
         ("target_modules", [f"layer_{number}" for number in range(10_001)], "at most 10,000 names"),
         ("rank_pattern", {f"layer_{number}": 4 for number in range(2_001)}, "at most 2,000 patterns"),
+        ("rank_pattern", {f"{number:04}" + "(a|b)" * 15: 4 for number in range(2_000)}, "at most 100,000 characters"),
+        ("modules_to_save", ["(" * 5_000], "a regular expression"),
+        ("alora_invocation_tokens", list(range(1_001)), "at most 1000 items"),
         ("layer_replication", [[0, 2]] * 1_001, "ranges of at most 2,000 layers in all"),
         ("layer_replication", [[0, 10**30]], "ranges of at most 2,000 layers in all"),
     ],
-    ids=["long", "deep", "large", "names", "patterns", "ranges", "range"],
+    ids=["long", "deep", "large", "names", "patterns", "all patterns", "deep module", "tokens", "ranges", "range"],
 )
 def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
     tmp_path: Path, key: str, value: object, wanted: str
 ) -> None:
     message = message_of(tmp_path, {**GOOD, key: value})
-    assert f"{key} is " in message
+    assert f"{key} is " in message or "its patterns have " in message
     assert wanted in message
     assert len(message) < 1_000
 
@@ -135,8 +153,32 @@ def test_an_adapter_is_loaded_by_the_keys_on_the_list_alone_and_the_others_are_s
 
 
 def test_every_key_of_peft_is_on_the_list_or_left_out_on_purpose() -> None:
-    on_purpose = {"auto_mapping", "megatron_config", "megatron_core", "runtime_config"}
+    of_a_beginning = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    on_purpose = {"auto_mapping", "megatron_config", "megatron_core", "runtime_config", *of_a_beginning}
     assert {one.name for one in fields(LoraConfig)} - TAKEN == on_purpose
+
+
+def test_every_key_that_is_taken_has_a_type_and_a_test_of_it() -> None:
+    assert AdapterConfig.model_fields.keys() >= TAKEN
+    assert TAKEN - {"peft_type"} == WRONG_TYPES.keys()
+
+
+@pytest.mark.parametrize("init", [*INITIALIZATIONS, "GAUSSIAN", "Olora", True, False])
+def test_every_initialization_of_peft_is_known(tmp_path: Path, init: object) -> None:
+    assert read_adapter_config(write(tmp_path, {**GOOD, "init_lora_weights": init})).init_lora_weights == init
+
+
+def test_initializations_are_those_that_peft_documents() -> None:
+    documented = re.search(r"init_lora_weights \(`bool` \| `Literal\[(.*?)\]`\)", str(LoraConfig.__doc__), re.DOTALL)
+    assert documented is not None
+    names = set(re.findall(r'"(\w+)"', documented[1]))
+    assert names >= {"gaussian", "pissa", "olora"}
+    assert names <= set(INITIALIZATIONS)
+
+
+def test_no_invocation_tokens_are_none(tmp_path: Path) -> None:
+    config = read_adapter_config(write(tmp_path, {**GOOD, "alora_invocation_tokens": []}))
+    assert "alora_invocation_tokens" not in config.taken
 
 
 def test_nothing_is_said_of_a_config_as_peft_writes_it(tmp_path: Path) -> None:
