@@ -26,7 +26,7 @@ PLACE = "qlora_kept"  # the name of the module that switches them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
+class ParameterSlot:
     """Where a parameter, or the module around it, is held, with what is there while the adapter is on and off."""
 
     holder: dict[str, Any]
@@ -35,7 +35,7 @@ class Place:
     off: nn.Parameter | nn.Module
 
 
-class KeptParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc] # PEFT is untyped
+class SwitchedParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc] # PEFT is untyped
     """Switches parameters with the adapter, as PEFT asks each of its wrappers to; itself it computes nothing.
 
     `live` are the parameters by their names in the base; `stored` are their values as the file has them, by PEFT's
@@ -44,7 +44,7 @@ class KeptParameters(AuxiliaryTrainingWrapper):  # type: ignore[misc] # PEFT is 
 
     def __init__(
         self,
-        places: list[Place],
+        places: list[ParameterSlot],
         live: Mapping[str, nn.Parameter],
         stored: Mapping[str, tuple[str, torch.Tensor]],
         trained: frozenset[str],
@@ -133,7 +133,7 @@ def keep(
         for path, module in model.named_modules(remove_duplicate=False)
         if any(parameter is not None for parameter in module._parameters.values())
     }
-    places: list[Place] = []
+    places: list[ParameterSlot] = []
     live: dict[str, nn.Parameter] = {}
     shared: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     for name, value in kept.items():
@@ -156,13 +156,13 @@ def keep(
     if places or given:
         owners = {name: name.rpartition(".") for name in given}
         stored = {f"{modules[path][0]}.{leaf}": (name, kept[name]) for name, (path, _, leaf) in owners.items()}
-        model.get_base_model().add_module(PLACE, KeptParameters(places, live, stored, trained))
+        model.get_base_model().add_module(PLACE, SwitchedParameters(places, live, stored, trained))
 
 
-def kept_in(model: PeftModel) -> KeptParameters | None:
+def switched_parameters_in(model: PeftModel) -> SwitchedParameters | None:
     """Return what an adapter keeps of the base's parameters, if it does."""
     found = getattr(model.get_base_model(), PLACE, None)
-    assert found is None or isinstance(found, KeptParameters)
+    assert found is None or isinstance(found, SwitchedParameters)
     return found
 
 
@@ -170,12 +170,12 @@ def _is_same(held: torch.Tensor, value: torch.Tensor) -> bool:
     return held.shape == value.shape and torch.equal(value.to(held.device, held.dtype), held)
 
 
-def _without_new_rows(places: list[Place], grown: GrownHead) -> list[Place]:
+def _without_new_rows(places: list[ParameterSlot], grown: GrownHead) -> list[ParameterSlot]:
     """Return `places` with those of the head, which has the base's own rows alone while the adapter is off."""
     holder = grown.module._parameters
     on = {place.leaf: place.on for place in places if place.holder is holder}
     of_head = [
-        Place(
+        ParameterSlot(
             holder=holder,
             leaf=leaf,
             on=on.get(leaf, held),
@@ -202,11 +202,11 @@ def _give_new_rows_no_probability(base: PreTrainedModel) -> None:
     base.register_forward_hook(widen)
 
 
-def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter) -> Iterator[Place]:
+def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter) -> Iterator[ParameterSlot]:
     held = module._parameters[leaf]
     if not (leaf == "weight" and is_quantized_layer(module)):
         assert held is not None, "it is a parameter of the base"
-        yield Place(holder=module._parameters, leaf=leaf, on=value, off=held)
+        yield ParameterSlot(holder=module._parameters, leaf=leaf, on=value, off=held)
         return
     # Codes can't be replaced by a weight: the whole layer is.
     assert isinstance(module, nn.Linear), "it stands in the place of one"
@@ -215,4 +215,4 @@ def _places(model: PeftModel, module: nn.Module, leaf: str, value: nn.Parameter)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module:
-                yield Place(holder=parent._modules, leaf=name, on=plain, off=module)
+                yield ParameterSlot(holder=parent._modules, leaf=name, on=plain, off=module)

@@ -36,7 +36,7 @@ def plan_losses(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSett
             setting=SETTING,
         )
     modules, _ = target_modules(shapes, settings)
-    layers = [name for name in adapted_layers(shapes, modules) if name not in layout.kept]
+    layers = [name for name in adapted_layers(shapes, modules) if name not in layout.unquantized]
     if not layout.settings.method.traits.measures_error or not layers:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(

@@ -303,7 +303,7 @@ def put_on(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
     file = directory / ADAPTER_CONFIG
     _check_in_range(model, config, file)
     try:
-        with unheard():
+        with without_warnings():
             return get_peft_model(model, config)
     except ImportError as error:
         raise ModelError(
@@ -360,7 +360,7 @@ def expected_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Leave out what PEFT warns of without cause, or what is seen to here: tied weights, stored orders, patterns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -375,7 +375,7 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
         # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
         content |= {"init_lora_weights": True}
     try:
-        with unheard():
+        with without_warnings():
             config = PeftConfig.from_peft_type(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = "PEFT makes nothing of it" if isinstance(error, RecursionError) else _first_line(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from qlora_cli.adapters.base_parameters import kept_in
+from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import as_trained
 from qlora_cli.adapters.reader import Adapter, read_tensors
 from qlora_cli.adapters.targets import BASE
@@ -30,7 +30,7 @@ def origin_of(model: PeftModel) -> Adapter | None:
 
 def adapter_state(model: PeftModel, state: State | None = None) -> State:
     """Return the tensors of the adapter, by PEFT's keys; not copied. `state` are all of the model, if given."""
-    kept = kept_in(model)
+    kept = switched_parameters_in(model)
     return {**parts_of(model, state), **(kept.state if kept is not None else {})}
 
 
@@ -81,7 +81,7 @@ def restore_adapter(model: PeftModel, directory: Path) -> None:
     wrong = _misfits(adapter_state(model), saved)
     if not wrong:
         put_values(model, saved)
-        if kept := kept_in(model):
+        if kept := switched_parameters_in(model):
             kept.put(kept.by_name(saved))
         wrong = difference(adapter_state(model), saved)
     if wrong:

@@ -14,7 +14,7 @@ from qlora_cli.answering.answers import Answer, Listener, Source
 from qlora_cli.answering.prompts import check_system, encode, messages_of
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.load_plan import Blueprint, plan_load
+from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
@@ -88,13 +88,13 @@ def open_model(
         QloraError: what loading raises.
         ModelError: a prompt is too long, the system prompt is not written, or there is nothing to compare.
     """
-    blueprint = plan_load(asked, reporter)
-    tokenizer = blueprint.tokenizer.tokenizer
-    positions = num_positions(blueprint.base.config)
+    load_plan = plan_load(asked, reporter)
+    tokenizer = load_plan.tokenizer.tokenizer
+    positions = num_positions(load_plan.base.config)
     compares = request.compare and not is_merged
     if compares:
-        _check_comparable(blueprint, None if is_chat else request.merged)
-        _check_base(blueprint)
+        _check_comparable(load_plan, None if is_chat else request.merged)
+        _check_base(load_plan)
     if is_chat and tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer of {asked.settings.model.name} has no chat template, which a chat needs",
@@ -108,10 +108,10 @@ def open_model(
     notes = () if tokenizer.chat_template is not None else (NO_TEMPLATE,)
     for note in notes:
         reporter.report(Noted(message=note))
-    loaded = load_planned(blueprint, reporter)
+    loaded = load_planned(load_plan, reporter)
     answerer = Answerer(
         tokenizer=loaded.tokenizer,
-        end_ids=blueprint.tokenizer.end_ids,
+        end_ids=load_plan.tokenizer.end_ids,
         dtype=loaded.dtype.torch_dtype,
         max_tokens=request.max_new_tokens,
         sampling=request,
@@ -133,9 +133,9 @@ def _sources(loaded: LoadedModel, request: AnswerSettings, *, is_merged: bool) -
     return ("base", "adapter") if request.compare else ("adapter",)
 
 
-def _check_comparable(blueprint: Blueprint, merged: Path | None) -> None:
+def _check_comparable(load_plan: LoadPlan, merged: Path | None) -> None:
     """Check that there is something to compare the base with: its adapter, or a merged model."""
-    source = blueprint.source
+    source = load_plan.source
     if source.adapter is None and merged is None:
         raise ModelError(
             f"there is nothing to compare: {source.name} has no adapter",
@@ -144,12 +144,12 @@ def _check_comparable(blueprint: Blueprint, merged: Path | None) -> None:
         )
 
 
-def _check_base(blueprint: Blueprint) -> None:
+def _check_base(load_plan: LoadPlan) -> None:
     """Check that the model is its base while the adapter is off."""
-    reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
+    reason = changes_its_base(load_plan.adapter.lora) if load_plan.adapter is not None else None
     if reason is not None:
         raise ModelError(
-            f"the base of {blueprint.source.name} can't be shown: {reason}",
+            f"the base of {load_plan.source.name} can't be shown: {reason}",
             hint="Leave --compare out; of a run with PiSSA, name the run once it has ended.",
             setting="generate.compare",
         )

@@ -29,7 +29,7 @@ from qlora_cli.evaluating.rows import (
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.loading.load_plan import Blueprint, check_placement, plan_found
+from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
 from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
@@ -59,12 +59,12 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     model = find(resolved.settings.model, reporter)
     run = trained_rows(model.source)
     settled = settle_load(resolved, model, reporter, facts_of_rows(resolved, run))
-    blueprint = plan_found(model, settled.settings, reporter)
-    check_weights(blueprint, reporter)
-    left_out = _without_base(request, blueprint, reporter)
-    merged = find_merged(request, blueprint, reporter)
+    load_plan = plan_outlined(model, settled.settings, reporter)
+    check_weights(load_plan, reporter)
+    left_out = _without_base(request, load_plan, reporter)
+    merged = find_merged(request, load_plan, reporter)
     if has_rows(resolved, run):
-        rows = _read_rows(settled.settings, blueprint, run, reporter, are_named=names_rows(resolved))
+        rows = _read_rows(settled.settings, load_plan, run, reporter, are_named=names_rows(resolved))
     elif request.tasks:
         rows = None
     else:
@@ -72,22 +72,22 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     if merged is not None and rows is not None:
         merged.check_rows(rows)
     has_base = left_out is None and request.with_base is not False
-    num_known = blueprint.num_own_rows if has_base and blueprint.adapter is not None else None
+    num_known = load_plan.num_own_rows if has_base and load_plan.adapter is not None else None
     bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
-    _evaluate_first(bench, blueprint, has_merged=merged is not None, has_base=has_base)
+    _evaluate_first(bench, load_plan, has_merged=merged is not None, has_base=has_base)
     gc.collect()
     torch.cuda.empty_cache()
     if merged is not None:
         _evaluate_merged(bench, merged)
     return Evaluation(
-        model=blueprint.source.name,
-        base_model=blueprint.source.base_name,
-        adapter=blueprint.source.adapter,
-        adapter_step=blueprint.source.adapter_step,
-        run_is_done=blueprint.source.run_is_done,
+        model=load_plan.source.name,
+        base_model=load_plan.source.base_name,
+        adapter=load_plan.source.adapter,
+        adapter_step=load_plan.source.adapter_step,
+        run_is_done=load_plan.source.run_is_done,
         merged=merged.path if merged is not None else None,
-        device=str(blueprint.device),
-        compute_dtype=blueprint.dtype.name.value,
+        device=str(load_plan.device),
+        compute_dtype=load_plan.dtype.name.value,
         dataset=rows.data.report.name if rows is not None else None,
         fingerprint=rows.data.report.fingerprint if rows is not None else None,
         is_training_data=rows is not None and rows.is_training_data,
@@ -97,32 +97,32 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     )
 
 
-def _without_base(request: EvaluationSettings, blueprint: Blueprint, reporter: Reporter) -> str | None:
+def _without_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Reporter) -> str | None:
     """Return why the base is left out, which is noted; None if the model is its base while the adapter is off."""
-    if request.with_base is not None and blueprint.source.adapter is None:
-        message = f"has no effect: {blueprint.source.name} has no adapter"
+    if request.with_base is not None and load_plan.source.adapter is None:
+        message = f"has no effect: {load_plan.source.name} has no adapter"
         raise ModelError(message, hint="Leave it out.", setting="evaluate.with_base")
-    reason = changes_its_base(blueprint.adapter.lora) if blueprint.adapter is not None else None
+    reason = changes_its_base(load_plan.adapter.lora) if load_plan.adapter is not None else None
     if reason is None or request.with_base is False:
         return None
     if request.with_base:
         raise ModelError(
-            f"the base of {blueprint.source.name} can't be shown: {reason}",
-            hint=f"Leave --base out, and evaluate the base by itself: qlora evaluate {blueprint.source.base_name}",
+            f"the base of {load_plan.source.name} can't be shown: {reason}",
+            hint=f"Leave --base out, and evaluate the base by itself: qlora evaluate {load_plan.source.base_name}",
             setting="evaluate.with_base",
         )
-    note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {blueprint.source.base_name}"
+    note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {load_plan.source.base_name}"
     reporter.report(Noted(level="warning", message=note))
     return note
 
 
 def _read_rows(
-    settled: EvaluateSettings, blueprint: Blueprint, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
+    settled: EvaluateSettings, load_plan: LoadPlan, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
 ) -> HeldOutRows:
     data: DataSettings = settled.data
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(
-        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+        tokenizer=load_plan.tokenizer.tokenizer, end_ids=load_plan.tokenizer.end_ids, reporter=reporter
     )
     rows = read_rows(data, run, text, seed=settled.training.seed, are_named=are_named)
     _note_rows(rows, reporter)
@@ -216,9 +216,9 @@ class _Bench:
         self.reporter.report(Noted(level="warning", message=note))
 
 
-def _evaluate_first(bench: _Bench, blueprint: Blueprint, *, has_merged: bool, has_base: bool) -> None:
+def _evaluate_first(bench: _Bench, load_plan: LoadPlan, *, has_merged: bool, has_base: bool) -> None:
     """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
-    loaded = load_planned(blueprint, bench.reporter)
+    loaded = load_planned(load_plan, bench.reporter)
     for kind, path, state in _states(loaded, has_merged=has_merged, has_base=has_base):
         with state:
             bench.measure(kind, path, loaded)
@@ -238,5 +238,5 @@ def _states(
 
 
 def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
-    loaded = load_planned(merged.blueprint, bench.reporter)
+    loaded = load_planned(merged.load_plan, bench.reporter)
     bench.measure("merged", str(merged.path), loaded)

@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluating.rows import HeldOutRows
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.load_plan import Blueprint, plan_load
+from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import check_weights
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import EvaluationSettings
@@ -19,7 +19,7 @@ class Merged:
     """A merged model, and the plan to load it: as it is stored, in the dtype of the model it was merged from."""
 
     path: Path
-    blueprint: Blueprint
+    load_plan: LoadPlan
 
     def check_rows(self, rows: HeldOutRows) -> None:
         """Check that it has positions for `rows`.
@@ -27,28 +27,28 @@ class Merged:
         Raises:
             ModelError: it has not.
         """
-        scaling = self.blueprint.settings.model.rope_scaling
-        check_length(self.blueprint.base.config, int(rows.data.lengths.max()), scaling)
+        scaling = self.load_plan.settings.model.rope_scaling
+        check_length(self.load_plan.base.config, int(rows.data.lengths.max()), scaling)
 
 
-def find_merged(request: EvaluationSettings, blueprint: Blueprint, reporter: Reporter) -> Merged | None:
+def find_merged(request: EvaluationSettings, load_plan: LoadPlan, reporter: Reporter) -> Merged | None:
     """Return the merged model that was named, or that is in the run directory; None if there is none.
 
     Raises:
         ModelError: it can't be used, or its tokenizer is another one, so that the tokens would mean other words.
         OutOfMemoryError: it does not fit on the device.
     """
-    path = request.merged or merged_model_of(blueprint.source)
+    path = request.merged or merged_model_of(load_plan.source)
     if path is None:
         return None
-    if stale := staleness(path, blueprint.source):
+    if stale := staleness(path, load_plan.source):
         reporter.report(Noted(level="warning", message=stale))
-    settings = settings_of_merged(path, blueprint.settings.model, blueprint.dtype)
-    merged = Merged(path=path, blueprint=plan_load(made_in_code(settings), reporter))
-    if merged.blueprint.tokenizer.tokenizer.get_vocab() != blueprint.tokenizer.tokenizer.get_vocab():
+    settings = settings_of_merged(path, load_plan.settings.model, load_plan.dtype)
+    merged = Merged(path=path, load_plan=plan_load(made_in_code(settings), reporter))
+    if merged.load_plan.tokenizer.tokenizer.get_vocab() != load_plan.tokenizer.tokenizer.get_vocab():
         raise ModelError(
-            f"the tokenizer of {path} is another one than that of {blueprint.source.name}",
+            f"the tokenizer of {path} is another one than that of {load_plan.source.name}",
             hint="Give --merged the directory that was merged from it.",
         )
-    check_weights(merged.blueprint, reporter)
+    check_weights(merged.load_plan, reporter)
     return merged

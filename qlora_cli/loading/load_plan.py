@@ -28,7 +28,7 @@ from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, lo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blueprint:
+class LoadPlan:
     """All that is settled before a weight is read. `shapes` is the model on the meta device.
 
     `num_rows` are the rows of the embedding that tokenizer and adapter need; the base may have more.
@@ -55,7 +55,7 @@ class Blueprint:
         return rows if rows < self.num_rows else None
 
 
-def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> Blueprint:
+def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> LoadPlan:
     """Settle everything that can be known without the weights; downloads the small files that are not here yet.
 
     Raises:
@@ -67,7 +67,7 @@ def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> Blueprint:
     """
     check_placement(asked.settings)
     model = find(asked.settings.model, reporter)
-    return plan_found(model, settle_load(asked, model, reporter).settings, reporter)
+    return plan_outlined(model, settle_load(asked, model, reporter).settings, reporter)
 
 
 def check_placement(settings: LoadSettings) -> None:
@@ -81,7 +81,7 @@ def check_placement(settings: LoadSettings) -> None:
     method_of(quantization.method).check_placement(quantization, device, offloads_embedding=offloads)
 
 
-def plan_found(model: FoundModel, settings: LoadSettings, reporter: Reporter) -> Blueprint:
+def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter) -> LoadPlan:
     """Plan the load of a model by settings that are settled. Raises what `plan_load` raises."""
     check_placement(settings)
     device = choose_device(settings.model.device)
@@ -102,7 +102,7 @@ def plan_found(model: FoundModel, settings: LoadSettings, reporter: Reporter) ->
     notes = (*model.base.notes, *left_out, *((stretched,) if stretched else ()), *tokenizer.notes)
     for note in notes:
         reporter.report(Noted(message=note))
-    return Blueprint(
+    return LoadPlan(
         settings=settings,
         source=model.source,
         base=model.base,

@@ -19,7 +19,7 @@ from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
 from qlora_cli.hardware.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
 from qlora_cli.hardware.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.hub.repository import check_download
-from qlora_cli.loading.load_plan import Blueprint, plan_load
+from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.weight_reader import (
     check_materialized,
     check_shapes,
@@ -146,7 +146,7 @@ def load_model(settings: LoadSettings, reporter: Reporter = _SILENT, *, measure_
 
 
 def load_planned(
-    blueprint: Blueprint,
+    load_plan: LoadPlan,
     reporter: Reporter,
     *,
     measure_error: bool = False,
@@ -154,7 +154,7 @@ def load_planned(
     lora: LoraSettings | None = None,
     started: float | None = None,
 ) -> LoadedModel:
-    """Read the weights of `blueprint`.
+    """Read the weights of `load_plan`.
 
     `trains_adapter`: an adapter that was named is to be trained on. `lora` is the new adapter that will be attached,
     which may begin with what the weights lose while they are read. `started` is the monotonic time from which
@@ -166,81 +166,81 @@ def load_planned(
     """
     start = time.monotonic() if started is None else started
     if measure_error:
-        _check_measurable(blueprint.layout)
-    losses = None if lora is None else plan_losses(blueprint.shapes, blueprint.layout, lora)
-    settings, device = blueprint.settings, blueprint.device
-    checkpoint = _read_headers(blueprint, reporter)
-    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({blueprint.layout.describe()})"))
+        _check_measurable(load_plan.layout)
+    losses = None if lora is None else plan_losses(load_plan.shapes, load_plan.layout, lora)
+    settings, device = load_plan.settings, load_plan.device
+    checkpoint = _read_headers(load_plan, reporter)
+    reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({load_plan.layout.describe()})"))
     reset_device_peak(device)
-    model = _load(blueprint, checkpoint, reporter, measure_error=measure_error, losses=losses)
-    grown = _grow_vocabulary(model, blueprint)
-    _agree_on_the_end(model, blueprint.tokenizer.tokenizer)
+    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, losses=losses)
+    grown = _grow_vocabulary(model, load_plan)
+    _agree_on_the_end(model, load_plan.tokenizer.tokenizer)
     ahead = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
     found = [*grown, *([ahead] if ahead else [])]
     for note in found:
         reporter.report(Noted(message=note))
-    inventory = take_inventory(model, blueprint.layout.kept)
-    adapter = blueprint.adapter
+    inventory = take_inventory(model, load_plan.layout.unquantized)
+    adapter = load_plan.adapter
     return LoadedModel(
         model=model
         if adapter is None
-        else load_adapter(model, adapter, trainable=trains_adapter, num_rows=blueprint.num_own_rows),
-        tokenizer=blueprint.tokenizer.tokenizer,
-        new_token_ids=blueprint.tokenizer.new_token_ids,
-        source=blueprint.source,
+        else load_adapter(model, adapter, trainable=trains_adapter, num_rows=load_plan.num_own_rows),
+        tokenizer=load_plan.tokenizer.tokenizer,
+        new_token_ids=load_plan.tokenizer.new_token_ids,
+        source=load_plan.source,
         adapter=adapter,
-        config=blueprint.base,
+        config=load_plan.base,
         settings=settings,
         device=device,
-        dtype=blueprint.dtype,
-        attention=blueprint.attention,
-        layout=blueprint.layout,
+        dtype=load_plan.dtype,
+        attention=load_plan.attention,
+        layout=load_plan.layout,
         inventory=inventory,
-        errors=blueprint.layout.method.measured_errors(model) if measure_error else None,
-        unquantized_fits=fits_unquantized(blueprint.layout, blueprint.free_bytes),
+        errors=load_plan.layout.method.measured_errors(model) if measure_error else None,
+        unquantized_fits=fits_unquantized(load_plan.layout, load_plan.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_allocated_bytes(device),
-        notes=(*blueprint.notes, *found),
+        notes=(*load_plan.notes, *found),
     )
 
 
 def _load(
-    blueprint: Blueprint, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool, losses: Losses | None
+    load_plan: LoadPlan, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool, losses: Losses | None
 ) -> PreTrainedModel:
-    settings, device = blueprint.settings, blueprint.device
+    settings, device = load_plan.settings, load_plan.device
     compute = settings.quantization.compute_dtype
-    compute_dtype = blueprint.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
+    compute_dtype = load_plan.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
     model = load_weights(
-        blueprint.source,
+        load_plan.source,
         checkpoint,
-        blueprint.base,
-        blueprint.layout,
-        device_map=_device_map(blueprint),
-        quantization=quantization_config(blueprint.layout, compute_dtype, measure_error=measure_error, losses=losses),
-        attention=blueprint.attention,
+        load_plan.base,
+        load_plan.layout,
+        device_map=_device_map(load_plan),
+        quantization=quantization_config(load_plan.layout, compute_dtype, measure_error=measure_error, losses=losses),
+        attention=load_plan.attention,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
     )
-    if blueprint.layout.prequantized is not None:
-        compute_as_asked(model, blueprint.layout, compute_dtype)
+    if load_plan.layout.prequantized is not None:
+        compute_as_asked(model, load_plan.layout, compute_dtype)
     if settings.model.offload_embedding:
         bring_home(model)
-        if blueprint.layout.settings.method.is_quantized:
+        if load_plan.layout.settings.method.is_quantized:
             # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
             setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
         keep_on_host(embedding_of(model), device)
-    check_materialized(blueprint.source, model)
+    check_materialized(load_plan.source, model)
     return model
 
 
-def _read_headers(blueprint: Blueprint, reporter: Reporter) -> Checkpoint:
+def _read_headers(load_plan: LoadPlan, reporter: Reporter) -> Checkpoint:
     """Bring the weights' files here, and check that they are whole and of the planned shapes."""
-    fetch_weights(blueprint.source, reporter)
-    return _read_here(blueprint)
+    fetch_weights(load_plan.source, reporter)
+    return _read_here(load_plan)
 
 
-def check_weights(blueprint: Blueprint, reporter: Reporter) -> None:
+def check_weights(load_plan: LoadPlan, reporter: Reporter) -> None:
     """Check the weights as far as it can be known without reading or downloading them.
 
     Raises:
@@ -248,27 +248,27 @@ def check_weights(blueprint: Blueprint, reporter: Reporter) -> None:
         ModelNotFoundError: they are on the hub, which can't be asked or does not hand them out.
         DiskSpaceError: they are to be downloaded, and do not fit on the disk.
     """
-    pending = blueprint.source.pending
+    pending = load_plan.source.pending
     if pending is None or not check_download(pending.repository, pending.names, reporter):
-        _read_here(blueprint)
+        _read_here(load_plan)
 
 
-def _read_here(blueprint: Blueprint) -> Checkpoint:
-    checkpoint = read_checkpoint(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
-    check_for_transformers(blueprint.source.path, allow_pickle=blueprint.settings.model.allow_pickle)
+def _read_here(load_plan: LoadPlan) -> Checkpoint:
+    checkpoint = read_checkpoint(load_plan.source.path, allow_pickle=load_plan.settings.model.allow_pickle)
+    check_for_transformers(load_plan.source.path, allow_pickle=load_plan.settings.model.allow_pickle)
     if checkpoint.is_pickle:
         tensors = [check_pickle(file) for file in checkpoint.files]
         checkpoint = replace(checkpoint, tensors={name: one for part in tensors for name, one in part.items()})
-    check_shapes(blueprint.source, checkpoint, blueprint.shapes, blueprint.layout)
+    check_shapes(load_plan.source, checkpoint, load_plan.shapes, load_plan.layout)
     return checkpoint
 
 
-def _device_map(blueprint: Blueprint) -> dict[str, Any] | str:
-    if blueprint.layout.method.spills_to_host(blueprint.layout.settings):
+def _device_map(load_plan: LoadPlan) -> dict[str, Any] | str:
+    if load_plan.layout.method.spills_to_host(load_plan.layout.settings):
         return "auto"
-    if blueprint.settings.model.offload_embedding:
-        return offloading_map(blueprint.shapes, blueprint.device)
-    return {"": blueprint.device}
+    if load_plan.settings.model.offload_embedding:
+        return offloading_map(load_plan.shapes, load_plan.device)
+    return {"": load_plan.device}
 
 
 def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -281,14 +281,14 @@ def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _grow_vocabulary(model: PreTrainedModel, blueprint: Blueprint) -> list[str]:
-    before = blueprint.num_own_rows
+def _grow_vocabulary(model: PreTrainedModel, load_plan: LoadPlan) -> list[str]:
+    before = load_plan.num_own_rows
     if before is None:
         return []
-    needed = blueprint.num_rows
+    needed = load_plan.num_rows
     grow(model, needed)
     said = f"the embedding was grown from {before:,} to {needed:,} rows"
-    return [said if blueprint.adapter is None else f"{said}; without the adapter, no new token is predicted"]
+    return [said if load_plan.adapter is None else f"{said}; without the adapter, no new token is predicted"]
 
 
 def _check_measurable(layout: StoragePlan) -> None:

@@ -17,7 +17,7 @@ from qlora_cli import __version__
 from qlora_cli.errors import ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space
-from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.writing import fill_directory
@@ -27,7 +27,7 @@ SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 
-def check_savable(planned: Blueprint | LoadedModel, directory: Path) -> None:
+def check_savable(planned: LoadPlan | LoadedModel, directory: Path) -> None:
     """Check that there is a quantized base to write, and room for it on the disk of `directory`.
 
     Raises:
@@ -100,7 +100,7 @@ def _note(loaded: LoadedModel) -> dict[str, Any]:
         "commit": loaded.source.commit,
         "dtype": loaded.dtype.name,
         "quantization": loaded.settings.quantization.model_dump(mode="json"),
-        "kept_in_16_bit": sorted(loaded.layout.kept),
+        "kept_in_16_bit": sorted(loaded.layout.unquantized),
         "quantized_experts": list(loaded.layout.experts),
         "versions": {name: version(name) for name in ("bitsandbytes", "torch", "transformers")},
     }

@@ -46,7 +46,7 @@ def quantization_config(
         return None
     return layout.method.config(
         layout.settings,
-        kept=sorted(layout.kept),
+        unquantized=sorted(layout.unquantized),
         experts=layout.experts,
         compute_dtype=compute_dtype,
         measure_error=measure_error,

@@ -11,15 +11,15 @@ from qlora_cli.quantization.methods import stored_weight
 from qlora_cli.quantization.methods.skip_modules import HEAD, ROUTER_NAME, holds_experts
 
 
-def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:
-    """Return the inventory of a loaded model; `kept` says why a linear layer is not quantized, by full name."""
+def take_inventory(model: nn.Module, unquantized: Mapping[str, str]) -> Inventory:
+    """Return the inventory of a loaded model; `unquantized` says why a linear layer is not quantized, by full name."""
     tables: set[int] = set()  # code tables may be shared between weights
     entries = []
     for name, module, parameter in parameters_once(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
         constants = sum(tensor.nbytes for tensor in stored.constants if tensor.data_ptr() not in tables)
         tables |= {tensor.data_ptr() for tensor in stored.constants}
-        kind, why_not = classify(name, module, len(stored.shape), kept)
+        kind, why_not = classify(name, module, len(stored.shape), unquantized)
         entries.append(
             WeightEntry(
                 name=name,
@@ -34,21 +34,21 @@ def take_inventory(model: nn.Module, kept: Mapping[str, str]) -> Inventory:
     return Inventory(entries=tuple(entries), buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()))
 
 
-def classify(name: str, module: nn.Module, num_dims: int, kept: Mapping[str, str]) -> tuple[str, str | None]:
+def classify(name: str, module: nn.Module, num_dims: int, unquantized: Mapping[str, str]) -> tuple[str, str | None]:
     """Return the kind of a weight, and why it is not quantized; None for one that could be."""
     owner = name.rpartition(".")[0]
     if isinstance(module, nn.Embedding):
         return "embedding", "looked up, not multiplied"
     if num_dims < 2 or name.endswith("bias"):
         return "norms, biases, vectors", "small"
-    if reason := kept.get(owner):
+    if reason := unquantized.get(owner):
         return ("output head" if reason == HEAD else "linear layers"), reason
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return "convolutions", "no matrix product"
     if ROUTER_NAME.search(owner):
         return "routers", "router"
     if holds_experts(name, module, num_dims):
-        return "experts", kept.get(name)
+        return "experts", unquantized.get(name)
     if isinstance(module, nn.Linear | Conv1D):
         return "linear layers", None
     return "other weights", "no linear layer"

@@ -70,17 +70,17 @@ class Prequantized:
     config: Mapping[str, Any]
 
     @property
-    def kept(self) -> list[str] | None:
+    def unquantized(self) -> list[str] | None:
         """The modules that are not quantized, if it names any."""
-        kept: list[str] | None = self.config.get(method_of(self.method).kept_key)
-        return kept
+        unquantized: list[str] | None = self.config.get(method_of(self.method).kept_key)
+        return unquantized
 
     def renamed(self, rename: Callable[[str], str]) -> "Prequantized":
         """Return the same with the modules that are not quantized by the names that `rename` gives them."""
-        if not self.kept:
+        if not self.unquantized:
             return self
         kept_key = method_of(self.method).kept_key
-        return replace(self, config={**self.config, kept_key: [rename(name) for name in self.kept]})
+        return replace(self, config={**self.config, kept_key: [rename(name) for name in self.unquantized]})
 
 
 def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | None:

@@ -13,7 +13,7 @@ OTHER_VERSION = "Are config.json and the weights of one version? Get the model a
 class RefusedWeights:
     """The `errors` that quantizing raised, by the full name of the weight.
 
-    transformers goes on after an error of a conversion, and keeps only its text. Copies are the same object:
+    transformers continues after an error of a conversion, and keeps only its text. Copies are the same object:
     transformers copies a config that it is given.
     """
 
@@ -23,8 +23,8 @@ class RefusedWeights:
         return self
 
     @contextmanager
-    def kept(self, name: str) -> Iterator[None]:
-        """Keep the error that is raised over the weight `name`, and pass it on."""
+    def recording(self, name: str) -> Iterator[None]:
+        """Record the error that is raised over the weight `name`, and pass it on."""
         try:
             yield
         except ModelError as error:

@@ -25,9 +25,9 @@ from qlora_cli.quantization.methods.method import Method
 from qlora_cli.quantization.methods.skip_modules import (
     fused_experts,
     has_part,
-    kept_layers,
     linear_layers,
     tied_weights,
+    unquantized_layers,
 )
 from qlora_cli.quantization.prequantized import Prequantized
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_flag
@@ -37,15 +37,15 @@ from qlora_cli.units import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class StoragePlan:
-    """How the weights of a model are stored. `kept` are the linear layers and fused experts that are not quantized,
-    by full name with the reason.
+    """How the weights of a model are stored. `unquantized` are linear layers and fused experts, by full name with the
+    reason.
 
     `experts` are the full names of fused experts that are quantized; `prequantized`, that all comes so.
     """
 
     settings: QuantizationSettings
     dtype: torch.dtype
-    kept: Mapping[str, str]
+    unquantized: Mapping[str, str]
     experts: tuple[str, ...]
     prequantized: Prequantized | None
     inventory: Inventory
@@ -120,36 +120,41 @@ def plan_layout(
     """
     method = method_of(settings.method)
     if prequantized is not None:
-        kept = _kept_as_stored(model, prequantized.kept)
+        unquantized = _unquantized_as_stored(model, prequantized.unquantized)
         experts = tuple(prequantized.config.get("quantized_parameters") or ())
-        kept |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
-        _check_skipped(model, settings.skip_modules, kept)
-        _check_tied(model, kept)
-        _check_restorable(model, prequantized, kept, device)
+        unquantized |= {name: "as stored" for name, _ in fused_experts(model) if name not in experts}
+        _check_skipped(model, settings.skip_modules, unquantized)
+        _check_tied(model, unquantized)
+        _check_restorable(model, prequantized, unquantized, device)
     elif not settings.method.is_quantized:
-        kept, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
+        unquantized, experts = {name: "not asked for" for name, _ in linear_layers(model)}, ()
     else:
-        kept = kept_layers(model, settings.skip_modules)
+        unquantized = unquantized_layers(model, settings.skip_modules)
         _check_matches(model, settings.skip_modules or ())
-        kept = {**method.unstorable(model, device), **kept}
-        experts = tuple(name for name, _ in fused_experts(model) if name not in kept)
+        unquantized = {**method.unstorable(model, device), **unquantized}
+        experts = tuple(name for name, _ in fused_experts(model) if name not in unquantized)
         if experts and not method.stores_experts:
             raise _no_place_for_experts(model, settings.method, experts)
-        if not experts and all(name in kept for name, _ in linear_layers(model)):
-            raise _nothing_to_quantize(model, settings.method, kept)
-    inventory = _predict(model, settings, kept, experts)
+        if not experts and all(name in unquantized for name, _ in linear_layers(model)):
+            raise _nothing_to_quantize(model, settings.method, unquantized)
+    inventory = _predict(model, settings, unquantized, experts)
     return StoragePlan(
-        settings=settings, dtype=dtype, kept=kept, experts=experts, prequantized=prequantized, inventory=inventory
+        settings=settings,
+        dtype=dtype,
+        unquantized=unquantized,
+        experts=experts,
+        prequantized=prequantized,
+        inventory=inventory,
     )
 
 
-def _kept_as_stored(model: PreTrainedModel, named: list[str] | None) -> dict[str, str]:
+def _unquantized_as_stored(model: PreTrainedModel, named: list[str] | None) -> dict[str, str]:
     """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with.
 
     `named` are the modules that its config says so of.
     """
     patterns = HfQuantizer.get_modules_to_not_convert(model, named, list(model._keep_in_fp32_modules or ()))
-    reasons = kept_layers(model, None)
+    reasons = unquantized_layers(model, None)
     return {
         name: reasons.get(name, "as stored")
         for name, module in linear_layers(model)
@@ -169,9 +174,9 @@ def _check_matches(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
             )
 
 
-def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: Mapping[str, str]) -> None:
-    wanted = [name for name, reason in kept_layers(model, asked).items() if reason == "as asked"]
-    if packed := [name for name in wanted if name not in kept]:
+def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, unquantized: Mapping[str, str]) -> None:
+    wanted = [name for name, reason in unquantized_layers(model, asked).items() if reason == "as asked"]
+    if packed := [name for name in wanted if name not in unquantized]:
         raise ModelError(
             f"{','.join(asked or ())} are to be kept, but the checkpoint holds {packed[0]} quantized",
             hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
@@ -179,10 +184,10 @@ def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, kept: 
         )
 
 
-def _check_tied(model: PreTrainedModel, kept: Mapping[str, str]) -> None:
+def _check_tied(model: PreTrainedModel, unquantized: Mapping[str, str]) -> None:
     """Check that no layer is stored as quantized that is one weight with the embedding: it has no codes to read."""
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    if wrong := [name for name, _ in linear_layers(model) if name in tied and name not in kept]:
+    if wrong := [name for name, _ in linear_layers(model) if name in tied and name not in unquantized]:
         raise ModelError(
             f"the checkpoint can't be used: it has {wrong[0]} quantized, which is one weight with the embedding",
             hint=f"Write it again with {wrong[0]} among llm_int8_skip_modules, or give the 16-bit model.",
@@ -190,10 +195,10 @@ def _check_tied(model: PreTrainedModel, kept: Mapping[str, str]) -> None:
 
 
 def _check_restorable(
-    model: PreTrainedModel, prequantized: Prequantized, kept: Mapping[str, str], device: torch.device
+    model: PreTrainedModel, prequantized: Prequantized, unquantized: Mapping[str, str], device: torch.device
 ) -> None:
     unstorable = method_of(prequantized.method).unstorable(model, device)
-    wrong = [(name, reason) for name, reason in unstorable.items() if name not in kept]
+    wrong = [(name, reason) for name, reason in unstorable.items() if name not in unquantized]
     if wrong:
         name, reason = wrong[0]
         raise ModelError(
@@ -215,8 +220,8 @@ def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts:
     )
 
 
-def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, kept: Mapping[str, str]) -> ModelError:
-    reasons = sorted(set(kept.values()))
+def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, unquantized: Mapping[str, str]) -> ModelError:
+    reasons = sorted(set(unquantized.values()))
     return ModelError(
         f"nothing of {type(model).__name__} can be stored in {method.value}: "
         f"{'; '.join(reasons) or 'it has no linear layer'}",
@@ -227,18 +232,18 @@ def _nothing_to_quantize(model: PreTrainedModel, method: Quantization, kept: Map
 def _predict(
     model: PreTrainedModel,
     settings: QuantizationSettings,
-    kept: Mapping[str, str],
+    unquantized: Mapping[str, str],
     experts: tuple[str, ...],
 ) -> Inventory:
     entries: list[WeightEntry] = []
     for name, module, parameter in parameters_once(model):
-        kind, why_not = classify(name, module, parameter.dim(), kept)
+        kind, why_not = classify(name, module, parameter.dim(), unquantized)
         is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
         if name in experts or is_linear:
             shape = parameter.T.shape if isinstance(module, Conv1D) else parameter.shape  # that one is (in, out)
             entries.append(method_of(settings.method).entry(name, kind, shape, parameter.dtype, settings))
         else:
-            entries.append(_unquantized(model, name, kind, why_not, parameter))
+            entries.append(_unquantized_entry(model, name, kind, why_not, parameter))
     buffer_bytes = sum(
         buffer.numel() * _stored_dtype(model, name, buffer).itemsize for name, buffer in model.named_buffers()
     )
@@ -251,7 +256,7 @@ def _stored_dtype(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> to
     return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), tensor.dtype)
 
 
-def _unquantized(
+def _unquantized_entry(
     model: PreTrainedModel, name: str, kind: str, why_not: str | None, parameter: nn.Parameter
 ) -> WeightEntry:
     dtype = _stored_dtype(model, name, parameter)

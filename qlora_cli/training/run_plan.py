@@ -16,7 +16,7 @@ from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.push import check_push
-from qlora_cli.loading.load_plan import Blueprint, check_placement, plan_found
+from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
@@ -58,7 +58,7 @@ class SettledRun:
 
     asked: Resolved[TrainSettings]
     resolved: Resolved[TrainSettings]
-    blueprint: Blueprint
+    load_plan: LoadPlan
     rows: TrainingData
     outlook: Outlook | None
     resume: Resume | None
@@ -120,10 +120,10 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     except QloraError as error:
         told = with_data_errors(error, asked)
         raise told from (None if told is error else error)
-    resolved, blueprint, resume = model.resolved, model.blueprint, model.resume
+    resolved, load_plan, resume = model.resolved, model.load_plan, model.resume
     settings = resolved.settings
-    check_before_data(resolved, blueprint, reporter)
-    rows = _prepare_data(settings, blueprint, reporter)
+    check_before_data(resolved, load_plan, reporter)
+    rows = _prepare_data(settings, load_plan, reporter)
     num_steps = num_optimizer_steps(settings, None if rows.train.stream is not None else len(rows.train.dataset))
     if resume is not None:
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
@@ -132,9 +132,9 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
-        blueprint=blueprint,
+        load_plan=load_plan,
         rows=rows,
-        outlook=_check_memory(settings, blueprint, rows, reporter, force=force),
+        outlook=_check_memory(settings, load_plan, rows, reporter, force=force),
         resume=resume,
         num_steps=num_steps,
         started=started,
@@ -149,7 +149,7 @@ class _SettledModel:
     """The model of a run, the settings as its files settle them, and the earlier run that goes on."""
 
     resolved: Resolved[TrainSettings]
-    blueprint: Blueprint
+    load_plan: LoadPlan
     resume: Resume | None
 
 
@@ -163,19 +163,19 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     model = find(asked.settings.model, reporter)
     resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
     settings = resolved.settings
-    blueprint = plan_found(model, settings, reporter)
-    _check_head_is_whole(blueprint)
-    if blueprint.adapter is not None and (refusal := why_not_trained_on(blueprint.adapter, blueprint.shapes)):
+    load_plan = plan_outlined(model, settings, reporter)
+    _check_head_is_whole(load_plan)
+    if load_plan.adapter is not None and (refusal := why_not_trained_on(load_plan.adapter, load_plan.shapes)):
         raise refusal
     if resume is not None:
-        trains_given = blueprint.source.adapter is not None
-        digest = base_digest(blueprint.source.path)
+        trains_given = load_plan.source.adapter is not None
+        digest = base_digest(load_plan.source.path)
         note_resume(resume, settings, reporter, trains_given_adapter=trains_given, digest=digest)
-        check_base(resume, digest, blueprint.dtype.name.value)
+        check_base(resume, digest, load_plan.dtype.name.value)
         if settings.training.max_steps is not None:  # else rows are counted first
             check_length(resume, settings, settings.training.max_steps)
-    check_hardware(settings.quantization, settings.training, blueprint.device)
-    return _SettledModel(resolved=resolved, blueprint=blueprint, resume=resume)
+    check_hardware(settings.quantization, settings.training, load_plan.device)
+    return _SettledModel(resolved=resolved, load_plan=load_plan, resume=resume)
 
 
 def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
@@ -184,9 +184,9 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     Raises:
         QloraError: of the kind that fits what is wrong.
     """
-    resolved, blueprint, rows = settled.resolved, settled.blueprint, settled.rows
+    resolved, load_plan, rows = settled.resolved, settled.load_plan, settled.rows
     settings = resolved.settings
-    loaded = load_planned(blueprint, reporter, trains_adapter=True, lora=settings.lora)
+    loaded = load_planned(load_plan, reporter, trains_adapter=True, lora=settings.lora)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings.lora, reporter)
@@ -207,7 +207,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
         plan=plan,
         outlook=settled.outlook,
         resume=settled.resume,
-        end_ids=blueprint.tokenizer.end_ids,
+        end_ids=load_plan.tokenizer.end_ids,
         started=settled.started,
     )
 
@@ -248,19 +248,19 @@ def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -
 
 def _check_memory(
     settings: TrainSettings,
-    blueprint: Blueprint,
+    load_plan: LoadPlan,
     data: TrainingData,
     reporter: Reporter,
     *,
     force: bool,
 ) -> Outlook | None:
-    gpu = gpu_at_hand(blueprint)
+    gpu = gpu_at_hand(load_plan)
     if gpu is None:
         return None
     longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
     if settings.data.streaming:  # longer rows than the first may come
         longest = settings.data.max_length
-    return check_memory(settings, blueprint, gpu, reporter, longest_row_tokens=longest, force=force)
+    return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force)
 
 
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
@@ -274,13 +274,13 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
     return model
 
 
-def _check_head_is_whole(blueprint: Blueprint) -> None:
+def _check_head_is_whole(load_plan: LoadPlan) -> None:
     """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
-    shapes, layout = blueprint.shapes, blueprint.layout
+    shapes, layout = load_plan.shapes, load_plan.layout
     for name, module in linear_layers(shapes):
-        if module is shapes.get_output_embeddings() and name not in layout.kept:
+        if module is shapes.get_output_embeddings() and name not in layout.unquantized:
             raise ModelError(
-                f"{blueprint.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
+                f"{load_plan.source.base_name} can't be trained on: its head, {name}, is quantized, and the loss is "
                 "computed from its weight directly",
                 hint="Give the 16-bit model, which is quantized without its head.",
             )
@@ -295,8 +295,8 @@ def batch_arithmetic(plan: TrainPlan) -> str:
     )
 
 
-def _prepare_data(settings: TrainSettings, blueprint: Blueprint, reporter: Reporter) -> TrainingData:
-    data, tokenizer = settings.data, blueprint.tokenizer
+def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Reporter) -> TrainingData:
+    data, tokenizer = settings.data, load_plan.tokenizer
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
     found = prepare_data(data, text, seed=settings.training.seed)

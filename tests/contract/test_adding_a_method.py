@@ -48,16 +48,16 @@ class FixedLinear(nn.Linear):
         return linear(rows, self.weight.to(rows.dtype) / STEPS, self.bias)
 
 
-def replace(model, kept):
+def replace(model, unquantized):
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name not in kept:
+        if type(module) is nn.Linear and name not in unquantized:
             model.set_submodule(name, FixedLinear(module))
 
 
 @register_quantization_config("qlora_fixed")
 class FixedConfig(QuantizationConfigMixin):
-    def __init__(self, kept=(), **_):
-        self.quant_method, self.kept = "qlora_fixed", list(kept)
+    def __init__(self, unquantized=(), **_):
+        self.quant_method, self.unquantized = "qlora_fixed", list(unquantized)
 
 
 @register_quantizer("qlora_fixed")
@@ -68,7 +68,7 @@ class FixedQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        replace(model, self.quantization_config.kept)
+        replace(model, self.quantization_config.unquantized)
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, leaf = get_module_from_name(model, param_name)
@@ -99,12 +99,12 @@ class Fixed(Method):
             return None
         return StoredWeight(shape=parameter.shape, dtype=torch.float32)
 
-    def config(self, settings, *, kept, **_):
-        return FixedConfig(kept)
+    def config(self, settings, *, unquantized, **_):
+        return FixedConfig(unquantized)
 
-    def store_on_meta(self, model, settings, dtype, *, kept, experts, compute_dtype):
-        replace(model, kept)
-        model.config.quantization_config = FixedConfig(kept)
+    def store_on_meta(self, model, settings, dtype, *, unquantized, experts, compute_dtype):
+        replace(model, unquantized)
+        model.config.quantization_config = FixedConfig(unquantized)
 
     def allocations(self, entry, settings, dtype, num_pieces):
         yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=WeightPart.WEIGHT, is_kept=False)

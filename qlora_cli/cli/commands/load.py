@@ -35,10 +35,10 @@ def load(context: typer.Context, json: options.Json = False) -> None:
         from qlora_cli.loading.save import check_savable, save_quantized
 
         start = time.monotonic()
-        blueprint = plan_load(resolved, reporter)
+        load_plan = plan_load(resolved, reporter)
         if save is not None:
-            check_savable(blueprint, save)
-        loaded = load_planned(blueprint, reporter, measure_error=error, started=start)
+            check_savable(load_plan, save)
+        loaded = load_planned(load_plan, reporter, measure_error=error, started=start)
         report = loaded.report()
         if save is not None:
             num_bytes = save_quantized(loaded, save, reporter)

@@ -88,16 +88,16 @@ def store_few_layers(
 
     There is no stack, and nothing is reduced, with `whole` or where the structure of the model shows none.
     """
-    marks = {**layout.kept, **dict.fromkeys(layout.experts, "quantized")}
+    marks = {**layout.unquantized, **dict.fromkeys(layout.experts, "quantized")}
     stack = None if whole else find_stack(model, marks)
     chosen = tuple(representatives(stack.kinds)) if stack else ()
-    unquantized, experts = tuple(layout.kept), layout.experts
+    unquantized, experts = tuple(layout.unquantized), layout.experts
     if stack:
         reduce_to(model, stack, chosen)
         unquantized, experts = _renamed_all(unquantized, stack, chosen), _renamed_all(experts, stack, chosen)
     # For a checkpoint that is quantized already, `layout.settings` are its own.
     layout.method.store_on_meta(
-        model, layout.settings, layout.dtype, kept=unquantized, experts=experts, compute_dtype=compute_dtype
+        model, layout.settings, layout.dtype, unquantized=unquantized, experts=experts, compute_dtype=compute_dtype
     )
     return stack, chosen
 

@@ -101,7 +101,7 @@ def check_nf4(base: Path, *, trust_remote_code: bool, device: Device) -> tuple[s
         notes.append(
             "the experts are quantized too, which transformers has no way to load: the NF4 checkpoint needs qlora"
         )
-    reasons = sorted({reason for reason in layout.kept.values() if reason != HEAD})
+    reasons = sorted({reason for reason in layout.unquantized.values() if reason != HEAD})
     if reasons:
         more = ", …" if len(reasons) > MOST_REASONS else ""
         notes.append(f"not all layers are quantized in NF4: {', '.join(reasons[:MOST_REASONS])}{more}")

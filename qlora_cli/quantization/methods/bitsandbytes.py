@@ -19,14 +19,14 @@ def is_stored_by(key: str, quant_method: str, config: Mapping[str, Any]) -> bool
     return quant_method == BITSANDBYTES and bool(config.get(key))
 
 
-def replace_layers(model: PreTrainedModel, kept: list[str], config: BitsAndBytesConfig) -> list[nn.Module]:
-    """Replace the linear layers of `model` that are not `kept` by those of bitsandbytes; return these, still empty.
+def replace_layers(model: PreTrainedModel, unquantized: list[str], config: BitsAndBytesConfig) -> list[nn.Module]:
+    """Replace the linear layers of `model`, but for `unquantized`, by empty ones of bitsandbytes; return these.
 
     `model` is on the meta device, and says afterwards what PEFT and the trainer ask a quantized model for.
     """
     linears = dict(linear_layers(model))
-    if set(linears) - set(kept):
-        replace_with_bnb_linear(model, kept, config)
+    if set(linears) - set(unquantized):
+        replace_with_bnb_linear(model, unquantized, config)
     replaced: list[nn.Module] = []
     for name, before in linears.items():
         layer = model.get_submodule(name)

@@ -144,7 +144,7 @@ class FourBitMethod(Method):
         self,
         settings: QuantizationSettings,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
         measure_error: bool = False,
@@ -157,7 +157,7 @@ class FourBitMethod(Method):
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_quant_storage=STORAGE_DTYPES[settings.quant_storage],
-            llm_int8_skip_modules=list(kept),
+            llm_int8_skip_modules=list(unquantized),
             quantized_parameters=list(experts),
             measure_error=measure_error,
             losses=losses,
@@ -243,13 +243,13 @@ class FourBitMethod(Method):
         settings: QuantizationSettings,
         dtype: torch.dtype,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
     ) -> None:
         """Replace the linear layers and fused experts of `model` by packed codes with their constants."""
-        config = self.config(settings, kept=kept, experts=experts, compute_dtype=compute_dtype)
-        for layer in replace_layers(model, list(kept), config):
+        config = self.config(settings, unquantized=unquantized, experts=experts, compute_dtype=compute_dtype)
+        for layer in replace_layers(model, list(unquantized), config):
             assert isinstance(layer, bnb.Linear4bit)
             layer.weight, layer.quant_state = _packed(layer.weight.shape, settings, dtype, layer)
         for name in experts:

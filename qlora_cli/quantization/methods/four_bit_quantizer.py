@@ -183,7 +183,7 @@ class _Quantize(ConversionOps):
         return {name: self._convert(kwargs["model"], name, value) for name, value in input_dict.items()}
 
     def _convert(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
-        with self._config.refused.kept(name):
+        with self._config.refused.recording(name):
             return self._quantized(model, name, value)
 
     def _quantized(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
@@ -241,7 +241,7 @@ class _QuantizeExperts(ConversionOps):
             for index in range(shape[0]):
                 yield stacked(slice(index, index + 1))
 
-        with self._config.refused.kept(full_layer_name):
+        with self._config.refused.recording(full_layer_name):
             _check_number(num_experts, shape[0])
             return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
 

@@ -104,7 +104,7 @@ class _QuantizeRows(ConversionOps):
         return {name: self._convert(kwargs["model"], name, value) for name, value in input_dict.items()}
 
     def _convert(self, model: PreTrainedModel, name: str, value: Any) -> Int8Params:
-        with self._refused.kept(name):
+        with self._refused.recording(name):
             return _quantized(model, name, value)
 
 
@@ -222,13 +222,13 @@ class Int8(Method):
         self,
         settings: QuantizationSettings,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         **_: Any,
     ) -> Int8Config:
         """Return what `Int8Quantizer` goes by."""
         return Int8Config(
             llm_int8_threshold=settings.int8_threshold,
-            llm_int8_skip_modules=list(kept),
+            llm_int8_skip_modules=list(unquantized),
             llm_int8_has_fp16_weight=settings.int8_has_fp16_weight,
             llm_int8_enable_fp32_cpu_offload=settings.int8_cpu_offload,
         )
@@ -335,14 +335,14 @@ class Int8(Method):
         settings: QuantizationSettings,
         dtype: torch.dtype,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
     ) -> None:
         """Replace the linear layers of `model` by those that multiply in 8 bit."""
         assert not experts, "planned without"
-        config = self.config(settings, kept=kept)
-        for layer in replace_layers(model, list(kept), config):
+        config = self.config(settings, unquantized=unquantized)
+        for layer in replace_layers(model, list(unquantized), config):
             shape = layer.weight.shape
             assert isinstance(shape, torch.Size)
             if settings.int8_has_fp16_weight:

@@ -156,7 +156,7 @@ class Method(ABC):
         self,
         settings: QuantizationSettings,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
         measure_error: bool = False,
@@ -164,7 +164,7 @@ class Method(ABC):
     ) -> QuantizationConfigMixin | None:
         """Return what `from_pretrained` takes; None to load weights as they are.
 
-        `kept` are the layers that are not quantized, and `experts` the fused ones that are, by full name.
+        `unquantized` are the layers that are not quantized, and `experts` the fused ones that are, by full name.
         """
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
@@ -246,7 +246,7 @@ class Method(ABC):
         settings: QuantizationSettings,
         dtype: torch.dtype,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
     ) -> None:

@@ -45,7 +45,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
             yield name, module
 
 
-def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[str, str]:
+def unquantized_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[str, str]:
     """Return the linear layers and fused experts of `model` that stay unquantized, by full name, with the reason.
 
     `asked` are names or parts of names, dot to dot, that the user wants kept too.
@@ -53,19 +53,19 @@ def kept_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[s
     asked = asked or ()
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
-    kept = {name: "as asked" for name, _ in fused_experts(model) if has_part(name, asked)}
+    unquantized = {name: "as asked" for name, _ in fused_experts(model) if has_part(name, asked)}
     for name, module in linear_layers(model):
         if module is head or name in tied:
-            kept[name] = HEAD
+            unquantized[name] = HEAD
         elif reason := _reason(name):
-            kept[name] = reason
+            unquantized[name] = reason
         elif type(module) not in (nn.Linear, Conv1D):  # with a forward of its own, which reads the weight
-            kept[name] = f"a {type(module).__name__}, no plain linear layer"
+            unquantized[name] = f"a {type(module).__name__}, no plain linear layer"
         elif _is_kept_in_fp32(model, name):
-            kept[name] = "kept in fp32 by its architecture"
+            unquantized[name] = "kept in fp32 by its architecture"
         elif has_part(name, asked):
-            kept[name] = "as asked"
-    return kept
+            unquantized[name] = "as asked"
+    return unquantized
 
 
 def has_part(name: str, parts: Iterable[str]) -> bool:

@@ -37,7 +37,7 @@ class Unquantized(Method):
         settings: QuantizationSettings,
         dtype: torch.dtype,
         *,
-        kept: Sequence[str],
+        unquantized: Sequence[str],
         experts: Sequence[str],
         compute_dtype: torch.dtype,
     ) -> None:

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.base_parameters import kept_in
+from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import as_trained, is_pissa
 from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.reader import fit, open_adapter
@@ -68,7 +68,7 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
     ends = ends_of(shapes)
     fitted = fit(open_adapter(directory, allow_pickle=False), shapes, loaded.config)
     written = as_trained(model, dict(fitted.adapter.values))
-    kept = kept_in(model)
+    kept = switched_parameters_in(model)
     wrong = (
         _changed_base(model, ends, loaded)
         or difference(parts_of(model), written)

@@ -18,7 +18,7 @@ from qlora_cli.adapters.targets import adapted_layers, target_modules
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.device import TORCH_DTYPES
-from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps
 from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
 from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
@@ -74,36 +74,36 @@ def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
     )
 
 
-def outline(blueprint: Blueprint, lora: LoraSettings) -> PeftModel:
+def outline(load_plan: LoadPlan, lora: LoraSettings) -> PeftModel:
     """Return the model of a run on the meta device, with the adapter that will be trained.
 
     Raises:
         ModelError: the model does not take the adapter.
     """
-    model = _as_stored(blueprint)
-    if blueprint.adapter is not None:
-        return _trained_on(model, blueprint.adapter)
+    model = _as_stored(load_plan)
+    if load_plan.adapter is not None:
+        return _trained_on(model, load_plan.adapter)
     if lora.init_lora_weights == LoraInit.LOFTQ:
-        plan_losses(blueprint.shapes, blueprint.layout, lora)
+        plan_losses(load_plan.shapes, load_plan.layout, lora)
     else:
         check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
     # There are no values here that it could begin with.
     without_values = varied(lora, init_lora_weights=LoraInit.DEFAULT)
-    attached, _ = attach_adapter(model, without_values, blueprint.tokenizer.new_token_ids)
+    attached, _ = attach_adapter(model, without_values, load_plan.tokenizer.new_token_ids)
     return attached
 
 
-def _as_stored(blueprint: Blueprint) -> PreTrainedModel:
-    layout, config = blueprint.layout, deepcopy(blueprint.base.config)
-    trusts = blueprint.settings.model.trust_remote_code
+def _as_stored(load_plan: LoadPlan) -> PreTrainedModel:
+    layout, config = load_plan.layout, deepcopy(load_plan.base.config)
+    trusts = load_plan.settings.model.trust_remote_code
     model = build_on_meta(config, layout.dtype, trust_remote_code=trusts)
-    model = with_rows(model, config, blueprint.num_rows, layout.dtype, trust_remote_code=trusts)
-    asked = blueprint.settings.quantization.compute_dtype
+    model = with_rows(model, config, load_plan.num_rows, layout.dtype, trust_remote_code=trusts)
+    asked = load_plan.settings.quantization.compute_dtype
     layout.method.store_on_meta(
         model,
         layout.settings,
         layout.dtype,
-        kept=tuple(layout.kept),
+        unquantized=tuple(layout.unquantized),
         experts=layout.experts,
         compute_dtype=layout.dtype if asked == Dtype.AUTO else TORCH_DTYPES[asked],
     )

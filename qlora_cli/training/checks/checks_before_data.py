@@ -11,7 +11,7 @@ from qlora_cli.data.tokenizing.encode import TextTokenizer, try_rows
 from qlora_cli.data.tokenizing.store import check_writable
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporter
-from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import check_weights
 from qlora_cli.settings.collected import INPUT_IS_WRONG, Collected
 from qlora_cli.settings.models import TrainSettings
@@ -34,7 +34,7 @@ def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> Qlora
     return wrong.error or error
 
 
-def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, reporter: Reporter) -> None:
+def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, reporter: Reporter) -> None:
     """Check the data on this disk, the adapter, the weights and the room for what will be written.
 
     Raises:
@@ -42,19 +42,19 @@ def check_before_data(resolved: Resolved[TrainSettings], blueprint: Blueprint, r
     """
     settings, wrong = resolved.settings, Collected(resolved.where_of)
     text = TextTokenizer(
-        tokenizer=blueprint.tokenizer.tokenizer, end_ids=blueprint.tokenizer.end_ids, reporter=reporter
+        tokenizer=load_plan.tokenizer.tokenizer, end_ids=load_plan.tokenizer.end_ids, reporter=reporter
     )
     look = partial(try_rows, settings=settings.data, text=text)
     wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk, check_rows=look))
-    with wrong.about(TARGETS if blueprint.adapter is None else MODEL):
-        adapted = outline(blueprint, settings.lora)
+    with wrong.about(TARGETS if load_plan.adapter is None else MODEL):
+        adapted = outline(load_plan, settings.lora)
         with wrong.about(OUTPUT):
             sizes_of(adapted, settings.training.optimizer).check_room(settings)
     if settings.training.use_liger_kernel:
         with wrong.about("training.use_liger_kernel"):
-            check_liger(blueprint.base.config.model_type)
+            check_liger(load_plan.base.config.model_type)
     with wrong.about(MODEL):
-        check_weights(blueprint, reporter)
+        check_weights(load_plan, reporter)
     with wrong.about(DATASET):
         check_writable()
     wrong.raise_found()

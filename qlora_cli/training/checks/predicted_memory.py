@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
@@ -20,13 +20,13 @@ from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, Tr
 from qlora_cli.units import format_bytes
 
 
-def gpu_at_hand(blueprint: Blueprint) -> Gpu | None:
+def gpu_at_hand(load_plan: LoadPlan) -> Gpu | None:
     """Return the GPU of a run with what is free on it now; None for a run on the CPU."""
-    if blueprint.device.type != "cuda":
+    if load_plan.device.type != "cuda":
         return None
     gpu = find_gpu("auto")
     # What is free is counted beside our own CUDA context, which is there by now.
-    return replace(gpu, total_bytes=min(gpu.total_bytes, blueprint.free_bytes + gpu.context_bytes))
+    return replace(gpu, total_bytes=min(gpu.total_bytes, load_plan.free_bytes + gpu.context_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Outlook:
 
 def check_memory(
     settings: TrainSettings,
-    blueprint: Blueprint,
+    load_plan: LoadPlan,
     gpu: Gpu,
     reporter: Reporter,
     *,
@@ -62,9 +62,9 @@ def check_memory(
     Raises:
         OutOfMemoryError: it can't fit, and is not forced to go on; with what would.
     """
-    asked = _as_asked(settings, blueprint, longest_row_tokens)
+    asked = _as_asked(settings, load_plan, longest_row_tokens)
     model = settings.model.name
-    source = blueprint.source
+    source = load_plan.source
     facts = ModelFacts(
         name=model,
         content=read_json(source.path / CONFIG),
@@ -98,11 +98,11 @@ def check_memory(
     return outlook
 
 
-def _as_asked(settings: TrainSettings, blueprint: Blueprint, longest_row_tokens: int) -> EstimateSettings:
+def _as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: int) -> EstimateSettings:
     """Return the settings that the run is loaded and trained with, for rows as long as the longest there is."""
     return EstimateSettings(
-        model=blueprint.settings.model,
-        quantization=blueprint.settings.quantization,
+        model=load_plan.settings.model,
+        quantization=load_plan.settings.quantization,
         lora=settings.lora,
         data=EstimateDataSettings(max_length=max(8, longest_row_tokens), packing=settings.data.packing),
         training=settings.training,

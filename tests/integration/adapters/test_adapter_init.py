@@ -246,7 +246,7 @@ def changing(llama: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Pat
 def test_training_on_is_refused_before_weights_are_read(changing: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(changing, rows, tmp_path / "run", quantization__method="none")
     if changing.name == "pissa":
-        assert settle_run(settings, Recorder()).blueprint.adapter is not None
+        assert settle_run(settings, Recorder()).load_plan.adapter is not None
         return
     with pytest.raises(ModelError, match="can't train on") as caught:
         settle_run(settings, Recorder())

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from qlora_cli.adapters.base_parameters import KeptParameters, kept_in
+from qlora_cli.adapters.base_parameters import SwitchedParameters, switched_parameters_in
 from qlora_cli.adapters.state import adapter_state, restore_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, TrainingError
@@ -230,7 +230,7 @@ def test_weights_of_the_base_that_a_tool_wrote_beside_take_their_places(
     merged = merge(other, output=tmp_path / "merged", dtype="fp32")
     assert all(torch.equal(merged.tensors[name], value) for name, value in values.items())
     model = model_of(ours(other, quantization__method=method))
-    assert isinstance(kept_in(model), KeptParameters)
+    assert isinstance(switched_parameters_in(model), SwitchedParameters)
     found = dict(model.get_base_model().named_parameters())
     assert all(torch.equal(found[name], value) for name, value in values.items())
     with model.disable_adapter():

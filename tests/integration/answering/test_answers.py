@@ -19,7 +19,7 @@ from qlora_cli.answering.open_model import open_model
 from qlora_cli.answering.prompts import Message, encode
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter, SilentReporter
-from qlora_cli.loading.load_plan import Blueprint
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
@@ -198,10 +198,10 @@ def loadings(monkeypatch: pytest.MonkeyPatch) -> list[Loading]:
     seen: list[Loading] = []
     models: list[weakref.ref[Any]] = []
 
-    def load_and_tell(blueprint: Blueprint, reporter: Reporter) -> LoadedModel:
+    def load_and_tell(load_plan: LoadPlan, reporter: Reporter) -> LoadedModel:
         num_others = len([model for model in models if model() is not None])
-        seen.append(Loading(blueprint.settings.quantization.method.value, blueprint.dtype.name.value, num_others))
-        loaded = load_planned(blueprint, reporter)
+        seen.append(Loading(load_plan.settings.quantization.method.value, load_plan.dtype.name.value, num_others))
+        loaded = load_planned(load_plan, reporter)
         models.append(weakref.ref(loaded.base))
         return loaded
 

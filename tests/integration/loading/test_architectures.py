@@ -93,7 +93,7 @@ def test_the_families_are_many_and_the_common_ones_are_among_them() -> None:
 
 
 def test_every_weight_is_quantized_or_kept_for_a_reason(loaded: LoadedModel) -> None:
-    kept = dict(loaded.layout.kept)
+    kept = dict(loaded.layout.unquantized)
     num_quantized = 0
     for name, module in linears(loaded.base).items():
         weight = module.weight
@@ -122,7 +122,7 @@ def is_small(name: str, loaded: LoadedModel) -> bool:
     return (
         name.endswith("bias")
         or loaded.base.get_parameter(name).dim() < 2
-        or name.rpartition(".")[0] in loaded.layout.kept
+        or name.rpartition(".")[0] in loaded.layout.unquantized
     )
 
 

@@ -69,8 +69,8 @@ CHANGES = [template_alone, tokenizer_without_template, more_tokens, added_tokens
 def test_a_load_says_it_once_on_the_way_and_in_its_notes(adapter: Path, change: object) -> None:
     assert callable(change)
     expected, recorder = change(adapter), Recorder()
-    blueprint = plan_load(asked_load(adapter), recorder)
-    assert [expected in note for note in blueprint.notes].count(True) == 1
+    load_plan = plan_load(asked_load(adapter), recorder)
+    assert [expected in note for note in load_plan.notes].count(True) == 1
     assert [expected in note for note in said(recorder)].count(True) == 1
 
 

@@ -213,7 +213,7 @@ def test_beside_it_stands_where_it_came_from_and_how(run_qlora: RunQlora, base_m
     assert note["quantization"]["double_quant"] is False
     assert note["dtype"] == "fp32"
     assert note["versions"] == {name: version(name) for name in ("bitsandbytes", "torch", "transformers")}
-    assert note["kept_in_16_bit"] == sorted(load(base_model).layout.kept)
+    assert note["kept_in_16_bit"] == sorted(load(base_model).layout.unquantized)
     assert {path.name for path in (tmp_path / "saved").iterdir()} >= {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }

@@ -112,12 +112,12 @@ def test_an_adapter_that_trains_on_is_predicted_as_it_is(tmp_path: Path, rows: P
     for name, lora in adapters.items():
         save_adapter(adapt(base, settings_of(**lora)), tmp_path / name)
         asked = train_settings(tmp_path / name, rows, tmp_path / "run")
-        blueprint = plan_load(asked, SilentReporter())
+        load_plan = plan_load(asked, SilentReporter())
         settings = asked.settings
         reporter = Recorder()
         with pytest.raises(OutOfMemoryError):
-            check_memory(settings, blueprint, card(1 << 20), reporter, longest_row_tokens=64, force=False)
-        found = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=64, force=False)
+            check_memory(settings, load_plan, card(1 << 20), reporter, longest_row_tokens=64, force=False)
+        found = check_memory(settings, load_plan, card(1 << 34), reporter, longest_row_tokens=64, force=False)
         assert found is not None
         assert reporter.events == []
         sizes.append(found.predicted.allocated_bytes)

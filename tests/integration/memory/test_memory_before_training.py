@@ -9,7 +9,7 @@ from bitsandbytes.functional import name2qmap
 from qlora_cli.cli.rendering.training_text import plan_rows
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, SilentReporter
-from qlora_cli.loading.load_plan import Blueprint, plan_load
+from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
@@ -33,13 +33,13 @@ def settings(base_model: Path, rows: Path, tmp_path: Path) -> TrainSettings:
 
 
 @pytest.fixture
-def blueprint(settings: TrainSettings) -> Blueprint:
+def load_plan(settings: TrainSettings) -> LoadPlan:
     return plan_load(made_in_code(settings), SilentReporter())
 
 
-def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, load_plan: LoadPlan) -> None:
     reporter = Recorder()
-    outlook = check_memory(settings, blueprint, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
+    outlook = check_memory(settings, load_plan, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)
     assert outlook is not None
     predicted = outlook.predicted
     assert predicted.fits == "yes"
@@ -48,18 +48,18 @@ def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, 
 
 
 def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(
-    settings: TrainSettings, blueprint: Blueprint
+    settings: TrainSettings, load_plan: LoadPlan
 ) -> None:
     with pytest.raises(OutOfMemoryError) as caught:
-        check_memory(settings, blueprint, card(MIB), Recorder(), longest_row_tokens=LENGTH, force=False)
+        check_memory(settings, load_plan, card(MIB), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert caught.value.exit_code == 3
     assert "1.00 MiB are there" in str(caught.value)
     assert "--force" in str(caught.value.hint)
 
 
-def test_force_continues_and_warns(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_force_continues_and_warns(settings: TrainSettings, load_plan: LoadPlan) -> None:
     reporter = Recorder()
-    outlook = check_memory(settings, blueprint, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
+    outlook = check_memory(settings, load_plan, card(MIB), reporter, longest_row_tokens=LENGTH, force=True)
     assert outlook is not None
     predicted = outlook.predicted
     assert predicted.fits == "no"
@@ -67,27 +67,27 @@ def test_force_continues_and_warns(settings: TrainSettings, blueprint: Blueprint
     assert note.level == "warning"
 
 
-def test_the_hint_names_flags_that_fit(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_the_hint_names_flags_that_fit(settings: TrainSettings, load_plan: LoadPlan) -> None:
     large = settings.model_copy(
         update={
             "training": settings.training.model_copy(update={"micro_batch_size": 16, "gradient_accumulation_steps": 1})
         }
     )
-    roomy = check_memory(large, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    roomy = check_memory(large, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
     one = settings.model_copy(update={"training": settings.training.model_copy(update={"micro_batch_size": 1})})
-    least = check_memory(one, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    least = check_memory(one, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert roomy is not None
     assert least is not None
     between = (roomy.predicted.allocated_bytes + least.predicted.allocated_bytes) // 2
     assert least.predicted.allocated_bytes < between < roomy.predicted.allocated_bytes
     with pytest.raises(OutOfMemoryError) as caught:
-        check_memory(large, blueprint, card(between), Recorder(), longest_row_tokens=LENGTH, force=False)
+        check_memory(large, load_plan, card(between), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert "--micro-batch-size" in str(caught.value.hint) or "--gradient-checkpointing" in str(caught.value.hint)
 
 
-def test_longer_rows_take_more(settings: TrainSettings, blueprint: Blueprint) -> None:
+def test_longer_rows_take_more(settings: TrainSettings, load_plan: LoadPlan) -> None:
     few, many = (
-        check_memory(settings, blueprint, card(1 << 34), Recorder(), longest_row_tokens=length, force=False)
+        check_memory(settings, load_plan, card(1 << 34), Recorder(), longest_row_tokens=length, force=False)
         for length in (16, 128)
     )
     assert few is not None
@@ -96,19 +96,19 @@ def test_longer_rows_take_more(settings: TrainSettings, blueprint: Blueprint) ->
 
 
 def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
-    settings: TrainSettings, blueprint: Blueprint
+    settings: TrainSettings, load_plan: LoadPlan
 ) -> None:
-    check_memory(settings, blueprint, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
+    check_memory(settings, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert all(levels.device.type != "meta" for levels in name2qmap.values())
-    load_planned(blueprint, SilentReporter())
+    load_planned(load_plan, SilentReporter())
 
 
 def test_without_a_gpu_nothing_is_predicted(
-    base_model: Path, rows: Path, tmp_path: Path, blueprint: Blueprint
+    base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan
 ) -> None:
-    if blueprint.device.type == "cuda":
+    if load_plan.device.type == "cuda":
         pytest.skip("a GPU is here")
-    assert gpu_at_hand(blueprint) is None
+    assert gpu_at_hand(load_plan) is None
     plan = prepare_run(train_settings(base_model, rows, tmp_path / "other"), Recorder()).plan
     assert plan.predicted_memory is None
     assert "GPU memory" not in dict(plan_rows(plan))

@@ -413,8 +413,8 @@ def test_memory_that_was_predicted_otherwise_is_told_with_what_it_is_for(
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", training__micro_batch_size=4)
     card = replace(find_gpu("RTX 4090"), total_bytes=1 << 34)
-    blueprint = plan_load(settings, Recorder())
-    outlook = check_memory(settings.settings, blueprint, card, Recorder(), longest_row_tokens=64, force=False)
+    load_plan = plan_load(settings, Recorder())
+    outlook = check_memory(settings.settings, load_plan, card, Recorder(), longest_row_tokens=64, force=False)
     assert outlook is not None
     prepared = prepare_run(settings, Recorder())
     prepared = replace(prepared, outlook=outlook, plan=replace(prepared.plan, predicted_memory=outlook.predicted))

@@ -35,10 +35,10 @@ def settings_of(model: Path, method: str) -> LoadSettings:
 def test_an_embedding_kept_on_the_host_is_whole_and_gives_the_same_logits(tmp_path: Path, method: str) -> None:
     settings = settings_of(save_model(tmp_path / "model"), method)
     expected = load_model(settings).base.eval()(input_ids=IDS).logits
-    blueprint = plan_load(made_in_code(settings), SilentReporter())
+    load_plan = plan_load(made_in_code(settings), SilentReporter())
     offloading = settings.model.model_copy(update={"offload_embedding": True})
     # Planning refuses this on a CPU, where it saves nothing; what loading does is the same on any device.
-    planned = dataclasses.replace(blueprint, settings=settings.model_copy(update={"model": offloading}))
+    planned = dataclasses.replace(load_plan, settings=settings.model_copy(update={"model": offloading}))
     model = load_planned(planned, SilentReporter()).base.eval()
     assert embedding_of(model).weight.device.type == "cpu"
     assert not [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]

@@ -373,10 +373,12 @@ def test_rows_that_end_within_a_block_stay_in_16_bit_on_a_cpu_and_not_on_a_gpu()
     model = build_on_meta(tiny_config("llama", intermediate_size=96), torch.bfloat16)
     down = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]  # rows of 96 weights
     on_cpu, on_gpu = plan(model, CPU), plan(model, CUDA)
-    assert set(on_cpu.kept) - set(on_gpu.kept) == set(down)
-    assert all("96" in on_cpu.kept[name] for name in down)
+    assert set(on_cpu.unquantized) - set(on_gpu.unquantized) == set(down)
+    assert all("96" in on_cpu.unquantized[name] for name in down)
     # 64 x 96 weights are 96 blocks, of which one block of constants is left over.
     in_4_bit = 64 * 96 // 2 + 96 + 4 + LEVELS_BYTES + NESTED_BYTES
     assert on_cpu.inventory.total_bytes - on_gpu.inventory.total_bytes == 2 * (2 * 64 * 96 - in_4_bit)
     for method in ("int8", "none"):
-        assert down[0] not in set(plan(model, CPU, method=method).kept) - set(plan(model, CUDA, method=method).kept)
+        assert down[0] not in set(plan(model, CPU, method=method).unquantized) - set(
+            plan(model, CUDA, method=method).unquantized
+        )

@@ -115,8 +115,8 @@ def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
             continue
         for num_pieces in (1, 4):
             taken = list(layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces))
-            kept = sum(allocation.num_bytes for allocation in taken if allocation.is_kept)
-            assert kept == entry.weight_bytes + entry.constant_bytes, entry.name
+            unquantized = sum(allocation.num_bytes for allocation in taken if allocation.is_kept)
+            assert unquantized == entry.weight_bytes + entry.constant_bytes, entry.name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +128,7 @@ def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: s
         model,
         layout.settings,
         layout.dtype,
-        kept=list(layout.kept),
+        unquantized=list(layout.unquantized),
         experts=layout.experts,
         compute_dtype=torch.bfloat16,
     )
