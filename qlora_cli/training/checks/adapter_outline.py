@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.adapter import attach_adapter, place_adapter
-from qlora_cli.adapters.base_parameters import kept_in
+from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import check_init
 from qlora_cli.adapters.loftq import plan_losses
 from qlora_cli.adapters.reader import Adapter
@@ -65,7 +65,7 @@ class FileSizes:
 def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
     """Return what is written of `model`, which may be on the meta device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = kept_in(model)
+    kept = switched_parameters_in(model)
     return FileSizes(
         adapter_bytes=4 * sum(parameter.numel() for parameter in trained) + (0 if kept is None else kept.frozen_bytes),
         optimizer_bytes=optimizer_steps(

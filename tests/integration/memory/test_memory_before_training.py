@@ -103,9 +103,7 @@ def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
     load_planned(load_plan, SilentReporter())
 
 
-def test_without_a_gpu_nothing_is_predicted(
-    base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan
-) -> None:
+def test_without_a_gpu_nothing_is_predicted(base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan) -> None:
     if load_plan.device.type == "cuda":
         pytest.skip("a GPU is here")
     assert gpu_at_hand(load_plan) is None
