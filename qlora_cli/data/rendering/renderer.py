@@ -5,7 +5,6 @@ a row itself is looked at only where contents may make a difference.
 """
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from qlora_cli.data.rendering.left_out import MAY_BE_LOST, WaysOut, ends_no_turn
 from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
 from qlora_cli.data.rendering.template_fit import THOUGHT_END, TemplateFit, find_fit, joined, missing
 from qlora_cli.data.rendering.turn_units import Unit, example_of, units_of
-from qlora_cli.data.rendering.value_marks import Value, What, mark
+from qlora_cli.data.rendering.value_marks import Value, What, mark, without_key
 from qlora_cli.data.rows.examples import PLAIN_KEYS, Conversation, RowError
 from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
@@ -77,7 +76,7 @@ class Renderer:
 
     Attributes:
         told: What was left out of rows that are used, and of how many.
-        told_keys: The keys of messages that no format knows, whose text was left out.
+        lost_keys: The keys of messages that no format knows, whose text was left out.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Renderer:
         reporter: Reporter | None = None,
     ) -> None:
         self.told: Counter[What] = Counter()
-        self.told_keys: set[str] = set()
+        self.lost_keys: set[str] = set()
         self._template = ChatTemplate(tokenizer, end_ids, trains_last=loss_on == LossOn.LAST, reporter=reporter)
         self._trains_all = loss_on == LossOn.ALL
         self._accepts_lost = accepts_lost
@@ -110,11 +109,24 @@ class Renderer:
         self._check(conversation, fit)
         return FittedTemplate(original=conversation, conversation=fit.form.apply(conversation), roles=roles, fit=fit)
 
-    def writes_key(self, key: str) -> bool:
-        """Whether the template may write what messages have under `key`, which no format knows."""
-        name = key.rpartition(".")[2]
-        asked = re.compile(rf"\.{re.escape(name)}\b|(\[|get\()\s*['\"]{re.escape(name)}['\"]")
-        return key not in self.told_keys and asked.search(self._template.source) is not None
+    def writes_key(self, key: str, rows: Sequence[Conversation]) -> bool:
+        """Whether the text of any of `rows` depends on a key that no format knows: `KEY` or `tool_calls.KEY`."""
+        return key not in self.lost_keys and any(self._depends_on(key, row) for row in rows)
+
+    def reads_variable(self, name: str) -> bool:
+        """Whether the template reads a variable of this name that a row may set."""
+        return self._template.variables is None or name in self._template.variables
+
+    def _depends_on(self, key: str, row: Conversation) -> bool:
+        try:
+            form = self.fit(row).fit.form
+            text = self._template.text(form.apply(row))
+        except RowError:  # it is refused, for which it has an error of its own
+            return False
+        try:
+            return text != self._template.text(form.apply(without_key(row, key)))
+        except RowError:  # of a template that asks for the key
+            return True
 
     def texts(self, rows: Sequence[FittedTemplate]) -> list[str] | None:
         """Return plain conversations as texts, at less cost than one by one; None if one is refused.
@@ -194,7 +206,7 @@ class Renderer:
                 spans[place] = (span[0], len(through))
                 text = text if text.startswith(through) else through
         self.told.update({loss.value.what for loss in (*found.losses, *fit.losses)} - {What.OTHER})
-        self.told_keys |= {loss.value.key for loss in fit.losses if loss.value.what == What.OTHER}
+        self.lost_keys |= {loss.value.key for loss in fit.losses if loss.value.what == What.OTHER}
         return text, spans
 
     def _fit_of_roles(self, roles: tuple[str, ...]) -> TemplateFit:

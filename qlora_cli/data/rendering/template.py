@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.rendering.pace import Pace
@@ -40,6 +40,7 @@ class ChatTemplate:
         tags: Matches what the template may take for the beginning or the end of a part of a message.
         ends: The tokens at which generation stops, as text.
         pace: What the template takes, which tells `reporter` if that is too long.
+        variables: The names that it reads and does not set; None if it can't be told.
         asks_always_alike: Whether what asks for an answer does not depend on the messages before.
     """
 
@@ -64,6 +65,8 @@ class ChatTemplate:
         tags = {*REASONING_TAGS, *TAG.findall(self.source)}
         self.tags = re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
         self.asks_always_alike = asks_always_alike(template)
+        tree = _tree_of(self.source)
+        self.variables = None if tree is None else frozenset(meta.find_undeclared_variables(tree))
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
         """Return conversations without tools as texts, at less cost than one by one; None if one is refused.
@@ -186,11 +189,8 @@ def beginning(conversation: Conversation, num_messages: int) -> Conversation:
 
 def asks_always_alike(template: object) -> bool:
     """Whether what a template writes to ask for an answer does not depend on the messages before."""
-    if not isinstance(template, str):
-        return False
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", template))  # noqa: S701 - never rendered
-    except (TemplateSyntaxError, RecursionError):
+    tree = _tree_of(template) if isinstance(template, str) else None
+    if tree is None:
         return False
     asking = [part for part in tree.body if isinstance(part, nodes.If) and _names_in(part.test) == [ASKS]]
     written = {name for branch in asking for part in branch.body for name in _names_in(part)}
@@ -200,6 +200,14 @@ def asks_always_alike(template: object) -> bool:
         and not any(branch.else_ or branch.elif_ for branch in asking)
         and not written & ({"messages"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"})
     )
+
+
+def _tree_of(source: str) -> nodes.Template | None:
+    """Return a template as its parts; None if it can't be parsed."""
+    try:
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", source))  # noqa: S701 - never rendered
+    except (TemplateSyntaxError, RecursionError):
+        return None
 
 
 def _names_in(node: nodes.Node) -> list[str]:

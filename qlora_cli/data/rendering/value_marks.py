@@ -19,6 +19,7 @@ IDS, NAMES = frozenset({"id", "tool_call_id", "call_id"}), frozenset({"name"})
 CLOSES_REASONING = re.compile(r"(?i)[<\[|]+(/|end_)\S*(think|reason|thought)")
 EMPTY: tuple[tuple[type, Any], ...] = ((int, 1), (float, 1.5), (list, []), (dict, {}))
 MOST_TAGS = 16  # in one content; one with more is about tags, and is not taken apart
+CALL_PATHS = ("tool_calls.", "tool_calls.function.")  # before the keys of calls, and of what they call
 FIRST_NUMBER = 73_100_000
 MOST_TOOLS = 2  # that are marked; templates write all alike
 
@@ -84,6 +85,22 @@ def mark_tools(conversation: Conversation, tags: re.Pattern[str]) -> list[Any] |
 def kind_of(message: Mapping[str, Any], tags: re.Pattern[str]) -> str:
     """Return what is equal for messages with the same role and keys."""
     return repr(_Marker(tags).message(0, message))
+
+
+def without_key(conversation: Conversation, key: str) -> Conversation:
+    """Return a conversation without a key of its messages, their calls (`tool_calls.KEY`) or the called functions."""
+    *path, name = key.split(".") if key.startswith(CALL_PATHS) else (key,)
+    messages = [_without(message, path, name) for message in conversation.messages]
+    return replace(conversation, messages=messages)
+
+
+def _without(value: dict[str, Any], path: Sequence[str], name: str) -> dict[str, Any]:
+    if not path:
+        return {key: part for key, part in value.items() if key != name}
+    inner = value.get(path[0])
+    if isinstance(inner, list):
+        return {**value, path[0]: [_without(part, path[1:], name) for part in inner]}
+    return {**value, path[0]: _without(inner, path[1:], name)} if isinstance(inner, dict) else value
 
 
 def arguments_of(message: Mapping[str, Any]) -> Iterator[Any]:
@@ -169,10 +186,12 @@ class _Marker:
         function = call["function"]
         name = self._names[function["name"]] = self._mark(What.CALL, "tool_calls", function["name"])
         marked: dict[str, Any] = {
-            key: self._other(key, value) for key, value in function.items() if key not in ("name", "arguments")
+            key: self._other(key, value, CALL_PATHS[1])
+            for key, value in function.items()
+            if key not in ("name", "arguments")
         }
         marked |= {"name": name, "arguments": self._arguments(function.get("arguments"))}
-        others = {key: self._other(key, value) for key, value in call.items() if key != "function"}
+        others = {key: self._other(key, value, CALL_PATHS[0]) for key, value in call.items() if key != "function"}
         return {**others, "function": marked}
 
     def _arguments(self, arguments: Any) -> Any:
@@ -231,14 +250,14 @@ class _Marker:
             if isinstance(text, str):
                 self._add(What.TOOL_DETAILS, "tools", text)
 
-    def _other(self, key: str, value: Any) -> Any:
+    def _other(self, key: str, value: Any, path: str = "") -> Any:
         """Return a value that is the same for all rows: of what tells messages apart, or is of no known meaning."""
         if key in IDS and isinstance(value, str):
             return self._ids.setdefault(value, self._id(value))
         if key in NAMES and isinstance(value, str):
             return self._names.get(value, "name")
         if isinstance(value, str):
-            return value if key == "type" or not value.strip() else self._mark(What.OTHER, key, value)
+            return value if key == "type" or not value.strip() else self._mark(What.OTHER, f"{path}{key}", value)
         if isinstance(value, bool) or value is None:
             return value
         return next((empty for kind, empty in EMPTY if isinstance(value, kind)), "other")

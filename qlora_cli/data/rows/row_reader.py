@@ -31,6 +31,7 @@ from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 
 MOST_IDS = 2**31
+ROWS_WITH_KEY, MOST_KEYS = 3, 1000  # that are remembered: rows of each key, and keys
 # The parameters of transformers' `apply_chat_template`, and the messages: what a row can't set for its template.
 OWN_VARIABLES = frozenset(
     [
@@ -70,7 +71,10 @@ ALPACA_WITHOUT_INPUT = (
 class RowReader:
     """Reads the rows of one layout. `use_chat`: the tokenizer has a chat template, for rows that have no own text.
 
-    `unknown_keys` counts the rows whose messages have a key that is no part of a conversation, by the key.
+    Attributes:
+        unknown_keys: How many rows have messages with a key that is no part of a conversation, by the key.
+        rows_with_key: The first of them, by the key.
+        template_variables: How many rows set a variable of the chat template, by its name.
     """
 
     def __init__(self, layout: RowLayout, loss_on: LossOn, *, use_chat: bool) -> None:
@@ -79,6 +83,8 @@ class RowReader:
         self._use_chat = use_chat
         self._messages = MessageReader()
         self.unknown_keys: Counter[str] = Counter()
+        self.rows_with_key: dict[str, list[Conversation]] = {}
+        self.template_variables: Counter[str] = Counter()
         self._read = {
             DataFormat.MESSAGES: self._conversational,
             DataFormat.SHAREGPT: self._conversational,
@@ -95,11 +101,19 @@ class RowReader:
         Raises:
             RowError: a part is missing, empty or of the wrong type.
         """
+        self._messages.unknown_keys.clear()
         example = self._read(row)
-        if self._messages.unknown_keys:
-            self.unknown_keys.update(self._messages.unknown_keys)
-            self._messages.unknown_keys.clear()
+        if isinstance(example, Conversation):
+            self._note_what_the_template_may_not_write(example)
         return example
+
+    def _note_what_the_template_may_not_write(self, example: Conversation) -> None:
+        for key in self._messages.unknown_keys:
+            self.unknown_keys[key] += 1
+            if self.unknown_keys[key] <= ROWS_WITH_KEY and len(self.unknown_keys) <= MOST_KEYS:
+                self.rows_with_key.setdefault(key, []).append(example)
+        if example.template_kwargs:
+            self.template_variables.update(example.template_kwargs.keys())
 
     def _conversational(self, row: Mapping[str, Any]) -> Example:
         key = "messages" if self._layout.format == DataFormat.MESSAGES else "conversations"

@@ -179,6 +179,7 @@ class Encoder:
             *row_notes.on_control_tokens(self.tokenizer),
             *row_notes.on_what_is_left_out(self.tokenizer.renderer),
             *row_notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
+            *row_notes.on_unread_variables(self.reader, self.tokenizer.renderer),
             *row_notes.on_groups(self._group, self._num_without_group),
         )
 

@@ -56,11 +56,25 @@ def on_control_tokens(tokenizer: Tokenizer) -> list[str]:
 
 def on_unknown_keys(reader: RowReader, renderer: Renderer) -> list[str]:
     """Return a note on keys of messages that no format knows, and that the chat template does not write either."""
-    unread = {key: number for key, number in reader.unknown_keys.most_common() if not renderer.writes_key(key)}
+    unread = {
+        key: number
+        for key, number in reader.unknown_keys.most_common()
+        if not renderer.writes_key(key, reader.rows_with_key.get(key, ()))
+    }
     if not unread:
         return []
     named = listed([f"{key} ({counted(number, 'row')})" for key, number in unread.items()])
     return [f"keys of messages that are not used, as the chat template does not write them: {named}"]
+
+
+def on_unread_variables(reader: RowReader, renderer: Renderer) -> list[str]:
+    """Return a note on variables that rows set for the chat template, and that it does not read."""
+    unread = [
+        f"{name} ({counted(number, 'row')})"
+        for name, number in reader.template_variables.most_common()
+        if not renderer.reads_variable(name)
+    ]
+    return [f"set for the chat template, which does not read them: {listed(unread)}"] if unread else []
 
 
 def on_groups(column: str | None, num_without: int) -> list[str]:

@@ -364,8 +364,8 @@ def test_a_key_that_no_template_writes_is_named_though_its_name_is_in_the_templa
     conversation = asked(answer("Iron."))
     conversation.messages[0]["text"] = "Iron is a metal."
     assert isinstance(one(tokenizer, conversation), Tokens)
-    assert not tokenizer.renderer.writes_key("text")
-    assert not tokenizer.renderer.writes_key("elsewhere")
+    assert not tokenizer.renderer.writes_key("text", [conversation])
+    assert not tokenizer.renderer.writes_key("elsewhere", [conversation])
 
 
 def test_a_thought_in_the_content_goes_under_the_key_of_a_template_that_would_write_an_empty_one_before() -> None:
