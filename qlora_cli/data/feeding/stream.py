@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error
-from qlora_cli.data.reading.raw import Selection
-from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.reading.readers import read_rows, selection_for
 from qlora_cli.data.rows.digests import digest_row
 from qlora_cli.data.rows.examples import RowError
-from qlora_cli.data.rows.groups import columns_to_read
 from qlora_cli.data.tokenizing.encode import EncodedRow, Encoder, TextTokenizer
 from qlora_cli.data.tokenizing.tokens import Tokens
 from qlora_cli.errors import DataError
@@ -185,7 +182,7 @@ class _StreamPart:
 
     def _pass(self, *, is_first: bool) -> Iterator[Tokens]:
         source, settings = self._source, self._settings
-        selection = Selection(columns=partial(columns_to_read, settings=settings, name=source.name))
+        selection = selection_for(settings, source.name)
         with closing(
             read_rows(source, split=settings.split, seed=self._seed, streaming=True, selection=selection)
         ) as raw:

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.layouts import SAMPLED_ROWS, open_rows
 from qlora_cli.data.opening.train_and_eval import eval_split, held_out_sources, trained_sources
-from qlora_cli.data.reading.raw import RawRow, Selection
-from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.reading.raw import RawRow
+from qlora_cli.data.reading.readers import read_rows, selection_for
 from qlora_cli.data.rows.column_formats import RowLayout
-from qlora_cli.data.rows.groups import columns_to_read
 from qlora_cli.errors import QloraError
 from qlora_cli.settings.models import DataSettings
 
@@ -69,7 +67,7 @@ def _error_in(
     dataset: ConfiguredDataset, settings: DataSettings, seed: int, check_rows: RowCheck | None
 ) -> QloraError | None:
     source, streaming = dataset.source, settings.streaming
-    selection = Selection(columns=partial(columns_to_read, settings=settings, name=source.name))
+    selection = selection_for(settings, source.name)
     try:
         with closing(
             read_rows(source, split=dataset.split, seed=seed, streaming=streaming, selection=selection)

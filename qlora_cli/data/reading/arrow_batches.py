@@ -29,31 +29,39 @@ def selected_columns(schema: Any, selection: Selection, name: str) -> list[str]:
     """Return the selected columns of a table, in its order; `name` is its name, for messages.
 
     Raises:
-        DataError: there are too many columns; or a selected one is there twice, nests too deeply, or has an
-            unsupported type.
+        DataError: there are too many columns; or a required one is there twice, nests too deeply, or has an
+            unsupported type, for which others are left out.
     """
     check_columns(schema.names, name)
     selected: Collection[str] = schema.names if selection.columns is None else selection.columns(schema.names)
-    fields = [field for field in schema if field.name in selected]
-    for column, count in Counter(field.name for field in fields).items():
-        if count > 1:
-            raise DataError(f"{name} has the column {column!r} more than once", hint="Rename one of them.")
-    for field in fields:
-        _check_type(field, name)
-    return [field.name for field in fields]
+    required = selected if selection.required is None else selection.required(schema.names)
+    counts = Counter(field.name for field in schema)
+    columns = []
+    for field in schema:
+        if field.name not in selected:
+            continue
+        problem = _problem_with(field, counts[field.name], name)
+        if problem is not None and field.name in required:
+            raise problem
+        if problem is None:
+            columns.append(field.name)
+    return columns
 
 
-def _check_type(field: Any, name: str) -> None:
+def _problem_with(field: Any, count: int, name: str) -> DataError | None:
+    if count > 1:
+        return DataError(f"{name} has the column {field.name!r} more than once", hint="Rename one of them.")
     levels = list(_type_levels(field.type))
     if len(levels) - 1 > MAX_NESTING:
-        raise DataError(
+        return DataError(
             f"{name}: the column {field.name!r} nests deeper than {MAX_NESTING} levels", hint="Write it flatter."
         )
     if unsupported := [kind for level in levels for kind in level if kind.id in UNSUPPORTED_TYPES]:
-        raise DataError(
+        return DataError(
             f"{name}: the column {field.name!r} has values of the type {unsupported[0]}, which is not supported",
             hint="Write it anew as text.",
         )
+    return None
 
 
 def validated_batches(batch: Any, columns: Sequence[str], budget: DecodingBudget | None) -> Iterator[Any]:

@@ -6,7 +6,7 @@ columns, and recursively on their child arrays.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -47,28 +47,32 @@ class Unreadable:
     problem: str
 
 
-def rows_in_batch(batch: Any) -> Iterator[RowValue]:
-    """Yield the rows of a validated record batch.
+def rows_in_batch(batch: Any, required: Collection[str]) -> Iterator[RowValue]:
+    """Yield the rows of a validated record batch; a value of `required` columns that can't be read is a problem.
 
     Nulls in objects are dropped, because in columns each object has the keys of all others. Nulls of whole columns, in
     maps and in JSON stay.
     """
-    yield from _rows_in_columns(batch.schema.names, batch.columns, batch.num_rows)
+    yield from _rows_in_columns(batch.schema.names, batch.columns, batch.num_rows, required)
 
 
-def _rows_in_columns(names: Sequence[str], columns: Sequence[Any], num_rows: int) -> Iterator[RowValue]:
+def _rows_in_columns(
+    names: Sequence[str], columns: Sequence[Any], num_rows: int, required: Collection[str]
+) -> Iterator[RowValue]:
     """Yield the rows of columns, halving them until a part is small enough."""
     num_bytes = sum(map(array_bytes, columns))
     if num_rows > 1 and num_bytes > BATCH_BYTES:
         middle = num_rows // 2
-        yield from _rows_in_columns(names, [column.slice(0, middle) for column in columns], middle)
-        yield from _rows_in_columns(names, [column.slice(middle) for column in columns], num_rows - middle)
+        yield from _rows_in_columns(names, [column.slice(0, middle) for column in columns], middle, required)
+        yield from _rows_in_columns(names, [column.slice(middle) for column in columns], num_rows - middle, required)
         return
     reader = _ArrowReader()
     values = [reader.read(column) for column in columns]
     for index in range(num_rows):
         row = {name: column[index] for name, column in zip(names, values, strict=True)}
-        problem = next(_problems_in(row), None) if reader.has_unreadable else None
+        problem = None
+        if reader.has_unreadable:
+            problem = next(_problems_in({name: row[name] for name in names if name in required}), None)
         yield RowValue(None if problem else row, problem, int(num_bytes // num_rows))
 
 

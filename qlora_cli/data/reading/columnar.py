@@ -171,10 +171,11 @@ def rows_of_batches(
     from qlora_cli.data.reading.arrow_values import rows_in_batch
 
     unread = dict.fromkeys(table.names)
+    required = frozenset(table.names if selection.required is None else selection.required(table.names))
     for batch in (part for whole in table.batches for part in validated_batches(whole, table.columns, table.budget)):
         indices = [index for index in range(batch.num_rows) if selection.includes(first_number + index)]
         if indices:
-            values = (row for part in _take_rows(batch, indices) for row in rows_in_batch(part))
+            values = (row for part in _take_rows(batch, indices) for row in rows_in_batch(part, required))
             for index, (value, problem, num_bytes) in zip(indices, values, strict=True):
                 row = None if value is None else {**unread, **value}
                 yield RawRow(name, first_number + index, None, row, problem, num_bytes, table.names)

@@ -127,7 +127,7 @@ def _rows_in_tables(tables: Any, names: Sequence[str] | None, selection: Selecti
     for table in tables.iter(batch_size=BATCH_ROWS):
         columns = table.column_names if names is not None else selected_columns(table.schema, selection, name)
         yield from rows_of_batches(
-            name, TableBatches(names or table.column_names, columns, table.to_batches()), number
+            name, TableBatches(names or table.column_names, columns, table.to_batches()), number, selection
         )
         number += table.num_rows
 

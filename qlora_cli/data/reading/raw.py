@@ -44,10 +44,12 @@ class Selection(NamedTuple):
     Attributes:
         rows: A mask with one byte per row of the file, 0 to skip it; None to read all rows.
         columns: Returns which of a file's columns to read, for formats that can skip columns; None to read all.
+        required: Returns which of them make their row a bad one if their value can't be read; None for all.
     """
 
     rows: bytes | None = None
     columns: Callable[[Collection[str]], Collection[str]] | None = None
+    required: Callable[[Collection[str]], Collection[str]] | None = None
 
     def includes(self, number: int) -> bool:
         """Return whether row `number`, from 1, is selected; a row beyond the end of the mask is not."""

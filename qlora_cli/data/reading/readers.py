@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from qlora_cli.data.reading.raw import SELECT_ALL, Selection
 from qlora_cli.data.reading.raw import RawRow as RawRow
 from qlora_cli.data.reading.sampling import sample_indices
 from qlora_cli.data.reading.tables import count_delimited, read_delimited
+from qlora_cli.data.rows.groups import columns_required, columns_to_read
 from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ READERS = {
     ".parquet": _FileReader(read_parquet, count_parquet),
     ".arrow": _FileReader(read_arrow, count_arrow),
 }
+
+
+def selection_for(settings: DataSettings, name: str) -> Selection:
+    """Return the columns to read of the data set `name`: those in use; and which of them a row is made of."""
+    return Selection(
+        columns=partial(columns_to_read, settings=settings, name=name),
+        required=partial(columns_required, settings=settings, name=name),
+    )
 
 
 def read_rows(

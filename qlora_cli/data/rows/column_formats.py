@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.verdict_columns import SYSTEM, TOOLS, says_more
+from qlora_cli.data.rows.verdict_columns import HISTORY, SYSTEM, TEMPLATE_VARIABLES, THINKING, TOOLS, says_more
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -33,15 +33,15 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
 CHAT = {
     "tools": TOOLS,
     "system": SYSTEM,
-    "chat_template_kwargs": ("chat_template_kwargs", "apply_chat_template_kwargs"),
-    "enable_thinking": ("enable_thinking",),
+    "chat_template_kwargs": TEMPLATE_VARIABLES,
+    "enable_thinking": (THINKING,),
 }
 OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.MESSAGES: CHAT,
     DataFormat.SHAREGPT: CHAT,
-    DataFormat.PROMPT_COMPLETION: {"history": ("history",), **CHAT},
-    DataFormat.ALPACA: {"input": ("input", "context"), "history": ("history",), **CHAT},
-    DataFormat.QUESTION_ANSWER: {"context": ("context",), "history": ("history",), **CHAT},
+    DataFormat.PROMPT_COMPLETION: {"history": (HISTORY,), **CHAT},
+    DataFormat.ALPACA: {"input": ("input", "context"), "history": (HISTORY,), **CHAT},
+    DataFormat.QUESTION_ANSWER: {"context": ("context",), "history": (HISTORY,), **CHAT},
     DataFormat.TEXT: {},
     DataFormat.TOKENS: {
         "labels": ("labels",),
@@ -101,9 +101,14 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Ro
 
 def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
     """Return which of a file's `columns` are read: those that say something, or all where no format is recognised."""
+    parts = columns_of_parts(columns, settings, name)
+    return [column for column in columns if column in parts or says_more(column)]
+
+
+def columns_of_parts(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` a row is made of; all where no format is recognised."""
     try:
-        used = recognise(columns, settings, name).columns.values()
-        return [column for column in columns if column in used or says_more(column)]
+        return list(recognise(columns, settings, name).columns.values())
     except DataError:  # which is told when it is asked of the rows
         return columns
 

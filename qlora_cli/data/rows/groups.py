@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use
+from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use, columns_of_parts
 from qlora_cli.data.rows.digests import digest_name
 from qlora_cli.data.rows.examples import RowError, kind_of
 from qlora_cli.errors import DataError
@@ -20,6 +20,12 @@ def columns_to_read(columns: Collection[str], settings: DataSettings, name: str)
     """Return which of a file's `columns` are read: those in use, and that of the groups."""
     used = columns_in_use(columns, settings, name)
     return used if settings.eval_group is None else {*used, settings.eval_group}
+
+
+def columns_required(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` rows are made of, so that each value of them must be one that can be read."""
+    parts = columns_of_parts(columns, settings, name)
+    return parts if settings.eval_group is None else {*parts, settings.eval_group}
 
 
 def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, name: str) -> RowLayout:

@@ -47,7 +47,10 @@ TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning
 CALL_PARTS = {"tool_use", "tool_call"}
 TEXT_KEYS = ("text", "value", "content")
 # What holds pictures and sounds, as messages and parts of them call it.
-MEDIA = re.compile("(input_)?(image|video|audio)s?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE)
+MEDIA = re.compile(
+    r"(input_)?(image|video|audio)s?(_?\d+)?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE
+)
+ATTACHED = re.compile("(attached_)?files?|attachments?|file_ids?", re.IGNORECASE)
 
 
 class MessageReader:
@@ -294,9 +297,9 @@ def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:
 
 
 def held_media(found: Mapping[str, Any]) -> str | None:
-    """Return the first of the keys in `found` that holds a picture or a sound."""
+    """Return the first of the keys in `found` that holds a picture, a sound or a file."""
     for key, value in found.items():
-        if is_media(key) and not isinstance(value, int | float) and not is_nothing(value):
+        if (is_media(key) or ATTACHED.fullmatch(key)) and not isinstance(value, int | float) and not is_nothing(value):
             return key
     return None
 

@@ -10,7 +10,15 @@ from qlora_cli.data.rows.examples import Conversation, RowError, is_nothing
 from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.rows.training_switches import row_switch
-from qlora_cli.data.rows.verdict_columns import BETTER, compared, held, placeholder_in, says_more, verdict
+from qlora_cli.data.rows.verdict_columns import (
+    HISTORY,
+    better_answers,
+    compared,
+    held,
+    placeholder_in,
+    says_more,
+    verdict,
+)
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -19,6 +27,15 @@ from qlora_cli.settings.settle import varied
 ASKING = ("prompt", "question", "query", "problem", "instruction", "messages", "conversations", "conversation")
 NOT_HERE = "this is for training by comparison (DPO), not for fine-tuning on answers"
 BETTER_ONES = "To train on the better answers"
+# What belongs before or around a text, by the part of formats that have it.
+CONTEXT = {
+    "history": "earlier turns",
+    "system": "a system prompt",
+    "tools": "tools",
+    "chat_template_kwargs": "variables of a chat template",
+}
+CONTEXTS = {**OPTIONAL[DataFormat.MESSAGES], "history": (HISTORY,)}
+NO_CONTEXT = ("", "[]", "{}")
 Flags = tuple[DataFormat, Mapping[str, str]]
 
 
@@ -39,14 +56,14 @@ class MeaningChecker:
         """Check that nothing beside what is used of `row` changes what it means.
 
         Raises:
-            RowError: it holds a picture or sound, answers to be compared, a verdict on its answer, or a switch.
+            RowError: it holds a picture or sound, earlier turns or a prompt that its format has no part for, answers
+                to be compared, a verdict on its answer, or a switch.
         """
         beside = {name: value for name, value in row.items() if says_more(name) and name not in self._used}
-        if not beside:
-            return
         self._check_media(row, beside)
-        if not self._settings.columns:
+        if beside and not self._settings.columns:
             self._check_names(beside)
+            self._check_context(row, beside)
             self._check_answers(row, beside)
 
     def _check_names(self, beside: Mapping[str, Any]) -> None:
@@ -61,6 +78,29 @@ class MeaningChecker:
                     hint=f"Put all into one of them, or name the one to read: --columns {part}={shlex.quote(used)}",
                 )
 
+    def _check_context(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+        """Check that no column holds what belongs before or around the text, and the format has no part for."""
+        if self._layout.format == DataFormat.TOKENS:  # which are all that is fed
+            return
+        for part in CONTEXT.keys() - OPTIONAL[self._layout.format].keys():
+            for name in CONTEXTS[part]:
+                if _is_context(part, beside.get(name)) and not self._holds(row, beside[name]):
+                    purpose = f"Write it into {next(iter(self._layout.columns.values()))!r}. To train without it"
+                    raise RowError(
+                        f"{name!r} holds {CONTEXT[part]}, for which rows of {self._layout.format.value} have no part, "
+                        "and would be ignored",
+                        hint=self._hint([name], row, [self._own], purpose),
+                    )
+
+    def _holds(self, row: Mapping[str, Any], value: object) -> bool:
+        """Whether a text is within what is used of a row already."""
+        used = (row.get(name) for name in self._used)
+        return isinstance(value, str) and any(isinstance(text, str) and value.strip() in text for text in used)
+
+    @property
+    def _own(self) -> Flags:
+        return self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]}
+
     def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
         if name := held(beside):
             raise RowError(
@@ -68,14 +108,15 @@ class MeaningChecker:
                 hint="Leave such rows out (--on-bad-row skip), or take the column out if the text stands alone.",
             )
         media = [name for name in beside if is_media(name)]
-        if media and (found := placeholder_in([row.get(name) for name in self._used])):
+        if found := placeholder_in([row.get(name) for name in self._used], has_media=bool(media)):
+            where = f"something in {listed(media)}" if media else "a picture, a sound or a video"
             raise RowError(
-                f"its text has {found}, which stands for something in {listed(media)}: only text can be trained",
+                f"its text has {found}, which stands for {where}: only text can be trained",
                 hint="Leave such rows out (--on-bad-row skip), or take it out of the text.",
             )
 
     def _check_answers(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
-        own = (self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]})
+        own = self._own
         if names := compared(beside):
             raise RowError(
                 f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
@@ -87,8 +128,9 @@ class MeaningChecker:
                 f"{name!r} says what of the row is trained, and would be ignored",
                 hint=self._hint([name], row, [own], purpose),
             )
-        if self._has_answers and (name := verdict(beside)):
-            purpose = f"Leave out the rows whose {name!r} is false. To train on all that are there"
+        if self._has_answers and (judged := verdict(beside)):
+            name, unwanted = judged
+            purpose = f"Leave out the rows whose {name!r} is {unwanted}. To train on all that are there"
             raise RowError(
                 f"{name!r} says whether the answer is wanted (KTO), and would be ignored: {NOT_HERE}",
                 hint=self._hint([name], row, [own], purpose),
@@ -99,6 +141,15 @@ class MeaningChecker:
         if tuple(names) not in self._hints:
             self._hints[tuple(names)] = _hint(row, ways, self._settings, purpose)
         return self._hints[tuple(names)]
+
+
+def _is_context(part: str, value: object) -> bool:
+    """Whether a value is what a column of this name holds for a conversation: elsewhere it may be about anything."""
+    if isinstance(value, str):
+        return (
+            value.strip() != "" and (part == "system" or value.strip()[0] in "[{") and value.strip() not in NO_CONTEXT
+        )
+    return part != "system" and isinstance(value, list | Mapping) and not is_nothing(value)
 
 
 def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings, name: str) -> None:
@@ -117,7 +168,7 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings,
 
 def _better(judged: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Flags]:
     """Yield ways to train the better answer of a row, the likeliest first."""
-    for better in (name for name in BETTER if judged.get(name)):
+    for better in better_answers(judged):
         asking = [name for name in ASKING if name in row]
         yield DataFormat.MESSAGES, {"messages": better}
         for name in asking:

@@ -12,76 +12,139 @@ from qlora_cli.data.rows.examples import is_nothing
 from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.training_switches import SWITCHES
 
-# The better answer and the worse one, as TRL, LLaMA-Factory, ms-swift and data sets of comparisons call them.
-BETTER = (
-    "chosen",
-    "chosen_messages",
-    "chosen_response",
-    "chosen_conversation",
-    "chosen_conversations",
-    "preferred",
-    "preferred_output",
-    "response_j",
+# Words of the better answer and of the worse one, alone or with what an answer is called: `rejected_answer`.
+BETTER, WORSE = frozenset({"chosen", "preferred"}), frozenset({"rejected", "dispreferred", "nonpreferred"})
+ANSWERS = frozenset(
+    (
+        *("answer", "answers", "response", "responses", "completion", "completions", "output", "outputs", "reply"),
+        *("message", "messages", "conversation", "conversations", "turn", "turns", "text", "solution", "content"),
+    )
 )
-WORSE = (
-    "rejected",
-    "rejected_messages",
-    "rejected_response",
-    "rejected_responses",
-    "rejected_conversation",
-    "rejected_conversations",
-    "dispreferred",
-    "non_preferred",
-    "non_preferred_output",
-    "response_k",
-)
+BETTER_OF_TWO, WORSE_OF_TWO = "response_j", "response_k"
+WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 # What belongs to a conversation, by each of its names.
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+HISTORY, THINKING = "history", "enable_thinking"
+TEMPLATE_VARIABLES = ("chat_template_kwargs", "apply_chat_template_kwargs")
 # Several answers, and how good each is.
 RANKED = ("responses", "completions", "candidates", "generations")
 RANKS = ("scores", "ratings", "ranks", "rankings", "labels")
 # Whether the answer is wanted: a bare label says it by true and false, and may be anything else.
 LABEL, VERDICTS = "label", ("kto_tag", "kto_label", "desirable")
+# Words that say it by true and false alone, for a number of them counts; those of the contrary say it by false.
+APPROVING = frozenset({"chosen", "preferred", "accepted", "desirable", "approved", "thumbsup"})
+DISAPPROVING = frozenset({"rejected", "dispreferred", "nonpreferred", "undesirable", "thumbsdown"})
 # Columns that hold pictures and sounds; those of other names, such as `image_url`, are often about a text, not in it.
-HELD = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
-PLACEHOLDER = re.compile("<(image|video|audio)>")
-_NAMES = frozenset({*BETTER, *WORSE, *RANKED, *RANKS, LABEL, *VERDICTS, *SWITCHES, *SYSTEM, *TOOLS})
+HELD = re.compile(r"(image|video|audio)s?(_?\d+)?|pixel_values", re.IGNORECASE)
+# Columns of files: a name or path is often where the text is from; what points to a file itself is a part of the row.
+FILES = re.compile("files?|attachments?", re.IGNORECASE)
+POINTERS = frozenset({"file_id", "file_data", "file_url", "bytes"})
+ATTACHED = re.compile(
+    r".+\.(pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|mov|webm)", re.IGNORECASE
+)
+# What stands for a picture or sound next to a column of them, and what stands for nothing else anywhere.
+PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)(?:_pad|_?\d+)?\|?>|<\|vision_start\|>|<img>[^<>\n]+</img>")
+UNMISTAKABLE = re.compile(r"<\|(?:image|video|audio)_pad\|>|<\|vision_start\|>|<img>[^<>\n]+</img>")
+PARTS_OF_IT = ("_pad|>", "<|vision_start|>", "<img>")  # of which one is in what UNMISTAKABLE finds; far faster
+_NAMES = frozenset(
+    {*RANKED, *RANKS, LABEL, *VERDICTS, *SWITCHES, *SYSTEM, *TOOLS, HISTORY, *TEMPLATE_VARIABLES, THINKING}
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def says_more(column: str) -> bool:
     """Whether a column of this name may say more of a row than its text does."""
-    return column in _NAMES or is_media(column)
+    return (
+        column in _NAMES
+        or FILES.fullmatch(column) is not None
+        or is_media(column)
+        or _side(column) is not None
+        or _approval(column) is not None
+    )
 
 
 def held(row: Mapping[str, Any]) -> str | None:
-    """Return the column of a row that holds a picture or a sound."""
-    found = (name for name in HELD if not is_nothing(row.get(name)) and not isinstance(row[name], int | float))
-    return next(found, None)
+    """Return the column of a row that holds a picture, a sound or a file."""
+    for name, value in row.items():
+        if HELD.fullmatch(name) and not is_nothing(value) and not isinstance(value, int | float):
+            return name
+        if FILES.fullmatch(name) and _holds_files(value):
+            return name
+    return None
+
+
+def _holds_files(value: object) -> bool:
+    """Whether a value points to files, or is a list of such as hold more than text."""
+    if isinstance(value, Mapping):
+        return any(not is_nothing(value[key]) for key in POINTERS & value.keys())
+    return isinstance(value, list) and any(
+        _holds_files(part) or (isinstance(part, str) and ATTACHED.fullmatch(part) is not None) for part in value
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def words_of(name: str) -> tuple[str, ...]:
+    """Return the words of a name in small letters, `non_preferred` as one: `rejectedAnswer` has two."""
+    joined = "_".join(word.lower() for word in WORD.findall(name))
+    for pair in ("non_preferred", "thumbs_up", "thumbs_down"):
+        joined = joined.replace(pair, pair.replace("_", ""))
+    return tuple(joined.split("_"))
+
+
+def _side(name: str) -> bool | None:
+    """Return whether a column is called as the better answer (True) or the worse one; None if as neither."""
+    if name in (BETTER_OF_TWO, WORSE_OF_TWO):
+        return name == BETTER_OF_TWO
+    words = set(words_of(name)) - ANSWERS
+    if len(words) != 1:
+        return None
+    (word,) = words
+    return word in BETTER if word in BETTER | WORSE else None
 
 
 def compared(row: Mapping[str, Any]) -> list[str]:
     """Return the columns of a row that hold answers to be compared; none if its answers are all to be given."""
-    found = [name for name in (*BETTER, *WORSE) if isinstance(row.get(name), str | list | dict)]
-    found = [name for name in found if not is_nothing(row[name])]
+    sides = [name for name, value in row.items() if _side(name) is not None and isinstance(value, str | list | dict)]
+    found = [name for name in sorted(sides, key=lambda name: not _side(name)) if not is_nothing(row[name])]
     ranked = [name for name in RANKED if isinstance(row.get(name), list)]
     ranks = [name for name in RANKS if isinstance(row.get(name), list)]
     return found + (ranked + ranks if ranked and ranks else [])
 
 
-def verdict(row: Mapping[str, Any]) -> str | None:
-    """Return the column that says whether the answer of a row is wanted."""
-    for name in (LABEL, *VERDICTS):
-        value = row.get(name)
+def better_answers(row: Mapping[str, Any]) -> list[str]:
+    """Return the columns of a row that are called as the better answer, the shortest name first."""
+    return sorted((name for name in row if _side(name) and not is_nothing(row[name])), key=len)
+
+
+def verdict(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the column that says whether the answer of a row is wanted, and the value by which it is not."""
+    for name, value in row.items():
         word = value.strip().lower() if isinstance(value, str) else value
-        if isinstance(value, bool) or word in ("true", "false") or (name != LABEL and word in (0, 1, "0", "1")):
-            return name
+        is_truth = isinstance(value, bool) or word in ("true", "false")
+        if (is_truth and name == LABEL) or (name in VERDICTS and (is_truth or word in (0, 1, "0", "1"))):
+            return name, "false"
+        if is_truth and (approval := _approval(name)) is not None:
+            return name, "false" if approval else "true"
     return None
 
 
-def placeholder_in(value: object) -> str | None:
-    """Return what stands for a picture or sound in the texts of a value."""
-    return next((found[0] for text in _texts(value) if (found := PLACEHOLDER.search(text))), None)
+@functools.lru_cache(maxsize=4096)
+def _approval(name: str) -> bool | None:
+    """Return whether true in a column of this name says that an answer is wanted; None if it says neither."""
+    words = set(words_of(name)) - ANSWERS - {"is", "was"}
+    if len(words) != 1 or not words <= APPROVING | DISAPPROVING:
+        return None
+    return words <= APPROVING
+
+
+def placeholder_in(value: object, *, has_media: bool) -> str | None:
+    """Return what stands for a picture or sound in the texts of a value; `has_media`: a column may hold it."""
+    for text in _texts(value):
+        if has_media or any(part in text for part in PARTS_OF_IT):
+            found = (PLACEHOLDER if has_media else UNMISTAKABLE).search(text)
+            if found is not None:
+                return found[0]
+    return None
 
 
 def _texts(value: object) -> Iterator[str]:

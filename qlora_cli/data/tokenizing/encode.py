@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +20,11 @@ from qlora_cli.cache import digest_of, digests_of_code, versions_of
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error, read_skipped_rows
-from qlora_cli.data.reading.raw import Selection
-from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub
+from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub, selection_for
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.rows.examples import Example, RowError
-from qlora_cli.data.rows.groups import NO_GROUP, columns_to_read, group_of
+from qlora_cli.data.rows.groups import NO_GROUP, group_of
 from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.tokenizing import row_notes, store
@@ -76,7 +74,7 @@ def tokenize_source(
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
     before = _state_of(source)
-    selection = Selection(columns=partial(columns_to_read, settings=settings, name=source.name))
+    selection = selection_for(settings, source.name)
 
     def fill(writer: Writer) -> About:
         with closing(

@@ -57,6 +57,10 @@ def typed(hint: str | None) -> dict[str, str]:
         ({"messages": [ASK, ANSWER], "rejected_messages": [ASK, WRONG]}, "42"),
         ({"query": "6 times 7?", "response": "42", "rejected_response": "41"}, "42"),
         ({"text": "6 times 7? 42", "chosen": "x", "rejected": "y"}, "x"),
+        ({"question": "6 times 7?", "answer": "42", "rejected_answer": "41"}, "42"),
+        ({"question": "6 times 7?", "answer": "42", "answer_rejected": "41"}, "42"),
+        ({"question": "6 times 7?", "answer": "40", "chosenAnswer": "42", "rejectedAnswer": "41"}, "42"),
+        ({"question": "6 times 7?", "answer": "42", "Non_Preferred_Output": "41"}, "42"),
         ({"prompt": "6 times 7?", "completion": "42", "responses": ["42", "41"], "scores": [1, 0]}, "42"),
     ],
 )
@@ -179,7 +183,14 @@ def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_th
         {"messages": [ASK, ANSWER], "responses": 3, "scores": [1]},
         {"question": "6 times 7?", "answer": "42", "image_url": "x.png", "file": "x.txt"},
         {"messages": [ASK, ANSWER], "image": True, "videos": 0},
-        {"messages": [ASK, ANSWER], "chosen": 1, "rejected": False},
+        {"messages": [ASK, ANSWER], "chosen": 1, "rejected": 0},
+        {"messages": [ASK, ANSWER], "rejected_reason": "x", "preferred_language": "en"},
+        {"messages": [ASK, ANSWER], "accepted": 1, "thumbs_up": 17, "is_correct": False},
+        {"messages": [ASK, ANSWER], "history": "of Rome", "files": ["src/a.py"]},
+        {"messages": [ASK, ANSWER], "history": [], "file": "paper.pdf"},
+        {"text": "6 times 7? 42", "history": "of Rome", "tools": "a hammer"},
+        {"text": "Be brief. 6 times 7? 42", "tools": "[]", "system": "Be brief."},
+        {"input_ids": [1, 2], "system": "Be brief."},
     ],
 )
 def test_columns_that_only_describe_a_row_are_told_and_not_used(
@@ -201,6 +212,13 @@ def test_columns_that_only_describe_a_row_are_told_and_not_used(
         ("audios", ["x.wav"]),
         ("audio", {"array": [0.0], "path": None}),
         ("pixel_values", [[0.0]]),
+        ("Image", {"bytes": "abc"}),
+        ("IMAGES", ["x.png"]),
+        ("image_1", "x.png"),
+        ("files", ["a.pdf"]),
+        ("files", [{"file_id": "x"}]),
+        ("attachments", [{"file_id": "x", "name": None}]),
+        ("file", {"bytes": "abc", "path": None}),
     ],
 )
 @pytest.mark.parametrize("row", [{"messages": [ASK, ANSWER]}, {"text": "6 times 7?"}, {"input_ids": [1, 2]}])
@@ -230,6 +248,115 @@ def test_what_stands_for_a_picture_is_not_trained_as_text(
     error = refusal(tmp_path, tokenizer, [{"messages": asked, column: []}])
     assert f"its text has <image>, which stands for something in {column}" in str(error)
     assert prepare(tmp_path, tokenizer, [{"messages": asked}]).report.rows == 1  # about HTML, perhaps
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    [
+        *("<image>", "<|image|>", "<|image_1|>", "<image_1>", "<image1>", "<video>", "<|audio|>", "<|image_pad|>"),
+        *("<|vision_start|><|image_pad|><|vision_end|>", "Picture 1: <img>a.jpg</img>"),
+    ],
+)
+@pytest.mark.parametrize("column", ["image_paths", "image_path", "Image_URL"])
+def test_each_placeholder_next_to_a_column_of_media_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, placeholder: str, column: str
+) -> None:
+    asked = [{**ASK, "content": f"{placeholder}\nWhat is it?"}, ANSWER]
+    error = refusal(tmp_path, tokenizer, [{"messages": asked, column: "a.png"}])
+    assert f"which stands for something in {column}: only text can be trained" in str(error)
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    ["<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>", "Picture 1: <img>a.jpg</img>", "<|audio_pad|>"],
+)
+@pytest.mark.parametrize("by_hand", [{}, {"columns": "messages=messages"}])
+def test_a_placeholder_that_is_nothing_else_is_refused_without_a_column(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, placeholder: str, by_hand: dict[str, str]
+) -> None:
+    asked = [{**ASK, "content": f"{placeholder}\nWhat is it?"}, ANSWER]
+    error = refusal(tmp_path, tokenizer, [{"messages": asked}], **by_hand)
+    assert "which stands for a picture, a sound or a video: only text can be trained" in str(error)
+
+
+@pytest.mark.parametrize("text", ['<img src="x"></img>', "<img>", "<image>", "a <|pad|> of text", "<img></img>"])
+def test_what_may_stand_for_itself_is_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert prepare(tmp_path, tokenizer, [{"messages": [{**ASK, "content": text}, ANSWER]}]).report.rows_trained == 1
+
+
+@pytest.mark.parametrize("key", ["attachments", "files", "file", "file_ids"])
+def test_a_message_with_a_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    error = refusal(tmp_path, tokenizer, [{"messages": [{**ASK, key: [{"file_id": "x"}]}, ANSWER]}])
+    assert f"messages[0] holds {key}, and only text can be trained" in str(error)
+    assert prepare(tmp_path, tokenizer, [{"messages": [{**ASK, key: []}, ANSWER]}]).report.rows_trained == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"messages": [ASK, ANSWER], "history": [["1 plus 1?", "2"]]}, "history"),
+        ({"messages": [ASK, ANSWER], "history": '[["1 plus 1?", "2"]]'}, "history"),
+        ({"conversations": [HUMAN, GPT], "history": EARLIER}, "history"),
+        ({"text": "42", "system": "Be brief."}, "system"),
+        ({"text": "42", "system_prompt": "Be brief."}, "system_prompt"),
+        ({"text": "42", "tools": [{"name": "f"}]}, "tools"),
+        ({"text": "42", "chat_template_kwargs": '{"enable_thinking": false}'}, "chat_template_kwargs"),
+        ({"text": "42", "history": [["1 plus 1?", "2"]]}, "history"),
+    ],
+)
+def test_what_belongs_around_the_text_and_has_no_part_is_refused_and_the_hint_trains_without(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, column: str
+) -> None:
+    error = refusal(tmp_path, tokenizer, [row])
+    assert f"{column!r} holds" in str(error)
+    assert "would be ignored" in str(error)
+    flags = typed(str(error.hint).partition(". ")[2])
+    assert trained(prepare(tmp_path, tokenizer, [row], **flags), tokenizer).startswith("42")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "unwanted"),
+    [
+        *(("accepted", True, "false"), ("thumbs_up", False, "false"), ("thumbsUp", "true", "false")),
+        *(("is_chosen", False, "false"), ("rejected", True, "true"), ("undesirable", "False", "true")),
+        *(("response_accepted", False, "false"), ("thumbs_down", True, "true")),
+    ],
+)
+def test_verdicts_are_known_by_their_words(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object, unwanted: str
+) -> None:
+    error = refusal(tmp_path, tokenizer, [{"prompt": "6 times 7?", "completion": "42", column: value}])
+    assert f"{column!r} says whether the answer is wanted (KTO)" in str(error)
+    assert f"Leave out the rows whose {column!r} is {unwanted}" in str(error.hint)
+
+
+NOT_TEXT = pyarrow.array([b"\xff\xfe"])
+
+
+@pytest.mark.parametrize("column", ["labels", "image_url", "scores", "weight", "kto_tag", "other"])
+def test_what_can_not_be_read_and_is_no_part_of_the_row_ends_no_run(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str
+) -> None:
+    columns = {"question": ["6 times 7?"], "answer": ["42"], column: NOT_TEXT}
+    nested = {"question": ["6 times 7?"], "answer": ["42"], column: pyarrow.StructArray.from_arrays([NOT_TEXT], ["x"])}
+    for each in (columns, nested):
+        pyarrow.parquet.write_table(pyarrow.table(each), tmp_path / "rows.parquet")
+        assert prepare_file(tmp_path / "rows.parquet", tokenizer).report.rows_trained == 1
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "answer": NOT_TEXT}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="answer: not UTF-8 text"):
+        prepare_file(tmp_path / "rows.parquet", tokenizer)
+
+
+@pytest.mark.parametrize("column", ["image", "Image", "images"])
+@pytest.mark.parametrize("name", [None, "bytes"])
+def test_pictures_as_bytes_are_refused_as_pictures(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, name: str | None
+) -> None:
+    picture = NOT_TEXT if name is None else pyarrow.StructArray.from_arrays([NOT_TEXT], [name])
+    table = pyarrow.table({"question": ["6 times 7?"], "answer": ["42"], column: picture})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=f"'{column}' holds what is no text"):
+        prepare_file(tmp_path / "rows.parquet", tokenizer)
 
 
 @pytest.mark.parametrize("row", [{"label": True}, {"rejected": "41"}, {"images": ["x.png"]}])
