@@ -213,6 +213,8 @@ def _held_out_rows(rows: _PreparedRows, settings: DataSettings, text: TextTokeni
     unit = rows.table.unit
     candidates = unit[rows.usable]
     num_requested = _num_wanted(settings, len(candidates))
+    if num_requested is not None and len(candidates) == 0:
+        raise _nothing_left(rows, _report(rows, rows.fed(), settings), settings)
     if num_requested is None:
         return _PreparedRows.of(_read_held_out(settings, text, seed), settings)
     if num_requested >= len(candidates):

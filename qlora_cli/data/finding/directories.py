@@ -5,7 +5,7 @@ as on the hub. Otherwise the names of files and folders do. A test split is neve
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from qlora_cli.data.finding.split_names import (
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
 from qlora_cli.files import open_regular
+from qlora_cli.units import counted
 
 DATASET_DICT, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"
 MAX_METADATA_BYTES = 16 * 1024**2
@@ -53,9 +54,10 @@ class DataDirectory:
         path: The directory.
         splits: Its splits; none if nothing identifies any.
         files: All of its data files, if it has no splits.
-        unclear: Files whose names tell of several splits.
-        others: Files that are about others, or of no split where others are.
-        configs: Other configs of it than the one that these are of, which nobody named.
+        ambiguous: Files whose names match several splits.
+        unassigned: Metadata files, and files of no split where others are of one.
+        folders: Subfolders with data, of which no file is read.
+        other_configs: Its other configs, if the one that is read was not requested by name.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class DataDirectory:
     files: tuple[Path, ...] = ()
     ambiguous: tuple[Path, ...] = ()
     unassigned: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = ()
     other_configs: tuple[str, ...] = ()
 
     @property
@@ -116,6 +119,14 @@ class DataDirectory:
 def describe_files(files: Sequence[Path]) -> str:
     """Return the name of a single file, or the number of files."""
     return printable(Path(files[0].name)) if len(files) == 1 else f"{len(files):,} files"
+
+
+def describe_folder(folder: Path) -> str:
+    """Return the name of a folder, with the number of its data files: `folder raw (2 files)`."""
+    files = [
+        file for each in islice(directories_below(folder), MAX_SEARCHED_DIRECTORIES) for file in _data_files_in(each)
+    ]
+    return f"folder {printable(Path(folder.name))} ({counted(len(files), 'file')})"
 
 
 def scan_directory(path: Path, config: str | None = None, name: str | None = None) -> DataDirectory:
@@ -211,12 +222,28 @@ def _from_names(path: Path, entries: Sequence[Path]) -> DataDirectory | None:
     if not folders and data in entries and not any(splits_in_name(file.name) for file in files):
         nested = _from_names(data, _visible_entries(data))
         if nested and (nested.has_splits or not files):
-            return replace(nested, unassigned=(*files, *nested.unassigned))
+            folders = _unread_folders([entry for entry in entries if entry != data], in_use=())
+            return replace(nested, unassigned=(*files, *nested.unassigned), folders=(*nested.folders, *folders))
     in_folders = [
         file for folder in folders for directory in directories_below(folder) for file in _data_files_in(directory)
     ]
     files = sorted({*files, *in_folders})
-    return _group_by_split(path, files) if files else None
+    if not files:
+        return None
+    return replace(_group_by_split(path, files), folders=_unread_folders(entries, in_use=folders))
+
+
+def _unread_folders(entries: Iterable[Path], in_use: Collection[Path]) -> tuple[Path, ...]:
+    """Return the folders with data among `entries` that are not `in_use`, but for links to one above."""
+    return tuple(
+        entry
+        for entry in entries
+        if entry not in in_use and entry.is_dir() and not _leads_up(entry) and _has_data(entry)
+    )
+
+
+def _leads_up(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _visible_entries(path: Path) -> list[Path]:

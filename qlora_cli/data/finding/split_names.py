@@ -16,7 +16,14 @@ SPLIT_WORDS: Mapping[str, Sequence[str]] = {
 }
 SEPARATORS = "-._ 0-9"
 SPLIT_OF_WORD: Mapping[str, str] = {word: split for split, words in SPLIT_WORDS.items() for word in words}
-WORD = re.compile(rf"(?<![^{SEPARATORS}])(?:{'|'.join(SPLIT_OF_WORD)})(?![^{SEPARATORS}])", re.IGNORECASE)
+# What may follow a keyword in one word: `trainset`, `test_data` has two of them.
+SUFFIXES = ("set", "sets", "data", "dataset", "split", "file", "files", "rows", "examples", "samples", "corpus")
+_KEYWORDS = f"(?:{'|'.join(SPLIT_OF_WORD)})"
+_CAPITALIZED = f"(?:{'|'.join(word.capitalize() for word in SPLIT_OF_WORD)})"
+WORD = re.compile(
+    rf"(?<![^{SEPARATORS}])(?i:({_KEYWORDS})(?:{'|'.join(SUFFIXES)})?)(?![^{SEPARATORS}])"
+    rf"|(?<![^{SEPARATORS}])({_KEYWORDS})(?=[A-Z])|(?<=[a-z0-9])({_CAPITALIZED})(?![a-z])"  # trainRows, squadDev
+)
 # One file of several: train-00000-of-00012.parquet, train-00000-of-00012-a1b2c3.parquet.
 SHARD = re.compile(r"(?s)(?P<prefix>.+?)-(?P<index>[0-9]{5})-of-(?P<num_shards>[0-9]{5})(?P<suffix>[-.].*)")
 # A split name, as `datasets` defines it.
@@ -40,7 +47,7 @@ def shard_of(name: str) -> Shard | None:
 
 def splits_in_name(name: str) -> frozenset[str]:
     """Return the splits whose keywords `name` contains: train, validation or test."""
-    return frozenset(SPLIT_OF_WORD[word.lower()] for word in WORD.findall(name))
+    return frozenset(SPLIT_OF_WORD[str(match[match.lastindex or 0]).lower()] for match in WORD.finditer(name))
 
 
 def splits_in_path(path: PurePath) -> frozenset[str]:

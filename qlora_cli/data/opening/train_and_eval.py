@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from qlora_cli.data.finding.directories import DataDirectory, describe_files
+from qlora_cli.data.finding.directories import DataDirectory, describe_files, describe_folder
 from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.finding.sources import DatasetSource, find_dataset, find_split
 from qlora_cli.data.finding.split_names import TEST, shard_of, splits_in_path
@@ -90,6 +90,7 @@ def _directory_note(directory: DataDirectory, read: set[Path]) -> str | None:
         ("of no split, or metadata", directory.unassigned),
     ):
         skipped += [f"{describe_files(files)} ({description})"] if files else []
+    skipped += map(describe_folder, directory.folders)
     skipped += [f"config {name}" for name in directory.other_configs]
     if not skipped:
         return None

@@ -16,11 +16,19 @@ from qlora_cli.data.finding.file_types import suffixes_of
 from qlora_cli.data.finding.split_names import TRAIN, splits_in_name
 from qlora_cli.data.limits import listed
 from qlora_cli.data.reading.raw import RawRow
+from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import DataFormat
 from qlora_cli.units import counted
 
 MAX_LIST_DEPTH = 3  # of the objects around a list of rows
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
+LINE_KINDS = (".jsonl", ".ndjson")
+TURN_KEYS = frozenset({"role", "from", "parts", "speaker"})
+CONVERSATIONS = frozenset(
+    name for fmt in (DataFormat.MESSAGES, DataFormat.SHAREGPT) for names in PARTS[fmt].values() for name in names
+)
+COLUMN_NAMES = frozenset(name for parts in PARTS.values() for names in parts.values() for name in names)
 OBJECT = "d"  # the variable for the file's content in the command
 OPENERS = {None: "open", ".gz": "gzip.open", ".bz2": "bz2.open", ".xz": "lzma.open"}
 
@@ -34,12 +42,27 @@ class _WrappedRows(NamedTuple):
 
 def column_object_error(row: RawRow) -> DataError | None:
     """Return the error for a file whose only row holds all rows' values under each key; None if it does not."""
-    return _error(row, list(_column_objects(row.value))) if row.value else None
+    return _error(row, list(_column_objects(row.value, is_line=_is_line(row)))) if row.value else None
 
 
 def nested_rows_error(row: RawRow) -> DataError | None:
     """Return the error for a file whose only row, of no known format, nests lists of rows; None if it does not."""
-    return _error(row, [*_indexed_rows(row.value), *_nested_lists(row.value)]) if row.value else None
+    if not row.value:
+        return None
+    wrapped = list(_indexed_rows(row.value))
+    if not _says_something(row.value, is_line=_is_line(row)):
+        wrapped += _nested_lists(row.value)
+    return _error(row, wrapped)
+
+
+def _is_line(row: RawRow) -> bool:
+    """Return whether a row is a line of a file of rows, which is nearly always a row itself."""
+    return (suffixes_of(Path(row.file)) or ("", None))[0] in LINE_KINDS
+
+
+def _says_something(value: Mapping[str, Any], *, is_line: bool) -> bool:
+    """Return whether texts stand next to the lists, as in a row: under the name of a column, or in a line any."""
+    return any(isinstance(part, str) and (is_line or key in COLUMN_NAMES) for key, part in value.items())
 
 
 def _error(row: RawRow, wrapped: Sequence[_WrappedRows]) -> DataError | None:
@@ -77,7 +100,7 @@ def _nested_lists(
     """Yield the lists of objects nested in an object, the outer ones first."""
     nested = {key: (f"{expression}[{_literal(key)}]", f"{path}.{key}".lstrip(".")) for key in value}
     for key, part in value.items():
-        if isinstance(part, list) and part and all(isinstance(each, dict) for each in part):
+        if isinstance(part, list) and part and all(isinstance(each, dict) and not _is_turn(each) for each in part):
             where, name = nested[key]
             yield _WrappedRows(f"{name} ({counted(len(part), 'object')} with {listed(list(part[0]))})", where)
     for key, part in value.items():
@@ -85,11 +108,19 @@ def _nested_lists(
             yield from _nested_lists(part, *nested[key], depth + 1)
 
 
-def _column_objects(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
+def _is_turn(value: Mapping[str, Any]) -> bool:
+    """Return whether an object is a turn of one conversation, by what says who speaks."""
+    return not TURN_KEYS.isdisjoint(value)
+
+
+def _column_objects(value: Mapping[str, Any], *, is_line: bool) -> Iterator[_WrappedRows]:
     """Yield the rows of an object that holds a list, or an indexed object, of values under each column's name."""
     parts = list(value.values())
     texts = f"each of {listed(list(value))} holds the values of all rows"
-    if all(isinstance(part, list) and len(part) == len(parts[0]) and _are_texts(part) for part in parts):
+    are_columns = not is_line and CONVERSATIONS.isdisjoint(value)
+    if are_columns and all(
+        isinstance(part, list) and len(part) == len(parts[0]) and _are_texts(part) for part in parts
+    ):
         yield _WrappedRows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*{OBJECT}.values())]")
     elif all(isinstance(part, dict) and part.keys() == parts[0].keys() and _is_index(part) for part in parts):
         yield _WrappedRows(texts, f"[dict(zip({OBJECT}, row)) for row in zip(*map(dict.values, {OBJECT}.values()))]")

@@ -128,6 +128,12 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
             "validation (val.jsonl)",
         ),
         (["data/a.jsonl", "data/dev.jsonl"], ["data/a.jsonl"], "validation (dev.jsonl)"),
+        (["a.jsonl", "data/b.jsonl"], ["a.jsonl"], "folder data (1 file)"),
+        (["a.jsonl", "other/test.jsonl"], ["a.jsonl"], "folder other (1 file)"),
+        (["a.jsonl", "sub/train.jsonl", "sub/deep/test.jsonl"], ["a.jsonl"], "folder sub (2 files)"),
+        (["data/train.jsonl", "raw/x.jsonl"], ["data/train.jsonl"], "folder raw (1 file)"),
+        (["data/train.jsonl", "data/raw/x.jsonl"], ["data/train.jsonl"], "folder raw (1 file)"),
+        (["train/a.jsonl", "raw/x.jsonl"], ["train/a.jsonl"], "folder raw (1 file)"),
         (["data/train.jsonl", "stats.json"], ["data/train.jsonl"], "stats.json (of no split, or metadata)"),
         (["default/train/0.jsonl", "default/test/0.jsonl"], ["default/train/0.jsonl"], "test (0.jsonl)"),
         (
@@ -147,14 +153,41 @@ def test_train_is_read_and_the_rest_is_reported_as_not_read(
 
 
 @pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("trainset", "devset", "testset"),
+        ("TrainSet", "DevSet", "TestSet"),
+        ("traindata", "valdata", "testData"),
+        ("trainRows", "validRows", "testRows"),
+        ("squadTrain", "squadDev", "squadTest"),
+        ("my-trainset.v1", "my-valset.v1", "my-testset.v1"),
+        ("trainfile", "valfile", "evalfile"),
+    ],
+)
+def test_keywords_are_found_within_words_that_are_made_of_them(
+    place: Callable[..., str], train: str, validation: str, test: str
+) -> None:
+    path = place(f"{train}.jsonl", f"{validation}.jsonl", f"{test}.jsonl")
+    assert files_of(path) == [f"{train}.jsonl"]
+    assert files_of(path, "validation") == [f"{validation}.jsonl"]
+    assert files_of(path, "test") == [f"{test}.jsonl"]
+
+
+def test_a_link_to_a_folder_above_is_no_folder_that_is_left_aside(place: Callable[..., str]) -> None:
+    path = place("a.jsonl")
+    (Path(path) / "up").symlink_to(Path(path).parent)
+    assert notes_of(path) == []
+
+
+@pytest.mark.parametrize(
     "names",
     [
         ["a.jsonl", "b.jsonl"],
         ["latest.jsonl", "attested.jsonl", "devices.jsonl", "evals.jsonl"],
         ["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"],
         ["metadata.jsonl"],
-        ["a.jsonl", "dataset_infos.json", "config.json", "other/test.jsonl"],
-        ["a.jsonl", "data/b.jsonl"],
+        ["a.jsonl", "dataset_infos.json", "config.json", "other/notes.md"],
+        ["testament.jsonl", "Devices.jsonl", "trains.jsonl", "myDevices.jsonl"],
     ],
 )
 def test_a_directory_without_the_word_of_a_split_is_read_as_a_whole(
@@ -485,14 +518,28 @@ def test_data_that_is_trained_and_all_of_it_held_out_is_found(
 
 
 STEMS = st.sampled_from(
-    ["a", "train", "my-train.1", "Test", "dev_2", "evaluation", "x_val", "train-test", "data", "metadata", "latest"]
+    [
+        "a",
+        "train",
+        "my-train.1",
+        "Test",
+        "dev_2",
+        "evaluation",
+        "x_val",
+        "train-test",
+        "data",
+        "metadata",
+        "latest",
+        "testset",
+        "trainData",
+    ]
 )
 NAMES = st.tuples(st.sampled_from(["", "", "", "data/", "train/", "test_2/", "other/"]), STEMS).map("".join)
 
 
 @given(names=st.sets(NAMES, min_size=1, max_size=6))
 @settings(max_examples=150, deadline=None)
-def test_no_file_of_another_split_is_trained_and_each_is_read_said_or_in_another_folder(names: set[str]) -> None:
+def test_no_file_of_another_split_is_trained_and_each_is_read_or_said(names: set[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         for name in names:
@@ -510,5 +557,6 @@ def test_no_file_of_another_split_is_trained_and_each_is_read_said_or_in_another
         known = {*source.files, *by_split, *directory.ambiguous, *directory.unassigned, *directory.files}
         left = {path for path in top.rglob("*.jsonl") if path not in known}
         assert {path.parent.name for path in left} <= {"data", "other"}
+        assert all(any(folder in path.parents for folder in directory.folders) for path in left)
         (note,) = source_notes([source], []) or ("",)
-        assert bool(note) == bool(known - set(source.files))
+        assert bool(note) == bool(left | known - set(source.files))

@@ -95,7 +95,39 @@ def test_a_lone_row_whose_columns_are_named_is_a_row(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path / "a.json", json.dumps({"id": 1, "turns": turns}))
     opened(path, columns={"messages": "turns"})
-    assert "turns (2 objects with role, content)" in str(refusal(path))
+    assert "fit no known format: id, turns" in str(refusal(path))
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "ndjson"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": "Which?", "answers": [{"text": "a", "score": 1}]},
+        {"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]},
+        {"conversation_a": TURNS, "conversation_b": TURNS, "winner": "model_a"},
+        {"id": 1, "turns": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"data": {"turns": TURNS}},
+    ],
+)
+def test_the_turns_and_answers_of_one_row_are_no_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
+    assert "fit no known format" in str(refusal(write(tmp_path / f"a.{suffix}", json.dumps(content))))
+
+
+@pytest.mark.parametrize("content", [{"conversations": ["hi", "yo"]}, {"messages": ["hi"]}])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_texts_in_the_place_of_messages_are_no_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
+    opened(write(tmp_path / f"a.{suffix}", json.dumps(content)))  # which of its row, as ever, says what is wrong
+
+
+def test_a_line_with_lists_under_its_columns_is_a_row(tmp_path: Path) -> None:
+    opened(write(tmp_path / "a.jsonl", json.dumps(COLUMNS)))
+    named = write(tmp_path / "b.jsonl", json.dumps({"by": "me", "data": ROWS}))
+    assert "holds the rows" not in str(refusal(named))
+    by_number = {key: dict(zip("01", values, strict=True)) for key, values in COLUMNS.items()}
+    assert "holds the rows" in str(refusal(write(tmp_path / "c.jsonl", json.dumps(by_number))))
 
 
 @pytest.mark.parametrize("content", [{"a": "b"}, {"a": []}, {"a": [1]}, {"a": {"b": {}}}, {}])
