@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.column_formats import OPTIONAL, PARTS, RowLayout, recognise
+from qlora_cli.data.rows.column_formats import ALSO_ASKED, OPTIONAL, PARTS, RowLayout, recognise
 from qlora_cli.data.rows.examples import Conversation, RowError, is_nothing
 from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.row_reader import RowReader
@@ -123,7 +123,11 @@ class MeaningChecker:
                 hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
             )
         if self._has_answers and (name := row_switch(beside)):
-            purpose = 'Say it in each message, with "train": true or false. To train on all answers'
+            purpose = (
+                'Say it in each message, with "train": true or false. To train on all answers'
+                if self._layout.format in ALSO_ASKED
+                else f"Leave out the rows that {name!r} says not to train. To train on all that are there"
+            )
             raise RowError(
                 f"{name!r} says what of the row is trained, and would be ignored",
                 hint=self._hint([name], row, [own], purpose),

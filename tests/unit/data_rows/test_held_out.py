@@ -323,7 +323,7 @@ def test_texts_that_say_something_else_have_another_digest(text: str, other: str
 @pytest.mark.parametrize("eval_split", ["1", "10%"])
 def test_where_no_row_can_be_used_it_is_the_rows_that_are_wrong(tmp_path: Path, eval_split: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "q", "answer": 5}, {"question": "q2", "answer": 6}])
-    for settings in ({}, {"on_bad_row": "skip"}):
-        error = refused(path, eval_split=eval_split, **settings)
+    for on_bad_row in ("error", "skip"):
+        error = refused(path, eval_split=eval_split, on_bad_row=on_bad_row)
         assert "'answer' must be text, found a number" in str(error)
         assert "Hold out fewer" not in str(error.hint)

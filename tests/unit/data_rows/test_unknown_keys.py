@@ -75,7 +75,7 @@ def test_a_key_that_no_format_knows_is_in_the_text_or_told(template: str, place:
 @pytest.mark.parametrize("column", ["chat_template_kwargs", "apply_chat_template_kwargs"])
 def test_a_variable_that_the_chat_template_does_not_read_is_told(tmp_path: Path, column: str) -> None:
     asked, answer = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [asked, answer], column: {"enable_thinking": True, "enable_thinkng": False}},
         {"messages": [asked, answer], column: json.dumps({"enable_thinkng": True, "effort": "high"})},
     ]
@@ -88,7 +88,7 @@ def test_a_variable_that_the_chat_template_sets_itself_where_no_row_does_is_read
     assert isinstance(tokenizer.chat_template, str)
     tokenizer.chat_template = "{% set effort = effort if effort is defined else 'low' %}" + tokenizer.chat_template
     asked, answer = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
-    rows = [{"messages": [asked, answer], "chat_template_kwargs": {"effort": "high"}}]
+    rows: list[dict[str, Any]] = [{"messages": [asked, answer], "chat_template_kwargs": {"effort": "high"}}]
     assert not any("does not read" in note for note in prepare(tmp_path, tokenizer, rows).notes)
     rows = [{"messages": [asked, answer], "enable_thinking": True}]
     tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking", "thinking")
