@@ -222,8 +222,8 @@ def _from_names(path: Path, entries: Sequence[Path]) -> DataDirectory | None:
     if not folders and data in entries and not any(splits_in_name(file.name) for file in files):
         nested = _from_names(data, _visible_entries(data))
         if nested and (nested.has_splits or not files):
-            folders = _unread_folders([entry for entry in entries if entry != data], in_use=())
-            return replace(nested, unassigned=(*files, *nested.unassigned), folders=(*nested.folders, *folders))
+            unread = _unread_folders([entry for entry in entries if entry != data], in_use=())
+            return replace(nested, unassigned=(*files, *nested.unassigned), folders=(*nested.folders, *unread))
     in_folders = [
         file for folder in folders for directory in directories_below(folder) for file in _data_files_in(directory)
     ]
