@@ -3,24 +3,23 @@
 What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
 """
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from markupsafe import Markup
 
 from qlora_cli import __version__
+from qlora_cli.charts.canvas import ChartSize, drawing_style
+from qlora_cli.charts.histogram import Histogram, LimitLine, embedded_histogram
+from qlora_cli.charts.page_svg import PAGE_CSS
 from qlora_cli.data.feeding.data_report import DataReport, describe_mixture
+from qlora_cli.units import counted
 from qlora_cli.visible import TextPart, line_ends, parts, visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 
@@ -31,12 +30,10 @@ if TYPE_CHECKING:  # they import torch
 TEMPLATE = "page.html.jinja"
 MOST_PADDING = 3  # pad tokens in a row that are shown at once; more are folded
 WITHOUT_TEXT = "∅"  # a token that is no text of its own
-PIXEL_RATIO = 2  # of the pictures, for dense displays
-POINTS_PER_INCH, CSS_PIXELS_PER_INCH = 72, 96
-FONT_CSS_PIXELS = 12
-WIDE_COUNTS = 1000  # times, from the lowest to the highest bar: above, a linear axis shows only the high ones
-BAR_GAP = 0.04
-NEAR = 0.03  # times the width of the bars, where the line stands that can't be drawn to scale
+SIZES = (
+    ChartSize(name="medium", width=600, height=270, num_ticks=8),
+    ChartSize(name="narrow", width=340, height=240, num_ticks=4),
+)
 FAR = 1.4  # times the width of the bars: a longest length beyond is named, not drawn to scale
 FAR_DOUBLINGS = 4  # the same for doubling bars
 
@@ -66,41 +63,6 @@ class TokenRun:
     tokens: tuple[Token, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Colors:
-    """Of a picture that stands on a light page, or on a dark one. The page's own are in its template."""
-
-    ink: str
-    muted: str
-    grid: str
-    bar: str
-    beyond: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Screen:
-    """A kind of screen that a picture is drawn for. Sizes in CSS pixels."""
-
-    media: str
-    width: int
-    height: int
-    num_ticks: int
-    colors: Colors
-
-
-LIGHT = Colors(ink="#1f2328", muted="#5c6670", grid="#e3e6e9", bar="#2f7f8f", beyond="#d9622b")
-DARK = Colors(ink="#e4e7ea", muted="#9aa4ae", grid="#31373d", bar="#4fa3b3", beyond="#ee8a58")
-PHONE = "(max-width: 30rem)"
-NIGHT = "(prefers-color-scheme: dark)"
-# The first that fits is shown: a wide one shrunk to a phone could not be read.
-SCREENS = (
-    Screen(media=f"{PHONE} and {NIGHT}", width=328, height=230, num_ticks=4, colors=DARK),
-    Screen(media=PHONE, width=328, height=230, num_ticks=4, colors=LIGHT),
-    Screen(media=NIGHT, width=720, height=280, num_ticks=9, colors=DARK),
-    Screen(media="all", width=720, height=280, num_ticks=9, colors=LIGHT),
-)
-
-
 def write_page(inspection: "DataInspection", path: Path, *, model: str) -> None:
     """Write the page into `path`, complete or not at all. `model` is whose tokenizer it was."""
     write_file(path, render_page(inspection, model=model), mode=PRIVATE_FILE)
@@ -118,8 +80,8 @@ def render_page(inspection: "DataInspection", *, model: str) -> str:
         model=model,
         version=__version__,
         figures=figures_of(reports),
-        pictures=draw_lengths(inspection.lengths, inspection.max_length, inspection.longest_uncut_tokens),
-        description=describe_lengths(inspection),
+        lengths=draw_lengths(inspection),
+        chart_css=Markup(PAGE_CSS),  # noqa: S704 - ours
         previews=[(row, runs_of(row)) for row in inspection.previews],
     )
 
@@ -208,46 +170,30 @@ def _has_longer(inspection: "DataInspection") -> bool:
     return inspection.longest_uncut_tokens > inspection.max_length
 
 
-def draw_lengths(bars: Sequence["Bar"], max_length: int, longest: int) -> list[tuple[Screen, str]]:
-    """Return the histogram for each kind of screen, as a data URI."""
-    return [(screen, _as_uri(screen, bars, max_length, longest)) for screen in SCREENS]
-
-
-def _as_uri(screen: Screen, bars: Sequence["Bar"], max_length: int, longest: int) -> str:
-    png = io.BytesIO()
-    with mpl.rc_context(style_of(screen)):
-        # Without the version of matplotlib: equal data, equal page.
-        draw(screen, bars, max_length, longest).savefig(
-            png, format="png", transparent=True, metadata={"Software": None}
-        )
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
-
-
-def style_of(screen: Screen) -> dict[Any, Any]:
-    """Return settings of matplotlib, all of them: whatever the machine's own matplotlibrc says."""
-    return {
-        **mpl.rcParamsDefault,
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": FONT_CSS_PIXELS * POINTS_PER_INCH / CSS_PIXELS_PER_INCH,
-        "text.color": screen.colors.ink,
-        "axes.edgecolor": screen.colors.grid,
-        "axes.labelcolor": screen.colors.muted,
-        "xtick.color": screen.colors.muted,
-        "ytick.color": screen.colors.muted,
-    }
-
-
-def draw(screen: Screen, bars: Sequence["Bar"], max_length: int, longest: int) -> Figure:
-    """Return the histogram; every bar is one wide, whatever lengths it stands for."""
-    size = (screen.width / CSS_PIXELS_PER_INCH, screen.height / CSS_PIXELS_PER_INCH)
-    figure = Figure(figsize=size, dpi=CSS_PIXELS_PER_INCH * PIXEL_RATIO, layout="constrained")
-    axes = figure.subplots()
+def lengths_chart(inspection: "DataInspection") -> Histogram:
+    """Return the histogram of the lengths of the rows, before any is truncated."""
+    bars, max_length = inspection.lengths, inspection.max_length
     limit = place_of(max_length, bars)
-    for place, bar in enumerate(bars):
-        _draw_bar(axes, place, bar.rows, limit if longest > max_length else math.inf, screen.colors)
-    _set_scales(axes, screen, bars)
-    _draw_limit(axes, limit, _farthest(bars), max_length, screen.colors)
-    return figure
+    return Histogram(
+        edges=(bars[0].first - 1, *(bar.last for bar in bars)),
+        counts=tuple(bar.rows for bar in bars),
+        limit=LimitLine(
+            place=limit,
+            label=f"max length {max_length:,}",
+            is_far=limit > _farthest(bars),
+            is_exceeded=_has_longer(inspection),
+        ),
+        x_name="tokens of a row",
+        y_name="rows",
+        notes=tuple(f"{bar.first:,} to {bar.last:,} tokens: {counted(bar.rows, 'row')}" for bar in bars),
+    )
+
+
+def draw_lengths(inspection: "DataInspection") -> Markup:
+    """Return the histogram of the lengths as SVG."""
+    with drawing_style():
+        svg = embedded_histogram(lengths_chart(inspection), "lengths", SIZES, description=describe_lengths(inspection))
+    return Markup(svg)  # noqa: S704 - its text is escaped
 
 
 def place_of(length: int, bars: Sequence["Bar"]) -> float:
@@ -271,56 +217,3 @@ def _width(bar: "Bar") -> int:
 def _farthest(bars: Sequence["Bar"]) -> float:
     """Return up to where the axis may reach without making the bars small."""
     return len(bars) + FAR_DOUBLINGS if _is_doubling(bars) else len(bars) * FAR
-
-
-def _draw_bar(axes: Axes, place: int, rows: int, limit: float, colors: Colors) -> None:
-    left, right = place + BAR_GAP, place + 1 - BAR_GAP
-    for start, end, color in ((left, min(right, limit), colors.bar), (max(left, limit), right, colors.beyond)):
-        if end > start:
-            axes.bar(start, rows, width=end - start, align="edge", color=color, linewidth=0)
-
-
-def _set_scales(axes: Axes, screen: Screen, bars: Sequence["Bar"]) -> None:
-    ticks = _ticks(bars, screen.num_ticks)
-    axes.set_xticks(list(ticks), [f"{edge:,}" for edge in ticks.values()])
-    axes.set_xlim(0, len(bars))
-    axes.set(xlabel="tokens of a row", ylabel="rows")
-    counts = [bar.rows for bar in bars if bar.rows]
-    if max(counts) > WIDE_COUNTS * min(counts):
-        axes.set(yscale="log", ylabel="rows, logarithmic")
-        axes.set_ylim(bottom=0.5)
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
-    axes.grid(axis="y", color=screen.colors.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _ticks(bars: Sequence["Bar"], most: int) -> dict[int, int]:
-    """Return the lengths to write between bars, by their places: multiples of one number, or of every so many bars."""
-    edges = [bars[0].first - 1, *(bar.last for bar in bars)]
-    step = math.ceil(len(edges) / most)
-    if _is_doubling(bars):
-        return dict(list(enumerate(edges))[::step])
-    return {place: edge for place, edge in enumerate(edges) if edge % (step * _width(bars[0])) == 0}
-
-
-def _draw_limit(axes: Axes, limit: float, farthest: float, max_length: int, colors: Colors) -> None:
-    """Draw the max length as a line; at the right edge and so labelled if it lies far beyond the longest row."""
-    is_far = limit > farthest
-    end = axes.get_xlim()[1]
-    at = (1 + NEAR) * end if is_far else limit
-    right = max(end, at) + BAR_GAP
-    axes.set_xlim(0, right)
-    axes.axvline(at, linestyle=(0, (4, 3)), linewidth=1, color=colors.ink)
-    axes.annotate(
-        f"max length {max_length:,}{' →' if is_far else ''}",
-        xy=(at, 1),
-        xytext=(0, 4),
-        xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points",
-        ha="right" if at > right / 2 else "left",
-    )
