@@ -1,38 +1,28 @@
 """A picture of a sweep: process memory against the length of rows, the GPUs as lines across."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from qlora_cli.charts.canvas import clear_frame, drawing_style, picture_of
+from qlora_cli.charts.palette import LIGHT
 from qlora_cli.memory.bands import process_band
 from qlora_cli.memory.gpus import GPUS, SAME_MEMORY, Gpu
 from qlora_cli.memory.prediction import MemoryReport, SweepPoint
 from qlora_cli.units import GIB
+from qlora_cli.visible import visible
 from qlora_cli.writing import write_file
 
 LENGTH = "max-length"
 # A card of each size that people have, shown where no GPU was named.
 TYPICAL = ("RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090", "RTX 5090", "RTX A6000", "A100 80GB", "H200")
-INK, MUTED, GRID, CARD = "#212529", "#6c757d", "#e9ecef", "#868e96"
+FONT_POINTS = 10
 COLORS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#846358", "#1864ab", "#5c940d")
-# Fixed, whatever the machine's own matplotlibrc says; DejaVu Sans comes with matplotlib.
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "svg.hashsalt": "qlora",
-}
 WIDE_RANGE = 8  # times, from the least to the most memory: above, equal steps are equal ratios
 MOST_ABOVE = 3  # times the most memory: a GPU that is larger would leave the curves at the bottom
 MOST_INSIDE = 5  # lines with a legend among them; of more, it stands below
@@ -59,14 +49,13 @@ def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
 
     `gpus` are shown as lines; without any, one of each common size.
     """
-    picture = io.BytesIO()
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-        draw(report, gpus).savefig(picture, format=path.suffix.removeprefix(".").lower())
-    write_file(path, picture.getvalue())
+    with drawing_style(FONT_POINTS):
+        picture = picture_of(draw(report, gpus), path.suffix.removeprefix(".").lower())
+    write_file(path, picture)
 
 
 def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
-    """Return the picture."""
+    """Return the picture. To call in `drawing_style`."""
     lines = lines_of(report)
     most, least = max(max(line.high) for line in lines), min(min(line.low) for line in lines)
     shown, beyond = cards(gpus, most)
@@ -83,7 +72,7 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     if len(lines) > MOST_INSIDE:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     elif len(lines) > 1:
-        axes.legend(loc="best", framealpha=0.9, edgecolor=GRID, fontsize=9, reverse=True)
+        axes.legend(loc="best", framealpha=0.9, edgecolor=LIGHT.line, fontsize=9, reverse=True)
     return figure
 
 
@@ -183,10 +172,7 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
         axes.minorticks_off()
     else:
         axes.set_ylim(0, 1.06 * most)
-    axes.grid(axis="both", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    clear_frame(axes, "both")
 
 
 def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
@@ -195,7 +181,7 @@ def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
     labelled = levels(shown)
     heights = [float(to_axes.transform((axes.get_xlim()[0], size))[1]) for size, _ in labelled]
     for (size, label), height, at in zip(labelled, heights, spread(heights), strict=True):
-        axes.axhline(size, color=CARD, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+        axes.axhline(size, color=LIGHT.host, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
         axes.annotate(
             label,
             xy=(1.0, height),
@@ -206,7 +192,7 @@ def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
             size=9,
             arrowprops={
                 "arrowstyle": "-",
-                "color": CARD,
+                "color": LIGHT.host,
                 "linewidth": 0.8,
                 "shrinkA": 1,
                 "shrinkB": 0,
@@ -219,7 +205,12 @@ def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
 def _draw_title(axes: Axes, report: MemoryReport) -> None:
     subtitle = _subtitle(report)
     num_lines = subtitle.count("\n") + 1
-    axes.set_title(f"What training {report.model} takes", loc="left", weight="bold", pad=12 + 12 * num_lines)
+    axes.set_title(
+        f"What training {visible(report.model, is_end=False)} takes",
+        loc="left",
+        weight="bold",
+        pad=12 + 12 * num_lines,
+    )
     axes.annotate(
         subtitle,
         xy=(0, 1),
@@ -228,7 +219,7 @@ def _draw_title(axes: Axes, report: MemoryReport) -> None:
         textcoords="offset points",
         va="bottom",
         size=9,
-        color=MUTED,
+        color=LIGHT.muted,
         linespacing=1.3,
     )
 

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from qlora_cli.charts.canvas import drawing_style
 from qlora_cli.memory import plot
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.plot import cards, draw, levels, lines_of, plot_sweep, spread
@@ -86,7 +87,7 @@ def test_the_picture_says_model_settings_and_units() -> None:
     ],
 )
 def test_no_text_covers_another(report: MemoryReport, names: Sequence[str]) -> None:
-    with mpl.rc_context({**mpl.rcParamsDefault, **plot.STYLE}):
+    with drawing_style(plot.FONT_POINTS):
         assert overlapping(draw(report, tuple(map(find_gpu, names)))) == []
 
 
@@ -155,6 +156,22 @@ def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
         plot_sweep(GRID, (), path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_equal_sweeps_are_equal_files(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
+    plot_sweep(GRID, (RTX_4090,), one)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")  # what a date in the file would be taken from
+    plot_sweep(GRID, (RTX_4090,), other)
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("model", ["a$b$c", "$\\frac$", "模型", "x\u202ey\0z", "lone \ud800", "a\nb"])
+def test_any_name_of_a_model_can_be_drawn(tmp_path: Path, model: str, recwarn: pytest.WarningsRecorder) -> None:
+    plot_sweep(replace(SHORT, model=model), (), tmp_path / "memory.png")
+    assert not recwarn.list
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
 def test_settings_of_matplotlib_are_as_before(tmp_path: Path) -> None:
