@@ -1,4 +1,4 @@
-"""Pushing to the hub: whether it may be done is seen before anything is loaded, the push comes after the work.
+"""Push results to the hub: whether that is allowed is checked before anything is loaded, the push follows the work.
 
 Imports no torch, and the hub's client only if something is to be pushed.
 """
@@ -45,19 +45,19 @@ def push_problem(output: Pushed, folder: Path = Path("RUN/adapter")) -> QloraErr
 
 
 def check_push(output: Pushed, setting: str, reporter: Reporter) -> None:
-    """Ask the hub whether the token may write to the repository that `setting` names, as far as it tells.
+    """Ask the hub whether the token may write to the repository that `setting` names, as far as it says.
 
     Raises:
-        UsageError: the token is none, or may not write there.
+        UsageError: the token is not valid, or may not write there.
     """
-    if found := _refusal(output, reporter):
-        raise UsageError(found.message, hint=found.hint, setting=setting)
+    if refusal := _refusal(output, reporter):
+        raise UsageError(refusal.message, hint=refusal.hint, setting=setting)
 
 
 def _refusal(output: Pushed, reporter: Reporter) -> QloraError | None:
-    """Return why the token may not write to the repository of the settings, if the hub says that it may not.
+    """Return why the token may not write to the repository of the settings, if the hub says so.
 
-    A hub that can't be asked now may be there at the end: that is a warning.
+    A hub that can't be reached now may be at the end, so that is a warning only.
     """
     if output.push_to_hub is None:
         return None
@@ -65,7 +65,7 @@ def _refusal(output: Pushed, reporter: Reporter) -> QloraError | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return _lacks(HfApi().whoami(), output.push_to_hub)
+        return _missing_right(HfApi().whoami(), output.push_to_hub)
     except HfHubHTTPError as error:
         if error.response.status_code in {401, 403}:
             return QloraError("the hub does not accept the token that is set or stored", hint=LOG_IN)
@@ -81,10 +81,10 @@ def _warn(reporter: Reporter, reason: str, output: Pushed) -> None:
     reporter.report(Noted(level="warning", message=message))
 
 
-def _lacks(who: Mapping[str, Any], repository: str) -> QloraError | None:
-    """Return what the account, or its token, lacks to write to `repository`; None if nothing is known to be missing.
+def _missing_right(who: Mapping[str, Any], repository: str) -> QloraError | None:
+    """Return which right the account or its token lacks to write to `repository`; None if none is known to be.
 
-    `who` is the answer of `whoami-v2`.
+    `who` is the response of `whoami-v2`.
     """
     owner = repository.partition("/")[0]
     roles = {who.get("name"): "admin", **{one.get("name"): one.get("roleInOrg") for one in who.get("orgs") or ()}}
@@ -106,7 +106,7 @@ def _lacks(who: Mapping[str, Any], repository: str) -> QloraError | None:
 
 
 def _is_granted(fine: Mapping[str, Any], owner: str, repository: str) -> bool:
-    """Whether a fine-grained token may write to a repository, or does not say what it may."""
+    """Return whether a fine-grained token may write to a repository, or does not list its rights."""
     scopes = fine.get("scoped")
     if not isinstance(scopes, list) or WRITES in (fine.get("global") or ()):
         return True
@@ -117,7 +117,7 @@ def _is_granted(fine: Mapping[str, Any], owner: str, repository: str) -> bool:
 
 
 def push_adapter(output: Pushed, adapter: Path, reporter: Reporter) -> str:
-    """Push what is in `adapter` to the repository of the settings; return its address. It is made if need be.
+    """Push what is in `adapter` to the repository of the settings, created if need be; return its address.
 
     Raises:
         PushError: it can't be pushed; the hint is the command that pushes it later.
@@ -126,7 +126,7 @@ def push_adapter(output: Pushed, adapter: Path, reporter: Reporter) -> str:
 
 
 def push_folder(output: Pushed, folder: Path, patterns: Sequence[str], what: str, reporter: Reporter) -> str:
-    """Push the files in `folder` that match; `what` it is opens the sentence that says that it was not pushed.
+    """Push the files in `folder` that match `patterns`; return the address. `what` is the subject of an error.
 
     Raises:
         PushError: it can't be pushed; the hint is the command that pushes it later.
@@ -148,7 +148,7 @@ def push_folder(output: Pushed, folder: Path, patterns: Sequence[str], what: str
             )
     except (http_error_type(), OSError, ValueError, RuntimeError) as error:  # the last, of single files
         raise PushError(
-            f"{what} was not pushed to {repository}: {_told(error)}",
+            f"{what} was not pushed to {repository}: {_describe(error)}",
             hint=f"Push it later: {push_command(output, folder)}",
         ) from None  # the client's error quotes what it sent
     reporter.report(Noted(message=f"{folder} is at {address}"))
@@ -161,7 +161,7 @@ def push_command(output: Pushed, adapter: Path) -> str:
     return f"hf upload {output.push_to_hub} {shlex.quote(str(adapter))}{private}"
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Return the first line of an error, and of what caused it, without the token, should it quote one."""
     from huggingface_hub import get_token
 

@@ -1,7 +1,7 @@
-"""Repositories of the hub: what is in them, getting the files, and every way in which that fails.
+"""Open repositories of the hub and fetch their files; each way in which that fails is an error with a hint.
 
 The order is fixed: ask the hub; if it can't be reached, take the cache if that is complete; else report why
-the hub could not be reached, not what the cache lacked.
+the hub could not be reached, not what the cache lacks.
 """
 
 import os
@@ -34,13 +34,13 @@ DEFAULT_RETRY = Retry()
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A repository at one commit. `away` says why the hub could not be asked, if this is what the cache knows."""
+    """A repository at one commit. `unreachable` says why the hub did not list its files, where the cache did."""
 
     name: str
     revision: str | None
     commit: str
     file_names: frozenset[str]
-    away: str | None = None
+    unreachable: str | None = None
 
     @property
     def snapshot(self) -> Path:
@@ -80,7 +80,7 @@ def fetch_files(
         DiskSpaceError: they do not fit on the disk of the cache.
     """
     missing = _missing(repository, names)
-    if repository.away is not None:
+    if repository.unreachable is not None:
         return repository.snapshot.resolve()
     with _downloading(repository):
         _fetch_missing(repository, missing, reporter, retry)
@@ -108,7 +108,7 @@ def check_download(
 
 @contextmanager
 def _downloading(repository: Repository) -> Iterator[None]:
-    """Explain what goes wrong while the hub is asked for files."""
+    """Raise errors of ours for what goes wrong while files are downloaded."""
     try:
         with _explained(repository.name, repository.revision):
             yield
@@ -132,13 +132,13 @@ def _downloading(repository: Repository) -> Iterator[None]:
 
 
 def _missing(repository: Repository, names: Collection[str]) -> list[str]:
-    """Return which of `names` are not in the cache.
+    """Return those of `names` that are not in the cache.
 
     Raises:
-        ModelNotFoundError: some are not, and the hub is away.
+        ModelNotFoundError: some are not, and the hub could not be reached.
     """
     missing = sorted(name for name in names if not (repository.snapshot / name).is_file())
-    if repository.away is not None and missing:
+    if repository.unreachable is not None and missing:
         raise _incomplete(repository, missing)
     return missing
 
@@ -160,7 +160,7 @@ class _HubUnreachableError(QloraError):
 
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the client raises into errors of ours."""
+    """Raise errors of ours for those of huggingface_hub and its HTTP client."""
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -173,7 +173,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _explain(error: Exception, name: str, revision: str | None) -> QloraError | None:
-    """Return the error in our words; None for what has nothing to do with the hub, such as a full disk."""
+    """Return the error of ours that says the same; None for one that is not about the hub, such as a full disk."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -216,7 +216,7 @@ def _no_hub(name: str, why: str) -> ModelNotFoundError:
     )
 
 
-def _open_cached(name: str, revision: str | None, away: _HubUnreachableError, reporter: Reporter) -> Repository:
+def _open_cached(name: str, revision: str | None, unreachable: _HubUnreachableError, reporter: Reporter) -> Repository:
     from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -224,25 +224,26 @@ def _open_cached(name: str, revision: str | None, away: _HubUnreachableError, re
         path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         raise ModelNotFoundError(
-            f"no model at {name!r}: no such directory, not in the local cache, and {away}",
-            hint=away.hint,
-        ) from away
+            f"no model at {name!r}: no such directory, not in the local cache, and {unreachable}",
+            hint=unreachable.hint,
+        ) from unreachable
     try:
         names = frozenset(file.path for file in get_cached_repo_tree(name, revision=path.name))
     except CachedRepoTreeNotFoundError:
-        # Written by an older client: what is there is all that is known.
+        # An older client cached no listing: the files in the cache are all that is known.
         names = frozenset(file.relative_to(path).as_posix() for file in path.rglob("*"))
     if not constants.HF_HUB_OFFLINE:
         reporter.report(
-            Noted(level="warning", message=f"{away}; taking {name} from the local cache, at {path.name[:12]}")
+            Noted(level="warning", message=f"{unreachable}; taking {name} from the local cache, at {path.name[:12]}")
         )
-    return Repository(name=name, revision=revision, commit=path.name, file_names=names, away=str(away))
+    return Repository(name=name, revision=revision, commit=path.name, file_names=names, unreachable=str(unreachable))
 
 
 def _incomplete(repository: Repository, missing: list[str]) -> ModelNotFoundError:
     more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
     return ModelNotFoundError(
-        f"{repository.away}, and the local cache has {repository.name} only in part: {missing[0]}{more} missing",
+        f"{repository.unreachable}, "
+        f"and the local cache has {repository.name} only in part: {missing[0]}{more} missing",
         hint="Run it again with the hub in reach; what is there is not downloaded again.",
     )
 

@@ -2,7 +2,7 @@
 
     python -m tests.support.finding '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
 
-With waits, all files of the repository are fetched, and these are the seconds between two attempts.
+With waits, which are the seconds between two attempts, all files of the repository are fetched.
 Prints one JSON object a line: the events, then the source or the error.
 """
 

@@ -1,8 +1,8 @@
 """A small hub on loopback: repositories with branches and commits, and ways to misbehave.
 
 It answers what the real client asks: info on models and data sets, the file tree, HEAD and GET of files. Files are
-redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there. It tells who
-a token belongs to, makes repositories and takes commits, weights by way of LFS.
+redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there. Files may lie
+in a xet storage on the disk. It says whose a token is, creates repositories and takes commits, weights through LFS.
 """
 
 import base64
@@ -42,7 +42,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """What was asked, and what may have been sent with it."""
+    """A request: its path, the offset of its range, and whether a token came with it."""
 
     method: str
     path: str
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass
 class Hub:
-    """The state of the server: what it holds, what it was asked, and how it is to fail."""
+    """The state of the server: its repositories, the requests it got, and how it is to fail."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Hub:
         }
 
     def sent_from(self, file: str) -> list[int]:
-        """Return the offsets from which the bytes of `file` were asked for, in order."""
+        """Return the offsets from which `file` was requested of the CDN, in order."""
         return [
             request.start
             for request in self.requests
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _take(self, parts: list[str], content: bytes) -> None:
-        """Take what is written: repositories, files, commits."""
+        """Take a request that writes: a repository, a file or a commit."""
         address = f"http://127.0.0.1:{self.hub.port}"
         if (
             self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.hub.accounts
@@ -307,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.closing.wait()
 
     def _reset(self) -> None:
-        """Close the connection without a farewell: whoever reads from it gets an error."""
+        """Close the connection by a reset, which is an error for whoever reads from it."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.rfile.close()
         self.connection.close()

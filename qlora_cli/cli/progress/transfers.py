@@ -1,11 +1,11 @@
-"""What is said of bytes on their way: how far, how fast, how long yet."""
+"""Describe a transfer of bytes: how far it is, how fast it goes, how long it will take."""
 
 from dataclasses import dataclass
 
 from qlora_cli.events import BytesDone
 from qlora_cli.units import format_bytes, format_duration
 
-# Titles of a transfer, in progress and done.
+# By kind: the verb while bytes are transferred, and the one once all are.
 TRANSFERS = {
     "download": ("Downloading", "downloaded"),
     "quantize": ("Quantizing", "quantized"),
@@ -16,7 +16,7 @@ TRANSFERS = {
 
 @dataclass(kw_only=True)
 class Transfer:
-    """One transfer on its way, since when and from where on: what was there before does not count as speed."""
+    """A transfer under way: when it started, and with how many bytes, which do not count towards its speed."""
 
     started: float
     first_bytes: int
@@ -35,7 +35,7 @@ class Transfer:
         return f"{line}, {format_bytes(round(speed))}/s, {left} left"
 
     def describe_end(self, event: BytesDone, now: float) -> str:
-        """Return what all of it was, and how fast it went."""
+        """Return how many bytes it was, how long it took and how fast it went."""
         line = f"{format_bytes(event.total_bytes)} {TRANSFERS[event.kind][1]}"
         speed = self._bytes_per_second(event, now)
         return f"{line} in {format_duration(now - self.started)} ({format_bytes(round(speed))}/s)" if speed else line

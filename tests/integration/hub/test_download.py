@@ -1,5 +1,6 @@
 """Downloads against a hub on loopback that breaks off, stalls, is busy, or has more than the disk holds."""
 
+import json
 import os
 import shutil
 import signal
@@ -130,6 +131,18 @@ def test_a_branch_that_moves_on_meanwhile_changes_nothing(find: Find, hub: Hub) 
     assert find("owner/tiny").result["commit"] == OLD_COMMIT
 
 
+def started(code: str, env: dict[str, str]) -> "subprocess.Popen[str]":
+    """Start finding `owner/tiny` in a process that runs `code` first."""
+    program, _, _, *arguments = finding("owner/tiny")
+    return subprocess.Popen(
+        [program, "-c", f"{code}\nfrom tests.support.finding import main\nmain()", *arguments],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def interrupted(process: "subprocess.Popen[str]") -> str:
     """Press Ctrl-C and return what the process then writes to stderr; it has a few seconds to end."""
     process.send_signal(signal.SIGINT)
@@ -146,9 +159,7 @@ def test_a_stalled_download_is_interrupted_at_once_and_leaves_no_partial_file(
     blobs.mkdir(parents=True)
     of_another_process = blobs / f"{'a' * 64}.01234567.incomplete"
     of_another_process.touch()
-    process = subprocess.Popen(
-        finding("owner/tiny"), env={**os.environ, **hub_env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = started("pass", hub_env)
     assert hub.stalled.wait(60)
     assert len(list(blobs.glob("*.incomplete"))) == 2
     assert "KeyboardInterrupt" in interrupted(process)
@@ -192,19 +203,22 @@ def test_weights_that_xet_lacks_are_named_with_the_way_without_it(
 
 def test_a_xet_storage_that_stalls_is_noted_and_interrupted_at_once(hub: Hub, xet_env: dict[str, str]) -> None:
     hub.xet_endpoint = f"http://127.0.0.1:{hub.port}/stall"
-    code = "from qlora_cli.hub import download; download.SILENT_SECONDS = 0.5; from tests.support import finding; "
-    program, _, _, *arguments = finding("owner/tiny")
-    process = subprocess.Popen(
-        [program, "-c", f"{code} finding.main()", *arguments],
-        env={**os.environ, **xet_env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started("from qlora_cli.hub import download; download.SILENT_SECONDS = 0.5", xet_env)
     assert process.stdout is not None
     assert any("nothing has arrived" in line and "HF_HUB_DISABLE_XET=1" in line for line in process.stdout)
     assert "KeyboardInterrupt" in interrupted(process)
     assert not list(Path(xet_env["HF_HOME"]).rglob("*.incomplete"))
+
+
+def test_a_file_too_large_for_http_is_named_with_the_way_by_xet(hub: Hub, hub_env: dict[str, str]) -> None:
+    hub.claimed_bytes[WEIGHTS] = 60 * 10**9
+    large_disk = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=2**50)"
+    process = started(large_disk, hub_env)
+    stdout, _ = process.communicate(timeout=60)
+    error = json.loads(stdout.splitlines()[-1])
+    assert (error["error"], "owner/tiny can't be downloaded" in error["message"]) == ("ModelError", True)
+    assert "HF_HUB_DISABLE_XET not set" in error["hint"]
+    assert hub.sent_from(WEIGHTS) == []
 
 
 def test_a_download_larger_than_the_disk_is_refused_before_it_starts(

@@ -101,7 +101,7 @@ def test_a_gated_repository_says_where_to_ask(find: Find, hub: Hub) -> None:
     assert "https://huggingface.co/owner/tiny" in error["hint"]
 
 
-def test_a_hub_that_is_away_is_not_a_traceback(run_qlora: RunQlora, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_error_without_a_traceback(run_qlora: RunQlora, tmp_path: Path) -> None:
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf-home")}
     done = run_qlora("load", "owner/tiny", env=away)
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""Pushing the adapter: what is known beforehand is told beforehand, and a push that fails loses nothing."""
+"""Pushing the adapter: what can be known to fail is an error before the work, and a failed push loses nothing."""
 
 import json
 from pathlib import Path
