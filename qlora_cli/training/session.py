@@ -235,7 +235,7 @@ class Session:
         if self._is_evaluated or self._stop.name is not None:
             return False
         try:
-            self.trainer.note_evaluation(self.trainer.evaluate())
+            self.trainer.evaluate_outside_loop()
         except StoppedError:
             return True
         return False

@@ -1,8 +1,8 @@
 """TRL's trainer, with the adapter kept in fp32, checkpoints complete or absent, and exact when it is resumed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.neftune import deactivate_neftune
-from trl import SFTTrainer
 
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
@@ -26,6 +25,7 @@ from qlora_cli.training.resuming.loop_state import (
     LoopState,
     generator_states,
     generators_kept,
+    load_generators,
 )
 from qlora_cli.training.resuming.saved_state import (
     OPTIMIZER,
@@ -37,9 +37,10 @@ from qlora_cli.training.resuming.saved_state import (
     check_schedule,
     groups_of,
 )
+from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
 
 
-class QloraTrainer(SFTTrainer):
+class QloraTrainer(TrainerSeam):
     """`SFTTrainer` on a PEFT model whose adapter is already attached.
 
     `phase` says what is going on, for the message of a failure. `never_used` are the layers with
@@ -79,12 +80,12 @@ class QloraTrainer(SFTTrainer):
         self._kept: tuple[LoopState, Generators] | None = None  # after the last step that is complete
         self._is_failing = False
         self._is_updating = False
-        self._staged: Path | None = None  # where a checkpoint is written, while one is
-        self._told: set[Path] = set()
+        self._reported: set[Path] = set()  # folders that are not deleted
         self._resumed: tuple[LoopState, Path] | None = None
         self.add_callback(_LoopCallback(self))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder | None:  # noqa: ARG002 - as in transformers
+    def train_sampler(self) -> RowOrder | None:
+        """Return the order of rows; None for a stream."""
         return self._order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -107,19 +108,13 @@ class QloraTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         return self._guard.check_loss(self.state.global_step, loss)
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def on_grad_norm(self, model: torch.nn.Module, norm: float) -> None:
+        """Skip the step if its gradients are not finite; see `StepGuard`."""
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not self._guard.check_norm(self.state.global_step, float(norm), is_scaled=is_scaled):
-            self._skip_step(model)
-        return norm
-
-    def _skip_step(self, model: torch.nn.Module) -> None:
-        """Make the step in progress one that changes nothing and is not counted in the mean loss."""
-        assert self._kept is not None, "a step before the loop began"
-        model.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
-        self._tr_loss.fill_(self._kept[0].summed_loss)
-        self._globalstep_last_logged += 1
+        if not self._guard.check_norm(self.state.global_step, norm, is_scaled=is_scaled):
+            assert self._kept is not None, "a step before the loop began"
+            model.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
+            self.leave_step_out(self._kept[0].summed_loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand on what is to be reported; its history is `metrics.jsonl`, not kept in memory and every checkpoint."""
@@ -127,70 +122,70 @@ class QloraTrainer(SFTTrainer):
         self.state.log_history.clear()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; training goes on as if it had not been."""
+        """Evaluate; training continues as if it had not been, and saves the step if it is the best so far."""
         if self._kept is not None and self._kept[0].step != self.state.global_step:
             self._keep()
         self._reporter.report(EvalStarted(step=int(self.state.global_step)))
         with generators_kept():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.phase = "training"
+        self._note_best()
+        if self._is_best:
+            self.control.should_save = True
         return metrics
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best: bool = super()._determine_best_metric(metrics, trial)
-        if is_best:
-            self.control.should_save = True
-        return is_best
+    def evaluate_outside_loop(self) -> None:
+        """Evaluate before or after the loop, which does not save the step then; it is saved here if it is the best."""
+        self.evaluate()
+        if self._is_best and not self._store.path_of(self.state.global_step).exists():
+            self.save_checkpoint()
 
-    def note_evaluation(self, metrics: dict[str, float]) -> None:
-        """Keep what was evaluated outside of the loop, if it is the best so far."""
-        if self._determine_best_metric(metrics, None) and not self._store.path_of(self.state.global_step).exists():
-            self._save_checkpoint(self.model, None)
+    @property
+    def _is_best(self) -> bool:
+        """Whether no evaluation had a lower loss than that of this step."""
+        return self._reporting.progress.best_step == int(self.state.global_step)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _note_best(self) -> None:
+        """Give the trainer's state the best of all evaluations."""
+        progress = self._reporting.progress
+        if progress.best_step is not None:
+            self.state.best_metric = progress.eval_losses[progress.best_step]
+            self.state.best_global_step = progress.best_step
+
+    def on_step_reported(self) -> None:
+        """Keep the state after the step, in case the next one fails."""
         self._keep()
 
     # ---- checkpoints ----
 
-    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - the signature is that of transformers
-        return str(self._staged or self._store.folder)
+    def save_weights(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the adapter and the tokenizer."""
+        save_adapter(self.model, folder, state_dict)
+        self.processing_class.save_pretrained(folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the adapter and the tokenizer to `output_dir`."""
-        assert output_dir is not None
-        save_adapter(self.model, Path(output_dir), state_dict)
-        self.processing_class.save_pretrained(output_dir)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def save_checkpoint(self) -> None:
         """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""
         self._store.clear_left_overs()
         self._store.check_room()
         step = self.state.global_step
-        with self._store.staging(step) as self._staged:
-            # TRL's own override only adds a model card to the output directory.
-            super(SFTTrainer, self)._save_checkpoint(model, trial)
-            finished = self._staged / f"checkpoint-{step}"
+        with self._store.staging(step) as staged:
+            finished = self.write_checkpoint(staged)
             # The trainer notes where the best one is by a path, which is that of the folder it writes to.
             self.state.best_model_checkpoint = None
             self.state.save_to_json(str(finished / TRAINER_STATE))
             self._loop_state().write(finished)
+            # Of a step that failed, the trainer wrote the generators as the failure left them.
+            torch.save(dict(self._generators()), finished / RNG_STATE)
             published = self._store.publish(finished, step, self.state.best_global_step)
-        self._staged = None
-        self._tell_kept(published)
+        self._report_kept(published)
         self._reporter.report(CheckpointSaved(step=step, path=published.path))
 
-    def _tell_kept(self, published: Published) -> None:
-        """Say once of each folder among the checkpoints that it is not deleted."""
+    def _report_kept(self, published: Published) -> None:
+        """Report once of each folder among the checkpoints that it is not deleted."""
         for path, reason in published.kept.items():
-            if path not in self._told:
-                self._told.add(path)
+            if path not in self._reported:
+                self._reported.add(path)
                 self._reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        assert self._kept is not None or not self._is_failing
-        states = self._kept[1] if self._is_failing and self._kept is not None else generator_states()
-        torch.save(dict(states), Path(output_dir) / RNG_STATE)
 
     def save_last_step(self) -> int | None:
         """Save the state after the last step that is complete, from within one that failed; return the step.
@@ -203,107 +198,93 @@ class QloraTrainer(SFTTrainer):
         if not self._store.path_of(step).exists():
             self._is_failing = True
             try:
-                self._save_checkpoint(self.model, None)
+                self.save_checkpoint()
             finally:
                 self._is_failing = False
         return step
 
     def _keep(self) -> None:
-        self._kept = (self._now(), generator_states())
+        self._kept = (self._current_state(), generator_states())
 
     def _loop_state(self) -> LoopState:
-        return self._kept[0] if self._is_failing and self._kept is not None else self._now()
+        return self._kept[0] if self._is_failing and self._kept is not None else self._current_state()
 
-    def _now(self) -> LoopState:
-        progress = self._reporting.progress
+    def _generators(self) -> Generators:
+        assert self._kept is not None or not self._is_failing
+        return self._kept[1] if self._is_failing and self._kept is not None else generator_states()
+
+    def _current_state(self) -> LoopState:
         return LoopState(
             step=self.state.global_step,
-            summed_loss=float(self._tr_loss),
-            total_loss=self._total_loss_scalar,
-            reported_step=self._globalstep_last_logged,
-            num_tokens=int(self._total_train_tokens),
-            means={name: list(values) for name, values in self._metrics["train"].items()},
+            **asdict(self.counters()),
             never_used=list(self.never_used),
-            progress=replace(progress, num_skipped=self._guard.num_skipped),
+            progress=replace(self._reporting.progress, num_skipped=self._guard.num_skipped),
         )
 
     # ---- resuming ----
 
     def resume(self, checkpoint: Path) -> None:
-        """Give adapter, trainer state and reports the values of a checkpoint, without training on.
+        """Give adapter, trainer state and reports the values of a checkpoint, without training further.
 
-        An evaluation that was due behind it, and that a signal prevented, is made up for.
+        An evaluation that was due after it, and that a signal prevented, is made up for.
         """
-        self._load_from_checkpoint(str(checkpoint))
+        self.load_weights(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        self._tr_loss = torch.tensor(0.0, device=self.args.device)
         self.begin_loop()
-        self._note_best()
         if self._is_evaluation_due():
-            self.note_evaluation(self.evaluate())
-            assert self._resumed is not None, "taken up above"
+            self.evaluate_outside_loop()
+            assert self._resumed is not None, "set when the weights were loaded"
             self._resumed = replace(self._resumed[0], progress=self._reporting.progress), checkpoint
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
-        checkpoint = Path(resume_from_checkpoint)
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the adapter the weights of a checkpoint, and read what the loop is to begin with.
+
+        Raises:
+            OutputDirectoryError: they are not those of this adapter.
+        """
         try:
             restore_adapter(self.model, checkpoint)
         except ModelError as error:
             raise OutputDirectoryError(error.message, hint=error.hint) from error
-        if self._resumed is None:  # else with an evaluation that was made up for
+        if self._resumed is None:  # else it holds an evaluation that was made up for
             self._resumed = LoopState.read(checkpoint), checkpoint
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        optimizer, folder = self.optimizer.optimizer, Path(checkpoint)
+    @contextmanager
+    def optimizer_loading(self, checkpoint: Path) -> Iterator[None]:
+        """Check that the states that are loaded are of this optimizer and this schedule.
+
+        Raises:
+            OutputDirectoryError: they are not; names the file.
+        """
+        optimizer = self.optimizer.optimizer
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         groups, state = groups_of(optimizer), schedule.state_dict()
-        with blamed(folder / OPTIMIZER):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            check_optimizer(optimizer, groups, folder / OPTIMIZER)
-        check_schedule(schedule, state, folder / SCHEDULER)
+        with blamed(checkpoint / OPTIMIZER):
+            yield
+            check_optimizer(optimizer, groups, checkpoint / OPTIMIZER)
+        check_schedule(schedule, state, checkpoint / SCHEDULER)
         page_again(optimizer)
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with blamed(Path(checkpoint or "") / SCALER):
-            super()._load_scaler(checkpoint)
-
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        found = super()._init_training_state(max_steps, *args, **kwargs)
-        # What was saved would overrule intervals that were changed since, and knows no evaluation after it.
-        self.state.compute_steps(self.args, max_steps)
-        self._note_best()
-        return found
-
-    def _note_best(self) -> None:
-        """Give the trainer's state the best of all evaluations."""
-        progress = self._resumed[0].progress if self._resumed is not None else self._reporting.progress
-        best = progress.best_step
-        if best is not None:
-            self.state.best_metric, self.state.best_global_step = progress.eval_losses[best], best
-
-    def _go_on_from(self, state: LoopState) -> None:
-        self._tr_loss = torch.tensor(state.summed_loss, device=self.args.device)
-        self._total_loss_scalar = state.total_loss
-        self._globalstep_last_logged = state.reported_step
-        self._total_train_tokens = state.num_tokens
-        for name, values in state.means.items():
-            self._metrics["train"][name] = list(values)
-        self.never_used = tuple(state.never_used)
-        self._guard.num_skipped = state.progress.num_skipped
-        self._reporting.go_on_from(state.progress)
+    def scaler_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
+        """Name the file of the loss scaler in an error of loading it."""
+        return blamed(checkpoint / SCALER)
 
     def begin_loop(self) -> None:
-        """Take up what the loop sets to zero when it begins."""
+        """Restore what the loop sets to zero when it begins."""
         if self._resumed is not None:
             state, checkpoint = self._resumed
-            self._go_on_from(state)
-            self._load_rng_state(str(checkpoint))
+            self.set_counters(_counters_of(state))
+            self.never_used = tuple(state.never_used)
+            self._guard.num_skipped = state.progress.num_skipped
+            self._reporting.go_on_from(state.progress)
+            # What was saved would overrule intervals that were changed since, and knows no evaluation after it.
+            self.state.compute_steps(self.args, self.args.max_steps)
+            self._note_best()
+            load_generators(checkpoint)
         self._keep()
 
     def _is_evaluation_due(self) -> bool:
-        """Whether the step that training goes on behind was to be evaluated, and was not: a signal came first."""
+        """Whether the step that training resumes after was to be evaluated, and was not: a signal came first."""
         step, steps = self.state.global_step, self.args.eval_steps
         is_due = self.args.eval_strategy == IntervalStrategy.STEPS and step > 0 and step % int(steps) == 0
         return is_due and step not in self._reporting.progress.eval_losses
@@ -312,7 +293,7 @@ class QloraTrainer(SFTTrainer):
         """Go forward and backward with a micro-batch as in training, and forget all of it but `never_used`."""
         with self._untouched(), _calls_watched(self.model) as never_used:
             self.current_gradient_accumulation_steps = 1
-            num_tokens = self._get_num_items_in_batch([batch], self.args.device)
+            _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
             super().training_step(self.model_wrapped, dict(batch), num_tokens)
             if self.args.gradient_accumulation_steps > 1:  # from the second on, gradients are there meanwhile
                 super().training_step(self.model_wrapped, dict(batch), num_tokens)
@@ -333,19 +314,11 @@ class QloraTrainer(SFTTrainer):
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """Leave no gradient, count or draw of a generator behind."""
-        tokens, means = (
-            self._total_train_tokens,
-            {mode: {name: list(values) for name, values in found.items()} for mode, found in self._metrics.items()},
-        )
         try:
-            with generators_kept():
+            with generators_kept(), self.tokens_uncounted():
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
-            self._total_train_tokens = tokens
-            for mode, found in means.items():
-                self._metrics[mode].clear()
-                self._metrics[mode].update(found)
 
     def begin_step(self) -> None:
         """Forget what the guard saw of the step before."""
@@ -358,6 +331,10 @@ class QloraTrainer(SFTTrainer):
     def end_update(self) -> None:
         """The weights are those after the step."""
         self._is_updating = False
+
+
+def _counters_of(state: LoopState) -> LoopCounters:
+    return LoopCounters(**{field.name: getattr(state, field.name) for field in fields(LoopCounters)})
 
 
 @contextmanager

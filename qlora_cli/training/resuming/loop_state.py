@@ -57,8 +57,15 @@ def set_generators(states: Generators) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.random.set_rng_state(states["cpu"])
-    if "cuda" in states:
+    if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_generators(checkpoint: Path) -> None:
+    """Give the random generators the states that a checkpoint holds."""
+    file = checkpoint / RNG_STATE
+    if file.exists():
+        set_generators(_values_of(file))
 
 
 @contextmanager

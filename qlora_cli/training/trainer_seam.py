@@ -1,0 +1,151 @@
+"""The private side of transformers' and TRL's trainers: every method overridden there, every counter read or set.
+
+A version of theirs that renames one breaks this module and no other; `tests/contract/test_seams.py` says which.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopCounters:
+    """What the trainers count while they train.
+
+    Attributes:
+        summed_loss: Of the steps that were not reported yet, with `logging_steps` above 1.
+        total_loss: Of those that were.
+        reported_step: The last of them.
+        num_tokens: Fed so far, padding left out.
+        means: The values that TRL will report the mean of, by name.
+    """
+
+    summed_loss: float
+    total_loss: float
+    reported_step: int
+    num_tokens: int
+    means: Mapping[str, list[float]]
+
+
+class TrainerSeam(SFTTrainer, ABC):
+    """`SFTTrainer` with public hooks where it has private methods, and its counters as one value."""
+
+    @abstractmethod
+    def train_sampler(self) -> Sampler[int] | None:
+        """Return what draws the order of rows, None to take them as they come."""
+
+    @abstractmethod
+    def on_grad_norm(self, model: torch.nn.Module, norm: float) -> None:
+        """Called with the norm of the gradients, after clipping and before the optimizer's step."""
+
+    @abstractmethod
+    def on_step_reported(self) -> None:
+        """Called when a step is over: counted, and logged, evaluated and saved where that was due."""
+
+    @abstractmethod
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the step; `write_checkpoint` writes what the trainer itself keeps."""
+
+    @abstractmethod
+    def save_weights(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the weights into the checkpoint `folder`."""
+
+    @abstractmethod
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model the weights of a checkpoint."""
+
+    @abstractmethod
+    def optimizer_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
+        """Return what surrounds the loading of the optimizer's and the schedule's state."""
+
+    @abstractmethod
+    def scaler_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
+        """Return what surrounds the loading of the loss scaler's state."""
+
+    def write_checkpoint(self, folder: Path) -> Path:
+        """Write weights, optimizer, schedule, scaler, generators and trainer state below `folder`; return where."""
+        before, self.args.output_dir = self.args.output_dir, str(folder)
+        try:
+            # TRL's own override only adds a model card to the output directory.
+            super(SFTTrainer, self)._save_checkpoint(self.model, None)
+        finally:
+            self.args.output_dir = before
+        return folder / f"checkpoint-{self.state.global_step}"
+
+    def counters(self) -> LoopCounters:
+        """Return what is counted by now."""
+        return LoopCounters(
+            summed_loss=float(self._tr_loss),
+            total_loss=self._total_loss_scalar,
+            reported_step=self._globalstep_last_logged,
+            num_tokens=int(self._total_train_tokens),
+            means={name: list(values) for name, values in self._metrics["train"].items()},
+        )
+
+    def set_counters(self, counters: LoopCounters) -> None:
+        """Go on counting from `counters`."""
+        self._tr_loss = torch.tensor(counters.summed_loss, device=self.args.device)
+        self._total_loss_scalar = counters.total_loss
+        self._globalstep_last_logged = counters.reported_step
+        self._total_train_tokens = counters.num_tokens
+        for name, values in counters.means.items():
+            self._metrics["train"][name] = list(values)
+
+    def leave_step_out(self, summed_loss: float) -> None:
+        """Take the step in progress out of the mean loss: `summed_loss` is the sum before it."""
+        self._tr_loss.fill_(summed_loss)
+        self._globalstep_last_logged += 1
+
+    @contextmanager
+    def tokens_uncounted(self) -> Iterator[None]:
+        """Leave what TRL counts in a forward pass as it was before."""
+        tokens = self._total_train_tokens
+        means = {mode: {name: list(values) for name, values in of.items()} for mode, of in self._metrics.items()}
+        try:
+            yield
+        finally:
+            self._total_train_tokens = tokens
+            for mode, of in means.items():
+                self._metrics[mode].clear()
+                self._metrics[mode].update(of)
+
+    # ---- overridden ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:  # noqa: ARG002
+        return self.train_sampler()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.on_grad_norm(model, float(norm))
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.on_step_reported()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ARG002
+        self.save_checkpoint()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None, "the trainer names the folder of a checkpoint"
+        self.save_weights(Path(output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        self.load_weights(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self.optimizer_loading(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self.scaler_loading(Path(checkpoint)):
+                super()._load_scaler(checkpoint)
