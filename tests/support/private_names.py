@@ -1,0 +1,160 @@
+"""Where a package reaches into other people's code: names with a leading underscore that it does not define itself."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+OF_TEXT = {"endswith", "removesuffix", "startswith", "removeprefix"}  # their arguments are parts of names, not names
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """One use of a private name: `kind` is access, import, override, keyword or text."""
+
+    name: str
+    file: str
+    line: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.name} ({self.kind})"
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is meant for its own library: one underscore in front, unlike `__len__`."""
+    return PRIVATE.fullmatch(name) is not None
+
+
+def private_part(dotted: str) -> str | None:
+    """Return the private part of an identifier or a dotted path, None where there is none."""
+    if not DOTTED.fullmatch(dotted):
+        return None
+    return next((part for part in dotted.split(".") if is_private(part)), None)
+
+
+def places_in(root: Path, package: str) -> list[Place]:
+    """Return every use of a private name of others in the modules of `package`, which lies in `root`."""
+    found: set[Place] = set()
+    for path in sorted((root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        file = path.relative_to(root).as_posix()
+        found |= set(_Module(file, ast.parse(path.read_text(encoding="utf-8")), _imported(name)).places())
+    return sorted(found)
+
+
+def _imported(name: str) -> ModuleType | None:
+    """Return a module; None for one that needs a library of an extra that is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == name.partition(".")[0]:
+            raise
+        return None
+
+
+class _Module:
+    """One module, parsed and imported: what its classes inherit is known only when it runs."""
+
+    def __init__(self, file: str, tree: ast.Module, module: ModuleType | None) -> None:
+        self._file = file
+        self._tree = tree
+        self._package = file.partition("/")[0]
+        self._module = module
+        self._own = set(_defined(tree))
+        self._parts = {id(argument) for node in ast.walk(tree) for argument in _parts_of_names(node)}
+
+    def places(self) -> Iterator[Place]:
+        yield from self._walk(self._tree, ())
+
+    def _walk(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[Place]:
+        """Yield the places in `node`; `bases` are those of the class around it that others wrote."""
+        for child in ast.iter_child_nodes(node):
+            yield from self._at(child, bases)
+            yield from self._walk(child, self._foreign_bases(child) if isinstance(child, ast.ClassDef) else bases)
+
+    def _at(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[Place]:
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            is_of_self = _is_self(node.value)
+            is_inherited = _is_super(node.value) or (is_of_self and _knows(bases, node.attr))
+            if is_inherited or not (is_of_self or node.attr in self._own):
+                yield self._place(node.attr, node, "access")
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+                for name in filter(is_private, whole.split(".")):
+                    yield self._place(name, node, "import")
+        elif isinstance(node, ast.FunctionDef) and is_private(node.name) and _knows(bases, node.name):
+            yield self._place(node.name, node, "override")
+        elif isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg and is_private(keyword.arg) and keyword.arg not in self._own:
+                    yield self._place(keyword.arg, keyword, "keyword")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in self._parts:
+            part = private_part(node.value)
+            if part is not None and part not in self._own:
+                yield self._place(part, node, "text")
+
+    def _place(self, name: str, node: ast.expr | ast.stmt | ast.keyword, kind: str) -> Place:
+        return Place(name=name, file=self._file, line=node.lineno, kind=kind)
+
+    def _foreign_bases(self, node: ast.ClassDef) -> tuple[type, ...]:
+        if self._module is None:
+            return ()
+        kind = getattr(self._module, node.name, None)
+        if kind is None:  # defined in a function
+            assert not node.bases, f"{self._file}:{node.lineno}: define {node.name} at module level, to be searched"
+            return ()
+        assert isinstance(kind, type)
+        return tuple(base for base in kind.__mro__[1:-1] if base.__module__.partition(".")[0] != self._package)
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names that a module defines: functions, classes, variables, attributes of its objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+            yield node.attr
+
+
+def _parts_of_names(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.JoinedStr):
+        yield from node.values
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in OF_TEXT:
+        for argument in node.args:
+            yield from ast.walk(argument)
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _knows(bases: tuple[type, ...], name: str) -> bool:
+    """Whether a class of others has an attribute, or gives one to its instances."""
+    return any(name in vars(base) or re.search(rf"\bself\.{name}\b", source_of(base)) for base in bases)
+
+
+@cache
+def source_of(thing: object) -> str:
+    """Return the source of a class, a function or a module; nothing for one that is compiled."""
+    try:
+        return inspect.getsource(thing)  # type: ignore[arg-type]
+    except (TypeError, OSError):
+        return ""
