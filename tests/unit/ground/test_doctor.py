@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from qlora_cli.cli.rendering.doctor_text import render_doctor
 from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install
@@ -201,7 +203,8 @@ def test_every_package_of_pyproject_is_compared() -> None:
     outcome = checks_install.check_packages()
     compared = outcome.details["packages"]
     assert isinstance(compared, list)
-    assert {one["name"] + one["required"] for one in compared} == set(pyproject["project"]["dependencies"])
+    required = {(one.name, one.specifier) for one in map(Requirement, pyproject["project"]["dependencies"])}
+    assert {(one["name"], SpecifierSet(one["required"])) for one in compared} == required
     assert outcome.status == Status.OK, outcome.finding
 
 
