@@ -22,7 +22,7 @@ LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; that of AdamW decays another
 
 
 def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Checkpointing:
-    """Return what `auto` comes to; on a CPU memory is plenty and time is not."""
+    """Return the checkpointing that `auto` stands for; on a CPU memory is plenty and time is not."""
     if setting != Checkpointing.AUTO:
         return setting
     return Checkpointing.ON if device.type == "cuda" else Checkpointing.OFF
@@ -114,7 +114,7 @@ def training_arguments(
     checkpointing = resolve_checkpointing(training.gradient_checkpointing, device)
     arguments = SFTConfig(
         output_dir=str(output),
-        # The rows come tokenized, cut and masked from our own data path.
+        # The rows arrive tokenized, truncated and masked by our own data path.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,  # the same: packed rows come from there too
@@ -156,7 +156,7 @@ def training_arguments(
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",  # trackers come as callbacks of ours, which keep them out of the way
+        report_to="none",  # trackers are callbacks of ours, which contain their failures
         run_name=settings.output.directory.name,
         project=PROJECT,
     )

@@ -1,4 +1,4 @@
-"""What a machine runs out of while it trains, as errors that say what happened, what is kept, and what to do next."""
+"""Memory and disk that run out while training: errors that say what happened, what is saved and what to do next."""
 
 import errno
 import shutil
@@ -19,38 +19,38 @@ ALMOST_NOTHING_BYTES = 64 * 1024
 NUM_CONSUMERS = 3
 
 
-def explained(error: Exception, prepared: PreparedRun, phase: str, kept: str, *, step: int) -> Exception:
-    """Return `error` as one that says what to do, if it is known; `kept` says what is not lost.
+def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *, step: int) -> Exception:
+    """Return `error` as one with a hint, if its cause is known; `saved` says which training is not lost.
 
-    `phase` is what the trainer was at, `step` the last that it has done.
+    `phase` names the part of a step that failed, `step` is the last complete one.
     """
     if isinstance(error, RehearsalError):
-        return _out_of_memory(error.__cause__ or error, prepared, f"{phase}, tried before the first step", kept)
+        return _out_of_memory(error.__cause__ or error, prepared, f"{phase}, tried before the first step", saved)
     if is_out_of_memory(error) and not isinstance(error, QloraError):
-        return _out_of_memory(error, prepared, phase, kept)
-    if isinstance(error, OutputDirectoryError):  # the checkpoint that it was to go on from, before a step
+        return _out_of_memory(error, prepared, phase, saved)
+    if isinstance(error, OutputDirectoryError):  # about the checkpoint to resume from, before a step
         return error
     if isinstance(error, QloraError):
-        return _with_kept(error, kept)
+        return _with_saved(error, saved)
     resume = prepared.resume
     checkpoint = resume.checkpoint if resume is not None and step == resume.step else None
     if checkpoint is not None and (file := file_that_failed_a_step(error)):
         return odd(checkpoint / file, str(error).split("\n", maxsplit=1)[0])
     if "does not have a deterministic implementation" in str(error):
         return TrainingError(
-            str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {kept}".strip()
+            str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {saved}".strip()
         )
     if is_disk_full(error, prepared.plan.output):
         return TrainingError(
             f"the disk of {prepared.plan.output} is full: {error}",
-            hint=f"Free room and give the same command again: it goes on. {kept}".strip(),
+            hint=f"Free disk space and give the same command again: the run resumes. {saved}".strip(),
         )
     return error
 
 
-def _with_kept(error: QloraError, kept: str) -> QloraError:
-    """Return an error of ours as one of a run that had begun."""
-    hint = f"{error.hint or ''} {kept}".strip()
+def _with_saved(error: QloraError, saved: str) -> QloraError:
+    """Return an error of ours as one of a run that had started."""
+    hint = f"{error.hint or ''} {saved}".strip()
     return TrainingError(str(error), hint=hint or None)
 
 
@@ -62,7 +62,7 @@ def is_disk_full(error: Exception, directory: Path) -> bool:
     return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING_BYTES
 
 
-def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, kept: str) -> OutOfMemoryError:
+def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, saved: str) -> OutOfMemoryError:
     plan = prepared.plan
     device = prepared.loaded.device
     lines = [f"{plan.device} ran out of memory in {phase}: {str(error).splitlines()[0]}"]
@@ -76,12 +76,12 @@ def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, kept
         ]
     if measured := _measured(device):
         lines.append(measured)
-    # Nothing is found where the prediction was that it fits as it is.
-    ways = prepared.outlook.ways() if prepared.outlook is not None else ""
-    hint = f"It would fit with {ways}." if ways else f"Try {_known_ways(prepared)}."
-    if kept:
-        kept = f"{kept} A run that goes on may change the micro-batch, with the same batch, and checkpointing."
-    return OutOfMemoryError("; ".join(lines), hint=f"{hint} {kept}".strip())
+    # There are no suggestions where the run was predicted to fit as it is.
+    suggestions = prepared.outlook.suggestions() if prepared.outlook is not None else ""
+    hint = f"It would fit with {suggestions}." if suggestions else f"Try {_smaller_settings(prepared)}."
+    if saved:
+        saved = f"{saved} A resumed run may change the micro-batch, with the same batch, and checkpointing."
+    return OutOfMemoryError("; ".join(lines), hint=f"{hint} {saved}".strip())
 
 
 def _measured(device: torch.device) -> str | None:
@@ -98,8 +98,8 @@ def _measured(device: torch.device) -> str | None:
     )
 
 
-def _known_ways(prepared: PreparedRun) -> str:
-    """Return the flags that take less where nothing was predicted."""
+def _smaller_settings(prepared: PreparedRun) -> str:
+    """Return the flags that take less memory, where nothing was predicted."""
     plan, settings = prepared.plan, prepared.settings
     flags = []
     if plan.micro_batch_size > 1:

@@ -25,9 +25,9 @@ class RehearsalError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What is tried: rows of training, and of an evaluation if there is one.
+    """The rows to try: of training, and of an evaluation if there is one.
 
-    `state_bytes` is what the optimizer will keep on the GPU from its first step on; that much is held meanwhile.
+    `state_bytes` is the size of the optimizer's state on the GPU from its first step on; the trial allocates as much.
     """
 
     rows: list[Row]
@@ -79,10 +79,10 @@ class RehearsalCallback(TrainerCallback):
 
     def _try_out(self, device: torch.device) -> None:
         rehearsal = self._rehearsal
-        has_state = bool(self._trainer.optimizer.state)  # of a run that goes on
-        held = 0 if has_state or device.type != "cuda" else rehearsal.state_bytes
-        room = torch.empty(held, dtype=torch.uint8, device=device)
+        has_state = bool(self._trainer.optimizer.state)  # of a resumed run
+        num_bytes = 0 if has_state or device.type != "cuda" else rehearsal.state_bytes
+        stand_in = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._trainer.try_out(rehearsal.collate(rehearsal.rows))
         if rehearsal.eval_rows is not None:
             self._trainer.try_out_evaluation(rehearsal.collate(rehearsal.eval_rows))
-        del room
+        del stand_in

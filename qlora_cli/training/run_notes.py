@@ -83,7 +83,7 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
 def note_resume(
     resume: Resume, settings: TrainSettings, reporter: Reporter, *, trains_given_adapter: bool, digest: str
 ) -> None:
-    """Say that an earlier run goes on, from where, and what changed since; `digest` is that of the base's weights.
+    """Say that an earlier run is resumed, from where, and what changed since; `digest` is that of the base's weights.
 
     Raises:
         SettingsError: what changed would make the result another than the record says.
@@ -91,7 +91,9 @@ def note_resume(
     for damaged in resume.damaged:
         reporter.report(Noted(level="warning", message=f"a checkpoint is damaged and not used: {damaged}"))
     if resume.checkpoint is None and not resume.is_done:
-        reporter.report(Noted(message=f"{resume.run.path} holds a run without a checkpoint: it begins anew"))
+        reporter.report(
+            Noted(message=f"{resume.run.path} holds a run without a checkpoint: it restarts at the first step")
+        )
     for change in check_changes(resume, settings, trains_given_adapter=trains_given_adapter, digest=digest):
         reporter.report(Noted(level="warning", message=f"changed since: {change}"))
     for change in changed_versions(resume, package_versions()):

@@ -37,7 +37,7 @@ from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
 from qlora_cli.training.resuming.resume import (
     Resume,
-    check_adapter_kept,
+    check_adapter_is_safe,
     check_base,
     check_length,
     check_rows,
@@ -53,7 +53,7 @@ FITS = found("training.auto_micro_batch")  # what it found to fit
 class SettledRun:
     """A run of which all is known that can be known before its weights are read.
 
-    `resume` is the earlier run that it goes on with; `num_steps` those of the whole run.
+    `resume` is the earlier run that it continues; `num_steps` are those of the whole run.
     """
 
     asked: Resolved[TrainSettings]
@@ -78,7 +78,7 @@ class SettledRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that is ready for its first step, or for the one that it goes on with. `end_ids` end an answer."""
+    """A run that is ready for its first step, or the next one if it is resumed. `end_ids` end an answer."""
 
     asked: Resolved[TrainSettings]
     resolved: Resolved[TrainSettings]
@@ -106,9 +106,9 @@ def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bo
 def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
     """Settle all that needs no weights.
 
-    Cheap checks come first, and what they find is told together: names and files; then what the model, its headers and
-    the first rows of the data tell. Then comes the data as a whole, and what training takes.
-    `force` goes on although training is predicted not to fit.
+    Cheap checks come first, and their findings are reported together: names and files; then the model, its headers and
+    the first rows of the data. Then come the data as a whole and the memory of training.
+    `force` continues although training is predicted not to fit.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
@@ -118,8 +118,8 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     try:
         model = _settle_model(asked, reporter)
     except QloraError as error:
-        told = with_data_errors(error, asked)
-        raise told from (None if told is error else error)
+        combined = with_data_errors(error, asked)
+        raise combined from (None if combined is error else error)
     resolved, load_plan, resume = model.resolved, model.load_plan, model.resume
     settings = resolved.settings
     check_before_data(resolved, load_plan, reporter)
@@ -140,13 +140,13 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         started=started,
     )
     if resume is not None and not settled.is_done:
-        check_adapter_kept(resume, settings.output)
+        check_adapter_is_safe(resume, settings.output)
     return settled
 
 
 @dataclass(frozen=True, kw_only=True)
 class _SettledModel:
-    """The model of a run, the settings as its files settle them, and the earlier run that goes on."""
+    """The model of a run, the settings as its files settle them, and the earlier run that is resumed."""
 
     resolved: Resolved[TrainSettings]
     load_plan: LoadPlan
@@ -195,7 +195,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     if settings.data.packing:
         check_packing(loaded, model)
     plan = _plan(settled, loaded, model)
-    sizes_of(model, settings.training.optimizer).check_room(settings)  # once more: the tokens may be on that disk too
+    sizes_of(model, settings.training.optimizer).check_space(settings)  # once more: the tokens may be on that disk too
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         asked=settled.asked,
@@ -216,12 +216,12 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     """Return a run with another micro-batch and the same batch: `size` divides it."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    found_to_fit = Fact(
+    fitting = Fact(
         values={MICRO_BATCH: size, ACCUMULATION: accumulation},
         origin=FITS,
         is_fixed=True,
     )
-    resolved = settle(prepared.resolved, [found_to_fit])
+    resolved = settle(prepared.resolved, [fitting])
     plan = replace(
         prepared.plan,
         micro_batch_size=size,
@@ -266,7 +266,7 @@ def _check_memory(
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
     """Return the model with the adapter to train: the one it came with, or a new one."""
     if isinstance(loaded.model, PeftModel):
-        reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} trains on"))
+        reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} is trained further"))
         return loaded.model
     model, notes = attach_adapter(loaded.model, settings, loaded.new_token_ids, loaded.source.commit)
     for note in notes:
@@ -299,15 +299,15 @@ def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Report
     data, tokenizer = settings.data, load_plan.tokenizer
     reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
     text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
-    found = prepare_data(data, text, seed=settings.training.seed)
-    for prepared in (found.train, found.evaluation):
+    rows = prepare_data(data, text, seed=settings.training.seed)
+    for prepared in (rows.train, rows.evaluation):
         if prepared is not None:
             note_data(prepared, tokenizer.tokenizer, data.max_length, reporter)
-    return found
+    return rows
 
 
 def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
-    """Return the steps of a run: `max_steps`, or what `epochs` come to, as the trainer would count them.
+    """Return the steps of a run: `max_steps`, or those of `epochs`, as the trainer would count them.
 
     `num_rows` is None for a stream, for which `max_steps` is given.
     """

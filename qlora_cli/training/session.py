@@ -1,4 +1,4 @@
-"""One attempt at a run: the trainer with all that watches it, from the first step, or the one it goes on behind."""
+"""One attempt at a run: the trainer and the callbacks that watch it, from the first step or the one resumed after."""
 
 import os
 import time
@@ -92,7 +92,7 @@ class Session:
                 raise
             raise ModelError(
                 f"TRL makes no trainer of {self._prepared.loaded.source.name} and these settings: {told(error)}",
-                hint="Change the setting that it speaks of; qlora config show lists all, and what was not a default.",
+                hint="Change the setting that it names; qlora config show lists all, and which are not defaults.",
             ) from error
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -127,7 +127,7 @@ class Session:
         data, settings = self._prepared.train_data, self._prepared.settings
         return Batches(data, settings.training, settings.data.max_length, settings.data.packing)
 
-    def _what_to_rehearse(self) -> Rehearsal:
+    def _rehearsal(self) -> Rehearsal:
         prepared, evaluation = self._prepared, self._prepared.eval_data
         size = prepared.settings.training.micro_batch_size
         return Rehearsal(
@@ -139,12 +139,12 @@ class Session:
 
     def _callbacks(self) -> list[TrainerCallback]:
         training, loaded = self._prepared.settings.training, self._prepared.loaded
-        found: list[TrainerCallback] = [
-            RehearsalCallback(self.trainer, self._what_to_rehearse(), self._reporter),
+        callbacks: list[TrainerCallback] = [
+            RehearsalCallback(self.trainer, self._rehearsal(), self._reporter),
             StopCallback(self._stop, self._directory.request_file),
         ]
         if training.early_stopping_patience is not None:
-            found.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
+            callbacks.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
         if training.sample_prompts:
             answerer = Answerer(
                 tokenizer=loaded.tokenizer,
@@ -153,8 +153,8 @@ class Session:
                 max_tokens=training.sample_tokens,
             )
             self._samples = SampleCallback(answerer, training.sample_prompts, self._reporter)
-            found.append(self._samples)
-        return found
+            callbacks.append(self._samples)
+        return callbacks
 
     @property
     def step(self) -> int:
@@ -163,11 +163,11 @@ class Session:
 
     @property
     def progress(self) -> Progress:
-        """What was reported so far."""
+        """The progress that was reported so far."""
         return self._reporting.progress
 
     def train(self) -> TrainResult:
-        """Train to the end, or until a signal comes; write `adapter/` and return what came of it.
+        """Train to the end, or until a signal comes; write `adapter/` and return the result.
 
         Raises:
             RehearsalError: the largest micro-batch does not fit.
@@ -177,9 +177,8 @@ class Session:
         reset_device_peak(prepared.loaded.device)
         start = time.monotonic()
         self._announce()
-        was_cut = self._loop()
-        was_cut = was_cut or self._evaluate_at_end()
-        if was_cut:
+        stopped = self._loop() or self._evaluate_at_end()
+        if stopped:
             self.trainer.save_last_step()
         is_whole = self._stop.name is None or (self.step >= num_steps and self._is_evaluated)
         interrupted_by = None if is_whole else self._stop.name
@@ -204,7 +203,7 @@ class Session:
             self._reporter.report(TrainingResumed(step=resume.step, num_steps=plan.num_steps, checkpoint=checkpoint))
 
     def _loop(self) -> bool:
-        """Train the steps that are left; return whether a signal cut an evaluation short."""
+        """Train the remaining steps; return whether a signal ended an evaluation early."""
         resume = self._prepared.resume
         checkpoint = self.store.path_of(resume.step) if resume is not None and resume.checkpoint is not None else None
         try:
@@ -220,18 +219,18 @@ class Session:
 
     @property
     def _is_evaluated(self) -> bool:
-        """Whether there is no evaluation of the last step to come."""
+        """Whether no evaluation of the last step is due."""
         return self._prepared.eval_data is None or self.step in self.progress.eval_losses
 
     @property
     def _has_ended(self) -> bool:
-        """Whether the run that goes on has done its steps, or was stopping early: it was killed before its end."""
+        """Whether a resumed run has done its steps, or was stopping early, and was killed before its end."""
         patience = self._prepared.settings.training.early_stopping_patience
         stops_early = patience is not None and self.progress.num_since_best >= patience
         return stops_early or self.step >= self._prepared.plan.num_steps
 
     def _evaluate_at_end(self) -> bool:
-        """Evaluate after the last step, if that was not done; return whether a signal cut it short."""
+        """Evaluate after the last step, if that was not done; return whether a signal ended it early."""
         if self._is_evaluated or self._stop.name is not None:
             return False
         try:
@@ -245,9 +244,11 @@ class Session:
             self._take_best()
             check_trained(self._prepared.model, self.trainer.never_used)
         if os.path.lexists(self._directory.adapter):  # nothing of the run is there by now
-            kept = move_aside(self._directory.adapter, f"{ADAPTER}-kept")
+            moved = move_aside(self._directory.adapter, f"{ADAPTER}-kept")
             self._reporter.report(
-                Noted(level="warning", message=f"what came to {self._directory.adapter} is now {kept}")
+                Noted(
+                    level="warning", message=f"another program wrote {self._directory.adapter}, which is now {moved}"
+                )
             )
         save_adapter(self._prepared, self._directory)
         if is_whole:

@@ -54,7 +54,7 @@ OF_ADAPTER = ("lora", "model")  # sections that say what an adapter is
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
     """Do everything up to the first step and return what would run; writes nothing.
 
-    `force` goes on although it is predicted not to fit on the GPU.
+    `force` continues although it is predicted not to fit on the GPU.
 
     Raises:
         QloraError: of the kind that fits what is wrong.
@@ -64,10 +64,10 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
 
 
 def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
-    """Train an adapter and return what came of it; go on with the run that is in the output directory, if one is.
+    """Train an adapter and return the result; resume the run in the output directory, if there is one.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint and the adapter as it is
-    then; the result says so. `force` goes on although the run is predicted not to fit on the GPU.
+    then; the result says so. `force` continues although the run is predicted not to fit on the GPU.
 
     Raises:
         QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
@@ -129,13 +129,13 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
 
 
 def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str, reporter: Reporter) -> None:
-    """Write that the run goes on from here, and make its directory one that it can be written to."""
+    """Write that the run starts or resumes here, and prepare its directory to be written to."""
     write_record(directory, _opening_record(prepared, directory, started))
     if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
-        kept = directory.drop_adapter([prepared.resume.record.adapter_files, sealed_in(prepared.resume.checkpoint)])
-        if kept is not None:
+        moved = directory.drop_adapter([prepared.resume.record.adapter_files, sealed_in(prepared.resume.checkpoint)])
+        if moved is not None:
             reporter.report(
-                Noted(level="warning", message=f"{directory.adapter} was not as the run wrote it: see {kept}")
+                Noted(level="warning", message=f"{directory.adapter} was not as the run wrote it: see {moved}")
             )
     directory.create()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
@@ -145,7 +145,7 @@ def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: s
 
 
 def _record_failure(directory: RunDirectory, error: BaseException) -> None:
-    """Write how the run ended, if this process came to begin it; else its record is as it was, or there is none."""
+    """Write how the run ended, if this process started it; else its record stays as it was, or there is none."""
     record = read_record(directory.path)
     if record.status == "running" and record.pid == os.getpid():
         status = "failed" if isinstance(error, Exception) else "interrupted"
@@ -191,11 +191,11 @@ def _train(
                 smaller = _smaller(prepared)
                 if smaller is None:
                     raise _explained(error, prepared, session) from error
-            except Exception as error:  # noqa: BLE001 - whatever it is, what was trained is kept; then it goes on
+            except Exception as error:  # noqa: BLE001 - whatever it is, the last step is saved first
                 _save_last_step(session, error)
-                told = _explained(error, prepared, session)
-                raise told from (None if told is error else error)
-            # What the failed pass held is free only when its traceback is gone.
+                explanation = _explained(error, prepared, session)
+                raise explanation from (None if explanation is error else error)
+            # The tensors of the failed pass are freed only with its traceback.
             del session
             gc.collect()
             torch.cuda.empty_cache()
@@ -221,20 +221,20 @@ def _save_last_step(session: Session, error: Exception) -> None:
     """Save the state after the last complete step, from within one that failed."""
     try:
         session.trainer.save_last_step()
-    except Exception as another:  # noqa: BLE001 - the first failure is what is told
+    except Exception as another:  # noqa: BLE001 - the first failure is reported
         error.add_note(f"nor could the last step be saved: {another}")
 
 
 def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exception:
-    return explained(error, prepared, session.trainer.phase, _what_is_kept(session), step=session.step)
+    return explained(error, prepared, session.trainer.phase, _saved_training(session), step=session.step)
 
 
-def _what_is_kept(session: Session) -> str:
-    """Return where the last state is that was saved, in words; empty if there is none."""
+def _saved_training(session: Session) -> str:
+    """Return in words where the last saved state is; empty if there is none."""
     newest = session.store.all()[-1:]
     if not newest:
         return ""
-    return f"What was trained until step {step_of(newest[0]):,} is in {newest[0]}."
+    return f"The training until step {step_of(newest[0]):,} is saved in {newest[0]}."
 
 
 def _check_unchanged(prepared: PreparedRun, directory: RunDirectory) -> None:
@@ -254,9 +254,9 @@ def _check_unchanged(prepared: PreparedRun, directory: RunDirectory) -> None:
 
 
 def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> None:
-    """Make the directory one that the run can go on in, before it says that it does.
+    """Prepare the directory for the run to resume in, before it says so.
 
-    Of a run in another directory, the checkpoint, the best one and what was reported are copied. Damaged checkpoints
+    Of a run in another directory, the checkpoint, the best one and the reports are copied. Damaged checkpoints
     are renamed, so that they do not count as newer than those to come.
     """
     resume = prepared.resume
@@ -282,7 +282,7 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
 
 
 def _asked_of_adapter(loaded: LoadedModel) -> dict[str, dict[str, Any]]:
-    """Return what was given of the adapter that trains on, by the run that it is from and those before."""
+    """Return the settings that were given for an adapter that is trained further, by its run and those before."""
     record = loaded.source.record
     if record is None:
         return {}

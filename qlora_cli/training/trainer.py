@@ -1,4 +1,4 @@
-"""TRL's trainer, with the adapter kept in fp32, checkpoints complete or absent, and exact when it is resumed."""
+"""TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -43,7 +43,7 @@ from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
 class QloraTrainer(TrainerSeam):
     """`SFTTrainer` on a PEFT model whose adapter is already attached.
 
-    `phase` says what is going on, for the message of a failure. `never_used` are the layers with
+    `phase` names the part of a step in progress, for the message of a failure. `never_used` are the layers with
     an adapter that the first micro-batch that was tried did not call.
     """
 
@@ -117,7 +117,7 @@ class QloraTrainer(TrainerSeam):
             self.leave_step_out(self._kept[0].summed_loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hand on what is to be reported; its history is `metrics.jsonl`, not kept in memory and every checkpoint."""
+        """Report to callbacks, without the history: it would fill memory and checkpoints; `metrics.jsonl` has it."""
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -276,7 +276,7 @@ class QloraTrainer(TrainerSeam):
             self.set_counters(_counters_of(state))
             self.never_used = tuple(state.never_used)
             self._guard.num_skipped = state.progress.num_skipped
-            self._reporting.go_on_from(state.progress)
+            self._reporting.resume_from(state.progress)
             # What was saved would overrule intervals that were changed since, and knows no evaluation after it.
             self.state.compute_steps(self.args, self.args.max_steps)
             self._note_best()

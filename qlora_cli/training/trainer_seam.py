@@ -90,7 +90,7 @@ class TrainerSeam(SFTTrainer, ABC):
         )
 
     def set_counters(self, counters: LoopCounters) -> None:
-        """Go on counting from `counters`."""
+        """Continue counting from `counters`."""
         self._tr_loss = torch.tensor(counters.summed_loss, device=self.args.device)
         self._total_loss_scalar = counters.total_loss
         self._globalstep_last_logged = counters.reported_step

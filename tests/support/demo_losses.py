@@ -1,4 +1,4 @@
-"""The first losses of the demonstration in fp32 on a CPU, and where those of a set of versions are kept."""
+"""The first losses of the demonstration in fp32 on a CPU, and the file that records them for a set of versions."""
 
 import json
 from importlib.metadata import version
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def golden_file() -> Path:
-    """Return where the losses of the installed versions are kept, whether or not they were recorded."""
+    """Return the file for the losses of the installed versions, whether or not they were recorded."""
     return FOLDER / ("-".join(f"{library}_{number}" for library, number in versions().items()) + ".json")
 
 

@@ -21,7 +21,7 @@ MOST_OFTEN = 100  # times of drawing a page between two of them
 class ReportingCallback(TrainerCallback):
     """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
 
-    Evaluation time is left out of `tokens_per_second`. `earlier` is what earlier processes had come to.
+    Evaluation time is left out of `tokens_per_second`. `earlier` is the progress of earlier processes.
     """
 
     def __init__(self, reporter: Reporter, device: torch.device, *, loading_seconds: float) -> None:
@@ -32,8 +32,8 @@ class ReportingCallback(TrainerCallback):
         self.earlier = Progress(eval_losses={})
         self.progress = replace(self.earlier, loading_seconds=loading_seconds)
 
-    def go_on_from(self, progress: Progress) -> None:
-        """Take up what an earlier process had reported."""
+    def resume_from(self, progress: Progress) -> None:
+        """Continue from the progress that an earlier process had reported."""
         self.earlier = progress
         self.progress = replace(progress, loading_seconds=progress.loading_seconds + self._loading_seconds)
         self._start = time.monotonic() - progress.elapsed_seconds
@@ -104,10 +104,10 @@ class ReportingCallback(TrainerCallback):
 
 
 class ReportWriter:
-    """A reporter that draws `report.html` anew when something is worth looking at: not at every step.
+    """A reporter that draws `report.html` again after checkpoints and evaluations.
 
-    All of the run is read for it, which takes longer the longer it goes on; so pages are left out where drawing would
-    take more than a hundredth of the time.
+    Drawing reads the whole run, which takes longer and longer; so a page is left out where drawing would take more
+    than a hundredth of the time.
     """
 
     def __init__(self, directory: Path, reporter: Reporter) -> None:

@@ -49,7 +49,7 @@ class StepGuard:
         place, self._micro_batch = self._micro_batch, self._micro_batch + 1
         if bool(torch.isfinite(loss)):
             return loss
-        self._found(step, f"the loss is {float(loss)}", self._name_rows(step, place))
+        self._stop_or_skip(step, f"the loss is {float(loss)}", self._name_rows(step, place))
         return torch.zeros_like(loss)
 
     def check_norm(self, step: int, norm: float, *, is_scaled: bool) -> bool:
@@ -69,15 +69,15 @@ class StepGuard:
             self._reporter.report(StepSkipped(step=step + 1, reason=self._fault[0], rows=()))
             return False
         rows = tuple(row for place in range(self._micro_batch) for row in self._name_rows(step, place))
-        self._found(step, f"the gradient norm is {norm}", rows)
+        self._stop_or_skip(step, f"the gradient norm is {norm}", rows)
         return False
 
-    def _found(self, step: int, reason: str, rows: tuple[str, ...]) -> None:
+    def _stop_or_skip(self, step: int, reason: str, rows: tuple[str, ...]) -> None:
         if self._settings.on_nan == OnNan.STOP:
             raise TrainingError(
                 f"step {step + 1}: {reason}; nothing was updated. The rows: {', '.join(rows)}",
-                hint="Look at them with qlora inspect-data. Then --on-nan skip goes on without such steps; or start "
-                "anew with a lower --learning-rate, or with --dtype bf16 or fp32 instead of fp16.",
+                hint="Look at them with qlora inspect-data. Then --on-nan skip continues without such steps; or "
+                "restart with a lower --learning-rate, or with --dtype bf16 or fp32 instead of fp16.",
             )
         if self._fault is not None:
             return
@@ -87,6 +87,6 @@ class StepGuard:
             raise TrainingError(
                 f"step {step + 1}: {reason}, as in {self.num_skipped - 1} steps that were skipped before it; "
                 f"the rows: {', '.join(rows)}",
-                hint="Start anew with a lower --learning-rate, or allow more by training.max_nan_skips.",
+                hint="Restart with a lower --learning-rate, or allow more by training.max_nan_skips.",
             )
         self._reporter.report(StepSkipped(step=step + 1, reason=reason, rows=rows))

@@ -1,4 +1,4 @@
-"""What is asked of a run from outside: to stop, by Ctrl-C, SIGTERM or SIGHUP, or to write a checkpoint, by a file."""
+"""Requests to a running job: to stop, by Ctrl-C, SIGTERM or SIGHUP, or to write a checkpoint, by a file."""
 
 import signal
 import sys
@@ -59,7 +59,7 @@ class StopSignal:
 class StopCallback(TrainerCallback):
     """Saves a checkpoint and leaves the loop at the end of the step in which a signal came.
 
-    Saves one, and goes on, if the file `request` is there; deletes it when that is done.
+    Saves one, and continues, if the file `request` exists; deletes it when the checkpoint is complete.
     """
 
     def __init__(self, stop: StopSignal, request: Path) -> None:
@@ -73,7 +73,7 @@ class StopCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Ask the trainer for what was asked of the run."""
+        """Pass the requests on to the trainer."""
         if self._stop.name is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -1,7 +1,7 @@
-"""Trackers that a run is also reported to: never in its way.
+"""Trackers that a run is also reported to, which never stop it.
 
-What they write goes into the run directory, what they print to stderr. A login or a network that is missing neither
-blocks nor asks, and a tracker that fails is left behind; the run goes on.
+They write into the run directory and print to stderr. A missing login or network neither blocks nor prompts, and the
+run continues without a tracker that fails.
 """
 
 import netrc
@@ -31,7 +31,7 @@ PATIENCE_SECONDS = "60"  # for what is left to send, at the beginning and at the
 
 
 class Tracker(TrainerCallback):
-    """The callback of a tracker, whose failures are told and end it, not the run.
+    """The callback of a tracker, whose failures are reported and end it, not the run.
 
     It sees the run begin, what is reported, and, by `close`, the end: the trainer is done before the last evaluation.
     Checkpoints are not its affair: transformers' callbacks would look for them where ours are not.
@@ -79,7 +79,7 @@ class Tracker(TrainerCallback):
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the run
             self._inner = self._end = None
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            message = f"{self._name} failed and is reported to no more; the run goes on: {reason}"
+            message = f"{self._name} failed and is reported to no more; the run continues: {reason}"
             self._reporter.report(Noted(level="warning", message=message))
 
 

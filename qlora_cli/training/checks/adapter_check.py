@@ -1,4 +1,4 @@
-"""After training: is there something in the adapter, and does what was written give the logits of what was trained?"""
+"""After training: whether the adapter is not empty, and whether its files give the logits of the trained model."""
 
 import re
 from collections.abc import Collection
@@ -42,7 +42,7 @@ def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
         if not norm < MOST_NORM:  # nor is NaN
             raise TrainingError(
                 f"the adapter is broken: the norm of {name} is {norm}",
-                hint="Lower --learning-rate. The checkpoints are kept.",
+                hint="Lower --learning-rate. The checkpoints remain.",
             )
     outputs = {name: parameter for name, parameter in trained.items() if OUTPUT.search(name)}
     empty = [name for name, parameter in outputs.items() if not parameter.any()]
@@ -51,7 +51,7 @@ def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
         named = (unexpected or empty)[0]
         raise TrainingError(
             f"the adapter is empty: {len(empty)} of {len(outputs)} targets have learnt nothing, such as {named}",
-            hint="Raise --learning-rate or --max-steps. The checkpoints are kept.",
+            hint="Raise --learning-rate or --max-steps. The checkpoints remain.",
         )
 
 
@@ -76,7 +76,7 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
         or _other_scales(model, fitted.model)
     )
     if wrong:
-        raise TrainingError(f"{directory} does not hold what was trained: {wrong}", hint="The checkpoints are kept.")
+        raise TrainingError(f"{directory} does not hold what was trained: {wrong}", hint="The checkpoints remain.")
     was_training = model.training
     model.eval()
     num_tokens = len(loaded.tokenizer)
@@ -94,7 +94,7 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
     if not moved <= noise:
         raise TrainingError(
             f"the adapter in {directory} gives other logits than the trained model: they move by {moved:.2g}",
-            hint="The checkpoints are kept.",
+            hint="The checkpoints remain.",
         )
 
 

@@ -30,7 +30,7 @@ SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 @dataclass(frozen=True, kw_only=True)
 class FileSizes:
-    """What a run writes: its adapter, and in a checkpoint the state of the optimizer beside it."""
+    """The sizes of the files that a run writes: its adapter, and in a checkpoint the state of the optimizer too."""
 
     adapter_bytes: int
     optimizer_bytes: int
@@ -43,13 +43,13 @@ class FileSizes:
     def disk_bytes(self, settings: TrainSettings) -> int:
         """Return the most that a run directory takes.
 
-        The newest checkpoint is complete before the oldest is deleted; the best one stays besides.
+        The newest checkpoint is complete before the oldest is deleted; the best one stays as well.
         """
         most_checkpoints = settings.output.max_checkpoints + 1 + int(settings.training.eval_steps is not None)
         return self.adapter_bytes + SMALL_FILES_BYTES + most_checkpoints * self.checkpoint_bytes
 
-    def check_room(self, settings: TrainSettings) -> None:
-        """Check that the disk has room for the run directory; what is in there already counts.
+    def check_space(self, settings: TrainSettings) -> None:
+        """Check that the disk has space for the run directory; files that are there already count.
 
         Raises:
             DiskSpaceError: it has not.
@@ -58,12 +58,12 @@ class FileSizes:
         check_disk_space(
             directory,
             max(0, self.disk_bytes(settings) - size_of(directory)),
-            hint="Free room, choose another --output, or lower output.max_checkpoints or --rank.",
+            hint="Free disk space, choose another --output, or lower output.max_checkpoints or --rank.",
         )
 
 
 def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
-    """Return what is written of `model`, which may be on the meta device."""
+    """Return the sizes of the files of `model`, which may be on the meta device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = switched_parameters_in(model)
     return FileSizes(

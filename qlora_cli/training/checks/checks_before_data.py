@@ -1,7 +1,7 @@
-"""What can be known to be wrong before a row is tokenized or a weight is read, all of it told together.
+"""Faults that can be known before a row is tokenized or a weight is read, all reported together.
 
 It shows from the config and the tokenizer of the model, the headers of its weights, the first rows of each data set
-and the room on the disk.
+and the space on the disk.
 """
 
 from functools import partial
@@ -23,9 +23,9 @@ MODEL, TARGETS, OUTPUT, DATASET = "model.name", "lora.target_modules", "output.d
 
 
 def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> QloraError:
-    """Return what is wrong with the model, as `error` says, together with what is wrong with the data.
+    """Return `error`, a fault of the model, together with the faults of the data.
 
-    That the model does not fit in memory is told after what is wrong with the data.
+    That the model does not fit in memory is reported after the faults of the data.
     """
     wrong = Collected(asked.where_of)
     if error.exit_code == INPUT_IS_WRONG:
@@ -35,7 +35,7 @@ def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> Qlora
 
 
 def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, reporter: Reporter) -> None:
-    """Check the data on this disk, the adapter, the weights and the room for what will be written.
+    """Check the data on this disk, the adapter, the weights and the space for the files of the run.
 
     Raises:
         QloraError: of the kind that fits what is wrong; a `SettingsError` if several things are.
@@ -49,7 +49,7 @@ def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, re
     with wrong.about(TARGETS if load_plan.adapter is None else MODEL):
         adapted = outline(load_plan, settings.lora)
         with wrong.about(OUTPUT):
-            sizes_of(adapted, settings.training.optimizer).check_room(settings)
+            sizes_of(adapted, settings.training.optimizer).check_space(settings)
     if settings.training.use_liger_kernel:
         with wrong.about("training.use_liger_kernel"):
             check_liger(load_plan.base.config.model_type)

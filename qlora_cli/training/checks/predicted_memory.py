@@ -25,13 +25,13 @@ def gpu_at_hand(load_plan: LoadPlan) -> Gpu | None:
     if load_plan.device.type != "cuda":
         return None
     gpu = find_gpu("auto")
-    # What is free is counted beside our own CUDA context, which is there by now.
+    # Free memory is what our own CUDA context, which exists by now, leaves.
     return replace(gpu, total_bytes=min(gpu.total_bytes, load_plan.free_bytes + gpu.context_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What a run was predicted to take on its GPU, and the way to ask for less.
+    """The memory that a run was predicted to take on its GPU, and how to ask for less.
 
     `estimate_of` predicts other settings; `asked` are those of the run.
     """
@@ -42,10 +42,10 @@ class Outlook:
     gpu: Gpu
     estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
 
-    def ways(self) -> str:
+    def suggestions(self) -> str:
         """Return the changes of flags that are predicted to fit, with what they take; empty if there are none."""
-        found = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
-        return "; ".join(f"{way.flags} ({format_bytes(way.process_bytes)})" for way in found if way.fits != NO)
+        suggested = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
+        return "; ".join(f"{one.flags} ({format_bytes(one.process_bytes)})" for one in suggested if one.fits != NO)
 
 
 def check_memory(
@@ -60,7 +60,7 @@ def check_memory(
     """Return what a run takes on `gpu`, whose longest row has `longest_row_tokens`; None if it can't be predicted.
 
     Raises:
-        OutOfMemoryError: it can't fit, and is not forced to go on; with what would.
+        OutOfMemoryError: it can't fit, and is not forced to; names what would.
     """
     asked = _as_asked(settings, load_plan, longest_row_tokens)
     model = settings.model.name
@@ -84,15 +84,19 @@ def check_memory(
     predicted = _as_predicted(estimate, fit.fits)
     outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimator.estimate)
     if fit.fits != YES:
-        ways = outlook.ways()
+        suggestions = outlook.suggestions()
         what = (
             f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
             f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are there"
         )
         if fit.fits == NO and not force and not settings.training.auto_micro_batch:
-            hint = f"It would fit with {ways}." if ways else "No change of flags makes it fit: take a larger GPU."
+            hint = (
+                f"It would fit with {suggestions}."
+                if suggestions
+                else "No change of flags makes it fit: take a larger GPU."
+            )
             raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
-        more = f"; more room with {ways}" if ways else ""
+        more = f"; more headroom with {suggestions}" if suggestions else ""
         verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
         reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
     return outlook
@@ -123,6 +127,6 @@ def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:
 
 
 def _consumers(components: Components) -> dict[str, int]:
-    """Return what the memory is for at its peak, in bytes, the largest first."""
-    found = {name: getattr(components, f"{name}_bytes") for name in COMPONENTS}
-    return {name: size for name, size in sorted(found.items(), key=lambda item: -item[1]) if size}
+    """Return the bytes of each component at the peak, the largest first."""
+    sizes = {name: getattr(components, f"{name}_bytes") for name in COMPONENTS}
+    return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}

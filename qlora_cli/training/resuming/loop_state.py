@@ -1,4 +1,4 @@
-"""What it takes to go on as if nothing had happened, beyond what transformers keeps in a checkpoint."""
+"""The state that makes a resumed run exact, beyond what transformers writes into a checkpoint."""
 
 import json
 import math
@@ -36,7 +36,7 @@ from qlora_cli.units import MIB
 Value = TypeVar("Value")
 
 LOOP_STATE = "loop_state.json"
-MOST_BYTES = 512 * MIB  # for a pickle, beside twice what it is large
+MOST_BYTES = 512 * MIB  # for a pickle, on top of twice its size
 Generators = Mapping[str, Any]
 
 
@@ -70,7 +70,7 @@ def load_generators(checkpoint: Path) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Draw what you like: afterwards the generators are as before, so that training goes on as if you had not."""
+    """Restore the generators afterwards, so that draws made meanwhile do not change training."""
     states = generator_states()
     try:
         yield
@@ -148,7 +148,7 @@ class LoopState:
 
 
 class _TrainerState(BaseModel):
-    """What transformers goes on by, of the types that it writes."""
+    """The trainer state that transformers resumes by, with the types that it writes."""
 
     global_step: int
     max_steps: int
@@ -173,7 +173,7 @@ PICKLES: Mapping[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str |
 
 
 def check_state(checkpoint: Path) -> None:
-    """Check that a run can go on from a checkpoint whose files are sealed, before anything is written or loaded.
+    """Check that a run can resume from a checkpoint whose files are sealed, before anything is written or loaded.
 
     Whoever writes a checkpoint can seal it. No code of its pickles runs.
 

@@ -1,8 +1,8 @@
-"""Whether a run goes on where an earlier one ended: from which checkpoint, and with which settings changed. No torch.
+"""Whether a run resumes an earlier one: from which checkpoint, and with which settings changed. Imports no torch.
 
-A run may only go on if what comes out is what it recorded of itself. So settings that shape the adapter must be those
-of before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may be named
-otherwise as long as the rows are the same, which is checked by digest, and the dtype as long as it comes to the same.
+A run may resume only if the result is the one that its record describes. So settings that shape the adapter must be
+those of before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may have
+another name as long as the rows are the same, by their digest, and the dtype as long as it resolves to the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,12 +31,12 @@ CONSTANT = {Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP}
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """An earlier run that goes on.
+    """An earlier run that is resumed.
 
     Attributes:
         run: Its directory.
         record: What it recorded of itself.
-        checkpoint: The last good checkpoint; None if there is none yet, so that training begins anew.
+        checkpoint: The last good checkpoint; None if there is none yet, so that training restarts.
         damaged: Newer checkpoints that can't be used, each with the reason.
     """
 
@@ -47,7 +47,7 @@ class Resume:
 
     @property
     def step(self) -> int:
-        """The step after which training goes on."""
+        """The step after which training resumes."""
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     @property
@@ -62,7 +62,7 @@ class Resume:
 
 
 def output_problem(output: OutputSettings) -> QloraError | None:
-    """Return why a run can't be written to its directory, or what is to be resumed is none."""
+    """Return why a run can't be written to its directory, or why there is none to resume."""
     if (problem := path_problem(output.directory)) is not None:
         return problem
     directory = RunDirectory(output.directory)
@@ -78,7 +78,7 @@ def output_problem(output: OutputSettings) -> QloraError | None:
     if output.resume == NEVER and record is not None:
         return OutputDirectoryError(
             f"{directory.path} already holds a run, which is not to be resumed",
-            hint="Leave --resume never out to go on with it, choose another --output, or delete the run.",
+            hint="Leave --resume never out to resume it, choose another --output, or delete the run.",
         )
     asked = _path_of(output)
     if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
@@ -144,14 +144,14 @@ def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
     is_same = run.path.resolve() == output.path.resolve()
     if output.run_file.exists() and not is_same:
         return OutputDirectoryError(
-            f"{output.path} already holds a run, other than the one that --resume {path} goes on with",
-            hint="Choose a new --output, or that of the run to go on with.",
+            f"{output.path} already holds a run, other than the one that --resume {path} names",
+            hint="Choose a new --output, or that of the run to resume.",
         )
     newest = list_checkpoints(run.checkpoints)[-1:]
     if is_same and _is_checkpoint(path) and [path.resolve()] != [found.resolve() for found in newest]:
         return OutputDirectoryError(
             f"{output.path} has checkpoints after {path.name}, which the run would write over",
-            hint="Go on from there in a new --output.",
+            hint="Resume from there in a new --output.",
         )
     return None
 
@@ -168,11 +168,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def find_resume(output: OutputSettings) -> Resume | None:
-    """Return the run to go on with; None for a new one. Every file of the checkpoint is read once, and checked.
+    """Return the run to resume; None for a new one. Every file of the checkpoint is read once, and checked.
 
     Raises:
         OutputDirectoryError: there are checkpoints, and none is good; or there is none, and the run is another's, or
-            to begin anew would delete the adapter; or a run that is done has lost its weights.
+            a restart would delete the adapter; or a run that is done has lost its weights.
     """
     asked, own = _path_of(output), RunDirectory(output.directory)
     if asked is not None and _came_from(_record_in(own), asked):
@@ -193,55 +193,55 @@ def find_resume(output: OutputSettings) -> Resume | None:
     if damaged and not (is_own and is_complete(run, record)):
         raise OutputDirectoryError(
             f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
-            hint="Start anew with another --output.",
+            hint="Restart with another --output.",
         )
     if not is_own:
         raise OutputDirectoryError(
-            f"the run of {asked} has no checkpoint to go on from",
-            hint="Leave --resume out to begin anew, or train its adapter on with --model.",
+            f"the run of {asked} has no checkpoint to resume from",
+            hint="Leave --resume out to restart, or train its adapter further with --model.",
             setting=RESUME,
         )
     if record.is_done and not is_complete(run, record):
         raise OutputDirectoryError(
             f"the run in {run.path} is done, and neither its adapter nor a checkpoint is there any more",
-            hint="Put one of them back, or start anew with another --output.",
+            hint="Put one of them back, or restart with another --output.",
         )
-    found = Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
+    resume = Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
     if not record.is_done:
-        check_adapter_kept(found, output)
-    return found
+        check_adapter_is_safe(resume, output)
+    return resume
 
 
-def check_adapter_kept(resume: Resume, output: OutputSettings) -> None:
+def check_adapter_is_safe(resume: Resume, output: OutputSettings) -> None:
     """Check that a run which is to train in `output` does not delete the only weights that it has.
 
     Raises:
-        OutputDirectoryError: it has an adapter, and no checkpoint to go on from.
+        OutputDirectoryError: it has an adapter, and no checkpoint to resume from.
     """
     run = resume.run
     is_own = run.path.resolve() == output.directory.resolve()
     if resume.checkpoint is None and is_own and run.holds_adapter_weights:
         raise OutputDirectoryError(
-            f"{run.path} has no checkpoint to go on from, and its {ADAPTER}/ would be lost",
-            hint=f"Train it on with --model {run.adapter} in a new --output, or delete it.",
+            f"{run.path} has no checkpoint to resume from, and its {ADAPTER}/ would be lost",
+            hint=f"Train it further with --model {run.adapter} in a new --output, or delete it.",
         )
 
 
 def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
-    """Return by `section.key` what settings were in the earlier run and are now, where they differ."""
-    found = {}
+    """Return the settings that differ, by `section.key`: their values in the earlier run, and now."""
+    changed = {}
     for section, values in as_json(settings.model_dump(mode="json")).items():
         known = resume.record.settings.get(section, {})
         for key, value in values.items():
             # An older version's run did without a setting as its default does now.
             default = as_json(SECTIONS[section].model_fields[key].get_default(call_default_factory=True))
             if (was := known.get(key, default)) != value:
-                found[f"{section}.{key}"] = (was, value)
-    return found
+                changed[f"{section}.{key}"] = (was, value)
+    return changed
 
 
 def asked_in(asked: Resolved[TrainSettings]) -> dict[str, dict[str, Any]]:
-    """Return what was given, as a record holds it."""
+    """Return the settings that were given, as a record holds them."""
     return {section: as_json(asked.given(section)) for section in type(asked.settings).model_fields}
 
 
@@ -264,7 +264,7 @@ def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
 def check_changes(
     resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool, digest: str | None = None
 ) -> list[str]:
-    """Return what of the settings changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
+    """Return the settings that changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
 
     The base may have another name as long as it is the same, by the `digest` of its weights.
 
@@ -272,13 +272,13 @@ def check_changes(
         SettingsError: with every change that would make the result another than the record says.
     """
     changed = changed_settings(resume, settings)
-    if resume.checkpoint is None and not resume.is_done:  # it begins anew
+    if resume.checkpoint is None and not resume.is_done:  # it restarts
         return []
     problems = [
         Problem(
             where=path,
             message=f"is {_shown(now)}, and was {_shown(before)} until step {resume.step:,}",
-            hint=f"Leave it as it was, or start anew with another --output{_or_train_on(resume)}.",
+            hint=f"Leave it as it was, or restart with another --output{_or_train_on(resume)}.",
         )
         for path, (before, now) in changed.items()
         if marks(path).on_resume is OnResume.SAME
@@ -294,12 +294,12 @@ def check_changes(
 def _is_trained_on(resume: Resume, digest: str | None) -> bool:
     """Whether the run trained a new adapter on the base with this digest."""
     loaded = resume.record.base_model
-    began_anew = loaded is not None and loaded.adapter is None
-    return began_anew and digest is not None and digest == resume.record.base_model_digest
+    began_with_new_adapter = loaded is not None and loaded.adapter is None
+    return began_with_new_adapter and digest is not None and digest == resume.record.base_model_digest
 
 
 def _or_train_on(resume: Resume) -> str:
-    return "" if resume.checkpoint is None else f"; or train its adapter on with --model {resume.checkpoint}"
+    return "" if resume.checkpoint is None else f"; or train its adapter further with --model {resume.checkpoint}"
 
 
 def _batch_problems(
@@ -316,7 +316,7 @@ def _batch_problems(
         yield Problem(
             where="training.micro_batch_size x training.gradient_accumulation_steps",
             message=f"is {rows} rows a step, and was {rows_before}",
-            hint=f"Choose them so that their product is {rows_before}, or start anew with another --output.",
+            hint=f"Choose them so that their product is {rows_before}, or restart with another --output.",
         )
 
 
@@ -339,9 +339,9 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
         [
             Problem(
                 where="training.max_steps, training.epochs",
-                message=f"come to {num_steps:,} steps, and were {before:,}; the learning rates until step "
+                message=f"make {num_steps:,} steps, and made {before:,}; the learning rates until step "
                 f"{resume.step:,} were those of {before:,} steps",
-                hint=f"Leave them as they were, or start anew with another --output{_or_train_on(resume)}.",
+                hint=f"Leave them as they were, or restart with another --output{_or_train_on(resume)}.",
             )
         ]
     )
@@ -361,7 +361,7 @@ def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
         Problem(
             where=f"data ({'training' if name == 'train' else 'held out'})",
             message=f"the rows are not those that were trained until step {resume.step:,}",
-            hint=f"Restore them, or start anew with another --output{_or_train_on(resume)}.",
+            hint=f"Restore them, or restart with another --output{_or_train_on(resume)}.",
         )
         for name, fingerprint in fingerprints.items()
         if fingerprint != before[name]
@@ -379,7 +379,7 @@ def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
     if resume.checkpoint is None:
         return
     known = resume.record.base_model_digest or digest
-    hint = f"Start anew with another --output{_or_train_on(resume)}."
+    hint = f"Restart with another --output{_or_train_on(resume)}."
     if known != digest:
         raise ModelError(
             f"the weights of the base are not those that were trained on until step {resume.step:,}",
@@ -388,8 +388,8 @@ def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
     before = resume.record.plan.compute_dtype or compute_dtype
     if before != compute_dtype:
         raise ModelError(
-            f"model.dtype comes to {compute_dtype} here, and was {before} until step {resume.step:,}",
-            hint=f"Go on with --dtype {before}, if this machine has it. {hint}",
+            f"model.dtype resolves to {compute_dtype} here, and was {before} until step {resume.step:,}",
+            hint=f"Resume with --dtype {before}, if this machine has it. {hint}",
         )
 
 

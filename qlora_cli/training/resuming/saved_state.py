@@ -1,4 +1,4 @@
-"""The pickles of a checkpoint by what they hold: of the types, and the shapes, that a run saves.
+"""The pickles of a checkpoint: whether they hold values of the types and shapes that a run saves.
 
 Whoever writes a checkpoint can seal it, so that none of it is taken on trust.
 """
@@ -106,7 +106,7 @@ def odd(file: Path, reason: str) -> OutputDirectoryError:
     """Return the error of a file of a checkpoint that is not what a run saves."""
     return OutputDirectoryError(
         f"{file} is not what a run saves: {reason}",
-        hint=f"Move {file.parent} away to go on from the checkpoint before it, or start anew with another --output.",
+        hint=f"Move {file.parent} away to resume from the checkpoint before it, or restart with another --output.",
     )
 
 
@@ -151,7 +151,7 @@ def _fits(key: str, value: object, weight: torch.Tensor) -> bool:
 
 
 def check_schedule(schedule: LRScheduler, own: Mapping[str, object], file: Path) -> None:
-    """Check that a schedule, whose state was its `own`, can go on with what it was given from `file`.
+    """Check that a schedule, whose state was its `own`, can continue with the state that it was given from `file`.
 
     Raises:
         OutputDirectoryError: it can't; names the file.

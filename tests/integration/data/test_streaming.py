@@ -206,7 +206,7 @@ def test_what_was_trained_until_a_bad_row_is_kept(
         run(prepare_run(settings, Recorder()), Recorder())
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert (checkpoint / "adapter_model.safetensors").is_file()
-    assert "What was trained until step" in (caught.value.hint or "")
+    assert "The training until step" in (caught.value.hint or "")
 
 
 def test_training_on_a_stream_does_its_steps_and_says_what_it_read(

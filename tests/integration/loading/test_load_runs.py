@@ -235,7 +235,7 @@ def test_a_run_trains_on_with_its_own_adapter_and_base(ended: Ended, data: Path,
     }
     given = Sources(flags={path: (path, value) for path, value in flags.items()})
     prepared = prepare_run(resolve(given, TrainSettings), recorder)
-    assert f"the adapter in {ended.path / 'adapter'} trains on" in [
+    assert f"the adapter in {ended.path / 'adapter'} is trained further" in [
         event.message for event in recorder.events if isinstance(event, Noted)
     ]
     before = trained(prepared.model)

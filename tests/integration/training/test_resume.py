@@ -252,7 +252,7 @@ def test_the_micro_batch_may_change_if_the_batch_does_not(
         ({"training__learning_rate": 1e-4}, "training.learning_rate: is 0.0001, and was 0.001"),
         ({"training__seed": 1}, "training.seed: is 1, and was 0"),
         ({"training__gradient_accumulation_steps": 4}, "is 4 rows a step, and was 2"),
-        ({"training__max_steps": 20}, "come to 20 steps, and were 13"),
+        ({"training__max_steps": 20}, "make 20 steps, and made 13"),
         ({"quantization__method": "fp4"}, "quantization.method: is fp4, and was nf4"),
         ({"training__optimizer": "adamw_8bit"}, "training.optimizer"),
     ],
@@ -334,7 +334,7 @@ def test_a_run_that_never_came_to_a_checkpoint_begins_anew(
         file.write('{"event": "step_done", "st')  # as it was killed
     recorder = Recorder()
     train(train_settings(base_model, rows, tmp_path / "run", **EXACT), recorder)
-    assert any("begins anew" in note for note in notes_of(recorder))
+    assert any("restarts at the first step" in note for note in notes_of(recorder))
     assert_same(tmp_path / "run", whole)
 
 
@@ -435,7 +435,7 @@ def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(tmp_path / "run"))
-    with pytest.raises(OutputDirectoryError, match=r"the run of .* has no checkpoint to go on from"):
+    with pytest.raises(OutputDirectoryError, match=r"the run of .* has no checkpoint to resume from"):
         train(settings, Recorder())
 
 
@@ -481,7 +481,7 @@ def test_another_base_and_another_dtype_are_refused(base_model: Path, rows: Path
     shutil.copytree(base_model, base)
     settings = train_settings(base, rows, tmp_path / "run", **EXACT)
     stopped_at(settings, 3)
-    with pytest.raises(ModelError, match=r"model\.dtype comes to bf16 here, and was fp32 until step 3"):
+    with pytest.raises(ModelError, match=r"model\.dtype resolves to bf16 here, and was fp32 until step 3"):
         train(train_settings(base, rows, tmp_path / "run", **EXACT, model__dtype="bf16"), Recorder())
     weights = load_file(base / "model.safetensors")
     save_file({name: 1.5 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})

@@ -254,7 +254,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_behind(fails_in: str | No
     tracker.close()
     assert inner.told == told
     warnings = [event.message for event in recorder.events if isinstance(event, Noted)]
-    expected = ["wandb failed and is reported to no more; the run goes on: the network is gone"]
+    expected = ["wandb failed and is reported to no more; the run continues: the network is gone"]
     assert warnings == ([] if fails_in is None else expected)
 
 

@@ -295,7 +295,7 @@ def test_memory_that_runs_out_later_keeps_what_was_trained(base_model: Path, row
     assert caught.value.exit_code == 3
     assert "ran out of memory in the forward pass: CUDA out of memory" in str(caught.value)
     assert "--micro-batch-size 1 --gradient-accumulation-steps 2" in str(caught.value.hint)
-    assert "until step 3 is in" in str(caught.value.hint)
+    assert "until step 3 is saved in" in str(caught.value.hint)
     assert train(settings, Recorder()).resumed_from_step == 3
     train(train_settings(base_model, rows, tmp_path / "whole", training__max_steps=5, lora__dropout=0.1), Recorder())
     name = "adapter/adapter_model.safetensors"

@@ -126,7 +126,7 @@ def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path,
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for again in (settings, train_settings(base_model, rows, run, **CHANGED, lora__rank=4)):
         with pytest.raises(
-            OutputDirectoryError, match="no checkpoint to go on from, and its adapter/ would be lost"
+            OutputDirectoryError, match="no checkpoint to resume from, and its adapter/ would be lost"
         ) as no:
             train(again, Recorder())
         assert no.value.exit_code == 2
@@ -145,7 +145,7 @@ def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
     train(settings, Recorder())
     shutil.rmtree(run / "checkpoints")
     adapter = (run / "adapter" / WEIGHTS).read_bytes()
-    with pytest.raises(OutputDirectoryError, match="no checkpoint to go on from, and its adapter/ would be lost"):
+    with pytest.raises(OutputDirectoryError, match="no checkpoint to resume from, and its adapter/ would be lost"):
         train(train_settings(base_model, rows, run, **{**constant, "training__max_steps": 3}), Recorder())
 
     record = json.loads((run / "run.json").read_text())

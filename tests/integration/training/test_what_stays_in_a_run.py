@@ -106,7 +106,7 @@ def test_what_comes_to_a_run_while_it_trains_stays_and_is_said(base_model: Path,
     said = [note for note in notes_of(recorder) if "kept" in note]
     assert said == [
         f"{kept[1]} is not deleted: it has no checksums.json that can be read",
-        f"what came to {run / 'adapter'} is now {kept[0]}",
+        f"another program wrote {run / 'adapter'}, which is now {kept[0]}",
     ]
 
 
