@@ -20,7 +20,8 @@ from qlora_cli.cli.app import main
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.imported_early"])
 # What variables are called that are read by an import, or by Python as it starts.
-READ_BY_IMPORTS = ("CUDA_", "HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
+READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
+GPU_DRIVER = Path("/proc/driver/nvidia")
 READ_WHEN_USED = frozenset({"HF_TOKEN"})
 _environment: dict[str, str] = {}
 
@@ -47,7 +48,12 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
 
 
 def is_forkable(environment: Mapping[str, str]) -> bool:
-    """Whether an environment differs from that of the session in nothing that is read by an import."""
+    """Whether an environment differs from that of the session in nothing that is read by an import.
+
+    On a machine with a GPU none is: imports look for GPUs, and after that CUDA can't be used in a fork.
+    """
+    if GPU_DRIVER.exists():
+        return False
     names = (environment.keys() | _environment.keys()) - READ_WHEN_USED
     changed = [name for name in names if environment.get(name) != _environment.get(name)]
     return not any(name.startswith(READ_BY_IMPORTS) for name in changed)

@@ -32,8 +32,8 @@ def config(base_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> dict[str, str]:
-    """Return an environment with an empty prediction cache, and without a hub."""
-    return {"QLORA_CACHE": str(tmp_path / "answers"), "HF_ENDPOINT": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""}
+    """Return an environment with an empty prediction cache, and no GPU; there is no hub to ask in any test."""
+    return {"QLORA_CACHE": str(tmp_path / "answers"), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
