@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
-from qlora_cli.model_files.source import check_model_name, looks_local
+from qlora_cli.model_files.given_model import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import ModelSettings
 

@@ -9,7 +9,7 @@ from qlora_cli.data.opening.train_and_eval import EVAL_SPLIT
 from qlora_cli.errors import MissingDependencyError, Problem, QloraError, SettingsError
 from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
-from qlora_cli.model_files.source import check_model_name, looks_local
+from qlora_cli.model_files.given_model import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.conflicts import asks_for_nothing

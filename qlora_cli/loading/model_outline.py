@@ -12,8 +12,9 @@ from qlora_cli.files import as_json
 from qlora_cli.model_files.adapter_files import adapter_fact, check_unchanged, read_adapter_config
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, read_config
-from qlora_cli.model_files.source import CONFIG, ModelSource, find_model
+from qlora_cli.model_files.source import ModelSource, find_model
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory

@@ -18,9 +18,10 @@ from qlora_cli.events import BytesDone, Noted, Reporter
 from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, again
 from qlora_cli.model_files.construction import is_ours
 from qlora_cli.model_files.finite import is_finite, not_finite
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.left_over import by_name, hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.model_config import ModelConfig
-from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import stored_weight

@@ -30,8 +30,9 @@ from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings, TracedStep, trace_step
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
-from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts

@@ -21,7 +21,7 @@ from qlora_cli.model_files.adapter_files import (
     read_outline,
 )
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import CONFIG, HUB_ID, base_model_problem, looks_local
+from qlora_cli.model_files.given_model import CONFIG, HUB_ID, base_model_problem, looks_local
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.runs.run_weights import may_have_weights, weights_of

@@ -15,7 +15,7 @@ from qlora_cli.merging.planning.merge_plan import WRITTEN_IN, MergePlan
 from qlora_cli.merging.verifying.texts import PROMPTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.generation import GENERATION_CONFIG
-from qlora_cli.model_files.source import CONFIG
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.settings.choices import MergeDtype
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
 from qlora_cli.writing import copy_file, leads_out

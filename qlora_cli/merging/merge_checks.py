@@ -7,7 +7,7 @@ from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.places import output_of, output_problem
-from qlora_cli.model_files.source import check_model_name
+from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
-from qlora_cli.model_files.source import looks_local
+from qlora_cli.model_files.given_model import looks_local
 from qlora_cli.runs.directory import MERGED, RunDirectory, check_free_directory
 from qlora_cli.settings.models import MergeCommandSettings
 

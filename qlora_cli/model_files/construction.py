@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 import qlora_cli
 from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.model_files.source import CONFIG
+from qlora_cli.model_files.given_model import CONFIG
 
 PACKAGE = Path(qlora_cli.__file__).parent
 MOST_NAMED = 3

@@ -6,9 +6,10 @@ from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import file_digest
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.merge_record import read_merge_record
 from qlora_cli.model_files.model_config import quantization_config_of
-from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings

@@ -22,7 +22,8 @@ from qlora_cli.model_files.construction import (
     refused,
     text_config,
 )
-from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.model_files.given_model import CONFIG
+from qlora_cli.model_files.source import ModelSource
 
 # Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
 # multi-part rotary positions are the ordinary ones. With what a plain one has to be told besides.

@@ -1,10 +1,8 @@
-"""What was asked for: a local model, one on the hub, or an adapter or run whose base has to be found.
+"""Find the model that was asked for: a local one, one on the hub, or an adapter or run with its base.
 
 Weights are read from safetensors; pickles and the model's own code only if the settings allow them.
-`check_model_name` looks at what can be known at once, without a network and without torch; `find_model` fetches.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -17,19 +15,25 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, read_adapter_config
 from qlora_cli.model_files.checkpoint import (
     INDEX_SUFFIX,
-    check_present,
-    no_weights,
     read_json,
     read_weight_map,
     weights_entry,
+)
+from qlora_cli.model_files.given_model import (
+    CONFIG,
+    HUB_ID,
+    base_model_problem,
+    check_directory,
+    check_files,
+    check_model_name,
+    check_path,
+    has_vocabulary,
+    looks_local,
 )
 from qlora_cli.runs.directory import RunDirectory, run_around
 from qlora_cli.runs.record import RunRecord, Values, load_record
 from qlora_cli.runs.run_weights import (
     RunWeights,
-    is_complete,
-    may_have_weights,
-    missing_weights,
     weights_of,
     weights_of_part,
 )
@@ -38,14 +42,7 @@ from qlora_cli.settings.models import ModelSettings
 if TYPE_CHECKING:
     from qlora_cli.hub.repository import Repository
 
-HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-CONFIG = "config.json"
 HOW_TRAINED = "what the run was based on, and how"
-# What the tokens of a tokenizer are read from; a config of it alone is none.
-VOCABULARY = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json"),
-    "sentencepiece.bpe.model",
-)
 # Besides the weights. In the root only: other folders hold the same model in other formats.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TEMPLATES = "additional_chat_templates/*.jinja"
@@ -140,38 +137,6 @@ class _Base:
     places: tuple[Path, ...] = ()
 
 
-def looks_local(name: str) -> bool:
-    """Whether `name` can only mean a path: it exists, or is written as one."""
-    return name.startswith(("/", "./", "../", "~", "\\")) or name in {".", ".."} or existing_path(name) is not None
-
-
-def check_model_name(settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with the model's name, as far as this machine can tell at once."""
-    name = settings.name
-    if looks_local(name):
-        path = existing_path(name)
-        if path is None:
-            return ModelNotFoundError(f"no model at {name}: no such directory", hint="Check the path.")
-        if problem := _check_path(path, settings.revision):
-            return problem
-        if RunDirectory(path).is_run:
-            return _check_run(RunDirectory(path), settings)
-        problem = _check_directory(path, settings)
-        is_adapter = problem is not None or (path / ADAPTER_CONFIG).is_file()
-        return problem if is_adapter else base_model_problem(name, settings)
-    if not HUB_ID.fullmatch(name):
-        return ModelNotFoundError(
-            f"no model at {name!r}: no such directory, and not a hub id",
-            hint="Give a local directory or a hub id such as meta-llama/Llama-3.1-8B.",
-        )
-    return None
-
-
-def has_vocabulary(directory: Path) -> bool:
-    """Whether a directory holds the tokens of a tokenizer."""
-    return any((directory / file).is_file() for file in VOCABULARY)
-
-
 def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
     """Return where the model's files are; of one on the hub all but the base's weights are downloaded.
 
@@ -210,7 +175,7 @@ def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> Mod
     name = settings.name
     path = existing_path(name) if looks_local(name) else None
     if path is not None:
-        if problem := _check_path(path, settings.revision):
+        if problem := check_path(path, settings.revision):
             raise problem.of("model.name")
         if RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file():
             return find_model(settings, reporter)
@@ -234,85 +199,6 @@ def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
         fetch_files(source.pending.repository, source.pending.names, reporter)
 
 
-def _check_path(path: Path, revision: str | None) -> QloraError | None:
-    if not path.is_dir():
-        if path.suffix == ".gguf":
-            return _gguf(str(path))
-        return ModelError(f"{path} is a file", hint="Give the directory that holds config.json and the weights.")
-    if revision is not None:
-        return ModelError(
-            f"a revision ({revision}) has no meaning for the local directory {path}",
-            hint="Leave --revision out, or give a hub id.",
-        )
-    return None
-
-
-def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with a run, as far as that shows without reading all of its weights."""
-    try:
-        record = load_record(run.path)
-    except ModelError as error:
-        return error
-    if not may_have_weights(run):
-        return missing_weights(run, record)
-    return _check_directory(run.adapter, settings) if is_complete(run, record) else None
-
-
-def _check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
-    names = [file.relative_to(path).as_posix() for file in path.iterdir()]
-    if problem := _check_files(str(path), names, settings):
-        return problem
-    entry = weights_entry(names, allow_pickle=settings.allow_pickle)
-    weights = entry or (ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else ADAPTER_PICKLE)
-    try:
-        check_present(path, [name for name in (CONFIG, ADAPTER_CONFIG, weights, VOCABULARY[0]) if name in names])
-        if ADAPTER_CONFIG in names:
-            read_adapter_config(path)
-    except ModelError as error:
-        return error
-    return None
-
-
-def _check_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with a model that consists of the files `names`."""
-    entry = weights_entry(names, allow_pickle=settings.allow_pickle)
-    if ADAPTER_CONFIG in names:
-        if entry is not None:
-            return ModelError(
-                f"{where} holds both a whole model ({entry}) and an adapter ({ADAPTER_CONFIG}): either may be meant",
-                hint="Give a directory that holds only one of them.",
-            )
-        return _check_adapter_files(where, names, settings)
-    if entry is None and {ADAPTER_WEIGHTS, ADAPTER_PICKLE} & set(names):
-        return ModelError(
-            f"{where} has the weights of an adapter, but no {ADAPTER_CONFIG}",
-            hint=f"Copy {ADAPTER_CONFIG} again from where the adapter came from.",
-        )
-    if entry is None and any(name.endswith(".gguf") for name in names):
-        return _gguf(where)
-    if CONFIG not in names:
-        return ModelError(f"{where} has no {CONFIG}", hint="Give a directory written by save_pretrained.")
-    return no_weights(where, names) if entry is None else None
-
-
-def _gguf(where: str) -> ModelError:
-    return ModelError(
-        f"{where} is in GGUF, the format of llama.cpp: it is quantized for inference and can't be trained",
-        hint="Give the 16-bit model that it was made from.",
-    )
-
-
-def _check_adapter_files(where: str, names: Collection[str], settings: ModelSettings) -> QloraError | None:
-    if ADAPTER_WEIGHTS in names or (settings.allow_pickle and ADAPTER_PICKLE in names):
-        return None
-    if ADAPTER_PICKLE in names:
-        return ModelError(
-            f"the adapter in {where} is a pickle ({ADAPTER_PICKLE}), which can run any code when it is read",
-            hint="Save it again with a current PEFT, or use --allow-pickle if you trust its author.",
-        )
-    return ModelError(f"the adapter in {where} has no {ADAPTER_WEIGHTS}", hint="Save it again, or copy all of it.")
-
-
 def _download(name: str, revision: str | None, settings: ModelSettings, reporter: Reporter) -> _Files:
     """Fetch a model or an adapter: first the small files, then the weights that they speak of."""
     from qlora_cli.hub.repository import fetch_files, open_repository
@@ -320,7 +206,7 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
     repository = open_repository(name, revision, reporter)
     names = repository.file_names
     root = [file for file in names if "/" not in file]
-    if problem := _check_files(name, root, settings):
+    if problem := check_files(name, root, settings):
         raise problem
     is_adapter = ADAPTER_CONFIG in names
     small = [file for file in names if _is_small(file, with_code=settings.trust_remote_code and not is_adapter)]
@@ -391,17 +277,6 @@ def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
     )
 
 
-def base_model_problem(name: str, settings: ModelSettings) -> ModelError | None:
-    """Return the error if another base is asked for than that of `name`, which is a whole model."""
-    if settings.base_model is None:
-        return None
-    return ModelError(
-        f"{settings.base_model} has no effect: {name} is a whole model, not an adapter or a run",
-        hint="Leave it out, or name the adapter as the model.",
-        setting="model.base_model",
-    )
-
-
 def _attached(
     adapter: _Files,
     settings: ModelSettings,
@@ -434,7 +309,7 @@ def _of_run(path: Path, run: RunDirectory, settings: ModelSettings, reporter: Re
     record = load_record(run.path)
     is_part = path != run.path
     weights = weights_of_part(path, run, record) if is_part else weights_of(run, record)
-    if problem := _check_directory(weights.path, settings):
+    if problem := check_directory(weights.path, settings):
         raise problem
     for damage in weights.damaged:
         reporter.report(Noted(level="warning", message=f"passed over in {run.path}: {damage}"))
@@ -478,7 +353,7 @@ def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter:
             if path != named.places[0].absolute().resolve() or not Path(named.name).is_absolute():
                 reporter.report(Noted(message=f"the base {named.name} is taken from the directory {path}"))
             base = _Files(name=str(path), path=path)
-            if problem := _check_directory(path, settings):
+            if problem := check_directory(path, settings):
                 raise problem
     except QloraError as error:
         raise type(error)(f"the base of the adapter {adapter.name}: {error}", hint=error.hint) from error

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import read_config
-from qlora_cli.model_files.source import CONFIG, find_tokenizer
+from qlora_cli.model_files.source import find_tokenizer
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer

@@ -14,7 +14,8 @@ from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.model_files.checkpoint import again, read_json
 from qlora_cli.model_files.construction import shown, told
 from qlora_cli.model_files.generation import read_generation_config
-from qlora_cli.model_files.source import CONFIG, ModelSource, has_vocabulary
+from qlora_cli.model_files.given_model import CONFIG, has_vocabulary
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.chat_template import choose_chat_template
 from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained

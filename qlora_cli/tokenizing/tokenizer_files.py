@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.construction import faulty_keys, shown
-from qlora_cli.model_files.source import CONFIG, VOCABULARY, ModelSource, has_vocabulary
+from qlora_cli.model_files.given_model import CONFIG, VOCABULARY, has_vocabulary
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.tokenizing.chat_template import Templates, read_templates
 from qlora_cli.tokenizing.tokenizer_limits import check_tokenizer_files
 from qlora_cli.writing import copy_file, leads_out

@@ -167,7 +167,7 @@ ELSEWHERE = {
     # Whether llama.cpp is here, before torch is imported.
     "merging/merge_checks.py": 1,
     # Weights that are GGUF already, which nothing here reads.
-    "model_files/source.py": 2,
+    "model_files/given_model.py": 2,
     "quantization/prequantized.py": 1,
 }
 

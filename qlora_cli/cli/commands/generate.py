@@ -10,7 +10,7 @@ from qlora_cli.answering.answers import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import UsageError
-from qlora_cli.model_files.source import check_model_name
+from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import ChatSettings, GenerateSettings

@@ -20,7 +20,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the settings are right
     from qlora_cli.cli.rendering.load_text import render_load
-    from qlora_cli.model_files.source import check_model_name
+    from qlora_cli.model_files.given_model import check_model_name
     from qlora_cli.runs.directory import check_free_directory
 
     wrong = Collected(resolved.where_of)

@@ -17,8 +17,9 @@ from qlora_cli.merging.exports.template_turns import writes_bos
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import read_config
-from qlora_cli.model_files.source import CONFIG, find_model
+from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings

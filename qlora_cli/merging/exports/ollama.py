@@ -22,7 +22,8 @@ from qlora_cli.merging.exports.template_turns import ASSISTANT, SystemPlace, Tur
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import CONFIG, find_model
+from qlora_cli.model_files.given_model import CONFIG
+from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer

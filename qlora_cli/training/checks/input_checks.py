@@ -5,7 +5,7 @@ import importlib.util
 from qlora_cli.data.opening.name_checks import column_problems, data_problems
 from qlora_cli.errors import QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
-from qlora_cli.model_files.source import check_model_name
+from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved

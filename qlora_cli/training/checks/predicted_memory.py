@@ -14,7 +14,7 @@ from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.source import CONFIG
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.runs.run_result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes

@@ -20,7 +20,7 @@ from qlora_cli.model_files.adapter_files import (
     read_adapter_config,
 )
 from qlora_cli.model_files.adapter_variants import INITIALIZATIONS
-from qlora_cli.model_files.source import check_model_name
+from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.models import ModelSettings
 
 GOOD = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}

@@ -13,8 +13,9 @@ import pytest
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import read_header, read_json
 from qlora_cli.model_files.file_limits import HEADER, limit_of, limited_files
+from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.model_files.model_config import read_config
-from qlora_cli.model_files.source import check_model_name, find_model
+from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.tokenizer_limits import check_tokenizer_files
 from qlora_cli.units import GIB, MIB

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.merged import merged_model_of
-from qlora_cli.model_files.source import CONFIG, ModelSource
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 
 PLAIN: dict[str, object] = {"model_type": "llama"}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError, ModelNotFoundError
-from qlora_cli.model_files.source import check_model_name, find_model
+from qlora_cli.model_files.given_model import check_model_name
+from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.source import ModelSource, has_vocabulary
+from qlora_cli.model_files.given_model import has_vocabulary
+from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.tokenizing.tokenizer_files import faulty_config
