@@ -1,4 +1,4 @@
-"""What every benchmark writes down beside its numbers: hardware, versions, revision; as JSON lines."""
+"""Record what every benchmark states next to its numbers, as JSON lines: hardware, versions, revision."""
 
 import json
 import os
@@ -24,13 +24,13 @@ NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 def versions() -> dict[str, str | None]:
     """Return the versions of this package, Python and the libraries; None for one that is not installed."""
-    found: dict[str, str | None] = {"qlora-cli": qlora_cli.__version__, "python": platform.python_version()}
+    installed: dict[str, str | None] = {"qlora-cli": qlora_cli.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def cpu_hardware() -> dict[str, Any]:
@@ -48,8 +48,8 @@ def _cpu_info(key: str) -> str:
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return ""
-    found = re.search(rf"^{key}\s*:\s*(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return found.group(1) if found else ""
+    match = re.search(rf"^{key}\s*:\s*(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return match.group(1) if match else ""
 
 
 def _cpu_model() -> str:

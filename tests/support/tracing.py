@@ -79,7 +79,7 @@ def meta_model_of(
 
 def peaks(passes: Passes) -> dict[str, tuple[int, int]]:
     """Return what is allocated and reserved at the peak of each pass, in bytes."""
-    found = {}
+    peaks_of = {}
     allocator, live = CachingAllocator(), {}
     for name, events in passes.events.items():
         allocator.reset_peaks()
@@ -89,5 +89,5 @@ def peaks(passes: Passes) -> dict[str, tuple[int, int]]:
             else:
                 allocator.free(live.pop(~event))
         if events:
-            found[name] = (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
-    return found
+            peaks_of[name] = (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+    return peaks_of

@@ -117,9 +117,9 @@ def test_an_adapter_that_trains_on_is_predicted_as_it_is(tmp_path: Path, rows: P
         reporter = Recorder()
         with pytest.raises(OutOfMemoryError):
             check_memory(settings, load_plan, card(1 << 20), reporter, longest_row_tokens=64, force=False)
-        found = check_memory(settings, load_plan, card(1 << 34), reporter, longest_row_tokens=64, force=False)
-        assert found is not None
+        outlook = check_memory(settings, load_plan, card(1 << 34), reporter, longest_row_tokens=64, force=False)
+        assert outlook is not None
         assert reporter.events == []
-        sizes.append(found.predicted.allocated_bytes)
+        sizes.append(outlook.predicted.allocated_bytes)
     assert sizes[0] < min(sizes[1:])
     assert len(set(sizes)) == 4

@@ -214,6 +214,6 @@ def test_an_adapter_without_a_tensor_is_as_wrong_as_training_it_on_finds_it(tmp_
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="lacks 8 of its weights") as caught:
         plan_load(asked_load(adapter), SilentReporter())
-    with pytest.raises(ModelError, match="lacks 8 of its weights") as found:
+    with pytest.raises(ModelError, match="lacks 8 of its weights") as predicted_error:
         predicted(adapter)
-    assert str(found.value) == str(caught.value)
+    assert str(predicted_error.value) == str(caught.value)

@@ -271,9 +271,9 @@ def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwi
         return str(nearest["flags"])
 
     assert proposed in suggested({}, *asked_for)
-    found = suggested({"quant_method": "bitsandbytes", **stored})
-    assert "--max-length 64" in found
-    assert "quant" not in found
+    flags = suggested({"quant_method": "bitsandbytes", **stored})
+    assert "--max-length 64" in flags
+    assert "quant" not in flags
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:

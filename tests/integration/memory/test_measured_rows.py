@@ -29,15 +29,15 @@ def test_there_are_rows(compared: list[Comparison]) -> None:
 
 
 def test_what_is_allocated_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Comparison]) -> None:
-    found = errors(compared, "allocated")
-    assert statistics.mean(found) <= 0.3
-    assert max(found) <= 1
+    percent = errors(compared, "allocated")
+    assert statistics.mean(percent) <= 0.3
+    assert max(percent) <= 1
 
 
 def test_what_is_reserved_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Comparison]) -> None:
-    found = errors(compared, "reserved")
-    assert statistics.mean(found) <= 2.5
-    assert max(found) <= 8
+    percent = errors(compared, "reserved")
+    assert statistics.mean(percent) <= 2.5
+    assert max(percent) <= 8
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])

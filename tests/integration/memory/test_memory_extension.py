@@ -240,6 +240,6 @@ def test_the_estimator_traces_the_whole_where_extension_fails(spy: Spy, monkeypa
         raise UnevenError
 
     monkeypatch.setattr(estimator, "extend", uneven)
-    found = estimate("llama", whole=False)
+    traced_whole = estimate("llama", whole=False)
     assert len(spy.whole) == 1
-    assert found == estimate("llama", whole=True)
+    assert traced_whole == estimate("llama", whole=True)

@@ -76,12 +76,12 @@ class Pair:
 
     def traced(self, **changes: Any) -> tuple[TracedStep, TracedStep]:
         """Return the same step of both."""
-        found = []
+        steps = []
         for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
-            found.append(trace_step(model, settings))
-        return found[0], found[1]
+            steps.append(trace_step(model, settings))
+        return steps[0], steps[1]
 
 
 Make = Callable[..., Pair]
@@ -116,22 +116,22 @@ def _pair(family: str, changes: dict[str, Any], directory: Path, lora: LoraSetti
 def event_sizes(passes: Passes) -> dict[str, list[tuple[int, int]]]:
     """Return the events of every pass: a storage by the order of allocation, and its bytes, negative if released."""
     numbers: dict[int, int] = {}
-    found: dict[str, list[tuple[int, int]]] = {}
+    by_pass: dict[str, list[tuple[int, int]]] = {}
     for name, events in passes.events.items():
-        found[name] = []
+        by_pass[name] = []
         for event in events:
             number = numbers.setdefault(event if event >= 0 else ~event, len(numbers))
             size = passes.storages[event if event >= 0 else ~event].num_bytes
-            found[name].append((number, size if event >= 0 else -size))
-    return found
+            by_pass[name].append((number, size if event >= 0 else -size))
+    return by_pass
 
 
 def assert_same(real: TracedStep, meta: TracedStep) -> None:
     on_cpu, on_meta = passes_of(real.trace), passes_of(meta.trace)
-    found, expected = event_sizes(on_meta), event_sizes(on_cpu)
+    actual, expected = event_sizes(on_meta), event_sizes(on_cpu)
     for name, events in expected.items():
-        assert found[name] == events, name
-    assert found.keys() == expected.keys()
+        assert actual[name] == events, name
+    assert actual.keys() == expected.keys()
     assert peaks(on_meta) == peaks(on_cpu)
     assert sum(len(events) for events in expected.values()) > 500
 
@@ -167,13 +167,13 @@ def _count_pairs(sizes: list[int], size: int) -> int:
 
 def _without_pairs(sizes: list[int], size: int) -> list[int]:
     """Leave out what is allocate and dies at once."""
-    found: list[int] = []
+    remaining: list[int] = []
     for value in sizes:
-        if value == -size and found and found[-1] == size:
-            found.pop()
+        if value == -size and remaining and remaining[-1] == size:
+            remaining.pop()
         else:
-            found.append(value)
-    return found
+            remaining.append(value)
+    return remaining
 
 
 @pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "padded rows"])
@@ -189,19 +189,19 @@ def test_the_noise_of_neftune_is_the_same_but_for_numbers_that_stay_on_the_host(
     traced = pair("plain").traced(checkpointing=checkpointing, batch_size=2, adds_noise=True)
     real, meta = (passes_of(step.trace) for step in traced)
     single = 8  # bytes at most: the scale of the noise is computed on the host, which here is the device
-    found, expected = (
+    actual, expected = (
         {name: [size for _, size in events if abs(size) > single] for name, events in event_sizes(passes).items()}
         for passes in (meta, real)
     )
-    assert found == expected
+    assert actual == expected
     (without,) = (
         passes_of(step.trace) for step in pair("plain").traced(checkpointing=checkpointing, batch_size=2)[1:]
     )
     noise = 2 * 20 * 64 * 4  # of each embedded token, in fp32, twice: itself and the sum
     sizes = [size for _, size in event_sizes(without)["first forward"] if abs(size) > single]
-    assert len(found["first forward"]) > len(sizes)
-    assert found["first forward"].count(noise) - sizes.count(noise) == 2
-    assert found["evaluation"] == [size for _, size in event_sizes(without)["evaluation"] if abs(size) > single]
+    assert len(actual["first forward"]) > len(sizes)
+    assert actual["first forward"].count(noise) - sizes.count(noise) == 2
+    assert actual["evaluation"] == [size for _, size in event_sizes(without)["evaluation"] if abs(size) > single]
 
 
 def test_adapters_on_experts_are_the_same(pair: Make) -> None:
@@ -301,7 +301,7 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
         trace.ignore(tensor)
     with trace:
         trainer.train()
-    found = {segment.mark: sizes_of(trace, [segment]) for segment in trace.segments}
+    by_mark = {segment.mark: sizes_of(trace, [segment]) for segment in trace.segments}
 
     meta_model = MetaModel(model=prepared.model, stack=stack, chosen=tuple(range(len(stack.kinds))), notes=())
     predicted = trace_step(
@@ -322,8 +322,8 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
     for name in ("forward", "backward"):
         segments = [s for s in predicted.segments if s.mark[0] == f"first {name}" and isinstance(s.mark[1], int)]
         assert len(segments) == len(stack.kinds)
-        assert len(found[name, "layers"]) > 200
-        assert sizes_of(predicted, segments) == found[name, "layers"]
+        assert len(by_mark[name, "layers"]) > 200
+        assert sizes_of(predicted, segments) == by_mark[name, "layers"]
 
 
 def sizes_of(trace: MemoryTrace, segments: list[Segment]) -> list[int]:

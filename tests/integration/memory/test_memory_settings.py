@@ -28,18 +28,18 @@ def asked_of(base: Path, **values: str) -> Resolved[InspectMemorySettings]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Return the settings that are read from now on, as `section.key`."""
-    found: set[str] = set()
+    accessed: set[str] = set()
     names = {model: name for name, model in SECTIONS.items()}
     get = Section.__getattribute__
 
     def listen(section: Section, key: str) -> object:
         kinds = [kind for kind in type(section).__mro__ if kind in names]
         if kinds and key in type(section).model_fields:
-            found.add(f"{names[kinds[0]]}.{key}")
+            accessed.add(f"{names[kinds[0]]}.{key}")
         return get(section, key)
 
     monkeypatch.setattr(Section, "__getattribute__", listen)
-    return found
+    return accessed
 
 
 @pytest.mark.parametrize(

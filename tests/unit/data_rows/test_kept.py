@@ -16,7 +16,7 @@ from tests.chat_templates import OWN, SHIPPED, TEMPLATES, tokenizer_with
 from tests.support.chat_tokenizers import make_tokenizer
 from tests.support.drawn_rows import Drawn, draw_row
 
-SEEDS = range(25)  # benchmarks/rows_kept.py draws more
+SEEDS = range(25)  # benchmarks/rows_rendered.py draws more
 # They end no turn, or ask for a thought that they take out of every answer.
 REFUSE_ALL = {"no_end", "glm4moe", "reasoning_taken_out", "deepseek_r1_distill"}
 

@@ -48,8 +48,8 @@ def test_the_backend_is_the_one_that_pytorch_chooses(
 ) -> None:
     width, value_width = widths
     query, key, value = heads(4, width, dtype), heads(kv_heads, width, dtype), heads(kv_heads, value_width, dtype)
-    found = choose_backend(query, key, value, has_mask=has_mask, enable_gqa=kv_heads != 4, capability=capability)
-    assert found == expected
+    chosen = choose_backend(query, key, value, has_mask=has_mask, enable_gqa=kv_heads != 4, capability=capability)
+    assert chosen == expected
 
 
 def run(

@@ -34,9 +34,9 @@ def count_parameters(model: CatalogueModel) -> int:
 
 def named_size(name: str) -> float:
     """Return the number of parameters that a name such as `llama-3.1-8b` states."""
-    found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
-    assert found, f"{name} states no size"
-    return float(found[1]) * (BILLION if found[2] == "b" else MILLION)
+    match = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
+    assert match, f"{name} states no size"
+    return float(match[1]) * (BILLION if match[2] == "b" else MILLION)
 
 
 def test_the_catalogue_is_not_short_of_models() -> None:

@@ -141,17 +141,17 @@ class Asker:
 def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple[Suggestion, ...]:
     """Return the suggestions, after checks that hold of all: what they say is what asking for their flags says."""
     base = Asker()(settings, gpu)
-    found = suggest(settings, gpu, asker, base)
+    suggested = suggest(settings, gpu, asker, base)
     assert len(asker.asked) <= MAX_PREDICTIONS
     assert len({changed.model_dump_json() for changed in asker.asked}) == len(asker.asked), "asked twice"
-    for suggestion in found:
+    for suggestion in suggested:
         changed = with_flags(settings, suggestion.flags)
         assert changed in asker.asked
         assert suggestion.process_bytes == process_bytes(changed)
         assert suggestion.saved_bytes == process_bytes(settings) - process_bytes(changed) >= MIB
         assert suggestion.fits == judge_fit(Asker()(changed, gpu), gpu).fits
         assert suggestion.effect
-    return found
+    return suggested
 
 
 def with_flags(settings: EstimateSettings, text: str) -> EstimateSettings:
@@ -193,8 +193,8 @@ def test_a_run_that_fits_gets_no_suggestion_and_asks_nothing() -> None:
 
 def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
     needed = process_bytes(FULL) * 21 // 20
-    found = suggestions_for(FULL, card(needed - 8 * MIB), Asker())
-    assert flags_in(found) == [
+    suggested = suggestions_for(FULL, card(needed - 8 * MIB), Asker())
+    assert flags_in(suggested) == [
         "--gradient-checkpointing on",
         "--micro-batch-size 4 --gradient-accumulation-steps 8",
         "--double-quant",
@@ -202,40 +202,40 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
         "--gradient-checkpointing offload",
         "--attention sdpa",
     ]
-    assert len(found) == MAX_SUGGESTIONS
-    assert {suggestion.fits for suggestion in found} == {"yes"}
+    assert len(suggested) == MAX_SUGGESTIONS
+    assert {suggestion.fits for suggestion in suggested} == {"yes"}
 
 
 def test_lion_stays_lion() -> None:
     settings = settings_of(training__optimizer="lion_32bit", training__gradient_checkpointing="on")
-    found = flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker()))
-    assert [flags for flags in found if "--optimizer" in flags] == ["--optimizer lion_8bit"]
+    suggested = flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker()))
+    assert [flags for flags in suggested if "--optimizer" in flags] == ["--optimizer lion_8bit"]
 
 
 def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:
     settings = settings_of(training__optimizer="paged_adamw_8bit", lora__rank=32, data__max_length=4096)
-    found = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker())
-    assert flags_in(found) == [
+    suggested = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker())
+    assert flags_in(suggested) == [
         "--gradient-checkpointing offload",
         "--rank 16",
         "--max-length 4032",
         "--target-modules q_proj,k_proj,v_proj,o_proj",
     ]
-    assert found[2].effect == "rows beyond 4,032 tokens are truncated"
+    assert suggested[2].effect == "rows beyond 4,032 tokens are truncated"
 
 
 def test_a_change_is_no_larger_than_it_must_be() -> None:
     settings = settings_of(training__micro_batch_size=16, training__gradient_accumulation_steps=3)
     for micro in (8, 4, 2, 1):
         changed = settings_of(training__micro_batch_size=micro)
-        found = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
-        assert f"--micro-batch-size {micro} --gradient-accumulation-steps {48 // micro}" in flags_in(found)
+        suggested = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
+        assert f"--micro-batch-size {micro} --gradient-accumulation-steps {48 // micro}" in flags_in(suggested)
 
 
 def test_the_batch_stays_the_same_where_halves_are_no_divisors() -> None:
     settings = settings_of(training__micro_batch_size=5, training__gradient_accumulation_steps=3)
-    found = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - MIB), Asker())
-    assert flags_in(found)[0] == "--micro-batch-size 1 --gradient-accumulation-steps 15"
+    suggested = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - MIB), Asker())
+    assert flags_in(suggested)[0] == "--micro-batch-size 1 --gradient-accumulation-steps 15"
 
 
 def test_the_length_suggested_is_the_largest_that_fits() -> None:
@@ -259,8 +259,8 @@ def test_weights_get_no_fewer_bits_than_they_must(method: str, flags: str) -> No
 
 def test_a_combination_comes_after_its_parts() -> None:
     gpu = card(7 * GIB)
-    found = suggestions_for(FULL, gpu, Asker())
-    *singles, combination = found
+    suggested = suggestions_for(FULL, gpu, Asker())
+    *singles, combination = suggested
     assert {suggestion.fits for suggestion in singles} == {"no"}
     assert combination.fits == "yes"
     assert combination.flags.startswith("--micro-batch-size")
@@ -278,8 +278,8 @@ def test_a_combination_comes_after_its_parts() -> None:
 def test_a_combination_is_no_larger_than_it_must_be() -> None:
     settings = settings_of(training__gradient_checkpointing="off", training__micro_batch_size=8, data__max_length=64)
     changed = settings_of(training__micro_batch_size=2, data__max_length=64)
-    found = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
-    assert flags_in(found) == [
+    suggested = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
+    assert flags_in(suggested) == [
         "--gradient-checkpointing on",
         "--micro-batch-size 2 --gradient-accumulation-steps 64",
         "--gradient-checkpointing on --micro-batch-size 2 --gradient-accumulation-steps 64",
@@ -289,8 +289,8 @@ def test_a_combination_is_no_larger_than_it_must_be() -> None:
 def test_what_keeps_the_result_comes_before_a_single_change_that_does_not() -> None:
     settings = settings_of(training__gradient_checkpointing="off", training__micro_batch_size=8)
     changed = settings_of(training__micro_batch_size=2)
-    found = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
-    assert flags_in(found) == [
+    suggested = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
+    assert flags_in(suggested) == [
         "--gradient-checkpointing on --micro-batch-size 2 --gradient-accumulation-steps 64",
         "--max-length 192",
     ]
@@ -309,14 +309,14 @@ def test_changes_that_are_refused_together_are_suggested_alone() -> None:
         return settings.data.max_length < 8192 and settings.training.micro_batch_size == 1
 
     settings = settings_of(data__max_length=8192, training__micro_batch_size=2, training__optimizer="paged_adamw_8bit")
-    found = suggestions_for(settings, card(6 * GIB), Asker(refuses))
-    assert all("--micro-batch-size" not in flags for flags in flags_in(found) if "--max-length" in flags)
-    assert any("--max-length" in flags for flags in flags_in(found))
+    suggested = suggestions_for(settings, card(6 * GIB), Asker(refuses))
+    assert all("--micro-batch-size" not in flags for flags in flags_in(suggested) if "--max-length" in flags)
+    assert any("--max-length" in flags for flags in flags_in(suggested))
 
 
 def test_a_harder_change_that_is_needed_anyway_stays_alone() -> None:
-    found = suggestions_for(settings_of(quantization__method="none"), card(12 * GIB), Asker())
-    assert flags_in(found) == ["--quant int8"]
+    suggested = suggestions_for(settings_of(quantization__method="none"), card(12 * GIB), Asker())
+    assert flags_in(suggested) == ["--quant int8"]
 
 
 def test_if_nothing_fits_the_nearest_combination_shows_how_far_it_is() -> None:
@@ -344,8 +344,8 @@ def test_where_every_change_is_refused_there_is_none() -> None:
 
 def test_a_change_that_saves_nothing_is_not_suggested() -> None:
     settings = settings_of(training__optimizer="paged_adamw_32bit", data__max_length=64, lora__rank=8)
-    found = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - MIB), Asker())
-    assert flags_in(found) == ["--gradient-checkpointing offload", "--target-modules q_proj,k_proj,v_proj,o_proj"]
+    suggested = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - MIB), Asker())
+    assert flags_in(suggested) == ["--gradient-checkpointing offload", "--target-modules q_proj,k_proj,v_proj,o_proj"]
 
 
 @pytest.mark.parametrize("usable_gib", [3, 5, 6, 7, 8, 10, 12, 16, 24])
@@ -359,8 +359,8 @@ def test_suggestions_hold_for_many_runs_with_few_asks(usable_gib: int) -> None:
             data__max_length=length,
             lora__rank=rank,
         )
-        found = suggestions_for(settings, card(usable_gib * GIB), Asker())
-        assert len([suggestion for suggestion in found if suggestion.fits == "yes"]) in range(MAX_SUGGESTIONS + 1)
+        suggested = suggestions_for(settings, card(usable_gib * GIB), Asker())
+        assert len([suggestion for suggestion in suggested if suggestion.fits == "yes"]) in range(MAX_SUGGESTIONS + 1)
 
 
 def test_a_tuple_and_a_switch_are_written_as_the_command_line_takes_them() -> None:

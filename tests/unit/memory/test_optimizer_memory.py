@@ -30,23 +30,23 @@ EventSizes = list[tuple[int, int]]  # (number by order of allocation, bytes); a 
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], device: str = "meta") -> list[nn.Parameter]:
-    found = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
-    for parameter in found:
+    parameters = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return found
+    return parameters
 
 
 def event_sizes(events: Sequence[int], sizes: Sequence[int]) -> EventSizes:
     """Return the same events with storages numbered as they are allocate."""
     numbers: dict[int, int] = {}
-    found = []
+    numbered = []
     for event in events:
         if event >= 0:
             numbers[event] = len(numbers)
-            found.append((numbers[event], sizes[event]))
+            numbered.append((numbers[event], sizes[event]))
         else:
-            found.append((numbers[~event], -sizes[~event]))
-    return found
+            numbered.append((numbers[~event], -sizes[~event]))
+    return numbered
 
 
 def predicted(
@@ -94,9 +94,9 @@ def test_adamw_allocates_what_the_real_one_does_event_by_event(
     shapes: tuple[tuple[int, ...], ...], clips: bool
 ) -> None:
     trained = parameters(shapes)
-    found = [predicted(Optimizer.ADAMW_TORCH, trained, name, clips=clips) for name in (FIRST, LATER)]
-    assert found == recorded(torch.optim.AdamW(trained, foreach=True), clips=clips)
-    assert any(size < 0 for _, size in found[1])
+    steps = [predicted(Optimizer.ADAMW_TORCH, trained, name, clips=clips) for name in (FIRST, LATER)]
+    assert steps == recorded(torch.optim.AdamW(trained, foreach=True), clips=clips)
+    assert any(size < 0 for _, size in steps[1])
 
 
 @pytest.mark.usefixtures("_foreach_on_meta")
@@ -105,9 +105,9 @@ def test_lora_plus_makes_adamw_go_through_two_groups_one_after_another() -> None
     groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr": 1.0}]
     passes = optimizer_steps(Optimizer.ADAMW_TORCH, [slow, fast], clips=True).passes
     sizes = [storage.num_bytes for storage in passes.storages]
-    found = [event_sizes(passes.events[name], sizes) for name in (FIRST, LATER)]
-    assert found == recorded(torch.optim.AdamW(groups, foreach=True), clips=True)
-    assert found[1] != predicted(Optimizer.ADAMW_TORCH, [*slow, *fast], LATER, clips=True)
+    steps = [event_sizes(passes.events[name], sizes) for name in (FIRST, LATER)]
+    assert steps == recorded(torch.optim.AdamW(groups, foreach=True), clips=True)
+    assert steps[1] != predicted(Optimizer.ADAMW_TORCH, [*slow, *fast], LATER, clips=True)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -116,9 +116,9 @@ def test_sgd_allocates_what_the_real_one_does_event_by_event(
     shapes: tuple[tuple[int, ...], ...], decay: float
 ) -> None:
     trained = parameters(shapes)
-    found = [predicted(Optimizer.SGD, trained, name, clips=False, decays=decay > 0) for name in (FIRST, LATER)]
-    assert found == recorded(torch.optim.SGD(trained, lr=0.1, weight_decay=decay, foreach=True), clips=False)
-    assert bool(found[1]) == (decay > 0)
+    steps = [predicted(Optimizer.SGD, trained, name, clips=False, decays=decay > 0) for name in (FIRST, LATER)]
+    assert steps == recorded(torch.optim.SGD(trained, lr=0.1, weight_decay=decay, foreach=True), clips=False)
+    assert bool(steps[1]) == (decay > 0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -171,8 +171,8 @@ def test_8_bit_states_are_those_of_bitsandbytes(
     real.init_state(real.param_groups[0], parameter, 0, 0)
     levels = [value.nbytes for name, value in real.state[parameter].items() if name.startswith("qmap")]
     assert levels == ([MAP_BYTES] * num_moments if parameter.numel() >= 4096 else [])
-    found = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
-    assert found == [*levels, *state_sizes(real, parameter)]
+    allocated = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
+    assert allocated == [*levels, *state_sizes(real, parameter)]
     assert real.state[parameter]["state1"].element_size() == (1 if parameter.numel() >= 4096 else 4)
 
 
@@ -181,9 +181,9 @@ def test_the_levels_of_8_bit_states_are_there_once_and_made_with_the_first_that_
     optimizer: Optimizer, _: Any, num_moments: int
 ) -> None:
     trained = parameters([(8, 8), (64, 128), (64, 128)])
-    found = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
+    allocated = [size for _, size in predicted(optimizer, trained, FIRST, clips=False)]
     own = [8192] * num_moments + [8192 // 256 * 4] * num_moments
-    assert found == [256] * num_moments + [MAP_BYTES] * num_moments + own + own
+    assert allocated == [256] * num_moments + [MAP_BYTES] * num_moments + own + own
 
 
 @pytest.mark.parametrize("shape", AT_THE_LIMITS)
@@ -191,8 +191,8 @@ def test_the_state_of_lion_in_32_bit_is_one_moment(shape: tuple[int, ...]) -> No
     (parameter,) = trained = parameters([shape], "cpu")
     real = bitsandbytes.optim.Lion32bit(trained)
     real.init_state(real.param_groups[0], parameter, 0, 0)
-    found = [size for _, size in predicted(Optimizer.LION_32BIT, trained, FIRST, clips=False)]
-    assert found == state_sizes(real, parameter) == [parameter.numel() * 4]
+    allocated = [size for _, size in predicted(Optimizer.LION_32BIT, trained, FIRST, clips=False)]
+    assert allocated == state_sizes(real, parameter) == [parameter.numel() * 4]
 
 
 @pytest.mark.parametrize("shape", AT_THE_LIMITS)
@@ -259,8 +259,8 @@ def test_lora_plus_puts_the_b_matrices_of_all_layers_into_a_group_of_their_own()
 
 def test_fused_adamw_has_no_temporaries_and_its_counters_are_on_the_device() -> None:
     trained = parameters(SHAPES)
-    found = predicted(Optimizer.ADAMW_TORCH_FUSED, trained, FIRST, clips=False)
-    assert [size for _, size in found] == [
+    events = predicted(Optimizer.ADAMW_TORCH_FUSED, trained, FIRST, clips=False)
+    assert [size for _, size in events] == [
         size for parameter in trained for size in (4, parameter.numel() * 4, parameter.numel() * 4)
     ]
     assert predicted(Optimizer.ADAMW_TORCH_FUSED, trained, LATER, clips=False) == []

@@ -1,10 +1,10 @@
-"""Count what becomes of drawn rows of every kind with each chat template of the tests: used, told of, or refused.
+"""Render drawn rows of every kind with each chat template of the tests, and count: accepted, noted, refused, lost.
 
-    python benchmarks/rows_kept.py [--rows 200]
+    python benchmarks/rows_rendered.py [--rows 200]
 
 The rows have system and developer prompts, reasoning under every key, tools, calls with arguments of every type, and
-results. Of what is used, the values are looked for as `tests/unit/data_rows/test_kept.py` does; one that is lost and
-not told is an error.
+results. `noted` rows are accepted with a note on what the template leaves out. A row is lost if one of its values is
+in neither the prompt nor a note, as `tests/unit/data_rows/test_kept.py` checks; that is an error.
 """
 
 import argparse
@@ -24,20 +24,20 @@ from tests.unit.data_rows.test_kept import lost, trained_texts
 
 
 def outcomes(name: str, num_rows: int) -> Counter[str]:
-    """Return how many rows became what with the template `name`."""
+    """Return the number of rows of each outcome with the template `name`."""
     text = tokenizer_with(name)
     counts: Counter[str] = Counter()
     for seed in range(num_rows):
         drawn = draw_row(seed)
         tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
-        (found,) = tokenizer.tokenize([drawn.conversation])
-        if isinstance(found, RowError):
+        (tokenized,) = tokenizer.tokenize([drawn.conversation])
+        if isinstance(tokenized, RowError):
             counts["refused"] += 1
             continue
-        told = set(tokenizer.renderer.told)
-        trained = dict(zip(drawn.conversation.trained, trained_texts(text, found), strict=True))
-        missing = lost(drawn, str(text.tokenizer.decode(found.input_ids.tolist())), trained)
-        counts["lost" if missing - told else "told" if told else "accepted"] += 1
+        noted = set(tokenizer.renderer.told)
+        trained = dict(zip(drawn.conversation.trained, trained_texts(text, tokenized), strict=True))
+        missing = lost(drawn, str(text.tokenizer.decode(tokenized.input_ids.tolist())), trained)
+        counts["lost" if missing - noted else "noted" if noted else "accepted"] += 1
     return counts
 
 
