@@ -50,12 +50,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out all but the first case of each test."""
+    """Leave out all but the first case of each test, and of integration tests all but those marked `fast`."""
     if not config.getoption("fast"):
         return
     chosen: dict[str, pytest.Item] = {}
     for item in items:
-        if item.get_closest_marker("slow") is None:
+        is_left_out = item.get_closest_marker("slow") is not None
+        if "integration" in item.path.parts:
+            is_left_out = item.get_closest_marker("fast") is None
+        if not is_left_out:
             chosen.setdefault(item.nodeid.partition("[")[0], item)
     first = set(chosen.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in first])

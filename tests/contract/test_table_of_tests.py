@@ -30,3 +30,13 @@ def test_each_folder_of_tests_guards_a_package() -> None:
     ]
     assert folders
     assert [folder for folder in folders if folder not in named] == []
+
+
+def test_the_fast_tests_exist_and_are_of_most_packages() -> None:
+    script = (ROOT / "scripts" / "test").read_text(encoding="utf-8")
+    (names,) = re.findall(r"tests/contract/test_\{([\w,]+)\}\.py", script)
+    assert [name for name in names.split(",") if not (TESTS / "contract" / f"test_{name}.py").exists()] == []
+    files = [
+        path for path in (TESTS / "integration").rglob("test_*.py") if "pytest.mark.fast" in path.read_text("utf-8")
+    ]
+    assert {"adapters", "data", "hub", "memory", "merging", "training"} <= {path.parent.name for path in files}

@@ -126,6 +126,7 @@ def test_dora_trains_magnitudes_and_loads_again(family: str, quantization: str, 
     assert_loads_again(model, checkpoint, tmp_path / "adapter", **how)
 
 
+@pytest.mark.fast
 def test_dora_computes_what_its_paper_says(llama: Path) -> None:
     """W' = m (W + s B A) / |W + s B A|, by rows of (out, in) (arXiv 2402.09353, equation 5)."""
     model = adapt(llama, settings_of(use_dora=True, target_modules=("q_proj",)))

@@ -89,6 +89,7 @@ def test_a_weight_on_a_single_stream_is_an_error(base_model: Path, tmp_path: Pat
     assert "#500" in (problem.hint or "")
 
 
+@pytest.mark.fast
 def test_a_packed_stream_keeps_rows_whole(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 50)
     longest = 64

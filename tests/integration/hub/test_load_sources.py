@@ -52,6 +52,7 @@ def model(tmp_path: Path) -> Path:
 # ---- what loads
 
 
+@pytest.mark.fast
 def test_shards_are_one_model(model: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -131,6 +132,7 @@ def test_flags_that_agree_with_a_quantized_checkpoint_are_fine(saved: dict[str, 
     assert torch.equal(logits(loaded.base), logits(load(saved["fp4"]).base))
 
 
+@pytest.mark.fast
 def test_how_a_quantized_checkpoint_computes_is_free_to_choose(saved: dict[str, Path], base_model: Path) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 

@@ -37,6 +37,7 @@ def load_plan(settings: TrainSettings) -> LoadPlan:
     return plan_load(made_in_code(settings), SilentReporter())
 
 
+@pytest.mark.fast
 def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, load_plan: LoadPlan) -> None:
     reporter = Recorder()
     outlook = check_memory(settings, load_plan, card(1 << 34), reporter, longest_row_tokens=LENGTH, force=False)

@@ -89,6 +89,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
+@pytest.mark.fast
 def test_it_is_the_base_plus_the_product_in_fp32_cast_once_to_the_bit(case: Case) -> None:
     assert_same(case.merged.tensors, case.by_hand)
     base = stored(case.base)
@@ -102,6 +103,7 @@ def test_it_is_what_peft_merges_in_memory_to_the_bit(case: Case) -> None:
     assert_same(case.merged.tensors, case.by_peft)
 
 
+@pytest.mark.fast
 def test_plain_transformers_finds_every_weight_and_computes_what_was_trained(case: Case, tmp_path: Path) -> None:
     loaded_plain(case.merged.directory)
     exact = merge(case.adapter, output=tmp_path / "exact", dtype="fp32")

@@ -185,6 +185,7 @@ def test_adapter_and_record_are_shared_as_other_files_are_and_the_rest_is_not(
     assert {path.stat().st_mode & 0o777 for path in (run.metrics_file, run.report_file)} == {0o600}
 
 
+@pytest.mark.fast
 def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     settings = train_settings(
