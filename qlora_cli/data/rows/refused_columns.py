@@ -35,7 +35,7 @@ CONTEXT = {
     "chat_template_kwargs": "variables of a chat template",
 }
 CONTEXTS = {**OPTIONAL[DataFormat.MESSAGES], "history": (HISTORY,)}
-NO_CONTEXT = ("", "[]", "{}")
+EMPTY_JSON = ("[]", "{}")
 Flags = tuple[DataFormat, Mapping[str, str]]
 
 
@@ -149,11 +149,15 @@ class MeaningChecker:
 
 def _is_context(part: str, value: object) -> bool:
     """Whether a value is what a column of this name holds for a conversation: elsewhere it may be about anything."""
-    if isinstance(value, str):
-        return (
-            value.strip() != "" and (part == "system" or value.strip()[0] in "[{") and value.strip() not in NO_CONTEXT
-        )
-    return part != "system" and isinstance(value, list | Mapping) and not is_nothing(value)
+    if part == "system":
+        return isinstance(value, str) and value.strip() != ""
+    if isinstance(value, list):
+        return any(isinstance(each, list | Mapping) or _is_json(each) for each in value) and not is_nothing(value)
+    return _is_json(value) or (isinstance(value, Mapping) and not is_nothing(value))
+
+
+def _is_json(value: object) -> bool:
+    return isinstance(value, str) and value.strip() not in EMPTY_JSON and value.strip().startswith(("[", "{"))
 
 
 def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings, name: str) -> None:

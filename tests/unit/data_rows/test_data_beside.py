@@ -189,6 +189,8 @@ def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_th
         {"messages": [ASK, ANSWER], "history": "of Rome", "files": ["src/a.py"]},
         {"messages": [ASK, ANSWER], "history": [], "file": "paper.pdf"},
         {"text": "6 times 7? 42", "history": "of Rome", "tools": "a hammer"},
+        {"text": "6 times 7? 42", "history": [1, 2], "tools": ["a hammer", "nails"]},
+        {"messages": [ASK, ANSWER], "history": [1820, 1830]},
         {"text": "Be brief. 6 times 7? 42", "tools": "[]", "system": "Be brief."},
         {"input_ids": [1, 2], "system": "Be brief."},
     ],
