@@ -5,15 +5,16 @@ counts. The file is read line by line, and of the steps only numbers are kept.
 """
 
 import errno
+import heapq
 import json
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from qlora_cli.events import (
     CheckpointSaved,
@@ -34,13 +35,14 @@ from qlora_cli.units import MIB
 
 NAN = float("nan")
 MOST_NOTES = 1000
+MOST_OF_A_KIND = 200_000  # of evaluations, answers and the like; steps are numbers alone, and not limited
 LONGEST_LINE = 16 * MIB  # bytes; what is longer is no event
 OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
 OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
 # What shows that the loop was at work at that time, and not only about to be.
 ACTIVITY = (StepDone, StepSkipped, EvalDone, SampleDone, CheckpointSaved, TrainingEnded)
 
-OfStep = TypeVar("OfStep", EvalDone, SampleDone, StepSkipped, CheckpointSaved, TrainingResumed)
+OfStep = TypeVar("OfStep", SampleDone, CheckpointSaved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +152,9 @@ class _HistoryReader:
         }
         self._add_figures = [column.append for name, column in self._columns.items() if name != "step"]
         self._evaluations: list[EvalDone] = []
-        self._samples: dict[tuple[int, str], SampleDone] = {}
+        self._samples: _ByStep[SampleDone] = _ByStep()
         self._skipped: list[StepSkipped] = []
-        self._checkpoints: dict[int, CheckpointSaved] = {}
+        self._checkpoints: _ByStep[CheckpointSaved] = _ByStep()
         self._resumes: list[TrainingResumed] = []
         self._stops: list[TrainingEnded] = []
         self._end: TrainingEnded | None = None
@@ -183,9 +185,9 @@ class _HistoryReader:
             start=self._start,
             num_steps=self._num_steps,
             evaluations=_with_best(self._evaluations),
-            samples=tuple(self._samples.values()),
+            samples=self._samples.events,
             skipped=tuple(self._skipped),
-            checkpoints=tuple(self._checkpoints.values()),
+            checkpoints=self._checkpoints.events,
             resumes=tuple(self._resumes),
             stops=tuple(self._stops),
             end=self._end,
@@ -203,13 +205,15 @@ class _HistoryReader:
             case StepDone():
                 self._keep_step(event)
             case EvalDone():  # the same step again: a run was resumed behind its last step
-                self._evaluations = [*_until(self._evaluations, event.step - 1), event]
+                _forget(self._evaluations, event.step - 1)
+                _add(self._evaluations, event)
             case SampleDone():
-                self._samples[event.step, event.prompt] = event
+                self._samples.put(event, event.prompt)
             case StepSkipped():
-                self._skipped = [*_until(self._skipped, event.step - 1), event]
+                _forget(self._skipped, event.step - 1)
+                _add(self._skipped, event)
             case CheckpointSaved():
-                self._checkpoints[event.step] = event
+                self._checkpoints.put(event)
             case TrainingStarted():
                 self._num_steps, self._start = event.num_steps or self._num_steps, event
             case TrainingResumed():
@@ -217,7 +221,7 @@ class _HistoryReader:
             case TrainingEnded():
                 self._end = event
                 if event.interrupted_by is not None:
-                    self._stops.append(event)
+                    _add(self._stops, event)
             case Rehearsed():
                 self._rehearsal = event
             case Noted():
@@ -244,7 +248,7 @@ class _HistoryReader:
         self._forget_after(event.step)
         self._end = None
         if event.step:  # else there was no checkpoint, and the run began anew
-            self._resumes.append(event)
+            _add(self._resumes, event)
 
     def _forget_after(self, step: int) -> None:
         steps = self._columns["step"]
@@ -253,11 +257,41 @@ class _HistoryReader:
             num_kept -= 1
         for column in self._columns.values():
             del column[num_kept:]
-        self._evaluations = _until(self._evaluations, step)
-        self._skipped = _until(self._skipped, step)
-        self._resumes = _until(self._resumes, step)
-        self._samples = {key: sample for key, sample in self._samples.items() if sample.step <= step}
-        self._checkpoints = {at: saved for at, saved in self._checkpoints.items() if at <= step}
+        for events in (self._evaluations, self._skipped, self._resumes):
+            _forget(events, step)
+        self._samples.forget_after(step)
+        self._checkpoints.forget_after(step)
+
+
+class _ByStep(Generic[OfStep]):
+    """Events that come in any order of steps, the last one for each step and name; each is forgotten once."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[int, str], OfStep] = {}
+        self._latest: list[tuple[int, str]] = []  # a heap of the same keys, with steps negated
+
+    @property
+    def events(self) -> tuple[OfStep, ...]:
+        """Those that are left, in the order in which they came first."""
+        return tuple(self._events.values())
+
+    def put(self, event: OfStep, name: str = "") -> None:
+        """Take an event.
+
+        Raises:
+            ValueError: there are too many.
+        """
+        key = (event.step, name)
+        if key not in self._events:
+            _check_number(self._events)
+            heapq.heappush(self._latest, (-event.step, name))
+        self._events[key] = event
+
+    def forget_after(self, step: int) -> None:
+        """Forget the events of later steps."""
+        while self._latest and -self._latest[0][0] > step:
+            negated, name = heapq.heappop(self._latest)
+            del self._events[-negated, name]
 
 
 class _Times:
@@ -308,8 +342,20 @@ def parse_time(text: object) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _until(events: list[OfStep], step: int) -> list[OfStep]:
-    return events if not events or events[-1].step <= step else [event for event in events if event.step <= step]
+def _forget(events: list[Any], step: int) -> None:
+    """Remove the events of steps after `step`, which come last."""
+    while events and events[-1].step > step:
+        events.pop()
+
+
+def _add(events: list[Any], event: Event) -> None:
+    _check_number(events)
+    events.append(event)
+
+
+def _check_number(events: Collection[object]) -> None:
+    if len(events) >= MOST_OF_A_KIND:
+        raise ValueError(f"more than {MOST_OF_A_KIND:,} events of a kind")
 
 
 def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_cli.events import (
     TrainingResumed,
     TrainingStarted,
 )
+from qlora_cli.runs import history as history_module
 from qlora_cli.runs.history import RunHistory, read_history
 from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
 from qlora_cli.units import MIB
@@ -44,6 +45,14 @@ def between(first: int, last: int, *, num_steps: int = 10, eval_every: int = 4) 
 
 def resumed(step: int, num_steps: int = 10) -> TrainingResumed:
     return TrainingResumed(step=step, num_steps=num_steps, checkpoint=Path(f"run/checkpoints/step-{step}"))
+
+
+def skipped_step(step: int) -> StepSkipped:
+    return StepSkipped(step=step, reason="loss is nan", rows=())
+
+
+def saved(step: int) -> CheckpointSaved:
+    return CheckpointSaved(step=step, path=Path(f"run/checkpoints/step-{step}"))
 
 
 def of_a_run(history: RunHistory) -> tuple[object, ...]:
@@ -227,6 +236,38 @@ def test_200_000_lines_are_read_in_seconds(tmp_path: Path) -> None:
     history = read_history(tmp_path)
     assert time.process_time() - start < 6  # 1.6 where it was written; others may be at work here
     assert len(history.steps) == history.last_step == 200_000
+
+
+@pytest.mark.parametrize("kind", [eval_done, sample_done, skipped_step, saved])
+def test_events_of_many_steps_and_one_that_comes_again_and_again_are_read_in_linear_time(
+    tmp_path: Path, kind: Callable[..., Event]
+) -> None:
+    """Of each kind 30,000, and then as often a step that undoes none, one or all of them."""
+    line = lines_of([step_done(1)])[0]
+    for after in (0, 29_999, 40_000):
+        events = lines_of([kind(step, **{"loss": 1.0} if kind is eval_done else {}) for step in range(30_000)])
+        again = json.dumps({**json.loads(line), "step": after + 1})
+        folder = write_run(tmp_path)
+        (folder / "metrics.jsonl").write_text("\n".join([*events, *[again] * 30_000]))
+        begin = time.process_time()
+        history = read_history(folder)
+        assert time.process_time() - begin < 6
+        assert list(history.steps.step) == [after + 1]
+        assert history.num_damaged_lines == 0
+
+
+def test_more_events_of_a_kind_than_any_run_has_are_counted_as_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "MOST_OF_A_KIND", 3)
+    ended = [TrainingEnded(step=5, num_steps=9, interrupted_by="SIGTERM")] * 5
+    events = [make(step) for make in (sample_done, skipped_step, saved) for step in range(5)]
+    evaluations = [eval_done(step, 1.0) for step in range(5)]
+    found = read(tmp_path, [*events, *evaluations, *ended])
+    assert {len(one) for one in (found.samples, found.skipped, found.checkpoints, found.evaluations, found.stops)} == {
+        3
+    }
+    assert found.num_damaged_lines == 10
 
 
 def test_a_step_takes_less_memory_than_its_line(tmp_path: Path) -> None:
