@@ -41,7 +41,8 @@ NOT_TAKEN = ("transformers_weights", "distributed_config", "fusion_config")
 KERNELS = ("attn_implementation", "experts_implementation")
 # What a config says about itself; leaving it out changes nothing of what is built.
 ABOUT_ITSELF = {"model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"}
-FLOAT = "__float__"  # {"__float__": "Infinity"}
+FLOAT, FLOATS = "__float__", ("NaN", "Infinity", "-Infinity")  # {"__float__": "Infinity"}
+DEEPEST = 50  # lists and objects in each other; configs have about five
 OLDER_NAMES = {"rope_parameters": "rope_scaling", "dtype": "torch_dtype"}
 VALIDATION = re.compile(r"Validation error for field '(?P<key>\w+)'")
 CLASS_VALIDATION = re.compile(r"Class validation error for validator")
@@ -170,6 +171,27 @@ def check_bounds(where: str, content: Mapping[str, Any]) -> None:
         in_all = max(layers.values(), default=0) * max(experts.values(), default=0)
         if in_all > MOST_EXPERTS_IN_ALL:
             raise refused(where, part, [*layers, *experts], f"more than {MOST_EXPERTS_IN_ALL:,} experts are not built")
+
+
+def check_values(where: str, content: Mapping[str, Any]) -> None:
+    """Check what a config.json holds for numbers that are none, and for more nesting than any has.
+
+    Raises:
+        ModelError: there is either; names file, key and value.
+    """
+    for key, value in content.items():
+        if why := _why_not_decoded(value):
+            raise refused(where, content, [key], why)
+
+
+def _why_not_decoded(value: Any, depth: int = 1) -> str | None:
+    """Return why a value can't be taken over; None if it can, as most are."""
+    if depth > DEEPEST:
+        return f"it is nested too deeply (more than {DEEPEST} lists and objects in each other)"
+    if isinstance(value, Mapping) and value.keys() == {FLOAT}:
+        return None if value[FLOAT] in FLOATS else f"{FLOAT} must be one of {', '.join(FLOATS)}"
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((why for part in parts if (why := _why_not_decoded(part, depth + 1))), None)
 
 
 def drop_choices(config: PreTrainedConfig, content: Mapping[str, Any]) -> tuple[str, ...]:

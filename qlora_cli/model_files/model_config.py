@@ -16,6 +16,7 @@ from qlora_cli.model_files.construction import (
     check_bounds,
     check_dtypes,
     check_sizes,
+    check_values,
     drop_choices,
     faulty_keys,
     is_ours,
@@ -79,6 +80,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool) -> ModelConfig:
     content = read_json(source.path / CONFIG)
     check_bounds(str(source.path), content)
     check_dtypes(str(source.path), content)
+    check_values(str(source.path), content)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the code of an architecture raises
@@ -100,6 +102,7 @@ def config_from(name: str, content: Mapping[str, Any]) -> ModelConfig:
         raise _needs_code(name)
     check_bounds(name, content)
     check_dtypes(name, content)
+    check_values(name, content)
     try:
         config = build_config(content)
     except Exception as error:  # whatever the code of an architecture raises

@@ -1,15 +1,19 @@
 """Which architectures are causal language models, by the configs of the installed transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.model_config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
+from tests.support.tiny_models import tiny_config
 
 
 def source(path: Path, model_type: str, **values: object) -> ModelSource:
@@ -101,3 +105,26 @@ def test_kernels_files_and_devices_that_a_config_names_are_left_out_and_said(
         assert found.notes[0] == f"config.json: {key.removeprefix('_')} left out, which a file does not choose here"
         for name in (key, "_attn_implementation", "_experts_implementation"):
             assert getattr(found.config, name, None) is None
+
+
+@pytest.mark.parametrize("value", ["x", "nan", "1.5", "", None, 5, [], {}, "-inf", {"__float__": "NaN"}])
+@pytest.mark.parametrize("nest", [lambda value: value, lambda value: {"a": [1, value]}], ids=["plain", "nested"])
+def test_a_float_by_name_that_is_none_is_named_by_its_key(nest: Callable[[Any], Any], value: object) -> None:
+    content = {**tiny_config("llama").to_dict(), "rope_theta": nest({"__float__": value})}
+    with pytest.raises(ModelError, match=r"rope_theta is .*__float__ must be one of NaN, Infinity, -Infinity"):
+        config_from("tiny", content)
+
+
+@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
+def test_a_float_by_name_is_read(name: str) -> None:
+    config = config_from("tiny", {**tiny_config("llama").to_dict(), "of_an_author": {"__float__": name}}).config
+    assert str(config.of_an_author) == str(float(name))
+
+
+@pytest.mark.parametrize("depth", [60, 300, 800, 950])
+@pytest.mark.parametrize("ends", [("[", "]"), ('{"a":', "}")])
+def test_a_value_nested_beyond_any_is_named_by_its_key(tmp_path: Path, depth: int, ends: tuple[str, str]) -> None:
+    nested = ends[0] * depth + "1" + ends[1] * depth
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "zz": {nested}}}')
+    with pytest.raises(ModelError, match=r"zz is .*nested too deeply|can't be read as JSON: maximum recursion"):
+        config_from(str(tmp_path), read_json(tmp_path / "config.json"))
