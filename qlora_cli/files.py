@@ -63,6 +63,14 @@ def existing_path(name: str | Path) -> Path | None:
     return path
 
 
+def is_regular(path: Path) -> bool:
+    """Whether there is a file at `path`, whose name may come from a file of others and be none that a disk has."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or not to be looked at
+        return False
+
+
 def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
     """Return why there can be no directory by this path, which `flag` names, whatever is to be written into it."""
     try:

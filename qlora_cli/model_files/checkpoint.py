@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeGuard
 from safetensors import SafetensorError, safe_open
 
 from qlora_cli.errors import ModelError
+from qlora_cli.files import is_regular
 from qlora_cli.model_files.file_limits import HEADER, limited_files, read_limited
 from qlora_cli.units import format_bytes
 
@@ -25,6 +26,7 @@ INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MOST_DIMENSIONS, LARGEST_SIZE = 64, 2**63 - 1  # of a tensor in torch
 SHOWN_CHARACTERS = 200
+MOST_NAME_BYTES = 255  # of a file or a folder, on any common disk
 # Names as the format writes them; F4 and F6 are packed.
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -111,16 +113,19 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise ModelError(f"{index} has no weight_map", hint=again(index.parent, index.name))
     suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
     for name, file in weight_map.items():
+        said = f"{index} says that the tensor {_shown(name)} is in {_shown(repr(file))}"
         if not isinstance(file, str) or not _is_inside(file):
             raise ModelError(
-                f"{index} says that the tensor {name} is in {file!r}, which is no file of that directory",
+                f"{said}, which is no file of that directory",
                 hint="Don't load it: a model has no reason to point elsewhere.",
             )
-        if not file.endswith(suffix):
+        if max(len(part.encode("utf-8", "surrogatepass")) for part in file.split("/")) > MOST_NAME_BYTES:
             raise ModelError(
-                f"{index} says that the tensor {name} is in {file!r}, which is no {suffix} file",
+                f"{said}, a longer name than a file can have (more than {MOST_NAME_BYTES} bytes)",
                 hint=again(index.parent, index.name),
             )
+        if not file.endswith(suffix):
+            raise ModelError(f"{said}, which is no {suffix} file", hint=again(index.parent, index.name))
     return weight_map
 
 
@@ -207,6 +212,10 @@ def again(directory: Path, file: str) -> str:
     return f"Copy {file} again from where the model came from, or save the model again with save_pretrained()."
 
 
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
 def _is_inside(file: str) -> bool:
     windows = PureWindowsPath(file)
     return bool(file) and not (windows.is_absolute() or windows.drive or windows.root or ".." in windows.parts)
@@ -216,7 +225,7 @@ def _read_safetensors(entry: Path) -> Checkpoint:
     directory = entry.parent
     weight_map = read_weight_map(entry) if entry.suffix == ".json" else None
     shards = sorted(set(weight_map.values())) if weight_map else []
-    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+    if missing := [shard for shard in shards if not is_regular(directory / shard)]:
         raise _missing_shards(entry, missing, weight_map or {})
     tensors: dict[str, TensorHeader] = {}
     shards = shards or [entry.name]
@@ -240,11 +249,12 @@ def _read_safetensors(entry: Path) -> Checkpoint:
 
 def _missing_shards(entry: Path, missing: list[str], weight_map: Mapping[str, str]) -> ModelError:
     first = missing[0]
+    shown = _shown(first)
     tensor = next(name for name, file in weight_map.items() if file == first)
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return ModelError(
-        f"{entry.parent} lacks {first}{more}, which {entry.name} names (for {tensor}, among others)",
-        hint=again(entry.parent, first),
+        f"{entry.parent} lacks {shown}{more}, which {entry.name} names (for {_shown(tensor)}, among others)",
+        hint=again(entry.parent, shown),
     )
 
 
@@ -291,8 +301,7 @@ def _check_by_library(path: Path) -> None:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(reason if len(reason) <= SHOWN_CHARACTERS else f"{reason[:SHOWN_CHARACTERS]}…") from error
+        raise ValueError(_shown(str(error).splitlines()[0])) from error
 
 
 def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:
@@ -330,7 +339,7 @@ def _read_tensors(header: Mapping[str, Any], file: str) -> list[tuple[TensorHead
 
 
 def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int, int]:
-    shown = name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…"
+    shown = _shown(name)
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -378,7 +387,7 @@ def _read_pickles(entry: Path) -> Checkpoint:
     if entry.suffix == ".json":
         weight_map = read_weight_map(entry)
         shards = sorted(set(weight_map.values()))
-        if missing := [shard for shard in shards if not (entry.parent / shard).is_file()]:
+        if missing := [shard for shard in shards if not is_regular(entry.parent / shard)]:
             raise _missing_shards(entry, missing, weight_map)
     files = tuple(entry.parent / shard for shard in shards)
     total_bytes = sum(path.stat().st_size for path in files)

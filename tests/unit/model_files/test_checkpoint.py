@@ -145,6 +145,20 @@ def test_what_is_in_the_place_of_a_file_is_not_waited_for(
     assert "it is no regular file" in message
 
 
+NAMES = ["x" * 300, "x" * 5_000, "é" * 200, "f/" * 3_000, "\0", "\ud800", "a/" + "x" * 300, ".", "a" * 240]
+
+
+@pytest.mark.parametrize("entry", [INDEX, "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"{name[:3]!a}{len(name)}")
+def test_a_name_in_an_index_that_no_disk_has_is_refused_in_few_words(tmp_path: Path, name: str, entry: str) -> None:
+    suffix = ".safetensors" if entry == INDEX else ".bin"
+    (tmp_path / entry).write_text(json.dumps({"metadata": {}, "weight_map": {"t" * 9_000: f"{name}{suffix}"}}))
+    with pytest.raises(ModelError) as caught:
+        read_checkpoint(tmp_path, allow_pickle=True)
+    assert str(tmp_path) in str(caught.value)
+    assert len(f"{caught.value} {caught.value.hint}") < 1_000 + 3 * len(str(tmp_path))
+
+
 def test_json_larger_than_any_of_a_model_is_not_read(tmp_path: Path) -> None:
     (tmp_path / INDEX).touch()
     os.truncate(tmp_path / INDEX, 10**9)
