@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from qlora_cli.units import Whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
     """Memory in use now, in bytes. The device figures are None without a GPU."""
 
-    host_bytes: int
-    device_allocated_bytes: int | None = None
-    device_reserved_bytes: int | None = None
-    device_total_bytes: int | None = None
+    host_bytes: Whole
+    device_allocated_bytes: Whole | None = None
+    device_reserved_bytes: Whole | None = None
+    device_total_bytes: Whole | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,8 @@ class BytesDone:
     """A transfer went on: so many of so many bytes. Each kind has a bar of its own."""
 
     kind: Literal["download", "quantize", "load", "merge"]
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Whole
+    total_bytes: Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +50,18 @@ class Noted:
 class TrainingStarted:
     """The first step is next. The predictions are of its peaks on the GPU, in bytes; None where there is none."""
 
-    num_steps: int
+    num_steps: Whole
     output: Path
-    predicted_allocated_bytes: int | None = None
-    predicted_reserved_bytes: int | None = None
+    predicted_allocated_bytes: Whole | None = None
+    predicted_reserved_bytes: Whole | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResumed:
     """Training goes on behind `step`. What was reported of later steps before is no longer so."""
 
-    step: int
-    num_steps: int
+    step: Whole
+    num_steps: Whole
     checkpoint: Path
 
 
@@ -70,18 +72,18 @@ class Rehearsed:
     The device figures are the peaks measured in it, in bytes; None without a GPU.
     """
 
-    micro_batch_size: int
-    longest_row_tokens: int
+    micro_batch_size: Whole
+    longest_row_tokens: Whole
     seconds: float
-    device_allocated_bytes: int | None
-    device_reserved_bytes: int | None
+    device_allocated_bytes: Whole | None
+    device_reserved_bytes: Whole | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSkipped:
     """A step whose loss or gradient norm was not finite changed nothing. `rows` are those of the batch."""
 
-    step: int
+    step: Whole
     reason: str
     rows: tuple[str, ...]
 
@@ -90,13 +92,13 @@ class StepSkipped:
 class StepDone:
     """One optimizer step. `loss` is the mean over the supervised tokens of the step."""
 
-    step: int
-    num_steps: int
+    step: Whole
+    num_steps: Whole
     epoch: float
     loss: float
     learning_rate: float
     grad_norm: float
-    num_tokens: int
+    num_tokens: Whole
     tokens_per_second: float
     elapsed_seconds: float
     memory: MemoryUse
@@ -106,7 +108,7 @@ class StepDone:
 class EvalStarted:
     """An evaluation pass over the held-out rows began."""
 
-    step: int
+    step: Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,8 @@ class EvaluationAdvanced:
 
     title: str
     unit: Literal["row", "request"]
-    num_done: int
-    num_all: int
+    num_done: Whole
+    num_all: Whole
     seconds_left: float
 
 
@@ -127,7 +129,7 @@ class EvalDone:
     `is_best`: no evaluation of the run was better so far.
     """
 
-    step: int
+    step: Whole
     loss: float
     seconds: float
     is_best: bool
@@ -137,7 +139,7 @@ class EvalDone:
 class SampleDone:
     """A fixed prompt was answered, greedily; step 0 is the base before training."""
 
-    step: int
+    step: Whole
     prompt: str
     answer: str
 
@@ -146,7 +148,7 @@ class SampleDone:
 class CheckpointSaved:
     """A checkpoint is complete on disk."""
 
-    step: int
+    step: Whole
     path: Path
 
 
@@ -154,8 +156,8 @@ class CheckpointSaved:
 class TrainingEnded:
     """The loop is over: all steps done, or stopped by a signal."""
 
-    step: int
-    num_steps: int
+    step: Whole
+    num_steps: Whole
     interrupted_by: str | None
 
 

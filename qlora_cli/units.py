@@ -1,12 +1,23 @@
-"""Numbers as people read them: bytes in GiB (1024³), counts with separators, durations."""
+"""Numbers as people read them: bytes in GiB (1024³), counts with separators, durations.
+
+Any number has a text: what is read from files of others is bounded where it is read, and may still be infinite or NaN.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
 
 GIB = 1024**3
 MIB = 1024**2
 KIB = 1024
+LARGEST = 2**63 - 1  # of a whole number in a file: what it is of, steps, tokens or bytes, has no more
+Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 
 
 def format_bytes(num_bytes: int) -> str:
     """Return `num_bytes` in the largest binary unit that keeps it at or above one: `3.36 GiB`."""
+    if abs(num_bytes) > LARGEST:
+        return f"more than {LARGEST // GIB:,} GiB"
     for size, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -15,6 +26,8 @@ def format_bytes(num_bytes: int) -> str:
 
 def format_count(count: int) -> str:
     """Return a count as models are named: `6.74B`, `159.91M`, `512`."""
+    if abs(count) > LARGEST:
+        return f"more than {LARGEST // 10**9:,}B"
     for size, unit in ((10**9, "B"), (10**6, "M")):
         if count >= size:
             return f"{count / size:.2f}{unit}"
@@ -23,6 +36,8 @@ def format_count(count: int) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return seconds as `0.42 s`, `1:05` (minutes) or `2:03:09` (hours)."""
+    if not -LARGEST <= seconds <= LARGEST:  # NaN too
+        return "unknown"
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

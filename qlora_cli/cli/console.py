@@ -59,7 +59,7 @@ def title(text: str) -> None:
 def print_rows(rows: Sequence[Row]) -> None:
     """Print names and values in two columns; on a terminal, values are wrapped at words, under each other."""
     out = console()
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     room = out.width - width - 4 if out.is_terminal else 0
     for name, value in rows:
         for number, line in enumerate(_wrapped(value, room)):

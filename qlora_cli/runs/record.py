@@ -7,7 +7,6 @@ out and said in `problems`. A command that can't do without a part asks for it b
 import json
 import os
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Valid
 from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, existing_path, read_small
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
+from qlora_cli.units import LARGEST, Whole
 from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
 
 SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
 DEFAULT = "default"
+FIGURES = ("plan.", "hardware.", "data.")  # no number there is ever NaN or infinite; losses may be
+DEEPEST = 50  # lists and objects in each other; a run writes about six
 BY_QLORA = "Was it written by qlora train, and to its end?"
 RESTORE = f"Restore {RUN_FILE} as qlora train wrote it"
 UPDATE = "Update qlora: pip install -U qlora-cli"
@@ -51,7 +53,7 @@ class Resumption(RecordSection):
     """
 
     time: str | None = None
-    step: int = 0
+    step: Whole = 0
     checkpoint: Path | None = None
     from_run: Path | None = None
 
@@ -70,7 +72,7 @@ class LoadedBase(RecordSection):
     commit: str | None = None
     adapter: Path | None = None
     device: str | None = None
-    dtype_bytes: Mapping[str, int] = Field(default_factory=dict)
+    dtype_bytes: Mapping[str, Whole] = Field(default_factory=dict)
 
 
 class RecordedRows(RecordSection):
@@ -91,9 +93,9 @@ class Predicted(RecordSection):
     """What the run was predicted to take on its GPU, in bytes."""
 
     gpu: str | None = None
-    allocated_bytes: int | None = None
-    reserved_bytes: int | None = None
-    process_bytes: int | None = None
+    allocated_bytes: Whole | None = None
+    reserved_bytes: Whole | None = None
+    process_bytes: Whole | None = None
 
 
 class Plan(RecordSection):
@@ -102,24 +104,24 @@ class Plan(RecordSection):
     model: str | None = None
     device: str | None = None
     compute_dtype: str | None = None
-    num_steps: int | None = None
+    num_steps: Whole | None = None
     predicted_memory: Predicted | None = None
 
 
 class Peak(RecordSection):
     """The largest memory seen by the process that ended the run, in bytes."""
 
-    host_bytes: int | None = None
-    device_allocated_bytes: int | None = None
-    device_reserved_bytes: int | None = None
+    host_bytes: Whole | None = None
+    device_allocated_bytes: Whole | None = None
+    device_reserved_bytes: Whole | None = None
 
 
 class Result(RecordSection):
     """What came of a run that ended by itself, or by a signal."""
 
-    steps: int | None = None
-    num_steps: int | None = None
-    best_step: int | None = None
+    steps: Whole | None = None
+    num_steps: Whole | None = None
+    best_step: Whole | None = None
     peak_memory: Peak | None = None
 
 
@@ -154,19 +156,19 @@ class BaseUsed:
 class RunRecord(RecordSection):
     """The record of a run. `problems` are what could not be read of it, in sentences."""
 
-    schema_version: int = 0
+    schema_version: Whole = 0
     status: Literal["running", "done", "interrupted", "failed"] | None = None
     error: str | None = None
     started: str | None = None
     resumed: tuple[Resumption, ...] = ()
-    pid: int | None = None
+    pid: Whole | None = None
     host: str | None = None
     named_from: NamedFrom | None = None
     settings: Mapping[str, Values] = Field(default_factory=dict)
     origins: Mapping[str, str] = Field(default_factory=dict)
     asked: Mapping[str, Values] = Field(default_factory=dict)
     asked_of_adapter: Mapping[str, Values] = Field(default_factory=dict)
-    seed: int | None = None
+    seed: Whole | None = None
     versions: Mapping[str, str] = Field(default_factory=dict)
     hardware: Values = Field(default_factory=dict)
     base_model: LoadedBase | None = None
@@ -375,7 +377,8 @@ def _parsed(text: str) -> object:
 
 
 def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
-    content, problems = deepcopy(content), []
+    problems: list[str] = []
+    content = {key: _bounded(value, key, problems) for key, value in content.items()}
     while True:
         try:
             record = RunRecord.model_validate(content)
@@ -386,6 +389,22 @@ def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
             continue
         record._directory, record._problems = directory, tuple(problems)
         return record
+
+
+def _bounded(value: Any, place: str, problems: list[str], depth: int = 1) -> Any:
+    """Return a copy of what a record holds, with None for what no run writes, each of which is a problem."""
+    is_figure = isinstance(value, int) or (isinstance(value, float) and place.startswith(FIGURES))
+    if is_figure and not -LARGEST <= value <= LARGEST:  # NaN too
+        problems.append(f"{place}: a number that no run has")
+        return None
+    if not isinstance(value, dict | list):
+        return value
+    if depth > DEEPEST:
+        problems.append(f"{place}: more than {DEEPEST} lists and objects in each other")
+        return None
+    if isinstance(value, list):
+        return [_bounded(part, f"{place}.{number}", problems, depth + 1) for number, part in enumerate(value)]
+    return {key: _bounded(part, f"{place}.{key}", problems, depth + 1) for key, part in value.items()}
 
 
 def _leave_out(content: dict[str, Any], place: tuple[int | str, ...]) -> None:

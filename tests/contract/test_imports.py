@@ -16,7 +16,7 @@ GROUND: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "units": set(),
-    "events": set(),
+    "events": {"units"},
     "garbage": set(),
     "visible": set(),
     "bounded": {"units"},

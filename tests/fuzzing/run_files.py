@@ -48,7 +48,10 @@ def _records(directory: Path) -> Callable[[Generator], None]:
 
     def play_round(chance: Generator) -> None:
         run.run_file.write_bytes(as_bytes(a_record(chance.choice(["done", "interrupted"]), **MORE), chance))
-        detail_of(read_run(run.path)).as_json()
+        found = read_run(run.path)
+        detail_of(found).as_json()
+        if chance.random() < 0.1:
+            report_page(found.summary, found.history, found.record)
         output_problem(OutputSettings(directory=run.path))
         record = load_record(run.path)
         assert [*record.settings_used] == [*record.changed(status="failed").settings_used]

@@ -3,6 +3,7 @@
 What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -228,7 +229,7 @@ def _name_of(key: str) -> str:
 
 
 def _value_of(key: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return as_text(value)
     formats: dict[str, Callable[[float], str]] = {
         BYTES: lambda number: format_bytes(int(number)),

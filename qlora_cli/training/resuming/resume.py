@@ -325,7 +325,10 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
 
     Raises:
         SettingsError: it does not.
+        ModelError: how long it was to be can't be read.
     """
+    if any(problem.startswith("plan.num_steps:") for problem in resume.record.problems):
+        raise resume.record.lacks("how many steps there were to be", "plan.num_steps")
     before = resume.record.plan.num_steps or num_steps
     if num_steps == before or (resume.checkpoint is None and not resume.is_done):
         return
