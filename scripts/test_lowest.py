@@ -45,7 +45,9 @@ def main() -> int:
         python = install(asked.venv or Path(scratch) / "venv", torch_too=asked.torch_too)
         start = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(asked.tests or TESTS)]
+        # Warnings are no errors here: an old release may use what a newer one of its own dependencies deprecates.
+        options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+        command = [python, "-m", "pytest", *options, *(asked.tests or TESTS)]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     print(f"tested in {time.monotonic() - start:.0f} s", flush=True)
     return code
