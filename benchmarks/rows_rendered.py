@@ -4,7 +4,7 @@
 
 The rows have system and developer prompts, reasoning under every key, tools, calls with arguments of every type, and
 results. `noted` rows are accepted with a note on what the template leaves out. A row is lost if one of its values is
-in neither the prompt nor a note, as `tests/unit/data_rows/test_kept.py` checks; that is an error.
+in neither the prompt nor a note, as `tests/unit/data_rows/test_dropped_values.py` checks; that is an error.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from qlora_cli.data.tokenizing.tokens import Tokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import TEMPLATES, tokenizer_with
 from tests.support.drawn_rows import draw_row
-from tests.unit.data_rows.test_kept import lost, trained_texts
+from tests.unit.data_rows.test_dropped_values import lost, trained_texts
 
 
 def outcomes(name: str, num_rows: int) -> Counter[str]:

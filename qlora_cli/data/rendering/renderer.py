@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rendering.form import AS_THEY_ARE, Form, common_form
-from qlora_cli.data.rendering.left_out import MAY_BE_LOST, WaysOut, ends_no_turn, like, refusal
+from qlora_cli.data.rendering.dropped_values import MAY_BE_LOST, WaysOut, ends_no_turn, like, refusal
+from qlora_cli.data.rendering.message_form import AS_THEY_ARE, Form, common_form
 from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
 from qlora_cli.data.rendering.template_fit import THOUGHT_END, TemplateFit, find_fit, joined, missing
 from qlora_cli.data.rendering.turn_units import Unit, example_of, units_of

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rendering.pace import Pace
+from qlora_cli.data.rendering.render_timer import Pace
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.events import Reporter, SilentReporter
 from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all

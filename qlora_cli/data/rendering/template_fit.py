@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.rendering.form import AS_THEY_ARE, Form, forms_for
+from qlora_cli.data.rendering.message_form import AS_THEY_ARE, Form, forms_for
 from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
 from qlora_cli.data.rendering.turn_units import Unit
 from qlora_cli.data.rendering.value_marks import Marked, Value, What, arguments_of

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_cli import bounded
-from qlora_cli.data.rendering import pace
+from qlora_cli.data.rendering import render_timer
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
@@ -355,8 +355,8 @@ SLOW = "{% for i in range(40000) %}{% endfor %}{% for m in messages %}[{{ m.role
 def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_rendered(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, is_plain: bool
 ) -> None:
-    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.02)
-    monkeypatch.setattr(pace, "SECONDS_PER_ROW", 0.0005)
+    monkeypatch.setattr(render_timer, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(render_timer, "SECONDS_PER_ROW", 0.0005)
     tokenizer.chat_template, recorder = SLOW, Recorder()
     asked = [] if is_plain else [{"role": "user", "content": "more"}, {"role": "assistant", "content": "</think>"}]
     rows = [Conversation(messages=[*CHAT, *asked], trained=(1,)) for _ in range(20)]
@@ -374,9 +374,9 @@ def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_render
 def test_a_template_that_is_fast_is_not_said_to_be_slow_however_many_rows_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pace, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(render_timer, "SLOW_SECONDS", 0.0)
     recorder = Recorder()
-    measured = pace.Pace(recorder)
+    measured = render_timer.Pace(recorder)
     measured.row_done()
     for _ in range(100):
         with measured.measured():
