@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora_cli.data.rows.examples import RowError
-from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import TEMPLATES, tokenizer_with
 from tests.support.drawn_rows import draw_row
@@ -29,12 +29,12 @@ def outcomes(name: str, num_rows: int) -> Counter[str]:
     counts: Counter[str] = Counter()
     for seed in range(num_rows):
         drawn = draw_row(seed)
-        tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+        tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
         (tokenized,) = tokenizer.tokenize([drawn.conversation])
         if isinstance(tokenized, RowError):
             counts["refused"] += 1
             continue
-        noted = set(tokenizer.renderer.told)
+        noted = set(tokenizer.renderer.num_dropped)
         trained = dict(zip(drawn.conversation.trained, trained_texts(text, tokenized), strict=True))
         missing = lost(drawn, str(text.tokenizer.decode(tokenized.input_ids.tolist())), trained)
         counts["lost" if missing - noted else "noted" if noted else "accepted"] += 1

@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
-from qlora_cli.data.rows.examples import IGNORED
+from qlora_cli.data.rows.examples import IGNORE_INDEX
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
 from qlora_cli.hardware.counters import is_out_of_memory
@@ -136,7 +136,7 @@ def _leave_out(batch: dict[str, Any], num_known: int | None) -> int:
     """Take the labels from `num_known` on out of a batch, and return how many there were that count."""
     labels = batch["labels"]
     is_new = labels >= (torch.iinfo(labels.dtype).max if num_known is None else num_known)
-    batch["labels"] = labels.masked_fill(is_new, IGNORED)
+    batch["labels"] = labels.masked_fill(is_new, IGNORE_INDEX)
     return int(is_new[:, 1:].sum())  # nothing predicts the first token
 
 

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, describe_mixture
 from qlora_cli.data.feeding.prepare import PreparedData
-from qlora_cli.data.feeding.stream import BECAME
+from qlora_cli.data.feeding.stream import OUTCOMES
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.showing.preview import preview_rows
 from qlora_cli.events import Noted, Reporter
@@ -24,7 +24,7 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
     fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
     reporter.report(Noted(message=f"{say}; {fed}{trained}"))
     for row in preview_rows(data, tokenizer, 1):
-        reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.in_a_line(LINE_CHARACTERS)}"))
+        reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.one_line(LINE_CHARACTERS)}"))
     if len(report.mixture) > 1 and data.stream is None:
         reporter.report(Noted(message=f"mixed of {describe_mixture(report)}"))
     if report.packed_rows is not None:
@@ -69,7 +69,7 @@ def note_stream(data: PreparedData, reporter: Reporter) -> None:
     for message in data.stream.notes:
         if message not in data.notes:
             reporter.report(Noted(level="warning", message=f"of the stream: {message}"))
-    found = [f"{counts[name]:,} {what}" for name, what in BECAME.items() if counts[name]]
+    found = [f"{counts[name]:,} {what}" for name, what in OUTCOMES.items() if counts[name]]
     if counts["near_duplicate"]:
         message = f"{counted(counts['near_duplicate'], 'row')} held out {NEARLY_EQUAL}"
         reporter.report(Noted(level="warning", message=message))

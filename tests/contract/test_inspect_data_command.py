@@ -221,7 +221,7 @@ def test_of_a_stream_the_first_rows_are_looked_at(tokenizer_only: Path, tmp_path
     path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"row {number}"} for number in range(1500)])
     found = as_json(path, tokenizer_only, "--set", "data.streaming=true", "--set", "training.max_steps=1")
     assert found["rows"] == 1000
-    assert "is streamed: what is said about it is about the first 1,000 rows" in found["notes"][0]
+    assert "is streamed: its statistics are about the first 1,000 rows" in found["notes"][0]
 
 
 def test_every_setting_of_the_data_changes_what_is_found(file: Path, tokenizer_only: Path) -> None:

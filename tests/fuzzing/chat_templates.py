@@ -10,7 +10,7 @@ from qlora_cli.data.rows.examples import Example, RowError
 from qlora_cli.data.rows.messages import ROLES
 from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
-from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 from tests.fuzzing.frame import Generator, Target, damage
@@ -140,7 +140,7 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
                 examples.append(reader.read(row))
             except RowError:
                 continue
-        for found in Tokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):
+        for found in RowTokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):
             assert isinstance(found, RowError) or len(found.input_ids) == len(found.labels) > 0
 
     return play_round

@@ -1,1 +1,1 @@
-"""Which rows are trained and which held out, how often, and in which order."""
+"""Select, hold out, mix, pack and order the rows to feed."""

@@ -1,21 +1,21 @@
-"""What became of a data set's rows, as plain numbers. Imports no torch."""
+"""The report on what became of a data set's rows, as plain numbers. Imports no torch."""
 
 from dataclasses import dataclass
 
 from qlora_cli.units import counted
 
-NEARLY_EQUAL = "that a trained row equals but for case, punctuation and spaces"
+NEARLY_EQUAL = "that equal a trained row except for case, punctuation and spaces"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What one data set contributes to the rows that are fed.
+    """The contribution of one data set to the rows that are fed.
 
     Attributes:
-        name: The data set, as it was named.
-        rows: Its rows that are fed, each counted as often as it is.
-        share: Of all rows that are fed.
-        supervised_tokens: Its tokens that are trained.
+        name: The name of the data set, as the user gave it.
+        rows: Its rows that are fed, counting repetitions.
+        share: Its share of all rows that are fed.
+        supervised_tokens: Its trained tokens.
     """
 
     name: str
@@ -26,32 +26,32 @@ class Contribution:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of the rows of a data set, or of several that are mixed.
+    """Counts of what became of the rows of a data set, or of several that are mixed.
 
     Attributes:
-        name: The data sets, as they were named.
+        name: The names of the data sets, as the user gave them.
         format: The format of each of them.
-        recognised: The same, with the columns that are not called as ours.
+        recognised: The same, with the columns whose names differ from ours.
         rows: Rows that could be read.
-        rows_trained: Rows that are fed, each counted as often as it is.
+        rows_trained: Rows that are fed, counting repetitions.
         tokens: Tokens that are fed.
-        supervised_tokens: Of them, those that are trained.
+        supervised_tokens: Trained tokens among them.
         longest_row_tokens: Tokens of the longest row that is fed.
-        truncated_rows: Rows that were cut at the longest length.
+        truncated_rows: Rows that were truncated to the maximum length.
         dropped_rows: Rows that were dropped for being too long.
-        tokens_lost: Tokens that were cut off or dropped with rows that are too long.
-        supervised_tokens_lost: Of them, those that would have been trained.
+        tokens_lost: Tokens that were lost by truncating and dropping long rows.
+        supervised_tokens_lost: Tokens among them that would have been trained.
         rows_without_supervision: Rows without a token to train, which are not fed.
         duplicate_rows: Rows that repeat an earlier one.
-        duplicates_dropped: Of them, those that are not fed.
-        held_out_rows: Rows that are not trained because they are held out.
-        near_duplicate_rows: Of rows that are held out, those that a trained one equals but for case, punctuation and
-            spaces; None of rows that are trained.
-        groups: Groups that the rows that are fed belong to; None if they are not held out by groups.
+        duplicates_dropped: Rows among them that are not fed.
+        held_out_rows: Rows that are held out of training.
+        near_duplicate_rows: In the report on held-out rows, those that equal a trained one except for case,
+            punctuation and spaces; None in the report on trained rows.
+        groups: The number of groups of the rows that are fed; None if rows are not held out by group.
         bad_rows: Rows that can't be used, and were skipped.
-        empty_answers: Of them, those that only lack an answer.
-        mixture: What each data set contributes, in the order that they were named.
-        packed_rows: Rows that the rows that are fed were packed into; None if they are not packed.
+        empty_answers: Rows among them that only lack an answer.
+        mixture: The contribution of each data set, in the order of their names.
+        packed_rows: The number of packed rows; None if rows are not packed.
         fingerprint: A SHA-256 over the tokens and labels of all rows that are fed, in order.
     """
 
@@ -81,9 +81,11 @@ class DataReport:
 
 
 def describe_mixture(report: DataReport) -> str:
-    """Return in words what each data set contributes: its rows, and its shares of all rows and of what is trained."""
+    """Return the contribution of each data set in words: its rows, and its shares of all rows and trained tokens."""
     parts = []
     for part in report.mixture:
         trained = part.supervised_tokens / max(1, report.supervised_tokens)
-        parts.append(f"{part.name}: {counted(part.rows, 'row')} ({part.share:.1%}, {trained:.1%} of what is trained)")
+        parts.append(
+            f"{part.name}: {counted(part.rows, 'row')} ({part.share:.1%}, {trained:.1%} of the trained tokens)"
+        )
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Which rows are held out of training: by chance, as a whole with all that they must not be parted from."""
+"""Choose the rows to hold out of training at random, in groups that must not be divided."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -6,53 +6,53 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_cli.data.feeding.token_table import Mask, Numbers, Table
+from qlora_cli.data.feeding.token_table import Mask, Numbers, TokenTable
 from qlora_cli.data.rows.groups import NO_GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutChoice:
-    """Digests of rows that are held out: of what is kept of them, of their groups, and of texts with their number."""
+class HeldOutDigests:
+    """Digests of held-out rows: of their truncated tokens, of their groups, and of their texts with counts."""
 
     rows: frozenset[int] = frozenset()
     groups: frozenset[int] = frozenset()
     texts: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: Table, places: Numbers) -> "HeldOutChoice":
-        """Return the digests of the rows at `places`."""
-        rows, groups = (frozenset(column[places].tolist()) for column in (table.kept_digest, table.group))
-        return cls(rows=rows, groups=groups - {NO_GROUP}, texts=Counter(table.text_digest[places].tolist()))
+    def from_rows(cls, table: TokenTable, indices: Numbers) -> "HeldOutDigests":
+        """Return the digests of the rows at `indices`."""
+        rows, groups = (frozenset(column[indices].tolist()) for column in (table.truncated_digest, table.group))
+        return cls(rows=rows, groups=groups - {NO_GROUP}, texts=Counter(table.text_digest[indices].tolist()))
 
-    def has(self, kept_digest: int, group: int) -> bool:
-        """Whether a row is held out, or equal to one that is, or of its group."""
-        return kept_digest in self.rows or group in self.groups
+    def contains(self, truncated_digest: int, group: int) -> bool:
+        """Return whether a row is held out, equal to a held-out one, or of its group."""
+        return truncated_digest in self.rows or group in self.groups
 
-    def among(self, table: Table) -> Mask:
-        """Return which rows of `table` are held out in this sense."""
-        return np.isin(table.kept_digest, _array(self.rows)) | np.isin(table.group, _array(self.groups))
+    def mask_in(self, table: TokenTable) -> Mask:
+        """Return the mask of rows of `table` that are held out, equal to a held-out one, or of its group."""
+        return np.isin(table.truncated_digest, _array(self.rows)) | np.isin(table.group, _array(self.groups))
 
 
 def hold_out(unit: Numbers, num_rows: int, seed: int) -> Mask:
-    """Return which rows are held out: about `num_rows` by chance, those with the same `unit` always together.
+    """Return the mask of about `num_rows` random rows to hold out; rows of the same `unit` stay together.
 
-    A unit is taken if that brings their number nearer to what is wanted; if none would, one of the smallest is. One
-    is always left, so that nothing is held out where there is only one.
+    A unit is taken if that brings the number of rows nearer to `num_rows`; if none does, one of the smallest is taken.
+    One unit is always left, so nothing is held out if there is only one.
     """
-    _, place, sizes = np.unique(unit, return_inverse=True, return_counts=True)
+    _, unit_index, sizes = np.unique(unit, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
-    taken = np.zeros(len(sizes), dtype=bool)
-    num_left, left = len(sizes) - 1, num_rows
-    for each in order:
-        if left <= 0 or not num_left:
+    is_taken = np.zeros(len(sizes), dtype=bool)
+    num_spare, num_missing = len(sizes) - 1, num_rows
+    for index in order:
+        if num_missing <= 0 or not num_spare:
             break
-        if sizes[each] < 2 * left:
-            taken[each] = True
-            left -= int(sizes[each])
-            num_left -= 1
-    if not taken.any() and num_left:
-        taken[order[np.argmin(sizes[order])]] = True
-    return taken[place]
+        if sizes[index] < 2 * num_missing:
+            is_taken[index] = True
+            num_missing -= int(sizes[index])
+            num_spare -= 1
+    if not is_taken.any() and num_spare:
+        is_taken[order[np.argmin(sizes[order])]] = True
+    return is_taken[unit_index]
 
 
 def _array(digests: frozenset[int]) -> Numbers:

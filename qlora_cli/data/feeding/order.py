@@ -1,4 +1,4 @@
-"""The order in which rows are fed, and what of their batches is padding."""
+"""The order in which rows are fed, and the share of padding in their batches."""
 
 import numpy as np
 import torch
@@ -11,20 +11,20 @@ from qlora_cli.settings.choices import Sampling
 def row_order(
     lengths: Numbers, sampling: Sampling, *, batch_rows: int, longest_first: bool, seed: int, epoch: int = 0
 ) -> list[int]:
-    """Return the order of the rows in one epoch, drawn by `seed` and `epoch`; `batch_rows` make up a step."""
-    chance = torch.Generator().manual_seed(seed + epoch)
+    """Return the order of the rows in one epoch, determined by `seed` and `epoch`; a step has `batch_rows` rows."""
+    rng = torch.Generator().manual_seed(seed + epoch)
     order: list[int]
     if sampling == Sampling.GROUP_BY_LENGTH:
-        order = get_length_grouped_indices(lengths.tolist(), batch_rows, generator=chance)
+        order = get_length_grouped_indices(lengths.tolist(), batch_rows, generator=rng)
     elif sampling == Sampling.SEQUENTIAL:
         order = list(range(len(lengths)))
     else:
-        order = torch.randperm(len(lengths), generator=chance).tolist()
+        order = torch.randperm(len(lengths), generator=rng).tolist()
     if not longest_first:
         return order
     longest = np.argsort(-lengths, kind="stable")[:batch_rows].tolist()
-    ahead = set(longest)
-    return [*longest, *(row for row in order if row not in ahead)]
+    moved = set(longest)
+    return [*longest, *(row for row in order if row not in moved)]
 
 
 def padding_share(lengths: Numbers, order: list[int], micro_batch_size: int) -> float:

@@ -1,4 +1,4 @@
-"""Fill rows up to a length with several short ones, of which none sees another."""
+"""Pack several short rows into one of up to a maximum length; they do not attend to each other."""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -12,49 +12,49 @@ from qlora_cli.data.feeding.token_table import Numbers
 
 
 def best_fit(lengths: Numbers, capacity: int) -> list[list[int]]:
-    """Return which rows share a packed row: longest first, each into the fullest one that has room for it.
+    """Return the rows of each packed row: longest first, each in the fullest one that it fits into.
 
     Best-fit decreasing needs at most 11/9 of the fewest bins, and one more (D. S. Johnson, 1973).
     """
     bins: list[list[int]] = []
-    spaces: list[int] = []  # the different rooms that are left, rising
-    by_space: defaultdict[int, list[list[int]]] = defaultdict(list)
+    free_lengths: list[int] = []  # the distinct free lengths of bins, ascending
+    by_free_length: defaultdict[int, list[list[int]]] = defaultdict(list)
     for row in np.argsort(-lengths, kind="stable"):
         length = int(lengths[row])
-        place = bisect_left(spaces, length)
-        if place == len(spaces):
-            space = capacity
+        position = bisect_left(free_lengths, length)
+        if position == len(free_lengths):
+            free = capacity
             bins.append([])
-            found = bins[-1]
+            target = bins[-1]
         else:
-            space = spaces[place]
-            found = by_space[space].pop()
-            if not by_space[space]:
-                spaces.pop(place)
-        found.append(int(row))
-        left = space - length
-        if left > 0:
-            if not by_space[left]:
-                insort(spaces, left)
-            by_space[left].append(found)
+            free = free_lengths[position]
+            target = by_free_length[free].pop()
+            if not by_free_length[free]:
+                free_lengths.pop(position)
+        target.append(int(row))
+        remaining = free - length
+        if remaining > 0:
+            if not by_free_length[remaining]:
+                insort(free_lengths, remaining)
+            by_free_length[remaining].append(target)
     return bins
 
 
 def pack(dataset: Dataset, bins: Sequence[Sequence[int]]) -> Dataset:
-    """Return a data set of packed rows, put together when they are read.
+    """Return a data set of packed rows, which are joined when they are read.
 
-    Each has `input_ids` and `labels`, both `(seq,)`, and `seq_lengths`, the lengths of the rows that it holds, from
-    which the collator numbers the positions of each row from 0.
+    Each has `input_ids` and `labels`, both `(seq,)`, and `seq_lengths`, the lengths of the rows in it, by which
+    the collator restarts positions at 0 for each of them.
     """
     tokens = dataset.select_columns(["input_ids", "labels"])
 
-    def put_together(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def join_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         packed: dict[str, list[Any]] = {"input_ids": [], "labels": [], "seq_lengths": []}
         for rows in batch["rows"]:
-            found = tokens[list(rows)]
-            packed["input_ids"].append([token for ids in found["input_ids"] for token in ids])
-            packed["labels"].append([label for labels in found["labels"] for label in labels])
-            packed["seq_lengths"].append([len(ids) for ids in found["input_ids"]])
+            members = tokens[list(rows)]
+            packed["input_ids"].append([token for ids in members["input_ids"] for token in ids])
+            packed["labels"].append([label for labels in members["labels"] for label in labels])
+            packed["seq_lengths"].append([len(ids) for ids in members["input_ids"]])
         return packed
 
-    return Dataset.from_dict({"rows": [list(rows) for rows in bins]}).with_transform(put_together)
+    return Dataset.from_dict({"rows": [list(rows) for rows in bins]}).with_transform(join_rows)

@@ -1,4 +1,4 @@
-"""From the settings to what is trained and what is held out: tokens and labels, and what became of the rows."""
+"""Prepare the rows to train and evaluate on, as tokens and labels, with a report on what became of each."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ import numpy as np
 from datasets import Dataset
 
 from qlora_cli.data.feeding.data_report import Contribution, DataReport
-from qlora_cli.data.feeding.held_out import HeldOutChoice, hold_out
+from qlora_cli.data.feeding.held_out import HeldOutDigests, hold_out
 from qlora_cli.data.feeding.mixing import mix
 from qlora_cli.data.feeding.packing import best_fit, pack
-from qlora_cli.data.feeding.stream import MOST_LOST, TokenStream
-from qlora_cli.data.feeding.token_table import Mask, Numbers, Table, first_of_each
+from qlora_cli.data.feeding.stream import MAX_LOST_SHARE, TokenStream
+from qlora_cli.data.feeding.token_table import Mask, Numbers, TokenTable, first_occurrences
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.first_rows import ConfiguredDataset, first_rows_errors
 from qlora_cli.data.opening.skipped import bad_row_error, read_skipped_rows
@@ -34,10 +34,10 @@ from qlora_cli.units import counted
 class PreparedData:
     """Rows of `input_ids` and `labels`, both `(seq,)` with seq ≤ max_length, and the report on them.
 
-    `lengths` are those of the rows of `dataset`, int64 `(rows,)`; `share_lost` is that of the tokens to train that are
-    lost with what is too long, each row counted once. `table` and `selected` are where they come from:
-    all rows that were read, and the places of those that are fed, packed or not. With a `stream`, whose rows are
-    read while they are trained, all else is about its first rows.
+    `lengths` are those of the rows of `dataset`, int64 `(rows,)`; `share_lost` is the share of the tokens to train
+    that truncating and dropping long rows loses, each row counted once. `table` has all rows that were read, and
+    `selected` the indices of those that are fed, before packing. With a `stream`, whose rows are read during training,
+    everything else describes its first rows.
     """
 
     dataset: Dataset
@@ -47,59 +47,48 @@ class PreparedData:
     report: DataReport
     notes: tuple[str, ...]
     skipped: tuple[Path, ...]
-    table: Table
+    table: TokenTable
     selected: Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What is trained, and what is held out for evaluation, which never overlap."""
+    """The rows to train on and those held out for evaluation, which never overlap."""
 
     train: PreparedData
     evaluation: PreparedData | None
 
 
-def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only_look: bool = False) -> TrainingData:
-    """Read, recognise, tokenize, cut, select and mix the rows that `settings` name.
+def prepare_data(
+    settings: DataSettings, text: TextTokenizer, *, seed: int, inspect_only: bool = False
+) -> TrainingData:
+    """Read, recognise, tokenize, truncate, select and mix the rows that `settings` name.
 
-    `only_look` goes on where training would be refused; `refusals` tells why it would be.
+    With `inspect_only`, data that training would refuse is no error; `refusals` returns the reasons.
 
     Raises:
         DatasetNotFoundError: no such data set.
-        DataError: it can't be read, a row is wrong (named by file and number), more is lost than is accepted, or
+        DataError: it can't be read, a row is bad (named by file and number), more is lost than is accepted, or
             no row is left.
     """
-    if only_look:
+    if inspect_only:
         settings = varied(settings, on_bad_row=OnBadRow.SKIP)
     sources = trained_sources(settings)
     if len(sources) + len(held_out_sources(settings)) > 1:
         _check_first_rows(settings, text, seed)
-    head = HEAD_ROWS if settings.streaming else None
-    table = _read(sources, settings.split, settings, text, seed, head)
-    rows = _PreparedRows.of(table, settings)
-    evaluation, held_out, notes = None, HeldOutChoice(), []
-    if settings.eval_dataset is not None or settings.eval_split is not None:
-        held_rows = _held_out_rows(rows, settings, text, seed)
-        evaluation = _prepared(held_rows, held_rows.fed(), settings, is_part=held_rows.table is table)
-        held_out = HeldOutChoice.of(evaluation.table, evaluation.selected)
-        rows = rows.without(held_out.among(table))
-        notes = _notes_on_part(rows, held_rows, settings) if held_rows.table is table else []
-    fed = rows.fed()
-    if len(fed) and not settings.streaming:  # which mixes what it reads itself
-        fed = mix(fed, table.source[fed], sources, settings.mixing, seed)
-    train = _prepared(rows, fed, settings)
-    train = replace(train, notes=(*train.notes, *notes, *_notes_on_mixture(train.report, sources, settings)))
+    max_rows = HEAD_ROWS if settings.streaming else None
+    table = _tokenize_sources(sources, settings.split, settings, text, seed, max_rows)
+    rows, evaluation, notes = _hold_out(_RowSelection.from_table(table, settings), settings, text, seed)
+    train = _training_rows(rows, sources, settings, seed, notes)
     if evaluation is not None:
         num_near = len(near_duplicates(train, evaluation))
         evaluation = replace(evaluation, report=replace(evaluation.report, near_duplicate_rows=num_near))
-    for prepared in (train, evaluation):
-        if prepared is not None and not only_look:
-            for refusal in refusals(prepared, settings):
-                raise refusal
+    if not inspect_only:
+        for error in (error for data in (train, evaluation) if data is not None for error in refusals(data, settings)):
+            raise error
     if settings.streaming:
-        train = replace(
-            _streamed(train, sources), stream=TokenStream(sources, settings, text, seed=seed, held_out=held_out)
-        )
+        stream = TokenStream(sources, settings, text, seed=seed, held_out=_held_out_digests(evaluation))
+        train = replace(_streamed(train, sources), stream=stream)
     elif settings.packing:
         train = _packed(train, settings.max_length)
     train = replace(train, notes=(*source_notes(sources, held_out_sources(settings)), *train.notes))
@@ -107,44 +96,44 @@ def prepare_data(settings: DataSettings, text: TextTokenizer, *, seed: int, only
 
 
 def near_duplicates(train: PreparedData, evaluation: PreparedData) -> Numbers:
-    """Return the places of held-out rows that a trained one equals but for case, punctuation and spaces."""
+    """Return the indices of held-out rows that equal a trained one except for case, punctuation and spaces."""
     trained, held_out = (data.table.text_digest[data.selected] for data in (train, evaluation))
     return evaluation.selected[np.isin(held_out, trained)]
 
 
 def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
-    """Return why `settings` do not allow to train on `data`, if they do not."""
-    report, found = data.report, []
+    """Return the errors for which `settings` do not allow training on `data`."""
+    report, errors = data.report, []
     if report.bad_rows and settings.on_bad_row == OnBadRow.ERROR:
-        found.append(bad_row_error(*read_skipped_rows(data.skipped, 1)))
+        errors.append(bad_row_error(*read_skipped_rows(data.skipped, 1)))
     num_long = report.truncated_rows + report.dropped_rows
     longest = f"the longest row has {int(data.table.length.max()):,} tokens"
     if num_long and settings.on_long == OnLong.ERROR:
         first = int(np.flatnonzero(data.table.length > settings.max_length)[0])
         others = f", as {counted(num_long - 1, 'other row')}" if num_long > 1 else ""
-        found.append(
+        errors.append(
             DataError(
                 f"{data.table.where(first)}: {int(data.table.length[first]):,} tokens, more than --max-length "
                 f"{settings.max_length:,}{others}",
                 hint=f"Raise --max-length ({longest}), or use --on-long truncate or drop.",
             )
         )
-    elif data.share_lost > MOST_LOST and not settings.accept_lost:
-        found.append(
+    elif data.share_lost > MAX_LOST_SHARE and not settings.accept_lost:
+        errors.append(
             DataError(
                 f"{report.name}: {100 * data.share_lost:.1f} % of the tokens to train are lost with rows longer than "
                 f"{settings.max_length:,} tokens ({report.supervised_tokens_lost:,} in {counted(num_long, 'row')})",
                 hint=f"Raise --max-length ({longest}), or accept it with --accept-lost.",
             )
         )
-    return found
+    return errors
 
 
 @dataclass(frozen=True)
-class _PreparedRows:
-    """What becomes of each row of a table; every array is bool `(rows,)`."""
+class _RowSelection:
+    """Masks over the rows of a table that decide which are fed; every array is bool `(rows,)`."""
 
-    table: Table
+    table: TokenTable
     too_long: Mask
     drops_long: bool
     without_supervision: Mask
@@ -153,44 +142,44 @@ class _PreparedRows:
     held_out: Mask
 
     @classmethod
-    def of(cls, table: Table, settings: DataSettings) -> "_PreparedRows":
+    def from_table(cls, table: TokenTable, settings: DataSettings) -> "_RowSelection":
         return cls(
             table=table,
             too_long=table.length > settings.max_length,
             drops_long=settings.on_long == OnLong.DROP,
             without_supervision=table.supervised == 0,
-            repeated=~first_of_each(table.digest),
+            repeated=~first_occurrences(table.digest),
             drops_repeated=settings.drop_duplicates,
             held_out=np.zeros(len(table), dtype=bool),
         )
 
-    def without(self, held_out: Mask) -> "_PreparedRows":
-        """Return the same with other rows held out."""
+    def without(self, held_out: Mask) -> "_RowSelection":
+        """Return the selection with these rows held out."""
         return replace(self, held_out=held_out)
 
     @property
     def usable(self) -> Mask:
-        """Rows with a token to train that are not too long, where those are dropped."""
+        """Rows with a token to train, without those dropped for being too long."""
         return ~self.without_supervision & ~(self.too_long & self.drops_long)
 
-    def fed(self) -> Numbers:
-        """Return the places of the rows that are fed."""
+    def selected(self) -> Numbers:
+        """Return the indices of the rows to feed."""
         return np.flatnonzero(self.usable & ~(self.repeated & self.drops_repeated) & ~self.held_out)
 
 
-def _read(
+def _tokenize_sources(
     sources: Sequence[DatasetSource],
     split: str,
     settings: DataSettings,
     text: TextTokenizer,
     seed: int,
-    head: int | None = None,
-) -> Table:
-    return Table([tokenize_source(source, split, settings, text, seed, head=head) for source in sources])
+    max_rows: int | None = None,
+) -> TokenTable:
+    return TokenTable([tokenize_source(source, split, settings, text, seed, max_rows=max_rows) for source in sources])
 
 
 def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) -> None:
-    """Check that each data set can be read, before the first is tokenized as a whole.
+    """Check that each data set can be read, before the first one is tokenized as a whole.
 
     Raises:
         DataError: one can't.
@@ -198,8 +187,8 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
     """
 
     def is_to_be_read(dataset: ConfiguredDataset) -> bool:
-        head = HEAD_ROWS if settings.streaming and dataset.is_trained else None
-        is_done = is_tokenized(dataset.source, dataset.split, settings, text, seed, head=head)
+        max_rows = HEAD_ROWS if settings.streaming and dataset.is_trained else None
+        is_done = is_tokenized(dataset.source, dataset.split, settings, text, seed, max_rows=max_rows)
         return dataset.source.is_local or not is_done
 
     wrong = Collected()
@@ -208,35 +197,67 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
     wrong.raise_found()
 
 
-def _held_out_rows(rows: _PreparedRows, settings: DataSettings, text: TextTokenizer, seed: int) -> _PreparedRows:
-    """Return what becomes of the rows that are held out: a part of `rows`, or data sets of their own."""
-    unit = rows.table.unit
-    candidates = unit[rows.usable]
-    num_requested = _num_wanted(settings, len(candidates))
+def _hold_out(
+    rows: _RowSelection, settings: DataSettings, text: TextTokenizer, seed: int
+) -> tuple[_RowSelection, PreparedData | None, list[str]]:
+    """Return the rows left to train on, the evaluation data if any is held out, and notes on the division."""
+    if settings.eval_dataset is None and settings.eval_split is None:
+        return rows, None, []
+    held_rows = _held_out_rows(rows, settings, text, seed)
+    is_part = held_rows.table is rows.table
+    evaluation = _select_rows(held_rows, held_rows.selected(), settings, is_part=is_part)
+    rows = rows.without(_held_out_digests(evaluation).mask_in(rows.table))
+    return rows, evaluation, _split_notes(rows, held_rows, settings) if is_part else []
+
+
+def _held_out_digests(evaluation: PreparedData | None) -> HeldOutDigests:
+    if evaluation is None:
+        return HeldOutDigests()
+    return HeldOutDigests.from_rows(evaluation.table, evaluation.selected)
+
+
+def _training_rows(
+    rows: _RowSelection, sources: Sequence[DatasetSource], settings: DataSettings, seed: int, notes: Sequence[str]
+) -> PreparedData:
+    """Return the rows to train on, mixed by the weights of their sources; `notes` are added to its own."""
+    selected = rows.selected()
+    if len(selected) and not settings.streaming:  # a stream mixes the rows as it reads them
+        selected = mix(selected, rows.table.source[selected], sources, settings.mixing, seed)
+    train = _select_rows(rows, selected, settings)
+    return replace(train, notes=(*train.notes, *notes, *_mixture_notes(train.report, sources, settings)))
+
+
+def _held_out_rows(rows: _RowSelection, settings: DataSettings, text: TextTokenizer, seed: int) -> _RowSelection:
+    """Return the selection of held-out rows: a part of `rows`, or separate data sets."""
+    holdout_key = rows.table.holdout_key
+    candidates = holdout_key[rows.usable]
+    num_requested = _num_to_hold_out(settings, len(candidates))
     if num_requested is not None and len(candidates) == 0:
-        raise _nothing_left(rows, _report(rows, rows.fed(), settings), settings)
+        raise _no_rows_error(rows, _report(rows, rows.selected(), settings), settings)
     if num_requested is None:
-        return _PreparedRows.of(_read_held_out(settings, text, seed), settings)
+        return _RowSelection.from_table(_read_held_out(settings, text, seed), settings)
     if num_requested >= len(candidates):
-        raise _not_held_out(settings, f"there are {len(candidates):,} that can be used")
+        raise _not_held_out_error(settings, f"there are {len(candidates):,} that can be used")
     chosen = candidates[hold_out(candidates, num_requested, seed)]
     if len(chosen) == 0:
         group = settings.eval_group
-        raise _not_held_out(settings, "they are all equal" if group is None else f"they are all of one {group!r}")
-    return rows.without(~np.isin(unit, chosen))
+        raise _not_held_out_error(
+            settings, "they are all equal" if group is None else f"they are all of one {group!r}"
+        )
+    return rows.without(~np.isin(holdout_key, chosen))
 
 
-def _num_wanted(settings: DataSettings, num_rows: int) -> int | None:
-    """Return how many of the rows that can be used are to be held out; None if they are not drawn from them."""
+def _num_to_hold_out(settings: DataSettings, num_rows: int) -> int | None:
+    """Return how many of `num_rows` usable rows to hold out; None if held-out rows come from a separate data set."""
     share = held_out_share(settings.eval_split) if settings.eval_split is not None else None
     return max(1, round(share * num_rows)) if isinstance(share, float) else share
 
 
-def _notes_on_part(rows: _PreparedRows, part: _PreparedRows, settings: DataSettings) -> list[str]:
-    """Return what is to be said of a part of the rows that is held out; `rows` is the other one."""
+def _split_notes(rows: _RowSelection, part: _RowSelection, settings: DataSettings) -> list[str]:
+    """Return notes on a part of the rows that is held out; `rows` are those left to train on."""
     together = "that are equal" if settings.eval_group is None else f"of one {settings.eval_group!r}"
     num_held = int((part.usable & ~part.held_out).sum())
-    num_requested = _num_wanted(settings, int(rows.usable.sum()))
+    num_requested = _num_to_hold_out(settings, int(rows.usable.sum()))
     notes = []
     if num_requested is not None and abs(num_held - num_requested) > num_requested / 2:
         notes.append(
@@ -246,50 +267,53 @@ def _notes_on_part(rows: _PreparedRows, part: _PreparedRows, settings: DataSetti
     if num_equal := int((rows.usable & rows.held_out & part.held_out).sum()):
         other = f"with another {settings.eval_group!r}"
         notes.append(
-            f"{counted(num_equal, 'row')} neither trained nor held out: equal to one that is held out {other}"
+            f"{counted(num_equal, 'row')} neither trained on nor held out: equal to one that is held out {other}"
         )
     return notes
 
 
-def _not_held_out(settings: DataSettings, why: str) -> DataError:
+def _not_held_out_error(settings: DataSettings, reason: str) -> DataError:
     return DataError(
-        f"{settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to train: {why}",
+        f"{settings.eval_split} can't be held out of {', '.join(settings.dataset)} with rows left to train on: "
+        f"{reason}",
         hint="Hold out fewer, or name held-out rows with --eval-dataset.",
         setting="data.eval_split",
     )
 
 
-def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> Table:
-    return _read(held_out_sources(settings), eval_split(settings), settings, text, seed)
+def _read_held_out(settings: DataSettings, text: TextTokenizer, seed: int) -> TokenTable:
+    return _tokenize_sources(held_out_sources(settings), eval_split(settings), settings, text, seed)
 
 
-def _prepared(rows: _PreparedRows, fed: Numbers, settings: DataSettings, *, is_part: bool = False) -> PreparedData:
-    """Return rows as they are fed; `is_part`: of a table that is read, and reported on, for training."""
-    table, here = rows.table, ~rows.held_out
-    report = _report(rows, fed, settings)
+def _select_rows(
+    rows: _RowSelection, selected: Numbers, settings: DataSettings, *, is_part: bool = False
+) -> PreparedData:
+    """Return the `selected` rows with a report; `is_part`: they are held out of a table that training reports on."""
+    table, is_read = rows.table, ~rows.held_out
+    report = _report(rows, selected, settings)
     if is_part:
         report = replace(report, bad_rows=0, empty_answers=0, held_out_rows=0)
-    if len(fed) == 0:
-        raise _nothing_left(rows, report, settings)
+    if len(selected) == 0:
+        raise _no_rows_error(rows, report, settings)
     return PreparedData(
-        dataset=table.dataset.select_columns(["input_ids", "labels"]).select(fed),
-        lengths=np.minimum(table.length, settings.max_length)[fed],
-        share_lost=report.supervised_tokens_lost / int((table.supervised + table.lost)[here].sum()),
+        dataset=table.dataset.select_columns(["input_ids", "labels"]).select(selected),
+        lengths=np.minimum(table.length, settings.max_length)[selected],
+        share_lost=report.supervised_tokens_lost / int((table.supervised + table.lost)[is_read].sum()),
         report=report,
-        notes=() if is_part else tuple(dict.fromkeys(note for about in table.about for note in about.notes)),
+        notes=() if is_part else tuple(dict.fromkeys(note for dataset in table.datasets for note in dataset.notes)),
         skipped=() if is_part else table.skipped,
         table=table,
-        selected=fed,
+        selected=selected,
     )
 
 
 def _streamed(data: PreparedData, sources: Sequence[DatasetSource]) -> PreparedData:
     first = counted(data.report.rows, "row")
-    notes = [f"{data.report.name} is streamed: what is said about it is about the first {first}"]
+    notes = [f"{data.report.name} is streamed: its statistics are about the first {first}"]
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         shares = ", ".join(f"{float(source.weight / total):.1%} {source.name}" for source in sources)
-        notes.append(f"each row of the stream is drawn by chance: {shares}")
+        notes.append(f"each row of the stream is drawn at random: {shares}")
     return replace(data, notes=(*notes, *data.notes))
 
 
@@ -303,80 +327,80 @@ def _packed(data: PreparedData, max_length: int) -> PreparedData:
     )
 
 
-def _report(rows: _PreparedRows, fed: Numbers, settings: DataSettings) -> DataReport:
-    table, here = rows.table, ~rows.held_out
-    kept = np.minimum(table.length, settings.max_length)
-    dropped = here & rows.too_long & rows.drops_long
-    cut = here & rows.too_long & ~dropped
+def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> DataReport:
+    table, is_read = rows.table, ~rows.held_out
+    lengths = np.minimum(table.length, settings.max_length)
+    dropped = is_read & rows.too_long & rows.drops_long
+    truncated = is_read & rows.too_long & ~dropped
     return DataReport(
-        name=", ".join(about.name for about in table.about),
-        format=", ".join(dict.fromkeys(about.format for about in table.about)),
-        recognised=", ".join(dict.fromkeys(about.recognised for about in table.about)),
-        rows=int(here.sum()),
-        rows_trained=len(fed),
-        tokens=int(kept[fed].sum()),
-        supervised_tokens=int(table.supervised[fed].sum()),
-        longest_row_tokens=int(kept[fed].max(initial=0)),
-        truncated_rows=int(cut.sum()),
+        name=", ".join(dataset.name for dataset in table.datasets),
+        format=", ".join(dict.fromkeys(dataset.format for dataset in table.datasets)),
+        recognised=", ".join(dict.fromkeys(dataset.recognised for dataset in table.datasets)),
+        rows=int(is_read.sum()),
+        rows_trained=len(selected),
+        tokens=int(lengths[selected].sum()),
+        supervised_tokens=int(table.supervised[selected].sum()),
+        longest_row_tokens=int(lengths[selected].max(initial=0)),
+        truncated_rows=int(truncated.sum()),
         dropped_rows=int(dropped.sum()),
-        tokens_lost=int((table.length - kept)[cut].sum() + table.length[dropped].sum()),
-        supervised_tokens_lost=int(table.lost[cut].sum() + (table.supervised + table.lost)[dropped].sum()),
-        rows_without_supervision=int((here & ~dropped & rows.without_supervision).sum()),
-        duplicate_rows=int((here & rows.repeated).sum()),
-        duplicates_dropped=int((here & rows.usable & rows.repeated & rows.drops_repeated).sum()),
+        tokens_lost=int((table.length - lengths)[truncated].sum() + table.length[dropped].sum()),
+        supervised_tokens_lost=int(table.lost[truncated].sum() + (table.supervised + table.lost)[dropped].sum()),
+        rows_without_supervision=int((is_read & ~dropped & rows.without_supervision).sum()),
+        duplicate_rows=int((is_read & rows.repeated).sum()),
+        duplicates_dropped=int((is_read & rows.usable & rows.repeated & rows.drops_repeated).sum()),
         held_out_rows=int(rows.held_out.sum()),
         near_duplicate_rows=None,
-        groups=None if settings.eval_group is None else len(np.setdiff1d(table.group[fed], [NO_GROUP])),
-        bad_rows=sum(about.num_bad for about in table.about),
-        empty_answers=sum(about.num_empty for about in table.about),
-        mixture=tuple(_contributions(table, fed)),
+        groups=None if settings.eval_group is None else len(np.setdiff1d(table.group[selected], [NO_GROUP])),
+        bad_rows=sum(dataset.num_bad for dataset in table.datasets),
+        empty_answers=sum(dataset.num_empty for dataset in table.datasets),
+        mixture=tuple(_contributions(table, selected)),
         packed_rows=None,
-        fingerprint=_fingerprint(table, kept, fed),
+        fingerprint=_fingerprint(table, lengths, selected),
     )
 
 
-def _contributions(table: Table, fed: Numbers) -> Iterator[Contribution]:
-    source, supervised = table.source[fed], table.supervised[fed]
-    for place, about in enumerate(table.about):
+def _contributions(table: TokenTable, selected: Numbers) -> Iterator[Contribution]:
+    source, supervised = table.source[selected], table.supervised[selected]
+    for place, dataset in enumerate(table.datasets):
         own = source == place
         num_rows, num_tokens = int(own.sum()), int(supervised[own].sum())
-        share = num_rows / max(1, len(fed))
-        yield Contribution(name=about.name, rows=num_rows, share=share, supervised_tokens=num_tokens)
+        share = num_rows / max(1, len(selected))
+        yield Contribution(name=dataset.name, rows=num_rows, share=share, supervised_tokens=num_tokens)
 
 
-def _notes_on_mixture(report: DataReport, sources: Sequence[DatasetSource], settings: DataSettings) -> Iterator[str]:
+def _mixture_notes(report: DataReport, sources: Sequence[DatasetSource], settings: DataSettings) -> Iterator[str]:
     if settings.streaming or len(sources) == 1:
         return
     yield from (f"no row of {part.name} is fed" for part in report.mixture if part.rows == 0)
     if settings.mixing == Mixing.WEIGHTS and sum(source.weight for source in sources) == 1:
         yield (
-            "the weights come to 1, and take that part of each data set's rows; to mix by probability give "
+            "the weights sum to 1, and select that fraction of each data set's rows; to mix by probability give "
             "--mixing first_exhausted or all_exhausted"
         )
 
 
-def _fingerprint(table: Table, kept: Numbers, fed: Numbers) -> str:
-    """Return a digest of the rows that are fed, in order: of each its tokens and labels, and where it is cut."""
-    rows = np.stack([table.digest[fed], kept[fed]], axis=1)
+def _fingerprint(table: TokenTable, lengths: Numbers, selected: Numbers) -> str:
+    """Return a digest of the selected rows in order: the tokens, labels and truncated length of each."""
+    rows = np.stack([table.digest[selected], lengths[selected]], axis=1)
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
-def _nothing_left(rows: _PreparedRows, report: DataReport, settings: DataSettings) -> DataError:
+def _no_rows_error(rows: _RowSelection, report: DataReport, settings: DataSettings) -> DataError:
     if len(rows.table) == 0:
         (first,) = read_skipped_rows(rows.table.skipped, 1)
         return DataError(
             f"no row of {report.name} can be used; the first of {counted(report.bad_rows, 'row')}: {first}",
-            hint=first.hint or "Correct it, or say with --format and --columns how rows are to be read.",
+            hint=first.hint or "Correct it, or set --format and --columns.",
         )
-    if len(rows.fed()):
+    if len(rows.selected()):
         return DataError(f"the weight of {report.name} takes none of its rows", hint="Give a larger one, such as *1.")
     dropped = rows.too_long & rows.drops_long
-    cut = int(((rows.table.lost > 0) & rows.without_supervision & ~rows.held_out & ~dropped).sum())
+    truncated = int(((rows.table.lost > 0) & rows.without_supervision & ~rows.held_out & ~dropped).sum())
     reasons = [
-        f"{number:,} {why}"
-        for number, why in (
-            (report.rows_without_supervision - cut, "without an answer to train"),
-            (cut, f"only prompt within the first {settings.max_length:,} tokens"),
+        f"{number:,} {reason}"
+        for number, reason in (
+            (report.rows_without_supervision - truncated, "without an answer to train"),
+            (truncated, f"only prompt within the first {settings.max_length:,} tokens"),
             (report.dropped_rows, f"longer than {settings.max_length:,} tokens and dropped"),
             (report.held_out_rows, "held out"),
             (report.bad_rows, "that can't be used"),
@@ -385,12 +409,12 @@ def _nothing_left(rows: _PreparedRows, report: DataReport, settings: DataSetting
     ]
     num_rows = report.rows + report.held_out_rows + report.bad_rows
     return DataError(
-        f"no row of {report.name} is left to train: of {counted(num_rows, 'row')}, {', '.join(reasons)}",
-        hint=_hint_for_nothing(cut + report.dropped_rows, report.held_out_rows),
+        f"no row of {report.name} is left to train on: of {counted(num_rows, 'row')}, {', '.join(reasons)}",
+        hint=_no_rows_hint(truncated + report.dropped_rows, report.held_out_rows),
     )
 
 
-def _hint_for_nothing(num_long: int, num_held_out: int) -> str:
+def _no_rows_hint(num_long: int, num_held_out: int) -> str:
     if num_long:
         return "Raise --max-length."
     if num_held_out:

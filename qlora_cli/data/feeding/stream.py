@@ -1,8 +1,8 @@
-"""Rows that are read and tokenized while training goes on, for what does not fit on the disk.
+"""Rows that are read and tokenized during training, for data sets that do not fit on the disk.
 
-Nothing is known of a stream but its first rows: they are prepared like any other data, recognised, counted and shown.
-Then the stream itself is read, in windows that are shuffled, and packed if asked for; each data set begins again when
-it ends, until training has done its steps.
+Only the first rows of a stream are known beforehand: they are prepared like any other data, recognised, counted and
+shown. Then the stream itself is read in windows, which are shuffled, and packed if the settings say so; a data set
+restarts when it ends, until training has done its steps.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, IterableDataset, List, Value
 
-from qlora_cli.data.feeding.held_out import HeldOutChoice
+from qlora_cli.data.feeding.held_out import HeldOutDigests
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
@@ -34,10 +34,10 @@ from qlora_cli.units import counted
 from qlora_cli.writing import append_line
 
 WINDOW_ROWS = 2000
-MOST_LOST = 0.01  # of the tokens to train, once a window was read
-# What becomes of rows that are not fed as they are, by their count.
-BECAME = {
-    "truncated": "cut",
+MAX_LOST_SHARE = 0.01  # of the tokens to train, checked after each window
+# Descriptions of the counts of rows that are not fed, or not whole.
+OUTCOMES = {
+    "truncated": "truncated",
     "dropped": "too long and dropped",
     "without_supervision": "without a token to train",
     "held_out": "held out",
@@ -47,11 +47,11 @@ Row = dict[str, list[int]]
 
 
 class TokenStream:
-    """Rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length, without end.
+    """An endless stream of rows of `input_ids` and `labels`, each `(seq,)` with seq ≤ max_length.
 
-    Of several data sets the next row is drawn from one by chance, as often as its weight says. Rows that are
-    `held_out`, equal to one that is, or of its group, are not fed. Rows that can't be used are listed in
-    `skipped_file`, if there is one.
+    With several data sets, each row comes from a random one, with a probability proportional to its weight. Rows that
+    are equal to a `held_out` one, or of its group, are not fed. Rows that can't be used are listed in `skipped_file`,
+    if it is set.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TokenStream:
         text: TextTokenizer,
         *,
         seed: int,
-        held_out: HeldOutChoice,
+        held_out: HeldOutDigests,
     ) -> None:
         self.skipped_file: Path | None = None
         self._sources = sources
@@ -69,31 +69,30 @@ class TokenStream:
         self._text = text
         self._seed = seed
         self._held_out = held_out
-        self._parts: tuple[_StreamPart, ...] = ()
+        self._source_streams: tuple[_SourceStream, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        # `datasets` pickles what it iterates, for a name that nothing asks for.
+        # `datasets` pickles what it iterates over for a fingerprint, which nothing uses.
         return {"names": [source.name for source in self._sources]}
 
     @property
     def counts(self) -> Counter[str]:
-        """What became of the rows that were read since iteration began, ahead of those that are fed.
+        """Counts of the rows read since iteration began, which is ahead of the rows fed.
 
         `read`, `truncated`, `dropped`, `without_supervision`, `held_out`, `bad`, `supervised_tokens` and, of them,
-        `supervised_tokens_lost`; and of the rows that are held out, `near_duplicate`, those that one of these nearly
-        equals.
+        `supervised_tokens_lost`; and `near_duplicate`, the held-out rows that a row read nearly equals.
         """
-        found = sum((part.counts for part in self._parts), Counter[str]())
-        near = frozenset[int]().union(*(part.near for part in self._parts))
-        return found + Counter(near_duplicate=sum(self._held_out.texts[text] for text in near))
+        counts = sum((stream.counts for stream in self._source_streams), Counter[str]())
+        near_duplicates = frozenset[int]().union(*(stream.near_duplicates for stream in self._source_streams))
+        return counts + Counter(near_duplicate=sum(self._held_out.texts[text] for text in near_duplicates))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the rows that were read since iteration began, each counted once."""
-        return tuple(dict.fromkeys(note for part in self._parts for note in part.notes))
+        """Notes for the user on the rows read since iteration began, each row counted once."""
+        return tuple(dict.fromkeys(note for part in self._source_streams for note in part.notes))
 
     def as_dataset(self) -> IterableDataset:
-        """Return the stream as a trainer takes it."""
+        """Return the stream as an iterable data set for a trainer."""
         columns = ["input_ids", "labels", *(["seq_lengths"] if self._settings.packing else [])]
         features = Features(dict.fromkeys(columns, List(Value("int32"))))
         return IterableDataset.from_generator(self.__iter__, features=features)
@@ -101,39 +100,39 @@ class TokenStream:
     def __iter__(self) -> Iterator[Row]:
         if self.skipped_file is not None:
             self.skipped_file.unlink(missing_ok=True)
-        self._parts = tuple(self._part(source) for source in self._sources)
-        chance = np.random.default_rng(self._seed)
+        self._source_streams = tuple(self._source_stream(source) for source in self._sources)
+        rng = np.random.default_rng(self._seed)
         weights = np.array([float(source.weight) for source in self._sources])
-        streams = [part.rows() for part in self._parts]
+        streams = [part.rows() for part in self._source_streams]
         try:
             while True:
-                drawn = chance.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
+                drawn = rng.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
                 window = [next(streams[place]) for place in drawn]
                 self._check_lost()
-                yield from self._window([window[place] for place in chance.permutation(WINDOW_ROWS)])
+                yield from self._window([window[place] for place in rng.permutation(WINDOW_ROWS)])
         finally:
             for stream in streams:
                 stream.close()
 
-    def _part(self, source: DatasetSource) -> "_StreamPart":
-        return _StreamPart(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
+    def _source_stream(self, source: DatasetSource) -> "_SourceStream":
+        return _SourceStream(source, self._settings, self._text, self._seed, self._held_out, self.skipped_file)
 
     def _window(self, rows: Sequence[Tokens]) -> Iterator[Row]:
         if not self._settings.packing:
             yield from ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows)
             return
         lengths = np.array([len(row.input_ids) for row in rows])
-        for places in best_fit(lengths, self._settings.max_length):
+        for indices in best_fit(lengths, self._settings.max_length):
             yield {
-                "input_ids": np.concatenate([rows[place].input_ids for place in places]).tolist(),
-                "labels": np.concatenate([rows[place].labels for place in places]).tolist(),
-                "seq_lengths": [int(lengths[place]) for place in places],
+                "input_ids": np.concatenate([rows[index].input_ids for index in indices]).tolist(),
+                "labels": np.concatenate([rows[index].labels for index in indices]).tolist(),
+                "seq_lengths": [int(lengths[index]) for index in indices],
             }
 
     def _check_lost(self) -> None:
         counts = self.counts
         lost = counts["supervised_tokens_lost"] / max(1, counts["supervised_tokens"])
-        if lost > MOST_LOST and not self._settings.accept_lost:
+        if lost > MAX_LOST_SHARE and not self._settings.accept_lost:
             raise DataError(
                 f"{100 * lost:.1f} % of the tokens to train are lost with rows longer than "
                 f"{self._settings.max_length:,} tokens, of the {counts['read']:,} rows of the stream so far",
@@ -141,8 +140,8 @@ class TokenStream:
             )
 
 
-class _StreamPart:
-    """The rows of one data set of a stream. `near` are texts that are held out and nearly equal to one that is fed."""
+class _SourceStream:
+    """The rows of one data set of a stream. `near_duplicates`: digests of held-out texts nearly equal to a fed one."""
 
     def __init__(
         self,
@@ -150,11 +149,11 @@ class _StreamPart:
         settings: DataSettings,
         text: TextTokenizer,
         seed: int,
-        held_out: HeldOutChoice,
+        held_out: HeldOutDigests,
         skipped_file: Path | None,
     ) -> None:
         self.counts: Counter[str] = Counter()
-        self.near: set[int] = set()
+        self.near_duplicates: set[int] = set()
         self._source = source
         self._settings = settings
         self._text = text
@@ -165,19 +164,19 @@ class _StreamPart:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the rows, as far as they were read for the first time."""
+        """Notes for the user on the rows of the first pass."""
         return () if self._first_pass is None else self._first_pass.notes()
 
     def rows(self) -> Generator[Tokens]:
-        """Yield what is fed, again and again."""
+        """Yield the rows to feed, pass after pass."""
         is_first = True
         while True:
-            found = False
+            has_rows = False
             for row in self._pass(is_first=is_first):
-                found = True
+                has_rows = True
                 yield row
-            if not found:
-                raise self._nothing_left()
+            if not has_rows:
+                raise self._no_rows_error()
             is_first = False
 
     def _pass(self, *, is_first: bool) -> Iterator[Tokens]:
@@ -194,8 +193,8 @@ class _StreamPart:
                     self.counts["read"] += 1
                     if isinstance(row.tokens, RowError):
                         self._skip(SkippedRow.from_row(row.raw, row.tokens), is_first=is_first)
-                    elif (kept := self._kept(row, row.tokens)) is not None:
-                        yield kept
+                    elif (truncated := self._trained_tokens(row, row.tokens)) is not None:
+                        yield truncated
 
     def _skip(self, row: SkippedRow, *, is_first: bool) -> None:
         if self._settings.on_bad_row == OnBadRow.ERROR:
@@ -204,11 +203,11 @@ class _StreamPart:
         if is_first and self._skipped_file is not None and self.counts["bad"] <= MAX_BAD_ROWS_LISTED:
             append_line(self._skipped_file, json.dumps(asdict(row)))
 
-    def _kept(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:
-        """Return what is fed of a row, if anything is."""
+    def _trained_tokens(self, row: EncodedRow, tokens: Tokens) -> Tokens | None:
+        """Return the tokens of a row to feed; None if it is not fed."""
         settings, length = self._settings, len(tokens.input_ids)
-        kept = tokens.cut(settings.max_length)
-        if self._held_out.has(digest_row(kept.input_ids, kept.labels), row.group):
+        truncated = tokens.truncate(settings.max_length)
+        if self._held_out.contains(digest_row(truncated.input_ids, truncated.labels), row.group):
             self.counts["held_out"] += 1
             return None
         self.counts["supervised_tokens"] += tokens.num_supervised
@@ -221,20 +220,20 @@ class _StreamPart:
                 )
             is_dropped = settings.on_long == OnLong.DROP
             self.counts["dropped" if is_dropped else "truncated"] += 1
-            left = 0 if is_dropped else kept.num_supervised
-            self.counts["supervised_tokens_lost"] += tokens.num_supervised - left
+            remaining = 0 if is_dropped else truncated.num_supervised
+            self.counts["supervised_tokens_lost"] += tokens.num_supervised - remaining
             if is_dropped:
                 return None
-        if kept.num_supervised == 0:
+        if truncated.num_supervised == 0:
             self.counts["without_supervision"] += 1
             return None
         if row.text_digest in self._held_out.texts:
-            self.near.add(row.text_digest)
-        return kept
+            self.near_duplicates.add(row.text_digest)
+        return truncated
 
-    def _nothing_left(self) -> DataError:
-        reasons = ", ".join(f"{self.counts[name]:,} {what}" for name, what in BECAME.items() if self.counts[name])
+    def _no_rows_error(self) -> DataError:
+        reasons = ", ".join(f"{self.counts[name]:,} {what}" for name, what in OUTCOMES.items() if self.counts[name])
         return DataError(
-            f"no row of {self._source.name} is left to train: of {counted(self.counts['read'], 'row')}, {reasons}",
+            f"no row of {self._source.name} is left to train on: of {counted(self.counts['read'], 'row')}, {reasons}",
             hint="Look at it with: qlora inspect-data",
         )

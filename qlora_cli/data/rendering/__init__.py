@@ -1,1 +1,1 @@
-"""From conversations to text by a chat template, with nothing lost."""
+"""Render conversations to text by a chat template, without losing any of their values."""

@@ -1,6 +1,6 @@
-"""How a chat template takes conversations with the same roles and keys: in which form, and what it leaves out of them.
+"""How a chat template fits conversations of the same roles and keys: the form it accepts, and the values it drops.
 
-The form that loses least is taken. What is lost then, and which answers end no turn, is found with marks.
+The form that loses least is chosen. Dropped values and answers without an end of turn are then found with marks.
 """
 
 import html
@@ -11,247 +11,270 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.rendering.message_form import AS_THEY_ARE, Form, forms_for
-from qlora_cli.data.rendering.template import ChatTemplate, Span, beginning
-from qlora_cli.data.rendering.turn_units import Unit
-from qlora_cli.data.rendering.value_marks import Marked, Value, What, arguments_of
+from qlora_cli.data.rendering.message_form import AS_WRITTEN, MessageForm, candidate_forms
+from qlora_cli.data.rendering.template import ChatTemplate, Span, first_messages
+from qlora_cli.data.rendering.turn_units import TurnUnit
+from qlora_cli.data.rendering.value_marks import MarkedConversation, Value, ValueKind, arguments_of
 from qlora_cli.data.rows.examples import Conversation, RowError
 
 PLAIN, MORE = "MarkPlainQ", "MarkMoreQ"
-THOUGHT_END = "</think>"
-# What quoting adds to a text or takes from it: JSON's and Python's escapes, quotes and spaces.
-CODED = re.compile(r"(?:\\+u[0-9a-fA-F]{4})+|\\+x[0-9a-fA-F]{2}")
+REASONING_END = "</think>"
+# Characters that quoting adds or changes: the escapes of JSON and Python, quotes and spaces.
+ESCAPES = re.compile(r"(?:\\+u[0-9a-fA-F]{4})+|\\+x[0-9a-fA-F]{2}")
 QUOTING = re.compile(r"\\+[abfnrtv0]?|[\s\"'\u0000-\u001f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
-    """A value that is not in the text of its own message.
+class DroppedValue:
+    """A value that is not in the text of its message.
 
     Attributes:
-        is_of_all: It is missing in all rows with the same roles and keys, not in this one for what it holds.
-        is_served: The answer that it is missing in is otherwise rendered as it would be served.
-        once_followed: It is there until another message follows.
-        as_answer: It is there as if the assistant had said it.
+        is_always: It is missing in all rows with the same roles and keys, not only because of this value.
+        is_served: The answer that lacks it is otherwise rendered as it would be served.
+        only_if_followed: It is missing only when another message follows.
+        as_answer: It is rendered as if the assistant had said it.
     """
 
     value: Value
-    is_of_all: bool = False
+    is_always: bool = False
     is_served: bool = True
-    once_followed: bool = False
+    only_if_followed: bool = False
     as_answer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateFit:
-    """How a template takes the conversations of one sequence of roles and keys.
+    """How a template fits the conversations of one sequence of roles and keys.
 
     Attributes:
-        losses: What it leaves out of them.
-        endless: The places of answers behind which it writes nothing that ends a turn.
-        unknown: The places of messages of which nothing is known, as it refuses marks for their values.
+        dropped: The values that it leaves out.
+        unterminated: The indices of answers after which it writes no end of turn.
+        unknown: The indices of messages of which nothing is known, because it refuses marks for their values.
     """
 
-    form: Form = AS_THEY_ARE
-    losses: tuple[Loss, ...] = ()
-    endless: frozenset[int] = frozenset()
+    form: MessageForm = AS_WRITTEN
+    dropped: tuple[DroppedValue, ...] = ()
+    unterminated: frozenset[int] = frozenset()
     unknown: frozenset[int] = frozenset()
 
-    def of_unit(self, unit: Unit, start: int) -> "TemplateFit":
-        """Return what is so of a unit that stands in an example from `start`, by its places in the whole."""
+    def for_unit(self, unit: TurnUnit, start: int) -> "TemplateFit":
+        """Return the fit of a unit that begins at `start` in its example, with indices of the whole conversation."""
         shift, end = unit.start - start, start + unit.end - unit.start
-        losses = (
-            replace(loss, value=replace(value, place=value.place + shift)) if value.place is not None else loss
-            for loss in self.losses
+        dropped = (
+            replace(loss, value=replace(value, index=value.index + shift)) if value.index is not None else loss
+            for loss in self.dropped
             for value in (loss.value,)
-            if value.place is None or start <= value.place < end
+            if value.index is None or start <= value.index < end
         )
-        endless = (place + shift for place in self.endless if start <= place < end)
-        return replace(self, losses=tuple(losses), endless=frozenset(endless))
+        unterminated = (index + shift for index in self.unterminated if start <= index < end)
+        return replace(self, dropped=tuple(dropped), unterminated=frozenset(unterminated))
 
 
-def joined(fits: Sequence[TemplateFit], form: Form) -> TemplateFit:
-    """Return what is so of a conversation in whose units each is so."""
+def merge_fits(fits: Sequence[TemplateFit], form: MessageForm) -> TemplateFit:
+    """Return the fit of a conversation from those of its units."""
     return TemplateFit(
         form=form,
-        losses=tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses)),
-        endless=frozenset().union(*(fit.endless for fit in fits)),
+        dropped=tuple(dict.fromkeys(loss for fit in fits for loss in fit.dropped)),
+        unterminated=frozenset().union(*(fit.unterminated for fit in fits)),
         unknown=frozenset().union(*(fit.unknown for fit in fits)),
     )
 
 
-def find_fit(template: ChatTemplate, marked: Marked, forms: Iterable[Form] | None = None) -> TemplateFit | None:
-    """Return how `template` takes a conversation with marks; None if it refuses marks in any of the `forms`.
+def find_fit(
+    template: ChatTemplate, marked: MarkedConversation, forms: Iterable[MessageForm] | None = None
+) -> TemplateFit | None:
+    """Return how `template` fits a conversation with marks; None if it refuses them in all of the `forms`.
 
     Raises:
         ModelError: the template does not end.
     """
     if forms is None:
-        forms = forms_for(marked.conversation, knows_developer="developer" in template.source)
-    best: tuple[int, Form, Conversation, str] | None = None
+        forms = candidate_forms(marked.conversation, knows_developer="developer" in template.source)
+    best: tuple[int, MessageForm, Conversation, str] | None = None
     for form in forms:
-        given = form.apply(marked.conversation)
+        conversation = form.apply(marked.conversation)
         try:
-            text = template.text(given)
+            text = template.text(conversation)
         except RowError:
             continue
-        num_wrong = _num_wrong(marked, given, text)
-        if best is None or num_wrong < best[0]:
-            best = num_wrong, form, given, text
-        if num_wrong == 0:
+        num_defects = _num_defects(marked, conversation, text)
+        if best is None or num_defects < best[0]:
+            best = num_defects, form, conversation, text
+        if num_defects == 0:
             break
     if best is None:
         return None
-    _, form, given, text = best
-    spans = _spans(template, given, text)
+    _, form, conversation, text = best
+    spans = _spans(template, conversation, text)
     return TemplateFit(
         form=form,
-        losses=(*_losses(template, given, text, spans, marked.marks), *_mistaken(template, given, text, marked.marks)),
-        endless=frozenset(
-            place
-            for place, span in spans.items()
-            if span is not None and not _ends(template, form, given, text[slice(*span)], place, marked.marks)
+        dropped=(
+            *_dropped_marks(template, conversation, text, spans, marked.marks),
+            *_unknown_roles(template, conversation, text, marked.marks),
+        ),
+        unterminated=frozenset(
+            index
+            for index, span in spans.items()
+            if span is not None
+            and not _has_turn_end(template, form, conversation, text[slice(*span)], index, marked.marks)
         ),
     )
 
 
-def missing(values: Iterable[Value], text: str, spans: Mapping[int, Span]) -> Iterator[Loss]:
-    """Yield the values of a row that are not in its text: of trained answers in their spans, of others around them."""
+def dropped_values(values: Iterable[Value], text: str, spans: Mapping[int, Span]) -> Iterator[DroppedValue]:
+    """Yield the values of a row that its text lacks: those of trained answers in their spans, others around these."""
     for value in values:
-        place = value.place
-        if place is not None and place in spans:
-            is_there = is_written(value.text, text[slice(*spans[place])])
+        index = value.index
+        if index is not None and index in spans:
+            is_there = is_written(value.text, text[slice(*spans[index])])
         else:
-            is_there = is_written(value.text, text[slice(*_around(place, spans))], in_any_case=True)
-        if not is_there and value.what != What.OTHER:
-            yield Loss(value=value)
+            is_there = is_written(value.text, text[slice(*_around(index, spans))], in_any_case=True)
+        if not is_there and value.kind != ValueKind.OTHER:
+            yield DroppedValue(value=value)
 
 
-def _around(place: int | None, spans: Mapping[int, Span]) -> tuple[int, int | None]:
-    """Return the part of a text in which a message that is not trained may stand; systems and tools before any."""
-    if place is None:
+def _around(index: int | None, spans: Mapping[int, Span]) -> tuple[int, int | None]:
+    """Return the range of a text that an untrained message may be in; system prompts and tools may be anywhere."""
+    if index is None:
         return 0, None
-    before = next((start for answer, (start, _) in spans.items() if answer > place), None)
-    behind = max((end for answer, (_, end) in spans.items() if answer < place), default=0)
-    return behind, before
+    before = next((start for answer, (start, _) in spans.items() if answer > index), None)
+    after = max((end for answer, (_, end) in spans.items() if answer < index), default=0)
+    return after, before
 
 
 def is_written(value: str, text: str, *, in_any_case: bool = False) -> bool:
-    """Whether `value` stands in `text`: as it is, or quoted and spaced in another way."""
+    """Return whether `text` contains `value`, unchanged or with other quoting and spacing."""
     value = value.strip()
     if value in text or value in html.unescape(text):
         return True
-    value, text = _unquoted(value), _unquoted(text)
+    value, text = _normalize_quoting(value), _normalize_quoting(text)
     return value in text or (in_any_case and value.casefold() in text.casefold())
 
 
-def _unquoted(text: str) -> str:
-    """Return a text without what JSON, Python and templates write of it in different ways."""
-    return QUOTING.sub("", CODED.sub(_decoded, text))
+def _normalize_quoting(text: str) -> str:
+    """Return a text without the escapes, quotes and spaces in which JSON, Python and templates differ."""
+    return QUOTING.sub("", ESCAPES.sub(_decode_escapes, text))
 
 
-def _decoded(code: re.Match[str]) -> str:
+def _decode_escapes(code: re.Match[str]) -> str:
     escapes = re.sub(r"\\+x", r"\\u00", re.sub(r"\\+u", r"\\u", code[0]))
     return str(json.loads(f'"{escapes}"'))
 
 
-def _num_wrong(marked: Marked, given: Conversation, text: str) -> int:
-    """Return how many values a text lacks, or has as Python prints them, and how many thoughts it has of its own."""
-    num_missing = sum(value.text not in text for value in marked.marks if value.what != What.OTHER)
-    printed: list[Any] = [message["content"] for message in given.messages if isinstance(message["content"], list)]
-    printed += [
-        each for message in given.messages for each in arguments_of(message) if isinstance(each, dict) and each
+def _num_defects(marked: MarkedConversation, conversation: Conversation, text: str) -> int:
+    """Return the number of values that a text lacks, or has as Python objects, and of reasoning blocks it adds."""
+    num_missing = sum(value.text not in text for value in marked.marks if value.kind != ValueKind.OTHER)
+    printed: list[Any] = [
+        message["content"] for message in conversation.messages if isinstance(message["content"], list)
     ]
-    num_thoughts = sum(message["content"].count(THOUGHT_END) for message in marked.conversation.messages)
-    num_added = text.count(THOUGHT_END) - num_thoughts if num_thoughts else 0
+    printed += [
+        each for message in conversation.messages for each in arguments_of(message) if isinstance(each, dict) and each
+    ]
+    num_thoughts = sum(message["content"].count(REASONING_END) for message in marked.conversation.messages)
+    num_added = text.count(REASONING_END) - num_thoughts if num_thoughts else 0
     return num_missing + sum(str(each) in text for each in printed) + max(0, num_added)
 
 
-def _mistaken(template: ChatTemplate, given: Conversation, text: str, marks: Iterable[Value]) -> Iterator[Loss]:
-    """Yield the contents of messages that a template writes as answers: it does not know their roles."""
+def _unknown_roles(
+    template: ChatTemplate, conversation: Conversation, text: str, marks: Iterable[Value]
+) -> Iterator[DroppedValue]:
+    """Yield the contents of messages that a template renders as answers, because it does not know their roles."""
     for value in marks:
-        place = value.place
-        if place is None or value.what != What.CONTENT or given.messages[place]["role"] in ("user", "assistant"):
+        index = value.index
+        if (
+            index is None
+            or value.kind != ValueKind.CONTENT
+            or conversation.messages[index]["role"] in ("user", "assistant")
+        ):
             continue
-        messages = list(given.messages)
-        messages[place] = {**messages[place], "role": "assistant"}
-        if _text_or_nothing(template, replace(given, messages=messages)) == text:
-            yield Loss(value=value, is_of_all=True, as_answer=True)
+        messages = list(conversation.messages)
+        messages[index] = {**messages[index], "role": "assistant"}
+        if _text_or_empty(template, replace(conversation, messages=messages)) == text:
+            yield DroppedValue(value=value, is_always=True, as_answer=True)
 
 
-def _spans(template: ChatTemplate, given: Conversation, text: str) -> dict[int, Span | None]:
-    """Return where each answer stands, by its place; None where it is not rendered as it would be served."""
+def _spans(template: ChatTemplate, conversation: Conversation, text: str) -> dict[int, Span | None]:
+    """Return the span of each answer by its index; None if it is not rendered as it would be served."""
     spans: dict[int, Span | None] = {}
-    for place, message in enumerate(given.messages):
+    for index, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
             try:
-                spans[place] = template.span(given, place, text)
+                spans[index] = template.span(conversation, index, text)
             except RowError:
-                spans[place] = None
+                spans[index] = None
     return spans
 
 
-def _losses(
-    template: ChatTemplate, given: Conversation, text: str, spans: Mapping[int, Span | None], marks: Iterable[Value]
-) -> Iterator[Loss]:
+def _dropped_marks(
+    template: ChatTemplate,
+    conversation: Conversation,
+    text: str,
+    spans: Mapping[int, Span | None],
+    marks: Iterable[Value],
+) -> Iterator[DroppedValue]:
     for value in marks:
-        span = spans.get(value.place) if value.place is not None else None
+        span = spans.get(value.index) if value.index is not None else None
         if value.text in (text if span is None else text[slice(*span)]):
             continue
-        followed = value.place is not None and value.place + 1 < len(given.messages)
-        yield Loss(
+        followed = value.index is not None and value.index + 1 < len(conversation.messages)
+        yield DroppedValue(
             value=value,
-            is_of_all=True,
-            is_served=value.place not in spans or span is not None,
-            once_followed=followed and _is_in_beginning(template, given, value),
+            is_always=True,
+            is_served=value.index not in spans or span is not None,
+            only_if_followed=followed and _is_in_beginning(template, conversation, value),
         )
 
 
-def _is_in_beginning(template: ChatTemplate, given: Conversation, value: Value) -> bool:
-    assert value.place is not None
-    return value.text in _text_or_nothing(template, beginning(given, value.place + 1))
+def _is_in_beginning(template: ChatTemplate, conversation: Conversation, value: Value) -> bool:
+    assert value.index is not None
+    return value.text in _text_or_empty(template, first_messages(conversation, value.index + 1))
 
 
-def _ends(
-    template: ChatTemplate, form: Form, given: Conversation, answer: str, place: int, marks: Iterable[Value]
+def _has_turn_end(
+    template: ChatTemplate,
+    form: MessageForm,
+    conversation: Conversation,
+    answer: str,
+    index: int,
+    marks: Iterable[Value],
 ) -> bool:
-    """Whether something stands behind an answer that the model can learn to stop with."""
-    own = [value.text for value in marks if value.place == place and value.text in answer]
-    if not own:  # all of it is lost
+    """Return whether an answer is followed by an end of turn that the model can learn to stop with."""
+    own = [value.text for value in marks if value.index == index and value.text in answer]
+    if not own:  # all of its values are dropped
         return True
     last = max(own, key=answer.rindex)
-    behind = answer[answer.rindex(last) + len(last) :].rstrip()
-    message = given.messages[place]
+    after = answer[answer.rindex(last) + len(last) :].rstrip()
+    message = conversation.messages[index]
     if not message.get("tool_calls"):
-        return bool(behind)
-    # What closes a call is no end: it stands behind each of several.
-    behind = behind.removeprefix(_closing(template, given, place, last, behind))
+        return bool(after)
+    # What closes a call does not end the turn: it follows each of several calls.
+    after = after.removeprefix(_call_closing(template, conversation, index, last, after))
     plain = form.message({"role": "assistant", "content": PLAIN})
-    end = _text_or_nothing(template, _with(given, place, plain)).partition(PLAIN)[2].rstrip()
-    return template.has_token(behind) or (end != "" and behind.endswith(end))
+    end = _text_or_empty(template, _with_last(conversation, index, plain)).partition(PLAIN)[2].rstrip()
+    return template.has_added_token(after) or (end != "" and after.endswith(end))
 
 
-def _closing(template: ChatTemplate, given: Conversation, place: int, last: str, behind: str) -> str:
-    """Return what of the text behind a last call, which ends with the mark `last`, stands there before others too."""
-    message = given.messages[place]
+def _call_closing(template: ChatTemplate, conversation: Conversation, index: int, last: str, after: str) -> str:
+    """Return the text that closes a call: what follows the mark `last` both before another call and at the end."""
+    message = conversation.messages[index]
     call = message["tool_calls"][-1]
     more = {**call, "function": {**call["function"], "name": MORE}}
-    several = _with(given, place, {**message, "tool_calls": [*message["tool_calls"], more]})
-    text, is_written, _ = _text_or_nothing(template, several).partition(MORE)
-    if not is_written:  # it takes one call, and passes over others
+    several = _with_last(conversation, index, {**message, "tool_calls": [*message["tool_calls"], more]})
+    text, is_written, _ = _text_or_empty(template, several).partition(MORE)
+    if not is_written:  # it renders only one call
         return ""
-    pairs = zip(template.pieces(behind), template.pieces(text.partition(last)[2]), strict=False)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] not in template.ends, pairs)
+    pairs = zip(template.pieces(after), template.pieces(text.partition(last)[2]), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] not in template.end_tokens, pairs)
     return "".join(ours for ours, _ in same)
 
 
-def _text_or_nothing(template: ChatTemplate, conversation: Conversation) -> str:
-    """Return a conversation as text; nothing if the template refuses it, as some do several calls at once."""
+def _text_or_empty(template: ChatTemplate, conversation: Conversation) -> str:
+    """Render a conversation; return an empty text if the template refuses it, as some refuse parallel calls."""
     try:
         return template.text(conversation)
     except RowError:
         return ""
 
 
-def _with(given: Conversation, place: int, message: dict[str, Any]) -> Conversation:
-    return replace(given, messages=[*given.messages[:place], message])
+def _with_last(conversation: Conversation, index: int, message: dict[str, Any]) -> Conversation:
+    return replace(conversation, messages=[*conversation.messages[:index], message])

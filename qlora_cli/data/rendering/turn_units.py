@@ -1,8 +1,8 @@
-"""Take a conversation apart into the units that a template treats by themselves.
+"""Split a conversation into units that a template renders independently of each other.
 
-Traces of agents call tools dozens of times, and hardly two of them have the same sequence of calls. But a template
-writes a call with its results as it writes others that hold the same keys and stand at the same side of the last
-question. So each unit is tried once, in the shortest conversation that it may stand in.
+Agent traces call tools dozens of times, and hardly two of them have the same sequence of calls. But a template renders
+a call with its results like others that have the same keys and are on the same side of the last question. So each unit
+is tested once, in the shortest conversation that it may appear in.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 from re import Pattern
 from typing import Any
 
-from qlora_cli.data.rendering.value_marks import kind_of, mark_tools
+from qlora_cli.data.rendering.value_marks import mark_tools, message_shape
 from qlora_cli.data.rows.examples import Conversation
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """Messages of a conversation: what comes before the first question, a question, or an answer with tool results.
+class TurnUnit:
+    """Messages of a conversation: those before the first question, a question, or an answer with its tool results.
 
     Attributes:
-        start: The place of the first of them.
-        end: The place behind the last.
-        key: Equal for units that a template treats alike.
+        start: The index of the first message.
+        end: The index after the last message.
+        key: Equal for units that a template renders alike.
     """
 
     start: int
@@ -32,46 +32,51 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """The shortest conversation that a unit may stand in, and its place there."""
+class UnitExample:
+    """The shortest conversation that a unit may appear in, and the index at which it starts."""
 
     conversation: Conversation
     start: int
 
 
-def units_of(conversation: Conversation, tags: Pattern[str]) -> list[Unit]:
-    """Return the units of a conversation; `tags` tell the kinds of contents apart."""
+def split_into_units(conversation: Conversation, tags: Pattern[str]) -> list[TurnUnit]:
+    """Return the units of a conversation; `tags` distinguish kinds of contents."""
     messages = conversation.messages
-    questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
     first, last = (questions[0], questions[-1]) if questions else (0, 0)
-    head = tuple(kind_of(message, tags) for message in messages[:first])
+    head = tuple(message_shape(message, tags) for message in messages[:first])
     around = (head, repr(mark_tools(conversation, tags)), repr(conversation.template_kwargs))
     starts = [0] if first else []
-    starts += [place for place in range(first, len(messages)) if place == first or messages[place]["role"] != "tool"]
+    starts += [index for index in range(first, len(messages)) if index == first or messages[index]["role"] != "tool"]
     return [
-        Unit(
+        TurnUnit(
             start=start,
             end=end,
-            key=(*around, start >= last, end == len(messages), *(kind_of(each, tags) for each in messages[start:end])),
+            key=(
+                *around,
+                start >= last,
+                end == len(messages),
+                *(message_shape(each, tags) for each in messages[start:end]),
+            ),
         )
         for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)
     ]
 
 
-def example_of(conversation: Conversation, unit: Unit) -> Example:
-    """Return the shortest conversation that `unit` of `conversation` may stand in."""
+def shortest_example(conversation: Conversation, unit: TurnUnit) -> UnitExample:
+    """Return the shortest conversation that `unit` of `conversation` may appear in."""
     messages = conversation.messages
-    asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), 0)
-    own, before, behind = messages[unit.start : unit.end], messages[:asked], _rest(messages, unit)
-    if unit.start < asked:
+    first_question = next((index for index, message in enumerate(messages) if message["role"] == "user"), 0)
+    own, before, after = messages[unit.start : unit.end], messages[:first_question], _rest(messages, unit)
+    if unit.start < first_question:
         before = []
     elif own[0]["role"] != "user":
         before = [*before, {"role": "user", "content": "text"}]
-    return Example(conversation=replace(conversation, messages=[*before, *own, *behind]), start=len(before))
+    return UnitExample(conversation=replace(conversation, messages=[*before, *own, *after]), start=len(before))
 
 
-def _rest(messages: Sequence[Message], unit: Unit) -> list[Message]:
-    """Return what follows a unit at least."""
+def _rest(messages: Sequence[Message], unit: TurnUnit) -> list[Message]:
+    """Return the fewest messages that may follow a unit."""
     question, answer = {"role": "user", "content": "text"}, {"role": "assistant", "content": "text"}
     rest = messages[unit.end :]
     if not rest:

@@ -1,8 +1,8 @@
-"""Replace every value of a conversation by a mark, so that what a template leaves out of its text can be found.
+"""Replace every value of a conversation by a mark, to find the values that a template leaves out.
 
-A template that has no place for something writes the rest, and says nothing. A value itself may stand in the text by
-chance; a mark stands there only if the template wrote the value. Two conversations with the same roles and keys become
-the same marked conversation, so that it is rendered once for all of them.
+A template silently ignores values that it does not know. A value may be in the text by chance; a mark is there only if
+the template wrote the value. Conversations of the same roles and keys become the same marked conversation, which is
+rendered once for all of them.
 """
 
 import json
@@ -14,21 +14,21 @@ from typing import Any
 
 from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation
 
-# What no template has to write: it says which call a result belongs to.
+# Values that templates need not write: they link a result to its call.
 IDS, NAMES = frozenset({"id", "tool_call_id", "call_id"}), frozenset({"name"})
 CLOSES_REASONING = re.compile(r"(?i)[<\[|]+(/|end_)\S*(think|reason|thought)")
 EMPTY: tuple[tuple[type, Any], ...] = ((int, 1), (float, 1.5), (list, []), (dict, {}))
-MOST_TAGS = 16  # in one content; one with more is about tags, and is not taken apart
+MAX_TAGS = 16  # in one content; one with more is a text about tags, and is not split
 CALL_PATHS = ("tool_calls.", "tool_calls.function.")  # before the keys of calls, and of what they call
 FIRST_NUMBER = 73_100_000
-MOST_TOOLS = 2  # that are marked; templates write all alike
+MAX_MARKED_TOOLS = 2  # templates render all tools alike
 
 
-class What(Enum):
-    """What a value is to the model."""
+class ValueKind(Enum):
+    """The role of a value for the model."""
 
     CONTENT = "content"
-    BESIDE_CALLS = "text beside tool calls"
+    TEXT_WITH_CALLS = "text next to tool calls"
     REASONING = "reasoning"
     CALL = "tool calls"
     ARGUMENTS = "arguments"
@@ -39,25 +39,25 @@ class What(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A value of the message `place`, or of the tools, by the key that the row has it under.
+    """A value of the message `index`, or of the tools if that is None, with its key in the row.
 
-    `order`: how many of its kind the same message has before it.
+    `order`: the number of values of the same kind before it in the message.
     """
 
-    place: int | None
-    what: What
+    index: int | None
+    kind: ValueKind
     key: str
     text: str
     order: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Marked:
-    """A conversation with marks for values.
+class MarkedConversation:
+    """A conversation whose values are replaced by marks.
 
     Attributes:
         marks: The marks, as values.
-        values: The values of the conversation itself; arguments and tools have more of them than marks.
+        values: The values of the original conversation; arguments and tools have more values than marks.
     """
 
     conversation: Conversation
@@ -65,25 +65,25 @@ class Marked:
     values: tuple[Value, ...]
 
 
-def mark(conversation: Conversation, tags: re.Pattern[str]) -> Marked:
-    """Return `conversation` with marks; a content is taken apart where one of the `tags` stands in it."""
+def mark_values(conversation: Conversation, tags: re.Pattern[str]) -> MarkedConversation:
+    """Return `conversation` with its values replaced by marks; contents are split at `tags`."""
     marker = _Marker(tags)
     marked = replace(
         conversation,
-        messages=[marker.message(place, message) for place, message in enumerate(conversation.messages)],
+        messages=[marker.message(index, message) for index, message in enumerate(conversation.messages)],
         trained=(),
         tools=marker.tools(conversation.tools) if conversation.tools else None,
     )
-    return Marked(conversation=marked, marks=tuple(marker.marks), values=tuple(marker.values))
+    return MarkedConversation(conversation=marked, marks=tuple(marker.marks), values=tuple(marker.values))
 
 
 def mark_tools(conversation: Conversation, tags: re.Pattern[str]) -> list[Any] | None:
-    """Return the tools of a conversation with marks."""
+    """Return the tools of a conversation with their values replaced by marks; None if there are none."""
     return _Marker(tags).tools(conversation.tools) if conversation.tools else None
 
 
-def kind_of(message: Mapping[str, Any], tags: re.Pattern[str]) -> str:
-    """Return what is equal for messages with the same role and keys."""
+def message_shape(message: Mapping[str, Any], tags: re.Pattern[str]) -> str:
+    """Return a text that is equal for messages with the same role, keys and tags."""
     return repr(_Marker(tags).message(0, message))
 
 
@@ -114,77 +114,77 @@ class _Marker:
         self.marks: list[Value] = []
         self.values: list[Value] = []
         self._tags = tags
-        self._place: int | None = None
+        self._index: int | None = None
         self._ids: dict[object, str] = {}
         self._names: dict[object, str] = {}
 
-    def message(self, place: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        self._place = place
-        found: dict[str, Any] = {}
+    def message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        self._index = index
+        marked: dict[str, Any] = {}
         for key, value in message.items():
             if key == "role":
-                found[key] = value
+                marked[key] = value
             elif key == "content":
-                found[key] = self._content(value, has_calls=bool(message.get("tool_calls")))
+                marked[key] = self._content(value, has_calls=bool(message.get("tool_calls")))
             elif key in REASONING_KEYS and isinstance(value, str):
-                found[key] = self._mark(What.REASONING, key, value) if value.strip() else ""
+                marked[key] = self._mark(ValueKind.REASONING, key, value) if value.strip() else ""
             elif key == "tool_calls":
-                found[key] = [self._call(call) for call in value]
+                marked[key] = [self._call(call) for call in value]
             else:
-                found[key] = self._other(key, value)
-        return found
+                marked[key] = self._other(key, value)
+        return marked
 
     def tools(self, tools: Sequence[Any]) -> list[Any]:
-        self._place = None
+        self._index = None
         for tool in tools:
             self._tool_values(_function_of(tool))
-        return [self._tool(tool) for tool in tools[:MOST_TOOLS]]
+        return [self._tool(tool) for tool in tools[:MAX_MARKED_TOOLS]]
 
-    def _add(self, what: What, key: str, text: str) -> None:
-        self.values.append(self._value(self.values, what, key, text))
+    def _add(self, kind: ValueKind, key: str, text: str) -> None:
+        self.values.append(self._value(self.values, kind, key, text))
 
-    def _new(self, what: What, key: str, number: int | None = None) -> str:
+    def _new(self, kind: ValueKind, key: str, number: int | None = None) -> str:
         text = f"Mark{len(self.marks)}Q" if number is None else str(number)
-        self.marks.append(self._value(self.marks, what, key, text))
+        self.marks.append(self._value(self.marks, kind, key, text))
         return text
 
-    def _value(self, others: Sequence[Value], what: What, key: str, text: str) -> Value:
+    def _value(self, others: Sequence[Value], kind: ValueKind, key: str, text: str) -> Value:
         order = 0
         for other in reversed(others):
-            if other.place != self._place:
+            if other.index != self._index:
                 break
-            order += other.what == what
-        return Value(place=self._place, what=what, key=key, text=text, order=order)
+            order += other.kind == kind
+        return Value(index=self._index, kind=kind, key=key, text=text, order=order)
 
-    def _mark(self, what: What, key: str, text: str) -> str:
-        self._add(what, key, text)
-        return self._new(what, key)
+    def _mark(self, kind: ValueKind, key: str, text: str) -> str:
+        self._add(kind, key, text)
+        return self._new(kind, key)
 
     def _content(self, content: str, *, has_calls: bool) -> str:
-        what = What.BESIDE_CALLS if has_calls else What.CONTENT
+        kind = ValueKind.TEXT_WITH_CALLS if has_calls else ValueKind.CONTENT
         cuts = [match.span() for match in self._tags.finditer(content)]
-        if len(cuts) > MOST_TAGS:
+        if len(cuts) > MAX_TAGS:
             cuts = []
         starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(content)]
         pieces = []
-        for start, end, (_, behind) in zip(starts, ends, [*cuts, (0, len(content))], strict=True):
-            tag = content[end:behind]
+        for start, end, (_, tag_end) in zip(starts, ends, [*cuts, (0, len(content))], strict=True):
+            tag = content[end:tag_end]
             piece = content[start:end]
-            kind = What.REASONING if CLOSES_REASONING.match(tag) else what
-            pieces += [self._piece(kind, piece), tag]
+            value_type = ValueKind.REASONING if CLOSES_REASONING.match(tag) else kind
+            pieces += [self._piece(value_type, piece), tag]
         return "".join(pieces)
 
-    def _piece(self, what: What, piece: str) -> str:
-        """Return a mark between the spaces that stand around a piece."""
+    def _piece(self, kind: ValueKind, piece: str) -> str:
+        """Return a mark with the spaces around a piece."""
         text = piece.strip()
         if not text:
             return piece[:2]
-        begin = piece.index(text)
-        return piece[:begin][:2] + self._mark(what, "content", text) + piece[begin + len(text) :][:2]
+        start = piece.index(text)
+        return piece[:start][:2] + self._mark(kind, "content", text) + piece[start + len(text) :][:2]
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         function = call["function"]
-        name = self._names[function["name"]] = self._mark(What.CALL, "tool_calls", function["name"])
+        name = self._names[function["name"]] = self._mark(ValueKind.CALL, "tool_calls", function["name"])
         marked: dict[str, Any] = {
             key: self._other(key, value, CALL_PATHS[1])
             for key, value in function.items()
@@ -195,26 +195,28 @@ class _Marker:
         return {**others, "function": marked}
 
     def _arguments(self, arguments: Any) -> Any:
-        """Return an example of what `arguments` are made of: their names differ from row to row."""
+        """Return an example with the types of `arguments`, because their names differ from row to row."""
         key = "arguments"
         for text in _leaves(arguments):
-            self._add(What.ARGUMENTS, key, text)
+            self._add(ValueKind.ARGUMENTS, key, text)
         if not isinstance(arguments, dict):
-            return self._new(What.ARGUMENTS, key) if isinstance(arguments, str) and arguments.strip() else arguments
-        kinds = {_kind(value) for value in arguments.values()}
+            return (
+                self._new(ValueKind.ARGUMENTS, key) if isinstance(arguments, str) and arguments.strip() else arguments
+            )
+        kinds = {_value_type(value) for value in arguments.values()}
         marked: dict[str, Any] = {}
         if str in kinds:
-            marked[self._new(What.ARGUMENTS, key)] = self._new(What.ARGUMENTS, key)
+            marked[self._new(ValueKind.ARGUMENTS, key)] = self._new(ValueKind.ARGUMENTS, key)
         if float in kinds:
-            name, number = self._new(What.ARGUMENTS, key), FIRST_NUMBER + len(self.marks)
-            self._new(What.ARGUMENTS, key, number)
+            name, number = self._new(ValueKind.ARGUMENTS, key), FIRST_NUMBER + len(self.marks)
+            self._new(ValueKind.ARGUMENTS, key, number)
             marked[name] = number
         if dict in kinds:
-            marked[self._new(What.ARGUMENTS, key)] = {
-                self._new(What.ARGUMENTS, key): [self._new(What.ARGUMENTS, key)],
+            marked[self._new(ValueKind.ARGUMENTS, key)] = {
+                self._new(ValueKind.ARGUMENTS, key): [self._new(ValueKind.ARGUMENTS, key)],
             }
         if bool in kinds:
-            marked[self._new(What.ARGUMENTS, key)] = True
+            marked[self._new(ValueKind.ARGUMENTS, key)] = True
         return marked
 
     def _tool(self, tool: Any) -> Any:
@@ -222,9 +224,9 @@ class _Marker:
         marked: dict[str, Any] = {}
         for key, value in function.items():
             if key == "name" and isinstance(value, str):
-                marked[key] = self._new(What.TOOL, "tools")
+                marked[key] = self._new(ValueKind.TOOL, "tools")
             elif key == "description" and isinstance(value, str) and value.strip():
-                marked[key] = self._new(What.TOOL_DETAILS, "tools")
+                marked[key] = self._new(ValueKind.TOOL_DETAILS, "tools")
             elif key == "parameters":
                 marked[key] = self._parameters(value)
             elif isinstance(value, bool):
@@ -235,35 +237,35 @@ class _Marker:
         names = _properties_of(parameters)
         if not names:
             return {"type": "object", "properties": {}}
-        name = self._new(What.TOOL_DETAILS, "tools")
+        name = self._new(ValueKind.TOOL_DETAILS, "tools")
         schema: dict[str, Any] = {"type": "string"}
         if any(isinstance(each, dict) and each.get("description") for each in names.values()):
-            schema["description"] = self._new(What.TOOL_DETAILS, "tools")
+            schema["description"] = self._new(ValueKind.TOOL_DETAILS, "tools")
         return {"type": "object", "properties": {name: schema}, "required": [name]}
 
     def _tool_values(self, function: Mapping[str, Any]) -> None:
         if isinstance(function.get("name"), str):
-            self._add(What.TOOL, "tools", function["name"])
+            self._add(ValueKind.TOOL, "tools", function["name"])
         properties = _properties_of(function.get("parameters"))
         schemas = [each for each in properties.values() if isinstance(each, dict)]
         for text in [*properties, *(each.get("description") for each in (function, *schemas))]:
             if isinstance(text, str):
-                self._add(What.TOOL_DETAILS, "tools", text)
+                self._add(ValueKind.TOOL_DETAILS, "tools", text)
 
     def _other(self, key: str, value: Any, path: str = "") -> Any:
-        """Return a value that is the same for all rows: of what tells messages apart, or is of no known meaning."""
+        """Return a fixed value for an id, a name, or a key of unknown meaning."""
         if key in IDS and isinstance(value, str):
             return self._ids.setdefault(value, self._id(value))
         if key in NAMES and isinstance(value, str):
             return self._names.get(value, "name")
         if isinstance(value, str):
-            return value if key == "type" or not value.strip() else self._mark(What.OTHER, f"{path}{key}", value)
+            return value if key == "type" or not value.strip() else self._mark(ValueKind.OTHER, f"{path}{key}", value)
         if isinstance(value, bool) or value is None:
             return value
-        return next((empty for kind, empty in EMPTY if isinstance(value, kind)), "other")
+        return next((empty for value_type, empty in EMPTY if isinstance(value, value_type)), "other")
 
     def _id(self, value: str) -> str:
-        """Return an id of nine characters, as Mistral's must be; of one with the name of its function, with that."""
+        """Return an id of nine characters, as Mistral requires; a function's name in it is replaced by its mark."""
         named = next((name for name in self._names if str(name) in value), None)
         return f"id{len(self._ids):07d}" if named is None else value.replace(str(named), self._names[named])
 
@@ -274,11 +276,11 @@ def _function_of(tool: Any) -> Mapping[str, Any]:
 
 
 def _properties_of(parameters: Any) -> dict[str, Any]:
-    found = parameters.get("properties") if isinstance(parameters, dict) else None
-    return found if isinstance(found, dict) else {}
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return properties if isinstance(properties, dict) else {}
 
 
-def _kind(value: Any) -> type:
+def _value_type(value: Any) -> type:
     if isinstance(value, bool) or value is None:
         return bool
     if isinstance(value, int | float):
@@ -287,7 +289,7 @@ def _kind(value: Any) -> type:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers in a value as JSON has them, and the names of its parts."""
+    """Yield the keys, texts and numbers in a value, as in JSON."""
     if isinstance(value, dict):
         for name, part in value.items():
             yield name

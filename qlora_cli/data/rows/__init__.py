@@ -1,1 +1,1 @@
-"""What a row means: its format, and the conversation, text or tokens that it is read into."""
+"""Recognise the format of rows, and read them into conversations, texts or tokens."""

@@ -1,4 +1,4 @@
-"""64-bit digests by which rows are compared: of their tokens, of their text, of what keeps them together.
+"""64-bit digests for comparing rows: of their tokens, their text and their group.
 
 They are the first 8 bytes of a BLAKE2b, signed, as a column of int64 holds them.
 """
@@ -10,12 +10,12 @@ import unicodedata
 import numpy as np
 from numpy.typing import NDArray
 
-# ASCII that is no letter or digit becomes a space, and letters small ones; bytes of other characters stay.
+# ASCII letters become lower case, other ASCII but digits becomes a space; bytes of other characters stay.
 PLAIN_BYTES = bytes(ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(
     range(128, 256)
 )
-# Marks and spaces beyond ASCII: Latin, Arabic, Indic, general, Chinese and full-width ones.
-MARKS = re.compile(
+# Punctuation and spaces beyond ASCII: Latin, Arabic, Indic, general, Chinese and full-width ones.
+PUNCTUATION = re.compile(
     "[\u00a0-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965\u2000-\u206f"
     "\u3000-\u3003\u3008-\u3020\u3030\ufe00-\ufe0f\ufeff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]+"
 )
@@ -23,21 +23,21 @@ MARKS = re.compile(
 
 def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
     """Return a digest that is equal for equal rows."""
-    found = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
-    found.update(labels.tobytes())
-    return _as_number(found.digest())
+    digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
+    digest.update(labels.tobytes())
+    return _as_number(digest.digest())
 
 
 def digest_tokens(input_ids: NDArray[np.int32]) -> int:
-    """Return a digest that is equal for equal tokens, whatever is trained of them."""
+    """Return a digest that is equal for equal tokens, whatever their labels."""
     return _as_number(hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest())
 
 
 def digest_text(text: str) -> int:
-    """Return a digest that is equal for texts that differ in case, punctuation, spaces and forms of a letter alone."""
+    """Return a digest that is equal for texts that differ only in case, punctuation, spaces and letter variants."""
     if not text.isascii():
-        # Without full-width marks most text is normalized already, which is seen in no time.
-        text = unicodedata.normalize("NFKC", MARKS.sub(" ", text.casefold()))
+        # Without full-width punctuation most text is normalized already, which NFKC detects quickly.
+        text = unicodedata.normalize("NFKC", PUNCTUATION.sub(" ", text.casefold()))
     words = text.encode("utf-8", "surrogatepass").translate(PLAIN_BYTES).split()
     return _as_number(hashlib.blake2b(b" ".join(words), digest_size=8).digest())
 

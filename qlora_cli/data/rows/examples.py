@@ -20,7 +20,7 @@ Ids = NDArray[np.int32]
 
 PLAIN_KEYS = {"role", "content"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-IGNORED = -100  # the label that the loss skips
+IGNORE_INDEX = -100  # the label that the loss skips
 SPACES = re.compile(r"\s*")
 LONGEST_MESSAGE = 500  # characters; what a message shows of a row may be as long as the row
 

@@ -1,4 +1,4 @@
-"""Rows that share a key, such as a user or a document, so that they are trained or held out as a whole."""
+"""Group rows that share a key, such as a user or a document, so that a group is held out as a whole."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ NO_GROUP = 0
 
 
 def columns_to_read(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return which of a file's `columns` are read: those in use, and that of the groups."""
+    """Return the `columns` of a file to read: those in use, and the group column."""
     used = columns_in_use(columns, settings, name)
     return used if settings.eval_group is None else {*used, settings.eval_group}
 
@@ -29,7 +29,7 @@ def columns_required(columns: Collection[str], settings: DataSettings, name: str
 
 
 def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, name: str) -> RowLayout:
-    """Return `layout` with the column `group` as one that is used.
+    """Return `layout` with the column `group` counted as used.
 
     Raises:
         DataError: the data set `name` has no such column.
@@ -47,12 +47,12 @@ def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, 
 
 
 def group_of(row: Mapping[str, Any], column: str | None) -> int:
-    """Return a digest of the group of a row; `NO_GROUP` if it has none: no value, or an empty one.
+    """Return a digest of the group of a row; `NO_GROUP` if its value is missing or empty.
 
-    A number is the same written as text, as in a CSV file, or with a decimal point, as columns with nulls have it.
+    A number equals the same number as text, as in a CSV file, or with a decimal point, as in columns with nulls.
 
     Raises:
-        RowError: what the column holds is not one value.
+        RowError: the column does not hold a single value.
     """
     value = row.get(column) if column is not None else None
     if isinstance(value, Mapping | list | tuple):

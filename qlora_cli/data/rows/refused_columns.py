@@ -119,7 +119,7 @@ class MeaningChecker:
         own = self._own
         if names := compared(beside):
             raise RowError(
-                f"it holds a preference ({listed(names)}), and one of its answers is to be avoided: {NOT_HERE}",
+                f"it holds a preference ({listed(names)}), one answer of which is to be avoided: {NOT_HERE}",
                 hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
             )
         if self._has_answers and (name := row_switch(beside)):

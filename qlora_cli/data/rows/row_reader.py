@@ -14,7 +14,7 @@ import numpy as np
 from qlora_cli.data.limits import listed
 from qlora_cli.data.rows.column_formats import RowLayout, nearest
 from qlora_cli.data.rows.examples import (
-    IGNORED,
+    IGNORE_INDEX,
     Conversation,
     Example,
     Ids,
@@ -170,16 +170,16 @@ class RowReader:
 
     def _tokens(self, row: Mapping[str, Any]) -> Example:
         ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
-        labels = self._for_each(ids, row, "labels", partial(_read_ids, least=IGNORED))
-        if labels is not None and (other := (labels != ids) & (labels != IGNORED)).any():
+        labels = self._for_each(ids, row, "labels", partial(_read_ids, least=IGNORE_INDEX))
+        if labels is not None and (other := (labels != ids) & (labels != IGNORE_INDEX)).any():
             place, key = int(other.argmax()), self._layout.columns["labels"]
             raise RowError(
-                f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORED}"
+                f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORE_INDEX}"
             )
         labels = ids.copy() if labels is None else labels
         trained, fed = (self._for_each(ids, row, mask, _read_mask) for mask in ("loss_mask", "attention_mask"))
         if trained is not None:
-            labels[trained == 0] = IGNORED
+            labels[trained == 0] = IGNORE_INDEX
         if fed is not None:  # what is masked is padding
             ids, labels = ids[fed == 1], labels[fed == 1]
         if len(ids) == 0:

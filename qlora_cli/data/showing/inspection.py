@@ -1,4 +1,4 @@
-"""Look at a data set as training would take it: what is read, what is trained, what is lost, and what looks wrong."""
+"""Inspect a data set as training would use it: rows read, tokens trained and lost, and rows that look wrong."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
 from qlora_cli.data.feeding.order import padding_share, row_order
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
-from qlora_cli.data.feeding.token_table import Table, first_of_each
+from qlora_cli.data.feeding.token_table import TokenTable, first_occurrences
 from qlora_cli.data.opening.skipped import read_skipped_rows
 from qlora_cli.data.showing.preview import RowPreview, preview_rows
 from qlora_cli.data.tokenizing.encode import TextTokenizer
@@ -19,15 +19,15 @@ from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.settle import varied
 
-MAX_SHOWN_FOLDERS = 5  # rows that are named of each kind of trouble
+MAX_SHOWN_FOLDERS = 5  # of each kind of trouble
 NUM_BARS = 16
 STEPS = (1, 2, 5)
-LONG_TAIL = 20  # a longest row of so many times the median is drawn on doubling bars
+LONG_TAIL = 20  # times the median: bars double in width if the longest row exceeds it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """Rows of `first` to `last` tokens, both included."""
+    """The number of rows of `first` to `last` tokens, inclusive."""
 
     first: int
     last: int
@@ -36,7 +36,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """Rows that are worth a look; `where` names the first of them by file and number."""
+    """A kind of suspicious row, with their number; `where` names the first ones by file and number."""
 
     kind: str
     rows: int
@@ -45,14 +45,14 @@ class Trouble:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSummary:
-    """What batches of these rows are made of.
+    """Padding and packing of batches of the rows.
 
     Attributes:
         micro_batch_size: Rows of a batch.
-        padding_share: Share of pad tokens, in the order that the settings ask for.
-        grouped_padding_share: The same with batches of rows of one length.
-        packed_rows: Rows that packing comes to.
-        packing_efficiency: Share of the packed rows that is filled.
+        padding_share: The share of pad tokens, in the order that the settings ask for.
+        grouped_padding_share: The same with rows grouped by length.
+        packed_rows: The number of rows after packing.
+        packing_efficiency: The share of tokens in packed rows that are filled.
     """
 
     micro_batch_size: int
@@ -64,21 +64,21 @@ class BatchSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInspection:
-    """What `qlora inspect-data` says. Lengths in tokens.
+    """The result of `qlora inspect-data`. Lengths are in tokens.
 
     Attributes:
-        data: What became of the rows to train on. Rows that can't be used are left out, as with `--on-bad-row skip`.
-        evaluation: The same of those that are held out, if there are any.
-        max_length: The longest length that rows are cut at.
-        longest_uncut_tokens: Tokens of the longest row, before any is cut.
-        median_uncut_tokens: The number that half of the rows do not exceed, before any is cut.
-        lengths: How many whole rows have which length.
+        data: The report on the rows to train on. Rows that can't be used are skipped, as with `--on-bad-row skip`.
+        evaluation: The report on held-out rows, if there are any.
+        max_length: The length that rows are truncated to.
+        longest_uncut_tokens: The length of the longest row before truncation.
+        median_uncut_tokens: The median length before truncation.
+        lengths: The histogram of lengths before truncation.
         batches: Padding and packing.
-        troubles: Rows that are worth a look, by kind.
-        notes: What a user should know about template and tokenizer.
-        skipped_rows: Lists of the rows that can't be used.
+        troubles: Suspicious rows, by kind.
+        notes: Notes for the user on template and tokenizer.
+        skipped_rows: The files that list rows that can't be used.
         previews: The first rows, token by token.
-        refusals: Why `train` would not take the data with these settings.
+        refusals: The reasons why `train` would refuse the data with these settings.
     """
 
     data: DataReport
@@ -95,7 +95,7 @@ class DataInspection:
     refusals: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it by name, what became of the rows to train on first and on the same level."""
+        """Return the result as a JSON object, with the report on the rows to train on at the top level."""
         whole = asdict(self)
         return {**whole.pop("data"), **whole}
 
@@ -103,20 +103,20 @@ class DataInspection:
 def inspect_data(
     settings: DataSettings, training: TrainingSettings, text: TextTokenizer, *, num_previews: int
 ) -> DataInspection:
-    """Prepare the data as `train` would, and look at it.
+    """Prepare the data as `train` would, and report on it.
 
     Raises:
         QloraError: as `prepare_data` does.
     """
-    # What is looked at are the rows themselves; what packing would come to is computed beside.
-    looked_at = varied(settings, packing=False)
-    found = prepare_data(looked_at, text, seed=training.seed, only_look=True)
-    both = [data for data in (found.train, found.evaluation) if data is not None]
-    train, table = found.train, found.train.table
-    near = [] if found.evaluation is None else _near_duplicates(train, found.evaluation)
+    # The rows are inspected unpacked; the effect of packing is computed separately.
+    unpacked = varied(settings, packing=False)
+    prepared = prepare_data(unpacked, text, seed=training.seed, inspect_only=True)
+    both = [data for data in (prepared.train, prepared.evaluation) if data is not None]
+    train, table = prepared.train, prepared.train.table
+    near = [] if prepared.evaluation is None else _near_duplicates(train, prepared.evaluation)
     return DataInspection(
         data=train.report,
-        evaluation=found.evaluation.report if found.evaluation else None,
+        evaluation=prepared.evaluation.report if prepared.evaluation else None,
         max_length=settings.max_length,
         longest_uncut_tokens=int(table.length.max()),
         median_uncut_tokens=int(np.median(table.length)),
@@ -131,7 +131,7 @@ def inspect_data(
 
 
 def count_lengths(lengths: NDArray[np.int64]) -> tuple[Bar, ...]:
-    """Return how many rows have which length: on bars of one width, or doubling ones if a few rows are far longer."""
+    """Return the histogram of lengths, with bars of equal width, or of doubling width if a few rows are far longer."""
     longest = max(1, int(lengths.max()))
     if longest > LONG_TAIL * max(1, np.median(lengths)):
         edges = [0, *(2**power for power in range(3, longest.bit_length() + 1))]
@@ -170,15 +170,15 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
     )
 
 
-def _troubles(table: Table, settings: DataSettings) -> list[Trouble]:
-    """Return the kinds of rows that are worth a look, those that are there."""
+def _troubles(table: TokenTable, settings: DataSettings) -> list[Trouble]:
+    """Return the kinds of suspicious rows that occur."""
     no_answer = (table.supervised + table.lost) == 0
     all_cut = (table.supervised == 0) & (table.lost > 0)
     kinds = (
         ("all prompt: not a token to train", no_answer),
         (f"longer than {settings.max_length:,} tokens", table.length > settings.max_length),
         ("nothing left to train within the longest length", all_cut),
-        ("equal to an earlier row", ~first_of_each(table.digest)),
+        ("equal to an earlier row", ~first_occurrences(table.digest)),
     )
     return [
         Trouble(kind=kind, rows=int(mask.sum()), where=_where(table, np.flatnonzero(mask)[:MAX_SHOWN_FOLDERS]))
@@ -188,7 +188,7 @@ def _troubles(table: Table, settings: DataSettings) -> list[Trouble]:
 
 
 def _near_duplicates(train: PreparedData, evaluation: PreparedData) -> list[Trouble]:
-    """Return the rows that are held out and nearly equal to one that is trained."""
+    """Return the held-out rows that nearly equal a trained one."""
     near = near_duplicates(train, evaluation)
     if not len(near):
         return []
@@ -197,7 +197,7 @@ def _near_duplicates(train: PreparedData, evaluation: PreparedData) -> list[Trou
 
 
 def _bad_rows(data: PreparedData) -> list[Trouble]:
-    """Return the rows that can't be used, and of the first of them why."""
+    """Return the rows that can't be used, with the problems of the first ones."""
     if not data.report.bad_rows:
         return []
     where = tuple(map(str, read_skipped_rows(data.skipped, MAX_SHOWN_FOLDERS)))
@@ -205,5 +205,5 @@ def _bad_rows(data: PreparedData) -> list[Trouble]:
     return [Trouble(kind=f"can't be used{empty}", rows=data.report.bad_rows, where=where)]
 
 
-def _where(table: Table, rows: NDArray[np.int64]) -> tuple[str, ...]:
+def _where(table: TokenTable, rows: NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(table.where(int(row)) for row in rows)

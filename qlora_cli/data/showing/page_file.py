@@ -10,21 +10,21 @@ PAGE_SUFFIXES = (".html", ".htm")
 
 
 def check_page(path: Path) -> QloraError | None:
-    """Return why no page can be written to `path`."""
+    """Return the error if no page can be written to `path`."""
     try:
-        return _wrong_place(path)
+        return _path_error(path)
     except ValueError:
         return OutputDirectoryError(f"{str(path)!r}: no path holds a NUL byte", hint="Choose another name.")
     except OSError as error:  # a name that is too long
         return OutputDirectoryError(f"{path} can't be used: {error.strerror}", hint="Choose another name.")
 
 
-def _wrong_place(path: Path) -> QloraError | None:
+def _path_error(path: Path) -> QloraError | None:
     with suppress(FileNotFoundError, NotADirectoryError):
         path.lstat()
     if path.is_dir():
         return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
-    if path.exists() and not path.is_file():  # a page in the place of /dev/null would be a surprise
+    if path.exists() and not path.is_file():  # replacing /dev/null by a page would be a surprise
         return OutputDirectoryError(f"{path} is no regular file", hint="Name a file.")
     if path.exists() and path.suffix.lower() not in PAGE_SUFFIXES:  # it may be the data
         hint = f"Choose a new name, or one that ends in {' or '.join(PAGE_SUFFIXES)}."

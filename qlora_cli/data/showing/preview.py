@@ -1,4 +1,4 @@
-"""Rows as they are trained, token by token, out of the very batches that training feeds."""
+"""Preview rows token by token, from the same batches that training feeds."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
-from qlora_cli.data.rows.examples import IGNORED
+from qlora_cli.data.rows.examples import IGNORE_INDEX
 from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
 TRAINED_BEGIN, TRAINED_END = "«", "»"
@@ -16,7 +16,7 @@ TRAINED_BEGIN, TRAINED_END = "«", "»"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPiece:
-    """A token as text; several, where only together they are a character.
+    """A token as text, or several tokens that form a character only together.
 
     `is_special`: a control token such as the end of a turn. `is_padding`: not fed to the loss, nor attended to.
     """
@@ -37,8 +37,8 @@ class RowPreview:
     num_supervised: int
     pieces: tuple[TokenPiece, ...]
 
-    def in_a_line(self, most: int) -> str:
-        """Return the row in one line of about `most` characters, trained text within « and »."""
+    def one_line(self, max_characters: int) -> str:
+        """Return the row in one line of about `max_characters` characters, trained text within « and »."""
         parts, trained = [], False
         for piece in self.pieces:
             if piece.is_padding:
@@ -48,45 +48,47 @@ class RowPreview:
                 trained = piece.is_trained
             parts.append(piece.text)
         line = "".join(parts).replace("\r", "\\r").replace("\n", "\\n") + (TRAINED_END if trained else "")
-        return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
+        return (
+            line if len(line) <= max_characters else f"{line[: max_characters // 2]} … {line[-max_characters // 2 :]}"
+        )
 
 
 def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[RowPreview, ...]:
-    """Return the first rows that are fed, as a batch of the collator has them."""
-    places = data.selected[:num_rows]
-    if len(places) == 0:
+    """Return the first rows that are fed, as they are in a batch of the collator."""
+    indices = data.selected[:num_rows]
+    if len(indices) == 0:
         return ()
-    rows = [data.table.dataset[int(place)] for place in places]
+    rows = [data.table.dataset[int(index)] for index in indices]
     batch = make_collator(tokenizer.pad_token_id, packing=False)(
         [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
     )
     return tuple(
         RowPreview(
-            where=data.table.where(int(place)),
+            where=data.table.where(int(index)),
             num_tokens=int(mask.sum()),
-            num_supervised=int((labels != IGNORED).sum()),
+            num_supervised=int((labels != IGNORE_INDEX).sum()),
             pieces=tuple(_pieces(ids.tolist(), labels.tolist(), mask.tolist(), tokenizer)),
         )
-        for place, ids, labels, mask in zip(
-            places, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        for index, ids, labels, mask in zip(
+            indices, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
         )
     )
 
 
 class _Stream:
-    """Decodes tokens one by one; None while they are but a part of a character."""
+    """Decodes tokens one by one; None while they are only a part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
 
-    def step(self, token: int, waiting: Sequence[int]) -> str | None:
-        """Return the text of `waiting`, the last of which is `token`."""
+    def step(self, token: int, pending: Sequence[int]) -> str | None:
+        """Return the text of `pending`, the last of which is `token`."""
         try:
             text: str | None = self._stream.step(self._tokenizer.backend_tokenizer, token)
         except Exception:  # noqa: BLE001 - tokenizers raises a bare one for bytes of a character that was cut off
             self._stream = DecodeStream(skip_special_tokens=False)
-            return str(self._tokenizer.decode(list(waiting)))
+            return str(self._tokenizer.decode(list(pending)))
         return text
 
 
@@ -102,19 +104,19 @@ def _decoded(
 ) -> Iterator[TokenPiece]:
     stream = _Stream(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    waiting: list[int] = []
-    for place, token in enumerate(ids):
-        waiting.append(token)
-        text = stream.step(token, waiting)
-        is_last = place + 1 == len(ids)
-        changes = not is_last and (labels[place] == IGNORED) != (labels[place + 1] == IGNORED)
+    pending: list[int] = []
+    for index, token in enumerate(ids):
+        pending.append(token)
+        text = stream.step(token, pending)
+        is_last = index + 1 == len(ids)
+        changes = not is_last and (labels[index] == IGNORE_INDEX) != (labels[index + 1] == IGNORE_INDEX)
         if text is None and not is_last and not changes:
             continue  # part of a character
         yield TokenPiece(
-            ids=tuple(waiting),
-            text=str(tokenizer.decode(waiting)) if text is None else text,
-            is_trained=labels[place] != IGNORED,
+            ids=tuple(pending),
+            text=str(tokenizer.decode(pending)) if text is None else text,
+            is_trained=labels[index] != IGNORE_INDEX,
             is_special=token in special,
-            is_padding=mask[place] == 0,
+            is_padding=mask[index] == 0,
         )
-        waiting = []
+        pending = []

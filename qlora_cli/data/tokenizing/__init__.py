@@ -1,1 +1,1 @@
-"""From text to tokens and labels, and where they are kept."""
+"""Turn text into tokens and labels, and cache them on disk."""

@@ -1,4 +1,4 @@
-"""Read, recognise and tokenize one data set, and keep the tokens."""
+"""Read, recognise and tokenize one data set, and cache the tokens."""
 
 import gc
 import hashlib
@@ -28,8 +28,8 @@ from qlora_cli.data.rows.groups import NO_GROUP, group_of
 from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.tokenizing import row_notes, store
-from qlora_cli.data.tokenizing.store import About, Record, StoredTokens, Writer
-from qlora_cli.data.tokenizing.tokens import Encoded, Rendering, Text, Tokenizer, Tokens
+from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset, TokenRow, TokenWriter
+from qlora_cli.data.tokenizing.tokens import EncodedText, RenderedText, Rendering, RowTokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.events import Reporter
 from qlora_cli.garbage import uncollected
@@ -37,20 +37,20 @@ from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
-HEAD_ROWS = 1000  # rows of a stream that are looked at before training
-COMPUTING = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
-# Of our own code: what tokens depend on.
-OF_DATA = ("limits.py", "finding", "rows", "reading", "opening", "rendering", "tokenizing")
-PARTS = (*(f"data/{part}" for part in OF_DATA), "settings", "tokenizing")
-# What of the settings decides which tokens come out.
-DECIDING = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_group")
+HEAD_ROWS = 1000  # rows of a stream that are prepared before training
+VERSIONED_PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
+# The parts of our own code that tokens depend on.
+DATA_CODE = ("limits.py", "finding", "rows", "reading", "opening", "rendering", "tokenizing")
+CODE_PARTS = (*(f"data/{part}" for part in DATA_CODE), "settings", "tokenizing")
+# The settings that tokens depend on.
+TOKEN_SETTINGS = ("format", "columns", "loss_on", "max_length", "accept_lost", "eval_group")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
     """A tokenizer with its chat template, and the ids that end a text or a turn when the model generates.
 
-    `reporter` is told if the template is slow.
+    `reporter` is warned if the template is slow.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -65,44 +65,44 @@ def tokenize_source(
     text: TextTokenizer,
     seed: int,
     *,
-    head: int | None = None,
+    max_rows: int | None = None,
 ) -> StoredTokens:
-    """Return the tokens of `source`, from where they are kept or made anew; of a stream, those of its first rows.
+    """Return the tokens of `source`, cached or made anew; of a stream, those of its first `max_rows` rows.
 
     Raises:
         DatasetNotFoundError: the hub has no such data set.
         DataError: no row can be read, or one is bad and bad ones are an error.
     """
-    before = _state_of(source)
+    before = _file_states(source)
     selection = selection_for(settings, source.name)
 
-    def fill(writer: Writer) -> About:
+    def fill(writer: TokenWriter) -> TokenizedDataset:
         with closing(
             read_rows(source, split=split, seed=seed, streaming=settings.streaming, selection=selection)
         ) as raw:
-            rows = raw if head is None else itertools.islice(raw, head)
+            rows = raw if max_rows is None else itertools.islice(raw, max_rows)
             with uncollected():
-                about = _fill(writer, source.name, rows, settings, text)
-        if _state_of(source) != before:
+                about = _tokenize_rows(writer, source.name, rows, settings, text)
+        if _file_states(source) != before:
             raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
         return about
 
-    key = _key(source, split, settings, text, seed, head)
-    found = store.recall(key) or store.keep(key, fill)
-    if found.about.num_bad and settings.on_bad_row == OnBadRow.ERROR:
-        raise bad_row_error(*read_skipped_rows([found.skipped] if found.skipped else [], 1))
-    return replace(found, about=replace(found.about, name=source.name))
+    key = _key(source, split, settings, text, seed, max_rows)
+    stored = store.load(key) or store.write_tokens(key, fill)
+    if stored.about.num_bad and settings.on_bad_row == OnBadRow.ERROR:
+        raise bad_row_error(*read_skipped_rows([stored.skipped] if stored.skipped else [], 1))
+    return replace(stored, about=replace(stored.about, name=source.name))
 
 
 def is_tokenized(
-    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, *, head: int | None
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, *, max_rows: int | None
 ) -> bool:
-    """Whether the tokens of `source` are kept. Raises what `tokenize_source` raises of a name."""
-    return store.recall(_key(source, split, settings, text, seed, head)) is not None
+    """Return whether the tokens of `source` are cached. Raises the errors of `tokenize_source` about its name."""
+    return store.load(_key(source, split, settings, text, seed, max_rows)) is not None
 
 
 def try_rows(layout: RowLayout, rows: Iterable[RawRow], settings: DataSettings, text: TextTokenizer) -> None:
-    """Tokenize `rows` for what is wrong with them.
+    """Tokenize `rows` to find errors in them.
 
     Raises:
         DataError: one is bad, and bad ones are an error.
@@ -115,7 +115,7 @@ def try_rows(layout: RowLayout, rows: Iterable[RawRow], settings: DataSettings, 
 
 
 class EncodedRow(NamedTuple):
-    """A row as it was read, its tokens or what is wrong with it, and the digests of its group and its text."""
+    """A row as it was read, its tokens or the error, and the digests of its group and its text."""
 
     raw: RawRow
     group: int
@@ -124,17 +124,17 @@ class EncodedRow(NamedTuple):
 
 
 class Encoder:
-    """Turns rows as they are read into tokens, in batches; what can't be used comes out as what is wrong with it."""
+    """Turns raw rows into tokens, in batches; a row that can't be used is returned with its error."""
 
     def __init__(self, layout: RowLayout, settings: DataSettings, text: TextTokenizer) -> None:
         use_chat = text.tokenizer.chat_template is not None
         self._text = text
         self._group = settings.eval_group
-        self._meaning = MeaningChecker(layout, settings)
+        self._column_checker = MeaningChecker(layout, settings)
         self._starts_with_bos = False
         self._num_without_group = 0
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
-        self.tokenizer = Tokenizer(
+        self.tokenizer = RowTokenizer(
             text.tokenizer,
             settings.loss_on,
             text.end_ids,
@@ -143,78 +143,80 @@ class Encoder:
         )
 
     def encode(self, rows: Iterable[RawRow]) -> Iterator[list[EncodedRow]]:
-        """Yield the rows in batches, each with its tokens or what is wrong with it, in order."""
-        # Batches are read and rendered while others are encoded, which Python takes no part in.
-        waiting: deque[_Waiting] = deque()
+        """Yield the rows in batches and in order, each with its tokens or its error."""
+        # Batches are read and rendered while others are encoded, which releases the GIL.
+        pending: deque[_PendingBatch] = deque()
         with ThreadPoolExecutor(max_workers=1) as thread:
             for batch in _batches(rows):
                 read = [self._read(row) for row in batch]
                 rendering = self.tokenizer.render([item for item, _ in read if not isinstance(item, RowError)])
-                waiting.append(_Waiting(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield self._finish(waiting.popleft())
-            while waiting:
-                yield self._finish(waiting.popleft())
+                pending.append(_PendingBatch(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
+                if len(pending) > BATCHES_AHEAD:
+                    yield self._finish(pending.popleft())
+            while pending:
+                yield self._finish(pending.popleft())
 
-    def _finish(self, waiting: "_Waiting") -> list[EncodedRow]:
-        labelled = self.tokenizer.label(waiting.rendering, waiting.encoded.result())
-        done = zip(labelled, map(_text_digest, waiting.rendering), strict=True)
-        found = [
+    def _finish(self, pending: "_PendingBatch") -> list[EncodedRow]:
+        labelled = self.tokenizer.label(pending.rendering, pending.encoded.result())
+        done = zip(labelled, map(_text_digest, pending.rendering), strict=True)
+        encoded = [
             EncodedRow(row, group, item, 0) if isinstance(item, RowError) else EncodedRow(row, group, *next(done))
-            for row, (item, group) in zip(waiting.rows, waiting.read, strict=True)
+            for row, (item, group) in zip(pending.rows, pending.read, strict=True)
         ]
-        for _, group, tokens, _ in found:
+        for _, group, tokens, _ in encoded:
             if isinstance(tokens, Tokens):
                 self._num_without_group += group == NO_GROUP
                 self._starts_with_bos |= bool(tokens.input_ids[0] == self._text.tokenizer.bos_token_id)
-        return found
+        return encoded
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a user should know of the rows so far."""
+        """Return notes for the user on the rows so far."""
         return (
             *row_notes.on_ends(self.tokenizer, self._text.tokenizer, self._text.end_ids),
             *row_notes.on_bos(self._text.tokenizer, starts_with_bos=self._starts_with_bos),
             *row_notes.on_control_tokens(self.tokenizer),
-            *row_notes.on_what_is_left_out(self.tokenizer.renderer),
+            *row_notes.on_dropped_values(self.tokenizer.renderer),
             *row_notes.on_unknown_keys(self.reader, self.tokenizer.renderer),
             *row_notes.on_unread_variables(self.reader, self.tokenizer.renderer),
             *row_notes.on_groups(self._group, self._num_without_group),
         )
 
-    def _read(self, row: RawRow) -> "_ReadRows":
+    def _read(self, row: RawRow) -> "_ReadRow":
         if row.value is None:
-            return _ReadRows(RowError(row.problem or "can't be read"))
+            return _ReadRow(RowError(row.problem or "can't be read"))
         try:
-            self._meaning.check(row.value)
-            return _ReadRows(self.reader.read(row.value), group_of(row.value, self._group))
+            self._column_checker.check(row.value)
+            return _ReadRow(self.reader.read(row.value), group_of(row.value, self._group))
         except RowError as error:
-            return _ReadRows(error)
+            return _ReadRow(error)
 
 
-class _ReadRows(NamedTuple):
-    """A row as an example, or what is wrong with it, and the digest of its group."""
+class _ReadRow(NamedTuple):
+    """A row as an example or an error, and the digest of its group."""
 
     example: Example | RowError
     group: int = NO_GROUP
 
 
-class _Waiting(NamedTuple):
+class _PendingBatch(NamedTuple):
     """A batch whose texts are being encoded."""
 
     rows: list[RawRow]
-    read: list[_ReadRows]
+    read: list[_ReadRow]
     rendering: Rendering
-    encoded: "Future[list[Encoded]]"
+    encoded: "Future[list[EncodedText]]"
 
 
-def _text_digest(item: Text | Tokens | RowError) -> int:
-    if isinstance(item, Text):
+def _text_digest(item: RenderedText | Tokens | RowError) -> int:
+    if isinstance(item, RenderedText):
         return digest_text(item.text)
-    # Texts of tokens would take far longer to make than such a row to read.
+    # Decoding such a row's tokens would take far longer than reading it.
     return digest_tokens(item.input_ids) if isinstance(item, Tokens) else 0
 
 
-def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer) -> About:
+def _tokenize_rows(
+    writer: TokenWriter, name: str, rows: Iterator[RawRow], settings: DataSettings, text: TextTokenizer
+) -> TokenizedDataset:
     layout, rows = open_rows(name, rows, settings)
     encoder = Encoder(layout, settings, text)
     files: dict[str, int] = {}
@@ -227,10 +229,12 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
                 writer.skip(row, tokens)
                 continue
             file = files.setdefault(row.file, len(files))
-            records.append(_record(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest))
+            records.append(
+                _token_row(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest)
+            )
         writer.write(records)
         gc.collect(0)
-    return About(
+    return TokenizedDataset(
         name=name,
         format=layout.format.value,
         recognised=layout.describe(),
@@ -242,21 +246,24 @@ def _fill(writer: Writer, name: str, rows: Iterator[RawRow], settings: DataSetti
     )
 
 
-def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> Record:
+def _token_row(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> TokenRow:
     length, supervised = len(tokens.input_ids), tokens.num_supervised
     digest = digest_row(tokens.input_ids, tokens.labels)
-    kept, kept_supervised, kept_digest = tokens, supervised, digest
+    truncated, truncated_supervised, truncated_digest = tokens, supervised, digest
     if length > max_length:
-        kept = tokens.cut(max_length)
-        kept_supervised, kept_digest = kept.num_supervised, digest_row(kept.input_ids, kept.labels)
-    return Record(
-        input_ids=kept.input_ids,
-        labels=kept.labels,
+        truncated = tokens.truncate(max_length)
+        truncated_supervised, truncated_digest = (
+            truncated.num_supervised,
+            digest_row(truncated.input_ids, truncated.labels),
+        )
+    return TokenRow(
+        input_ids=truncated.input_ids,
+        labels=truncated.labels,
         length=length,
-        supervised=kept_supervised,
-        lost=supervised - kept_supervised,
+        supervised=truncated_supervised,
+        lost=supervised - truncated_supervised,
         digest=digest,
-        kept_digest=kept_digest,
+        truncated_digest=truncated_digest,
         group=group,
         text_digest=text_digest,
         file=file,
@@ -265,7 +272,7 @@ def _record(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: i
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Cut rows into batches that are short and not too large, so that memory stays bounded."""
+    """Split rows into batches of a limited number of rows and bytes, so that memory stays bounded."""
     batch: list[RawRow] = []
     size = 0
     for row in rows:
@@ -279,43 +286,43 @@ def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def _key(
-    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, head: int | None
+    source: DatasetSource, split: str, settings: DataSettings, text: TextTokenizer, seed: int, max_rows: int | None
 ) -> str:
     tokenizer = text.tokenizer
     facts: dict[str, Any] = {
-        "rows": [source.num_rows, seed if source.num_rows is not None else None, head],
-        "content": _content_of(source, split, settings),
-        "settings": {name: settings.model_dump(mode="json")[name] for name in DECIDING},
+        "rows": [source.num_rows, seed if source.num_rows is not None else None, max_rows],
+        "content": _content_key(source, split, settings),
+        "settings": {name: settings.model_dump(mode="json")[name] for name in TOKEN_SETTINGS},
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
         "day": _day(tokenizer.chat_template),
         "ends": sorted(text.end_ids),
     }
-    parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(COMPUTING)]
-    return digest_of([*parts, *digests_of_code(PARTS)])
+    parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(VERSIONED_PACKAGES)]
+    return digest_of([*parts, *digests_of_code(CODE_PARTS)])
 
 
-def _content_of(source: DatasetSource, split: str, settings: DataSettings) -> list[Any]:
-    """Return what the content of a data set depends on: bytes, or a commit; of a stream, the state of its files."""
+def _content_key(source: DatasetSource, split: str, settings: DataSettings) -> list[Any]:
+    """Return what identifies the content of a data set: digests or a commit; of a stream, the state of its files."""
     if not source.is_local:
         return [resolve_hub(source), source.config, source.split or split]
     if settings.streaming:
-        return _state_of(source)
-    return [[str(path), _digest_of_file(path)] for path in source.files]
+        return _file_states(source)
+    return [[str(path), _file_digest(path)] for path in source.files]
 
 
-def _state_of(source: DatasetSource) -> list[Any]:
-    """Return size and times of the files; the time of a change of state can't be set back."""
+def _file_states(source: DatasetSource) -> list[Any]:
+    """Return size and times of the files; ctime can't be set back."""
     stats = [(str(path), path.stat()) for path in source.files]
     return [[path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
 
 
 def _day(template: object) -> str | None:
-    """Return today's date if the chat template may write it, as that of Llama 3.2 does."""
+    """Return today's date if the chat template may write it, as Llama 3.2's does."""
     return date.today().isoformat() if "strftime_now" in json.dumps(template) else None
 
 
-def _digest_of_file(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""The tokens of one data set on disk, memory-mapped, under a name that depends on all they come from.
+"""The cache of tokenized data sets on disk, memory-mapped, keyed by everything that tokens depend on.
 
-The name is a digest of the bytes of the files (or the commit on the hub), chat template, tokenizer, settings, versions
+The key is a digest of the bytes of the files (or the commit on the hub), chat template, tokenizer, settings, versions
 and our own code. So stale tokens are impossible, and a second run over the same data starts at once.
 """
 
@@ -42,9 +42,9 @@ from qlora_cli.writing import (
 
 TOKENS, ABOUT, SKIPPED = "tokens.arrow", "about.json", "skipped_rows.jsonl"
 FILES = {TOKENS, ABOUT, SKIPPED}
-SUM = "sha256"  # of the tokens, in what is told about them
-MOST_TABLES = 24
-KEPT_SECONDS = 24 * 60 * 60  # whatever their number: a run that goes on may be using them
+CHECKSUM = "sha256"  # of the tokens, in `about.json`
+MAX_TABLES = 24
+MIN_UNUSED_SECONDS = 24 * 60 * 60  # before one may be deleted, because a run may be using it
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
         ("supervised", pa.int64()),
         ("lost", pa.int64()),
         ("digest", pa.int64()),
-        ("kept_digest", pa.int64()),
+        ("truncated_digest", pa.int64()),
         ("group", pa.int64()),
         ("text_digest", pa.int64()),
         ("file", pa.int64()),
@@ -63,22 +63,22 @@ SCHEMA = pa.schema(
 )
 
 
-class Record(NamedTuple):
-    """One row of a table.
+class TokenRow(NamedTuple):
+    """One tokenized row.
 
     Attributes:
-        input_ids: int32 `(seq,)`, at most `max_length`.
-        labels: int32 `(seq,)`; -100 is not trained.
-        length: Tokens of the whole row.
-        supervised: Tokens of `input_ids` that are trained.
-        lost: Tokens of the whole row that would be trained, but lie beyond `max_length`.
-        digest: That of the whole row's tokens and labels; equal rows have equal ones.
-        kept_digest: The same over what is kept of it.
-        group: A digest of the group that it is held out with; 0 if it has none.
-        text_digest: That of the row's text, equal for texts that differ in case, punctuation and spaces alone; of
-            a row that came as tokens, that of its tokens.
-        file: Place of the row's file in `About.files`.
-        number: Number of the row in its file, from 1.
+        input_ids: int32 `(seq,)`, truncated to `max_length`.
+        labels: int32 `(seq,)`; -100 is ignored by the loss.
+        length: The number of tokens before truncation.
+        supervised: The number of trained tokens in `input_ids`.
+        lost: The number of tokens to train that truncation removed.
+        digest: A digest of tokens and labels before truncation.
+        truncated_digest: The same after truncation.
+        group: A digest of the group that the row is held out with; 0 if it has none.
+        text_digest: A digest of the row's text, equal for texts that differ only in case, punctuation and spaces;
+            of a row that was given as tokens, a digest of these.
+        file: The index of the row's file in `TokenizedDataset.files`.
+        number: The number of the row in its file, from 1.
     """
 
     input_ids: NDArray[np.int32]
@@ -87,7 +87,7 @@ class Record(NamedTuple):
     supervised: int
     lost: int
     digest: int
-    kept_digest: int
+    truncated_digest: int
     group: int
     text_digest: int
     file: int
@@ -95,18 +95,18 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What was recognised, and what is worth saying.
+class TokenizedDataset:
+    """The description of a tokenized data set.
 
     Attributes:
-        name: The data set, as the user named it.
+        name: The name of the data set, as the user gave it.
         format: The format that was recognised.
-        recognised: The same, with the columns that are not called as ours.
+        recognised: The same, with the columns whose names differ from ours.
         files: The files that rows come from.
         num_rows: Rows of tokens.
         num_bad: Rows that could not be used; `skipped_rows.jsonl` lists the first ones.
-        num_empty: Of them, those that only lack an answer.
-        notes: What a user should know, such as a turn that ends with an unusual token.
+        num_empty: Rows among them that only lack an answer.
+        notes: Notes for the user, such as on turns that end with an unusual token.
     """
 
     name: str
@@ -121,15 +121,15 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTokens:
-    """Rows of tokens on disk. `skipped` lists the rows that could not be used, if there are any."""
+    """Tokenized rows on disk. `skipped` is the file that lists rows that could not be used, if there are any."""
 
     dataset: Dataset
-    about: About
+    about: TokenizedDataset
     skipped: Path | None
 
 
-class Writer:
-    """Writes rows in batches, as they come, and notes down those that can't be used."""
+class TokenWriter:
+    """Writes tokenized rows in batches, and lists those that can't be used."""
 
     def __init__(self, folder: Path) -> None:
         self._file = pa.OSFile(str(private_file(folder / TOKENS)), "wb")
@@ -139,14 +139,14 @@ class Writer:
         self.num_bad = 0
         self.num_empty = 0
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[TokenRow]) -> None:
         """Append rows."""
         self.num_rows += len(records)
         if records:
             self._arrow.write_batch(_as_batch(records))
 
     def skip(self, row: RawRow, problem: RowError) -> None:
-        """Note down a row that can't be used, and why; of very many, the first ones are listed."""
+        """Count a row that can't be used, and list it with the reason, up to a maximum number."""
         self.num_bad += 1
         self.num_empty += problem.is_empty
         if self.num_bad <= MAX_BAD_ROWS_LISTED:
@@ -159,51 +159,51 @@ class Writer:
         self._skipped.close()
 
 
-def recall(key: str) -> StoredTokens | None:
-    """Return what is kept under `key`; None if there is nothing, or not what this user wrote, to the last bit."""
+def load(key: str) -> StoredTokens | None:
+    """Return the tokens cached under `key`; None if there are none, or not exactly those that this user wrote."""
     folder = cache_folder("data") / key
     try:
-        if not _is_own_table(folder):
+        if not _is_own_token_folder(folder):
             return None
         content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if content.pop(SUM) != _sum_of(folder / TOKENS):
+        if content.pop(CHECKSUM) != _checksum_of(folder / TOKENS):
             return None
-        about = About(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
+        about = TokenizedDataset(**{**content, "files": tuple(content["files"]), "notes": tuple(content["notes"])})
         _validate(folder / TOKENS)
         dataset = Dataset.from_file(str(folder / TOKENS))
-        folder.touch()  # the least recently used are deleted
+        folder.touch()  # the least recently used ones are deleted
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException, DataError):
         return None
-    if len(dataset) != about.num_rows:  # cut short
+    if len(dataset) != about.num_rows:  # truncated
         return None
     return StoredTokens(dataset=dataset, about=about, skipped=folder / SKIPPED if about.num_bad else None)
 
 
-def _is_own_table(folder: Path) -> bool:
-    """Whether a table lies here, no link leads to it, and it belongs to this user.
+def _is_own_token_folder(folder: Path) -> bool:
+    """Return whether a folder holds cached tokens, belongs to this user, and has no links.
 
     Raises:
         OSError: it lacks a file.
     """
     return (
-        _is_table(folder)
+        _is_token_folder(folder)
         and is_own(folder.lstat(), folder.parent)
         and all(not_in_place(folder / name) is None for name in (TOKENS, ABOUT, SKIPPED))
     )
 
 
-def _sum_of(file: Path) -> str:
+def _checksum_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _validate(file: Path) -> None:
-    """Check every place that the rows name: pyarrow reads from where they say, inside of the file or not.
+    """Validate all offsets in a file, because pyarrow reads from where they point, inside of the file or not.
 
     Raises:
-        ValueError: they are none of ours.
-        ArrowException: one lies outside, or is none.
-        DataError: a part expands to far more than it is.
+        ValueError: the columns are not ours.
+        ArrowException: an offset is out of range, or the file is invalid.
+        DataError: a buffer expands to a multiple of its size.
     """
     with file.open("rb") as opened, pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
         if stream.schema != SCHEMA:
@@ -213,23 +213,23 @@ def _validate(file: Path) -> None:
             batch.validate(full=True)
 
 
-def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
-    """Let `fill` write what is kept under `key`, and open it; complete or absent, whatever happens.
+def write_tokens(key: str, fill: Callable[[TokenWriter], TokenizedDataset]) -> StoredTokens:
+    """Let `fill` write the tokens to cache under `key`, and open them; they are complete or absent, whatever happens.
 
     Raises:
-        DataError: the directory can't be written to, or has something else in the place of a table.
+        DataError: the directory can't be written to, or has something else by that name.
     """
     folder = cache_folder("data") / key
 
-    def write(place: Path) -> None:
-        place.chmod(PRIVATE_FOLDER)
-        writer = Writer(place)
+    def write(staged: Path) -> None:
+        staged.chmod(PRIVATE_FOLDER)
+        writer = TokenWriter(staged)
         try:
             about = fill(writer)
         finally:
             writer.close()
-        content = {**asdict(about), SUM: _sum_of(place / TOKENS)}
-        write_file(place / ABOUT, json.dumps(content), mode=PRIVATE_FILE)
+        content = {**asdict(about), CHECKSUM: _checksum_of(staged / TOKENS)}
+        write_file(staged / ABOUT, json.dumps(content), mode=PRIVATE_FILE)
 
     check_writable()
     _check_replaceable(folder)
@@ -239,18 +239,18 @@ def keep(key: str, fill: Callable[[Writer], About]) -> StoredTokens:
     except OSError as error:
         if isinstance(error, QloraError):
             raise
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has put the same there meanwhile
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has written the same meanwhile
             raise DataError(
-                f"tokens can't be kept in {folder.parent}: {error.strerror}",
-                hint="Free room there, or set QLORA_CACHE to another directory.",
+                f"tokens can't be cached in {folder.parent}: {error.strerror}",
+                hint="Free some space there, or set QLORA_CACHE to another directory.",
             ) from error
-    stored = recall(key)
+    stored = load(key)
     assert stored is not None, "tokens that were just written"
     return stored
 
 
 def check_writable() -> None:
-    """Check that tokens can be kept, and make the directory for them.
+    """Check that tokens can be cached, and make the directory for them.
 
     Raises:
         DataError: it can't be written to.
@@ -260,9 +260,9 @@ def check_writable() -> None:
     try:
         private_folder(directory)
     except OSError as error:
-        raise DataError(f"tokens can't be kept in {directory}: {error.strerror}", hint=hint) from error
+        raise DataError(f"tokens can't be cached in {directory}: {error.strerror}", hint=hint) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise DataError(f"tokens can't be kept in {directory}: it can't be written to", hint=hint)
+        raise DataError(f"tokens can't be cached in {directory}: it can't be written to", hint=hint)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -270,12 +270,12 @@ def _check_replaceable(folder: Path) -> None:
     is_table = names is not None and names <= FILES
     if os.path.lexists(folder) and not folder.is_symlink() and not is_table:
         raise DataError(
-            f"tokens can't be kept in {folder}: it holds something else, or is another user's",
+            f"tokens can't be cached in {folder}: it holds something else, or is another user's",
             hint="Move it away, or set QLORA_CACHE to another directory.",
         )
 
 
-def _as_batch(records: Sequence[Record]) -> pa.RecordBatch:
+def _as_batch(records: Sequence[TokenRow]) -> pa.RecordBatch:
     columns = [_lists([row.input_ids for row in records]), _lists([row.labels for row in records])]
     columns += [pa.array(values, pa.int64()) for values in list(zip(*records, strict=True))[2:]]
     return pa.record_batch(columns, schema=SCHEMA)
@@ -286,26 +286,28 @@ def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows), pa.int32()))
 
 
-def _delete_old(kept: Path) -> None:
-    """Delete what was not used for a day, beyond a number, and what writers that were killed have left.
+def _delete_old(current: Path) -> None:
+    """Delete the least recently used tokens beyond a number, and what killed writers left.
 
-    The cache may be in a place that has other folders: only what is a table by its name and by what is in it goes.
+    The cache directory may have other folders: only those with the name and the files of cached tokens are deleted.
     """
-    clear_left_overs(kept.parent)
-    tables = sorted((path for path in kept.parent.iterdir() if path != kept and _is_table(path)), key=_last_used)
-    for path in tables[: max(0, len(tables) + 1 - MOST_TABLES)]:
-        if _last_used(path) < time.time() - KEPT_SECONDS:
+    clear_left_overs(current.parent)
+    folders = sorted(
+        (path for path in current.parent.iterdir() if path != current and _is_token_folder(path)), key=_last_used
+    )
+    for path in folders[: max(0, len(folders) + 1 - MAX_TABLES)]:
+        if _last_used(path) < time.time() - MIN_UNUSED_SECONDS:
             with suppress(OSError):  # another process has just deleted it
                 discard(path)
 
 
-def _is_table(folder: Path) -> bool:
+def _is_token_folder(folder: Path) -> bool:
     names = _names_in(folder) if is_name(folder.name) and not folder.is_symlink() else None
     return names is not None and bool(names) and names <= FILES
 
 
 def _names_in(folder: Path) -> set[str] | None:
-    """Return what is in a folder; None if it is none, or another user's."""
+    """Return the names in a folder; None if it is not a folder, or not readable."""
     try:
         return {path.name for path in folder.iterdir()}
     except OSError:

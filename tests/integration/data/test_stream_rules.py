@@ -159,7 +159,9 @@ def test_a_stream_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", [chat(113, "only row")])
     data = DataSettings(dataset=(str(a), str(b)), eval_dataset=(str(held),), streaming=True)
     streamed = prepare_data(data, TEXT, seed=0)
-    with pytest.raises(DataError, match=r"no row of .*b.jsonl is left to train: of 2 rows, 1 without .*, 1 held out"):
+    with pytest.raises(
+        DataError, match=r"no row of .*b.jsonl is left to train on: of 2 rows, 1 without .*, 1 held out"
+    ):
         streamed_rows(streamed)
 
 

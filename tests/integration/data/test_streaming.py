@@ -66,7 +66,7 @@ def test_weights_of_streams_are_probabilities_whatever_their_sizes(tmp_path: Pat
     a, b = rows_of(tmp_path / "a.jsonl", 4, "apple"), rows_of(tmp_path / "b.jsonl", 200, "pear")
     data = DataSettings(dataset=(f"{a}*0.3", f"{b}*0.7"), streaming=True)
     train = prepare_data(data, TEXT, seed=0).train
-    assert f"each row of the stream is drawn by chance: 30.0% {a}*0.3, 70.0% {b}*0.7" in train.notes
+    assert f"each row of the stream is drawn at random: 30.0% {a}*0.3, 70.0% {b}*0.7" in train.notes
     assert not any("--mixing" in note for note in train.notes)
     assert train.report.rows_trained == 204  # of what was looked at
     assert train.stream is not None
@@ -229,5 +229,5 @@ def test_training_on_a_stream_does_its_steps_and_says_what_it_read(
     assert (result.steps, result.interrupted_by) == (8, None)
     assert result.eval_loss is not None
     messages = [event.message for event in recorder.events if isinstance(event, Noted)]
-    assert any("is streamed: what is said about it is about the first" in message for message in messages)
+    assert any("is streamed: its statistics are about the first" in message for message in messages)
     assert any("of the stream read, ahead of what was fed: " in message for message in messages)

@@ -151,7 +151,7 @@ def test_every_kind_of_file_gives_the_same_tokens(
         (
             "l.jsonl",
             '{"messages": [{"role": "user", "content": "x"}]}\n',
-            "no row of .* is left to train: of 1 row, 1 without an answer",
+            "no row of .* is left to train on: of 1 row, 1 without an answer",
         ),
     ],
 )

@@ -28,7 +28,7 @@ def test_keys_of_messages_that_neither_a_format_nor_the_template_knows_are_told_
         {"messages": [{**ASK, "lang": "fr"}, ANSWER]}
     ]
     data = prepare(tmp_path, tokenizer, rows)
-    expected = "keys of messages that are not used, as the chat template does not write them: lang (3 rows)"
+    expected = "keys of messages that are ignored, because the chat template does not write them: lang (3 rows)"
     assert [note for note in data.notes if "keys of messages" in note] == [expected]
     assert "glad6 times 7?" in whole(data, tokenizer)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.rendering.value_marks import What
-from qlora_cli.data.rows.examples import IGNORED, Conversation, RowError
+from qlora_cli.data.rendering.value_marks import ValueKind
+from qlora_cli.data.rows.examples import IGNORE_INDEX, Conversation, RowError
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
+from qlora_cli.data.tokenizing.tokens import RowTokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import OWN, SHIPPED, TEMPLATES, tokenizer_with
 from tests.support.chat_tokenizers import make_tokenizer
@@ -23,20 +23,20 @@ REFUSE_ALL = {"no_end", "glm4moe", "reasoning_taken_out", "deepseek_r1_distill"}
 
 def of(
     name: str, loss_on: LossOn = LossOn.COMPLETIONS, *, accepts_lost: bool = False
-) -> tuple[TextTokenizer, Tokenizer]:
+) -> tuple[TextTokenizer, RowTokenizer]:
     text = tokenizer_with(name)
-    return text, Tokenizer(text.tokenizer, loss_on, text.end_ids, accepts_lost=accepts_lost)
+    return text, RowTokenizer(text.tokenizer, loss_on, text.end_ids, accepts_lost=accepts_lost)
 
 
-def one(tokenizer: Tokenizer, conversation: Conversation) -> Tokens | RowError:
+def one(tokenizer: RowTokenizer, conversation: Conversation) -> Tokens | RowError:
     (found,) = tokenizer.tokenize([conversation])
     return found
 
 
 def trained_texts(text: TextTokenizer, tokens: Tokens) -> list[str]:
     """Return the stretches of trained tokens as texts."""
-    labels = [IGNORED, *tokens.labels.tolist(), IGNORED]
-    edges = [place for place, (a, b) in enumerate(pairwise(labels)) if (a == IGNORED) != (b == IGNORED)]
+    labels = [IGNORE_INDEX, *tokens.labels.tolist(), IGNORE_INDEX]
+    edges = [place for place, (a, b) in enumerate(pairwise(labels)) if (a == IGNORE_INDEX) != (b == IGNORE_INDEX)]
     ids = tokens.input_ids.tolist()
     return [str(text.tokenizer.decode(ids[start:end])) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -48,10 +48,14 @@ def stands_in(value: str, text: str) -> bool:
     return any(each in whole for each in quoted for whole in written)
 
 
-def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[What]:
+def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[ValueKind]:
     """Return the kinds of what is in no text of its own message."""
     found = set()
-    kinds = {What.CONTENT: drawn.said, What.REASONING: drawn.reasoning, What.BESIDE_CALLS: drawn.beside_calls}
+    kinds = {
+        ValueKind.CONTENT: drawn.said,
+        ValueKind.REASONING: drawn.reasoning,
+        ValueKind.TEXT_WITH_CALLS: drawn.beside_calls,
+    }
     for what, by_place in kinds.items():
         for place, values in by_place.items():
             if place >= len(drawn.conversation.messages):
@@ -60,7 +64,7 @@ def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[What]:
                 parts = [part.strip() for part in value.replace("<think>", "</think>").split("</think>")]
                 if not all(stands_in(part, trained.get(place, whole)) for part in parts[-1:]):
                     found.add(what)
-    for what, values in ((What.TOOL, drawn.tools), (What.TOOL_DETAILS, drawn.tool_details)):
+    for what, values in ((ValueKind.TOOL, drawn.tools), (ValueKind.TOOL_DETAILS, drawn.tool_details)):
         if drawn.conversation.tools and not all(stands_in(value, whole) for value in values):
             found.add(what)
     return found
@@ -80,8 +84,8 @@ def test_all_that_a_row_says_is_in_its_own_message_or_it_is_refused_or_told(name
         assert len(trained) == len(drawn.conversation.trained), seed
         by_place = dict(zip(drawn.conversation.trained, trained, strict=True))
         missing = lost(drawn, str(text.tokenizer.decode(found.input_ids.tolist())), by_place)
-        assert missing <= set(tokenizer.renderer.told), (seed, trained)
-        assert missing <= {What.REASONING, What.BESIDE_CALLS, What.TOOL_DETAILS}, seed
+        assert missing <= set(tokenizer.renderer.num_dropped), (seed, trained)
+        assert missing <= {ValueKind.REASONING, ValueKind.TEXT_WITH_CALLS, ValueKind.TOOL_DETAILS}, seed
         for place, answer in by_place.items():
             values = [*drawn.said[place], *drawn.reasoning.get(place, ())]
             last = max((answer.rfind(value.split()[0]) + len(value.split()[0]) for value in values), default=0)
@@ -125,14 +129,14 @@ def whole_text(name: str, conversation: Conversation) -> str:
     return str(text.tokenizer.decode(found.input_ids.tolist()))
 
 
-def with_template(template: str) -> tuple[TextTokenizer, Tokenizer]:
+def with_template(template: str) -> tuple[TextTokenizer, RowTokenizer]:
     """Return a tokenizer with a template that writes turns as ChatML does, of which only the inside is given."""
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n" + template + "<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    return text, Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    return text, RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
 
 
 def trained_with(template: str, conversation: Conversation) -> list[str]:
@@ -160,7 +164,7 @@ def test_a_template_that_joins_or_prints_arguments_gets_them_as_json_text(name: 
 
 def test_a_call_that_only_the_list_of_tools_names_is_refused() -> None:
     conversation = asked(answer("", tool_calls=[CALL]), tools=[TOOL])
-    assert "no place for tool calls: 'lookup' is not in the answer" in str(
+    assert "does not write tool calls: 'lookup' is not in the answer" in str(
         refused_by("tools_without_calls", conversation)
     )
 
@@ -168,14 +172,14 @@ def test_a_call_that_only_the_list_of_tools_names_is_refused() -> None:
 def test_reasoning_without_a_place_is_refused_unless_it_is_accepted_or_not_trained() -> None:
     first = answer("An ore.", reasoning_content="Ores are mined.")
     problem = refused_by("contents_alone", asked(first))
-    assert "no place for reasoning: 'reasoning_content' of message 1, 'Ores are mined.'" in str(problem)
+    assert "does not write reasoning: 'reasoning_content' of message 1, 'Ores are mined.'" in str(problem)
     assert "--accept-lost" in str(problem.hint)
     assert trained_by("contents_alone", asked(first), accepts_lost=True) == ["An ore.<|im_end|>"]
     two = asked(first, {"role": "user", "content": "And zinc?"}, answer("A metal."))
     _, tokenizer = of("contents_alone")
     assert isinstance(one(tokenizer, two), Tokens)
-    assert tokenizer.renderer.told == {What.REASONING: 1}
-    assert "no place for reasoning" in str(refused_by("contents_alone", two, LossOn.ALL))
+    assert tokenizer.renderer.num_dropped == {ValueKind.REASONING: 1}
+    assert "does not write reasoning" in str(refused_by("contents_alone", two, LossOn.ALL))
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -187,7 +191,7 @@ def test_reasoning_goes_in_under_the_key_that_the_template_knows(key: str) -> No
 def test_a_template_that_takes_reasoning_out_of_every_answer_is_recognised() -> None:
     reasoned = asked(answer("<think>\n30 and 12\n</think>\n\n42"))
     problem = refused_by("reasoning_taken_out", reasoned)
-    assert "takes reasoning out of every answer" in str(problem)
+    assert "removes reasoning from every answer" in str(problem)
     assert "--chat-template chatml" in str(problem.hint)
     assert "--accept-lost" not in str(problem.hint)  # which would not help: a thought is asked for
     assert trained_by("contents_alone", reasoned) == ["<think>\n30 and 12\n</think>\n\n42<|im_end|>"]
@@ -204,7 +208,7 @@ def test_reasoning_that_goes_once_a_message_follows_is_refused_with_what_helps()
 def test_text_beside_calls_that_a_template_drops_is_refused_unless_it_is_accepted() -> None:
     conversation = asked(answer("I look it up.", tool_calls=[CALL]))
     problem = refused_by("calls_or_content", conversation)
-    assert "leaves out the text beside the tool calls of message 1: 'I look it up.'" in str(problem)
+    assert "leaves out the text next to the tool calls of message 1: 'I look it up.'" in str(problem)
     (trained,) = trained_by("calls_or_content", conversation, accepts_lost=True)
     assert trained == '{"name": "lookup", "arguments": {"word": "iron"}}<|im_end|>'
 
@@ -248,7 +252,7 @@ def test_every_kind_of_answer_needs_an_end(given: dict[str, Any]) -> None:
 def test_what_closes_a_call_is_no_end() -> None:
     assert trained_by("no_end_behind_calls", asked(answer("42"))) == ["42<|im_end|>"]
     problem = refused_by("no_end_behind_calls", asked(answer("", tool_calls=[CALL])))
-    assert "behind the tool calls of message 1" in str(problem)
+    assert "after the tool calls of message 1" in str(problem)
     assert "<|im_end|>" in trained_by("everything", asked(answer("", tool_calls=[CALL, CALL])))[0]
     assert "<|im_end|>" in trained_by("one_call", asked(answer("", tool_calls=[CALL])))[0]
 
@@ -257,7 +261,7 @@ def test_where_generation_stops_at_the_next_role_that_token_is_trained() -> None
     text, _ = of("glm4moe")
     ids = text.tokenizer.get_vocab()
     ends = frozenset({ids["<|user|>"], ids["<|observation|>"]})
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, ends)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, ends)
     conversation = asked(answer("", tool_calls=[CALL]), {"role": "tool", "content": "Fe"}, trained=(1,))
     found = one(tokenizer, conversation)
     assert isinstance(found, Tokens), found
@@ -280,10 +284,10 @@ def test_a_template_that_refuses_marks_is_judged_by_the_row_alone() -> None:
         "{{ raise_exception('yes or nothing') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert isinstance(one(tokenizer, asked(answer("yes"))), Tokens)
     found = one(tokenizer, asked(answer("yes", reasoning_content="It is.")))
-    assert "no place for reasoning" in str(found)
+    assert "does not write reasoning" in str(found)
 
 
 @pytest.mark.parametrize("value", [datetime(2024, 1, 1, tzinfo=UTC), b"x", 1.5, 7, None, [1], {"a": "b"}, True])
@@ -331,7 +335,7 @@ def test_a_message_that_is_written_as_an_answer_is_refused(role: str) -> None:
         "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }}\n"
         "{% else %}[A] {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
     )
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert isinstance(one(tokenizer, asked(answer("Iron."))), Tokens)
     found = one(tokenizer, asked(answer("Hm."), {"role": role, "content": "Fe"}, answer("Iron.")))
     assert f"writes message 2 ({role}) as an answer of the assistant" in str(found)
@@ -352,9 +356,9 @@ def test_what_asks_for_a_later_answer_is_compared_too() -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if '/no_think' in messages[-1].content %}<think></think>{% endif %}{% endif %}"
     )
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     messages = [answer("Iron."), {"role": "user", "content": "And now? /no_think"}, answer("Zinc.")]
-    assert "with other words" in str(one(tokenizer, asked(*messages, trained=(1, 3))))
+    assert "with a different text" in str(one(tokenizer, asked(*messages, trained=(1, 3))))
 
 
 def test_a_key_that_no_template_writes_is_named_though_its_name_is_in_the_template() -> None:
@@ -377,7 +381,7 @@ def test_a_thought_in_the_content_goes_under_the_key_of_a_template_that_would_wr
 
 def test_where_generation_stops_at_the_next_question_a_last_answer_ends_with_its_token() -> None:
     text, _ = of("glm4moe")
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, frozenset({text.tokenizer.get_vocab()["<|user|>"]}))
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, frozenset({text.tokenizer.get_vocab()["<|user|>"]}))
     messages = [answer("A metal."), {"role": "user", "content": "Sure?"}, answer("Yes.")]
     for conversation in (asked(*messages, trained=(1, 3)), asked(*messages)):
         found = one(tokenizer, conversation)
@@ -395,7 +399,7 @@ def test_a_turn_for_each_call_ends() -> None:
     )
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = template
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     found = one(tokenizer, asked(answer("", tool_calls=[CALL])))
     assert isinstance(found, Tokens), found
 

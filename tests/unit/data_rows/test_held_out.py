@@ -109,7 +109,7 @@ def test_rows_without_a_group_are_held_out_or_trained_each_by_itself(tmp_path: P
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, *of_users({"b": 1})])
     found = prepare(path, eval_split="10", eval_group="user")
     assert len(texts(found.evaluation)) == 10
-    assert "40 rows without a value of 'user', held out or trained each by itself" in found.train.notes
+    assert "40 rows without a value of 'user', each of which is held out or trained on separately" in found.train.notes
 
 
 def test_rows_that_are_equal_across_groups_are_never_on_both_sides(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_rows_that_are_equal_across_groups_are_never_on_both_sides(tmp_path: Pat
     assert len(texts(found.evaluation)) == 6
     assert len(texts(found.train)) == 25
     assert any(
-        "5 rows neither trained nor held out: equal to one that is held out with another 'user'" in n
+        "5 rows neither trained on nor held out: equal to one that is held out with another 'user'" in n
         for n in found.train.notes
     )
 
@@ -244,7 +244,7 @@ def test_whatever_is_held_out_shares_no_row_and_no_group_with_what_is_trained(tm
     )
     assert found.evaluation is not None
     sides = [
-        (set(data.table.kept_digest[data.selected]), set(data.table.group[data.selected]) - {NO_GROUP})
+        (set(data.table.truncated_digest[data.selected]), set(data.table.group[data.selected]) - {NO_GROUP})
         for data in (found.train, found.evaluation)
     ]
     assert all(rows_of_side for rows_of_side, _ in sides)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
 from qlora_cli.data.rendering.renderer import Renderer
-from qlora_cli.data.rendering.template import ChatTemplate, asks_always_alike
-from qlora_cli.data.rows.examples import IGNORED, Conversation, PromptCompletion, RowError, Tokenized
+from qlora_cli.data.rendering.template import ChatTemplate, has_constant_prompt
+from qlora_cli.data.rows.examples import IGNORE_INDEX, Conversation, PromptCompletion, RowError, Tokenized
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from qlora_cli.data.tokenizing.tokens import Tokenizer, Tokens
+from qlora_cli.data.tokenizing.tokens import RowTokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
@@ -63,13 +63,13 @@ def asked(question: str, answer: str) -> Conversation:
 
 
 def tokens_of(text: TextTokenizer, example: Any, loss_on: LossOn = LossOn.COMPLETIONS) -> Tokens:
-    (found,) = Tokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
+    (found,) = RowTokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
     assert isinstance(found, Tokens), found
     return found
 
 
 def trained_text(text: TextTokenizer, tokens: Tokens) -> str:
-    return str(text.tokenizer.decode([label for label in tokens.labels.tolist() if label != IGNORED]))
+    return str(text.tokenizer.decode([label for label in tokens.labels.tolist() if label != IGNORE_INDEX]))
 
 
 def expected(family: str, conversation: Conversation) -> str:
@@ -99,13 +99,13 @@ def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
     rendered = text.tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     assert text.tokenizer.decode(tokens.input_ids.tolist()) == rendered
     pairs = list(zip(tokens.input_ids.tolist(), tokens.labels.tolist(), strict=True))
-    assert all(label in (token, IGNORED) for token, label in pairs)
+    assert all(label in (token, IGNORE_INDEX) for token, label in pairs)
     if conversation.trained:
         first = conversation.trained[0]
         served: Any = text.tokenizer.apply_chat_template(
             conversation.messages[:first], tokenize=True, add_generation_prompt=True, return_dict=True
         )
-        begin = next(place for place, (_, label) in enumerate(pairs) if label != IGNORED)
+        begin = next(place for place, (_, label) in enumerate(pairs) if label != IGNORE_INDEX)
         assert [token for token, _ in pairs[:begin]] == served["input_ids"]
 
 
@@ -127,7 +127,7 @@ def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation:
 @settings(max_examples=60, deadline=None)
 def test_to_cut_behind_the_end_of_an_answer_changes_no_token(family: str, conversation: Conversation) -> None:
     text = TOKENIZERS[family]
-    uncut = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    uncut = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert uncut._ends_alone
     uncut._ends_alone = ()
     (expected_tokens,) = uncut.tokenize([conversation])
@@ -158,7 +158,7 @@ def test_everything_is_trained_but_the_first_token_on_demand(family: str) -> Non
         messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
     )
     tokens = tokens_of(text, conversation, LossOn.ALL)
-    assert tokens.labels[0] == IGNORED
+    assert tokens.labels[0] == IGNORE_INDEX
     assert (tokens.labels[1:] == tokens.input_ids[1:]).all()
 
 
@@ -187,7 +187,7 @@ def test_a_tokenizer_that_writes_a_space_before_every_text_is_not_cut() -> None:
 
 
 def refusal(text: TextTokenizer, example: Any) -> RowError:
-    (found,) = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids).tokenize([example])
+    (found,) = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids).tokenize([example])
     assert isinstance(found, RowError)
     return found
 
@@ -227,7 +227,7 @@ def test_a_template_that_ends_no_turn_is_refused_with_what_to_do() -> None:
 def test_a_template_whose_prompt_is_not_what_the_row_has_is_refused() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = CHATML_THAT_OPENS_A_THOUGHT
-    assert "with other words than it renders it with" in str(refusal(text, TWO_TURNS))
+    assert "with a different text than it renders" in str(refusal(text, TWO_TURNS))
 
 
 CHATML_THAT_OPENS_A_THOUGHT = (
@@ -261,11 +261,11 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
     plain = Conversation(
         messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
     )
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     tokens, problem = tokenizer.tokenize([plain, asked])  # the first settles what stands around the contents
     assert isinstance(tokens, Tokens)
     assert isinstance(problem, RowError)
-    assert "with other words" in str(problem)
+    assert "with a different text" in str(problem)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
     ],
 )
 def test_a_template_that_asks_by_constants_is_known(asks: str, is_constant: bool) -> None:
-    assert asks_always_alike("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
+    assert has_constant_prompt("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_template_that_renders_nothing_is_told() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     alone = Conversation(messages=[{"role": "system", "content": " "}], trained=())
-    assert "renders nothing" in str(refusal(text, alone))
+    assert "as an empty text" in str(refusal(text, alone))
 
 
 def test_tools_that_a_template_does_not_write_are_refused() -> None:
@@ -311,14 +311,14 @@ def test_tools_that_a_template_does_not_write_are_refused() -> None:
         {"role": "user", "content": "1?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    assert "no place for tool calls: 'add'" in str(refusal(text, Conversation(messages=messages, trained=(1,))))
+    assert "does not write tool calls: 'add'" in str(refusal(text, Conversation(messages=messages, trained=(1,))))
     with_tools = Conversation(messages=TWO_TURNS.messages, trained=(1,), tools=[{"function": {"name": "sub"}}])
-    assert "no place for tools: 'sub'" in str(refusal(text, with_tools))
+    assert "does not write tools: 'sub'" in str(refusal(text, with_tools))
 
 
 def test_control_tokens_in_the_text_are_counted() -> None:
     text = TOKENIZERS["chatml"]
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     tokenizer.tokenize([TWO_TURNS, PromptCompletion(prompt="", completion="a <|im_end|> b <|im_end|>")])
     assert tokenizer.num_with_control_tokens == 1
     assert tokenizer.control_tokens == {"<|im_end|>": 2}
@@ -340,10 +340,10 @@ def test_a_text_that_brings_the_end_along_which_is_written_behind_it_is_counted(
     example: PromptCompletion | Conversation, is_twice: bool
 ) -> None:
     text = TOKENIZERS["chatml"]
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     (tokens,) = tokenizer.tokenize([example])
     assert isinstance(tokens, Tokens)
-    assert tokenizer.num_ended_twice == is_twice
+    assert tokenizer.num_doubled_ends == is_twice
     end = text.tokenizer.eos_token
     found = str(text.tokenizer.decode(tokens.input_ids)).replace(" ", "").replace("\n", "")
     assert (f"{end}{end}" in found) == is_twice
@@ -400,7 +400,7 @@ def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pyt
     text = TOKENIZERS["llama"]
     example = PromptCompletion(prompt="one two " * 40, completion="Which function returns? " * 60)
     whole = tokens_of(text, example)
-    monkeypatch.setattr("qlora_cli.data.tokenizing.tokens.SLICE", 50)
+    monkeypatch.setattr("qlora_cli.data.tokenizing.tokens.MAX_PIECE_CHARACTERS", 50)
     sliced = tokens_of(text, example)
     assert sliced.input_ids.tolist() == whole.input_ids.tolist()
     assert sliced.labels.tolist() == whole.labels.tolist()
@@ -409,9 +409,9 @@ def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pyt
 def test_an_unusual_end_of_turn_is_noticed() -> None:
     text = TOKENIZERS["gemma"]
     only_eos = frozenset({text.tokenizer.eos_token_id or 0})
-    tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, only_eos)
+    tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, only_eos)
     tokenizer.tokenize([TWO_TURNS])
-    assert {text.tokenizer.decode([token]) for token in tokenizer.odd_ends} == {"<end_of_turn>"}
+    assert {text.tokenizer.decode([token]) for token in tokenizer.unusual_ends} == {"<end_of_turn>"}
 
 
 def test_tool_calls_are_trained_as_they_are_rendered() -> None:
@@ -433,10 +433,11 @@ def test_tool_calls_are_trained_as_they_are_rendered() -> None:
 def test_tokens_as_they_come_are_fed_as_they_come() -> None:
     text = TOKENIZERS["llama"]
     tokens = tokens_of(
-        text, Tokenized(input_ids=np.array([5, 6, 7], np.int32), labels=np.array([IGNORED, 6, IGNORED], np.int32))
+        text,
+        Tokenized(input_ids=np.array([5, 6, 7], np.int32), labels=np.array([IGNORE_INDEX, 6, IGNORE_INDEX], np.int32)),
     )
     assert tokens.input_ids.tolist() == [5, 6, 7]
-    assert tokens.labels.tolist() == [IGNORED, 6, IGNORED]
+    assert tokens.labels.tolist() == [IGNORE_INDEX, 6, IGNORE_INDEX]
     ids = np.array([1, 10**6], np.int32)
     beyond = Tokenized(input_ids=ids, labels=ids)
     assert "beyond the" in str(refusal(text, beyond))

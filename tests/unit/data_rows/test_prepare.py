@@ -243,7 +243,7 @@ def digest_of(data: TrainingData) -> str:
 def test_what_was_tokenized_once_is_not_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = digest_of(prepare(file))
 
-    monkeypatch.setattr(store, "keep", never)
+    monkeypatch.setattr(store, "write_tokens", never)
     assert digest_of(prepare(file)) == first
 
 
@@ -296,7 +296,7 @@ def test_a_template_that_writes_the_date_is_rendered_anew_each_day(
 
     prepare(path, text=text)
     monkeypatch.setattr(encode, "date", Tomorrow)
-    monkeypatch.setattr(store, "keep", never)
+    monkeypatch.setattr(store, "write_tokens", never)
     with pytest.raises(AssertionError, match="tokenized again"):
         prepare(path, text=text)
 
@@ -310,8 +310,8 @@ def test_a_damaged_table_is_made_anew(file: Path) -> None:
 
 
 def test_what_was_looked_at_is_trained_without_tokenizing_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare_data(DataSettings(dataset=(str(file),)), TEXT, seed=0, only_look=True)
-    monkeypatch.setattr(store, "keep", never)
+    prepare_data(DataSettings(dataset=(str(file),)), TEXT, seed=0, inspect_only=True)
+    monkeypatch.setattr(store, "write_tokens", never)
     prepare(file)
     assert len(texts(prepare(f"{file}*2").train)) == 80
 
@@ -347,9 +347,9 @@ def test_a_full_disk_of_the_cache_is_told_with_what_to_set(file: Path, monkeypat
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.Writer, "write", full)
+    monkeypatch.setattr(store.TokenWriter, "write", full)
     error = refused(file)
-    assert "tokens can't be kept in" in str(error)
+    assert "tokens can't be cached in" in str(error)
     assert "QLORA_CACHE" in (error.hint or "")
 
 
@@ -366,14 +366,14 @@ def test_where_tokens_can_not_be_kept_is_told(file: Path, tmp_path: Path, monkey
     blocked = tmp_path / "blocked"
     blocked.write_text("a file")
     monkeypatch.setenv("QLORA_CACHE", str(blocked))
-    with pytest.raises(DataError, match="tokens can't be kept in"):
+    with pytest.raises(DataError, match="tokens can't be cached in"):
         prepare(file)
 
 
 def test_old_tables_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "MOST_TABLES", 3)
-    monkeypatch.setattr(store, "KEPT_SECONDS", 0)
+    monkeypatch.setattr(store, "MAX_TABLES", 3)
+    monkeypatch.setattr(store, "MIN_UNUSED_SECONDS", 0)
     for number in range(5):
         prepare(write_jsonl(tmp_path / f"{number}.jsonl", pairs(2, begin=number)))
     tables = list((tmp_path / "cache" / "data").iterdir())
@@ -384,8 +384,8 @@ def test_old_tables_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_folders_of_others_in_the_cache_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
     monkeypatch.setenv("QLORA_CACHE", str(disk))
-    monkeypatch.setattr(store, "MOST_TABLES", 1)
-    monkeypatch.setattr(store, "KEPT_SECONDS", 0)
+    monkeypatch.setattr(store, "MAX_TABLES", 1)
+    monkeypatch.setattr(store, "MIN_UNUSED_SECONDS", 0)
     elsewhere.mkdir()
     (elsewhere / store.TOKENS).touch()
     folders = ["project", ".project.1-a.saving", ".project.1.saving", "a" * 64, "b" * 64]

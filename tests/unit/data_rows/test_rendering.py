@@ -20,7 +20,7 @@ from qlora_cli.data.rendering import render_timer
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.data.tokenizing.encode import Encoder, TextTokenizer
-from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted
 from qlora_cli.hardware.counters import peak_host_bytes
@@ -108,7 +108,7 @@ def assert_refused(tokenizer: PreTrainedTokenizerBase, template: str, message: s
     with pytest.raises(ModelError, match=message):
         render_all(tokenizer, [CHAT])
     with pytest.raises(ModelError, match=message):
-        Tokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
+        RowTokenizer(tokenizer, LossOn.COMPLETIONS, frozenset()).tokenize([Conversation(messages=CHAT, trained=(1,))])
 
 
 @pytest.mark.usefixtures("soon")
@@ -240,7 +240,7 @@ def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(token
     with pytest.raises(RefusedError, match="calls itself too often for what tools"):
         render(tokenizer, CHAT, tools=[schema])
     conversation = Conversation(messages=CHAT, trained=(1,), tools=[schema])
-    (found,) = Tokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
+    (found,) = RowTokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
     assert isinstance(found, RowError)
     assert "the chat template refuses it: it calls itself too often" in str(found)
 
@@ -376,7 +376,7 @@ def test_a_template_that_is_fast_is_not_said_to_be_slow_however_many_rows_there_
 ) -> None:
     monkeypatch.setattr(render_timer, "SLOW_SECONDS", 0.0)
     recorder = Recorder()
-    measured = render_timer.Pace(recorder)
+    measured = render_timer.RenderTimer(recorder)
     measured.row_done()
     for _ in range(100):
         with measured.measured():

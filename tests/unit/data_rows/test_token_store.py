@@ -18,15 +18,15 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.tokenizing import store
 from qlora_cli.data.tokenizing.store import (
     ABOUT,
+    CHECKSUM,
     SKIPPED,
-    SUM,
     TOKENS,
-    About,
-    Record,
     StoredTokens,
-    Writer,
-    keep,
-    recall,
+    TokenizedDataset,
+    TokenRow,
+    TokenWriter,
+    load,
+    write_tokens,
 )
 from qlora_cli.errors import DataError
 
@@ -38,15 +38,15 @@ NUM_ROWS = 20
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a table that was kept, in a cache of its own."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    keep(KEY, fill)
+    write_tokens(KEY, fill)
     return tmp_path / "cache" / "data" / KEY
 
 
-def fill(writer: Writer) -> About:
+def fill(writer: TokenWriter) -> TokenizedDataset:
     for begin in (0, NUM_ROWS // 2):
         writer.write([row(number) for number in range(begin, begin + NUM_ROWS // 2)])
     writer.skip(RawRow("rows.jsonl", 99, 99, None, "broken JSON", 1), RowError("it says: my secret"))
-    return About(
+    return TokenizedDataset(
         name="rows",
         format="text",
         recognised="text",
@@ -58,17 +58,17 @@ def fill(writer: Writer) -> About:
     )
 
 
-def row(number: int) -> Record:
+def row(number: int) -> TokenRow:
     ids = np.arange(number + 1, dtype=np.int32)
-    return Record(ids, ids, *([number] * (len(Record._fields) - 2)))
+    return TokenRow(ids, ids, *([number] * (len(TokenRow._fields) - 2)))
 
 
-def write_tokens(table: Path, content: bytes) -> None:
+def replace_tokens(table: Path, content: bytes) -> None:
     """Put other tokens into a table, with a sum that fits."""
     told = json.loads((table / ABOUT).read_text())
     (table / TOKENS).unlink()  # what is open stays what it is
     (table / TOKENS).write_bytes(content)
-    (table / ABOUT).write_text(json.dumps({**told, SUM: hashlib.sha256(content).hexdigest()}))
+    (table / ABOUT).write_text(json.dumps({**told, CHECKSUM: hashlib.sha256(content).hexdigest()}))
 
 
 def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
@@ -77,7 +77,7 @@ def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
 
 
 def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(table: Path) -> None:
-    found = content_of(recall(KEY))
+    found = content_of(load(KEY))
     assert len(found) == NUM_ROWS
     assert found[7]["input_ids"] == list(range(8))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (table, table.parent, *table.iterdir())}
@@ -88,7 +88,7 @@ def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "MAX_BAD_ROWS_LISTED", 2)
-    writer = Writer(tmp_path)
+    writer = TokenWriter(tmp_path)
     for number in range(5):
         writer.skip(RawRow("rows.jsonl", number, None, None, "broken JSON", 1), RowError("it is broken"))
     writer.close()
@@ -99,15 +99,15 @@ def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
 
 def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_made_anew(table: Path) -> None:
     whole = (table / TOKENS).read_bytes()
-    expected = content_of(recall(KEY))
+    expected = content_of(load(KEY))
     chance = random.Random(0)  # noqa: S311 - no secret
     for place in chance.sample(range(len(whole)), 40):
         changed = bytearray(whole)
         changed[place] ^= 1 << chance.randrange(8)
         (table / TOKENS).unlink()  # what is open stays what it is
         (table / TOKENS).write_bytes(changed)
-        assert recall(KEY) is None
-    assert content_of(keep(KEY, fill)) == expected
+        assert load(KEY) is None
+    assert content_of(write_tokens(KEY, fill)) == expected
 
 
 @pytest.mark.slow
@@ -119,8 +119,8 @@ def test_tokens_with_a_sum_that_fits_are_read_without_a_crash_or_not_at_all(tabl
     for place in chance.sample(range(len(whole)), 300):
         changed = bytearray(whole)
         changed[place] = chance.randrange(256)
-        write_tokens(table, bytes(changed))
-        stored = recall(KEY)
+        replace_tokens(table, bytes(changed))
+        stored = load(KEY)
         num_refused += stored is None
         if stored is not None:
             assert len(content_of(stored)) == NUM_ROWS
@@ -133,8 +133,8 @@ def test_offsets_that_lie_outside_are_no_table(table: Path) -> None:
     beyond[3] = 2**30
     whole = (table / TOKENS).read_bytes()
     assert offsets.tobytes() in whole
-    write_tokens(table, whole.replace(offsets.tobytes(), beyond.tobytes()))
-    assert recall(KEY) is None
+    replace_tokens(table, whole.replace(offsets.tobytes(), beyond.tobytes()))
+    assert load(KEY) is None
 
 
 def test_other_columns_are_no_table(table: Path) -> None:
@@ -142,14 +142,14 @@ def test_other_columns_are_no_table(table: Path) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, other.schema) as stream:
         stream.write_table(other)
-    write_tokens(table, sink.getvalue().to_pybytes())
-    assert recall(KEY) is None
+    replace_tokens(table, sink.getvalue().to_pybytes())
+    assert load(KEY) is None
 
 
 @pytest.mark.parametrize("told", ["", "[]", "{}", "7", "[" * 100_000, '{"sha256": 7}', "\0", '{"files": 7}'])
 def test_what_is_told_about_a_table_and_is_nonsense_is_no_table(table: Path, told: str) -> None:
     (table / ABOUT).write_text(told)
-    assert recall(KEY) is None
+    assert load(KEY) is None
 
 
 def link_to(elsewhere: Path) -> Callable[[Path], None]:
@@ -172,9 +172,9 @@ def test_a_table_of_other_things_than_files_is_made_anew_and_they_are_not_follow
         "nothing": lambda _: None,
     }
     make[kind](table / name)
-    assert recall(KEY) is None
-    assert len(content_of(keep(KEY, fill))) == NUM_ROWS
-    assert recall(KEY) is not None
+    assert load(KEY) is None
+    assert len(content_of(write_tokens(KEY, fill))) == NUM_ROWS
+    assert load(KEY) is not None
     assert elsewhere.read_bytes() == before
 
 
@@ -188,13 +188,13 @@ def test_a_table_that_another_user_wrote_is_not_taken_up(
         other = os.getuid() + 1
         monkeypatch.setattr(os, "getuid", lambda: other)
         monkeypatch.setattr(writing, "_owner_of_new", lambda _: other)
-    assert recall(KEY) is None
+    assert load(KEY) is None
 
 
 def test_a_disk_that_gives_all_files_one_owner_keeps_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
-    assert content_of(recall(KEY)) == content_of(keep(KEY, fill))
+    assert content_of(load(KEY)) == content_of(write_tokens(KEY, fill))
 
 
 @pytest.mark.parametrize("kind", ["more in it", "another folder", "a file"])
@@ -209,8 +209,8 @@ def test_something_else_in_the_place_of_a_table_is_an_error_and_stays(table: Pat
         else:
             table.mkdir()
             (table / "thesis").touch()
-    assert recall(KEY) is None
+    assert load(KEY) is None
     with pytest.raises(DataError, match="it holds something else") as caught:
-        keep(KEY, fill)
+        write_tokens(KEY, fill)
     assert caught.value.hint
     assert table.read_text() == "thesis" if kind == "a file" else (table / "thesis").exists()

@@ -10,7 +10,7 @@ from qlora_cli.data.rows.column_formats import recognise
 from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.tokenizing import row_notes
-from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 from tests.chat_templates import tokenizer_with
@@ -58,7 +58,7 @@ def test_a_key_that_no_format_knows_is_in_the_text_or_told(template: str, place:
         row = row_with(place, key, value)
         settings = DataSettings(dataset=("rows.jsonl",))
         reader = RowReader(recognise(list(row), settings, "rows.jsonl"), LossOn.COMPLETIONS, use_chat=True)
-        tokenizer = Tokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids, accepts_lost=True)
+        tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids, accepts_lost=True)
         try:
             (found,) = tokenizer.tokenize([reader.read(row)])
         except RowError:

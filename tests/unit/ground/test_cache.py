@@ -110,7 +110,7 @@ def place_of(module: str) -> Path | None:
     ("module", "parts"),
     [
         ("qlora_cli.memory.estimator", prediction_cache.PARTS),
-        ("qlora_cli.data.tokenizing.encode", encode.PARTS),
+        ("qlora_cli.data.tokenizing.encode", encode.CODE_PARTS),
     ],
     ids=["predictions", "tokens"],
 )
@@ -127,7 +127,7 @@ def part_of_path(path: Path) -> str:
     return path.relative_to(cache.PACKAGE).with_suffix("").parts[0]
 
 
-@pytest.mark.parametrize("parts", [prediction_cache.PARTS, encode.PARTS])
+@pytest.mark.parametrize("parts", [prediction_cache.PARTS, encode.CODE_PARTS])
 def test_every_part_that_is_named_is_there(parts: tuple[str, ...]) -> None:
     for part in parts:
         assert cache.files_of(part), part

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.data.rows.examples import PromptCompletion
-from qlora_cli.data.tokenizing.tokens import Tokenizer
+from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
@@ -38,7 +38,7 @@ def template(*, times: int) -> dict[str, Any]:
 
 
 def encode(loaded: LoadedTokenizer, text: str) -> None:
-    tokenizer = Tokenizer(loaded.tokenizer, LossOn.ALL, loaded.end_ids)
+    tokenizer = RowTokenizer(loaded.tokenizer, LossOn.ALL, loaded.end_ids)
     tokenizer.encode(tokenizer.render([PromptCompletion(prompt="", completion=text)]))
 
 
