@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from io import BufferedReader
 from pathlib import Path
@@ -16,7 +17,40 @@ from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import MIB, format_bytes
 from qlora_cli.writing import LEFT_OVER, is_left_over
 
-MOST_BYTES = 32 * MIB  # a hundred thousand lines of what a trainer logs
+# What separates values: every list, object and element has one of these before it. Those within texts count too.
+JSON_SEPARATORS, TEXT_SEPARATORS = b"{[,", b" \t\r\n\v\f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileLimit:
+    """What a file of one kind may be at most; its values are counted by `separators`."""
+
+    most_bytes: int
+    most_values: int
+    separators: bytes = JSON_SEPARATORS
+
+    def check(self, content: bytes) -> None:
+        """Check what a file holds.
+
+        Raises:
+            ValueError: it holds more.
+        """
+        self.check_size(len(content))
+        num_values = len(content) - len(content.translate(None, self.separators))
+        if num_values > self.most_values:
+            raise ValueError(f"it holds more than {self.most_values:,} values")
+
+    def check_size(self, num_bytes: int) -> None:
+        """Check how large a file is.
+
+        Raises:
+            ValueError: it is larger.
+        """
+        if num_bytes > self.most_bytes:
+            raise ValueError(f"it is larger than {format_bytes(self.most_bytes)}")
+
+
+SMALL = FileLimit(most_bytes=32 * MIB, most_values=1_500_000)  # a hundred thousand lines of what a trainer logs
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -35,18 +69,19 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_small(path: Path) -> str:
-    """Return the text of a file that is read as a whole, such as a record.
+    """Return the text of a file that is read as a whole, such as a record in JSON.
 
     Raises:
         FileNotFoundError: it is not there.
         OSError: it can't be read.
-        ValueError: it is no file, larger than any such is, or not UTF-8.
+        ValueError: it is no file, larger than any such is, holds more values, or is not UTF-8.
     """
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"it is larger than {format_bytes(MOST_BYTES)}")
+    SMALL.check_size(path.stat().st_size)
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
-    return path.read_text(encoding="utf-8")
+    content = path.read_bytes()
+    SMALL.check(content)
+    return content.decode("utf-8")
 
 
 BESIDE_BYTES = 40  # what the name of a directory gets while it is written, or if it is set aside

@@ -6,48 +6,14 @@ apart from those of tokenizers with tens of thousands of added tokens, which are
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from qlora_cli.units import MIB, format_bytes
+from qlora_cli.files import TEXT_SEPARATORS, FileLimit
+from qlora_cli.units import MIB
 
-# What separates values: every list, object and element has one of these before it. Those within texts count too.
-JSON_SEPARATORS, TEXT_SEPARATORS = b"{[,", b" \t\r\n\v\f"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileLimit:
-    """What a file of one kind may be at most; its values are counted by `separators`."""
-
-    most_bytes: int
-    most_values: int
-    separators: bytes = JSON_SEPARATORS
-
-    def check(self, content: bytes) -> None:
-        """Check what a file holds.
-
-        Raises:
-            ValueError: it holds more.
-        """
-        self.check_size(len(content))
-        num_values = len(content) - len(content.translate(None, self.separators))
-        if num_values > self.most_values:
-            raise ValueError(f"it holds more than {self.most_values:,} values")
-
-    def check_size(self, num_bytes: int) -> None:
-        """Check how large a file is.
-
-        Raises:
-            ValueError: it is larger.
-        """
-        if num_bytes > self.most_bytes:
-            raise ValueError(f"it is larger than {format_bytes(self.most_bytes)}")
-
-
-HEADER = FileLimit(
-    most_bytes=100_000_000, most_values=2_000_000
-)  # of safetensors; the bytes are the format's own bound
+# Of safetensors, whose own bound the bytes are.
+HEADER = FileLimit(most_bytes=100_000_000, most_values=2_000_000)
 _OTHER_JSON = FileLimit(most_bytes=4 * MIB, most_values=200_000)
 _VOCABULARY = FileLimit(most_bytes=64 * MIB, most_values=6_000_000)
 _TOKENS = FileLimit(most_bytes=32 * MIB, most_values=1_000_000)  # six values for each that was added

@@ -9,7 +9,7 @@ import pytest
 from qlora_cli.data.finding.sources import check_dataset_name
 from qlora_cli.data.showing.page_file import check_page
 from qlora_cli.errors import QloraError
-from qlora_cli.files import check_output_directory, existing_path
+from qlora_cli.files import SMALL, check_output_directory, existing_path, read_small
 from qlora_cli.runs.directory import check_free_directory
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.resuming.resume import output_problem
@@ -101,3 +101,12 @@ def test_names_as_long_as_they_may_be_are_not_refused(tmp_path: Path) -> None:
 def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
     assert "is a link to nothing" in str(check_output_directory(tmp_path / "link"))
+
+
+def test_a_small_file_of_more_values_than_any_has_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(b"[" + b"{}," * (SMALL.most_values // 2) + b"1]")
+    with pytest.raises(ValueError, match="it holds more than 1,500,000 values"):
+        read_small(file)
+    file.write_bytes(b"[" + b"{}," * (SMALL.most_values // 2 - 1) + b"1]")
+    assert len(read_small(file)) == file.stat().st_size
