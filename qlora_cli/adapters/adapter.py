@@ -127,7 +127,7 @@ def load_adapter(
     grown = None if num_rows is None or head is None else GrownHead(module=head, num_rows=num_rows)
     adapted = place_adapter(model, adapter.lora, adapter.directory)
     adapted.peft_config[ADAPTER].inference_mode = not trainable
-    adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept beside those of the base
+    adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept next to those of the base
     if trainable:
         if is_pissa(adapter.lora):
             remember_start(adapted)

@@ -1,9 +1,9 @@
 """Parameters of the base that an adapter's file holds: in their place while the adapter is on, and only then.
 
-PEFT writes embedding and head beside an adapter when the vocabulary grew, and biases that were trained; reading them,
-it overwrites those of the base, so that switching the adapter off does not bring the base back, and it does not save
-them again. Here both are there, and change places when PEFT switches the adapter on or off. A head that was given rows
-for the adapter has those of the base alone while it is off: the others would take part in the softmax.
+PEFT writes the embedding and head of a grown vocabulary, and trained biases, into an adapter's file. Reading them, it
+overwrites those of the base: switching the adapter off does not bring the base back, and they are not saved again.
+Here both are kept, and swapped when PEFT switches the adapter on or off. A head that was given rows for an adapter
+has those of the base alone while it is off: the others would take part in the softmax.
 """
 
 from collections.abc import Iterator, Mapping

@@ -21,7 +21,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
 
     PEFT 0.21 registers the update as a second parametrization, and reads the weight to do so. Where wrappers are
     nested, as for two weights of one module, the outer one has turned the cache of parametrizations on by then: the
-    pass goes on with the weight as it was read, and the inner update has no effect and never trains. Nor is it taken
+    pass continues with the weight as it was read, and the inner update has no effect and never trains. Nor is it taken
     away again (PEFT looks for a class that it no longer uses for experts): every step would add one more.
 
     PEFT knows its wrappers by the name of their class, so this one has the same.
@@ -48,7 +48,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             with super()._activate_lora(active_adapters):
                 yield
             return
-        assert len(chain) == 1, "an update was left behind"
+        assert len(chain) == 1, "an update was left on"
         for adapter in active_adapters:
             if adapter in self.lora_A:
                 chain.append(_Update(*self.get_delta_factors(adapter)))

@@ -23,7 +23,7 @@ PARTS = (  # of an adapter: the module that they are on, what they are, and the 
     re.compile(r"(?P<path>.+?)\.(?P<part>token_adapter\.trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?(?P<leaf>)"),
 )
 COPY = re.compile(r"(?P<path>.+?)\.modules_to_save\.(?P<rest>.+)")
-ORIGINAL = ".original_module."  # the values of the base beside those of a module that trained whole
+ORIGINAL = ".original_module."  # the values of the base next to those of a module that trained whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def without_wrappers(key: str) -> str:
 
 
 def is_of_base(key: str) -> bool:
-    """Whether a key of a file is that of the base's own values, beside those of a module that trained whole."""
+    """Whether a key of a file is that of the base's own values, next to those of a module that trained whole."""
     return ORIGINAL in key
 
 
@@ -115,13 +115,13 @@ def in_base(path: str) -> str:
     return inner.replace(".token_adapter", "").replace(".base_layer", "")
 
 
-def with_twins(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
+def with_ties(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
     """Return for each of `names`, and for those that are one with them, the one that is named."""
     found = {name: name for name in names}
     for one, other in tied.items():
-        for name, twin in ((one, other), (other, one)):
-            if twin in found:
-                found.setdefault(name, twin)
+        for name, tied_to in ((one, other), (other, one)):
+            if tied_to in found:
+                found.setdefault(name, tied_to)
     return found
 
 

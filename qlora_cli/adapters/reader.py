@@ -28,7 +28,7 @@ from qlora_cli.adapters.keys import (
     beginning_of,
     in_base,
     is_of_base,
-    with_twins,
+    with_ties,
     without_wrappers,
 )
 from qlora_cli.adapters.patterns import check_patterns
@@ -73,7 +73,7 @@ class StoredAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter as it goes on its base.
+    """An adapter, fitted to its base.
 
     Attributes:
         directory: Where it was read.
@@ -152,7 +152,7 @@ def _check_numbers(file: Path, tensors: State) -> None:
 
 
 def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConfig) -> Adapter:
-    """Return an adapter as it goes on `model`, by shapes alone; by its config alone where the shapes are not known.
+    """Return an adapter fitted to `model`, by shapes alone; by its config alone where the shapes are not known.
 
     Raises:
         ModelError: it does not fit.
@@ -267,18 +267,18 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
     if is_converted:
         state = dict(convert_peft_adapter_state_dict_for_transformers(adapted, config, state))
     state = {key: value for key, value in state.items() if not key.startswith(_followers(adapted))}
-    beside = _parameters_in(state, expected, adapted, parameters)
-    _check(stored, state, expected, beside, parameters)
-    kept = {name: state[key] for key, name in beside.items()}
-    twins = with_twins(kept, tied)
+    of_base = _parameters_in(state, expected, adapted, parameters)
+    _check(stored, state, expected, of_base, parameters)
+    kept = {name: state[key] for key, name in of_base.items()}
+    ties = with_ties(kept, tied)
     adapter = Adapter(
         directory=stored.directory,
         config=stored.config,
         lora=lora,
-        values={key: state[key] for key in expected if key not in beside},
-        kept={name: kept[twin] for name, twin in twins.items()},
+        values={key: state[key] for key in expected if key not in of_base},
+        kept={name: kept[stored] for name, stored in ties.items()},
         given=frozenset(kept),
-        trained=frozenset(name for key, name in beside.items() if key in expected),
+        trained=frozenset(name for key, name in of_base.items() if key in expected),
         renaming=renaming,
         is_converted=is_converted,
     )
@@ -452,11 +452,11 @@ def _check(
     stored: StoredAdapter,
     state: State,
     expected: State,
-    beside: Mapping[str, str],
+    of_base: Mapping[str, str],
     parameters: Mapping[str, torch.Tensor],
 ) -> None:
     """Check that the tensors are all that are expected, of the right shapes, and no others."""
-    if unknown := sorted(state.keys() - expected.keys() - beside.keys()):
+    if unknown := sorted(state.keys() - expected.keys() - of_base.keys()):
         names = [without_wrappers(key) for key in unknown]
         raise ModelError(
             f"the adapter in {stored.directory} has {len(unknown)} weights that the base has no place for, such as "
@@ -471,7 +471,7 @@ def _check(
             hint=EDITED if all(_layer_of(key) in there for key in missing) else SAME_BASE,
         )
     for key, value in state.items():
-        wanted = parameters[beside[key]] if key in beside else expected[key]
+        wanted = parameters[of_base[key]] if key in of_base else expected[key]
         if value.shape != wanted.shape:
             raise ModelError(
                 f"the adapter in {stored.directory}: {key} is {tuple(value.shape)}, and the base asks for "

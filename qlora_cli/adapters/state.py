@@ -48,8 +48,8 @@ def put_values(model: PeftModel, values: Mapping[str, torch.Tensor]) -> None:
 
     Not by PEFT's own way, which renames some once more and then loses them.
     """
-    for key, room in parts_of(model).items():
-        room.copy_(values[key])
+    for key, parameter in parts_of(model).items():
+        parameter.copy_(values[key])
 
 
 def in_file(state: State, origin: Adapter | None) -> State:

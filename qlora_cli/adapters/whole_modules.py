@@ -1,4 +1,4 @@
-"""Modules that train whole beside an adapter, in fp32, and are saved with it: PEFT's `modules_to_save`, checked."""
+"""Modules that train whole with an adapter, in fp32, and are saved with it: PEFT's `modules_to_save`, checked."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -134,7 +134,7 @@ def _adapter_for(
     dtype: ComputeDtype,
     settings: ModelSettings,
 ) -> tuple[Adapter | None, int]:
-    """Return the adapter as it goes on the base, if one was named, and how many rows the vocabulary needs."""
+    """Return the adapter fitted to the base, if one was named, and how many rows the vocabulary needs."""
     source, base = model.source, model.base
     stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.allow_pickle)
     num_rows = max(tokenizer.num_rows, 0 if stored is None else rows_of(stored, shapes, base))
@@ -192,7 +192,7 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
 def _fitted(
     stored: StoredAdapter, base: ModelConfig, dtype: torch.dtype, num_rows: int, settings: ModelSettings
 ) -> Adapter:
-    """Return the adapter as it goes on the base, whose vocabulary has at least `num_rows`."""
+    """Return the adapter fitted to the base, whose vocabulary has at least `num_rows`."""
     config, trust = deepcopy(base.config), settings.trust_remote_code
     model = build_on_meta(config, dtype, trust_remote_code=trust)
     return fit(stored, with_rows(model, config, num_rows, dtype, trust_remote_code=trust), base).adapter

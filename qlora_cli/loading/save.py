@@ -28,7 +28,7 @@ OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 
 def check_savable(planned: LoadPlan | LoadedModel, directory: Path) -> None:
-    """Check that there is a quantized base to write, and room for it on the disk of `directory`.
+    """Check that there is a quantized base to write, and space for it on the disk of `directory`.
 
     Raises:
         ModelError: nothing is quantized, or an adapter is attached.

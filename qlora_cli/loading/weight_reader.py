@@ -58,7 +58,7 @@ def quantization_config(
 def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: StoragePlan) -> None:
     """Check that stored tensors have the shapes of `model`, which is on the meta device, where names agree.
 
-    Weights that are stored packed have sizes of their own, and constants beside them. Experts that are stored one by
+    Weights that are stored packed have sizes of their own, and constants next to them. Experts that are stored one by
     one are compared with each other.
 
     Raises:
@@ -272,7 +272,7 @@ def _counted(keys: list[str]) -> str:
 
 
 def check_materialized(source: ModelSource, model: nn.Module) -> None:
-    """Check that every weight was read, but for what accelerate keeps on the CPU behind a placeholder.
+    """Check that every weight was read, but for what accelerate keeps on the CPU with a placeholder in its place.
 
     Raises:
         ModelError: one was not; names it.

@@ -159,7 +159,7 @@ class AdapterOutline:
     """An adapter without its values: its config, and the headers of its tensors.
 
     `headers` is None of a pickle, which has none, and where the weights are not here. `num_ids` are those of the
-    tokenizer beside it, for which the base is given rows.
+    tokenizer next to it, for which the base is given rows.
     """
 
     directory: Path
@@ -189,7 +189,7 @@ def read_outline(directory: Path) -> AdapterOutline:
     """
     config = read_adapter_config(directory)
     file = directory / ADAPTER_WEIGHTS
-    has_header = file.exists() or file.is_symlink()  # one to nothing is told as such
+    has_header = file.exists() or file.is_symlink()  # a link to nothing is reported as such
     headers = tuple(read_header(directory, ADAPTER_WEIGHTS)) if has_header else None
     return AdapterOutline(directory=directory, config=config, headers=headers, num_ids=num_ids(directory))
 

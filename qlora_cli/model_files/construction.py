@@ -99,7 +99,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_co
         return build(config)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{config.model_type} can't be built: {told(error)}", hint="Install what its code needs."
+            f"{config.model_type} can't be built: {reason_of(error)}", hint="Install what its code needs."
         ) from error
     except Exception as error:  # whatever the code of an architecture raises
         if is_ours(error):
@@ -216,7 +216,7 @@ def refused(where: str, content: Mapping[str, Any], keys: list[str], reason: Exc
     is_file = file.is_file()
     written = _as_written(file) if is_file else {}
     named = [f"{_written_name(key, written)} is {shown(content.get(key))}" for key in keys]
-    why = reason if isinstance(reason, str) else told(reason)
+    why = reason if isinstance(reason, str) else reason_of(reason)
     return ModelError(
         f"{file if is_file else f'{CONFIG} of {where}'} describes no model that can be built: "
         f"{', '.join(named)}{': ' if named else ''}{why}",
@@ -272,7 +272,7 @@ def is_ours(error: BaseException) -> bool:
     return not below or any(below)
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return what `error` says in one line, and of what type it is where that says more."""
     text = str(error)
     if field := VALIDATION.search(text):

@@ -31,7 +31,7 @@ def base_digest(directory: Path) -> str:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Return the files that the model is loaded from; others may come to lie beside them."""
+    """Return the files that the model is loaded from; others may be put next to them later."""
     entry = weights_entry([path.name for path in directory.iterdir()], allow_pickle=True)
     assert entry is not None, "a base has weights"
     if not entry.endswith(INDEX_SUFFIX):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.model_files.construction import faulty_keys, is_ours, shown, told
+from qlora_cli.model_files.construction import faulty_keys, is_ours, reason_of, shown
 
 GENERATION_CONFIG = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -41,7 +41,7 @@ def read_generation_config(directory: Path) -> Mapping[str, Any]:
         if is_ours(error):
             raise
         keys = faulty_keys(content, content, error, lambda values: GenerationConfig.from_dict(dict(values)))
-        raise _refused(file, content, keys, told(error)) from error
+        raise _refused(file, content, keys, reason_of(error)) from error
     return content
 
 

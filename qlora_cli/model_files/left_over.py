@@ -46,14 +46,14 @@ def may_be_left_out(
 def layers_ahead(config: PreTrainedConfig, names: Collection[str]) -> frozenset[int]:
     """Return which layers of a checkpoint with tensors of these `names` predict tokens further ahead.
 
-    They are those behind the last, as many as the config says. Layers of towers are none.
+    They are those after the last, as many as the config says. Layers of towers are none.
     """
     number = getattr(config, "num_nextn_predict_layers", None)
     if type(number) is not int:
         return frozenset()
-    behind = range(config.num_hidden_layers, config.num_hidden_layers + number)
+    predicting = range(config.num_hidden_layers, config.num_hidden_layers + number)
     found = (_layer_of(name) for name in names if not any(tower in name for tower in TOWERS))
-    return frozenset(layer for layer in found if layer is not None and layer in behind)
+    return frozenset(layer for layer in found if layer is not None and layer in predicting)
 
 
 def note_on_prediction(config: PreTrainedConfig, names: Collection[str], fate: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What stands beside a merged model and says what it was merged from, how, and how it was verified: for programs."""
+"""The record of a merged model, for programs: what it was merged from, how, and how it was verified."""
 
 import json
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def new_merge_record(content: Mapping[str, object]) -> MergeRecord:
 
 
 def read_merge_record(directory: Path) -> MergeRecord | None:
-    """Return the record beside a merged model; None if there is none.
+    """Return the record of a merged model; None if there is none.
 
     Raises:
         ModelError: it can't be read, or was written by a newer version.

@@ -27,7 +27,7 @@ from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.source import ModelSource
 
 # Decoders of vision-language models that differ from a plain one only in the positions of images: for text, the
-# multi-part rotary positions are the ordinary ones. With what a plain one has to be told besides.
+# multi-part rotary positions are the ordinary ones. With the keys that a plain decoder needs besides.
 PLAIN_DECODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
@@ -150,8 +150,8 @@ def _plain(text: PreTrainedConfig) -> PreTrainedConfig:
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):
         values["rope_parameters"] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
-    model_type, told = PLAIN_DECODERS[text.model_type]
-    return AutoConfig.for_model(model_type, **{**values, **told})
+    model_type, extra = PLAIN_DECODERS[text.model_type]
+    return AutoConfig.for_model(model_type, **{**values, **extra})
 
 
 def _check_class(name: str, config: PreTrainedConfig) -> None:

@@ -66,7 +66,7 @@ def check_pickle(path: Path) -> dict[str, TensorHeader]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    # PyTorch's own words go on to advise that the file be allowed to run code.
+    # PyTorch's own message advises that the file be allowed to run code.
     if match := NOT_ALLOWED.search(str(error)):
         return f"it holds {match[1]}, which is no tensor"
     if isinstance(error, OSError) and error.strerror:

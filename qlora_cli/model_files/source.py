@@ -96,7 +96,7 @@ class ModelSource:
 
     @property
     def run_is_done(self) -> bool | None:
-        """Whether the run came to its end; None if none was named."""
+        """Whether the run was trained to its end; None if none was named."""
         return None if self.weights is None else self.weights.is_done
 
     @property
@@ -258,7 +258,7 @@ def _check_code(base: _Files, settings: ModelSettings) -> None:
                     repository, _, class_name = name.partition("--")
                     raise ModelError(
                         f"{base.path / file} takes {class_name} from another repository, {repository}",
-                        hint=f"Copy that code beside {file} and drop the name before -- in its auto_map.",
+                        hint=f"Copy that code next to {file} and drop the name before -- in its auto_map.",
                     )
 
 

@@ -39,7 +39,7 @@ class LoadReport:
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
     `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized. `errors` are measured
     if asked for; `saved` is the quantized checkpoint, if one was written. Of a run, `adapter_step` is the step of its
-    weights, and `run_is_done` whether it came to its end.
+    weights, and `run_is_done` whether it was trained to its end.
     """
 
     model: str

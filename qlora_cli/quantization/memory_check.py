@@ -149,7 +149,7 @@ def _smaller(layout: StoragePlan) -> dict[str, QuantizationSettings]:
 
 
 def fits_unquantized(layout: StoragePlan, free: int) -> bool:
-    """Whether the model would take at most half of `free` unquantized, which leaves room to train an adapter.
+    """Whether the model would take at most half of `free` unquantized, which leaves headroom to train an adapter.
 
     False for one that is not quantized, or that came so.
     """

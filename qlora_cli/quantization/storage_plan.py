@@ -66,7 +66,7 @@ class StoragePlan:
 
     @property
     def transient_bytes(self) -> int:
-        """The most that is held beside the model while it is loaded: one weight before it is quantized.
+        """The most that is held in addition to the model while it is loaded: one weight before it is quantized.
 
         Its constants may take more than they do afterwards. Fused experts that stay unquantized are put together
         from tensors that are there at the same time.

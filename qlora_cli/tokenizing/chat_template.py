@@ -235,7 +235,7 @@ def _use_standard(tokenizer: PreTrainedTokenizerBase, name: str, standard: Stand
             f"the chat template {name!r} needs the tokens {', '.join(missing)}, which the tokenizer does not have",
             hint=f"Add --new-tokens '{','.join(missing)}', or choose another --chat-template.",
         )
-    # A model that has seen BOS before every text goes on seeing it; templates write it, not the tokenizer.
+    # A model that has seen BOS before every text keeps seeing it; templates write it, not the tokenizer.
     starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + standard.text
     notes = [f"chat template: the standard {name!r}"]

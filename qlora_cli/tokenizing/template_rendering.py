@@ -68,7 +68,7 @@ def render(
     variables: Mapping[str, Any] | None = None,
     asks_answer: bool = False,
 ) -> str:
-    """Return a conversation as text, and with what asks for an answer behind it if `asks_answer`.
+    """Return a conversation as text, and with what asks for an answer after it if `asks_answer`.
 
     `variables` are given to the template by their names, none of which is a parameter of `apply_chat_template`.
 
@@ -141,7 +141,7 @@ def try_template(text: str) -> None:
     """
 
     def render_some() -> None:
-        # A template may refuse some of them; and what it takes of time between operations is told of rows.
+        # A template may refuse some of them; and the time it takes between operations is reported with rows.
         for (messages, tools), asks_answer in itertools.product(TRIED, (False, True)):
             with suppress(*TEMPLATE_ERRORS, *ENDLESS):
                 render_jinja_template(

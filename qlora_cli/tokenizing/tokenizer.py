@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.model_files.checkpoint import again, read_json
-from qlora_cli.model_files.construction import shown, told
+from qlora_cli.model_files.construction import reason_of, shown
 from qlora_cli.model_files.generation import read_generation_config
 from qlora_cli.model_files.given_model import CONFIG, has_vocabulary
 from qlora_cli.model_files.source import ModelSource
@@ -162,14 +162,14 @@ def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code:
         _check_files(place)
         if (unreadable := why_unreadable(place)) is not None:
             return unreadable
-    reason = told(error)
+    reason = reason_of(error)
     if faulty := faulty_config(source, error, trust_remote_code=trust_remote_code):
         file, key, value = faulty
         return ModelError(
             f"{file} makes no tokenizer: {key} is {shown(value)}: {reason}",
             hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
         )
-    hint = "Save one beside the weights with tokenizer.save_pretrained()."
+    hint = "Save one next to the weights with tokenizer.save_pretrained()."
     if has_vocabulary(source.tokenizer_path):
         hint = "Get its files anew from where the model came from, all of one version."
     return ModelError(f"{source.name} has no tokenizer that can be loaded: {reason}", hint=hint)
@@ -263,7 +263,7 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase, facts: _Facts, *, may_grow: 
     tokenizer.pad_token = tokenizer.eos_token
     return [
         f"the tokenizer {problem}, and has no token to spare; padding with its end token {tokenizer.eos_token}, "
-        "masked by position (--resize-vocab makes room for a pad token)"
+        "masked by position (--resize-vocab adds a row for a pad token)"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, each from where it lies: beside the adapter, else beside the base.
+"""The files of a tokenizer, each from the adapter, else from the base.
 
 An adapter may bring all of them, a chat template alone, or nothing. The vocabulary is that of one place; config and
 chat template come from the nearest place that has one. Whatever differs from the base's own is said.
@@ -117,7 +117,7 @@ def _together(places: Sequence[Path]) -> Iterator[Path]:
 
 
 def _copy(target: Path, vocabulary: Path, config: Path, base: Path, content: Mapping[str, Any]) -> None:
-    """Put a tokenizer together in `target`, whose config is `content`, and whose code is beside `config`."""
+    """Put a tokenizer together in `target`, whose config is `content`, and whose code is next to `config`."""
     code = [path.name for path in config.glob("*.py")] if "auto_map" in content else []
     for place, files in ((vocabulary, VOCABULARY), (base, (CONFIG,)), (config, code)):
         _copy_files(place, target, files)
@@ -171,11 +171,11 @@ def _faulty_key(content: Mapping[str, Any], error: Exception, file: Path, places
 def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, base: Path, num_rows: int) -> list[str]:
     """Add the tokens of each added_tokens.json that the tokenizer lacks; return notes on them.
 
-    transformers reads that file only beside a config of its own age. A token or an id that two of `places` name is
+    transformers reads that file only with a config of its own age. A token or an id that two of `places` name is
     that of the first. Beside the base the file may be older than its weights: what has no row there is left out.
     """
     known = tokenizer.get_vocab()
-    told: list[tuple[Path, str, object, str]] = []
+    refused: list[tuple[Path, str, object, str]] = []
     wanted: dict[int, tuple[str, Path]] = {}
     taken = set(known)
     for place in places:
@@ -183,11 +183,11 @@ def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, b
             if token in taken:
                 continue
             if type(number) is not int:
-                told.append((place, token, number, "whose id is no whole number"))
+                refused.append((place, token, number, "whose id is no whole number"))
             elif number in wanted:
-                told.append((place, token, number, "whose id is given to another token"))
+                refused.append((place, token, number, "whose id is given to another token"))
             elif place == base and number >= num_rows:
-                told.append((place, token, number, f"beyond the {num_rows:,} rows of the embedding"))
+                refused.append((place, token, number, f"beyond the {num_rows:,} rows of the embedding"))
             else:
                 wanted[number] = (token, place)
                 taken.add(token)
@@ -198,8 +198,8 @@ def _add_listed(tokenizer: PreTrainedTokenizerBase, places: Sequence[Path], *, b
         else:
             why = "" if tokenizer.add_tokens([AddedToken(token, normalized=False)]) else "that can't be added"
             following += not why
-        told.append((place, token, number, why))
-    return [note for place in places for note in _on_listed(place / ADDED_TOKENS, told)]
+        refused.append((place, token, number, why))
+    return [note for place in places for note in _on_listed(place / ADDED_TOKENS, refused)]
 
 
 def _listed(place: Path) -> Mapping[str, Any]:
@@ -208,15 +208,15 @@ def _listed(place: Path) -> Mapping[str, Any]:
 
 
 def _following(tokenizer: PreTrainedTokenizerBase, known: Mapping[str, int]) -> int | None:
-    """Return the id that the next token added to `known` gets; None if it would not be the one behind the last."""
+    """Return the id that the next token added to `known` gets; None if it would not be the one after the last."""
     size, last_added = tokenizer.vocab_size, max(tokenizer.added_tokens_decoder, default=-1)
     given = last_added + 1 if last_added >= size else size  # the library counts over holes
     return given if given == max(known.values(), default=-1) + 1 else None
 
 
-def _on_listed(file: Path, told: Sequence[tuple[Path, str, object, str]]) -> Iterator[str]:
+def _on_listed(file: Path, refused: Sequence[tuple[Path, str, object, str]]) -> Iterator[str]:
     """Yield in words what of an added_tokens.json was added, and what was left out and why."""
-    of_file = [(token, number, why) for place, token, number, why in told if place == file.parent]
+    of_file = [(token, number, why) for place, token, number, why in refused if place == file.parent]
     for reason in dict.fromkeys(why for *_, why in of_file):
         named = _named([(token, number) for token, number, why in of_file if why == reason], reason)
         yield f"{file} names {named}; left out" if reason else f"{file} adds {named}"

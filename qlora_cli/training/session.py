@@ -27,7 +27,7 @@ from qlora_cli.hardware.counters import (
     peak_host_bytes,
     reset_device_peak,
 )
-from qlora_cli.model_files.construction import is_ours, told
+from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
@@ -91,7 +91,7 @@ class Session:
             if is_ours(error):
                 raise
             raise ModelError(
-                f"TRL makes no trainer of {self._prepared.loaded.source.name} and these settings: {told(error)}",
+                f"TRL makes no trainer of {self._prepared.loaded.source.name} and these settings: {reason_of(error)}",
                 hint="Change the setting that it names; qlora config show lists all, and which are not defaults.",
             ) from error
         trainer.remove_callback(PrinterCallback)

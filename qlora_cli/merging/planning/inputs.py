@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qlora_cli.adapters.keys import with_twins
+from qlora_cli.adapters.keys import with_ties
 from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
@@ -292,7 +292,7 @@ def _trained_on_cpu(record: RunRecord | None) -> bool:
 
 def _reader(base: BaseModel) -> Read:
     original, groups = Base(base, BaseWeights.ORIGINAL), parameter_groups(base.groups)
-    stored = with_twins(groups, base.model.all_tied_weights_keys or {})
+    stored = with_ties(groups, base.model.all_tied_weights_keys or {})
     return lambda name: original.parameters(groups[stored[name]])[stored[name]]
 
 

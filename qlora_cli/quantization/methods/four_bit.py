@@ -53,7 +53,7 @@ STORED = "load_in_4bit"  # in the config of a checkpoint
 CODE_BYTES = 16 * 4  # the 16 levels, one table a weight
 NESTED_CODE_BYTES = 256 * 4  # the levels of the constants, likewise
 OFFSET_BYTES = FLOAT_BYTES = 4
-# What bitsandbytes stores beside packed codes.
+# What bitsandbytes stores with packed codes.
 CONSTANT = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__\w+)")
 
 

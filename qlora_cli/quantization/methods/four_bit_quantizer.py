@@ -1,6 +1,6 @@
 """4-bit quantization on loading, through the door that transformers leaves open for quantizers of others.
 
-`from_pretrained` goes on doing what it is good at: shards, renamed weights, dtypes, tied weights. What differs from
+`from_pretrained` still does what it is good at: shards, renamed weights, dtypes, tied weights. What differs from
 its own bitsandbytes quantizer: weights are quantized piece by piece in bounded memory, and fused experts are
 quantized too, each expert as it is read.
 """

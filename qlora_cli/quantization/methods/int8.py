@@ -123,7 +123,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes of `weight`, `(out, in)` in int8, and the largest magnitude of each row, `(out,)` in fp32.
 
     Raises:
-        ModelError: it holds NaN or infinite values, or such as fp16 has no room for.
+        ModelError: it holds NaN or infinite values, or values beyond the range of fp16.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)

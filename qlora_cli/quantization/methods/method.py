@@ -119,7 +119,7 @@ class Method(ABC):
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
 
-    # How its settings are told.
+    # How its settings are described.
 
     def describe(self, settings: QuantizationSettings) -> str:
         """Return in a few words how weights are stored: `NF4, double quantization`."""
@@ -142,7 +142,7 @@ class Method(ABC):
         """Return what a weight of `shape`, `(out, in)` or stacked, that comes in `dtype` takes as it is stored."""
 
     def transient_constant_bytes(self, settings: QuantizationSettings) -> float:
-        """Return what the constants take for each weight while it is loaded, beside what they take afterwards."""
+        """Return what the constants take for each weight while it is loaded, on top of what they take afterwards."""
         return 0.0
 
     def stored(self, module: nn.Module, name: str, parameter: nn.Parameter) -> StoredWeight | None:
@@ -209,7 +209,7 @@ class Method(ABC):
         return {}
 
     def constant_names(self, name: str) -> tuple[str, ...]:
-        """Return the tensors that must stand beside the packed weight `name` in a checkpoint."""
+        """Return the tensors that must come with the packed weight `name` in a checkpoint."""
         return ()
 
     def weight_of_constant(self, name: str) -> str | None:
