@@ -1,4 +1,4 @@
-"""Run what a file of others brings along, a program or a pickle, within seconds and within some memory.
+"""Run untrusted code from a file, such as a template or a pickle, within limits of time and memory.
 
 A signal ends what takes too long. What takes too much memory has to be refused it: one operation, such as a text times
 a billion, takes it all before anything can be counted. So the whole process may grow by no more than some meanwhile.
@@ -40,7 +40,7 @@ FATAL = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL")
 
 
 class DeadlyError(Exception):
-    """What runs would end the process, or never end; the message says how."""
+    """The code would crash the process, or never end; the message says how."""
 
 
 class TimeOutError(Exception):

@@ -22,7 +22,7 @@ EXIT_CODES = {
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust ended by a panic, which is no `Exception` and has no name to import."""
+    """Return whether an error is a panic of a Rust library, which is not an `Exception` and can't be imported."""
     return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"
 
 
@@ -45,14 +45,14 @@ class QloraError(Exception):
         return self.message if self.setting is None else f"{self.setting}: {self.message}"
 
     def of(self, setting: str) -> Self:
-        """Return the error as that of a setting's value, unless it is known to be that of another's."""
+        """Attribute the error to a setting's value, unless it is already attributed to another; return it."""
         self.setting = self.setting or setting
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong with the input: where (flag, file and line, key), what, and what to do."""
+    """One problem with the input: where it is (flag, file and line, key), what it is, and what to do."""
 
     where: str
     message: str
@@ -110,13 +110,13 @@ class RunNotFoundError(QloraError, FileNotFoundError):
 
 
 class OutputDirectoryError(QloraError, FileExistsError):
-    """The output directory holds something else or can't be written."""
+    """The output directory contains other files, or can't be written."""
 
     exit_code = 2
 
 
 class DiskSpaceError(QloraError, OSError):
-    """What the command would write does not fit on the disk. Not raised half-way: checked before."""
+    """The command's output does not fit on the disk. Checked before writing, not raised half-way."""
 
     exit_code = 2
 
@@ -144,7 +144,7 @@ class TrainingError(QloraError, RuntimeError):
 
 
 class PushError(QloraError, ConnectionError):
-    """What a run made could not be pushed to the hub; it is on the disk as before."""
+    """The result of a run could not be pushed to the hub; it remains on the disk."""
 
 
 class TerminatedError(QloraError, InterruptedError):

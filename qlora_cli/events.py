@@ -1,4 +1,4 @@
-"""What a run reports while it goes on.
+"""Events that a run reports while it is in progress.
 
 The core says verbs and knows nothing of terminals: it hands frozen events to a `Reporter`. The command
 line draws them; the run directory writes them to `metrics.jsonl`.
@@ -24,14 +24,14 @@ class MemoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """The run turned to something else that takes time, such as "Loading the model"."""
+    """The run began a phase that takes time, such as "Loading the model"."""
 
     title: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BytesDone:
-    """A transfer went on: so many of so many bytes. Each kind has a bar of its own."""
+    """A transfer progressed to so many of so many bytes. Each kind has a separate progress bar."""
 
     kind: Literal["download", "quantize", "load", "merge"]
     done_bytes: Whole
@@ -40,7 +40,7 @@ class BytesDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Noted:
-    """Something a user should know. A warning when a setting was lowered or data were lost."""
+    """A note for the user; a warning if a setting was lowered or data were lost."""
 
     message: str
     level: Literal["info", "warning"] = "info"
@@ -58,7 +58,7 @@ class TrainingStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResumed:
-    """Training goes on behind `step`. What was reported of later steps before is no longer so."""
+    """Training resumed after `step`. Earlier reports of later steps are no longer valid."""
 
     step: Whole
     num_steps: Whole
@@ -90,7 +90,7 @@ class StepSkipped:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One optimizer step. `loss` is the mean over the supervised tokens of the step."""
+    """One optimizer step. `loss` is the mean over the trained tokens of the step."""
 
     step: Whole
     num_steps: Whole
@@ -113,7 +113,7 @@ class EvalStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationAdvanced:
-    """`qlora evaluate` went on: so many of so many rows, or requests of a task, of what `title` names."""
+    """`qlora evaluate` progressed to so many of so many rows, or requests of the task that `title` names."""
 
     title: str
     unit: Literal["row", "request"]
@@ -124,7 +124,7 @@ class EvaluationAdvanced:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone:
-    """`loss` is the mean over the supervised tokens of the evaluation set, as the trainer batches it.
+    """`loss` is the mean over the trained tokens of the evaluation set, as the trainer batches it.
 
     `is_best`: no evaluation of the run was better so far.
     """

@@ -1,4 +1,4 @@
-"""Files and folders looked at: whether they are there, what they take, and whether they can be written."""
+"""Check files and folders: whether they exist, their size, and whether they can be written."""
 
 import dataclasses
 import errno
@@ -54,7 +54,7 @@ SMALL = FileLimit(most_bytes=32 * MIB, most_values=1_500_000)  # a hundred thous
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read its bytes, such as one in a directory of others, where a pipe would be waited for.
+    """Open an untrusted file to read its bytes; opening a pipe would block.
 
     Raises:
         OSError: it can't be opened, or is no regular file.
@@ -77,7 +77,7 @@ def read_small(path: Path) -> str:
         ValueError: it is no file, larger than any such is, holds more values, or is not UTF-8.
     """
     SMALL.check_size(path.stat().st_size)
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise ValueError("it is no file")
     content = path.read_bytes()
     SMALL.check(content)
@@ -89,11 +89,11 @@ BELOW_BYTES = 200  # the longest path of what is written into one
 
 
 def existing_path(name: str | Path) -> Path | None:
-    """Return the path that `name` stands for, with `~` expanded, or None if there is nothing to be found by it."""
+    """Return the path `name` with `~` expanded; None if it does not exist or can't be accessed."""
     try:
         path = Path(name).expanduser()
         path.stat()
-    except (OSError, ValueError, RuntimeError):  # not there, not to be looked at, too long, a user that is none
+    except (OSError, ValueError, RuntimeError):  # missing, not accessible, too long, an unknown user
         return None
     return path
 
@@ -107,7 +107,7 @@ def is_regular(path: Path) -> bool:
 
 
 def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
-    """Return why there can be no directory by this path, which `flag` names, whatever is to be written into it."""
+    """Return the error if no directory can exist at this path, which `flag` names; None if one can."""
     try:
         reason = _why_not_made(directory)
     except ValueError:
@@ -141,7 +141,7 @@ def _num_bytes(name: str) -> int:
 
 
 def check_output_directory(directory: Path, flag: str = "--output") -> QloraError | None:
-    """Return why nothing can be written to `directory`, which `flag` names: it is not empty, or can't be made."""
+    """Return the error if `directory`, which `flag` names, is not empty or can't be made; None if it is usable."""
     if (problem := path_problem(directory, flag)) is not None or not directory.is_dir():
         return problem
     was_killed = is_left_over(directory / LEFT_OVER)
@@ -177,7 +177,7 @@ def check_disk_space(directory: Path, needed_bytes: int, hint: str) -> None:
 
 
 def size_of(directory: Path) -> int:
-    """Return the bytes of all files below a directory; 0 if it is not there."""
+    """Return the total bytes of all files below a directory; 0 if it does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -190,7 +190,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def as_json(value: Any) -> Any:
-    """Return `value` with paths, enums and dataclasses turned into what JSON holds."""
+    """Return `value` with paths, enums and dataclasses converted to JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return as_json(dataclasses.asdict(value))
     if isinstance(value, Mapping):

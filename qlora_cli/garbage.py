@@ -1,4 +1,4 @@
-"""Keeping Python's search for reference cycles out of the way, where it costs time or must not interfere."""
+"""Suspend Python's cyclic garbage collector where it costs time or must not interfere."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Search for cycles only when asked to; unasked, Python looks through all that is held, again and again."""
+    """Disable automatic garbage collection, which would traverse all live objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""Characters that can't be seen, made visible: for a terminal and for a page alike. Imports nothing heavy.
+"""Make invisible characters visible, for a terminal and for a page alike. Imports nothing heavy.
 
-Data is untrusted: what could turn text around, hide in it, or drive a terminal is shown as its number.
+Data is untrusted: characters that reverse text, hide in it, or control a terminal are shown as their code points.
 """
 
 import re
@@ -20,9 +20,9 @@ _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufff9-\ufffb"
 _ODD_SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000"
 _NO_CHARACTERS = "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"  # a lone surrogate could not even be written as UTF-8
 _NUMBERED = f"[{_CONTROLS}{_IGNORABLE}{_ODD_SPACES}{_NO_CHARACTERS}]"
-# A run of spaces is tried once, at its first: no quadratic time in a row of nothing but spaces.
+# A run of spaces is matched only at its first, or a row of only spaces would take quadratic time.
 _SPACES = r"(?<!\ )\ ++"
-# Joiners and odd spaces are part of many languages, and stay, and so do the breaks between lines.
+# Joiners and unusual spaces, which many languages use, and line breaks stay.
 _DRIVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSEEN = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n])|{_NUMBERED}")
 _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
@@ -30,22 +30,22 @@ _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
 
 @dataclass(frozen=True)
 class TextPart:
-    """Text as it is, or a sign that stands for what can't be seen."""
+    """Literal text, or a sign in place of invisible characters."""
 
     text: str
     is_sign: bool
 
 
 class TextPiece(Protocol):
-    """Text of a row whose tokens are shown together."""
+    """A piece of a row whose tokens are shown together."""
 
     @property
     def text(self) -> str:
-        """As it is."""
+        """The literal text."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether its tokens are supervised."""
+        """Whether its tokens are trained."""
 
     @property
     def is_special(self) -> bool:
@@ -53,7 +53,7 @@ class TextPiece(Protocol):
 
 
 def visible(text: str, *, is_end: bool = True) -> str:
-    """Return `text` with signs in place of what can't be seen.
+    """Return `text` with signs in place of invisible characters.
 
     A line break is `⏎` and a real one, a tab `→`, each space at the end of a line `·`, every other such character
     its number in brackets: `[U+200B]`. `is_end` says that a line ends with the text.
@@ -62,7 +62,7 @@ def visible(text: str, *, is_end: bool = True) -> str:
 
 
 def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:
-    """Yield `visible(text)` in parts that tell a sign from the same character in the data."""
+    """Yield the parts of `visible(text)`, which distinguish a sign from the same character in the data."""
     place = 0
     for found in (_UNSEEN_AT_END if is_end else _UNSEEN).finditer(text):
         if found.start() > place:
@@ -74,7 +74,7 @@ def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:
 
 
 def harmless(text: str) -> str:
-    """Return `text` with what could drive a terminal, or turn text around, as its number in brackets: `[U+001B]`."""
+    """Return `text` with characters that control a terminal or reverse text as bracketed code points: `[U+001B]`."""
     return _DRIVES.sub(lambda found: _sign(found.group()), text)
 
 
