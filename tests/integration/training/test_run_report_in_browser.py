@@ -15,6 +15,7 @@ from tests.unit.runs.test_run_report import events_of_a_run, hostile_record
 
 PHONE_WIDTH, PHONE_HEIGHT = 390, 844
 WIDE = 1200
+PAPER_WIDTH = 718  # A4 less margins, in CSS pixels
 LEAST_FONT_PIXELS, MOST_FONT_PIXELS = 9, 17
 FACTS = """<script>addEventListener("load", () => {
   const root = document.documentElement;
@@ -38,6 +39,8 @@ FACTS = """<script>addEventListener("load", () => {
       curves: Array.from(seen(chart)[0].querySelectorAll("g > path[style*='--first']"), path => path.getTotalLength()),
     })),
     scripts: document.querySelectorAll("main script").length,
+    breaks: Array.from(document.querySelectorAll(".chart"), chart => getComputedStyle(chart).breakInside),
+    display: getComputedStyle(document.querySelector(".charts")).display,
     columns: getComputedStyle(document.querySelector(".charts")).gridTemplateColumns.split(" ").length,
   });
 });</script>"""
@@ -119,6 +122,17 @@ def test_labels_of_short_and_long_runs_stand_apart_on_a_phone(browser: Browser, 
     other = Browser(browser.program, browser.folder / str(num_steps))
     write_report(run).rename(other.page)
     check_charts(facts_on_a_phone(other))
+
+
+def test_on_paper_no_chart_is_split_or_drawn_over_another(browser: Browser) -> None:
+    printed = browser.folder / "printed.html"
+    html = with_script(browser.page, FACTS)
+    assert html.count("@media print") == 1
+    printed.write_text(html.replace("@media print", "@media all"), "utf-8")
+    facts = browser.facts(printed, f"--window-size={PAPER_WIDTH},1000")
+    check_charts(facts)
+    assert facts["breaks"] == 5 * ["avoid"]
+    assert facts["display"] == "block"  # the rows of a grid keep their heights across pages, and would overlap
 
 
 def test_the_page_has_nothing_to_complain_of(browser: Browser) -> None:
