@@ -1,1 +1,1 @@
-"""A run afterwards, or while it goes on: read from its directory, summed up, shown as a page. Imports no torch."""
+"""A run, finished or still running: read from its directory, summed up, shown as a page. Imports no torch."""

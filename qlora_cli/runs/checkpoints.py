@@ -36,7 +36,7 @@ def seal(folder: Path) -> None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if every file is as it was written."""
+    """Return the damage of a checkpoint; None if every file is as it was written."""
     try:
         sums = checkpoint / CHECKSUMS
         if sums.exists() and not sums.is_file():
@@ -88,7 +88,7 @@ class Published:
 
     Attributes:
         path: Where it is.
-        kept: What is not deleted because it holds more than a run wrote: where it is, with the reason.
+        kept: Checkpoints that were not deleted because they hold more than a run wrote, each with the reason.
     """
 
     path: Path
@@ -99,7 +99,8 @@ class Published:
 class CheckpointStore:
     """The folder of checkpoints of one run, of which the newest `num_kept` and the best one stay.
 
-    `needed_bytes` is what one of them takes. `journal` must not be behind a checkpoint when the power fails.
+    `needed_bytes` is the size of one. `journal` is flushed before each is published, so that after a power failure it
+    lacks no step of a checkpoint.
     """
 
     folder: Path
@@ -120,12 +121,12 @@ class CheckpointStore:
         return staging(self.path_of(step))
 
     def clear_left_overs(self) -> None:
-        """Delete what a killed process left half-written, or half-deleted: who holds the run's lock is alone here."""
+        """Delete folders that a killed process left half written or half deleted; the caller holds the run's lock."""
         for place in self.folder.glob(".*.saving"):
             clear_left_over(place)
 
     def set_aside(self, step: int) -> list[Path]:
-        """Rename the checkpoints behind `step`, which are damaged, so that they do not count as newer ones."""
+        """Rename the checkpoints after `step`, which are damaged, so that they do not count as newer ones."""
         newer = [checkpoint for checkpoint in self.all() if step_of(checkpoint) > step]
         return [move_aside(checkpoint, f".damaged-{checkpoint.name}") for checkpoint in newer]
 
@@ -138,15 +139,15 @@ class CheckpointStore:
         free = shutil.disk_usage(self.folder).free
         if free < self.needed_bytes:
             raise TrainingError(
-                f"no room for a checkpoint: it takes up to {format_bytes(self.needed_bytes)}, and "
+                f"not enough free space for a checkpoint: it takes up to {format_bytes(self.needed_bytes)}, and "
                 f"{format_bytes(free)} are free on the disk of {self.folder}",
-                hint="Free room and give the same command again: it goes on from the last checkpoint.",
+                hint="Free some space and give the same command again: it resumes from the last checkpoint.",
             )
 
     def publish(self, finished: Path, step: int, best_step: int | None) -> Published:
         """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit.
 
-        What is no checkpoint of a run, or holds more, is never deleted.
+        A folder that is not a checkpoint of a run, or holds more, is never deleted.
         """
         seal(finished)
         if self.journal.exists():
@@ -165,7 +166,7 @@ class CheckpointStore:
         return Published(path=target, kept=kept)
 
     def make_way(self, step: int) -> dict[Path, str]:
-        """Move aside what is in the place of the checkpoint of a step and may not be deleted: where, and why."""
+        """Move aside a folder at a checkpoint's path that may not be deleted; return its new path and the reason."""
         target = self.path_of(step)
         reason = strange_in(target) if os.path.lexists(target) else None
         return {} if reason is None else {move_aside(target, f".kept-{target.name}"): reason}

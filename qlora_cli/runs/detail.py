@@ -21,11 +21,11 @@ class RunDetail:
         summary: Its figures.
         settings: Those that are not at their default.
         evaluations: On held-out data, in order.
-        samples: Prompts and what became of their answers.
+        samples: Prompts with their answers, in order of steps.
         skipped_steps: Steps that changed nothing because they were not finite.
-        resumed_from: The steps behind which training went on.
-        notes: What was noted on the way, warnings too.
-        next_step: What may be done now, in a sentence; None while the run goes on.
+        resumed_from: The steps after which training was resumed.
+        notes: Notes and warnings.
+        next_step: What to do next, in a sentence; None while the run is running.
     """
 
     summary: RunSummary
@@ -38,12 +38,12 @@ class RunDetail:
     next_step: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it by name, the summary on the same level; what is no finite number is null."""
+        """Return all of it by name, the summary on the same level; numbers that are not finite are null."""
         whole = asdict(self)
         settings = {setting.path: {"value": setting.value, "origin": setting.origin} for setting in self.settings}
-        found = _finite({**whole.pop("summary"), **whole, "settings": settings})
-        assert isinstance(found, dict)
-        return found
+        finite = _finite({**whole.pop("summary"), **whole, "settings": settings})
+        assert isinstance(finite, dict)
+        return finite
 
 
 def detail_of(run: Run) -> RunDetail:
@@ -69,8 +69,8 @@ def _next_step(run: Run) -> str | None:
         return f"the adapter is in {adapter}" if adapter.is_dir() else None
     never = " without --resume never" if run.record.setting("output.resume") == "never" else ""
     if not summary.checkpoints:
-        return f"run the same qlora train again{never}: it begins anew, as there is no checkpoint"
-    return f"run the same qlora train again{never}: it goes on from {summary.checkpoints[-1].name}"
+        return f"run the same qlora train again{never}: it restarts, as there is no checkpoint"
+    return f"run the same qlora train again{never}: it resumes from {summary.checkpoints[-1].name}"
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ report.html      all of it, to look at
 checkpoints/     step-…/, complete or absent
 skipped_rows.jsonl  rows that could not be used, if they were to be skipped
 adapter/         PEFT adapter, tokenizer, chat template
-merged/          what `qlora merge` writes unless told otherwise
+merged/          what `qlora merge` writes by default
 """
 
 import os
@@ -120,7 +120,7 @@ class RunDirectory:
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
 
     def drop_adapter(self, known: Sequence[Sums]) -> Path | None:
-        """Delete the adapter of an earlier end, which is not that of a run that goes on; its checkpoints stay.
+        """Delete the adapter of an earlier end before the run is resumed; its checkpoints stay.
 
         If it holds anything but files that a run wrote, by sums that are `known`, it is moved aside, and its place
         returned.
@@ -157,13 +157,13 @@ def check_free_directory(directory: Path, flag: str = "--output") -> QloraError 
     return check_output_directory(directory, flag)
 
 
-# What a run may have written when it was killed before its first record; the last two if it goes on from another.
+# What a run may have written when it was killed before its first record; the last two if it resumes another.
 BEGINNINGS = {LOCK_FILE}
 ASIDE = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
 
 
 def only_began(directory: Path, *, takes_over: bool) -> bool:
-    """Whether a directory holds no more than what a run makes first; `takes_over`: one that goes on from another."""
+    """Return whether a directory holds only what a run makes first; `takes_over`: a run that resumes another one."""
     return all(
         path.name in BEGINNINGS or ASIDE.fullmatch(path.name) or (takes_over and _was_taken_over(path))
         for path in directory.iterdir()
@@ -171,7 +171,7 @@ def only_began(directory: Path, *, takes_over: bool) -> bool:
 
 
 def _was_taken_over(path: Path) -> bool:
-    """Whether this is what a run took over from another: checkpoints, each with its sums, or lines of events."""
+    """Return whether a run took this over from another: checkpoints, each with its sums, or lines of events."""
     if path.name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
         return all(
             is_left_over(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS).is_file())
@@ -184,7 +184,7 @@ def _was_taken_over(path: Path) -> bool:
 
 
 def clear_beginning(directory: Path, held: Collection[str], made: Sequence[Path]) -> None:
-    """Delete what a run made first that did not come to its first record, and those of the folders `made` for it.
+    """Delete what a run made before it failed to write its first record, and those of the folders `made` for it.
 
     What the directory `held` before stays.
     """

@@ -1,4 +1,4 @@
-"""Runs found below a directory, and each of them read whole."""
+"""Find the runs below a directory, and read a run as a whole."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Run:
 
 
 def read_run(directory: Path, *, now: datetime | None = None) -> Run:
-    """Return the run in `directory`; what can't be read is among the problems of its summary."""
+    """Return the run in `directory`; unreadable parts are among the problems of its summary."""
     record, problem = read_record(directory), None
     try:
         history = read_history(directory)
@@ -33,7 +33,7 @@ def read_run(directory: Path, *, now: datetime | None = None) -> Run:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is that of a run."""
+    """Return whether a directory is that of a run."""
     return any((directory / name).is_file() for name in (RUN_FILE, METRICS_FILE))
 
 
@@ -42,9 +42,9 @@ def find_runs(directory: Path) -> list[RunSummary]:
 
     Links are not followed, and nothing is looked for within a run.
     """
-    found = []
+    summaries = []
     for folder, below, files in os.walk(directory):
         if RUN_FILE in files or METRICS_FILE in files:
-            found.append(read_run(Path(folder)).summary)
+            summaries.append(read_run(Path(folder)).summary)
             below.clear()
-    return sorted(found, key=lambda run: (parse_time(run.started) or UNKNOWN, str(run.path)))
+    return sorted(summaries, key=lambda run: (parse_time(run.started) or UNKNOWN, str(run.path)))

@@ -1,7 +1,7 @@
 """The history of a run, read from its `metrics.jsonl` alone: what a run that was never interrupted would have.
 
-A run that goes on behind a step appends to the same file, so what was reported of later steps before no longer
-counts. The file is read line by line, and of the steps only numbers are kept.
+A run that is resumed after a step appends to the same file, so earlier reports of later steps no longer count. The
+file is read line by line, and only the numbers of each step stay in memory.
 """
 
 import errno
@@ -69,14 +69,14 @@ class RunHistory:
 
     Attributes:
         steps: The optimizer steps.
-        start: What was about to begin; None before that.
+        start: The event that announced the training; None before it.
         num_steps: How many steps there are to be; None before training began.
         evaluations: In order; `is_best` is that of this history.
         samples: Answers to fixed prompts, in order of steps.
         skipped: Steps that changed nothing because they were not finite.
         checkpoints: Those that were saved; some may have been deleted since.
-        resumes: Where training went on behind a checkpoint, in order.
-        stops: Where a signal ended it.
+        resumes: The resumptions of training after a checkpoint, in order.
+        stops: The ends of training by a signal.
         end: The end of the loop, if nothing came after it.
         rehearsal: The last one before the first step.
         notes: What was noted, each message once.
@@ -84,7 +84,7 @@ class RunHistory:
         started: When the first event was written; None without any.
         last_event: When the last one was.
         active_seconds: Between the start of the loop and its last sign of life, summed over all its resumptions.
-        num_damaged_lines: Lines that could not be read; a cut last line is none.
+        num_damaged_lines: Lines that could not be read; an unfinished last line does not count.
     """
 
     steps: StepColumns
@@ -115,7 +115,7 @@ class RunHistory:
 
     @property
     def best(self) -> EvalDone | None:
-        """The evaluation that no other was better than; of equal ones the last."""
+        """The best evaluation; the last of several that are equal."""
         return next((event for event in reversed(self.evaluations) if event.is_best), None)
 
 
@@ -143,7 +143,7 @@ def empty_history() -> RunHistory:
 
 
 class _HistoryReader:
-    """Takes the lines of a file in order, and forgets what a resumption undoes."""
+    """Takes the lines of a file in order, and drops the steps that a resumption undoes."""
 
     def __init__(self) -> None:
         self._columns: dict[str, array[Any]] = {
@@ -172,7 +172,7 @@ class _HistoryReader:
             content = json.loads(line.decode(errors="replace"))
             event = read_event(content)
             if event is not None:
-                self._keep(event)
+                self._take_event(event)
             self._times.take(event, content.get("time"))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             # Only the last line can lack its end: a process was killed while it wrote it.
@@ -200,11 +200,11 @@ class _HistoryReader:
             num_damaged_lines=self._num_damaged_lines,
         )
 
-    def _keep(self, event: Event) -> None:
+    def _take_event(self, event: Event) -> None:
         match event:
             case StepDone():
-                self._keep_step(event)
-            case EvalDone():  # the same step again: a run was resumed behind its last step
+                self._add_step(event)
+            case EvalDone():  # the same step again: a run was resumed after its last step
                 _forget(self._evaluations, event.step - 1)
                 _add(self._evaluations, event)
             case SampleDone():
@@ -217,7 +217,7 @@ class _HistoryReader:
             case TrainingStarted():
                 self._num_steps, self._start = event.num_steps or self._num_steps, event
             case TrainingResumed():
-                self._keep_resumption(event)
+                self._add_resumption(event)
             case TrainingEnded():
                 self._end = event
                 if event.interrupted_by is not None:
@@ -228,13 +228,13 @@ class _HistoryReader:
                 if len(self._notes) < MOST_NOTES:
                     self._notes.setdefault(event.message, event)
 
-    def _keep_step(self, event: StepDone) -> None:
+    def _add_step(self, event: StepDone) -> None:
         steps, memory = self._columns["step"], event.memory
         figures = (event.loss, event.learning_rate, event.grad_norm, event.num_tokens, event.tokens_per_second)
         in_use = (memory.host_bytes or NAN, memory.device_allocated_bytes, memory.device_reserved_bytes)
         # Before one is added: a number may be too large for a float, and then none of the line counts.
         row = [NAN if figure is None else float(figure) for figure in (*figures, *in_use)]
-        if steps and event.step <= steps[-1]:  # begun anew without a checkpoint to go on from
+        if steps and event.step <= steps[-1]:  # restarted, without a checkpoint to resume from
             self._forget_after(event.step - 1)
         steps.append(event.step)
         for add, figure in zip(self._add_figures, row, strict=True):
@@ -243,20 +243,20 @@ class _HistoryReader:
         self._device_total_bytes = memory.device_total_bytes or self._device_total_bytes
         self._end = None
 
-    def _keep_resumption(self, event: TrainingResumed) -> None:
+    def _add_resumption(self, event: TrainingResumed) -> None:
         self._num_steps = event.num_steps or self._num_steps
         self._forget_after(event.step)
         self._end = None
-        if event.step:  # else there was no checkpoint, and the run began anew
+        if event.step:  # else there was no checkpoint, and the run restarted
             _add(self._resumes, event)
 
     def _forget_after(self, step: int) -> None:
         steps = self._columns["step"]
-        num_kept = len(steps)
-        while num_kept and steps[num_kept - 1] > step:
-            num_kept -= 1
+        num_left = len(steps)
+        while num_left and steps[num_left - 1] > step:
+            num_left -= 1
         for column in self._columns.values():
-            del column[num_kept:]
+            del column[num_left:]
         for events in (self._evaluations, self._skipped, self._resumes):
             _forget(events, step)
         self._samples.forget_after(step)
@@ -359,9 +359,9 @@ def _check_number(events: Collection[object]) -> None:
 
 
 def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:
-    found, best = [], math.inf
+    marked, best = [], math.inf
     for done in evaluations:
         is_best = math.isfinite(done.loss) and done.loss <= best
         best = done.loss if is_best else best
-        found.append(EvalDone(step=done.step, loss=done.loss, seconds=done.seconds, is_best=is_best))
-    return tuple(found)
+        marked.append(EvalDone(step=done.step, loss=done.loss, seconds=done.seconds, is_best=is_best))
+    return tuple(marked)

@@ -84,15 +84,15 @@ def read_event(content: Mapping[str, Any]) -> Event | None:
 
 
 def _with_gaps(content: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """Return what a line holds with gaps for what is no figure, and without text that UTF-8 has no bytes for."""
-    found, gaps = dict(content), _GAPS_OF.get(content["event"], {})
+    """Return the content of a line with gaps in place of invalid figures, and without text that UTF-8 can't encode."""
+    repaired, gaps = dict(content), _GAPS_OF.get(content["event"], {})
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][1]) if len(problem["loc"]) > 1 else ""
         if problem["type"] == "string_unicode":
-            found[key] = _in_unicode(found[key])
-        elif key in gaps and (key != "memory" or found.get(key) is None):
-            found[key] = gaps[key]
-    return found
+            repaired[key] = _in_unicode(repaired[key])
+        elif key in gaps and (key != "memory" or repaired.get(key) is None):
+            repaired[key] = gaps[key]
+    return repaired
 
 
 def _in_unicode(value: Any) -> Any:
@@ -108,7 +108,7 @@ class MetricsWriter:
         self._file = directory.metrics_file
 
     def report(self, event: Event) -> None:
-        """Append `event`; opened anew each time, so that a line is on its way to disk when this returns."""
+        """Append `event`; the file is opened each time, so that the line has reached the system when this returns."""
         append_line(self._file, event_line(event, datetime.now(UTC)))
 
     def end_cut_line(self) -> None:

@@ -1,7 +1,7 @@
-"""What a run records of itself: written from one model, and read through it, by every command.
+"""The record of a run (`run.json`): every command writes it from one model and reads it through that model.
 
-A run that was killed, or written by an older version, is no error: what is missing is None, what can't be read is left
-out and said in `problems`. A command that can't do without a part asks for it by `need`, `base` or `settings_of`.
+A run that was killed, or written by an older version, is not an error: missing parts are None, unreadable ones are left
+out and listed in `problems`. A command that requires a part asks for it by `need`, `base` or `settings_of`.
 """
 
 import json
@@ -42,14 +42,14 @@ class RecordSection(BaseModel):
 
     def integer(self, key: str) -> int | None:
         """Return the whole number that was written under a key; None if none was."""
-        found = self.content.get(key)
-        return found if isinstance(found, int) and not isinstance(found, bool) else None
+        value = self.content.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 class Resumption(RecordSection):
-    """That the run went on behind a step; `checkpoint` is within the run, or absolute.
+    """A resumption of the run after a step; `checkpoint` is relative to the run, or absolute.
 
-    `from_run` is where one of another run is as seen from this one, so that the two may be moved together.
+    `from_run` is the path from this run to a checkpoint of another one, so that the two may be moved together.
     """
 
     time: str | None = None
@@ -271,12 +271,12 @@ class RunRecord(RecordSection):
         return tuple(sorted(places, key=lambda place: existing_path(place) is None))
 
     def _named_from(self) -> Iterator[Path]:
-        """Yield the directory that relative names were given in, and where that is as seen from the run."""
+        """Yield the directory that relative names refer to: its recorded path, then its place relative to the run."""
         if self.named_from is not None:
             yield self.named_from.directory
             yield Path(os.path.normpath(self._directory.resolve() / self.named_from.from_run))
             return
-        # Version 0 did not say; a relative name of the run itself tells.
+        # Version 0 did not record it; it follows from the relative name of the run itself.
         output, here = self.setting("output.directory"), self._directory.resolve()
         parts = Path(os.path.normpath(output)).parts if isinstance(output, str) else ()
         if parts and here.parts[-len(parts) :] == parts:
@@ -299,8 +299,8 @@ def read_record(directory: Path) -> RunRecord:
         return _unreadable(directory, f"{RUN_FILE} is damaged: it holds no object")
     version = content.get("schema_version", 0)
     if not isinstance(version, int) or isinstance(version, bool):
-        found = json.dumps(version)
-        return _unreadable(directory, f"{RUN_FILE} is damaged: schema_version is {found}, which is no whole number")
+        shown = json.dumps(version)
+        return _unreadable(directory, f"{RUN_FILE} is damaged: schema_version is {shown}, which is no whole number")
     if version > SCHEMA_VERSION:
         known = f"and this qlora knows versions up to {SCHEMA_VERSION}"
         return _unreadable(directory, f"{RUN_FILE} is of schema version {version}, {known}", UPDATE)
@@ -320,7 +320,7 @@ def load_record(directory: Path) -> RunRecord:
 
 
 def resumption(directory: RunDirectory, time: str | None, step: int, checkpoint: Path | None) -> Resumption:
-    """Return the entry of a run that goes on from a checkpoint, which may be another's; of none if it begins anew."""
+    """Return the entry of a resumption from a checkpoint, of this or another run; None for a run that restarts."""
     if checkpoint is None:
         return Resumption(time=time, step=step, checkpoint=None)
     own = within(directory, checkpoint)
@@ -329,7 +329,7 @@ def resumption(directory: RunDirectory, time: str | None, step: int, checkpoint:
 
 
 def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumption, ...]:
-    """Return when a run went on before, by its record, as a run in `directory` holds it that goes on with that one."""
+    """Return the earlier resumptions in `record`, with paths as seen from the run in `directory` that resumes it."""
     if record._directory.resolve() == directory.path.resolve():
         return record.resumed
     return tuple(
@@ -408,7 +408,7 @@ def _bounded(value: Any, place: str, problems: list[str], depth: int = 1) -> Any
 
 
 def _leave_out(content: dict[str, Any], place: tuple[int | str, ...]) -> None:
-    """Remove what is at a place; of a list, all of it, and a part that lacks what it can't be without as a whole."""
+    """Remove the value at a place; a list as a whole, and a part as a whole if it lacks a required value."""
     holder, key = content, str(place[0])
     for inner_key in map(str, place[1:]):
         inner = holder.get(key)

@@ -87,12 +87,12 @@ class TrainResult:
     """A run that ended: all its steps done, or stopped by a signal after a checkpoint.
 
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all of
-    them; both count supervised tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
+    them; both count trained tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
     with its evaluations and checkpoints, `total_seconds` everything with loading, and `tokens_per_second` are over
     the seconds of the steps alone. Of a run that was resumed, all figures but the peaks, which are those of the last
-    process, are those of the steps that count: what a killed process did behind its last checkpoint is in neither
+    process, are those of the steps that count: what a killed process did after its last checkpoint is in neither
     tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the
-    hub, and `notes` what was said of model and tokenizer. Of a run of an older version, what that did not record is
+    hub, and `notes` the notes on model and tokenizer. Of a run of an older version, what that did not record is
     None, or else 0.
     """
 

@@ -1,7 +1,7 @@
-"""Which weights are a run's: the adapter that it ended with, or the newest good checkpoint of a run that did not end.
+"""The weights of a run: the adapter that it ended with, or the newest good checkpoint of a run that did not end.
 
-`adapter/` of a run that was stopped holds the weights of that stop. When the run goes on it is taken away; versions
-before this one left it there, so that only what the record says of it counts.
+`adapter/` of a run that was stopped holds the weights of that stop. A resumption deletes it; earlier versions left it
+there, so only the record decides whether it counts.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class RunWeights:
         path: Their directory.
         step: The step that they are of; None if that is not known.
         num_steps: How many the run is to have.
-        is_done: Whether the run has come to its end.
+        is_done: Whether the run has ended.
         is_result: Whether they are what it ended with.
         damaged: Newer checkpoints that can't be used, each with the reason.
     """
@@ -36,12 +36,12 @@ class RunWeights:
 
     @property
     def sentence(self) -> str:
-        """Which step they are of, and whether the run came to its end."""
+        """The step of the weights, and whether the run has ended."""
         of = f" of {self.num_steps:,}" if self.num_steps else ""
         where = "of a step that is not known" if self.step is None else f"of step {self.step:,}{of}"
         if self.is_result:
             return f"the weights are those {where}, with which the run ended"
-        end = "the run ended with others" if self.is_done else "the run has not come to its end"
+        end = "the run ended with others" if self.is_done else "the run has not ended"
         return f"the weights are those {where}; {end} ({self.path})"
 
 
@@ -68,7 +68,7 @@ def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
 
 
 def weights_of_part(part: Path, run: RunDirectory, record: RunRecord) -> RunWeights:
-    """Return what is known of a checkpoint or an adapter of a run that was named itself."""
+    """Return the weights of a checkpoint or an adapter that the user named instead of its run."""
     if part in list_checkpoints(run.checkpoints):
         return _of(part, step_of(part), record)
     return _of(part, _step_of_adapter(run, record) if part == run.adapter else None, record)
@@ -87,12 +87,12 @@ def is_complete(run: RunDirectory, record: RunRecord) -> bool:
 def missing_weights(run: RunDirectory, record: RunRecord, damaged: tuple[str, ...] = ()) -> ModelError:
     """Return the error of a run that has neither an adapter nor a checkpoint that is whole.
 
-    Its hint is what train takes: it begins a run anew in its place only if nothing of it would be lost.
+    Its hint is a command that `train` accepts: it restarts a run in its directory only if nothing would be lost.
     """
     why = f"; {counted(len(damaged), 'checkpoint')} can't be used ({'; '.join(damaged)})" if damaged else ""
-    when, hint = "yet", "Give the same qlora train command again: it begins anew."
+    when, hint = "yet", "Give the same qlora train command again: it restarts."
     if record.is_done or damaged or run.holds_adapter_weights:
-        when, hint = "any more", f"Put {ADAPTER}/ or a checkpoint back as it was, or train anew in another --output."
+        when, hint = "any more", f"Put {ADAPTER}/ or a checkpoint back as it was, or train into another --output."
     return ModelError(
         f"the run in {run.path} has no weights {when}: no adapter, and no whole checkpoint{why}", hint=hint
     )

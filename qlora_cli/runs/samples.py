@@ -8,7 +8,7 @@ from qlora_cli.runs.history import RunHistory
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAnswer:
-    """What was answered after a step; `when` says what is special about it."""
+    """An answer after a step; `when` says which step that is: the first, the best or the last."""
 
     step: int
     when: str
@@ -17,7 +17,7 @@ class SampleAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt and what became of its answer, in order of steps."""
+    """A prompt and its answers, in order of steps."""
 
     prompt: str
     answers: tuple[SampleAnswer, ...]

@@ -24,7 +24,7 @@ QUIET_SECONDS = 15 * 60  # longer without an event, and a run whose process can'
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run in a few figures. Sizes are in bytes, times in seconds; None is what is not known.
+    """A run in a few figures. Sizes are in bytes, times in seconds; None stands for an unknown value.
 
     Attributes:
         name: The name of the directory.
@@ -48,7 +48,7 @@ class RunSummary:
         model: The base, as it was asked for.
         dataset: The data sets, as they were asked for.
         checkpoints: Those that are there, oldest first.
-        num_resumes: How often training went on behind a checkpoint.
+        num_resumes: How often training was resumed from a checkpoint.
         num_skipped_steps: Steps that changed nothing because they were not finite.
         error: Why it failed.
         problems: What could not be read of the directory, in sentences.
@@ -100,7 +100,7 @@ def summarize(
     """Return the summary of the run in `directory`; `problem` says why its history could not be read."""
     path = directory.absolute()
     steps, best, rehearsal, start = history.steps, history.best, history.rehearsal, history.start
-    result, foreseen = record.result or Result(), record.plan.predicted_memory or Predicted()
+    result, predicted = record.result or Result(), record.plan.predicted_memory or Predicted()
     peak = result.peak_memory or Peak()
     state = state_of(directory, record, history, now or datetime.now(UTC))
     return RunSummary(
@@ -124,10 +124,10 @@ def summarize(
             steps.device_reserved_bytes,
         ),
         peak_host_bytes=_peak(peak.host_bytes, None, steps.host_bytes),
-        predicted_allocated_bytes=foreseen.allocated_bytes or (start.predicted_allocated_bytes if start else None),
-        predicted_reserved_bytes=foreseen.reserved_bytes or (start.predicted_reserved_bytes if start else None),
-        predicted_process_bytes=foreseen.process_bytes,
-        gpu=foreseen.gpu or as_name(record.hardware.get("gpu")),
+        predicted_allocated_bytes=predicted.allocated_bytes or (start.predicted_allocated_bytes if start else None),
+        predicted_reserved_bytes=predicted.reserved_bytes or (start.predicted_reserved_bytes if start else None),
+        predicted_process_bytes=predicted.process_bytes,
+        gpu=predicted.gpu or as_name(record.hardware.get("gpu")),
         started=_started(record, history),
         duration_seconds=history.active_seconds,
         model=as_name(record.setting("model.name")) or record.plan.model,
@@ -141,15 +141,15 @@ def summarize(
 
 
 def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> State:
-    """Return what became of a run, or that it still goes on."""
+    """Return how a run ended, or that it is still running."""
     if ended := ENDED.get(record.status or ""):
         return ended
     if record.status != "running" and history.end is not None:
         return "done" if history.end.interrupted_by is None else "interrupted"
-    return "running" if _goes_on(directory, record, history, now) else "killed"
+    return "running" if _is_running(directory, record, history, now) else "killed"
 
 
-def _goes_on(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> bool:
+def _is_running(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> bool:
     """Whether the process that writes to a run is there; on another host, whether it has written lately."""
     pid = record.pid
     if pid is not None and record.host == socket.gethostname():

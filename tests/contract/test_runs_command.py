@@ -89,7 +89,7 @@ def test_one_run_is_shown_in_detail(folder: Path) -> None:
     for expected in (
         *("stopped: interrupted after step 40 of 100", "loss 1.2707 at the last step", "▇", "step 40 1.2500 the best"),
         *("held-out loss 1.2500 at step 40", "8.00 GiB at its peak, 10.00 GiB predicted (+25.0%)"),
-        *("checkpoints step-40", "resumed after step 40", "run the same qlora train again: it goes on from step-40"),
+        *("checkpoints step-40", "resumed after step 40", "run the same qlora train again: it resumes from step-40"),
         *("model.name Qwen/Qwen3-0.6B --model", "training.max_grad_norm 0.3 run.yaml:12"),
         *("Why? before training: answer 0 after step 40, the best: answer 40", "step 7 was skipped: nan"),
         "warning: lowered",
@@ -104,7 +104,7 @@ def test_a_run_that_failed_says_why_and_controls_are_not_passed_on() -> None:
     shown = qlora("show", "runs/tuning/broken").stdout
     assert "broken: failed before the first step" in shown
     assert "OutOfMemoryError: [U+001B][31mno" in shown
-    assert "it begins anew" in shown
+    assert "it restarts" in shown
 
 
 @pytest.mark.usefixtures("folder")

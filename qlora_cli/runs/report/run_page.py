@@ -38,13 +38,13 @@ DATA_ROWS = (
     ("rows_trained", "Rows fed"),
     ("packed_rows", "Rows after packing"),
     ("tokens", "Tokens fed"),
-    ("supervised_tokens", "Supervised tokens"),
+    ("supervised_tokens", "Trained tokens"),
     ("longest_row_tokens", "Longest row, in tokens"),
     ("truncated_rows", "Rows truncated"),
     ("dropped_rows", "Rows dropped as too long"),
     ("tokens_lost", "Tokens lost"),
-    ("supervised_tokens_lost", "Supervised tokens lost"),
-    ("rows_without_supervision", "Rows without supervision"),
+    ("supervised_tokens_lost", "Trained tokens lost"),
+    ("rows_without_supervision", "Rows without trained tokens"),
     ("duplicate_rows", "Duplicate rows"),
     ("held_out_rows", "Rows held out"),
     ("near_duplicate_rows", "Near-duplicates of trained rows"),
@@ -142,7 +142,7 @@ def drawn_charts(charts: Sequence[RunChart]) -> list[tuple[Labels, Markup]]:
 
 
 def about(summary: RunSummary, record: RunRecord) -> Pairs:
-    """Return what was trained on what, where and when."""
+    """Return the facts at the head of the page: model, data, device, times and directory."""
     started = parse_time(summary.started)
     device = as_name(record.hardware.get("gpu")) or record.plan.device
     pairs = [
@@ -168,15 +168,15 @@ def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
     if summary.tokens_per_second is not None:
         yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", "tokens a second over all steps")
     if summary.peak_reserved_bytes is not None:
-        foreseen = summary.predicted_reserved_bytes
-        remark = f"reserved, {format_bytes(foreseen)} predicted" if foreseen else "reserved on the GPU"
+        predicted = summary.predicted_reserved_bytes
+        remark = f"reserved, {format_bytes(predicted)} predicted" if predicted else "reserved on the GPU"
         yield Tile("Peak memory", format_bytes(summary.peak_reserved_bytes), remark)
     elif summary.peak_host_bytes is not None:
         yield Tile("Peak memory", format_bytes(summary.peak_host_bytes), "of the process on the host")
 
 
 def memory_rows(summary: RunSummary) -> Iterator[MemoryRow]:
-    """Yield what was predicted beside what was measured."""
+    """Yield predicted and measured memory."""
     for name, predicted, measured in (
         ("Allocated by tensors", summary.predicted_allocated_bytes, summary.peak_allocated_bytes),
         ("Reserved by PyTorch", summary.predicted_reserved_bytes, summary.peak_reserved_bytes),
@@ -196,7 +196,7 @@ def _difference(predicted: int | None, measured: int | None) -> str:
 
 
 def data_rows(record: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """Yield what became of the rows: the name of a figure, that of the trained and that of the held-out rows."""
+    """Yield figures of the rows: a name, and the figure of the trained and of the held-out rows."""
     trained, evaluated = record.data.train or RecordedRows(), record.data.eval or RecordedRows()
     for key, name in DATA_ROWS:
         train, held_out = trained.integer(key), evaluated.integer(key)

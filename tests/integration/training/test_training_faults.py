@@ -334,7 +334,8 @@ class Filler(Recorder):
 
 
 @pytest.mark.parametrize(
-    ("leave_bytes", "message"), [(8 << 20, "no room for a checkpoint"), (200 << 10, r"the disk of .* is full")]
+    ("leave_bytes", "message"),
+    [(8 << 20, "not enough free space for a checkpoint"), (200 << 10, r"the disk of .* is full")],
 )
 def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     base_model: Path,

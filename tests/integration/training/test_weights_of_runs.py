@@ -80,7 +80,7 @@ def test_stopped_gone_on_with_and_killed_a_run_is_its_newest_checkpoint(
     found = find_model(ModelSettings(name=str(run)), recorder)
     newest = list_checkpoints(run / "checkpoints")[-1]
     assert (newest.name, found.adapter, found.adapter_step, found.run_is_done) == ("step-5", newest, 5, False)
-    assert "of step 5 of 6; the run has not come to its end" in notes_of(recorder)
+    assert "of step 5 of 6; the run has not ended" in notes_of(recorder)
     report = load(run, model__dtype=None).report()
     assert (report.adapter, report.adapter_step, report.run_is_done) == (newest, 5, False)
     evaluation = evaluated(run)

@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_is_the_adapter_of_that_stop(tmp_path: Path) -> N
     run = make_run(tmp_path, status="interrupted", steps=5, adapter=True, good=(4, 5))
     weights = found(run)
     assert (weights.path, weights.step, weights.is_done, weights.is_result) == (run.adapter, 5, False, False)
-    assert "step 5 of 10; the run has not come to its end" in weights.sentence
+    assert "step 5 of 10; the run has not ended" in weights.sentence
 
 
 # As a version that left adapter/ of an earlier stop behind wrote it: the record says that the run went on since.
@@ -115,7 +115,7 @@ def test_a_run_without_weights_says_what_was_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", "done"])
 @pytest.mark.parametrize("damaged", [(), (2,)])
 @pytest.mark.parametrize("left", [None, ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-def test_the_command_is_proposed_again_only_where_it_begins_anew(
+def test_the_command_is_proposed_again_only_where_it_restarts(
     tmp_path: Path, status: str, damaged: tuple[int, ...], left: str | None
 ) -> None:
     run = make_run(tmp_path, status=status, steps=10, adapter=False, damaged=damaged)
@@ -126,12 +126,12 @@ def test_the_command_is_proposed_again_only_where_it_begins_anew(
         found(run)
     output = OutputSettings(directory=run.path)
     try:
-        begins_anew = find_resume(output) is not None
+        restarts = find_resume(output) is not None
     except OutputDirectoryError:
-        begins_anew = False
-    assert ("same qlora train command" in str(caught.value.hint)) is begins_anew
-    assert ("train anew in another --output" in str(caught.value.hint)) is not begins_anew
-    assert ("yet" in str(caught.value)) is begins_anew
+        restarts = False
+    assert ("same qlora train command" in str(caught.value.hint)) is restarts
+    assert ("train into another --output" in str(caught.value.hint)) is not restarts
+    assert ("yet" in str(caught.value)) is restarts
 
 
 def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -> None:
