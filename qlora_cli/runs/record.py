@@ -1,7 +1,7 @@
 """The record of a run (`run.json`): every command writes it from one model and reads it through that model.
 
-A run that was killed, or written by an older version, is not an error: missing parts are None, unreadable ones are left
-out and listed in `problems`. A command that requires a part asks for it by `need`, `base` or `settings_of`.
+A run that was killed, or written by an older version, is not an error: missing parts are None, unreadable ones are
+left out and listed in `problems`. A command that requires a part asks for it by `need`, `base` or `settings_of`.
 """
 
 import json
