@@ -273,6 +273,13 @@ def test_outside_of_the_main_thread_a_conversation_is_rendered_too(tokenizer: Pr
     assert found == ["yes"]
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a conversation so much time that an interrupt comes before, on a busy machine too."""
+    monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("late")
 def test_an_interrupt_stops_a_template_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = FOR_HOURS
     interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
@@ -338,6 +345,7 @@ def test_an_operation_that_can_not_be_interrupted_ends_the_process_at_last_and_s
     assert "in within_seconds" in done.stderr
 
 
+@pytest.mark.usefixtures("late")
 def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
     interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     before, begin = psutil.Process().children(), time.monotonic()
