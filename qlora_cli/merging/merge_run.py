@@ -82,7 +82,7 @@ def _fill(output: Path, job: "_Job") -> None:
             raise
         raise MergeError(
             f"the disk of {output} is full: {error}",
-            hint="Nothing was left there. Free buffer, or choose another directory with --output.",
+            hint="Nothing was left there. Free disk space, or choose another directory with --output.",
         ) from error
 
 
@@ -131,7 +131,9 @@ def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
     reporter.report(PhaseStarted(title="Planning the merge"))
     plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.merge.dtype) for kind in kinds]
     disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
-    check_disk_space(output_of(request), disk_bytes, hint="Free buffer, or choose another directory with --output.")
+    check_disk_space(
+        output_of(request), disk_bytes, hint="Free disk space, or choose another directory with --output."
+    )
     if choice is not None:
         reporter.report(Noted(message=f"merging into the {choice.base} base: {choice.reason}"))
     base = BaseWeights(choice.base) if choice else BaseWeights.AUTO

@@ -86,7 +86,7 @@ def note_length(settled: Resolved[Section], reporter: Reporter) -> None:
     """Say it if the default length was lowered to the positions of the model."""
     if settled.origin_of(LENGTH) == OF_THE_MODEL:
         length = settled.settings.data.max_length  # type: ignore[attr-defined]
-        reporter.report(Noted(message=f"rows are cut at {length:,} tokens, the positions that the model has"))
+        reporter.report(Noted(message=f"rows are truncated at {length:,} tokens, the positions that the model has"))
 
 
 def apply_rope_scaling(config: PreTrainedConfig, text: str | None) -> str | None:

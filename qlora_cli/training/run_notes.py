@@ -17,7 +17,7 @@ LINE_CHARACTERS = 240
 
 
 def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length: int, reporter: Reporter) -> None:
-    """Say what was recognised, with one row, and what was cut, dropped or skipped."""
+    """Say what was recognised, with one row, and what was truncated, dropped or skipped."""
     report = data.report
     say = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
     trained = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained"
@@ -44,7 +44,7 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
     lost = f"{counted(report.supervised_tokens_lost, 'trained token')} lost (raise --max-length)"
     repeated = "fed once" if report.duplicates_dropped else "fed all the same (--drop-duplicates)"
     found = [
-        (report.truncated_rows, f"{too_long}, cut; {lost}"),
+        (report.truncated_rows, f"{too_long}, truncated; {lost}"),
         (report.dropped_rows, f"{too_long}, dropped; {lost}"),
         (report.rows_without_supervision, "without a token to train, not fed"),
         (report.duplicate_rows, f"that repeat an earlier one, {repeated}"),

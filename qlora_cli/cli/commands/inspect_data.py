@@ -18,7 +18,7 @@ from qlora_cli.settings.settle import settle
 
 @options.takes(Command.INSPECT_DATA)
 def inspect_data(context: typer.Context, json: options.Json = False) -> None:
-    """Show which tokens of a data set are trained, and what is cut, dropped or wrong. Reads no weights.
+    """Show which tokens of a data set are trained, and what is truncated, dropped or wrong. Reads no weights.
 
     Ends with exit code 2, after the report, where train would refuse the data: for a row that can't be used
     (--on-bad-row skip), one that is too long (--on-long), or too much that is lost (--accept-lost).

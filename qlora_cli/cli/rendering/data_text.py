@@ -78,7 +78,7 @@ def _count_rows(report: DataReport) -> str:
 def _describe_long(report: DataReport, max_length: int) -> str:
     parts = [
         f"{counted(number, 'row')} {what}"
-        for number, what in ((report.truncated_rows, "cut"), (report.dropped_rows, "dropped"))
+        for number, what in ((report.truncated_rows, "truncated"), (report.dropped_rows, "dropped"))
         if number
     ]
     lost = f", {report.tokens_lost:,} tokens lost" if report.tokens_lost else ""
@@ -102,7 +102,7 @@ def _batch_rows(inspection: DataInspection) -> list[Row]:
 
 
 def length_lines(bars: Sequence[Bar], max_length: int) -> list[Text]:
-    """Return the histogram, with a line where rows are cut."""
+    """Return the histogram, with a line where rows are truncated."""
     most = max(bar.rows for bar in bars)
     names = [f"{bar.first:,}-{bar.last:,}" for bar in bars]
     width = max(map(len, names))

@@ -86,7 +86,7 @@ class DataSettings(Section):
         OnLong, Marks(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(
         default=OnLong.TRUNCATE,
-        description="What becomes of longer rows: cut, dropped, or an error; said in any case.",
+        description="What becomes of longer rows: truncated, dropped, or an error; reported in any case.",
     )
     accept_lost: Annotated[
         bool,
