@@ -41,7 +41,7 @@ PAGE_CSS = f"""\
 .drawn.narrow, .drawn.wide {{ display: none; }}
 .note {{ fill: transparent; stroke: transparent; }}
 rect.note:hover {{ fill: var(--ink); fill-opacity: 0.08; }}
-@container (max-width: 459.9px) {{ .drawn.narrow {{ display: block; }} .drawn.medium {{ display: none; }} }}
+@container (max-width: 419.9px) {{ .drawn.narrow {{ display: block; }} .drawn.medium {{ display: none; }} }}
 @container (min-width: 760px) {{ .drawn.wide {{ display: block; }} .drawn.wide + .drawn.medium {{ display: none; }} }}
 """
 

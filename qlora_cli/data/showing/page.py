@@ -31,7 +31,7 @@ TEMPLATE = "page.html.jinja"
 MOST_PADDING = 3  # pad tokens in a row that are shown at once; more are folded
 WITHOUT_TEXT = "∅"  # a token that is no text of its own
 SIZES = (
-    ChartSize(name="medium", width=600, height=270, num_ticks=8),
+    ChartSize(name="medium", width=560, height=260, num_ticks=7),
     ChartSize(name="narrow", width=340, height=240, num_ticks=4),
 )
 FAR = 1.4  # times the width of the bars: a longest length beyond is named, not drawn to scale

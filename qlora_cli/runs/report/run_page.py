@@ -57,7 +57,7 @@ NARROW = ChartSize(name="narrow", width=340, height=240, num_ticks=4)
 SIZES = (ChartSize(name="medium", width=500, height=242, num_ticks=5), NARROW)
 FIRST_SIZES = (
     ChartSize(name="wide", width=1000, height=362, num_ticks=8),
-    ChartSize(name="medium", width=600, height=320, num_ticks=6),
+    ChartSize(name="medium", width=560, height=310, num_ticks=6),
     ChartSize(name="narrow", width=340, height=290, num_ticks=4),
 )
 
