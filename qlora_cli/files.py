@@ -154,7 +154,7 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
         hint = f"Choose a directory for {flag} that is empty or does not exist."
         return OutputDirectoryError(
             f"{directory} holds something else ({', '.join(held[:3])})",
-            hint=f"{hint} What was written there last did not come to its end." if was_killed else hint,
+            hint=f"{hint} What was written there last was not finished." if was_killed else hint,
         )
     if not os.access(directory, os.W_OK | os.X_OK):
         return OutputDirectoryError(f"{directory} can't be written to", hint=f"Choose another {flag}.")

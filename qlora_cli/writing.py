@@ -20,11 +20,11 @@ import psutil
 from qlora_cli.errors import OutputDirectoryError
 
 LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
-MARK = "written-by-qlora"  # in a folder that is written aside, beside what will be moved out of it
+MARK = "written-by-qlora"  # in a folder that is written aside, next to what will be moved out of it
 WHOLE = "whole"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 USUAL_FILE = 0o666  # of which the user's mask takes away
-STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_beside` names folders
+STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_next_to` names folders
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -147,7 +147,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def leads_out(file: Path) -> bool:
-    """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache beside it."""
+    """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache next to it."""
     place, real = file.parent.resolve(), end_of(file)
     if real is None:
         return True
@@ -178,7 +178,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: bool = True) -> None:
-    """Let `fill` write into a folder beside `target`, flush it to disk, and move it there in one step.
+    """Let `fill` write into a folder next to `target`, flush it to disk, and move it there in one step.
 
     What is at `target` goes once the new one is there, unless it may not be replaced.
 
@@ -235,11 +235,11 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def staging(target: Path) -> AbstractContextManager[Path]:
-    """Give a folder beside `target` to write into, whose name nobody can know before; it is deleted at the end."""
-    return _filling(_beside(target))
+    """Give a folder next to `target` to write into, whose name nobody can know before; it is deleted at the end."""
+    return _filling(_next_to(target))
 
 
-def _beside(target: Path) -> Path:
+def _next_to(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")
 
 
@@ -269,7 +269,7 @@ def discard(place: Path) -> None:
     Raises:
         OSError: it can't be moved.
     """
-    aside = _beside(place)
+    aside = _next_to(place)
     aside.mkdir(mode=PRIVATE_FOLDER)
     (aside / MARK).touch()
     try:

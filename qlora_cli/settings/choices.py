@@ -1,6 +1,6 @@
 """The settings that take one of several words, by the names that the field gives them, and how these are read.
 
-What settings and texts need to know of a word stands beside it, so that nobody else asks for it by name.
+What settings and texts need to know of a choice is defined with it, so that nothing else asks for it by name.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Errors that are found one after another, and told together."""
+"""Errors that are found one after another, and reported together."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ INPUT_IS_WRONG = SettingsError.exit_code
 class Collected:
     """What is wrong with the input, each time with the setting that it is about; `where_of` says where one was given.
 
-    Only what is wrong with the input is collected: that something does not fit in memory is told after that.
+    Only what is wrong with the input is collected: that something does not fit in memory is reported after that.
     """
 
     def __init__(self, where_of: Callable[[str], str] = flag_of) -> None:
@@ -31,7 +31,7 @@ class Collected:
 
     @contextmanager
     def about(self, setting: str) -> Iterator[None]:
-        """Keep an error of what is done within, and go on behind.
+        """Keep an error of what is done within, and continue after it.
 
         Raises:
             QloraError: another than of the input; what was found before comes first.

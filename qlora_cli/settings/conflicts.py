@@ -1,4 +1,4 @@
-"""Settings that can have no effect beside others, or can't work together: an error, never silence."""
+"""Settings that can have no effect with others, or can't work together: an error, never silence."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -144,8 +144,8 @@ def without_effect(name: str, section: Section, *, given: Container[str] | None 
             continue
         flag, other = marks(other_path).flag, getattr(section, needed.key)
         needs = f"{flag} {either([value.value for value in needed.values])}"
-        beside = f"without {needs}" if isinstance(other, tuple) else f"with {flag} {other.value}"
-        message = f"{path} has no effect {beside}{': ' if needed.why else ''}{needed.why}"
+        context = f"without {needs}" if isinstance(other, tuple) else f"with {flag} {other.value}"
+        message = f"{path} has no effect {context}{': ' if needed.why else ''}{needed.why}"
         yield path, message, f"Leave it out, or use {needs}."
 
 

@@ -1,4 +1,4 @@
-"""Settings of what single commands ask and make that have no effect beside the others."""
+"""Settings of what single commands ask and make that have no effect with the others."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Settings of the adapter that can't work together, or beside the others, whatever the model."""
+"""Settings of the adapter that can't work together, or with the others, whatever the model."""
 
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings

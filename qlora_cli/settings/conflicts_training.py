@@ -1,4 +1,4 @@
-"""Settings of the loop that have no effect, or can't work, beside the others."""
+"""Settings of the loop that have no effect, or can't work, with the others."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,8 @@
-"""What is known of a setting besides its type, default and help: marks that stand on its field.
+"""What is known of a setting besides its type, default and help: marks on its field.
 
     rank: Annotated[int, Marks(flag="--rank", affects_memory=True)] = Field(default=16, ge=1, description="…")
 
-The flags of every command, the settings that a prediction goes by, what may change when a run goes on, and the
+The flags of every command, the settings that a prediction goes by, what may change when a run resumes, and the
 reference are derived from them. So a setting is added in one place: its field.
 """
 
@@ -34,7 +34,7 @@ READERS = (*LOADERS, Command.MERGE)
 
 
 class OnResume(StrEnum):
-    """Whether a run that goes on may have another value than before.
+    """Whether a resumed run may have another value than before.
 
     FREE: it changes neither the adapter nor what is said of it. BATCH: as long as a step has as many rows. LENGTH: as
     long as the steps so far had the same learning rates. SAME: never.
@@ -71,7 +71,7 @@ class Marks:
         metavar: What the flag takes, where neither the choices nor the type say it.
         is_repeatable: Whether the flag may be given several times.
         affects_memory: Whether the memory that training takes depends on it.
-        on_resume: Whether it may change when a run goes on.
+        on_resume: Whether it may change when a run resumes.
         is_of_run: Whether a base is loaded as the run that is named was trained, unless another value is given.
         effective_with: The other setting that it needs to have an effect.
         is_only_by_hand: Whether a settings file must not switch it on, because it runs code that comes with a model.

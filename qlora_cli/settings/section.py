@@ -20,7 +20,7 @@ class Section(BaseModel):
     removed: ClassVar[Mapping[str, str]] = {}
 
     def takes(self, key: str) -> bool:
-        """Whether the setting `key` has an effect beside the others of its section, by the marks of its field."""
+        """Whether the setting `key` has an effect with the others of its section, by the marks of its field."""
         needed = marks_of(type(self).model_fields[key]).effective_with
         if needed is None:
             return True
@@ -28,7 +28,7 @@ class Section(BaseModel):
         return any(value in needed.values for value in (chosen if isinstance(chosen, tuple) else (chosen,)))
 
     def in_effect(self) -> dict[str, JsonValue]:
-        """Return the settings that have an effect beside the others, in plain values."""
+        """Return the settings that have an effect with the others, in plain values."""
         return {key: value for key, value in self.model_dump(mode="json").items() if self.takes(key)}
 
     @field_validator("*", mode="before")

@@ -36,7 +36,7 @@ def flags_of(values: Mapping[str, object]) -> str:
 
 
 def shown_flags(section: Section) -> dict[str, str]:
-    """Return the settings that have a flag, and an effect beside the others, by the flag's name without dashes."""
+    """Return the settings that have a flag, and an effect with the others, by the flag's name without dashes."""
     flags = {key: marks_of(type(section).model_fields[key]).flag for key in section.in_effect()}
     return {
         flag.removeprefix("--"): _on_or_off(getattr(section, key)) for key, flag in flags.items() if flag is not None

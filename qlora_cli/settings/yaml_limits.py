@@ -32,7 +32,7 @@ def refused(text: str) -> Refused | None:
     """Return why `text` is not read as settings; None if it may be, or is no YAML at all."""
     try:
         return _refused(text)
-    except (yaml.YAMLError, ValueError):  # which is told by what makes values of it
+    except (yaml.YAMLError, ValueError):  # which is reported when values are made of it
         return None
 
 

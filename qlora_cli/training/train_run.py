@@ -70,7 +70,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     then; the result says so. `force` continues although the run is predicted not to fit on the GPU.
 
     Raises:
-        QloraError: of the kind that fits what is wrong. Before the first step, nothing is left behind.
+        QloraError: of the kind that fits what is wrong. Before the first step, nothing is left on the disk.
     """
     if (result := result_of_done(resolved)) is not None:
         return _already_done(resolved.settings, result, reporter)

@@ -313,7 +313,7 @@ class QloraTrainer(TrainerSeam):
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Leave no gradient, count or draw of a generator behind."""
+        """Undo every gradient, count and draw of a generator."""
         try:
             with generators_kept(), self.tokens_uncounted():
                 yield

@@ -82,5 +82,5 @@ def _stream_problems(resolved: Resolved[SettingsT], data: DataSettings) -> Itera
     streamed = trained_sources(data) if data.streaming else []
     if len(streamed) == 1 and streamed[0].weight != 1:
         message = f"{streamed[0].name} has a weight, but a stream of a single data set is not mixed"
-        hint = "Leave the weight out; #500 behind the name takes a sample."
+        hint = "Leave the weight out; #500 after the name takes a sample."
         yield Problem(where=resolved.where_of("data.dataset"), message=message, hint=hint)

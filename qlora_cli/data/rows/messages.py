@@ -156,7 +156,7 @@ class _Parts:
         """Add a part, and return the keys of it that are not used.
 
         Raises:
-            RowError: it is neither text, nor a thought, nor a call, or stands behind what would come before it.
+            RowError: it is neither text, nor a thought, nor a call, or stands after what would come before it.
         """
         where = f"{self._where}[{len(self._switches)}]"
         if isinstance(part, str):
@@ -196,7 +196,7 @@ class _Parts:
         is_thought = kind in REASONING_PARTS
         if self._calls or (is_thought and self._texts):
             raise RowError(
-                f"{where} is {kind} behind {'calls' if self._calls else 'text'}: thoughts come first, calls last",
+                f"{where} is {kind} after {'calls' if self._calls else 'text'}: thoughts come first, calls last",
                 hint="Write it as a message of its own.",
             )
         (self._thoughts if is_thought else self._texts).append(text)
@@ -252,7 +252,7 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_calling(message: Mapping[str, Any]) -> bool:
-    """Whether a message is calls alone, so that one behind the assistant's, or behind others, belongs to its turn."""
+    """Whether a message is calls alone, so that one after the assistant's, or after others, belongs to its turn."""
     return any(str(message.get(key)).lower() in CALLING_ROLES for key in ROLE_KEYS)
 
 
@@ -265,7 +265,7 @@ def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> d
     """Return an answer with calls that follow it, and with all else that these say.
 
     Raises:
-        RowError: the two differ in what a turn has once, or the calls come with thoughts behind text.
+        RowError: the two differ in what a turn has once, or the calls come with thoughts after text.
     """
     if turn.get(TRAIN, True) != calling.get(TRAIN, True):
         raise RowError(f"{where} and the message before it are one turn, and do not agree on whether it is trained")
@@ -273,7 +273,7 @@ def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> d
         turn["content"].strip() or not {*REASONING, "tool_calls"}.isdisjoint(turn)
     ):
         raise RowError(
-            f"{where} has thoughts behind what the message before it says, and the two are one turn",
+            f"{where} has thoughts after what the message before it says, and the two are one turn",
             hint="Thoughts come first: write them into the message before it, or the calls as 'tool_calls' of a "
             "message from assistant.",
         )

@@ -53,7 +53,7 @@ class MeaningChecker:
         self._has_answers = layout.format not in (DataFormat.TEXT, DataFormat.TOKENS)
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Check that nothing beside what is used of `row` changes what it means.
+        """Check that no unused part of `row` changes what it means.
 
         Raises:
             RowError: it holds a picture or sound, earlier turns or a prompt that its format has no part for, answers

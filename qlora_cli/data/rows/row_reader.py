@@ -197,7 +197,7 @@ class RowReader:
         return found
 
     def _with_system(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages behind a system prompt that has a column of its own."""
+        """Return the messages after a system prompt that has a column of its own."""
         system = self._optional_text(row, "system")
         if not system.strip():
             return messages

@@ -1,4 +1,4 @@
-"""What columns beside the text say of a row: that of its answers one is to be avoided, or that it holds pictures.
+"""Judge columns next to the text: preferences, verdicts on an answer, pictures, files.
 
 Such columns are known by their names, and judged by what is in them.
 """

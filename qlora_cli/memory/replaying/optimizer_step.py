@@ -156,7 +156,7 @@ def _state(recorder: Recorder, optimizer: Optimizer, parameter: nn.Parameter, *,
 def _clip(recorder: Recorder, count: int) -> int:
     """Record `clip_grad_norm_`: the norm of each gradient, those in a row, and of them all, by which all are scaled.
 
-    Returns the last, which the trainer keeps until it has told of the step.
+    Returns the last, which the trainer keeps until it has reported the step.
     """
     norms = [recorder.allocate(FLOAT_BYTES) for _ in range(count)]
     row = recorder.allocate(count * FLOAT_BYTES)

@@ -23,7 +23,7 @@ class DataSettings(Section):
         ),
     ] = Field(
         description="Training data: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a directory or a glob of "
-        "them, DIRECTORY::SPLIT, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 behind it takes a sample, *2 "
+        "them, DIRECTORY::SPLIT, or a hub id as ID[@REVISION][:CONFIG[:SPLIT]]; #500 after it takes a sample, *2 "
         "every row twice. May be given several times.",
     )
     eval_dataset: Annotated[
@@ -98,7 +98,7 @@ class DataSettings(Section):
     ] = Field(
         default=False,
         description="Go on although more than 1 % of the tokens to train are lost with what is too long, or the chat "
-        "template leaves out reasoning, or text beside tool calls, that is to be trained.",
+        "template leaves out reasoning, or text next to tool calls, that is to be trained.",
     )
     on_bad_row: Annotated[
         OnBadRow,

@@ -194,7 +194,7 @@ def _has_login(host: str) -> bool:
 
 
 def _is_reached(address: str) -> bool:
-    """Whether a server answers at all, or is behind a proxy, so that it can't be told."""
+    """Whether a server answers at all, or is behind a proxy, so that it can't be known."""
     parts = urlsplit(address)
     if parts.scheme in getproxies():
         return True

@@ -39,15 +39,15 @@ def packing_fault(model: torch.nn.Module, *, num_tokens: int, device: torch.devi
     try:
         rows, others = (_random_rows(num_tokens, seed) for seed in (0, 1))
         together = _logits(model, rows, device, dtype)
-        behind_another = _logits(model, [others[0], *rows[1:]], device, dtype)
+        after_another = _logits(model, [others[0], *rows[1:]], device, dtype)
         alone = torch.cat([_logits(model, [row], device, dtype) for row in rows])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # of models that know no packed rows
         return f"it fails on them ({type(error).__name__}: {error})"
     finally:
         model.train(was_training)
     tolerance = TOLERANCE[dtype] * float(alone.abs().max())
-    behind = LENGTHS[0]
-    if (moved := _distance(together[behind:], behind_another[behind:])) > tolerance:
+    first = LENGTHS[0]
+    if (moved := _distance(together[first:], after_another[first:])) > tolerance:
         return f"a row sees the one that is packed before it (its logits move by {moved:.2g})"
     if (moved := _distance(together, alone)) > tolerance:
         return f"a row comes out otherwise than alone (its logits move by {moved:.2g})"

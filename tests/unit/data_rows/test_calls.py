@@ -82,7 +82,7 @@ def test_thoughts_of_calls_are_those_of_the_turn_or_refused_behind_text() -> Non
     assert chat(USER, {**ANSWER, "content": ""}, thinking, result, ANSWER).messages[1]["reasoning_content"] == "hm"
     for before in ({**ANSWER}, {**ANSWER, "content": "", "thinking": "oh"}, CALLING):
         error = problem(USER, before, thinking, result, ANSWER)
-        assert "messages[2] has thoughts behind what the message before it says" in str(error)
+        assert "messages[2] has thoughts after what the message before it says" in str(error)
 
 
 @pytest.mark.parametrize(("before", "behind"), [({}, {"loss": True}), ({"train": True}, {}), ({}, {})])

@@ -162,7 +162,7 @@ def test_a_part_that_is_a_thought_is_the_reasoning_of_its_message(part: dict[str
 def test_thoughts_that_have_no_place_are_refused() -> None:
     thought = {"type": "thinking", "thinking": "hm"}
     behind = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
-    assert "messages[1].content[1] is thinking behind text" in str(behind)
+    assert "messages[1].content[1] is thinking after text" in str(behind)
     twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
     assert "messages[1] has thoughts in its parts, and others besides" in str(twice)
     differing = problem(USER, {**ANSWER, "reasoning": "hm", "reasoning_content": "oh"})
@@ -189,7 +189,7 @@ def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
 def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> None:
     found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
     assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
-    assert "is text behind calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
+    assert "is text after calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
     assert "messages[0] calls tools, which only the assistant does" in str(
         problem({"role": "user", "content": [TEXT, part]}, ANSWER)
     )
