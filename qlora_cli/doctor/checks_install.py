@@ -99,7 +99,7 @@ def _look_up(text: str) -> Package | None:
         installed = None
     return Package(
         name=requirement.name,
-        required=str(requirement.specifier),
+        required=",".join(sorted(map(str, requirement.specifier), reverse=True)),  # the lower bound first
         installed=installed,
         within_bounds=installed is not None and requirement.specifier.contains(installed, prereleases=True),
     )

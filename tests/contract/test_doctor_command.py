@@ -156,8 +156,8 @@ def test_a_package_older_than_its_bound_is_a_finding_and_exit_code_1(run_qlora: 
     assert done.code == 1
     packages = checks_of(done)["packages"]
     assert packages["status"] == "failed"
-    assert packages["finding"] == "trl 0.1.0 (needs >=1.16)"
-    assert packages["advice"] == "Run: pip install --upgrade 'trl>=1.16'"
+    assert packages["finding"] == "trl 0.1.0 (needs >=1.16,<1.17)"
+    assert packages["advice"] == "Run: pip install --upgrade 'trl>=1.16,<1.17'"
 
 
 def test_the_command_answers_for_help_without_torch() -> None:
