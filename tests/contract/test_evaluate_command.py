@@ -127,7 +127,7 @@ def test_several_data_sets_are_evaluated_together(base_model: Path, held_out: Pa
         (["BASE", "--dataset", "ROWS", "--merged", "no"], ["--merged: there is no directory no"]),
         (
             ["BASE", "--dataset", "ROWS", "--set", "data.eval_split=3", "--set", "data.packing=true"],
-            ["--set data.eval_split: has no effect beside rows", "--set data.packing: has no effect"],
+            ["--set data.eval_split: has no effect with rows", "--set data.packing: has no effect"],
         ),
         (["BASE", "--dataset", "ROWS", "--limit", "3"], ["--limit: has no effect without --tasks"]),
         (["BASE", "--dataset", "ROWS", "--task-path", "no"], ["--task-path: has no effect", "there is no directory"]),
