@@ -102,7 +102,7 @@ def _unfinished(adapter: AppliedAdapter) -> str:
     if adapter.run_is_done is not False:
         return ""
     step = "a step" if adapter.step is None else f"step {adapter.step:,}"
-    return f", after {step} of a run that was not trained to its end"
+    return f", after {step} of a run that has not ended"
 
 
 def _front(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> No
             step_of(checkpoint),
             False,
         )
-        assert "of a run that has not come to its end" in (own.parent / "out" / "README.md").read_text()
+        assert "of a run that has not ended" in (own.parent / "out" / "README.md").read_text()
         shutil.rmtree(own.parent / "out")
     shutil.rmtree(own / "checkpoints")
     assert "has no weights yet" in refused(own)
