@@ -123,7 +123,7 @@ def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_pa
     problem = check_output_directory(target)
     assert problem is not None
     assert "holds something else (a.txt)" in str(problem)
-    assert "did not come to its end" in str(problem.hint)
+    assert "was not finished" in str(problem.hint)
     assert (target / "a.txt").read_text() == "half"
 
 
