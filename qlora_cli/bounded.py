@@ -115,7 +115,7 @@ def try_apart(call: Callable[[], object], most_seconds: float, most_operation_se
     the copy, so `call` must not wait for any.
 
     Raises:
-        DeadlyError: the copy died of it, or one operation went on for `most_operation_seconds` of processor time.
+        DeadlyError: the copy died of it, or one operation ran for `most_operation_seconds` of processor time.
     """
 
     if not _is_main_thread() or not hasattr(os, "fork"):

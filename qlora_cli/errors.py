@@ -151,7 +151,7 @@ class TerminatedError(QloraError, InterruptedError):
     """The process was asked to end, by SIGTERM, or by SIGHUP when its terminal was closed."""
 
     def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"terminated by {number.name}", hint="The same command begins anew.")
+        super().__init__(f"terminated by {number.name}", hint="The same command starts over.")
         self.exit_code = 128 + number
 
 

@@ -59,6 +59,6 @@ class Chat:
         if num_tokens >= positions:
             raise ModelError(
                 f"the conversation has grown to {num_tokens:,} tokens, and the model has {positions:,} positions",
-                hint="/reset begins anew.",
+                hint="/reset starts over.",
             )
         return min(most, positions - num_tokens)

@@ -12,7 +12,7 @@ from qlora_cli.cli.stderr import redact, sanitized
 from qlora_cli.visible import harmless
 
 Row = tuple[str, str]
-MORE = "  "  # before what goes on from the line above
+MORE = "  "  # before what continues the line above
 LEAST_ROOM = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
@@ -64,12 +64,12 @@ def print_rows(rows: Sequence[Row]) -> None:
     for name, value in rows:
         for number, line in enumerate(_wrapped(value, room)):
             label = name if number == 0 else ""
-            # Whole lines into a pipe; on a terminal only a word that is too long for it goes on in the next line.
+            # Whole lines into a pipe; on a terminal only a word that is too long for it continues in the next line.
             out.print(Text.assemble((f"  {label:<{width}}", "cyan"), "  ", line), soft_wrap=True)
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print lines; on a terminal, one that is too long is wrapped at words and goes on below, further in."""
+    """Print lines; on a terminal, one that is too long is wrapped at words and indented below."""
     out = console()
     for line in lines:
         indent = line[: len(line) - len(line.lstrip())]

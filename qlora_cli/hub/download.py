@@ -167,7 +167,7 @@ class _Download:
 
 
 def _delete_partial_files(blobs: Path) -> None:
-    """Delete the partial files that threads of this process are writing: nobody would ever go on from them.
+    """Delete the partial files that threads of this process are writing: nothing would ever resume from them.
 
     Those of other processes are left alone, which is why their names alone don't say it.
     """

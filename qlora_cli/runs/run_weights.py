@@ -119,7 +119,7 @@ def _last_step(record: RunRecord) -> int | None:
 
 
 def _step_of_adapter(run: RunDirectory, record: RunRecord) -> int | None:
-    """Return the step that the adapter is of; None if there is none, or the run went on since it was written."""
+    """Return the step that the adapter is of; None if there is none, or the run was resumed since it was written."""
     has_ended = record.status in {"done", "interrupted"}
     return _last_step(record) if has_ended and run.has_adapter else None
 

@@ -57,7 +57,7 @@ def test_a_command_that_there_is_not_is_told_and_not_sent(base_model: Path) -> N
     done = qlora_chat(base_model, "/restart", "/reset now")
     assert (done.exit_code, done.stdout) == (0, "")
     assert "error: no command /restart" in done.stderr
-    assert "/reset begins anew" in done.stderr
+    assert "/reset starts over" in done.stderr
     sent = qlora_chat(base_model, " /restart")
     assert sent.stdout == only(answered(base_model, "--prompt", "/restart"))["text"] + "\n"
 
@@ -73,7 +73,7 @@ def test_a_conversation_that_is_full_asks_for_a_reset_and_goes_on(base_model: Pa
     done = qlora_chat(base_model, "word " * 600, "/reset", "hello")
     assert done.exit_code == 0, done.output
     assert "the model has 512 positions" in done.stderr
-    assert "hint: /reset begins anew" in done.stderr
+    assert "hint: /reset starts over" in done.stderr
     assert done.stdout == only(answered(base_model, "--prompt", "hello"))["text"] + "\n"
 
 

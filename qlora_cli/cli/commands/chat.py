@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MARK = "> "
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
-HELP = "/reset begins anew, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
+HELP = "/reset starts over, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
 
 @options.takes(Command.CHAT)

@@ -79,7 +79,7 @@ def _rows(report: MemoryReport) -> list[Row]:
 
 
 def _wrapped(name: str, value: str, name_width: int = len("answered in")) -> list[Row]:
-    """Return a row whose value goes on in rows without a name."""
+    """Return a row whose value continues in rows without a name."""
     lines = wrap(value, WIDTH - name_width - 4, break_on_hyphens=False, break_long_words=False)
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 

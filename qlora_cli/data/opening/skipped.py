@@ -42,5 +42,5 @@ def read_skipped_rows(lists: Iterable[Path], limit: int) -> list[SkippedRow]:
 
 def bad_row_error(row: SkippedRow) -> DataError:
     """Return the error for a row that can't be used."""
-    hint = "Correct it, or use --on-bad-row skip to go on without such rows; they are listed then."
+    hint = "Correct it, or use --on-bad-row skip to continue without such rows; they are listed then."
     return DataError(str(row), hint=row.hint or hint)

@@ -37,7 +37,7 @@ class AdapterChanges:
     """What one adapter does: its changes by the full name of the parameter.
 
     Attributes:
-        adapter: The adapter as it goes on the base.
+        adapter: The adapter, fitted to the base.
         base_parameters: Parameters of the base that its file holds with other values, by their names there.
     """
 

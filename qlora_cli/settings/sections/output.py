@@ -20,7 +20,7 @@ class OutputSettings(Section):
     )
     resume: Annotated[Resume, Marks(flag="--resume", on_resume=OnResume.FREE)] = Field(
         default="auto",
-        description="auto: go on from the last good checkpoint in the run directory, if there is one; never; or the "
+        description="auto: resume from the last good checkpoint in the run directory, if there is one; never; or the "
         "path of a checkpoint.",
     )
     max_checkpoints: Annotated[int, Marks(on_resume=OnResume.FREE)] = Field(

@@ -120,7 +120,7 @@ def _may_be_there(path: Path) -> bool:
 
 
 def _came_from(record: RunRecord | None, asked: Path) -> bool:
-    """Whether a run went on from `asked`, a checkpoint or its run, so that its own checkpoints count."""
+    """Whether a run resumed from `asked`, a checkpoint or its run, so that its own checkpoints count."""
     if record is None or not _may_be_there(asked):
         return False
     named = (place for entry in record.resumed for place in record.places_resumed(entry))
