@@ -138,7 +138,7 @@ def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:
     lost = [
         f"{report.name}: {counted(number, 'row')} {what}"
         for number, what in (
-            (report.truncated_rows, f"cut; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
+            (report.truncated_rows, f"truncated; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
             (report.dropped_rows, "longer than --max-length, dropped"),
             (report.rows_without_supervision, "without a token to evaluate"),
             (report.bad_rows, "that can't be used, skipped"),

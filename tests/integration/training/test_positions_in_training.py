@@ -51,7 +51,7 @@ def test_without_a_length_rows_are_cut_at_the_positions_and_it_is_said(
     code, stderr = train(model, long_rows, tmp_path / "run")
     assert code == 0, stderr
     assert "rows are truncated at 64 tokens, the positions that the model has" in stderr
-    assert "4 rows longer than 64 tokens, cut" in stderr
+    assert "4 rows longer than 64 tokens, truncated" in stderr
     assert longest_row(tmp_path / "run") == POSITIONS
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["data"]["max_length"] == POSITIONS
 

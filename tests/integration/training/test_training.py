@@ -283,7 +283,7 @@ def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None
     ).plan
     assert (plan.num_train_rows, plan.num_truncated_rows, plan.num_dropped_rows) == (2, 2, 1)
     warnings = [e.message for e in recorder.events if isinstance(e, Noted) and e.level == "warning"]
-    assert any("2 rows longer than 16 tokens, cut" in message for message in warnings)
+    assert any("2 rows longer than 16 tokens, truncated" in message for message in warnings)
     assert any("1 row without a token to train" in message for message in warnings)
 
 
