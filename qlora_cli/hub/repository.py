@@ -292,5 +292,5 @@ def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
     if (free := shutil.disk_usage(disk).free) < needed:
         raise DiskSpaceError(
             f"downloading {name} takes {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free",
-            hint="Free space there, or set HF_HOME to a directory on a larger disk.",
+            hint="Free disk space there, or set HF_HOME to a directory on a larger disk.",
         )

@@ -141,7 +141,7 @@ class CheckpointStore:
             raise TrainingError(
                 f"not enough free space for a checkpoint: it takes up to {format_bytes(self.needed_bytes)}, and "
                 f"{format_bytes(free)} are free on the disk of {self.folder}",
-                hint="Free some space and give the same command again: it resumes from the last checkpoint.",
+                hint="Free disk space and give the same command again: it resumes from the last checkpoint.",
             )
 
     def publish(self, finished: Path, step: int, best_step: int | None) -> Published:

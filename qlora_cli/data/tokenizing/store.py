@@ -242,7 +242,7 @@ def write_tokens(key: str, fill: Callable[[TokenWriter], TokenizedDataset]) -> S
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has written the same meanwhile
             raise DataError(
                 f"tokens can't be cached in {folder.parent}: {error.strerror}",
-                hint="Free some space there, or set QLORA_CACHE to another directory.",
+                hint="Free disk space there, or set QLORA_CACHE to another directory.",
             ) from error
     stored = load(key)
     assert stored is not None, "tokens that were just written"
