@@ -1,13 +1,22 @@
 """Patterns in an adapter's config, tried on the names of its base before PEFT matches them."""
 
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+from peft import LoraConfig
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterConfig, patterns_of
 from qlora_cli.model_files.pattern_trial import MOST_SECONDS, find_fault
 
+Value = TypeVar("Value")
+
 SHOWN_CHARACTERS = 80
+MANY = 256  # `re` remembers twice as many compiled patterns, and compiles all others anew for each name
+NAME = re.compile(r"[\w.-]+")  # as most patterns are; a dot stands for any character in a name of the same length
 
 
 def check_patterns(directory: Path, config: AdapterConfig, names: Iterable[str]) -> None:
@@ -27,3 +36,33 @@ def check_patterns(directory: Path, config: AdapterConfig, names: Iterable[str])
         f"its base {reason}",
         hint="Write it without repetitions within repetitions, or name the modules in a list.",
     )
+
+
+def drop_unmatched(config: LoraConfig, names: Iterable[str]) -> None:
+    """Leave of many patterns for ranks and scales those that decide for one of `names`; values stay the same.
+
+    PEFT tries every pattern on every module. Thousands that match nothing, or nothing any more, would take it minutes.
+    """
+    names = list(dict.fromkeys(names))
+    config.rank_pattern = _deciding(config.rank_pattern or {}, names)
+    config.alpha_pattern = _deciding(config.alpha_pattern or {}, names)
+
+
+def _deciding(patterns: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
+    """Return the patterns that are the first to match one of `names`, as PEFT's `get_pattern_key` matches."""
+    if len(patterns) <= MANY:
+        return dict(patterns)
+    undecided = dict.fromkeys(names)
+    by_length: dict[int, dict[str, None]] = defaultdict(dict)  # the names with an end, after a dot, of some length
+    for name in undecided:
+        for start in (0, *(place.end() for place in re.finditer(r"\.", name))):
+            by_length[len(name) - start][name] = None
+    deciding: dict[str, Value] = {}
+    for pattern, value in patterns.items():
+        candidates = by_length.get(len(pattern), {}) if NAME.fullmatch(pattern) else undecided
+        matches = re.compile(rf"(.*\.)?({pattern})$").match
+        if decided := [name for name in candidates if name in undecided and matches(name)]:
+            deciding[pattern] = value
+            for name in decided:
+                del undecided[name]
+    return deciding

@@ -31,7 +31,7 @@ from qlora_cli.adapters.keys import (
     with_ties,
     without_wrappers,
 )
-from qlora_cli.adapters.patterns import check_patterns
+from qlora_cli.adapters.patterns import check_patterns, drop_unmatched
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
@@ -161,8 +161,7 @@ def fit_outline(outline: AdapterOutline, model: PreTrainedModel, base: ModelConf
     if outline.headers is not None:
         return fit(stored, model, base).adapter
     nothing: dict[str, torch.Tensor] = {}
-    check_patterns(stored.directory, stored.config, _names_in(model))
-    lora = _for_peft(stored)
+    lora = _for_peft(stored, _names_in(model))
     renaming = renaming_by_config(lora, model) if base.text_only else None
     if renaming is not None:
         on_decoder(lora, model, renaming)
@@ -253,8 +252,7 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
     renaming = renaming_of([key for key, _ in keys.values()])
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tied = dict(model.all_tied_weights_keys or {})
-    check_patterns(stored.directory, stored.config, _names_in(model))
-    config = _for_peft(stored)
+    config = _for_peft(stored, _names_in(model))
     if renaming is not None:
         on_decoder(config, model, renaming)
     lora = deepcopy(config)
@@ -368,7 +366,10 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def _for_peft(stored: StoredAdapter) -> LoraConfig:
+def _for_peft(stored: StoredAdapter, names: Iterator[str]) -> LoraConfig:
+    """Return the config as PEFT takes it; its patterns are matched with the `names` in the base first."""
+    base_names = list(names)
+    check_patterns(stored.directory, stored.config, base_names)
     content: dict[str, Any] = stored.config.taken
     init = stored.config.init_lora_weights
     if not (isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT)):
@@ -381,6 +382,7 @@ def _for_peft(stored: StoredAdapter) -> LoraConfig:
         reason = "PEFT makes nothing of it" if isinstance(error, RecursionError) else _first_line(error)
         raise ModelError(f"{stored.directory / ADAPTER_CONFIG} can't be used: {reason}", hint=EDITED) from error
     assert isinstance(config, LoraConfig), "its type was checked"
+    drop_unmatched(config, base_names)
     return config
 
 

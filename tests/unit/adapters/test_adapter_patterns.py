@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
-from qlora_cli.adapters.patterns import check_patterns
+from qlora_cli.adapters.patterns import MANY, check_patterns, drop_unmatched
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files import pattern_trial
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, AdapterConfig, patterns_of
@@ -127,3 +131,39 @@ def test_what_takes_all_memory_or_processor_time_is_stopped(monkeypatch: pytest.
     assert fault is not None
     assert fault.reason is None
     assert monotonic() - began < 15
+
+
+PATTERNS = st.lists(
+    st.one_of(
+        st.sampled_from(NAMES),
+        st.sampled_from(
+            ["q_proj", "self_attn.q_proj", "self.attn.q_proj", "q_pro.", r".*\.q_proj", "(k|q)_proj", "1.q"]
+        ),
+        st.from_regex(r"layers\.[0-9]{1,2}\.self_attn\.(q|k)_proj", fullmatch=True),
+        st.from_regex(r"[a-z_.]{1,8}", fullmatch=True),
+    ),
+    max_size=12,
+    unique=True,
+)
+
+
+@given(patterns=PATTERNS, names=st.lists(st.sampled_from([*NAMES, "q_proj", "x.k_proj", "", "a..q_proj"]), max_size=9))
+def test_patterns_that_decide_nothing_are_dropped_and_every_name_has_the_value_it_had(
+    patterns: list[str], names: list[str]
+) -> None:
+    absent = {f"nowhere.{number}.{'x' * (number % 9)}": 3 for number in range(MANY + 1)}
+    before = {**dict(zip(patterns, range(50), strict=False)), **absent}
+    lora = LoraConfig(rank_pattern=dict(before), alpha_pattern={"q_proj": 2})
+    drop_unmatched(lora, names)
+    assert lora.alpha_pattern == {"q_proj": 2}  # so few stay as they are
+    assert lora.rank_pattern.keys() <= {*patterns}
+    for name in names:
+        key, was = get_pattern_key(list(lora.rank_pattern), name), get_pattern_key(list(before), name)
+        assert lora.rank_pattern.get(key) == before.get(was)
+
+
+def test_of_thousands_of_patterns_peft_gets_those_that_decide() -> None:
+    absent = {f"model.layers.{number}.self_attn.q_pro": 8 for number in range(3000)}
+    lora = LoraConfig(rank_pattern={**absent, **dict.fromkeys(NAMES, 4)})
+    drop_unmatched(lora, [*NAMES, *(f"{name}.weight" for name in NAMES)])
+    assert lora.rank_pattern == dict.fromkeys(NAMES, 4)
