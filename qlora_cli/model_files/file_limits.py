@@ -30,6 +30,9 @@ _LIMITS = {
     "*.json": _OTHER_JSON,
     "merges.txt": _LINES,
     "vocab.txt": _LINES,
+    "*.model": FileLimit(
+        most_bytes=64 * MIB, most_values=64 * MIB
+    ),  # of sentencepiece, whose values no byte separates
 }
 # What transformers and PEFT read besides those named above.
 _READ_BY_OTHERS = ("config*.json", "*_config.json", "chat_template.json", "model.*.json", "pytorch_model.*.json")

@@ -95,6 +95,16 @@ def test_no_reader_hands_such_a_file_to_a_library(tmp_path: Path, name: str) -> 
         assert "it holds more than" in str(check_model_name(settings))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_a_vocabulary_of_sentencepiece_larger_than_any_is_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 64 * MIB + 1)
+    with pytest.raises(ModelError, match=f"{name} can't be read: it is larger than 64"):
+        check_tokenizer_files(tmp_path)
+    (tmp_path / name).write_bytes(b"," * 10 * MIB)
+    check_tokenizer_files(tmp_path)  # whose library says what is wrong with it
+
+
 def test_other_files_beside_a_model_may_be_of_any_size(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     for name in ("rows.json", "trainer_state.json", "README.md"):
