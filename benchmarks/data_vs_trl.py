@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """Write conversations of one to three turns, all different."""
+    """Write conversations of one to three turns, of which no message is there twice."""
     chance = random.Random(0)  # noqa: S311 - a seeded choice, no secret
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()
     turns = [json.loads(line)["messages"] for line in lines]
@@ -42,7 +42,9 @@ def write_rows(path: Path, num_rows: int) -> None:
         for number in range(num_rows):
             chosen = chance.sample(turns, chance.randint(1, 3))
             messages = [{"role": "system", "content": f"Answer question {number}."}]
-            messages += [message for turn in chosen for message in turn]
+            messages += [
+                {**message, "content": f"{number}. {message['content']}"} for turn in chosen for message in turn
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
