@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,16 +39,14 @@ WITH_REASONING = Conversation(
 MAX_CACHED_SHAPES = 4096  # sequences of roles, and of roles and keys
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A conversation as text, with the spans of characters to train, each through the end of its turn."""
 
     text: str
     spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FittedConversation:
+class FittedConversation(NamedTuple):
     """A conversation as in the row, and in the form that the template accepts.
 
     `roles` is set if all messages are plain: role and content only.

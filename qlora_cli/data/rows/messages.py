@@ -74,6 +74,10 @@ class MessageReader:
             raise RowError(f"{key!r} must be a list of at least one message, found {found}")
         messages: list[dict[str, Any]] = []
         for place, message in enumerate(value):
+            plain = _plain(message) if isinstance(message, dict) else None
+            if plain is not None:
+                messages.append(plain)
+                continue
             read = self._message(message, f"{key}[{place}]")
             if messages and messages[-1]["role"] == "assistant" and _is_calling(message):
                 messages[-1] = _joined_turn(messages[-1], read, f"{key}[{place}]")
@@ -84,8 +88,6 @@ class MessageReader:
     def _message(self, message: object, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise RowError(f"{where} must be an object with role and content, found {kind_of(message)}")
-        if (plain := _plain(message)) is not None:
-            return plain
         # Reading into columns gives every message every key; a null is a key that was not there.
         found = {name: part for name, part in message.items() if part is not None}
         if (plain := _plain(found)) is not None:

@@ -36,6 +36,7 @@ CONTEXT = {
 }
 CONTEXTS = {**OPTIONAL[DataFormat.MESSAGES], "history": (HISTORY,)}
 EMPTY_JSON = ("[]", "{}")
+MOST_SETS_OF_COLUMNS = 1000  # that are remembered; nearly all rows of a file have the same
 Flags = tuple[DataFormat, Mapping[str, str]]
 
 
@@ -49,6 +50,7 @@ class MeaningChecker:
         self._layout = layout
         self._settings = settings
         self._used = frozenset(layout.columns.values())
+        self._telling: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._hints: dict[tuple[str, ...], str] = {}
         self._has_answers = layout.format not in (DataFormat.TEXT, DataFormat.TOKENS)
 
@@ -59,12 +61,20 @@ class MeaningChecker:
             RowError: it holds a picture or sound, earlier turns or a prompt that its format has no part for, answers
                 to be compared, a verdict on its answer, or a switch.
         """
-        beside = {name: value for name, value in row.items() if says_more(name) and name not in self._used}
+        beside = {name: row[name] for name in self._telling_columns(tuple(row))}
         self._check_media(row, beside)
         if beside and not self._settings.columns:
             self._check_names(beside)
             self._check_context(row, beside)
             self._check_answers(row, beside)
+
+    def _telling_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the unused columns among `names` that may say more of a row than its text does."""
+        if names not in self._telling:
+            if len(self._telling) >= MOST_SETS_OF_COLUMNS:
+                self._telling.clear()
+            self._telling[names] = tuple(name for name in names if says_more(name) and name not in self._used)
+        return self._telling[names]
 
     def _check_names(self, beside: Mapping[str, Any]) -> None:
         """Check that no second column has what one of another name is read for."""
@@ -102,12 +112,12 @@ class MeaningChecker:
         return self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]}
 
     def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
-        if name := held(beside):
+        if beside and (name := held(beside)):
             raise RowError(
                 f"{name!r} holds what is no text, and only text can be trained",
                 hint="Leave such rows out (--on-bad-row skip), or take the column out if the text stands alone.",
             )
-        media = [name for name in beside if is_media(name)]
+        media = [name for name in beside if is_media(name)] if beside else []
         if found := placeholder_in([row.get(name) for name in self._used], has_media=bool(media)):
             where = f"something in {listed(media)}" if media else "a picture, a sound or a video"
             raise RowError(

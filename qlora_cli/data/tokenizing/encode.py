@@ -37,6 +37,7 @@ from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
+BATCHES_PER_COLLECTION = 8  # of what templates leave in cycles
 HEAD_ROWS = 1000  # rows of a stream that are prepared before training
 VERSIONED_PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # The parts of our own code that tokens depend on.
@@ -131,6 +132,7 @@ class Encoder:
         self._text = text
         self._group = settings.eval_group
         self._column_checker = MeaningChecker(layout, settings)
+        self._bos = text.tokenizer.bos_token_id
         self._starts_with_bos = False
         self._num_without_group = 0
         self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
@@ -166,7 +168,7 @@ class Encoder:
         for _, group, tokens, _ in encoded:
             if isinstance(tokens, Tokens):
                 self._num_without_group += group == NO_GROUP
-                self._starts_with_bos |= bool(tokens.input_ids[0] == self._text.tokenizer.bos_token_id)
+                self._starts_with_bos = self._starts_with_bos or bool(tokens.input_ids[0] == self._bos)
         return encoded
 
     def notes(self) -> tuple[str, ...]:
@@ -220,7 +222,7 @@ def _tokenize_rows(
     layout, rows = open_rows(name, rows, settings)
     encoder = Encoder(layout, settings, text)
     files: dict[str, int] = {}
-    for batch in encoder.encode(rows):
+    for number, batch in enumerate(encoder.encode(rows), start=1):
         records = []
         for row, group, tokens, text_digest in batch:
             if isinstance(tokens, RowError):
@@ -233,7 +235,8 @@ def _tokenize_rows(
                 _token_row(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest)
             )
         writer.write(records)
-        gc.collect(0)
+        if len(batch) < BATCH_ROWS or number % BATCHES_PER_COLLECTION == 0:  # at once if its rows are large
+            gc.collect(0)
     return TokenizedDataset(
         name=name,
         format=layout.format.value,

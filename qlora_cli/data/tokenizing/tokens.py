@@ -9,7 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, processors
@@ -34,8 +34,7 @@ from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 MAX_PIECE_CHARACTERS = 500_000  # longer texts are split, so that memory stays bounded
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(NamedTuple):
     """One row: `input_ids` and `labels`, both int32 `(seq,)`; a label is the token, or -100 if it is not trained.
 
     The first token of a row is never predicted, so its label is always -100.
@@ -54,8 +53,7 @@ class Tokens:
         return Tokens(input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
 
-@dataclass(frozen=True, kw_only=True)
-class RenderedText:
+class RenderedText(NamedTuple):
     """Text to tokenize, and its spans to train. `is_plain`: the tokenizer, not a template, writes BOS and EOS."""
 
     text: str
@@ -136,6 +134,7 @@ class RowTokenizer:
         self._trains_all = loss_on == LossOn.ALL
         self._end_ids = end_ids
         self._num_tokens = len(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._ends = tuple(str(token) for number, token in added.items() if number in end_ids)
         special = [str(token) for token in added.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
@@ -171,10 +170,12 @@ class RowTokenizer:
     def _encode(
         self, pieces: Sequence[Piece], encode_batch: Callable[..., list[Encoding]], encoded: Sequence[EncodedText]
     ) -> None:
+        # What many rows have in common is encoded once, such as a system prompt, or a line break after all turns.
+        texts = list(dict.fromkeys(text for _, _, text in pieces))
         with tokenizer_explained(self._tokenizer.name_or_path):
-            encodings = encode_batch([text for _, _, text in pieces], add_special_tokens=False)
-        for (index, offset, text), encoding in zip(pieces, encodings, strict=True):
-            encoded[index].add(offset, len(text), encoding, self._added)
+            encodings = dict(zip(texts, encode_batch(texts, add_special_tokens=False), strict=True))
+        for index, offset, text in pieces:
+            encoded[index].add(offset, len(text), encodings[text], self._added)
 
     def label(self, rendering: Rendering, encoded: Sequence[EncodedText]) -> list[Tokens | RowError]:
         """Return the tokens of each example with their labels, or its error, in order."""
@@ -254,7 +255,7 @@ class RowTokenizer:
 
     def _with_bos_and_eos(self, row: Ids, labels: Ids) -> Tokens:
         """Return a plain text with the tokens that the tokenizer adds: at most one BOS, and a trained EOS."""
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        bos, eos = self._bos, self._eos
         assert eos is not None, "checked on loading"
         while bos in self._prefix and len(row) and row[0] == bos:
             row, labels = row[1:], labels[1:]  # the text contains it
@@ -269,10 +270,9 @@ class RowTokenizer:
 
     def _check_rendered(self, row: Ids, labels: Ids, encoded: EncodedText) -> Tokens | RowError:
         """Check a rendered row: it has tokens and at most one BOS; unusual ends of turns are counted."""
-        bos = self._tokenizer.bos_token_id
         if len(row) == 0:
             return RowError("the chat template renders it as an empty text")
-        if bos is not None and encoded.ids[:2] == [bos, bos]:
+        if self._bos is not None and encoded.ids[:2] == [self._bos, self._bos]:
             return RowError(
                 f"it begins with {self._tokenizer.bos_token} twice: both the template and the row write it",
                 hint="Take it out of the text.",
@@ -280,7 +280,8 @@ class RowTokenizer:
         if not self._trains_all:
             ends = [encoded.ids[last - 1] for last in encoded.ends]
             self.num_turns += len(ends)
-            self.unusual_ends.update(token for token in ends if token not in self._end_ids)
+            if not self._end_ids.issuperset(ends):
+                self.unusual_ends.update(token for token in ends if token not in self._end_ids)
         return _row(row, labels)
 
 
