@@ -7,7 +7,6 @@ columns, and recursively on their child arrays.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from itertools import accumulate, pairwise
@@ -20,7 +19,8 @@ from pyarrow import types
 
 from qlora_cli.data.reading.arrow_sizes import array_bytes
 from qlora_cli.data.reading.arrow_times import iso_date, iso_duration, iso_interval, iso_time, iso_timestamp
-from qlora_cli.data.reading.json_text import JsonValues
+from qlora_cli.data.reading.json_values import JsonValues
+from qlora_cli.data.rows.examples import Unreadable
 
 BATCH_BYTES = 4_000_000  # converted at once, unless a single row has more
 HEAD_BYTES = 8  # shown in messages
@@ -38,13 +38,6 @@ class RowValue(NamedTuple):
     value: dict[str, Any] | None
     problem: str | None
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """The marker for a value that can't be read, with the reason."""
-
-    problem: str
 
 
 def rows_in_batch(batch: Any, required: Collection[str]) -> Iterator[RowValue]:

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.limits import MAX_COLUMNS, MAX_ROW_BYTES, TOO_LONG, check_blank_lines
-from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText, JsonValues
+from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Decoded, JsonText
+from qlora_cli.data.reading.json_values import JsonValues, Required
 from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection, open_text
 from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.settings.choices import DataFormat
@@ -29,7 +30,7 @@ def read_json_lines(path: Path, selection: Selection = SELECT_ALL) -> Iterator[R
     Raises:
         DataError: the file can't be read or is no UTF-8 text.
     """
-    file_name, values, advice = printable(path), JsonValues(), ""
+    file_name, values, advice = printable(path), JsonValues(selection.required), ""
     with open_text(path) as file:
         for number, (line, content) in enumerate(_lines(path, file), start=1):
             if number == 1 and _begins_json(path, content):
@@ -57,7 +58,7 @@ def read_json(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]
     if layout == _Layout.LINES:
         yield from read_json_lines(path, selection)
         return
-    yield from (row for row in _rows(path, layout) if selection.includes(row.number))
+    yield from (row for row in _rows(path, layout, selection.required) if selection.includes(row.number))
 
 
 def count_json(path: Path) -> int:
@@ -188,11 +189,11 @@ def _enter_list(text: JsonText) -> bool:
     return key not in CONVERSATION_KEYS and text.take(":") and text.take("[") and text.peek() == "{"
 
 
-def _rows(path: Path, layout: _Layout) -> Iterator[RawRow]:
+def _rows(path: Path, layout: _Layout, required: Required | None = None) -> Iterator[RawRow]:
     """Yield the rows of a list or of a single object; a syntax error is the last row."""
     file_name, number = printable(path), 0
     with open_text(path) as file:
-        text = JsonText(file)
+        text = JsonText(file, required)
         try:
             for number, decoded in enumerate(_values(text, layout), start=1):
                 yield _row(file_name, number, decoded)

@@ -7,12 +7,10 @@ ijson: docs/decisions/0020-large-json-files-by-our-own-decoder.md.
 import codecs
 import json
 import re
-import sys
-from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, text_nests_too_deeply
-from qlora_cli.data.rows.json_objects import name_repeated_key, object_of
+from qlora_cli.data.limits import MAX_ROW_BYTES, TOO_LONG
+from qlora_cli.data.reading.json_values import JsonValues, Required, name_long_number
 
 WINDOW_BYTES = 1024**2
 # `json` reports an error at most this far before the end of an incomplete text: `-Infinity`, `\\ud83d\\ude00`.
@@ -37,76 +35,19 @@ class Decoded(NamedTuple):
     num_characters: int
 
 
-def name_long_number() -> str:
-    """Return the problem with an integer that Python refuses to convert, the only plain `ValueError` of `json`."""
-    return f"a number of more than {sys.get_int_max_str_digits():,} digits"
-
-
-class JsonValues:
-    """Decodes values, and finds problems that `json` accepts: NaN, lone surrogates, too many levels."""
-
-    def __init__(self) -> None:
-        self._constants: list[str] = []
-        self._repeated: list[str] = []
-        self._decoder = json.JSONDecoder(
-            parse_constant=self._constants.append, object_pairs_hook=partial(object_of, repeated=self._repeated)
-        )
-
-    def decode_whole(self, text: str) -> tuple[Any, str | None]:
-        """Return the value of the whole `text`, and the problem with it."""
-        self._constants.clear()
-        self._repeated.clear()
-        try:
-            value = self._decoder.decode(text)
-        except json.JSONDecodeError as error:
-            return None, f"broken JSON: {error.msg} (column {error.colno})"
-        except ValueError:
-            return None, name_long_number()
-        except RecursionError:
-            return None, TOO_DEEP
-        return value, self._problem(value, text, 0, len(text))
-
-    def decode_at(self, text: str, start: int) -> tuple[Any, int, str | None]:
-        """Return the value at `start`, its end, and the problem with it.
-
-        Raises:
-            ValueError: it is not JSON; JSONDecodeError says where.
-            RecursionError: it is nested too deeply.
-        """
-        self._constants.clear()
-        self._repeated.clear()
-        value, end = self._decoder.raw_decode(text, start)
-        return value, end, self._problem(value, text, start, end)
-
-    def _problem(self, value: Any, text: str, start: int, end: int) -> str | None:
-        # The searches in the text are cheap; only a row with an escaped surrogate is encoded to look for a lone one.
-        if text_nests_too_deeply(value, text.count("[", start, end) + text.count("{", start, end)):
-            return TOO_DEEP
-        if self._constants:
-            return f"broken JSON: {self._constants[0]} is no JSON value"
-        if self._repeated:
-            return name_repeated_key(self._repeated[0])
-        if text.find("\\ud", start, end) < 0 and text.find("\\uD", start, end) < 0:
-            return None
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ord(error.object[error.start])
-            return f"not UTF-8 text (\\u{half:04x} is half of a character)"
-        return None
-
-
 class JsonText:
     """A window on the text of a file that moves forward, and grows when a value does not fit.
+
+    `required`: the columns of which a row must be readable, as for `JsonValues`.
 
     Raises:
         BrokenJsonError: by every method, if the text is not JSON or not what the method expects.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, required: Required | None = None) -> None:
         self.line = 1
         self._file = file
-        self._values = JsonValues()
+        self._values = JsonValues(required)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at = "", 0
         self._line_start = 0  # the index of `line` in the window; negative once the window has moved past it

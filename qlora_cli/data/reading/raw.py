@@ -44,7 +44,8 @@ class Selection(NamedTuple):
     Attributes:
         rows: A mask with one byte per row of the file, 0 to skip it; None to read all rows.
         columns: Returns which of a file's columns to read, for formats that can skip columns; None to read all.
-        required: Returns which of them make their row a bad one if their value can't be read; None for all.
+        required: Returns which of them make their row a bad one if their value can't be read; None for all. Of the
+            others such a value is `Unreadable`.
     """
 
     rows: bytes | None = None

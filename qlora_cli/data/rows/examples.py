@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.limits import TOO_DEEP, text_nests_too_deeply
-from qlora_cli.data.rows.json_objects import name_repeated_key, object_of
+from qlora_cli.data.rows.json_objects import RepeatedKey, name_repeated_key, object_of
 
 Ids = NDArray[np.int32]
 
@@ -35,6 +35,13 @@ class RowError(Exception):
         super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
         self.hint = hint
         self.is_empty = is_empty
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """The marker for a value that can't be read, with the reason, in a column that nobody uses."""
+
+    problem: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +126,7 @@ def _values(text: str, decoder: json.JSONDecoder) -> list[Any]:
 
 
 def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -> Any:
-    repeated: list[str] = []
+    repeated: list[RepeatedKey] = []
     try:
         value = decode(json.JSONDecoder(object_pairs_hook=partial(object_of, repeated=repeated)))
     except ValueError as error:
@@ -129,5 +136,5 @@ def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -
     if text_nests_too_deeply(value, text.count("[") + text.count("{")):
         raise RowError(f"{where}: {TOO_DEEP}")
     if repeated:
-        raise RowError(f"{where}: {name_repeated_key(repeated[0])}")
+        raise RowError(f"{where}: {name_repeated_key(repeated[0].key)}")
     return value

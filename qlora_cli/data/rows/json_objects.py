@@ -1,15 +1,22 @@
 """Make objects of JSON, in which a key that is there twice would silently be what it is the last time."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def object_of(pairs: list[tuple[str, Any]], *, repeated: list[str]) -> dict[str, Any]:
-    """Return an object, and add the keys to `repeated` that stand for two values which differ."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+class RepeatedKey(NamedTuple):
+    """An object, and a key of it that stands for two values which differ."""
+
+    object: dict[str, Any]
+    key: str
+
+
+def object_of(pairs: list[tuple[str, Any]], *, repeated: list[RepeatedKey]) -> dict[str, Any]:
+    """Return an object, and add to `repeated` the keys of it that stand for two values which differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
         first: dict[str, Any] = {}
-        repeated += [key for key, value in pairs if first.setdefault(key, value) != value]
-    return found
+        repeated += [RepeatedKey(made, key) for key, value in pairs if first.setdefault(key, value) != value]
+    return made
 
 
 def name_repeated_key(key: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_cli.data.limits import listed
 from qlora_cli.data.rows.column_formats import ALSO_ASKED, OPTIONAL, PARTS, RowLayout, recognise
-from qlora_cli.data.rows.examples import Conversation, RowError, is_nothing
+from qlora_cli.data.rows.examples import Conversation, RowError, Unreadable, is_nothing
 from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.data.rows.training_switches import row_switch
@@ -159,6 +159,8 @@ class MeaningChecker:
 
 def _is_context(part: str, value: object) -> bool:
     """Whether a value is what a column of this name holds for a conversation: elsewhere it may be about anything."""
+    if isinstance(value, Unreadable):
+        return True
     if part == "system":
         return isinstance(value, str) and value.strip() != ""
     if isinstance(value, list):

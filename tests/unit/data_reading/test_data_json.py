@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from qlora_cli.data.finding.sources import find_dataset
+from qlora_cli.data.limits import TOO_DEEP
 from qlora_cli.data.reading import json_text
-from qlora_cli.data.reading.readers import read_rows
+from qlora_cli.data.reading.readers import RawRow, read_rows, selection_for
+from qlora_cli.data.rows.examples import Unreadable
 from qlora_cli.errors import DataError
+from qlora_cli.settings.models import DataSettings
 from tests.support.reading import problems_of, read, values_of, write
 
 MIB = 1024**2
@@ -250,3 +253,58 @@ def test_sixteen_mebibytes_of_a_list_are_read_in_eight(tmp_path: Path, before: s
 def test_an_element_larger_than_the_window_is_a_row(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[{"a": "' + "x" * 5 * MIB + '"}, {"a": "y"}]')
     assert [len(value["a"]) for value in values_of(path)] == [5 * MIB, 1]
+
+
+# Columns that nobody uses
+
+DEEP = "[" * 600 + "]" * 600
+HARMFUL = {
+    "[NaN]": "broken JSON: NaN is no JSON value",
+    '{"b": -Infinity}': "broken JSON: -Infinity is no JSON value",
+    '{"b": 1, "b": 2}': "the key 'b' is there twice, with values that differ",
+    '["\\ud83d"]': "not UTF-8 text (\\ud83d is half of a character)",
+    DEEP: TOO_DEEP,
+}
+
+
+def read_used(path: Path, **settings: Any) -> list[RawRow]:
+    selection = selection_for(DataSettings(dataset=(str(path),), **settings), path.name)
+    return list(read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection))
+
+
+@pytest.mark.parametrize(("value", "problem"), HARMFUL.items())
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_value_that_can_not_be_read_does_no_harm_in_a_column_that_nobody_uses(
+    tmp_path: Path, name: str, value: str, problem: str
+) -> None:
+    rows = [f'{{"text": "one", "score": {value}}}', '{"text": "two", "score": 2}']
+    path = write(tmp_path / name, "\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
+    unused, good = (row.value for row in read_used(path))
+    assert good == {"text": "two", "score": 2}
+    assert unused == {"text": "one", "score": Unreadable(problem)}
+
+
+@pytest.mark.parametrize(("value", "problem"), HARMFUL.items())
+@pytest.mark.parametrize("column", ["text", "user"])
+def test_a_value_that_can_not_be_read_makes_its_row_a_bad_one_in_a_column_that_is_used(
+    tmp_path: Path, column: str, value: str, problem: str
+) -> None:
+    others = {name: "one" for name in ("text", "user") if name != column}
+    path = write(tmp_path / "a.jsonl", f'{json.dumps(others)[:-1]}, "{column}": {value}}}')
+    (row,) = read_used(path, eval_group="user")
+    assert row.value is None
+    assert row.problem is not None
+    assert row.problem.startswith(problem)
+
+
+def test_a_column_that_is_nan_is_missing_as_pandas_writes_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"instruction": "one", "input": NaN, "output": "two"}')
+    assert [row.value for row in read_used(path)] == [{"instruction": "one", "input": None, "output": "two"}]
+
+
+def test_a_column_that_is_there_twice_does_no_harm_if_nobody_uses_it(tmp_path: Path) -> None:
+    twice = '{"text": "one", "score": 1, "score": 2, "text": "one"}'
+    used, both = twice, twice.replace('"one"}', '"two"}')
+    unused, bad = read_used(write(tmp_path / "a.jsonl", f"{used}\n{both}"))
+    assert unused.value == {"text": "one", "score": 2}
+    assert bad.problem == "the key 'text' is there twice, with values that differ"

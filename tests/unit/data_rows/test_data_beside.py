@@ -332,6 +332,23 @@ def test_verdicts_are_known_by_their_words(
     assert f"Leave out the rows whose {column!r} is {unwanted}" in str(error.hint)
 
 
+UNREADABLE = ("NaN", '{"b": 1, "b": 2}', '"\\ud83d"', "[" * 600 + "]" * 600)
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
+@pytest.mark.parametrize("column", ["weight", "kto_tag", "history", "other"])
+def test_json_that_can_not_be_read_ends_no_run_but_where_it_may_be_around_the_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "42", "{column}": {value}}}\n', encoding="utf-8")
+    if column == "history" and value != "NaN":
+        with pytest.raises(DataError, match="'history' holds earlier turns"):
+            prepare_file(path, tokenizer)
+    else:
+        assert prepare_file(path, tokenizer).report.rows_trained == 1
+
+
 NOT_TEXT = pyarrow.array([b"\xff\xfe"])
 
 
