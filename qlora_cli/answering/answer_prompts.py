@@ -12,7 +12,7 @@ from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 
 
 def generate(
@@ -36,7 +36,7 @@ def generate(
         of_merged = settings_of_merged(merged, opened.loaded.settings.model, opened.loaded.dtype)
         del opened
         _let_go()
-        opened = open_model(made_in_code(of_merged), request, reporter, prompts=prompts, is_merged=True)
+        opened = open_model(resolved_in_code(of_merged), request, reporter, prompts=prompts, is_merged=True)
         more = answer_all(opened, request, prompts, reporter)
         answers = [before + after for before, after in zip(answers, more, strict=True)]
         notes = tuple(dict.fromkeys((*notes, *opened.notes)))

@@ -10,7 +10,7 @@ from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import check_weights
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
 from qlora_cli.settings.models import EvaluationSettings
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.tokenizing.positions import check_length
 
 
@@ -44,7 +44,7 @@ def find_merged(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
     if stale := staleness(path, load_plan.source):
         reporter.report(Noted(level="warning", message=stale))
     settings = settings_of_merged(path, load_plan.settings.model, load_plan.dtype)
-    merged = Merged(path=path, load_plan=plan_load(made_in_code(settings), reporter))
+    merged = Merged(path=path, load_plan=plan_load(resolved_in_code(settings), reporter))
     if merged.load_plan.tokenizer.tokenizer.get_vocab() != load_plan.tokenizer.tokenizer.get_vocab():
         raise ModelError(
             f"the tokenizer of {path} is another one than that of {load_plan.source.name}",

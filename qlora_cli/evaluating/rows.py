@@ -21,7 +21,7 @@ from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import Mixing
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found, in_section
+from qlora_cli.settings.settle import InferredSettings, by_path, inferred_origin
 
 NAME_THEM = "Name the rows to evaluate with --dataset."
 
@@ -106,7 +106,7 @@ def has_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> bool
     return names_rows(asked) or data.get("eval_dataset") is not None or holds_out
 
 
-def facts_of_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> list[Fact]:
+def facts_of_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> list[InferredSettings]:
     """Return how rows are read, and which, besides what was asked for: as the run was trained; none is packed."""
     data = _data_of(asked, run)
     here: dict[str, object] = {"packing": False}
@@ -114,10 +114,12 @@ def facts_of_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) ->
         here |= _alone(data["dataset"], asked.settings.evaluate.split)
     elif data.get("eval_dataset") is not None:
         here |= _alone(data["eval_dataset"], data.get("eval_split"))
-    facts = [Fact(values=in_section("data", here), origin=found("what is evaluated"), is_fixed=True)]
+    facts = [
+        InferredSettings(values=by_path("data", here), origin=inferred_origin("what is evaluated"), is_fixed=True)
+    ]
     if run is not None:
-        of_run = {**in_section("data", run.settings), "training.seed": run.seed}
-        facts.append(Fact(values=of_run, origin=found(RunDirectory(run.path).run_file)))
+        of_run = {**by_path("data", run.settings), "training.seed": run.seed}
+        facts.append(InferredSettings(values=of_run, origin=inferred_origin(RunDirectory(run.path).run_file)))
     return facts
 
 

@@ -41,7 +41,7 @@ from qlora_cli.quantization.memory_check import fits_unquantized
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 
 _SILENT = SilentReporter()
 
@@ -141,7 +141,7 @@ def load_model(settings: LoadSettings, reporter: Reporter = _SILENT, *, measure_
     """
     start = time.monotonic()
     return load_planned(
-        plan_load(made_in_code(settings), reporter), reporter, measure_error=measure_error, started=start
+        plan_load(resolved_in_code(settings), reporter), reporter, measure_error=measure_error, started=start
     )
 
 

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_cli.errors import ModelError, Problem, SettingsError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.files import as_json
-from qlora_cli.model_files.adapter_files import adapter_fact, check_unchanged, read_adapter_config
+from qlora_cli.model_files.adapter_files import check_unchanged, inferred_from_adapter, read_adapter_config
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.given_model import CONFIG
@@ -21,7 +21,14 @@ from qlora_cli.runs.directory import RUN_FILE, RunDirectory
 from qlora_cli.settings.conflicts import without_effect
 from qlora_cli.settings.models import DataSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found, in_section, of_run, run_fact, settle
+from qlora_cli.settings.settle import (
+    InferredSettings,
+    by_path,
+    inferred_from_run,
+    inferred_origin,
+    loading_settings,
+    settle,
+)
 from qlora_cli.tokenizing.positions import check_length, note_length, positions_with, shortened
 
 LoadT = TypeVar("LoadT", bound=LoadSettings)
@@ -72,7 +79,7 @@ def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
 
 
 def settle_load(
-    asked: Resolved[LoadT], model: FoundModel, reporter: Reporter, more: Sequence[Fact] = ()
+    asked: Resolved[LoadT], model: FoundModel, reporter: Reporter, more: Sequence[InferredSettings] = ()
 ) -> Resolved[LoadT]:
     """Return the settings of a load, and of what is done with the model, as they are from here on.
 
@@ -103,7 +110,7 @@ def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
     return settle(asked, _facts(asked, model))
 
 
-def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[Fact]:
+def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[InferredSettings]:
     """Return what the files of a model say of the settings of a load."""
     if model.prequantized is not None:
         check_settings(model.prequantized, asked.given("quantization"), model.source.name)
@@ -115,13 +122,13 @@ def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[Fact]:
     ]
 
 
-def stored_facts(prequantized: Prequantized, where: object) -> list[Fact]:
+def stored_facts(prequantized: Prequantized, where: object) -> list[InferredSettings]:
     """Return what the config of a quantized checkpoint says of the settings: what may be changed, and what is so."""
     free = method_of(prequantized.method).free_settings(prequantized.config)
-    origin = found(where)
+    origin = inferred_origin(where)
     return [
-        Fact(values=in_section("quantization", free), origin=origin),
-        Fact(values=in_section("quantization", prequantized.settings), origin=origin, is_fixed=True),
+        InferredSettings(values=by_path("quantization", free), origin=origin),
+        InferredSettings(values=by_path("quantization", prequantized.settings), origin=origin, is_fixed=True),
     ]
 
 
@@ -144,18 +151,18 @@ def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) ->
         raise SettingsError([Problem(where=asked.where_of(path), message=why, hint=hint) for path, why, hint in wrong])
 
 
-def _of_the_run(model: FoundModel) -> Iterator[Fact]:
+def _of_the_run(model: FoundModel) -> Iterator[InferredSettings]:
     source = model.source
     if source.run_model is not None and source.run_quantization is not None:
-        yield run_fact({"model": source.run_model, "quantization": source.run_quantization}, model.run_file)
+        yield inferred_from_run({"model": source.run_model, "quantization": source.run_quantization}, model.run_file)
 
 
-def _of_the_checkpoint(model: FoundModel) -> Iterator[Fact]:
+def _of_the_checkpoint(model: FoundModel) -> Iterator[InferredSettings]:
     if model.prequantized is not None:
         yield from stored_facts(model.prequantized, model.source.path / CONFIG)
 
 
-def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
+def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
     """Yield that no tokens are added to an adapter: those that its run was asked for are its own."""
     source, tokens = model.source, asked.settings.model.new_tokens
     if source.adapter is None or not tokens:
@@ -166,10 +173,10 @@ def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fa
             f"{source.name} is an adapter: the rows of --new-tokens {','.join(tokens)} would not be trained",
             hint="Leave --new-tokens out, or name the base model.",
         )
-    yield Fact(values={"model.new_tokens": None}, origin=found(source.adapter), is_fixed=True)
+    yield InferredSettings(values={"model.new_tokens": None}, origin=inferred_origin(source.adapter), is_fixed=True)
 
 
-def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]:
+def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
     """Yield the settings of the adapter that trains on, which are not asked for."""
     directory = model.source.adapter
     if directory is None or "lora" not in type(asked.settings).model_fields:
@@ -177,14 +184,14 @@ def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Fact]
     config, record = read_adapter_config(directory), model.source.record
     recorded = () if record is None else record.said_of("lora")
     check_unchanged(model.source.name, config, asked.given("lora"), recorded)
-    yield adapter_fact(config, directory)
+    yield inferred_from_adapter(config, directory)
 
 
 def _differences(asked: Resolved[LoadT], model: FoundModel) -> Iterator[str]:
     """Yield in words where what was asked for by name is not what the run that was named was trained with."""
     recorded = {"model": model.source.run_model, "quantization": model.source.run_quantization}
     for section, values in recorded.items():
-        given, then = asked.given(section), of_run(section, values or {})
+        given, then = asked.given(section), loading_settings(section, values or {})
         for key in sorted(given.keys() & then.keys()):
             if as_json(given[key]) != then[key]:
                 yield f"{section}.{key} is {given[key]} as asked; {model.source.name} was trained with {then[key]}"

@@ -16,8 +16,8 @@ from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
     AdapterOutline,
-    adapter_fact,
     check_unchanged,
+    inferred_from_adapter,
     read_outline,
 )
 from qlora_cli.model_files.checkpoint import read_json
@@ -27,7 +27,7 @@ from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.runs.run_weights import may_have_weights, weights_of
 from qlora_cli.settings.models import SECTIONS, EstimateSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found, run_fact
+from qlora_cli.settings.settle import InferredSettings, inferred_from_run, inferred_origin
 
 # The sections in which a run's record gives the defaults of a prediction for it.
 OF_A_RUN = ("model", "quantization", "lora", "data", "training")
@@ -54,7 +54,7 @@ class ModelFacts:
     content: Mapping[str, Any]
     path: Path | None = None
     adapter: AdapterOutline | None = None
-    settings: tuple[Fact, ...] = ()
+    settings: tuple[InferredSettings, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -145,7 +145,7 @@ def _facts_of_base(name: str, reporter: Reporter) -> ModelFacts:
 def _facts_of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     outline, run, model = read_outline(path), run_around(path), asked.settings.model
     recorded: Sequence[Mapping[str, Any]] = ()
-    settings: tuple[Fact, ...] = (adapter_fact(outline.config, path),)
+    settings: tuple[InferredSettings, ...] = (inferred_from_adapter(outline.config, path),)
     if run is None:
         base = model.base_model or _base_of_adapter(path, outline, model.name)
     else:
@@ -153,7 +153,7 @@ def _facts_of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: R
         recorded = record.said_of("lora")
         base = model.base_model or _locate_base(record.base(), run.path)
         loaded = {section: record.settings_of(section, HOW_TRAINED) for section in ("model", "quantization")}
-        settings = (run_fact(loaded, run.run_file), *settings)
+        settings = (inferred_from_run(loaded, run.run_file), *settings)
     check_unchanged(model.name, outline.config, asked.given("lora"), recorded)
     facts = _facts_of_base(base, reporter)
     note = f"the adapter {model.name} is trained further, with its own rank and targets"
@@ -176,13 +176,13 @@ def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Repor
     settings = [_settings_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
     if adapter is not None:
         check_unchanged(str(path), adapter.config, asked.given("lora"), record.said_of("lora"))
-        settings.append(adapter_fact(adapter.config, adapter.directory))
+        settings.append(inferred_from_adapter(adapter.config, adapter.directory))
     facts = _facts_of_base(asked.settings.model.base_model or _locate_base(base, path), reporter)
     note = f"settings of the run {path}, except for those that were given here"
     return replace(facts, name=base.name, adapter=adapter, settings=tuple(settings), notes=(*facts.notes, note))
 
 
-def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> Fact:
+def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> InferredSettings:
     """Return the settings of a run that a prediction has, too; another version may have recorded others."""
     known = {section: SECTIONS[section].model_fields.keys() - NAMES.get(section, set()) for section in sections}
     values = {
@@ -191,7 +191,7 @@ def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> 
         for key, value in record.settings_of(section, HOW_TRAINED).items()
         if key in keys
     }
-    return Fact(values=values, origin=found(RunDirectory(path).run_file))
+    return InferredSettings(values=values, origin=inferred_origin(RunDirectory(path).run_file))
 
 
 def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:

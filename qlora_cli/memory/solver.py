@@ -13,7 +13,7 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
 from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import varied_run
+from qlora_cli.settings.settle import with_settings
 
 # Predicts a run on a GPU; raises a QloraError where the settings can't work together.
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
@@ -116,7 +116,7 @@ def with_value(settings: EstimateSettings, setting: str, value: int) -> Estimate
     except ValidationError as error:
         expected = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise UsageError(f"{setting} {expected}, got {value}", hint=field.description) from None
-    return varied_run(settings, {SETTINGS[setting]: value})
+    return with_settings(settings, {SETTINGS[setting]: value})
 
 
 def search_between(

@@ -9,7 +9,7 @@ from qlora_cli.memory.prediction import Estimate, GpuFit, Suggestion
 from qlora_cli.memory.solver import LENGTH_STEP, Point, Predict, headroom_bytes, search_between
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.settle import varied_run
+from qlora_cli.settings.settle import with_settings
 from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import MIB
 
@@ -166,7 +166,7 @@ class Trials:
         flags = flags_of(values)
         if flags not in self._estimates:
             try:
-                self._estimates[flags] = self._predict(varied_run(self._settings, values), self._gpu)
+                self._estimates[flags] = self._predict(with_settings(self._settings, values), self._gpu)
             except QloraError:  # not with this model, or not with the other settings: nothing to suggest
                 self._estimates[flags] = None
         return self._estimates[flags]

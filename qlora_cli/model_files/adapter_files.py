@@ -25,7 +25,7 @@ from qlora_cli.runs.directory import ADAPTER_CONFIG as ADAPTER_CONFIG
 from qlora_cli.runs.directory import ADAPTER_PICKLE as ADAPTER_PICKLE
 from qlora_cli.runs.directory import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import LoraInit
-from qlora_cli.settings.settle import Fact, found, in_section
+from qlora_cli.settings.settle import InferredSettings, by_path, inferred_origin
 
 LORA = "LORA"
 BY_HAND = "Was it edited by hand? PEFT writes it with the right types; copy the original again."
@@ -269,10 +269,12 @@ def lora_settings_of(config: AdapterConfig) -> dict[str, object]:
     }
 
 
-def adapter_fact(config: AdapterConfig, directory: Path) -> Fact:
+def inferred_from_adapter(config: AdapterConfig, directory: Path) -> InferredSettings:
     """Return what the adapter in `directory` says of the settings of a run that trains it on."""
-    values = in_section("lora", lora_settings_of(config))
-    return Fact(values=values, origin=found(directory / ADAPTER_CONFIG), is_fixed=True, is_foreign=True)
+    values = by_path("lora", lora_settings_of(config))
+    return InferredSettings(
+        values=values, origin=inferred_origin(directory / ADAPTER_CONFIG), is_fixed=True, is_foreign=True
+    )
 
 
 def begins_by_pissa(init_lora_weights: object) -> bool:

@@ -13,7 +13,7 @@ from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 
 
 def adapter_digest(adapter: Path) -> str:
@@ -50,7 +50,7 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
 
     Longer positions and more rows are in its own config; it has no revision.
     """
-    settings = varied(
+    settings = with_values(
         model,
         name=str(path.absolute()),
         revision=None,

@@ -13,7 +13,7 @@ from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.storage_plan import StoragePlan, plan_layout
 from qlora_cli.settings.choices import quant_flag
 from qlora_cli.settings.models import QuantizationSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import format_bytes
 
@@ -138,7 +138,7 @@ def _smaller(layout: StoragePlan) -> dict[str, QuantizationSettings]:
     """Return the settings that store less than those of `layout`, by the flag that makes them so."""
     settings = layout.settings
     same_method = {
-        flags_of({f"quantization.{saving.key}": saving.value}): varied(settings, **{saving.key: saving.value})
+        flags_of({f"quantization.{saving.key}": saving.value}): with_values(settings, **{saving.key: saving.value})
         for saving in layout.method.savings(settings)
     }
     fewer_bits = {

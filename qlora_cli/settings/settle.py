@@ -22,7 +22,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class InferredSettings:
     """What is known of settings besides what was asked for.
 
     Attributes:
@@ -39,12 +39,12 @@ class Fact:
     is_foreign: bool = False
 
 
-def found(where: object) -> Origin:
+def inferred_origin(where: object) -> Origin:
     """Return the origin of what is known from `where`: a file, or what settled it in words."""
     return Origin(kind="found", where=str(where))
 
 
-def settle(asked: Resolved[SettingsT], facts: Iterable[Fact]) -> Resolved[SettingsT]:
+def settle(asked: Resolved[SettingsT], facts: Iterable[InferredSettings]) -> Resolved[SettingsT]:
     """Return what was asked for with the `facts` in their places.
 
     A later fact goes over an earlier one, and those that are fixed over the rest.
@@ -68,7 +68,7 @@ def settle(asked: Resolved[SettingsT], facts: Iterable[Fact]) -> Resolved[Settin
     return Resolved(settings, origins)
 
 
-def _by_section(fact: Fact, asked: Resolved[SettingsT]) -> dict[str, dict[str, object]]:
+def _by_section(fact: InferredSettings, asked: Resolved[SettingsT]) -> dict[str, dict[str, object]]:
     sections: dict[str, dict[str, object]] = {}
     for path, value in fact.values.items():
         section, key = path.split(".")
@@ -81,7 +81,7 @@ def _by_section(fact: Fact, asked: Resolved[SettingsT]) -> dict[str, dict[str, o
     return sections
 
 
-def _with(section: SectionT, values: Mapping[str, object], fact: Fact) -> SectionT:
+def _with(section: SectionT, values: Mapping[str, object], fact: InferredSettings) -> SectionT:
     if fact.is_foreign:
         return section.model_copy(update=values)
     try:
@@ -94,7 +94,7 @@ def _with(section: SectionT, values: Mapping[str, object], fact: Fact) -> Sectio
         ) from error
 
 
-def made_in_code(settings: SettingsT) -> Resolved[SettingsT]:
+def resolved_in_code(settings: SettingsT) -> Resolved[SettingsT]:
     """Return settings that code made, of which what it named counts as given."""
     where = Origin(kind="code", where="given in code")
     return Resolved(
@@ -107,35 +107,35 @@ def made_in_code(settings: SettingsT) -> Resolved[SettingsT]:
     )
 
 
-def varied(section: SectionT, **values: object) -> SectionT:
+def with_values(section: SectionT, **values: object) -> SectionT:
     """Return a section of another load, run or look at the data, which is like this one but for some valid values."""
     return section.model_copy(update=values)
 
 
-def varied_run(settings: SettingsT, values: Mapping[str, object]) -> SettingsT:
+def with_settings(settings: SettingsT, values: Mapping[str, object]) -> SettingsT:
     """Return the settings of another run, which is like this one but for some valid values, by `section.key`."""
     sections: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         section, key = path.split(".")
         sections.setdefault(section, {})[key] = value
     return settings.model_copy(
-        update={name: varied(getattr(settings, name), **update) for name, update in sections.items()}
+        update={name: with_values(getattr(settings, name), **update) for name, update in sections.items()}
     )
 
 
-def of_run(section: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def loading_settings(section: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a section that a run recorded says how its base is loaded."""
     known = {key for key, field in SECTIONS[section].model_fields.items() if marks_of(field).is_of_run}
     return {key: value for key, value in recorded.items() if key in known}
 
 
-def run_fact(recorded: Mapping[str, Mapping[str, Any]], where: object) -> Fact:
+def inferred_from_run(recorded: Mapping[str, Mapping[str, Any]], where: object) -> InferredSettings:
     """Return what the sections that a run `recorded` say of how its base is loaded."""
     model, quantization = recorded.get("model", {}), recorded.get("quantization", {})
-    values = {**in_section("model", of_run("model", model)), **in_section("quantization", quantization)}
-    return Fact(values=values, origin=found(where))
+    values = {**by_path("model", loading_settings("model", model)), **by_path("quantization", quantization)}
+    return InferredSettings(values=values, origin=inferred_origin(where))
 
 
-def in_section(section: str, values: Mapping[str, object]) -> dict[str, object]:
+def by_path(section: str, values: Mapping[str, object]) -> dict[str, object]:
     """Return values by `section.key`."""
     return {f"{section}.{key}": value for key, value in values.items()}

@@ -16,10 +16,10 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.models import DataSettings, Section
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found
+from qlora_cli.settings.settle import InferredSettings, inferred_origin
 
 LENGTH = "data.max_length"
-OF_THE_MODEL = found("the positions that the model has")
+OF_THE_MODEL = inferred_origin("the positions that the model has")
 # The layers that see the whole row, in configs that keep rotary parameters for each type of layer.
 FULL_ATTENTION = "full_attention"
 # Switches of configs that have rotary parameters in any case: the value at which the model uses them.
@@ -74,12 +74,12 @@ def positions_with(config: PreTrainedConfig, rope_scaling: str | None) -> int | 
     return num_positions(stretched)
 
 
-def shortened(settings: Section, positions: int | None) -> list[Fact]:
+def shortened(settings: Section, positions: int | None) -> list[InferredSettings]:
     """Return that rows are no longer than the positions of the model, unless more is asked for."""
     data: DataSettings | None = getattr(settings, "data", None)
     if data is None or positions is None or data.max_length <= positions:
         return []
-    return [Fact(values={LENGTH: positions}, origin=OF_THE_MODEL)]
+    return [InferredSettings(values={LENGTH: positions}, origin=OF_THE_MODEL)]
 
 
 def note_length(settled: Resolved[Section], reporter: Reporter) -> None:

@@ -25,7 +25,7 @@ from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import Fact, found, settle
+from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
@@ -46,7 +46,7 @@ from qlora_cli.training.resuming.resume import (
 from qlora_cli.training.run_notes import note_data, note_resume
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
-FITS = found("training.auto_micro_batch")  # what it found to fit
+FITS = inferred_origin("training.auto_micro_batch")  # what it found to fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     """Return a run with another micro-batch and the same batch: `size` divides it."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    fitting = Fact(
+    fitting = InferredSettings(
         values={MICRO_BATCH: size, ACCUMULATION: accumulation},
         origin=FITS,
         is_fixed=True,
@@ -231,7 +231,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     return replace(prepared, resolved=resolved, plan=plan)
 
 
-def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -> list[Fact]:
+def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
     """Return the micro-batch that the earlier run found to fit, if it looked for one."""
     training = asked.settings.training
     if resume is None or not training.auto_micro_batch:
@@ -243,7 +243,7 @@ def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -
     if size >= training.micro_batch_size or size * accumulation != rows:
         return []
     values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
-    return [Fact(values=values, origin=FITS, is_fixed=True)]
+    return [InferredSettings(values=values, origin=FITS, is_fixed=True)]
 
 
 def _check_memory(

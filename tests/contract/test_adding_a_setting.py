@@ -64,7 +64,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import InspectMemorySettings, QuantizationSettings, TrainSettings, json_schema
-from qlora_cli.settings.settle import made_in_code, of_run
+from qlora_cli.settings.settle import resolved_in_code, loading_settings
 from qlora_cli.settings.shown import shown_flags
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.runs.directory import RunDirectory
@@ -95,7 +95,7 @@ def key(path, value):
     section, name = path.split(".")
     given = {"model": {"name": "m"}}
     given.setdefault(section, {})[name] = value
-    return key_of(MemoryRequest(asked=made_in_code(InspectMemorySettings.model_validate(given))), {})
+    return key_of(MemoryRequest(asked=resolved_in_code(InspectMemorySettings.model_validate(given))), {})
 sections = ("model", "quantization", "lora", "data", "training")
 asked = {f"{s}.{n}": (1, 2) for s in sections for n in ("surprise_size", "plain_surprise")}
 asked |= {"training.surprise_ratio": (0.25, 0.5), "quantization.int8_surprise": (True, False)}
@@ -107,7 +107,7 @@ print(json.dumps({
     "in effect": in_8_bit.in_effect(),
     "not in effect": QuantizationSettings().in_effect(),
     "flags": shown_flags(in_8_bit),
-    "of a run": of_run("quantization", {"int8_surprise": True, "plain_surprise": 4}),
+    "of a run": loading_settings("quantization", {"int8_surprise": True, "plain_surprise": 4}),
     "help": " ".join(run("train", "--help").output.split()),
     "shown": json.loads(shown.stdout)["training.surprise_ratio"],
     "refused": refused.output,

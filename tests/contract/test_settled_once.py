@@ -11,13 +11,13 @@ import qlora_cli
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.models import TrainSettings, all_settings, marks
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from qlora_cli.settings.settle import Fact, found, made_in_code, settle
+from qlora_cli.settings.settle import InferredSettings, inferred_origin, resolved_in_code, settle
 from qlora_cli.tokenizing.positions import shortened
 
 PACKAGE = Path(qlora_cli.__file__).parent
 OWNED = re.compile(r"model_fields_set|model_copy\(|model_construct\(")
 FLAGS = {"model.name": "m", "data.dataset": "d", "output.directory": "o"}
-FILE = found("run.json")
+FILE = inferred_origin("run.json")
 
 # Who settles, and how often: each command once, and what is asked again whenever a machine says that it must be less.
 SETTLES = {
@@ -68,7 +68,7 @@ def test_only_the_settings_change_settings_and_know_which_were_given() -> None:
 
 def test_settings_are_settled_where_a_command_does_it_and_nowhere_else() -> None:
     assert calls("settle") == SETTLES
-    assert calls("varied", "varied_run") == VARIES
+    assert calls("with_values", "with_settings") == VARIES
 
 
 def test_what_was_given_is_what_has_an_origin() -> None:
@@ -76,14 +76,14 @@ def test_what_was_given_is_what_has_an_origin() -> None:
     given = {f"{name}.{key}" for name in TrainSettings.model_fields for key in asked.given(name)}
     assert given == set(asked.origins) == {*FLAGS, "lora.rank", "training.seed"}
     assert asked.given("lora") == {"rank": 8}
-    in_code = made_in_code(asked.settings)
+    in_code = resolved_in_code(asked.settings)
     assert {path for path in all_settings() if in_code.is_given(path)} == given
 
 
 def test_what_is_known_stands_unless_something_else_was_given() -> None:
     asked = resolved(lora__rank="8")
     values: Mapping[str, object] = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0, "generate.seed": 1}
-    settled = settle(asked, [Fact(values=values, origin=FILE)])
+    settled = settle(asked, [InferredSettings(values=values, origin=FILE)])
     lora = settled.settings.lora
     assert (lora.rank, lora.alpha) == (8, 8.0)
     assert settled.origin_of("lora.rank").kind == "flag"
@@ -95,22 +95,30 @@ def test_what_is_known_stands_unless_something_else_was_given() -> None:
 
 def test_what_is_fixed_stands_over_all_and_later_facts_over_earlier() -> None:
     asked = resolved(training__micro_batch_size="8")
-    fixed = Fact(values={"training.micro_batch_size": 2}, origin=FILE, is_fixed=True)
-    facts = [fixed, *(Fact(values={"training.seed": seed}, origin=found(seed)) for seed in (1, 2))]
+    fixed = InferredSettings(values={"training.micro_batch_size": 2}, origin=FILE, is_fixed=True)
+    facts = [
+        fixed,
+        *(InferredSettings(values={"training.seed": seed}, origin=inferred_origin(seed)) for seed in (1, 2)),
+    ]
     settled = settle(asked, facts)
     training = settled.settings.training
     assert (training.micro_batch_size, training.seed) == (2, 2)
-    assert (settled.origin_of("training.micro_batch_size"), settled.origin_of("training.seed")) == (FILE, found(2))
+    assert (settled.origin_of("training.micro_batch_size"), settled.origin_of("training.seed")) == (
+        FILE,
+        inferred_origin(2),
+    )
 
 
 def test_values_of_a_file_are_read_as_everybodys_but_those_of_an_adapter_of_others_are_its_own() -> None:
     asked = resolved()
-    assert settle(asked, [Fact(values={"lora.newer": 1}, origin=FILE)]) == asked  # of another version
+    assert settle(asked, [InferredSettings(values={"lora.newer": 1}, origin=FILE)]) == asked  # of another version
     for values in ({"lora.rank": "many"}, {"lora.rank": 0}):
         with pytest.raises(ModelError, match=r"the settings in run\.json can't be read") as caught:
-            settle(asked, [Fact(values=values, origin=FILE)])
+            settle(asked, [InferredSettings(values=values, origin=FILE)])
         assert caught.value.hint
-    foreign = Fact(values={"lora.rank": 9000, "lora.target_modules": ()}, origin=FILE, is_fixed=True, is_foreign=True)
+    foreign = InferredSettings(
+        values={"lora.rank": 9000, "lora.target_modules": ()}, origin=FILE, is_fixed=True, is_foreign=True
+    )
     lora = settle(asked, [foreign]).settings.lora
     assert (lora.rank, lora.target_modules) == (9000, ())
 
@@ -120,7 +128,9 @@ def test_no_file_switches_on_what_runs_code() -> None:
     assert by_hand
     asked = resolved()
     for is_fixed in (False, True):
-        settled = settle(asked, [Fact(values=dict.fromkeys(by_hand, True), origin=FILE, is_fixed=is_fixed)])
+        settled = settle(
+            asked, [InferredSettings(values=dict.fromkeys(by_hand, True), origin=FILE, is_fixed=is_fixed)]
+        )
         assert settled == asked
 
 

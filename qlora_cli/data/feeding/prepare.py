@@ -25,7 +25,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import Mixing, OnBadRow, OnLong
 from qlora_cli.settings.collected import Collected
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 from qlora_cli.settings.values import held_out_share
 from qlora_cli.units import counted
 
@@ -72,7 +72,7 @@ def prepare_data(
             no row is left.
     """
     if inspect_only:
-        settings = varied(settings, on_bad_row=OnBadRow.SKIP)
+        settings = with_values(settings, on_bad_row=OnBadRow.SKIP)
     sources = trained_sources(settings)
     if len(sources) + len(held_out_sources(settings)) > 1:
         _check_first_rows(settings, text, seed)

@@ -22,7 +22,7 @@ from qlora_cli.data.rows.verdict_columns import (
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 
 ASKING = ("prompt", "question", "query", "problem", "instruction", "messages", "conversations", "conversation")
 NOT_HERE = "this is for training by comparison (DPO), not for fine-tuning on answers"
@@ -216,7 +216,7 @@ def _trains(row: Mapping[str, Any], columns: Collection[str], way: Flags, settin
     if any(set(name) & {",", "="} for name in named.values()):
         return False  # which can't be typed
     try:
-        layout = recognise(columns, varied(settings, format=fmt, columns=dict(named)), "row")
+        layout = recognise(columns, with_values(settings, format=fmt, columns=dict(named)), "row")
         example = RowReader(layout, settings.loss_on, use_chat=True).read(row)
     except (DataError, RowError):
         return False

@@ -17,7 +17,7 @@ from qlora_cli.data.showing.preview import RowPreview, preview_rows
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 
 MAX_SHOWN_FOLDERS = 5  # of each kind of trouble
 NUM_BARS = 16
@@ -109,7 +109,7 @@ def inspect_data(
         QloraError: as `prepare_data` does.
     """
     # The rows are inspected unpacked; the effect of packing is computed separately.
-    unpacked = varied(settings, packing=False)
+    unpacked = with_values(settings, packing=False)
     prepared = prepare_data(unpacked, text, seed=training.seed, inspect_only=True)
     both = [data for data in (prepared.train, prepared.evaluation) if data is not None]
     train, table = prepared.train, prepared.train.table

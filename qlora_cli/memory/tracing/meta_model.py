@@ -21,7 +21,7 @@ from qlora_cli.memory.tracing.layers import LayerStack, find_stack, reduce_to, r
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import DEFAULT_METHOD, LoraInit, quant_flag
 from qlora_cli.settings.models import LoraSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def build_meta_model(
         warnings = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
         return MetaModel(model=trained, stack=stack, chosen=chosen, notes=warnings)
     # Memory does not depend on initial values, and meta tensors have none to compute with.
-    lora = varied(lora, init_lora_weights=LoraInit.DEFAULT)
+    lora = with_values(lora, init_lora_weights=LoraInit.DEFAULT)
     adapted, notes = attach_adapter(model, lora, new_token_ids)
     return MetaModel(model=adapted, stack=stack, chosen=chosen, notes=notes)
 

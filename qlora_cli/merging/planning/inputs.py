@@ -34,7 +34,7 @@ from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout, with
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSettings, ModelSettings
-from qlora_cli.settings.settle import in_section, made_in_code, of_run
+from qlora_cli.settings.settle import by_path, loading_settings, resolved_in_code
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.tokenizing.tokenizer_files import templates_left_out
@@ -155,7 +155,7 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
 def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:
     """Return the settings by which training loaded the base, as far as the run and the checkpoint say."""
     settings = LoadSettings(model=_model_settings(request, found.source.name))
-    return settle_base(made_in_code(settings), found).settings
+    return settle_base(resolved_in_code(settings), found).settings
 
 
 def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
@@ -206,8 +206,8 @@ def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundMod
 def _in_effect(settings: LoadSettings) -> dict[str, object]:
     """Return by `section.key` what had an effect on how a run loaded its base."""
     return {
-        **in_section("model", of_run("model", settings.model.in_effect())),
-        **in_section("quantization", of_run("quantization", settings.quantization.in_effect())),
+        **by_path("model", loading_settings("model", settings.model.in_effect())),
+        **by_path("quantization", loading_settings("quantization", settings.quantization.in_effect())),
     }
 
 

@@ -14,7 +14,7 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
 from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
 
@@ -83,7 +83,7 @@ def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Report
     """Return rows of the run's data as they were trained, if the data can still be read here."""
     try:
         settings = DataSettings.model_validate(record.settings_of("data", "which data it was trained on"))
-        few = varied(settings, on_bad_row=OnBadRow.SKIP)
+        few = with_values(settings, on_bad_row=OnBadRow.SKIP)
         text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
         name = settings.dataset[0]
         source = find_dataset(first_local(map(str, record.places_of(name))) or name, settings.split)

@@ -23,7 +23,7 @@ from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_s
 from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
 from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
 from qlora_cli.settings.models import LoraSettings, TrainSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 
 SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
@@ -88,7 +88,7 @@ def outline(load_plan: LoadPlan, lora: LoraSettings) -> PeftModel:
     else:
         check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
     # There are no values here that it could begin with.
-    without_values = varied(lora, init_lora_weights=LoraInit.DEFAULT)
+    without_values = with_values(lora, init_lora_weights=LoraInit.DEFAULT)
     attached, _ = attach_adapter(model, without_values, load_plan.tokenizer.new_token_ids)
     return attached
 

@@ -20,7 +20,7 @@ from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.settings.models import LoadSettings, ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
@@ -142,7 +142,7 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
 
 def settled(asked: ModelSettings) -> ModelSettings:
     found = read_found(find_model(asked), trust_remote_code=False)
-    return settle_base(made_in_code(LoadSettings(model=asked)), found).settings.model
+    return settle_base(resolved_in_code(LoadSettings(model=asked)), found).settings.model
 
 
 def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: Ended, tmp_path: Path) -> None:

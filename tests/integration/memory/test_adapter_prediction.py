@@ -20,7 +20,7 @@ from qlora_cli.memory.memory_report import inspect_memory
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import InspectMemorySettings
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
@@ -86,7 +86,7 @@ def adapter_of(kind: str, place: Path) -> Path:
 
 
 def request_of(values: dict[str, Any]) -> MemoryRequest:
-    asked = made_in_code(InspectMemorySettings.model_validate(values))
+    asked = resolved_in_code(InspectMemorySettings.model_validate(values))
     return MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),))
 
 

@@ -13,7 +13,7 @@ from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.checks.predicted_memory import check_memory, gpu_at_hand
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.units import MIB
@@ -34,7 +34,7 @@ def settings(base_model: Path, rows: Path, tmp_path: Path) -> TrainSettings:
 
 @pytest.fixture
 def load_plan(settings: TrainSettings) -> LoadPlan:
-    return plan_load(made_in_code(settings), SilentReporter())
+    return plan_load(resolved_in_code(settings), SilentReporter())
 
 
 @pytest.mark.fast

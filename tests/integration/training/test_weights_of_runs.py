@@ -18,7 +18,7 @@ from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.settings.models import EstimateSettings, EvaluateSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 from tests.support.loading import load
@@ -208,9 +208,9 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     assert named.path == base
     asked = {"model": {"name": str(moved / "runs" / "a")}}
     with pytest.raises(ModelNotFoundError, match=str(moved / "models" / "base")):
-        find_model_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
+        find_model_facts(resolved_in_code(EstimateSettings.model_validate(asked)), Recorder())
     asked["model"]["base_model"] = str(base)
-    facts = find_model_facts(made_in_code(EstimateSettings.model_validate(asked)), Recorder())
+    facts = find_model_facts(resolved_in_code(EstimateSettings.model_validate(asked)), Recorder())
     assert facts.path == base
 
     (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so did the data
@@ -239,9 +239,9 @@ def test_another_base_than_that_of_the_run_is_said(base_model: Path, rows: Path,
     save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     recorder = Recorder()
     model = {"name": str(tmp_path / "run"), "base_model": str(other), "device": "cpu"}
-    plan_load(made_in_code(LoadSettings.model_validate({"model": model})), recorder)
+    plan_load(resolved_in_code(LoadSettings.model_validate({"model": model})), recorder)
     assert f"{other} is not the base that {tmp_path / 'run'} was trained on" in notes_of(recorder)
     copy = Path(shutil.copytree(base_model, tmp_path / "copy"))
     recorder = Recorder()
-    plan_load(made_in_code(LoadSettings.model_validate({"model": {**model, "base_model": str(copy)}})), recorder)
+    plan_load(resolved_in_code(LoadSettings.model_validate({"model": {**model, "base_model": str(copy)}})), recorder)
     assert "is not the base" not in notes_of(recorder)

@@ -16,7 +16,7 @@ from qlora_cli.quantization.memory_check import needed_bytes
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
-from qlora_cli.settings.settle import made_in_code
+from qlora_cli.settings.settle import resolved_in_code
 from tests.support.loading import save_model
 from tests.support.tiny_models import tiny_config, tiny_model
 
@@ -35,7 +35,7 @@ def settings_of(model: Path, method: str) -> LoadSettings:
 def test_an_embedding_kept_on_the_host_is_whole_and_gives_the_same_logits(tmp_path: Path, method: str) -> None:
     settings = settings_of(save_model(tmp_path / "model"), method)
     expected = load_model(settings).base.eval()(input_ids=IDS).logits
-    load_plan = plan_load(made_in_code(settings), SilentReporter())
+    load_plan = plan_load(resolved_in_code(settings), SilentReporter())
     offloading = settings.model.model_copy(update={"offload_embedding": True})
     # Planning refuses this on a CPU, where it saves nothing; what loading does is the same on any device.
     planned = dataclasses.replace(load_plan, settings=settings.model_copy(update={"model": offloading}))
@@ -65,7 +65,7 @@ def test_both_kinds_of_offloading_at_once_are_refused(tmp_path: Path, monkeypatc
     )
     monkeypatch.setattr("qlora_cli.loading.load_plan.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(ModelError, match="can't be used with"):
-        plan_load(made_in_code(settings), SilentReporter())
+        plan_load(resolved_in_code(settings), SilentReporter())
 
 
 def test_growing_takes_no_more_than_a_second_embedding() -> None:
@@ -102,4 +102,4 @@ def test_a_compute_dtype_of_its_own_obeys_the_same_rules(tmp_path: Path) -> None
     settings = settings_of(save_model(tmp_path / "model"), "nf4")
     quantization = settings.quantization.model_copy(update={"compute_dtype": Dtype.FP16})
     with pytest.raises(HardwareError, match="fp16 is not trained on a CPU"):
-        plan_load(made_in_code(settings.model_copy(update={"quantization": quantization})), SilentReporter())
+        plan_load(resolved_in_code(settings.model_copy(update={"quantization": quantization})), SilentReporter())

@@ -8,7 +8,7 @@ from qlora_cli.quantization.methods import all_methods, is_quantized_layer, meth
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
-from qlora_cli.settings.settle import varied
+from qlora_cli.settings.settle import with_values
 from qlora_cli.settings.shown import shown_flags
 from tests.support.tiny_models import tiny_config
 
@@ -84,7 +84,7 @@ def test_what_a_method_says_would_save_memory_does_and_stores_by_the_same_method
     savings = list(method.savings(settings))
     assert [saving.key for saving in savings] == (["double_quant"] if way == "nf4, single" else [])
     for saving in savings:
-        less = varied(settings, **{saving.key: saving.value})
+        less = with_values(settings, **{saving.key: saving.value})
         # Of a small weight, the table of levels would take more than its constants.
         shape = torch.Size((4096, 4096))
         few, many = (method.entry("a", "linear layers", shape, torch.bfloat16, one) for one in (less, settings))
