@@ -44,7 +44,7 @@ class QloraError(Exception):
     def __str__(self) -> str:
         return self.message if self.setting is None else f"{self.setting}: {self.message}"
 
-    def of(self, setting: str) -> Self:
+    def for_setting(self, setting: str) -> Self:
         """Attribute the error to a setting's value, unless it is already attributed to another; return it."""
         self.setting = self.setting or setting
         return self

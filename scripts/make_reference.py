@@ -15,9 +15,9 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.options import SEPARATOR, off_flag
 from qlora_cli.errors import EXIT_CODES
 from qlora_cli.settings.choices import DTYPE_NAMES
-from qlora_cli.settings.field_marks import marks_of
+from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.models import SECTIONS, field_of
-from qlora_cli.settings.shown import is_switch, metavar, shown_default
+from qlora_cli.settings.setting_metadata import field_metadata
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 SETTINGS_HEAD = """\
@@ -162,7 +162,7 @@ def _alike(names: Sequence[str]) -> str:
 
 
 def _flag(field: FieldInfo) -> str:
-    marked = marks_of(field)
+    marked = field_metadata(field)
     if marked.flag is None:
         return ""
     return f"`{marked.flag}`, `{off_flag(marked)}`" if is_switch(field) else f"`{marked.flag}`"
@@ -190,7 +190,7 @@ def _bounds(field: FieldInfo) -> list[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    default = shown_default(field)
+    default = display_default(field)
     return "-" if default is None else f"`{default}`"
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.field_marks import Command, Marks
-from qlora_cli.settings.models import KINDS, Section, marks
+from qlora_cli.settings.display import display_default, is_switch, metavar
+from qlora_cli.settings.models import KINDS, Section, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
-from qlora_cli.settings.shown import is_switch, metavar, shown_default
+from qlora_cli.settings.setting_metadata import Command, Metadata
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -29,7 +29,7 @@ def settings_of(command: Command) -> Iterator[tuple[str, FieldInfo]]:
     kind = KINDS[command]
     for name, section in sections_of(kind).items():
         for key, field in section.model_fields.items():
-            if name in kind.model_fields and marks(f"{name}.{key}").is_taken_by(command):
+            if name in kind.model_fields and metadata_of(f"{name}.{key}").is_taken_by(command):
                 yield f"{name}.{key}", field
 
 
@@ -52,7 +52,7 @@ def takes(command: Command) -> Callable[[Function], Function]:
             return function(context, **{name: value for name, value in given.items() if name in own})
 
         fields = dict(settings_of(command))
-        arguments = [path for path in fields if command in marks(path).argument_of]
+        arguments = [path for path in fields if command in metadata_of(path).argument_of]
         parameters = [own["context"], *(_argument(path, fields.pop(path)) for path in arguments)]
         parameters += [_option(path, field) for path, field in fields.items()]
         parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
@@ -71,7 +71,7 @@ def takes(command: Command) -> Callable[[Function], Function]:
 
 def _option(path: str, field: FieldInfo) -> inspect.Parameter:
     """Return the parameter of a command that takes a setting by its flag, described by the setting itself."""
-    marked = marks(path)
+    marked = metadata_of(path)
     flag = cast(str, marked.flag)
     if is_switch(field):
         kind: Any = bool | None
@@ -84,7 +84,7 @@ def _option(path: str, field: FieldInfo) -> inspect.Parameter:
 
 def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
     """Return the parameter of a command that takes a setting without a flag."""
-    marked = marks(path)
+    marked = metadata_of(path)
     argument = typer.Argument(metavar=argument_name(marked), help=describe(field), show_default=False)
     kind: Any = list[str] | None if marked.is_repeatable else str | None
     return _parameter(parameter_of(path), Annotated[kind, argument])
@@ -94,19 +94,19 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def off_flag(marked: Marks) -> str:
+def off_flag(marked: Metadata) -> str:
     """Return the flag that turns a switch off."""
     return marked.off_flag or f"--no-{cast(str, marked.flag).removeprefix('--')}"
 
 
-def argument_name(marked: Marks) -> str:
+def argument_name(marked: Metadata) -> str:
     """Return what a setting is called that is given without its flag: `MODEL` for `--model`."""
     return marked.metavar or f"{marked.flag}".removeprefix("--").replace("-", "_").upper()
 
 
 def describe(field: FieldInfo) -> str:
     """Return a setting's line of help with its default."""
-    default = shown_default(field)
+    default = display_default(field)
     return f"{field.description or ''}{'' if default is None else f' [default: {default}]'}"
 
 
@@ -153,12 +153,12 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
 
 def _given_as(context: typer.Context, path: str, value: Any) -> str:
     """Return what was typed for a setting: a switch that is off was `--no-…`."""
-    return off_flag(marks(path)) if value is False else _name_of(context, path)
+    return off_flag(metadata_of(path)) if value is False else _name_of(context, path)
 
 
 def _name_of(context: typer.Context, path: str) -> str:
     """Return what the running command calls a setting: a flag, or an argument in capitals."""
     name = parameter_of(path)
     positional = {parameter.name for parameter in context.command.params if parameter.param_type_name == "argument"}
-    marked = marks(path)
+    marked = metadata_of(path)
     return argument_name(marked) if name in positional else cast(str, marked.flag)

@@ -11,8 +11,8 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.given_model import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.collected import Collected
-from qlora_cli.settings.conflicts import asks_for_nothing
+from qlora_cli.settings.conflicts import is_off_or_default
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -26,7 +26,7 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
         MissingDependencyError: tasks are asked for, and lm-eval is not installed, and nothing else is wrong.
         SettingsError: with every problem found.
     """
-    request, wrong = resolved.settings.evaluate, Collected(resolved.where_of)
+    request, wrong = resolved.settings.evaluate, ErrorCollector(resolved.where_of)
     if request.tasks and importlib.util.find_spec("lm_eval") is None:
         missing = MissingDependencyError(
             f"{','.join(request.tasks)} needs lm-eval, which is not installed",
@@ -36,7 +36,7 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
         wrong.add("evaluate.tasks", missing)
     if problems := list(_problems(resolved)):
         wrong.add("model.name", SettingsError(problems))
-    wrong.raise_found()
+    wrong.raise_collected()
 
 
 def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:
@@ -105,7 +105,7 @@ def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     without = {**dict.fromkeys(unused, "with rows that are named"), "packing": "on a loss that is measured"}
     for key, why in without.items():
         path = f"data.{key}"
-        if resolved.origin_of(path).kind in ("flag", "set") and not asks_for_nothing(resolved.settings.data, key):
+        if resolved.origin_of(path).kind in ("flag", "set") and not is_off_or_default(resolved.settings.data, key):
             hint = "Leave it out." if key != "split" else "Name the split of a hub data set with --split."
             yield Problem(where=resolved.where_of(path), message=f"has no effect {why}", hint=hint)
 

@@ -18,7 +18,7 @@ from qlora_cli.model_files.source import ModelSource, find_model
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
-from qlora_cli.settings.conflicts import without_effect
+from qlora_cli.settings.conflicts import ineffective_settings
 from qlora_cli.settings.models import DataSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import (
@@ -140,8 +140,8 @@ def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) ->
         SettingsError: it does not, and is the default.
     """
     quantization = settled.settings.quantization
-    wrong = [one for one in without_effect("quantization", quantization) if asked.is_given(one[0])]
-    if wrong and settled.origin_of("quantization.method").kind == "found":
+    wrong = [one for one in ineffective_settings("quantization", quantization) if asked.is_given(one[0])]
+    if wrong and settled.origin_of("quantization.method").kind == "inferred":
         raise ModelError(
             f"has no effect: {name} is stored in {quantization.method.value}",
             hint="Leave it out.",

@@ -15,8 +15,8 @@ from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
 from qlora_cli.memory.suggestions import YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
+from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.settings.shown import shown_flags
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -151,7 +151,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
     lora = settings.lora
     targets = lora.target_modules or lora.target_parameters or ()
     return {
-        **shown_flags(settings.quantization),
+        **display_flags(settings.quantization),
         "dtype": estimate.dtype,
         "rank": str(lora.rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),

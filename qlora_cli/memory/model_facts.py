@@ -74,7 +74,7 @@ def find_model_facts(asked: Resolved[EstimateSettings], reporter: Reporter) -> M
     model = asked.settings.model
     path = existing_path(model.name)
     if path is None and looks_local(model.name):
-        raise _no_such_path(model.name).of("model.name")
+        raise _no_such_path(model.name).for_setting("model.name")
     if path is not None and RunDirectory(path).is_run:
         _check_no_revision(path, model.revision)
         return _facts_of_run(path, asked, reporter)

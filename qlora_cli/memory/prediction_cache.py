@@ -16,7 +16,7 @@ from qlora_cli.cache import cache_folder, digest_of, digests_of_code, is_name, v
 from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.models import all_settings, marks
+from qlora_cli.settings.models import all_settings, metadata_of
 from qlora_cli.writing import PRIVATE_FILE, not_in_place, private_folder, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -32,7 +32,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     values = settings.model_dump(mode="json")
     about = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
     asked = {**about, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
-    for path in (path for path in all_settings() if marks(path).affects_memory):
+    for path in (path for path in all_settings() if metadata_of(path).affects_memory):
         section, key = path.split(".")
         asked[path] = values[section][key]
         # The default of a setting that is not given may depend on the model.

@@ -8,9 +8,9 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, GpuFit, Suggestion
 from qlora_cli.memory.solver import LENGTH_STEP, Point, Predict, headroom_bytes, search_between
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
+from qlora_cli.settings.display import flags_of
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings
-from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import MIB
 
 YES, TIGHT, NO = "yes", "tight", "no"

@@ -9,9 +9,9 @@ from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.places import output_of, output_problem
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ExportFormat
-from qlora_cli.settings.collected import Collected
+from qlora_cli.settings.display import flag_of
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
-from qlora_cli.settings.shown import flag_of
 from qlora_cli.units import counted
 
 Where = Callable[[str], str]
@@ -24,13 +24,13 @@ def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
         SettingsError: with every problem found.
         MissingDependencyError: what converts to a format is not here, and nothing else is wrong.
     """
-    wrong = Collected(where)
+    wrong = ErrorCollector(where)
     if problems := list(_problems(request, where)):
         wrong.add("merge.adapters", SettingsError(problems))
     if ExportFormat.GGUF in request.merge.formats:
-        with wrong.about("merge.formats"):
+        with wrong.collecting("merge.formats"):
             find_converter(request.merge.llama_cpp)
-    wrong.raise_found()
+    wrong.raise_collected()
 
 
 def _problem(where: str, error: QloraError) -> Problem:

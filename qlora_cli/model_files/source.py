@@ -176,12 +176,12 @@ def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> Mod
     path = existing_path(name) if looks_local(name) else None
     if path is not None:
         if problem := check_path(path, settings.revision):
-            raise problem.of("model.name")
+            raise problem.for_setting("model.name")
         if RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file():
             return find_model(settings, reporter)
         return _plain(_Files(name=name, path=path.resolve()), settings)
     if problem := check_model_name(settings):
-        raise problem.of("model.name")
+        raise problem.for_setting("model.name")
     found = _download_small(name, settings, reporter)
     return find_model(settings, reporter) if found.is_adapter else _plain(found, settings)
 

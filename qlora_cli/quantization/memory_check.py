@@ -12,9 +12,9 @@ from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.storage_plan import StoragePlan, plan_layout
 from qlora_cli.settings.choices import quant_flag
+from qlora_cli.settings.display import flags_of
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.settings.settle import with_values
-from qlora_cli.settings.shown import flags_of
 from qlora_cli.units import format_bytes
 
 OFFLOAD = "--offload-embedding"

@@ -7,30 +7,29 @@ from typing import Any
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import Mixing, Sampling
-from qlora_cli.settings.conflicts_commands import about_answers, about_push
-from qlora_cli.settings.conflicts_lora import about_lora
-from qlora_cli.settings.conflicts_training import about_evaluation, about_training
-from qlora_cli.settings.field_marks import marks_of
+from qlora_cli.settings.conflict import Conflict
+from qlora_cli.settings.conflicts_commands import generation_conflicts, push_conflicts
+from qlora_cli.settings.conflicts_lora import lora_conflicts
+from qlora_cli.settings.conflicts_training import evaluation_conflicts, training_conflicts
 from qlora_cli.settings.models import (
     DataSettings,
     EstimateDataSettings,
     Section,
     TrainingSettings,
-    marks,
+    metadata_of,
 )
+from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.settings.value_sources import SettingEntry
 from qlora_cli.settings.values import either, held_out_share
 
-Conflict = tuple[str, str, str]
 
-
-def conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEntry]) -> list[Problem]:
+def find_conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEntry]) -> list[Problem]:
     """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
-    found = [*_about_run(validated), *_about_commands(validated)]
+    found = [*_run_conflicts(validated), *_command_conflicts(validated)]
     if (lora := validated.get("lora")) is not None:
-        found += about_lora(lora, validated["quantization"].method)
+        found += lora_conflicts(lora, validated["quantization"].method)
     for name, section in validated.items():
-        found += without_effect(name, section, given=merged)
+        found += ineffective_settings(name, section, given=merged)
     asked = {
         path: entry
         for path, entry in merged.items()
@@ -41,39 +40,39 @@ def conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEntry]) 
         for path, message, hint in found
         if path in asked
     ]
-    return problems + not_from_a_file(merged)
+    return problems + forbidden_in_files(merged)
 
 
 def _where(entry: SettingEntry, message: str) -> str:
     """Return where a value came from, and its name where nothing else says it."""
-    return entry.origin.where if entry.path in message else entry.origin.of(entry.path)
+    return entry.origin.where if entry.path in message else entry.origin.locate(entry.path)
 
 
-def _about_run(validated: Mapping[str, Any]) -> list[Conflict]:
+def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     """Return path, message and hint of each conflict of the loop, with what it is evaluated on."""
     found: list[Conflict] = []
     data, training = (validated.get(section) for section in ("data", "training"))
     if training is not None:
-        found += about_training(training)
+        found += training_conflicts(training)
     # A prediction reads no data.
     if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
-        found += about_evaluation(training, data)
-        found += _about_data(data, training)
-        found += _about_streaming(data, training)
+        found += evaluation_conflicts(training, data)
+        found += _data_conflicts(data, training)
+        found += _streaming_conflicts(data, training)
     return found
 
 
-def _about_commands(validated: Mapping[str, Any]) -> list[Conflict]:
+def _command_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     """Return path, message and hint of each conflict within a section of what commands ask or make."""
     about: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
-        "generate": about_answers,
-        "output": partial(about_push, "output"),
-        "merge": partial(about_push, "merge"),
+        "generate": generation_conflicts,
+        "output": partial(push_conflicts, "output"),
+        "merge": partial(push_conflicts, "merge"),
     }
     return [conflict for name, check in about.items() if name in validated for conflict in check(validated[name])]
 
 
-def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
+def _data_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
     """Return path, message and hint of each conflict."""
     found = []
     share = None if data.eval_split is None else held_out_share(data.eval_split)
@@ -101,7 +100,7 @@ def _about_data(data: DataSettings, training: TrainingSettings) -> list[Conflict
     return found
 
 
-def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
+def _streaming_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
     """Return what needs to know all rows, which a stream does not."""
     if not data.streaming:
         return []
@@ -130,26 +129,26 @@ def _about_streaming(data: DataSettings, training: TrainingSettings) -> list[Con
     return found
 
 
-def without_effect(name: str, section: Section, *, given: Container[str] | None = None) -> Iterator[Conflict]:
+def ineffective_settings(name: str, section: Section, *, given: Container[str] | None = None) -> Iterator[Conflict]:
     """Yield path, message and hint of what another setting of its section, by the marks of its field, needs.
 
     Before settings are settled, `given` are those that were: the model that is named may say the other one.
     """
     for key, field in type(section).model_fields.items():
-        needed = marks_of(field).effective_with
-        if needed is None or section.takes(key) or asks_for_nothing(section, key):
+        needed = field_metadata(field).effective_with
+        if needed is None or section.has_effect(key) or is_off_or_default(section, key):
             continue
         path, other_path = f"{name}.{key}", f"{name}.{needed.key}"
-        if given is not None and other_path not in given and marks(other_path).is_of_run:
+        if given is not None and other_path not in given and metadata_of(other_path).is_inherited:
             continue
-        flag, other = marks(other_path).flag, getattr(section, needed.key)
+        flag, other = metadata_of(other_path).flag, getattr(section, needed.key)
         needs = f"{flag} {either([value.value for value in needed.values])}"
         context = f"without {needs}" if isinstance(other, tuple) else f"with {flag} {other.value}"
         message = f"{path} has no effect {context}{': ' if needed.why else ''}{needed.why}"
         yield path, message, f"Leave it out, or use {needs}."
 
 
-def asks_for_nothing(section: Section, key: str) -> bool:
+def is_off_or_default(section: Section, key: str) -> bool:
     """Whether a setting is off, or as it would be if it were not given: no harm where there is nothing to be had."""
     value = getattr(section, key)
     is_off = value is None or value is False or (isinstance(value, StrEnum) and value.value in {"auto", "none", "off"})
@@ -162,14 +161,14 @@ def is_default(section: Section, key: str) -> bool:
     return bool(getattr(section, key) == field.get_default(call_default_factory=True))
 
 
-def not_from_a_file(merged: Mapping[str, SettingEntry]) -> list[Problem]:
+def forbidden_in_files(merged: Mapping[str, SettingEntry]) -> list[Problem]:
     """Return what a settings file switches on and must not."""
     return [
         Problem(
-            where=entry.origin.of(path),
+            where=entry.origin.locate(path),
             message="can't be switched on by a settings file: it runs code that comes with the model",
-            hint=f"Give {marks(path).flag} on the command line if you trust the model's author.",
+            hint=f"Give {metadata_of(path).flag} on the command line if you trust the model's author.",
         )
         for path, entry in merged.items()
-        if marks(path).is_only_by_hand and entry.origin.kind == "file" and entry.value is not False
+        if metadata_of(path).is_forbidden_in_files and entry.origin.kind == "file" and entry.value is not False
     ]

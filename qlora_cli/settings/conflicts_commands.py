@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 
+from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import AnswerSettings
 from qlora_cli.settings.sections.pushing import Pushed
-
-Conflict = tuple[str, str, str]
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
 
 
-def about_push(section: str, pushed: Pushed) -> Iterator[Conflict]:
+def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
     """Yield path, message and hint of what is said of a repository that nothing is pushed to."""
     if pushed.push_to_hub is None:
         path = f"{section}.hub_private"
@@ -18,7 +17,7 @@ def about_push(section: str, pushed: Pushed) -> Iterator[Conflict]:
         yield path, message, "Leave it out, or give --push-to-hub OWNER/NAME."
 
 
-def about_answers(answers: AnswerSettings) -> Iterator[Conflict]:
+def generation_conflicts(answers: AnswerSettings) -> Iterator[Conflict]:
     """Yield path, message and hint of what has no effect on how a model answers."""
     for key in ("top_p", "top_k", "seed"):
         if answers.is_greedy and getattr(answers, key) is not None:

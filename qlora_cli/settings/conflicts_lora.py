@@ -1,17 +1,16 @@
 """Settings of the adapter that can't work together, or with the others, whatever the model."""
 
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
+from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import LoraSettings
 
-Conflict = tuple[str, str, str]
 
-
-def about_lora(lora: LoraSettings, method: Quantization) -> list[Conflict]:
+def lora_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:
     """Return path, message and hint of each conflict; `method` is how the base is stored."""
-    return [*_on_experts(lora), *_about_beginning(lora, method), *_about_whole_modules(lora)]
+    return [*_expert_conflicts(lora), *_init_conflicts(lora, method), *_module_conflicts(lora)]
 
 
-def _on_experts(lora: LoraSettings) -> list[Conflict]:
+def _expert_conflicts(lora: LoraSettings) -> list[Conflict]:
     """Return what can't be had for fused experts."""
     if lora.target_parameters is None:
         return []
@@ -32,7 +31,7 @@ def _on_experts(lora: LoraSettings) -> list[Conflict]:
     return found
 
 
-def _about_beginning(lora: LoraSettings, method: Quantization) -> list[Conflict]:
+def _init_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:
     """Return what the first values of the matrices can't be made of."""
     path, init = "lora.init_lora_weights", lora.init_lora_weights
     if init == LoraInit.PISSA and method.is_quantized:
@@ -54,7 +53,7 @@ def _about_beginning(lora: LoraSettings, method: Quantization) -> list[Conflict]
     return []
 
 
-def _about_whole_modules(lora: LoraSettings) -> list[Conflict]:
+def _module_conflicts(lora: LoraSettings) -> list[Conflict]:
     targets = () if lora.target_modules == "all-linear" else lora.target_modules
     return [
         (

@@ -3,18 +3,22 @@
 from collections.abc import Iterator
 
 from qlora_cli.settings.choices import Checkpointing, Optimizer, Schedule
+from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.values import either
 
-Conflict = tuple[str, str, str]
 
-
-def about_training(training: TrainingSettings) -> list[Conflict]:
+def training_conflicts(training: TrainingSettings) -> list[Conflict]:
     """Return path, message and hint of each conflict within the settings of the loop."""
-    return [*_about_schedule(training), *_about_optimizer(training), *_about_compiling(training), *_alone(training)]
+    return [
+        *_schedule_conflicts(training),
+        *_optimizer_conflicts(training),
+        *_compile_conflicts(training),
+        *_sample_conflicts(training),
+    ]
 
 
-def about_evaluation(training: TrainingSettings, data: DataSettings) -> list[Conflict]:
+def evaluation_conflicts(training: TrainingSettings, data: DataSettings) -> list[Conflict]:
     """Return what waits for evaluations that there are none of."""
     missing = []
     if training.eval_steps is None:
@@ -34,7 +38,7 @@ def about_evaluation(training: TrainingSettings, data: DataSettings) -> list[Con
     ]
 
 
-def _about_schedule(training: TrainingSettings) -> Iterator[Conflict]:
+def _schedule_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
     schedule = training.schedule
     if schedule == Schedule.CONSTANT and training.warmup_ratio:
         message = "training.warmup_ratio has no effect with --schedule constant, which begins at the full rate"
@@ -48,7 +52,7 @@ def _about_schedule(training: TrainingSettings) -> Iterator[Conflict]:
             yield path, message, "Let training.warmup_ratio and training.decay_ratio add up to 1 at most."
 
 
-def _about_optimizer(training: TrainingSettings) -> Iterator[Conflict]:
+def _optimizer_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
     optimizer = training.optimizer
     if not optimizer.is_adam:
         whose = "Lion keeps to its own, 0.99" if optimizer.is_lion else "it keeps no such average"
@@ -57,7 +61,7 @@ def _about_optimizer(training: TrainingSettings) -> Iterator[Conflict]:
         yield "training.adam_beta2", message, f"Leave it out, or use --optimizer {adams}."
 
 
-def _about_compiling(training: TrainingSettings) -> Iterator[Conflict]:
+def _compile_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
     if training.torch_compile and training.gradient_checkpointing == Checkpointing.OFFLOAD:
         message = (
             "training.torch_compile can't be used with --gradient-checkpointing offload: compiled layers keep their "
@@ -66,7 +70,7 @@ def _about_compiling(training: TrainingSettings) -> Iterator[Conflict]:
         yield "training.torch_compile", message, "Use --gradient-checkpointing on, or leave torch_compile out."
 
 
-def _alone(training: TrainingSettings) -> Iterator[Conflict]:
+def _sample_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
     """Yield what belongs to another setting that is not there."""
     if training.sample_prompts is None:
         message = "training.sample_tokens has no effect without prompts to answer"

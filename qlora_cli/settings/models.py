@@ -10,7 +10,6 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Device
-from qlora_cli.settings.field_marks import Command, Marks, marks_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.data import DataSettings
 from qlora_cli.settings.sections.evaluate import EvaluationSettings
@@ -24,6 +23,7 @@ from qlora_cli.settings.sections.model import ModelSettings
 from qlora_cli.settings.sections.output import OutputSettings
 from qlora_cli.settings.sections.quantization import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.sections.training import TrainingSettings
+from qlora_cli.settings.setting_metadata import Command, Metadata, field_metadata
 from qlora_cli.settings.values import Datasets, Prompts
 
 __all__ = [
@@ -197,9 +197,9 @@ def field_of(path: str) -> FieldInfo:
     return SECTIONS[section].model_fields[key]
 
 
-def marks(path: str) -> Marks:
+def metadata_of(path: str) -> Metadata:
     """Return the marks of the setting `section.key`."""
-    return marks_of(field_of(path))
+    return field_metadata(field_of(path))
 
 
 def all_settings() -> list[str]:

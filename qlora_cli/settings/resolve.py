@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.settings.conflicts import conflicts, not_from_a_file
+from qlora_cli.settings.conflicts import find_conflicts, forbidden_in_files
+from qlora_cli.settings.display import choices_of, example_of, flag_of, hint_for
 from qlora_cli.settings.models import SECTIONS, Section, field_of
-from qlora_cli.settings.shown import choices_of, example_of, flag_of, hint_for
 from qlora_cli.settings.value_sources import (
     Origin,
     SettingEntry,
@@ -62,7 +62,7 @@ class Resolved(Generic[SettingsT_co]):
 
     def where_of(self, path: str) -> str:
         """Return where the value of `section.key` was given, or the flag that would give it."""
-        return self.origins[path].of(path) if path in self.origins else flag_of(path)
+        return self.origins[path].locate(path) if path in self.origins else flag_of(path)
 
     def problem(self, path: str, error: QloraError) -> Problem:
         """Return what is wrong with the value of `section.key`, or of the setting that the error itself names."""
@@ -89,7 +89,7 @@ def resolve(
     if problems:
         raise SettingsError(problems)
     settings = kind(**{name: validated[name] for name in kind.model_fields})
-    problems = conflicts({name: validated[name] for name in kind.model_fields}, merged)
+    problems = find_conflicts({name: validated[name] for name in kind.model_fields}, merged)
     if problems:
         raise SettingsError(problems)
     return Resolved(settings, {path: entry.origin for path, entry in merged.items()})
@@ -117,7 +117,7 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
     merged, problems = merge(sources)
     sections = SECTIONS if kind is None else sections_of(kind)
     _, more = _validate(merged, sections, required=set(), flag_names={})
-    more += not_from_a_file(merged)
+    more += forbidden_in_files(merged)
     if problems + more:
         raise SettingsError(problems + more)
     rows = []
@@ -186,7 +186,7 @@ def _cut(text: str) -> str:
 
 def _explain(detail: ErrorDetails, path: str, entry: SettingEntry) -> Problem:
     """Say what is wrong with one value in the words of the command line."""
-    where = entry.origin.of(path)
+    where = entry.origin.locate(path)
     value = detail["input"] if isinstance(entry.value, list | tuple) else entry.value
     shown = _cut(repr(value if isinstance(value, str | int | float | bool) else str(value)))
     choices = choices_of(field_of(path))

@@ -5,7 +5,7 @@ from typing import ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationInfo, field_validator
 
-from qlora_cli.settings.field_marks import marks_of
+from qlora_cli.settings.setting_metadata import field_metadata
 
 
 class Section(BaseModel):
@@ -19,9 +19,9 @@ class Section(BaseModel):
     # Names that were settings once, each with a hint for whoever still gives it.
     removed: ClassVar[Mapping[str, str]] = {}
 
-    def takes(self, key: str) -> bool:
+    def has_effect(self, key: str) -> bool:
         """Whether the setting `key` has an effect with the others of its section, by the marks of its field."""
-        needed = marks_of(type(self).model_fields[key]).effective_with
+        needed = field_metadata(type(self).model_fields[key]).effective_with
         if needed is None:
             return True
         chosen = getattr(self, needed.key)
@@ -29,7 +29,7 @@ class Section(BaseModel):
 
     def in_effect(self) -> dict[str, JsonValue]:
         """Return the settings that have an effect with the others, in plain values."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if self.takes(key)}
+        return {key: value for key, value in self.model_dump(mode="json").items() if self.has_effect(key)}
 
     @field_validator("*", mode="before")
     @classmethod

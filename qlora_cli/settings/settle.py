@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from qlora_cli.errors import ModelError
-from qlora_cli.settings.field_marks import marks_of
-from qlora_cli.settings.models import SECTIONS, Section, marks
+from qlora_cli.settings.models import SECTIONS, Section, metadata_of
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.settings.value_sources import Origin
 
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -41,7 +41,7 @@ class InferredSettings:
 
 def inferred_origin(where: object) -> Origin:
     """Return the origin of what is known from `where`: a file, or what settled it in words."""
-    return Origin(kind="found", where=str(where))
+    return Origin(kind="inferred", where=str(where))
 
 
 def settle(asked: Resolved[SettingsT], facts: Iterable[InferredSettings]) -> Resolved[SettingsT]:
@@ -76,7 +76,7 @@ def _by_section(fact: InferredSettings, asked: Resolved[SettingsT]) -> dict[str,
             continue
         is_known = key in SECTIONS[section].model_fields  # else it is of another version
         stands = asked.is_given(path) and not fact.is_fixed
-        if is_known and not stands and not marks(path).is_only_by_hand:
+        if is_known and not stands and not metadata_of(path).is_forbidden_in_files:
             sections.setdefault(section, {})[key] = value
     return sections
 
@@ -125,7 +125,7 @@ def with_settings(settings: SettingsT, values: Mapping[str, object]) -> Settings
 
 def loading_settings(section: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a section that a run recorded says how its base is loaded."""
-    known = {key for key, field in SECTIONS[section].model_fields.items() if marks_of(field).is_of_run}
+    known = {key for key, field in SECTIONS[section].model_fields.items() if field_metadata(field).is_inherited}
     return {key: value for key, value in recorded.items() if key in known}
 
 

@@ -14,11 +14,11 @@ import yaml
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.models import SECTIONS
-from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, refused
+from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, find_violation
 from qlora_cli.units import format_bytes
 
-# `code`: settings that were made without a command line. `found`: not asked for, but what a file or a machine says.
-Kind = Literal["default", "file", "set", "flag", "code", "found"]
+# `code`: created in code, without a command line. `inferred`: not asked for, but read from a file or the machine.
+Kind = Literal["default", "file", "set", "flag", "code", "inferred"]
 GIVEN: frozenset[Kind] = frozenset({"file", "set", "flag", "code"})
 
 
@@ -34,7 +34,7 @@ class Origin:
         """Whether somebody asked for the value."""
         return self.kind in GIVEN
 
-    def of(self, path: str) -> str:
+    def locate(self, path: str) -> str:
         """Return where the setting `section.key` is given, with its name where a file holds it."""
         return f"{self.where} {path}" if self.kind == "file" else self.where
 
@@ -113,7 +113,7 @@ def read_assignments(assignments: Sequence[str]) -> tuple[list[SettingEntry], li
             problems.append(problem)
             continue
         try:
-            value = text if refused(text) else yaml.safe_load(text)
+            value = text if find_violation(text) else yaml.safe_load(text)
         except UNREADABLE:
             value = text
         entries.append(SettingEntry(section=section, key=key, value=value, origin=Origin(kind="set", where=where)))
@@ -132,7 +132,7 @@ def read_file(path: Path) -> tuple[list[SettingEntry], list[Problem]]:
         return [], [_file_problem(path, error.strerror or str(error))]
     except UnicodeDecodeError as error:
         return [], [_file_problem(path, f"is not UTF-8 text (byte {error.start})")]
-    if found := refused(text):
+    if found := find_violation(text):
         return [], [Problem(where=f"{path}:{found.line}", message=found.message, hint=found.hint)]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -60,7 +60,7 @@ def _read_pairs(value: object) -> object:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
-def refused(message: str, hint: str) -> PydanticCustomError:
+def value_error(message: str, hint: str) -> PydanticCustomError:
     """Return the error of a value that is refused in words of its own, with what to do instead."""
     return PydanticCustomError("refused", message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
 
@@ -72,9 +72,9 @@ def check_prompt(text: str) -> str:
         PydanticCustomError: it is empty, or has characters that no encoding has.
     """
     if not text.strip():
-        raise refused("is empty", "Give some text, or - to read a prompt from stdin.")
+        raise value_error("is empty", "Give some text, or - to read a prompt from stdin.")
     if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for stray bytes
-        raise refused("is not UTF-8", "Check the encoding of your terminal or file.")
+        raise value_error("is not UTF-8", "Check the encoding of your terminal or file.")
     return text
 
 
@@ -84,14 +84,14 @@ def _as_numbers(value: object) -> object:
 
 def _check_repository(value: str) -> str:
     if not value:
-        raise refused("names no repository", "Give OWNER/NAME.")
+        raise value_error("names no repository", "Give OWNER/NAME.")
     return value
 
 
 def _check_nats(value: object) -> object:
     number = _number(value)
     if number is not None and not 0 <= number < inf:
-        raise refused(f"must be a number of nats from 0 on, got {number:g}", "Such as 0.001.")
+        raise value_error(f"must be a number of nats from 0 on, got {number:g}", "Such as 0.001.")
     return value
 
 

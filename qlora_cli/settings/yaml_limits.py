@@ -20,7 +20,7 @@ UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class Violation:
     """Why a text is not read: the line, from 1, and what is there."""
 
     line: int
@@ -28,29 +28,29 @@ class Refused:
     hint: str
 
 
-def refused(text: str) -> Refused | None:
+def find_violation(text: str) -> Violation | None:
     """Return why `text` is not read as settings; None if it may be, or is no YAML at all."""
     try:
-        return _refused(text)
+        return _find_violation(text)
     except (yaml.YAMLError, ValueError):  # which is reported when values are made of it
         return None
 
 
-def _refused(text: str) -> Refused | None:
+def _find_violation(text: str) -> Violation | None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             message = f"{sign}{event.anchor} makes one value stand for another, which settings do not take"
-            return Refused(line=line, message=message, hint="Write the value itself, or put the text in quotes.")
+            return Violation(line=line, message=message, hint="Write the value itself, or put the text in quotes.")
         if isinstance(event, yaml.ScalarEvent) and _is_long_number(event):
             message = f"a number of more than {LONGEST_NUMBER} characters"
-            return Refused(line=line, message=message, hint="If it is a text, put it in quotes.")
+            return Violation(line=line, message=message, hint="If it is a text, put it in quotes.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_NESTING:
             message = f"nested too deeply (more than {MAX_NESTING} lists and mappings in each other)"
-            return Refused(line=line, message=message, hint="No setting is nested so.")
+            return Violation(line=line, message=message, hint="No setting is nested so.")
     return None
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-IMPORTS = "from qlora_cli.settings.field_marks import Command, EffectiveWith, Marks, OnResume  # noqa\n"
+IMPORTS = "from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, OnResume  # noqa\n"
 OF_MEMORY = """
-    surprise_size: Annotated[int, Marks(affects_memory=True)] = Field(default=1, description="Memory depends on it.")
-    plain_surprise: int = Field(default=3, description="A number without marks.")
+    surprise_size: Annotated[int, Metadata(affects_memory=True)] = Field(default=1, description="Affects memory.")
+    plain_surprise: int = Field(default=3, description="A number without metadata.")
 """
 OF_TRAINING = """
     surprise_ratio: Annotated[
         float,
-        Marks(
+        Metadata(
             flag="--surprise-ratio",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
@@ -35,11 +35,11 @@ OF_TRAINING = """
 OF_QUANTIZATION = """
     int8_surprise: Annotated[
         bool,
-        Marks(
+        Metadata(
             flag="--int8-surprise",
             commands=LOADERS,
             affects_memory=True,
-            is_of_run=True,
+            is_inherited=True,
             effective_with=OF_INT8,
         ),
     ] = Field(default=False, description="Surprise in 8 bit.")
@@ -65,7 +65,7 @@ from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import InspectMemorySettings, QuantizationSettings, TrainSettings, json_schema
 from qlora_cli.settings.settle import resolved_in_code, loading_settings
-from qlora_cli.settings.shown import shown_flags
+from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
@@ -106,7 +106,7 @@ print(json.dumps({
     "without 8 bit": run("load", "base", "--quant", "nf4", "--int8-surprise").output,
     "in effect": in_8_bit.in_effect(),
     "not in effect": QuantizationSettings().in_effect(),
-    "flags": shown_flags(in_8_bit),
+    "flags": display_flags(in_8_bit),
     "of a run": loading_settings("quantization", {"int8_surprise": True, "plain_surprise": 4}),
     "help": " ".join(run("train", "--help").output.split()),
     "shown": json.loads(shown.stdout)["training.surprise_ratio"],
@@ -169,7 +169,7 @@ def test_it_is_shown_with_its_origin_and_is_in_the_schema(derived: dict[str, Any
 def test_it_is_in_the_reference(derived: dict[str, Any]) -> None:
     row = "| `surprise_ratio` | `--surprise-ratio` | number ≥ 0, < 1 | `0.25` | Share of the steps that surprise. |"
     assert row in derived["page"]
-    assert "| `plain_surprise` |  | whole number | `3` | A number without marks. |" in derived["page"]
+    assert "| `plain_surprise` |  | whole number | `3` | A number without metadata. |" in derived["page"]
 
 
 def test_its_bounds_and_what_it_needs_are_checked(derived: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qlora_cli.settings.choices import DTYPE_NAMES
+from qlora_cli.settings.display import choices_of, synonyms_of
 from qlora_cli.settings.models import all_settings, field_of, json_schema
 from qlora_cli.settings.resolve import Sources, describe
-from qlora_cli.settings.shown import choices_of, synonyms_of
 
 CHOICES = [path for path in all_settings() if choices_of(field_of(path))]
 SCHEMA = json_schema()

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.field_marks import Command, marks_of
 from qlora_cli.settings.models import (
     KINDS,
     SECTIONS,
@@ -25,9 +24,10 @@ from qlora_cli.settings.models import (
     TrainSettings,
     all_settings,
     field_of,
-    marks,
+    metadata_of,
 )
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.setting_metadata import Command, field_metadata
 from tests.conftest import RunQlora
 
 # A file that any command takes, whatever its own sections are.
@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> Path:
 def test_every_command_is_of_a_kind_and_every_setting_with_a_flag_of_a_command() -> None:
     assert set(KINDS) == set(Command)
     taken = {path for command in Command for path, _ in options.settings_of(command)}
-    assert {path for path in all_settings() if marks(path).flag or marks(path).argument_of} == taken
+    assert {path for path in all_settings() if metadata_of(path).flag or metadata_of(path).argument_of} == taken
 
 
 @pytest.mark.parametrize("command", list(Command))
@@ -69,7 +69,7 @@ def test_a_command_has_the_flags_that_the_marks_give_it_and_takes_a_file(command
 
 @pytest.mark.parametrize("command", list(Command))
 def test_no_two_settings_of_a_command_share_a_flag(command: Command) -> None:
-    flags = [marks_of(field).flag or marks(path).flag for path, field in options.settings_of(command)]
+    flags = [field_metadata(field).flag or metadata_of(path).flag for path, field in options.settings_of(command)]
     assert len(flags) == len(set(flags))
 
 
@@ -165,7 +165,7 @@ def test_config_show_takes_what_a_command_takes_and_shows_what_it_has_a_use_for(
     shown = run_qlora("config", "show", command.value, *given, "--json").json
     assert {path.split(".")[0] for path in shown} == set(KINDS[command].model_fields)
     assert {path for path, _ in options.settings_of(command)} <= set(shown)
-    assert [path for path in shown if marks(path).flag and not marks(path).is_taken_by(command)] == []
+    assert [path for path in shown if metadata_of(path).flag and not metadata_of(path).is_taken_by(command)] == []
     assert shown["model.trust_remote_code"] == {"value": True, "origin": "--trust-remote-code"}
     assert shown.get("data.max_length", {"value": 64})["value"] == 64
 

@@ -52,7 +52,7 @@ from qlora_cli.runs.metrics import EVENT_NAMES
 from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
 from qlora_cli.runs.samples import Sample, SampleAnswer
 from qlora_cli.runs.summary import RunSummary
-from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, marks
+from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import describe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,7 +101,7 @@ def flags_of(command: Any) -> set[str]:
 
 def flags_of_train() -> set[str]:
     """Return every flag of the settings that `qlora train` has, which are documented with the settings."""
-    marked = [marks(path) for path in all_settings() if path.split(".")[0] in TrainSettings.model_fields]
+    marked = [metadata_of(path) for path in all_settings() if path.split(".")[0] in TrainSettings.model_fields]
     return {flag for mark in marked if mark.flag for flag in (mark.flag, options.off_flag(mark))}
 
 

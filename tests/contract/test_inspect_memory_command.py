@@ -18,7 +18,7 @@ from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, Figures, GpuFit, MemoryReport
 from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluation
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
-from qlora_cli.settings.models import all_settings, marks
+from qlora_cli.settings.models import all_settings, metadata_of
 from tests.conftest import ASSETS
 from tests.contract.test_command_line import RUN_AND_LIST_MODULES
 from tests.support.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
@@ -135,7 +135,7 @@ def test_flags_without_a_meaning_for_memory_are_not_there() -> None:
     missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
     assert not missing & flags
     assert {"--max-length", "--rank", "--optimizer", "--gradient-checkpointing", "--revision"} <= flags
-    assert {marks(path).flag for path in all_settings()} >= missing
+    assert {metadata_of(path).flag for path in all_settings()} >= missing
 
 
 def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) -> None:

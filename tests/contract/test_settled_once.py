@@ -9,7 +9,7 @@ import pytest
 
 import qlora_cli
 from qlora_cli.errors import ModelError
-from qlora_cli.settings.models import TrainSettings, all_settings, marks
+from qlora_cli.settings.models import TrainSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, resolved_in_code, settle
 from qlora_cli.tokenizing.positions import shortened
@@ -124,7 +124,7 @@ def test_values_of_a_file_are_read_as_everybodys_but_those_of_an_adapter_of_othe
 
 
 def test_no_file_switches_on_what_runs_code() -> None:
-    by_hand = [path for path in all_settings() if marks(path).is_only_by_hand]
+    by_hand = [path for path in all_settings() if metadata_of(path).is_forbidden_in_files]
     assert by_hand
     asked = resolved()
     for is_fixed in (False, True):

@@ -18,10 +18,10 @@ import qlora_cli
 from qlora_cli.cli import options
 from qlora_cli.cli.app import app
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.field_marks import Command
-from qlora_cli.settings.models import KINDS, SECTIONS, all_settings, field_of, marks
+from qlora_cli.settings.display import choices_of, flag_of, is_switch
+from qlora_cli.settings.models import KINDS, SECTIONS, all_settings, field_of, metadata_of
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.settings.shown import choices_of, flag_of, is_switch
+from qlora_cli.settings.setting_metadata import Command
 from tests.conftest import ASSETS, write_jsonl
 
 
@@ -168,16 +168,16 @@ def in_place(value: Any, place: Path) -> Any:
 
 
 def by_flag(case: Wrong, value: Any) -> list[str]:
-    if case.command in marks(case.path).argument_of:
+    if case.command in metadata_of(case.path).argument_of:
         return [str(value)]
     if is_switch(field_of(case.path)):
-        return [flag_of(case.path) if value else options.off_flag(marks(case.path))]
+        return [flag_of(case.path) if value else options.off_flag(metadata_of(case.path))]
     return [flag_of(case.path), str(value)]
 
 
 def ways_to_give(case: Wrong, value: Any, place: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield what names a value, and the arguments that give it: by a flag if the command has it, otherwise."""
-    marked = marks(case.path)
+    marked = metadata_of(case.path)
     if marked.is_taken_by(case.command):
         is_argument = case.command in marked.argument_of
         flag = by_flag(case, value)

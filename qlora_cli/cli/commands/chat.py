@@ -16,8 +16,8 @@ from qlora_cli.cli import options
 from qlora_cli.cli.commands.generate import check_request
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import QloraError, UsageError
-from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import ChatSettings
+from qlora_cli.settings.setting_metadata import Command
 
 if TYPE_CHECKING:
     from qlora_cli.answering.answers import Answer

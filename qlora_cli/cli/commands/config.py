@@ -8,9 +8,9 @@ from typer.core import TyperCommand, TyperGroup
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import UsageError
-from qlora_cli.settings.field_marks import Command
-from qlora_cli.settings.models import KINDS, json_schema, marks
+from qlora_cli.settings.models import KINDS, json_schema, metadata_of
 from qlora_cli.settings.resolve import describe
+from qlora_cli.settings.setting_metadata import Command
 
 
 class ShownSettings(TyperCommand):
@@ -84,4 +84,4 @@ def _print(context: typer.Context, command: Command | None) -> None:
 
 def _is_of_use(path: str, command: Command) -> bool:
     """Whether a command takes a setting: by its flag, or, of one that no command has a flag for, in a file."""
-    return marks(path).flag is None or marks(path).is_taken_by(command)
+    return metadata_of(path).flag is None or metadata_of(path).is_taken_by(command)

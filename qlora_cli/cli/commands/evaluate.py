@@ -7,8 +7,8 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.evaluating.evaluation_checks import check_evaluation
-from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import EvaluateSettings
+from qlora_cli.settings.setting_metadata import Command
 
 
 @options.takes(Command.EVALUATE)

@@ -11,10 +11,10 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import UsageError
 from qlora_cli.model_files.given_model import check_model_name
-from qlora_cli.settings.collected import Collected
-from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import ChatSettings, GenerateSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.setting_metadata import Command
 
 FROM_STDIN = "-"
 PROMPTS = "generate.prompts"
@@ -61,12 +61,12 @@ def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings])
         QloraError: there is no such model, or the merged model is none.
         SettingsError: both.
     """
-    settings, wrong = resolved.settings, Collected(resolved.where_of)
+    settings, wrong = resolved.settings, ErrorCollector(resolved.where_of)
     if problem := check_model_name(settings.model):
-        wrong.add("model.name", problem.of("model.name"))
+        wrong.add("model.name", problem.for_setting("model.name"))
     if settings.generate.merged is not None and (problem := check_merged(settings.generate.merged)):
-        wrong.add("generate.merged", problem.of("generate.merged"))
-    wrong.raise_found()
+        wrong.add("generate.merged", problem.for_setting("generate.merged"))
+    wrong.raise_collected()
 
 
 def _read_prompts(given: Sequence[str]) -> list[str]:

@@ -10,9 +10,9 @@ from qlora_cli.cli.stderr import print_line
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, SettingsError
-from qlora_cli.settings.collected import Collected
-from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import InspectDataSettings
+from qlora_cli.settings.setting_metadata import Command
 from qlora_cli.settings.settle import settle
 
 
@@ -28,9 +28,9 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     html = settings.inspect_data.html
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
-    wrong = Collected(resolved.where_of)
+    wrong = ErrorCollector(resolved.where_of)
     wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk))
-    wrong.raise_found()
+    wrong.raise_collected()
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the settings are right
     from qlora_cli.cli.rendering.data_text import render_data
@@ -38,7 +38,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.events import Noted, PhaseStarted
 
     if html is not None and (problem := check_page(html)):
-        raise problem.of("inspect_data.html")
+        raise problem.for_setting("inspect_data.html")
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with reporting() as reporter:

@@ -10,7 +10,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.commands.memory_request import read_request
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.setting_metadata import Command
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
 

@@ -7,9 +7,9 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.settings.collected import Collected
-from qlora_cli.settings.field_marks import Command
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import LoadCommandSettings
+from qlora_cli.settings.setting_metadata import Command
 
 
 @options.takes(Command.LOAD)
@@ -23,12 +23,12 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.model_files.given_model import check_model_name
     from qlora_cli.runs.directory import check_free_directory
 
-    wrong = Collected(resolved.where_of)
+    wrong = ErrorCollector(resolved.where_of)
     if problem := check_model_name(resolved.settings.model):
-        wrong.add("model.name", problem.of("model.name"))
+        wrong.add("model.name", problem.for_setting("model.name"))
     if save is not None and (problem := check_free_directory(save, "--save")):
-        wrong.add("load.save", problem.of("load.save"))
-    wrong.raise_found()
+        wrong.add("load.save", problem.for_setting("load.save"))
+    wrong.raise_collected()
     with reporting() as reporter:
         from qlora_cli.loading.load_plan import plan_load
         from qlora_cli.loading.loader import load_planned

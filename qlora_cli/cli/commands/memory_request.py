@@ -21,9 +21,9 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import SETTINGS
 from qlora_cli.settings.choices import Attention, SdpaBackend
+from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemorySettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.shown import flag_of
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 HAS_SDPA = (Attention.AUTO, Attention.SDPA)
@@ -47,7 +47,7 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
     if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
-        raise wrong.of("inspect_memory.plot")
+        raise wrong.for_setting("inspect_memory.plot")
     sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
     request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep)
     return request, asked.plot

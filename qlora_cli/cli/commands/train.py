@@ -9,8 +9,8 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.lasting_stream import dropped_without_terminal
-from qlora_cli.settings.field_marks import Command
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.setting_metadata import Command
 from qlora_cli.training.checks.input_checks import check_train_inputs
 
 

@@ -23,7 +23,7 @@ from qlora_cli.data.rows.groups import NO_GROUP
 from qlora_cli.data.tokenizing.encode import HEAD_ROWS, TextTokenizer, is_tokenized, tokenize_source, try_rows
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import Mixing, OnBadRow, OnLong
-from qlora_cli.settings.collected import Collected
+from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import with_values
 from qlora_cli.settings.values import held_out_share
@@ -191,10 +191,10 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
         is_done = is_tokenized(dataset.source, dataset.split, settings, text, seed, max_rows=max_rows)
         return dataset.source.is_local or not is_done
 
-    wrong = Collected()
+    wrong = ErrorCollector()
     look = partial(try_rows, settings=settings, text=text)
     wrong.extend(first_rows_errors(settings, seed, include=is_to_be_read, check_rows=look))
-    wrong.raise_found()
+    wrong.raise_collected()
 
 
 def _hold_out(

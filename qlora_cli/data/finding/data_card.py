@@ -19,7 +19,7 @@ from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.limits import listed
 from qlora_cli.errors import DataError
 from qlora_cli.files import existing_path, open_regular
-from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, refused
+from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, find_violation
 
 CARD = "README.md"
 MAX_CARD_CHARACTERS = 4 * MOST_BYTES  # read of a card; one with hundreds of configs has a tenth of that
@@ -54,7 +54,7 @@ def read_card_configs(directory: Path) -> list[CardConfig]:
     if block is None:
         return []
     try:
-        if (refusal := refused(block[0])) is not None:
+        if (refusal := find_violation(block[0])) is not None:
             raise ValueError(refusal.message)
         return [_read_config(directory, value) for value in yaml.safe_load(block[0])["configs"] or ()]
     except UNREADABLE as error:

@@ -30,7 +30,7 @@ class ReasoningFixes:
 def matching_value(value: Value, values: Iterable[Value]) -> Value | None:
     """Return the value of a row that the mark `value` stands for; None if the row has only spaces there.
 
-    Marks of arguments and tools are examples, which do not correspond to a single value.
+    Metadata of arguments and tools are examples, which do not correspond to a single value.
     """
     same = [each for each in values if (each.index, each.kind) == (value.index, value.kind)]
     return next((each for each in same if each.order == value.order), same[0] if same else None)

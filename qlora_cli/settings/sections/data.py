@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import DataFormat, LossOn, Mixing, OnBadRow, OnLong
-from qlora_cli.settings.field_marks import Command, Marks, OnResume
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, Metadata, OnResume
 from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name
 
 
@@ -15,7 +15,7 @@ class DataSettings(Section):
 
     dataset: Annotated[
         Datasets,
-        Marks(
+        Metadata(
             flag="--dataset",
             commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
             on_resume=OnResume.FREE,
@@ -28,7 +28,7 @@ class DataSettings(Section):
     )
     eval_dataset: Annotated[
         Datasets | None,
-        Marks(
+        Metadata(
             flag="--eval-dataset",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
@@ -43,14 +43,14 @@ class DataSettings(Section):
     )
     eval_split: Annotated[
         HeldOut,
-        Marks(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
+        Metadata(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5% or 0.05) or a number; or the split to "
         "evaluate on, of a hub data set or a directory that has any.",
     )
     eval_group: Annotated[
-        Name | None, Marks(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
+        Name | None, Metadata(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
     ] = Field(
         default=None,
         description="Column of what rows have in common, such as a user or a document: rows with the same value are "
@@ -58,39 +58,39 @@ class DataSettings(Section):
     )
     format: Annotated[
         DataFormat,
-        Marks(
+        Metadata(
             flag="--format", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
         ),
     ] = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
     columns: Annotated[
         Columns,
-        Marks(
+        Metadata(
             flag="--columns", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
         ),
     ] = Field(
         default=None, description="What the columns of a format are called here, as prompt=question,completion=reply."
     )
     loss_on: Annotated[
-        LossOn, Marks(flag="--loss-on", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+        LossOn, Metadata(flag="--loss-on", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(
         default=LossOn.COMPLETIONS,
         description="Train on all answers (completions, assistant turns), on the last one of a row, or on all tokens.",
     )
     max_length: Annotated[
         int,
-        Marks(
+        Metadata(
             flag="--max-length", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), affects_memory=True
         ),
     ] = Field(default=2048, ge=8, description="Longest row in tokens.")
     on_long: Annotated[
-        OnLong, Marks(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+        OnLong, Metadata(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(
         default=OnLong.TRUNCATE,
         description="What becomes of longer rows: truncated, dropped, or an error; reported in any case.",
     )
     accept_lost: Annotated[
         bool,
-        Marks(
+        Metadata(
             flag="--accept-lost",
             commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
             on_resume=OnResume.FREE,
@@ -102,7 +102,7 @@ class DataSettings(Section):
     )
     on_bad_row: Annotated[
         OnBadRow,
-        Marks(
+        Metadata(
             flag="--on-bad-row",
             commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
             on_resume=OnResume.FREE,
@@ -112,18 +112,18 @@ class DataSettings(Section):
         description="What becomes of a row that can't be read; skipped ones are written to a file.",
     )
     drop_duplicates: Annotated[
-        bool, Marks(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
+        bool, Metadata(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(default=False, description="Train on each distinct row once.")
-    mixing: Annotated[Mixing, Marks(flag="--mixing", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
+    mixing: Annotated[Mixing, Metadata(flag="--mixing", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
         default=Mixing.WEIGHTS,
         description="What the weights of several data sets are: how often each row is fed (weights), or "
         "probabilities, until the first data set is exhausted (first_exhausted) or all of them are (all_exhausted). "
         "Of a stream they are always probabilities.",
     )
-    packing: Annotated[bool, Marks(flag="--packing", affects_memory=True)] = Field(
+    packing: Annotated[bool, Metadata(flag="--packing", affects_memory=True)] = Field(
         default=False, description="Fill rows up to max_length with several short ones, kept apart from each other."
     )
-    streaming: Annotated[bool, Marks(flag="--streaming")] = Field(
+    streaming: Annotated[bool, Metadata(flag="--streaming")] = Field(
         default=False,
         description="Read and tokenize rows while training, for what does not fit on the disk; needs max_steps.",
     )

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Prompts, PromptText
 
 GENERATE = (Command.GENERATE,)
@@ -16,31 +16,31 @@ ASKING = (Command.GENERATE, Command.CHAT)
 class AnswerSettings(Section):
     """How `qlora generate` and `qlora chat` answer."""
 
-    prompts: Annotated[Prompts | None, Marks(flag="--prompt", commands=GENERATE, is_repeatable=True)] = Field(
+    prompts: Annotated[Prompts | None, Metadata(flag="--prompt", commands=GENERATE, is_repeatable=True)] = Field(
         default=None, description="What to answer; may be given several times. - reads it from stdin."
     )
-    system: Annotated[PromptText | None, Marks(flag="--system", commands=ASKING)] = Field(
+    system: Annotated[PromptText | None, Metadata(flag="--system", commands=ASKING)] = Field(
         default=None, description="System prompt, if the chat template writes one."
     )
-    compare: Annotated[bool, Marks(flag="--compare", commands=ASKING)] = Field(
+    compare: Annotated[bool, Metadata(flag="--compare", commands=ASKING)] = Field(
         default=False, description="Answer as base, with the adapter, and (generate) as merged model if there is one."
     )
-    merged: Annotated[Path | None, Marks(flag="--merged", commands=GENERATE)] = Field(
+    merged: Annotated[Path | None, Metadata(flag="--merged", commands=GENERATE)] = Field(
         default=None, description="Merged model for --compare; of a run its own, if any."
     )
-    max_new_tokens: Annotated[int, Marks(flag="--max-new-tokens", commands=ASKING)] = Field(
+    max_new_tokens: Annotated[int, Metadata(flag="--max-new-tokens", commands=ASKING)] = Field(
         default=256, ge=1, description="Longest answer, in tokens."
     )
-    temperature: Annotated[float, Marks(flag="--temperature", commands=ASKING)] = Field(
+    temperature: Annotated[float, Metadata(flag="--temperature", commands=ASKING)] = Field(
         default=0.0, ge=0, description="0: always the likeliest token; above: drawn at random."
     )
-    top_p: Annotated[float | None, Marks(flag="--top-p", commands=ASKING)] = Field(
+    top_p: Annotated[float | None, Metadata(flag="--top-p", commands=ASKING)] = Field(
         default=None, gt=0, le=1, description="Draw from the likeliest tokens of this probability together."
     )
-    top_k: Annotated[int | None, Marks(flag="--top-k", commands=ASKING)] = Field(
+    top_k: Annotated[int | None, Metadata(flag="--top-k", commands=ASKING)] = Field(
         default=None, ge=1, description="Draw from this many of the likeliest tokens."
     )
-    seed: Annotated[int | None, Marks(flag="--seed", commands=ASKING)] = Field(
+    seed: Annotated[int | None, Metadata(flag="--seed", commands=ASKING)] = Field(
         default=None, ge=0, lt=2**32, description="Seed of what is drawn; 0 if not given."
     )
 

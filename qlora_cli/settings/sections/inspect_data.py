@@ -5,16 +5,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, Metadata
 
 
 class PreviewSettings(Section):
     """What `qlora inspect-data` shows."""
 
-    rows: Annotated[int, Marks(flag="--rows", commands=(Command.INSPECT_DATA,))] = Field(
+    rows: Annotated[int, Metadata(flag="--rows", commands=(Command.INSPECT_DATA,))] = Field(
         default=3, ge=0, description="Rows to show token by token."
     )
-    html: Annotated[Path | None, Marks(flag="--html", commands=(Command.INSPECT_DATA,), metavar="FILE")] = Field(
+    html: Annotated[Path | None, Metadata(flag="--html", commands=(Command.INSPECT_DATA,), metavar="FILE")] = Field(
         default=None, description="Write all of it as a web page, in one file."
     )

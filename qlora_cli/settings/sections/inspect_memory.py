@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from qlora_cli.settings.choices import SdpaBackend
-from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
 
 INSPECT = (Command.INSPECT_MEMORY,)
@@ -21,22 +21,22 @@ class PredictionSettings(Section):
         "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
     }
 
-    gpus: Annotated[Words, Marks(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
+    gpus: Annotated[Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
         Field(default=(), description="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated.")
     )
-    sdpa_backend: Annotated[SdpaBackend, Marks(flag="--sdpa-backend", commands=INSPECT)] = Field(
+    sdpa_backend: Annotated[SdpaBackend, Metadata(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,
         description="Backend of scaled_dot_product_attention; auto: the one that PyTorch chooses on the GPU.",
     )
-    evaluate: Annotated[bool | None, Marks(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
+    evaluate: Annotated[bool | None, Metadata(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
         default=None, description="Run an evaluation batch too; if not given, where the settings ask for evaluation."
     )
-    solve: Annotated[Solvables, Marks(flag="--solve", commands=INSPECT, is_repeatable=True)] = Field(
+    solve: Annotated[Solvables, Metadata(flag="--solve", commands=INSPECT, is_repeatable=True)] = Field(
         default=(), description="Find the largest that fits on each --gpu; may be repeated."
     )
-    sweep: Annotated[Words, Marks(flag="--sweep", commands=INSPECT, metavar="NAME=VALUES", is_repeatable=True)] = (
+    sweep: Annotated[Words, Metadata(flag="--sweep", commands=INSPECT, metavar="NAME=VALUES", is_repeatable=True)] = (
         Field(default=(), description="Vary what --solve takes: max-length=512..32768 (doubling), rank=8,16.")
     )
-    plot: Annotated[Path | None, Marks(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
+    plot: Annotated[Path | None, Metadata(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
         default=None, description="Draw memory against --max-length into this file (.png, .svg, .pdf)."
     )

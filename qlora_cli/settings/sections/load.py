@@ -5,16 +5,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.field_marks import Command, Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, Metadata
 
 
 class SavingSettings(Section):
     """What `qlora load` does besides loading."""
 
-    save: Annotated[Path | None, Marks(flag="--save", commands=(Command.LOAD,))] = Field(
+    save: Annotated[Path | None, Metadata(flag="--save", commands=(Command.LOAD,))] = Field(
         default=None, description="Write the quantized checkpoint here."
     )
-    error: Annotated[bool, Marks(flag="--error", commands=(Command.LOAD,))] = Field(
+    error: Annotated[bool, Metadata(flag="--error", commands=(Command.LOAD,))] = Field(
         default=False, description="Measure the quantization error of every weight."
     )

@@ -5,46 +5,46 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import LoraInit
-from qlora_cli.settings.field_marks import Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Metadata
 from qlora_cli.settings.values import Alphas, NameList, Ranks, TargetModules, TargetParameters
 
 
 class LoraSettings(Section):
     """The adapter, the only part that trains."""
 
-    rank: Annotated[int, Marks(flag="--rank", affects_memory=True)] = Field(
+    rank: Annotated[int, Metadata(flag="--rank", affects_memory=True)] = Field(
         default=16, ge=1, le=4096, description="Rank of the LoRA matrices."
     )
-    alpha: Annotated[float, Marks(flag="--alpha")] = Field(
+    alpha: Annotated[float, Metadata(flag="--alpha")] = Field(
         default=32, gt=0, description="LoRA's scale: updates are multiplied by alpha / rank."
     )
-    dropout: Annotated[float, Marks(affects_memory=True)] = Field(
+    dropout: Annotated[float, Metadata(affects_memory=True)] = Field(
         default=0.0, ge=0, lt=1, description="Dropout on the input of the LoRA branch."
     )
-    target_modules: Annotated[TargetModules, Marks(flag="--target-modules", affects_memory=True)] = Field(
+    target_modules: Annotated[TargetModules, Metadata(flag="--target-modules", affects_memory=True)] = Field(
         default="all-linear",
         description="Comma-separated names of the linear layers that get an adapter, or all-linear.",
     )
-    target_parameters: Annotated[TargetParameters, Marks(affects_memory=True)] = Field(
+    target_parameters: Annotated[TargetParameters, Metadata(affects_memory=True)] = Field(
         default=None,
         description="Comma-separated names of fused expert parameters that get an adapter too, or all-experts.",
     )
-    rank_pattern: Annotated[Ranks, Marks(affects_memory=True)] = Field(
+    rank_pattern: Annotated[Ranks, Metadata(affects_memory=True)] = Field(
         default=None, description="Other ranks for some layers, as q_proj=32,layers.0.mlp.down_proj=8."
     )
     alpha_pattern: Alphas = Field(default=None, description="Other alphas for some layers, given the same way.")
     use_rslora: bool = Field(
         default=False, description="Scale by alpha / sqrt(rank), so that a large rank keeps learning (rsLoRA)."
     )
-    use_dora: Annotated[bool, Marks(affects_memory=True)] = Field(
+    use_dora: Annotated[bool, Metadata(affects_memory=True)] = Field(
         default=False, description="Train the magnitude of each weight apart from its direction (DoRA); slower."
     )
-    init_lora_weights: Annotated[LoraInit, Marks(affects_memory=True)] = Field(
+    init_lora_weights: Annotated[LoraInit, Metadata(affects_memory=True)] = Field(
         default=LoraInit.DEFAULT,
         description="How the LoRA matrices begin: pissa takes the principal parts of an unquantized base, loftq what "
         "4-bit quantization lost.",
     )
-    modules_to_save: Annotated[NameList, Marks(affects_memory=True)] = Field(
+    modules_to_save: Annotated[NameList, Metadata(affects_memory=True)] = Field(
         default=None, description="Comma-separated modules to train whole, in fp32, and save with the adapter."
     )

@@ -6,9 +6,9 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, MergeDtype
-from qlora_cli.settings.field_marks import Command, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
+from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata
 from qlora_cli.settings.values import Datasets, Formats, Nats, Weights
 
 MERGE = (Command.MERGE,)
@@ -18,39 +18,43 @@ OF_GGUF = EffectiveWith(key="formats", values=(ExportFormat.GGUF,))
 class MergeSettings(Section):
     """What `qlora merge` merges, into what, and what it writes. Merging itself is done on the CPU."""
 
-    adapters: Annotated[Datasets, Marks(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True)] = Field(
+    adapters: Annotated[Datasets, Metadata(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True)] = Field(
         description="Run directory, adapter directory or hub id of an adapter; several are added together."
     )
-    weights: Annotated[Weights, Marks(flag="--weight", commands=MERGE, metavar="NUMBER", is_repeatable=True)] = Field(
-        default=(), validate_default=True, description="How much an adapter counts, in their order; 1 if not given."
+    weights: Annotated[Weights, Metadata(flag="--weight", commands=MERGE, metavar="NUMBER", is_repeatable=True)] = (
+        Field(
+            default=(),
+            validate_default=True,
+            description="How much an adapter counts, in their order; 1 if not given.",
+        )
     )
-    output: Annotated[Path | None, Marks(flag="--output", commands=MERGE)] = Field(
+    output: Annotated[Path | None, Metadata(flag="--output", commands=MERGE)] = Field(
         default=None, description="Where the result goes: merged/ in the run, or NAME-merged here, if it is not given."
     )
-    base: Annotated[BaseWeights, Marks(flag="--base", commands=MERGE)] = Field(
+    base: Annotated[BaseWeights, Metadata(flag="--base", commands=MERGE)] = Field(
         default=BaseWeights.AUTO,
         description="Weights to merge into: as stored, or dequantized, as training saw them. auto measures both.",
     )
-    dtype: Annotated[MergeDtype, Marks(flag="--dtype", commands=MERGE)] = Field(
+    dtype: Annotated[MergeDtype, Metadata(flag="--dtype", commands=MERGE)] = Field(
         default=MergeDtype.KEEP, description="What the result is written in; keep is each tensor's own."
     )
-    formats: Annotated[Formats, Marks(flag="--format", commands=MERGE, is_repeatable=True)] = Field(
+    formats: Annotated[Formats, Metadata(flag="--format", commands=MERGE, is_repeatable=True)] = Field(
         default=(ExportFormat.HF,), description="What is written; may be given several times."
     )
-    verify: Annotated[bool, Marks(flag="--verify", commands=MERGE)] = Field(
+    verify: Annotated[bool, Metadata(flag="--verify", commands=MERGE)] = Field(
         default=True, description="Compare the result with the base that has the adapter on it."
     )
-    max_divergence: Annotated[Nats | None, Marks(flag="--max-divergence", commands=MERGE, metavar="NATS")] = Field(
+    max_divergence: Annotated[Nats | None, Metadata(flag="--max-divergence", commands=MERGE, metavar="NATS")] = Field(
         default=None,
         description="Largest mean KL divergence a token that rounding may make; no bound if it is not given.",
     )
-    revision: Annotated[str | None, Marks(flag="--revision", commands=MERGE)] = Field(
+    revision: Annotated[str | None, Metadata(flag="--revision", commands=MERGE)] = Field(
         default=None, description="Branch, tag or commit of an adapter on the hub."
     )
-    llama_cpp: Annotated[Path | None, Marks(flag="--llama-cpp", commands=MERGE, effective_with=OF_GGUF)] = Field(
+    llama_cpp: Annotated[Path | None, Metadata(flag="--llama-cpp", commands=MERGE, effective_with=OF_GGUF)] = Field(
         default=None, description="Checkout of llama.cpp, for --format gguf."
     )
-    gguf_type: Annotated[GgufType, Marks(flag="--gguf-type", commands=MERGE, effective_with=OF_GGUF)] = Field(
+    gguf_type: Annotated[GgufType, Metadata(flag="--gguf-type", commands=MERGE, effective_with=OF_GGUF)] = Field(
         default=GgufType.AUTO, description="Type of the weights in the GGUF file."
     )
     push_to_hub: PushToHub = None

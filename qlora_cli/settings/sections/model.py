@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Attention, Device, Dtype
-from qlora_cli.settings.field_marks import BASES, LOADERS, READERS, TOKENIZERS, Command, Marks, OnResume
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import BASES, LOADERS, READERS, TOKENIZERS, Command, Metadata, OnResume
 from qlora_cli.settings.values import NameList, RopeScaling
 
 
@@ -18,67 +18,70 @@ class ModelSettings(Section):
 
     name: Annotated[
         str,
-        Marks(
+        Metadata(
             flag="--model",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             argument_of=(Command.LOAD, Command.INSPECT_MEMORY, Command.GENERATE, Command.CHAT, Command.EVALUATE),
             affects_memory=True,
         ),
     ] = Field(min_length=1, description="Base model: a local directory or a hub id.")
-    revision: Annotated[str | None, Marks(flag="--revision", commands=TOKENIZERS, affects_memory=True)] = Field(
+    revision: Annotated[str | None, Metadata(flag="--revision", commands=TOKENIZERS, affects_memory=True)] = Field(
         default=None, description="Branch, tag or commit of a hub id; the default branch if not given."
     )
     base_model: Annotated[
         str | None,
-        Marks(flag="--base-model", commands=BASES, affects_memory=True, on_resume=OnResume.FREE),
+        Metadata(flag="--base-model", commands=BASES, affects_memory=True, on_resume=OnResume.FREE),
     ] = Field(
         default=None,
         min_length=1,
         description="Base of the adapter or run, as a directory or a hub id, instead of the one that it names.",
     )
     dtype: Annotated[
-        Dtype, Marks(flag="--dtype", commands=LOADERS, affects_memory=True, is_of_run=True, on_resume=OnResume.FREE)
+        Dtype,
+        Metadata(flag="--dtype", commands=LOADERS, affects_memory=True, is_inherited=True, on_resume=OnResume.FREE),
     ] = Field(
         default=Dtype.AUTO,
         description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
     )
-    device: Annotated[Device, Marks(flag="--device", commands=READERS, on_resume=OnResume.FREE)] = Field(
+    device: Annotated[Device, Metadata(flag="--device", commands=READERS, on_resume=OnResume.FREE)] = Field(
         default=Device.AUTO, description="auto: the GPU if there is one, else the CPU."
     )
     attention: Annotated[
-        Attention, Marks(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+        Attention, Metadata(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
     ] = Field(default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own.")
     offload_embedding: Annotated[
-        bool, Marks(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+        bool, Metadata(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
     ] = Field(default=False, description="Keep the embedding in host memory and look tokens up there; needs a GPU.")
     new_tokens: Annotated[
         NameList,
-        Marks(flag="--new-tokens", commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
+        Metadata(
+            flag="--new-tokens", commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA), affects_memory=True
+        ),
     ] = Field(default=None, description="Comma-separated tokens to add to the vocabulary; their rows are trained.")
     resize_vocab: Annotated[
-        bool, Marks(flag="--resize-vocab", commands=TOKENIZERS, affects_memory=True, is_of_run=True)
+        bool, Metadata(flag="--resize-vocab", commands=TOKENIZERS, affects_memory=True, is_inherited=True)
     ] = Field(default=False, description="Grow the embedding (and head) when the tokenizer has more ids than rows.")
     rope_scaling: Annotated[
-        RopeScaling, Marks(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True, is_of_run=True)
+        RopeScaling, Metadata(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True, is_inherited=True)
     ] = Field(
         default=None,
         description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
-    chat_template: Annotated[str | None, Marks(flag="--chat-template", commands=TOKENIZERS)] = Field(
+    chat_template: Annotated[str | None, Metadata(flag="--chat-template", commands=TOKENIZERS)] = Field(
         default=None,
         min_length=1,
         description="Chat template: a .jinja file, a name that the tokenizer has, or chatml.",
     )
     allow_pickle: Annotated[
-        bool, Marks(flag="--allow-pickle", commands=READERS, on_resume=OnResume.FREE, is_only_by_hand=True)
+        bool, Metadata(flag="--allow-pickle", commands=READERS, on_resume=OnResume.FREE, is_forbidden_in_files=True)
     ] = Field(default=False, description="Read pickled .bin weights if there are no safetensors; never from a file.")
     trust_remote_code: Annotated[
         bool,
-        Marks(
+        Metadata(
             flag="--trust-remote-code",
             commands=BASES,
             affects_memory=True,
             on_resume=OnResume.FREE,
-            is_only_by_hand=True,
+            is_forbidden_in_files=True,
         ),
     ] = Field(default=False, description="Run the Python code that comes with the model; never from a file.")

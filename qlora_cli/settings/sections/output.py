@@ -6,27 +6,27 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import ReportTo
-from qlora_cli.settings.field_marks import Marks, OnResume
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
+from qlora_cli.settings.setting_metadata import Metadata, OnResume
 from qlora_cli.settings.values import Resume
 
 
 class OutputSettings(Section):
     """Where the run is written and reported to."""
 
-    directory: Annotated[Path, Marks(flag="--output", on_resume=OnResume.FREE)] = Field(
+    directory: Annotated[Path, Metadata(flag="--output", on_resume=OnResume.FREE)] = Field(
         description="Run directory: empty, not there yet, or of a run to resume."
     )
-    resume: Annotated[Resume, Marks(flag="--resume", on_resume=OnResume.FREE)] = Field(
+    resume: Annotated[Resume, Metadata(flag="--resume", on_resume=OnResume.FREE)] = Field(
         default="auto",
         description="auto: resume from the last good checkpoint in the run directory, if there is one; never; or the "
         "path of a checkpoint.",
     )
-    max_checkpoints: Annotated[int, Marks(on_resume=OnResume.FREE)] = Field(
+    max_checkpoints: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=2, ge=1, description="Older checkpoints than this many are deleted, but for the best one."
     )
-    report_to: Annotated[ReportTo, Marks(flag="--report-to", on_resume=OnResume.FREE)] = Field(
+    report_to: Annotated[ReportTo, Metadata(flag="--report-to", on_resume=OnResume.FREE)] = Field(
         default=ReportTo.NONE, description="Tracker that the run is also reported to."
     )
     push_to_hub: PushToHub = None

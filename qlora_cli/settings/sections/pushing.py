@@ -4,19 +4,19 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from qlora_cli.settings.field_marks import Command, Marks, OnResume
+from qlora_cli.settings.setting_metadata import Command, Metadata, OnResume
 from qlora_cli.settings.values import Repository
 
 MAKERS = (Command.TRAIN, Command.MERGE)
 
 PushToHub = Annotated[
     Repository | None,
-    Marks(flag="--push-to-hub", commands=MAKERS, metavar="OWNER/NAME", on_resume=OnResume.FREE),
+    Metadata(flag="--push-to-hub", commands=MAKERS, metavar="OWNER/NAME", on_resume=OnResume.FREE),
     Field(description="Hub repository that the adapter, or the merged model, is pushed to at the end."),
 ]
 HubPrivate = Annotated[
     bool,
-    Marks(flag="--private", off_flag="--public", commands=MAKERS, on_resume=OnResume.FREE),
+    Metadata(flag="--private", off_flag="--public", commands=MAKERS, on_resume=OnResume.FREE),
     Field(description="Whether that repository is private, if it is made."),
 ]
 

@@ -13,8 +13,8 @@ from qlora_cli.settings.choices import (
     Storage,
     methods_of,
 )
-from qlora_cli.settings.field_marks import LOADERS, EffectiveWith, Marks
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import LOADERS, EffectiveWith, Metadata
 from qlora_cli.settings.values import NameList
 
 # The methods that a setting has an effect with: those of one module, or all that quantize.
@@ -28,38 +28,46 @@ class QuantizationSettings(Section):
 
     method: Annotated[
         Quantization,
-        Marks(flag="--quant", commands=LOADERS, affects_memory=True, is_of_run=True),
+        Metadata(flag="--quant", commands=LOADERS, affects_memory=True, is_inherited=True),
     ] = Field(default=DEFAULT_METHOD, description="Data type of the frozen linear layers; none keeps 16 or 32 bit.")
     double_quant: Annotated[
         bool,
-        Marks(
+        Metadata(
             flag="--double-quant",
             commands=LOADERS,
             affects_memory=True,
-            is_of_run=True,
+            is_inherited=True,
             effective_with=OF_FOUR_BIT,
         ),
     ] = Field(default=True, description="Quantize the quantization constants too (saves 0.37 bit a parameter).")
-    compute_dtype: Annotated[Dtype, Marks(affects_memory=True, is_of_run=True, effective_with=OF_FOUR_BIT)] = Field(
-        default=Dtype.AUTO, description="Dtype that 4-bit layers multiply in. auto: the same as model.dtype."
+    compute_dtype: Annotated[Dtype, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_FOUR_BIT)] = (
+        Field(default=Dtype.AUTO, description="Dtype that 4-bit layers multiply in. auto: the same as model.dtype.")
     )
-    quant_storage: Annotated[Storage, Marks(affects_memory=True, is_of_run=True, effective_with=OF_FOUR_BIT)] = Field(
-        default=Storage.UINT8, description="Dtype that holds the packed 4-bit codes; FSDP needs that of the model."
+    quant_storage: Annotated[Storage, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_FOUR_BIT)] = (
+        Field(
+            default=Storage.UINT8, description="Dtype that holds the packed 4-bit codes; FSDP needs that of the model."
+        )
     )
     skip_modules: Annotated[
         NameList,
-        Marks(affects_memory=True, is_of_run=True, effective_with=OF_QUANTIZED),
+        Metadata(affects_memory=True, is_inherited=True, effective_with=OF_QUANTIZED),
     ] = Field(
         default=None, description="Comma-separated modules to keep unquantized, besides heads, routers and the like."
     )
-    int8_threshold: Annotated[float, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
+    int8_threshold: Annotated[float, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_INT8)] = Field(
         default=6.0, ge=0, description="LLM.int8: input features with a larger value are multiplied in 16 bit."
     )
-    int8_has_fp16_weight: Annotated[bool, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
-        default=False, description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory."
+    int8_has_fp16_weight: Annotated[bool, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_INT8)] = (
+        Field(
+            default=False,
+            description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory.",
+        )
     )
-    int8_cpu_offload: Annotated[bool, Marks(affects_memory=True, is_of_run=True, effective_with=OF_INT8)] = Field(
-        default=False, description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training."
+    int8_cpu_offload: Annotated[bool, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_INT8)] = (
+        Field(
+            default=False,
+            description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training.",
+        )
     )
 
 

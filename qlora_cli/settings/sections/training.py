@@ -5,24 +5,24 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
-from qlora_cli.settings.field_marks import Command, EffectiveWith, Marks, OnResume
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, OnResume
 from qlora_cli.settings.values import CheckpointingSwitch, Texts
 
 
 class TrainingSettings(Section):
     """The loop."""
 
-    learning_rate: Annotated[float, Marks(flag="--learning-rate")] = Field(
+    learning_rate: Annotated[float, Metadata(flag="--learning-rate")] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."
     )
-    schedule: Annotated[Schedule, Marks(flag="--schedule")] = Field(
+    schedule: Annotated[Schedule, Metadata(flag="--schedule")] = Field(
         default=Schedule.COSINE, description="Learning-rate schedule after warm-up."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps spent warming up.")
     min_lr_ratio: Annotated[
         float,
-        Marks(
+        Metadata(
             effective_with=EffectiveWith(
                 key="schedule", values=(Schedule.COSINE_WITH_MIN_LR, Schedule.POLYNOMIAL, Schedule.WARMUP_STABLE_DECAY)
             )
@@ -34,30 +34,30 @@ class TrainingSettings(Section):
         description="Where cosine_with_min_lr, polynomial and warmup_stable_decay end: a share of the learning rate.",
     )
     decay_ratio: Annotated[
-        float, Marks(effective_with=EffectiveWith(key="schedule", values=(Schedule.WARMUP_STABLE_DECAY,)))
+        float, Metadata(effective_with=EffectiveWith(key="schedule", values=(Schedule.WARMUP_STABLE_DECAY,)))
     ] = Field(
         default=0.1, gt=0, le=1, description="Share of the steps, at the end, in which warmup_stable_decay decays."
     )
     polynomial_power: Annotated[
-        float, Marks(effective_with=EffectiveWith(key="schedule", values=(Schedule.POLYNOMIAL,)))
+        float, Metadata(effective_with=EffectiveWith(key="schedule", values=(Schedule.POLYNOMIAL,)))
     ] = Field(default=1.0, gt=0, description="Power of the schedule polynomial; 1 is a line.")
     cosine_cycles: Annotated[
-        int, Marks(effective_with=EffectiveWith(key="schedule", values=(Schedule.COSINE_WITH_RESTARTS,)))
+        int, Metadata(effective_with=EffectiveWith(key="schedule", values=(Schedule.COSINE_WITH_RESTARTS,)))
     ] = Field(default=2, ge=2, description="How often cosine_with_restarts falls from the peak to 0.")
-    weight_decay: Annotated[float, Marks(affects_memory=True)] = Field(
+    weight_decay: Annotated[float, Metadata(affects_memory=True)] = Field(
         default=0.0, ge=0, description="Weight decay: decoupled, but with sgd added to the gradient."
     )
     adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, description="Gradients are clipped to this norm.")
-    epochs: Annotated[float, Marks(flag="--epochs", on_resume=OnResume.LENGTH)] = Field(
+    epochs: Annotated[float, Metadata(flag="--epochs", on_resume=OnResume.LENGTH)] = Field(
         default=1.0, gt=0, description="Passes over the training data."
     )
-    max_steps: Annotated[int | None, Marks(flag="--max-steps", on_resume=OnResume.LENGTH)] = Field(
+    max_steps: Annotated[int | None, Metadata(flag="--max-steps", on_resume=OnResume.LENGTH)] = Field(
         default=None, ge=1, description="Stop after this many steps; overrides epochs."
     )
     micro_batch_size: Annotated[
         int,
-        Marks(
+        Metadata(
             flag="--micro-batch-size",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
@@ -66,7 +66,7 @@ class TrainingSettings(Section):
     ] = Field(default=1, ge=1, description="Rows in one forward and backward pass.")
     gradient_accumulation_steps: Annotated[
         int,
-        Marks(
+        Metadata(
             flag="--gradient-accumulation-steps",
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
@@ -75,42 +75,42 @@ class TrainingSettings(Section):
     ] = Field(default=16, ge=1, description="Micro-batches whose gradients are added up to one step.")
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
-        Marks(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
+        Metadata(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
     ] = Field(
         default=Checkpointing.AUTO,
         description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU; "
         "offload: recompute, and keep what is saved for it in host memory.",
     )
-    auto_micro_batch: Annotated[bool, Marks(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
+    auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,
         description="Halve the micro-batch, and keep the batch, if the longest rows do not fit before the first step.",
     )
-    optimizer: Annotated[Optimizer, Marks(flag="--optimizer", affects_memory=True)] = Field(
+    optimizer: Annotated[Optimizer, Metadata(flag="--optimizer", affects_memory=True)] = Field(
         default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter."
     )
-    loraplus_lr_ratio: Annotated[float | None, Marks(affects_memory=True)] = Field(
+    loraplus_lr_ratio: Annotated[float | None, Metadata(affects_memory=True)] = Field(
         default=None, gt=0, description="LoRA+: the B matrices learn at this multiple of the learning rate."
     )
-    neftune_noise_alpha: Annotated[float | None, Marks(affects_memory=True)] = Field(
+    neftune_noise_alpha: Annotated[float | None, Metadata(affects_memory=True)] = Field(
         default=None, gt=0, description="NEFTune: scale of the noise on embeddings while training."
     )
-    torch_compile: Annotated[bool, Marks(affects_memory=True, on_resume=OnResume.FREE)] = Field(
+    torch_compile: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Compile the model with torch.compile."
     )
-    use_liger_kernel: Annotated[bool, Marks(affects_memory=True, on_resume=OnResume.FREE)] = Field(
+    use_liger_kernel: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Liger's fused kernels; needs liger-kernel and a GPU."
     )
-    sampling: Annotated[Sampling, Marks(flag="--sampling", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
+    sampling: Annotated[Sampling, Metadata(flag="--sampling", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
         default=Sampling.RANDOM,
         description="Order of rows; group_by_length puts rows of one length into a batch, which saves padding.",
     )
-    longest_first: Annotated[bool, Marks(flag="--longest-first", commands=(Command.TRAIN, Command.INSPECT_DATA))] = (
-        Field(
-            default=False,
-            description="Begin with the longest rows, so that what does not fit in memory shows at once.",
-        )
+    longest_first: Annotated[
+        bool, Metadata(flag="--longest-first", commands=(Command.TRAIN, Command.INSPECT_DATA))
+    ] = Field(
+        default=False,
+        description="Begin with the longest rows, so that what does not fit in memory shows at once.",
     )
-    seed: Annotated[int, Marks(flag="--seed", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))] = (
+    seed: Annotated[int, Metadata(flag="--seed", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))] = (
         Field(
             default=0,
             ge=0,
@@ -118,42 +118,42 @@ class TrainingSettings(Section):
             description="Seeds the adapter, samples and splits of the data, its order and dropout.",
         )
     )
-    full_determinism: Annotated[bool, Marks(affects_memory=True, on_resume=OnResume.FREE)] = Field(
+    full_determinism: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Only deterministic kernels, where PyTorch has them; slower on a GPU."
     )
-    on_nan: Annotated[OnNan, Marks(flag="--on-nan", on_resume=OnResume.FREE)] = Field(
+    on_nan: Annotated[OnNan, Metadata(flag="--on-nan", on_resume=OnResume.FREE)] = Field(
         default=OnNan.STOP,
         description="What becomes of a step whose loss or gradient norm is no finite number: the run stops before "
         "it, or the step is skipped.",
     )
     max_nan_skips: Annotated[
         int,
-        Marks(
+        Metadata(
             on_resume=OnResume.FREE,
             effective_with=EffectiveWith(key="on_nan", values=(OnNan.SKIP,), why="nothing is skipped"),
         ),
     ] = Field(default=10, ge=1, description="More steps skipped for on_nan than this end the run.")
-    logging_steps: Annotated[int, Marks(on_resume=OnResume.FREE)] = Field(
+    logging_steps: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=1, ge=1, description="Steps between two reports."
     )
-    eval_steps: Annotated[int | None, Marks(flag="--eval-steps", affects_memory=True, on_resume=OnResume.FREE)] = (
+    eval_steps: Annotated[int | None, Metadata(flag="--eval-steps", affects_memory=True, on_resume=OnResume.FREE)] = (
         Field(default=None, ge=1, description="Steps between two evaluations; only at the end if not given.")
     )
-    save_steps: Annotated[int | None, Marks(flag="--save-steps", on_resume=OnResume.FREE)] = Field(
+    save_steps: Annotated[int | None, Metadata(flag="--save-steps", on_resume=OnResume.FREE)] = Field(
         default=None, ge=1, description="Steps between two checkpoints; a tenth of the run if not given."
     )
-    early_stopping_patience: Annotated[int | None, Marks(on_resume=OnResume.FREE)] = Field(
+    early_stopping_patience: Annotated[int | None, Metadata(on_resume=OnResume.FREE)] = Field(
         default=None, ge=1, description="Stop after this many evaluations without a better held-out loss."
     )
-    load_best_model_at_end: Annotated[bool, Marks(on_resume=OnResume.FREE)] = Field(
+    load_best_model_at_end: Annotated[bool, Metadata(on_resume=OnResume.FREE)] = Field(
         default=False, description="Write the adapter of the best evaluation, not of the last step."
     )
-    sample_prompts: Annotated[Texts, Marks(flag="--sample-prompt", on_resume=OnResume.FREE, is_repeatable=True)] = (
+    sample_prompts: Annotated[Texts, Metadata(flag="--sample-prompt", on_resume=OnResume.FREE, is_repeatable=True)] = (
         Field(
             default=None,
             description="Prompts to answer before training and at each evaluation; may be given several times.",
         )
     )
-    sample_tokens: Annotated[int, Marks(on_resume=OnResume.FREE)] = Field(
+    sample_tokens: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=64, ge=1, description="Longest answer to a sample prompt, in tokens."
     )

@@ -13,7 +13,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import check_weights
-from qlora_cli.settings.collected import INPUT_IS_WRONG, Collected
+from qlora_cli.settings.error_collector import INPUT_IS_WRONG, ErrorCollector
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.checks.adapter_outline import outline, sizes_of
@@ -27,7 +27,7 @@ def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> Qlora
 
     That the model does not fit in memory is reported after the faults of the data.
     """
-    wrong = Collected(asked.where_of)
+    wrong = ErrorCollector(asked.where_of)
     if error.exit_code == INPUT_IS_WRONG:
         wrong.add(MODEL, error)
     wrong.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, include=on_this_disk))
@@ -40,21 +40,21 @@ def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, re
     Raises:
         QloraError: of the kind that fits what is wrong; a `SettingsError` if several things are.
     """
-    settings, wrong = resolved.settings, Collected(resolved.where_of)
+    settings, wrong = resolved.settings, ErrorCollector(resolved.where_of)
     text = TextTokenizer(
         tokenizer=load_plan.tokenizer.tokenizer, end_ids=load_plan.tokenizer.end_ids, reporter=reporter
     )
     look = partial(try_rows, settings=settings.data, text=text)
     wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk, check_rows=look))
-    with wrong.about(TARGETS if load_plan.adapter is None else MODEL):
+    with wrong.collecting(TARGETS if load_plan.adapter is None else MODEL):
         adapted = outline(load_plan, settings.lora)
-        with wrong.about(OUTPUT):
+        with wrong.collecting(OUTPUT):
             sizes_of(adapted, settings.training.optimizer).check_space(settings)
     if settings.training.use_liger_kernel:
-        with wrong.about("training.use_liger_kernel"):
+        with wrong.collecting("training.use_liger_kernel"):
             check_liger(load_plan.base.config.model_type)
-    with wrong.about(MODEL):
+    with wrong.collecting(MODEL):
         check_weights(load_plan, reporter)
-    with wrong.about(DATASET):
+    with wrong.collecting(DATASET):
         check_writable()
-    wrong.raise_found()
+    wrong.raise_collected()

@@ -18,9 +18,9 @@ from qlora_cli.runs.record import RunRecord, load_record, read_record
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.runs.run_weights import is_complete
 from qlora_cli.settings.choices import Schedule
-from qlora_cli.settings.field_marks import OnResume
-from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, marks
+from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.setting_metadata import OnResume
 
 AUTO, NEVER = "auto", "never"
 RESUME = "output.resume"
@@ -281,7 +281,7 @@ def check_changes(
             hint=f"Leave it as it was, or restart with another --output{_or_train_on(resume)}.",
         )
         for path, (before, now) in changed.items()
-        if marks(path).on_resume is OnResume.SAME
+        if metadata_of(path).on_resume is OnResume.SAME
         and not (trains_given_adapter and path.startswith("lora."))
         and not (path in NAMES_OF_BASE and not trains_given_adapter and _is_trained_on(resume, digest))
     ]
@@ -305,7 +305,7 @@ def _or_train_on(resume: Resume) -> str:
 def _batch_problems(
     resume: Resume, changed: Mapping[str, tuple[Any, Any]], settings: TrainSettings
 ) -> Iterator[Problem]:
-    if not any(marks(path).on_resume is OnResume.BATCH for path in changed):
+    if not any(metadata_of(path).on_resume is OnResume.BATCH for path in changed):
         return
     training = settings.training
     rows, rows_before = training.micro_batch_size * training.gradient_accumulation_steps, 1

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.quantization.embedding import check_offload, keep_on_host
-from qlora_cli.settings.models import SECTIONS, LoadCommandSettings, all_settings, marks
+from qlora_cli.settings.models import SECTIONS, LoadCommandSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import RunQlora
 from tests.support.loading import Proofs, layers_of, load, logits, refused, save_model, weight_of
@@ -217,7 +217,7 @@ def test_what_runs_code_of_others_is_never_switched_on_by_a_file(
     run_qlora: RunQlora, base_model: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "run.yaml"
-    by_hand = [path for path in all_settings() if marks(path).is_only_by_hand]
+    by_hand = [path for path in all_settings() if metadata_of(path).is_forbidden_in_files]
     assert by_hand == ["model.allow_pickle", "model.trust_remote_code"]
     lines = [f"{section}: {{{key}: true}}" for section, key in (path.split(".") for path in by_hand)]
     for path, line in zip(by_hand, lines, strict=True):
@@ -225,7 +225,7 @@ def test_what_runs_code_of_others_is_never_switched_on_by_a_file(
         with pytest.raises(SettingsError) as caught:
             resolve(Sources(config=config, flags={"model.name": ("MODEL", "base")}), LoadCommandSettings)
         assert f"{config}:1 {path}: can't be switched on by a settings file" in str(caught.value)
-        assert f"Give {marks(path).flag} on the command line" in str(caught.value.problems[0].hint)
+        assert f"Give {metadata_of(path).flag} on the command line" in str(caught.value.problems[0].hint)
     config.write_text("model:\n  allow_pickle: true\n  trust_remote_code: true\n")
     done = run_qlora("load", base_model, "--config", config)
     assert (done.code, "2 problems" in done.stderr) == (2, True), done.stderr

@@ -13,7 +13,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import inspect_memory
 from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, marks
+from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
 # They go into the config of the adapter that is attached: numbers that its updates are multiplied by.
@@ -61,7 +61,7 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     asked = asked_of(base_model, data__max_length="64", **values)
     read.clear()
     inspect_memory(MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),)), SilentReporter())
-    marked = {path for path in all_settings() if marks(path).affects_memory}
+    marked = {path for path in all_settings() if metadata_of(path).affects_memory}
     question = {path for path in all_settings() if path.startswith("inspect_memory.")}
     assert read - marked - SCALES - question == set()
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read

@@ -15,9 +15,9 @@ from qlora_cli.answering.prompts import check_system, encode, messages_of, writt
 from qlora_cli.cli.rendering import answer_text
 from qlora_cli.cli.rendering.answer_text import AnswerPrinter, verdict
 from qlora_cli.errors import ModelError, SettingsError
-from qlora_cli.settings.field_marks import marks_of
 from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.visible import harmless
 from tests.support.chat_tokenizers import make_sentencepiece, make_tokenizer
 
@@ -60,7 +60,7 @@ def an_answer(text: str = "yes", source: Source = "base", reason: FinishReason =
 def problems_of(*given: tuple[str, object]) -> list[str]:
     """Return what is wrong with the settings of generate, given by these flags."""
     fields = SECTIONS["generate"].model_fields
-    paths = {marks_of(field).flag: f"generate.{key}" for key, field in fields.items()}
+    paths = {field_metadata(field).flag: f"generate.{key}" for key, field in fields.items()}
     flags = {"model.name": ("MODEL", "m"), "generate.prompts": ("--prompt", ["a"])}
     try:
         resolve(Sources(flags={**flags, **{paths[flag]: (flag, value) for flag, value in given}}), GenerateSettings)

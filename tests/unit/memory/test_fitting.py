@@ -11,9 +11,9 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, GpuFit, Suggestion
 from qlora_cli.memory.suggestions import MAX_SUGGESTIONS, judge_fit, suggest
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, marks
+from qlora_cli.settings.display import flags_of, is_switch
+from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, metadata_of
 from qlora_cli.settings.resolve import Sources, resolve
-from qlora_cli.settings.shown import flags_of, is_switch
 from qlora_cli.units import GIB, MIB
 
 MAX_PREDICTIONS = 20
@@ -108,7 +108,7 @@ def effective_checkpointing(settings: EstimateSettings) -> str:
 def process_bytes(settings: EstimateSettings) -> int:
     """Return what a run of an 8B takes, roughly: in which every change has its part."""
     quantization, lora, training = settings.quantization, settings.lora, settings.training
-    is_nested = quantization.takes("double_quant") and quantization.double_quant
+    is_nested = quantization.has_effect("double_quant") and quantization.double_quant
     bits = BITS[quantization.method] - (0.37 if is_nested else 0)
     modules = 4 if "q_proj" in lora.target_modules else 7
     num_trained = lora.rank * modules * 400_000
@@ -156,7 +156,9 @@ def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple
 
 def with_flags(settings: EstimateSettings, text: str) -> EstimateSettings:
     """Return the settings with flags as the command line would read them."""
-    paths = {marks(path).flag: path for path in all_settings() if path.split(".")[0] in EstimateSettings.model_fields}
+    paths = {
+        metadata_of(path).flag: path for path in all_settings() if path.split(".")[0] in EstimateSettings.model_fields
+    }
     flags: dict[str, tuple[str, Any]] = {}
     words = text.split()
     while words:

@@ -7,9 +7,9 @@ from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
+from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.settle import with_values
-from qlora_cli.settings.shown import shown_flags
 from tests.support.tiny_models import tiny_config
 
 CUDA = torch.device("cuda")  # a label: nothing is put there
@@ -40,9 +40,9 @@ def test_every_method_has_its_traits() -> None:
 def test_every_setting_has_an_effect_with_a_method_and_none_without_quantization() -> None:
     keys = set(QuantizationSettings.model_fields) - {"method"}
     sections = {method: QuantizationSettings(method=method) for method in Quantization}
-    assert {key for section in sections.values() for key in keys if section.takes(key)} == keys
+    assert {key for section in sections.values() for key in keys if section.has_effect(key)} == keys
     assert not any(UNQUANTIZED.takes(key) for key in keys)
-    assert all(section.takes("method") for section in sections.values())
+    assert all(section.has_effect("method") for section in sections.values())
     four_bit = {"double_quant", "compute_dtype", "quant_storage", "skip_modules"}
     for method in (Quantization.NF4, Quantization.FP4):
         assert {key for key in keys if sections[method].takes(key)} == four_bit
@@ -63,7 +63,7 @@ def test_every_method_says_how_it_stores(way: str, words: str) -> None:
 
 
 def test_the_settings_that_are_shown_are_those_of_the_method() -> None:
-    shown = {way: shown_flags(settings) for way, settings in WAYS.items()}
+    shown = {way: display_flags(settings) for way, settings in WAYS.items()}
     assert shown["nf4"] == {"quant": "nf4", "double-quant": "on"}
     assert shown["nf4, single"] == {"quant": "nf4", "double-quant": "off"}
     assert shown["int8"] == {"quant": "int8"}

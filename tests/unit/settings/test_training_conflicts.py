@@ -7,7 +7,14 @@ import pytest
 
 from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.choices import Optimizer
-from qlora_cli.settings.models import EstimateSettings, LoadSettings, TrainSettings, all_settings, field_of, marks
+from qlora_cli.settings.models import (
+    EstimateSettings,
+    LoadSettings,
+    TrainSettings,
+    all_settings,
+    field_of,
+    metadata_of,
+)
 from qlora_cli.settings.resolve import Sources, resolve
 
 HELD_OUT = {"data.eval_split": "10%", "training.eval_steps": "5"}
@@ -93,7 +100,7 @@ def test_a_repository_that_nothing_is_pushed_to_can_not_be_public() -> None:
 
 
 def test_every_setting_that_needs_another_names_values_that_the_other_takes() -> None:
-    needing = {path: needed for path in all_settings() if (needed := marks(path).effective_with) is not None}
+    needing = {path: needed for path in all_settings() if (needed := metadata_of(path).effective_with) is not None}
     assert len(needing) >= 5
     for path, needed in needing.items():
         other = field_of(f"{path.split('.')[0]}.{needed.key}")

@@ -3,30 +3,30 @@
 import pytest
 
 from qlora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem, SettingsError
-from qlora_cli.settings.collected import Collected
+from qlora_cli.settings.error_collector import ErrorCollector
 
 
 def test_nothing_found_is_no_error() -> None:
-    wrong = Collected()
-    with wrong.about("model.name"):
+    wrong = ErrorCollector()
+    with wrong.collecting("model.name"):
         pass
-    wrong.raise_found()
+    wrong.raise_collected()
     assert wrong.error is None
 
 
 def test_one_error_stays_what_it_is() -> None:
-    wrong, error = Collected(), ModelError("is none", hint="Look.")
+    wrong, error = ErrorCollector(), ModelError("is none", hint="Look.")
     wrong.add("model.name", error)
     wrong.add("data.dataset", ModelError("is none", hint="Look."))  # the same again
     assert wrong.error is error
 
 
 def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
-    wrong = Collected()
+    wrong = ErrorCollector()
     wrong.add("model.name", SettingsError([Problem(where="a", message="1"), Problem(where="b", message="2")]))
     wrong.extend([("data.dataset", DataError("has no column", hint="Name it.", setting="data.columns"))])
     with pytest.raises(SettingsError) as caught:
-        wrong.raise_found()
+        wrong.raise_collected()
     assert caught.value.problems == (
         Problem(where="a", message="1"),
         Problem(where="b", message="2"),
@@ -35,9 +35,9 @@ def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
 
 
 def test_what_does_not_fit_in_memory_comes_after_what_is_wrong_with_the_input() -> None:
-    wrong = Collected()
-    with pytest.raises(OutOfMemoryError), wrong.about("model.name"):
+    wrong = ErrorCollector()
+    with pytest.raises(OutOfMemoryError), wrong.collecting("model.name"):
         raise OutOfMemoryError("too large")
     wrong.add("data.dataset", DataError("has no rows"))
-    with pytest.raises(DataError, match="has no rows"), wrong.about("model.name"):
+    with pytest.raises(DataError, match="has no rows"), wrong.collecting("model.name"):
         raise OutOfMemoryError("too large")

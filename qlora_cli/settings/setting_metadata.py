@@ -1,6 +1,6 @@
 """What is known of a setting besides its type, default and help: marks on its field.
 
-    rank: Annotated[int, Marks(flag="--rank", affects_memory=True)] = Field(default=16, ge=1, description="…")
+    rank: Annotated[int, Metadata(flag="--rank", affects_memory=True)] = Field(default=16, ge=1, description="…")
 
 The flags of every command, the settings that a prediction goes by, what may change when a run resumes, and the
 reference are derived from them. So a setting is added in one place: its field.
@@ -59,7 +59,7 @@ class EffectiveWith:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Marks:
+class Metadata:
     """What is known of one setting.
 
     Attributes:
@@ -72,9 +72,9 @@ class Marks:
         is_repeatable: Whether the flag may be given several times.
         affects_memory: Whether the memory that training takes depends on it.
         on_resume: Whether it may change when a run resumes.
-        is_of_run: Whether a base is loaded as the run that is named was trained, unless another value is given.
+        is_inherited: Whether a base is loaded as the run that is named was trained, unless another value is given.
         effective_with: The other setting that it needs to have an effect.
-        is_only_by_hand: Whether a settings file must not switch it on, because it runs code that comes with a model.
+        is_forbidden_in_files: Whether a settings file must not enable it, because it runs code that comes with a model.
     """
 
     flag: str | None = None
@@ -85,9 +85,9 @@ class Marks:
     is_repeatable: bool = False
     affects_memory: bool = False
     on_resume: OnResume = OnResume.SAME
-    is_of_run: bool = False
+    is_inherited: bool = False
     effective_with: EffectiveWith | None = None
-    is_only_by_hand: bool = False
+    is_forbidden_in_files: bool = False
 
     def is_taken_by(self, command: Command) -> bool:
         """Whether `command` has the flag, or takes it as an argument."""
@@ -95,6 +95,6 @@ class Marks:
         return command in self.argument_of or (self.flag is not None and by_flag)
 
 
-def marks_of(field: FieldInfo) -> Marks:
+def field_metadata(field: FieldInfo) -> Metadata:
     """Return the marks of a field; the defaults if it has none."""
-    return next((mark for mark in field.metadata if isinstance(mark, Marks)), Marks())
+    return next((mark for mark in field.metadata if isinstance(mark, Metadata)), Metadata())

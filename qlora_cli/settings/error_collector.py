@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.settings.shown import flag_of
+from qlora_cli.settings.display import flag_of
 
 INPUT_IS_WRONG = SettingsError.exit_code
 
 
-class Collected:
+class ErrorCollector:
     """What is wrong with the input, each time with the setting that it is about; `where_of` says where one was given.
 
     Only what is wrong with the input is collected: that something does not fit in memory is reported after that.
@@ -30,7 +30,7 @@ class Collected:
             self.add(setting, error)
 
     @contextmanager
-    def about(self, setting: str) -> Iterator[None]:
+    def collecting(self, setting: str) -> Iterator[None]:
         """Keep an error of what is done within, and continue after it.
 
         Raises:
@@ -40,7 +40,7 @@ class Collected:
             yield
         except QloraError as error:
             if error.exit_code != INPUT_IS_WRONG:
-                self.raise_found()
+                self.raise_collected()
                 raise
             self.add(setting, error)
 
@@ -51,7 +51,7 @@ class Collected:
             return self._found[0][1] if self._found else None
         return SettingsError([problem for found in self._found for problem in self._problems(*found)])
 
-    def raise_found(self) -> None:
+    def raise_collected(self) -> None:
         """Raise what was found, if anything was.
 
         Raises:

@@ -9,35 +9,35 @@ from typing import Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Choice
-from qlora_cli.settings.field_marks import marks_of
-from qlora_cli.settings.models import field_of, marks
+from qlora_cli.settings.models import field_of, metadata_of
 from qlora_cli.settings.section import Section
+from qlora_cli.settings.setting_metadata import field_metadata
 
 METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (Path, "DIRECTORY"))
 
 
-def shown_name(field: FieldInfo) -> str:
+def display_name(field: FieldInfo) -> str:
     """Return what gives a setting on the command line: its flag, or an argument in capitals."""
-    marked = marks_of(field)
+    marked = field_metadata(field)
     return marked.flag or str(marked.metavar)
 
 
 def flag_of(path: str) -> str:
     """Return what gives the setting `section.key` on the command line."""
-    return shown_name(field_of(path))
+    return display_name(field_of(path))
 
 
 def flags_of(values: Mapping[str, object]) -> str:
     """Return values by `section.key` as the flags that set them."""
     return " ".join(
-        f"{marks(path).flag}" if value is True else f"{marks(path).flag} {_listed(value)}"
+        f"{metadata_of(path).flag}" if value is True else f"{metadata_of(path).flag} {_listed(value)}"
         for path, value in values.items()
     )
 
 
-def shown_flags(section: Section) -> dict[str, str]:
+def display_flags(section: Section) -> dict[str, str]:
     """Return the settings that have a flag, and an effect with the others, by the flag's name without dashes."""
-    flags = {key: marks_of(type(section).model_fields[key]).flag for key in section.in_effect()}
+    flags = {key: field_metadata(type(section).model_fields[key]).flag for key in section.in_effect()}
     return {
         flag.removeprefix("--"): _on_or_off(getattr(section, key)) for key, flag in flags.items() if flag is not None
     }
@@ -76,7 +76,7 @@ def _parts(annotation: object) -> list[type]:
 
 def metavar(field: FieldInfo) -> str:
     """Return what a flag takes: its choices, or the kind of value."""
-    if given := marks_of(field).metavar:
+    if given := field_metadata(field).metavar:
         return given
     if choices := choices_of(field):
         return "|".join(choices)
@@ -84,7 +84,7 @@ def metavar(field: FieldInfo) -> str:
     return next((name for kind, name in METAVARS if kind.__name__ in annotation), "TEXT")
 
 
-def shown_default(field: FieldInfo) -> str | None:
+def display_default(field: FieldInfo) -> str | None:
     """Return the default as it would be written in a file; None if there is none."""
     default = None if field.is_required() else field.default
     if default is None or default == ():
@@ -94,7 +94,7 @@ def shown_default(field: FieldInfo) -> str | None:
 
 def example_of(field: FieldInfo) -> str | None:
     """Return what to give a setting instead of a value that it does not take."""
-    default = shown_default(field)
+    default = display_default(field)
     return f"The default is {default}." if default else field.description
 
 
