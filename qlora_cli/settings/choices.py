@@ -1,6 +1,7 @@
-"""The settings that take one of several words, by the names that the field gives them, and how these are read.
+"""Enumerated settings, by the field's own names, with their synonyms.
 
-What settings and texts need to know of a choice is defined with it, so that nothing else asks for it by name.
+The properties of a choice that settings and messages depend on are defined with it, so that no other code has to
+compare names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Self
 from pydantic import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-# What a dtype is called: here, by llama.cpp, by PyTorch. A choice with one of a line's names goes by all of them.
+# The names of a dtype: here, in llama.cpp, in PyTorch. A choice with one name of a line accepts all of them.
 DTYPE_NAMES = (
     ("bf16", "bfloat16", "torch.bfloat16"),
     ("fp16", "f16", "float16", "half", "torch.float16", "torch.half"),
@@ -21,16 +22,16 @@ DTYPE_NAMES = (
 
 
 class Choice(StrEnum):
-    """A choice among words. Each is read in upper and in lower case, and by its synonyms."""
+    """An enumerated setting, whose values are read in any case, and by their synonyms."""
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
-        """Return what else a choice is called, in lower case, with its own word."""
+        """Return the values by their synonyms, in lower case."""
         return {}
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
-        """Return what to choose where `value` is no choice, if more is known of it than its spelling."""
+        """Return what to choose instead of an invalid `value`, if more is known than similar spellings."""
         del value
         return None
 
@@ -46,22 +47,22 @@ class Choice(StrEnum):
         reference = handler(core_schema)
         schema = handler.resolve_ref_schema(reference)
         words = [*schema.pop("enum"), *cls.synonyms()]
-        # An editor offers the words of `enum`; the pattern is for those who write them in capitals.
+        # An editor suggests the words of `enum`; the pattern accepts them in any case.
         schema["anyOf"] = [{"enum": words}, {"pattern": f"^({'|'.join(map(_in_any_case, words))})$"}]
         return reference
 
 
 def _in_any_case(word: str) -> str:
-    """Return a regular expression for a word in any case; JSON schemas know no flag for it."""
+    """Return a regular expression for a word in any case; JSON Schema has no flag for it."""
     return "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else f"[{letter}]" for letter in word)
 
 
 class DtypeChoice(Choice):
-    """A choice among dtypes, which also goes by the names that others give them."""
+    """An enumerated setting of dtypes, which also accepts their names in other libraries."""
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
-        """Return what else a dtype is called, with the name that it has here."""
+        """Return the dtypes by their other names."""
         return {
             name: member.value
             for member in cls
@@ -74,14 +75,14 @@ class DtypeChoice(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodTraits:
-    """A quantization method as settings and texts know it; how it stores and restores weights is in its module.
+    """The properties of a quantization method that settings and messages depend on; its module implements it.
 
     Attributes:
         module: Its module in `qlora_cli/quantization/methods`.
-        label: What people call it.
-        bits: What a weight takes, constants aside.
-        measures_error: Whether what a weight loses can be measured while it is quantized.
-        proposal: What changes for somebody who takes it to save memory; None if it is never proposed.
+        label: Its name for people.
+        bits: The bits of a weight, without constants.
+        measures_error: Whether the error of a weight can be measured while it is quantized.
+        proposal: Its effect, if it is suggested to save memory; None if it never is.
     """
 
     module: str
@@ -101,42 +102,44 @@ class Quantization(Choice):
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
-        """Return the names of bits that one method alone stores a weight in; several are a matter of choice."""
-        named = ((name, method) for method in cls for name in method.names_of_bits)
-        return {name: method.value for name, method in named if name != method.value and cls.of_bits(name) == [method]}
+        """Return the methods by names of their bit width, if no other method has the same."""
+        names = ((name, method) for method in cls for name in method.names_of_bits)
+        return {name: method.value for name, method in names if name != method.value and cls.of_bits(name) == [method]}
 
     @classmethod
     def of_bits(cls, text: str) -> list["Quantization"]:
-        """Return the methods that store a weight in the bits that `text` names, as `4bit`, `4-bit` or `int4` do."""
+        """Return the methods with the bit width that `text` names, such as `4bit`, `4-bit` or `int4`."""
         return [method for method in cls if text.lower() in method.names_of_bits]
 
     @property
     def names_of_bits(self) -> tuple[str, ...]:
-        """What people call the bits that a weight is stored in; none if it is not quantized."""
+        """Common names of the bit width; empty if weights are not quantized."""
         forms = ("int{}", "{}bit", "{}-bit", "{}_bit", "{} bit", "{}bits", "{}-bits", "{} bits")
         return tuple(form.format(self.traits.bits) for form in forms) if self.is_quantized else ()
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
-        """Return what to choose from where `value` names bits that several methods store a weight in."""
-        found = cls.of_bits(value)
-        default = f"; {DEFAULT_METHOD.value} is the default" if DEFAULT_METHOD in found else ""
-        return f"Choose {' or '.join(found)}{default}." if found else None
+        """Return which methods to choose from if `value` names the bit width of several."""
+        methods = cls.of_bits(value)
+        default = f"; {DEFAULT_METHOD.value} is the default" if DEFAULT_METHOD in methods else ""
+        return f"Choose {' or '.join(methods)}{default}." if methods else None
 
     @property
     def traits(self) -> MethodTraits:
-        """What settings and texts need to know of it."""
+        """The properties that settings and messages depend on."""
         return METHODS[self]
 
     @property
     def is_quantized(self) -> bool:
-        """Whether linear layers are stored in fewer bits than they come in."""
+        """Whether linear layers are stored in fewer than 16 bits."""
         return self.traits.bits < UNQUANTIZED_BITS
 
     def smaller(self) -> list["Quantization"]:
-        """Return the methods that are proposed where this one takes too much, what changes the model least first."""
-        found = [method for method in Quantization if method.traits.proposal and method.traits.bits < self.traits.bits]
-        return sorted(found, key=lambda method: -method.traits.bits)
+        """Return the methods to suggest if this one takes too much memory, the most exact first."""
+        smaller = [
+            method for method in Quantization if method.traits.proposal and method.traits.bits < self.traits.bits
+        ]
+        return sorted(smaller, key=lambda method: -method.traits.bits)
 
 
 UNQUANTIZED_BITS = 16
@@ -162,17 +165,17 @@ QUANTIZED = tuple(method for method in Quantization if method.is_quantized)
 
 
 def methods_of(module: str) -> tuple[Quantization, ...]:
-    """Return the methods that `module`, of `qlora_cli/quantization/methods`, stores weights by."""
+    """Return the methods that `module`, in `qlora_cli/quantization/methods`, implements."""
     return tuple(method for method in Quantization if method.traits.module == module)
 
 
 def quant_flag(methods: Iterable[Quantization]) -> str:
-    """Return what to type for one of `methods`: `--quant nf4 or fp4`."""
+    """Return the flag for one of `methods`, as text: `--quant nf4 or fp4`."""
     return f"--quant {' or '.join(methods)}"
 
 
 class Storage(DtypeChoice):
-    """The dtype that packed 4-bit codes are kept in. FSDP shards only floating-point tensors of one dtype."""
+    """The dtype that packed 4-bit codes are stored in. FSDP shards only floating-point tensors of one dtype."""
 
     UINT8 = "uint8"
     BF16 = "bf16"
@@ -181,7 +184,7 @@ class Storage(DtypeChoice):
 
 
 class Dtype(DtypeChoice):
-    """The dtype that matrix products are computed in."""
+    """The dtype of matrix products."""
 
     AUTO = "auto"
     BF16 = "bf16"
@@ -190,7 +193,7 @@ class Dtype(DtypeChoice):
 
 
 class Device(Choice):
-    """Where the model lives."""
+    """The device that the model runs on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -206,7 +209,7 @@ class Attention(Choice):
     FLASH_ATTENTION_2 = "flash_attention_2"
 
 
-# What axolotl (`type`), LLaMA-Factory (`formatting`), ms-swift, TRL and Unsloth call the ways to write rows.
+# The names of the formats in axolotl (`type`), LLaMA-Factory (`formatting`), ms-swift, TRL and Unsloth.
 FORMAT_NAMES = {
     "messages": ("chat_template", "chatml", "chat", "openai", "conversational", "conversation"),
     "sharegpt": ("vicuna",),
@@ -231,7 +234,7 @@ COMPARISONS = ("dpo", "kto", "orpo", "ipo", "simpo", "preference", "ranking", "r
 
 
 class DataFormat(Choice):
-    """How a row is read. `auto` recognises it by its columns."""
+    """The format of rows. `auto` recognises it by their columns."""
 
     AUTO = "auto"
     MESSAGES = "messages"
@@ -244,12 +247,12 @@ class DataFormat(Choice):
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
-        """Return what other tools call a format, with the name that it has here."""
+        """Return the formats by their names in other tools."""
         return {name: fmt for fmt, names in FORMAT_NAMES.items() for name in names}
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
-        """Return what to do with rows that other tools have a format for, and that are none here."""
+        """Return what to do with rows in a format of other tools that is not supported."""
         if value.lower() in ("input_output", "segments"):
             return SEGMENTS_HINT
         if value.lower().partition(".")[0] in COMPARISONS:
@@ -266,7 +269,7 @@ class LossOn(Choice):
 
 
 class OnLong(Choice):
-    """What becomes of a row that is longer than `max_length`."""
+    """What to do with a row that is longer than `max_length`."""
 
     TRUNCATE = "truncate"
     DROP = "drop"
@@ -274,16 +277,16 @@ class OnLong(Choice):
 
 
 class OnBadRow(Choice):
-    """What becomes of a row that can't be read."""
+    """What to do with a row that can't be read."""
 
     ERROR = "error"
     SKIP = "skip"
 
 
 class Mixing(Choice):
-    """What the weights of several data sets say: how often each of their rows is fed, or their shares of all rows.
+    """The meaning of the weights of several data sets: how often each row is used, or the shares of all rows.
 
-    Shares are kept until the first data set is exhausted, or the last one, by the names that `datasets` gives that.
+    Shares hold until the first or the last data set is exhausted; the names are those of `datasets`.
     """
 
     WEIGHTS = "weights"
@@ -292,7 +295,7 @@ class Mixing(Choice):
 
 
 class Sampling(Choice):
-    """The order of rows, by the name that transformers gives it."""
+    """The order of rows, by its name in transformers."""
 
     RANDOM = "random"
     SEQUENTIAL = "sequential"
@@ -309,7 +312,7 @@ class Checkpointing(Choice):
 
 
 class LoraInit(Choice):
-    """How the LoRA matrices begin, by the name that PEFT gives it; `default` is a random A and a B of zeros."""
+    """The initialization of the LoRA matrices, by its name in PEFT; `default` is a random A and a B of zeros."""
 
     DEFAULT = "default"
     GAUSSIAN = "gaussian"
@@ -319,19 +322,19 @@ class LoraInit(Choice):
 
     @property
     def needs_layers(self) -> bool:
-        """Whether it is made for the weight of a layer, `(out, in)`, and not for a stack of experts'."""
+        """Whether it is defined for the weight of a single layer, `(out, in)`, only, not for stacked experts."""
         return self in {LoraInit.ORTHOGONAL, LoraInit.PISSA, LoraInit.LOFTQ}
 
 
 class OnNan(Choice):
-    """What becomes of a step whose loss or gradient norm is not a finite number."""
+    """What to do with a step whose loss or gradient norm is not finite."""
 
     STOP = "stop"
     SKIP = "skip"
 
 
 class Optimizer(Choice):
-    """The optimizer, by the name that transformers gives it."""
+    """The optimizer, by its name in transformers."""
 
     ADAMW_TORCH = "adamw_torch"
     ADAMW_TORCH_FUSED = "adamw_torch_fused"
@@ -352,7 +355,7 @@ class Optimizer(Choice):
 
     @property
     def is_8bit(self) -> bool:
-        """Whether the state of large parameters is kept in 8 bit."""
+        """Whether the state of large parameters is stored in 8 bit."""
         return self.value.endswith("_8bit")
 
     @property
@@ -367,7 +370,7 @@ class Optimizer(Choice):
 
 
 class Schedule(Choice):
-    """How the learning rate runs, after warm-up in all but `constant`; by the name that transformers gives it."""
+    """The learning-rate schedule, by its name in transformers; all but `constant` have a warm-up."""
 
     CONSTANT = "constant"
     CONSTANT_WITH_WARMUP = "constant_with_warmup"
@@ -391,7 +394,7 @@ class ReportTo(Choice):
 
 
 class BaseWeights(Choice):
-    """What an adapter is merged into: the weights as stored, or as training saw them, quantized and dequantized."""
+    """The weights to merge an adapter into: as stored, or quantized and dequantized, as in training."""
 
     AUTO = "auto"
     ORIGINAL = "original"
@@ -399,7 +402,7 @@ class BaseWeights(Choice):
 
 
 class MergeDtype(DtypeChoice):
-    """What a merged model is written in; `keep` is each tensor's own."""
+    """The dtype of a merged model; `keep` is that of each tensor in the base."""
 
     KEEP = "keep"
     BF16 = "bf16"
@@ -408,7 +411,7 @@ class MergeDtype(DtypeChoice):
 
 
 class SdpaBackend(Choice):
-    """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch takes on the GPU."""
+    """A backend of `scaled_dot_product_attention`. `auto`: the one that PyTorch selects on the GPU."""
 
     AUTO = "auto"
     FLASH = "flash"
@@ -417,7 +420,7 @@ class SdpaBackend(Choice):
 
 
 class Solvable(Choice):
-    """What a prediction can find the largest value of, and be swept over, by the flag's name without dashes."""
+    """A setting that a prediction can maximize or sweep, by the flag's name without dashes."""
 
     MAX_LENGTH = "max-length"
     MICRO_BATCH_SIZE = "micro-batch-size"
@@ -425,7 +428,7 @@ class Solvable(Choice):
 
 
 class ExportFormat(Choice):
-    """What a merged model is written as: for transformers in 16 bit or in NF4, for llama.cpp, or for Ollama."""
+    """The format of a merged model: for transformers in 16 bit or NF4, for llama.cpp, or for Ollama."""
 
     HF = "hf"
     NF4 = "nf4"
@@ -434,7 +437,7 @@ class ExportFormat(Choice):
 
 
 class GgufType(DtypeChoice):
-    """The type of the weights in a GGUF file, by llama.cpp's name; `auto` is that of the merged model."""
+    """The type of the weights in a GGUF file, by its name in llama.cpp; `auto` is the dtype of the merged model."""
 
     AUTO = "auto"
     F32 = "f32"

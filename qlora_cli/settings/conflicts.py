@@ -1,4 +1,4 @@
-"""Settings that can have no effect with others, or can't work together: an error, never silence."""
+"""Settings that have no effect with others, or can't work together: an error, never silently ignored."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -24,69 +24,70 @@ from qlora_cli.settings.values import either, held_out_share
 
 
 def find_conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEntry]) -> list[Problem]:
-    """Return what is wrong with validated settings as a whole; `merged` knows where each came from."""
-    found = [*_run_conflicts(validated), *_command_conflicts(validated)]
+    """Return the problems of validated settings as a whole; `merged` records where each came from."""
+    conflicts = [*_run_conflicts(validated), *_command_conflicts(validated)]
     if (lora := validated.get("lora")) is not None:
-        found += lora_conflicts(lora, validated["quantization"].method)
+        conflicts += lora_conflicts(lora, validated["quantization"].method)
     for name, section in validated.items():
-        found += ineffective_settings(name, section, given=merged)
-    asked = {
+        conflicts += ineffective_settings(name, section, given=merged)
+    changed = {
         path: entry
         for path, entry in merged.items()
         if entry.section in validated and not is_default(validated[entry.section], entry.key)
     }
     problems = [
-        Problem(where=_where(asked[path], message), message=message, hint=hint)
-        for path, message, hint in found
-        if path in asked
+        Problem(where=_where(changed[path], message), message=message, hint=hint)
+        for path, message, hint in conflicts
+        if path in changed
     ]
     return problems + forbidden_in_files(merged)
 
 
 def _where(entry: SettingEntry, message: str) -> str:
-    """Return where a value came from, and its name where nothing else says it."""
+    """Return where a value came from, with the setting's name unless the message contains it."""
     return entry.origin.where if entry.path in message else entry.origin.locate(entry.path)
 
 
 def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
-    """Return path, message and hint of each conflict of the loop, with what it is evaluated on."""
-    found: list[Conflict] = []
+    """Return the conflicts of a training run and its data."""
+    conflicts: list[Conflict] = []
     data, training = (validated.get(section) for section in ("data", "training"))
     if training is not None:
-        found += training_conflicts(training)
+        conflicts += training_conflicts(training)
     # A prediction reads no data.
     if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
-        found += evaluation_conflicts(training, data)
-        found += _data_conflicts(data, training)
-        found += _streaming_conflicts(data, training)
-    return found
+        conflicts += evaluation_conflicts(training, data)
+        conflicts += _data_conflicts(data, training)
+        conflicts += _streaming_conflicts(data, training)
+    return conflicts
 
 
 def _command_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
-    """Return path, message and hint of each conflict within a section of what commands ask or make."""
-    about: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
+    """Return the conflicts within the sections of single commands."""
+    checks: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
         "generate": generation_conflicts,
         "output": partial(push_conflicts, "output"),
         "merge": partial(push_conflicts, "merge"),
     }
-    return [conflict for name, check in about.items() if name in validated for conflict in check(validated[name])]
+    return [conflict for name, check in checks.items() if name in validated for conflict in check(validated[name])]
 
 
 def _data_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
-    """Return path, message and hint of each conflict."""
-    found = []
+    conflicts = []
     share = None if data.eval_split is None else held_out_share(data.eval_split)
     if data.eval_dataset is None and data.eval_split is None and training.eval_steps is not None:
         hint = "Give --eval-dataset or --eval-split, or leave eval_steps out."
-        found.append(("training.eval_steps", "training.eval_steps has no effect without held-out data", hint))
+        conflicts.append(("training.eval_steps", "training.eval_steps has no effect without held-out data", hint))
     if data.eval_dataset is None and data.eval_split is None and data.eval_group is not None:
         message = "data.eval_group has no effect without held-out data"
-        found.append(("data.eval_group", message, "Give --eval-split or --eval-dataset, or leave --eval-group out."))
+        conflicts.append(
+            ("data.eval_group", message, "Give --eval-split or --eval-dataset, or leave --eval-group out.")
+        )
     if share is not None and data.eval_dataset is not None:
         message = f"{data.eval_split} would hold rows out of the training data, and --eval-dataset names held-out data"
-        found.append(("data.eval_split", message, "Leave one of them out."))
+        conflicts.append(("data.eval_split", message, "Leave one of them out."))
     if data.mixing != Mixing.WEIGHTS and len(data.dataset) == 1:
-        found.append(
+        conflicts.append(
             ("data.mixing", "data.mixing has no effect on a single data set", "Give several, or leave it out.")
         )
     if data.packing:
@@ -95,13 +96,13 @@ def _data_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conf
             ("training.longest_first", training.longest_first),
         ):
             if is_set:
-                message = f"{path} has no effect with packing: packed rows are all about as long"
-                found.append((path, message, "Leave it or --packing out."))
-    return found
+                message = f"{path} has no effect with packing: packed rows have about the same length"
+                conflicts.append((path, message, "Leave it or --packing out."))
+    return conflicts
 
 
 def _streaming_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conflict]:
-    """Return what needs to know all rows, which a stream does not."""
+    """Return the conflicts of a stream with settings that need all rows."""
     if not data.streaming:
         return []
     share = None if data.eval_split is None else held_out_share(data.eval_split)
@@ -111,7 +112,7 @@ def _streaming_conflicts(data: DataSettings, training: TrainingSettings) -> list
         ("training.sampling", training.sampling != Sampling.RANDOM, "to order them"),
         ("training.longest_first", training.longest_first, "to know the longest"),
     )
-    found = [
+    conflicts = [
         (
             path,
             f"{path} needs to read all rows before the first step {why}, and data.streaming does not",
@@ -121,18 +122,18 @@ def _streaming_conflicts(data: DataSettings, training: TrainingSettings) -> list
         if is_set
     ]
     if data.mixing != Mixing.WEIGHTS:
-        message = "data.mixing has no effect on a stream: its next row is always drawn by the weights, without an end"
-        found.append(("data.mixing", message, "Leave it out."))
+        message = "data.mixing has no effect on a stream: its weights are the probabilities of an endless draw"
+        conflicts.append(("data.mixing", message, "Leave it out."))
     if training.max_steps is None:
-        message = "a stream has no end that is known: training.max_steps must say where to stop"
-        found.append(("data.streaming", message, "Give --max-steps."))
-    return found
+        message = "a stream has no known end: training.max_steps must say where to stop"
+        conflicts.append(("data.streaming", message, "Give --max-steps."))
+    return conflicts
 
 
 def ineffective_settings(name: str, section: Section, *, given: Container[str] | None = None) -> Iterator[Conflict]:
-    """Yield path, message and hint of what another setting of its section, by the marks of its field, needs.
+    """Yield the settings of a section that have no effect because of another one, by `effective_with`.
 
-    Before settings are settled, `given` are those that were: the model that is named may say the other one.
+    `given` are the settings that were given, before all are settled: the other setting may be inherited from the run.
     """
     for key, field in type(section).model_fields.items():
         needed = field_metadata(field).effective_with
@@ -149,24 +150,24 @@ def ineffective_settings(name: str, section: Section, *, given: Container[str] |
 
 
 def is_off_or_default(section: Section, key: str) -> bool:
-    """Whether a setting is off, or as it would be if it were not given: no harm where there is nothing to be had."""
+    """Return whether a setting is off or at its default: then it does no harm that it has no effect."""
     value = getattr(section, key)
     is_off = value is None or value is False or (isinstance(value, StrEnum) and value.value in {"auto", "none", "off"})
     return is_off or is_default(section, key)
 
 
 def is_default(section: Section, key: str) -> bool:
-    """Whether a setting is as it would be if it were not given."""
+    """Return whether a setting has its default value."""
     field = type(section).model_fields[key]
     return bool(getattr(section, key) == field.get_default(call_default_factory=True))
 
 
 def forbidden_in_files(merged: Mapping[str, SettingEntry]) -> list[Problem]:
-    """Return what a settings file switches on and must not."""
+    """Return the settings that a settings file enables and must not."""
     return [
         Problem(
             where=entry.origin.locate(path),
-            message="can't be switched on by a settings file: it runs code that comes with the model",
+            message="can't be enabled in a settings file: it runs code that comes with the model",
             hint=f"Give {metadata_of(path).flag} on the command line if you trust the model's author.",
         )
         for path, entry in merged.items()

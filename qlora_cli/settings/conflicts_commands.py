@@ -1,4 +1,4 @@
-"""Settings of what single commands ask and make that have no effect with the others."""
+"""Settings of single commands that have no effect with the others."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out
 
 
 def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
-    """Yield path, message and hint of what is said of a repository that nothing is pushed to."""
+    """Yield the settings of a repository that nothing is pushed to."""
     if pushed.push_to_hub is None:
         path = f"{section}.hub_private"
         message = f"{path} has no effect without {section}.push_to_hub"
@@ -18,10 +18,10 @@ def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
 
 
 def generation_conflicts(answers: AnswerSettings) -> Iterator[Conflict]:
-    """Yield path, message and hint of what has no effect on how a model answers."""
+    """Yield the settings of generation that have no effect."""
     for key in ("top_p", "top_k", "seed"):
         if answers.is_greedy and getattr(answers, key) is not None:
-            yield f"generate.{key}", "has no effect: nothing is drawn at random", TEMPERATURE_HINT
+            yield f"generate.{key}", "has no effect: decoding is greedy", TEMPERATURE_HINT
     if answers.merged is not None and not answers.compare:
         hint = f"Add --compare, or ask the merged model alone: qlora generate {answers.merged}"
         yield "generate.merged", "has no effect without --compare", hint

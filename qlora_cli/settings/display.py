@@ -1,4 +1,4 @@
-"""A setting as it is shown to people: what it takes, and its default."""
+"""Settings as text for people: flags, accepted values, defaults."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -17,13 +17,13 @@ METAVARS: tuple[tuple[type, str], ...] = ((int, "INTEGER"), (float, "NUMBER"), (
 
 
 def display_name(field: FieldInfo) -> str:
-    """Return what gives a setting on the command line: its flag, or an argument in capitals."""
-    marked = field_metadata(field)
-    return marked.flag or str(marked.metavar)
+    """Return the name of a setting on the command line: its flag, or its argument in capitals."""
+    metadata = field_metadata(field)
+    return metadata.flag or str(metadata.metavar)
 
 
 def flag_of(path: str) -> str:
-    """Return what gives the setting `section.key` on the command line."""
+    """Return the flag or argument of the setting `section.key`."""
     return display_name(field_of(path))
 
 
@@ -36,7 +36,7 @@ def flags_of(values: Mapping[str, object]) -> str:
 
 
 def display_flags(section: Section) -> dict[str, str]:
-    """Return the settings that have a flag, and an effect with the others, by the flag's name without dashes."""
+    """Return the settings that have a flag and an effect, as text, by the flag's name without dashes."""
     flags = {key: field_metadata(type(section).model_fields[key]).flag for key in section.in_effect()}
     return {
         flag.removeprefix("--"): _on_or_off(getattr(section, key)) for key, flag in flags.items() if flag is not None
@@ -44,22 +44,22 @@ def display_flags(section: Section) -> dict[str, str]:
 
 
 def is_switch(field: FieldInfo) -> bool:
-    """Whether the setting is on or off."""
+    """Return whether the setting is a boolean."""
     return field.annotation is bool or field.annotation == bool | None
 
 
 def choices_of(field: FieldInfo) -> list[str]:
-    """Return the values that an enumerated setting takes; empty for any other."""
+    """Return the values of an enumerated setting; empty for any other."""
     return [choice.value for kind in _choices(field) for choice in kind]
 
 
 def synonyms_of(field: FieldInfo) -> dict[str, str]:
-    """Return what else the values of an enumerated setting are called, with the value that is meant."""
+    """Return the synonyms of the values of an enumerated setting, each with its value."""
     return {synonym: value for kind in _choices(field) for synonym, value in kind.synonyms().items()}
 
 
 def hint_for(field: FieldInfo, value: str) -> str | None:
-    """Return what to choose where `value` is near several choices, if the setting knows better than their spelling."""
+    """Return what to choose instead of an invalid `value`, if the setting knows more than similar spellings."""
     return next((hint for kind in _choices(field) if (hint := kind.hint_for(value))), None)
 
 
@@ -68,16 +68,16 @@ def _choices(field: FieldInfo) -> list[type[Choice]]:
 
 
 def _parts(annotation: object) -> list[type]:
-    """Return the types that an annotation is made of: `int | None` and `tuple[int, ...]` of `int`."""
+    """Return the types in an annotation: `int` for `int | None` and `tuple[int, ...]`."""
     if get_origin(annotation) in (Union, UnionType, tuple):
         return [part for member in get_args(annotation) for part in _parts(member)]
     return [annotation] if isinstance(annotation, type) else []
 
 
 def metavar(field: FieldInfo) -> str:
-    """Return what a flag takes: its choices, or the kind of value."""
-    if given := field_metadata(field).metavar:
-        return given
+    """Return the placeholder of a flag's value in help: its choices, or the kind of value."""
+    if custom := field_metadata(field).metavar:
+        return custom
     if choices := choices_of(field):
         return "|".join(choices)
     annotation = str(field.annotation)
@@ -85,7 +85,7 @@ def metavar(field: FieldInfo) -> str:
 
 
 def display_default(field: FieldInfo) -> str | None:
-    """Return the default as it would be written in a file; None if there is none."""
+    """Return the default as it is written in a settings file; None if there is none."""
     default = None if field.is_required() else field.default
     if default is None or default == ():
         return None
@@ -93,7 +93,7 @@ def display_default(field: FieldInfo) -> str | None:
 
 
 def example_of(field: FieldInfo) -> str | None:
-    """Return what to give a setting instead of a value that it does not take."""
+    """Return a hint for a setting with an invalid value: its default, or its description."""
     default = display_default(field)
     return f"The default is {default}." if default else field.description
 

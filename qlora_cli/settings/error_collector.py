@@ -1,4 +1,4 @@
-"""Errors that are found one after another, and reported together."""
+"""Collect errors in the input, to report all of them together."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,31 +10,31 @@ INPUT_IS_WRONG = SettingsError.exit_code
 
 
 class ErrorCollector:
-    """What is wrong with the input, each time with the setting that it is about; `where_of` says where one was given.
+    """Collects errors in the input, each with the setting that causes it; `where_of` says where a setting was given.
 
-    Only what is wrong with the input is collected: that something does not fit in memory is reported after that.
+    Only errors in the input are collected: that something does not fit in memory is reported after them.
     """
 
     def __init__(self, where_of: Callable[[str], str] = flag_of) -> None:
         self._where_of = where_of
-        self._found: list[tuple[str, QloraError]] = []
+        self._errors: list[tuple[str, QloraError]] = []
 
     def add(self, setting: str, error: QloraError) -> None:
-        """Keep an error, unless the same was found before."""
-        if all((str(error), error.hint) != (str(other), other.hint) for _, other in self._found):
-            self._found.append((setting, error))
+        """Add an error, unless an equal one was added before."""
+        if all((str(error), error.hint) != (str(other), other.hint) for _, other in self._errors):
+            self._errors.append((setting, error))
 
-    def extend(self, found: Iterable[tuple[str, QloraError]]) -> None:
-        """Keep errors, each with its setting."""
-        for setting, error in found:
+    def extend(self, errors: Iterable[tuple[str, QloraError]]) -> None:
+        """Add errors, each with its setting."""
+        for setting, error in errors:
             self.add(setting, error)
 
     @contextmanager
     def collecting(self, setting: str) -> Iterator[None]:
-        """Keep an error of what is done within, and continue after it.
+        """Collect an error that is raised within, and continue after the block.
 
         Raises:
-            QloraError: another than of the input; what was found before comes first.
+            QloraError: the error is not in the input; if others were collected before, these are raised instead.
         """
         try:
             yield
@@ -46,13 +46,13 @@ class ErrorCollector:
 
     @property
     def error(self) -> QloraError | None:
-        """What was found: the one error, or a `SettingsError` with the problems of all; None if nothing was."""
-        if len(self._found) < 2:
-            return self._found[0][1] if self._found else None
-        return SettingsError([problem for found in self._found for problem in self._problems(*found)])
+        """The single collected error, or a `SettingsError` with the problems of all; None if there is none."""
+        if len(self._errors) < 2:
+            return self._errors[0][1] if self._errors else None
+        return SettingsError([problem for entry in self._errors for problem in self._problems(*entry)])
 
     def raise_collected(self) -> None:
-        """Raise what was found, if anything was.
+        """Raise what was collected, if anything.
 
         Raises:
             QloraError: see `error`.

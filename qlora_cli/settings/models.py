@@ -1,6 +1,6 @@
-"""Every setting of every command, by section, and what each command needs of them.
+"""The settings of all commands, by section, and the sections that each command needs.
 
-The command line, `qlora config schema`, the settings file and `run.json` all read these models. A setting is declared
+The command line, `qlora config schema`, the settings file and `run.json` all use these models. A setting is declared
 once, in the module of its section. Names are the field's own: rank, alpha, micro_batch_size, max_length.
 """
 
@@ -59,20 +59,20 @@ __all__ = [
 
 
 class LoadSettings(Section):
-    """What loading a model needs."""
+    """The settings needed to load a model."""
 
     model: ModelSettings
     quantization: QuantizationSettings = Field(default_factory=QuantizationSettings)
 
 
 class LoadCommandSettings(LoadSettings):
-    """What `qlora load` needs."""
+    """The settings of `qlora load`."""
 
     load: SavingSettings = Field(default_factory=SavingSettings)
 
 
 class TrainSettings(LoadSettings):
-    """What `qlora train` needs: every section."""
+    """The settings of `qlora train`."""
 
     lora: LoraSettings = Field(default_factory=LoraSettings)
     data: DataSettings
@@ -81,7 +81,7 @@ class TrainSettings(LoadSettings):
 
 
 class InspectDataSettings(LoadSettings):
-    """What `qlora inspect-data` needs: what of `train` decides which tokens are trained."""
+    """The settings of `qlora inspect-data`: those of `train` that determine which tokens are trained."""
 
     data: DataSettings
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -89,7 +89,7 @@ class InspectDataSettings(LoadSettings):
 
 
 class EvaluateDataSettings(DataSettings):
-    """The rows, which a run that is named brings along."""
+    """The rows to evaluate on; by default those that the run held out."""
 
     dataset: Datasets | None = Field(  # type: ignore[assignment]
         default=None,
@@ -99,7 +99,7 @@ class EvaluateDataSettings(DataSettings):
 
 
 class EvaluateSettings(LoadSettings):
-    """What `qlora evaluate` needs: what of `train` decides which tokens are trained, and what is measured."""
+    """The settings of `qlora evaluate`: what is measured, and those of `train` that determine the trained tokens."""
 
     data: EvaluateDataSettings = Field(default_factory=EvaluateDataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -107,25 +107,25 @@ class EvaluateSettings(LoadSettings):
 
 
 class ChatSettings(LoadSettings):
-    """What `qlora chat` needs."""
+    """The settings of `qlora chat`."""
 
     generate: AnswerSettings = Field(default_factory=AnswerSettings)
 
 
 class PromptedSettings(AnswerSettings):
-    """How prompts are answered that are given beforehand."""
+    """The settings of generation, with prompts."""
 
     prompts: Prompts = Field(description="What to answer; may be given several times. - reads it from stdin.")
 
 
 class GenerateSettings(LoadSettings):
-    """What `qlora generate` needs."""
+    """The settings of `qlora generate`."""
 
     generate: PromptedSettings
 
 
 class MergeModelSettings(ModelSettings):
-    """The base, which the adapters name."""
+    """The base to merge into, which the adapters name."""
 
     name: str | None = Field(default=None, description="Not read: adapters name their base.")  # type: ignore[assignment]
     device: Device = Field(
@@ -134,14 +134,14 @@ class MergeModelSettings(ModelSettings):
 
 
 class MergeCommandSettings(Section):
-    """What `qlora merge` needs: which base, and what is merged into it."""
+    """The settings of `qlora merge`: the base, and what is merged into it."""
 
     model: MergeModelSettings = Field(default_factory=MergeModelSettings)
     merge: MergeSettings
 
 
 class EstimateDataSettings(DataSettings):
-    """The rows, of which a prediction needs the length alone."""
+    """The rows of a predicted run, of which only the length matters."""
 
     dataset: Datasets | None = Field(  # type: ignore[assignment]
         default=None, description="Not read: memory depends on the length of rows only."
@@ -149,7 +149,7 @@ class EstimateDataSettings(DataSettings):
 
 
 class EstimateSettings(LoadSettings):
-    """What a prediction needs: what `train` takes, less the data and where the run is written."""
+    """The settings of a prediction: those of `train` without the data and the output."""
 
     lora: LoraSettings = Field(default_factory=LoraSettings)
     data: EstimateDataSettings = Field(default_factory=EstimateDataSettings)
@@ -157,7 +157,7 @@ class EstimateSettings(LoadSettings):
 
 
 class InspectMemorySettings(EstimateSettings):
-    """What `qlora inspect-memory` needs: a run, and what is asked about it."""
+    """The settings of `qlora inspect-memory`: those of the run and of its prediction."""
 
     inspect_memory: PredictionSettings = Field(default_factory=PredictionSettings)
 
@@ -178,7 +178,7 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-# What each command needs.
+# The settings of each command.
 KINDS: dict[Command, type[Section]] = {
     Command.LOAD: LoadCommandSettings,
     Command.TRAIN: TrainSettings,
@@ -198,22 +198,22 @@ def field_of(path: str) -> FieldInfo:
 
 
 def metadata_of(path: str) -> Metadata:
-    """Return the marks of the setting `section.key`."""
+    """Return the metadata of the setting `section.key`."""
     return field_metadata(field_of(path))
 
 
 def all_settings() -> list[str]:
-    """Return every setting, as `section.key`."""
+    """Return all settings, as `section.key`."""
     return [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a settings file, in which nothing is required: flags may give the rest."""
+    """Return the JSON schema of a settings file; nothing is required, because flags may give the rest."""
     sections: dict[str, Any] = {name: (kind, ...) for name, kind in SECTIONS.items()}
     file: type[Section] = create_model("Settings", __base__=Section, **sections)
     schema = file.model_json_schema()
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
     schema["title"] = "Settings of qlora"
-    schema["description"] = "What a settings file may hold."
+    schema["description"] = "What a settings file may contain."
     return schema

@@ -1,7 +1,7 @@
-"""Merge the sources, validate once, and keep the origin of every value.
+"""Merge the sources, validate once, and record the origin of every value.
 
-Precedence: flag > `--set` > file > default. Every problem is collected, so that a user sees all of them at
-once. Nothing here imports torch.
+Precedence: flag > `--set` > file > default. All problems are collected, so that a user sees them at once. Nothing here
+imports torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from qlora_cli.settings.value_sources import (
     read_file,
     read_flags,
 )
+from qlora_cli.settings.values import CUSTOM_ERROR
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
@@ -33,7 +34,7 @@ MAX_SHOWN_CHARACTERS = 300  # of a value that a message shows
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a command line gave: a settings file, `--set` assignments, and flags by `section.key`."""
+    """What the command line contains: a settings file, `--set` assignments, and flags by `section.key`."""
 
     config: Path | None = None
     assignments: Sequence[str] = ()
@@ -48,24 +49,24 @@ class Resolved(Generic[SettingsT_co]):
     origins: Mapping[str, Origin]
 
     def origin_of(self, path: str) -> Origin:
-        """Return where the value of `section.key` came from."""
+        """Return the origin of the value of `section.key`."""
         return self.origins.get(path, DEFAULT)
 
     def is_given(self, path: str) -> bool:
-        """Whether `section.key` was given: by a file, by `--set`, by a flag."""
+        """Return whether `section.key` was given: in a file, by `--set` or by a flag."""
         return self.origin_of(path).is_given
 
     def given(self, section: str) -> dict[str, Any]:
-        """Return the settings of a section that were given, with their values."""
+        """Return the values of the settings in a section that were given."""
         values: Section = getattr(self.settings, section)
         return {key: getattr(values, key) for key in type(values).model_fields if self.is_given(f"{section}.{key}")}
 
     def where_of(self, path: str) -> str:
-        """Return where the value of `section.key` was given, or the flag that would give it."""
+        """Return where the value of `section.key` was given, or the flag that would set it."""
         return self.origins[path].locate(path) if path in self.origins else flag_of(path)
 
     def problem(self, path: str, error: QloraError) -> Problem:
-        """Return what is wrong with the value of `section.key`, or of the setting that the error itself names."""
+        """Return an error as a problem with `section.key`, or with the setting that the error itself names."""
         return Problem(where=self.where_of(error.setting or path), message=error.message, hint=error.hint)
 
 
@@ -74,10 +75,9 @@ def resolve(
 ) -> Resolved[SettingsT]:
     """Merge and validate `sources` into settings of `kind`.
 
-    A file may hold sections that `kind` has no use for. Their values are checked all the same, but nothing in them is
-    required, and what they make of each other is for the commands that they are for. Where `kind` has a class of its
-    own for a section, that is the one they are checked by.
-    `flag_names` maps `section.key` to the flag that sets it, for hints.
+    A file may contain sections that `kind` does not use. Their values are validated too, but nothing in them is
+    required, and conflicts between them are left to the commands that use them. If `kind` has a class of its own for a
+    section, values are validated by that. `flag_names` maps `section.key` to the flag that sets it, for hints.
 
     Raises:
         SettingsError: with every problem found.
@@ -96,7 +96,7 @@ def resolve(
 
 
 def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
-    """Return the winning entry of each setting given, by `section.key`, and the problems of the sources."""
+    """Return the entry of each given setting that takes precedence, by `section.key`, and the problems found."""
     entries: list[SettingEntry] = []
     problems: list[Problem] = []
     if sources.config is not None:
@@ -107,12 +107,12 @@ def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
 
 
 def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[str, Any, Origin]]:
-    """Return every setting with its value and origin, for `qlora config show`; required ones may be None.
+    """Return each setting with its value and origin, for `qlora config show`; a missing required value is None.
 
-    If `kind` is given, those of its sections.
+    If `kind` is given, only the settings in its sections.
 
     Raises:
-        SettingsError: with every problem found; a missing value is none.
+        SettingsError: with every problem found; a missing value is not a problem.
     """
     merged, problems = merge(sources)
     sections = SECTIONS if kind is None else sections_of(kind)
@@ -134,7 +134,7 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
 
 
 def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
-    """Return the class of every section: the one that `kind` has for it, else the common one."""
+    """Return the class of each section: that of `kind` if it has one, otherwise the common one."""
     sections = dict(SECTIONS)
     for name, field in kind.model_fields.items():
         assert isinstance(field.annotation, type), name
@@ -164,7 +164,7 @@ def _validate(
                 missing = detail["type"] == "missing"
                 if (str(key), position) in seen or (missing and section not in required):
                     continue
-                seen.add((str(key), position))  # a union reports one error a member; the first says enough
+                seen.add((str(key), position))  # a union reports an error for each member; the first is enough
                 path = f"{section}.{key}"
                 problems.append(_missing(path, flag_names) if missing else _explain(detail, path, merged[path]))
     return validated, problems
@@ -180,21 +180,21 @@ def _missing(path: str, flag_names: Mapping[str, str]) -> Problem:
     )
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
 
 
 def _explain(detail: ErrorDetails, path: str, entry: SettingEntry) -> Problem:
-    """Say what is wrong with one value in the words of the command line."""
+    """Return a validation error as a problem in terms of the command line."""
     where = entry.origin.locate(path)
     value = detail["input"] if isinstance(entry.value, list | tuple) else entry.value
-    shown = _cut(repr(value if isinstance(value, str | int | float | bool) else str(value)))
+    shown = _truncate(repr(value if isinstance(value, str | int | float | bool) else str(value)))
     choices = choices_of(field_of(path))
     if choices and detail["type"] in {"enum", "literal_error"}:
         message = f"{shown} is not one of {', '.join(choices)}"
         hint = hint_for(field_of(path), str(value)) or did_you_mean(str(value), choices)
         return Problem(where=where, message=message, hint=hint)
-    if detail["type"] == "refused":
+    if detail["type"] == CUSTOM_ERROR:
         return Problem(where=where, message=detail["msg"], hint=detail["ctx"]["hint"])
     messages = {
         "int_parsing": "expected a whole number",

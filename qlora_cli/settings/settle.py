@@ -1,8 +1,8 @@
-"""Settings settled by what is found: an adapter's, a run's, a checkpoint's, the positions of a model, what fits.
+"""Settle settings: what the user asked for, completed by what an adapter, a run, a checkpoint or the model implies.
 
-`resolve` says what was asked for. What is found of the same settings are facts; `settle` joins both, once, into one
-frozen value that knows where each setting comes from. Nothing else changes the settings of a run, and nothing else
-knows which of them were given.
+`resolve` returns what was asked for. `settle` merges it once with the settings that are inferred from files and the
+machine, into one frozen value that records where each setting comes from. Nothing else changes the settings of a run,
+and nothing else knows which of them were given.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,14 +23,14 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 @dataclass(frozen=True, kw_only=True)
 class InferredSettings:
-    """What is known of settings besides what was asked for.
+    """Settings that are not asked for but inferred from a file or the machine.
 
     Attributes:
-        values: By `section.key`, as a setting holds them or as JSON does.
-        origin: Where they are known from.
-        is_fixed: Whether they hold whatever was asked for: who states the fact has refused what contradicts it. Else
-            what was given stands.
-        is_foreign: Whether they may be such as nobody can ask for here: those of an adapter that others trained.
+        values: The values by `section.key`, as settings or as JSON.
+        origin: Where they come from.
+        is_fixed: Whether they override what was given; the caller has refused what contradicts them. Otherwise what
+            was given takes precedence.
+        is_foreign: Whether they are not validated: those of an adapter from another tool may be outside our bounds.
     """
 
     values: Mapping[str, object]
@@ -40,62 +40,61 @@ class InferredSettings:
 
 
 def inferred_origin(where: object) -> Origin:
-    """Return the origin of what is known from `where`: a file, or what settled it in words."""
+    """Return the origin of inferred settings: a file, or a description of what determined them."""
     return Origin(kind="inferred", where=str(where))
 
 
-def settle(asked: Resolved[SettingsT], facts: Iterable[InferredSettings]) -> Resolved[SettingsT]:
-    """Return what was asked for with the `facts` in their places.
+def settle(asked: Resolved[SettingsT], inferred: Iterable[InferredSettings]) -> Resolved[SettingsT]:
+    """Return what was asked for, completed by the `inferred` settings.
 
-    A later fact goes over an earlier one, and those that are fixed over the rest.
-
-    Facts of sections that the command has no use for, and of settings of another version, are left out. What runs code
-    that comes with a model holds only where it was given: a file may be somebody else's. What agrees with what is
-    there keeps its origin.
+    Later ones override earlier ones, and fixed ones override all others. Sections that the command does not use, and
+    settings of other versions, are ignored. A setting that runs code from the model is never inferred: a file may be
+    somebody else's. A value that does not change keeps its origin.
 
     Raises:
-        ModelError: a fact can't be read.
+        ModelError: an inferred value is invalid.
     """
     settings, origins = asked.settings, dict(asked.origins)
-    for fact in sorted(facts, key=lambda fact: fact.is_fixed):
-        for name, values in _by_section(fact, asked).items():
+    for source in sorted(inferred, key=lambda source: source.is_fixed):
+        for name, values in _by_section(source, asked).items():
             before: Section = getattr(settings, name)
-            after = _with(before, values, fact)
+            after = _with_inferred(before, values, source)
             for key in values:
                 if getattr(after, key) != getattr(before, key):
-                    origins[f"{name}.{key}"] = fact.origin
+                    origins[f"{name}.{key}"] = source.origin
             settings = settings.model_copy(update={name: after})
     return Resolved(settings, origins)
 
 
-def _by_section(fact: InferredSettings, asked: Resolved[SettingsT]) -> dict[str, dict[str, object]]:
+def _by_section(inferred: InferredSettings, asked: Resolved[SettingsT]) -> dict[str, dict[str, object]]:
     sections: dict[str, dict[str, object]] = {}
-    for path, value in fact.values.items():
+    for path, value in inferred.values.items():
         section, key = path.split(".")
         if section not in type(asked.settings).model_fields:
             continue
-        is_known = key in SECTIONS[section].model_fields  # else it is of another version
-        stands = asked.is_given(path) and not fact.is_fixed
-        if is_known and not stands and not metadata_of(path).is_forbidden_in_files:
+        is_known = key in SECTIONS[section].model_fields  # not if another version wrote it
+        is_overridden = asked.is_given(path) and not inferred.is_fixed
+        if is_known and not is_overridden and not metadata_of(path).is_forbidden_in_files:
             sections.setdefault(section, {})[key] = value
     return sections
 
 
-def _with(section: SectionT, values: Mapping[str, object], fact: InferredSettings) -> SectionT:
-    if fact.is_foreign:
+def _with_inferred(section: SectionT, values: Mapping[str, object], inferred: InferredSettings) -> SectionT:
+    if inferred.is_foreign:
         return section.model_copy(update=values)
     try:
         return type(section).model_validate({**dict(section), **values})
     except ValidationError as error:
         detail = error.errors()[0]
         raise ModelError(
-            f"the settings in {fact.origin.where} can't be read: {'.'.join(map(str, detail['loc']))}: {detail['msg']}",
+            f"the settings in {inferred.origin.where} can't be read: "
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}",
             hint="Was it written by a newer qlora?",
         ) from error
 
 
 def resolved_in_code(settings: SettingsT) -> Resolved[SettingsT]:
-    """Return settings that code made, of which what it named counts as given."""
+    """Return settings that were created in code; those that it set count as given."""
     where = Origin(kind="code", where="given in code")
     return Resolved(
         settings,
@@ -108,12 +107,12 @@ def resolved_in_code(settings: SettingsT) -> Resolved[SettingsT]:
 
 
 def with_values(section: SectionT, **values: object) -> SectionT:
-    """Return a section of another load, run or look at the data, which is like this one but for some valid values."""
+    """Return a copy of a section, for another load, run or preview, with some other valid values."""
     return section.model_copy(update=values)
 
 
 def with_settings(settings: SettingsT, values: Mapping[str, object]) -> SettingsT:
-    """Return the settings of another run, which is like this one but for some valid values, by `section.key`."""
+    """Return a copy of the settings, for another run, with some other valid values, by `section.key`."""
     sections: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         section, key = path.split(".")
@@ -124,13 +123,13 @@ def with_settings(settings: SettingsT, values: Mapping[str, object]) -> Settings
 
 
 def loading_settings(section: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a section that a run recorded says how its base is loaded."""
-    known = {key for key, field in SECTIONS[section].model_fields.items() if field_metadata(field).is_inherited}
-    return {key: value for key, value in recorded.items() if key in known}
+    """Return those `recorded` settings of a section that determine how a run loads its base."""
+    inherited = {key for key, field in SECTIONS[section].model_fields.items() if field_metadata(field).is_inherited}
+    return {key: value for key, value in recorded.items() if key in inherited}
 
 
 def inferred_from_run(recorded: Mapping[str, Mapping[str, Any]], where: object) -> InferredSettings:
-    """Return what the sections that a run `recorded` say of how its base is loaded."""
+    """Return how a run loads its base, inferred from the sections that it `recorded`."""
     model, quantization = recorded.get("model", {}), recorded.get("quantization", {})
     values = {**by_path("model", loading_settings("model", model)), **by_path("quantization", quantization)}
     return InferredSettings(values=values, origin=inferred_origin(where))

@@ -1,7 +1,7 @@
-"""Where values come from: a YAML file, `--set section.key=value`, flags.
+"""The sources of settings: a YAML file, `--set section.key=value`, flags.
 
-Each source yields `SettingEntry` values, which know their origin, and the problems met on the way. Nothing is
-validated here beyond the shape: that is the business of `resolve`.
+Each source yields `SettingEntry` values with their origin, and the problems found. Only the structure is checked here;
+`resolve` validates the values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,17 +31,17 @@ class Origin:
 
     @property
     def is_given(self) -> bool:
-        """Whether somebody asked for the value."""
+        """Whether the user or the calling code asked for the value."""
         return self.kind in GIVEN
 
     def locate(self, path: str) -> str:
-        """Return where the setting `section.key` is given, with its name where a file holds it."""
+        """Return where the setting `section.key` was given; for a file, with the setting's name."""
         return f"{self.where} {path}" if self.kind == "file" else self.where
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingEntry:
-    """One value for one setting."""
+    """A value for a setting, from one source."""
 
     section: str
     key: str
@@ -55,13 +55,13 @@ class SettingEntry:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
-    """Return a hint that names the nearest of `known`, or None if nothing is near."""
+    """Return a hint with the closest match among `known`; None if nothing is close."""
     matches = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"Did you mean {matches[0]}?" if matches else None
 
 
 def check_name(section: str, key: str | None, where: str) -> Problem | None:
-    """Return the problem with a setting's name, or None when it exists."""
+    """Return the problem with a setting's name; None if the setting exists."""
     if section not in SECTIONS:
         owner = [name for name, model in SECTIONS.items() if section in model.model_fields]
         hint = f"Did you mean {owner[0]}.{section}?" if owner else did_you_mean(section, list(SECTIONS))
@@ -78,7 +78,7 @@ def check_name(section: str, key: str | None, where: str) -> Problem | None:
 
 
 def hint_for_removed_flag(command: str, flag: str) -> str | None:
-    """Return the hint for a flag of `command` whose setting was removed; None if there never was one."""
+    """Return the hint for a flag of `command` whose setting was removed; None if there was no such flag."""
     section = SECTIONS.get(command.replace("-", "_"))
     return None if section is None else section.removed.get(flag.lstrip("-").replace("-", "_"))
 
@@ -132,8 +132,8 @@ def read_file(path: Path) -> tuple[list[SettingEntry], list[Problem]]:
         return [], [_file_problem(path, error.strerror or str(error))]
     except UnicodeDecodeError as error:
         return [], [_file_problem(path, f"is not UTF-8 text (byte {error.start})")]
-    if found := find_violation(text):
-        return [], [Problem(where=f"{path}:{found.line}", message=found.message, hint=found.hint)]
+    if violation := find_violation(text):
+        return [], [Problem(where=f"{path}:{violation.line}", message=violation.message, hint=violation.hint)]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -167,13 +167,13 @@ def _read_sections(path: Path, root: yaml.MappingNode) -> tuple[list[SettingEntr
                 try:
                     value = _construct(value_node)
                 except UNREADABLE as error:
-                    is_told = isinstance(error, yaml.YAMLError | ValueError)
-                    reason = (getattr(error, "problem", None) or error) if is_told else "it is not what its tag says"
+                    has_reason = isinstance(error, yaml.YAMLError | ValueError)
+                    reason = (getattr(error, "problem", None) or error) if has_reason else "it does not match its tag"
                     problems.append(Problem(where=f"{where} {section}.{key}", message=f"can't be read: {reason}"))
                     continue
                 origin = Origin(kind="file", where=where)
                 entries.append(SettingEntry(section=section, key=key, value=value, origin=origin))
-        elif node.tag != "tag:yaml.org,2002:null":  # a section left empty is fine
+        elif node.tag != "tag:yaml.org,2002:null":  # an empty section is fine
             message = f"section {section!r} must be a mapping of settings"
             problems.append(Problem(where=f"{path}:{line}", message=message))
     return entries, problems

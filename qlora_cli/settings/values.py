@@ -1,4 +1,4 @@
-"""The kinds of values that settings take: how each is read from the text of a flag or a file."""
+"""The types of settings' values, and how each is parsed from a flag or a settings file."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -10,9 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from qlora_cli.settings.choices import Checkpointing, ExportFormat, Solvable
 
+CUSTOM_ERROR = "refused"  # the type of a validation error with a message and hint of its own
+
 
 def either(names: Collection[str]) -> str:
-    """Return names as one may be chosen: a, b or c."""
+    """Return alternatives as text: `a, b or c`."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -51,7 +53,7 @@ def as_list(value: object) -> object:
 
 
 def _read_pairs(value: object) -> object:
-    """Read `ours=theirs,…` into a mapping; a settings file may hold the mapping itself."""
+    """Parse `ours=theirs,…` into a mapping; a settings file may contain the mapping itself."""
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
@@ -61,19 +63,19 @@ def _read_pairs(value: object) -> object:
 
 
 def value_error(message: str, hint: str) -> PydanticCustomError:
-    """Return the error of a value that is refused in words of its own, with what to do instead."""
-    return PydanticCustomError("refused", message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
+    """Return a validation error with a message and hint of its own."""
+    return PydanticCustomError(CUSTOM_ERROR, message.replace("{", "{{").replace("}", "}}"), {"hint": hint})
 
 
 def check_prompt(text: str) -> str:
-    """Return a text that a model can be asked.
+    """Return a prompt if it is valid.
 
     Raises:
-        PydanticCustomError: it is empty, or has characters that no encoding has.
+        PydanticCustomError: it is empty, or has lone surrogates.
     """
     if not text.strip():
         raise value_error("is empty", "Give some text, or - to read a prompt from stdin.")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for stray bytes
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's surrogate escapes of invalid bytes
         raise value_error("is not UTF-8", "Check the encoding of your terminal or file.")
     return text
 
@@ -91,12 +93,12 @@ def _check_repository(value: str) -> str:
 def _check_nats(value: object) -> object:
     number = _number(value)
     if number is not None and not 0 <= number < inf:
-        raise value_error(f"must be a number of nats from 0 on, got {number:g}", "Such as 0.001.")
+        raise value_error(f"must be a number of nats ≥ 0, got {number:g}", "Such as 0.001.")
     return value
 
 
 def _number(value: object) -> float | None:
-    """Return the number that a value is or is written as; None if it is none."""
+    """Return a value as a number; None if it is not one."""
     try:
         return float(value) if isinstance(value, str | int | float) else None
     except ValueError:
@@ -104,10 +106,10 @@ def _number(value: object) -> float | None:
 
 
 def held_out_share(text: str) -> float | int | None:
-    """Return what `eval_split` asks to hold out: a share below 1, or a number of rows; None for a split's name.
+    """Return what `eval_split` holds out: a share below 1, or a number of rows; None if it names a split.
 
     Raises:
-        ValueError: it is a share or a number that makes no sense.
+        ValueError: the share or the number is out of range.
     """
     if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)? *%?", text):
         return None
@@ -129,7 +131,7 @@ def check_eval_split(value: object) -> object:
     return text
 
 
-# A list may be given as one text or one value, and a mapping as a text, which the JSON schema says too.
+# A list may be given as one text or one value, and a mapping as a text; the JSON schema allows these, too.
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 RopeScaling = Annotated[str | None, AfterValidator(_check_rope_scaling)]
 Name = Annotated[str, Field(min_length=1)]

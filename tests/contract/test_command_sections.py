@@ -211,7 +211,7 @@ def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: li
         (
             "generate",
             "generate: {top_p: 0.5, prompts: a}",
-            "all.yaml:1 generate.top_p: has no effect: nothing is drawn",
+            "all.yaml:1 generate.top_p: has no effect: decoding is greedy",
         ),
         ("generate", "generate: {prompts: ['']}", "all.yaml:1 generate.prompts: is empty"),
         ("evaluate", "evaluate: {limit: 3}", "all.yaml:1 evaluate.limit: has no effect without --tasks"),

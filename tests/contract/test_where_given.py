@@ -132,7 +132,7 @@ CASES = [
     wrong(MERGE, "merge.hub_private", False, "has no effect without merge.push_to_hub", merge__adapters="ADAPTER"),
     wrong(GENERATE, "generate.merged", "./no", "no is no directory", generate__compare=True),
     wrong(GENERATE, "generate.compare", True, "there is nothing to compare"),
-    wrong(GENERATE, "generate.top_p", 0.5, "has no effect: nothing is drawn"),
+    wrong(GENERATE, "generate.top_p", 0.5, "has no effect: decoding is greedy"),
     wrong(CHAT, "generate.compare", True, "there is nothing to compare"),
     wrong(EVALUATE, "evaluate.merged", "./no", "there is no directory no"),
     wrong(EVALUATE, "evaluate.task_path", "./no", "there is no directory no"),

@@ -107,7 +107,7 @@ def test_gguf_is_named(tmp_path: Path) -> None:
 def test_a_settings_file_that_trusts_code_is_refused_by_config_show_too(run_qlora: RunQlora, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model:\n  trust_remote_code: true\n")
     done = run_qlora("config", "show", "--config", tmp_path / "run.yaml")
-    assert (done.code, "can't be switched on by a settings file" in done.stderr) == (2, True)
+    assert (done.code, "can't be enabled in a settings file" in done.stderr) == (2, True)
     assert describe(Sources(assignments=["model.trust_remote_code=true"]))
 
 

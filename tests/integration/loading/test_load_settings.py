@@ -224,7 +224,7 @@ def test_what_runs_code_of_others_is_never_switched_on_by_a_file(
         config.write_text(line + "\n")
         with pytest.raises(SettingsError) as caught:
             resolve(Sources(config=config, flags={"model.name": ("MODEL", "base")}), LoadCommandSettings)
-        assert f"{config}:1 {path}: can't be switched on by a settings file" in str(caught.value)
+        assert f"{config}:1 {path}: can't be enabled in a settings file" in str(caught.value)
         assert f"Give {metadata_of(path).flag} on the command line" in str(caught.value.problems[0].hint)
     config.write_text("model:\n  allow_pickle: true\n  trust_remote_code: true\n")
     done = run_qlora("load", base_model, "--config", config)
