@@ -201,7 +201,7 @@ def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: li
     ("command", "text", "expected"),
     [
         ("merge", "merge: {gguf_type: f16}", "all.yaml:1: merge.gguf_type has no effect without --format gguf"),
-        ("merge", "model: {trust_remote_code: true}", "all.yaml:1 model.trust_remote_code: can't be switched on by a"),
+        ("merge", "model: {trust_remote_code: true}", "all.yaml:1 model.trust_remote_code: can't be enabled in a"),
         ("merge", "merge: {trust_remote_code: true}", "hint: Did you mean model.trust_remote_code?"),
         ("merge", "merge: {base_model: base}", "hint: Did you mean model.base_model?"),
         ("merge", "merge: {device: cpu}", "hint: Did you mean model.device?"),

@@ -388,7 +388,7 @@ def test_an_estimate_refuses_what_has_no_effect_and_dangers_in_a_file(tmp_path: 
     sources = Sources(assignments=["quantization.compute_dtype=bf16"], flags=flags)
     assert "no effect with --quant none" in problems_of(sources, EstimateSettings)[0]
     config = write(tmp_path / "run.yaml", "model: {trust_remote_code: true}\n")
-    assert "by a settings file" in problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)[0]
+    assert "in a settings file" in problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)[0]
 
 
 def test_checkpointing_can_be_offloaded() -> None:
