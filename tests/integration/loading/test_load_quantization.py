@@ -236,7 +236,7 @@ def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trai
         for key in QuantizationSettings.model_fields
         for method in Quantization
         # Off it asks for nothing, and on is its default.
-        if not QuantizationSettings(method=method).takes(key) and key != "double_quant"
+        if not QuantizationSettings(method=method).has_effect(key) and key != "double_quant"
     ],
 )
 def test_a_setting_that_the_method_ignores_is_an_error_that_names_it(

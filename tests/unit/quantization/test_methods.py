@@ -41,11 +41,11 @@ def test_every_setting_has_an_effect_with_a_method_and_none_without_quantization
     keys = set(QuantizationSettings.model_fields) - {"method"}
     sections = {method: QuantizationSettings(method=method) for method in Quantization}
     assert {key for section in sections.values() for key in keys if section.has_effect(key)} == keys
-    assert not any(UNQUANTIZED.takes(key) for key in keys)
+    assert not any(UNQUANTIZED.has_effect(key) for key in keys)
     assert all(section.has_effect("method") for section in sections.values())
     four_bit = {"double_quant", "compute_dtype", "quant_storage", "skip_modules"}
     for method in (Quantization.NF4, Quantization.FP4):
-        assert {key for key in keys if sections[method].takes(key)} == four_bit
+        assert {key for key in keys if sections[method].has_effect(key)} == four_bit
 
 
 @pytest.mark.parametrize(
