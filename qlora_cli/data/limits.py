@@ -126,7 +126,7 @@ def text_nests_too_deeply(value: Any, num_brackets: int) -> bool:
     return num_brackets > MAX_NESTING and nests_too_deeply(value)
 
 
-def listed(names: Collection[str]) -> str:
+def join_names(names: Collection[str]) -> str:
     """Return names for a message: the first of them, each truncated to fit on a line."""
     shown = [
         name if len(name) <= MAX_SHOWN_CHARACTERS else f"{name[:MAX_SHOWN_CHARACTERS]}…"

@@ -29,7 +29,7 @@ SETTLES = {
 # Who asks about another load, run or look at the data that is like this one but for a value.
 VARIES = {
     "data/showing/inspection.py": 1,  # the rows themselves are looked at, not packed ones
-    "data/rows/refused_columns.py": 1,  # the flags that a hint names are tried before they are named
+    "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # a look goes on where training would be refused
     "memory/suggestions.py": 1,  # what would fit instead
     "memory/solver.py": 1,  # the largest that fits

@@ -8,8 +8,8 @@ from typing import Any
 from qlora_cli.data.rows.column_formats import recognise
 from qlora_cli.data.rows.examples import Example, RowError
 from qlora_cli.data.rows.messages import ROLES
-from qlora_cli.data.rows.refused_columns import MeaningChecker
 from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.unused_columns import UnusedColumnChecker
 from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
@@ -123,7 +123,7 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     own += [(texts["chatml"].tokenizer, template) for template in (REASONING, TOOLS, ENDLESS)]
     settings = DataSettings(dataset=["a"])
     layout = recognise(["messages", *BESIDE], settings, "a")
-    meaning = MeaningChecker(layout, settings)
+    meaning = UnusedColumnChecker(layout, settings)
     losses = list(LossOn)
 
     def play_round(chance: Generator) -> None:

@@ -16,7 +16,7 @@ import yaml
 from qlora_cli.data.finding.file_types import is_data_file, may_be_path, printable
 from qlora_cli.data.finding.globs import expand_glob
 from qlora_cli.data.finding.split_names import TRAIN
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.errors import DataError
 from qlora_cli.files import existing_path, open_regular
 from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, find_violation
@@ -77,7 +77,8 @@ def select_config(configs: Sequence[CardConfig], requested: str | None, name: st
     names = [config.name for config in configs]
     problem = f"no config {requested}" if requested else "several configs"
     raise DataError(
-        f"{name} has {problem}: its {CARD} names {listed(names)}", hint=f"For the first one write {name}:{names[0]}"
+        f"{name} has {problem}: its {CARD} names {join_names(names)}",
+        hint=f"For the first one write {name}:{names[0]}",
     )
 
 
@@ -126,7 +127,7 @@ def _patterns(value: Any) -> dict[str, list[str]]:
 
 
 def _format_value(value: object) -> str:
-    return listed([repr(value)])
+    return join_names([repr(value)])
 
 
 def _relative_pattern(pattern: object) -> str:

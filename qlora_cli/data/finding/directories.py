@@ -23,7 +23,7 @@ from qlora_cli.data.finding.split_names import (
     splits_in_name,
     splits_in_path,
 )
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.errors import DataError
 from qlora_cli.files import open_regular
 from qlora_cli.units import counted
@@ -113,7 +113,7 @@ class DataDirectory:
         return DataError(f"{name} has {problem}; it holds {self._describe_splits()}", hint=hint)
 
     def _describe_splits(self) -> str:
-        return listed([split.describe() for split in self.splits if split.files]) or "files of ambiguous splits"
+        return join_names([split.describe() for split in self.splits if split.files]) or "files of ambiguous splits"
 
 
 def describe_files(files: Sequence[Path]) -> str:

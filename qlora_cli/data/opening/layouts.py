@@ -9,8 +9,8 @@ from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.reading.wrapped_rows import column_object_error, nested_rows_error
 from qlora_cli.data.rows.column_formats import RowLayout, recognise
 from qlora_cli.data.rows.examples import RowError
-from qlora_cli.data.rows.groups import with_groups
-from qlora_cli.data.rows.refused_columns import check_preferences
+from qlora_cli.data.rows.groups import with_group_column
+from qlora_cli.data.rows.unused_columns import check_preferences
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -31,7 +31,7 @@ def open_rows(name: str, rows: Iterator[RawRow], settings: DataSettings) -> tupl
     if not columns:
         bad = next((row for row in first if row.problem), first[0])
         raise bad_row_error(SkippedRow.from_row(bad, RowError(bad.problem or "it has no columns")))
-    layout = with_groups(_recognise(columns, first, settings, name), columns, settings.eval_group, name)
+    layout = with_group_column(_recognise(columns, first, settings, name), columns, settings.eval_group, name)
     return layout, itertools.chain(first, rows)
 
 

@@ -8,7 +8,7 @@ from qlora_cli.data.finding.directories import DataDirectory, describe_files, de
 from qlora_cli.data.finding.file_types import printable, suffixes_of
 from qlora_cli.data.finding.sources import DatasetSource, find_dataset, find_split
 from qlora_cli.data.finding.split_names import TEST, shard_of, splits_in_path
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.reading.separators import separator_note
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.values import held_out_share
@@ -95,7 +95,7 @@ def _directory_note(directory: DataDirectory, read: set[Path]) -> str | None:
     if not skipped:
         return None
     description = " and ".join(split.describe() for split in selected) or describe_files(directory.files)
-    return f"{printable(directory.path)}: reading {description}; not read: {listed(skipped)}"
+    return f"{printable(directory.path)}: reading {description}; not read: {join_names(skipped)}"
 
 
 def _mixed_splits_note(top: Path, files: Sequence[Path]) -> str | None:

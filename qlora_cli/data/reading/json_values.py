@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from qlora_cli.data.limits import TOO_DEEP, nests_too_deeply, text_nests_too_deeply
 from qlora_cli.data.rows.examples import Unreadable
-from qlora_cli.data.rows.json_objects import RepeatedKey, name_repeated_key, object_of
+from qlora_cli.data.rows.json_objects import RepeatedKey, build_object, describe_repeated_key
 
 
 class _Constant(NamedTuple):
@@ -38,7 +38,7 @@ class JsonValues:
         self._constants: list[_Constant] = []
         self._repeated: list[RepeatedKey] = []
         self._decoder = json.JSONDecoder(
-            parse_constant=self._constant, object_pairs_hook=partial(object_of, repeated=self._repeated)
+            parse_constant=self._constant, object_pairs_hook=partial(build_object, repeated=self._repeated)
         )
 
     def decode_whole(self, text: str) -> tuple[Any, str | None]:
@@ -102,7 +102,7 @@ class JsonValues:
             if isinstance(part, _Constant):
                 return f"broken JSON: {part.name} is no JSON value"
             if id(part) in repeated:
-                return name_repeated_key(repeated[id(part)])
+                return describe_repeated_key(repeated[id(part)])
         half = _lone_surrogate(value)
         return None if half is None else f"not UTF-8 text (\\u{half:04x} is half of a character)"
 

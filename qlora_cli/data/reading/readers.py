@@ -17,7 +17,7 @@ from qlora_cli.data.reading.raw import SELECT_ALL, Selection
 from qlora_cli.data.reading.raw import RawRow as RawRow
 from qlora_cli.data.reading.sampling import sample_indices
 from qlora_cli.data.reading.tables import count_delimited, read_delimited
-from qlora_cli.data.rows.groups import columns_required, columns_to_read
+from qlora_cli.data.rows.groups import columns_to_read, required_columns
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -45,7 +45,7 @@ def selection_for(settings: DataSettings, name: str) -> Selection:
     """Return the columns to read of the data set `name`: those in use; and which of them a row is made of."""
     return Selection(
         columns=partial(columns_to_read, settings=settings, name=name),
-        required=partial(columns_required, settings=settings, name=name),
+        required=partial(required_columns, settings=settings, name=name),
     )
 
 

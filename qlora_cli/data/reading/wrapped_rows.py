@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from qlora_cli.data.finding.file_types import suffixes_of
 from qlora_cli.data.finding.split_names import TRAIN, splits_in_name
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.errors import DataError
@@ -71,7 +71,7 @@ def _error(row: RawRow, wrapped: Sequence[_WrappedRows]) -> DataError | None:
         return None
     train_rows = [rows for rows in wrapped if splits_in_name(rows.where) == {TRAIN}]
     return DataError(
-        f"{row.file} is one object that holds the rows: {listed([rows.where for rows in wrapped])}",
+        f"{row.file} is one object that holds the rows: {join_names([rows.where for rows in wrapped])}",
         hint=_command(row.file, compression, (train_rows or wrapped)[0].expression),
     )
 
@@ -102,7 +102,7 @@ def _nested_lists(
     for key, part in value.items():
         if isinstance(part, list) and part and all(isinstance(each, dict) and not _is_turn(each) for each in part):
             where, name = nested[key]
-            yield _WrappedRows(f"{name} ({counted(len(part), 'object')} with {listed(list(part[0]))})", where)
+            yield _WrappedRows(f"{name} ({counted(len(part), 'object')} with {join_names(list(part[0]))})", where)
     for key, part in value.items():
         if isinstance(part, dict) and depth < MAX_LIST_DEPTH:
             yield from _nested_lists(part, *nested[key], depth + 1)
@@ -116,7 +116,7 @@ def _is_turn(value: Mapping[str, Any]) -> bool:
 def _column_objects(value: Mapping[str, Any], *, is_line: bool) -> Iterator[_WrappedRows]:
     """Yield the rows of an object that holds a list, or an indexed object, of values under each column's name."""
     parts = list(value.values())
-    texts = f"each of {listed(list(value))} holds the values of all rows"
+    texts = f"each of {join_names(list(value))} holds the values of all rows"
     are_columns = not is_line and CONVERSATIONS.isdisjoint(value)
     if are_columns and all(
         isinstance(part, list) and len(part) == len(parts[0]) and _are_texts(part) for part in parts
@@ -137,4 +137,4 @@ def _is_index(value: Mapping[str, Any]) -> bool:
 def _indexed_rows(value: Mapping[str, Any]) -> Iterator[_WrappedRows]:
     """Yield the rows of an object that holds one row under each number."""
     if _is_index(value) and all(isinstance(part, dict) for part in value.values()):
-        yield _WrappedRows(f"one under each of {listed(list(value))}", f"list({OBJECT}.values())")
+        yield _WrappedRows(f"one under each of {join_names(list(value))}", f"list({OBJECT}.values())")

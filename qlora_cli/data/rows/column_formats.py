@@ -4,8 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 
-from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.verdict_columns import HISTORY, SYSTEM, TEMPLATE_VARIABLES, THINKING, TOOLS, says_more
+from qlora_cli.data.limits import join_names
+from qlora_cli.data.rows.special_columns import (
+    HISTORY,
+    SYSTEM,
+    TEMPLATE_VARIABLES,
+    THINKING,
+    TOOLS,
+    may_change_meaning,
+)
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -71,7 +78,7 @@ class RowLayout:
     def describe(self) -> str:
         """Return the format, what is called otherwise, and what is not used: `alpaca (output is response)`."""
         said = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
-        said += [f"not used: {listed(self.unused)}"] if self.unused else []
+        said += [f"not used: {join_names(self.unused)}"] if self.unused else []
         return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
 
 
@@ -102,7 +109,7 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Ro
 def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
     """Return which of a file's `columns` are read: those that say something, or all where no format is recognised."""
     parts = columns_of_parts(columns, settings, name)
-    return [column for column in columns if column in parts or says_more(column)]
+    return [column for column in columns if column in parts or may_change_meaning(column)]
 
 
 def columns_of_parts(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
@@ -156,7 +163,7 @@ def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str
     if missing := _missing(fmt, columns, named):
         raise DataError(
             f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
-            hint=f"Its columns are {listed(columns)}; --columns {missing[0]}=NAME says which one it is.",
+            hint=f"Its columns are {join_names(columns)}; --columns {missing[0]}=NAME says which one it is.",
         )
     return _layout(fmt, columns, named)
 
@@ -191,7 +198,7 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
             near = get_close_matches(theirs, columns, n=1)
             raise DataError(
                 f"{ours}={theirs}: {name} has no column {theirs!r}",
-                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {listed(columns)}.",
+                hint=f"Did you mean {near[0]}?" if near else f"Its columns are {join_names(columns)}.",
                 setting=COLUMNS,
             )
 
@@ -201,6 +208,6 @@ def _no_format(columns: Collection[str], name: str) -> DataError:
         return DataError(f"{name} holds segments of text, which are no format here", hint=SEGMENTS_HINT)
     known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
     return DataError(
-        f"the columns of {name} fit no known format: {listed(columns) or 'there are none'}",
+        f"the columns of {name} fit no known format: {join_names(columns) or 'there are none'}",
         hint=f"The nearest is {nearest(columns)}; --format and --columns say what is what. Known are {known}.",
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.limits import TOO_DEEP, text_nests_too_deeply
-from qlora_cli.data.rows.json_objects import RepeatedKey, name_repeated_key, object_of
+from qlora_cli.data.rows.json_objects import RepeatedKey, build_object, describe_repeated_key
 
 Ids = NDArray[np.int32]
 
@@ -81,7 +81,7 @@ class Tokenized:
 Example = Conversation | PromptCompletion | Tokenized
 
 
-def kind_of(value: object) -> str:
+def json_type_of(value: object) -> str:
     """Return what JSON calls the type of `value`."""
     if value is None:
         return "null"
@@ -91,11 +91,11 @@ def kind_of(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), "an object")
 
 
-def is_nothing(value: object) -> bool:
+def is_blank(value: object) -> bool:
     """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
     if isinstance(value, Mapping):
-        return all(map(is_nothing, value.values()))
-    return all(map(is_nothing, value)) if isinstance(value, list) else value in (None, "", b"")
+        return all(map(is_blank, value.values()))
+    return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "", b"")
 
 
 def read_json(text: str, where: str) -> Any:
@@ -128,7 +128,7 @@ def _values(text: str, decoder: json.JSONDecoder) -> list[Any]:
 def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -> Any:
     repeated: list[RepeatedKey] = []
     try:
-        value = decode(json.JSONDecoder(object_pairs_hook=partial(object_of, repeated=repeated)))
+        value = decode(json.JSONDecoder(object_pairs_hook=partial(build_object, repeated=repeated)))
     except ValueError as error:
         raise RowError(f"{where} is text, but no JSON: {error}") from error
     except RecursionError as error:
@@ -136,5 +136,5 @@ def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -
     if text_nests_too_deeply(value, text.count("[") + text.count("{")):
         raise RowError(f"{where}: {TOO_DEEP}")
     if repeated:
-        raise RowError(f"{where}: {name_repeated_key(repeated[0].key)}")
+        raise RowError(f"{where}: {describe_repeated_key(repeated[0].key)}")
     return value

@@ -6,10 +6,10 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use, columns_of_parts
 from qlora_cli.data.rows.digests import digest_name
-from qlora_cli.data.rows.examples import RowError, kind_of
+from qlora_cli.data.rows.examples import RowError, json_type_of
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 
@@ -22,13 +22,13 @@ def columns_to_read(columns: Collection[str], settings: DataSettings, name: str)
     return used if settings.eval_group is None else {*used, settings.eval_group}
 
 
-def columns_required(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+def required_columns(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
     """Return which of a file's `columns` rows are made of, so that each value of them must be one that can be read."""
     parts = columns_of_parts(columns, settings, name)
     return parts if settings.eval_group is None else {*parts, settings.eval_group}
 
 
-def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, name: str) -> RowLayout:
+def with_group_column(layout: RowLayout, columns: Collection[str], group: str | None, name: str) -> RowLayout:
     """Return `layout` with the column `group` counted as used.
 
     Raises:
@@ -40,13 +40,13 @@ def with_groups(layout: RowLayout, columns: Collection[str], group: str | None, 
         near = get_close_matches(group, columns, n=1)
         raise DataError(
             f"{name} has no column {group!r} to hold its rows out by",
-            hint=f"Did you mean {near[0]}?" if near else f"Its columns are {listed(columns)}.",
+            hint=f"Did you mean {near[0]}?" if near else f"Its columns are {join_names(columns)}.",
             setting="data.eval_group",
         )
     return replace(layout, unused=tuple(column for column in layout.unused if column != group))
 
 
-def group_of(row: Mapping[str, Any], column: str | None) -> int:
+def digest_group(row: Mapping[str, Any], column: str | None) -> int:
     """Return a digest of the group of a row; `NO_GROUP` if its value is missing or empty.
 
     A number equals the same number as text, as in a CSV file, or with a decimal point, as in columns with nulls.
@@ -56,7 +56,7 @@ def group_of(row: Mapping[str, Any], column: str | None) -> int:
     """
     value = row.get(column) if column is not None else None
     if isinstance(value, Mapping | list | tuple):
-        raise RowError(f"{column!r} must be one value to hold rows out by, found {kind_of(value)}")
+        raise RowError(f"{column!r} must be one value to hold rows out by, found {json_type_of(value)}")
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return NO_GROUP
     if isinstance(value, float) and value.is_integer():

@@ -10,7 +10,7 @@ class RepeatedKey(NamedTuple):
     key: str
 
 
-def object_of(pairs: list[tuple[str, Any]], *, repeated: list[RepeatedKey]) -> dict[str, Any]:
+def build_object(pairs: list[tuple[str, Any]], *, repeated: list[RepeatedKey]) -> dict[str, Any]:
     """Return an object, and add to `repeated` the keys of it that stand for two values which differ."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -19,6 +19,6 @@ def object_of(pairs: list[tuple[str, Any]], *, repeated: list[RepeatedKey]) -> d
     return made
 
 
-def name_repeated_key(key: str) -> str:
+def describe_repeated_key(key: str) -> str:
     """Return what is wrong with an object that has a key twice."""
     return f"the key {key!r} is there twice, with values that differ"

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.limits import listed
-from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, is_nothing, kind_of, read_json
+from qlora_cli.data.limits import join_names
+from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, is_blank, json_type_of, read_json
 from qlora_cli.data.rows.tool_calls import read_calls, unknown_keys
-from qlora_cli.data.rows.training_switches import TRAIN, take_switch
+from qlora_cli.data.rows.train_switches import TRAIN, pop_switch
 
 ROLES = {
     "system": "system",
@@ -38,11 +38,11 @@ SHAREGPT_KEYS = {"from", "value"}
 ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 REASONING = frozenset(REASONING_KEYS)
 # What needs no place in a text.
-BESIDE_MESSAGES = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
+KNOWN_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
     *("id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time"),
 }
-BESIDE_PARTS = {"id", "index", "signature", "cache_control", "annotations", "citations", "logprobs", "status"}
-BESIDE_CALLS = BESIDE_PARTS - {"id"}
+KNOWN_PART_KEYS = {"id", "index", "signature", "cache_control", "annotations", "citations", "logprobs", "status"}
+NON_CALL_KEYS = KNOWN_PART_KEYS - {"id"}
 TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning", "thinking"}
 CALL_PARTS = {"tool_use", "tool_call"}
 TEXT_KEYS = ("text", "value", "content")
@@ -50,7 +50,7 @@ TEXT_KEYS = ("text", "value", "content")
 MEDIA = re.compile(
     r"(input_)?(image|video|audio)s?(_?\d+)?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE
 )
-ATTACHED = re.compile("(attached_)?files?|attachments?|file_ids?", re.IGNORECASE)
+FILE_KEY = re.compile("(attached_)?files?|attachments?|file_ids?", re.IGNORECASE)
 
 
 class MessageReader:
@@ -70,7 +70,7 @@ class MessageReader:
         if isinstance(value, str):
             value = read_json(value, repr(key))
         if not isinstance(value, list) or not value:
-            found = "an empty one" if value == [] else kind_of(value)
+            found = "an empty one" if value == [] else json_type_of(value)
             raise RowError(f"{key!r} must be a list of at least one message, found {found}")
         messages: list[dict[str, Any]] = []
         for place, message in enumerate(value):
@@ -80,36 +80,36 @@ class MessageReader:
                 continue
             read = self._message(message, f"{key}[{place}]")
             if messages and messages[-1]["role"] == "assistant" and _is_calling(message):
-                messages[-1] = _joined_turn(messages[-1], read, f"{key}[{place}]")
+                messages[-1] = _merge_turn(messages[-1], read, f"{key}[{place}]")
             else:
                 messages.append(read)
         return messages
 
     def _message(self, message: object, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping):
-            raise RowError(f"{where} must be an object with role and content, found {kind_of(message)}")
+            raise RowError(f"{where} must be an object with role and content, found {json_type_of(message)}")
         # Reading into columns gives every message every key; a null is a key that was not there.
         found = {name: part for name, part in message.items() if part is not None}
         if (plain := _plain(found)) is not None:
             return plain
-        given, role = _take_role(found, where)
-        train = take_switch(found, where)
-        if media := held_media(found):
-            raise no_text(where, media)
-        read = self._said(found, where, is_calling=given in CALLING_ROLES)
+        given, role = _pop_role(found, where)
+        train = pop_switch(found, where)
+        if media := find_media_key(found):
+            raise not_text_error(where, media)
+        read = self._read_body(found, where, is_calling=given in CALLING_ROLES)
         _check_role(read, role, where)
         if TRAIN in read and train not in (None, read[TRAIN]):
             raise RowError(f"{where} and its parts do not agree on whether it is trained")
-        if (thought := _take_thought(found, where)) is not None and "reasoning_content" in read:
+        if (thought := _pop_reasoning(found, where)) is not None and "reasoning_content" in read:
             raise RowError(f"{where} has thoughts in its parts, and others besides")
         said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
-        self.unknown_keys |= {key for key in said.keys() - BESIDE_MESSAGES if not is_nothing(said[key])}
+        self.unknown_keys |= {key for key in said.keys() - KNOWN_MESSAGE_KEYS if not is_blank(said[key])}
         self.unknown_keys |= unknown_keys(said.get("tool_calls", []))
         return {"role": role, "content": said.pop("content"), **said}
 
-    def _said(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
+    def _read_body(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
         """Take out of a message what it says, and return it by the keys that templates know."""
-        content_key, value = _take(found, CONTENT_KEYS, where)
+        content_key, value = _pop_alias(found, CONTENT_KEYS, where)
         read: dict[str, Any] = (
             {"content": ""} if content_key is None else self._content(value, f"{where}.{content_key}")
         )
@@ -137,11 +137,11 @@ class MessageReader:
         if isinstance(value, Mapping) and "type" in value:
             value = [value]
         if not isinstance(value, list):
-            raise RowError(f"{where} must be text, found {kind_of(value)}")
+            raise RowError(f"{where} must be text, found {json_type_of(value)}")
         parts = _Parts(where)
         for part in value:
             self.unknown_keys |= {f"content.{key}" for key in parts.add(part)}
-        return parts.said()
+        return parts.merged()
 
 
 class _Parts:
@@ -164,25 +164,25 @@ class _Parts:
         if isinstance(part, str):
             part = {"text": part}
         if not isinstance(part, Mapping):
-            raise no_text(where, kind_of(part))
+            raise not_text_error(where, json_type_of(part))
         found = {name: value for name, value in part.items() if value is not None}
         kind = str(found.pop("type", "text"))
-        self._switches.append(take_switch(found, where))
+        self._switches.append(pop_switch(found, where))
         if kind in CALL_PARTS:
             self._add_call(found, where)
             return set()
         if kind not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
-            raise no_text(where, kind)
-        if media := held_media(found):
-            raise no_text(where, media)
+            raise not_text_error(where, kind)
+        if media := find_media_key(found):
+            raise not_text_error(where, media)
         self._add_text(kind, found, where)
-        return {key for key in found.keys() - BESIDE_PARTS if not is_nothing(found[key])}
+        return {key for key in found.keys() - KNOWN_PART_KEYS if not is_blank(found[key])}
 
     def _add_call(self, found: dict[str, Any], where: str) -> None:
         call = (
             found["value"]
             if "value" in found
-            else {key: part for key, part in found.items() if key not in BESIDE_CALLS}
+            else {key: part for key, part in found.items() if key not in NON_CALL_KEYS}
         )
         calls = read_calls(call, where)
         if not calls:
@@ -190,9 +190,9 @@ class _Parts:
         self._calls += calls
 
     def _add_text(self, kind: str, found: dict[str, Any], where: str) -> None:
-        key, text = _take(found, TEXT_KEYS if kind in TEXT_PARTS else (kind, *TEXT_KEYS), where)
+        key, text = _pop_alias(found, TEXT_KEYS if kind in TEXT_PARTS else (kind, *TEXT_KEYS), where)
         if isinstance(text, list):
-            text = _joined(text, f"{where}.{key}")
+            text = _join_parts(text, f"{where}.{key}")
         if not isinstance(text, str):
             raise RowError(f"{where} is a part of kind {kind}, but has no text")
         is_thought = kind in REASONING_PARTS
@@ -203,7 +203,7 @@ class _Parts:
             )
         (self._thoughts if is_thought else self._texts).append(text)
 
-    def said(self) -> dict[str, Any]:
+    def merged(self) -> dict[str, Any]:
         """Return what the parts say, by the keys of a message that templates know.
 
         Raises:
@@ -224,15 +224,15 @@ class _Parts:
         return said
 
 
-def _joined(parts: list[Any], where: str) -> str:
+def _join_parts(parts: list[Any], where: str) -> str:
     """Return the text of parts inside a part, as Mistral writes thoughts."""
     inside = _Parts(where)
     for part in parts:
         inside.add(part)
-    return str(inside.said()["content"])
+    return str(inside.merged()["content"])
 
 
-def no_text(where: str, kind: str) -> RowError:
+def not_text_error(where: str, kind: str) -> RowError:
     """Return what is wrong with a row that holds pictures, sounds or anything else that is no text."""
     way = "write it as a message from tool" if kind == "tool_result" else "write what it says as text"
     return RowError(
@@ -263,7 +263,7 @@ def _functions(calls: list[dict[str, Any]]) -> list[Any]:
     return [call["function"] for call in calls]
 
 
-def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> dict[str, Any]:
     """Return an answer with calls that follow it, and with all else that these say.
 
     Raises:
@@ -279,7 +279,7 @@ def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> d
             hint="Thoughts come first: write them into the message before it, or the calls as 'tool_calls' of a "
             "message from assistant.",
         )
-    for key in (turn.keys() & calling.keys()) - BESIDE_MESSAGES:
+    for key in (turn.keys() & calling.keys()) - KNOWN_MESSAGE_KEYS:
         if turn[key] != calling[key]:
             raise RowError(
                 f"{where} and the message before it are one turn, and have {key!r} with values that differ",
@@ -288,20 +288,20 @@ def _joined_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> d
     return {**calling, **turn, "tool_calls": [*turn.get("tool_calls", ()), *calling["tool_calls"]]}
 
 
-def _take_thought(found: dict[str, Any], where: str) -> dict[str, str] | None:
+def _pop_reasoning(found: dict[str, Any], where: str) -> dict[str, str] | None:
     """Take out of a message what was thought before it, and return it by its key; None if nothing was."""
-    key, thought = _take(found, REASONING_KEYS, where)
+    key, thought = _pop_alias(found, REASONING_KEYS, where)
     if key is None or thought == "":
         return None
     if not isinstance(thought, str):
-        raise RowError(f"{where}.{key} must be text, found {kind_of(thought)}")
+        raise RowError(f"{where}.{key} must be text, found {json_type_of(thought)}")
     return {key: thought}
 
 
-def held_media(found: Mapping[str, Any]) -> str | None:
+def find_media_key(found: Mapping[str, Any]) -> str | None:
     """Return the first of the keys in `found` that holds a picture, a sound or a file."""
     for key, value in found.items():
-        if (is_media(key) or ATTACHED.fullmatch(key)) and not isinstance(value, int | float) and not is_nothing(value):
+        if (is_media(key) or FILE_KEY.fullmatch(key)) and not isinstance(value, int | float) and not is_blank(value):
             return key
     return None
 
@@ -312,11 +312,11 @@ def is_media(name: str) -> bool:
     return MEDIA.fullmatch(name) is not None
 
 
-def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
+def _pop_role(found: dict[str, Any], where: str) -> tuple[str, str]:
     """Take out of a message who says it, and return the word that is written and the role that is meant."""
     there = {key: found.pop(key) for key in ROLE_KEYS if key in found}
     if not there:
-        raise RowError(f"{where} has no role, but {listed(list(map(repr, found))) or 'nothing'}")
+        raise RowError(f"{where} has no role, but {join_names(list(map(repr, found))) or 'nothing'}")
     words = [given.lower() if isinstance(given, str) else None for given in there.values()]
     for key, word in zip(there, words, strict=True):
         if word not in ROLES:
@@ -327,7 +327,7 @@ def _take_role(found: dict[str, Any], where: str) -> tuple[str, str]:
     return next((str(word) for word in words if word in CALLING_ROLES), str(words[0])), roles.pop()
 
 
-def _take(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
+def _pop_alias(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
     """Take the value out of `found` that has one of the `keys`, and return both; all that are there must be alike."""
     there = [(key, found.pop(key)) for key in dict.fromkeys(keys) if key in found]
     if not there:

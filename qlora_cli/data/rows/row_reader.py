@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.rows.column_formats import RowLayout, nearest
 from qlora_cli.data.rows.examples import (
     IGNORE_INDEX,
@@ -21,19 +21,19 @@ from qlora_cli.data.rows.examples import (
     PromptCompletion,
     RowError,
     Tokenized,
-    kind_of,
+    json_type_of,
     read_json,
 )
 from qlora_cli.data.rows.messages import MessageReader
 from qlora_cli.data.rows.tool_calls import read_tools
-from qlora_cli.data.rows.training_switches import TRAIN
+from qlora_cli.data.rows.train_switches import TRAIN
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 
 MOST_IDS = 2**31
 ROWS_WITH_KEY, MOST_KEYS = 3, 1000  # that are remembered: rows of each key, and keys
 # The parameters of transformers' `apply_chat_template`, and the messages: what a row can't set for its template.
-OWN_VARIABLES = frozenset(
+RESERVED_VARIABLES = frozenset(
     [
         "messages",
         "conversation",
@@ -135,7 +135,8 @@ class RowReader:
             completion = [completion]
         if not isinstance(completion, list):
             raise RowError(
-                f"{completion_key!r} must be a list of messages, as {prompt_key!r} is, found {kind_of(completion)}"
+                f"{completion_key!r} must be a list of messages, as {prompt_key!r} is, "
+                f"found {json_type_of(completion)}"
             )
         # Answers in the prompt are given, not trained.
         given = [
@@ -245,7 +246,7 @@ class RowReader:
         if not pairs:
             return []
         if not isinstance(pairs, list):
-            raise RowError(f"{column!r} must be a list of earlier turns, found {kind_of(pairs)}")
+            raise RowError(f"{column!r} must be a list of earlier turns, found {json_type_of(pairs)}")
         if all(isinstance(message, Mapping) for message in pairs):
             return self._messages.read(pairs, str(column))
         if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
@@ -284,14 +285,14 @@ class RowReader:
     def _value(self, row: Mapping[str, Any], part: str) -> Any:
         column = self._layout.columns[part]
         if column not in row:
-            found = listed(list(map(repr, row))) or "nothing"
+            found = join_names(list(map(repr, row))) or "nothing"
             raise RowError(f"there is no {column!r}, but {found}; the nearest known format is {nearest(row)}")
         return row[column]
 
     def _part(self, row: Mapping[str, Any], part: str, *, may_be_empty: bool = False, is_answer: bool = False) -> str:
         value, column = self._value(row, part), self._layout.columns[part]
         if not isinstance(value, str):
-            raise RowError(f"{column!r} must be text, found {kind_of(value)}")
+            raise RowError(f"{column!r} must be text, found {json_type_of(value)}")
         if not may_be_empty and not value.strip():
             raise RowError(f"{column!r} is empty", is_empty=is_answer)
         return value
@@ -300,7 +301,7 @@ class RowReader:
         column = self._layout.columns.get(part)
         value = row.get(column) if column is not None else None
         if value is not None and not isinstance(value, str):
-            raise RowError(f"{column!r} must be text, found {kind_of(value)}")
+            raise RowError(f"{column!r} must be text, found {json_type_of(value)}")
         return value or ""
 
     def _tools(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -314,13 +315,13 @@ class RowReader:
         if isinstance(given, str) and given.strip():
             given = read_json(given, f"{column!r}")
         if given and not isinstance(given, Mapping):
-            raise RowError(f"{column!r} must be an object, found {kind_of(given)}")
+            raise RowError(f"{column!r} must be an object, found {json_type_of(given)}")
         found = {name: value for name, value in (given or {}).items() if value is not None}
         for name, value in found.items():
-            if name in OWN_VARIABLES:
+            if name in RESERVED_VARIABLES:
                 raise RowError(f"{column}.{name} can't be set by a row", hint=f"Take it out of {column!r}.")
             if not isinstance(value, str | bool | int | float):
-                raise RowError(f"{column}.{name} must be text, a number, true or false, found {kind_of(value)}")
+                raise RowError(f"{column}.{name} must be text, a number, true or false, found {json_type_of(value)}")
         return found
 
     def _thinking(self, row: Mapping[str, Any]) -> dict[str, bool]:
@@ -328,13 +329,13 @@ class RowReader:
         column = self._layout.columns.get("enable_thinking")
         value = row.get(column) if column is not None else None
         if value is not None and not isinstance(value, bool):
-            raise RowError(f"{column!r} must be true or false, found {kind_of(value)}")
+            raise RowError(f"{column!r} must be true or false, found {json_type_of(value)}")
         return {} if value is None else {"enable_thinking": value}
 
 
 def _read_ids(value: object, key: str, *, least: int) -> Ids:
     if not isinstance(value, list) or not value:
-        found = "an empty one" if value == [] else kind_of(value)
+        found = "an empty one" if value == [] else json_type_of(value)
         raise RowError(f"{key!r} must be a list of token ids, found {found}")
     for place, token in enumerate(value):
         if type(token) is not int or not least <= token < MOST_IDS:
@@ -344,7 +345,7 @@ def _read_ids(value: object, key: str, *, least: int) -> Ids:
 
 def _read_mask(value: object, key: str) -> Ids:
     if not isinstance(value, list):
-        raise RowError(f"{key!r} must be a list of 0 and 1, found {kind_of(value)}")
+        raise RowError(f"{key!r} must be a list of 0 and 1, found {json_type_of(value)}")
     for place, part in enumerate(value):
         if not isinstance(part, int | float) or part not in (0, 1):  # false and true are
             raise RowError(f"{key}[{place}] is {part!r}: a mask holds 0 and 1, or false and true")

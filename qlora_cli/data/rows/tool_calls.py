@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.rows.examples import RowError, is_nothing, kind_of, read_json, read_json_values
+from qlora_cli.data.rows.examples import RowError, is_blank, json_type_of, read_json, read_json_values
 
 # What the arguments of a call are called by OpenAI, by Llama 3, by others, and by Anthropic.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -27,7 +27,7 @@ def read_tools(value: object, where: str) -> list[dict[str, Any]] | None:
     if not value or (isinstance(value, Mapping) and _says_nothing(value)):
         return None
     if not isinstance(value, list):
-        raise RowError(f"{where} must be a list of tools, found {kind_of(value)}")
+        raise RowError(f"{where} must be a list of tools, found {json_type_of(value)}")
     tools = [_read_tool(tool, f"{where} {place}") for place, tool in enumerate(value) if not _says_nothing(tool)]
     return tools or None
 
@@ -45,35 +45,35 @@ def read_calls(value: object, where: str) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"{where} must be a list, found {kind_of(value)}")
+        raise RowError(f"{where} must be a list, found {json_type_of(value)}")
     return [_read_call(call, where) for call in value if not _says_nothing(call)]
 
 
 def unknown_keys(calls: list[dict[str, Any]]) -> set[str]:
     """Return the keys of calls, and of their functions, that no list knows, as `tool_calls.KEY`."""
-    found = {f"tool_calls.{key}" for call in calls for key in call.keys() - CALL_KEYS if not is_nothing(call[key])}
+    found = {f"tool_calls.{key}" for call in calls for key in call.keys() - CALL_KEYS if not is_blank(call[key])}
     functions = [call["function"] for call in calls]
     return found | {
         f"tool_calls.function.{key}"
         for function in functions
         for key in function.keys() - FUNCTION_KEYS
-        if not is_nothing(function[key])
+        if not is_blank(function[key])
     }
 
 
 def _says_nothing(value: object) -> bool:
     """Whether there is no call, or no tool, as in objects that columns make of a null."""
     if not isinstance(value, Mapping):
-        return _is_blank(value)
+        return _is_blank_json(value)
     said = {key: part for key, part in value.items() if key not in ("id", "index", "function")}
     function = value.get("function")
-    return all(_is_blank(part) for key, part in said.items() if (key, part) != ("type", "function")) and (
-        _says_nothing(function) if isinstance(function, Mapping) else _is_blank(function)
+    return all(_is_blank_json(part) for key, part in said.items() if (key, part) != ("type", "function")) and (
+        _says_nothing(function) if isinstance(function, Mapping) else _is_blank_json(function)
     )
 
 
-def _is_blank(value: object) -> bool:
-    return value.strip() in NO_JSON if isinstance(value, str) else is_nothing(value)
+def _is_blank_json(value: object) -> bool:
+    return value.strip() in NO_JSON if isinstance(value, str) else is_blank(value)
 
 
 def _flat(values: list[Any]) -> list[Any]:

@@ -24,9 +24,9 @@ from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub, selec
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
 from qlora_cli.data.rows.examples import Example, RowError
-from qlora_cli.data.rows.groups import NO_GROUP, group_of
-from qlora_cli.data.rows.refused_columns import MeaningChecker
+from qlora_cli.data.rows.groups import NO_GROUP, digest_group
 from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.unused_columns import UnusedColumnChecker
 from qlora_cli.data.tokenizing import row_notes, store
 from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset, TokenRow, TokenWriter
 from qlora_cli.data.tokenizing.tokens import EncodedText, RenderedText, Rendering, RowTokenizer, Tokens
@@ -131,7 +131,7 @@ class Encoder:
         use_chat = text.tokenizer.chat_template is not None
         self._text = text
         self._group = settings.eval_group
-        self._column_checker = MeaningChecker(layout, settings)
+        self._column_checker = UnusedColumnChecker(layout, settings)
         self._bos = text.tokenizer.bos_token_id
         self._starts_with_bos = False
         self._num_without_group = 0
@@ -188,7 +188,7 @@ class Encoder:
             return _ReadRow(RowError(row.problem or "can't be read"))
         try:
             self._column_checker.check(row.value)
-            return _ReadRow(self.reader.read(row.value), group_of(row.value, self._group))
+            return _ReadRow(self.reader.read(row.value), digest_group(row.value, self._group))
         except RowError as error:
             return _ReadRow(error)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.rendering.renderer import Renderer
 from qlora_cli.data.rendering.value_marks import ValueKind
 from qlora_cli.data.rows.row_reader import RowReader
@@ -67,7 +67,7 @@ def on_unknown_keys(reader: RowReader, renderer: Renderer) -> list[str]:
     }
     if not unused:
         return []
-    names = listed([f"{key} ({counted(number, 'row')})" for key, number in unused.items()])
+    names = join_names([f"{key} ({counted(number, 'row')})" for key, number in unused.items()])
     return [f"keys of messages that are ignored, because the chat template does not write them: {names}"]
 
 
@@ -78,7 +78,7 @@ def on_unread_variables(reader: RowReader, renderer: Renderer) -> list[str]:
         for name, number in reader.template_variables.most_common()
         if not renderer.reads_variable(name)
     ]
-    return [f"set for the chat template, which does not read them: {listed(unused)}"] if unused else []
+    return [f"set for the chat template, which does not read them: {join_names(unused)}"] if unused else []
 
 
 def on_groups(column: str | None, num_without: int) -> list[str]:

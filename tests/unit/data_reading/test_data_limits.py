@@ -368,9 +368,9 @@ def test_a_header_of_a_million_names_is_an_error_at_once(tmp_path: Path) -> None
 
 
 def test_of_many_or_long_names_a_message_has_the_first() -> None:
-    assert limits.listed(["a", "b"]) == "a, b"
-    assert limits.listed([f"c{number}" for number in range(30)]).endswith("c19, and 10 more")
-    assert len(limits.listed(["x" * 10**6])) < 100
+    assert limits.join_names(["a", "b"]) == "a, b"
+    assert limits.join_names([f"c{number}" for number in range(30)]).endswith("c19, and 10 more")
+    assert len(limits.join_names(["x" * 10**6])) < 100
 
 
 def test_a_message_about_a_row_is_not_as_long_as_the_row() -> None:

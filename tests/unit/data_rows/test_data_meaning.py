@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rows.row_reader import OWN_VARIABLES
+from qlora_cli.data.rows.row_reader import RESERVED_VARIABLES
 from tests.support.preparing import CHATML, make_tokenizer, prepare, refusal, trained, whole
 
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
@@ -88,7 +88,7 @@ def test_settings_of_the_template_that_a_row_can_not_make_are_refused(
 
 
 def test_no_row_can_set_how_its_template_is_applied() -> None:
-    assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= OWN_VARIABLES
+    assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= RESERVED_VARIABLES
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from qlora_cli.data.feeding.held_out import hold_out
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.data.rows.digests import digest_text
-from qlora_cli.data.rows.groups import NO_GROUP, group_of
+from qlora_cli.data.rows.groups import NO_GROUP, digest_group
 from qlora_cli.data.showing.inspection import inspect_data
 from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.models import DataSettings, TrainingSettings, TrainSettings
@@ -206,13 +206,13 @@ def test_a_group_that_is_no_single_value_is_a_bad_row(tmp_path: Path) -> None:
 
 
 def test_a_group_is_the_same_however_its_value_is_written() -> None:
-    same = [group_of({"user": value}, "user") for value in (7, 7.0, "7")]
+    same = [digest_group({"user": value}, "user") for value in (7, 7.0, "7")]
     assert len(set(same)) == 1
-    others = [group_of({"user": value}, "user") for value in (7, 8, 7.5, "seven", True, False)]
+    others = [digest_group({"user": value}, "user") for value in (7, 8, 7.5, "seven", True, False)]
     assert len(set(others)) == len(others)
     for none in ({}, {"user": None}, {"user": ""}, {"user": float("nan")}):
-        assert group_of(none, "user") == NO_GROUP
-    assert group_of({"user": 7}, None) == NO_GROUP
+        assert digest_group(none, "user") == NO_GROUP
+    assert digest_group({"user": 7}, None) == NO_GROUP
 
 
 def test_groups_without_held_out_rows_are_an_error() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError, is_nothing
-from qlora_cli.data.rows.messages import BESIDE_MESSAGES
-from qlora_cli.data.rows.training_switches import SWITCHES
+from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError, is_blank
+from qlora_cli.data.rows.messages import KNOWN_MESSAGE_KEYS
+from qlora_cli.data.rows.train_switches import SWITCHES
 from qlora_cli.settings.choices import LossOn
 from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat, problem, read, reader_of
 
@@ -337,7 +337,7 @@ def test_a_message_that_says_the_same_by_two_names_is_one() -> None:
 KEYS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
-        [*SWITCHES, *REASONING_KEYS, *BESIDE_MESSAGES, "value", "from", "images", "refusal", "function_call"]
+        [*SWITCHES, *REASONING_KEYS, *KNOWN_MESSAGE_KEYS, "value", "from", "images", "refusal", "function_call"]
     ),
 )
 VALUES = st.recursive(
@@ -360,18 +360,18 @@ def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str
         return
     assert isinstance(found, Conversation)
     message = found.messages[1]
-    empty_calls = key in ("function_call", "tool_calls") and is_nothing(value)
+    empty_calls = key in ("function_call", "tool_calls") and is_blank(value)
     if value is None or empty_calls or (value == "" and key in ("refusal", *REASONING_KEYS)):
         assert message == ANSWER
     elif key in SWITCHES:
-        is_on = SWITCHES[key] if is_nothing(value) else value in (1, "1")
+        is_on = SWITCHES[key] if is_blank(value) else value in (1, "1")
         assert (found.trained == (1,)) is (is_on is SWITCHES[key])
         assert message == ANSWER
     elif key in ("from", "value") or (key == "refusal" and value == ANSWER["content"]):  # the same by another name
         assert message == ANSWER
     else:
         assert message.get(key) == value or (key == "content" and message["content"] == "".join(value))
-        assert (key in reader.unknown_keys) is (key not in BESIDE_MESSAGES and not is_nothing(value))
+        assert (key in reader.unknown_keys) is (key not in KNOWN_MESSAGE_KEYS and not is_blank(value))
 
 
 def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:

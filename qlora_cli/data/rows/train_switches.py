@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.rows.examples import RowError, is_nothing
+from qlora_cli.data.rows.examples import RowError, is_blank
 
 # Weights that other tools give to the loss of a message or row; 0 is that it isn't trained.
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
@@ -30,7 +30,7 @@ SWITCHING = frozenset(
 TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def take_switch(found: dict[str, Any], where: str) -> bool | None:
+def pop_switch(found: dict[str, Any], where: str) -> bool | None:
     """Take out of a message or part what says whether it is trained; None if nothing does.
 
     Raises:
@@ -40,7 +40,7 @@ def take_switch(found: dict[str, Any], where: str) -> bool | None:
         return None
     given = {key: found.pop(key) for key in SWITCHES if key in found}
     said = {
-        key: _truth(value, f"{where}.{key}") is SWITCHES[key] for key, value in given.items() if not is_nothing(value)
+        key: _truth(value, f"{where}.{key}") is SWITCHES[key] for key, value in given.items() if not is_blank(value)
     }
     for key, value in found.items():
         if _is_like_a_switch(key) and _may_switch(value):

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.rows.examples import is_nothing
+from qlora_cli.data.rows.examples import is_blank
 from qlora_cli.data.rows.messages import is_media
-from qlora_cli.data.rows.training_switches import SWITCHES
+from qlora_cli.data.rows.train_switches import SWITCHES
 
 # Words of the better answer and of the worse one, alone or with what an answer is called: `rejected_answer`.
 BETTER, WORSE = frozenset({"chosen", "preferred"}), frozenset({"rejected", "dispreferred", "nonpreferred"})
@@ -35,11 +35,11 @@ LABEL, VERDICTS = "label", ("kto_tag", "kto_label", "desirable")
 APPROVING = frozenset({"chosen", "preferred", "accepted", "desirable", "approved", "thumbsup"})
 DISAPPROVING = frozenset({"rejected", "dispreferred", "nonpreferred", "undesirable", "thumbsdown"})
 # Columns that hold pictures and sounds; those of other names, such as `image_url`, are often about a text, not in it.
-HELD = re.compile(r"(image|video|audio)s?(_?\d+)?|pixel_values", re.IGNORECASE)
+MEDIA_COLUMN = re.compile(r"(image|video|audio)s?(_?\d+)?|pixel_values", re.IGNORECASE)
 # Columns of files: a name or path is often where the text is from; what points to a file itself is a part of the row.
-FILES = re.compile("files?|attachments?", re.IGNORECASE)
+FILE_COLUMN = re.compile("files?|attachments?", re.IGNORECASE)
 POINTERS = frozenset({"file_id", "file_data", "file_url", "bytes"})
-ATTACHED = re.compile(
+FILE_NAME = re.compile(
     r".+\.(pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|mov|webm)", re.IGNORECASE
 )
 # What stands for a picture or sound next to a column of them, and what stands for nothing else anywhere.
@@ -51,23 +51,23 @@ _NAMES = frozenset(
 
 
 @functools.lru_cache(maxsize=4096)
-def says_more(column: str) -> bool:
+def may_change_meaning(column: str) -> bool:
     """Whether a column of this name may say more of a row than its text does."""
     return (
         column in _NAMES
-        or FILES.fullmatch(column) is not None
+        or FILE_COLUMN.fullmatch(column) is not None
         or is_media(column)
         or _side(column) is not None
         or _approval(column) is not None
     )
 
 
-def held(row: Mapping[str, Any]) -> str | None:
+def find_media_column(row: Mapping[str, Any]) -> str | None:
     """Return the column of a row that holds a picture, a sound or a file."""
     for name, value in row.items():
-        if HELD.fullmatch(name) and not is_nothing(value) and not isinstance(value, int | float):
+        if MEDIA_COLUMN.fullmatch(name) and not is_blank(value) and not isinstance(value, int | float):
             return name
-        if FILES.fullmatch(name) and _holds_files(value):
+        if FILE_COLUMN.fullmatch(name) and _holds_files(value):
             return name
     return None
 
@@ -75,9 +75,9 @@ def held(row: Mapping[str, Any]) -> str | None:
 def _holds_files(value: object) -> bool:
     """Whether a value points to files, or is a list of such as hold more than text."""
     if isinstance(value, Mapping):
-        return any(not is_nothing(value[key]) for key in POINTERS & value.keys())
+        return any(not is_blank(value[key]) for key in POINTERS & value.keys())
     return isinstance(value, list) and any(
-        _holds_files(part) or (isinstance(part, str) and ATTACHED.fullmatch(part) is not None) for part in value
+        _holds_files(part) or (isinstance(part, str) and FILE_NAME.fullmatch(part) is not None) for part in value
     )
 
 
@@ -101,21 +101,21 @@ def _side(name: str) -> bool | None:
     return word in BETTER if word in BETTER | WORSE else None
 
 
-def compared(row: Mapping[str, Any]) -> list[str]:
+def comparison_columns(row: Mapping[str, Any]) -> list[str]:
     """Return the columns of a row that hold answers to be compared; none if its answers are all to be given."""
     sides = [name for name, value in row.items() if _side(name) is not None and isinstance(value, str | list | dict)]
-    found = [name for name in sorted(sides, key=lambda name: not _side(name)) if not is_nothing(row[name])]
+    found = [name for name in sorted(sides, key=lambda name: not _side(name)) if not is_blank(row[name])]
     ranked = [name for name in RANKED if isinstance(row.get(name), list)]
     ranks = [name for name in RANKS if isinstance(row.get(name), list)]
     return found + (ranked + ranks if ranked and ranks else [])
 
 
-def better_answers(row: Mapping[str, Any]) -> list[str]:
+def better_answer_columns(row: Mapping[str, Any]) -> list[str]:
     """Return the columns of a row that are called as the better answer, the shortest name first."""
-    return sorted((name for name in row if _side(name) and not is_nothing(row[name])), key=len)
+    return sorted((name for name in row if _side(name) and not is_blank(row[name])), key=len)
 
 
-def verdict(row: Mapping[str, Any]) -> tuple[str, str] | None:
+def find_verdict(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the column that says whether the answer of a row is wanted, and the value by which it is not."""
     for name, value in row.items():
         word = value.strip().lower() if isinstance(value, str) else value

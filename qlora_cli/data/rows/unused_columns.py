@@ -4,21 +4,21 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from qlora_cli.data.limits import listed
+from qlora_cli.data.limits import join_names
 from qlora_cli.data.rows.column_formats import ALSO_ASKED, OPTIONAL, PARTS, RowLayout, recognise
-from qlora_cli.data.rows.examples import Conversation, RowError, Unreadable, is_nothing
+from qlora_cli.data.rows.examples import Conversation, RowError, Unreadable, is_blank
 from qlora_cli.data.rows.messages import is_media
 from qlora_cli.data.rows.row_reader import RowReader
-from qlora_cli.data.rows.training_switches import row_switch
-from qlora_cli.data.rows.verdict_columns import (
+from qlora_cli.data.rows.special_columns import (
     HISTORY,
-    better_answers,
-    compared,
-    held,
+    better_answer_columns,
+    comparison_columns,
+    find_media_column,
+    find_verdict,
+    may_change_meaning,
     placeholder_in,
-    says_more,
-    verdict,
 )
+from qlora_cli.data.rows.train_switches import row_switch
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
@@ -40,7 +40,7 @@ MOST_SETS_OF_COLUMNS = 1000  # that are remembered; nearly all rows of a file ha
 Flags = tuple[DataFormat, Mapping[str, str]]
 
 
-class MeaningChecker:
+class UnusedColumnChecker:
     """Refuses rows of which a part would be passed over that changes what they mean.
 
     Who names columns by hand has decided what is trained, so that only pictures and sounds are a fault then.
@@ -73,15 +73,13 @@ class MeaningChecker:
         if names not in self._telling:
             if len(self._telling) >= MOST_SETS_OF_COLUMNS:
                 self._telling.clear()
-            self._telling[names] = tuple(name for name in names if says_more(name) and name not in self._used)
+            self._telling[names] = tuple(name for name in names if may_change_meaning(name) and name not in self._used)
         return self._telling[names]
 
     def _check_names(self, beside: Mapping[str, Any]) -> None:
         """Check that no second column has what one of another name is read for."""
         for part in ("system", "tools"):
-            name = next(
-                (each for each in OPTIONAL[DataFormat.MESSAGES][part] if not is_nothing(beside.get(each))), None
-            )
+            name = next((each for each in OPTIONAL[DataFormat.MESSAGES][part] if not is_blank(beside.get(each))), None)
             if name is not None and (used := self._layout.columns.get(part)):
                 raise RowError(
                     f"{used!r} and {name!r} are both {part}, of which one alone is read",
@@ -112,14 +110,14 @@ class MeaningChecker:
         return self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]}
 
     def _check_media(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
-        if beside and (name := held(beside)):
+        if beside and (name := find_media_column(beside)):
             raise RowError(
                 f"{name!r} holds what is no text, and only text can be trained",
                 hint="Leave such rows out (--on-bad-row skip), or take the column out if the text stands alone.",
             )
         media = [name for name in beside if is_media(name)] if beside else []
         if found := placeholder_in([row.get(name) for name in self._used], has_media=bool(media)):
-            where = f"something in {listed(media)}" if media else "a picture, a sound or a video"
+            where = f"something in {join_names(media)}" if media else "a picture, a sound or a video"
             raise RowError(
                 f"its text has {found}, which stands for {where}: only text can be trained",
                 hint="Leave such rows out (--on-bad-row skip), or take it out of the text.",
@@ -127,9 +125,9 @@ class MeaningChecker:
 
     def _check_answers(self, row: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
         own = self._own
-        if names := compared(beside):
+        if names := comparison_columns(beside):
             raise RowError(
-                f"it holds a preference ({listed(names)}), one answer of which is to be avoided: {NOT_HERE}",
+                f"it holds a preference ({join_names(names)}), one answer of which is to be avoided: {NOT_HERE}",
                 hint=self._hint(names, row, [*_better(beside, row), own], BETTER_ONES),
             )
         if self._has_answers and (name := row_switch(beside)):
@@ -142,7 +140,7 @@ class MeaningChecker:
                 f"{name!r} says what of the row is trained, and would be ignored",
                 hint=self._hint([name], row, [own], purpose),
             )
-        if self._has_answers and (judged := verdict(beside)):
+        if self._has_answers and (judged := find_verdict(beside)):
             name, unwanted = judged
             purpose = f"Leave out the rows whose {name!r} is {unwanted}. To train on all that are there"
             raise RowError(
@@ -164,8 +162,8 @@ def _is_context(part: str, value: object) -> bool:
     if part == "system":
         return isinstance(value, str) and value.strip() != ""
     if isinstance(value, list):
-        return any(isinstance(each, list | Mapping) or _is_json(each) for each in value) and not is_nothing(value)
-    return _is_json(value) or (isinstance(value, Mapping) and not is_nothing(value))
+        return any(isinstance(each, list | Mapping) or _is_json(each) for each in value) and not is_blank(value)
+    return _is_json(value) or (isinstance(value, Mapping) and not is_blank(value))
 
 
 def _is_json(value: object) -> bool:
@@ -179,16 +177,16 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings,
         DataError: they are; its hint says how the better answers are trained.
     """
     for row in rows:
-        if not settings.columns and (names := compared(row)):
+        if not settings.columns and (names := comparison_columns(row)):
             raise DataError(
-                f"{name} holds preferences ({listed(names)}), in which one answer is to be avoided: {NOT_HERE}",
+                f"{name} holds preferences ({join_names(names)}), in which one answer is to be avoided: {NOT_HERE}",
                 hint=_hint(row, _better(row, row), settings, BETTER_ONES),
             )
 
 
 def _better(judged: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Flags]:
     """Yield ways to train the better answer of a row, the likeliest first."""
-    for better in better_answers(judged):
+    for better in better_answer_columns(judged):
         asking = [name for name in ASKING if name in row]
         yield DataFormat.MESSAGES, {"messages": better}
         for name in asking:
