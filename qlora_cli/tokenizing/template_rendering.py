@@ -7,6 +7,7 @@ itself without an end, loop for hours, or take all memory. Each ends here, by an
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -133,8 +134,9 @@ def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messa
         return None
 
 
+@lru_cache(maxsize=32)
 def try_template(text: str) -> None:
-    """Compile a template and render some conversations by it, in a copy of this process.
+    """Compile a template and render some conversations by it, in a copy of this process, once a text.
 
     Raises:
         DeadlyError: it ends the process that renders it, or one operation of it does not end.

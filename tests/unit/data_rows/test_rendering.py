@@ -87,6 +87,11 @@ OVERFLOWS = (
 DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_tried() -> None:
+    try_template.cache_clear()
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
     write_tokenizer(tmp_path / "model")
