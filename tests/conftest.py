@@ -83,13 +83,16 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 def run_qlora(tmp_path_factory: pytest.TempPathFactory) -> RunQlora:
     """Run `qlora` with arguments in a process of its own and wait for it.
 
-    It is forked from a process that has imported everything, unless a variable in `env` is read by an import.
+    It is forked from a process that has imported everything, unless a variable in `env` is read by an import, or
+    imports are what is tested, in which case `is_forked` is false.
     """
 
-    def run(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Finished:
+    def run(
+        *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, is_forked: bool = True
+    ) -> Finished:
         words = [*map(str, arguments)]
         environment = {**os.environ, **(env or {})}
-        if not is_forkable(environment):
+        if not (is_forked and is_forkable(environment)):
             return _run_from_the_start(words, environment, cwd)
         streams = tmp_path_factory.mktemp("streams")
         code = end_of(start_command(words, environment, cwd or Path.cwd(), streams), seconds=300)

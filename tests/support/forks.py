@@ -5,6 +5,7 @@ missing in what it forks. Tests whose subject is how a process starts (what it i
 below stdout) start Python themselves.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ FORKS.set_forkserver_preload(["tests.support.imported_early"])
 READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
 GPU_DRIVER = Path("/proc/driver/nvidia")
 READ_WHEN_USED = frozenset({"HF_TOKEN"})
+# Read by the client of the hub when it is imported; a command that is to see others reads them again.
+READ_AGAIN = frozenset({"HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_OFFLINE"})
 _environment: dict[str, str] = {}
 
 
@@ -48,13 +51,13 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
 
 
 def is_forkable(environment: Mapping[str, str]) -> bool:
-    """Whether an environment differs from that of the session in nothing that is read by an import.
+    """Whether an environment differs from that of the session in nothing that only an import reads.
 
     On a machine with a GPU none is: imports look for GPUs, and after that CUDA can't be used in a fork.
     """
     if GPU_DRIVER.exists():
         return False
-    names = (environment.keys() | _environment.keys()) - READ_WHEN_USED
+    names = (environment.keys() | _environment.keys()) - READ_WHEN_USED - READ_AGAIN
     changed = [name for name in names if environment.get(name) != _environment.get(name)]
     return not any(name.startswith(READ_BY_IMPORTS) for name in changed)
 
@@ -98,10 +101,19 @@ def _heeding_hangups(target: Callable[..., None], *arguments: object) -> None:
 
 def _command(arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:
     redirect(streams / "stdout", streams / "stderr")
+    of_imports = dict(os.environ)
     _set_environment(environment)
+    if any(environment.get(name) != of_imports.get(name) for name in READ_AGAIN):
+        _read_environment_again()
     os.chdir(directory)
     sys.argv = ["qlora", *arguments]
     main()
+
+
+def _read_environment_again() -> None:
+    # Their other modules ask these two for every value, each time that they need it.
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        importlib.reload(sys.modules[name])
 
 
 def _set_environment(environment: Mapping[str, str]) -> None:
