@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import ADAPTER, BASE, rank_of
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, begins_by_pissa
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_pissa_initialization
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import is_quantized_layer
@@ -38,7 +38,7 @@ def init_for_peft(init: LoraInit) -> PeftInit:
 
 def is_pissa(config: LoraConfig) -> bool:
     """Whether an adapter holds the principal parts of its base, which PEFT takes out of the base on attaching."""
-    return begins_by_pissa(config.init_lora_weights)
+    return is_pissa_initialization(config.init_lora_weights)
 
 
 def is_olora(config: LoraConfig) -> bool:

@@ -201,7 +201,7 @@ def _check_whole(directory: Path, config: AdapterConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(CHANGES_BASE):
         raise changed_base(directory, init)
-    if config.given.get("arrow_config") is not None:
+    if config.non_null.get("arrow_config") is not None:
         raise ModelError(
             f"the adapter in {directory} can't be used: it chooses among other adapters, token by token "
             "(arrow_config), and those are not in its files",
@@ -370,7 +370,7 @@ def _for_peft(stored: StoredAdapter, names: Iterator[str]) -> LoraConfig:
     """Return the config as PEFT takes it; its patterns are matched with the `names` in the base first."""
     base_names = list(names)
     check_patterns(stored.directory, stored.config, base_names)
-    content: dict[str, Any] = stored.config.taken
+    content: dict[str, Any] = stored.config.used
     init = stored.config.init_lora_weights
     if not (isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT)):
         # How it began is past; PEFT would want what it began with, such as scipy for LoftQ.
@@ -391,7 +391,7 @@ def _keys(stored: StoredAdapter, names: Names, base: ModelConfig) -> dict[str, t
     found: dict[str, tuple[AdapterKey, torch.Tensor]] = {}
     adapters: set[str] = set()
     for key, tensor in stored.tensors.items():
-        if base.is_left_out(key):
+        if base.is_in_tower(key):
             _check_tower(stored, key, tensor)
             continue
         read = names.read(key)

@@ -9,7 +9,7 @@ from qlora_cli.answering.answers import Answer, GenerationReport, Listener, coll
 from qlora_cli.answering.open_model import OpenModel, open_model
 from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
+from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness_problem
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import resolved_in_code
@@ -28,7 +28,7 @@ def generate(
     opened = open_model(asked, request, reporter, prompts=prompts)
     source, notes = opened.loaded.source, opened.notes
     merged = (request.merged or merged_model_of(source)) if request.compare else None
-    if merged is not None and (stale := staleness(merged, source)):
+    if merged is not None and (stale := staleness_problem(merged, source)):
         reporter.report(Noted(level="warning", message=stale))
         notes = (*notes, stale)
     answers = answer_all(opened, request, prompts, reporter)

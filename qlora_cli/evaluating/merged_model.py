@@ -8,7 +8,7 @@ from qlora_cli.evaluating.rows import HeldOutRows
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import check_weights
-from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness
+from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness_problem
 from qlora_cli.settings.models import EvaluationSettings
 from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.tokenizing.positions import check_length
@@ -41,7 +41,7 @@ def find_merged(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
     path = request.merged or merged_model_of(load_plan.source)
     if path is None:
         return None
-    if stale := staleness(path, load_plan.source):
+    if stale := staleness_problem(path, load_plan.source):
         reporter.report(Noted(level="warning", message=stale))
     settings = settings_of_merged(path, load_plan.settings.model, load_plan.dtype)
     merged = Merged(path=path, load_plan=plan_load(resolved_in_code(settings), reporter))

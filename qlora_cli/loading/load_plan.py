@@ -13,7 +13,7 @@ from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.loading.model_outline import FoundModel, find, settle_load
-from qlora_cli.model_files.adapter_files import notes_on_left_out
+from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import check_offload, embedding_of
@@ -98,7 +98,7 @@ def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter)
         raise refusal
     free = free_bytes(device)
     _check_fit(settings, shapes, layout, device, free, num_rows)
-    left_out = notes_on_left_out([model.source.adapter])
+    left_out = notes_on_ignored_keys([model.source.adapter])
     notes = (*model.base.notes, *left_out, *((stretched,) if stretched else ()), *tokenizer.notes)
     for note in notes:
         reporter.report(Noted(message=note))

@@ -28,10 +28,10 @@ from qlora_cli.loading.weight_reader import (
     quantization_config,
 )
 from qlora_cli.model_files.checkpoint import Checkpoint, check_for_transformers, read_checkpoint
-from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
+from qlora_cli.model_files.unexpected_weights import note_on_prediction
 from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
 from qlora_cli.quantization.entries import Inventory
 from qlora_cli.quantization.inventory import take_inventory

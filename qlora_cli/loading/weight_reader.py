@@ -15,13 +15,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import BytesDone, Noted, Reporter
-from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, again
+from qlora_cli.model_files.checkpoint import Checkpoint, TensorHeader, how_to_restore
 from qlora_cli.model_files.construction import is_ours
 from qlora_cli.model_files.finite import is_finite, not_finite
 from qlora_cli.model_files.given_model import CONFIG
-from qlora_cli.model_files.left_over import by_name, hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.source import ModelSource
+from qlora_cli.model_files.unexpected_weights import (
+    header_by_name,
+    hint_on_unexpected,
+    may_be_ignored,
+    prediction_layers,
+)
 from qlora_cli.quantization.inventory import parameters_once
 from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import stored_weight
@@ -89,7 +94,7 @@ def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedM
 def _contradiction(source: ModelSource, header: TensorHeader, other: str, file: str = CONFIG) -> ModelError:
     return ModelError(
         f"{source.path / header.file}: {header.name} has the shape {header.shape}, and {other}",
-        hint=f"The two are of different models, or of two versions of one. {again(source.path, file)}",
+        hint=f"The two are of different models, or of two versions of one. {how_to_restore(source.path, file)}",
     )
 
 
@@ -245,11 +250,11 @@ def _check_complete(
     missing = sorted(info.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
     headers = checkpoint.tensors
-    ahead = layers_ahead(model.config, headers)
+    ahead = prediction_layers(model.config, headers)
     unexpected = sorted(
         key
         for key in info.get("unexpected_keys") or ()
-        if not may_be_left_out(model, base, key, by_name(headers, key), ahead)
+        if not may_be_ignored(model, base, key, header_by_name(headers, key), ahead)
     )
     if missing or mismatched:
         what, keys = ("missing", missing) if missing else ("of another shape", mismatched)
@@ -258,11 +263,11 @@ def _check_complete(
             hint="These tensors would be random. Check that the directory holds the whole model.",
         )
     if unexpected:
-        where = {header.file for key in unexpected if (header := by_name(headers, key))}
+        where = {header.file for key in unexpected if (header := header_by_name(headers, key))}
         files = f" (in {', '.join(sorted(where))})" if where else ""
         raise ModelError(
             f"{source.base_name} holds weights that its config.json has no place for: {_counted(unexpected)}{files}",
-            hint=hint_on_left_over(model.config, unexpected),
+            hint=hint_on_unexpected(model.config, unexpected),
         )
 
 

@@ -1,1 +1,1 @@
-"""What a model is made of on the disk: found, and read as far as headers, before a weight is."""
+"""Find a model on disk or on the hub, and read its configs and headers, before any weight is read."""

@@ -1,4 +1,4 @@
-"""The files of an adapter, and its config: what kind it is, on what, and of which base. Imports no torch."""
+"""Read an adapter's files: its config, with its kind, targets and base, and its headers. Imports no torch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ LORA = "LORA"
 BY_HAND = "Was it edited by hand? PEFT writes it with the right types; copy the original again."
 MOST_CHARACTERS = 60
 NOT_NULL = ("peft_type", "r", "lora_alpha")  # a null elsewhere is how some tools write "not given"
-# What tools write into every config, and what does nothing alone.
-MUTE = (
+# Keys that tools write into every config, and keys without an effect of their own.
+WITHOUT_EFFECT = (
     *("megatron_core", "auto_mapping", "unsloth_version", "unsloth_fixed"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of a beginning, which is past
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # only used to initialize
 )
 MOST_PATTERN_CHARACTERS, MOST_CHARACTERS_OF_PATTERNS = 10_000, 100_000  # of each, of all together
 MOST_PATTERNS, MOST_NAMES, MOST_LAYERS = 2_000, 10_000, 2_000
-# What is taken from the config of somebody's adapter: what the adapter is. Modules to import and memory to run in are
-# not for a file to choose, and what PEFT does not know has no effect.
-TAKEN = frozenset(
+# The keys of a foreign adapter's config that are used: those that define the adapter. A file must not choose modules
+# to import or memory to run in, and a key that PEFT does not know has no effect.
+USED_KEYS = frozenset(
     (
         *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
@@ -55,46 +55,46 @@ TAKEN = frozenset(
 Number = TypeVar("Number", int, float)
 
 
-def _pattern(value: str) -> str:
+def _check_pattern(value: str) -> str:
     if len(value) > MOST_PATTERN_CHARACTERS:
         raise PydanticCustomError("pattern", f"a pattern of at most {MOST_PATTERN_CHARACTERS:,} characters")
     return value
 
 
-def _span(value: list[int]) -> list[int]:
+def _check_span(value: list[int]) -> list[int]:
     if not 0 <= value[0] < value[1]:
         raise PydanticCustomError("span", "ranges of layers, each [first, end] with first before end")
     return value
 
 
-def _few_layers(value: list[list[int]]) -> list[list[int]]:
+def _check_num_layers(value: list[list[int]]) -> list[list[int]]:
     if sum(end - first for first, end in value) > MOST_LAYERS:
         raise PydanticCustomError("layers", f"ranges of at most {MOST_LAYERS:,} layers in all")
     return value
 
 
-def _few_names(value: list[str]) -> list[str]:
+def _check_num_names(value: list[str]) -> list[str]:
     if len(value) > MOST_NAMES:
         raise PydanticCustomError("names", f"at most {MOST_NAMES:,} names")
     return value
 
 
-def _few_patterns(value: dict[str, Number]) -> dict[str, Number]:
+def _check_num_patterns(value: dict[str, Number]) -> dict[str, Number]:
     if len(value) > MOST_PATTERNS:
         raise PydanticCustomError("patterns", f"at most {MOST_PATTERNS:,} patterns")
     return value
 
 
-Names = Annotated[list[str], AfterValidator(_few_names)]
+Names = Annotated[list[str], AfterValidator(_check_num_names)]
 Positive = Annotated[int, Field(gt=0)]
-Span = Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_span)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
+Span = Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_check_span)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class AdapterConfig(BaseModel):
-    """The fields of a LoRA config that decide what the adapter is, of the types that PEFT takes.
+    """The fields of a LoRA config that define the adapter, with the types that PEFT accepts.
 
-    There is one for each key that is taken; `content` is all of the file.
+    There is one field for each key that is used; `content` is the whole file.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
@@ -112,11 +112,11 @@ class AdapterConfig(BaseModel):
     target_parameters: Names | None = None
     exclude_modules: Names | Pattern | None = None
     layers_to_transform: list[int] | int | None = None
-    layer_replication: Annotated[list[Span], AfterValidator(_few_layers)] | None = None
+    layer_replication: Annotated[list[Span], AfterValidator(_check_num_layers)] | None = None
     layers_pattern: list[Pattern] | Pattern | None = None
-    rank_pattern: Annotated[dict[Pattern, Positive], AfterValidator(_few_patterns)] = {}
-    alpha_pattern: Annotated[dict[Pattern, float], AfterValidator(_few_patterns)] = {}
-    modules_to_save: Annotated[list[Pattern], AfterValidator(_few_names)] | None = None
+    rank_pattern: Annotated[dict[Pattern, Positive], AfterValidator(_check_num_patterns)] = {}
+    alpha_pattern: Annotated[dict[Pattern, float], AfterValidator(_check_num_patterns)] = {}
+    modules_to_save: Annotated[list[Pattern], AfterValidator(_check_num_names)] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | Initialization = True
@@ -136,21 +136,25 @@ class AdapterConfig(BaseModel):
     content: dict[str, Any]
 
     @property
-    def given(self) -> dict[str, Any]:
-        """What the file says, without what it says nothing of."""
+    def non_null(self) -> dict[str, Any]:
+        """The entries of the file that are not null."""
         return {key: value for key, value in self.content.items() if value is not None}
 
     @property
-    def taken(self) -> dict[str, Any]:
-        """What of it an adapter is loaded by; the file of one that trains on keeps the rest."""
-        none = () if self.alora_invocation_tokens else ("alora_invocation_tokens",)  # PEFT looks for the first of none
-        return {key: value for key, value in self.given.items() if key in TAKEN and key not in none}
+    def used(self) -> dict[str, Any]:
+        """The entries that an adapter is loaded with; when it is trained further, its file keeps the rest."""
+        none = () if self.alora_invocation_tokens else ("alora_invocation_tokens",)  # PEFT indexes into an empty list
+        return {key: value for key, value in self.non_null.items() if key in USED_KEYS and key not in none}
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """The keys that it is not loaded by although they say something."""
+    def ignored_keys(self) -> tuple[str, ...]:
+        """The keys that are set and not used to load the adapter."""
         return tuple(
-            sorted(key for key, value in self.given.items() if key not in TAKEN and value and key not in MUTE)
+            sorted(
+                key
+                for key, value in self.non_null.items()
+                if key not in USED_KEYS and value and key not in WITHOUT_EFFECT
+            )
         )
 
 
@@ -158,8 +162,8 @@ class AdapterConfig(BaseModel):
 class AdapterOutline:
     """An adapter without its values: its config, and the headers of its tensors.
 
-    `headers` is None of a pickle, which has none, and where the weights are not here. `num_ids` are those of the
-    tokenizer next to it, for which the base is given rows.
+    `headers` is None for a pickle, which has none, and where the weights are not on this disk. `num_ids` counts the
+    ids of the tokenizer next to it; the base is extended to as many rows.
     """
 
     directory: Path
@@ -169,16 +173,16 @@ class AdapterOutline:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All of it, in plain values."""
-        shapes = {one.name: one.shape for one in self.headers or ()}
+        """The whole outline as plain values."""
+        shapes = {header.name: header.shape for header in self.headers or ()}
         return {"config": self.config.content, "shapes": shapes, "ids": self.num_ids}
 
     @property
     def num_rows(self) -> int:
-        """How many rows the vocabulary needs, as the tokenizer says; the config says it if no weights are here."""
+        """Rows that the vocabulary needs, by the tokenizer, and by the config if the weights are not on this disk."""
         rows = self.config.trainable_token_indices or ()
-        named = [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
-        return max(self.num_ids, max(named, default=-1) + 1 if self.headers is None else 0)
+        indices = [row for part in rows.values() for row in part] if isinstance(rows, dict) else list(rows)
+        return max(self.num_ids, max(indices, default=-1) + 1 if self.headers is None else 0)
 
 
 def read_outline(directory: Path) -> AdapterOutline:
@@ -214,7 +218,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
 
 
 def patterns_of(config: AdapterConfig) -> Iterator[TriedPattern]:
-    """Yield the patterns of a config, with what PEFT makes of each."""
+    """Yield the patterns of a config, each with the regular expression that PEFT builds from it."""
     for key, whole in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
         if isinstance(whole, str):
             yield TriedPattern(key, whole, whole, "fullmatch")
@@ -229,11 +233,11 @@ def patterns_of(config: AdapterConfig) -> Iterator[TriedPattern]:
 
 
 def _pattern_fault(config: AdapterConfig) -> str | None:
-    """Return in words what is wrong with the patterns of a config, whatever base they are matched with."""
+    """Return in words what is wrong with the patterns of a config, independently of the base."""
     patterns = list(patterns_of(config))
-    if (found := sum(len(one.written) for one in patterns)) > MOST_CHARACTERS_OF_PATTERNS:
+    if (num_characters := sum(len(pattern.written) for pattern in patterns)) > MOST_CHARACTERS_OF_PATTERNS:
         most = f"{MOST_CHARACTERS_OF_PATTERNS:,} characters in all"
-        return f"its patterns have {found:,} characters, and should have at most {most}"
+        return f"its patterns have {num_characters:,} characters, and should have at most {most}"
     fault = find_fault(patterns)
     if fault is None:
         return None
@@ -243,16 +247,16 @@ def _pattern_fault(config: AdapterConfig) -> str | None:
     return f"{key} is {value}, and should be a regular expression ({pattern[:MOST_CHARACTERS]!r}: {why})"
 
 
-def notes_on_left_out(adapters: Iterable[Path | None]) -> Iterator[str]:
-    """Yield for each folder of an adapter which keys of its config it is not loaded by, in a sentence."""
+def notes_on_ignored_keys(adapters: Iterable[Path | None]) -> Iterator[str]:
+    """Yield a sentence for each adapter directory whose config has keys that are ignored."""
     for directory in adapters:
-        keys = () if directory is None else read_adapter_config(directory).left_out
+        keys = () if directory is None else read_adapter_config(directory).ignored_keys
         if directory is not None and keys:
-            yield f"{directory / ADAPTER_CONFIG}: {', '.join(keys)} left out, which an adapter is not loaded by here"
+            yield f"{directory / ADAPTER_CONFIG}: {', '.join(keys)} ignored: not used to load an adapter"
 
 
 def lora_settings_of(config: AdapterConfig) -> dict[str, object]:
-    """Return an adapter's config as the settings of the section `lora`; values may be such as nobody can ask for."""
+    """Return an adapter's config as settings of the section `lora`; its values need not be valid settings."""
     modules, parameters, start = config.target_modules, config.target_parameters, config.init_lora_weights
     return {
         "rank": config.r,
@@ -264,45 +268,45 @@ def lora_settings_of(config: AdapterConfig) -> dict[str, object]:
         "alpha_pattern": config.alpha_pattern or None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "init_lora_weights": LoraInit.PISSA if begins_by_pissa(start) else LoraInit.DEFAULT,
+        "init_lora_weights": LoraInit.PISSA if is_pissa_initialization(start) else LoraInit.DEFAULT,
         "modules_to_save": tuple(sorted(config.modules_to_save)) if config.modules_to_save else None,
     }
 
 
 def inferred_from_adapter(config: AdapterConfig, directory: Path) -> InferredSettings:
-    """Return what the adapter in `directory` says of the settings of a run that trains it on."""
+    """Return the settings that the adapter in `directory` fixes for a run that trains it further."""
     values = by_path("lora", lora_settings_of(config))
     return InferredSettings(
         values=values, origin=inferred_origin(directory / ADAPTER_CONFIG), is_fixed=True, is_foreign=True
     )
 
 
-def begins_by_pissa(init_lora_weights: object) -> bool:
-    """Whether an adapter whose config says so holds the principal parts of its base, which PEFT takes out of that."""
+def is_pissa_initialization(init_lora_weights: object) -> bool:
+    """Return whether an adapter holds the principal components of its base, which PEFT subtracts from the base."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa")
 
 
 def check_unchanged(
     name: str, config: AdapterConfig, given: Mapping[str, Any], recorded: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Check that the settings `given` of a new adapter are those of the one that is called `name` and trains on.
+    """Check that the LoRA settings `given` agree with the adapter `name`, which is to be trained further.
 
-    `recorded` are what its run says of them, if it is of one: the same in other words.
+    `recorded` holds the settings as the adapter's run recorded them, if it has one: the same, spelled as settings.
 
     Raises:
-        ModelError: one is another.
+        ModelError: a setting differs.
     """
     known = (lora_settings_of(config), *recorded)
     for key, value in given.items():
-        if not any(key in said and _plain(value) == _plain(said[key]) for said in known):
+        if not any(key in settings and _comparable(value) == _comparable(settings[key]) for settings in known):
             raise ModelError(
-                f"{name} is an adapter, which trains on as it is: lora.{key} can't be changed",
+                f"{name} is an adapter, which is trained further as it is: lora.{key} can't be changed",
                 hint="Leave the lora settings out, or name the base model.",
             )
 
 
-def _plain(value: object) -> object:
-    """Return a value to compare, in which the order of names has no meaning."""
+def _comparable(value: object) -> object:
+    """Return `value` in a form that compares without regard to the order of names."""
     return sorted(map(str, value)) if isinstance(value, list | tuple) else value
 
 
@@ -321,11 +325,11 @@ def _check_kind(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _reason(error: ValidationError, content: Mapping[str, Any]) -> str:
-    """Return what is wrong with the first field that is: every alternative that its value is none of."""
+    """Return what is wrong with the first invalid field, with every alternative that it allows."""
     problems = error.errors()
     key = str(problems[0]["loc"][0])
-    wanted = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in problems if one["loc"][0] == key)
-    return f"{key} is {_shown(content[key])}, and should be {' or '.join(wanted)}"
+    expected = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in problems if one["loc"][0] == key)
+    return f"{key} is {_shown(content[key])}, and should be {' or '.join(expected)}"
 
 
 def _shown(value: object) -> str:

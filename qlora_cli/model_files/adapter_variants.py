@@ -1,4 +1,4 @@
-"""The parts of an adapter's config that only some kinds of LoRA have, of the types and sizes that PEFT computes with.
+"""The parts of an adapter's config that only some variants of LoRA have, with the types and sizes that PEFT accepts.
 
 Keys of later versions are left to PEFT, which refuses what it does not know.
 """
@@ -17,7 +17,7 @@ INITIALIZATIONS = (
 )
 
 
-def _initialization(value: str) -> str:
+def _check_initialization(value: str) -> str:
     if value.lower() not in INITIALIZATIONS:
         names = ", ".join(name for name in INITIALIZATIONS if not name.startswith(PISSA_ITERATIONS))
         most = f"{PISSA_ITERATIONS}[number of at most {MOST_ITERATIONS}]"
@@ -25,7 +25,7 @@ def _initialization(value: str) -> str:
     return value
 
 
-Initialization = Annotated[str, AfterValidator(_initialization)]
+Initialization = Annotated[str, AfterValidator(_check_initialization)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_TOKENS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -38,7 +38,7 @@ class _Variant(BaseModel):
 
 
 class BlockDiagonal(_Variant):
-    """BD-LoRA: A or B is of blocks."""
+    """BD-LoRA: A or B is block-diagonal."""
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
@@ -54,7 +54,7 @@ class Kasa(_Variant):
 
 
 class Velora(_Variant):
-    """VeLoRA: what backward needs of the inputs is compressed."""
+    """VeLoRA: the activations saved for the backward pass are compressed."""
 
     num_groups: Blocks = 1
     scale: AboveZero = 1.0
@@ -62,7 +62,7 @@ class Velora(_Variant):
 
 
 class Monteclora(_Variant):
-    """MonteCLoRA: weights are drawn from a mixture."""
+    """MonteCLoRA: weights are sampled from a mixture."""
 
     num_samples: Annotated[int, Field(ge=1, le=100)] = 1
     use_entropy: bool = False

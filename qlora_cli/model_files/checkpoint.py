@@ -1,9 +1,8 @@
-"""What a checkpoint on disk holds, from the headers of its files: no weight is read, no torch is imported.
+"""Read what a checkpoint holds from the headers of its files: no weight is read, and torch is not imported.
 
 A safetensors file is eight bytes with the length of its header, the header (JSON: dtype, shape and byte range
-of each tensor), then the tensors without a gap. Checking that takes milliseconds, and finds what otherwise
-shows up after minutes of loading, or not at all: a cut-off download, a shard that is missing, an index that
-belongs to another model.
+of each tensor), then the tensors without a gap. Checking that takes milliseconds, and finds what would otherwise
+show up after minutes of loading, or not at all: a truncated download, a missing shard, an index of another model.
 """
 
 import json
@@ -39,7 +38,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """A tensor as its file announces it: `dtype` by the format's name, such as BF16; its bytes begin at `offset`."""
+    """A tensor as the header describes it: `dtype` as safetensors names it (BF16); its bytes begin at `offset`."""
 
     name: str
     file: str
@@ -51,7 +50,7 @@ class TensorHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The weight files of a model and their tensors; of pickles the tensors stay unknown."""
+    """The weight files of a model and their tensors; those of pickles are not known."""
 
     tensors: Mapping[str, TensorHeader]
     files: tuple[Path, ...]
@@ -60,10 +59,10 @@ class Checkpoint:
 
 
 def read_checkpoint(directory: Path, *, allow_pickle: bool) -> Checkpoint:
-    """Return what the weight files in `directory` hold: safetensors, or pickles if there are none and they may be.
+    """Return the checkpoint in `directory`: its safetensors, or its pickles if there are none and pickles are allowed.
 
     Raises:
-        ModelError: weights are missing, damaged, or not as their index says; file and tensor are named.
+        ModelError: weights are missing, damaged, or disagree with their index; names file and tensor.
     """
     names = [path.name for path in directory.iterdir()]
     entry = weights_entry(names, allow_pickle=allow_pickle)
@@ -82,66 +81,67 @@ def weights_entry(names: Collection[str], *, allow_pickle: bool) -> str | None:
 
 
 def no_weights(where: str, names: Collection[str]) -> ModelError:
-    """Return the error for a model whose files, `names`, are no weights that may be read; it says what they are."""
-    others = sorted(name for name in names if name.endswith(".safetensors"))
-    if shards := [name for name in others if SHARD.fullmatch(name)]:
+    """Return the error for a model among whose files, `names`, no weights can be read."""
+    unlisted = sorted(name for name in names if name.endswith(".safetensors"))
+    if shards := [name for name in unlisted if SHARD.fullmatch(name)]:
         index = SAFETENSORS + INDEX_SUFFIX
         return ModelError(
-            f"{where} has {shards[0]}, but not {index}, which says what is in it", hint=again(Path(where), index)
+            f"{where} has {shards[0]}, but not {index}, which says what is in it",
+            hint=how_to_restore(Path(where), index),
         )
-    if others:
+    if unlisted:
         return ModelError(
-            f"{where} has {others[0]}, but neither {SAFETENSORS} nor {SAFETENSORS}{INDEX_SUFFIX}",
+            f"{where} has {unlisted[0]}, but neither {SAFETENSORS} nor {SAFETENSORS}{INDEX_SUFFIX}",
             hint="A model that transformers loads has one of the two; save it with save_pretrained().",
         )
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
-    found = f"only {pickles[0]}, a pickle" if pickles else "none"
+    listed = f"only {pickles[0]}, a pickle" if pickles else "none"
     hint = "Save the model with save_pretrained(), which writes safetensors."
     if pickles:
         hint += " A pickle can run any code; --allow-pickle reads it, if you trust its author."
-    return ModelError(f"{where} has no *.safetensors weights (found {found})", hint=hint)
+    return ModelError(f"{where} has no *.safetensors weights (found {listed})", hint=hint)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor, as the index of a sharded checkpoint has it.
+    """Return the file of each tensor by the index of a sharded checkpoint.
 
     Raises:
-        ModelError: the index is no such file, or names a file outside its directory.
+        ModelError: it is not an index, or names a file outside its directory.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map", hint=again(index.parent, index.name))
+        raise ModelError(f"{index} has no weight_map", hint=how_to_restore(index.parent, index.name))
     suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
     for name, file in weight_map.items():
-        said = f"{index} says that the tensor {_shown(name)} is in {_shown(repr(file))}"
+        claim = f"{index} says that the tensor {_shown(name)} is in {_shown(repr(file))}"
         if not isinstance(file, str) or not _is_inside(file):
             raise ModelError(
-                f"{said}, which is no file of that directory",
+                f"{claim}, which is no file of that directory",
                 hint="Don't load it: a model has no reason to point elsewhere.",
             )
         if max(len(part.encode("utf-8", "surrogatepass")) for part in file.split("/")) > MOST_NAME_BYTES:
             raise ModelError(
-                f"{said}, a longer name than a file can have (more than {MOST_NAME_BYTES} bytes)",
-                hint=again(index.parent, index.name),
+                f"{claim}, a longer name than a file can have (more than {MOST_NAME_BYTES} bytes)",
+                hint=how_to_restore(index.parent, index.name),
             )
         if not file.endswith(suffix):
-            raise ModelError(f"{said}, which is no {suffix} file", hint=again(index.parent, index.name))
+            raise ModelError(f"{claim}, which is no {suffix} file", hint=how_to_restore(index.parent, index.name))
     return weight_map
 
 
 def check_for_transformers(directory: Path, *, allow_pickle: bool) -> None:
-    """Check what transformers asks of an index besides its weight_map: an object of metadata.
+    """Check that an index has what transformers requires besides its weight_map: an object of metadata.
 
     Raises:
-        ModelError: it has none.
+        ModelError: it has no such object.
     """
     entry = weights_entry([path.name for path in directory.iterdir()], allow_pickle=allow_pickle)
     if entry is None or not entry.endswith(INDEX_SUFFIX):
         return
     if not isinstance(read_json(directory / entry).get("metadata"), dict):
         raise ModelError(
-            f"{directory / entry}: metadata is no object, and transformers loads no index without one",
-            hint=f'Write "metadata": {{}} into it, or get it anew. {again(directory, entry)}',
+            f"{directory / entry}: metadata is not an object, and transformers loads no index without one",
+            hint=f'Write "metadata": {{}} into it, or download it again. {how_to_restore(directory, entry)}',
         )
 
 
@@ -149,49 +149,53 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model.
 
     Raises:
-        ModelError: the file can't be read, is no JSON, or holds no object.
+        ModelError: the file can't be read, is not JSON, or holds no object.
     """
     try:
         check_regular(path)
         value = json.loads(read_limited(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} can't be read as JSON: {error}", hint=again(path.parent, path.name)) from error
+        raise ModelError(
+            f"{path} can't be read as JSON: {error}", hint=how_to_restore(path.parent, path.name)
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object", hint=again(path.parent, path.name))
+        raise ModelError(f"{path} holds no JSON object", hint=how_to_restore(path.parent, path.name))
     return value
 
 
 def check_regular(path: Path) -> None:
-    """Check that what is at `path`, if anything is, is a regular file, which can be read to an end.
+    """Check that `path`, if it exists, is a regular file, which can be read to its end.
 
     Raises:
-        ValueError: it is a link to nothing, a directory, a pipe.
+        ValueError: it is a dangling link, a directory or a pipe.
     """
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"it is a link to {path.readlink()}, which is not there")
+        raise ValueError(f"it is a link to {path.readlink()}, which does not exist")
     if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
 
 
 def check_present(directory: Path, names: Collection[str]) -> None:
-    """Check that what `directory` lists under `names` are files that can be read, and its small files in full.
+    """Check that the files `names` of `directory` can be read, and that its small files are within their limits.
 
     Raises:
-        ModelError: one is a link to nothing, a directory or a pipe; or holds more than any of its kind.
+        ModelError: one is a dangling link, a directory or a pipe, or exceeds the limits of its kind.
     """
     for name in names:
         try:
             check_regular(directory / name)
         except ValueError as error:
-            raise ModelError(f"{directory / name} can't be read: {error}", hint=again(directory, name)) from error
+            raise ModelError(
+                f"{directory / name} can't be read: {error}", hint=how_to_restore(directory, name)
+            ) from error
     check_small_files(directory)
 
 
 def check_small_files(directory: Path) -> None:
-    """Check each file in `directory` that transformers or PEFT reads whole, before one of them does.
+    """Check each file in `directory` that transformers or PEFT reads whole, before they read it.
 
     Raises:
-        ModelError: one is larger, or holds more values, than any of its kind; names it and the limit.
+        ModelError: one is larger, or holds more values, than its kind allows; names it and the limit.
     """
     for name in limited_files(directory):
         try:
@@ -201,11 +205,13 @@ def check_small_files(directory: Path) -> None:
                 f"{directory / name} can't be read: {error.strerror}", hint="Check its permissions."
             ) from error
         except ValueError as error:
-            raise ModelError(f"{directory / name} can't be read: {error}", hint=again(directory, name)) from error
+            raise ModelError(
+                f"{directory / name} can't be read: {error}", hint=how_to_restore(directory, name)
+            ) from error
 
 
-def again(directory: Path, file: str) -> str:
-    """Return how to get a file of a model again; for a snapshot in the hub's cache, the very command."""
+def how_to_restore(directory: Path, file: str) -> str:
+    """Return how to restore a file of a model; for a snapshot in the hub's cache, the exact command."""
     if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
         name = directory.parent.parent.name.removeprefix("models--").replace("--", "/")
         return f"Run: hf download {name} {file} --revision {directory.name} --force-download"
@@ -234,7 +240,7 @@ def _read_safetensors(entry: Path) -> Checkpoint:
             if other := tensors.get(tensor.name):
                 raise ModelError(
                     f"{directory} holds the tensor {tensor.name} twice: in {other.file} and in {shard}",
-                    hint=again(directory, entry.name),
+                    hint=how_to_restore(directory, entry.name),
                 )
             tensors[tensor.name] = tensor
     if weight_map is not None:
@@ -254,7 +260,7 @@ def _missing_shards(entry: Path, missing: list[str], weight_map: Mapping[str, st
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return ModelError(
         f"{entry.parent} lacks {shown}{more}, which {entry.name} names (for {_shown(tensor)}, among others)",
-        hint=again(entry.parent, shown),
+        hint=how_to_restore(entry.parent, shown),
     )
 
 
@@ -264,13 +270,13 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
             where = f" (it is in {tensors[name].file})" if name in tensors else ""
             raise ModelError(
                 f"{index} says that the tensor {name} is in {file}, but that file lacks it{where}",
-                hint=again(index.parent, file),
+                hint=how_to_restore(index.parent, file),
             )
     for name, tensor in tensors.items():
         if name not in weight_map:
             raise ModelError(
                 f"{index.parent / tensor.file} holds the tensor {name}, which {index.name} omits",
-                hint=again(index.parent, index.name),
+                hint=how_to_restore(index.parent, index.name),
             )
 
 
@@ -278,7 +284,7 @@ def read_header(directory: Path, file: str) -> list[TensorHeader]:
     """Return the tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        ModelError: the file is no safetensors file, is cut off, or contradicts itself.
+        ModelError: the file is not a safetensors file, is truncated, or contradicts itself.
     """
     path = directory / file
     try:
@@ -291,12 +297,12 @@ def read_header(directory: Path, file: str) -> list[TensorHeader]:
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}", hint="Check its permissions.") from error
     except ValueError as error:
-        raise ModelError(f"{path} is damaged: {error}", hint=again(directory, file)) from error
+        raise ModelError(f"{path} is damaged: {error}", hint=how_to_restore(directory, file)) from error
     return [replace(tensor, offset=start + begin) for tensor, begin, _ in tensors]
 
 
 def _check_by_library(path: Path) -> None:
-    """Check what is not looked at here: JSON that Python alone reads, and later rules of the format."""
+    """Check by safetensors what is not checked here: JSON that only Python accepts, and later rules of the format."""
     try:
         with safe_open(path, framework="np"):
             pass
@@ -307,14 +313,14 @@ def _check_by_library(path: Path) -> None:
 def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:
     prefix = stream.read(8)
     if prefix.startswith(b"version "):
-        raise ValueError("it is a pointer of git-lfs, not the weights (git lfs pull fetches them)")
+        raise ValueError("it is a git-lfs pointer, not the weights (git lfs pull fetches them)")
     if len(prefix) < 8:
         raise ValueError(f"it holds {file_bytes} bytes, too few for a header")
     num_bytes = int.from_bytes(prefix, "little")
     if num_bytes > HEADER.most_bytes or num_bytes < 2:
         raise ValueError("it does not begin with a safetensors header")
     if num_bytes > file_bytes - 8:
-        raise ValueError(f"it is cut off in its header, at {format_bytes(file_bytes)}")
+        raise ValueError(f"it is truncated in its header, at {format_bytes(file_bytes)}")
     content = stream.read(num_bytes)
     try:
         HEADER.check(content)
@@ -323,9 +329,9 @@ def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], in
     try:
         header = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError("its header is no JSON") from None
+        raise ValueError("its header is not JSON") from None
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     return header, 8 + num_bytes
 
 
@@ -333,9 +339,9 @@ def _read_tensors(header: Mapping[str, Any], file: str) -> list[tuple[TensorHead
     """Return each tensor with its byte range, in the order of the ranges."""
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no object of texts")
-    found = [_read_tensor(name, entry, file) for name, entry in header.items() if name != "__metadata__"]
-    return sorted(found, key=lambda part: part[1:])
+        raise ValueError("its metadata is not an object of strings")
+    tensors = [_read_tensor(name, entry, file) for name, entry in header.items() if name != "__metadata__"]
+    return sorted(tensors, key=lambda tensor: tensor[1:])
 
 
 def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int, int]:
@@ -357,7 +363,7 @@ def _read_tensor(name: str, entry: object, file: str) -> tuple[TensorHeader, int
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of whole numbers, so few and small that they can be multiplied."""
+    """Return whether `value` is a list of whole numbers, few and small enough to be multiplied."""
     return (
         isinstance(value, list)
         and len(value) <= MOST_DIMENSIONS
@@ -368,15 +374,15 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 def _check_extent(tensors: list[tuple[TensorHeader, int, int]], data_bytes: int) -> None:
     """Check that the tensors follow each other without gap or overlap, and that the file ends with the last."""
     end = 0
-    for tensor, begin, after in tensors:
+    for tensor, begin, stop in tensors:
         if begin != end:
             raise ValueError(f"the tensor {tensor.name} does not begin where the one before it ends")
-        end = after
+        end = stop
     if data_bytes < end:
-        cut = next(tensor.name for tensor, _, after in tensors if after > data_bytes)
+        incomplete = next(tensor.name for tensor, _, stop in tensors if stop > data_bytes)
         raise ValueError(
-            f"it is cut off: {format_bytes(data_bytes)} of {format_bytes(end)} of weights are there, "
-            f"{cut} is the first tensor that is not whole"
+            f"it is truncated: it holds {format_bytes(data_bytes)} of {format_bytes(end)} of weights, and "
+            f"{incomplete} is the first incomplete tensor"
         )
     if data_bytes > end:
         raise ValueError(f"{format_bytes(data_bytes - end)} follow its last tensor")

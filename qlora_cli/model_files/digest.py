@@ -1,4 +1,4 @@
-"""Tell files apart: an adapter by all of it, a base without reading all of its weights."""
+"""Digests of files: of an adapter by all its bytes, of a base without reading all of its weights."""
 
 import hashlib
 from pathlib import Path
@@ -15,23 +15,23 @@ def file_digest(path: Path) -> str:
 
 
 def base_digest(directory: Path) -> str:
-    """Return a digest that tells bases apart: names and sizes of the weight files, and samples of their bytes.
+    """Return a digest of a base from the names and sizes of its weight files and samples of their bytes.
 
-    All of them would take minutes to read; other weights differ nearly everywhere.
+    Reading all bytes would take minutes, and two models differ nearly everywhere.
     """
     digest = hashlib.sha256()
     for path in _weight_files(directory):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            for place in range(NUM_SAMPLES):
-                file.seek(place * max(0, size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
+            for sample in range(NUM_SAMPLES):
+                file.seek(sample * max(0, size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Return the files that the model is loaded from; others may be put next to them later."""
+    """Return the files that the model is loaded from, and no others that lie next to them."""
     entry = weights_entry([path.name for path in directory.iterdir()], allow_pickle=True)
     assert entry is not None, "a base has weights"
     if not entry.endswith(INDEX_SUFFIX):

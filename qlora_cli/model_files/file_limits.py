@@ -1,8 +1,8 @@
-"""How large the small files of a model may be, by what they are, and how many values they may hold.
+"""Limits on the size of a model's small files and on the number of their values, by kind of file.
 
-A value of three characters, `{},`, is an object of 72 bytes, and transformers copies some files several times. So
-both are looked at in the bytes, before anything is made of them. Published files are below a tenth of these limits,
-apart from those of tokenizers with tens of thousands of added tokens, which are below a half.
+A value of three characters, `{},`, becomes an object of 72 bytes, and transformers copies some files several times.
+So both limits are checked on the bytes, before they are parsed. Published files stay below a tenth of these limits;
+those of tokenizers with tens of thousands of added tokens stay below half.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from pathlib import Path
 from qlora_cli.files import TEXT_SEPARATORS, FileLimit
 from qlora_cli.units import MIB
 
-# Of safetensors, whose own bound the bytes are.
+# Of safetensors, whose own limit the bytes are.
 HEADER = FileLimit(most_bytes=100_000_000, most_values=2_000_000)
 _OTHER_JSON = FileLimit(most_bytes=4 * MIB, most_values=200_000)
 _VOCABULARY = FileLimit(most_bytes=64 * MIB, most_values=6_000_000)
-_TOKENS = FileLimit(most_bytes=32 * MIB, most_values=1_000_000)  # six values for each that was added
+_TOKENS = FileLimit(most_bytes=32 * MIB, most_values=1_000_000)  # six values for each added token
 _LINES = FileLimit(most_bytes=32 * MIB, most_values=4_000_000, separators=TEXT_SEPARATORS)
 # By the first pattern that a name matches.
 _LIMITS = {
@@ -34,12 +34,12 @@ _LIMITS = {
         most_bytes=64 * MIB, most_values=64 * MIB
     ),  # of sentencepiece, whose values no byte separates
 }
-# What transformers and PEFT read besides those named above.
+# Further files that transformers and PEFT read.
 _READ_BY_OTHERS = ("config*.json", "*_config.json", "chat_template.json", "model.*.json", "pytorch_model.*.json")
 
 
 def read_limited(path: Path) -> bytes:
-    """Return the content of a small file of a model, if it is within the limits of its kind.
+    """Return the content of a small file of a model, which must be within the limits of its kind.
 
     Raises:
         OSError: it can't be read.
@@ -55,7 +55,7 @@ def read_limited(path: Path) -> bytes:
 
 
 def limit_of(name: str) -> FileLimit | None:
-    """Return the limit of a file by its name; None if it is of no kind that has one."""
+    """Return the limit of a file by its name; None if its kind has none."""
     return next((limit for pattern, limit in _LIMITS.items() if fnmatch(name, pattern)), None)
 
 

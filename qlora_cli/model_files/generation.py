@@ -1,4 +1,4 @@
-"""Read a model's generation_config.json, and name the key that makes it none."""
+"""Read a model's generation_config.json, and name the key that makes it invalid."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.checkpoint import how_to_restore, read_json
 from qlora_cli.model_files.construction import faulty_keys, is_ours, reason_of, shown
 
 GENERATION_CONFIG = "generation_config.json"
@@ -22,20 +22,20 @@ NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "
 
 
 def read_generation_config(directory: Path) -> Mapping[str, Any]:
-    """Return what the generation_config.json in `directory` holds; nothing if there is none.
+    """Return the content of the generation_config.json in `directory`; empty if there is none.
 
     Raises:
-        ModelError: transformers makes no generation config of it, or generating with it would fail; names the key.
+        ModelError: transformers can't read it, or generating with it would fail; names the key.
     """
     file = directory / GENERATION_CONFIG
     if not file.is_file():
         return {}
     content = read_json(file)
     for key, value in content.items():
-        if why := _what_it_must_be(key, value):
+        if why := _type_problem(key, value):
             raise _refused(file, content, [key], why)
     try:
-        with _unlogged():
+        with _without_warnings():
             GenerationConfig.from_dict(dict(content))
     except Exception as error:  # whatever transformers raises
         if is_ours(error):
@@ -46,18 +46,18 @@ def read_generation_config(directory: Path) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
-    """Leave out what transformers logs of flags that have no effect together: all of them are kept as they are."""
+def _without_warnings() -> Iterator[None]:
+    """Suppress transformers' warnings about flags that have no effect together: they are all kept unchanged."""
     logger = logging.getLogger(GenerationConfig.__module__)
-    before = logger.level
+    previous = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(previous)
 
 
-def _what_it_must_be(key: str, value: object) -> str | None:
+def _type_problem(key: str, value: object) -> str | None:
     parts = value if isinstance(value, list) and key in IDS else [value]
     if key in (*IDS, *WHOLE_NUMBERS) and not all(part is None or type(part) is int for part in parts):
         return "it must be a whole number"
@@ -69,6 +69,6 @@ def _what_it_must_be(key: str, value: object) -> str | None:
 def _refused(file: Path, content: Mapping[str, Any], keys: list[str], why: str) -> ModelError:
     named = ", ".join(f"{key} is {shown(content[key])}" for key in keys)
     return ModelError(
-        f"{file} makes no generation config: {named}{': ' if named else ''}{why}",
-        hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
+        f"{file} is not a valid generation config: {named}{': ' if named else ''}{why}",
+        hint=f"Correct it there, or download it again. {how_to_restore(file.parent, file.name)}",
     )

@@ -1,4 +1,4 @@
-"""Check what was given as a model before anything is fetched: a hub id, or the files of a directory.
+"""Check the model that the user named before anything is downloaded: a hub id, or the files of a directory.
 
 Neither the network nor torch is needed.
 """
@@ -18,7 +18,7 @@ from qlora_cli.settings.models import ModelSettings
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG = "config.json"
-# What the tokens of a tokenizer are read from; a config of it alone is none.
+# The files that a tokenizer's vocabulary is read from; its config alone is not enough.
 VOCABULARY = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json"),
     "sentencepiece.bpe.model",
@@ -26,12 +26,12 @@ VOCABULARY = (
 
 
 def looks_local(name: str) -> bool:
-    """Whether `name` can only mean a path: it exists, or is written as one."""
+    """Return whether `name` can only be a path: it exists, or is written as one."""
     return name.startswith(("/", "./", "../", "~", "\\")) or name in {".", ".."} or existing_path(name) is not None
 
 
 def check_model_name(settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with the model's name, as far as this machine can tell at once."""
+    """Return what is wrong with the model's name, as far as can be checked at once and locally."""
     name = settings.name
     if looks_local(name):
         path = existing_path(name)
@@ -53,7 +53,7 @@ def check_model_name(settings: ModelSettings) -> QloraError | None:
 
 
 def has_vocabulary(directory: Path) -> bool:
-    """Whether a directory holds the tokens of a tokenizer."""
+    """Return whether a directory holds the vocabulary of a tokenizer."""
     return any((directory / file).is_file() for file in VOCABULARY)
 
 
@@ -61,7 +61,7 @@ def check_path(path: Path, revision: str | None) -> QloraError | None:
     """Return why a path can't be the directory of a model."""
     if not path.is_dir():
         if path.suffix == ".gguf":
-            return _gguf(str(path))
+            return _gguf_error(str(path))
         return ModelError(f"{path} is a file", hint="Give the directory that holds config.json and the weights.")
     if revision is not None:
         return ModelError(
@@ -72,7 +72,7 @@ def check_path(path: Path, revision: str | None) -> QloraError | None:
 
 
 def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with a run, as far as that shows without reading all of its weights."""
+    """Return what is wrong with a run, as far as can be checked without reading all of its weights."""
     try:
         record = load_record(run.path)
     except ModelError as error:
@@ -83,7 +83,7 @@ def _check_run(run: RunDirectory, settings: ModelSettings) -> QloraError | None:
 
 
 def check_directory(path: Path, settings: ModelSettings) -> QloraError | None:
-    """Return what is wrong with the directory of a model or an adapter, by its names and small files."""
+    """Return what is wrong with the directory of a model or an adapter, by its file names and small files."""
     names = [file.relative_to(path).as_posix() for file in path.iterdir()]
     if problem := check_files(str(path), names, settings):
         return problem
@@ -114,13 +114,13 @@ def check_files(where: str, names: Collection[str], settings: ModelSettings) -> 
             hint=f"Copy {ADAPTER_CONFIG} again from where the adapter came from.",
         )
     if entry is None and any(name.endswith(".gguf") for name in names):
-        return _gguf(where)
+        return _gguf_error(where)
     if CONFIG not in names:
         return ModelError(f"{where} has no {CONFIG}", hint="Give a directory written by save_pretrained.")
     return no_weights(where, names) if entry is None else None
 
 
-def _gguf(where: str) -> ModelError:
+def _gguf_error(where: str) -> ModelError:
     return ModelError(
         f"{where} is in GGUF, the format of llama.cpp: it is quantized for inference and can't be trained",
         hint="Give the 16-bit model that it was made from.",
@@ -139,7 +139,7 @@ def _check_adapter_files(where: str, names: Collection[str], settings: ModelSett
 
 
 def base_model_problem(name: str, settings: ModelSettings) -> ModelError | None:
-    """Return the error if another base is asked for than that of `name`, which is a whole model."""
+    """Return the error if `--base-model` is given although `name` is a whole model."""
     if settings.base_model is None:
         return None
     return ModelError(

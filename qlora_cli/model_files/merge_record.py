@@ -10,7 +10,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, read_small
 
 MERGE_FILE = "merge.json"
-MERGE_SCHEMA_VERSION = 1  # a record that names none is of version 0
+MERGE_SCHEMA_VERSION = 1  # a record without one has version 0
 
 
 class _RecordPart(BaseModel):
@@ -18,7 +18,7 @@ class _RecordPart(BaseModel):
 
 
 class MergedAdapter(_RecordPart):
-    """An adapter that was merged. `sha256` is that of its weights; `step` is that of the run that it is of."""
+    """An adapter that was merged. `sha256` is the digest of its weights, `step` the step of its run."""
 
     name: str | None = None
     weight: float | None = None
@@ -38,7 +38,7 @@ class MergedRows(_RecordPart):
 
 
 class MergeRecord(_RecordPart):
-    """The record of a merge. Paths of the machine are named by their ends: it may be published with the weights."""
+    """The record of a merge. It may be published with the weights, so local paths are reduced to their last part."""
 
     schema_version: int = 0
     written_by: str | None = None
@@ -72,19 +72,19 @@ def read_merge_record(directory: Path) -> MergeRecord | None:
     file = directory / MERGE_FILE
     if not file.is_file():
         return None
-    hint = "Merge it anew."
+    hint = "Merge it again."
     try:
         record = MergeRecord.model_validate(json.loads(read_small(file)))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "it"
-        raise ModelError(f"{file} is damaged: {place}: {problem['msg']}", hint=hint) from error
+        location = ".".join(map(str, problem["loc"])) or "it"
+        raise ModelError(f"{file} is damaged: {location}: {problem['msg']}", hint=hint) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} can't be read: {error}", hint=hint) from error
     if record.schema_version > MERGE_SCHEMA_VERSION:
         raise ModelError(
             f"{file} is of schema version {record.schema_version}, and this qlora knows versions up to "
             f"{MERGE_SCHEMA_VERSION}",
-            hint="Update qlora: pip install -U qlora-cli, or merge it anew.",
+            hint="Update qlora: pip install -U qlora-cli, or merge it again.",
         )
     return record

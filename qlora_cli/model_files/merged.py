@@ -1,4 +1,4 @@
-"""The model that was merged from a run, where a run is asked for what became of it."""
+"""Find the model that was merged from a run, and check that it is up to date."""
 
 from pathlib import Path
 
@@ -22,33 +22,33 @@ def adapter_digest(adapter: Path) -> str:
     return file_digest(weights if weights.is_file() else adapter / ADAPTER_PICKLE)
 
 
-def staleness(merged: Path, source: ModelSource) -> str | None:
-    """Return in words that a model was merged from another adapter than `source` has now; None if not known to be."""
+def staleness_problem(merged: Path, source: ModelSource) -> str | None:
+    """Return in words that `merged` was not made from the adapter of `source`; None if that is not known."""
     record = None if source.adapter is None else read_merge_record(merged)
     if source.adapter is None or record is None:
         return None
     known = [one.sha256 for one in record.adapters]
     if not any(known) or adapter_digest(source.adapter) in known:
         return None
-    return f"{merged} was merged from another adapter than {source.name} has now: merge it anew"
+    return f"{merged} was merged from another adapter than {source.name} has now: merge it again"
 
 
 def merged_model_of(source: ModelSource) -> Path | None:
-    """Return what was merged from the run that was named, for transformers; None if nothing was.
+    """Return the directory that the run of `source` was merged to, in transformers' format; None if there is none.
 
-    It is of the run's adapter, not of one of its checkpoints; of several formats, one that is not quantized anew.
+    It is merged from the run's adapter, not from a checkpoint; of several formats, one that is not requantized wins.
     """
     run = None if source.run is None else RunDirectory(source.run)
     if run is None or source.adapter != run.adapter:
         return None
-    places = (run.merged, *(run.merged / name.value for name in ExportFormat))
-    return min((place for place in places if (place / CONFIG).is_file()), key=_is_quantized, default=None)
+    candidates = (run.merged, *(run.merged / name.value for name in ExportFormat))
+    return min((path for path in candidates if (path / CONFIG).is_file()), key=_is_quantized, default=None)
 
 
 def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) -> LoadSettings:
-    """Return how a merged model is loaded: computing as `model`, unquantized unless it is stored so.
+    """Return the settings to load a merged model with: in `dtype`, and unquantized unless it is stored quantized.
 
-    Longer positions and more rows are in its own config; it has no revision.
+    Scaled positions and added tokens are already in its own config; it has no revision.
     """
     settings = with_values(
         model,

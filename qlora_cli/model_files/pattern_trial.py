@@ -1,7 +1,7 @@
-"""Regular expressions of others, compiled and matched by a process that can be stopped. Imports no torch.
+"""Try untrusted regular expressions in a process that can be killed. Imports no torch.
 
-`re` goes through every way in which a pattern can be read: one of twenty characters can take longer on a name than
-anyone waits, and a few sets of characters take seconds to compile. Nothing stops that from within.
+`re` backtracks: a pattern of twenty characters can match forever on a single name, and a few character sets take
+seconds to compile. Neither can be interrupted from within the process.
 """
 
 import json
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-MOST_SECONDS = 3.0  # of processor time, for all patterns on all names; a common one takes thousandths of a second
-WAITING_SECONDS = 30.0  # where processor time is short, or can't be limited
-# Names, a choice between names, or what ends with one of them, as most patterns are: each compiles, whatever stands
-# around it, and there is little to go through.
+MOST_SECONDS = 3.0  # of CPU time, for all patterns on all names; an ordinary one takes milliseconds
+WAITING_SECONDS = 30.0  # of wall time, where the CPU is busy or CPU time can't be limited
+# Names, alternatives of names, or a suffix, as most patterns are: they compile, also inside the expressions that PEFT
+# builds around them, and hardly backtrack.
 _LITERAL = r"(?:[\w. $-]|\\[.d-])*"
 PLAIN = re.compile(rf"\^?(\.\*)?{_LITERAL}(\((?:[\w. |-]|\\[.d-])*\))?{_LITERAL}")
 MOST_PLAIN_CHARACTERS = 300
@@ -48,7 +48,7 @@ else:
 
 
 class TriedPattern(NamedTuple):
-    """A pattern under a key of a config: as it is written there, what is made of it, and by which function of `re`."""
+    """A pattern under a key of a config: as it is written, the expression built from it, and the function of `re`."""
 
     key: str
     written: str
@@ -64,12 +64,12 @@ class Fault(NamedTuple):
 
 
 def find_fault(patterns: Iterable[TriedPattern], names: Iterable[str] = ()) -> Fault | None:
-    """Return the first of `patterns` that does not compile, or is not matched with all `names` within seconds."""
-    tried = [one for one in patterns if not _is_plain(one.written)]
-    if not tried:
+    """Return the first of `patterns` that does not compile, or can't be matched with all `names` within seconds."""
+    risky = [one for one in patterns if not _is_plain(one.written)]
+    if not risky:
         return None
-    found = _tried(tuple((one.matched, one.function) for one in tried), tuple(dict.fromkeys(names)), MOST_SECONDS)
-    return None if found is None else Fault(pattern=tried[found[0]], reason=found[1])
+    failure = _try(tuple((one.matched, one.function) for one in risky), tuple(dict.fromkeys(names)), MOST_SECONDS)
+    return None if failure is None else Fault(pattern=risky[failure[0]], reason=failure[1])
 
 
 def _is_plain(pattern: str) -> bool:
@@ -77,19 +77,19 @@ def _is_plain(pattern: str) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _tried(patterns: Sequence[tuple[str, str]], names: Sequence[str], seconds: float) -> tuple[int, str | None] | None:
-    """Return the number of the first pattern that fails and why, which is None for too slow; None if all are fine."""
-    asked = json.dumps({"patterns": patterns, "names": names, "seconds": seconds}).encode()
+def _try(patterns: Sequence[tuple[str, str]], names: Sequence[str], seconds: float) -> tuple[int, str | None] | None:
+    """Return the index of the first pattern that fails and the reason, None if it is too slow; None if none fails."""
+    request = json.dumps({"patterns": patterns, "names": names, "seconds": seconds}).encode()
     command = [sys.executable, "-I", "-S", "-c", TRIAL]
     try:
         # This Python, with patterns and names as data.
-        done = subprocess.run(command, input=asked, capture_output=True, timeout=WAITING_SECONDS, check=False)  # noqa: S603
+        done = subprocess.run(command, input=request, capture_output=True, timeout=WAITING_SECONDS, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
         return _last_begun(error.stdout), None
     if hasattr(signal, "SIGPROF") and done.returncode == -signal.SIGPROF:
         return _last_begun(done.stdout), None
     if done.returncode:
-        return _last_begun(done.stdout), "what tries it ends by it"
+        return _last_begun(done.stdout), "it crashes the process that tries it"
     number, reason = done.stdout.decode().splitlines()[-2:]
     return None if number == reason == "done" else (int(number), reason)
 

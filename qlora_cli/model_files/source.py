@@ -1,4 +1,4 @@
-"""Find the model that was asked for: a local one, one on the hub, or an adapter or run with its base.
+"""Find the model that the user named: a local one, one on the hub, or an adapter or run with its base.
 
 Weights are read from safetensors; pickles and the model's own code only if the settings allow them.
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qlora_cli.hub.repository import Repository
 
 HOW_TRAINED = "what the run was based on, and how"
-# Besides the weights. In the root only: other folders hold the same model in other formats.
+# In addition to the weights. Only in the root: other folders hold the same model in other formats.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TEMPLATES = "additional_chat_templates/*.jinja"
 CODE = "*.py"
@@ -53,7 +53,7 @@ _SILENT = SilentReporter()
 
 @dataclass(frozen=True, kw_only=True)
 class PendingWeights:
-    """Files of a repository that are fetched once it is settled that the model can be loaded."""
+    """Files of a repository that are fetched once it is known that the model can be loaded."""
 
     repository: "Repository"
     names: tuple[str, ...]
@@ -69,12 +69,12 @@ class ModelSource:
         revision: The revision of the base that was asked for, by the user, the adapter or the run.
         commit: What that resolved to, for a hub id.
         base_name: The base's own name, a hub id or a path; equals `name` when no adapter was named.
-        adapter: The adapter to attach, when the user named an adapter or a run directory.
-        run: The run directory that was named, itself or by a part of it.
-        record: What that run recorded of itself.
-        weights: Which of its weights `adapter` is.
+        adapter: The adapter to attach, if the user named an adapter or a run directory.
+        run: The run directory that was named, directly or by a part of it.
+        record: The record of that run.
+        weights: The weights of that run that `adapter` points to.
         tokenizer_path: Where the vocabulary is read from: the adapter if it has one of its own.
-        pending: The weights of the base, if they come from the hub: `fetch_weights` brings them.
+        pending: The weights of the base, if they come from the hub; `fetch_weights` downloads them.
     """
 
     name: str
@@ -91,28 +91,28 @@ class ModelSource:
 
     @property
     def adapter_step(self) -> int | None:
-        """The step of the run that the adapter is of, if it is of a run, and that is known."""
+        """The step that the adapter was saved at, if it belongs to a run and the step is known."""
         return None if self.weights is None else self.weights.step
 
     @property
     def run_is_done(self) -> bool | None:
-        """Whether the run was trained to its end; None if none was named."""
+        """Whether the run was trained to its end; None if no run was named."""
         return None if self.weights is None else self.weights.is_done
 
     @property
     def run_quantization(self) -> Values | None:
-        """The quantization settings that the run was trained with, if one was named."""
+        """The quantization settings that the run was trained with, if a run was named."""
         return None if self.record is None else self.record.settings_of("quantization", HOW_TRAINED)
 
     @property
     def run_model(self) -> Values | None:
-        """Its model settings, as they were asked for or taken over from the run before it."""
+        """The model settings of the run, its own or those taken over from an earlier run."""
         return None if self.record is None else self.record.settings_of("model", HOW_TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """One directory or snapshot that was found: a base model, or an adapter."""
+    """A directory or snapshot with a base model or an adapter."""
 
     name: str
     path: Path
@@ -127,46 +127,46 @@ class _Files:
 
 @dataclass(frozen=True, kw_only=True)
 class _Base:
-    """A base as an adapter, a run or the user names it, and the `places` on this disk that it may be at.
+    """A base as an adapter, a run or the user names it, and the local `paths` where it may be.
 
-    A base that is known to come from the hub has none: no directory may take its place.
+    A base that is known to come from the hub has none: no directory may stand in for it.
     """
 
     name: str
     revision: str | None = None
-    places: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
 
 
 def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
-    """Return where the model's files are; of one on the hub all but the base's weights are downloaded.
+    """Return where the model's files are; for one on the hub, download all but the weights of the base.
 
-    Of an adapter or a run directory the base is found too: at the revision that it names, or `settings.base_model`.
+    For an adapter or a run directory find the base too: at the revision that it names, or `settings.base_model`.
 
     Raises:
-        ModelNotFoundError: no such directory or repository, or no access to it; also of an adapter's base.
-        ModelError: the files are no model that can be loaded.
+        ModelNotFoundError: no such directory or repository, or no access to it; the same for an adapter's base.
+        ModelError: the files are not a model that can be loaded.
         DiskSpaceError: the download does not fit on the disk.
     """
     if problem := check_model_name(settings):
         raise problem
     if not looks_local(settings.name):
-        found = _download(settings.name, settings.revision, settings, reporter)
-        if not found.is_adapter:
-            return _plain(found, settings)
-        return _attached(found, settings, reporter)
+        files = _download(settings.name, settings.revision, settings, reporter)
+        if not files.is_adapter:
+            return _base_source(files, settings)
+        return _adapter_source(files, settings, reporter)
     path = Path(settings.name).expanduser().resolve()
-    found = _Files(name=settings.name, path=path)
-    run = RunDirectory(path) if RunDirectory(path).is_run else run_around(path) if found.is_adapter else None
+    files = _Files(name=settings.name, path=path)
+    run = RunDirectory(path) if RunDirectory(path).is_run else run_around(path) if files.is_adapter else None
     if run is not None:
-        return _of_run(path, run, settings, reporter)
-    return _attached(found, settings, reporter) if found.is_adapter else _plain(found, settings)
+        return _run_source(path, run, settings, reporter)
+    return _adapter_source(files, settings, reporter) if files.is_adapter else _base_source(files, settings)
 
 
 def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSource:
-    """Return where the tokenizer of a model is; of one on the hub only the small files are downloaded.
+    """Return where the tokenizer of a model is; for one on the hub, download only the small files.
 
-    A directory needs no weights and no config. Of an adapter or a run directory the base is found too, since it says
-    what ends a text.
+    A directory needs no weights and no config. For an adapter or a run directory find the base too, since that says
+    which tokens end a text.
 
     Raises:
         ModelNotFoundError: no such directory or repository, or no access to it.
@@ -179,18 +179,18 @@ def find_tokenizer(settings: ModelSettings, reporter: Reporter = _SILENT) -> Mod
             raise problem.for_setting("model.name")
         if RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file():
             return find_model(settings, reporter)
-        return _plain(_Files(name=name, path=path.resolve()), settings)
+        return _base_source(_Files(name=name, path=path.resolve()), settings)
     if problem := check_model_name(settings):
         raise problem.for_setting("model.name")
-    found = _download_small(name, settings, reporter)
-    return find_model(settings, reporter) if found.is_adapter else _plain(found, settings)
+    files = _download_small(name, settings, reporter)
+    return find_model(settings, reporter) if files.is_adapter else _base_source(files, settings)
 
 
 def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
-    """Download the weights of the base as far as they are on the hub and not in the cache.
+    """Download those weights of the base that are on the hub and not in the cache.
 
     Raises:
-        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        ModelNotFoundError: the hub can't be reached, or denies access.
         DiskSpaceError: they do not fit on the disk.
     """
     from qlora_cli.hub.repository import fetch_files
@@ -200,7 +200,7 @@ def fetch_weights(source: ModelSource, reporter: Reporter) -> None:
 
 
 def _download(name: str, revision: str | None, settings: ModelSettings, reporter: Reporter) -> _Files:
-    """Fetch a model or an adapter: first the small files, then the weights that they speak of."""
+    """Fetch a model or an adapter: first the small files, then the weights that they name."""
     from qlora_cli.hub.repository import fetch_files, open_repository
 
     repository = open_repository(name, revision, reporter)
@@ -211,7 +211,7 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
     is_adapter = ADAPTER_CONFIG in names
     small = [file for file in names if _is_small(file, with_code=settings.trust_remote_code and not is_adapter)]
     path = fetch_files(repository, small, reporter)
-    # By commit: the branch may move on while gigabytes arrive.
+    # By commit: the branch may change while gigabytes are downloaded.
     pinned = replace(repository, revision=repository.commit)
     if is_adapter:
         weights = [ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else ADAPTER_PICKLE]
@@ -219,11 +219,11 @@ def _download(name: str, revision: str | None, settings: ModelSettings, reporter
         weights = _weight_files(path, root, settings)
     if absent := [file for file in weights if file not in names]:
         raise ModelError(f"the index of {name} names {absent[0]}, which the repository lacks", hint="Tell its author.")
-    found = _Files(name=name, path=path, revision=revision, commit=repository.commit)
+    files = _Files(name=name, path=path, revision=revision, commit=repository.commit)
     if is_adapter:
         fetch_files(pinned, weights, reporter)
-        return found
-    return replace(found, pending=PendingWeights(repository=pinned, names=tuple(weights)))
+        return files
+    return replace(files, pending=PendingWeights(repository=pinned, names=tuple(weights)))
 
 
 def _download_small(name: str, settings: ModelSettings, reporter: Reporter) -> _Files:
@@ -248,12 +248,12 @@ def _weight_files(path: Path, names: Collection[str], settings: ModelSettings) -
 
 
 def _check_code(base: _Files, settings: ModelSettings) -> None:
-    """Refuse code of another repository than the one that was trusted; transformers would fetch and run it."""
+    """Refuse code from another repository than the trusted one; transformers would fetch and run it."""
     for file in (CONFIG, "tokenizer_config.json") if settings.trust_remote_code else ():
         classes = read_json(base.path / file).get("auto_map") if (base.path / file).is_file() else None
-        for place in classes.values() if isinstance(classes, Mapping) else ():
+        for entry in classes.values() if isinstance(classes, Mapping) else ():
             # A tokenizer names two classes, a slow and a fast one.
-            for name in place if isinstance(place, list) else [place]:
+            for name in entry if isinstance(entry, list) else [entry]:
                 if "--" in str(name):
                     repository, _, class_name = name.partition("--")
                     raise ModelError(
@@ -262,35 +262,33 @@ def _check_code(base: _Files, settings: ModelSettings) -> None:
                     )
 
 
-def _plain(found: _Files, settings: ModelSettings) -> ModelSource:
-    if problem := base_model_problem(found.name, settings):
+def _base_source(files: _Files, settings: ModelSettings) -> ModelSource:
+    if problem := base_model_problem(files.name, settings):
         raise problem
-    _check_code(found, settings)
+    _check_code(files, settings)
     return ModelSource(
-        name=found.name,
-        path=found.path,
-        revision=found.revision,
-        commit=found.commit,
-        base_name=found.name,
-        tokenizer_path=found.path,
-        pending=found.pending,
+        name=files.name,
+        path=files.path,
+        revision=files.revision,
+        commit=files.commit,
+        base_name=files.name,
+        tokenizer_path=files.path,
+        pending=files.pending,
     )
 
 
-def _attached(
+def _adapter_source(
     adapter: _Files,
     settings: ModelSettings,
     reporter: Reporter,
     record: RunRecord | None = None,
 ) -> ModelSource:
-    """Find the base of `adapter`; `record` is that of the run that it is of, if it is of one."""
+    """Return the source of `adapter` with its base; `record` is the record of its run, if it has one."""
     _check_code(adapter, settings)
-    read_adapter_config(adapter.path)  # of a run too, which names the base itself
+    read_adapter_config(adapter.path)  # checked for a run too, though its record names the base
     asked = settings.base_model
-    named = _base_of_adapter(adapter.path) if record is None else _base_of_run(adapter.path, record)
-    base = _find_base(
-        named if asked is None else _Base(name=asked, places=(Path(asked),)), adapter, settings, reporter
-    )
+    named = _base_of_adapter(adapter.path) if record is None else _base_run_source(adapter.path, record)
+    base = _find_base(named if asked is None else _Base(name=asked, paths=(Path(asked),)), adapter, settings, reporter)
     return ModelSource(
         name=adapter.name,
         path=base.path,
@@ -304,29 +302,29 @@ def _attached(
     )
 
 
-def _of_run(path: Path, run: RunDirectory, settings: ModelSettings, reporter: Reporter) -> ModelSource:
-    """Return what `path` is: a run, of which the weights that count are taken, or a part of one."""
+def _run_source(path: Path, run: RunDirectory, settings: ModelSettings, reporter: Reporter) -> ModelSource:
+    """Return the source for `path`: a run, with the weights that represent it, or a part of one."""
     record = load_record(run.path)
     is_part = path != run.path
     weights = weights_of_part(path, run, record) if is_part else weights_of(run, record)
     if problem := check_directory(weights.path, settings):
         raise problem
     for damage in weights.damaged:
-        reporter.report(Noted(level="warning", message=f"passed over in {run.path}: {damage}"))
+        reporter.report(Noted(level="warning", message=f"ignored in {run.path}: {damage}"))
     reporter.report(Noted(message=f"{settings.name}: {weights.sentence}"))
-    source = _attached(_Files(name=settings.name, path=weights.path), settings, reporter, record)
+    source = _adapter_source(_Files(name=settings.name, path=weights.path), settings, reporter, record)
     return replace(source, run=run.path, weights=weights)
 
 
-def _base_of_run(adapter: Path, record: RunRecord) -> _Base:
-    for section in ("quantization", "model"):  # what a named run needs besides
+def _base_run_source(adapter: Path, record: RunRecord) -> _Base:
+    for section in ("quantization", "model"):  # which a run must have, too
         record.settings_of(section, HOW_TRAINED)
     base = record.base()
     if base.commit is not None:
         return _Base(name=base.name, revision=base.commit)
     own = read_adapter_config(adapter).base_model_name_or_path
-    places = (*base.places, *((Path(own),) if own else ()))  # which its owner may have set since
-    return _Base(name=str(base.places[0]), places=places)
+    paths = (*base.places, *((Path(own),) if own else ()))  # the user may have edited it since
+    return _Base(name=str(base.places[0]), paths=paths)
 
 
 def _base_of_adapter(adapter: Path) -> _Base:
@@ -338,19 +336,19 @@ def _base_of_adapter(adapter: Path) -> _Base:
             hint=f"Set base_model_name_or_path in its {ADAPTER_CONFIG}.",
         )
     is_hub = bool(revision) and HUB_ID.fullmatch(name) is not None
-    return _Base(name=name, revision=revision or None, places=() if is_hub else (Path(name), adapter / name))
+    return _Base(name=name, revision=revision or None, paths=() if is_hub else (Path(name), adapter / name))
 
 
 def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter: Reporter) -> _Files:
-    found = [existing_path(place) for place in named.places]
-    path = next((place.resolve() for place in found if place is not None and place.is_dir()), None)
+    candidates = [existing_path(path) for path in named.paths]
+    path = next((path.resolve() for path in candidates if path is not None and path.is_dir()), None)
     if path is None and (named.name.startswith((".", "~")) or not HUB_ID.fullmatch(named.name)):
-        raise _no_base(named, adapter)
+        raise _missing_base(named, adapter)
     try:
         if path is None:
             base = _download(named.name, named.revision, settings, reporter)
         else:
-            if path != named.places[0].absolute().resolve() or not Path(named.name).is_absolute():
+            if path != named.paths[0].absolute().resolve() or not Path(named.name).is_absolute():
                 reporter.report(Noted(message=f"the base {named.name} is taken from the directory {path}"))
             base = _Files(name=str(path), path=path)
             if problem := check_directory(path, settings):
@@ -366,10 +364,10 @@ def _find_base(named: _Base, adapter: _Files, settings: ModelSettings, reporter:
     return base
 
 
-def _no_base(named: _Base, adapter: _Files) -> ModelNotFoundError:
-    written = [str(place if str(place).startswith("~") else place.absolute()) for place in named.places]
-    looked = " and ".join(dict.fromkeys(written))
+def _missing_base(named: _Base, adapter: _Files) -> ModelNotFoundError:
+    paths = [str(path if str(path).startswith("~") else path.absolute()) for path in named.paths]
+    searched = " and ".join(dict.fromkeys(paths))
     return ModelNotFoundError(
-        f"the base of the adapter {adapter.name} is {named.name}, which is not here (looked for {looked})",
+        f"the base of the adapter {adapter.name} is {named.name}, which does not exist (looked for {searched})",
         hint="Put it there, or say where it is: --base-model BASE.",
     )

@@ -1,4 +1,4 @@
-"""How many ids a tokenizer has, by its files alone. Imports neither torch nor transformers."""
+"""Count the ids of a tokenizer from its files. Imports neither torch nor transformers."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,15 +9,15 @@ FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.
 
 
 def num_ids(directory: Path) -> int:
-    """Return how many ids the tokenizer in `directory` has, holes included, as far as its JSON files tell.
+    """Return the number of ids of the tokenizer in `directory`, including gaps, as far as its JSON files say.
 
-    0 if they tell of none. A vocabulary in another format is not read: the tokens that were added come last.
+    Return 0 if they list none. A vocabulary in another format is not read: added tokens have the highest ids.
 
     Raises:
-        ModelError: one of them is no JSON.
+        ModelError: one of the files is not JSON.
     """
-    found = (number for name in FILES if (directory / name).is_file() for number in _ids(name, directory))
-    return max(found, default=-1) + 1
+    ids = (number for name in FILES if (directory / name).is_file() for number in _ids(name, directory))
+    return max(ids, default=-1) + 1
 
 
 def _ids(name: str, directory: Path) -> Iterator[int]:
@@ -32,7 +32,7 @@ def _ids(name: str, directory: Path) -> Iterator[int]:
 
 
 def _of_library(content: Mapping[str, object]) -> Iterator[int]:
-    """Yield the ids in a file of the library tokenizers: a vocabulary by token, or in order, and what was added."""
+    """Yield the ids in a tokenizer.json: of its vocabulary, a mapping or a list, and of its added tokens."""
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocabulary, Mapping):

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qlora_cli.bounded import DeadlyError, TimeOutError
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path, open_regular
-from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.checkpoint import how_to_restore, read_json
 from qlora_cli.tokenizing.template_rendering import (
     ENDLESS,
     OTHER_TEMPLATE,
@@ -110,7 +110,8 @@ def _templates_in(file: Path, value: Any) -> str | dict[str, str] | None:
     texts = [*value, *value.values()] if isinstance(value, dict) else [value]
     if value is not None and not all(isinstance(text, str) for text in texts):
         raise ModelError(
-            f"{file}: chat_template is neither a text nor a list of them by name", hint=again(file.parent, file.name)
+            f"{file}: chat_template is neither a text nor a list of them by name",
+            hint=how_to_restore(file.parent, file.name),
         )
     templates: str | dict[str, str] | None = value
     return templates

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError, QloraError
-from qlora_cli.model_files.checkpoint import again, read_json
+from qlora_cli.model_files.checkpoint import how_to_restore, read_json
 from qlora_cli.model_files.construction import reason_of, shown
 from qlora_cli.model_files.generation import read_generation_config
 from qlora_cli.model_files.given_model import CONFIG, has_vocabulary
@@ -155,7 +155,7 @@ def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[
 def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> QloraError:
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"the tokenizer of {source.name} comes with Python code of its own, which is not run unasked",
+            f"the tokenizer of {source.name} comes with its own Python code, which is not run by default",
             hint="Read the code; if you trust its author, give --trust-remote-code.",
         )
     for place in places_of(source):
@@ -167,7 +167,7 @@ def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code:
         file, key, value = faulty
         return ModelError(
             f"{file} makes no tokenizer: {key} is {shown(value)}: {reason}",
-            hint=f"Correct it there, or get it anew. {again(file.parent, file.name)}",
+            hint=f"Correct it there, or get it anew. {how_to_restore(file.parent, file.name)}",
         )
     hint = "Save one next to the weights with tokenizer.save_pretrained()."
     if has_vocabulary(source.tokenizer_path):
@@ -181,13 +181,15 @@ def _check_files(directory: Path) -> None:
         path = directory / file
         for key, value in read_json(path).items() if path.is_file() else ():
             if not isinstance(value, WHAT_THEY_HOLD.get(file, object)):
-                raise ModelError(f"{path} makes no tokenizer: {key} is {shown(value)}", hint=again(directory, file))
+                raise ModelError(
+                    f"{path} makes no tokenizer: {key} is {shown(value)}", hint=how_to_restore(directory, file)
+                )
     path = directory / "tokenizer.json"
     if path.is_file():
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:  # nothing more exact is raised
-            raise ModelError(f"{path} is no tokenizer: {error}", hint=again(directory, path.name)) from error
+            raise ModelError(f"{path} is no tokenizer: {error}", hint=how_to_restore(directory, path.name)) from error
 
 
 def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:

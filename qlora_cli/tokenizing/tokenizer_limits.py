@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.checkpoint import again, check_small_files, read_json
+from qlora_cli.model_files.checkpoint import check_small_files, how_to_restore, read_json
 
 MOST_IDS = 2**24  # vocabularies have up to some 300,000
 MOST_PARTS = 100  # normalizers, splits, decoders and the like; some ten are common
@@ -33,7 +33,9 @@ def check_tokenizer_files(directory: Path) -> None:
             content = read_json(path)
             problem = next(_problems(content) if name == "tokenizer.json" else _problems_of_ids(content), None)
             if problem is not None:
-                raise ModelError(f"{path} is no tokenizer to train with: {problem}", hint=again(directory, name))
+                raise ModelError(
+                    f"{path} is no tokenizer to train with: {problem}", hint=how_to_restore(directory, name)
+                )
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:

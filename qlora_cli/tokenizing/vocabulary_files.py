@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_cli.errors import MissingDependencyError, ModelError, QloraError
-from qlora_cli.model_files.checkpoint import again
+from qlora_cli.model_files.checkpoint import how_to_restore
 
 FAST = "tokenizer.json"
 NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -40,7 +40,7 @@ def _why(path: Path) -> QloraError | None:
     if kind is None:
         return ModelError(
             f"{path} is no vocabulary of SentencePiece or tiktoken: it begins with {head[:8]!r}",
-            hint=again(path.parent, path.name),
+            hint=how_to_restore(path.parent, path.name),
         )
     missing = [INSTALLED_AS.get(module, module) for module in MODULES[kind] if _is_missing(module)]
     if not missing:

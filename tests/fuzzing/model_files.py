@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 from qlora_cli.adapters.reader import fit, open_adapter
-from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, lora_settings_of, notes_on_left_out
+from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, lora_settings_of, notes_on_ignored_keys
 from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.model_config import config_from
 from qlora_cli.quantization.storage_plan import build_on_meta
@@ -83,7 +83,7 @@ def _adapters(directory: Path) -> Callable[[Generator], None]:
         file.write_bytes(as_bytes({**content, **more}, chance))
         stored = open_adapter(directory, allow_pickle=False)
         lora_settings_of(stored.config)
-        list(notes_on_left_out([directory]))
+        list(notes_on_ignored_keys([directory]))
         fit(stored, build_on_meta(deepcopy(base.config), torch.float32), base)  # PEFT writes into its config
 
     return play_round

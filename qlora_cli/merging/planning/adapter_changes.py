@@ -91,7 +91,7 @@ def _check_mergeable(stored: StoredAdapter) -> None:
 
 
 def _not_mergeable(stored: StoredAdapter) -> tuple[str, str] | None:
-    given = stored.config.given
+    given = stored.config.non_null
     if given.get("layer_replication"):
         return "it repeats layers of its base (layer_replication)", "Save the model with the repeated layers first."
     if given.get("alora_invocation_tokens"):

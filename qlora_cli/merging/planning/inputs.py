@@ -22,13 +22,13 @@ from qlora_cli.merging.planning.conversions import read_conversions
 from qlora_cli.merging.planning.merge_plan import Changes
 from qlora_cli.merging.planning.stored_tensors import StoredTensors
 from qlora_cli.merging.planning.weight_changes import Weighted
-from qlora_cli.model_files.adapter_files import notes_on_left_out
+from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.model_files.left_over import note_on_prediction
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
+from qlora_cli.model_files.unexpected_weights import note_on_prediction
 from qlora_cli.quantization.embedding import embedding_of, ends_of
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout, with_rows
 from qlora_cli.runs.record import RunRecord
@@ -109,7 +109,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     base = read_base(found, checkpoint, tokenizer, record, request, opened)
     after = config.config.to_dict()
     for note in (
-        *notes_on_left_out(one.adapter for one in sources),
+        *notes_on_ignored_keys(one.adapter for one in sources),
         *tokenizer.notes,
         *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
         *_notes_on_rows(base, before.get("vocab_size")),

@@ -14,9 +14,9 @@ from qlora_cli.merging.planning.base_weights import BaseModel, parameter_groups,
 from qlora_cli.merging.planning.conversions import Group
 from qlora_cli.merging.planning.weight_changes import Weighted
 from qlora_cli.model_files.checkpoint import TensorHeader
-from qlora_cli.model_files.left_over import hint_on_left_over, layers_ahead, may_be_left_out
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import DTYPES
+from qlora_cli.model_files.unexpected_weights import hint_on_unexpected, may_be_ignored, prediction_layers
 from qlora_cli.quantization.embedding import ends_of
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
@@ -115,7 +115,7 @@ def plan_merge(
     planner = _Planner(base=base, changes=changes, kind=kind, dtype=dtype)
     by_key = {key: group for group in base.groups for key in group.keys}
     packed_keys = {key for key, group in by_key.items() if group.targets[0] in base.packed}
-    ahead = layers_ahead(base.model.config, base.tensors.headers)
+    ahead = prediction_layers(base.model.config, base.tensors.headers)
     tensors = []
     for name, header in base.tensors.headers.items():
         if name in by_key:
@@ -149,10 +149,10 @@ def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> Non
 def _check_left_over(
     model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader, ahead: Collection[int]
 ) -> None:
-    if not may_be_left_out(model, config, name, header, ahead):
+    if not may_be_ignored(model, config, name, header, ahead):
         raise ModelError(
             f"the base holds {name} (in {header.file}), which its config.json has no place for",
-            hint=hint_on_left_over(model.config, [name]),
+            hint=hint_on_unexpected(model.config, [name]),
         )
 
 

@@ -78,7 +78,7 @@ def test_logits_on_text_are_those_of_the_whole_model(family: str, checkpoint: Pa
 def test_the_note_says_which_decoder_is_loaded(family: str, checkpoint: Path) -> None:
     loaded = load(checkpoint)
     name = DECODERS[family][1]
-    assert loaded.notes[0] == f"{family} sees more than text; only its text decoder ({name}) is loaded"
+    assert loaded.notes[0] == f"{family} takes more than text; only its text decoder ({name}) is loaded"
     assert loaded.notes == loaded.report().notes
 
 

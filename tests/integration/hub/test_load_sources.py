@@ -218,7 +218,7 @@ def test_a_truncated_shard_is_named_with_its_first_tensor_that_is_cut(model: Pat
     content = (model / WEIGHTS).read_bytes()
     (model / WEIGHTS).write_bytes(content[:-1000])
     message = message_of_the_command(model)
-    assert f"{model / WEIGHTS} is damaged: it is cut off" in message
+    assert f"{model / WEIGHTS} is damaged: it is truncated" in message
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     header.pop("__metadata__")
     ends = {entry["data_offsets"][1]: name for name, entry in header.items()}

@@ -332,7 +332,9 @@ def test_a_checkpoint_whose_head_is_quantized_and_the_embedding_is_refused_befor
 def test_the_settings_of_an_adapter_that_trains_on_can_not_be_changed(
     ended: Ended, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"is an adapter, which trains on as it is: lora.rank can't be changed"):
+    with pytest.raises(
+        ModelError, match=r"is an adapter, which is trained further as it is: lora.rank can't be changed"
+    ):
         prepare_run(train_settings(ended.path, data, tmp_path / "on", lora__rank=8), Recorder())
 
 

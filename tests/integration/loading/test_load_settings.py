@@ -203,7 +203,7 @@ def test_code_of_a_model_runs_only_with_the_flag(run_qlora: RunQlora, tmp_path: 
     arguments = ("load", model, "--device", "cpu", "--json")
     done = run_qlora(*arguments, env={"MARKER": str(marker)})
     assert done.code == 2
-    assert "comes with Python code of its own, which is not run unasked" in done.stderr
+    assert "comes with its own Python code, which is not run by default" in done.stderr
     assert "--trust-remote-code" in done.stderr
     assert not marker.exists()
     trusted = run_qlora(*arguments, "--trust-remote-code", env={"MARKER": str(marker)})

@@ -117,7 +117,9 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
     adapter = adapter_of("another rank", tmp_path)
     of_new = predicted(tmp_path / "base", rank=3, target_modules="q_proj,down_proj")
     assert predicted(adapter).predicted == of_new.predicted == predicted(adapter, rank=3).predicted
-    with pytest.raises(ModelError, match=r"is an adapter, which trains on as it is: lora\.rank can't be changed"):
+    with pytest.raises(
+        ModelError, match=r"is an adapter, which is trained further as it is: lora\.rank can't be changed"
+    ):
         predicted(adapter, rank=4)
     request = request_of({"model": {"name": str(adapter)}, "inspect_memory": {"solve": ["rank"]}})
     with pytest.raises(ModelError, match="which training does not change"):

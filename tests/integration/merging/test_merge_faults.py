@@ -80,7 +80,7 @@ def test_a_damaged_or_missing_shard_is_named(other: Path) -> None:
     assert f"lacks {second.name}" in refused(other, "--output", other.parent / "out")
     second.write_bytes(content[:-10])
     told = refused(other, "--output", other.parent / "out")
-    assert f"{second.name} is damaged: it is cut off" in told
+    assert f"{second.name} is damaged: it is truncated" in told
     assert not (other.parent / "out").exists()
 
 
@@ -170,7 +170,7 @@ def test_an_adapter_that_is_damaged_or_holds_nan_is_refused(own: Path) -> None:
     change(file, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
     assert "holds NaN or infinite values" in refused(own)
     file.write_bytes(content[:-100])
-    assert "it is cut off" in refused(own)
+    assert "it is truncated" in refused(own)
     assert not (own / "merged").exists()
 
 

@@ -240,7 +240,7 @@ def test_a_merged_model_of_another_adapter_is_told(gentle: Path, tmp_path: Path)
         ("evaluate", run, "--dataset", rows),
     )
     for command in commands:
-        assert "merge it anew" not in told_by(*command)
+        assert "merge it again" not in told_by(*command)
     record = run / "merged" / "merge.json"
     content = json.loads(record.read_text(encoding="utf-8"))
     content["adapters"][0]["sha256"] = "0" * 64

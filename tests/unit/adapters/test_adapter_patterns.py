@@ -120,7 +120,7 @@ def test_a_trial_that_ends_otherwise_is_a_fault_of_the_pattern_it_was_at(
     fault = find_fault(asked)
     assert fault is not None
     assert fault.pattern == asked["print" in code]
-    assert fault.reason == "what tries it ends by it"
+    assert fault.reason == "it crashes the process that tries it"
 
 
 def test_what_takes_all_memory_or_processor_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from qlora_cli.adapters.reader import put_on
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
-    TAKEN,
+    USED_KEYS,
     AdapterConfig,
-    notes_on_left_out,
+    notes_on_ignored_keys,
     read_adapter_config,
 )
 from qlora_cli.model_files.adapter_variants import INITIALIZATIONS
@@ -106,8 +106,8 @@ def test_null_stands_for_a_key_that_was_not_given(tmp_path: Path) -> None:
     config = read_adapter_config(write(tmp_path, {**GOOD, **nulls, "of_a_later_version": {"a": 1}}))
     again = read_adapter_config(write(tmp_path, {**GOOD, "of_a_later_version": {"a": 1}}))
     assert config.model_dump(exclude={"content"}) == again.model_dump(exclude={"content"})
-    assert config.given == again.given == again.content
-    assert config.given["of_a_later_version"] == {"a": 1}
+    assert config.non_null == again.non_null == again.content
+    assert config.non_null["of_a_later_version"] == {"a": 1}
 
 
 def test_a_long_value_is_cut(tmp_path: Path) -> None:
@@ -140,27 +140,27 @@ def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
 
 
 # What PEFT imports, where it computes, and what no PEFT knows.
-NOT_TAKEN = {"megatron_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}, "from_elsewhere": 5}
+IGNORED = {"megatron_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}, "from_elsewhere": 5}
 
 
 def test_an_adapter_is_loaded_by_the_keys_on_the_list_alone_and_the_others_are_said(tmp_path: Path) -> None:
-    content = {**GOOD, **NOT_TAKEN, "megatron_core": "megatron.core", "auto_mapping": None}
+    content = {**GOOD, **IGNORED, "megatron_core": "megatron.core", "auto_mapping": None}
     config = read_adapter_config(write(tmp_path, content))
-    assert config.taken == GOOD
+    assert config.used == GOOD
     assert config.content == content  # as it is written back
-    (note,) = notes_on_left_out([None, tmp_path])
-    assert note.startswith(f"{tmp_path / ADAPTER_CONFIG}: from_elsewhere, megatron_config, runtime_config left out")
+    (note,) = notes_on_ignored_keys([None, tmp_path])
+    assert note.startswith(f"{tmp_path / ADAPTER_CONFIG}: from_elsewhere, megatron_config, runtime_config ignored: ")
 
 
 def test_every_key_of_peft_is_on_the_list_or_left_out_on_purpose() -> None:
     of_a_beginning = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
     on_purpose = {"auto_mapping", "megatron_config", "megatron_core", "runtime_config", *of_a_beginning}
-    assert {one.name for one in fields(LoraConfig)} - TAKEN == on_purpose
+    assert {one.name for one in fields(LoraConfig)} - USED_KEYS == on_purpose
 
 
 def test_every_key_that_is_taken_has_a_type_and_a_test_of_it() -> None:
-    assert AdapterConfig.model_fields.keys() >= TAKEN
-    assert TAKEN - {"peft_type"} == WRONG_TYPES.keys()
+    assert AdapterConfig.model_fields.keys() >= USED_KEYS
+    assert USED_KEYS - {"peft_type"} == WRONG_TYPES.keys()
 
 
 @pytest.mark.parametrize("init", [*INITIALIZATIONS, "GAUSSIAN", "Olora", True, False])
@@ -178,12 +178,12 @@ def test_initializations_are_those_that_peft_documents() -> None:
 
 def test_no_invocation_tokens_are_none(tmp_path: Path) -> None:
     config = read_adapter_config(write(tmp_path, {**GOOD, "alora_invocation_tokens": []}))
-    assert "alora_invocation_tokens" not in config.taken
+    assert "alora_invocation_tokens" not in config.used
 
 
 def test_nothing_is_said_of_a_config_as_peft_writes_it(tmp_path: Path) -> None:
     LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="base").save_pretrained(tmp_path)
-    assert list(notes_on_left_out([tmp_path])) == []
+    assert list(notes_on_ignored_keys([tmp_path])) == []
 
 
 def test_a_base_is_not_repeated_more_often_than_anyone_does(tmp_path: Path) -> None:

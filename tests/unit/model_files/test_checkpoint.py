@@ -74,11 +74,11 @@ def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) ->
     content = (tmp_path / ONE).read_bytes()
     first, second = (tensor.name for tensor in read_header(tmp_path, ONE))
     (tmp_path / ONE).write_bytes(content[:-1])
-    assert f"{second} is the first tensor that is not whole" in message_of(tmp_path)
+    assert f"{second} is the first incomplete tensor" in message_of(tmp_path)
     (tmp_path / ONE).write_bytes(content[:-12])
     message = message_of(tmp_path)
-    assert f"{tmp_path / ONE} is damaged: it is cut off: 22 B of 34 B" in message
-    assert f"{first} is the first tensor that is not whole" in message
+    assert f"{tmp_path / ONE} is damaged: it is truncated: 22 B of 34 B" in message
+    assert f"{first} is the first incomplete tensor" in message
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) ->
         (b"", "too few for a header"),
         (b"<!doctype html><title>Sign in</title>", "does not begin with a safetensors header"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-        (struct.pack("<Q", 1000) + b"{}", "cut off in its header"),
-        (raw(b"\xff\xfe not json"), "its header is no JSON"),
-        (raw([1, 2]), "no JSON object"),
+        (struct.pack("<Q", 1000) + b"{}", "truncated in its header"),
+        (raw(b"\xff\xfe not json"), "its header is not JSON"),
+        (raw([1, 2]), "not a JSON object"),
         (raw({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, b"0000"), "w has the unknown dtype 'F99'"),
         (raw({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"0000"), "tensor w has no proper shape"),
         (raw({"w": "text"}), "w has the unknown dtype"),
@@ -103,14 +103,14 @@ def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) ->
             "4 B follow its last tensor",
         ),
         (raw({"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"0000"), "unknown dtype ['F32']"),
-        (raw({"__metadata__": [1]}), "its metadata is no object of texts"),
-        (raw({"__metadata__": {"format": 1}}), "its metadata is no object of texts"),
+        (raw({"__metadata__": [1]}), "its metadata is not an object of strings"),
+        (raw({"__metadata__": {"format": 1}}), "its metadata is not an object of strings"),
         (raw({"w": {"dtype": "F32", "shape": [2**62] * 8 + [0], "data_offsets": [0, 0]}}), "overflow"),
-        (raw(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5_000 + b'],"data_offsets":[0,0]}}'), "is no JSON"),
+        (raw(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5_000 + b'],"data_offsets":[0,0]}}'), "is not JSON"),
         (raw(b'{"w":{"dtype":"F32","shape":[' + b"9" * 4_000 + b'],"data_offsets":[0,0]}}'), "no proper shape"),
         (raw(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"0000"), "invalid JSON in header"),
         (raw(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"0000"), "invalid JSON in header"),
-        (raw(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "is no JSON"),
+        (raw(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "is not JSON"),
         (raw({"w" * 10_000: "text"}), f"the tensor {'w' * 200}… has the unknown dtype"),
     ],
     ids=lambda value: str(value)[:60],
@@ -142,7 +142,7 @@ def test_what_is_in_the_place_of_a_file_is_not_waited_for(
     make(tmp_path / name)
     message = message_of(tmp_path)
     assert f"{tmp_path / name} " in message
-    assert "it is no regular file" in message
+    assert "it is not a regular file" in message
 
 
 NAMES = ["x" * 300, "x" * 5_000, "é" * 200, "f/" * 3_000, "\0", "\ud800", "a/" + "x" * 300, ".", "a" * 240]

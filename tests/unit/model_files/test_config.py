@@ -51,8 +51,8 @@ def test_modules_of_a_vision_language_checkpoint_are_renamed_as_its_weights_are(
     assert base.renamed("language_model.model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
     assert base.renamed("language_model.lm_head") == "lm_head"
     assert base.renamed("lm_head") == "lm_head"
-    assert base.is_left_out("vision_tower.layers.0.weight")
-    assert not base.is_left_out("language_model.model.norm.weight")
+    assert base.is_in_tower("vision_tower.layers.0.weight")
+    assert not base.is_in_tower("language_model.model.norm.weight")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_kernels_files_and_devices_that_a_config_names_are_left_out_and_said(
     (tmp_path / "config.json").write_text(json.dumps({**content, **nested}))
     place = ModelSource(name="tiny", path=tmp_path, base_name="tiny", tokenizer_path=tmp_path)
     for found in (read_config(place, trust_remote_code=False), config_from("tiny", {**content, **nested})):
-        assert found.notes[0] == f"config.json: {key.removeprefix('_')} left out, which a file does not choose here"
+        assert found.notes[0] == f"config.json: {key.removeprefix('_')} ignored: a config file does not choose this"
         for name in (key, "_attn_implementation", "_experts_implementation"):
             assert getattr(found.config, name, None) is None
 

@@ -116,7 +116,7 @@ def test_a_base_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -
     adapter = write_adapter(tmp_path / "adapter", base="../gone")
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(settings(adapter))
-    assert f"is ../gone, which is not here (looked for {Path.cwd() / '../gone'} and " in str(caught.value)
+    assert f"is ../gone, which does not exist (looked for {Path.cwd() / '../gone'} and " in str(caught.value)
     assert str(adapter / "../gone") in str(caught.value)
     assert "--base-model BASE" in str(caught.value.hint)
     moved = write_model(tmp_path / "moved")
@@ -199,7 +199,7 @@ def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path)
 def test_a_name_that_can_be_no_file_is_a_model_that_is_not_there(tmp_path: Path, name: str) -> None:
     assert "no model at" in problem_of(name)
     adapter = write_adapter(tmp_path / "adapter", base=name)
-    with pytest.raises(ModelNotFoundError, match="which is not here"):
+    with pytest.raises(ModelNotFoundError, match="which does not exist"):
         find_model(settings(adapter))
 
 
@@ -247,7 +247,10 @@ def test_what_a_directory_lacks_is_named_by_what_it_has(tmp_path: Path) -> None:
 
 # ---- what is listed, and is no file
 
-NO_FILES = {"a link to nothing": "it is a link to nowhere, which is not there", "a directory": "it is no regular file"}
+NO_FILES = {
+    "a link to nothing": "it is a link to nowhere, which does not exist",
+    "a directory": "it is not a regular file",
+}
 
 
 def put_in_place(file: Path, kind: str) -> None:

@@ -263,7 +263,7 @@ def test_what_can_not_be_used_is_an_error_with_a_hint(tmp_path: Path) -> None:
         ("none", "has no tokenizer that can be loaded", "save_pretrained"),
         ("endless", "has no eos token", "eos_token"),
         ("slow", "gives no character offsets", "fast tokenizer"),
-        ("coded", "code of its own, which is not run unasked", "--trust-remote-code"),
+        ("coded", "its own Python code, which is not run by default", "--trust-remote-code"),
     ):
         with pytest.raises(ModelError, match=expected) as caught:
             load(tmp_path / name)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model_files.left_over import layers_ahead, may_be_left_out
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import header_of
+from qlora_cli.model_files.unexpected_weights import may_be_ignored, prediction_layers
 from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.support.loading import copy_tokenizer, load, logits, refused, save_model
 from tests.support.merging import merge, on_plain, save, stored
@@ -91,7 +91,7 @@ def test_every_buffer_that_a_model_computes_may_be_stored_too_with_or_without_th
     base = ModelConfig(config=model.config, key_mapping=None)
     for name, value in own_buffers(model).items():
         for called in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-            assert may_be_left_out(model, base, called, header_of(called, value, "file"), ()), called
+            assert may_be_ignored(model, base, called, header_of(called, value, "file"), ()), called
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +104,7 @@ def test_no_weight_of_any_model_would_be_passed_over_under_another_layer(family:
     for name, value in model.named_parameters():
         for called in (name.replace(".1.", ".7."), f"{name}_extra"):
             if called != name:
-                assert not may_be_left_out(model, base, called, header_of(called, value, "file"), ()), (
+                assert not may_be_ignored(model, base, called, header_of(called, value, "file"), ()), (
                     called,
                     ignored,
                 )
@@ -154,9 +154,9 @@ def test_layers_behind_the_last_are_ahead_as_many_as_the_config_counts(number: o
     config = tiny_config("llama")  # of two layers
     setattr(config, "num_nextn_predict_layers", number)  # noqa: B010 - llama has none
     plain = [f"model.layers.{layer}.{name}" for layer in range(6) for name in LAYER_OF_ANY]
-    assert layers_ahead(config, plain) == layers
+    assert prediction_layers(config, plain) == layers
     tower = [f"vision_tower.encoder.layers.{layer}.mlp.fc1.weight" for layer in range(6)]
-    assert layers_ahead(config, [*plain[:6], *tower]) == frozenset()
+    assert prediction_layers(config, [*plain[:6], *tower]) == frozenset()
 
 
 def test_a_plain_layer_behind_the_last_passes_if_the_config_counts_it_and_it_is_said_what_it_may_be(
@@ -176,7 +176,7 @@ def test_a_plain_layer_behind_the_last_passes_if_the_config_counts_it_and_it_is_
     assert torch.equal(logits(loaded.base), before)
     (note,) = [note for note in loaded.notes if "layer 2" in note]
     assert (
-        "not loaded, and not trained. Without an eh_proj it may be as any other: is num_hidden_layers, 2, right?"
+        "not loaded, and not trained. Without an eh_proj it may be an ordinary layer: is num_hidden_layers, 2, right?"
         in note
     )
     merged = merge(adapter, output=tmp_path / "merged", dtype="fp32")
@@ -245,7 +245,7 @@ def test_a_merge_copies_what_the_loader_passes_over(family: str, tmp_path: Path)
             "model.layers.2.mlp.up_proj.weight",
             "num_hidden_layers is 2 in config.json, and the weights have layers",
         ),
-        ("model.layers.0.mlp.up_proj.lora_A.weight", "These are of an adapter"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", "They belong to an adapter"),
         ("model.extra.weight", "Is config.json of another model or version?"),
     ],
 )
