@@ -57,9 +57,9 @@ def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float,
     from qlora_cli.data.tokenizing.encode import TextTokenizer
     from qlora_cli.events import SilentReporter
     from qlora_cli.settings.models import DataSettings, ModelSettings
-    from qlora_cli.tokenizing.text_interface import load_text_side
+    from qlora_cli.tokenizing.text_interface import load_text_interface
 
-    side = load_text_side(ModelSettings(name=str(model)), SilentReporter(), max_length=None)
+    side = load_text_interface(ModelSettings(name=str(model)), SilentReporter(), max_length=None)
     text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids, reporter=SilentReporter())
     settings = DataSettings(dataset=(str(file),), max_length=max_length, accept_lost=True)
     start = time.perf_counter()

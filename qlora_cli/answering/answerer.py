@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from qlora_cli.answering.answers import FinishReason
 from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.settings.models import AnswerSettings
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
 
@@ -116,7 +116,7 @@ class Answerer:
         )
 
     def _text_of(self, ids: torch.Tensor) -> str:
-        with tokenizer_explained(self.tokenizer.name_or_path):
+        with explain_tokenizer_errors(self.tokenizer.name_or_path):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _choices(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
-from qlora_cli.tokenizing.template_rendering import RefusedError, render
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.template_rendering import TemplateRefusalError, render
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 Message = dict[str, str]
 
@@ -32,7 +32,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
     if tokenizer.chat_template is None:
         (message,) = messages
         return _encode_plain(tokenizer, message["content"])
-    with tokenizer_explained(tokenizer.name_or_path):
+    with explain_tokenizer_errors(tokenizer.name_or_path):
         ids: list[int] = tokenizer(written(tokenizer, messages), add_special_tokens=False)["input_ids"]
     return ids
 
@@ -44,8 +44,8 @@ def written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
         ModelError: it refuses them, or does not end.
     """
     try:
-        return render(tokenizer, messages, asks_answer=True)
-    except RefusedError as error:
+        return render(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusalError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ModelError(
             f"the chat template refuses these messages ({roles}): {error}", hint=OTHER_TEMPLATE
@@ -75,7 +75,7 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    with tokenizer_explained(tokenizer.name_or_path):
+    with explain_tokenizer_errors(tokenizer.name_or_path):
         ids: list[int] = tokenizer(text)["input_ids"]
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):

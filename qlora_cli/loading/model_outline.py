@@ -29,7 +29,7 @@ from qlora_cli.settings.settle import (
     loading_settings,
     settle,
 )
-from qlora_cli.tokenizing.positions import check_length, note_length, positions_with, shortened
+from qlora_cli.tokenizing.positions import check_length, limit_length, note_length, positions_with
 
 LoadT = TypeVar("LoadT", bound=LoadSettings)
 
@@ -96,7 +96,7 @@ def settle_load(
     for difference in (*_differences(asked, model), *_other_base(source)):
         reporter.report(Noted(level="warning", message=difference))
     positions = positions_with(model.base.config, loaded.settings.model.rope_scaling)
-    settled = settle(asked, [*shortened(asked.settings, positions), *loading, *more])
+    settled = settle(asked, [*limit_length(asked.settings, positions), *loading, *more])
     _check_length(settled, model, reporter)
     return settled
 

@@ -42,7 +42,7 @@ from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, SdpaBack
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import settle
-from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions, shortened
+from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, limit_length, num_positions
 
 CUDA = torch.device("cuda")
 Value = TypeVar("Value")
@@ -108,7 +108,7 @@ class Estimator:
         loaded = settle(asked, facts)
         check_effect(asked, loaded, name)
         positions = num_positions(self.shapes(loaded.settings, Dtype.BF16).config)
-        settled = settle(asked, [*shortened(asked.settings, positions), *facts])
+        settled = settle(asked, [*limit_length(asked.settings, positions), *facts])
         self._check_length(settled.settings)
         return settled
 

@@ -1,1 +1,1 @@
-"""What every part does with a tokenizer and its chat template."""
+"""Load a model's tokenizer and chat template, render conversations, and count positions."""

@@ -1,6 +1,6 @@
-"""Settle the chat template: the tokenizer's own, one of several that it names, a file, or a standard one.
+"""Choose the chat template: the tokenizer's own, one of several by name, a file, or a standard one.
 
-Whatever is chosen is saved with the tokenizer, so what is served is what was trained.
+The chosen template is saved with the tokenizer, so the model is served with the template that it was trained with.
 """
 
 import re
@@ -27,11 +27,11 @@ from qlora_cli.tokenizing.template_rendering import (
 )
 from qlora_cli.units import MIB, format_bytes
 
-DEFAULT = "default"  # the name of the template that is taken unless another is asked for
+DEFAULT = "default"  # the name of the template that is used unless another is chosen
 JINJA, NAMED = "chat_template.jinja", "additional_chat_templates"
-OF_PROCESSOR = "chat_template.json"  # which transformers reads for a model that sees images, never for a tokenizer
+PROCESSOR_TEMPLATE = "chat_template.json"  # transformers reads it for processors (images), never for a tokenizer
 SUFFIXES = (".jinja", ".j2")
-MOST_BYTES = 4 * MIB  # the longest known have a hundredth of it
+MOST_BYTES = 4 * MIB  # a hundred times the longest known template
 MARKER = re.compile(r"<\|[^|<>{}'\"\s]+\|>")
 
 
@@ -59,26 +59,26 @@ STANDARD_TEMPLATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Templates:
-    """What a directory holds of chat templates: one, or several by name; `files` are where each is."""
+    """The chat templates in a directory: one, or several by name; `files` maps each name to its file."""
 
     text: str | dict[str, str]
     files: Mapping[str, Path]
 
     @property
     def file(self) -> Path:
-        """Where they are, or the first of them."""
+        """The file of the first template."""
         return next(iter(self.files.values()))
 
     @property
-    def is_a_processors(self) -> bool:
-        """Whether they lie where only a processor of images looks for them."""
-        return self.file.name == OF_PROCESSOR
+    def belongs_to_processor(self) -> bool:
+        """Whether the template is in a file that only processors read."""
+        return self.file.name == PROCESSOR_TEMPLATE
 
     def check(self) -> None:
-        """Check that they are written in Jinja2, and can be rendered without an end of the process.
+        """Check that the templates are valid Jinja2, and that rendering them does not crash the process.
 
         Raises:
-            ModelError: one is not, or can't; names file and line.
+            ModelError: one is not, or does; names file and line.
         """
         for name, text in ({DEFAULT: self.text} if isinstance(self.text, str) else self.text).items():
             file = self.files[name]
@@ -86,10 +86,10 @@ class Templates:
 
 
 def read_templates(directory: Path) -> Templates | None:
-    """Return the chat templates in `directory`, the files of their own before what configs hold; None without any.
+    """Return the chat templates in `directory`, from .jinja files, else from a config; None if there are none.
 
     Raises:
-        ModelError: a file of them can't be read.
+        ModelError: a template file can't be read.
     """
     files = {DEFAULT: directory / JINJA, **{path.stem: path for path in sorted((directory / NAMED).glob("*.jinja"))}}
     texts = {name: _text_of(path, hint="Check its permissions.") for name, path in files.items() if path.is_file()}
@@ -97,56 +97,57 @@ def read_templates(directory: Path) -> Templates | None:
         return Templates(
             text=texts[DEFAULT] if texts.keys() == {DEFAULT} else texts, files={name: files[name] for name in texts}
         )
-    for file in (directory / "tokenizer_config.json", directory / OF_PROCESSOR):
-        if file.is_file() and (found := _templates_in(file, read_json(file).get("chat_template"))):
-            return Templates(text=found, files=dict.fromkeys([DEFAULT] if isinstance(found, str) else found, file))
+    for file in (directory / "tokenizer_config.json", directory / PROCESSOR_TEMPLATE):
+        if file.is_file() and (templates := _parse_templates(file, read_json(file).get("chat_template"))):
+            names = [DEFAULT] if isinstance(templates, str) else templates
+            return Templates(text=templates, files=dict.fromkeys(names, file))
     return None
 
 
-def _templates_in(file: Path, value: Any) -> str | dict[str, str] | None:
-    """Return what a config holds under chat_template: a text, or several, listed with their names."""
+def _parse_templates(file: Path, value: Any) -> str | dict[str, str] | None:
+    """Parse the chat_template of a config: a string, or a list of templates with their names."""
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         value = {one.get("name"): one.get("template") for one in value}
     texts = [*value, *value.values()] if isinstance(value, dict) else [value]
     if value is not None and not all(isinstance(text, str) for text in texts):
         raise ModelError(
-            f"{file}: chat_template is neither a text nor a list of them by name",
+            f"{file}: chat_template is neither a string nor a list of named templates",
             hint=how_to_restore(file.parent, file.name),
         )
     templates: str | dict[str, str] | None = value
     return templates
 
 
-def choose_chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> list[str]:
-    """Give `tokenizer` the template that is `wanted`, a file or a name; return notes on what was chosen.
+def choose_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> list[str]:
+    """Set the template of `tokenizer` to `choice`, a file or a name; return notes on it.
 
-    Without a wish the tokenizer keeps what it has. Several templates with a default are kept as they are:
-    transformers takes `tool_use` for rows with tools, when training and when serving.
+    If `choice` is None, the tokenizer keeps its own. Several templates with a default are kept as they are:
+    transformers uses `tool_use` for rows with tools, in training and in serving.
 
     Raises:
         ModelError: no such template, it does not compile, its tokens are missing, or none of several is the default.
     """
-    if wanted is None:
-        return _keep(tokenizer)
-    found = existing_path(wanted)
-    path = found or Path(wanted)
-    if (found is not None and found.is_file()) or path.suffix in SUFFIXES:
-        tokenizer.chat_template = _read(path)
+    if choice is None:
+        return _keep_own(tokenizer)
+    existing = existing_path(choice)
+    path = existing or Path(choice)
+    if (existing is not None and existing.is_file()) or path.suffix in SUFFIXES:
+        tokenizer.chat_template = _read_template(path)
         return [f"chat template read from {path}", *_note_split_markers(tokenizer, str(tokenizer.chat_template))]
-    own = _named(tokenizer)
-    if wanted in own:
-        _check(own[wanted], f"the tokenizer's chat template {wanted!r}")
-        tokenizer.chat_template = own[wanted]
-        return [f"chat template: the tokenizer's {wanted!r}"]
-    if wanted in STANDARD_TEMPLATES:
-        return _use_standard(tokenizer, wanted, STANDARD_TEMPLATES[wanted])
+    own = _templates_by_name(tokenizer)
+    if choice in own:
+        _check(own[choice], f"the tokenizer's chat template {choice!r}")
+        tokenizer.chat_template = own[choice]
+        return [f"chat template: the tokenizer's {choice!r}"]
+    if choice in STANDARD_TEMPLATES:
+        return _use_standard(tokenizer, choice, STANDARD_TEMPLATES[choice])
     raise ModelError(
-        f"no chat template {wanted!r}: the tokenizer has {_list(own)}, and there is no such file",
+        f"no chat template {choice!r}: the tokenizer has {_listed(own)}, and there is no such file",
         hint=f"Give a .jinja file, or a name: {', '.join(sorted({*own, *STANDARD_TEMPLATES}))}.",
     )
 
 
-def _named(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _templates_by_name(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the tokenizer's templates by name; a single one is the default."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -154,24 +155,24 @@ def _named(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {} if own is None else {DEFAULT: own}
 
 
-def _keep(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _keep_own(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     own = tokenizer.chat_template
     if not isinstance(own, dict) or DEFAULT in own:
         return []
     if len(own) > 1:
         raise ModelError(
-            f"the tokenizer has several chat templates and none is the default: {_list(own)}",
+            f"the tokenizer has several chat templates and none is the default: {_listed(own)}",
             hint="Choose one with --chat-template NAME.",
         )
     [(name, tokenizer.chat_template)] = own.items()
     return [f"chat template: the tokenizer's only one, {name!r}"]
 
 
-def _list(names: dict[str, str]) -> str:
+def _listed(names: dict[str, str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _read(path: Path) -> str:
+def _read_template(path: Path) -> str:
     text = _text_of(path, hint="Check --chat-template.")
     if not text.strip():
         raise ModelError(f"{path} is empty: no chat template", hint="Check --chat-template.")
@@ -181,7 +182,7 @@ def _read(path: Path) -> str:
 
 def _check(text: str, where: str) -> None:
     try:
-        try_template(text)  # first of all: to compile it computes its constants
+        try_template(text)  # before compiling, which evaluates its constants
         # Compiles it, with the extensions of transformers.
         within_limits(partial(render_jinja_template, [], chat_template=text))
     except TemplateSyntaxError as error:
@@ -195,7 +196,7 @@ def _check(text: str, where: str) -> None:
             f"{where}: the chat template nests too deeply to be compiled, or takes too much time or memory",
             hint=OTHER_TEMPLATE,
         ) from error
-    except TEMPLATE_ERRORS as error:  # such as a number of thousands of digits, which can't be written
+    except TEMPLATE_ERRORS as error:  # such as an integer of thousands of digits, which can't be converted to text
         raise ModelError(f"{where}: the chat template can't be compiled: {error}", hint=OTHER_TEMPLATE) from error
 
 
@@ -219,7 +220,7 @@ def _is_one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def _note_split_markers(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
-    """Say which markers of a template are no tokens; some templates mean it so, as Zephyr's."""
+    """Return a note on the markers of a template that are not single tokens; in some, such as Zephyr's, by design."""
     split = [marker for marker in dict.fromkeys(MARKER.findall(template)) if not _is_one_token(tokenizer, marker)]
     if not split:
         return []
@@ -236,7 +237,7 @@ def _use_standard(tokenizer: PreTrainedTokenizerBase, name: str, standard: Stand
             f"the chat template {name!r} needs the tokens {', '.join(missing)}, which the tokenizer does not have",
             hint=f"Add --new-tokens '{','.join(missing)}', or choose another --chat-template.",
         )
-    # A model that has seen BOS before every text keeps seeing it; templates write it, not the tokenizer.
+    # A model trained with BOS before every text keeps it; here the template writes it, not the tokenizer.
     starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + standard.text
     notes = [f"chat template: the standard {name!r}"]

@@ -1,7 +1,7 @@
-"""Render conversations by a tokenizer's chat template, in seconds at most.
+"""Render conversations with a tokenizer's chat template, within limits on time and memory.
 
-A template is a program that comes with a model. It can reach nothing, for it runs in Jinja's sandbox, but it can call
-itself without an end, loop for hours, or take all memory. Each ends here, by an error that names the template.
+A template is a program that comes with a model. Jinja's sandbox denies it access to anything else, but it can recurse
+endlessly, loop for hours, or use all memory. Each of these ends in an error that names the template.
 """
 
 import itertools
@@ -20,18 +20,18 @@ from qlora_cli.units import MIB, counted
 
 Messages = Sequence[dict[str, Any]]
 
-# What it does to messages that it was not written for may fail in any way. NameError: Jinja writes what is infinite as
-# `inf`. RuntimeError, of which one in ENDLESS is a kind: a `cycler` of nothing.
+# On messages that it was not written for, a template may fail in any way. NameError: Jinja writes infinity as `inf`.
+# RuntimeError, a base class of one in ENDLESS: an empty `cycler`.
 TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(NameError, RuntimeError),
 )
-# What becomes of one that nests without an end, when it is compiled or when it runs.
+# What endless nesting raises, in compiling or rendering.
 ENDLESS = (RecursionError, MemoryError, SyntaxError, SystemError)
-LONGEST_SECONDS = 4.0  # for one conversation; they are rendered within milliseconds
-MOST_BYTES = 512 * MIB  # for anything that is not there for the sake of long messages
-MOST_BYTES_PER_CHARACTER = 32  # of the messages: eight copies of the widest
-LONGEST_TEXT = 2**27  # characters; twice what the longest row has
+LONGEST_SECONDS = 4.0  # for one conversation; normally it takes milliseconds
+MOST_BYTES = 512 * MIB  # apart from what long messages need
+MOST_BYTES_PER_CHARACTER = 32  # of the messages: eight copies at four bytes each
+LONGEST_TEXT = 2**27  # characters; twice the longest row
 OTHER_TEMPLATE = "Correct it, or give another with --chat-template (a .jinja file, or chatml)."
 
 SPECIAL_TOKENS: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "</s>")
@@ -39,8 +39,8 @@ _USER, _ANSWER = {"role": "user", "content": "text"}, {"role": "assistant", "con
 _CALL = {"id": "call000000", "type": "function", "function": {"name": "name", "arguments": {"key": "text"}}}
 _PARAMETERS = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
 _TOOL = {"type": "function", "function": {"name": "name", "description": "text", "parameters": _PARAMETERS}}
-# What a template is tried on, with the tools of each.
-TRIED: tuple[tuple[Messages, list[dict[str, Any]] | None], ...] = (
+# The conversations that a template is tried on, each with its tools.
+TRIAL_CONVERSATIONS: tuple[tuple[Messages, list[dict[str, Any]] | None], ...] = (
     ([_USER], None),
     ([{"role": "system", "content": "text"}, _USER, _ANSWER], None),
     ([{"role": "user", "content": [{"type": "text", "text": "text"}]}], None),
@@ -57,8 +57,8 @@ TRIED: tuple[tuple[Messages, list[dict[str, Any]] | None], ...] = (
 )
 
 
-class RefusedError(Exception):
-    """The template has no text for a conversation; the message says why."""
+class TemplateRefusalError(Exception):
+    """The template refuses a conversation; the message says why."""
 
 
 def render(
@@ -67,16 +67,16 @@ def render(
     *,
     tools: list[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
-    asks_answer: bool = False,
+    add_generation_prompt: bool = False,
 ) -> str:
-    """Return a conversation as text, and with what asks for an answer after it if `asks_answer`.
+    """Render a conversation as text, followed by the generation prompt if `add_generation_prompt`.
 
-    `variables` are given to the template by their names, none of which is a parameter of `apply_chat_template`.
+    `variables` are passed to the template by name; none is a parameter of `apply_chat_template`.
 
     Raises:
-        RefusedError: the template refuses it.
-        ModelError: the template calls itself without an end, nests too deeply, takes seconds or far too much
-            memory, or writes far too much.
+        TemplateRefusalError: the template refuses it.
+        ModelError: the template recurses endlessly, nests too deeply, takes seconds or far too much memory, or
+            writes far too much.
     """
 
     def apply() -> str:
@@ -85,72 +85,72 @@ def render(
                 list(messages),
                 tools=tools,
                 tokenize=False,
-                add_generation_prompt=asks_answer,
+                add_generation_prompt=add_generation_prompt,
                 **(variables or {}),
             )
         )
 
     size = sum(len(str(message.get("content"))) for message in messages)
-    given = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
+    subject = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
     try:
-        text = within_limits(apply, _characters(messages) + len(str(tools)) + len(str(variables)))
+        text = within_limits(apply, _num_characters(messages) + len(str(tools)) + len(str(variables)))
     except TimeOutError as error:
         raise ModelError(
-            f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {given}", hint=OTHER_TEMPLATE
+            f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {subject}", hint=OTHER_TEMPLATE
         ) from error
     except MemoryError as error:
-        raise endless(error) from error
+        raise endless_error(error) from error
     except ENDLESS as error:
         if tools or any("tool_calls" in message for message in messages):
-            raise RefusedError("it calls itself too often for what tools and calls of them hold") from error
-        raise endless(error) from error
+            raise TemplateRefusalError("it recurses too deeply for what its tools and tool calls hold") from error
+        raise endless_error(error) from error
     except TEMPLATE_ERRORS as error:
-        raise RefusedError(str(error)) from error
+        raise TemplateRefusalError(str(error)) from error
     if len(text) > LONGEST_TEXT:
         raise ModelError(
-            f"the chat template writes {counted(len(text), 'character')} for {given}", hint=OTHER_TEMPLATE
+            f"the chat template writes {counted(len(text), 'character')} for {subject}", hint=OTHER_TEMPLATE
         )
     return text
 
 
 def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[str] | None:
-    """Return conversations without tools as texts, at less cost than one by one; None if that fails for one.
+    """Render conversations without tools, cheaper than one by one; return None if one of them fails.
 
     Raises:
-        ModelError: as `render` does, for the first of them.
+        ModelError: as in `render`, for the first of them.
     """
     try:
-        render(tokenizer, conversations[0])  # before many as large are held at once
-    except RefusedError:
+        render(tokenizer, conversations[0])  # before many as large are held in memory at once
+    except TemplateRefusalError:
         return None
 
     def apply() -> list[str]:
-        found = tokenizer.apply_chat_template([list(messages) for messages in conversations], tokenize=False)
-        return [str(text) for text in found]
+        texts = tokenizer.apply_chat_template([list(messages) for messages in conversations], tokenize=False)
+        return [str(text) for text in texts]
 
     try:
-        return within_limits(apply, sum(map(_characters, conversations)))
+        return within_limits(apply, sum(map(_num_characters, conversations)))
     except (*TEMPLATE_ERRORS, *ENDLESS, TimeOutError):
         return None
 
 
 @lru_cache(maxsize=32)
 def try_template(text: str) -> None:
-    """Compile a template and render some conversations by it, in a copy of this process, once a text.
+    """Compile a template and render some conversations with it, in a copy of this process, once per text.
 
     Raises:
-        DeadlyError: it ends the process that renders it, or one operation of it does not end.
+        DeadlyError: it crashes the process that renders it, or one of its operations does not end.
     """
 
     def render_some() -> None:
-        # A template may refuse some of them; and the time it takes between operations is reported with rows.
-        for (messages, tools), asks_answer in itertools.product(TRIED, (False, True)):
+        # A template may refuse some of them; the time that it takes in total is checked for each row.
+        for (messages, tools), add_generation_prompt in itertools.product(TRIAL_CONVERSATIONS, (False, True)):
             with suppress(*TEMPLATE_ERRORS, *ENDLESS):
                 render_jinja_template(
                     [messages],
                     tools=tools,
                     chat_template=text,
-                    add_generation_prompt=asks_answer,
+                    add_generation_prompt=add_generation_prompt,
                     **SPECIAL_TOKENS,
                 )
 
@@ -158,27 +158,27 @@ def try_template(text: str) -> None:
 
 
 def within_limits(call: Callable[[], Result], num_characters: int = 0) -> Result:
-    """Return what `call` returns, which runs or compiles a template, for messages of `num_characters`.
+    """Return the result of `call`, which renders or compiles a template for messages of `num_characters`.
 
     Raises:
         TimeOutError: it takes too long.
         MemoryError: it takes too much memory.
     """
-    # Memory around time: a time-out must not fall between a limit and its end.
+    # Memory outside, time inside: a timeout must not strike while the memory limit is set or reset.
     most_bytes = MOST_BYTES + MOST_BYTES_PER_CHARACTER * num_characters
     return within_bytes(lambda: within_seconds(call, LONGEST_SECONDS), most_bytes)
 
 
-def endless(error: BaseException) -> ModelError:
-    """Return the error for a template that ended in one of `ENDLESS`."""
+def endless_error(error: BaseException) -> ModelError:
+    """Return the error for a template that raised one of `ENDLESS`."""
     kind = type(error).__name__
     return ModelError(
-        f"the chat template calls itself without an end, nests too deeply or takes too much memory ({kind})",
+        f"the chat template recurses endlessly, nests too deeply or takes too much memory ({kind})",
         hint=OTHER_TEMPLATE,
     )
 
 
-def _characters(messages: Messages) -> int:
+def _num_characters(messages: Messages) -> int:
     return sum(
         len(value) if isinstance(value, str) else len(str(value)) for message in messages for value in message.values()
     )

@@ -1,4 +1,4 @@
-"""What a model makes of text: its tokenizer and how many positions it has. Needs no weights."""
+"""Load the tokenizer of a model and count its positions, without its weights."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSide:
-    """The tokenizer of a model, and its positions; None if it has no limit, or no config is there."""
+class TextInterface:
+    """The tokenizer of a model, and its positions; None if they have no limit or there is no config."""
 
     tokenizer: LoadedTokenizer
     num_positions: int | None
 
 
-def load_text_side(settings: ModelSettings, reporter: Reporter, *, max_length: int | None) -> TextSide:
-    """Load the tokenizer of a model as `train` does. `max_length` is checked against the positions if it is given.
+def load_text_interface(settings: ModelSettings, reporter: Reporter, *, max_length: int | None) -> TextInterface:
+    """Load the tokenizer of a model as `train` does, and check `max_length`, unless None, against the positions.
 
     Raises:
         ModelNotFoundError: no such model.
@@ -32,10 +32,10 @@ def load_text_side(settings: ModelSettings, reporter: Reporter, *, max_length: i
     for note in tokenizer.notes:
         reporter.report(Noted(message=note))
     if not (source.path / CONFIG).is_file():
-        reporter.report(Noted(message=f"{source.path} has no {CONFIG}: how many positions the model has is not known"))
-        return TextSide(tokenizer=tokenizer, num_positions=None)
+        reporter.report(Noted(message=f"{source.path} has no {CONFIG}: its number of positions is unknown"))
+        return TextInterface(tokenizer=tokenizer, num_positions=None)
     config = read_config(source, trust_remote_code=settings.trust_remote_code).config
     if max_length is not None:
         check_length(config, max_length, settings.rope_scaling)
     apply_rope_scaling(config, settings.rope_scaling)
-    return TextSide(tokenizer=tokenizer, num_positions=num_positions(config))
+    return TextInterface(tokenizer=tokenizer, num_positions=num_positions(config))

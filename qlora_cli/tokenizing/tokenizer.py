@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model: new tokens, chat template, and a pad token that does not stand for the end."""
+"""Load the tokenizer of a model: with new tokens, chat template, and a pad token that does not end a text."""
 
 import re
 import sys
@@ -18,11 +18,11 @@ from qlora_cli.model_files.given_model import CONFIG, has_vocabulary
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.chat_template import choose_chat_template
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
-from qlora_cli.tokenizing.tokenizer_files import faulty_config, open_tokenizer, places_of
-from qlora_cli.tokenizing.vocabulary_files import why_unreadable
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
+from qlora_cli.tokenizing.tokenizer_files import faulty_config, open_tokenizer, tokenizer_directories
+from qlora_cli.tokenizing.vocabulary_files import unreadable_vocabulary
 
-# Tokens that tokenizers carry for padding, best first. <|endoftext|> ends the text in many models; then it is out.
+# Tokens that tokenizers have for padding, best first. <|endoftext|> is excluded where it ends the text.
 PAD_TOKENS = (
     "<|finetune_right_pad_id|>",
     "<pad>",
@@ -33,13 +33,13 @@ PAD_TOKENS = (
     "<|endoftext|>",
     "<|vision_pad|>",
 )
-# Tokens held in reserve, by the names that model families give them: <|reserved_special_token_0|>, <unused0>,
+# Reserved tokens, as model families name them: <|reserved_special_token_0|>, <unused0>,
 # [unused1], >>UNUSED_1<<, <|placeholder1|>, <|dummy_0|>, <|extra_0|>, <extra_id_0>, <SPECIAL_20>, [control_8].
 RESERVED = re.compile(
     r"(<|\[|>>)\|?(reserved|unused|placeholder|dummy|extra|special|control)[a-z_]*\d+\|?(>|\]|<<)", re.IGNORECASE
 )
 ADDED_PAD = "<|pad|>"
-WHAT_THEY_HOLD: Mapping[str, tuple[type, ...]] = {
+VALUE_TYPES: Mapping[str, tuple[type, ...]] = {
     "added_tokens.json": (int,),
     "special_tokens_map.json": (str, list, dict),
 }
@@ -50,7 +50,7 @@ JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 class LoadedTokenizer:
     """A tokenizer that pads on the right.
 
-    `end_ids` are what generation stops at, `new_token_ids` those of the new tokens, in their order.
+    `end_ids` end generation; `new_token_ids` are the ids of the new tokens, in their order.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,13 +60,13 @@ class LoadedTokenizer:
 
     @property
     def num_rows(self) -> int:
-        """The rows that an embedding needs for it."""
+        """The rows that an embedding needs for this tokenizer."""
         return _largest_id(self.tokenizer) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """What the model's files say: the rows of the embedding, the ids that end a text, and those for padding."""
+class _VocabularyFacts:
+    """Facts from the model's files: the rows of the embedding, the ids that end a text, and those for padding."""
 
     num_rows: int | None
     end_ids: frozenset[int]
@@ -74,15 +74,15 @@ class _Facts:
 
 
 def load_tokenizer(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
-    """Return the tokenizer with new tokens, chat template and pad token as the settings say, and notes on them.
+    """Return the tokenizer with new tokens, chat template and pad token by the settings, and notes on them.
 
     Raises:
-        ModelError: there is no tokenizer, it has no end-of-sequence token, or it can't give the position
-            of its tokens in the text, which the loss mask is built from; a new token is none; or the chat
-            template asked for can't be used.
+        ModelError: there is no tokenizer, it has no end-of-sequence token, or it can't give the offsets of
+            its tokens in the text, which the loss mask is built from; a new token can't be added; or the
+            requested chat template can't be used.
         MissingDependencyError: its vocabulary needs a package that is not installed.
     """
-    with tokenizer_explained(source.name):
+    with explain_tokenizer_errors(source.name):
         return _load(source, settings)
 
 
@@ -97,7 +97,7 @@ def _load(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
         notes.append(f"new tokens: {', '.join(settings.new_tokens or ())} (ids {ids})")
     notes += choose_chat_template(tokenizer, settings.chat_template)
     if source.adapter is not None and facts.num_rows is not None:
-        # The base of an adapter is grown as far as its tokenizer goes, and was when it was trained.
+        # The base of an adapter is extended to its tokenizer's size, as it was in training.
         facts = replace(facts, num_rows=max(facts.num_rows, _largest_id(tokenizer) + 1))
     notes += _choose_pad(tokenizer, facts, may_grow=settings.resize_vocab)
     assert tokenizer.eos_token_id is not None, "checked on opening"
@@ -110,20 +110,23 @@ def _load(source: ModelSource, settings: ModelSettings) -> LoadedTokenizer:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, settings: ModelSettings) -> None:
-    """Check that every id of the tokenizer has a row of the embedding, unless it may be resized.
+    """Check that every id of the tokenizer has a row in the embedding, unless the embedding may be resized.
 
     Raises:
-        ModelError: an id lies beyond the embedding.
+        ModelError: an id is beyond the embedding.
     """
     largest = _largest_id(tokenizer)
     if largest < num_rows or settings.resize_vocab:
         return
     cause = (
-        "--new-tokens do not fit" if settings.new_tokens else "The tokenizer belongs to another model, or was added to"
+        "--new-tokens do not fit"
+        if settings.new_tokens
+        else "The tokenizer belongs to another model, or has additions"
     )
+    tokens = _describe_tokens_from(tokenizer, num_rows)
     raise ModelError(
         f"the tokenizer of {settings.name} has ids up to {largest}, but the embedding only {num_rows} rows",
-        hint=f"{cause}: {_names_from(tokenizer, num_rows)} without a row; --resize-vocab grows the embedding.",
+        hint=f"{cause}: {tokens} without a row; --resize-vocab extends the embedding.",
     )
 
 
@@ -132,13 +135,13 @@ def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[
         tokenizer, notes = open_tokenizer(
             source,
             trust_remote_code=settings.trust_remote_code,
-            is_template_asked=settings.chat_template is not None,
+            has_template_choice=settings.chat_template is not None,
             num_rows=num_rows,
         )
     except ModelError:
         raise
-    except Exception as error:  # of a damaged file, tokenizers raises a bare one
-        raise _why_not_opened(source, error, trust_remote_code=settings.trust_remote_code) from error
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        raise _opening_error(source, error, trust_remote_code=settings.trust_remote_code) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {source.name} ({type(tokenizer).__name__}) gives no character offsets",
@@ -152,48 +155,55 @@ def _open(source: ModelSource, settings: ModelSettings, num_rows: int) -> tuple[
     return tokenizer, notes
 
 
-def _why_not_opened(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> QloraError:
+def _opening_error(source: ModelSource, error: Exception, *, trust_remote_code: bool) -> QloraError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the tokenizer of {source.name} comes with its own Python code, which is not run by default",
             hint="Read the code; if you trust its author, give --trust-remote-code.",
         )
-    for place in places_of(source):
-        _check_files(place)
-        if (unreadable := why_unreadable(place)) is not None:
+    for directory in tokenizer_directories(source):
+        _check_files(directory)
+        if (unreadable := unreadable_vocabulary(directory)) is not None:
             return unreadable
     reason = reason_of(error)
     if faulty := faulty_config(source, error, trust_remote_code=trust_remote_code):
         file, key, value = faulty
         return ModelError(
-            f"{file} makes no tokenizer: {key} is {shown(value)}: {reason}",
-            hint=f"Correct it there, or get it anew. {how_to_restore(file.parent, file.name)}",
+            f"{file} is not a valid tokenizer file: {key} is {shown(value)}: {reason}",
+            hint=f"Correct it there, or download it again. {how_to_restore(file.parent, file.name)}",
         )
     hint = "Save one next to the weights with tokenizer.save_pretrained()."
     if has_vocabulary(source.tokenizer_path):
-        hint = "Get its files anew from where the model came from, all of one version."
+        hint = "Download its files again from where the model came from, all of one version."
     return ModelError(f"{source.name} has no tokenizer that can be loaded: {reason}", hint=hint)
 
 
 def _check_files(directory: Path) -> None:
-    """Raise the error of the first file of a tokenizer that is damaged, if one is."""
+    """Check the JSON files of a tokenizer, to name the first that is damaged.
+
+    Raises:
+        ModelError: one is.
+    """
     for file in JSON_FILES:
         path = directory / file
         for key, value in read_json(path).items() if path.is_file() else ():
-            if not isinstance(value, WHAT_THEY_HOLD.get(file, object)):
+            if not isinstance(value, VALUE_TYPES.get(file, object)):
                 raise ModelError(
-                    f"{path} makes no tokenizer: {key} is {shown(value)}", hint=how_to_restore(directory, file)
+                    f"{path} is not a valid tokenizer file: {key} is {shown(value)}",
+                    hint=how_to_restore(directory, file),
                 )
     path = directory / "tokenizer.json"
     if path.is_file():
         try:
             Tokenizer.from_file(str(path))
-        except Exception as error:  # nothing more exact is raised
-            raise ModelError(f"{path} is no tokenizer: {error}", hint=how_to_restore(directory, path.name)) from error
+        except Exception as error:  # the library raises a bare Exception
+            raise ModelError(
+                f"{path} is not a tokenizer: {error}", hint=how_to_restore(directory, path.name)
+            ) from error
 
 
 def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:
-    """Add `tokens` as ordinary ones, which decoding keeps, found in the text as they are written."""
+    """Add `tokens` as ordinary tokens, which decoding keeps, matched in the text verbatim."""
     for index, token in enumerate(tokens):
         if token in tokens[:index]:
             raise ModelError(f"the new token {token} is given twice", hint="Name each of --new-tokens once.")
@@ -207,7 +217,7 @@ def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...])
 
 
 def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    # Vocabularies write some characters in their own way: a byte-level one has "cafÃ©" for "café".
+    # Vocabularies encode some characters: a byte-level one has "cafÃ©" for "café".
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) == 1 and tokenizer.decode(ids) == token:
         return int(ids[0])
@@ -215,37 +225,37 @@ def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
 
 
 def _add(tokenizer: PreTrainedTokenizerBase, token: str, *, special: bool) -> int:
-    taken = set(tokenizer.get_vocab().values())
+    used = set(tokenizer.get_vocab().values())
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
     token_id = int(tokenizer.get_vocab()[token])
-    if token_id in taken:  # the library counts tokens to find the next id
+    if token_id in used:  # the library derives the next id from the number of tokens
         raise ModelError(
             f"{token} can't be added: the tokenizer would give it id {token_id}, which another token has",
-            hint="The ids of the tokenizer have holes; add the tokens to its tokenizer.json.",
+            hint="The ids of the tokenizer have gaps; add the tokens to its tokenizer.json.",
         )
     return token_id
 
 
-def _read_facts(source: ModelSource) -> _Facts:
+def _read_facts(source: ModelSource) -> _VocabularyFacts:
     config = source.path / CONFIG
     files = (read_json(config) if config.is_file() else {}, read_generation_config(source.path))
     texts = [part for values in files for part in (values, values.get("text_config")) if isinstance(part, dict)]
     rows = [int(text["vocab_size"]) for text in texts if isinstance(text.get("vocab_size"), int)]
-    return _Facts(
-        num_rows=rows[-1] if rows else None,  # the text part's own, where there is one
+    return _VocabularyFacts(
+        num_rows=rows[-1] if rows else None,  # that of the text config, if there is one
         end_ids=frozenset(token_id for text in texts for token_id in _as_ids(text.get("eos_token_id"))),
         pad_ids=tuple(token_id for text in texts for token_id in _as_ids(text.get("pad_token_id"))),
     )
 
 
 def _as_ids(value: Any) -> list[int]:
-    """Return the ids of a config's field, which holds one, several or none; some configs write -1 for none."""
+    """Return the ids in a config's field: one, several or none; some configs write -1 for none."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and item >= 0]
 
 
-def _choose_pad(tokenizer: PreTrainedTokenizerBase, facts: _Facts, *, may_grow: bool) -> list[str]:
-    """Keep the pad token if it is a good one, else give the tokenizer another and return a note on it."""
+def _choose_pad(tokenizer: PreTrainedTokenizerBase, facts: _VocabularyFacts, *, may_grow: bool) -> list[str]:
+    """Keep the pad token if it is suitable, else set another and return a note on it."""
     ends = facts.end_ids | {tokenizer.eos_token_id}
     limit = sys.maxsize if may_grow else facts.num_rows or _largest_id(tokenizer) + 1
     problem = _pad_problem(tokenizer, ends, limit)
@@ -281,7 +291,7 @@ def _pad_problem(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], limit
 
 
 def _pad_candidates(tokenizer: PreTrainedTokenizerBase, config_pad_ids: tuple[int, ...]) -> Iterator[str]:
-    """Yield what may stand for padding, best first; not all of it is in the vocabulary or free."""
+    """Yield candidates for padding, best first; some may be missing from the vocabulary or in use."""
     yield from PAD_TOKENS
     reserved = [(token_id, token) for token, token_id in tokenizer.get_vocab().items() if RESERVED.fullmatch(token)]
     yield from (token for _, token in sorted(reserved))
@@ -293,8 +303,8 @@ def _pad_candidates(tokenizer: PreTrainedTokenizerBase, config_pad_ids: tuple[in
             yield token
 
 
-def _names_from(tokenizer: PreTrainedTokenizerBase, first: int) -> str:
-    """Return the tokens with ids from `first` on, in few words."""
+def _describe_tokens_from(tokenizer: PreTrainedTokenizerBase, first: int) -> str:
+    """Describe the tokens with ids from `first` on."""
     names = [
         token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]) if number >= first
     ]

@@ -1,7 +1,7 @@
-"""What goes wrong inside a tokenizer, as an error that names it.
+"""Convert failures inside a tokenizer into an error that names it.
 
-The library is written in Rust and ends in two ways that are like no other's: a panic, which is no `Exception`, and a
-bare `Exception`. Both come of what a tokenizer.json says, together with a text.
+The tokenizers library is written in Rust and fails in two unusual ways: by a panic, which is not an `Exception`, and
+by a bare `Exception`. Both are caused by the content of a tokenizer.json, sometimes only on certain texts.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from qlora_cli.errors import ModelError, is_panic
 
 
 @contextmanager
-def tokenizer_explained(name: str) -> Iterator[None]:
-    """Explain what goes wrong while the tokenizer `name` is read or used.
+def explain_tokenizer_errors(name: str) -> Iterator[None]:
+    """Explain failures while the tokenizer `name` is read or used.
 
     Raises:
         ModelError: it fails.
@@ -25,5 +25,5 @@ def tokenizer_explained(name: str) -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         raise ModelError(
             f"the tokenizer of {name} fails: {reason}",
-            hint="Its tokenizer.json is damaged, or does not know this text; get it anew from where it came from.",
+            hint="Its tokenizer.json is damaged, or can't encode this text; download it again from its source.",
         ) from error

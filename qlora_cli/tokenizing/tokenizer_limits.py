@@ -1,7 +1,7 @@
-"""How much the files of a tokenizer may ask for, looked at before the library builds one of them.
+"""Limits on what the files of a tokenizer may demand, checked before the library builds it.
 
-A file of a few lines can have a text grow a billion times, name an id that has every smaller one counted up to it, or
-go over each text a million times. Tokenizers that people train with are far below all of it.
+A file of a few lines can make a text grow a billion times, name an id so large that counting up to it takes forever,
+or process each text a million times. Real tokenizers are far below all of these limits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,19 +12,19 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import check_small_files, how_to_restore, read_json
 
 MOST_IDS = 2**24  # vocabularies have up to some 300,000
-MOST_PARTS = 100  # normalizers, splits, decoders and the like; some ten are common
+MOST_PARTS = 100  # normalizers, splits, decoders and the like; about ten are common
 MOST_LISTED = 10_000  # in a list within one of them
-LONGEST_TEXT = 10_000  # a pattern of one, or what it puts in; the longest patterns in use have 1,000 characters
-MOST_GROWTH = 64  # of a text that is normalized, by what is put in; <newline> for \n is 9
+LONGEST_TEXT = 10_000  # of a pattern or a replacement; the longest patterns in use have 1,000 characters
+MOST_GROWTH = 64  # of a text by replacements; <newline> for \n is 9
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding")
-TABLE = "precompiled_charsmap"  # the one long text there
+TABLE = "precompiled_charsmap"  # the only long string there
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Check what the files of a tokenizer in `directory` ask for.
+    """Check what the files of a tokenizer in `directory` demand.
 
     Raises:
-        ModelError: one can't be read, or asks for more than any tokenizer needs.
+        ModelError: one can't be read, or demands more than any tokenizer needs.
     """
     check_small_files(directory)
     for name in ("tokenizer.json", "vocab.json"):
@@ -33,9 +33,7 @@ def check_tokenizer_files(directory: Path) -> None:
             content = read_json(path)
             problem = next(_problems(content) if name == "tokenizer.json" else _problems_of_ids(content), None)
             if problem is not None:
-                raise ModelError(
-                    f"{path} is no tokenizer to train with: {problem}", hint=how_to_restore(directory, name)
-                )
+                raise ModelError(f"{path} is not a usable tokenizer: {problem}", hint=how_to_restore(directory, name))
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -77,7 +75,7 @@ def _problems_of_step(step: str, content: object) -> Iterator[str]:
 
 
 def _values_in(content: object) -> Iterator[tuple[str, object]]:
-    """Yield every value in what a file says of a step, with the key that it, or the list it is in, stands under."""
+    """Yield every value within a step, with its own key or the key of the list that it is in."""
     left = [("type", content)]
     while left:
         key, value = left.pop()
@@ -89,7 +87,7 @@ def _values_in(content: object) -> Iterator[tuple[str, object]]:
 
 
 def _parts_in_order(content: object) -> Iterator[Mapping[str, Any]]:
-    """Yield the parts of a step in the order in which they change a text."""
+    """Yield the parts of a step in the order in which they are applied."""
     left = [content]
     while left:
         value = left.pop()
@@ -101,28 +99,29 @@ def _parts_in_order(content: object) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(content: object) -> int:
-    """Return how many characters one of a text may become at most in a step.
+    """Return the largest number of characters that a step may turn one character into.
 
-    From the last part to the first: `lengths` and `rest` are what a character becomes from there on.
+    From the last part to the first: `lengths` (by character) and `rest` (of all others) count the characters that
+    one becomes from there on.
     """
     lengths: dict[str, int] = {}
     rest = 1
     for part in reversed(list(_parts_in_order(content))):
-        if part.get("type") == "ByteLevel":  # two for each that is not ASCII
+        if part.get("type") == "ByteLevel":  # two characters for each non-ASCII one
             lengths, rest = {key: 2 * length for key, length in lengths.items()}, 2 * rest
         if part.get("type") != "Replace" or not isinstance(part.get("content"), str):
             continue
-        pattern, put_in = part.get("pattern"), sum(lengths.get(each, rest) for each in part["content"])
+        pattern, length = part.get("pattern"), sum(lengths.get(each, rest) for each in part["content"])
         replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
         if isinstance(replaced, str) and len(replaced) == 1:
-            lengths[replaced] = put_in
-        else:  # any character may be one that it finds
-            lengths, rest = {key: max(length, put_in) for key, length in lengths.items()}, max(rest, put_in)
+            lengths[replaced] = length
+        else:  # the pattern may match any character
+            lengths, rest = {key: max(before, length) for key, before in lengths.items()}, max(rest, length)
     return max(rest, *lengths.values()) if lengths else rest
 
 
 def _times_repeated(content: object) -> int:
-    """Return how often a text stands in what is made of it and of what goes around it."""
+    """Return how many times the templates of a step repeat a text."""
     times = 1
     for part in _parts_in_order(content):
         if part.get("type") == "TemplateProcessing":

@@ -12,7 +12,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.settings.models import TrainSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, resolved_in_code, settle
-from qlora_cli.tokenizing.positions import shortened
+from qlora_cli.tokenizing.positions import limit_length
 
 PACKAGE = Path(qlora_cli.__file__).parent
 OWNED = re.compile(r"model_fields_set|model_copy\(|model_construct\(")
@@ -148,4 +148,4 @@ def test_a_length_that_was_not_asked_for_is_lowered_to_the_positions(
     asked: dict[str, str], positions: int | None, length: int
 ) -> None:
     before = resolved(**asked)
-    assert settle(before, shortened(before.settings, positions)).settings.data.max_length == length
+    assert settle(before, limit_length(before.settings, positions)).settings.data.max_length == length

@@ -44,12 +44,12 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     with reporting() as reporter:
         from qlora_cli.data.showing.inspection import inspect_data as look_at
         from qlora_cli.data.tokenizing.encode import TextTokenizer
-        from qlora_cli.tokenizing.positions import LENGTH, note_length, shortened
-        from qlora_cli.tokenizing.text_interface import load_text_side
+        from qlora_cli.tokenizing.positions import LENGTH, limit_length, note_length
+        from qlora_cli.tokenizing.text_interface import load_text_interface
 
         asked = settings.data.max_length if resolved.is_given(LENGTH) else None
-        text = load_text_side(settings.model, reporter, max_length=asked)
-        settled = settle(resolved, shortened(settings, text.num_positions))
+        text = load_text_interface(settings.model, reporter, max_length=asked)
+        settled = settle(resolved, limit_length(settings, text.num_positions))
         note_length(settled, reporter)
         data = settled.settings.data
         reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))

@@ -187,7 +187,9 @@ class Renderer:
             spans = _spans_in_shape(shape, [content.strip() for content in contents], trained, text)
         if spans and not self._template.has_constant_prompt:
             for index, (start, _) in spans.items():
-                if text[:start] != self._template.text(first_messages(row.conversation, index), asks_answer=True):
+                if text[:start] != self._template.text(
+                    first_messages(row.conversation, index), add_generation_prompt=True
+                ):
                     return None
         return spans
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.rendering.render_timer import RenderTimer
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.events import Reporter, SilentReporter
-from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all
+from qlora_cli.tokenizing.template_rendering import TemplateRefusalError, render, render_all
 
 Span = tuple[int, int]
 
@@ -77,8 +77,8 @@ class ChatTemplate:
         with self.timer.measured():
             return render_all(self._tokenizer, [each.messages for each in conversations])
 
-    def text(self, conversation: Conversation, *, asks_answer: bool = False) -> str:
-        """Render `conversation`, followed by the generation prompt if `asks_answer`.
+    def text(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+        """Render `conversation`, followed by the generation prompt if `add_generation_prompt`.
 
         Raises:
             RowError: the template refuses it.
@@ -91,9 +91,9 @@ class ChatTemplate:
                     conversation.messages,
                     tools=conversation.tools,
                     variables=conversation.template_kwargs,
-                    asks_answer=asks_answer,
+                    add_generation_prompt=add_generation_prompt,
                 )
-        except RefusedError as error:
+        except TemplateRefusalError as error:
             raise RowError(f"the chat template refuses it: {error}", hint=OTHER_ROWS) from error
 
     def span(self, conversation: Conversation, index: int, text: str) -> Span:
@@ -105,11 +105,13 @@ class ChatTemplate:
                 follows.
             ModelError: the template does not end.
         """
-        before = self.text(first_messages(conversation, index), asks_answer=True)
+        before = self.text(first_messages(conversation, index), add_generation_prompt=True)
         if not text.startswith(before):
 
             def helps(switched: Conversation) -> bool:
-                return self.text(switched).startswith(self.text(first_messages(switched, index), asks_answer=True))
+                return self.text(switched).startswith(
+                    self.text(first_messages(switched, index), add_generation_prompt=True)
+                )
 
             switch = self.helpful_switch(conversation, helps)
             raise _not_as_served_error(index, before, text, switch, trains_last=self._trains_last)

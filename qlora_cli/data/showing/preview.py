@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.rows.examples import IGNORE_INDEX
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 TRAINED_BEGIN, TRAINED_END = "«", "»"
 
@@ -95,7 +95,7 @@ class _Stream:
 def _pieces(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[TokenPiece]:
-    with tokenizer_explained(tokenizer.name_or_path):
+    with explain_tokenizer_errors(tokenizer.name_or_path):
         return list(_decoded(ids, labels, mask, tokenizer))
 
 

@@ -29,7 +29,7 @@ from qlora_cli.data.rows.examples import (
 )
 from qlora_cli.events import Reporter
 from qlora_cli.settings.choices import LossOn
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 MAX_PIECE_CHARACTERS = 500_000  # longer texts are split, so that memory stays bounded
 
@@ -119,7 +119,7 @@ class RowTokenizer:
         reporter: Reporter | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        with tokenizer_explained(tokenizer.name_or_path):
+        with explain_tokenizer_errors(tokenizer.name_or_path):
             self._backend, self._prefix, self._suffix = _without_special_tokens(tokenizer)
             self._may_split = all(_decode_pieces(self._backend, "a", more) == "a" + more for more in ("b", " b"))
         added = tokenizer.added_tokens_decoder
@@ -172,7 +172,7 @@ class RowTokenizer:
     ) -> None:
         # What many rows have in common is encoded once, such as a system prompt, or a line break after all turns.
         texts = list(dict.fromkeys(text for _, _, text in pieces))
-        with tokenizer_explained(self._tokenizer.name_or_path):
+        with explain_tokenizer_errors(self._tokenizer.name_or_path):
             encodings = dict(zip(texts, encode_batch(texts, add_special_tokens=False), strict=True))
         for index, offset, text in pieces:
             encoded[index].add(offset, len(text), encodings[text], self._added)

@@ -13,7 +13,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
-from qlora_cli.tokenizing.template_rendering import RefusedError, render
+from qlora_cli.tokenizing.template_rendering import TemplateRefusalError, render
 
 Messages = Sequence[tuple[str, str]]  # role and content of each
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -118,7 +118,7 @@ class _Prober:
     def text(self, messages: Messages, *, answering: bool = True) -> str:
         """Return what the template makes of `messages`, up to where the model answers unless told otherwise."""
         asked = [{"role": role, "content": content} for role, content in messages]
-        return render(self._tokenizer, asked, asks_answer=answering)
+        return render(self._tokenizer, asked, add_generation_prompt=answering)
 
     def pieces(self, *roles: str, answering: bool = True) -> tuple[tuple[str, ...], list[str]]:
         """Return what stands around the contents of a conversation, and the roles in the order of the text."""
@@ -126,7 +126,7 @@ class _Prober:
         text = self.text(marks, answering=answering)
         for role, mark in marks:
             if (count := text.count(mark)) != 1:
-                raise RefusedError(f"it writes the content of a message of the {role} {count} times")
+                raise TemplateRefusalError(f"it writes the content of a message of the {role} {count} times")
         placed = sorted(marks, key=lambda marked: text.index(marked[1]))
         pieces = []
         for _, mark in placed:
@@ -139,7 +139,7 @@ def _derive(prober: _Prober, bos: str, *, drops_bos: bool) -> Turns:
     try:
         _, (first, between, again, end) = prober.pieces(USER, ASSISTANT, USER)
         _, (*_, tail) = prober.pieces(USER, ASSISTANT, answering=False)
-    except RefusedError as error:
+    except TemplateRefusalError as error:
         raise _inexpressible(f"of a user and an assistant: {error}") from error
     # Where a token that is in front of each turn is the BOS token too, it is no opening unless it has to go.
     opening = bos if first.startswith(bos) and (drops_bos or bos not in again) else ""
@@ -164,7 +164,7 @@ def _system(prober: _Prober, opening: str, first: str, again: str) -> tuple[Syst
     """Return where a system message goes, what stands before it, and what stands between it and the user's text."""
     try:
         roles, pieces = prober.pieces(SYSTEM, USER, ASSISTANT, USER)
-    except RefusedError:  # by an error of its own, or by leaving it out
+    except TemplateRefusalError:  # by an error of its own, or by leaving it out
         return SystemPlace.NOWHERE, "", ""
     if roles[0] == SYSTEM:
         behind = pieces[1]

@@ -37,7 +37,7 @@ from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, MergeCommandSet
 from qlora_cli.settings.settle import by_path, loading_settings, resolved_in_code
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
-from qlora_cli.tokenizing.tokenizer_files import templates_left_out
+from qlora_cli.tokenizing.tokenizer_files import notes_on_unused_templates
 from qlora_cli.writing import end_of, leads_out
 
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
@@ -111,7 +111,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     for note in (
         *notes_on_ignored_keys(one.adapter for one in sources),
         *tokenizer.notes,
-        *templates_left_out(source, sources[1:], tokenizer.tokenizer.chat_template),
+        *notes_on_unused_templates(source, sources[1:], tokenizer.tokenizer.chat_template),
         *_notes_on_rows(base, before.get("vocab_size")),
         *_notes_on_links(source),
     ):

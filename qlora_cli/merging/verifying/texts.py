@@ -16,7 +16,7 @@ from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import with_values
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
-from qlora_cli.tokenizing.tokenizer_errors import tokenizer_explained
+from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo.",
@@ -74,7 +74,7 @@ def read_texts(tokenizer: LoadedTokenizer, record: RunRecord | None, vocabulary:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
-    with tokenizer_explained(tokenizer.name_or_path):
+    with explain_tokenizer_errors(tokenizer.name_or_path):
         ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 

@@ -13,10 +13,10 @@ import json, resource, sys
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.feeding.prepare import prepare_data
 from qlora_cli.events import SilentReporter
-from qlora_cli.tokenizing.text_interface import load_text_side
+from qlora_cli.tokenizing.text_interface import load_text_interface
 from qlora_cli.settings.models import DataSettings, ModelSettings
 file, model, allowed = sys.argv[1], sys.argv[2], int(sys.argv[3])
-side = load_text_side(ModelSettings(name=model), SilentReporter(), max_length=None)
+side = load_text_interface(ModelSettings(name=model), SilentReporter(), max_length=None)
 text = TextTokenizer(tokenizer=side.tokenizer.tokenizer, end_ids=side.tokenizer.end_ids, reporter=SilentReporter())
 (used,) = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")]
 limit = (used << 10) + (allowed << 20)

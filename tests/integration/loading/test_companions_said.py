@@ -102,7 +102,7 @@ def test_the_template_of_a_second_adapter_that_is_left_out_is_said(adapter: Path
     read_inputs(request_of(adapter, second), recorder)
     (note,) = [note for note in said(recorder) if "template" in note]
     assert str(second / "chat_template.jinja") in note
-    assert note.endswith("is left out")
+    assert note.endswith("is not used")
     (second / "chat_template.jinja").unlink()
     recorder = Recorder()
     read_inputs(request_of(adapter, second), recorder)

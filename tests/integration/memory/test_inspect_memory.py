@@ -143,7 +143,7 @@ def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
     (base / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     refused = run_qlora("inspect-memory", run, *SHORT, "--json", env=alone)
     assert (refused.code, (tmp_path / "ran").exists()) == (2, False), refused.stderr
-    assert "code of its own" in refused.stderr
+    assert "its own Python code" in refused.stderr
 
 
 def test_a_cached_prediction_is_the_same_and_needs_no_torch(

@@ -28,7 +28,13 @@ from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.tokenizing import template_rendering
 from qlora_cli.tokenizing.chat_template import choose_chat_template
-from qlora_cli.tokenizing.template_rendering import RefusedError, render, render_all, try_template, within_limits
+from qlora_cli.tokenizing.template_rendering import (
+    TemplateRefusalError,
+    render,
+    render_all,
+    try_template,
+    within_limits,
+)
 from qlora_cli.units import GIB
 from tests.conftest import Recorder
 from tests.unit.tokenizing.test_tokenizer import write_tokenizer
@@ -127,8 +133,8 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (ITSELF, r"the chat template calls itself without an end, .*\(RecursionError\)"),
-        (DEEP, "the chat template calls itself without an end, nests too deeply"),
+        (ITSELF, r"the chat template recurses endlessly, .*\(RecursionError\)"),
+        (DEEP, "the chat template recurses endlessly, nests too deeply"),
         ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
     ],
 )
@@ -153,7 +159,7 @@ def test_what_goes_wrong_in_a_template_is_its_refusal_of_the_messages(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> None:
     tokenizer.chat_template = template
-    with pytest.raises(RefusedError):
+    with pytest.raises(TemplateRefusalError):
         render(tokenizer, CHAT)
     assert render_all(tokenizer, [CHAT]) is None
 
@@ -224,7 +230,7 @@ def test_one_conversation_that_fails_among_many_is_left_to_be_named(tokenizer: P
     assert render_all(tokenizer, [CHAT, CHAT]) == ["a", "a"]
     assert render_all(tokenizer, [CHAT, with_x]) is None
     assert render_all(tokenizer, [with_x, CHAT]) is None
-    with pytest.raises(RefusedError, match="no x"):
+    with pytest.raises(TemplateRefusalError, match="no x"):
         render(tokenizer, with_x)
 
 
@@ -241,12 +247,12 @@ def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(token
     schema: dict[str, Any] = {"a": 1}
     for _ in range(400):
         schema = {"a": schema}
-    with pytest.raises(RefusedError, match="calls itself too often for what tools"):
+    with pytest.raises(TemplateRefusalError, match="recurses too deeply for what its tools"):
         render(tokenizer, CHAT, tools=[schema])
     conversation = Conversation(messages=CHAT, trained=(1,), tools=[schema])
     (found,) = RowTokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
     assert isinstance(found, RowError)
-    assert "the chat template refuses it: it calls itself too often" in str(found)
+    assert "the chat template refuses it: it recurses too deeply" in str(found)
 
 
 def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(

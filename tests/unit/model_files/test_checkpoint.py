@@ -77,7 +77,7 @@ def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) ->
     assert f"{second} is the first incomplete tensor" in message_of(tmp_path)
     (tmp_path / ONE).write_bytes(content[:-12])
     message = message_of(tmp_path)
-    assert f"{tmp_path / ONE} is damaged: it is truncated: 22 B of 34 B" in message
+    assert f"{tmp_path / ONE} is damaged: it is truncated: it holds 22 B of 34 B" in message
     assert f"{first} is the first incomplete tensor" in message
 
 

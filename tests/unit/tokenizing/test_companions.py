@@ -196,7 +196,7 @@ def test_added_tokens_that_have_no_place_are_left_out_and_it_is_said(base: Path,
     (adapter / "added_tokens.json").write_text(json.dumps({"<far>": 100_000}))
     loaded = load(base, adapter)
     assert "<far>" not in loaded.tokenizer.get_vocab()
-    assert loaded.notes[0].endswith("1 token whose id does not follow the last one: '<far>' (id 100000); left out")
+    assert loaded.notes[0].endswith("1 token whose id does not follow the last one: '<far>' (id 100000); skipped")
 
 
 def list_tokens(directory: Path, **ids: Any) -> None:
@@ -228,7 +228,7 @@ def test_of_a_stale_list_beside_the_base_only_what_has_a_row_is_added(
     assert [token for token in tokens if token in loaded.tokenizer.get_vocab()] == added
     limit = size + rows if rows is not None else 0
     assert any(
-        f"beyond the {limit:,} rows of the embedding: {tokens[len(added)]!r}" in note and note.endswith("; left out")
+        f"beyond the {limit:,} rows of the embedding: {tokens[len(added)]!r}" in note and note.endswith("; skipped")
         for note in loaded.notes
     )
     grown = load(base, adapter if has_adapter else None, resize_vocab=True)
@@ -283,7 +283,7 @@ def test_no_token_is_added_under_an_id_that_the_library_would_not_give(base: Pat
 def test_an_id_that_is_none_is_left_out_and_it_is_said(base: Path, adapter: Path, number: object) -> None:
     list_tokens(adapter, odd=number)
     (note,) = load(base, adapter).notes
-    assert note.endswith(f"whose id is no whole number: '<odd>' (id {json.dumps(number)}); left out")
+    assert note.endswith(f"whose id is not a whole number: '<odd>' (id {json.dumps(number)}); skipped")
 
 
 def test_what_the_tokenizer_does_not_take_is_not_called_added(base: Path, adapter: Path) -> None:
@@ -292,7 +292,7 @@ def test_what_the_tokenizer_does_not_take_is_not_called_added(base: Path, adapte
     loaded = load(base, adapter)
     assert len(loaded.tokenizer.get_vocab()) == size
     (note,) = loaded.notes
-    assert note.endswith(f"names 1 token that can't be added: '' (id {size}); left out")
+    assert note.endswith(f"names 1 token that can't be added: '' (id {size}); skipped")
 
 
 def test_tokens_gained_lost_and_moved_are_said(base: Path, adapter: Path) -> None:
@@ -364,7 +364,7 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
     with pytest.raises(ModelError) as caught:
         load(base, adapter)
     assert caught.value.message.startswith(
-        f"{faulty / file} makes no tokenizer: {key} is {json.dumps(value, ensure_ascii=False)}: "
+        f"{faulty / file} is not a valid tokenizer file: {key} is {json.dumps(value, ensure_ascii=False)}: "
     )
     assert file in str(caught.value.hint)
 

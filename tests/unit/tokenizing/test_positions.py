@@ -180,7 +180,7 @@ def test_what_can_not_be_stretched_is_refused_with_the_reason(
 def test_a_model_with_code_of_its_own_is_refused() -> None:
     config: Any = type(tiny_config("llama"))
     own = type("Own", (config,), {"__module__": "transformers_modules.own"})
-    with pytest.raises(ModelError, match="code of its own"):
+    with pytest.raises(ModelError, match="its own code"):
         apply_rope_scaling(own(), "yarn:4")
 
 

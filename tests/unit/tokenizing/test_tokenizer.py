@@ -15,7 +15,7 @@ from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
-from qlora_cli.tokenizing.vocabulary_files import why_unreadable
+from qlora_cli.tokenizing.vocabulary_files import unreadable_vocabulary
 
 END = "</s>"
 PAD = "<|pad|>"
@@ -291,7 +291,7 @@ def test_a_package_that_reads_the_vocabulary_and_is_missing_is_named_with_its_co
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     name = missing.rpartition(".")[2]
-    with pytest.raises(MissingDependencyError, match=f"of SentencePiece, which is read with {name}") as caught:
+    with pytest.raises(MissingDependencyError, match=f"a SentencePiece vocabulary, which needs {name}") as caught:
         load(tmp_path)
     assert caught.value.hint == f"Run: pip install {name}"
 
@@ -299,18 +299,18 @@ def test_a_package_that_reads_the_vocabulary_and_is_missing_is_named_with_its_co
 def test_the_package_of_a_vocabulary_of_tiktoken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     (tmp_path / "own.tiktoken").write_text("IQ== 0\nIg== 1\n")
-    assert "of tiktoken, which is read with tiktoken: not installed" in str(why_unreadable(tmp_path))
+    assert "a tiktoken vocabulary, which needs tiktoken: not installed" in str(unreadable_vocabulary(tmp_path))
 
 
 def test_a_pipe_called_as_a_vocabulary_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "own.tiktoken")
-    assert why_unreadable(tmp_path) is None
+    assert unreadable_vocabulary(tmp_path) is None
 
 
 def test_a_vocabulary_that_is_none_is_told_as_that(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ModelError, match=r"tokenizer\.model is no vocabulary of SentencePiece or tiktoken"):
+    with pytest.raises(ModelError, match=r"tokenizer\.model is not a vocabulary of SentencePiece or tiktoken"):
         load(tmp_path)
 
 
@@ -324,9 +324,9 @@ def test_a_broken_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("tokenizer.json", "{}", "is no tokenizer"),
-        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "is no tokenizer"),
-        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": []}', "is no tokenizer"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}', "is not a tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": []}', "is not a tokenizer"),
         ("tokenizer.json", "[]", "holds no JSON object"),
         ("tokenizer.json", "{", "can't be read as JSON"),
         ("tokenizer_config.json", '"text"', "holds no JSON object"),
