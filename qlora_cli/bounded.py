@@ -39,11 +39,11 @@ WAITING_SECONDS = 20.0  # for a copy that gets no processor time
 FATAL = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL")
 
 
-class DeadlyError(Exception):
+class UnsafeCodeError(Exception):
     """The code would crash the process, or never end; the message says how."""
 
 
-class TimeOutError(Exception):
+class TimeLimitError(Exception):
     """The time is over."""
 
 
@@ -76,7 +76,7 @@ def within_seconds(call: Callable[[], Result], most_seconds: float) -> Result:
     One operation that does not end, and so can't be interrupted, ends the process by SIGPROF.
 
     Raises:
-        TimeOutError: it takes longer than `most_seconds`.
+        TimeLimitError: it takes longer than `most_seconds`.
     """
     if not _is_main_thread() or not hasattr(signal, "setitimer"):
         return call()
@@ -92,7 +92,7 @@ def _interrupted(call: Callable[[], Result], most_seconds: float, timer: int, al
     """Return what `call` returns, unless `alarm` comes from `timer` before."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        raise TimeOutError
+        raise TimeLimitError
 
     before = signal.signal(alarm, end)
     signal.setitimer(timer, most_seconds, AGAIN_SECONDS)
@@ -101,21 +101,21 @@ def _interrupted(call: Callable[[], Result], most_seconds: float, timer: int, al
             return call()
         finally:
             signal.setitimer(timer, 0)
-    except TimeOutError:  # which may have come in the line above
+    except TimeLimitError:  # which may have come in the line above
         signal.setitimer(timer, 0)
         raise
     finally:
         signal.signal(alarm, signal.SIG_DFL if before is None else before)
 
 
-def try_apart(call: Callable[[], object], most_seconds: float, most_operation_seconds: float) -> None:
+def try_in_fork(call: Callable[[], object], most_seconds: float, most_operation_seconds: float) -> None:
     """Run `call` for `most_seconds` of processor time in a copy of this process; what it returns or raises is lost.
 
     Where no copy can be made of a process, or it gets no processor time, nothing is found. Other threads do not run in
     the copy, so `call` must not wait for any.
 
     Raises:
-        DeadlyError: the copy died of it, or one operation ran for `most_operation_seconds` of processor time.
+        UnsafeCodeError: the copy died of it, or one operation ran for `most_operation_seconds` of processor time.
     """
 
     if not _is_main_thread() or not hasattr(os, "fork"):
@@ -131,9 +131,9 @@ def try_apart(call: Callable[[], object], most_seconds: float, most_operation_se
             number = _fork_to_run(run, theirs)
         ended_by = None if number is None else _end_of(number, ours)
     if ended_by == "SIGPROF":
-        raise DeadlyError("one operation of it does not end")
+        raise UnsafeCodeError("one operation of it does not end")
     if ended_by in FATAL:
-        raise DeadlyError(f"it ends the process by {ended_by}, as nesting without an end does")
+        raise UnsafeCodeError(f"it ends the process by {ended_by}, as nesting without an end does")
 
 
 def _fork_to_run(call: Callable[[], object], answer: Connection) -> int | None:

@@ -31,7 +31,7 @@ def cache_folder(part: str) -> Path:
     return folder / part
 
 
-def is_name(name: str) -> bool:
+def is_digest(name: str) -> bool:
     """Whether a file or folder is named as `digest_of` names results: nobody else's is."""
     return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
@@ -41,12 +41,12 @@ def versions_of(packages: Iterable[str]) -> list[str]:
     return [f"{name} {_version(name)}" for name in packages]
 
 
-def digests_of_code(parts: Iterable[str]) -> list[str]:
+def code_digests(parts: Iterable[str]) -> list[str]:
     """Return the digest of all code of our own in these parts of the package."""
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for part in parts for path in files_of(part)]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for part in parts for path in code_files(part)]
 
 
-def files_of(part: str) -> list[Path]:
+def code_files(part: str) -> list[Path]:
     """Return the files of code in a part of the package: a folder with all below it, or a single file by its name.
 
     The template of a page is no code.

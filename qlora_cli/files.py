@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import MIB, format_bytes
-from qlora_cli.writing import LEFT_OVER, is_left_over
+from qlora_cli.writing import LEFTOVER, is_leftover
 
 # What separates values: every list, object and element has one of these before it. Those within texts count too.
 JSON_SEPARATORS, TEXT_SEPARATORS = b"{[,", b" \t\r\n\v\f"
@@ -84,8 +84,8 @@ def read_small(path: Path) -> str:
     return content.decode("utf-8")
 
 
-BESIDE_BYTES = 40  # what the name of a directory gets while it is written, or if it is set aside
-BELOW_BYTES = 200  # the longest path of what is written into one
+STAGING_NAME_BYTES = 40  # what the name of a directory gets while it is written, or if it is set aside
+CONTENT_PATH_BYTES = 200  # the longest path of what is written into one
 
 
 def existing_path(name: str | Path) -> Path | None:
@@ -109,7 +109,7 @@ def is_regular(path: Path) -> bool:
 def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
     """Return the error if no directory can exist at this path, which `flag` names; None if one can."""
     try:
-        reason = _why_not_made(directory)
+        reason = _reason_unusable(directory)
     except ValueError:
         reason = f"{str(directory)!r} can't be used: no path holds a NUL byte"
     except OSError as error:
@@ -117,7 +117,7 @@ def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
     return None if reason is None else OutputDirectoryError(reason, hint=f"Choose another {flag}.")
 
 
-def _why_not_made(directory: Path) -> str | None:
+def _reason_unusable(directory: Path) -> str | None:
     with suppress(FileNotFoundError, NotADirectoryError):
         directory.stat()
         return None if directory.is_dir() else f"{directory} is a file"
@@ -129,9 +129,9 @@ def _why_not_made(directory: Path) -> str | None:
         return f"{parent} is a file"
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"{parent} can't be written to"
-    longest = max(*map(_num_bytes, missing), _num_bytes(missing[-1]) + BESIDE_BYTES)
+    longest = max(*map(_num_bytes, missing), _num_bytes(missing[-1]) + STAGING_NAME_BYTES)
     is_long = longest > os.pathconf(parent, "PC_NAME_MAX")
-    if is_long or _num_bytes(str(directory.absolute())) + BELOW_BYTES > os.pathconf(parent, "PC_PATH_MAX"):
+    if is_long or _num_bytes(str(directory.absolute())) + CONTENT_PATH_BYTES > os.pathconf(parent, "PC_PATH_MAX"):
         return f"{directory} can't be used: {os.strerror(errno.ENAMETOOLONG)}"
     return None
 
@@ -144,12 +144,12 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
     """Return the error if `directory`, which `flag` names, is not empty or can't be made; None if it is usable."""
     if (problem := path_problem(directory, flag)) is not None or not directory.is_dir():
         return problem
-    was_killed = is_left_over(directory / LEFT_OVER)
+    was_killed = is_leftover(directory / LEFTOVER)
     try:
         names = [path.name for path in directory.iterdir()]
     except OSError as error:
         return OutputDirectoryError(f"{directory} can't be used: {error.strerror}", hint=f"Choose another {flag}.")
-    held = sorted(name for name in names if not (was_killed and name == LEFT_OVER))
+    held = sorted(name for name in names if not (was_killed and name == LEFTOVER))
     if held:
         hint = f"Choose a directory for {flag} that is empty or does not exist."
         return OutputDirectoryError(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Disable automatic garbage collection, which would traverse all live objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -73,7 +73,7 @@ def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:
         yield TextPart(text[place:], is_sign=False)
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Return `text` with characters that control a terminal or reverse text as bracketed code points: `[U+001B]`."""
     return _DRIVES.sub(lambda found: _sign(found.group()), text)
 

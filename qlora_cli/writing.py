@@ -19,12 +19,12 @@ import psutil
 
 from qlora_cli.errors import OutputDirectoryError
 
-LEFT_OVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
+LEFTOVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
 MARK = "written-by-qlora"  # in a folder that is written aside, next to what will be moved out of it
 WHOLE = "whole"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 USUAL_FILE = 0o666  # of which the user's mask takes away
-STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_next_to` names folders
+STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_staging_path` names folders
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -72,22 +72,22 @@ def end_line(file: Path) -> None:
             stream.write(b"\n")
 
 
-def not_in_place(file: Path) -> str | None:
+def unsafe_reason(file: Path) -> str | None:
     """Return why nothing may be written into, or read from, what has the name of a file of ours; None if it may."""
-    return _not_plain(file.lstat(), file.parent)
+    return _unsafe_stat_reason(file.lstat(), file.parent)
 
 
-def _not_plain(found: os.stat_result, folder: Path) -> str | None:
+def _unsafe_stat_reason(found: os.stat_result, folder: Path) -> str | None:
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if not stat.S_ISREG(found.st_mode):
         return "is no file"
     if found.st_nlink > 1:
         return "has another name, by which something else would be changed"
-    return None if is_own(found, folder) else f"belongs to another user (uid {found.st_uid})"
+    return None if is_owned_by_user(found, folder) else f"belongs to another user (uid {found.st_uid})"
 
 
-def is_own(found: os.stat_result, folder: Path) -> bool:
+def is_owned_by_user(found: os.stat_result, folder: Path) -> bool:
     """Whether what was found in a folder is this user's, or has the owner of all that this user makes there.
 
     A disk of a network, or one that is mounted for others, may give every file an owner of its own.
@@ -106,11 +106,11 @@ def _owner_of_new(folder: Path) -> int | None:
 
 
 def _open_in_place(file: Path, flags: int, mode: int = PRIVATE_FILE) -> int:
-    if os.path.lexists(file) and (reason := not_in_place(file)):
+    if os.path.lexists(file) and (reason := unsafe_reason(file)):
         raise PermissionError(f"{file} {reason}")
     # Looked at again once it is open: it may be another by then, of which a pipe would wait for its reader.
     descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
-    if reason := _not_plain(os.fstat(descriptor), file.parent):
+    if reason := _unsafe_stat_reason(os.fstat(descriptor), file.parent):
         os.close(descriptor)
         raise PermissionError(f"{file} {reason}")
     return descriptor
@@ -140,15 +140,15 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         OSError: it leads out of its directory.
     """
-    if leads_out(source):
-        end = end_of(source) or "itself"
+    if escapes_directory(source):
+        end = resolve_links(source) or "itself"
         raise PermissionError(f"{source} is a link out of its directory, to {end}: it is not followed")
     shutil.copyfile(source.resolve(), target)
 
 
-def leads_out(file: Path) -> bool:
+def escapes_directory(file: Path) -> bool:
     """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache next to it."""
-    place, real = file.parent.resolve(), end_of(file)
+    place, real = file.parent.resolve(), resolve_links(file)
     if real is None:
         return True
     # A snapshot of that cache is a folder of links.
@@ -156,7 +156,7 @@ def leads_out(file: Path) -> bool:
     return not any(real.is_relative_to(folder) for folder in (place, *blobs))
 
 
-def end_of(file: Path) -> Path | None:
+def resolve_links(file: Path) -> Path | None:
     """Return where a path leads in the end, through all links; None if they lead round in a circle."""
     try:
         return file.resolve()
@@ -185,7 +185,7 @@ def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: 
     Raises:
         OutputDirectoryError: it may not, and something came there meanwhile.
     """
-    clear_left_overs(target.parent, target.name)
+    clear_leftovers(target.parent, target.name)
     with staging(target) as whole:
         fill(whole)
         if may_replace:
@@ -195,11 +195,11 @@ def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: 
             try:
                 whole.rename(target)  # an error, unless it is absent or an empty directory
             except OSError as error:
-                raise (_filled_meanwhile(target) if os.path.lexists(target) else error) from error
+                raise (_filled_concurrently(target) if os.path.lexists(target) else error) from error
             flush(target.parent)
 
 
-def _filled_meanwhile(target: Path) -> OutputDirectoryError:
+def _filled_concurrently(target: Path) -> OutputDirectoryError:
     return OutputDirectoryError(
         f"something else came to {target} while it was written", hint="Choose another --output, and try again."
     )
@@ -215,17 +215,17 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
     if not target.is_dir():
         write_directory(target, fill, may_replace=False)
         return
-    inside = target / LEFT_OVER
-    if is_left_over(inside):
+    inside = target / LEFTOVER
+    if is_leftover(inside):
         _delete_marked(inside)
     moved: list[Path] = []
-    with _filling(inside) as whole:
+    with _staging_folder(inside) as whole:
         fill(whole)
         _flush_all(whole)
         try:
             for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
                 if os.path.lexists(target / path.name):
-                    raise _filled_meanwhile(target)
+                    raise _filled_concurrently(target)
                 moved.append(path.rename(target / path.name))
         except BaseException:
             for path in moved:
@@ -236,15 +236,15 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 def staging(target: Path) -> AbstractContextManager[Path]:
     """Give a folder next to `target` to write into, whose name nobody can know before; it is deleted at the end."""
-    return _filling(_next_to(target))
+    return _staging_folder(_staging_path(target))
 
 
-def _next_to(target: Path) -> Path:
+def _staging_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(8)}.saving")
 
 
 @contextmanager
-def _filling(place: Path) -> Iterator[Path]:
+def _staging_folder(place: Path) -> Iterator[Path]:
     """Make a folder to write into, within one that carries our mark, and delete it with the parents made for it."""
     made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def discard(place: Path) -> None:
     Raises:
         OSError: it can't be moved.
     """
-    aside = _next_to(place)
+    aside = _staging_path(place)
     aside.mkdir(mode=PRIVATE_FOLDER)
     (aside / MARK).touch()
     try:
@@ -286,7 +286,7 @@ def move_aside(place: Path, name: str) -> Path:
     return place.rename(aside)
 
 
-def is_left_over(place: Path) -> bool:
+def is_leftover(place: Path) -> bool:
     """Whether a folder is what a killed process of this user left: no link, with our mark, and nothing besides."""
     if place.is_symlink() or not (place / MARK).is_file():
         return False
@@ -295,17 +295,17 @@ def is_left_over(place: Path) -> bool:
     return {path.name for path in place.iterdir()} <= {MARK, WHOLE}
 
 
-def clear_left_overs(folder: Path, name: str | None = None) -> None:
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete what processes that were killed left in a folder, of writing `name`, or of writing anything."""
     for place in folder.glob(f".{'*' if name is None else escape(name)}.*-*.saving"):
         writer = place.name.split(".")[-2].partition("-")[0]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):
-            clear_left_over(place)
+            clear_leftover(place)
 
 
-def clear_left_over(place: Path) -> None:
+def clear_leftover(place: Path) -> None:
     """Delete what a writer that is gone has left, if it is one's; an empty folder is one that was not marked yet."""
-    if is_left_over(place):
+    if is_leftover(place):
         _delete_marked(place)
     elif STAGED.fullmatch(place.name):
         with suppress(OSError):  # it is not empty, or no folder

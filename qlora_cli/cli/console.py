@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_cli.cli.stderr import redact, sanitized
-from qlora_cli.visible import harmless
+from qlora_cli.visible import escape_controls
 
 Row = tuple[str, str]
 MORE = "  "  # before what continues the line above
@@ -38,10 +38,10 @@ def _harmless(part: object) -> object:
         return sanitized(part)
     if isinstance(part, Text) and redact(part.plain) != part.plain:
         part = Text(redact(part.plain), style=part.style)
-    if not isinstance(part, Text) or harmless(part.plain) == part.plain:
+    if not isinstance(part, Text) or escape_controls(part.plain) == part.plain:
         return part
     return Text("").join(  # piece by piece, so that each keeps its style
-        piece if harmless(piece.plain) == piece.plain else Text(harmless(piece.plain), style=piece.style)
+        piece if escape_controls(piece.plain) == piece.plain else Text(escape_controls(piece.plain), style=piece.style)
         for piece in part.divide(range(1, len(part)))
     )
 

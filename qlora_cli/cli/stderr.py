@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import typer
 
 from qlora_cli.cli.lasting_stream import LastingStream
-from qlora_cli.visible import harmless
+from qlora_cli.visible import escape_controls
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
@@ -38,7 +38,7 @@ def redact(text: str) -> str:
 
 def sanitized(text: str) -> str:
     """Return `text` as people may read it: without secrets, and with nothing that drives a terminal."""
-    return harmless(redact(text))
+    return escape_controls(redact(text))
 
 
 def print_line(line: str) -> None:

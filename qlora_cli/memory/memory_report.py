@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
-from qlora_cli.garbage import uncollected
+from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
@@ -41,7 +41,7 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
         return replace(cached, model=facts.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
     # Garbage collection would take a second, going through all that is imported again and again.
-    with uncollected():
+    with gc_disabled():
         report = _predict(request, facts)
     report = replace(report, estimate_seconds=time.monotonic() - start)
     prediction_cache.store(key, report)

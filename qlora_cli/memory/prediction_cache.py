@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_cli.cache import cache_folder, digest_of, digests_of_code, is_name, versions_of
+from qlora_cli.cache import cache_folder, code_digests, digest_of, is_digest, versions_of
 from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, metadata_of
-from qlora_cli.writing import PRIVATE_FILE, not_in_place, private_folder, write_file
+from qlora_cli.writing import PRIVATE_FILE, private_folder, unsafe_reason, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # The packages of this project that a prediction depends on.
@@ -38,14 +38,14 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
         # The default of a setting that is not given may depend on the model.
         asked[f"{path} is given"] = request.asked.is_given(path)
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
-    return digest_of([*parts, sys.version, *versions_of(COMPUTING), *digests_of_code(PARTS)])
+    return digest_of([*parts, sys.version, *versions_of(COMPUTING), *code_digests(PARTS)])
 
 
 def load(key: str) -> MemoryReport | None:
     """Return the prediction under `key`; None if there is none, or it can't be read."""
     file = cache_folder("memory") / f"{key}.json"
     try:
-        if not_in_place(file) is not None:
+        if unsafe_reason(file) is not None:
             return None
         return TypeAdapter(MemoryReport).validate_json(file.read_bytes())
     except (OSError, ValidationError):
@@ -64,7 +64,7 @@ def store(key: str, report: MemoryReport) -> None:
 
 
 def _delete_oldest(folder: Path) -> None:
-    own = [path for path in folder.glob("*.json") if is_name(path.stem) and not path.is_symlink()]
+    own = [path for path in folder.glob("*.json") if is_digest(path.stem) and not path.is_symlink()]
     by_age = sorted(own, key=lambda path: path.stat().st_mtime)
     for path in by_age[:-MAX_PREDICTIONS]:
         path.unlink(missing_ok=True)

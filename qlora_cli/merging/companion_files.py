@@ -18,7 +18,7 @@ from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.settings.choices import MergeDtype
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
-from qlora_cli.writing import copy_file, leads_out
+from qlora_cli.writing import copy_file, escapes_directory
 
 CODE = "*.py"
 TOKENIZER_CONFIG, WRITTEN_BY_5 = "tokenizer_config.json", "TokenizersBackend"
@@ -59,13 +59,13 @@ def _name_class(base: Path, target: Path) -> None:
 def _take(inputs: Inputs, target: Path) -> None:
     patterns = (*TAKEN, CODE) if inputs.request.model.trust_remote_code else TAKEN
     for path in sorted(inputs.source.path.iterdir()):
-        if path.is_file() and not leads_out(path) and any(fnmatch(path.name, pattern) for pattern in patterns):
+        if path.is_file() and not escapes_directory(path) and any(fnmatch(path.name, pattern) for pattern in patterns):
             copy_file(path, target / path.name)
     of_tokenizer = inputs.source.tokenizer_path / SENTENCEPIECE
     of_base = inputs.source.path / SENTENCEPIECE
-    if of_tokenizer.is_file() and not leads_out(of_tokenizer):
+    if of_tokenizer.is_file() and not escapes_directory(of_tokenizer):
         copy_file(of_tokenizer, target / SENTENCEPIECE)
-    elif of_base.is_file() and not leads_out(of_base) and not _has_more_tokens(inputs):
+    elif of_base.is_file() and not escapes_directory(of_base) and not _has_more_tokens(inputs):
         copy_file(of_base, target / SENTENCEPIECE)
 
 

@@ -14,7 +14,7 @@ from qlora_cli.runs.checksums import Sums, is_as_written, strange_among, sums_of
 from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
-from qlora_cli.writing import clear_left_over, discard, flush, move_aside, publish_directory, staging
+from qlora_cli.writing import clear_leftover, discard, flush, move_aside, publish_directory, staging
 
 TRAINER_STATE = "trainer_state.json"
 STEP = re.compile(rf"{re.escape(STEP_PREFIX)}[0-9]{{1,18}}")  # with more digits no run gave it, nor may it get longer
@@ -120,10 +120,10 @@ class CheckpointStore:
         """Give a folder to write the checkpoint of a step into, before it is published."""
         return staging(self.path_of(step))
 
-    def clear_left_overs(self) -> None:
+    def clear_leftovers(self) -> None:
         """Delete folders that a killed process left half written or half deleted; the caller holds the run's lock."""
         for place in self.folder.glob(".*.saving"):
-            clear_left_over(place)
+            clear_leftover(place)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename the checkpoints after `step`, which are damaged, so that they do not count as newer ones."""

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory, path_problem
 from qlora_cli.runs.checksums import Sums, strange_among
-from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_left_over, move_aside, not_in_place, write_file
+from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_leftover, move_aside, unsafe_reason, write_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -100,7 +100,7 @@ class RunDirectory:
     def unwritable(self) -> tuple[Path, str] | None:
         """The first of its parts that a run writes in place, and must not, with the reason; None if there is none."""
         for name in (METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM, TRACKED_FILE):
-            if os.path.lexists(self.path / name) and (reason := not_in_place(self.path / name)):
+            if os.path.lexists(self.path / name) and (reason := unsafe_reason(self.path / name)):
                 return self.path / name, reason
         for name in (CHECKPOINTS, *TRACKED):
             if (self.path / name).is_symlink():
@@ -174,10 +174,10 @@ def _was_taken_over(path: Path) -> bool:
     """Return whether a run took this over from another: checkpoints, each with its sums, or lines of events."""
     if path.name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
         return all(
-            is_left_over(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS).is_file())
+            is_leftover(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS).is_file())
             for one in path.iterdir()
         )
-    if path.name != METRICS_FILE or not_in_place(path) is not None:
+    if path.name != METRICS_FILE or unsafe_reason(path) is not None:
         return False
     with path.open("rb") as file:
         return file.read(len(EVENT_BEGINS)) in (EVENT_BEGINS, b"")

@@ -14,7 +14,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.bounded import DeadlyError, TimeOutError
+from qlora_cli.bounded import TimeLimitError, UnsafeCodeError
 from qlora_cli.errors import ModelError
 from qlora_cli.files import existing_path, open_regular
 from qlora_cli.model_files.checkpoint import how_to_restore, read_json
@@ -189,9 +189,9 @@ def _check(text: str, where: str) -> None:
         raise ModelError(
             f"{where}, line {error.lineno}: {error.message}", hint="Correct the template; it is written in Jinja2."
         ) from error
-    except DeadlyError as error:
+    except UnsafeCodeError as error:
         raise ModelError(f"{where}: the chat template can't be rendered: {error}", hint=OTHER_TEMPLATE) from error
-    except (*ENDLESS, TimeOutError) as error:
+    except (*ENDLESS, TimeLimitError) as error:
         raise ModelError(
             f"{where}: the chat template nests too deeply to be compiled, or takes too much time or memory",
             hint=OTHER_TEMPLATE,

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_cli.bounded import Result, TimeOutError, try_apart, within_bytes, within_seconds
+from qlora_cli.bounded import Result, TimeLimitError, try_in_fork, within_bytes, within_seconds
 from qlora_cli.errors import ModelError
 from qlora_cli.units import MIB, counted
 
@@ -94,7 +94,7 @@ def render(
     subject = f"{counted(len(messages), 'message')} of {counted(size, 'character')}"
     try:
         text = within_limits(apply, _num_characters(messages) + len(str(tools)) + len(str(variables)))
-    except TimeOutError as error:
+    except TimeLimitError as error:
         raise ModelError(
             f"the chat template did not end within {LONGEST_SECONDS:.0f} s, for {subject}", hint=OTHER_TEMPLATE
         ) from error
@@ -130,7 +130,7 @@ def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messa
 
     try:
         return within_limits(apply, sum(map(_num_characters, conversations)))
-    except (*TEMPLATE_ERRORS, *ENDLESS, TimeOutError):
+    except (*TEMPLATE_ERRORS, *ENDLESS, TimeLimitError):
         return None
 
 
@@ -139,7 +139,7 @@ def try_template(text: str) -> None:
     """Compile a template and render some conversations with it, in a copy of this process, once per text.
 
     Raises:
-        DeadlyError: it crashes the process that renders it, or one of its operations does not end.
+        UnsafeCodeError: it crashes the process that renders it, or one of its operations does not end.
     """
 
     def render_some() -> None:
@@ -154,14 +154,14 @@ def try_template(text: str) -> None:
                     **SPECIAL_TOKENS,
                 )
 
-    try_apart(lambda: within_bytes(render_some, MOST_BYTES), LONGEST_SECONDS, LONGEST_SECONDS)
+    try_in_fork(lambda: within_bytes(render_some, MOST_BYTES), LONGEST_SECONDS, LONGEST_SECONDS)
 
 
 def within_limits(call: Callable[[], Result], num_characters: int = 0) -> Result:
     """Return the result of `call`, which renders or compiles a template for messages of `num_characters`.
 
     Raises:
-        TimeOutError: it takes too long.
+        TimeLimitError: it takes too long.
         MemoryError: it takes too much memory.
     """
     # Memory outside, time inside: a timeout must not strike while the memory limit is set or reset.

@@ -21,7 +21,7 @@ from qlora_cli.model_files.given_model import CONFIG, VOCABULARY, has_vocabulary
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.tokenizing.chat_template import Templates, read_templates
 from qlora_cli.tokenizing.tokenizer_limits import check_tokenizer_files
-from qlora_cli.writing import copy_file, leads_out
+from qlora_cli.writing import copy_file, escapes_directory
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -131,7 +131,7 @@ def _assemble(target: Path, vocabulary: Path, config: Path, base: Path, content:
 def _copy_files(directory: Path, target: Path, files: Iterable[str]) -> None:
     for file in files:
         if (directory / file).is_file():
-            if leads_out(directory / file):
+            if escapes_directory(directory / file):
                 raise ModelError(
                     f"{directory / file} is a link out of its directory, and is not followed",
                     hint="Replace it by a copy of its target, if you trust that.",

@@ -165,7 +165,7 @@ class QloraTrainer(TrainerSeam):
 
     def save_checkpoint(self) -> None:
         """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""
-        self._store.clear_left_overs()
+        self._store.clear_leftovers()
         self._store.check_room()
         step = self.state.global_step
         with self._store.staging(step) as staged:

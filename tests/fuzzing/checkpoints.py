@@ -176,7 +176,7 @@ def _use(run: RunDirectory) -> None:
         resume = find_resume(output)
         if resume is not None and resume.checkpoint is not None:
             check_state(resume.checkpoint)
-        CheckpointStore(run.checkpoints, num_kept=1, needed_bytes=0, journal=run.metrics_file).clear_left_overs()
+        CheckpointStore(run.checkpoints, num_kept=1, needed_bytes=0, journal=run.metrics_file).clear_leftovers()
         run.drop_adapter(())
     for name in (run.path, *(run.checkpoints / f"step-{step}" for step in STEPS)):
         with suppress(QloraError):

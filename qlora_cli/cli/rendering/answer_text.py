@@ -8,7 +8,7 @@ from rich.text import Text
 from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers, Source, cut_note
 from qlora_cli.cli.console import console, title
 from qlora_cli.cli.stderr import print_line
-from qlora_cli.visible import harmless
+from qlora_cli.visible import escape_controls
 
 
 def to_terminal() -> bool:
@@ -17,8 +17,8 @@ def to_terminal() -> bool:
 
 
 def for_stdout(text: str) -> str:
-    """Return `text` as it is for a file or a pipe, and `harmless` for a terminal."""
-    return harmless(text) if to_terminal() else text
+    """Return `text` as it is for a file or a pipe, and with controls escaped for a terminal."""
+    return escape_controls(text) if to_terminal() else text
 
 
 def print_prompt(text: str) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_cli.bounded import DeadlyError, try_apart
+from qlora_cli.bounded import UnsafeCodeError, try_in_fork
 from qlora_cli.data.finding.file_types import printable
 from qlora_cli.data.limits import DecodingBudget
 from qlora_cli.data.reading.arrow_messages import FILE_MAGIC, check_messages
@@ -94,8 +94,8 @@ def _check_column_metadata(metadata: Any, path: Path) -> None:
                 group.column(column)
 
     try:
-        try_apart(describe, METADATA_SECONDS, METADATA_SECONDS)
-    except DeadlyError as error:
+        try_in_fork(describe, METADATA_SECONDS, METADATA_SECONDS)
+    except UnsafeCodeError as error:
         raise DataError(
             f"{printable(path)} is damaged: the metadata of its columns contradicts itself",
             hint="Copy or download it again.",

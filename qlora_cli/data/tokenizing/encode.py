@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.cache import digest_of, digests_of_code, versions_of
+from qlora_cli.cache import code_digests, digest_of, versions_of
 from qlora_cli.data.finding.sources import DatasetSource
 from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error, read_skipped_rows
@@ -32,7 +32,7 @@ from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset, Toke
 from qlora_cli.data.tokenizing.tokens import EncodedText, RenderedText, Rendering, RowTokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.events import Reporter
-from qlora_cli.garbage import uncollected
+from qlora_cli.garbage import gc_disabled
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 
@@ -82,7 +82,7 @@ def tokenize_source(
             read_rows(source, split=split, seed=seed, streaming=settings.streaming, selection=selection)
         ) as raw:
             rows = raw if max_rows is None else itertools.islice(raw, max_rows)
-            with uncollected():
+            with gc_disabled():
                 about = _tokenize_rows(writer, source.name, rows, settings, text)
         if _file_states(source) != before:
             raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
@@ -303,7 +303,7 @@ def _key(
         "ends": sorted(text.end_ids),
     }
     parts = [json.dumps(facts, sort_keys=True), sys.version, *versions_of(VERSIONED_PACKAGES)]
-    return digest_of([*parts, *digests_of_code(CODE_PARTS)])
+    return digest_of([*parts, *code_digests(CODE_PARTS)])
 
 
 def _content_key(source: DatasetSource, split: str, settings: DataSettings) -> list[Any]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from qlora_cli.cache import cache_folder, is_name
+from qlora_cli.cache import cache_folder, is_digest
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.opening.skipped import SkippedRow
 from qlora_cli.data.reading.arrow_messages import check_messages
@@ -30,12 +30,12 @@ from qlora_cli.errors import DataError, QloraError
 from qlora_cli.writing import (
     PRIVATE_FILE,
     PRIVATE_FOLDER,
-    clear_left_overs,
+    clear_leftovers,
     discard,
-    is_own,
-    not_in_place,
+    is_owned_by_user,
     private_file,
     private_folder,
+    unsafe_reason,
     write_directory,
     write_file,
 )
@@ -187,8 +187,8 @@ def _is_own_token_folder(folder: Path) -> bool:
     """
     return (
         _is_token_folder(folder)
-        and is_own(folder.lstat(), folder.parent)
-        and all(not_in_place(folder / name) is None for name in (TOKENS, ABOUT, SKIPPED))
+        and is_owned_by_user(folder.lstat(), folder.parent)
+        and all(unsafe_reason(folder / name) is None for name in (TOKENS, ABOUT, SKIPPED))
     )
 
 
@@ -291,7 +291,7 @@ def _delete_old(current: Path) -> None:
 
     The cache directory may have other folders: only those with the name and the files of cached tokens are deleted.
     """
-    clear_left_overs(current.parent)
+    clear_leftovers(current.parent)
     folders = sorted(
         (path for path in current.parent.iterdir() if path != current and _is_token_folder(path)), key=_last_used
     )
@@ -302,7 +302,7 @@ def _delete_old(current: Path) -> None:
 
 
 def _is_token_folder(folder: Path) -> bool:
-    names = _names_in(folder) if is_name(folder.name) and not folder.is_symlink() else None
+    names = _names_in(folder) if is_digest(folder.name) and not folder.is_symlink() else None
     return names is not None and bool(names) and names <= FILES
 
 

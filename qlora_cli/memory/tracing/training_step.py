@@ -17,7 +17,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.errors import ModelError
-from qlora_cli.garbage import uncollected
+from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory.tracing.attention import attend
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
@@ -94,7 +94,7 @@ def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "type[Traini
     step = (loop or TrainingStep)(meta_model, settings, trace, functions)
     try:
         # Garbage collection would release tensors in cycles at a time that depends on what ran before.
-        with uncollected(), step.prepared(), trace, functions:
+        with gc_disabled(), step.prepared(), trace, functions:
             step.run()
     except NotImplementedError as error:  # raised by meta tensors for `nonzero` and `tolist`
         raise ModelError(

@@ -38,7 +38,7 @@ from qlora_cli.settings.settle import by_path, loading_settings, resolved_in_cod
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.tokenizing.tokenizer_files import notes_on_unused_templates
-from qlora_cli.writing import end_of, leads_out
+from qlora_cli.writing import resolve_links, escapes_directory
 
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
 TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -138,8 +138,8 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
 def _notes_on_links(source: ModelSource) -> Iterator[str]:
     """Yield in words which files of the base are not copied, since they are links out of its directory."""
     for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
-        if leads_out(path):
-            end = end_of(path) or "itself"
+        if escapes_directory(path):
+            end = resolve_links(path) or "itself"
             yield f"{path} is a link out of its directory, to {end}: it is not copied"
 
 

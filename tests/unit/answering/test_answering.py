@@ -18,7 +18,7 @@ from qlora_cli.errors import ModelError, SettingsError
 from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.setting_metadata import field_metadata
-from qlora_cli.visible import harmless
+from qlora_cli.visible import escape_controls
 from tests.support.chat_tokenizers import make_sentencepiece, make_tokenizer
 
 HOSTILE = "[bold]a\x1b[2J\x07\x9b1m\u202eb\nc\td\r"
@@ -243,8 +243,8 @@ def test_the_verdict_says_which_answers_are_alike() -> None:
 
 
 def test_only_what_drives_a_terminal_is_made_visible() -> None:
-    assert harmless(HOSTILE) == "[bold]a[U+001B][2J[U+0007][U+009B]1m[U+202E]b\nc\td[U+000D]"
-    assert harmless("Grüße\u00a0👩\u200d👧 नि\u200cक") == "Grüße\u00a0👩\u200d👧 नि\u200cक"
+    assert escape_controls(HOSTILE) == "[bold]a[U+001B][2J[U+0007][U+009B]1m[U+202E]b\nc\td[U+000D]"
+    assert escape_controls("Grüße\u00a0👩\u200d👧 नि\u200cक") == "Grüße\u00a0👩\u200d👧 नि\u200cक"
 
 
 def a_report(*texts: str) -> GenerationReport:
@@ -262,13 +262,13 @@ def test_a_single_answer_is_raw_in_a_pipe_and_harmless_on_a_terminal(
     assert capsys.readouterr().out == HOSTILE + "\n"
     monkeypatch.setattr(answer_text, "to_terminal", lambda: True)
     answer_text.render_answers(a_report(HOSTILE))
-    assert capsys.readouterr().out == harmless(HOSTILE) + "\n"
+    assert capsys.readouterr().out == escape_controls(HOSTILE) + "\n"
     printer = AnswerPrinter(is_headed=True, max_new_tokens=9)
     printer.begin("base")
     for character in HOSTILE:
         printer.text(character)
     printer.end(an_answer(HOSTILE))
-    assert capsys.readouterr().out == f"base\n{harmless(HOSTILE)}\n"
+    assert capsys.readouterr().out == f"base\n{escape_controls(HOSTILE)}\n"
 
 
 def test_compared_answers_are_not_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:

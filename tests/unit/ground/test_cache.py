@@ -25,16 +25,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("changed", ["one/a.py", "one/below/deeper/b.py", "single.py"])
 def test_code_at_any_depth_counts(package: Path, changed: str) -> None:
-    before = cache.digests_of_code(("one", "single.py"))
+    before = cache.code_digests(("one", "single.py"))
     (package / changed).write_text("changed")
-    assert cache.digests_of_code(("one", "single.py")) != before
+    assert cache.code_digests(("one", "single.py")) != before
 
 
 @pytest.mark.parametrize("changed", ["other/c.py", "one/page.html.jinja"])
 def test_other_parts_and_templates_of_pages_do_not(package: Path, changed: str) -> None:
-    before = cache.digests_of_code(("one", "single.py"))
+    before = cache.code_digests(("one", "single.py"))
     (package / changed).write_text("changed")
-    assert cache.digests_of_code(("one", "single.py")) == before
+    assert cache.code_digests(("one", "single.py")) == before
 
 
 @pytest.mark.parametrize("name", ["QLORA_CACHE", "XDG_CACHE_HOME"])

@@ -14,21 +14,21 @@ from qlora_cli import writing
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.files import check_output_directory
 from qlora_cli.writing import (
-    LEFT_OVER,
+    LEFTOVER,
     MARK,
     WHOLE,
     append_line,
-    clear_left_overs,
+    clear_leftovers,
     copy_file,
     copy_folder,
     delete,
     discard,
     end_line,
-    end_of,
     fill_directory,
     move_aside,
     private_file,
     private_folder,
+    resolve_links,
     staging,
     write_directory,
     write_file,
@@ -109,7 +109,7 @@ def test_what_a_process_left_that_was_killed_is_no_content_and_goes(tmp_path: Pa
     target = tmp_path / "target"
     target.mkdir()
     killed(target, 1)
-    assert [path.name for path in target.iterdir()] == [LEFT_OVER]
+    assert [path.name for path in target.iterdir()] == [LEFTOVER]
     assert check_output_directory(target) is None
     fill_directory(target, lambda path: (path / "config.json").touch())
     assert [path.name for path in target.iterdir()] == ["config.json"]
@@ -135,15 +135,15 @@ def test_a_folder_by_the_name_of_what_is_left_over_is_kept_unless_it_is_ours(tmp
         target = tmp_path / name
         target.mkdir()
         if held is None:
-            (target / LEFT_OVER).symlink_to(elsewhere)
+            (target / LEFTOVER).symlink_to(elsewhere)
         else:
-            (target / LEFT_OVER).mkdir()
+            (target / LEFTOVER).mkdir()
             for file in held:
-                (target / LEFT_OVER / file).touch()
+                (target / LEFTOVER / file).touch()
         assert "holds something else" in str(check_output_directory(target)), name
         with pytest.raises(FileExistsError):
             fill_directory(target, lambda path: (path / "config.json").touch())
-        assert os.path.lexists(target / LEFT_OVER), name
+        assert os.path.lexists(target / LEFTOVER), name
     assert (elsewhere / MARK).exists()
 
 
@@ -161,7 +161,7 @@ def test_left_overs_beside_are_cleared_when_they_are_ours_and_their_writer_is_go
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
     (tmp_path / f".else.{gone}-d.saving").mkdir()
     (tmp_path / f".else.{gone}-d.saving" / MARK).touch()
-    clear_left_overs(tmp_path)
+    clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
 
 
@@ -281,9 +281,9 @@ def test_a_system_without_users_has_no_owners(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delattr(os, "getuid")
     append_line(tmp_path / "lines", "one")
     end_line(tmp_path / "lines")
-    (tmp_path / LEFT_OVER).mkdir()
-    (tmp_path / LEFT_OVER / MARK).touch()
-    assert writing.is_left_over(tmp_path / LEFT_OVER)
+    (tmp_path / LEFTOVER).mkdir()
+    (tmp_path / LEFTOVER / MARK).touch()
+    assert writing.is_leftover(tmp_path / LEFTOVER)
     assert (tmp_path / "lines").read_text() == "one\n"
 
 
@@ -399,7 +399,7 @@ def clears(target: Path) -> None:
     (place / WHOLE).mkdir(parents=True)
     (place / MARK).touch()
     a_folder(place / WHOLE)
-    clear_left_overs(target.parent)
+    clear_leftovers(target.parent)
 
 
 def killed_at(deletion: int, deletes: Callable[[Path], None], target: Path) -> bool:
@@ -427,7 +427,7 @@ def test_a_process_killed_while_it_deletes_leaves_what_the_next_one_clears(
         place.mkdir()
         if not killed_at(deletion, deletes, place / "target"):
             break
-        clear_left_overs(place)
+        clear_leftovers(place)
         assert {path.name for path in place.iterdir()} <= {"target"}, deletion
     assert deletion >= 5
 
@@ -447,7 +447,7 @@ def test_what_is_moved_aside_replaces_nothing(tmp_path: Path) -> None:
 def test_a_link_that_leads_round_in_a_circle_is_not_followed(tmp_path: Path, target: str) -> None:
     (tmp_path / "LICENSE").symlink_to(target)
     (tmp_path / "other").symlink_to("LICENSE")
-    assert end_of(tmp_path / "LICENSE") in {None, tmp_path / "LICENSE"}  # as Python says it from 3.13 on
+    assert resolve_links(tmp_path / "LICENSE") in {None, tmp_path / "LICENSE"}  # as Python says it from 3.13 on
     with pytest.raises(OSError, match="LICENSE"):
         copy_file(tmp_path / "LICENSE", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -22,7 +22,7 @@ def save(store: CheckpointStore, *steps: int) -> dict[Path, str]:
     """Save checkpoints as training does; return what the last one kept."""
     kept: dict[Path, str] = {}
     for step in steps:
-        store.clear_left_overs()
+        store.clear_leftovers()
         with store.staging(step) as place:
             finished = place / f"checkpoint-{step}"
             (finished / "folder").mkdir(parents=True)
