@@ -1,11 +1,11 @@
 """Run untrusted code from a file, such as a template or a pickle, within limits of time and memory.
 
-A signal ends what takes too long. What takes too much memory has to be refused it: one operation, such as a text times
-a billion, takes it all before anything can be counted. So the whole process may grow by no more than some meanwhile.
-Other threads are under the same limit, which is why it has to be a wide one.
+A signal interrupts what takes too long. Memory has to be limited beforehand: a single operation, such as a string
+times a billion, would take it all before anything could be measured. So the growth of the whole process is limited
+meanwhile; the limit applies to other threads too, and is generous for that reason.
 
-Python looks at signals between operations of its own. One operation that does not end, or that overflows the stack, is
-found by running it in a copy of the process first; what passes that is ended together with the process.
+Python handles signals only between its own operations. A single operation that does not end, or overflows the stack,
+is detected by running the code in a forked process first; if it passes there, the last resort is to end this process.
 """
 
 import faulthandler
@@ -27,42 +27,42 @@ from qlora_cli.units import MIB
 
 Result = TypeVar("Result")
 
-AGAIN_SECONDS = 0.5  # a time-out that falls into a destructor is lost, so that it is repeated
+REPEAT_SECONDS = 0.5  # an exception that is raised in a destructor is lost, so the signal is repeated
 PAGES = "/proc/self/statm"
-STACK_BYTES = 4 * MIB  # of a thread, of which a pool may start one for each core at any time
-DATA_PAGES = 5  # which number there counts what RLIMIT_DATA limits; CUDA's reservations are not in it
+STACK_BYTES = 4 * MIB  # of a thread; a pool may start one for each core at any time
+DATA_PAGES = 5  # the field there that RLIMIT_DATA limits; it does not count CUDA's reservations
 
-# Of processor time, for each core, which other threads of the process may keep busy meanwhile.
-LAST_SECONDS = 8.0
-WAITING_SECONDS = 20.0  # for a copy that gets no processor time
-# SIGKILL is what the system sends where memory is at its end.
+# CPU time for each core, because other threads of the process may be busy meanwhile.
+LAST_RESORT_SECONDS = 8.0
+WAITING_SECONDS = 20.0  # for a forked process that gets no CPU time
+# The system sends SIGKILL when it runs out of memory.
 FATAL = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL")
 
 
 class UnsafeCodeError(Exception):
-    """The code would crash the process, or never end; the message says how."""
+    """The code would crash the process, or never end; the message says which."""
 
 
 class TimeLimitError(Exception):
-    """The time is over."""
+    """The code exceeded its time limit."""
 
 
-def within_bytes(call: Callable[[], Result], most_bytes: int) -> Result:
-    """Return what `call` returns, while the process grows by at most `most_bytes` and the stacks of some threads.
+def within_bytes(call: Callable[[], Result], max_bytes: int) -> Result:
+    """Return the result of `call`, while the process may grow by `max_bytes` and the stacks of some threads.
 
-    On Linux alone, and in the main thread: elsewhere without a limit.
+    The limit applies on Linux and in the main thread only.
 
     Raises:
-        MemoryError: it takes more.
+        MemoryError: the call needs more.
     """
     if sys.platform != "linux" or not _is_main_thread():
         return call()
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    others = [limit for limit in before if limit != resource.RLIM_INFINITY]
-    used = _pages_of_data() * resource.getpagesize()
-    limit = min([used + most_bytes + STACK_BYTES * _num_cores(), *others])
+    finite = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    used = _num_data_pages() * resource.getpagesize()
+    limit = min([used + max_bytes + STACK_BYTES * _num_cores(), *finite])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
     try:
         return call()
@@ -70,147 +70,147 @@ def within_bytes(call: Callable[[], Result], most_bytes: int) -> Result:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def within_seconds(call: Callable[[], Result], most_seconds: float) -> Result:
-    """Return what `call` returns; where signals can't be handled, which is outside of the main thread, without limit.
+def within_seconds(call: Callable[[], Result], max_seconds: float) -> Result:
+    """Return the result of `call`; outside of the main thread, which alone handles signals, without a limit.
 
-    One operation that does not end, and so can't be interrupted, ends the process by SIGPROF.
+    If a single operation does not end, and so can't be interrupted, SIGPROF ends the process.
 
     Raises:
-        TimeLimitError: it takes longer than `most_seconds`.
+        TimeLimitError: the call takes longer than `max_seconds`.
     """
     if not _is_main_thread() or not hasattr(signal, "setitimer"):
         return call()
-    has_last_resort = _start_last_resort(most_seconds)
+    has_last_resort = _start_last_resort(max_seconds)
     try:
-        return _interrupted(call, most_seconds, signal.ITIMER_REAL, signal.SIGALRM)
+        return _call_with_timer(call, max_seconds, signal.ITIMER_REAL, signal.SIGALRM)
     finally:
         if has_last_resort:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _interrupted(call: Callable[[], Result], most_seconds: float, timer: int, alarm: int) -> Result:
-    """Return what `call` returns, unless `alarm` comes from `timer` before."""
+def _call_with_timer(call: Callable[[], Result], max_seconds: float, timer: int, alarm: int) -> Result:
+    """Return the result of `call`; interrupt it by the signal `alarm` when `timer` expires."""
 
-    def end(_number: int, _frame: FrameType | None) -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise TimeLimitError
 
-    before = signal.signal(alarm, end)
-    signal.setitimer(timer, most_seconds, AGAIN_SECONDS)
+    before = signal.signal(alarm, interrupt)
+    signal.setitimer(timer, max_seconds, REPEAT_SECONDS)
     try:
         try:
             return call()
         finally:
             signal.setitimer(timer, 0)
-    except TimeLimitError:  # which may have come in the line above
+    except TimeLimitError:  # possibly raised in the line above
         signal.setitimer(timer, 0)
         raise
     finally:
         signal.signal(alarm, signal.SIG_DFL if before is None else before)
 
 
-def try_in_fork(call: Callable[[], object], most_seconds: float, most_operation_seconds: float) -> None:
-    """Run `call` for `most_seconds` of processor time in a copy of this process; what it returns or raises is lost.
+def try_in_fork(call: Callable[[], object], max_seconds: float, max_operation_seconds: float) -> None:
+    """Run `call` for up to `max_seconds` of CPU time in a forked process; its result or exception is discarded.
 
-    Where no copy can be made of a process, or it gets no processor time, nothing is found. Other threads do not run in
-    the copy, so `call` must not wait for any.
+    If the process can't be forked, or the fork gets no CPU time, nothing is detected. Other threads do not run in the
+    fork, so `call` must not wait for any.
 
     Raises:
-        UnsafeCodeError: the copy died of it, or one operation ran for `most_operation_seconds` of processor time.
+        UnsafeCodeError: the fork died, or a single operation ran for `max_operation_seconds` of CPU time.
     """
 
     if not _is_main_thread() or not hasattr(os, "fork"):
         return
 
     def run() -> None:
-        signal.setitimer(signal.ITIMER_PROF, most_seconds + most_operation_seconds)
-        _interrupted(call, most_seconds, signal.ITIMER_VIRTUAL, signal.SIGVTALRM)
+        signal.setitimer(signal.ITIMER_PROF, max_seconds + max_operation_seconds)
+        _call_with_timer(call, max_seconds, signal.ITIMER_VIRTUAL, signal.SIGVTALRM)
 
-    ours, theirs = Pipe(duplex=False)
-    with ours:
-        with theirs:
-            number = _fork_to_run(run, theirs)
-        ended_by = None if number is None else _end_of(number, ours)
+    receiver, sender = Pipe(duplex=False)
+    with receiver:
+        with sender:
+            pid = _fork_to_run(run, sender)
+        ended_by = None if pid is None else _wait_for_fork(pid, receiver)
     if ended_by == "SIGPROF":
         raise UnsafeCodeError("one operation of it does not end")
     if ended_by in FATAL:
-        raise UnsafeCodeError(f"it ends the process by {ended_by}, as nesting without an end does")
+        raise UnsafeCodeError(f"it ends the process by {ended_by}, as endless nesting does")
 
 
-def _fork_to_run(call: Callable[[], object], answer: Connection) -> int | None:
-    """Return the number of a copy of the process that runs `call` and then answers; None if none can be made."""
-    # A signal that came to the copy before its handlers are gone would run what the original does on its way out.
+def _fork_to_run(call: Callable[[], object], sender: Connection) -> int | None:
+    """Fork a process that runs `call` and then sends a message; return its pid, or None if forking fails."""
+    # A signal that arrives before the fork has reset its handlers would run the cleanup of this process in it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        with warnings.catch_warnings():  # from Python 3.12 on; the copy waits for no other thread
+        with warnings.catch_warnings():  # from Python 3.12 on; the fork waits for no other thread
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-            number = os.fork()
-        if number == 0:
-            _run_and_exit(call, answer)
-    except OSError:  # too many processes, or too little memory for one more
+            pid = os.fork()
+        if pid == 0:
+            _run_and_exit(call, sender)
+    except OSError:  # too many processes, or too little memory for another one
         return None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return number
+    return pid
 
 
-def _run_and_exit(call: Callable[[], object], answer: Connection) -> None:
+def _run_and_exit(call: Callable[[], object], sender: Connection) -> None:
     try:
         import resource  # not on Windows
 
-        faulthandler.disable()  # the original says what happened
+        faulthandler.disable()  # the parent reports what happened
         faulthandler.unregister(signal.SIGPROF)
         gc.disable()  # it would touch, and so copy, all memory
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPROF):
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        with suppress(Exception):  # the original meets it too, if it runs the same
+        with suppress(Exception):  # the parent gets the same exception when it runs the call
             call()
-        answer.send_bytes(b"lives")
+        sender.send_bytes(b"alive")
     finally:
         os._exit(0)
 
 
-def _end_of(number: int, answer: Connection) -> str | None:
-    """Return the name of the signal that ended the copy `number`; None if it answers, or has not within some time."""
+def _wait_for_fork(pid: int, receiver: Connection) -> str | None:
+    """Return the name of the signal that ended a fork; None if it sends a message, or nothing before the time-out."""
     has_died = False
     try:
-        if answer.poll(WAITING_SECONDS):
-            answer.recv_bytes()
+        if receiver.poll(WAITING_SECONDS):
+            receiver.recv_bytes()
     except EOFError:
         has_died = True
     finally:  # on Ctrl-C too
         if not has_died:
-            _kill(number)
-        ended_by = _waited(number)
+            _kill(pid)
+        ended_by = _wait_for_exit(pid)
     return ended_by if has_died else None
 
 
-def _kill(number: int) -> None:
-    with suppress(ProcessLookupError):  # where children are waited for by nobody, it may be gone
-        os.kill(number, signal.SIGKILL)
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # already gone if SIGCHLD is ignored
+        os.kill(pid, signal.SIGKILL)
 
 
-def _waited(number: int) -> str | None:
-    """Return the name of the signal that ended a process, once it has ended; None if it was none."""
+def _wait_for_exit(pid: int) -> str | None:
+    """Wait for a process to end; return the name of the signal that ended it, or None if none did."""
     try:
-        status = os.waitpid(number, 0)[1]
-    except ChildProcessError:  # as where SIGCHLD is ignored
+        status = os.waitpid(pid, 0)[1]
+    except ChildProcessError:  # SIGCHLD is ignored
         return None
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else None
 
 
-def _start_last_resort(most_seconds: float) -> bool:
-    """Have the process end itself unless the timer is stopped; return whether, as a profiler's own is left alone."""
+def _start_last_resort(max_seconds: float) -> bool:
+    """Start a timer that ends the process; return whether it was started, because a profiler may use the signal."""
     if signal.getsignal(signal.SIGPROF) != signal.SIG_DFL:
         return False
-    _show_where_it_ends()
-    signal.setitimer(signal.ITIMER_PROF, (most_seconds + LAST_SECONDS) * _num_cores())
+    _dump_traceback_on_sigprof()
+    signal.setitimer(signal.ITIMER_PROF, (max_seconds + LAST_RESORT_SECONDS) * _num_cores())
     return True
 
 
 @cache
-def _show_where_it_ends() -> None:
+def _dump_traceback_on_sigprof() -> None:
     if sys.__stderr__ is not None:
         faulthandler.register(signal.SIGPROF, file=sys.__stderr__, all_threads=False, chain=True)
 
@@ -224,9 +224,9 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _pages_of_data() -> int:
-    file = os.open(PAGES, os.O_RDONLY)  # for each row of a data set: a third of what Path.read_bytes takes
+def _num_data_pages() -> int:
+    descriptor = os.open(PAGES, os.O_RDONLY)  # called for each row of a data set: three times as fast as read_bytes
     try:
-        return int(os.read(file, 256).split()[DATA_PAGES])
+        return int(os.read(descriptor, 256).split()[DATA_PAGES])
     finally:
-        os.close(file)
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Where results that cost time are kept, and what their names must depend on so that a stale one is impossible."""
+"""Where expensive results are cached, and what their names depend on, so that a stale one is never used."""
 
 import hashlib
 import os
@@ -13,46 +13,43 @@ PACKAGE = Path(__file__).parent
 
 
 def cache_folder(part: str) -> Path:
-    """Return where results of one kind are kept: below `QLORA_CACHE`, or the user's cache directory.
+    """Return the folder for cached results of one kind: below `QLORA_CACHE`, or the user's cache directory.
 
     Raises:
-        UsageError: the name of that directory is no UTF-8.
+        UsageError: the path of that directory is not valid UTF-8.
     """
-    given = os.environ.get("QLORA_CACHE")
+    configured = os.environ.get("QLORA_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(given) if given else Path(base) / "qlora"
+    folder = Path(configured) if configured else Path(base) / "qlora"
     try:
         str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:  # what writes tables takes no such name
+    except UnicodeEncodeError as error:  # pyarrow does not accept such a path
         raise UsageError(
-            f"results can't be kept in {str(folder)!r}: the name is no UTF-8",
-            hint="Set QLORA_CACHE to a directory that has another name.",
+            f"{str(folder)!r} can't be used as a cache: its name is not valid UTF-8",
+            hint="Set QLORA_CACHE to a directory with another name.",
         ) from error
     return folder / part
 
 
 def is_digest(name: str) -> bool:
-    """Whether a file or folder is named as `digest_of` names results: nobody else's is."""
+    """Return whether a file or folder has a name that `digest_of` gives; no other files have such names."""
     return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def versions_of(packages: Iterable[str]) -> list[str]:
-    """Return name and version of each package."""
+    """Return the name and version of each package."""
     return [f"{name} {_version(name)}" for name in packages]
 
 
 def code_digests(parts: Iterable[str]) -> list[str]:
-    """Return the digest of all code of our own in these parts of the package."""
+    """Return the digest of each file of our own code in these parts of the package."""
     return [hashlib.sha256(path.read_bytes()).hexdigest() for part in parts for path in code_files(part)]
 
 
 def code_files(part: str) -> list[Path]:
-    """Return the files of code in a part of the package: a folder with all below it, or a single file by its name.
-
-    The template of a page is no code.
-    """
-    place = PACKAGE / part
-    return [place] if place.is_file() else sorted(place.rglob("*.py"))
+    """Return the Python files in a part of the package: those below a folder, or a single file."""
+    path = PACKAGE / part
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
 def digest_of(parts: Iterable[str]) -> str:

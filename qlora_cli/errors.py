@@ -1,8 +1,8 @@
-"""Every error that a user can cause, in one tree.
+"""The exceptions of all errors that a user can cause.
 
-Each class carries the exit code of the command that it ends and also inherits the standard exception
-it refines, so that library users can catch what they know. A message names what was wrong and the value;
-the hint says what to do next.
+Each class carries the exit code of the command that it ends, and also inherits from the standard exception that it
+refines, so that library users can catch that. A message says what is wrong, with the value; the hint says what to do
+next.
 """
 
 import signal
@@ -27,10 +27,9 @@ def is_panic(error: BaseException) -> bool:
 
 
 class QloraError(Exception):
-    """The root. `hint` is one sentence or command that gets the user further.
+    """The base class. `hint` is one sentence or command that helps the user to continue.
 
-    `setting` is the `section.key` whose value is refused, if it is that of one: the command line says where it was
-    given, in the place of its name.
+    `setting` is the `section.key` whose value is refused, if any; the command line replaces it by where it was given.
     """
 
     exit_code = 1
@@ -45,14 +44,14 @@ class QloraError(Exception):
         return self.message if self.setting is None else f"{self.setting}: {self.message}"
 
     def for_setting(self, setting: str) -> Self:
-        """Attribute the error to a setting's value, unless it is already attributed to another; return it."""
+        """Attribute the error to a setting, unless it is attributed to one already; return the error."""
         self.setting = self.setting or setting
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem with the input: where it is (flag, file and line, key), what it is, and what to do."""
+    """A problem with the input: where it is (flag, file and line, key), what is wrong, and what to do."""
 
     where: str
     message: str
@@ -63,7 +62,7 @@ class Problem:
 
 
 class SettingsError(QloraError, ValueError):
-    """Flags, settings file or `--set` are wrong. Carries every problem found, not only the first."""
+    """Flags, the settings file or `--set` are invalid. Carries all problems, not only the first."""
 
     exit_code = 2
 
@@ -74,7 +73,7 @@ class SettingsError(QloraError, ValueError):
 
 
 class UsageError(QloraError, ValueError):
-    """A command was called with arguments that it does not take."""
+    """A command was called with invalid arguments."""
 
     exit_code = 2
 
@@ -86,7 +85,7 @@ class ModelError(QloraError, ValueError):
 
 
 class ModelNotFoundError(QloraError, FileNotFoundError):
-    """No model by that name: no such directory, no such repository, or no access to it."""
+    """There is no model by that name: no such directory, no such repository, or no access to it."""
 
     exit_code = 2
 
@@ -104,7 +103,7 @@ class DatasetNotFoundError(QloraError, FileNotFoundError):
 
 
 class RunNotFoundError(QloraError, FileNotFoundError):
-    """No run at that place."""
+    """There is no run at that path."""
 
     exit_code = 2
 
@@ -116,7 +115,7 @@ class OutputDirectoryError(QloraError, FileExistsError):
 
 
 class DiskSpaceError(QloraError, OSError):
-    """The command's output does not fit on the disk. Checked before writing, not raised half-way."""
+    """The command's output does not fit on the disk. Checked before anything is written."""
 
     exit_code = 2
 
@@ -140,7 +139,7 @@ class OutOfMemoryError(QloraError, MemoryError):
 
 
 class TrainingError(QloraError, RuntimeError):
-    """The run failed after it had begun."""
+    """The run failed after it had started."""
 
 
 class PushError(QloraError, ConnectionError):
@@ -156,8 +155,8 @@ class TerminatedError(QloraError, InterruptedError):
 
 
 class MergeError(QloraError, RuntimeError):
-    """What was merged is not the model that was to be merged."""
+    """The merged model differs from the model that was to be merged."""
 
 
 class ExportError(QloraError, RuntimeError):
-    """A merged model could not be written in another format, or what was written is not the model."""
+    """A merged model could not be exported, or the export differs from it."""

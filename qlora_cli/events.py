@@ -1,7 +1,7 @@
 """Events that a run reports while it is in progress.
 
-The core says verbs and knows nothing of terminals: it hands frozen events to a `Reporter`. The command
-line draws them; the run directory writes them to `metrics.jsonl`.
+The core knows nothing of terminals: it passes frozen events to a `Reporter`. The command line renders them; the run
+directory writes them to `metrics.jsonl`.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class BytesDone:
-    """A transfer progressed to so many of so many bytes. Each kind has a separate progress bar."""
+    """A transfer progressed to `done_bytes` of `total_bytes`. Each kind has its own progress bar."""
 
     kind: Literal["download", "quantize", "load", "merge"]
     done_bytes: Whole
@@ -48,7 +48,7 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStarted:
-    """The first step is next. The predictions are of its peaks on the GPU, in bytes; None where there is none."""
+    """The first step is next. The predictions are its peaks on the GPU, in bytes; None without one."""
 
     num_steps: Whole
     output: Path
@@ -67,7 +67,7 @@ class TrainingResumed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsed:
-    """The largest micro-batch went forward and backward, and one of the evaluation forward, before the first step.
+    """Before the first step, the largest micro-batch ran forward and backward, and one of the evaluation forward.
 
     The device figures are the peaks measured in it, in bytes; None without a GPU.
     """
@@ -113,7 +113,7 @@ class EvalStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationAdvanced:
-    """`qlora evaluate` progressed to so many of so many rows, or requests of the task that `title` names."""
+    """`qlora evaluate` progressed to `num_done` of `num_all` rows, or requests of the task in `title`."""
 
     title: str
     unit: Literal["row", "request"]
@@ -124,9 +124,9 @@ class EvaluationAdvanced:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone:
-    """`loss` is the mean over the trained tokens of the evaluation set, as the trainer batches it.
+    """An evaluation pass ended. `loss` is the mean over the trained tokens of the held-out rows.
 
-    `is_best`: no evaluation of the run was better so far.
+    `is_best`: no earlier evaluation of the run was better.
     """
 
     step: Whole
@@ -137,7 +137,7 @@ class EvalDone:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleDone:
-    """A fixed prompt was answered, greedily; step 0 is the base before training."""
+    """A sample prompt was answered, greedily; step 0 is the base before training."""
 
     step: Whole
     prompt: str
@@ -183,11 +183,11 @@ class Reporter(Protocol):
     """Receives events, in order, on the thread that trains; must return quickly and must not raise."""
 
     def report(self, event: Event) -> None:
-        """Take one event."""
+        """Handle an event."""
 
 
 class SilentReporter:
-    """Drops every event: for library use."""
+    """Ignores all events, for library use."""
 
     def report(self, event: Event) -> None:
         """Do nothing."""
@@ -195,7 +195,7 @@ class SilentReporter:
 
 @dataclass(frozen=True)
 class Reporters:
-    """Passes every event on to each of `members`."""
+    """Passes each event to all `members`."""
 
     members: Sequence[Reporter]
 

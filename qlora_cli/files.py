@@ -1,4 +1,4 @@
-"""Check files and folders: whether they exist, their size, and whether they can be written."""
+"""Check files and folders: whether they exist, how large they are, whether they can be written."""
 
 import dataclasses
 import errno
@@ -17,47 +17,47 @@ from qlora_cli.errors import DiskSpaceError, OutputDirectoryError, QloraError
 from qlora_cli.units import MIB, format_bytes
 from qlora_cli.writing import LEFTOVER, is_leftover
 
-# What separates values: every list, object and element has one of these before it. Those within texts count too.
+# Separators of values: each list, object and element is preceded by one. Those within strings are counted too.
 JSON_SEPARATORS, TEXT_SEPARATORS = b"{[,", b" \t\r\n\v\f"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileLimit:
-    """What a file of one kind may be at most; its values are counted by `separators`."""
+    """The limits of one kind of file; its values are counted by their `separators`."""
 
-    most_bytes: int
-    most_values: int
+    max_bytes: int
+    max_values: int
     separators: bytes = JSON_SEPARATORS
 
     def check(self, content: bytes) -> None:
-        """Check what a file holds.
+        """Check the content of a file.
 
         Raises:
-            ValueError: it holds more.
+            ValueError: it exceeds a limit.
         """
         self.check_size(len(content))
         num_values = len(content) - len(content.translate(None, self.separators))
-        if num_values > self.most_values:
-            raise ValueError(f"it holds more than {self.most_values:,} values")
+        if num_values > self.max_values:
+            raise ValueError(f"it holds more than {self.max_values:,} values")
 
     def check_size(self, num_bytes: int) -> None:
-        """Check how large a file is.
+        """Check the size of a file.
 
         Raises:
-            ValueError: it is larger.
+            ValueError: it is too large.
         """
-        if num_bytes > self.most_bytes:
-            raise ValueError(f"it is larger than {format_bytes(self.most_bytes)}")
+        if num_bytes > self.max_bytes:
+            raise ValueError(f"it is larger than {format_bytes(self.max_bytes)}")
 
 
-SMALL = FileLimit(most_bytes=32 * MIB, most_values=1_500_000)  # a hundred thousand lines of what a trainer logs
+SMALL = FileLimit(max_bytes=32 * MIB, max_values=1_500_000)  # a hundred thousand lines of a trainer's log
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open an untrusted file to read its bytes; opening a pipe would block.
+    """Open an untrusted file to read its bytes; never block, as opening a pipe would.
 
     Raises:
-        OSError: it can't be opened, or is no regular file.
+        OSError: it can't be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
@@ -69,12 +69,12 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_small(path: Path) -> str:
-    """Return the text of a file that is read as a whole, such as a record in JSON.
+    """Return the text of a file that is read as a whole, such as a JSON record.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         OSError: it can't be read.
-        ValueError: it is no file, larger than any such is, holds more values, or is not UTF-8.
+        ValueError: it is not a regular file, exceeds the limits `SMALL`, or is not UTF-8.
     """
     SMALL.check_size(path.stat().st_size)
     if not path.is_file():  # reading a pipe would block
@@ -84,8 +84,8 @@ def read_small(path: Path) -> str:
     return content.decode("utf-8")
 
 
-STAGING_NAME_BYTES = 40  # what the name of a directory gets while it is written, or if it is set aside
-CONTENT_PATH_BYTES = 200  # the longest path of what is written into one
+STAGING_NAME_BYTES = 40  # added to the name of a directory while it is written, or when it is moved aside
+CONTENT_PATH_BYTES = 200  # the longest relative path of a file in one
 
 
 def existing_path(name: str | Path) -> Path | None:
@@ -99,19 +99,19 @@ def existing_path(name: str | Path) -> Path | None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a file at `path`, whose name may come from a file of others and be none that a disk has."""
+    """Return whether there is a file at `path`, which may come from untrusted input and be invalid."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long, or not to be looked at
+    except (OSError, ValueError):  # too long, or not accessible
         return False
 
 
 def path_problem(directory: Path, flag: str = "--output") -> QloraError | None:
-    """Return the error if no directory can exist at this path, which `flag` names; None if one can."""
+    """Return the error if no directory can be created at this path, given by `flag`; None if one can."""
     try:
         reason = _reason_unusable(directory)
     except ValueError:
-        reason = f"{str(directory)!r} can't be used: no path holds a NUL byte"
+        reason = f"{str(directory)!r} can't be used: a path can't contain a NUL byte"
     except OSError as error:
         reason = f"{directory} can't be used: {error.strerror}"
     return None if reason is None else OutputDirectoryError(reason, hint=f"Choose another {flag}.")
@@ -124,7 +124,7 @@ def _reason_unusable(directory: Path) -> str | None:
     parent = existing_parent(directory)
     missing = directory.absolute().relative_to(parent).parts
     if (parent / missing[0]).is_symlink():
-        return f"{parent / missing[0]} is a link to nothing"
+        return f"{parent / missing[0]} is a broken link"
     if not parent.is_dir():
         return f"{parent} is a file"
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -141,7 +141,7 @@ def _num_bytes(name: str) -> int:
 
 
 def check_output_directory(directory: Path, flag: str = "--output") -> QloraError | None:
-    """Return the error if `directory`, which `flag` names, is not empty or can't be made; None if it is usable."""
+    """Return the error if `directory`, given by `flag`, is not empty or can't be created; None if it is usable."""
     if (problem := path_problem(directory, flag)) is not None or not directory.is_dir():
         return problem
     was_killed = is_leftover(directory / LEFTOVER)
@@ -149,12 +149,12 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
         names = [path.name for path in directory.iterdir()]
     except OSError as error:
         return OutputDirectoryError(f"{directory} can't be used: {error.strerror}", hint=f"Choose another {flag}.")
-    held = sorted(name for name in names if not (was_killed and name == LEFTOVER))
-    if held:
+    content = sorted(name for name in names if not (was_killed and name == LEFTOVER))
+    if content:
         hint = f"Choose a directory for {flag} that is empty or does not exist."
         return OutputDirectoryError(
-            f"{directory} holds something else ({', '.join(held[:3])})",
-            hint=f"{hint} What was written there last was not finished." if was_killed else hint,
+            f"{directory} contains other files ({', '.join(content[:3])})",
+            hint=f"{hint} The last write there was not finished." if was_killed else hint,
         )
     if not os.access(directory, os.W_OK | os.X_OK):
         return OutputDirectoryError(f"{directory} can't be written to", hint=f"Choose another {flag}.")
@@ -162,7 +162,7 @@ def check_output_directory(directory: Path, flag: str = "--output") -> QloraErro
 
 
 def check_disk_space(directory: Path, needed_bytes: int, hint: str) -> None:
-    """Check that `needed_bytes` fit on the disk that `directory` is or will be on.
+    """Check that `needed_bytes` fit on the disk of `directory`, which may not exist yet.
 
     Raises:
         DiskSpaceError: they do not.

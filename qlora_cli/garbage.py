@@ -1,4 +1,4 @@
-"""Suspend Python's cyclic garbage collector where it costs time or must not interfere."""
+"""Suspend Python's cyclic garbage collector."""
 
 import gc
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""Numbers as people read them: bytes in GiB (1024³), counts with separators, durations.
+"""Format numbers for people: bytes in GiB (1024³), counts with separators, durations.
 
-Any number has a text: what is read from files of others is bounded where it is read, and may still be infinite or NaN.
+Every number can be formatted: figures from untrusted files are bounded when read, but may be infinite or NaN.
 """
 
 from typing import Annotated
@@ -10,7 +10,7 @@ from pydantic import Field
 GIB = 1024**3
 MIB = 1024**2
 KIB = 1024
-LARGEST = 2**63 - 1  # of a whole number in a file: what it is of, steps, tokens or bytes, has no more
+LARGEST = 2**63 - 1  # the largest number of steps, tokens or bytes in a file
 Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 
 
@@ -25,7 +25,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_count(count: int) -> str:
-    """Return a count as models are named: `6.74B`, `159.91M`, `512`."""
+    """Return a count as in the names of models: `6.74B`, `159.91M`, `512`."""
     if abs(count) > LARGEST:
         return f"more than {LARGEST // 10**9:,}B"
     for size, unit in ((10**9, "B"), (10**6, "M")):
@@ -45,6 +45,6 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def counted(number: int, what: str) -> str:
-    """Return a number of things: `1 row`, `1,500 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun: `1 row`, `1,500 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

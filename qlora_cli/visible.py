@@ -1,4 +1,4 @@
-"""Make invisible characters visible, for a terminal and for a page alike. Imports nothing heavy.
+"""Make invisible characters visible, on a terminal and on a page. Imports nothing heavy.
 
 Data is untrusted: characters that reverse text, hide in it, or control a terminal are shown as their code points.
 """
@@ -23,7 +23,7 @@ _NUMBERED = f"[{_CONTROLS}{_IGNORABLE}{_ODD_SPACES}{_NO_CHARACTERS}]"
 # A run of spaces is matched only at its first, or a row of only spaces would take quadratic time.
 _SPACES = r"(?<!\ )\ ++"
 # Joiners and unusual spaces, which many languages use, and line breaks stay.
-_DRIVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROLLING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSEEN = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n])|{_NUMBERED}")
 _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
 
@@ -63,23 +63,23 @@ def visible(text: str, *, is_end: bool = True) -> str:
 
 def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:
     """Yield the parts of `visible(text)`, which distinguish a sign from the same character in the data."""
-    place = 0
-    for found in (_UNSEEN_AT_END if is_end else _UNSEEN).finditer(text):
-        if found.start() > place:
-            yield TextPart(text[place : found.start()], is_sign=False)
-        yield TextPart(_sign(found.group()), is_sign=True)
-        place = found.end()
-    if place < len(text):
-        yield TextPart(text[place:], is_sign=False)
+    position = 0
+    for match in (_UNSEEN_AT_END if is_end else _UNSEEN).finditer(text):
+        if match.start() > position:
+            yield TextPart(text[position : match.start()], is_sign=False)
+        yield TextPart(_sign(match.group()), is_sign=True)
+        position = match.end()
+    if position < len(text):
+        yield TextPart(text[position:], is_sign=False)
 
 
 def escape_controls(text: str) -> str:
     """Return `text` with characters that control a terminal or reverse text as bracketed code points: `[U+001B]`."""
-    return _DRIVES.sub(lambda found: _sign(found.group()), text)
+    return _CONTROLLING.sub(lambda match: _sign(match.group()), text)
 
 
 def line_ends(pieces: Sequence[TextPiece]) -> list[bool]:
-    """Return after which pieces of a row a line, a turn or trained text ends: a space before is one too many."""
+    """Return for each piece of a row whether a line, a turn or trained text ends after it, so that spaces are odd."""
     ends: list[bool] = []
     is_end, is_trained = True, None
     for piece in reversed(pieces):

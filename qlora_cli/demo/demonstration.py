@@ -51,7 +51,7 @@ def run_demo(output: Path | None, reporter: Reporter) -> DemoResult:
     The run directory is kept if `output` names it, and deleted otherwise.
 
     Raises:
-        OutputDirectoryError: `output` holds something else.
+        OutputDirectoryError: `output` contains other files.
     """
     start = time.monotonic()
     with ExitStack() as stack:

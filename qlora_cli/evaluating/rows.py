@@ -80,7 +80,7 @@ def _located(names: JsonValue, record: RunRecord) -> JsonValue:
     """Return names of data sets as they are found from here: relative ones were given in another directory."""
     if not isinstance(names, list):
         return names
-    return [first_local(map(str, record.places_of(str(name)))) or str(name) for name in names]
+    return [first_local(map(str, record.candidate_paths(str(name)))) or str(name) for name in names]
 
 
 def _check_there(names: Any, run: TrainedRows) -> None:
@@ -91,7 +91,7 @@ def _check_there(names: Any, run: TrainedRows) -> None:
     """
     for name in names:
         if isinstance(wrong := check_dataset_name(name), DatasetNotFoundError):
-            places = [str(place) for place in run.record.places_of(name)]
+            places = [str(place) for place in run.record.candidate_paths(name)]
             looked = ", ".join(dict.fromkeys([*places, os.path.abspath(name)]))  # noqa: PTH100 - it may be a glob
             raise DatasetNotFoundError(
                 f"the data of the run {run.path} is {name}, which is not there any more (looked for {looked})",

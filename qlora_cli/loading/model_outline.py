@@ -167,7 +167,7 @@ def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[In
     source, tokens = model.source, asked.settings.model.new_tokens
     if source.adapter is None or not tokens:
         return
-    recorded = () if source.record is None else source.record.said_of("model")
+    recorded = () if source.record is None else source.record.recorded_settings("model")
     if not any(list(tokens) == said.get("new_tokens") for said in recorded):
         raise ModelError(
             f"{source.name} is an adapter: the rows of --new-tokens {','.join(tokens)} would not be trained",
@@ -182,7 +182,7 @@ def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Infer
     if directory is None or "lora" not in type(asked.settings).model_fields:
         return
     config, record = read_adapter_config(directory), model.source.record
-    recorded = () if record is None else record.said_of("lora")
+    recorded = () if record is None else record.recorded_settings("lora")
     check_unchanged(model.source.name, config, asked.given("lora"), recorded)
     yield inferred_from_adapter(config, directory)
 

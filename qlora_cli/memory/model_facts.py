@@ -22,7 +22,7 @@ from qlora_cli.model_files.adapter_files import (
 )
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.given_model import CONFIG, HUB_ID, base_model_problem, looks_local
-from qlora_cli.runs.directory import RunDirectory, run_around
+from qlora_cli.runs.directory import RunDirectory, enclosing_run
 from qlora_cli.runs.record import BaseUsed, RunRecord, load_record
 from qlora_cli.runs.run_weights import may_have_weights, weights_of
 from qlora_cli.settings.models import SECTIONS, EstimateSettings
@@ -143,14 +143,14 @@ def _facts_of_base(name: str, reporter: Reporter) -> ModelFacts:
 
 
 def _facts_of_adapter(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
-    outline, run, model = read_outline(path), run_around(path), asked.settings.model
+    outline, run, model = read_outline(path), enclosing_run(path), asked.settings.model
     recorded: Sequence[Mapping[str, Any]] = ()
     settings: tuple[InferredSettings, ...] = (inferred_from_adapter(outline.config, path),)
     if run is None:
         base = model.base_model or _base_of_adapter(path, outline, model.name)
     else:
         record = load_record(run.path)
-        recorded = record.said_of("lora")
+        recorded = record.recorded_settings("lora")
         base = model.base_model or _locate_base(record.base(), run.path)
         loaded = {section: record.settings_of(section, HOW_TRAINED) for section in ("model", "quantization")}
         settings = (inferred_from_run(loaded, run.run_file), *settings)
@@ -175,7 +175,7 @@ def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Repor
     base, adapter = record.base(), _adapter_of_run(path, record)
     settings = [_settings_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
     if adapter is not None:
-        check_unchanged(str(path), adapter.config, asked.given("lora"), record.said_of("lora"))
+        check_unchanged(str(path), adapter.config, asked.given("lora"), record.recorded_settings("lora"))
         settings.append(inferred_from_adapter(adapter.config, adapter.directory))
     facts = _facts_of_base(asked.settings.model.base_model or _locate_base(base, path), reporter)
     note = f"settings of the run {path}, except for those that were given here"
@@ -206,7 +206,7 @@ def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:
     run = RunDirectory(path)
     if may_have_weights(run):
         return read_outline(weights_of(run, record).path)
-    paths = (began_with, *record.places_of(str(began_with)))
+    paths = (began_with, *record.candidate_paths(str(began_with)))
     existing = next((adapter for adapter in paths if (adapter / ADAPTER_CONFIG).is_file()), None)
     if existing is None:
         raise ModelNotFoundError(

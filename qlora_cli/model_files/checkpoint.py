@@ -317,7 +317,7 @@ def _parse_header(stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], in
     if len(prefix) < 8:
         raise ValueError(f"it holds {file_bytes} bytes, too few for a header")
     num_bytes = int.from_bytes(prefix, "little")
-    if num_bytes > HEADER.most_bytes or num_bytes < 2:
+    if num_bytes > HEADER.max_bytes or num_bytes < 2:
         raise ValueError("it does not begin with a safetensors header")
     if num_bytes > file_bytes - 8:
         raise ValueError(f"it is truncated in its header, at {format_bytes(file_bytes)}")

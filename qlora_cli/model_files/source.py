@@ -30,7 +30,7 @@ from qlora_cli.model_files.given_model import (
     has_vocabulary,
     looks_local,
 )
-from qlora_cli.runs.directory import RunDirectory, run_around
+from qlora_cli.runs.directory import RunDirectory, enclosing_run
 from qlora_cli.runs.record import RunRecord, Values, load_record
 from qlora_cli.runs.run_weights import (
     RunWeights,
@@ -156,7 +156,7 @@ def find_model(settings: ModelSettings, reporter: Reporter = _SILENT) -> ModelSo
         return _adapter_source(files, settings, reporter)
     path = Path(settings.name).expanduser().resolve()
     files = _Files(name=settings.name, path=path)
-    run = RunDirectory(path) if RunDirectory(path).is_run else run_around(path) if files.is_adapter else None
+    run = RunDirectory(path) if RunDirectory(path).is_run else enclosing_run(path) if files.is_adapter else None
     if run is not None:
         return _run_source(path, run, settings, reporter)
     return _adapter_source(files, settings, reporter) if files.is_adapter else _base_source(files, settings)

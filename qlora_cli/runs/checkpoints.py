@@ -10,8 +10,8 @@ from pathlib import Path
 
 from qlora_cli.errors import TrainingError
 from qlora_cli.files import read_small
-from qlora_cli.runs.checksums import Sums, is_as_written, strange_among, sums_of
-from qlora_cli.runs.directory import CHECKSUMS as CHECKSUMS
+from qlora_cli.runs.checksums import Checksums, checksums_of, find_foreign_content, is_as_written
+from qlora_cli.runs.directory import CHECKSUMS_FILE as CHECKSUMS_FILE
 from qlora_cli.runs.directory import STEP_PREFIX
 from qlora_cli.units import format_bytes
 from qlora_cli.writing import clear_leftover, discard, flush, move_aside, publish_directory, staging
@@ -32,20 +32,20 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 def seal(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a checkpoint into it."""
-    (folder / CHECKSUMS).write_text(json.dumps(sums_of(folder), indent=2) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums_of(folder), indent=2) + "\n", encoding="utf-8")
 
 
 def damage_of(checkpoint: Path) -> str | None:
     """Return the damage of a checkpoint; None if every file is as it was written."""
     try:
-        sums = checkpoint / CHECKSUMS
+        sums = checkpoint / CHECKSUMS_FILE
         if sums.exists() and not sums.is_file():
-            return f"{CHECKSUMS} is no file"
+            return f"{CHECKSUMS_FILE} is no file"
         files = json.loads(read_small(sums))
         for name, expected in files.items():
             path = checkpoint / name
             if not path.resolve().is_relative_to(checkpoint.resolve()):
-                return f"{CHECKSUMS} names {name}, which is elsewhere"
+                return f"{CHECKSUMS_FILE} names {name}, which is elsewhere"
             if path.exists() and not path.is_file():
                 return f"{name} is no file"
             if not is_as_written(path, expected):
@@ -53,7 +53,7 @@ def damage_of(checkpoint: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # the last of links
-        return f"{CHECKSUMS} can't be read ({error})"
+        return f"{CHECKSUMS_FILE} can't be read ({error})"
     if TRAINER_STATE not in files:
         return f"{TRAINER_STATE} is missing"
     # What has no sum may be read too; a pipe would be waited for.
@@ -61,38 +61,38 @@ def damage_of(checkpoint: Path) -> str | None:
     return None if odd is None else f"{odd.relative_to(checkpoint)} is no file"
 
 
-def sealed_in(checkpoint: Path) -> Sums:
+def read_checksums(checkpoint: Path) -> Checksums:
     """Return the sums of what a run wrote into a checkpoint; none if they can't be read."""
     try:
-        sums = json.loads(read_small(checkpoint / CHECKSUMS))
+        sums = json.loads(read_small(checkpoint / CHECKSUMS_FILE))
     except (OSError, ValueError, RecursionError):
         return {}
     return sums if isinstance(sums, dict) else {}
 
 
-def strange_in(checkpoint: Path, *, reads: bool = True) -> str | None:
+def reason_to_keep(checkpoint: Path, *, reads: bool = True) -> str | None:
     """Return why a checkpoint may not be deleted; None if it holds what a run sealed in it, as it was, and no more.
 
     Unless `reads`, by the names of its files alone.
     """
     if checkpoint.is_symlink():
         return "it is a link"
-    if not (sums := sealed_in(checkpoint)):
-        return f"it has no {CHECKSUMS} that can be read"
-    return strange_among(checkpoint, [sums], but=CHECKSUMS, reads=reads)
+    if not (sums := read_checksums(checkpoint)):
+        return f"it has no {CHECKSUMS_FILE} that can be read"
+    return find_foreign_content(checkpoint, [sums], but=CHECKSUMS_FILE, reads=reads)
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedCheckpoint:
     """A checkpoint that was moved into place.
 
     Attributes:
         path: Where it is.
-        kept: Checkpoints that were not deleted because they hold more than a run wrote, each with the reason.
+        not_deleted: Checkpoints that were not deleted because they hold more than a run wrote, each with the reason.
     """
 
     path: Path
-    kept: dict[Path, str]
+    not_deleted: dict[Path, str]
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class CheckpointStore:
         for place in self.folder.glob(".*.saving"):
             clear_leftover(place)
 
-    def set_aside(self, step: int) -> list[Path]:
+    def move_damaged_aside(self, step: int) -> list[Path]:
         """Rename the checkpoints after `step`, which are damaged, so that they do not count as newer ones."""
         newer = [checkpoint for checkpoint in self.all() if step_of(checkpoint) > step]
         return [move_aside(checkpoint, f".damaged-{checkpoint.name}") for checkpoint in newer]
 
-    def check_room(self) -> None:
+    def check_free_space(self) -> None:
         """Check that another checkpoint fits on the disk, before a byte of it is written.
 
         Raises:
@@ -144,7 +144,7 @@ class CheckpointStore:
                 hint="Free disk space and give the same command again: it resumes from the last checkpoint.",
             )
 
-    def publish(self, finished: Path, step: int, best_step: int | None) -> Published:
+    def publish(self, finished: Path, step: int, best_step: int | None) -> PublishedCheckpoint:
         """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit.
 
         A folder that is not a checkpoint of a run, or holds more, is never deleted.
@@ -152,23 +152,23 @@ class CheckpointStore:
         seal(finished)
         if self.journal.exists():
             flush(self.journal)
-        target, kept = self.path_of(step), self.make_way(step)
+        target, not_deleted = self.path_of(step), self.free_path(step)
         publish_directory(finished, target)
         checkpoints = self.all()
-        strange = {path: reason for path in checkpoints if (reason := strange_in(path, reads=False))}
+        strange = {path: reason for path in checkpoints if (reason := reason_to_keep(path, reads=False))}
         old = [path for path in checkpoints if path not in strange]
         old = [path for path in self._beyond_limit(old, best_step) if path != target]
-        strange |= {path: reason for path in old if (reason := strange_in(path))}
-        kept |= {path: strange[path] for path in self._beyond_limit(checkpoints, best_step) if path in strange}
+        strange |= {path: reason for path in old if (reason := reason_to_keep(path))}
+        not_deleted |= {path: strange[path] for path in self._beyond_limit(checkpoints, best_step) if path in strange}
         for path in old:
             if path not in strange:
                 discard(path)
-        return Published(path=target, kept=kept)
+        return PublishedCheckpoint(path=target, not_deleted=not_deleted)
 
-    def make_way(self, step: int) -> dict[Path, str]:
+    def free_path(self, step: int) -> dict[Path, str]:
         """Move aside a folder at a checkpoint's path that may not be deleted; return its new path and the reason."""
         target = self.path_of(step)
-        reason = strange_in(target) if os.path.lexists(target) else None
+        reason = reason_to_keep(target) if os.path.lexists(target) else None
         return {} if reason is None else {move_aside(target, f".kept-{target.name}"): reason}
 
     def _beyond_limit(self, checkpoints: list[Path], best_step: int | None) -> list[Path]:
@@ -177,10 +177,10 @@ class CheckpointStore:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    return sorted(filter(is_named_by_step, folder.glob(f"{STEP_PREFIX}*")), key=step_of)
+    return sorted(filter(is_checkpoint_name, folder.glob(f"{STEP_PREFIX}*")), key=step_of)
 
 
-def is_named_by_step(path: Path) -> bool:
+def is_checkpoint_name(path: Path) -> bool:
     """Whether a path has the name of a checkpoint."""
     return STEP.fullmatch(path.name) is not None
 

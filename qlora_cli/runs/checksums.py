@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Sums = Mapping[str, Any]  # by the name of a file from the folder; of somebody else's it may hold anything
+Checksums = Mapping[str, Any]  # by the name of a file from the folder; of somebody else's it may hold anything
 
 
-def sums_of(folder: Path) -> dict[str, dict[str, Any]]:
+def checksums_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and the SHA-256 of every file below a folder."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -28,7 +28,9 @@ def is_as_written(path: Path, expected: object) -> bool:
     return path.stat().st_size == expected.get("bytes") and _digest(path) == expected.get("sha256")
 
 
-def strange_among(folder: Path, known: Sequence[Sums], *, but: str | None = None, reads: bool = True) -> str | None:
+def find_foreign_content(
+    folder: Path, known: Sequence[Checksums], *, but: str | None = None, reads: bool = True
+) -> str | None:
     """Return what a folder holds that no run wrote, or not as it is now, in words; None if it may be deleted.
 
     `known` are sums, of which a file has to have one, `but` for the one that holds them. Unless `reads`, names are

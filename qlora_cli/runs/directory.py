@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory, path_problem
-from qlora_cli.runs.checksums import Sums, strange_among
+from qlora_cli.runs.checksums import Checksums, find_foreign_content
 from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_leftover, move_aside, unsafe_reason, write_file
 
 RUN_FILE = "run.json"
@@ -35,7 +35,7 @@ MERGED = "merged"
 SKIPPED_ROWS, SKIPPED_ROWS_OF_STREAM = "skipped_rows.jsonl", "skipped_rows_of_stream.jsonl"
 LOCK_FILE = "run.lock"
 STEP_PREFIX = "step-"  # of a checkpoint
-CHECKSUMS = "checksums.json"  # in it
+CHECKSUMS_FILE = "checksums.json"  # in it
 EVENT_BEGINS = b'{"event": "'  # a line of events
 TRACKED = ("tensorboard", "trackio", "wandb")  # what trackers write, each under its name
 TRACKED_FILE = "mlflow.db"
@@ -119,7 +119,7 @@ class RunDirectory:
         """Whether the trained adapter is there: its config and its weights."""
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
 
-    def drop_adapter(self, known: Sequence[Sums]) -> Path | None:
+    def remove_adapter(self, known: Sequence[Checksums]) -> Path | None:
         """Delete the adapter of an earlier end before the run is resumed; its checkpoints stay.
 
         If it holds anything but files that a run wrote, by sums that are `known`, it is moved aside, and its place
@@ -128,19 +128,19 @@ class RunDirectory:
         if self.adapter.is_symlink():
             delete(self.adapter)
         elif self.adapter.is_dir():
-            if strange_among(self.adapter, known) is not None:
+            if find_foreign_content(self.adapter, known) is not None:
                 return move_aside(self.adapter, f"{ADAPTER}-kept")
             discard(self.adapter)  # an adapter is there whole, or not at all
         return None
 
-    def keep_skipped_rows(self, lists: Collection[Path]) -> None:
+    def write_skipped_rows(self, lists: Collection[Path]) -> None:
         """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
         if lists:
             content = b"".join(path.read_bytes() for path in lists)
             write_file(self.path / SKIPPED_ROWS, content, mode=PRIVATE_FILE)
 
 
-def run_around(part: Path) -> RunDirectory | None:
+def enclosing_run(part: Path) -> RunDirectory | None:
     """Return the run that a directory is a part of, as its adapter or one of its checkpoints; None if of none."""
     places = {ADAPTER: part.parent, CHECKPOINTS: part.parent.parent}
     place = places.get(part.name) or places.get(part.parent.name)
@@ -174,7 +174,7 @@ def _was_taken_over(path: Path) -> bool:
     """Return whether a run took this over from another: checkpoints, each with its sums, or lines of events."""
     if path.name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
         return all(
-            is_leftover(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS).is_file())
+            is_leftover(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS_FILE).is_file())
             for one in path.iterdir()
         )
     if path.name != METRICS_FILE or unsafe_reason(path) is not None:

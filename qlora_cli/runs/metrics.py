@@ -111,6 +111,6 @@ class MetricsWriter:
         """Append `event`; the file is opened each time, so that the line has reached the system when this returns."""
         append_line(self._file, event_line(event, datetime.now(UTC)))
 
-    def end_cut_line(self) -> None:
+    def end_partial_line(self) -> None:
         """End a line that a killed process left unfinished, so that the next one stands alone."""
         end_line(self._file)

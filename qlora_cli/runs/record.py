@@ -82,14 +82,14 @@ class RecordedRows(RecordSection):
     fingerprint: str | None = None
 
 
-class Data(RecordSection):
+class RecordedData(RecordSection):
     """The rows that were trained, and those that were held out."""
 
     train: RecordedRows | None = None
     eval: RecordedRows | None = None
 
 
-class Predicted(RecordSection):
+class RecordedPrediction(RecordSection):
     """What the run was predicted to take on its GPU, in bytes."""
 
     gpu: str | None = None
@@ -98,17 +98,17 @@ class Predicted(RecordSection):
     process_bytes: Whole | None = None
 
 
-class Plan(RecordSection):
+class RecordedPlan(RecordSection):
     """What was settled before the first step."""
 
     model: str | None = None
     device: str | None = None
     compute_dtype: str | None = None
     num_steps: Whole | None = None
-    predicted_memory: Predicted | None = None
+    predicted_memory: RecordedPrediction | None = None
 
 
-class Peak(RecordSection):
+class RecordedPeak(RecordSection):
     """The largest memory seen by the process that ended the run, in bytes."""
 
     host_bytes: Whole | None = None
@@ -116,13 +116,13 @@ class Peak(RecordSection):
     device_reserved_bytes: Whole | None = None
 
 
-class Result(RecordSection):
+class RecordedResult(RecordSection):
     """What came of a run that ended by itself, or by a signal."""
 
     steps: Whole | None = None
     num_steps: Whole | None = None
     best_step: Whole | None = None
-    peak_memory: Peak | None = None
+    peak_memory: RecordedPeak | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,9 @@ class RunRecord(RecordSection):
     base_model: LoadedBase | None = None
     base_model_path: Path | None = None
     base_model_digest: str | None = None
-    data: Data = Field(default_factory=Data)
-    plan: Plan = Field(default_factory=Plan)
-    result: Result | None = None
+    data: RecordedData = Field(default_factory=RecordedData)
+    plan: RecordedPlan = Field(default_factory=RecordedPlan)
+    result: RecordedResult | None = None
     adapter_files: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     _directory: Path = PrivateAttr(default=Path())
@@ -214,7 +214,7 @@ class RunRecord(RecordSection):
         section, key = path.split(".")
         return self.settings.get(section, {}).get(key)
 
-    def said_of(self, section: str) -> tuple[Values, ...]:
+    def recorded_settings(self, section: str) -> tuple[Values, ...]:
         """Return the settings of a section as they came to be, as they were given, and as they were for its adapter.
 
         The latter are those of the run that the adapter is from which this one trained on.
@@ -249,16 +249,16 @@ class RunRecord(RecordSection):
             raise self.lacks(purpose, "base_model.base_model")
         if self.base_model_path is None:
             raise self.lacks(purpose, "base_model_path")
-        places = (self.base_model_path, *self.places_of(loaded.base_model))
+        places = (self.base_model_path, *self.candidate_paths(loaded.base_model))
         return BaseUsed(name=loaded.base_model, commit=loaded.commit, places=tuple(dict.fromkeys(places)))
 
-    def places_of(self, name: str) -> tuple[Path, ...]:
+    def candidate_paths(self, name: str) -> tuple[Path, ...]:
         """Return where a relative path may be: where it was named from, and there as seen from the run; else none."""
         if Path(name).is_absolute() or name.startswith("~"):
             return ()
         return tuple(dict.fromkeys(place / name for place in self._named_from()))
 
-    def places_resumed(self, entry: Resumption) -> tuple[Path, ...]:
+    def checkpoint_candidates(self, entry: Resumption) -> tuple[Path, ...]:
         """Return where the checkpoint may be that an entry of `resumed` names, the likeliest place first."""
         if entry.checkpoint is None:
             return ()
@@ -267,7 +267,7 @@ class RunRecord(RecordSection):
         if entry.from_run is not None:
             places.insert(0, Path(os.path.normpath(here / entry.from_run)))
         elif self.schema_version == 0 and not entry.checkpoint.is_absolute():  # as it was given
-            places = [*self.places_of(str(entry.checkpoint)), entry.checkpoint.absolute(), *places]
+            places = [*self.candidate_paths(str(entry.checkpoint)), entry.checkpoint.absolute(), *places]
         return tuple(sorted(places, key=lambda place: existing_path(place) is None))
 
     def _named_from(self) -> Iterator[Path]:
@@ -333,7 +333,7 @@ def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumpti
     if record._directory.resolve() == directory.path.resolve():
         return record.resumed
     return tuple(
-        resumption(directory, entry.time, entry.step, next(iter(record.places_resumed(entry)), None))
+        resumption(directory, entry.time, entry.step, next(iter(record.checkpoint_candidates(entry)), None))
         for entry in record.resumed
     )
 

@@ -13,7 +13,7 @@ import psutil
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE, RunDirectory
 from qlora_cli.runs.history import RunHistory, StepColumns, parse_time
-from qlora_cli.runs.record import Peak, Predicted, Result, RunRecord, as_name
+from qlora_cli.runs.record import RecordedPeak, RecordedPrediction, RecordedResult, RunRecord, as_name
 from qlora_cli.units import counted
 
 State = Literal["running", "done", "interrupted", "failed", "killed"]
@@ -100,8 +100,8 @@ def summarize(
     """Return the summary of the run in `directory`; `problem` says why its history could not be read."""
     path = directory.absolute()
     steps, best, rehearsal, start = history.steps, history.best, history.rehearsal, history.start
-    result, predicted = record.result or Result(), record.plan.predicted_memory or Predicted()
-    peak = result.peak_memory or Peak()
+    result, predicted = record.result or RecordedResult(), record.plan.predicted_memory or RecordedPrediction()
+    peak = result.peak_memory or RecordedPeak()
     state = state_of(directory, record, history, now or datetime.now(UTC))
     return RunSummary(
         name=path.name or str(path),

@@ -17,8 +17,15 @@ from qlora_cli.hardware.environment import describe_hardware, package_versions
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.runs.checkpoints import CheckpointStore, checkpoint_of, damage_of, list_checkpoints, sealed_in, step_of
-from qlora_cli.runs.checksums import sums_of
+from qlora_cli.runs.checkpoints import (
+    CheckpointStore,
+    checkpoint_of,
+    damage_of,
+    list_checkpoints,
+    read_checksums,
+    step_of,
+)
+from qlora_cli.runs.checksums import checksums_of
 from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
@@ -110,7 +117,7 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     _check_unchanged(prepared, directory)
     _take_over(prepared, directory, reporter)
     writer = MetricsWriter(directory)
-    writer.end_cut_line()
+    writer.end_partial_line()
     reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
@@ -121,7 +128,7 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
         raise
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
-    ended = {"status": status, "result": result.recorded(), "adapter_files": sums_of(directory.adapter)}
+    ended = {"status": status, "result": result.recorded(), "adapter_files": checksums_of(directory.adapter)}
     record = _opening_record(prepared, directory, started).changed(**ended)
     write_record(directory, record)
     draw_report(directory.path, reporter)
@@ -132,14 +139,16 @@ def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: s
     """Write that the run starts or resumes here, and prepare its directory to be written to."""
     write_record(directory, _opening_record(prepared, directory, started))
     if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
-        moved = directory.drop_adapter([prepared.resume.record.adapter_files, sealed_in(prepared.resume.checkpoint)])
+        moved = directory.remove_adapter(
+            [prepared.resume.record.adapter_files, read_checksums(prepared.resume.checkpoint)]
+        )
         if moved is not None:
             reporter.report(
                 Noted(level="warning", message=f"{directory.adapter} was not as the run wrote it: see {moved}")
             )
     directory.create()
     evaluated = prepared.eval_data.skipped if prepared.eval_data else ()
-    directory.keep_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
+    directory.write_skipped_rows(dict.fromkeys([*prepared.train_data.skipped, *evaluated]))
     if prepared.train_data.stream is not None:
         prepared.train_data.stream.skipped_file = directory.skipped_rows_of_stream
 
@@ -264,7 +273,7 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
         return
     store = CheckpointStore(directory.checkpoints, num_kept=1, needed_bytes=0, journal=directory.metrics_file)
     if resume.run.path.resolve() == directory.path.resolve():
-        for moved in store.set_aside(resume.step):
+        for moved in store.move_damaged_aside(resume.step):
             reporter.report(Noted(level="warning", message=f"the damaged checkpoint is now {moved}"))
         return
     assert resume.checkpoint is not None, "refused when it was found"
@@ -273,7 +282,7 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
     best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
     for checkpoint in {resume.checkpoint, best}:
         if damage_of(checkpoint) is None:
-            for path, reason in store.make_way(step_of(checkpoint)).items():
+            for path, reason in store.free_path(step_of(checkpoint)).items():
                 reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
             write_directory(store.path_of(step_of(checkpoint)), partial(copy_folder, checkpoint))
     if resume.run.metrics_file.is_file():

@@ -15,7 +15,7 @@ from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
-from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
+from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.data_order import RowOrder
@@ -166,7 +166,7 @@ class QloraTrainer(TrainerSeam):
     def save_checkpoint(self) -> None:
         """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""
         self._store.clear_leftovers()
-        self._store.check_room()
+        self._store.check_free_space()
         step = self.state.global_step
         with self._store.staging(step) as staged:
             finished = self.write_checkpoint(staged)
@@ -180,9 +180,9 @@ class QloraTrainer(TrainerSeam):
         self._report_kept(published)
         self._reporter.report(CheckpointSaved(step=step, path=published.path))
 
-    def _report_kept(self, published: Published) -> None:
+    def _report_kept(self, published: PublishedCheckpoint) -> None:
         """Report once of each folder among the checkpoints that it is not deleted."""
-        for path, reason in published.kept.items():
+        for path, reason in published.not_deleted.items():
             if path not in self._reported:
                 self._reported.add(path)
                 self._reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))

@@ -283,7 +283,7 @@ def test_an_output_that_holds_something_else_is_refused(
     precious.write_text("years")
     done = run_qlora("train", "--model", base_model, "--dataset", rows, "--output", precious.parent)
     assert done.code == 2
-    assert "holds something else (thesis.txt)" in done.stderr
+    assert "contains other files (thesis.txt)" in done.stderr
     assert precious.read_text() == "years"
 
 

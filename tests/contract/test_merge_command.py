@@ -182,7 +182,7 @@ def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it
     there = copy_run(run, tmp_path / "own")
     plain = ("--no-verify", "--base", "original")
     assert merged(there, *plain)["output"] == str(there / "merged")
-    assert "holds something else" in refused(there, *plain)
+    assert "contains other files" in refused(there, *plain)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert merged(adapter_alone(there), *plain)["output"] == "alone-merged"

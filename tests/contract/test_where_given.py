@@ -93,7 +93,7 @@ CASES = [
         wrong(command, "model.base_model", "./other", "./other has no effect")
         for command in (LOAD, TRAIN, DATA, GENERATE, CHAT, EVALUATE)
     ),
-    wrong(LOAD, "load.save", "FULL", "holds something else"),
+    wrong(LOAD, "load.save", "FULL", "contains other files"),
     wrong(LOAD, "load.save", "saved", "nothing is quantized", quantization__method="none"),
     wrong(LOAD, "model.offload_embedding", True, "has no effect: the model is on cpu"),
     wrong(LOAD, "quantization.skip_modules", "nope", "'nope' matches no layer"),
@@ -110,7 +110,7 @@ CASES = [
     wrong(TRAIN, "data.max_length", 100000, "more than the 512 positions"),
     wrong(TRAIN, "lora.modules_to_save", "nope", "'nope' matches no module"),
     wrong(TRAIN, "lora.dropout", 0.1, "can't be applied to fused experts", lora__target_parameters="all-experts"),
-    wrong(TRAIN, "output.directory", "FULL", "holds something else"),
+    wrong(TRAIN, "output.directory", "FULL", "contains other files"),
     wrong(TRAIN, "output.resume", "./no", "there is no checkpoint of a run in no"),
     wrong(TRAIN, "output.push_to_hub", "x", "does not say whose repository"),
     wrong(TRAIN, "output.hub_private", False, "has no effect without output.push_to_hub"),
@@ -123,7 +123,7 @@ CASES = [
     wrong(MEMORY, "inspect_memory.plot", "picture.txt", "unknown kind of picture"),
     wrong(MEMORY, "inspect_memory.solve", "rank", "needs a GPU to fit on"),
     wrong(MEMORY, "inspect_memory.sdpa_backend", "flash", "has no effect with", model__attention="eager"),
-    wrong(MERGE, "merge.output", "FULL", "holds something else", merge__adapters="ADAPTER"),
+    wrong(MERGE, "merge.output", "FULL", "contains other files", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.weights", 0, "must be a number other than 0", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.max_divergence", -1, "must be a number of nats", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.gguf_type", "f16", "has no effect without --format gguf", merge__adapters="ADAPTER"),

@@ -177,7 +177,7 @@ def _use(run: RunDirectory) -> None:
         if resume is not None and resume.checkpoint is not None:
             check_state(resume.checkpoint)
         CheckpointStore(run.checkpoints, num_kept=1, needed_bytes=0, journal=run.metrics_file).clear_leftovers()
-        run.drop_adapter(())
+        run.remove_adapter(())
     for name in (run.path, *(run.checkpoints / f"step-{step}" for step in STEPS)):
         with suppress(QloraError):
             source = find_model(ModelSettings(name=str(name)))

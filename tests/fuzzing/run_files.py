@@ -57,7 +57,7 @@ def _records(directory: Path) -> Callable[[Generator], None]:
         assert [*record.settings_used] == [*record.changed(status="failed").settings_used]
         TrainResult.of_run(run, record)
         for entry in record.resumed:
-            record.places_resumed(entry)
+            record.checkpoint_candidates(entry)
         for ask in (record.base, lambda: record.settings_of("model", "x"), lambda: weights_of(run, record)):
             with suppress(ModelError):
                 ask()

@@ -86,7 +86,7 @@ def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Report
         few = with_values(settings, on_bad_row=OnBadRow.SKIP)
         text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
         name = settings.dataset[0]
-        source = find_dataset(first_local(map(str, record.places_of(name))) or name, settings.split)
+        source = find_dataset(first_local(map(str, record.candidate_paths(name))) or name, settings.split)
         found = tokenize_source(source, settings.split, few, text, record.seed or 0, max_rows=NUM_ROWS)
     except (QloraError, ValidationError) as error:
         reporter.report(Noted(message=f"the run's data can't be read here ({error}): compared on fixed prompts only"))

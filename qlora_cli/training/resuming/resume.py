@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory, path_problem
-from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, is_named_by_step, list_checkpoints, step_of
+from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, is_checkpoint_name, list_checkpoints, step_of
 from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
 from qlora_cli.runs.record import RunRecord, load_record, read_record
 from qlora_cli.runs.run_result import TrainResult
@@ -123,7 +123,7 @@ def _came_from(record: RunRecord | None, asked: Path) -> bool:
     """Whether a run resumed from `asked`, a checkpoint or its run, so that its own checkpoints count."""
     if record is None or not _may_be_there(asked):
         return False
-    named = (place for entry in record.resumed for place in record.places_resumed(entry))
+    named = (place for entry in record.resumed for place in record.checkpoint_candidates(entry))
     places = {place.resolve() for place in named if _may_be_there(place)}
     return asked.resolve() in places | {place.parent.parent for place in places}
 
@@ -164,7 +164,7 @@ def _run_of(path: Path) -> RunDirectory | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return is_named_by_step(path) and (path / TRAINER_STATE).is_file()
+    return is_checkpoint_name(path) and (path / TRAINER_STATE).is_file()
 
 
 def find_resume(output: OutputSettings) -> Resume | None:

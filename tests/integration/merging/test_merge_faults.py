@@ -222,9 +222,9 @@ def test_an_output_that_holds_something_is_left_alone(run: Path, tmp_path: Path)
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     before = state_of(tmp_path)
     for name, said in (
-        ("out", "holds something else (thesis.txt)"),
+        ("out", "contains other files (thesis.txt)"),
         ("file", "is a file"),
-        ("link", "a link to nothing"),
+        ("link", "a broken link"),
     ):
         assert said in refused(run, "--output", tmp_path / name)
     assert "file is a file" in refused(run, "--output", tmp_path / "file" / "below")
@@ -380,7 +380,7 @@ def test_what_comes_into_the_output_meanwhile_is_not_replaced(
                 (tmp_path / "out" / "thesis.txt").write_text("years")
 
     report_to(monkeypatch, Other())
-    assert "holds something else (thesis.txt)" in refused(run, "--output", tmp_path / "out")
+    assert "contains other files (thesis.txt)" in refused(run, "--output", tmp_path / "out")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/thesis.txt"]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import ModelError, OutputDirectoryError, QloraError, SettingsError
 from qlora_cli.events import CheckpointSaved, Noted, StepDone, TrainingResumed
-from qlora_cli.runs.checkpoints import CHECKSUMS, list_checkpoints, seal
+from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, list_checkpoints, seal
 from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.history import read_history
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
     key = next(key for key in state if "lora_B" in key)
     state[key][0, 0] = float("nan")
     save_file(state, checkpoint / "adapter_model.safetensors", {"format": "pt"})
-    (checkpoint / CHECKSUMS).unlink()
+    (checkpoint / CHECKSUMS_FILE).unlink()
     seal(checkpoint)
     with pytest.raises(ModelError, match=f"step-2 is broken: {key} in adapter_model.safetensors holds NaN"):
         settle_run(settings, Recorder())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import QloraError
 from qlora_cli.events import CheckpointSaved
-from qlora_cli.runs.checkpoints import CHECKSUMS, seal
+from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, seal
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
 
@@ -84,7 +84,7 @@ def test_a_sealed_checkpoint_of_other_values_is_refused_with_exit_2_and_its_name
         state = torch.load(checkpoint / name, weights_only=True)
         change(state)
         torch.save(state, checkpoint / name)
-    (checkpoint / CHECKSUMS).unlink()
+    (checkpoint / CHECKSUMS_FILE).unlink()
     seal(checkpoint)
     with pytest.raises(QloraError) as caught:
         train(train_settings(base_model, rows_of_run, run, **FAST), Recorder())

@@ -347,7 +347,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "full" in message:  # the disk fills up between the look at it and the write
-        monkeypatch.setattr(CheckpointStore, "check_room", lambda _: None)
+        monkeypatch.setattr(CheckpointStore, "check_free_space", lambda _: None)
     output = small_disk / "run"
     changed = {"training__save_steps": 1, "training__max_steps": 6, "output__max_checkpoints": 1}
     settings = train_settings(base_model, rows, output, **changed)

@@ -109,7 +109,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit the time of a conversation, for what never ends: on a busy machine anything may take as long."""
     monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.3)
-    monkeypatch.setattr(bounded, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(bounded, "REPEAT_SECONDS", 0.1)
 
 
 def assert_refused(tokenizer: PreTrainedTokenizerBase, template: str, message: str) -> None:
@@ -341,7 +341,7 @@ def test_a_trial_leaves_handlers_timers_and_signals_as_they_were() -> None:
 def test_an_operation_that_can_not_be_interrupted_ends_the_process_at_last_and_shows_where() -> None:
     script = (
         "from qlora_cli import bounded\n"
-        "bounded.LAST_SECONDS = 0.2 / bounded._num_cores()\n"
+        "bounded.LAST_RESORT_SECONDS = 0.2 / bounded._num_cores()\n"
         "def never_ends():\n"
         "    value = ()\n"
         "    for _ in range(60):\n"

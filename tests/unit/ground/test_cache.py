@@ -43,7 +43,7 @@ def test_a_cache_whose_name_is_no_utf_8_is_an_error_that_names_the_variable(
 ) -> None:
     monkeypatch.delenv("QLORA_CACHE", raising=False)
     monkeypatch.setenv(name, f"{tmp_path}/\udcff")
-    with pytest.raises(UsageError, match="the name is no UTF-8") as caught:
+    with pytest.raises(UsageError, match="its name is not valid UTF-8") as caught:
         cache.cache_folder("data")
     assert "QLORA_CACHE" in str(caught.value.hint)
     assert "\udcff" not in str(caught.value)
@@ -116,7 +116,7 @@ def place_of(module: str) -> Path | None:
 )
 def test_what_decides_a_kept_result_is_in_its_name(module: str, parts: tuple[str, ...]) -> None:
     """A move must not take code out of the keys, or a result of the code before it would be taken for a new one."""
-    named = {file for part in parts for file in cache.files_of(part)}
+    named = {file for part in parts for file in cache.code_files(part)}
     carriers = {path for path in cache.PACKAGE.rglob("*.py") if part_of_path(path) in CARRIERS}
     imported = imported_by(module)
     assert len(imported) > 50
@@ -130,4 +130,4 @@ def part_of_path(path: Path) -> str:
 @pytest.mark.parametrize("parts", [prediction_cache.PARTS, encode.CODE_PARTS])
 def test_every_part_that_is_named_is_there(parts: tuple[str, ...]) -> None:
     for part in parts:
-        assert cache.files_of(part), part
+        assert cache.code_files(part), part

@@ -59,8 +59,8 @@ def test_an_output_directory_that_can_be_none_is_refused(name: str) -> None:
         ("file", "file is a file"),
         ("file/run", "file is a file"),
         ("file/run/again", "file is a file"),
-        ("link", "link is a link to nothing"),
-        ("link/run", "link is a link to nothing"),
+        ("link", "link is a broken link"),
+        ("link/run", "link is a broken link"),
         ("loop", "Too many levels of symbolic links"),
         ("loop/run", "Too many levels of symbolic links"),
     ],
@@ -100,13 +100,13 @@ def test_names_as_long_as_they_may_be_are_not_refused(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
-    assert "is a link to nothing" in str(check_output_directory(tmp_path / "link"))
+    assert "is a broken link" in str(check_output_directory(tmp_path / "link"))
 
 
 def test_a_small_file_of_more_values_than_any_has_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    file.write_bytes(b"[" + b"{}," * (SMALL.most_values // 2) + b"1]")
+    file.write_bytes(b"[" + b"{}," * (SMALL.max_values // 2) + b"1]")
     with pytest.raises(ValueError, match="it holds more than 1,500,000 values"):
         read_small(file)
-    file.write_bytes(b"[" + b"{}," * (SMALL.most_values // 2 - 1) + b"1]")
+    file.write_bytes(b"[" + b"{}," * (SMALL.max_values // 2 - 1) + b"1]")
     assert len(read_small(file)) == file.stat().st_size

@@ -122,7 +122,7 @@ def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_pa
     assert not (target / "config.json").exists()
     problem = check_output_directory(target)
     assert problem is not None
-    assert "holds something else (a.txt)" in str(problem)
+    assert "contains other files (a.txt)" in str(problem)
     assert "was not finished" in str(problem.hint)
     assert (target / "a.txt").read_text() == "half"
 
@@ -140,7 +140,7 @@ def test_a_folder_by_the_name_of_what_is_left_over_is_kept_unless_it_is_ours(tmp
             (target / LEFTOVER).mkdir()
             for file in held:
                 (target / LEFTOVER / file).touch()
-        assert "holds something else" in str(check_output_directory(target)), name
+        assert "contains other files" in str(check_output_directory(target)), name
         with pytest.raises(FileExistsError):
             fill_directory(target, lambda path: (path / "config.json").touch())
         assert os.path.lexists(target / LEFTOVER), name

@@ -35,7 +35,7 @@ def empty_objects(name: str) -> bytes:
     """Return the JSON that takes the most memory for each byte, with a tenth more values than are allowed."""
     limit = limit_of(name)
     assert limit is not None
-    return b'{"zz":[' + b"{}," * (limit.most_values * 11 // 20) + b"1]}"
+    return b'{"zz":[' + b"{}," * (limit.max_values * 11 // 20) + b"1]}"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -54,13 +54,13 @@ def test_a_file_of_more_values_than_any_has_is_refused_before_they_are_made(tmp_
 def test_what_is_just_allowed_takes_little_memory_and_time(tmp_path: Path, name: str) -> None:
     limit = limit_of(name)
     assert limit is not None
-    num_objects = min(limit.most_values // 2 - 2, (limit.most_bytes - 20) // 3)
+    num_objects = min(limit.max_values // 2 - 2, (limit.max_bytes - 20) // 3)
     (tmp_path / name).write_bytes(b'{"zz":[' + b"{}," * num_objects + b"1]}")
     assert len({limit_of(one) for one in JSON_FILES}) == len(KINDS)
     begin = time.process_time()
     assert len(read_json(tmp_path / name)["zz"]) == num_objects + 1
     assert time.process_time() - begin < 5
-    assert num_objects * 80 + limit.most_bytes * 5 < GIB
+    assert num_objects * 80 + limit.max_bytes * 5 < GIB
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, *LINES])
@@ -114,7 +114,7 @@ def test_other_files_beside_a_model_may_be_of_any_size(tmp_path: Path) -> None:
 
 
 def test_a_header_of_more_values_than_any_has_is_refused_before_they_are_made(tmp_path: Path) -> None:
-    header = b'{"a":{"dtype":"F32","shape":[' + b"{}," * HEADER.most_values + b'2],"data_offsets":[0,0]}}'
+    header = b'{"a":{"dtype":"F32","shape":[' + b"{}," * HEADER.max_values + b'2],"data_offsets":[0,0]}}'
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     begin = time.process_time()
     with pytest.raises(ModelError, match="its header can't be read: it holds more than 2,000,000 values"):
@@ -138,7 +138,7 @@ def test_published_files_are_far_within_the_limits(tmp_path: Path) -> None:
         limit = limit_of(name)
         assert limit is not None
         num_bytes = (tmp_path / name).stat().st_size
-        assert num_bytes < limit.most_bytes
+        assert num_bytes < limit.max_bytes
         assert read_json(tmp_path / name) == content
     assert list(limited_files(tmp_path)) == sorted(path.name for path in tmp_path.iterdir())
     assert num_bytes > MIB

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.runs.checkpoints import CHECKSUMS, TRAINER_STATE, CheckpointStore, damage_of, list_checkpoints
+from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, TRAINER_STATE, CheckpointStore, damage_of, list_checkpoints
 from qlora_cli.writing import MARK, WHOLE
 
 
@@ -19,8 +19,8 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def save(store: CheckpointStore, *steps: int) -> dict[Path, str]:
-    """Save checkpoints as training does; return what the last one kept."""
-    kept: dict[Path, str] = {}
+    """Save checkpoints as training does; return the checkpoints that the last one did not delete."""
+    not_deleted: dict[Path, str] = {}
     for step in steps:
         store.clear_leftovers()
         with store.staging(step) as place:
@@ -31,8 +31,8 @@ def save(store: CheckpointStore, *steps: int) -> dict[Path, str]:
             published = store.publish(finished, step, best_step=None)
         assert published.path == store.path_of(step)
         assert damage_of(published.path) is None
-        kept = published.kept
-    return kept
+        not_deleted = published.not_deleted
+    return not_deleted
 
 
 def names(store: CheckpointStore) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_folder_of_the_users_stays_whatever_its_name(store: CheckpointStore, n
     (mine / held).touch()
     (mine / "thesis").touch()
     save(store, 1, 2, 3)
-    (moved,) = store.set_aside(2)
+    (moved,) = store.move_damaged_aside(2)
     assert moved.name.startswith(".damaged-step-3")
     assert (moved / "folder" / "weights").read_text() == "weights 3"
     save(store, 3, 4)
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_that_was_set_aside_is_not_lost_to_the_next(store: 
     moved = []
     for _ in range(2):
         save(store, 5)
-        moved += store.set_aside(4)
+        moved += store.move_damaged_aside(4)
     assert moved[0].name == ".damaged-step-5"
     assert len({*moved}) == 2
     assert all((path / "folder" / "weights").exists() for path in moved)
@@ -85,8 +85,8 @@ def test_a_damaged_checkpoint_that_was_set_aside_is_not_lost_to_the_next(store: 
     [
         ("notes.txt", "it holds notes.txt, which no run wrote"),
         ("folder/notes.txt", "it holds folder/notes.txt, which no run wrote"),
-        (f"{CHECKSUMS}.mine", "it holds checksums.json.mine, which no run wrote"),
-        (CHECKSUMS, "it has no checksums.json that can be read"),
+        (f"{CHECKSUMS_FILE}.mine", "it holds checksums.json.mine, which no run wrote"),
+        (CHECKSUMS_FILE, "it has no checksums.json that can be read"),
     ],
 )
 def test_an_old_checkpoint_with_something_of_the_users_in_it_stays_and_is_said(
@@ -108,7 +108,7 @@ def test_an_old_checkpoint_of_which_a_file_was_edited_stays_and_is_said(store: C
     assert save(store, 2, 3, 4) == {store.path_of(1): reason}
     assert edited.read_text() == content
     assert names(store) == ["step-1", "step-3", "step-4"]
-    assert store.make_way(1) == {store.folder / ".kept-step-1": reason}
+    assert store.free_path(1) == {store.folder / ".kept-step-1": reason}
 
 
 @pytest.mark.parametrize("digits", [19, 250])
@@ -116,7 +116,7 @@ def test_a_folder_with_a_number_that_no_step_has_is_no_checkpoint(store: Checkpo
     odd = store.folder / f"step-{'9' * digits}"
     odd.mkdir()
     assert save(store, 1, 2, 3) == {}
-    assert store.set_aside(2) == [store.folder / ".damaged-step-3"]
+    assert store.move_damaged_aside(2) == [store.folder / ".damaged-step-3"]
     assert odd in store.folder.iterdir()
     assert [path.name for path in list_checkpoints(store.folder)] == ["step-2"]
 

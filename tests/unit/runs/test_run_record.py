@@ -208,8 +208,8 @@ def test_relative_names_are_looked_for_where_they_were_given_and_where_that_move
     monkeypatch.chdir(tmp_path)
     moved = project.rename(tmp_path / "moved")
     record = load_record(moved / "runs" / "a")
-    assert record.places_of("rows.jsonl") == (project / "rows.jsonl", moved / "rows.jsonl")
-    assert record.places_of("/rows.jsonl") == record.places_of("~/rows.jsonl") == ()
+    assert record.candidate_paths("rows.jsonl") == (project / "rows.jsonl", moved / "rows.jsonl")
+    assert record.candidate_paths("/rows.jsonl") == record.places_of("~/rows.jsonl") == ()
     assert record.base().places == (project / "models" / "base", moved / "models" / "base")
 
 
@@ -223,7 +223,7 @@ def test_a_record_of_version_0_tells_by_its_own_name_where_others_were_given(tmp
         ("../old", ()),
     ):
         change(run, settings={**WHOLE["settings"], "output": {"directory": output}})
-        assert load_record(run).places_of("rows.jsonl") == found
+        assert load_record(run).candidate_paths("rows.jsonl") == found
 
 
 @pytest.mark.parametrize(
@@ -288,4 +288,4 @@ def test_an_empty_record_has_nothing_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x" * 5_000, "x\0y"])
 def test_a_name_in_a_record_that_no_disk_can_hold_is_one_of_nothing(name: str) -> None:
     record = RunRecord.model_validate({"resumed": [{"step": 1, "checkpoint": name, "from_run": ".."}]})
-    assert len(record.places_resumed(record.resumed[0])) == 2
+    assert len(record.checkpoint_candidates(record.resumed[0])) == 2

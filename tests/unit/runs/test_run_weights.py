@@ -11,7 +11,7 @@ import pytest
 from qlora_cli import writing
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, seal
-from qlora_cli.runs.checksums import sums_of
+from qlora_cli.runs.checksums import checksums_of
 from qlora_cli.runs.directory import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
@@ -158,13 +158,13 @@ def test_an_adapter_that_is_a_link_is_dropped_and_what_it_leads_to_is_not(tmp_pa
     fill_adapter(tmp_path / "elsewhere")
     run.adapter.symlink_to(tmp_path / "elsewhere")
     assert found(run).path == run.adapter
-    run.drop_adapter(())
+    run.remove_adapter(())
     assert not run.adapter.is_symlink()
     assert (tmp_path / "elsewhere" / ADAPTER_WEIGHTS).read_text() == "weights"
     for is_there in (True, False):  # and a folder is dropped whole, whether it is there or not
         if is_there:
             fill_adapter(run.adapter)
-        assert run.drop_adapter([{}, sums_of(run.adapter), {"tokenizer.json": {}}]) is None
+        assert run.remove_adapter([{}, checksums_of(run.adapter), {"tokenizer.json": {}}]) is None
         assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints"}
 
 
@@ -175,9 +175,9 @@ def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp
     kept = []
     for _ in range(2):
         fill_adapter(run.adapter)
-        sums = sums_of(run.adapter)
+        sums = checksums_of(run.adapter)
         (run.adapter / "thesis").touch()
-        place = run.drop_adapter([sums])
+        place = run.remove_adapter([sums])
         assert place is not None
         kept.append(place)
         assert not run.adapter.exists()
@@ -192,9 +192,9 @@ def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp
 def test_an_adapter_of_which_a_file_was_edited_is_moved_aside_instead(tmp_path: Path, name: str, content: str) -> None:
     run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=True, good=(4,))
     (run.adapter / "README.md").write_text("card")
-    sums = sums_of(run.adapter)
+    sums = checksums_of(run.adapter)
     (run.adapter / name).write_text(content)
-    place = run.drop_adapter([sums, {name: {"bytes": 3}}, {name: 5}])
+    place = run.remove_adapter([sums, {name: {"bytes": 3}}, {name: 5}])
     assert place == run.path / "adapter-kept"
     assert (place / name).read_text() == content
     assert (place / "README.md").read_text() == "card"
