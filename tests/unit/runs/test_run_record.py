@@ -196,7 +196,7 @@ def test_a_command_that_needs_what_is_missing_names_file_and_key(old_run: Path, 
     assert key in str(caught.value)
 
 
-def test_relative_names_are_looked_for_where_they_were_given_and_where_that_moved_to(
+def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tmp_path / "project"
