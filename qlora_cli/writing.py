@@ -1,8 +1,8 @@
-"""The one place that writes, replaces and deletes: complete or absent after, and never through a link.
+"""Write, replace and delete files and directories atomically, and never through a link.
 
-Directories may be somebody else's: unpacked from an archive, cloned, or shared with other users. So what is written
-aside has a fresh random name and must not be there yet, nothing is followed to where it leads, and only what carries
-our mark is deleted.
+Directories may come from somebody else: unpacked from an archive, cloned, or shared with other users. So temporary
+files have a fresh random name and must not exist yet, links are never followed, and only directories with our mark are
+deleted.
 """
 
 import os
@@ -19,48 +19,48 @@ import psutil
 
 from qlora_cli.errors import OutputDirectoryError
 
-LEFTOVER = ".saving"  # in a directory that is filled, if the process was killed; the next one clears it
-MARK = "written-by-qlora"  # in a folder that is written aside, next to what will be moved out of it
+LEFTOVER = ".saving"  # left in a directory if the process that filled it was killed; the next one deletes it
+MARK = "written-by-qlora"  # a file in a staging folder, next to what will be moved out of it
 WHOLE = "whole"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
-USUAL_FILE = 0o666  # of which the user's mask takes away
-STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # as `_staging_path` names folders
+USUAL_FILE = 0o666  # before the user's umask
+STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # the names that `_staging_path` gives
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 def write_file(target: Path, content: str | bytes, *, mode: int = USUAL_FILE) -> None:
-    """Write a file aside, flush it to disk, and move it there in one step; of a link, the link is replaced.
+    """Write a file under a temporary name, flush it to disk, and rename it; a link at `target` is replaced.
 
-    `mode` is what the user's mask leaves of it.
+    `mode` is masked by the user's umask.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.saving")
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.saving")
     try:
-        with os.fdopen(_open(aside, os.O_WRONLY | os.O_EXCL, mode), "wb") as file:
+        with os.fdopen(_open(temporary, os.O_WRONLY | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(target)
+        temporary.replace(target)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:
-    """Append a line to a file, which is made if it is not there.
+    """Append a line to a file, which is created if it does not exist.
 
     Raises:
-        OSError: it is a link, has another name, is no file or another user's, or can't be written to.
+        OSError: it is a link, has another hard link, is not a regular file or another user's, or can't be written.
     """
     with os.fdopen(_open_in_place(file, APPENDING, mode), "a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
 
 def end_line(file: Path) -> None:
-    """End a line that a killed process left unfinished, so that the next one stands alone.
+    """Terminate a last line that a killed process left unfinished.
 
     Raises:
-        OSError: it is a link, has another name, is no file or another user's, or can't be written to.
+        OSError: it is a link, has another hard link, is not a regular file or another user's, or can't be written.
     """
     if not os.path.lexists(file):
         return
@@ -73,26 +73,26 @@ def end_line(file: Path) -> None:
 
 
 def unsafe_reason(file: Path) -> str | None:
-    """Return why nothing may be written into, or read from, what has the name of a file of ours; None if it may."""
+    """Return why it is unsafe to write into, or read from, a file with a name of ours; None if it is safe."""
     return _unsafe_stat_reason(file.lstat(), file.parent)
 
 
-def _unsafe_stat_reason(found: os.stat_result, folder: Path) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
+def _unsafe_stat_reason(status: os.stat_result, folder: Path) -> str | None:
+    if stat.S_ISLNK(status.st_mode):
         return "is a link"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return "is no file"
-    if found.st_nlink > 1:
+    if status.st_nlink > 1:
         return "has another name, by which something else would be changed"
-    return None if is_owned_by_user(found, folder) else f"belongs to another user (uid {found.st_uid})"
+    return None if is_owned_by_user(status, folder) else f"belongs to another user (uid {status.st_uid})"
 
 
-def is_owned_by_user(found: os.stat_result, folder: Path) -> bool:
-    """Whether what was found in a folder is this user's, or has the owner of all that this user makes there.
+def is_owned_by_user(status: os.stat_result, folder: Path) -> bool:
+    """Return whether a file in a folder is this user's, or has the owner of all files that this user creates there.
 
-    A disk of a network, or one that is mounted for others, may give every file an owner of its own.
+    A network disk, or one that is mounted for others, may assign an owner of its own to every file.
     """
-    return not hasattr(os, "getuid") or found.st_uid == os.getuid() or found.st_uid == _owner_of_new(folder)
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid() or status.st_uid == _owner_of_new(folder)
 
 
 def _owner_of_new(folder: Path) -> int | None:
@@ -100,7 +100,7 @@ def _owner_of_new(folder: Path) -> int | None:
     try:
         owner = private_file(new).stat().st_uid
         new.unlink()
-    except OSError:  # nothing can be made there
+    except OSError:  # nothing can be created there
         return None
     return owner
 
@@ -108,7 +108,7 @@ def _owner_of_new(folder: Path) -> int | None:
 def _open_in_place(file: Path, flags: int, mode: int = PRIVATE_FILE) -> int:
     if os.path.lexists(file) and (reason := unsafe_reason(file)):
         raise PermissionError(f"{file} {reason}")
-    # Looked at again once it is open: it may be another by then, of which a pipe would wait for its reader.
+    # Checked again once it is open, because it may have been replaced; O_NONBLOCK, because opening a pipe would block.
     descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     if reason := _unsafe_stat_reason(os.fstat(descriptor), file.parent):
         os.close(descriptor)
@@ -121,24 +121,24 @@ def _open(file: Path, flags: int, mode: int) -> int:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make a folder that only its owner can look into, unless it is there; return it."""
+    """Create a folder that only its owner can access, unless it exists; return it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
     return folder
 
 
 def private_file(file: Path) -> Path:
-    """Make an empty file that only its owner can read, unless there is something by its name; return it."""
+    """Create an empty file that only its owner can read, unless the path exists; return it."""
     if not os.path.lexists(file):
         os.close(_open(file, os.O_WRONLY | os.O_EXCL, PRIVATE_FILE))
     return file
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file of a model's directory, which may lead elsewhere within it only, or to the cache that it lies in.
+    """Copy a file of a model; a link may only lead to a file in the same directory, or to the blobs of its cache.
 
     Raises:
-        OSError: it leads out of its directory.
+        OSError: it is a link out of its directory.
     """
     if escapes_directory(source):
         end = resolve_links(source) or "itself"
@@ -147,25 +147,25 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def escapes_directory(file: Path) -> bool:
-    """Whether a file is a link to what is not in its directory, nor among the blobs of the hub's cache next to it."""
-    place, real = file.parent.resolve(), resolve_links(file)
+    """Return whether a file is a link that leads neither into its directory nor to the blobs of the hub's cache."""
+    directory, real = file.parent.resolve(), resolve_links(file)
     if real is None:
         return True
-    # A snapshot of that cache is a folder of links.
-    blobs = [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
-    return not any(real.is_relative_to(folder) for folder in (place, *blobs))
+    # A snapshot in that cache is a folder of links.
+    blobs = [directory.parent.parent / "blobs"] if directory.parent.name == "snapshots" else []
+    return not any(real.is_relative_to(folder) for folder in (directory, *blobs))
 
 
 def resolve_links(file: Path) -> Path | None:
-    """Return where a path leads in the end, through all links; None if they lead round in a circle."""
+    """Return a path with all links resolved; None if they form a loop."""
     try:
         return file.resolve()
-    except (OSError, RuntimeError):  # as Python up to 3.12 says it
+    except (OSError, RuntimeError):  # RuntimeError up to Python 3.12
         return None
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy all of a folder into `target`; links in it stay out.
+    """Copy the content of a folder into `target`, without links.
 
     Raises:
         OSError: it can't be read or written.
@@ -178,12 +178,12 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: bool = True) -> None:
-    """Let `fill` write into a folder next to `target`, flush it to disk, and move it there in one step.
+    """Let `fill` write into a folder next to `target`, flush it to disk, and rename it to `target`.
 
-    What is at `target` goes once the new one is there, unless it may not be replaced.
+    An existing `target` is deleted once the new one is in place, if it may be replaced.
 
     Raises:
-        OutputDirectoryError: it may not, and something came there meanwhile.
+        OutputDirectoryError: it may not be replaced, and another process created it meanwhile.
     """
     clear_leftovers(target.parent, target.name)
     with staging(target) as whole:
@@ -201,15 +201,15 @@ def write_directory(target: Path, fill: Callable[[Path], None], *, may_replace: 
 
 def _filled_concurrently(target: Path) -> OutputDirectoryError:
     return OutputDirectoryError(
-        f"something else came to {target} while it was written", hint="Choose another --output, and try again."
+        f"another process wrote to {target} at the same time", hint="Choose another --output, and try again."
     )
 
 
 def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write what `target`, which is empty or absent, is to hold: all of it or nothing.
+    """Let `fill` write the content of `target`, which is empty or does not exist: all of it or nothing.
 
-    An empty one stays the directory that it is, for a shell that is in it, a link to it, or a disk mounted there.
-    `config.json`, without which nothing is a model, comes last: a process that is killed while names are moved leaves
+    An empty directory is filled, not replaced, because it may be a working directory, a mount point or behind a link.
+    `config.json`, without which a directory is not a model, is moved last: a process that is killed in between leaves
     no model.
     """
     if not target.is_dir():
@@ -235,7 +235,7 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def staging(target: Path) -> AbstractContextManager[Path]:
-    """Give a folder next to `target` to write into, whose name nobody can know before; it is deleted at the end."""
+    """Yield a folder next to `target` to write into, with an unpredictable name; it is deleted at the end."""
     return _staging_folder(_staging_path(target))
 
 
@@ -244,76 +244,76 @@ def _staging_path(target: Path) -> Path:
 
 
 @contextmanager
-def _staging_folder(place: Path) -> Iterator[Path]:
-    """Make a folder to write into, within one that carries our mark, and delete it with the parents made for it."""
-    made = [parent for parent in place.parents if not parent.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.mkdir(mode=PRIVATE_FOLDER)  # an error if it is there, also as a link
+def _staging_folder(path: Path) -> Iterator[Path]:
+    """Create `path` with our mark, yield a folder in it, and delete it, on an error with the parents created for it."""
+    created = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=PRIVATE_FOLDER)  # an error if it exists, also as a link
     try:
-        (place / MARK).touch()
-        whole = place / WHOLE
+        (path / MARK).touch()
+        whole = path / WHOLE
         whole.mkdir()
         yield whole
     except BaseException:
-        _delete_marked(place)
-        for parent in made:
-            with suppress(OSError):  # something else is in it by now
+        _delete_marked(path)
+        for parent in created:
+            with suppress(OSError):  # no longer empty
                 parent.rmdir()
         raise
-    _delete_marked(place)
+    _delete_marked(path)
 
 
-def discard(place: Path) -> None:
-    """Delete a folder of ours: gone at once, and what a killed process leaves of it carries our mark.
+def discard(folder: Path) -> None:
+    """Delete a folder of ours: it disappears at once, and what a killed process leaves of it has our mark.
 
     Raises:
         OSError: it can't be moved.
     """
-    aside = _staging_path(place)
-    aside.mkdir(mode=PRIVATE_FOLDER)
-    (aside / MARK).touch()
+    staged = _staging_path(folder)
+    staged.mkdir(mode=PRIVATE_FOLDER)
+    (staged / MARK).touch()
     try:
-        place.rename(aside / WHOLE)
+        folder.rename(staged / WHOLE)
     finally:
-        _delete_marked(aside)
+        _delete_marked(staged)
 
 
-def move_aside(place: Path, name: str) -> Path:
-    """Rename a file or folder within its directory, to a name that nothing has yet; return where it is."""
-    aside = place.with_name(name)
+def move_aside(path: Path, name: str) -> Path:
+    """Rename a file or folder within its directory, to `name` or, if that exists, a similar one; return its path."""
+    aside = path.with_name(name)
     if os.path.lexists(aside):
-        aside = place.with_name(f"{name}-{secrets.token_hex(4)}")
-    return place.rename(aside)
+        aside = path.with_name(f"{name}-{secrets.token_hex(4)}")
+    return path.rename(aside)
 
 
-def is_leftover(place: Path) -> bool:
-    """Whether a folder is what a killed process of this user left: no link, with our mark, and nothing besides."""
-    if place.is_symlink() or not (place / MARK).is_file():
+def is_leftover(folder: Path) -> bool:
+    """Return whether a killed process of this user left a folder: not a link, with our mark, and nothing foreign."""
+    if folder.is_symlink() or not (folder / MARK).is_file():
         return False
-    if hasattr(os, "getuid") and place.stat().st_uid != os.getuid():
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         return False
-    return {path.name for path in place.iterdir()} <= {MARK, WHOLE}
+    return {path.name for path in folder.iterdir()} <= {MARK, WHOLE}
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what processes that were killed left in a folder, of writing `name`, or of writing anything."""
-    for place in folder.glob(f".{'*' if name is None else escape(name)}.*-*.saving"):
-        writer = place.name.split(".")[-2].partition("-")[0]
+    """Delete what killed processes left in a folder when they wrote `name`, or anything."""
+    for path in folder.glob(f".{'*' if name is None else escape(name)}.*-*.saving"):
+        writer = path.name.split(".")[-2].partition("-")[0]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):
-            clear_leftover(place)
+            clear_leftover(path)
 
 
-def clear_leftover(place: Path) -> None:
-    """Delete what a writer that is gone has left, if it is one's; an empty folder is one that was not marked yet."""
-    if is_leftover(place):
-        _delete_marked(place)
-    elif STAGED.fullmatch(place.name):
-        with suppress(OSError):  # it is not empty, or no folder
-            place.rmdir()
+def clear_leftover(folder: Path) -> None:
+    """Delete a staging folder whose writer is gone; an empty one was not marked yet."""
+    if is_leftover(folder):
+        _delete_marked(folder)
+    elif STAGED.fullmatch(folder.name):
+        with suppress(OSError):  # not empty, or not a folder
+            folder.rmdir()
 
 
 def publish_directory(finished: Path, target: Path) -> None:
-    """Flush all of `finished` to disk, then rename it to `target`; what was there goes once the new one is there."""
+    """Flush all of `finished` to disk, then rename it to `target`; an existing `target` is deleted after that."""
     _flush_all(finished)
     replaced = target.with_name(f".{target.name}.{secrets.token_hex(8)}.old")
     if os.path.lexists(target):
@@ -324,18 +324,18 @@ def publish_directory(finished: Path, target: Path) -> None:
         discard(replaced)
 
 
-def _delete_marked(place: Path) -> None:
-    """Delete a folder that carries our mark, and that last: killed meanwhile, it is still known as ours."""
-    delete(place / WHOLE)
-    delete(place)
+def _delete_marked(folder: Path) -> None:
+    """Delete a folder with our mark; the mark goes last, so that an interrupted deletion can be completed."""
+    delete(folder / WHOLE)
+    delete(folder)
 
 
-def delete(place: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there; a link goes, never what it leads to."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)  # which would wait for a pipe
-    elif os.path.lexists(place):
-        place.unlink(missing_ok=True)
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with its content, if it exists; of a link, never its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink(missing_ok=True)
 
 
 def _flush_all(folder: Path) -> None:
@@ -345,7 +345,7 @@ def _flush_all(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from qlora_cli.units import format_bytes
 from qlora_cli.writing import clear_leftover, discard, flush, move_aside, publish_directory, staging
 
 TRAINER_STATE = "trainer_state.json"
-STEP = re.compile(rf"{re.escape(STEP_PREFIX)}[0-9]{{1,18}}")  # with more digits no run gave it, nor may it get longer
+STEP = re.compile(rf"{re.escape(STEP_PREFIX)}[0-9]{{1,18}}")  # no run has a step with more digits
 
 
 def step_of(checkpoint: Path) -> int:
@@ -26,17 +26,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is in a folder of them, or would be."""
+    """Return the path of the checkpoint of a step in a folder, whether it exists or not."""
     return folder / f"{STEP_PREFIX}{step}"
 
 
 def seal(folder: Path) -> None:
-    """Write the size and the SHA-256 of every file of a checkpoint into it."""
+    """Write the size and SHA-256 of each file of a checkpoint into it."""
     (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums_of(folder), indent=2) + "\n", encoding="utf-8")
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """Return the damage of a checkpoint; None if every file is as it was written."""
+    """Return how a checkpoint is damaged; None if all files are as they were written."""
     try:
         sums = checkpoint / CHECKSUMS_FILE
         if sums.exists() and not sums.is_file():
@@ -52,17 +52,17 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # the last of links
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # the last: a link loop
         return f"{CHECKSUMS_FILE} can't be read ({error})"
     if TRAINER_STATE not in files:
         return f"{TRAINER_STATE} is missing"
-    # What has no sum may be read too; a pipe would be waited for.
-    odd = next((path for path in sorted(checkpoint.rglob("*")) if not (path.is_file() or path.is_dir())), None)
-    return None if odd is None else f"{odd.relative_to(checkpoint)} is no file"
+    # Files without a checksum may be read too, and reading a pipe would block.
+    irregular = next((path for path in sorted(checkpoint.rglob("*")) if not (path.is_file() or path.is_dir())), None)
+    return None if irregular is None else f"{irregular.relative_to(checkpoint)} is no file"
 
 
 def read_checksums(checkpoint: Path) -> Checksums:
-    """Return the sums of what a run wrote into a checkpoint; none if they can't be read."""
+    """Return the checksums of a checkpoint; empty if they can't be read."""
     try:
         sums = json.loads(read_small(checkpoint / CHECKSUMS_FILE))
     except (OSError, ValueError, RecursionError):
@@ -71,9 +71,9 @@ def read_checksums(checkpoint: Path) -> Checksums:
 
 
 def reason_to_keep(checkpoint: Path, *, reads: bool = True) -> str | None:
-    """Return why a checkpoint may not be deleted; None if it holds what a run sealed in it, as it was, and no more.
+    """Return why a checkpoint must not be deleted; None if it contains exactly what a run wrote.
 
-    Unless `reads`, by the names of its files alone.
+    With `reads`, the content of its files is checked, otherwise only their names.
     """
     if checkpoint.is_symlink():
         return "it is a link"
@@ -88,7 +88,7 @@ class PublishedCheckpoint:
 
     Attributes:
         path: Where it is.
-        not_deleted: Checkpoints that were not deleted because they hold more than a run wrote, each with the reason.
+        not_deleted: Checkpoints that were not deleted because they contain more than a run wrote, with the reasons.
     """
 
     path: Path
@@ -97,10 +97,10 @@ class PublishedCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The folder of checkpoints of one run, of which the newest `num_kept` and the best one stay.
+    """The folder of a run's checkpoints, of which the newest `num_kept` and the best one are kept.
 
-    `needed_bytes` is the size of one. `journal` is flushed before each is published, so that after a power failure it
-    lacks no step of a checkpoint.
+    `needed_bytes` is the size of a checkpoint. `journal` is flushed before each is published, so that after a power
+    failure it lacks no step that a checkpoint has.
     """
 
     folder: Path
@@ -113,25 +113,25 @@ class CheckpointStore:
         return list_checkpoints(self.folder)
 
     def path_of(self, step: int) -> Path:
-        """Return where the checkpoint of a step is, or would be."""
+        """Return the path of the checkpoint of a step, whether it exists or not."""
         return checkpoint_of(self.folder, step)
 
     def staging(self, step: int) -> AbstractContextManager[Path]:
-        """Give a folder to write the checkpoint of a step into, before it is published."""
+        """Yield a folder to write the checkpoint of a step into, before it is published."""
         return staging(self.path_of(step))
 
     def clear_leftovers(self) -> None:
         """Delete folders that a killed process left half written or half deleted; the caller holds the run's lock."""
-        for place in self.folder.glob(".*.saving"):
-            clear_leftover(place)
+        for leftover in self.folder.glob(".*.saving"):
+            clear_leftover(leftover)
 
     def move_damaged_aside(self, step: int) -> list[Path]:
-        """Rename the checkpoints after `step`, which are damaged, so that they do not count as newer ones."""
+        """Rename the damaged checkpoints after `step`, so that they do not count as newer ones."""
         newer = [checkpoint for checkpoint in self.all() if step_of(checkpoint) > step]
         return [move_aside(checkpoint, f".damaged-{checkpoint.name}") for checkpoint in newer]
 
     def check_free_space(self) -> None:
-        """Check that another checkpoint fits on the disk, before a byte of it is written.
+        """Check that another checkpoint fits on the disk, before it is written.
 
         Raises:
             TrainingError: it does not.
@@ -147,7 +147,7 @@ class CheckpointStore:
     def publish(self, finished: Path, step: int, best_step: int | None) -> PublishedCheckpoint:
         """Seal a finished checkpoint, flush it to disk, move it into place, and delete those beyond the limit.
 
-        A folder that is not a checkpoint of a run, or holds more, is never deleted.
+        A folder that contains anything but a checkpoint is never deleted.
         """
         seal(finished)
         if self.journal.exists():
@@ -155,18 +155,18 @@ class CheckpointStore:
         target, not_deleted = self.path_of(step), self.free_path(step)
         publish_directory(finished, target)
         checkpoints = self.all()
-        strange = {path: reason for path in checkpoints if (reason := reason_to_keep(path, reads=False))}
-        old = [path for path in checkpoints if path not in strange]
+        foreign = {path: reason for path in checkpoints if (reason := reason_to_keep(path, reads=False))}
+        old = [path for path in checkpoints if path not in foreign]
         old = [path for path in self._beyond_limit(old, best_step) if path != target]
-        strange |= {path: reason for path in old if (reason := reason_to_keep(path))}
-        not_deleted |= {path: strange[path] for path in self._beyond_limit(checkpoints, best_step) if path in strange}
+        foreign |= {path: reason for path in old if (reason := reason_to_keep(path))}
+        not_deleted |= {path: foreign[path] for path in self._beyond_limit(checkpoints, best_step) if path in foreign}
         for path in old:
-            if path not in strange:
+            if path not in foreign:
                 discard(path)
         return PublishedCheckpoint(path=target, not_deleted=not_deleted)
 
     def free_path(self, step: int) -> dict[Path, str]:
-        """Move aside a folder at a checkpoint's path that may not be deleted; return its new path and the reason."""
+        """Move aside what is at a checkpoint's path and must not be deleted; return its new path and the reason."""
         target = self.path_of(step)
         reason = reason_to_keep(target) if os.path.lexists(target) else None
         return {} if reason is None else {move_aside(target, f".kept-{target.name}"): reason}
@@ -181,7 +181,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_checkpoint_name(path: Path) -> bool:
-    """Whether a path has the name of a checkpoint."""
+    """Return whether a path has the name of a checkpoint."""
     return STEP.fullmatch(path.name) is not None
 
 

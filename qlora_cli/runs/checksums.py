@@ -1,15 +1,15 @@
-"""What a run wrote into a folder: each file by its size and SHA-256, to be known again. Imports no torch."""
+"""The size and SHA-256 of each file that a run wrote into a folder, to recognize it later. Imports no torch."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Checksums = Mapping[str, Any]  # by the name of a file from the folder; of somebody else's it may hold anything
+Checksums = Mapping[str, Any]  # by the file's path relative to the folder; from an untrusted file, so of any type
 
 
 def checksums_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and the SHA-256 of every file below a folder."""
+    """Return the size and SHA-256 of each file below a folder."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -18,10 +18,10 @@ def checksums_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_as_written(path: Path, expected: object) -> bool:
-    """Whether a file has the size and the SHA-256 that are expected of it.
+    """Return whether a file has the `expected` size and SHA-256.
 
     Raises:
-        OSError: it is not there, or can't be read.
+        OSError: it does not exist, or can't be read.
     """
     if not isinstance(expected, Mapping):
         return False
@@ -31,10 +31,10 @@ def is_as_written(path: Path, expected: object) -> bool:
 def find_foreign_content(
     folder: Path, known: Sequence[Checksums], *, but: str | None = None, reads: bool = True
 ) -> str | None:
-    """Return what a folder holds that no run wrote, or not as it is now, in words; None if it may be deleted.
+    """Describe content of a folder that no run wrote, or that was changed since; None if there is none.
 
-    `known` are sums, of which a file has to have one, `but` for the one that holds them. Unless `reads`, names are
-    compared alone.
+    Each file must have one of the `known` checksums, except the file named `but`. With `reads`, the content of files
+    is checked, otherwise only their names.
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

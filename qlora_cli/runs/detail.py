@@ -1,4 +1,4 @@
-"""One run in detail, as `qlora runs show` has it."""
+"""A run in detail, as `qlora runs show` prints it."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -38,7 +38,7 @@ class RunDetail:
     next_step: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it by name, the summary on the same level; numbers that are not finite are null."""
+        """Return the fields by name, those of the summary on the same level; numbers that are not finite are null."""
         whole = asdict(self)
         settings = {setting.path: {"value": setting.value, "origin": setting.origin} for setting in self.settings}
         finite = _finite({**whole.pop("summary"), **whole, "settings": settings})

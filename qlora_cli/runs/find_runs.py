@@ -1,4 +1,4 @@
-"""Find the runs below a directory, and read a run as a whole."""
+"""Find the runs below a directory, and read a whole run."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ UNKNOWN = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Run:
-    """All that is known of a run."""
+    """A run as read from its directory."""
 
     summary: RunSummary
     history: RunHistory
@@ -23,7 +23,7 @@ class Run:
 
 
 def read_run(directory: Path, *, now: datetime | None = None) -> Run:
-    """Return the run in `directory`; unreadable parts are among the problems of its summary."""
+    """Return the run in `directory`; unreadable parts are listed in the problems of its summary."""
     record, problem = read_record(directory), None
     try:
         history = read_history(directory)
@@ -33,14 +33,14 @@ def read_run(directory: Path, *, now: datetime | None = None) -> Run:
 
 
 def is_run(directory: Path) -> bool:
-    """Return whether a directory is that of a run."""
+    """Return whether a directory contains a run."""
     return any((directory / name).is_file() for name in (RUN_FILE, METRICS_FILE))
 
 
 def find_runs(directory: Path) -> list[RunSummary]:
-    """Return the runs in `directory`, which may be one itself, in the order in which they began.
+    """Return the runs in `directory`, which may be one itself, in the order of their start.
 
-    Links are not followed, and nothing is looked for within a run.
+    Links are not followed, and runs are not searched for others.
     """
     summaries = []
     for folder, below, files in os.walk(directory):

@@ -1,4 +1,4 @@
-"""The events of a run as lines of a file: written and read by one union of their types, each named by its class."""
+"""The events of a run as JSON lines, written and read by a union of their types, each tagged with its class."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ def _tag_of(value: Any) -> str:
 _TAGGED: Any = functools.reduce(operator.or_, (Annotated[kind, Tag(name)] for kind, name in EVENT_NAMES.items()))
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[_TAGGED, Discriminator(_tag_of)])
 
-# What a line may lack, or hold no number for, so that a figure is a gap and the line still counts.
+# Defaults for figures that a line lacks, or that are not numbers: the rest of the line still counts.
 NAN = math.nan
 GAPS: Mapping[type[Event], Mapping[str, object]] = {
     StepDone: {
@@ -63,17 +63,17 @@ _GAPS_OF = {EVENT_NAMES[kind]: gaps for kind, gaps in GAPS.items()}
 
 
 def event_line(event: Event, time: datetime) -> str:
-    """Return an event as a line, without its end."""
+    """Return an event as a line, without a line break."""
     content = {"event": EVENT_NAMES[type(event)], "time": time.isoformat(timespec="milliseconds")}
     return json.dumps({**content, **as_json(_EVENTS.dump_python(event))})
 
 
 def read_event(content: Mapping[str, Any]) -> Event | None:
-    """Return the event of a line that was parsed; None if it is of a kind that this version does not know.
+    """Return the event of a parsed line; None if this version does not know its kind.
 
     Raises:
-        ValueError: it lacks what an event of its kind can't be without.
-        KeyError: it names no kind.
+        ValueError: it lacks a required value.
+        KeyError: it has no kind.
     """
     if content["event"] not in _KNOWN:
         return None
@@ -84,7 +84,7 @@ def read_event(content: Mapping[str, Any]) -> Event | None:
 
 
 def _with_gaps(content: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """Return the content of a line with gaps in place of invalid figures, and without text that UTF-8 can't encode."""
+    """Return the content of a line with defaults for invalid figures, and without text that UTF-8 can't encode."""
     repaired, gaps = dict(content), _GAPS_OF.get(content["event"], {})
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][1]) if len(problem["loc"]) > 1 else ""
@@ -102,15 +102,15 @@ def _in_unicode(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """A reporter that appends each event to the file of events as one line."""
+    """A reporter that appends each event to the metrics file as a line."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._file = directory.metrics_file
 
     def report(self, event: Event) -> None:
-        """Append `event`; the file is opened each time, so that the line has reached the system when this returns."""
+        """Append `event`; the file is opened and closed each time, so that the line survives the process."""
         append_line(self._file, event_line(event, datetime.now(UTC)))
 
     def end_partial_line(self) -> None:
-        """End a line that a killed process left unfinished, so that the next one stands alone."""
+        """Terminate a last line that a killed process left unfinished."""
         end_line(self._file)

@@ -1,4 +1,4 @@
-"""What a run is about to do, and what it did, as plain values. Imports no torch."""
+"""The plan and the result of a run, as plain values. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -14,9 +14,9 @@ from qlora_cli.runs.record import RunRecord, within
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedMemory:
-    """What a run was predicted to take on its GPU, in bytes; `allocated_bytes` counts from after loading.
+    """The predicted memory of a run on its GPU, in bytes; `allocated_bytes` is the peak after loading.
 
-    `fits` is `yes`, `tight` or `no`. `consumers` are what the process holds at its peak, the largest first, by name.
+    `fits` is `yes`, `tight` or `no`. `consumers` is the content of the process's memory at its peak, the largest first.
     """
 
     gpu: str
@@ -29,11 +29,11 @@ class PredictedMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """Everything that is settled before the first step. Sizes in bytes, lengths in tokens.
+    """The plan of a run before the first step. Sizes in bytes, lengths in tokens.
 
-    `predicted_memory` is None without a GPU, `num_packed_rows` without packing, `num_epochs` of a stream, of which
-    rows and tokens are those of its first rows. `padding_share` is that of the tokens
-    of the first epoch.
+    `predicted_memory` is None without a GPU, `num_packed_rows` without packing, `num_epochs` for a stream, whose
+    numbers of rows and tokens are those of its first rows. `padding_share` is the share of the tokens in the first
+    epoch.
     """
 
     model: str
@@ -84,16 +84,16 @@ class PeakMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A run that ended: all its steps done, or stopped by a signal after a checkpoint.
+    """The result of a run that ended: all its steps are done, or a signal stopped it after a checkpoint.
 
-    `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all of
-    them; both count trained tokens. `num_tokens` are the tokens fed, padding left out. `train_seconds` is the loop
-    with its evaluations and checkpoints, `total_seconds` everything with loading, and `tokens_per_second` are over
-    the seconds of the steps alone. Of a run that was resumed, all figures but the peaks, which are those of the last
-    process, are those of the steps that count: what a killed process did after its last checkpoint is in neither
-    tokens nor seconds. `best_step` is that of the lowest held-out loss, `pushed_to` where the adapter is on the
-    hub, and `notes` the notes on model and tokenizer. Of a run of an older version, what that did not record is
-    None, or else 0.
+    `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all
+    steps; both are means over trained tokens. `num_tokens` counts the tokens without padding. `train_seconds` is the
+    duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading, and
+    `tokens_per_second` is computed from the durations of the steps only. The peaks of a resumed run are those of its
+    last process; all other figures count each step once: what a killed process did after its last checkpoint is in
+    neither tokens nor seconds. `best_step` is the step with the lowest held-out loss, `pushed_to` the adapter's
+    repository on the hub, and `notes` are those on model and tokenizer. Values that an older version did not record
+    are None, or else 0.
     """
 
     output: Path
@@ -122,7 +122,7 @@ class TrainResult:
     notes: tuple[str, ...] = ()
 
     def recorded(self) -> dict[str, object]:
-        """Return it as the run records it: its own paths are relative to it, so that it may be moved."""
+        """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""
         directory = RunDirectory(self.output)
         own = {
             "output": within(directory, self.output),
@@ -133,10 +133,10 @@ class TrainResult:
 
     @classmethod
     def of_run(cls, directory: RunDirectory, record: RunRecord) -> "TrainResult | None":
-        """Return the result that a run recorded; None if it recorded none.
+        """Return the recorded result of a run; None if there is none.
 
-        What it lacks, as those of older versions do, or has otherwise than it should be, is a gap: a run that is done
-        stays so.
+        Missing values, as in runs of older versions, and invalid ones are replaced by defaults: a run that is done
+        stays done.
         """
         if record.result is None:
             return None
@@ -160,7 +160,7 @@ def _gaps_of(kind: Any) -> dict[str, object]:
 
 
 def _gap_of(kind: Any) -> object:
-    """Return what stands for a value that is not known."""
+    """Return the default for an unknown value."""
     if type(None) in get_args(kind):
         return None
     if isinstance(kind, type) and is_dataclass(kind):

@@ -1,4 +1,4 @@
-"""The answers of a run to its fixed prompts: before training, at the best evaluation, and at the end."""
+"""The answers of a run to its sample prompts: before training, at the best evaluation, and at the end."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from qlora_cli.runs.history import RunHistory
 
 @dataclass(frozen=True, kw_only=True)
 class SampleAnswer:
-    """An answer after a step; `when` says which step that is: the first, the best or the last."""
+    """An answer after a step; `when` describes the step: the first, the best or the last."""
 
     step: int
     when: str
@@ -24,7 +24,7 @@ class Sample:
 
 
 def answers_by_prompt(history: RunHistory) -> tuple[Sample, ...]:
-    """Return for each prompt its first answer, that at the best evaluation, and its last; each step once."""
+    """Return the first answer to each prompt, that at the best evaluation, and the last; each step once."""
     by_prompt: dict[str, dict[int, SampleDone]] = {}
     for sample in history.samples:
         by_prompt.setdefault(sample.prompt, {})[sample.step] = sample

@@ -209,7 +209,7 @@ def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
     moved = project.rename(tmp_path / "moved")
     record = load_record(moved / "runs" / "a")
     assert record.candidate_paths("rows.jsonl") == (project / "rows.jsonl", moved / "rows.jsonl")
-    assert record.candidate_paths("/rows.jsonl") == record.places_of("~/rows.jsonl") == ()
+    assert record.candidate_paths("/rows.jsonl") == record.candidate_paths("~/rows.jsonl") == ()
     assert record.base().places == (project / "models" / "base", moved / "models" / "base")
 
 
