@@ -245,7 +245,7 @@ def _staging_path(target: Path) -> Path:
 
 @contextmanager
 def _staging_folder(path: Path) -> Iterator[Path]:
-    """Create `path` with our mark, yield a folder in it, and delete it, on an error with the parents created for it."""
+    """Create `path` with our mark, yield a folder in it, and delete it; on an error also parents created for it."""
     created = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=PRIVATE_FOLDER)  # an error if it exists, also as a link

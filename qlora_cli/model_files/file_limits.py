@@ -1,7 +1,7 @@
 """Limits on the size of a model's small files and on the number of their values, by kind of file.
 
 A value of three characters, `{},`, becomes an object of 72 bytes, and transformers copies some files several times.
-So both limits are checked on the bytes, before they are parsed. PublishedCheckpoint files stay below a tenth of these limits;
+So both limits are checked on the bytes, before they are parsed. Published files stay below a tenth of these limits;
 those of tokenizers with tens of thousands of added tokens stay below half.
 """
 
@@ -13,11 +13,11 @@ from qlora_cli.files import TEXT_SEPARATORS, FileLimit
 from qlora_cli.units import MIB
 
 # Of safetensors, whose own limit the bytes are.
-HEADER = FileLimit(.max_bytes=100_000_000, max_values=2_000_000)
-_OTHER_JSON = FileLimit(.max_bytes=4 * MIB, max_values=200_000)
-_VOCABULARY = FileLimit(.max_bytes=64 * MIB, max_values=6_000_000)
-_TOKENS = FileLimit(.max_bytes=32 * MIB, max_values=1_000_000)  # six values for each added token
-_LINES = FileLimit(.max_bytes=32 * MIB, max_values=4_000_000, separators=TEXT_SEPARATORS)
+HEADER = FileLimit(max_bytes=100_000_000, max_values=2_000_000)
+_OTHER_JSON = FileLimit(max_bytes=4 * MIB, max_values=200_000)
+_VOCABULARY = FileLimit(max_bytes=64 * MIB, max_values=6_000_000)
+_TOKENS = FileLimit(max_bytes=32 * MIB, max_values=1_000_000)  # six values for each added token
+_LINES = FileLimit(max_bytes=32 * MIB, max_values=4_000_000, separators=TEXT_SEPARATORS)
 # By the first pattern that a name matches.
 _LIMITS = {
     "tokenizer_config.json": _TOKENS,
@@ -26,13 +26,11 @@ _LIMITS = {
     "tokenizer*.json": _VOCABULARY,
     "vocab.json": _VOCABULARY,
     "tekken.json": _VOCABULARY,
-    "*.index.json": FileLimit(.max_bytes=64 * MIB, max_values=2_000_000),
+    "*.index.json": FileLimit(max_bytes=64 * MIB, max_values=2_000_000),
     "*.json": _OTHER_JSON,
     "merges.txt": _LINES,
     "vocab.txt": _LINES,
-    "*.model": FileLimit(
-        max_bytes=64 * MIB, max_values=64 * MIB
-    ),  # of sentencepiece, whose values no byte separates
+    "*.model": FileLimit(max_bytes=64 * MIB, max_values=64 * MIB),  # of sentencepiece, whose values no byte separates
 }
 # Further files that transformers and PEFT read.
 _READ_BY_OTHERS = ("config*.json", "*_config.json", "chat_template.json", "model.*.json", "pytorch_model.*.json")

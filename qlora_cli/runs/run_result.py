@@ -16,7 +16,7 @@ from qlora_cli.runs.record import RunRecord, within
 class PredictedMemory:
     """The predicted memory of a run on its GPU, in bytes; `allocated_bytes` is the peak after loading.
 
-    `fits` is `yes`, `tight` or `no`. `consumers` is the content of the process's memory at its peak, the largest first.
+    `fits` is `yes`, `tight` or `no`. `consumers` are the parts of the process's memory at its peak, the largest first.
     """
 
     gpu: str

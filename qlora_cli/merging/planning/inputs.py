@@ -38,7 +38,7 @@ from qlora_cli.settings.settle import by_path, loading_settings, resolved_in_cod
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.tokenizing.tokenizer_files import notes_on_unused_templates
-from qlora_cli.writing import resolve_links, escapes_directory
+from qlora_cli.writing import escapes_directory, resolve_links
 
 # Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
 TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
