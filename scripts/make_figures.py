@@ -8,30 +8,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
-import matplotlib as mpl
 import torch
 from bitsandbytes import functional
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from qlora_cli.charts.canvas import SAME_FILES, drawing_style
+from qlora_cli.charts.palette import LIGHT
+
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "explanation" / "figures"
 BLOCK = 64
 NUM_WEIGHTS = 1024 * 4096
 OFFSET = 0.9677083  # the outermost quantile of NF4
-INK, MUTED, GRID = "#212529", "#6c757d", "#dee2e6"
-# Fixed, whatever the machine's own matplotlibrc says; DejaVu Sans comes with matplotlib.
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "xtick.color": MUTED,
-    "ytick.color": INK,
-    "svg.hashsalt": "qlora",
-}
+FONT_SIZE = 10
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ def draw_density(axes: Axes, nf4: DataType) -> None:
         xs = torch.linspace(left, right, 60).tolist()
         axes.fill_between(xs, [normal.pdf(x) for x in xs], color=nf4.color, alpha=(0.16, 0.32)[index % 2], linewidth=0)
     xs = torch.linspace(-1.18, 1.18, 400).tolist()
-    axes.plot(xs, [normal.pdf(x) for x in xs], color=INK, linewidth=1.4)
+    axes.plot(xs, [normal.pdf(x) for x in xs], color=LIGHT.ink, linewidth=1.4)
     axes.vlines(levels, 0, [normal.pdf(x) for x in levels], color=nf4.color, linewidth=1.1)
     axes.set(xlim=(-1.1, 1.1), ylim=(0, 0.84))
     axes.tick_params(labelbottom=False, bottom=False, left=False, labelleft=False)
@@ -142,7 +132,7 @@ def draw_levels(axes: Axes, types: list[DataType]) -> None:
     """Draw a row of levels for each data type."""
     for row, data_type in enumerate(types):
         levels = data_type.levels.tolist()
-        axes.hlines(row, -1, 1, color=GRID, linewidth=1, zorder=1)
+        axes.hlines(row, -1, 1, color=LIGHT.line, linewidth=1, zorder=1)
         axes.vlines(levels, row - 0.26, row + 0.26, color=data_type.color, linewidth=2, zorder=2)
     axes.set_yticks(range(len(types)), [data_type.name for data_type in types])
     for label, data_type in zip(axes.get_yticklabels(), types, strict=True):
@@ -161,14 +151,16 @@ def draw_errors(axes: Axes, types: list[DataType]) -> None:
     axes.set(xlim=(0, 0.18), ylim=(len(types) - 0.4, -0.5))
     axes.set_title("Relative RMS error", loc="left", size=10, weight="bold")
     axes.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)
-    axes.set_xlabel(f"{NUM_WEIGHTS / 1e6:.1f}M normal weights,\nblocks of {BLOCK}", color=MUTED, size=9, loc="left")
+    axes.set_xlabel(
+        f"{NUM_WEIGHTS / 1e6:.1f}M normal weights,\nblocks of {BLOCK}", color=LIGHT.muted, size=9, loc="left"
+    )
     axes.spines[:].set_visible(False)
 
 
 def save(errors: Mapping[str, float], path: Path) -> None:
     """Draw the figure into `path`: the same bytes for the same errors and version of matplotlib."""
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-        draw(errors).savefig(path, metadata={"Software": None, "Description": describe(errors)})
+    with drawing_style(FONT_SIZE):
+        draw(errors).savefig(path, metadata={**SAME_FILES["png"], "Description": describe(errors)})
 
 
 def write(directory: Path = FIGURES) -> dict[str, float]:

@@ -12,10 +12,11 @@ from itertools import pairwise
 # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import matplotlib as mpl
-from make_figures import FIGURES, GRID, INK, MUTED, STYLE
+from make_figures import FIGURES, FONT_SIZE
 from matplotlib.figure import Figure
 
+from qlora_cli.charts.canvas import SAME_FILES, drawing_style
+from qlora_cli.charts.palette import LIGHT
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
@@ -121,12 +122,12 @@ def draw(timeline: Timeline) -> Figure:
     axes.stackplot(range(len(shown)), rows, colors=[color for *_, color in PARTS], labels=[name for name, *_ in PARTS])
     top = max(sum(column) for column in zip(*rows, strict=True))
     for phase, start in timeline.phases.items():
-        axes.axvline(start / width, color=INK, linewidth=0.8, ymax=0.97)
-        axes.text(start / width + 8, top * 1.17, phase, va="top", color=INK, weight="bold")
+        axes.axvline(start / width, color=LIGHT.ink, linewidth=0.8, ymax=0.97)
+        axes.text(start / width + 8, top * 1.17, phase, va="top", color=LIGHT.ink, weight="bold")
     axes.set(xlim=(0, len(shown) - 1), ylim=(0, top * 1.2), ylabel="live tensors, GiB")
-    axes.set_xlabel("allocations and releases, in order", color=MUTED)
+    axes.set_xlabel("allocations and releases, in order", color=LIGHT.muted)
     axes.tick_params(bottom=False, labelbottom=False)
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.grid(axis="y", color=LIGHT.line, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"One step of Llama-3.1-8B: rank 16, one row of {LENGTH:,} tokens", loc="left", weight="bold")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, reverse=False)
@@ -136,5 +137,5 @@ def draw(timeline: Timeline) -> Figure:
 if __name__ == "__main__":
     FIGURES.mkdir(parents=True, exist_ok=True)
     step = second_step()
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-        draw(step).savefig(FIGURES / FIGURE, metadata={"Software": None, "Description": describe(step)})
+    with drawing_style(FONT_SIZE):
+        draw(step).savefig(FIGURES / FIGURE, metadata={**SAME_FILES["png"], "Description": describe(step)})
