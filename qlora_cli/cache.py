@@ -1,5 +1,6 @@
 """Where expensive results are cached, and what their names depend on, so that a stale one is never used."""
 
+import functools
 import hashlib
 import os
 import re
@@ -43,7 +44,8 @@ def versions_of(packages: Iterable[str]) -> list[str]:
 
 def code_digests(parts: Iterable[str]) -> list[str]:
     """Return the digest of each file of our own code in these parts of the package."""
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for part in parts for path in code_files(part)]
+    files = [path for part in parts for path in code_files(part)]
+    return [_digest_of_code(path, (stat.st_mtime_ns, stat.st_size)) for path in files for stat in [path.stat()]]
 
 
 def code_files(part: str) -> list[Path]:
@@ -57,6 +59,12 @@ def digest_of(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
+@functools.cache
+def _digest_of_code(path: Path, _state: tuple[int, int]) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -3,9 +3,10 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf-home"))
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("answers"))
     prepare_environment()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_cached_tokens(_private_caches: None) -> Iterator[None]:
+    """Delete the cached tokens of a module after it: the more there are, the longer each new one takes."""
+    yield
+    shutil.rmtree(Path(os.environ["QLORA_CACHE"]) / "data", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Rows written to a file and prepared as training does, by the demo's tokenizer with a template that shows all."""
 
+import functools
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ CHATML = (
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
     """Return the demo's tokenizer with a template that writes tools, calls and whether the model thinks."""
+    return deepcopy(_load())
+
+
+@functools.cache
+def _load() -> PreTrainedTokenizerBase:
     base = ASSETS / "base"
     source = ModelSource(name="demo", path=base, base_name="demo", tokenizer_path=base)
     tokenizer = load_tokenizer(source, ModelSettings(name="demo")).tokenizer

@@ -5,6 +5,7 @@ it, and it ends where the template ends the turn. Both are determined by renderi
 texts must be prefixes of the whole.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence, Set
@@ -64,9 +65,8 @@ class ChatTemplate:
         self.source = template if isinstance(template, str) else "\n".join((template or {}).values())
         tags = {*REASONING_TAGS, *TAG.findall(self.source)}
         self.tags = re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
-        self.has_constant_prompt = has_constant_prompt(template)
-        tree = _tree_of(self.source)
-        self.variables = None if tree is None else frozenset(meta.find_undeclared_variables(tree))
+        self.has_constant_prompt = isinstance(template, str) and has_constant_prompt(template)
+        self.variables = _variables_of(self.source)
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
         """Render conversations without tools in one call, which is faster than one by one; None if one is refused.
@@ -190,9 +190,10 @@ def first_messages(conversation: Conversation, num_messages: int) -> Conversatio
     return replace(conversation, messages=conversation.messages[:num_messages])
 
 
-def has_constant_prompt(template: object) -> bool:
+@functools.lru_cache
+def has_constant_prompt(source: str) -> bool:
     """Return whether the generation prompt of a template does not depend on the messages before it."""
-    tree = _tree_of(template) if isinstance(template, str) else None
+    tree = _tree_of(source)
     if tree is None:
         return False
     branches = [
@@ -205,6 +206,13 @@ def has_constant_prompt(template: object) -> bool:
         and not any(branch.else_ or branch.elif_ for branch in branches)
         and not names & ({"messages"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"})
     )
+
+
+@functools.lru_cache
+def _variables_of(source: str) -> frozenset[str] | None:
+    """Return the names that a template reads and does not set; None if it can't be parsed."""
+    tree = _tree_of(source)
+    return None if tree is None else frozenset(meta.find_undeclared_variables(tree))
 
 
 def _tree_of(source: str) -> nodes.Template | None:
