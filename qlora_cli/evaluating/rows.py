@@ -60,9 +60,9 @@ def trained_rows(source: ModelSource) -> TrainedRows | None:
     known = DataSettings.model_fields.keys()  # others are of another version
     settings: dict[str, Any] = {k: value for k, value in record.settings_of("data", how).items() if k in known}
     if record.seed is None:
-        raise record.lacks(how, "seed")
+        raise record.missing_error(how, "seed")
     if record.data.train is None:
-        raise record.lacks(how, "data.train")
+        raise record.missing_error(how, "data.train")
     for key in ("dataset", "eval_dataset"):
         if key in settings:
             settings[key] = _located(settings[key], record)

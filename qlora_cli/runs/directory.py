@@ -1,10 +1,10 @@
-"""The run directory: everything that later commands need, nothing that they must ask for. Every name in it is here.
+"""The run directory: everything that later commands need. All names in it are defined here.
 
 run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
-metrics.jsonl    one line an event
-report.html      all of it, to look at
+metrics.jsonl    one event per line
+report.html      a report of the run, as a page
 checkpoints/     step-…/, complete or absent
-skipped_rows.jsonl  rows that could not be used, if they were to be skipped
+skipped_rows.jsonl  rows that could not be used, if such rows are skipped
 adapter/         PEFT adapter, tokenizer, chat template
 merged/          what `qlora merge` writes by default
 """
@@ -34,10 +34,10 @@ ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bi
 MERGED = "merged"
 SKIPPED_ROWS, SKIPPED_ROWS_OF_STREAM = "skipped_rows.jsonl", "skipped_rows_of_stream.jsonl"
 LOCK_FILE = "run.lock"
-STEP_PREFIX = "step-"  # of a checkpoint
-CHECKSUMS_FILE = "checksums.json"  # in it
-EVENT_BEGINS = b'{"event": "'  # a line of events
-TRACKED = ("tensorboard", "trackio", "wandb")  # what trackers write, each under its name
+STEP_PREFIX = "step-"  # of a checkpoint's name
+CHECKSUMS_FILE = "checksums.json"  # in a checkpoint
+EVENT_PREFIX = b'{"event": "'  # of a line in the metrics file
+TRACKED = ("tensorboard", "trackio", "wandb")  # the folders of trackers
 TRACKED_FILE = "mlflow.db"
 
 
@@ -49,12 +49,12 @@ class RunDirectory:
 
     @property
     def run_file(self) -> Path:
-        """The record."""
+        """The record of the run."""
         return self.path / RUN_FILE
 
     @property
     def metrics_file(self) -> Path:
-        """The events."""
+        """The events of the run."""
         return self.path / METRICS_FILE
 
     @property
@@ -74,12 +74,12 @@ class RunDirectory:
 
     @property
     def report_file(self) -> Path:
-        """The page."""
+        """The report page."""
         return self.path / REPORT_FILE
 
     @property
     def request_file(self) -> Path:
-        """A file that asks for a checkpoint by being there."""
+        """A file whose existence requests a checkpoint."""
         return self.path / "checkpoint-now"
 
     @property
@@ -89,16 +89,16 @@ class RunDirectory:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run wrote its record here."""
+        """Whether the directory contains the record of a run."""
         return self.run_file.is_file()
 
     def create(self) -> None:
-        """Make the directory and the folder of checkpoints."""
+        """Create the directory and the folder of checkpoints."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     @property
     def unwritable(self) -> tuple[Path, str] | None:
-        """The first of its parts that a run writes in place, and must not, with the reason; None if there is none."""
+        """The first file or folder that a run must not write into, with the reason; None if there is none."""
         for name in (METRICS_FILE, LOCK_FILE, SKIPPED_ROWS_OF_STREAM, TRACKED_FILE):
             if os.path.lexists(self.path / name) and (reason := unsafe_reason(self.path / name)):
                 return self.path / name, reason
@@ -111,44 +111,43 @@ class RunDirectory:
 
     @property
     def holds_adapter_weights(self) -> bool:
-        """Whether there are weights in the folder of the trained adapter, whatever else is there."""
+        """Whether the folder of the trained adapter contains weights, with or without a config."""
         return any((self.adapter / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the trained adapter is there: its config and its weights."""
+        """Whether the trained adapter exists: its config and its weights."""
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
 
     def remove_adapter(self, known: Sequence[Checksums]) -> Path | None:
-        """Delete the adapter of an earlier end before the run is resumed; its checkpoints stay.
+        """Delete the adapter of an earlier end before the run is resumed.
 
-        If it holds anything but files that a run wrote, by sums that are `known`, it is moved aside, and its place
-        returned.
+        If it contains anything but files with `known` checksums, it is moved aside, and its new path is returned.
         """
         if self.adapter.is_symlink():
             delete(self.adapter)
         elif self.adapter.is_dir():
             if find_foreign_content(self.adapter, known) is not None:
                 return move_aside(self.adapter, f"{ADAPTER}-kept")
-            discard(self.adapter)  # an adapter is there whole, or not at all
+            discard(self.adapter)  # an adapter is complete or absent
         return None
 
-    def write_skipped_rows(self, lists: Collection[Path]) -> None:
-        """Write the rows that could not be used into `skipped_rows.jsonl`, if there are any."""
-        if lists:
-            content = b"".join(path.read_bytes() for path in lists)
+    def write_skipped_rows(self, files: Collection[Path]) -> None:
+        """Concatenate `files` of rows that could not be used into `skipped_rows.jsonl`, if there are any."""
+        if files:
+            content = b"".join(path.read_bytes() for path in files)
             write_file(self.path / SKIPPED_ROWS, content, mode=PRIVATE_FILE)
 
 
 def enclosing_run(part: Path) -> RunDirectory | None:
-    """Return the run that a directory is a part of, as its adapter or one of its checkpoints; None if of none."""
-    places = {ADAPTER: part.parent, CHECKPOINTS: part.parent.parent}
-    place = places.get(part.name) or places.get(part.parent.name)
-    return RunDirectory(place) if place is not None and RunDirectory(place).is_run else None
+    """Return the run that contains an adapter or a checkpoint; None if no run does."""
+    candidates = {ADAPTER: part.parent, CHECKPOINTS: part.parent.parent}
+    directory = candidates.get(part.name) or candidates.get(part.parent.name)
+    return RunDirectory(directory) if directory is not None and RunDirectory(directory).is_run else None
 
 
 def check_free_directory(directory: Path, flag: str = "--output") -> QloraError | None:
-    """Return why nothing can be written to `directory`, which `flag` names; a run is not written over."""
+    """Return why nothing can be written to `directory`, given by `flag`; a run is never overwritten."""
     if (problem := path_problem(directory, flag)) is not None:
         return problem
     if RunDirectory(directory).is_run:
@@ -157,59 +156,62 @@ def check_free_directory(directory: Path, flag: str = "--output") -> QloraError 
     return check_output_directory(directory, flag)
 
 
-# What a run may have written when it was killed before its first record; the last two if it resumes another.
-BEGINNINGS = {LOCK_FILE}
-ASIDE = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
+# What a run may have written if it was killed before its first record.
+STARTUP_FILES = {LOCK_FILE}
+TEMPORARY = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
 
 
-def only_began(directory: Path, *, takes_over: bool) -> bool:
-    """Return whether a directory holds only what a run makes first; `takes_over`: a run that resumes another one."""
+def has_only_startup_files(directory: Path, *, is_copying: bool) -> bool:
+    """Return whether a directory contains only what a run writes before its first record.
+
+    `is_copying` allows for what a run that resumes another one copies from it.
+    """
     return all(
-        path.name in BEGINNINGS or ASIDE.fullmatch(path.name) or (takes_over and _was_taken_over(path))
+        path.name in STARTUP_FILES or TEMPORARY.fullmatch(path.name) or (is_copying and _was_copied(path))
         for path in directory.iterdir()
     )
 
 
-def _was_taken_over(path: Path) -> bool:
-    """Return whether a run took this over from another: checkpoints, each with its sums, or lines of events."""
+def _was_copied(path: Path) -> bool:
+    """Return whether a run copied this from another one: checkpoints with their checksums, or lines of events."""
     if path.name == CHECKPOINTS and path.is_dir() and not path.is_symlink():
         return all(
-            is_leftover(one) or (one.name.startswith(STEP_PREFIX) and (one / CHECKSUMS_FILE).is_file())
-            for one in path.iterdir()
+            is_leftover(folder) or (folder.name.startswith(STEP_PREFIX) and (folder / CHECKSUMS_FILE).is_file())
+            for folder in path.iterdir()
         )
     if path.name != METRICS_FILE or unsafe_reason(path) is not None:
         return False
     with path.open("rb") as file:
-        return file.read(len(EVENT_BEGINS)) in (EVENT_BEGINS, b"")
+        return file.read(len(EVENT_PREFIX)) in (EVENT_PREFIX, b"")
 
 
-def clear_beginning(directory: Path, held: Collection[str], made: Sequence[Path]) -> None:
-    """Delete what a run made before it failed to write its first record, and those of the folders `made` for it.
+def clear_startup_files(directory: Path, existing: Collection[str], created: Sequence[Path]) -> None:
+    """Delete what a run wrote before it failed to write its first record, and the folders `created` for it.
 
-    What the directory `held` before stays.
+    Names that were `existing` in the directory before are left alone.
     """
-    if not directory.is_dir() or not only_began(directory, takes_over=True):
+    if not directory.is_dir() or not has_only_startup_files(directory, is_copying=True):
         return
     for path in directory.iterdir():
-        if path.name not in held:
+        if path.name not in existing:
             delete(path)
-    for folder in made:
-        with suppress(OSError):  # something else is in it by now
+    for folder in created:
+        with suppress(OSError):  # no longer empty
             folder.rmdir()
 
 
 class RunLock:
-    """Held while a process writes to a run directory, so that no second one does; freed with the process."""
+    """The lock of a run directory, so that only one process writes to it; it is released when the process ends."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._path = directory.path
         self._lock = FileLock(directory.path / LOCK_FILE)
 
     def __enter__(self) -> "RunLock":
-        """Take it.
+        """Acquire the lock.
 
         Raises:
-            OutputDirectoryError: another process has it.
+            OutputDirectoryError: another process holds it.
         """
         try:
             self._path.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The history of a run, read from its `metrics.jsonl` alone: what a run that was never interrupted would have.
+"""The history of a run, read from its `metrics.jsonl` alone, as if the run had never been interrupted.
 
 A run that is resumed after a step appends to the same file, so earlier reports of later steps no longer count. The
-file is read line by line, and only the numbers of each step stay in memory.
+file is read line by line, and only the numbers of each step are kept in memory.
 """
 
 import errno
@@ -34,12 +34,12 @@ from qlora_cli.runs.metrics import read_event
 from qlora_cli.units import MIB
 
 NAN = float("nan")
-MOST_NOTES = 1000
-MOST_OF_A_KIND = 200_000  # of evaluations, answers and the like; steps are numbers alone, and not limited
-LONGEST_LINE = 16 * MIB  # bytes; what is longer is no event
+MAX_NOTES = 1000
+MAX_EVENTS_OF_KIND = 200_000  # evaluations, answers and the like; steps are only numbers, and not limited
+LONGEST_LINE = 16 * MIB  # bytes; longer lines are not events
 OF_STEP = ("loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
 OF_MEMORY = ("host_bytes", "device_allocated_bytes", "device_reserved_bytes")
-# What shows that the loop was at work at that time, and not only about to be.
+# Events that show that the loop was running.
 ACTIVITY = (StepDone, StepSkipped, EvalDone, SampleDone, CheckpointSaved, TrainingEnded)
 
 OfStep = TypeVar("OfStep", SampleDone, CheckpointSaved)
@@ -47,7 +47,7 @@ OfStep = TypeVar("OfStep", SampleDone, CheckpointSaved)
 
 @dataclass(frozen=True, kw_only=True)
 class StepColumns:
-    """The optimizer steps in order, a column for each figure; NaN where there is none. Memory in use, in bytes."""
+    """The optimizer steps in order, one column per figure, NaN if unknown. Memory in use, in bytes."""
 
     step: Sequence[int]
     loss: Sequence[float]
@@ -65,26 +65,26 @@ class StepColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class RunHistory:
-    """What a run reported, less what a resumption undid.
+    """The events of a run, without those that a resumption undid.
 
     Attributes:
         steps: The optimizer steps.
         start: The event that announced the training; None before it.
-        num_steps: How many steps there are to be; None before training began.
-        evaluations: In order; `is_best` is that of this history.
-        samples: Answers to fixed prompts, in order of steps.
-        skipped: Steps that changed nothing because they were not finite.
-        checkpoints: Those that were saved; some may have been deleted since.
+        num_steps: The number of steps planned; None before training started.
+        evaluations: In order; `is_best` refers to this history.
+        samples: Answers to sample prompts, in order of steps.
+        skipped: Steps that were skipped because they were not finite.
+        checkpoints: Saved checkpoints; some may have been deleted since.
         resumes: The resumptions of training after a checkpoint, in order.
         stops: The ends of training by a signal.
-        end: The end of the loop, if nothing came after it.
-        rehearsal: The last one before the first step.
-        notes: What was noted, each message once.
+        end: The end of the loop, unless it was resumed after that.
+        rehearsal: The last rehearsal before the first step.
+        notes: Notes, each message once.
         device_total_bytes: The memory of the GPU.
-        started: When the first event was written; None without any.
-        last_event: When the last one was.
-        active_seconds: Between the start of the loop and its last sign of life, summed over all its resumptions.
-        num_damaged_lines: Lines that could not be read; an unfinished last line does not count.
+        started: The time of the first event; None without events.
+        last_event: The time of the last event.
+        active_seconds: The time from the start of the loop to its last activity, summed over all resumptions.
+        num_damaged_lines: The number of unreadable lines, without an unfinished last line.
     """
 
     steps: StepColumns
@@ -126,7 +126,7 @@ def read_history(directory: Path) -> RunHistory:
         OSError: the file can't be read.
     """
     reader, path = _HistoryReader(), directory / METRICS_FILE
-    if path.exists() and not (path.is_file() or path.is_dir()):  # such as a pipe, which would wait for ever
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would block
         raise OSError(errno.EINVAL, "it is no file", str(path))
     try:
         with path.open("rb") as file:
@@ -138,12 +138,12 @@ def read_history(directory: Path) -> RunHistory:
 
 
 def empty_history() -> RunHistory:
-    """Return that of a run that reported nothing."""
+    """Return the history of a run without events."""
     return _HistoryReader().history()
 
 
 class _HistoryReader:
-    """Takes the lines of a file in order, and drops the steps that a resumption undoes."""
+    """Reads the lines of a metrics file in order, and drops the steps that a resumption undoes."""
 
     def __init__(self) -> None:
         self._columns: dict[str, array[Any]] = {
@@ -167,7 +167,7 @@ class _HistoryReader:
         self._num_damaged_lines = 0
 
     def take(self, line: bytes) -> None:
-        """Take one line with its line end, if it has one; an event of a kind unknown here is a sign of life only."""
+        """Read a line, with its line break if it has one; of an event of an unknown kind, only the time is used."""
         try:
             content = json.loads(line.decode(errors="replace"))
             event = read_event(content)
@@ -204,7 +204,7 @@ class _HistoryReader:
         match event:
             case StepDone():
                 self._add_step(event)
-            case EvalDone():  # the same step again: a run was resumed after its last step
+            case EvalDone():  # repeated for a run that was resumed after its last step
                 _forget(self._evaluations, event.step - 1)
                 _add(self._evaluations, event)
             case SampleDone():
@@ -225,14 +225,14 @@ class _HistoryReader:
             case Rehearsed():
                 self._rehearsal = event
             case Noted():
-                if len(self._notes) < MOST_NOTES:
+                if len(self._notes) < MAX_NOTES:
                     self._notes.setdefault(event.message, event)
 
     def _add_step(self, event: StepDone) -> None:
         steps, memory = self._columns["step"], event.memory
         figures = (event.loss, event.learning_rate, event.grad_norm, event.num_tokens, event.tokens_per_second)
         in_use = (memory.host_bytes or NAN, memory.device_allocated_bytes, memory.device_reserved_bytes)
-        # Before one is added: a number may be too large for a float, and then none of the line counts.
+        # Converted before any is added: a number may be too large for a float, and then the whole line is ignored.
         row = [NAN if figure is None else float(figure) for figure in (*figures, *in_use)]
         if steps and event.step <= steps[-1]:  # restarted, without a checkpoint to resume from
             self._forget_after(event.step - 1)
@@ -272,11 +272,11 @@ class _ByStep(Generic[OfStep]):
 
     @property
     def events(self) -> tuple[OfStep, ...]:
-        """Those that are left, in the order in which they came first."""
+        """The remaining events, in the order of their first occurrence."""
         return tuple(self._events.values())
 
     def put(self, event: OfStep, name: str = "") -> None:
-        """Take an event.
+        """Add an event.
 
         Raises:
             ValueError: there are too many.
@@ -295,14 +295,14 @@ class _ByStep(Generic[OfStep]):
 
 
 class _Times:
-    """When things happened; the time between a run's end and its resumption does not count as activity."""
+    """The times of events; the time between a run's end and its resumption does not count as active."""
 
     def __init__(self) -> None:
         self._first = self._last = self._begun = self._alive = ""
         self._before_seconds = 0.0
 
     def take(self, event: Event | None, time: object) -> None:
-        """Take the time of an event; None is one of an unknown kind."""
+        """Add the time of an event; None is an event of an unknown kind."""
         if not isinstance(time, str):
             return
         self._first = self._first or time
@@ -326,7 +326,7 @@ class _Times:
 
     @property
     def active_seconds(self) -> float:
-        """How long the loop ran, all resumptions together."""
+        """The duration of the loop, summed over all resumptions."""
         begun, alive = parse_time(self._begun), parse_time(self._alive)
         if begun is None or alive is None:
             return self._before_seconds
@@ -334,7 +334,7 @@ class _Times:
 
 
 def parse_time(text: object) -> datetime | None:
-    """Return an ISO time with its zone, UTC if it names none; None if it is no time."""
+    """Return an ISO time, in UTC if it has no time zone; None if it is invalid."""
     try:
         time = datetime.fromisoformat(str(text))
     except ValueError:
@@ -354,8 +354,8 @@ def _add(events: list[Any], event: Event) -> None:
 
 
 def _check_number(events: Collection[object]) -> None:
-    if len(events) >= MOST_OF_A_KIND:
-        raise ValueError(f"more than {MOST_OF_A_KIND:,} events of a kind")
+    if len(events) >= MAX_EVENTS_OF_KIND:
+        raise ValueError(f"more than {MAX_EVENTS_OF_KIND:,} events of a kind")
 
 
 def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:

@@ -1,7 +1,7 @@
-"""The record of a run (`run.json`): every command writes it from one model and reads it through that model.
+"""The record of a run (`run.json`), which all commands write and read through one model.
 
-A run that was killed, or written by an older version, is not an error: missing parts are None, unreadable ones are
-left out and listed in `problems`. A command that requires a part asks for it by `need`, `base` or `settings_of`.
+The record of a killed run, or from an older version, is not an error: missing parts are None, unreadable ones are left
+out and listed in `problems`. Commands that require a part get it from `base` or `settings_of`, which raise.
 """
 
 import json
@@ -19,11 +19,11 @@ from qlora_cli.runs.directory import RUN_FILE, RunDirectory
 from qlora_cli.units import LARGEST, Whole
 from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
 
-SCHEMA_VERSION = 1  # a record that names none is of version 0: its paths are as they were given
+SCHEMA_VERSION = 1  # a record without one has version 0: its paths are as they were given
 DEFAULT = "default"
-FIGURES = ("plan.", "hardware.", "data.")  # no number there is ever NaN or infinite; losses may be
-DEEPEST = 50  # lists and objects in each other; a run writes about six
-BY_QLORA = "Was it written by qlora train, and to its end?"
+FINITE = ("plan.", "hardware.", "data.")  # sections whose numbers are never NaN or infinite; losses may be
+MAX_DEPTH = 50  # levels of lists and objects; a run writes about six
+INCOMPLETE_HINT = "Did qlora train write it, and finish writing?"
 RESTORE = f"Restore {RUN_FILE} as qlora train wrote it"
 UPDATE = "Update qlora: pip install -U qlora-cli"
 
@@ -31,17 +31,17 @@ Values = Mapping[str, JsonValue]
 
 
 class RecordSection(BaseModel):
-    """A part of the record: what it needs of it by name, and all else as it was written."""
+    """A part of the record, with its known fields typed, and all others as they were written."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that was written, by key."""
+        """Everything that was written, by key."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def integer(self, key: str) -> int | None:
-        """Return the whole number that was written under a key; None if none was."""
+        """Return the value of a key if it is an integer, otherwise None."""
         value = self.content.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -49,7 +49,7 @@ class RecordSection(BaseModel):
 class Resumption(RecordSection):
     """A resumption of the run after a step; `checkpoint` is relative to the run, or absolute.
 
-    `from_run` is the path from this run to a checkpoint of another one, so that the two may be moved together.
+    `from_run` is the relative path from this run to a checkpoint of another one, so that both may be moved together.
     """
 
     time: str | None = None
@@ -59,7 +59,7 @@ class Resumption(RecordSection):
 
 
 class NamedFrom(RecordSection):
-    """The working directory that relative names were given in, and where that is as seen from the run."""
+    """The working directory that relative paths refer to, absolute and relative to the run."""
 
     directory: Path
     from_run: Path
@@ -76,21 +76,21 @@ class LoadedBase(RecordSection):
 
 
 class RecordedRows(RecordSection):
-    """What became of a data set's rows."""
+    """The rows of a data set."""
 
     name: str | None = None
     fingerprint: str | None = None
 
 
 class RecordedData(RecordSection):
-    """The rows that were trained, and those that were held out."""
+    """The rows for training, and the held-out rows."""
 
     train: RecordedRows | None = None
     eval: RecordedRows | None = None
 
 
 class RecordedPrediction(RecordSection):
-    """What the run was predicted to take on its GPU, in bytes."""
+    """The predicted memory of the run on its GPU, in bytes."""
 
     gpu: str | None = None
     allocated_bytes: Whole | None = None
@@ -99,7 +99,7 @@ class RecordedPrediction(RecordSection):
 
 
 class RecordedPlan(RecordSection):
-    """What was settled before the first step."""
+    """The plan of the run before the first step."""
 
     model: str | None = None
     device: str | None = None
@@ -109,7 +109,7 @@ class RecordedPlan(RecordSection):
 
 
 class RecordedPeak(RecordSection):
-    """The largest memory seen by the process that ended the run, in bytes."""
+    """The peak memory of the process that ended the run, in bytes."""
 
     host_bytes: Whole | None = None
     device_allocated_bytes: Whole | None = None
@@ -117,7 +117,7 @@ class RecordedPeak(RecordSection):
 
 
 class RecordedResult(RecordSection):
-    """What came of a run that ended by itself, or by a signal."""
+    """The result of a run that ended by itself, or by a signal."""
 
     steps: Whole | None = None
     num_steps: Whole | None = None
@@ -135,18 +135,18 @@ class SettingUsed:
 
     @property
     def text(self) -> str:
-        """The value as people read it."""
+        """The value as text for people."""
         return as_text(self.value)
 
     @property
     def is_default(self) -> bool:
-        """Whether nobody set it."""
+        """Whether it was not set."""
         return self.origin == DEFAULT
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseUsed:
-    """The base of a run: its name, and its commit if it is on the hub, or else the places that it may be at."""
+    """The base of a run: its name, its commit if it is on the hub, and the local paths where it may be."""
 
     name: str
     commit: str | None
@@ -154,7 +154,7 @@ class BaseUsed:
 
 
 class RunRecord(RecordSection):
-    """The record of a run. `problems` are what could not be read of it, in sentences."""
+    """The record of a run; `problems` lists what could not be read."""
 
     schema_version: Whole = 0
     status: Literal["running", "done", "interrupted", "failed"] | None = None
@@ -181,21 +181,21 @@ class RunRecord(RecordSection):
 
     _directory: Path = PrivateAttr(default=Path())
     _problems: tuple[str, ...] = PrivateAttr(default=())
-    _remedy: str | None = PrivateAttr(default=None)  # of a record of which nothing can be read
+    _remedy: str | None = PrivateAttr(default=None)  # a hint if nothing of the record can be read
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What could not be read, in sentences."""
+        """What could not be read, as sentences."""
         return self._problems
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has done all it was to do."""
+        """Whether all steps of the run are done."""
         return self.status == "done"
 
     @property
     def settings_used(self) -> tuple[SettingUsed, ...]:
-        """Every setting, those that somebody set first."""
+        """All settings; those that were set come first."""
         used = [
             SettingUsed(path=f"{section}.{key}", value=value, origin=self.origins.get(f"{section}.{key}", DEFAULT))
             for section, values in self.settings.items()
@@ -203,8 +203,8 @@ class RunRecord(RecordSection):
         ]
         return tuple(sorted(used, key=lambda setting: setting.is_default))
 
-    def changed(self, **content: object) -> "RunRecord":
-        """Return the record with other content under some keys."""
+    def updated(self, **content: object) -> "RunRecord":
+        """Return a copy of the record with other values for some keys."""
         record = RunRecord.model_validate({**self.content, **as_json(content)})
         record._directory = self._directory
         return record
@@ -215,17 +215,17 @@ class RunRecord(RecordSection):
         return self.settings.get(section, {}).get(key)
 
     def recorded_settings(self, section: str) -> tuple[Values, ...]:
-        """Return the settings of a section as they came to be, as they were given, and as they were for its adapter.
+        """Return the settings of a section: those in effect, those given, and those of the adapter's run.
 
-        The latter are those of the run that the adapter is from which this one trained on.
+        The last are the settings of the run whose adapter this run continued to train.
         """
         return tuple(part.get(section, {}) for part in (self.settings, self.asked, self.asked_of_adapter))
 
-    def lacks(self, purpose: str, key: str) -> ModelError:
-        """Return the error of a record without what it must say: `purpose` in words, `key` in the file."""
+    def missing_error(self, purpose: str, key: str) -> ModelError:
+        """Return the error for a record without a required value: its `purpose` in words, its `key` in the file."""
         reasons = [problem for problem in self._problems if problem.startswith(key.split(".")[0])]
         reason = reasons[0] if reasons else f"{key} is missing"
-        return ModelError(f"{self._directory / RUN_FILE} does not say {purpose}: {reason}", hint=BY_QLORA)
+        return ModelError(f"{self._directory / RUN_FILE} does not say {purpose}: {reason}", hint=INCOMPLETE_HINT)
 
     def settings_of(self, section: str, purpose: str) -> Values:
         """Return a section of the settings.
@@ -234,7 +234,7 @@ class RunRecord(RecordSection):
             ModelError: there is none.
         """
         if section not in self.settings:
-            raise self.lacks(purpose, f"settings.{section}")
+            raise self.missing_error(purpose, f"settings.{section}")
         return self.settings[section]
 
     def base(self) -> BaseUsed:
@@ -246,45 +246,45 @@ class RunRecord(RecordSection):
         purpose = "what the run was based on, and how"
         loaded = self.base_model
         if loaded is None or loaded.base_model is None:
-            raise self.lacks(purpose, "base_model.base_model")
+            raise self.missing_error(purpose, "base_model.base_model")
         if self.base_model_path is None:
-            raise self.lacks(purpose, "base_model_path")
+            raise self.missing_error(purpose, "base_model_path")
         places = (self.base_model_path, *self.candidate_paths(loaded.base_model))
         return BaseUsed(name=loaded.base_model, commit=loaded.commit, places=tuple(dict.fromkeys(places)))
 
     def candidate_paths(self, name: str) -> tuple[Path, ...]:
-        """Return where a relative path may be: where it was named from, and there as seen from the run; else none."""
+        """Return the paths that a relative name may refer to; empty if it is absolute."""
         if Path(name).is_absolute() or name.startswith("~"):
             return ()
-        return tuple(dict.fromkeys(place / name for place in self._named_from()))
+        return tuple(dict.fromkeys(directory / name for directory in self._working_directories()))
 
     def checkpoint_candidates(self, entry: Resumption) -> tuple[Path, ...]:
-        """Return where the checkpoint may be that an entry of `resumed` names, the likeliest place first."""
+        """Return the paths of the checkpoint that an entry of `resumed` may refer to, the most likely first."""
         if entry.checkpoint is None:
             return ()
-        here = self._directory.resolve()
-        places = [here / entry.checkpoint]
+        run = self._directory.resolve()
+        paths = [run / entry.checkpoint]
         if entry.from_run is not None:
-            places.insert(0, Path(os.path.normpath(here / entry.from_run)))
+            paths.insert(0, Path(os.path.normpath(run / entry.from_run)))
         elif self.schema_version == 0 and not entry.checkpoint.is_absolute():  # as it was given
-            places = [*self.candidate_paths(str(entry.checkpoint)), entry.checkpoint.absolute(), *places]
-        return tuple(sorted(places, key=lambda place: existing_path(place) is None))
+            paths = [*self.candidate_paths(str(entry.checkpoint)), entry.checkpoint.absolute(), *paths]
+        return tuple(sorted(paths, key=lambda path: existing_path(path) is None))
 
-    def _named_from(self) -> Iterator[Path]:
-        """Yield the directory that relative names refer to: its recorded path, then its place relative to the run."""
+    def _working_directories(self) -> Iterator[Path]:
+        """Yield the directory that relative names refer to: its recorded path, then its path relative to the run."""
         if self.named_from is not None:
             yield self.named_from.directory
             yield Path(os.path.normpath(self._directory.resolve() / self.named_from.from_run))
             return
         # Version 0 did not record it; it follows from the relative name of the run itself.
-        output, here = self.setting("output.directory"), self._directory.resolve()
+        output, run = self.setting("output.directory"), self._directory.resolve()
         parts = Path(os.path.normpath(output)).parts if isinstance(output, str) else ()
-        if parts and here.parts[-len(parts) :] == parts:
-            yield Path(*here.parts[: -len(parts)])
+        if parts and run.parts[-len(parts) :] == parts:
+            yield Path(*run.parts[: -len(parts)])
 
 
 def read_record(directory: Path) -> RunRecord:
-    """Return what the run in `directory` recorded of itself, as far as it can be read; never an error."""
+    """Return the record of the run in `directory`, as far as it can be read; never raise."""
     if (directory / RUN_FILE).exists() and not (directory / RUN_FILE).is_file():
         return _unreadable(directory, f"{RUN_FILE} is no file")
     try:
@@ -296,7 +296,7 @@ def read_record(directory: Path) -> RunRecord:
     except (ValueError, RecursionError) as error:
         return _unreadable(directory, f"{RUN_FILE} is damaged: {error}")
     if not isinstance(content, dict):
-        return _unreadable(directory, f"{RUN_FILE} is damaged: it holds no object")
+        return _unreadable(directory, f"{RUN_FILE} is damaged: it is not a JSON object")
     version = content.get("schema_version", 0)
     if not isinstance(version, int) or isinstance(version, bool):
         shown = json.dumps(version)
@@ -320,16 +320,16 @@ def load_record(directory: Path) -> RunRecord:
 
 
 def resumption(directory: RunDirectory, time: str | None, step: int, checkpoint: Path | None) -> Resumption:
-    """Return the entry of a resumption from a checkpoint, of this or another run; None for a run that restarts."""
+    """Return the entry of a resumption from a checkpoint of this or another run; `checkpoint` is None on a restart."""
     if checkpoint is None:
         return Resumption(time=time, step=step, checkpoint=None)
-    own = within(directory, checkpoint)
+    own = recorded_path(directory, checkpoint)
     from_run = Path(os.path.relpath(checkpoint.resolve(), directory.path.resolve())) if own.is_absolute() else None
     return Resumption(time=time, step=step, checkpoint=own, from_run=from_run)
 
 
 def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumption, ...]:
-    """Return the earlier resumptions in `record`, with paths as seen from the run in `directory` that resumes it."""
+    """Return the earlier resumptions in `record`, with paths relative to the run in `directory`, which resumes it."""
     if record._directory.resolve() == directory.path.resolve():
         return record.resumed
     return tuple(
@@ -339,26 +339,26 @@ def resumptions_in(directory: RunDirectory, record: RunRecord) -> tuple[Resumpti
 
 
 def write_record(directory: RunDirectory, record: RunRecord) -> None:
-    """Replace the record of a run in one move; only its owner reads one that may quote rows or prompts."""
+    """Replace the record of a run atomically; one that may quote rows or prompts is readable by its owner only."""
     may_quote = record.error is not None or bool(record.setting("training.sample_prompts"))
     mode = PRIVATE_FILE if may_quote else USUAL_FILE
     write_file(directory.run_file, json.dumps(record.content, indent=2) + "\n", mode=mode)
 
 
 def new_record(directory: RunDirectory, content: Mapping[str, object]) -> RunRecord:
-    """Return a record for the run in `directory`, whose relative names are given in the present working directory."""
-    here = Path.cwd()
-    named_from = {"directory": here, "from_run": os.path.relpath(here, directory.path.resolve())}
+    """Return a new record of the run in `directory`; relative names in it refer to the current working directory."""
+    current = Path.cwd()
+    named_from = {"directory": current, "from_run": os.path.relpath(current, directory.path.resolve())}
     whole = {"schema_version": SCHEMA_VERSION, "named_from": named_from, **content}
     record = RunRecord.model_validate(as_json(whole))
     record._directory = directory.path
     return record
 
 
-def within(directory: RunDirectory, path: Path) -> Path:
-    """Return a path as a record holds it: of the run's own relative to it, so that it may be moved, else absolute."""
-    place, absolute = directory.path.absolute(), path.absolute()
-    return absolute.relative_to(place) if absolute.is_relative_to(place) else absolute
+def recorded_path(directory: RunDirectory, path: Path) -> Path:
+    """Return a path as a record contains it: relative to the run if it is within it, so that the run may be moved."""
+    run, absolute = directory.path.absolute(), path.absolute()
+    return absolute.relative_to(run) if absolute.is_relative_to(run) else absolute
 
 
 def _unreadable(directory: Path, problem: str, remedy: str = RESTORE) -> RunRecord:
@@ -368,11 +368,11 @@ def _unreadable(directory: Path, problem: str, remedy: str = RESTORE) -> RunReco
 
 
 def _parsed(text: str) -> object:
-    found = json.loads(text)
+    content = json.loads(text)
     if "\\ud" not in text.lower():
-        return found
-    # Halves of characters, as of a file name that is not UTF-8, which no text may hold.
-    raw = json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return content
+    # Lone surrogates, as from a file name that is not UTF-8, can't be encoded later.
+    raw = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return json.loads(raw.decode("utf-8", "replace"))
 
 
@@ -391,40 +391,40 @@ def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
         return record
 
 
-def _bounded(value: Any, place: str, problems: list[str], depth: int = 1) -> Any:
-    """Return a copy of what a record holds, with None for what no run writes, each of which is a problem."""
-    is_figure = isinstance(value, int) or (isinstance(value, float) and place.startswith(FIGURES))
-    if is_figure and not -LARGEST <= value <= LARGEST:  # NaN too
-        problems.append(f"{place}: a number that no run has")
+def _bounded(value: Any, path: str, problems: list[str], depth: int = 1) -> Any:
+    """Return a copy of a value in a record, with None for values that no run writes; each adds to `problems`."""
+    is_bounded = isinstance(value, int) or (isinstance(value, float) and path.startswith(FINITE))
+    if is_bounded and not -LARGEST <= value <= LARGEST:  # NaN too
+        problems.append(f"{path}: a number that no run has")
         return None
     if not isinstance(value, dict | list):
         return value
-    if depth > DEEPEST:
-        problems.append(f"{place}: more than {DEEPEST} lists and objects in each other")
+    if depth > MAX_DEPTH:
+        problems.append(f"{path}: more than {MAX_DEPTH} levels of lists and objects")
         return None
     if isinstance(value, list):
-        return [_bounded(part, f"{place}.{number}", problems, depth + 1) for number, part in enumerate(value)]
-    return {key: _bounded(part, f"{place}.{key}", problems, depth + 1) for key, part in value.items()}
+        return [_bounded(part, f"{path}.{index}", problems, depth + 1) for index, part in enumerate(value)]
+    return {key: _bounded(part, f"{path}.{key}", problems, depth + 1) for key, part in value.items()}
 
 
-def _leave_out(content: dict[str, Any], place: tuple[int | str, ...]) -> None:
-    """Remove the value at a place; a list as a whole, and a part as a whole if it lacks a required value."""
-    holder, key = content, str(place[0])
-    for inner_key in map(str, place[1:]):
-        inner = holder.get(key)
+def _leave_out(content: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Remove the value at a location; of a list, the whole list, and a part as a whole if it lacks a required value."""
+    parent, key = content, str(location[0])
+    for inner_key in map(str, location[1:]):
+        inner = parent.get(key)
         if not isinstance(inner, dict) or inner_key not in inner:
             break
-        holder, key = inner, inner_key
-    holder.pop(key, None)
+        parent, key = inner, inner_key
+    parent.pop(key, None)
 
 
 def as_name(value: object) -> str | None:
-    """Return a value that is a name; None if it is none."""
+    """Return a value if it is a string, otherwise None."""
     return value if isinstance(value, str) else None
 
 
 def as_text(value: object) -> str:
-    """Return a value of JSON as people read it."""
+    """Return a JSON value as text for people."""
     if value is None:
         return "-"
     if isinstance(value, bool):

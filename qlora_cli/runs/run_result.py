@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.runs.record import RunRecord, within
+from qlora_cli.runs.record import RunRecord, recorded_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,9 @@ class TrainResult:
         """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""
         directory = RunDirectory(self.output)
         own = {
-            "output": within(directory, self.output),
-            "adapter": within(directory, self.adapter),
-            "checkpoints": [within(directory, path) for path in self.checkpoints],
+            "output": recorded_path(directory, self.output),
+            "adapter": recorded_path(directory, self.adapter),
+            "checkpoints": [recorded_path(directory, path) for path in self.checkpoints],
         }
         return {**asdict(self), **own}
 

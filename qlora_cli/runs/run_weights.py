@@ -1,7 +1,7 @@
-"""The weights of a run: the adapter that it ended with, or the newest good checkpoint of a run that did not end.
+"""The weights of a run: its final adapter, or the newest good checkpoint of a run that has not ended.
 
-`adapter/` of a run that was stopped holds the weights of that stop. A resumption deletes it; earlier versions left it
-there, so only the record decides whether it counts.
+`adapter/` of a run that was stopped contains its weights at that time. A resumption deletes it, but earlier versions
+did not, so only the record decides whether it counts.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class RunWeights:
 
     Attributes:
         path: Their directory.
-        step: The step that they are of; None if that is not known.
-        num_steps: How many the run is to have.
-        is_done: Whether the run has ended.
-        is_result: Whether they are what it ended with.
+        step: The step after which they were saved; None if it is unknown.
+        num_steps: The number of steps planned.
+        is_done: Whether all steps are done.
+        is_result: Whether they are the final weights.
         damaged: Newer checkpoints that can't be used, each with the reason.
     """
 
@@ -38,7 +38,7 @@ class RunWeights:
     def sentence(self) -> str:
         """The step of the weights, and whether the run has ended."""
         of = f" of {self.num_steps:,}" if self.num_steps else ""
-        where = "of a step that is not known" if self.step is None else f"of step {self.step:,}{of}"
+        where = "of an unknown step" if self.step is None else f"of step {self.step:,}{of}"
         if self.is_result:
             return f"the weights are those {where}, with which the run ended"
         end = "the run ended with others" if self.is_done else "the run has not ended"
@@ -46,10 +46,10 @@ class RunWeights:
 
 
 def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
-    """Return the weights of a run. Every file of a checkpoint is read once, and checked.
+    """Return the weights of a run; the files of a checkpoint are verified.
 
     Raises:
-        ModelError: it has none that are whole.
+        ModelError: it has none that are undamaged.
     """
     stopped_at = _step_of_adapter(run, record)
     if stopped_at is not None and record.is_done:
@@ -68,33 +68,33 @@ def weights_of(run: RunDirectory, record: RunRecord) -> RunWeights:
 
 
 def weights_of_part(part: Path, run: RunDirectory, record: RunRecord) -> RunWeights:
-    """Return the weights of a checkpoint or an adapter that the user named instead of its run."""
+    """Return the weights of a checkpoint or adapter that the user named instead of its run."""
     if part in list_checkpoints(run.checkpoints):
         return _of(part, step_of(part), record)
     return _of(part, _step_of_adapter(run, record) if part == run.adapter else None, record)
 
 
 def may_have_weights(run: RunDirectory) -> bool:
-    """Whether there is an adapter or a checkpoint, which may yet prove to be damaged."""
+    """Return whether there is an adapter or a checkpoint, damaged or not."""
     return run.has_adapter or bool(list_checkpoints(run.checkpoints))
 
 
 def is_complete(run: RunDirectory, record: RunRecord) -> bool:
-    """Whether a run is done and the adapter that it ended with is there."""
+    """Return whether a run is done and its final adapter exists."""
     return record.is_done and run.has_adapter
 
 
 def missing_weights(run: RunDirectory, record: RunRecord, damaged: tuple[str, ...] = ()) -> ModelError:
-    """Return the error of a run that has neither an adapter nor a checkpoint that is whole.
+    """Return the error of a run that has neither an adapter nor an undamaged checkpoint.
 
-    Its hint is a command that `train` accepts: it restarts a run in its directory only if nothing would be lost.
+    The hint is a command that `train` accepts: it restarts a run in its directory only if nothing would be lost.
     """
     why = f"; {counted(len(damaged), 'checkpoint')} can't be used ({'; '.join(damaged)})" if damaged else ""
     when, hint = "yet", "Give the same qlora train command again: it restarts."
     if record.is_done or damaged or run.holds_adapter_weights:
         when, hint = "any more", f"Put {ADAPTER}/ or a checkpoint back as it was, or train into another --output."
     return ModelError(
-        f"the run in {run.path} has no weights {when}: no adapter, and no whole checkpoint{why}", hint=hint
+        f"the run in {run.path} has no weights {when}: no adapter, and no undamaged checkpoint{why}", hint=hint
     )
 
 
@@ -110,7 +110,7 @@ def _of(path: Path, step: int | None, record: RunRecord, damaged: tuple[str, ...
 
 
 def _last_step(record: RunRecord) -> int | None:
-    """Return the step that a run ended with: of one that takes its best evaluation, that."""
+    """Return the step of a run's final weights: that of the best evaluation if those are loaded at the end."""
     if record.result is None:
         return None
     if record.is_done and record.setting("training.load_best_model_at_end") is True:
@@ -119,12 +119,12 @@ def _last_step(record: RunRecord) -> int | None:
 
 
 def _step_of_adapter(run: RunDirectory, record: RunRecord) -> int | None:
-    """Return the step that the adapter is of; None if there is none, or the run was resumed since it was written."""
+    """Return the step of the adapter; None if there is no adapter, or the run was resumed since."""
     has_ended = record.status in {"done", "interrupted"}
     return _last_step(record) if has_ended and run.has_adapter else None
 
 
 def _best_first(checkpoints: list[Path], record: RunRecord) -> list[Path]:
-    """Return checkpoints, the newest first; of a run that is done, that which it ended with before all others."""
+    """Return checkpoints, the newest first; for a run that is done, that of its final weights before all others."""
     last = _last_step(record) if record.is_done else None
     return sorted(checkpoints, key=lambda path: (step_of(path) == last, step_of(path)), reverse=True)

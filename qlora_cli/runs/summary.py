@@ -1,4 +1,4 @@
-"""A run in a few figures, from its directory alone, whatever became of it."""
+"""Summarize a run in a few figures, from its directory alone, whether it ended or not."""
 
 import math
 import socket
@@ -19,7 +19,7 @@ from qlora_cli.units import counted
 State = Literal["running", "done", "interrupted", "failed", "killed"]
 ENDED: dict[str, State] = {"done": "done", "interrupted": "interrupted", "failed": "failed"}
 
-QUIET_SECONDS = 15 * 60  # longer without an event, and a run whose process can't be asked for is taken for dead
+QUIET_SECONDS = 15 * 60  # a run on another host counts as killed after this time without an event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +29,29 @@ class RunSummary:
     Attributes:
         name: The name of the directory.
         path: The directory.
-        state: `killed` is a run that says it is running although its process is gone.
-        step: The last step that is part of the run.
-        num_steps: How many there are to be.
-        loss: Of that step.
-        best_loss: The lowest on held-out data.
-        best_step: The step it was measured after.
-        tokens_per_second: Over the seconds of all steps, as the result of a run has it.
-        peak_allocated_bytes: The most that tensors held on the GPU, as far as it was seen.
-        peak_reserved_bytes: The most that PyTorch's allocator held for them.
+        state: `killed` is a run that was running when its process disappeared.
+        step: The last step.
+        num_steps: The number of steps planned.
+        loss: The loss of the last step.
+        best_loss: The lowest loss on held-out data.
+        best_step: The step of that evaluation.
+        tokens_per_second: The mean over all steps, as in the result of a run.
+        peak_allocated_bytes: The peak of tensors on the GPU, as far as it was reported.
+        peak_reserved_bytes: The peak of PyTorch's allocator.
         peak_host_bytes: The largest resident set of the process.
-        predicted_allocated_bytes: What was predicted of the same.
-        predicted_reserved_bytes: What was predicted of the same.
-        predicted_process_bytes: With the CUDA context.
-        gpu: The GPU that was predicted for.
-        started: ISO 8601.
-        duration_seconds: Of training, all resumptions together.
-        model: The base, as it was asked for.
-        dataset: The data sets, as they were asked for.
-        checkpoints: Those that are there, oldest first.
+        predicted_allocated_bytes: The prediction of `peak_allocated_bytes`.
+        predicted_reserved_bytes: The prediction of `peak_reserved_bytes`.
+        predicted_process_bytes: The prediction for the process, with the CUDA context.
+        gpu: The GPU of the prediction.
+        started: When the run started, in ISO 8601.
+        duration_seconds: The duration of training, with all resumptions.
+        model: The base, as given.
+        dataset: The data sets, as given.
+        checkpoints: The existing checkpoints, oldest first.
         num_resumes: How often training was resumed from a checkpoint.
-        num_skipped_steps: Steps that changed nothing because they were not finite.
-        error: Why it failed.
-        problems: What could not be read of the directory, in sentences.
+        num_skipped_steps: The number of steps that were skipped because they were not finite.
+        error: Why the run failed.
+        problems: What could not be read in the directory, as sentences.
     """
 
     name: str
@@ -82,7 +82,7 @@ class RunSummary:
 
     @property
     def sentence(self) -> str:
-        """How far the run is, or came."""
+        """How far the run is, or got."""
         of = f" of {self.num_steps:,}" if self.num_steps else ""
         when = f"after step {self.step:,}{of}" if self.step else "before the first step"
         return {
@@ -141,7 +141,7 @@ def summarize(
 
 
 def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> State:
-    """Return how a run ended, or that it is still running."""
+    """Return how a run ended, or whether it is still running."""
     if ended := ENDED.get(record.status or ""):
         return ended
     if record.status != "running" and history.end is not None:
@@ -150,7 +150,7 @@ def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datet
 
 
 def _is_running(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> bool:
-    """Whether the process that writes to a run is there; on another host, whether it has written lately."""
+    """Return whether the process of a run exists; on another host, whether it has written lately."""
     pid = record.pid
     if pid is not None and record.host == socket.gethostname():
         return _is_alive(pid, _written_at(directory / RUN_FILE))
@@ -159,7 +159,7 @@ def _is_running(directory: Path, record: RunRecord, history: RunHistory, now: da
 
 
 def _is_alive(pid: int, recorded_at: float) -> bool:
-    """Whether a process is the one that wrote its number down at `recorded_at`: the system gives numbers out again."""
+    """Return whether a process is the one that recorded its pid at `recorded_at`, because pids are reused."""
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= recorded_at + 1
@@ -175,13 +175,13 @@ def _written_at(path: Path) -> float:
 
 
 def _started(record: RunRecord, history: RunHistory) -> str | None:
-    """Return when the run began first: a resumed one has a newer record."""
+    """Return when the run first started: the record of a resumed one is newer."""
     times = [time for time in (parse_time(record.started), history.started) if time]
     return min(times).isoformat(timespec="seconds") if times else None
 
 
 def _speed(steps: StepColumns) -> float | None:
-    """Return the tokens a second over all steps; those whose tokens or seconds are not known are left out."""
+    """Return the tokens per second over all steps; steps of unknown tokens or duration are left out."""
     tokens = seconds = before = 0.0
     for num_tokens, speed in zip(steps.num_tokens, steps.tokens_per_second, strict=True):
         if num_tokens > before and 0 < speed < math.inf:
@@ -191,10 +191,10 @@ def _speed(steps: StepColumns) -> float | None:
     return tokens / seconds if seconds else None
 
 
-def _peak(recorded: int | None, rehearsed: int | None, seen: Iterable[float]) -> int | None:
-    """Return the largest; the record has only the peak of the process that ended the run."""
+def _peak(recorded: int | None, rehearsed: int | None, reported: Iterable[float]) -> int | None:
+    """Return the largest figure; the record has only the peak of the process that ended the run."""
     figures = [figure for figure in (recorded, rehearsed) if figure is not None]
-    figures.append(int(max((figure for figure in seen if math.isfinite(figure)), default=0)))
+    figures.append(int(max((figure for figure in reported if math.isfinite(figure)), default=0)))
     return max(figures) or None
 
 

@@ -26,16 +26,16 @@ from qlora_cli.runs.checkpoints import (
     step_of,
 )
 from qlora_cli.runs.checksums import checksums_of
-from qlora_cli.runs.directory import RunDirectory, RunLock, clear_beginning
+from qlora_cli.runs.directory import RunDirectory, RunLock, clear_startup_files
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
     RunRecord,
     load_record,
     new_record,
     read_record,
+    recorded_path,
     resumption,
     resumptions_in,
-    within,
     write_record,
 )
 from qlora_cli.runs.report.run_page import write_report
@@ -109,7 +109,7 @@ def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
             return _run_locked(prepared, directory, reporter)
         except BaseException:
             if not directory.is_run:
-                clear_beginning(directory.path, held, made)
+                clear_startup_files(directory.path, held, made)
             raise
 
 
@@ -129,7 +129,7 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
     ended = {"status": status, "result": result.recorded(), "adapter_files": checksums_of(directory.adapter)}
-    record = _opening_record(prepared, directory, started).changed(**ended)
+    record = _opening_record(prepared, directory, started).updated(**ended)
     write_record(directory, record)
     draw_report(directory.path, reporter)
     return result if result.interrupted_by else _pushed(prepared.settings, directory, record, result, reporter)
@@ -158,7 +158,7 @@ def _record_failure(directory: RunDirectory, error: BaseException) -> None:
     record = read_record(directory.path)
     if record.status == "running" and record.pid == os.getpid():
         status = "failed" if isinstance(error, Exception) else "interrupted"
-        write_record(directory, record.changed(status=status, error=f"{type(error).__name__}: {error}"))
+        write_record(directory, record.updated(status=status, error=f"{type(error).__name__}: {error}"))
         write_report(directory.path)
 
 
@@ -177,7 +177,7 @@ def _pushed(
     if settings.output.push_to_hub is None or result.pushed_to is not None:
         return result
     result = replace(result, pushed_to=push_adapter(settings.output, directory.adapter, reporter))
-    write_record(directory, record.changed(result=result.recorded()))
+    write_record(directory, record.updated(result=result.recorded()))
     return result
 
 
@@ -326,7 +326,7 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
             "train": prepared.train_data.report,
             "eval": evaluation.report if evaluation else None,
         },
-        "plan": replace(prepared.plan, output=within(directory, prepared.plan.output)),
+        "plan": replace(prepared.plan, output=recorded_path(directory, prepared.plan.output)),
         "adapter_files": earlier.adapter_files,  # until it is dropped
     }
     return new_record(directory, content)

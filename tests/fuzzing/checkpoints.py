@@ -16,7 +16,7 @@ from qlora_cli.adapters.reader import open_adapter
 from qlora_cli.errors import QloraError
 from qlora_cli.model_files.source import find_model
 from qlora_cli.runs.checkpoints import CheckpointStore, seal
-from qlora_cli.runs.directory import RunDirectory, clear_beginning
+from qlora_cli.runs.directory import RunDirectory, clear_startup_files
 from qlora_cli.settings.models import ModelSettings, OutputSettings
 from qlora_cli.training.resuming.loop_state import LoopState, Progress, check_state, generator_states
 from qlora_cli.training.resuming.resume import find_resume, output_problem
@@ -183,7 +183,7 @@ def _use(run: RunDirectory) -> None:
             source = find_model(ModelSettings(name=str(name)))
             assert source.adapter is not None
             open_adapter(source.adapter, allow_pickle=False)
-    clear_beginning(run.path, (), ())
+    clear_startup_files(run.path, (), ())
 
 
 def _rounds(directory: Path) -> Callable[[Generator], None]:

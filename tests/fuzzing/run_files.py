@@ -54,7 +54,7 @@ def _records(directory: Path) -> Callable[[Generator], None]:
             report_page(found.summary, found.history, found.record)
         output_problem(OutputSettings(directory=run.path))
         record = load_record(run.path)
-        assert [*record.settings_used] == [*record.changed(status="failed").settings_used]
+        assert [*record.settings_used] == [*record.updated(status="failed").settings_used]
         TrainResult.of_run(run, record)
         for entry in record.resumed:
             record.checkpoint_candidates(entry)

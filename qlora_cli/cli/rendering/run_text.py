@@ -16,7 +16,7 @@ from qlora_cli.visible import visible
 
 CURVE_CELLS = 60
 MOST_EVALUATIONS = 12
-MOST_NOTES = 12
+MAX_NOTES = 12
 
 
 def render_run(detail: RunDetail, history: RunHistory) -> None:
@@ -148,8 +148,8 @@ def note_lines(detail: RunDetail) -> list[str]:
     lines = [f"  {problem}" for problem in detail.summary.problems]
     lines += [f"  step {skipped.step:,} was skipped: {_shown(skipped.reason)}" for skipped in detail.skipped_steps]
     lines += [f"  {'warning: ' if note.level == 'warning' else ''}{_shown(note.message)}" for note in detail.notes]
-    left_out = len(lines) - MOST_NOTES
-    return lines if left_out <= 0 else [*lines[:MOST_NOTES], f"  and {left_out:,} more, which --json has"]
+    left_out = len(lines) - MAX_NOTES
+    return lines if left_out <= 0 else [*lines[:MAX_NOTES], f"  and {left_out:,} more, which --json has"]
 
 
 def _indented(text: str, indent: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from qlora_cli.errors import ModelError, OutputDirectoryError, Problem, QloraError, SettingsError
 from qlora_cli.files import as_json, check_output_directory, path_problem
 from qlora_cli.runs.checkpoints import TRAINER_STATE, damage_of, is_checkpoint_name, list_checkpoints, step_of
-from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, only_began
+from qlora_cli.runs.directory import ADAPTER, STEP_PREFIX, RunDirectory, RunLock, has_only_startup_files
 from qlora_cli.runs.record import RunRecord, load_record, read_record
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.runs.run_weights import is_complete
@@ -85,7 +85,7 @@ def output_problem(output: OutputSettings) -> QloraError | None:
         return wrong
     if record is not None:
         return _is_busy(directory)
-    if directory.path.is_dir() and only_began(directory.path, takes_over=asked is not None):
+    if directory.path.is_dir() and has_only_startup_files(directory.path, is_copying=asked is not None):
         return None
     return check_output_directory(directory.path)
 
@@ -328,7 +328,7 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
         ModelError: how long it was to be can't be read.
     """
     if any(problem.startswith("plan.num_steps:") for problem in resume.record.problems):
-        raise resume.record.lacks("how many steps there were to be", "plan.num_steps")
+        raise resume.record.missing_error("how many steps there were to be", "plan.num_steps")
     before = resume.record.plan.num_steps or num_steps
     if num_steps == before or (resume.checkpoint is None and not resume.is_done):
         return

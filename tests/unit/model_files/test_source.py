@@ -178,7 +178,7 @@ def test_a_run_without_an_adapter_or_a_record_is_refused(tmp_path: Path) -> None
     with pytest.raises(ModelError, match="does not say what the run was based on"):
         find_model(settings(run))
     (run / "adapter").rename(run / "away")
-    assert "has no weights yet: no adapter, and no whole checkpoint" in problem_of(run)
+    assert "has no weights yet: no adapter, and no undamaged checkpoint" in problem_of(run)
 
 
 def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path) -> None:

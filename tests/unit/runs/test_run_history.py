@@ -259,7 +259,7 @@ def test_events_of_many_steps_and_one_that_comes_again_and_again_are_read_in_lin
 def test_more_events_of_a_kind_than_any_run_has_are_counted_as_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history_module, "MOST_OF_A_KIND", 3)
+    monkeypatch.setattr(history_module, "MAX_EVENTS_OF_KIND", 3)
     ended = [TrainingEnded(step=5, num_steps=9, interrupted_by="SIGTERM")] * 5
     events = [make(step) for make in (sample_done, skipped_step, saved) for step in range(5)]
     evaluations = [eval_done(step, 1.0) for step in range(5)]

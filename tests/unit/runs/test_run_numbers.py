@@ -37,7 +37,7 @@ def places(content: Any, *path: str) -> list[tuple[str, ...]]:
     return [path] if isinstance(content, int | float) and not isinstance(content, bool) else []
 
 
-def changed(content: dict[str, Any], place: tuple[str, ...], value: object) -> dict[str, Any]:
+def updated(content: dict[str, Any], place: tuple[str, ...], value: object) -> dict[str, Any]:
     whole = deepcopy(content)
     holder = whole
     for key in place[:-1]:
@@ -111,4 +111,4 @@ def test_the_steps_of_a_run_that_can_not_be_read_are_no_length_to_compare_with(t
     record = read_record(write_run(tmp_path / "run", record=changed(CONTENT, ("plan", "num_steps"), 10**400)))
     assert record.plan.num_steps is None
     with pytest.raises(QloraError, match=r"does not say how many .*: plan\.num_steps: a number that no run has"):
-        raise record.lacks("how many steps there were to be", "plan.num_steps")
+        raise record.missing_error("how many steps there were to be", "plan.num_steps")

@@ -19,8 +19,8 @@ from qlora_cli.runs.record import (
     load_record,
     new_record,
     read_record,
+    recorded_path,
     resumption,
-    within,
     write_record,
 )
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
@@ -111,7 +111,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "run.json").read_text())
     assert {key: content[key] for key in a_record("interrupted")} == json.loads(json.dumps(a_record("interrupted")))
     assert content["unknown"] == {"kept": [1, None]}
-    assert (read.changed(status="done").status, read.status) == ("done", "interrupted")
+    assert (read.updated(status="done").status, read.status) == ("done", "interrupted")
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
@@ -245,9 +245,9 @@ def test_a_record_that_may_quote_rows_or_prompts_is_for_its_owner_alone(
 def test_paths_of_the_run_are_recorded_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     directory = RunDirectory(Path("run"))
-    assert within(directory, Path("run/checkpoints/step-2")) == Path("checkpoints/step-2")
-    assert within(directory, tmp_path / "run") == Path()
-    assert within(directory, Path("other/checkpoints/step-2")) == tmp_path / "other/checkpoints/step-2"
+    assert recorded_path(directory, Path("run/checkpoints/step-2")) == Path("checkpoints/step-2")
+    assert recorded_path(directory, tmp_path / "run") == Path()
+    assert recorded_path(directory, Path("other/checkpoints/step-2")) == tmp_path / "other/checkpoints/step-2"
 
 
 def test_a_run_that_came_from_another_still_did_when_both_moved(tmp_path: Path) -> None:

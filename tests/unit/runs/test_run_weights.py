@@ -17,8 +17,8 @@ from qlora_cli.runs.directory import (
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
     RunDirectory,
-    clear_beginning,
-    only_began,
+    clear_startup_files,
+    has_only_startup_files,
 )
 from qlora_cli.runs.history import read_history
 from qlora_cli.runs.record import load_record, read_record
@@ -89,7 +89,7 @@ def test_the_adapter_of_an_earlier_stop_never_passes_for_a_later_state(tmp_path:
     assert (weights.path, weights.step, weights.is_done) == (run.checkpoints / "step-8", 8, False)
     part = weights_of_part(run.adapter, run, load_record(run.path))
     assert (part.step, part.is_done) == (None, False)
-    assert "of a step that is not known" in part.sentence
+    assert "of an unknown step" in part.sentence
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
@@ -339,16 +339,16 @@ def test_checkpoints_that_are_no_folder_are_no_place_to_go_on_in(tmp_path: Path)
 def test_what_a_directory_holds_of_the_users_is_no_beginning_of_a_run_and_is_never_cleared(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "thesis").mkdir(parents=True)
     (tmp_path / "checkpoints" / "thesis" / "t").write_text("mine")
-    assert not only_began(tmp_path, takes_over=True)
-    clear_beginning(tmp_path, (), ())
+    assert not has_only_startup_files(tmp_path, is_copying=True)
+    clear_startup_files(tmp_path, (), ())
     assert (tmp_path / "checkpoints" / "thesis" / "t").exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_text('{"loss": 1}\n')
-    assert not only_began(other, takes_over=True)
+    assert not has_only_startup_files(other, is_copying=True)
     (other / "metrics.jsonl").write_text('{"event": "step_done"}\n')
     (other / "checkpoints" / "step-1").mkdir(parents=True)
     (other / "checkpoints" / "step-1" / "checksums.json").write_text("{}")
-    assert only_began(other, takes_over=True)
-    clear_beginning(other, {"metrics.jsonl"}, ())  # which was there before
+    assert has_only_startup_files(other, is_copying=True)
+    clear_startup_files(other, {"metrics.jsonl"}, ())  # which was there before
     assert [path.name for path in other.iterdir()] == ["metrics.jsonl"]
