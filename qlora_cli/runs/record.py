@@ -408,7 +408,7 @@ def _bounded(value: Any, path: str, problems: list[str], depth: int = 1) -> Any:
 
 
 def _leave_out(content: dict[str, Any], location: tuple[int | str, ...]) -> None:
-    """Remove the value at a location; of a list, the whole list, and a part as a whole if it lacks a required value."""
+    """Remove the value at a location: a list as a whole, and a part as a whole if it lacks a required value."""
     parent, key = content, str(location[0])
     for inner_key in map(str, location[1:]):
         inner = parent.get(key)

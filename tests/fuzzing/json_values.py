@@ -34,7 +34,7 @@ ODD: tuple[Any, ...] = (
 MOST_CHANGES = 3
 
 
-def updated(value: Any, chance: Generator) -> Any:
+def changed(value: Any, chance: Generator) -> Any:
     """Return `value` with up to `MOST_CHANGES` values in it changed, left out, or put elsewhere too."""
     found = deepcopy(value)
     for _ in range(chance.integers(1, MOST_CHANGES + 1)):

@@ -91,7 +91,7 @@ def by_peft(checkpoint: Path, adapter: Path, rows: int | None = None) -> torch.T
         return logits(PeftModel.from_pretrained(base, adapter))
 
 
-def updated(adapter: Path, place: Path, change: Callable[[State], State]) -> Path:
+def changed(adapter: Path, place: Path, change: Callable[[State], State]) -> Path:
     shutil.copytree(adapter, place)
     change_adapter(place, change)
     return place

@@ -22,7 +22,7 @@ from tests.support.loading import load, refused, save_model
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
-def updated(directory: Path, name: str, tensor: torch.Tensor) -> Path:
+def changed(directory: Path, name: str, tensor: torch.Tensor) -> Path:
     """Write a model whose weight `name` is `tensor`."""
     model = save_model(directory)
     tensors = load_file(model / "model.safetensors")

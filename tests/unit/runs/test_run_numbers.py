@@ -37,7 +37,7 @@ def places(content: Any, *path: str) -> list[tuple[str, ...]]:
     return [path] if isinstance(content, int | float) and not isinstance(content, bool) else []
 
 
-def updated(content: dict[str, Any], place: tuple[str, ...], value: object) -> dict[str, Any]:
+def changed(content: dict[str, Any], place: tuple[str, ...], value: object) -> dict[str, Any]:
     whole = deepcopy(content)
     holder = whole
     for key in place[:-1]:
