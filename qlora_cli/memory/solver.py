@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
 from qlora_cli.settings.choices import Solvable
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.models import EstimateSettings, value_adapter
+from qlora_cli.settings.section import Section
 from qlora_cli.settings.settle import with_settings
 
 # Predicts a run on a GPU; raises a QloraError where the settings can't work together.
@@ -110,12 +111,12 @@ def with_value(settings: EstimateSettings, setting: str, value: int) -> Estimate
     """
     _check_known(setting)
     section, key = SETTINGS[setting].split(".")
-    field = type(getattr(settings, section)).model_fields[key]
+    kind: type[Section] = type(getattr(settings, section))
     try:
-        TypeAdapter(field.rebuild_annotation()).validate_python(value)
+        value_adapter(kind, key).validate_python(value)
     except ValidationError as error:
         expected = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise UsageError(f"{setting} {expected}, got {value}", hint=field.description) from None
+        raise UsageError(f"{setting} {expected}, got {value}", hint=kind.model_fields[key].description) from None
     return with_settings(settings, {SETTINGS[setting]: value})
 
 

@@ -4,9 +4,10 @@ The command line, `qlora config schema`, the settings file and `run.json` all us
 once, in the module of its section. Names are the field's own: rank, alpha, micro_batch_size, max_length.
 """
 
+import functools
 from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import Field, TypeAdapter, create_model
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.choices import Device
@@ -195,6 +196,12 @@ def field_of(path: str) -> FieldInfo:
     """Return the field of the setting `section.key`."""
     section, key = path.split(".")
     return SECTIONS[section].model_fields[key]
+
+
+@functools.cache
+def value_adapter(section: type[Section], key: str) -> TypeAdapter[Any]:
+    """Return what validates a value of the field `key` of a section without the rest of it."""
+    return TypeAdapter(section.model_fields[key].rebuild_annotation())
 
 
 def metadata_of(path: str) -> Metadata:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.settings.conflicts import find_conflicts, forbidden_in_files
 from qlora_cli.settings.display import choices_of, example_of, flag_of, hint_for
-from qlora_cli.settings.models import SECTIONS, Section, field_of
+from qlora_cli.settings.models import SECTIONS, Section, field_of, value_adapter
 from qlora_cli.settings.value_sources import (
     Origin,
     SettingEntry,
@@ -128,7 +128,7 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
                 default = None if field.is_required() else field.get_default(call_default_factory=True)
                 rows.append((f"{section}.{key}", default, DEFAULT))
             else:
-                value: Any = TypeAdapter(field.rebuild_annotation()).validate_python(entry.value)
+                value: Any = value_adapter(sections[section], key).validate_python(entry.value)
                 rows.append((f"{section}.{key}", value, entry.origin))
     return rows
 

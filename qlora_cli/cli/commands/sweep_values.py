@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from qlora_cli.errors import Problem
 from qlora_cli.memory.request import doubled
 from qlora_cli.memory.solver import SETTINGS
-from qlora_cli.settings.models import SECTIONS
+from qlora_cli.settings.models import SECTIONS, value_adapter
 from qlora_cli.settings.value_sources import did_you_mean
 
 EXAMPLE = "For example: --sweep max-length=512..32768 (doubling), or --sweep rank=8,16,64"
@@ -62,7 +62,7 @@ def read_values(text: str) -> tuple[int, ...] | None:
 def _wrong_value(name: str, values: tuple[int, ...]) -> str | None:
     """Return what is wrong with the first value that the setting does not take."""
     section, key = SETTINGS[name].split(".")
-    adapter: TypeAdapter[int] = TypeAdapter(SECTIONS[section].model_fields[key].rebuild_annotation())
+    adapter = value_adapter(SECTIONS[section], key)
     for value in values:
         try:
             adapter.validate_python(value)
