@@ -1,4 +1,4 @@
-"""Recognise how a data set is written by its columns: which format it is, and which of its columns is which."""
+"""Recognise the format of a data set by its columns, and which column holds which part of the format."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
 from qlora_cli.settings.models import DataSettings
 
-# What each part of a format is called, ours first; data sets that are in use call it by the other names too.
+# The names of each part of a format: ours first, then those that popular data sets use.
 PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.MESSAGES: {"messages": ("messages", "conversation", "dialogue", "dialog", "chat")},
     DataFormat.SHAREGPT: {"conversations": ("conversations",)},
@@ -36,7 +36,7 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.TEXT: {"text": ("text", "content")},
     DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
 }
-# What a format may have besides.
+# The optional parts of each format.
 CHAT = {
     "tools": TOOLS,
     "system": SYSTEM,
@@ -57,8 +57,8 @@ OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     },
 }
 COLUMNS = "data.columns"
-# By their own format only, or by another name of it that is asked for.
-ALSO_ASKED: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
+# Names that are accepted only if the user chooses the format: each is the mark of the other format.
+EXTRA_NAMES: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     DataFormat.MESSAGES: {"messages": PARTS[DataFormat.SHAREGPT]["conversations"]},
     DataFormat.SHAREGPT: {"conversations": PARTS[DataFormat.MESSAGES]["messages"]},
 }
@@ -66,9 +66,12 @@ ALSO_ASKED: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """A format, and the column of the data set that holds each of its parts, by our name for the part.
+    """A format, and the columns that hold its parts.
 
-    `unused` are the columns that hold no part.
+    Attributes:
+        format: The format of the rows.
+        columns: The column of the data set that holds each part, by our name for the part.
+        unused: The columns that hold no part.
     """
 
     format: DataFormat
@@ -76,65 +79,65 @@ class RowLayout:
     unused: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Return the format, what is called otherwise, and what is not used: `alpaca (output is response)`."""
-        said = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
-        said += [f"not used: {join_names(self.unused)}"] if self.unused else []
-        return f"{self.format.value} ({'; '.join(said)})" if said else self.format.value
+        """Return the format, its renamed parts and the unused columns: `alpaca (output is response)`."""
+        details = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
+        details += [f"not used: {join_names(self.unused)}"] if self.unused else []
+        return f"{self.format.value} ({'; '.join(details)})" if details else self.format.value
 
 
 def recognise(columns: Collection[str], settings: DataSettings, name: str) -> RowLayout:
     """Return the layout of a data set with these `columns`.
 
     Raises:
-        DataError: no format fits, several do, or the one asked for, or a column named by hand, is not there.
+        DataError: no format fits, several do, or the columns that the settings ask for are missing.
     """
     named = settings.columns or {}
     _check_named(named, columns, settings.format, name)
     if settings.format != DataFormat.AUTO:
-        return _as_asked(settings.format, columns, named, name)
+        return _chosen_layout(settings.format, columns, named, name)
     fits = [fmt for fmt in PARTS if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
     if len(fits) > 1 and DataFormat.TEXT in fits:
-        fits.remove(DataFormat.TEXT)  # often the same again, as one text
+        fits.remove(DataFormat.TEXT)  # often a copy of the other columns as one text
     if not fits:
         raise _no_format(columns, name)
     if len(fits) > 1:
         raise DataError(
             f"the columns of {name} fit several formats: {', '.join(fmt.value for fmt in fits)}",
-            hint=f"Choose with --format {fits[0].value}; if its files or rows differ, give each kind as a --dataset "
-            "of its own.",
+            hint=f"Choose one, such as --format {fits[0].value}; if its files or rows differ in format, give each "
+            "format as a --dataset of its own.",
         )
     return _layout(fits[0], columns, named)
 
 
 def columns_in_use(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return which of a file's `columns` are read: those that say something, or all where no format is recognised."""
-    parts = columns_of_parts(columns, settings, name)
+    """Return which of a file's `columns` are read: those that may affect examples; all if no format is recognised."""
+    parts = part_columns(columns, settings, name)
     return [column for column in columns if column in parts or may_change_meaning(column)]
 
 
-def columns_of_parts(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return which of a file's `columns` a row is made of; all where no format is recognised."""
+def part_columns(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
+    """Return which of a file's `columns` hold a part of its format; all if no format is recognised."""
     try:
         return list(recognise(columns, settings, name).columns.values())
-    except DataError:  # which is told when it is asked of the rows
+    except DataError:  # raised again once the rows are read
         return columns
 
 
 def nearest(columns: Collection[str]) -> str:
-    """Return the format that is most like these `columns`, and what it needs, in words."""
+    """Return the format whose parts are named most like these `columns`, and its parts: `text (text)`."""
 
-    def likeness(fmt: DataFormat) -> float:
-        found = [
-            max((_likeness(name, column) for name in names for column in columns), default=0.0)
+    def similarity(fmt: DataFormat) -> float:
+        ratios = [
+            max((_similarity(name, column) for name in names for column in columns), default=0.0)
             for names in PARTS[fmt].values()
         ]
-        return sum(found) / len(found)
+        return sum(ratios) / len(ratios)
 
-    best = max(PARTS, key=likeness)
+    best = max(PARTS, key=similarity)
     return f"{best.value} ({', '.join(PARTS[best])})"
 
 
-def _likeness(name: str, column: str) -> float:
+def _similarity(name: str, column: str) -> float:
     return SequenceMatcher(None, name, column.lower().strip()).ratio()
 
 
@@ -148,18 +151,18 @@ def _missing(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]
 
 
 def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> RowLayout:
-    found = dict(named)
+    by_part = dict(named)
     taken = set(named.values())
     for ours, names in _parts(fmt).items():
         theirs = next((name for name in names if name in columns and name not in taken), None)
-        if ours not in found and theirs is not None:
-            found[ours] = theirs
+        if ours not in by_part and theirs is not None:
+            by_part[ours] = theirs
             taken.add(theirs)
-    return RowLayout(format=fmt, columns=found, unused=tuple(name for name in columns if name not in taken))
+    return RowLayout(format=fmt, columns=by_part, unused=tuple(name for name in columns if name not in taken))
 
 
-def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> RowLayout:
-    named = {**_also_asked(fmt, columns, named), **named}
+def _chosen_layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> RowLayout:
+    named = {**_extra_names(fmt, columns, named), **named}
     if missing := _missing(fmt, columns, named):
         raise DataError(
             f"{name} has no column {', '.join(missing)}, which the format {fmt.value} needs",
@@ -168,20 +171,20 @@ def _as_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str
     return _layout(fmt, columns, named)
 
 
-def _also_asked(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns of parts that are there by the name that another format has for them."""
+def _extra_names(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of missing parts that are present under the other format's name for them."""
     missing, free = _missing(fmt, columns, named), set(columns) - set(named.values())
-    names = {ours: ALSO_ASKED.get(fmt, {}).get(ours, ()) for ours in missing}
-    return {ours: name for ours, others in names.items() for name in others if name in free}
+    candidates = {ours: EXTRA_NAMES.get(fmt, {}).get(ours, ()) for ours in missing}
+    return {ours: name for ours, names in candidates.items() for name in names if name in free}
 
 
 def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
     known = set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
     for theirs in named.values():
-        twice = [ours for ours, other in named.items() if other == theirs]
-        if len(twice) > 1:
+        parts = [ours for ours, other in named.items() if other == theirs]
+        if len(parts) > 1:
             raise DataError(
-                f"{theirs!r} is named twice, as {' and as '.join(twice)}",
+                f"{theirs!r} is named twice, as {' and as '.join(parts)}",
                 hint="Name each column once.",
                 setting=COLUMNS,
             )
@@ -205,9 +208,9 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
 
 def _no_format(columns: Collection[str], name: str) -> DataError:
     if "segments" in columns:
-        return DataError(f"{name} holds segments of text, which are no format here", hint=SEGMENTS_HINT)
+        return DataError(f"{name} holds segments of text, a format that is not supported", hint=SEGMENTS_HINT)
     known = "; ".join(f"{fmt.value}: {', '.join(parts)}" for fmt, parts in PARTS.items())
     return DataError(
         f"the columns of {name} fit no known format: {join_names(columns) or 'there are none'}",
-        hint=f"The nearest is {nearest(columns)}; --format and --columns say what is what. Known are {known}.",
+        hint=f"The nearest is {nearest(columns)}; choose with --format and --columns. Known formats are {known}.",
     )

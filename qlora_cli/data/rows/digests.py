@@ -1,6 +1,6 @@
-"""64-bit digests for comparing rows: of their tokens, their text and their group.
+"""64-bit digests by which rows are compared: of their tokens, their text and their group.
 
-They are the first 8 bytes of a BLAKE2b, signed, as a column of int64 holds them.
+Each is an 8-byte BLAKE2b digest as a signed integer, so that it fits a column of int64.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import unicodedata
 import numpy as np
 from numpy.typing import NDArray
 
-# ASCII letters become lower case, other ASCII but digits becomes a space; bytes of other characters stay.
+# ASCII letters become lower case, digits stay, other ASCII becomes a space; bytes of other characters stay.
 PLAIN_BYTES = bytes(ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(
     range(128, 256)
 )

@@ -1,6 +1,6 @@
-"""What a row is read into: a conversation, a text in two parts, or tokens; or what is wrong with it.
+"""The examples that rows are read into, a conversation, a prompt with its completion, or tokens, and `RowError`.
 
-The caller knows the file and the number of the row. Imports nothing heavy.
+The caller knows the file and the row number. Imports nothing heavy.
 """
 
 import json
@@ -22,33 +22,34 @@ PLAIN_KEYS = {"role", "content"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 IGNORE_INDEX = -100  # the label that the loss skips
 SPACES = re.compile(r"\s*")
-LONGEST_MESSAGE = 500  # characters; what a message shows of a row may be as long as the row
+MAX_MESSAGE_CHARACTERS = 500  # a message may quote a part of the row, which may be long
 
 
 class RowError(Exception):
-    """A row can't be used; the message says why, and names its key.
+    """A row that can't be used; the message names the key and the problem.
 
-    `hint`: what to do, if it is known. `is_empty`: there is nothing wrong but that there is no answer.
+    `hint`: what to do about it, if known. `is_empty`: the only problem is that the answer is empty.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, is_empty: bool = False) -> None:
-        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
+        is_long = len(message) > MAX_MESSAGE_CHARACTERS
+        super().__init__(f"{message[:MAX_MESSAGE_CHARACTERS]}…" if is_long else message)
         self.hint = hint
         self.is_empty = is_empty
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """The marker for a value that can't be read, with the reason, in a column that nobody uses."""
+    """Stands for a value that can't be read, in a column that is not used; `problem` says why."""
 
     problem: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages, and the places of those of the assistant that are trained.
+    """Messages, and the indices of the assistant's messages that are trained.
 
-    `template_kwargs`: what the row sets for the chat template besides, such as `enable_thinking`.
+    `template_kwargs`: other variables that the row passes to the chat template, such as `enable_thinking`.
     """
 
     messages: list[dict[str, Any]]
@@ -58,7 +59,7 @@ class Conversation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the template is given messages alone, none of which calls tools."""
+        """Whether the template gets nothing but messages, none of which calls tools."""
         return not (self.tools or self.template_kwargs or any("tool_calls" in message for message in self.messages))
 
 
@@ -72,7 +73,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """Tokens as they come, int32 `(seq,)`, and labels of the same length; -100 is not trained."""
+    """Token ids and labels of a pretokenized row, both int32 `(seq,)`; tokens with the label -100 are not trained."""
 
     input_ids: Ids
     labels: Ids
@@ -82,7 +83,7 @@ Example = Conversation | PromptCompletion | Tokenized
 
 
 def json_type_of(value: object) -> str:
-    """Return what JSON calls the type of `value`."""
+    """Return the JSON type of `value`, as messages name it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -92,36 +93,36 @@ def json_type_of(value: object) -> str:
 
 
 def is_blank(value: object) -> bool:
-    """Whether there is nothing in `value`, as in an empty list, or in a picture that was not given."""
+    """Return whether `value` is empty, or holds only empty values, as the object of a picture that is missing does."""
     if isinstance(value, Mapping):
         return all(map(is_blank, value.values()))
     return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "", b"")
 
 
 def read_json(text: str, where: str) -> Any:
-    """Return what JSON text says.
+    """Return the value of JSON text.
 
     Raises:
-        RowError: it is no JSON, nests too deeply, or has two values under one key.
+        RowError: it is not JSON, nests too deeply, or repeats a key with another value.
     """
     return _decoded(text, where, lambda decoder: decoder.decode(text))
 
 
 def read_json_values(text: str, where: str) -> list[Any]:
-    """Return what JSON text says, which may be several values one after another; at least one.
+    """Return the values of text that holds one or more JSON values, one after another.
 
     Raises:
-        RowError: it is no JSON, nests too deeply, or has two values under one key.
+        RowError: it is not JSON, nests too deeply, or repeats a key with another value.
     """
     return list(_decoded(text, where, partial(_values, text)))
 
 
 def _values(text: str, decoder: json.JSONDecoder) -> list[Any]:
-    values, place = list[Any](), len(text) - len(text.lstrip())
-    while place < len(text) or not values:
-        value, end = decoder.raw_decode(text, place)
+    values, start = list[Any](), len(text) - len(text.lstrip())
+    while start < len(text) or not values:
+        value, end = decoder.raw_decode(text, start)
         values.append(value)
-        place = next(SPACES.finditer(text, end)).end()
+        start = next(SPACES.finditer(text, end)).end()
     return values
 
 
@@ -130,7 +131,7 @@ def _decoded(text: str, where: str, decode: Callable[[json.JSONDecoder], Any]) -
     try:
         value = decode(json.JSONDecoder(object_pairs_hook=partial(build_object, repeated=repeated)))
     except ValueError as error:
-        raise RowError(f"{where} is text, but no JSON: {error}") from error
+        raise RowError(f"{where} is text, but not JSON: {error}") from error
     except RecursionError as error:
         raise RowError(f"{where}: {TOO_DEEP}") from error
     if text_nests_too_deeply(value, text.count("[") + text.count("{")):

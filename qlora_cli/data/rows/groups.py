@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora_cli.data.limits import join_names
-from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use, columns_of_parts
+from qlora_cli.data.rows.column_formats import RowLayout, columns_in_use, part_columns
 from qlora_cli.data.rows.digests import digest_name
 from qlora_cli.data.rows.examples import RowError, json_type_of
 from qlora_cli.errors import DataError
@@ -17,14 +17,14 @@ NO_GROUP = 0
 
 
 def columns_to_read(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return the `columns` of a file to read: those in use, and the group column."""
+    """Return which of a file's `columns` to read: those in use, and the group column."""
     used = columns_in_use(columns, settings, name)
     return used if settings.eval_group is None else {*used, settings.eval_group}
 
 
 def required_columns(columns: Collection[str], settings: DataSettings, name: str) -> Collection[str]:
-    """Return which of a file's `columns` rows are made of, so that each value of them must be one that can be read."""
-    parts = columns_of_parts(columns, settings, name)
+    """Return which of a file's `columns` must be readable in every row: those of the format, and the group column."""
+    parts = part_columns(columns, settings, name)
     return parts if settings.eval_group is None else {*parts, settings.eval_group}
 
 
@@ -39,7 +39,7 @@ def with_group_column(layout: RowLayout, columns: Collection[str], group: str | 
     if group not in columns:
         near = get_close_matches(group, columns, n=1)
         raise DataError(
-            f"{name} has no column {group!r} to hold its rows out by",
+            f"{name} has no column {group!r} to hold out rows by",
             hint=f"Did you mean {near[0]}?" if near else f"Its columns are {join_names(columns)}.",
             setting="data.eval_group",
         )
@@ -47,16 +47,16 @@ def with_group_column(layout: RowLayout, columns: Collection[str], group: str | 
 
 
 def digest_group(row: Mapping[str, Any], column: str | None) -> int:
-    """Return a digest of the group of a row; `NO_GROUP` if its value is missing or empty.
+    """Return a digest of a row's group; `NO_GROUP` if its value is missing or empty.
 
-    A number equals the same number as text, as in a CSV file, or with a decimal point, as in columns with nulls.
+    A number equals the same number as text (as in CSV files), and as a float (as in columns with nulls).
 
     Raises:
         RowError: the column does not hold a single value.
     """
     value = row.get(column) if column is not None else None
     if isinstance(value, Mapping | list | tuple):
-        raise RowError(f"{column!r} must be one value to hold rows out by, found {json_type_of(value)}")
+        raise RowError(f"{column!r} must be a single value to hold out rows by, found {json_type_of(value)}")
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return NO_GROUP
     if isinstance(value, float) and value.is_integer():

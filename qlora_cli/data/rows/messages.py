@@ -1,7 +1,7 @@
-"""Read the messages of a conversation, as many tools write them, into what chat templates take.
+"""Read the messages of a conversation, in the forms that many tools write, into the form that chat templates take.
 
-Nothing that a message says is passed over: it becomes a key that templates know, or says whether the message is
-trained, or the row is refused. A key that no list here knows stays for the template, and is noted down.
+Nothing in a message is dropped silently: it becomes a key that templates know, or decides whether the message is
+trained, or the row is refused. A key that none of the lists here contains is left to the template, and recorded.
 """
 
 import functools
@@ -32,12 +32,12 @@ ROLES = {
     "tool_response": "tool",
     "function": "tool",
 }
-CALLING_ROLES = {"function_call", "tool_call"}  # the text of such a message is its calls
-SPEAKING = {word: role for word, role in ROLES.items() if word not in CALLING_ROLES}
+CALLING_ROLES = {"function_call", "tool_call"}  # the content of such a message is its tool calls
+SPEAKING_ROLES = {word: role for word, role in ROLES.items() if word not in CALLING_ROLES}
 SHAREGPT_KEYS = {"from", "value"}
 ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = ("role", "from"), ("content", "value"), ("tool_calls", "function_call")
 REASONING = frozenset(REASONING_KEYS)
-# What needs no place in a text.
+# Keys that a chat template writes, or that carry nothing to write.
 KNOWN_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", TRAIN, *REASONING_KEYS} | {
     *("id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time"),
 }
@@ -46,92 +46,92 @@ NON_CALL_KEYS = KNOWN_PART_KEYS - {"id"}
 TEXT_PARTS, REASONING_PARTS = {"text", "input_text", "output_text"}, {"reasoning", "thinking"}
 CALL_PARTS = {"tool_use", "tool_call"}
 TEXT_KEYS = ("text", "value", "content")
-# What holds pictures and sounds, as messages and parts of them call it.
-MEDIA = re.compile(
+# Keys of messages and content parts that hold pictures and sounds.
+MEDIA_KEY = re.compile(
     r"(input_)?(image|video|audio)s?(_?\d+)?(_(url|path|file|data|byte)s?)?|pixel_values", re.IGNORECASE
 )
 FILE_KEY = re.compile("(attached_)?files?|attachments?|file_ids?", re.IGNORECASE)
 
 
 class MessageReader:
-    """Reads messages. `unknown_keys` are those that it has met since they were last taken out."""
+    """Reads messages, and collects the keys that it does not know in `unknown_keys` until the caller clears them."""
 
     def __init__(self) -> None:
         self.unknown_keys: set[str] = set()
 
     def read(self, value: object, key: str) -> list[dict[str, Any]]:
-        """Return the messages in the column `key`: role and content, and what else a template may ask for.
+        """Return the messages in the column `key`, each with role, content and whatever else a template may use.
 
-        `train` of a message says whether it is trained, if the row does.
+        A message has the key `train` only if the row says whether it is trained.
 
         Raises:
-            RowError: `value` is no list of messages, or a message has something that can be neither read nor trained.
+            RowError: `value` is not a list of messages, or a message holds something that can't be read or trained on.
         """
         if isinstance(value, str):
             value = read_json(value, repr(key))
         if not isinstance(value, list) or not value:
-            found = "an empty one" if value == [] else json_type_of(value)
-            raise RowError(f"{key!r} must be a list of at least one message, found {found}")
+            json_type = "an empty one" if value == [] else json_type_of(value)
+            raise RowError(f"{key!r} must be a list of at least one message, found {json_type}")
         messages: list[dict[str, Any]] = []
-        for place, message in enumerate(value):
-            plain = _plain(message) if isinstance(message, dict) else None
+        for index, raw in enumerate(value):
+            plain = _read_plain(raw) if isinstance(raw, dict) else None
             if plain is not None:
                 messages.append(plain)
                 continue
-            read = self._message(message, f"{key}[{place}]")
-            if messages and messages[-1]["role"] == "assistant" and _is_calling(message):
-                messages[-1] = _merge_turn(messages[-1], read, f"{key}[{place}]")
+            message = self._read_message(raw, f"{key}[{index}]")
+            if messages and messages[-1]["role"] == "assistant" and _has_calling_role(raw):
+                messages[-1] = _merge_turn(messages[-1], message, f"{key}[{index}]")
             else:
-                messages.append(read)
+                messages.append(message)
         return messages
 
-    def _message(self, message: object, where: str) -> dict[str, Any]:
-        if not isinstance(message, Mapping):
-            raise RowError(f"{where} must be an object with role and content, found {json_type_of(message)}")
-        # Reading into columns gives every message every key; a null is a key that was not there.
-        found = {name: part for name, part in message.items() if part is not None}
-        if (plain := _plain(found)) is not None:
+    def _read_message(self, raw: object, where: str) -> dict[str, Any]:
+        if not isinstance(raw, Mapping):
+            raise RowError(f"{where} must be an object with role and content, found {json_type_of(raw)}")
+        # Reading into columns gives every message every key; a null stands for a key that the message did not have.
+        fields = {key: value for key, value in raw.items() if value is not None}
+        if (plain := _read_plain(fields)) is not None:
             return plain
-        given, role = _pop_role(found, where)
-        train = pop_switch(found, where)
-        if media := find_media_key(found):
+        role_name, role = _pop_role(fields, where)
+        train = pop_switch(fields, where)
+        if media := find_media_key(fields):
             raise not_text_error(where, media)
-        read = self._read_body(found, where, is_calling=given in CALLING_ROLES)
-        _check_role(read, role, where)
-        if TRAIN in read and train not in (None, read[TRAIN]):
-            raise RowError(f"{where} and its parts do not agree on whether it is trained")
-        if (thought := _pop_reasoning(found, where)) is not None and "reasoning_content" in read:
-            raise RowError(f"{where} has thoughts in its parts, and others besides")
-        said = {**found, **read, **(thought or {}), **({} if train is None else {TRAIN: train})}
-        self.unknown_keys |= {key for key in said.keys() - KNOWN_MESSAGE_KEYS if not is_blank(said[key])}
-        self.unknown_keys |= unknown_keys(said.get("tool_calls", []))
-        return {"role": role, "content": said.pop("content"), **said}
+        body = self._pop_body(fields, where, is_calling=role_name in CALLING_ROLES)
+        _check_role(body, role, where)
+        if TRAIN in body and train not in (None, body[TRAIN]):
+            raise RowError(f"{where} and its parts disagree on whether it is trained")
+        if (reasoning := _pop_reasoning(fields, where)) is not None and "reasoning_content" in body:
+            raise RowError(f"{where} has reasoning both in its parts and outside of them")
+        message = {**fields, **body, **(reasoning or {}), **({} if train is None else {TRAIN: train})}
+        self.unknown_keys |= {key for key in message.keys() - KNOWN_MESSAGE_KEYS if not is_blank(message[key])}
+        self.unknown_keys |= unknown_keys(message.get("tool_calls", []))
+        return {"role": role, "content": message.pop("content"), **message}
 
-    def _read_body(self, found: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
-        """Take out of a message what it says, and return it by the keys that templates know."""
-        content_key, value = _pop_alias(found, CONTENT_KEYS, where)
-        read: dict[str, Any] = (
-            {"content": ""} if content_key is None else self._content(value, f"{where}.{content_key}")
+    def _pop_body(self, fields: dict[str, Any], where: str, *, is_calling: bool) -> dict[str, Any]:
+        """Remove content, calls and refusal from a message's fields, and return them under the keys of templates."""
+        content_key, value = _pop_alias(fields, CONTENT_KEYS, where)
+        body: dict[str, Any] = (
+            {"content": ""} if content_key is None else self._read_content(value, f"{where}.{content_key}")
         )
-        if is_calling and (text := read["content"].strip()):  # before its parts that are calls, which come last
+        if is_calling and (text := body["content"].strip()):  # before the parts that are calls, which come last
             calls = read_calls(text, f"{where}.{content_key}")
-            read = {**read, "content": "", "tool_calls": [*calls, *read.get("tool_calls", ())]}
+            body = {**body, "content": "", "tool_calls": [*calls, *body.get("tool_calls", ())]}
         for key in CALL_KEYS:
-            if key in found and (calls := read_calls(found.pop(key), f"{where}.{key}")):
-                if _functions(read.get("tool_calls") or calls) != _functions(calls):
-                    raise RowError(f"{where} has calls in {key!r}, and others besides")
-                read["tool_calls"] = calls
-        if is_calling and not read.get("tool_calls"):
-            raise RowError(f"{where} is to be a call by its role, and has none")
-        refusal = found.pop("refusal") if isinstance(found.get("refusal"), str) else ""
-        if refusal and read["content"] not in ("", refusal):
+            if key in fields and (calls := read_calls(fields.pop(key), f"{where}.{key}")):
+                if _functions(body.get("tool_calls") or calls) != _functions(calls):
+                    raise RowError(f"{where} has calls in {key!r} that differ from its other calls")
+                body["tool_calls"] = calls
+        if is_calling and not body.get("tool_calls"):
+            raise RowError(f"{where} is a call by its role, but holds none")
+        refusal = fields.pop("refusal") if isinstance(fields.get("refusal"), str) else ""
+        if refusal and body["content"] not in ("", refusal):
             raise RowError(f"{where} has both {content_key!r} and 'refusal', which differ")
-        if content_key is None and not refusal and "tool_calls" not in read:
+        if content_key is None and not refusal and "tool_calls" not in body:
             raise RowError(f"{where} has no content")
-        return {**read, "content": read["content"] or refusal}
+        return {**body, "content": body["content"] or refusal}
 
-    def _content(self, value: object, where: str) -> dict[str, Any]:
-        """Return a message's text; parts of text, as OpenAI writes them too, are joined, others go to their keys."""
+    def _read_content(self, value: object, where: str) -> dict[str, Any]:
+        """Return a message's content: its text parts joined, and the other parts under the keys of templates."""
         if isinstance(value, str):
             return {"content": value}
         if isinstance(value, Mapping) and "type" in value:
@@ -141,205 +141,211 @@ class MessageReader:
         parts = _Parts(where)
         for part in value:
             self.unknown_keys |= {f"content.{key}" for key in parts.add(part)}
-        return parts.merged()
+        return parts.merge()
 
 
 class _Parts:
-    """The parts of a message's content, as they are added one by one. Thoughts come first, then text, then calls."""
+    """Collects the parts of a message's content, which must come in the order reasoning, text, calls."""
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._thoughts: list[str] = []
+        self._reasoning: list[str] = []
         self._texts: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._switches: list[bool | None] = []
 
     def add(self, part: object) -> set[str]:
-        """Add a part, and return the keys of it that are not used.
+        """Add a part, and return those of its keys that are not used.
 
         Raises:
-            RowError: it is neither text, nor a thought, nor a call, or stands after what would come before it.
+            RowError: the part is neither text, nor reasoning, nor a call, or comes after a part that it must precede.
         """
         where = f"{self._where}[{len(self._switches)}]"
         if isinstance(part, str):
             part = {"text": part}
         if not isinstance(part, Mapping):
             raise not_text_error(where, json_type_of(part))
-        found = {name: value for name, value in part.items() if value is not None}
-        kind = str(found.pop("type", "text"))
-        self._switches.append(pop_switch(found, where))
-        if kind in CALL_PARTS:
-            self._add_call(found, where)
+        fields = {key: value for key, value in part.items() if value is not None}
+        part_type = str(fields.pop("type", "text"))
+        self._switches.append(pop_switch(fields, where))
+        if part_type in CALL_PARTS:
+            self._add_call(fields, where)
             return set()
-        if kind not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
-            raise not_text_error(where, kind)
-        if media := find_media_key(found):
+        if part_type not in TEXT_PARTS | REASONING_PARTS | {"refusal"}:
+            raise not_text_error(where, part_type)
+        if media := find_media_key(fields):
             raise not_text_error(where, media)
-        self._add_text(kind, found, where)
-        return {key for key in found.keys() - KNOWN_PART_KEYS if not is_blank(found[key])}
+        self._add_text(part_type, fields, where)
+        return {key for key in fields.keys() - KNOWN_PART_KEYS if not is_blank(fields[key])}
 
-    def _add_call(self, found: dict[str, Any], where: str) -> None:
+    def _add_call(self, fields: dict[str, Any], where: str) -> None:
         call = (
-            found["value"]
-            if "value" in found
-            else {key: part for key, part in found.items() if key not in NON_CALL_KEYS}
+            fields["value"]
+            if "value" in fields
+            else {key: value for key, value in fields.items() if key not in NON_CALL_KEYS}
         )
         calls = read_calls(call, where)
         if not calls:
             raise RowError(f"{where} must hold functions with a name")
         self._calls += calls
 
-    def _add_text(self, kind: str, found: dict[str, Any], where: str) -> None:
-        key, text = _pop_alias(found, TEXT_KEYS if kind in TEXT_PARTS else (kind, *TEXT_KEYS), where)
+    def _add_text(self, part_type: str, fields: dict[str, Any], where: str) -> None:
+        key, text = _pop_alias(fields, TEXT_KEYS if part_type in TEXT_PARTS else (part_type, *TEXT_KEYS), where)
         if isinstance(text, list):
             text = _join_parts(text, f"{where}.{key}")
         if not isinstance(text, str):
-            raise RowError(f"{where} is a part of kind {kind}, but has no text")
-        is_thought = kind in REASONING_PARTS
-        if self._calls or (is_thought and self._texts):
+            raise RowError(f"{where} is a part of type {part_type}, but has no text")
+        is_reasoning = part_type in REASONING_PARTS
+        if self._calls or (is_reasoning and self._texts):
             raise RowError(
-                f"{where} is {kind} after {'calls' if self._calls else 'text'}: thoughts come first, calls last",
+                f"{where} is {part_type} after {'calls' if self._calls else 'text'}: "
+                "reasoning comes first, calls last",
                 hint="Write it as a message of its own.",
             )
-        (self._thoughts if is_thought else self._texts).append(text)
+        (self._reasoning if is_reasoning else self._texts).append(text)
 
-    def merged(self) -> dict[str, Any]:
-        """Return what the parts say, by the keys of a message that templates know.
+    def merge(self) -> dict[str, Any]:
+        """Return the parts merged, under the keys of a message that templates know.
 
         Raises:
-            RowError: some are trained and some are not.
+            RowError: some parts are trained and others are not.
         """
-        said: dict[str, Any] = {"content": "".join(self._texts)}
-        if self._thoughts:
-            said["reasoning_content"] = "\n".join(self._thoughts)
+        body: dict[str, Any] = {"content": "".join(self._texts)}
+        if self._reasoning:
+            body["reasoning_content"] = "\n".join(self._reasoning)
         if self._calls:
-            said["tool_calls"] = self._calls
+            body["tool_calls"] = self._calls
         if False in self._switches and set(self._switches) != {False}:
             raise RowError(
                 f"{self._where} has parts that are trained and others that are not: an answer is trained as a whole",
                 hint="Write what is not trained as a message of its own.",
             )
         if switch := set(self._switches) - {None}:
-            (said[TRAIN],) = switch
-        return said
+            (body[TRAIN],) = switch
+        return body
 
 
 def _join_parts(parts: list[Any], where: str) -> str:
-    """Return the text of parts inside a part, as Mistral writes thoughts."""
-    inside = _Parts(where)
+    """Return the text of parts within a part, which is how Mistral writes reasoning."""
+    inner = _Parts(where)
     for part in parts:
-        inside.add(part)
-    return str(inside.merged()["content"])
+        inner.add(part)
+    return str(inner.merge()["content"])
 
 
-def not_text_error(where: str, kind: str) -> RowError:
-    """Return what is wrong with a row that holds pictures, sounds or anything else that is no text."""
-    way = "write it as a message from tool" if kind == "tool_result" else "write what it says as text"
+def not_text_error(where: str, content_type: str) -> RowError:
+    """Return the error for a message or part that holds a picture, a sound or anything else that is not text."""
+    remedy = "write it as a message from tool" if content_type == "tool_result" else "write what it says as text"
     return RowError(
-        f"{where} holds {kind}, and only text can be trained",
-        hint=f"Leave such rows out (--on-bad-row skip), or {way}.",
+        f"{where} holds {content_type}, but only text can be trained on",
+        hint=f"Leave such rows out (--on-bad-row skip), or {remedy}.",
     )
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a message that is a role and a text, as nearly all are; None if it is more."""
+def _read_plain(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a message that is only a role and a text, as nearly all are; None if it is anything else."""
     if message.keys() == PLAIN_KEYS:
-        word, text = message["role"], message["content"]
+        role_name, text = message["role"], message["content"]
     elif message.keys() == SHAREGPT_KEYS:
-        word, text = message["from"], message["value"]
+        role_name, text = message["from"], message["value"]
     else:
         return None
-    role = SPEAKING.get(word) if type(word) is str else None
+    role = SPEAKING_ROLES.get(role_name) if type(role_name) is str else None
     return {"role": role, "content": text} if role is not None and type(text) is str else None
 
 
-def _is_calling(message: Mapping[str, Any]) -> bool:
-    """Whether a message is calls alone, so that one after the assistant's, or after others, belongs to its turn."""
+def _has_calling_role(message: Mapping[str, Any]) -> bool:
+    """Return whether a message consists of calls, which belong to the turn of the assistant's message before it."""
     return any(str(message.get(key)).lower() in CALLING_ROLES for key in ROLE_KEYS)
 
 
 def _functions(calls: list[dict[str, Any]]) -> list[Any]:
-    """Return what is called, without ids, which calls have in one place and not in another."""
+    """Return the functions called, without the ids, which the same calls may have under one key and lack elsewhere."""
     return [call["function"] for call in calls]
 
 
 def _merge_turn(turn: dict[str, Any], calling: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return an answer with calls that follow it, and with all else that these say.
+    """Return an assistant message merged with the message of calls that follows it.
 
     Raises:
-        RowError: the two differ in what a turn has once, or the calls come with thoughts after text.
+        RowError: the two disagree on a value that a turn has once, or the calls bring reasoning after text.
     """
     if turn.get(TRAIN, True) != calling.get(TRAIN, True):
-        raise RowError(f"{where} and the message before it are one turn, and do not agree on whether it is trained")
+        raise RowError(f"{where} and the message before it are one turn, but disagree on whether it is trained")
     if not REASONING.isdisjoint(calling) and (
         turn["content"].strip() or not {*REASONING, "tool_calls"}.isdisjoint(turn)
     ):
         raise RowError(
-            f"{where} has thoughts after what the message before it says, and the two are one turn",
-            hint="Thoughts come first: write them into the message before it, or the calls as 'tool_calls' of a "
+            f"{where} has reasoning after the text of the message before it, and the two are one turn",
+            hint="Reasoning comes first: write it into the message before it, or the calls as 'tool_calls' of a "
             "message from assistant.",
         )
     for key in (turn.keys() & calling.keys()) - KNOWN_MESSAGE_KEYS:
         if turn[key] != calling[key]:
             raise RowError(
-                f"{where} and the message before it are one turn, and have {key!r} with values that differ",
-                hint="Take it out of one of them.",
+                f"{where} and the message before it are one turn, but have different values of {key!r}",
+                hint="Remove it from one of them.",
             )
     return {**calling, **turn, "tool_calls": [*turn.get("tool_calls", ()), *calling["tool_calls"]]}
 
 
-def _pop_reasoning(found: dict[str, Any], where: str) -> dict[str, str] | None:
-    """Take out of a message what was thought before it, and return it by its key; None if nothing was."""
-    key, thought = _pop_alias(found, REASONING_KEYS, where)
-    if key is None or thought == "":
+def _pop_reasoning(fields: dict[str, Any], where: str) -> dict[str, str] | None:
+    """Remove the reasoning from a message's fields, and return it under its key; None if there is none."""
+    key, reasoning = _pop_alias(fields, REASONING_KEYS, where)
+    if key is None or reasoning == "":
         return None
-    if not isinstance(thought, str):
-        raise RowError(f"{where}.{key} must be text, found {json_type_of(thought)}")
-    return {key: thought}
+    if not isinstance(reasoning, str):
+        raise RowError(f"{where}.{key} must be text, found {json_type_of(reasoning)}")
+    return {key: reasoning}
 
 
-def find_media_key(found: Mapping[str, Any]) -> str | None:
-    """Return the first of the keys in `found` that holds a picture, a sound or a file."""
-    for key, value in found.items():
-        if (is_media(key) or FILE_KEY.fullmatch(key)) and not isinstance(value, int | float) and not is_blank(value):
+def find_media_key(fields: Mapping[str, Any]) -> str | None:
+    """Return the first key of a message or part that holds a picture, a sound or a file."""
+    for key, value in fields.items():
+        is_named_so = is_media_name(key) or FILE_KEY.fullmatch(key)
+        if is_named_so and not isinstance(value, int | float) and not is_blank(value):
             return key
     return None
 
 
 @functools.lru_cache(maxsize=4096)
-def is_media(name: str) -> bool:
-    """Whether a column or key of this name may hold pictures or sounds."""
-    return MEDIA.fullmatch(name) is not None
+def is_media_name(name: str) -> bool:
+    """Return whether a column or key of this name may hold pictures or sounds."""
+    return MEDIA_KEY.fullmatch(name) is not None
 
 
-def _pop_role(found: dict[str, Any], where: str) -> tuple[str, str]:
-    """Take out of a message who says it, and return the word that is written and the role that is meant."""
-    there = {key: found.pop(key) for key in ROLE_KEYS if key in found}
-    if not there:
-        raise RowError(f"{where} has no role, but {join_names(list(map(repr, found))) or 'nothing'}")
-    words = [given.lower() if isinstance(given, str) else None for given in there.values()]
-    for key, word in zip(there, words, strict=True):
-        if word not in ROLES:
-            raise RowError(f"{where}.{key} is {there[key]!r}, not one of {', '.join(ROLES)}")
-    roles = {ROLES[str(word)] for word in words}
+def _pop_role(fields: dict[str, Any], where: str) -> tuple[str, str]:
+    """Remove the role from a message's fields, and return it as written, in lower case, and as templates know it."""
+    written = {key: fields.pop(key) for key in ROLE_KEYS if key in fields}
+    if not written:
+        raise RowError(f"{where} has no role, only {join_names(list(map(repr, fields))) or 'nothing'}")
+    names = [name.lower() if isinstance(name, str) else None for name in written.values()]
+    for key, name in zip(written, names, strict=True):
+        if name not in ROLES:
+            raise RowError(f"{where}.{key} is {written[key]!r}, not one of {', '.join(ROLES)}")
+    roles = {ROLES[str(name)] for name in names}
     if len(roles) > 1:
-        raise RowError(f"{where} has two roles: {' and '.join(map(repr, there.values()))}")
-    return next((str(word) for word in words if word in CALLING_ROLES), str(words[0])), roles.pop()
+        raise RowError(f"{where} has two roles: {' and '.join(map(repr, written.values()))}")
+    return next((str(name) for name in names if name in CALLING_ROLES), str(names[0])), roles.pop()
 
 
-def _pop_alias(found: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
-    """Take the value out of `found` that has one of the `keys`, and return both; all that are there must be alike."""
-    there = [(key, found.pop(key)) for key in dict.fromkeys(keys) if key in found]
-    if not there:
+def _pop_alias(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str | None, Any]:
+    """Remove all of `keys` from `fields`, and return the first that was present with its value, or two Nones.
+
+    Raises:
+        RowError: two of the keys have different values.
+    """
+    present = [(key, fields.pop(key)) for key in dict.fromkeys(keys) if key in fields]
+    if not present:
         return None, None
-    key, value = there[0]
-    for other_key, other in there[1:]:
+    key, value = present[0]
+    for other_key, other in present[1:]:
         if other != value:
             raise RowError(f"{where} has both {key!r} and {other_key!r}, which differ")
     return key, value
 
 
-def _check_role(said: Mapping[str, Any], role: str, where: str) -> None:
-    for key, what in (("tool_calls", "calls tools"), ("reasoning_content", "thinks")):
-        if key in said and role != "assistant":
-            raise RowError(f"{where} {what}, which only the assistant does; its role is {role}")
+def _check_role(body: Mapping[str, Any], role: str, where: str) -> None:
+    for key, content in (("tool_calls", "tool calls"), ("reasoning_content", "reasoning")):
+        if key in body and role != "assistant":
+            raise RowError(f"{where} has {content}, which only the assistant may have; its role is {role}")

@@ -1,6 +1,6 @@
-"""Read a row of a known layout into an example: a conversation, a text in two parts, or tokens.
+"""Read a row of a known layout into an example: a conversation, a prompt with its completion, or tokens.
 
-What a row lacks or has wrong is a `RowError`; the caller knows the file and the number of the row.
+A row that can't be read raises `RowError`; the caller knows the file and the row number.
 """
 
 import shlex
@@ -30,9 +30,9 @@ from qlora_cli.data.rows.train_switches import TRAIN
 from qlora_cli.settings.choices import DataFormat, LossOn
 from qlora_cli.units import counted
 
-MOST_IDS = 2**31
-ROWS_WITH_KEY, MOST_KEYS = 3, 1000  # that are remembered: rows of each key, and keys
-# The parameters of transformers' `apply_chat_template`, and the messages: what a row can't set for its template.
+MAX_TOKEN_ID = 2**31 - 1
+MAX_ROWS_PER_KEY, MAX_KEYS = 3, 1000  # of the rows that are kept as samples of an unknown key
+# Variables that a row can't set for its template: the parameters of transformers' `apply_chat_template`, and messages.
 RESERVED_VARIABLES = frozenset(
     [
         "messages",
@@ -69,12 +69,14 @@ ALPACA_WITHOUT_INPUT = (
 
 
 class RowReader:
-    """Reads the rows of one layout. `use_chat`: the tokenizer has a chat template, for rows that have no own text.
+    """Reads the rows of one layout.
+
+    `use_chat`: questions and instructions become conversations, for a tokenizer that has a chat template.
 
     Attributes:
-        unknown_keys: How many rows have messages with a key that is no part of a conversation, by the key.
-        rows_with_key: The first of them, by the key.
-        template_variables: How many rows set a variable of the chat template, by its name.
+        unknown_keys: The number of rows whose messages have a key that is not known, by key.
+        rows_with_key: The first of these rows, by key.
+        template_variables: The number of rows that set a variable of the chat template, by its name.
     """
 
     def __init__(self, layout: RowLayout, loss_on: LossOn, *, use_chat: bool) -> None:
@@ -104,13 +106,14 @@ class RowReader:
         self._messages.unknown_keys.clear()
         example = self._read(row)
         if isinstance(example, Conversation):
-            self._note_what_the_template_may_not_write(example)
+            self._record_template_inputs(example)
         return example
 
-    def _note_what_the_template_may_not_write(self, example: Conversation) -> None:
+    def _record_template_inputs(self, example: Conversation) -> None:
+        """Record the keys and variables of a row that the chat template may ignore."""
         for key in self._messages.unknown_keys:
             self.unknown_keys[key] += 1
-            if self.unknown_keys[key] <= ROWS_WITH_KEY and len(self.unknown_keys) <= MOST_KEYS:
+            if self.unknown_keys[key] <= MAX_ROWS_PER_KEY and len(self.unknown_keys) <= MAX_KEYS:
                 self.rows_with_key.setdefault(key, []).append(example)
         if example.template_kwargs:
             self.template_variables.update(example.template_kwargs.keys())
@@ -123,13 +126,13 @@ class RowReader:
     def _prompt_completion(self, row: Mapping[str, Any]) -> Example:
         prompt, completion = (self._value(row, part) for part in ("prompt", "completion"))
         if isinstance(prompt, list):
-            return self._prompted(row, prompt, completion)
+            return self._join_messages(row, prompt, completion)
         text, system = self._part(row, "prompt", may_be_empty=True), self._optional_text(row, "system")
         answer = self._part(row, "completion", is_answer=True)
         return self._completion(row, f"{system}\n\n{text}" if system else text, answer)
 
-    def _prompted(self, row: Mapping[str, Any], prompt: list[Any], completion: object) -> Conversation:
-        """Return a prompt of messages with its completion: messages, or a single one."""
+    def _join_messages(self, row: Mapping[str, Any], prompt: list[Any], completion: object) -> Conversation:
+        """Return a prompt of messages and its completion, one or several messages, as a conversation."""
         prompt_key, completion_key = self._layout.columns["prompt"], self._layout.columns["completion"]
         if isinstance(completion, Mapping):
             completion = [completion]
@@ -138,23 +141,23 @@ class RowReader:
                 f"{completion_key!r} must be a list of messages, as {prompt_key!r} is, "
                 f"found {json_type_of(completion)}"
             )
-        # Answers in the prompt are given, not trained.
-        given = [
+        # Answers in the prompt are context, not trained.
+        context = [
             {TRAIN: False, **message} if message["role"] == "assistant" else message
             for message in self._messages.read(prompt, prompt_key)
         ]
         return self._conversation(
-            row, [*self._with_system(row, given), *self._messages.read(completion, completion_key)]
+            row, [*self._with_system(row, context), *self._messages.read(completion, completion_key)]
         )
 
     def _alpaca(self, row: Mapping[str, Any]) -> Example:
         instruction, output = self._part(row, "instruction"), self._part(row, "output", is_answer=True)
-        given = self._optional_text(row, "input")
+        input_text = self._optional_text(row, "input")
         if self._use_chat:
-            return self._asked(row, f"{instruction}\n\n{given}" if given else instruction, output)
-        template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+            return self._single_turn(row, f"{instruction}\n\n{input_text}" if input_text else instruction, output)
+        template = ALPACA_WITH_INPUT if input_text else ALPACA_WITHOUT_INPUT
         system = self._optional_text(row, "system")
-        prompt = template.format(instruction=instruction, input=given)
+        prompt = template.format(instruction=instruction, input=input_text)
         return self._completion(row, f"{system}\n\n{prompt}" if system else prompt, output)
 
     def _question_answer(self, row: Mapping[str, Any]) -> Example:
@@ -162,7 +165,7 @@ class RowReader:
         if context := self._optional_text(row, "context"):
             question = f"{context}\n\n{question}"
         if self._use_chat:
-            return self._asked(row, question, answer)
+            return self._single_turn(row, question, answer)
         system = self._optional_text(row, "system")
         return self._completion(row, f"{system}\n\n{question}\n" if system else f"{question}\n", answer)
 
@@ -170,35 +173,39 @@ class RowReader:
         return PromptCompletion(prompt="", completion=self._part(row, "text"))
 
     def _tokens(self, row: Mapping[str, Any]) -> Example:
-        ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], least=0)
-        labels = self._for_each(ids, row, "labels", partial(_read_ids, least=IGNORE_INDEX))
-        if labels is not None and (other := (labels != ids) & (labels != IGNORE_INDEX)).any():
-            place, key = int(other.argmax()), self._layout.columns["labels"]
+        ids = _read_ids(self._value(row, "input_ids"), self._layout.columns["input_ids"], minimum=0)
+        labels = self._per_token(ids, row, "labels", partial(_read_ids, minimum=IGNORE_INDEX))
+        if labels is not None and (is_other := (labels != ids) & (labels != IGNORE_INDEX)).any():
+            index, key = int(is_other.argmax()), self._layout.columns["labels"]
             raise RowError(
-                f"{key}[{place}] is {labels[place]}: a label is the token itself ({ids[place]}) or {IGNORE_INDEX}"
+                f"{key}[{index}] is {labels[index]}: a label is the token itself ({ids[index]}) or {IGNORE_INDEX}"
             )
         labels = ids.copy() if labels is None else labels
-        trained, fed = (self._for_each(ids, row, mask, _read_mask) for mask in ("loss_mask", "attention_mask"))
-        if trained is not None:
-            labels[trained == 0] = IGNORE_INDEX
-        if fed is not None:  # what is masked is padding
-            ids, labels = ids[fed == 1], labels[fed == 1]
+        loss_mask, attention_mask = (
+            self._per_token(ids, row, mask, _read_mask) for mask in ("loss_mask", "attention_mask")
+        )
+        if loss_mask is not None:
+            labels[loss_mask == 0] = IGNORE_INDEX
+        if attention_mask is not None:  # 0 marks padding
+            ids, labels = ids[attention_mask == 1], labels[attention_mask == 1]
         if len(ids) == 0:
             raise RowError(f"{self._layout.columns['attention_mask']!r} leaves no token")
         return Tokenized(input_ids=ids, labels=labels)
 
-    def _for_each(self, ids: Ids, row: Mapping[str, Any], part: str, read: Callable[[object, str], Ids]) -> Ids | None:
-        """Return the values in an optional column, one for each token."""
+    def _per_token(
+        self, ids: Ids, row: Mapping[str, Any], part: str, read: Callable[[object, str], Ids]
+    ) -> Ids | None:
+        """Return the values of an optional column, one for each of `ids`."""
         key = self._layout.columns.get(part)
         if key is None or row.get(key) is None:
             return None
-        found = read(row[key], key)
-        if len(found) != len(ids):
-            raise RowError(f"{key!r} has {counted(len(found), 'value')}, the row has {counted(len(ids), 'token')}")
-        return found
+        values = read(row[key], key)
+        if len(values) != len(ids):
+            raise RowError(f"{key!r} has {counted(len(values), 'value')}, the row has {counted(len(ids), 'token')}")
+        return values
 
     def _with_system(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages after a system prompt that has a column of its own."""
+        """Return the messages, preceded by the system prompt if the row has one in a column of its own."""
         system = self._optional_text(row, "system")
         if not system.strip():
             return messages
@@ -208,37 +215,37 @@ class RowReader:
         if first["content"].strip() != system.strip():
             raise RowError(
                 f"there are two system prompts: the column {self._layout.columns['system']!r}, and message 0",
-                hint="Write both into one of them, or leave one out.",
+                hint="Merge them, or remove one.",
             )
         return messages
 
     def _completion(self, row: Mapping[str, Any], prompt: str, completion: str) -> PromptCompletion:
-        for part, found in (
+        for part, value in (
             ("tools", self._tools(row)),
             ("chat_template_kwargs", self._template_kwargs(row)),
             ("enable_thinking", self._thinking(row)),
             ("history", self._history(row)),
         ):
-            if found:
+            if value:
                 raise RowError(
-                    f"{self._layout.columns[part]!r} is for a chat template, and this row is plain text",
-                    hint=f"{self._way_to_a_template()}, or leave the column out.",
+                    f"{self._layout.columns[part]!r} is for a chat template, but this row is plain text",
+                    hint=f"{self._template_hint()}, or leave the column out.",
                 )
         return PromptCompletion(prompt=prompt, completion=completion)
 
-    def _way_to_a_template(self) -> str:
-        """Return how rows of plain text come to be rendered by a chat template."""
+    def _template_hint(self) -> str:
+        """Return how to have rows of plain text rendered by a chat template."""
         if not self._use_chat:
             return "Give a chat template, such as --chat-template chatml"
         named = f"question={self._layout.columns['prompt']},answer={self._layout.columns['completion']}"
         return f"Let the chat template render it: --format question_answer --columns {shlex.quote(named)}"
 
-    def _asked(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
-        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return self._conversation(row, self._with_system(row, [*self._history(row), *asked]))
+    def _single_turn(self, row: Mapping[str, Any], question: str, answer: str) -> Conversation:
+        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self._conversation(row, self._with_system(row, [*self._history(row), *turn]))
 
     def _history(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return earlier turns, as LLaMA-Factory and ms-swift write them: pairs of a question and its answer."""
+        """Return earlier turns: messages, or pairs of question and answer, as in LLaMA-Factory and ms-swift."""
         column = self._layout.columns.get("history")
         pairs = row.get(column) if column is not None else None
         if isinstance(pairs, str) and pairs.strip():
@@ -258,23 +265,23 @@ class RowReader:
         return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
     def _conversation(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> Conversation:
-        """Settle which answers are trained, and take out what said so, which no template knows."""
+        """Decide which answers are trained, and remove the switches, which templates don't know."""
         trained = []
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             switch = message.pop(TRAIN, None)
             if message["role"] == "assistant":
-                trained += [place] if switch is not False else []
+                trained += [index] if switch is not False else []
             elif switch and self._loss_on != LossOn.ALL:
                 raise RowError(
-                    f"message {place} is to be trained, but its role is {message['role']}: only answers are trained",
-                    hint="Take that out, or train every token of the rows with --loss-on all.",
+                    f"message {index} is to be trained, but its role is {message['role']}: only answers are trained",
+                    hint="Remove its switch, or train on every token of the rows with --loss-on all.",
                 )
         if self._loss_on == LossOn.LAST and trained:
             trained = trained[-1:]
-            messages = messages[: trained[0] + 1]  # what follows is neither trained nor seen
-        for place in trained:
-            if not messages[place]["content"].strip() and not messages[place].get("tool_calls"):
-                raise RowError(f"the answer in message {place} is empty", is_empty=True)
+            messages = messages[: trained[0] + 1]  # later messages are neither trained nor context
+        for index in trained:
+            if not messages[index]["content"].strip() and not messages[index].get("tool_calls"):
+                raise RowError(f"the answer in message {index} is empty", is_empty=True)
         return Conversation(
             messages=messages,
             trained=tuple(trained),
@@ -285,8 +292,8 @@ class RowReader:
     def _value(self, row: Mapping[str, Any], part: str) -> Any:
         column = self._layout.columns[part]
         if column not in row:
-            found = join_names(list(map(repr, row))) or "nothing"
-            raise RowError(f"there is no {column!r}, but {found}; the nearest known format is {nearest(row)}")
+            names = join_names(list(map(repr, row))) or "nothing"
+            raise RowError(f"there is no {column!r}, only {names}; the nearest known format is {nearest(row)}")
         return row[column]
 
     def _part(self, row: Mapping[str, Any], part: str, *, may_be_empty: bool = False, is_answer: bool = False) -> str:
@@ -309,23 +316,23 @@ class RowReader:
         return read_tools(row.get(column), f"{column!r}") if column is not None else None
 
     def _template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the row sets for the template; a null is a key that was not there, as from columns."""
+        """Return the variables that the row sets for the template; a null means that one is not set."""
         column = self._layout.columns.get("chat_template_kwargs")
-        given = row.get(column) if column is not None else None
-        if isinstance(given, str) and given.strip():
-            given = read_json(given, f"{column!r}")
-        if given and not isinstance(given, Mapping):
-            raise RowError(f"{column!r} must be an object, found {json_type_of(given)}")
-        found = {name: value for name, value in (given or {}).items() if value is not None}
-        for name, value in found.items():
+        kwargs = row.get(column) if column is not None else None
+        if isinstance(kwargs, str) and kwargs.strip():
+            kwargs = read_json(kwargs, f"{column!r}")
+        if kwargs and not isinstance(kwargs, Mapping):
+            raise RowError(f"{column!r} must be an object, found {json_type_of(kwargs)}")
+        variables = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        for name, value in variables.items():
             if name in RESERVED_VARIABLES:
-                raise RowError(f"{column}.{name} can't be set by a row", hint=f"Take it out of {column!r}.")
+                raise RowError(f"{column}.{name} can't be set by a row", hint=f"Remove it from {column!r}.")
             if not isinstance(value, str | bool | int | float):
                 raise RowError(f"{column}.{name} must be text, a number, true or false, found {json_type_of(value)}")
-        return found
+        return variables
 
     def _thinking(self, row: Mapping[str, Any]) -> dict[str, bool]:
-        """Return whether the model thinks, where a column says it, as verl's do."""
+        """Return the template variable `enable_thinking` if the row sets it in a column of its own, as verl's do."""
         column = self._layout.columns.get("enable_thinking")
         value = row.get(column) if column is not None else None
         if value is not None and not isinstance(value, bool):
@@ -333,20 +340,20 @@ class RowReader:
         return {} if value is None else {"enable_thinking": value}
 
 
-def _read_ids(value: object, key: str, *, least: int) -> Ids:
+def _read_ids(value: object, key: str, *, minimum: int) -> Ids:
     if not isinstance(value, list) or not value:
-        found = "an empty one" if value == [] else json_type_of(value)
-        raise RowError(f"{key!r} must be a list of token ids, found {found}")
-    for place, token in enumerate(value):
-        if type(token) is not int or not least <= token < MOST_IDS:
-            raise RowError(f"{key}[{place}] is {token!r}, no token id")
+        json_type = "an empty one" if value == [] else json_type_of(value)
+        raise RowError(f"{key!r} must be a list of token ids, found {json_type}")
+    for index, token in enumerate(value):
+        if type(token) is not int or not minimum <= token <= MAX_TOKEN_ID:
+            raise RowError(f"{key}[{index}] is {token!r}, not a token id")
     return np.array(value, dtype=np.int32)
 
 
 def _read_mask(value: object, key: str) -> Ids:
     if not isinstance(value, list):
         raise RowError(f"{key!r} must be a list of 0 and 1, found {json_type_of(value)}")
-    for place, part in enumerate(value):
-        if not isinstance(part, int | float) or part not in (0, 1):  # false and true are
-            raise RowError(f"{key}[{place}] is {part!r}: a mask holds 0 and 1, or false and true")
+    for index, element in enumerate(value):
+        if not isinstance(element, int | float) or element not in (0, 1):  # False and True equal 0 and 1
+            raise RowError(f"{key}[{index}] is {element!r}: a mask holds 0 and 1, or false and true")
     return np.array(value, dtype=np.int32)

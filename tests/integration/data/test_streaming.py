@@ -176,7 +176,7 @@ def test_a_group_that_is_no_single_value_ends_a_stream_or_is_skipped(tmp_path: P
     )
     held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "a ", "completion": "b", "user": 3}])
     groups: dict[str, Any] = {"eval_dataset": (str(held_out),), "eval_group": "user"}
-    with pytest.raises(DataError, match=r"row 1201 .*: 'user' must be one value"):
+    with pytest.raises(DataError, match=r"row 1201 .*: 'user' must be a single value"):
         take(stream(path, **groups), 1)
     found = stream(path, **groups, on_bad_row="skip")
     take(found, 1)

@@ -60,7 +60,7 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
     [
         (b'{"a": "caf\xe9"}', "not UTF-8 text (byte 11 of the line)"),
         (b'{"a": }', "broken JSON: Expecting value (column 7)"),
-        (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' is there twice, with values that differ"),
+        (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' is repeated with different values"),
         (b'{"a": 1} {', "broken JSON: Extra data (column 10)"),
         (b'{"a": 1,}', "broken JSON: "),
         (b"[1]", "expected a JSON object, found array"),
@@ -261,7 +261,7 @@ DEEP = "[" * 600 + "]" * 600
 HARMFUL = {
     "[NaN]": "broken JSON: NaN is no JSON value",
     '{"b": -Infinity}': "broken JSON: -Infinity is no JSON value",
-    '{"b": 1, "b": 2}': "the key 'b' is there twice, with values that differ",
+    '{"b": 1, "b": 2}': "the key 'b' is repeated with different values",
     '["\\ud83d"]': "not UTF-8 text (\\ud83d is half of a character)",
     DEEP: TOO_DEEP,
 }
@@ -307,4 +307,4 @@ def test_a_column_that_is_there_twice_does_no_harm_if_nobody_uses_it(tmp_path: P
     used, both = twice, twice.replace('"one"}', '"two"}')
     unused, bad = read_used(write(tmp_path / "a.jsonl", f"{used}\n{both}"))
     assert unused.value == {"text": "one", "score": 2}
-    assert bad.problem == "the key 'text' is there twice, with values that differ"
+    assert bad.problem == "the key 'text' is repeated with different values"

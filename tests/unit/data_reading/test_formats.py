@@ -189,22 +189,22 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": "hello"}, "'messages' is text, but no JSON"),
+        ({"messages": "hello"}, "'messages' is text, but not JSON"),
         ({"messages": {"role": "user"}}, "must be a list of at least one message, found an object"),
         ({"messages": []}, "found an empty one"),
         ({"messages": ["hello"]}, r"messages[0] must be an object with role and content, found text"),
-        ({"messages": [{"content": "x"}]}, "messages[0] has no role, but 'content'"),
+        ({"messages": [{"content": "x"}]}, "messages[0] has no role, only 'content'"),
         ({"messages": [{"role": "she", "content": "x"}]}, "messages[0].role is 'she', not one of system, developer"),
         ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text, found a number"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "holds image, and only text can be trained",
+            "holds image, but only text can be trained on",
         ),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the answer in message 1 is empty"),
         ({"messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train must be true or false, found 'no'"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"x": 1}]}]}, "must hold functions with a name"),
-        ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is text, but no JSON"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is text, but not JSON"),
         ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "'tools' must be a list of tools, found an object"),
         ({"prompt": "p", "completion": None}, "'completion' must be text, found null"),
         ({"prompt": "p", "completion": ["a"]}, "'completion' must be text, found a list"),
@@ -217,8 +217,8 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
         ({"input_ids": [1, 2], "attention_mask": ["1"]}, "attention_mask[0] is '1': a mask holds"),
         ({"input_ids": [1], "attention_mask": "1"}, "'attention_mask' must be a list of 0 and 1, found text"),
         ({"input_ids": []}, "must be a list of token ids, found an empty one"),
-        ({"input_ids": [1, "2"]}, "input_ids[1] is '2', no token id"),
-        ({"input_ids": [1, -2]}, "input_ids[1] is -2, no token id"),
+        ({"input_ids": [1, "2"]}, "input_ids[1] is '2', not a token id"),
+        ({"input_ids": [1, -2]}, "input_ids[1] is -2, not a token id"),
         ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 value, the row has 2 tokens"),
         ({"input_ids": [1, 2], "labels": [1, 3]}, "labels[1] is 3: a label is the token itself (2) or -100"),
     ],
@@ -230,7 +230,7 @@ def test_what_is_wrong_with_a_row_is_named_with_its_key(row: dict[str, Any], exp
 def test_a_row_of_another_format_is_told_which_is_nearest() -> None:
     found = problem({"question": "q", "answer": "a"}, "prompt", "completion")
     assert found == (
-        "there is no 'prompt', but 'question', 'answer'; the nearest known format is "
+        "there is no 'prompt', only 'question', 'answer'; the nearest known format is "
         "question_answer (question, answer)"
     )
 

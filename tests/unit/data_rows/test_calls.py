@@ -82,7 +82,7 @@ def test_thoughts_of_calls_are_those_of_the_turn_or_refused_behind_text() -> Non
     assert chat(USER, {**ANSWER, "content": ""}, thinking, result, ANSWER).messages[1]["reasoning_content"] == "hm"
     for before in ({**ANSWER}, {**ANSWER, "content": "", "thinking": "oh"}, CALLING):
         error = problem(USER, before, thinking, result, ANSWER)
-        assert "messages[2] has thoughts after what the message before it says" in str(error)
+        assert "messages[2] has reasoning after the text of the message before it" in str(error)
 
 
 @pytest.mark.parametrize(("before", "behind"), [({}, {"loss": True}), ({"train": True}, {}), ({}, {})])
@@ -90,7 +90,7 @@ def test_silence_agrees_with_being_trained(before: dict[str, Any], behind: dict[
     found = chat(USER, {**ANSWER, **before}, {**CALLING, **behind}, {"role": "tool", "content": "1"}, ANSWER)
     assert found.trained == (1, 3)
     for one, other in (({"loss": False}, {}), ({}, {"loss": False}), ({"train": True}, {"train": False})):
-        assert "do not agree" in str(problem(USER, {**ANSWER, **one}, {**CALLING, **other}, ANSWER))
+        assert "disagree" in str(problem(USER, {**ANSWER, **one}, {**CALLING, **other}, ANSWER))
 
 
 NAMES = ("arguments", "parameters", "args", "input")
@@ -136,6 +136,6 @@ def test_a_name_beside_the_function_is_that_of_the_function_or_refused() -> None
     ],
 )
 def test_json_with_two_values_under_one_key_is_refused(message: dict[str, Any]) -> None:
-    assert "is there twice, with values that differ" in str(problem(USER, message))
+    assert "is repeated with different values" in str(problem(USER, message))
     same = {"name": "f", "arguments": '{"x": 1, "x": 1}'}
     assert chat(USER, {**ANSWER, "tool_calls": [same]}).messages[1]["tool_calls"] == [AS_SERVED]

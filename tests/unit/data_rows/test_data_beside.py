@@ -87,7 +87,7 @@ def test_preferences_of_every_shape_are_refused_and_the_flags_of_the_hint_train_
 def test_no_flags_are_proposed_where_none_work(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
     error = refusal(tmp_path, tokenizer, [row])
     assert "preference" in str(error)
-    assert error.hint == "Write the answers to be given as rows of their own, or as messages."
+    assert error.hint == "Write the answers to train on as rows of their own, or as messages."
 
 
 def test_a_preference_further_on_is_refused_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -139,7 +139,7 @@ def test_two_columns_for_the_same_are_refused_until_one_is_named(
     (part,), (name,) = first, second
     rows = [{"messages": [ASK, ANSWER], **first, **second}]
     error = refusal(tmp_path, tokenizer, rows)
-    assert f"{part!r} and {name!r} are both {part}, of which one alone is read" in str(error)
+    assert f"{part!r} and {name!r} are both {part}, but only one is read" in str(error)
     data = prepare(tmp_path, tokenizer, rows, columns=str(error.hint).rpartition("--columns ")[2])
     assert trained(data, tokenizer) == f"42{END}"
     assert prepare(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], **first, name: None}]).report.rows == 1
@@ -165,7 +165,7 @@ def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_th
 ) -> None:
     rows = [{"messages": [*EARLIER, ASK, ANSWER], column: value}]
     error = refusal(tmp_path, tokenizer, rows)
-    assert f"{column!r} says what of the row is trained" in str(error)
+    assert f"{column!r} says what part of the row is trained" in str(error)
     flags = typed(str(error.hint).partition("false. ")[2])
     assert trained(prepare(tmp_path, tokenizer, rows, **flags), tokenizer) == f"2{END}42{END}"
 
@@ -228,7 +228,7 @@ def test_rows_with_pictures_or_sounds_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, column: str, value: object
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{**row, column: value}])
-    assert f"{column!r} holds what is no text, and only text can be trained" in str(error)
+    assert f"{column!r} holds something other than text, but only text can be trained on" in str(error)
     rows = [row, {**row, column: value}]
     assert prepare(tmp_path, tokenizer, rows, on_bad_row="skip").report.bad_rows == 1
 
@@ -265,7 +265,7 @@ def test_each_placeholder_next_to_a_column_of_media_is_refused(
 ) -> None:
     asked = [{**ASK, "content": f"{placeholder}\nWhat is it?"}, ANSWER]
     error = refusal(tmp_path, tokenizer, [{"messages": asked, column: "a.png"}])
-    assert f"which stands for something in {column}: only text can be trained" in str(error)
+    assert f"which stands for something in {column}, but only text can be trained on" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_placeholder_that_is_nothing_else_is_refused_without_a_column(
 ) -> None:
     asked = [{**ASK, "content": f"{placeholder}\nWhat is it?"}, ANSWER]
     error = refusal(tmp_path, tokenizer, [{"messages": asked}], **by_hand)
-    assert "which stands for a picture, a sound or a video: only text can be trained" in str(error)
+    assert "which stands for a picture, a sound or a video, but only text can be trained on" in str(error)
 
 
 @pytest.mark.parametrize("text", ['<img src="x"></img>', "<img>", "<image>", "a <|pad|> of text", "<img></img>"])
@@ -289,7 +289,7 @@ def test_what_may_stand_for_itself_is_text(tmp_path: Path, tokenizer: PreTrained
 @pytest.mark.parametrize("key", ["attachments", "files", "file", "file_ids"])
 def test_a_message_with_a_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     error = refusal(tmp_path, tokenizer, [{"messages": [{**ASK, key: [{"file_id": "x"}]}, ANSWER]}])
-    assert f"messages[0] holds {key}, and only text can be trained" in str(error)
+    assert f"messages[0] holds {key}, but only text can be trained on" in str(error)
     assert prepare(tmp_path, tokenizer, [{"messages": [{**ASK, key: []}, ANSWER]}]).report.rows_trained == 1
 
 
@@ -374,7 +374,7 @@ def test_pictures_as_bytes_are_refused_as_pictures(
     picture = NOT_TEXT if name is None else pyarrow.StructArray.from_arrays([NOT_TEXT], [name])
     table = pyarrow.table({"question": ["6 times 7?"], "answer": ["42"], column: picture})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=f"'{column}' holds what is no text"):
+    with pytest.raises(DataError, match=f"'{column}' holds something other than text"):
         prepare_file(tmp_path / "rows.parquet", tokenizer)
 
 

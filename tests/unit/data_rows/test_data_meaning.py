@@ -77,7 +77,7 @@ def test_rows_with_and_without_settings_of_the_template_are_rendered_each_by_its
         ({"add_generation_prompt": True}, "chat_template_kwargs.add_generation_prompt can't be set by a row"),
         ({"style": ["x"]}, "chat_template_kwargs.style must be text, a number, true or false, found a list"),
         ([True], "'chat_template_kwargs' must be an object, found a list"),
-        ("{", "'chat_template_kwargs' is text, but no JSON"),
+        ("{", "'chat_template_kwargs' is text, but not JSON"),
     ],
 )
 def test_settings_of_the_template_that_a_row_can_not_make_are_refused(
@@ -105,7 +105,7 @@ def test_what_is_for_a_template_is_refused_beside_plain_text_with_flags_that_let
 ) -> None:
     rows = [{"prompt": "6 times 7?", "response": "42", **beside}]
     error = refusal(tmp_path, tokenizer, rows)
-    assert f"{next(iter(beside))!r} is for a chat template, and this row is plain text" in str(error)
+    assert f"{next(iter(beside))!r} is for a chat template, but this row is plain text" in str(error)
     assert "--format question_answer --columns question=prompt,answer=response," in str(error.hint)
     data = prepare(tmp_path, tokenizer, rows, format="question_answer", columns="question=prompt,answer=response")
     assert expected in whole(data, tokenizer)
@@ -142,7 +142,7 @@ def test_earlier_turns_in_a_column_of_their_own_come_first_and_are_trained_as_ot
 @pytest.mark.parametrize(
     ("history", "expected"),
     [
-        ("earlier", "'history' is text, but no JSON"),
+        ("earlier", "'history' is text, but not JSON"),
         ({"a": "b"}, "'history' must be a list of earlier turns, found an object"),
         ([["q"]], "'history' must hold pairs of two texts"),
         ([["q", "a", "b"]], "'history' must hold pairs of two texts"),

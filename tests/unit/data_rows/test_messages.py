@@ -28,23 +28,23 @@ def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_u
         ({"weight": 0.5}, "messages[1].weight is 0.5: a message is trained or not"),
         ({"loss_scale": 2}, "messages[1].loss_scale is 2: a message is trained or not"),
         ({"loss": "yes"}, "messages[1].loss must be true or false, found 'yes'"),
-        ({"train": True, "weight": 0}, "messages[1]: train, weight do not agree on whether it is trained"),
-        ({"train": True, "masked": True}, "messages[1]: train, masked do not agree on whether it is trained"),
+        ({"train": True, "weight": 0}, "messages[1]: train, weight disagree on whether it is trained"),
+        ({"train": True, "masked": True}, "messages[1]: train, masked disagree on whether it is trained"),
         (
             {"train_detail": [{"begin_offset": 0, "end_offset": 8, "train": False}]},
-            "messages[1].train_detail looks like a switch of training, and is none that is known",
+            "messages[1].train_detail looks like a training switch, but is not a known one",
         ),
         (
             {"is_trainable": False},
-            "messages[1].is_trainable looks like a switch of training, and is none that is known",
+            "messages[1].is_trainable looks like a training switch, but is not a known one",
         ),
-        ({"lossMask": 0}, "messages[1].lossMask looks like a switch of training, and is none that is known"),
+        ({"lossMask": 0}, "messages[1].lossMask looks like a training switch, but is not a known one"),
         (
             {"ignore_loss": "true"},
-            "messages[1].ignore_loss looks like a switch of training, and is none that is known",
+            "messages[1].ignore_loss looks like a training switch, but is not a known one",
         ),
         ({"loss": "0.5"}, "messages[1].loss must be true or false, found '0.5'"),
-        ({"supervised": False}, "messages[1].supervised looks like a switch of training, and is none that is known"),
+        ({"supervised": False}, "messages[1].supervised looks like a training switch, but is not a known one"),
     ],
 )
 def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], expected: str) -> None:
@@ -104,7 +104,7 @@ def test_an_answer_that_is_trained_in_part_is_refused(other: dict[str, Any]) -> 
 
 def test_a_message_that_its_parts_contradict_is_refused() -> None:
     error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}], "weight": 1})
-    assert "messages[1] and its parts do not agree" in str(error)
+    assert "messages[1] and its parts disagree" in str(error)
 
 
 def test_parts_of_text_are_read_under_each_name_of_it() -> None:
@@ -136,7 +136,7 @@ def test_parts_of_text_are_read_under_each_name_of_it() -> None:
 )
 def test_a_part_that_is_no_text_is_refused_by_its_name(part: object, kind: str) -> None:
     error = problem({"role": "user", "content": [TEXT, part]}, ANSWER)
-    assert f"messages[0].content[1] holds {kind}, and only text can be trained" in str(error)
+    assert f"messages[0].content[1] holds {kind}, but only text can be trained on" in str(error)
     assert "--on-bad-row skip" in str(error.hint)
 
 
@@ -164,13 +164,13 @@ def test_thoughts_that_have_no_place_are_refused() -> None:
     behind = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
     assert "messages[1].content[1] is thinking after text" in str(behind)
     twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
-    assert "messages[1] has thoughts in its parts, and others besides" in str(twice)
+    assert "messages[1] has reasoning both in its parts and outside of them" in str(twice)
     differing = problem(USER, {**ANSWER, "reasoning": "hm", "reasoning_content": "oh"})
     assert "messages[1] has both 'reasoning_content' and 'reasoning', which differ" in str(differing)
     no_text = problem(USER, {**ANSWER, "thinking": ["hm"]})
     assert "messages[1].thinking must be text, found a list" in str(no_text)
     asked = problem({"role": "user", "content": [thought, TEXT]}, ANSWER)
-    assert "messages[0] thinks, which only the assistant does" in str(asked)
+    assert "messages[0] has reasoning, which only the assistant may have" in str(asked)
 
 
 def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
@@ -190,7 +190,7 @@ def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> No
     found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
     assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
     assert "is text after calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
-    assert "messages[0] calls tools, which only the assistant does" in str(
+    assert "messages[0] has tool calls, which only the assistant may have" in str(
         problem({"role": "user", "content": [TEXT, part]}, ANSWER)
     )
 
@@ -225,7 +225,7 @@ def test_a_function_call_of_old_is_a_tool_call_and_the_text_beside_it_stays(name
 
 def test_calls_that_contradict_each_other_are_refused() -> None:
     twice = {**ANSWER, "tool_calls": [AS_SERVED], "function_call": {"name": "g", "arguments": {}}}
-    assert "messages[1] has calls in 'function_call', and others besides" in str(problem(USER, twice))
+    assert "messages[1] has calls in 'function_call' that differ from its other calls" in str(problem(USER, twice))
     assert chat(USER, {**ANSWER, "tool_calls": [AS_SERVED], "function_call": CALL}).messages[1] == {
         **ANSWER,
         "tool_calls": [AS_SERVED],
@@ -257,17 +257,17 @@ def test_calls_right_behind_a_message_of_the_assistant_are_of_its_turn(first: di
     assert found.messages[1] == {"role": "assistant", "content": text, "tool_calls": calls}
     assert [message["role"] for message in found.messages] == ["user", "assistant", "tool", "tool", *["assistant"] * 2]
     assert found.trained == (1, 4, 5)
-    assert "are one turn, and do not agree" in str(problem(USER, {**first, "loss": False}, call, result))
+    assert "are one turn, but disagree" in str(problem(USER, {**first, "loss": False}, call, result))
 
 
 def test_a_value_that_is_no_call_is_refused() -> None:
     for value, expected in (
-        ("call f", "conversations[1].value is text, but no JSON"),
-        ('{"name": "f"} and more', "conversations[1].value is text, but no JSON"),
+        ("call f", "conversations[1].value is text, but not JSON"),
+        ('{"name": "f"} and more', "conversations[1].value is text, but not JSON"),
         ('["f"]', "conversations[1].value must hold functions with a name"),
         ('{"name": "", "arguments": {"x": 1}}', "conversations[1].value must hold functions with a name"),
-        ("", "conversations[1] is to be a call by its role, and has none"),
-        ("[]", "conversations[1] is to be a call by its role, and has none"),
+        ("", "conversations[1] is a call by its role, but holds none"),
+        ("[]", "conversations[1] is a call by its role, but holds none"),
     ):
         turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
         with pytest.raises(RowError) as caught:
@@ -302,7 +302,7 @@ def test_no_tools_are_none(tools: object) -> None:
 
 @pytest.mark.parametrize("tool", [{"type": "web_search"}, {"parameters": {"type": "object"}}, 3, '"f"'])
 def test_a_tool_without_a_name_is_refused(tool: object) -> None:
-    assert "'tools' 0 must be a function with a name" in str(problem(USER, ANSWER, tools=[tool]))
+    assert "'tools'[0] must be a function with a name" in str(problem(USER, ANSWER, tools=[tool]))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_tool_without_a_name_is_refused(tool: object) -> None:
         ({"role": "user", "content": [{"text": "x", "value": "y"}]}, "has both 'text' and 'value', which differ"),
         (
             {"role": "user", "content": [{"type": "text"}]},
-            "messages[0].content[0] is a part of kind text, but has no text",
+            "messages[0].content[0] is a part of type text, but has no text",
         ),
         (
             {"role": "assistant", "content": "yes", "refusal": "no"},
@@ -321,7 +321,7 @@ def test_a_tool_without_a_name_is_refused(tool: object) -> None:
         ),
         (
             {"role": "user", "content": "x", "tool_calls": [AS_SERVED]},
-            "messages[0] calls tools, which only the assistant",
+            "messages[0] has tool calls, which only the assistant",
         ),
     ],
 )
