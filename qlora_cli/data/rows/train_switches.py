@@ -75,7 +75,7 @@ def _to_bool(value: object, where: str) -> bool:
         return switch
     if isinstance(value, int | float):
         raise RowError(
-            f"{where} is {value}: a message is either trained or not, weights between are not supported",
+            f"{where} is {value}: a message is either trained or not, other weights are not supported",
             hint="Write 0 or 1 instead.",
         )
     raise RowError(f"{where} must be true or false, found {value!r}")

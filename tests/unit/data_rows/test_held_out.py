@@ -200,7 +200,7 @@ def test_a_group_that_is_no_single_value_is_a_bad_row(tmp_path: Path) -> None:
     rows = [*of_users({"a": 3, "b": 3}), {"prompt": "p", "completion": "c", "user": ["a", "b"]}]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     error = refused(path, eval_split="2", eval_group="user")
-    assert "row 7 (line 7): 'user' must be a single value to hold rows out by, found a list" in str(error)
+    assert "row 7 (line 7): 'user' must be a single value to hold out rows by, found a list" in str(error)
     assert prepare(path, eval_split="2", eval_group="user", on_bad_row="skip").train.report.bad_rows == 1
     assert prepare(path, eval_split="2").train.report.bad_rows == 0
 

@@ -25,8 +25,8 @@ def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_u
 @pytest.mark.parametrize(
     ("switches", "expected"),
     [
-        ({"weight": 0.5}, "messages[1].weight is 0.5: a message is trained or not"),
-        ({"loss_scale": 2}, "messages[1].loss_scale is 2: a message is trained or not"),
+        ({"weight": 0.5}, "messages[1].weight is 0.5: a message is either trained or not"),
+        ({"loss_scale": 2}, "messages[1].loss_scale is 2: a message is either trained or not"),
         ({"loss": "yes"}, "messages[1].loss must be true or false, found 'yes'"),
         ({"train": True, "weight": 0}, "messages[1]: train, weight disagree on whether it is trained"),
         ({"train": True, "masked": True}, "messages[1]: train, masked disagree on whether it is trained"),
@@ -141,7 +141,7 @@ def test_a_part_that_is_no_text_is_refused_by_its_name(part: object, kind: str) 
 
 
 def test_pictures_beside_the_text_of_a_message_are_refused() -> None:
-    assert "messages[0] holds images, and only text" in str(problem({**USER, "images": ["x.png"]}, ANSWER))
+    assert "messages[0] holds images, but only text" in str(problem({**USER, "images": ["x.png"]}, ANSWER))
     assert chat({**USER, "images": [], "audio": {"path": None}}, ANSWER).trained == (1,)
 
 
