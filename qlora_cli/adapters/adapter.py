@@ -24,7 +24,7 @@ from qlora_cli.adapters.state import put_values, remember_origin
 from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.methods import why_no_dora
+from qlora_cli.quantization.methods import dora_problem
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
@@ -87,7 +87,7 @@ def attach_adapter(
 
 def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:
     for name in layers:
-        if reason := why_no_dora(model.get_submodule(name)):
+        if reason := dora_problem(model.get_submodule(name)):
             hint = f"Use {quant_flag([DEFAULT_METHOD])}, or leave it out."
             raise ModelError(f"can't be used on {reason}", hint=hint, setting="lora.use_dora")
 

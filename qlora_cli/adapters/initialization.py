@@ -20,8 +20,8 @@ from qlora_cli.adapters.targets import ADAPTER, BASE, rank_of
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_pissa_initialization
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.methods import is_quantized_layer
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
@@ -64,7 +64,7 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
         ModelError: they can't.
     """
     init = settings.init_lora_weights
-    if init == LoraInit.LOFTQ and _losses_of(model) is None:
+    if init == LoraInit.LOFTQ and _residuals_of(model) is None:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
             "loftq needs the weights as they were before quantization, which were not kept",
@@ -129,19 +129,19 @@ def begin(model: PeftModel, init: LoraInit) -> None:
         for _, layer in _lora_layers(model):
             _orthogonal(layer)
     elif init == LoraInit.LOFTQ:
-        losses = _losses_of(model.get_base_model())
-        assert losses is not None, "checked before the adapter was attached"
+        residuals = _residuals_of(model.get_base_model())
+        assert residuals is not None, "checked before the adapter was attached"
         for name, layer in _lora_layers(model):
-            part = losses.parts.pop(f"{name}.weight", None)
+            part = residuals.factors.pop(f"{name}.weight", None)
             if part is not None:  # else the layer is not stored in 4 bit
                 root = layer.scaling[ADAPTER] ** 0.5
                 _begin_with(layer, part.left / root, part.right / root)
 
 
-def _losses_of(model: PreTrainedModel) -> Losses | None:
+def _residuals_of(model: PreTrainedModel) -> QuantizationResiduals | None:
     quantizer = getattr(model, "hf_quantizer", None)
-    losses = getattr(getattr(quantizer, "quantization_config", None), "losses", None)
-    return losses if isinstance(losses, Losses) and losses.parts else None
+    residuals = getattr(getattr(quantizer, "quantization_config", None), "residuals", None)
+    return residuals if isinstance(residuals, QuantizationResiduals) and residuals.factors else None
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
@@ -19,8 +19,10 @@ from qlora_cli.settings.models import LoraSettings
 SETTING = "lora.init_lora_weights"
 
 
-def plan_losses(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings) -> Losses | None:
-    """Return which losses to take down for the adapter of `settings` while a model is read; None if it needs none.
+def plan_residuals(
+    shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings
+) -> QuantizationResiduals | None:
+    """Return which residuals to take down for the adapter of `settings` while a model is read; None if it needs none.
 
     `shapes` is the model on the meta device, stored as `layout` says.
 
@@ -44,4 +46,4 @@ def plan_losses(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSett
             hint=f"Use {measurable}, or another lora.init_lora_weights.",
             setting=SETTING,
         )
-    return Losses(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})
+    return QuantizationResiduals(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})

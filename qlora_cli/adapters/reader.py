@@ -46,7 +46,7 @@ from qlora_cli.model_files.checkpoint import read_header
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import NAMES, check_pickle
-from qlora_cli.quantization.embedding import end_modules, ends_of
+from qlora_cli.quantization.embedding import vocabulary_modules, vocabulary_weights
 
 EDITED = "Was adapter_config.json edited? Copy the original again."
 SAME_BASE = "Was it trained on this base? adapter_config.json names the base it belongs to."
@@ -225,8 +225,8 @@ def rows_of(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) ->
 
     Other tools give a vocabulary more rows than their tokenizer has ids, up to a multiple of 32 or 64.
     """
-    names, ends = Names(model, base), ends_of(model)
-    modules = end_modules(model).keys()
+    names, ends = Names(model, base), vocabulary_weights(model)
+    modules = vocabulary_modules(model).keys()
     rows = [0]
     for key, tensor in stored.tensors.items():
         found = names.read(key)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.adapters.targets import ADAPTER, BASE, named
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.embedding import embedding_of, end_modules, is_tied
+from qlora_cli.quantization.embedding import embedding_of, is_tied, vocabulary_modules
 from qlora_cli.quantization.methods import is_quantized_layer, restores_weight
 
 SETTING = "lora.modules_to_save"
@@ -41,7 +41,7 @@ def find_whole_modules(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if rows and is_tied(model):  # the rows are those of both
-        rows = _leaves(end_modules(model))
+        rows = _leaves(vocabulary_modules(model))
     found: dict[str, None] = {}
     ends: dict[str, None] = {}
     for end in asked:
@@ -120,7 +120,7 @@ def _check_on_host(model: PreTrainedModel, found: list[nn.Module]) -> None:
 
 def _tied_together(model: PreTrainedModel, names: tuple[str, ...], ends: tuple[str, ...]) -> WholeModules:
     """Return the modules, with head and embedding as one where they are one in the base."""
-    pair = end_modules(model).keys()
+    pair = vocabulary_modules(model).keys()
     if not pair & set(names) or not is_tied(model):
         return WholeModules(names=names, ends=ends, is_tied=False)
     if unknown := sorted(name for name in pair if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES):
@@ -130,7 +130,7 @@ def _tied_together(model: PreTrainedModel, names: tuple[str, ...], ends: tuple[s
             hint="Leave it out.",
             setting=SETTING,
         )
-    embedding = next(name for name, module in end_modules(model).items() if module is embedding_of(model))
+    embedding = next(name for name, module in vocabulary_modules(model).items() if module is embedding_of(model))
     others = [name for name in names if name not in pair]
     return WholeModules(
         names=(*sorted(pair), *others),

@@ -151,7 +151,7 @@ def _check_fit(
     free: int,
     num_rows: int,
 ) -> None:
-    on_both = free + (free_bytes(torch.device("cpu")) if layout.method.spills_to_host(layout.settings) else 0)
+    on_both = free + (free_bytes(torch.device("cpu")) if layout.method.offloads_to_cpu(layout.settings) else 0)
     check_fit(
         settings.model.name,
         shapes,

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_cli.adapters.adapter import load_adapter
-from qlora_cli.adapters.loftq import plan_losses
+from qlora_cli.adapters.loftq import plan_residuals
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
@@ -21,9 +21,9 @@ from qlora_cli.hardware.device import TORCH_DTYPES, ComputeDtype
 from qlora_cli.hub.repository import check_download
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.weight_reader import (
+    apply_compute_settings,
     check_materialized,
     check_shapes,
-    compute_as_asked,
     load_weights,
     quantization_config,
 )
@@ -32,12 +32,18 @@ from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
 from qlora_cli.model_files.unexpected_weights import note_on_prediction
-from qlora_cli.quantization.embedding import bring_home, embedding_of, grow, keep_on_host, offloading_map
+from qlora_cli.quantization.embedding import (
+    embedding_of,
+    extend_vocabulary,
+    keep_on_host,
+    offload_device_map,
+    undo_dispatch,
+)
 from qlora_cli.quantization.entries import Inventory
 from qlora_cli.quantization.inventory import take_inventory
 from qlora_cli.quantization.load_report import LoadReport, WeightError
-from qlora_cli.quantization.lost_weights import Losses
 from qlora_cli.quantization.memory_check import fits_unquantized
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
@@ -167,12 +173,12 @@ def load_planned(
     start = time.monotonic() if started is None else started
     if measure_error:
         _check_measurable(load_plan.layout)
-    losses = None if lora is None else plan_losses(load_plan.shapes, load_plan.layout, lora)
+    residuals = None if lora is None else plan_residuals(load_plan.shapes, load_plan.layout, lora)
     settings, device = load_plan.settings, load_plan.device
     checkpoint = _read_headers(load_plan, reporter)
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({load_plan.layout.describe()})"))
     reset_device_peak(device)
-    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, losses=losses)
+    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, residuals=residuals)
     grown = _grow_vocabulary(model, load_plan)
     _agree_on_the_end(model, load_plan.tokenizer.tokenizer)
     ahead = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
@@ -206,7 +212,12 @@ def load_planned(
 
 
 def _load(
-    load_plan: LoadPlan, checkpoint: Checkpoint, reporter: Reporter, *, measure_error: bool, losses: Losses | None
+    load_plan: LoadPlan,
+    checkpoint: Checkpoint,
+    reporter: Reporter,
+    *,
+    measure_error: bool,
+    residuals: QuantizationResiduals | None,
 ) -> PreTrainedModel:
     settings, device = load_plan.settings, load_plan.device
     compute = settings.quantization.compute_dtype
@@ -217,15 +228,17 @@ def _load(
         load_plan.base,
         load_plan.layout,
         device_map=_device_map(load_plan),
-        quantization=quantization_config(load_plan.layout, compute_dtype, measure_error=measure_error, losses=losses),
+        quantization=quantization_config(
+            load_plan.layout, compute_dtype, measure_error=measure_error, residuals=residuals
+        ),
         attention=load_plan.attention,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
     )
     if load_plan.layout.prequantized is not None:
-        compute_as_asked(model, load_plan.layout, compute_dtype)
+        apply_compute_settings(model, load_plan.layout, compute_dtype)
     if settings.model.offload_embedding:
-        bring_home(model)
+        undo_dispatch(model)
         if load_plan.layout.settings.method.is_quantized:
             # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
             setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
@@ -264,10 +277,10 @@ def _read_here(load_plan: LoadPlan) -> Checkpoint:
 
 
 def _device_map(load_plan: LoadPlan) -> dict[str, Any] | str:
-    if load_plan.layout.method.spills_to_host(load_plan.layout.settings):
+    if load_plan.layout.method.offloads_to_cpu(load_plan.layout.settings):
         return "auto"
     if load_plan.settings.model.offload_embedding:
-        return offloading_map(load_plan.shapes, load_plan.device)
+        return offload_device_map(load_plan.shapes, load_plan.device)
     return {"": load_plan.device}
 
 
@@ -286,7 +299,7 @@ def _grow_vocabulary(model: PreTrainedModel, load_plan: LoadPlan) -> list[str]:
     if before is None:
         return []
     needed = load_plan.num_rows
-    grow(model, needed)
+    extend_vocabulary(model, needed)
     said = f"the embedding was grown from {before:,} to {needed:,} rows"
     return [said if load_plan.adapter is None else f"{said}; without the adapter, no new token is predicted"]
 

@@ -27,10 +27,10 @@ from qlora_cli.model_files.unexpected_weights import (
     may_be_ignored,
     prediction_layers,
 )
-from qlora_cli.quantization.inventory import parameters_once
-from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.inventory import unique_parameters
 from qlora_cli.quantization.methods import stored_weight
 from qlora_cli.quantization.refused_weights import OTHER_VERSION
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 
 LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
@@ -45,7 +45,11 @@ FAILED_CONVERSION = re.compile(r"(.*)\nError: .* on tensors destined for (\S+)\.
 
 
 def quantization_config(
-    layout: StoragePlan, compute_dtype: torch.dtype, *, measure_error: bool = False, losses: Losses | None = None
+    layout: StoragePlan,
+    compute_dtype: torch.dtype,
+    *,
+    measure_error: bool = False,
+    residuals: QuantizationResiduals | None = None,
 ) -> QuantizationConfigMixin | None:
     """Return the layout as `from_pretrained` takes it; None to load as stored, or unquantized."""
     if layout.prequantized is not None:
@@ -56,7 +60,7 @@ def quantization_config(
         experts=layout.experts,
         compute_dtype=compute_dtype,
         measure_error=measure_error,
-        losses=losses,
+        residuals=residuals,
     )
 
 
@@ -158,7 +162,7 @@ def load_weights(
     model: PreTrainedModel = loaded[0]
     _check_complete(source, checkpoint, base, model, loaded[1])
     check_finite(source, checkpoint, base, model)
-    layout.method.settle(model)
+    layout.method.finalize(model)
     if source.commit is not None:
         # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
         model.name_or_path = model.config.name_or_path = source.base_name
@@ -214,7 +218,7 @@ def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig,
     Raises:
         ModelError: one is none; names tensor and file.
     """
-    for name, module, parameter in parameters_once(model):
+    for name, module, parameter in unique_parameters(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
         values = stored.constants if stored.why_not is None else (parameter,)
         held = [value for value in values if value.is_floating_point() and value.device.type != "meta"]
@@ -235,13 +239,13 @@ def _config_to_load(base: ModelConfig, layout: StoragePlan) -> PreTrainedConfig:
     return config
 
 
-def compute_as_asked(model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype) -> None:
+def apply_compute_settings(model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype) -> None:
     """Make a model that was stored quantized compute as the settings say; it was loaded to compute as it was saved."""
     planned = {entry.name: entry.dtype for entry in layout.inventory.entries if not entry.is_quantized}
     for name, parameter in model.named_parameters():
         if name in planned:  # transformers leaves the dtype that it was stored in
             parameter.data = parameter.data.to(getattr(torch, planned[name]))
-    layout.method.compute_as_asked(model, layout.settings, layout.dtype, compute_dtype)
+    layout.method.apply_compute_settings(model, layout.settings, layout.dtype, compute_dtype)
 
 
 def _check_complete(

@@ -1,1 +1,1 @@
-"""How the frozen base is stored: which weights are quantized, what that takes, and how they are when read."""
+"""Store the frozen base: choose the weights to quantize, count their bytes, quantize and restore them."""

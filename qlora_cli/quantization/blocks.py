@@ -1,8 +1,8 @@
-"""Quantize a weight to 4 bit piece by piece: the bits that bitsandbytes gives, in bounded memory.
+"""Quantize a weight to 4 bit piece by piece: to the same bits as bitsandbytes, in bounded memory.
 
-`bitsandbytes.functional.quantize_4bit` holds several copies of a tensor in fp32 while it works on a CPU, and needs a
-whole tensor to begin with. Blocks are independent of one another, so a weight can be quantized in pieces of whole
-blocks; only the second quantization, that of the constants, needs all of them.
+On a CPU `bitsandbytes.functional.quantize_4bit` holds several fp32 copies of a tensor, and it needs the whole tensor.
+Blocks are independent of one another, so a weight can be quantized in pieces of whole blocks; only double
+quantization, that of the constants, needs all of them.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ PIECE_SIZE = 1024**2  # weights quantized at a time; a multiple of the block
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit:
-    """How a weight is stored in 4 bit."""
+class FourBitFormat:
+    """The format of a weight in 4 bit."""
 
     quant_type: str  # nf4 or fp4
     double_quant: bool
@@ -31,7 +31,7 @@ class FourBit:
 
 @dataclass
 class SquaredError:
-    """The squares summed up over a weight: of its quantization error, and of itself."""
+    """Sums of squares over a weight: of its quantization error, and of the weight itself."""
 
     error: float = 0.0
     weight: float = 0.0
@@ -43,15 +43,15 @@ class SquaredError:
 
 
 def quantize(
-    pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBit, error: SquaredError | None = None
+    pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBitFormat, error: SquaredError | None = None
 ) -> tuple[torch.Tensor, QuantState]:
-    """Return the packed codes, `(num_bytes / storage size, 1)`, and the state of a weight given in pieces.
+    """Quantize a weight given in pieces; return its packed codes, `(num_bytes / storage size, 1)`, and its state.
 
-    `pieces` are on one device, in one dtype, and together have the elements of `shape` in order; each but the last
-    has whole blocks. `error` is added to, if it is given.
+    `pieces` are on one device, in one dtype, and together hold the elements of `shape` in order; each but the last
+    consists of whole blocks. The quantization error is added to `error`, unless that is None.
 
     Raises:
-        ModelError: one holds NaN or infinite values.
+        ModelError: a piece holds NaN or infinite values.
     """
     num_weights = prod(shape)
     packed = absmax = None
@@ -63,7 +63,7 @@ def quantize(
             codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
             if packed is None or absmax is None:
                 code, dtype = state.code, piece.dtype
-                packed, absmax = _room_for(num_weights, codes, state)
+                packed, absmax = _allocate(num_weights, codes, state)
             assert done % BLOCK_SIZE == 0, "a piece before the last ended within a block"
             if codes.numel() != packed.numel():
                 packed[done // 2 : done // 2 + codes.numel()] = codes.view(-1)
@@ -80,8 +80,8 @@ def quantize(
     return packed.view(how.storage).unsqueeze(1), _nest(state) if how.double_quant else state
 
 
-def _room_for(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where codes and constants of a weight go; those of its first piece are taken if that is all of it."""
+def _allocate(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate codes and constants of a weight; if its first piece is the whole weight, return those of the piece."""
     if codes.numel() == -(-num_weights // 2):
         return codes.view(-1), state.absmax
     packed = torch.empty(-(-num_weights // 2), dtype=torch.uint8, device=codes.device)
@@ -89,15 +89,15 @@ def _room_for(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple
 
 
 def _split(flat: torch.Tensor) -> Iterable[torch.Tensor]:
-    # A GPU has the tensor as a whole, and its kernel needs no memory besides.
+    # On a GPU the tensor is there as a whole, and the kernel needs no further memory.
     return torch.split(flat, PIECE_SIZE) if flat.device.type == "cpu" else (flat,)
 
 
 def _nest(state: QuantState) -> QuantState:
-    """Quantize the constants of `state` to 8 bits: what double quantization is."""
+    """Quantize the constants of `state` to 8 bits (double quantization)."""
     state.offset = state.absmax.mean()
     state.absmax, state.state2 = functional.quantize_blockwise(
-        state.absmax.sub_(state.offset),  # in place: on a GPU, the 16-bit weight is still there
+        state.absmax.sub_(state.offset),  # in place: on a GPU, the 16-bit weight is still in memory
         blocksize=NESTED_BLOCK_SIZE,
     )
     state.nested = True

@@ -1,4 +1,4 @@
-"""The embedding and the head: kept in host memory, or grown for new tokens."""
+"""The embedding and the output head: find them, offload the embedding to host memory, extend both for new tokens."""
 
 from typing import Any
 
@@ -11,58 +11,58 @@ from qlora_cli.errors import HardwareError, ModelError
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head reads the embedding's own weight."""
+    """Return whether the head shares the embedding's weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is embedding_of(model).weight
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:
-    """Return the embedding of the tokens, `(vocabulary, hidden)`."""
+    """Return the token embedding, `(vocabulary, hidden)`."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding), f"{type(model).__name__} embeds tokens by {type(embedding).__name__}"
     return embedding
 
 
-def end_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the embedding and the head by their names."""
+def vocabulary_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the embedding and the head by name."""
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if id(module) in ends}
 
 
-def ends_of(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights of embedding and head, and of the head's bias."""
+def vocabulary_weights(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights of the embedding and the head, and of the head's bias."""
     return {
         f"{name}.{leaf}"
-        for name, module in end_modules(model).items()
+        for name, module in vocabulary_modules(model).items()
         for leaf, parameter in module._parameters.items()
         if parameter is not None
     }
 
 
-def offloading_map(model: PreTrainedModel, device: torch.device) -> dict[str, torch.device | str]:
-    """Return where each part of `model` goes: the embedding to the host, all else to `device`.
+def offload_device_map(model: PreTrainedModel, device: torch.device) -> dict[str, torch.device | str]:
+    """Return the device map that puts the embedding of `model` on the host and everything else on `device`.
 
-    Every part is named, and none stands for the whole: accelerate would first move all that is below it.
+    No entry contains the embedding: accelerate would first move all that is below such an entry.
     """
     embedding = embedding_of(model)
-    around = {
+    ancestors = {
         name: module for name, module in model.named_modules() if any(below is embedding for below in module.modules())
     }
-    places: dict[str, torch.device | str] = {}
-    for path, module in around.items():
+    device_map: dict[str, torch.device | str] = {}
+    for path, module in ancestors.items():
         if module is embedding:
-            places[path] = "cpu"
+            device_map[path] = "cpu"
             continue
         prefix = f"{path}." if path else ""
         inside = [*(name for name, _ in module.named_children()), *module._parameters, *module._buffers]
-        places |= {f"{prefix}{name}": device for name in inside if f"{prefix}{name}" not in around}
-    return places
+        device_map |= {f"{prefix}{name}": device for name in inside if f"{prefix}{name}" not in ancestors}
+    return device_map
 
 
-def bring_home(model: PreTrainedModel) -> None:
-    """Undo what accelerate does to a model on two devices: it would carry the embedding to the GPU at every step.
+def undo_dispatch(model: PreTrainedModel) -> None:
+    """Remove accelerate's hooks from a model on two devices: they would copy the embedding to the GPU at every step.
 
-    It keeps the weight aside, on the host, and leaves a placeholder.
+    accelerate holds the weight on the host, and leaves a placeholder in the module; put the weight back.
     """
     embedding = embedding_of(model)
     weight: torch.Tensor = embedding._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
@@ -71,10 +71,10 @@ def bring_home(model: PreTrainedModel) -> None:
 
 
 def check_offload(model: PreTrainedModel, device: torch.device) -> None:
-    """Check that the embedding of `model` can be kept in host memory while the rest is on `device`.
+    """Check that the embedding of `model` can stay in host memory while the rest is on `device`.
 
     Raises:
-        HardwareError: there is no GPU to spare memory of.
+        HardwareError: there is no GPU to save memory on.
         ModelError: the head shares the embedding's weight, which a GPU multiplies with.
     """
     if device.type != "cuda":
@@ -92,7 +92,7 @@ def check_offload(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def keep_on_host(embedding: nn.Embedding, device: torch.device) -> None:
-    """Make `embedding` look tokens up where its weight is, and hand the vectors to `device`."""
+    """Make `embedding` look up tokens on the host, where its weight is, and copy the vectors to `device`."""
 
     def to_weight(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         ids, *rest = inputs
@@ -105,11 +105,11 @@ def keep_on_host(embedding: nn.Embedding, device: torch.device) -> None:
     embedding.register_forward_hook(to_device)
 
 
-def grow(model: PreTrainedModel, num_rows: int) -> None:
-    """Give the embedding and the head `num_rows` rows; a tied head stays tied.
+def extend_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
+    """Extend the embedding and the head to `num_rows` rows; a tied head stays tied.
 
-    A new row is the mean of the old ones, so that it neither dominates nor vanishes; the same every time, since an
-    adapter that does not train it does not hold it.
+    New rows are the mean of the old ones, so that they neither dominate nor vanish. They are the same every time,
+    since an adapter that does not train them does not store them.
     """
     num_before = embedding_of(model).num_embeddings
     model.resize_token_embeddings(num_rows, mean_resizing=False)

@@ -1,4 +1,4 @@
-"""What the weights of a model take as they are stored, weight by weight, and summed up."""
+"""The bytes of a model's weights as they are stored, one by one and in total."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from qlora_cli.quantization.load_report import KindCount
 
 @dataclass(frozen=True, kw_only=True)
 class WeightEntry:
-    """One weight: how many parameters, and what it takes as it is stored. `why_not` it is quantized, if it is not."""
+    """One weight: its parameters, and its bytes as stored. `why_not` is the reason why it is not quantized, if so."""
 
     name: str
     kind: str
@@ -27,72 +27,72 @@ class WeightEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """The weights of a model, and its buffers. Tied weights count once."""
+    """The weights and buffers of a model. Tied weights count once."""
 
     entries: tuple[WeightEntry, ...]
     buffer_bytes: int
 
     @property
     def num_parameters(self) -> int:
-        """All of them, counted as if nothing were packed."""
+        """The number of parameters, as if nothing were packed."""
         return sum(entry.num_parameters for entry in self.entries)
 
     @property
     def num_quantized_parameters(self) -> int:
-        """Those that are stored in 4 or 8 bit."""
+        """The number of parameters that are stored in 4 or 8 bit."""
         return sum(entry.num_parameters for entry in self.entries if entry.is_quantized)
 
     @property
     def quantized_weight_bytes(self) -> int:
-        """The packed codes."""
+        """The bytes of the packed codes."""
         return sum(entry.weight_bytes for entry in self.entries if entry.is_quantized)
 
     @property
     def quantization_constant_bytes(self) -> int:
-        """Scales, their own scales, offsets and code tables."""
+        """The bytes of scales, scales of scales, offsets and code tables."""
         return sum(entry.constant_bytes for entry in self.entries)
 
     @property
     def unquantized_bytes(self) -> int:
-        """All other parameters, and the buffers."""
+        """The bytes of all other parameters, and of the buffers."""
         return self.buffer_bytes + sum(entry.weight_bytes for entry in self.entries if not entry.is_quantized)
 
     @property
     def total_bytes(self) -> int:
-        """Everything the model holds."""
+        """The bytes of all weights and buffers."""
         return self.quantized_weight_bytes + self.quantization_constant_bytes + self.unquantized_bytes
 
     @property
     def bits_per_quantized_parameter(self) -> float | None:
-        """Codes and constants; None if nothing is quantized."""
+        """The bits of codes and constants per quantized parameter; None if nothing is quantized."""
         if not self.num_quantized_parameters:
             return None
         return 8 * (self.quantized_weight_bytes + self.quantization_constant_bytes) / self.num_quantized_parameters
 
     @property
     def float32_bytes(self) -> int:
-        """What the parameters would take in fp32."""
+        """The bytes of the parameters in fp32."""
         return 4 * self.num_parameters
 
     @property
     def float16_bytes(self) -> int:
-        """What the parameters would take in 16 bit."""
+        """The bytes of the parameters in 16 bit."""
         return 2 * self.num_parameters
 
     @property
     def largest_parameters(self) -> int:
-        """Of the largest weight: what is read at a time while loading."""
+        """The parameters of the largest weight, which is read at once while loading."""
         return max((entry.num_parameters for entry in self.entries), default=0)
 
     def bytes_by_dtype(self) -> dict[str, int]:
-        """Return the bytes of the weights, without constants and buffers, by the dtype they are stored in."""
-        found: dict[str, int] = {}
+        """Return the bytes of the weights, without constants and buffers, by stored dtype."""
+        totals: dict[str, int] = {}
         for entry in self.entries:
-            found[entry.dtype] = found.get(entry.dtype, 0) + entry.weight_bytes
-        return found
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.weight_bytes
+        return totals
 
     def kinds(self) -> tuple[KindCount, ...]:
-        """Return parameters and bytes by kind, with why a kind is not quantized, the largest first."""
+        """Return parameters and bytes by kind and by the reason for not being quantized, the largest first."""
         groups: dict[tuple[str, str | None], list[WeightEntry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.kind, entry.why_not), []).append(entry)
@@ -110,5 +110,5 @@ class Inventory:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the dtype as reports name it: `bfloat16`, `uint8`."""
+    """Return the name of a dtype in reports: `bfloat16`, `uint8`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Count a model's parameters and bytes by kind, exactly, from the tensors it holds."""
+"""Count a loaded model's parameters and bytes by kind, exactly, from its tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -12,10 +12,10 @@ from qlora_cli.quantization.methods.skip_modules import HEAD, ROUTER_NAME, holds
 
 
 def take_inventory(model: nn.Module, unquantized: Mapping[str, str]) -> Inventory:
-    """Return the inventory of a loaded model; `unquantized` says why a linear layer is not quantized, by full name."""
+    """Return the inventory of a loaded model; `unquantized` maps linear layers to why they are not quantized."""
     tables: set[int] = set()  # code tables may be shared between weights
     entries = []
-    for name, module, parameter in parameters_once(model):
+    for name, module, parameter in unique_parameters(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
         constants = sum(tensor.nbytes for tensor in stored.constants if tensor.data_ptr() not in tables)
         tables |= {tensor.data_ptr() for tensor in stored.constants}
@@ -35,7 +35,7 @@ def take_inventory(model: nn.Module, unquantized: Mapping[str, str]) -> Inventor
 
 
 def classify(name: str, module: nn.Module, num_dims: int, unquantized: Mapping[str, str]) -> tuple[str, str | None]:
-    """Return the kind of a weight, and why it is not quantized; None for one that could be."""
+    """Return the kind of a weight, and why it can't be quantized; None if it can."""
     owner = name.rpartition(".")[0]
     if isinstance(module, nn.Embedding):
         return "embedding", "looked up, not multiplied"
@@ -54,16 +54,16 @@ def classify(name: str, module: nn.Module, num_dims: int, unquantized: Mapping[s
     return "other weights", "no linear layer"
 
 
-def parameters_once(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Yield each parameter once with its owner; a parametrized one by the name it is read by."""
+def unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Yield each parameter once, with its module; a parametrized one under the name of its attribute."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
             continue
-        found: Iterable[tuple[str, nn.Parameter]] = module.named_parameters(recurse=False)
+        parameters: Iterable[tuple[str, nn.Parameter]] = module.named_parameters(recurse=False)
         chains = getattr(module, "parametrizations", {})
-        found = [*found, *((name, chain.original) for name, chain in chains.items())]
-        for name, parameter in found:
+        parameters = [*parameters, *((name, chain.original) for name, chain in chains.items())]
+        for name, parameter in parameters:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{name}" if path else name), module, parameter

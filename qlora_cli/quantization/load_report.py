@@ -1,4 +1,4 @@
-"""What was loaded, as plain numbers: the result that `qlora load` shows. Imports no torch."""
+"""The result of `qlora load` in plain numbers. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 @dataclass(frozen=True, kw_only=True)
 class KindCount:
-    """Weights of one kind: how many, and what they take with their constants. `why_not_quantized` is None if they are.
+    """The number and bytes of weights of one kind, with their constants. `why_not_quantized` is None if they are.
 
     Kinds: linear layers, experts, embedding, output head, routers, convolutions, other weights, and norms, biases,
     vectors.
@@ -34,11 +34,11 @@ class WeightError:
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
-    `quantization_settings` are those that have an effect with the method `quantization`; `storage` is both in words.
+    `quantization_settings` are those with an effect on the method `quantization`; `storage` describes both in words.
     `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
-    `float32_bytes` and `float16_bytes` are what the parameters alone would take unquantized. `errors` are measured
-    if asked for; `saved` is the quantized checkpoint, if one was written. Of a run, `adapter_step` is the step of its
+    `float32_bytes` and `float16_bytes` are the bytes of the parameters alone if unquantized. `errors` are measured
+    on request; `saved` is the quantized checkpoint, if one was written. For a run, `adapter_step` is the step of its
     weights, and `run_is_done` whether it was trained to its end.
     """
 

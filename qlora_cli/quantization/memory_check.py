@@ -1,4 +1,4 @@
-"""Say before a weight is read whether a model fits, and if not, what the smallest change is that makes it fit."""
+"""Check before a weight is read whether a model fits in memory; if not, find the smallest change that makes it fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Limit:
-    """Where a control group says its limit, its use, and how much of the use is page cache that can be dropped."""
+class CgroupFiles:
+    """The files of a control group: its limit, its use, and statistics with the page cache that can be dropped."""
 
     most: Path
     used: Path
@@ -31,9 +31,9 @@ class Limit:
     droppable: str
 
 
-LIMITS = (  # of version 2 and of version 1
-    Limit(CGROUPS / "memory.max", CGROUPS / "memory.current", CGROUPS / "memory.stat", "inactive_file"),
-    Limit(
+CGROUP_FILES = (  # of version 2 and of version 1
+    CgroupFiles(CGROUPS / "memory.max", CGROUPS / "memory.current", CGROUPS / "memory.stat", "inactive_file"),
+    CgroupFiles(
         CGROUPS / "memory" / "memory.limit_in_bytes",
         CGROUPS / "memory" / "memory.usage_in_bytes",
         CGROUPS / "memory" / "memory.stat",
@@ -51,31 +51,31 @@ class SettingChange:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what is free on `device` now; on the host, what is available without swapping."""
+    """Return the free memory of `device`; on the host, the memory available without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([int(psutil.virtual_memory().available), *_left_by_limits()])
+    return min([int(psutil.virtual_memory().available), *_cgroup_headrooms()])
 
 
-def _left_by_limits() -> list[int]:
-    """Return what the limits of this process's control groups leave, as in a container; without limits, nothing."""
-    left = []
-    for limit in LIMITS:
+def _cgroup_headrooms() -> list[int]:
+    """Return what the limits of this process's control groups leave, as in a container; none without limits."""
+    headrooms = []
+    for files in CGROUP_FILES:
         try:
-            most = limit.most.read_text(encoding="ascii").strip()
+            most = files.most.read_text(encoding="ascii").strip()
             if most.isdigit():  # `max` is no limit
-                statistics = dict(line.split() for line in limit.statistics.read_text(encoding="ascii").splitlines())
-                used = int(limit.used.read_text(encoding="ascii")) - int(statistics.get(limit.droppable, 0))
-                left.append(max(0, int(most) - used))
+                statistics = dict(line.split() for line in files.statistics.read_text(encoding="ascii").splitlines())
+                used = int(files.used.read_text(encoding="ascii")) - int(statistics.get(files.droppable, 0))
+                headrooms.append(max(0, int(most) - used))
         except OSError:  # another version of control groups, or none
             continue
-    return left
+    return headrooms
 
 
 def needed_bytes(layout: StoragePlan, *, offload_embedding: bool = False, grows: bool = False) -> int:
-    """Return the peak of loading: the model, and one weight of 16 or 32 bit before it is quantized.
+    """Return the peak of loading: the model, and one weight in 16 or 32 bit before it is quantized.
 
-    `grows`: the embedding gets new rows, for which there are two of it for a moment.
+    If the embedding `grows`, that is, gets new rows, it is in memory twice for a moment.
     """
     embedding = _embedding_bytes(layout)
     total = layout.inventory.total_bytes + max(layout.transient_bytes, embedding if grows else 0)
@@ -92,12 +92,12 @@ def check_fit(
     offload_embedding: bool,
     grows: bool = False,
 ) -> None:
-    """Check that the model, whose shapes are `model` on the meta device, fits into `free` bytes on `device`.
+    """Check that `model`, which is on the meta device, fits into `free` bytes on `device`.
 
-    `grows`: the embedding gets new rows.
+    `grows` says whether the embedding gets new rows.
 
     Raises:
-        OutOfMemoryError: it does not; with both numbers and the smallest change that fits.
+        OutOfMemoryError: it does not; gives both sizes and the smallest change that fits.
     """
     needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows)
     if needed <= free:
@@ -108,7 +108,7 @@ def check_fit(
         hint = f"{fitting[0].flags} would fit: {format_bytes(fitting[0].needed_bytes)}."
     else:
         least = min((change.needed_bytes for change in changes), default=needed)
-        hint = f"No way of storing it fits here: the least is {format_bytes(min(least, needed))}. Take a smaller model"
+        hint = f"It fits in no format: the smallest takes {format_bytes(min(least, needed))}. Use a smaller model"
         hint += " or a device with more memory." if device.type == "cuda" else " or a machine with more memory."
     raise OutOfMemoryError(
         f"{name} needs {format_bytes(needed)} on {device}, and {format_bytes(free)} are free", hint=hint
@@ -118,7 +118,7 @@ def check_fit(
 def _changes(
     model: PreTrainedModel, layout: StoragePlan, device: torch.device, *, offload_embedding: bool
 ) -> Iterator[SettingChange]:
-    """Yield what could be changed, what changes the model least first."""
+    """Yield possible changes, those that change the model least first."""
     can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
     if can_offload:
         yield SettingChange(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
@@ -127,7 +127,7 @@ def _changes(
     for flags, settings in _smaller(layout).items():
         try:
             variant = plan_layout(model, settings, layout.dtype, device=device)
-        except QloraError:  # this model can't be stored so, and then it is no change to propose
+        except QloraError:  # a format that this model can't be stored in is not proposed
             continue
         yield SettingChange(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
         if can_offload:
@@ -135,7 +135,7 @@ def _changes(
 
 
 def _smaller(layout: StoragePlan) -> dict[str, QuantizationSettings]:
-    """Return the settings that store less than those of `layout`, by the flag that makes them so."""
+    """Return settings that need less memory than those of `layout`, by the flags that set them."""
     settings = layout.settings
     same_method = {
         flags_of({f"quantization.{saving.key}": saving.value}): with_values(settings, **{saving.key: saving.value})
@@ -149,9 +149,9 @@ def _smaller(layout: StoragePlan) -> dict[str, QuantizationSettings]:
 
 
 def fits_unquantized(layout: StoragePlan, free: int) -> bool:
-    """Whether the model would take at most half of `free` unquantized, which leaves headroom to train an adapter.
+    """Return whether the unquantized model would take at most half of `free`: the rest is for training an adapter.
 
-    False for one that is not quantized, or that came so.
+    Return False for a model that is not quantized, and for a prequantized one.
     """
     if not layout.settings.method.is_quantized or layout.prequantized is not None:
         return False

@@ -1,7 +1,7 @@
-"""Recognise a checkpoint that is quantized already, from its config alone, and say what can be done with it.
+"""Recognise an already quantized checkpoint from its config, and accept or refuse it.
 
-Bitsandbytes checkpoints are loaded as they are. Those of any other quantizer are refused: their codes can't
-be trained through by a QLoRA step as written here, and reading them as anything else would be another model.
+Bitsandbytes checkpoints are loaded as they are. Those of any other quantizer are refused: a QLoRA step can't
+backpropagate through their codes here, and reading them in another way would give another model.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ def _dequantize(config_class: str) -> str:
 
 
 # quant_method of config.json: what the format is, and the way out.
-_OTHERS: dict[str, tuple[str, str]] = {
+_UNSUPPORTED: dict[str, tuple[str, str]] = {
     "gptq": ("its weights are GPTQ integers with zero points of their own", ORIGINAL),
     "awq": ("its weights are AWQ integers, scaled by activation", ORIGINAL),
     "auto-round": ("its weights are AutoRound integers with zero points of their own", ORIGINAL),
@@ -57,11 +57,11 @@ _OTHERS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prequantized:
-    """How the weights of a checkpoint are quantized.
+    """The quantization of a checkpoint.
 
     Attributes:
-        method: What with.
-        settings: Those of the section `quantization` that are baked into the weights; dtypes of computing are free.
+        method: The method.
+        settings: The settings of the section `quantization` that the weights fix; compute dtypes can be chosen.
         config: Its `quantization_config` as written.
     """
 
@@ -71,29 +71,31 @@ class Prequantized:
 
     @property
     def unquantized(self) -> list[str] | None:
-        """The modules that are not quantized, if it names any."""
-        unquantized: list[str] | None = self.config.get(method_of(self.method).kept_key)
+        """The modules that are not quantized, if the config names any."""
+        unquantized: list[str] | None = self.config.get(method_of(self.method).skip_modules_key)
         return unquantized
 
     def renamed(self, rename: Callable[[str], str]) -> "Prequantized":
-        """Return the same with the modules that are not quantized by the names that `rename` gives them."""
+        """Return a copy in which `rename` is applied to the names of the unquantized modules."""
         if not self.unquantized:
             return self
-        kept_key = method_of(self.method).kept_key
-        return replace(self, config={**self.config, kept_key: [rename(name) for name in self.unquantized]})
+        skip_modules_key = method_of(self.method).skip_modules_key
+        return replace(self, config={**self.config, skip_modules_key: [rename(name) for name in self.unquantized]})
 
 
 def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | None:
     """Return how the checkpoint with this `config.json` is quantized, or None if it is not.
 
     Raises:
-        ModelError: it was quantized by something that can't be trained on here, or its config is unreadable.
+        ModelError: it was quantized by a method that can't be trained here, or its config is invalid.
     """
-    found = quantization_config_of(config)
-    if found is None:
+    content = quantization_config_of(config)
+    if content is None:
         return None
-    quant_method = _quant_method(found)
-    claims = [(method, claim) for method in all_methods() if (claim := method.claim(quant_method, found)) is not None]
+    quant_method = _quant_method(content)
+    claims = [
+        (method, claim) for method in all_methods() if (claim := method.claim(quant_method, content)) is not None
+    ]
     if not claims and quant_method != BITSANDBYTES:
         raise _refusal(quant_method, name)
     if len(claims) != 1:
@@ -106,34 +108,34 @@ def read_prequantized(config: Mapping[str, Any], name: str) -> Prequantized | No
     return Prequantized(method=Quantization(str(settings["method"])), settings=settings, config=claimed)
 
 
-def check_settings(found: Prequantized, given: Mapping[str, object], name: str) -> None:
-    """Refuse settings that were `given` and that an already quantized checkpoint contradicts.
+def check_settings(checkpoint: Prequantized, given: Mapping[str, object], name: str) -> None:
+    """Check that the settings `given` by the user agree with an already quantized checkpoint.
 
-    Which modules it keeps in 16 bit is seen in the model: `plan_layout` compares them.
+    The modules in 16 bit are known from the model only: `plan_layout` compares them.
 
     Raises:
-        ModelError: naming each of them with what the checkpoint has.
+        ModelError: some differ; names each with the value of the checkpoint.
     """
     wrong = [
-        f"quantization.{key} is {_shown(given[key])}, the checkpoint has {_shown(found.settings[key])}"
-        for key in sorted(given.keys() & found.settings.keys())
-        if given[key] != found.settings[key]
+        f"quantization.{key} is {_shown(given[key])}, the checkpoint has {_shown(checkpoint.settings[key])}"
+        for key in sorted(given.keys() & checkpoint.settings.keys())
+        if given[key] != checkpoint.settings[key]
     ]
     if wrong:
         raise ModelError(
-            f"{name} is quantized already, and not as asked: {'; '.join(wrong)}",
+            f"{name} is already quantized, and not as requested: {'; '.join(wrong)}",
             hint="Leave these settings out to load it as it is, or give the 16-bit model.",
         )
 
 
-def _quant_method(found: Mapping[str, Any]) -> str:
-    method = found.get("quant_method")
+def _quant_method(config: Mapping[str, Any]) -> str:
+    method = config.get("quant_method")
     if isinstance(method, str) and method:
         return method.lower()
-    if any(found.get(key) for key in _stored_keys()):
+    if any(config.get(key) for key in _stored_keys()):
         return BITSANDBYTES  # written before the key existed
-    # MLX writes no method, only how wide its groups and codes are.
-    return "mlx" if {"group_size", "bits"} <= found.keys() else ""
+    # MLX writes no method, only the widths of its groups and codes.
+    return "mlx" if {"group_size", "bits"} <= config.keys() else ""
 
 
 def _stored_keys() -> list[str]:
@@ -141,8 +143,8 @@ def _stored_keys() -> list[str]:
 
 
 def _refusal(method: str, name: str) -> ModelError:
-    if method in _OTHERS:
-        reason, way_out = _OTHERS[method]
+    if method in _UNSUPPORTED:
+        reason, way_out = _UNSUPPORTED[method]
         return ModelError(f"{name} is quantized with {method}: {reason}, and can't be trained here", hint=way_out)
     called = f"an unknown method, {method!r}" if method else "a method that its config.json does not name"
     return ModelError(f"{name} is quantized with {called}", hint=ORIGINAL)

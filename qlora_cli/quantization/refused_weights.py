@@ -1,4 +1,4 @@
-"""Weights that could not be quantized while a model was read, each with its error."""
+"""Record which weights could not be quantized while a model was read, each with its error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 
 from qlora_cli.errors import ModelError
 
-OTHER_VERSION = "Are config.json and the weights of one version? Get the model anew as a whole."
+OTHER_VERSION = "Are config.json and the weights of the same version? Download the whole model again."
 
 
 @dataclass
 class RefusedWeights:
     """The `errors` that quantizing raised, by the full name of the weight.
 
-    transformers continues after an error of a conversion, and keeps only its text. Copies are the same object:
-    transformers copies a config that it is given.
+    transformers continues after a failed conversion, and keeps only its text. Copying returns the same object:
+    transformers copies the config that holds it.
     """
 
     errors: dict[str, ModelError] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class RefusedWeights:
 
     @contextmanager
     def recording(self, name: str) -> Iterator[None]:
-        """Record the error that is raised over the weight `name`, and pass it on."""
+        """Record an error that is raised for the weight `name`, and re-raise it."""
         try:
             yield
         except ModelError as error:

@@ -1,6 +1,6 @@
-"""Weights in 4 bit as training saw them: quantized as `train` does on loading, dequantized as every pass does.
+"""4-bit weights as training sees them: quantized as `train` does on loading, dequantized as in every pass.
 
-The bits are those of bitsandbytes on the whole tensor; here in bounded memory, and of stacked experts one by one.
+The bits are those of bitsandbytes on the whole tensor, but in bounded memory, and one by one for stacked experts.
 """
 
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
-from qlora_cli.quantization.blocks import BLOCK_SIZE, PIECE_SIZE, FourBit, quantize
+from qlora_cli.quantization.blocks import BLOCK_SIZE, PIECE_SIZE, FourBitFormat, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A weight of `shape` in 4 bit: packed codes, and a constant for each block in fp32."""
+    """A weight of `shape` in 4 bit: packed codes, and an fp32 constant for each block."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -26,7 +26,7 @@ class Quantized:
 
     @classmethod
     def of(cls, packed: torch.Tensor, state: QuantState) -> "Quantized":
-        """Return what bitsandbytes has stored, its constants restored."""
+        """Return a weight from bitsandbytes' codes and state, with its constants dequantized."""
         absmax = state.absmax
         if state.nested:
             absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -40,18 +40,18 @@ class Quantized:
         )
 
     def dequantized(self) -> torch.Tensor:
-        """Return the weight."""
+        """Return the dequantized weight."""
         return self._between(0, self.shape.numel()).view(self.shape)
 
     def slice(self, index: int) -> torch.Tensor:
-        """Return the part `(1, …)` along the first dimension, dequantized."""
+        """Return the slice `(1, …)` along the first dimension, dequantized."""
         size = self.shape[1:].numel()
-        if size % BLOCK_SIZE:  # a block spans two parts
+        if size % BLOCK_SIZE:  # a block spans two slices
             return self.dequantized()[index : index + 1]
         return self._between(index * size, (index + 1) * size).view(1, *self.shape[1:])
 
     def _between(self, start: int, stop: int) -> torch.Tensor:
-        """Return the weights from one to another, flat; `start` is where a block begins."""
+        """Return the weights from `start`, where a block begins, to `stop`, flat."""
         weights = torch.empty(stop - start, dtype=self.dtype)
         for begin in range(start, stop, PIECE_SIZE):
             end = min(begin + PIECE_SIZE, stop)
@@ -68,6 +68,6 @@ class Quantized:
         return weights
 
 
-def quantized(pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBit) -> Quantized:
-    """Return a weight in 4 bit as `train` stores it, given in pieces of whole blocks."""
+def quantized(pieces: Iterable[torch.Tensor], shape: torch.Size, how: FourBitFormat) -> Quantized:
+    """Quantize a weight to 4 bit as `train` stores it, given in pieces of whole blocks."""
     return Quantized.of(*quantize(pieces, shape, how))

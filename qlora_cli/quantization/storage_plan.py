@@ -1,7 +1,7 @@
-"""Decide how each weight of a model is stored, and what that takes, from shapes alone: no weight is read.
+"""Plan how each weight of a model is stored, and count its bytes, from shapes alone: no weight is read.
 
-The model is built on the meta device. What is predicted here is what `take_inventory` counts after loading, to the
-byte; tests compare the two for every architecture.
+The model is built on the meta device. The prediction equals what `take_inventory` counts after loading, to the byte;
+tests compare the two for every architecture.
 """
 
 import re
@@ -19,7 +19,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.construction import build_model
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.quantization.entries import Inventory, WeightEntry, dtype_name
-from qlora_cli.quantization.inventory import classify, parameters_once
+from qlora_cli.quantization.inventory import classify, unique_parameters
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.method import Method
 from qlora_cli.quantization.methods.skip_modules import (
@@ -37,10 +37,10 @@ from qlora_cli.units import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class StoragePlan:
-    """How the weights of a model are stored. `unquantized` are linear layers and fused experts, by full name with the
-    reason.
+    """How the weights of a model are stored.
 
-    `experts` are the full names of fused experts that are quantized; `prequantized`, that all comes so.
+    `unquantized` maps the full names of linear layers and fused experts to the reason; `experts` are the full names of
+    the fused experts that are quantized; `prequantized` is set if the checkpoint is already quantized.
     """
 
     settings: QuantizationSettings
@@ -52,24 +52,24 @@ class StoragePlan:
 
     @property
     def method(self) -> Method:
-        """What stores the weights."""
+        """The method that stores the weights."""
         return method_of(self.settings.method)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any weight is."""
+        """Whether any weight is quantized."""
         return any(entry.is_quantized for entry in self.inventory.entries)
 
     def describe(self) -> str:
-        """Return in a few words how the model is stored: `NF4, double quantization`."""
+        """Describe in a few words how the model is stored: `NF4, double quantization`."""
         return self.method.describe(self.settings) + ("" if self.prequantized is None else ", as stored")
 
     @property
     def transient_bytes(self) -> int:
-        """The most that is held in addition to the model while it is loaded: one weight before it is quantized.
+        """The peak memory of loading in addition to the model: one weight before it is quantized.
 
-        Its constants may take more than they do afterwards. Fused experts that stay unquantized are put together
-        from tensors that are there at the same time.
+        Its constants may need more memory than afterwards. Unquantized fused experts are assembled from tensors that
+        are in memory at the same time.
         """
         if self.prequantized is not None:
             return 0
@@ -85,10 +85,10 @@ class StoragePlan:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model without its weights: shapes only.
+    """Return the model on the meta device: shapes without weights.
 
     Raises:
-        ModelError: its architecture builds none of this config.
+        ModelError: its architecture can't be built from this config.
         MissingDependencyError: its code needs a package that is not installed.
     """
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_
 def with_rows(
     model: PreTrainedModel, config: PreTrainedConfig, num_rows: int, dtype: torch.dtype, *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Return `model`, built of `config`, or one with `num_rows` rows if it has fewer, which `config` says then too."""
+    """Return `model`, or one with `num_rows` rows if it has fewer, built from `config`, which is updated."""
     if num_rows <= embedding_of(model).num_embeddings:
         return model
     config.vocab_size = num_rows
@@ -113,10 +113,10 @@ def plan_layout(
     *,
     device: torch.device,
 ) -> StoragePlan:
-    """Return the layout on `device` of `model`, which is on the meta device and in `dtype`.
+    """Return the storage plan on `device` for `model`, which is on the meta device and in `dtype`.
 
     Raises:
-        ModelError: nothing of it can be quantized as `settings` say, or its experts can't.
+        ModelError: nothing can be quantized as `settings` say, or the experts can't.
     """
     method = method_of(settings.method)
     if prequantized is not None:
@@ -131,10 +131,10 @@ def plan_layout(
     else:
         unquantized = unquantized_layers(model, settings.skip_modules)
         _check_matches(model, settings.skip_modules or ())
-        unquantized = {**method.unstorable(model, device), **unquantized}
+        unquantized = {**method.unsupported_weights(model, device), **unquantized}
         experts = tuple(name for name, _ in fused_experts(model) if name not in unquantized)
         if experts and not method.stores_experts:
-            raise _no_place_for_experts(model, settings.method, experts)
+            raise _experts_not_supported(model, settings.method, experts)
         if not experts and all(name in unquantized for name, _ in linear_layers(model)):
             raise _nothing_to_quantize(model, settings.method, unquantized)
     inventory = _predict(model, settings, unquantized, experts)
@@ -149,9 +149,9 @@ def plan_layout(
 
 
 def _unquantized_as_stored(model: PreTrainedModel, named: list[str] | None) -> dict[str, str]:
-    """Return what a quantized checkpoint holds in 16 bit, by the rule that transformers reads it with.
+    """Return the layers that a quantized checkpoint holds in 16 bit, by the rules of transformers.
 
-    `named` are the modules that its config says so of.
+    `named` are the modules that its config names as unquantized.
     """
     patterns = HfQuantizer.get_modules_to_not_convert(model, named, list(model._keep_in_fp32_modules or ()))
     reasons = unquantized_layers(model, None)
@@ -175,21 +175,21 @@ def _check_matches(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
 
 
 def _check_skipped(model: PreTrainedModel, asked: tuple[str, ...] | None, unquantized: Mapping[str, str]) -> None:
-    wanted = [name for name, reason in unquantized_layers(model, asked).items() if reason == "as asked"]
-    if packed := [name for name in wanted if name not in unquantized]:
+    requested = [name for name, reason in unquantized_layers(model, asked).items() if reason == "as asked"]
+    if packed := [name for name in requested if name not in unquantized]:
         raise ModelError(
-            f"{','.join(asked or ())} are to be kept, but the checkpoint holds {packed[0]} quantized",
+            f"{','.join(asked or ())} are to stay unquantized, but the checkpoint holds {packed[0]} quantized",
             hint="Leave it out to load the checkpoint as it is, or give the 16-bit model.",
             setting="quantization.skip_modules",
         )
 
 
 def _check_tied(model: PreTrainedModel, unquantized: Mapping[str, str]) -> None:
-    """Check that no layer is stored as quantized that is one weight with the embedding: it has no codes to read."""
+    """Check that no layer that is tied to the embedding is stored quantized: it has no codes to read."""
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     if wrong := [name for name, _ in linear_layers(model) if name in tied and name not in unquantized]:
         raise ModelError(
-            f"the checkpoint can't be used: it has {wrong[0]} quantized, which is one weight with the embedding",
+            f"the checkpoint can't be used: it has {wrong[0]} quantized, which is tied to the embedding",
             hint=f"Write it again with {wrong[0]} among llm_int8_skip_modules, or give the 16-bit model.",
         )
 
@@ -197,8 +197,8 @@ def _check_tied(model: PreTrainedModel, unquantized: Mapping[str, str]) -> None:
 def _check_restorable(
     model: PreTrainedModel, prequantized: Prequantized, unquantized: Mapping[str, str], device: torch.device
 ) -> None:
-    unstorable = method_of(prequantized.method).unstorable(model, device)
-    wrong = [(name, reason) for name, reason in unstorable.items() if name not in unquantized]
+    unsupported_weights = method_of(prequantized.method).unsupported_weights(model, device)
+    wrong = [(name, reason) for name, reason in unsupported_weights.items() if name not in unquantized]
     if wrong:
         name, reason = wrong[0]
         raise ModelError(
@@ -207,14 +207,14 @@ def _check_restorable(
         )
 
 
-def _no_place_for_experts(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
+def _experts_not_supported(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
     total = sum(parameter.numel() for parameter in model.parameters())
     storing = quant_flag(other for other in Quantization if method_of(other).stores_experts)
     num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
     return ModelError(
         f"{method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "
         f"{format_bytes(2 * total)} would silently stay in 16 bit",
-        hint=f"Use {storing}, which quantize experts too; or keep them in 16 bit knowingly with "
+        hint=f"Use {storing}, which quantize experts too; or keep them in 16 bit with "
         "--set quantization.skip_modules=experts",
         setting="quantization.method",
     )
@@ -236,11 +236,11 @@ def _predict(
     experts: tuple[str, ...],
 ) -> Inventory:
     entries: list[WeightEntry] = []
-    for name, module, parameter in parameters_once(model):
+    for name, module, parameter in unique_parameters(model):
         kind, why_not = classify(name, module, parameter.dim(), unquantized)
         is_linear = kind == "linear layers" and why_not is None and name.endswith(".weight")
         if name in experts or is_linear:
-            shape = parameter.T.shape if isinstance(module, Conv1D) else parameter.shape  # that one is (in, out)
+            shape = parameter.T.shape if isinstance(module, Conv1D) else parameter.shape  # Conv1D stores (in, out)
             entries.append(method_of(settings.method).entry(name, kind, shape, parameter.dtype, settings))
         else:
             entries.append(_unquantized_entry(model, name, kind, why_not, parameter))
@@ -251,7 +251,7 @@ def _predict(
 
 
 def _stored_dtype(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype that a tensor is loaded in: some are kept in fp32 by their architecture."""
+    """Return the dtype that a tensor is loaded in: architectures keep some in fp32."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(tensor.dtype)
     return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), tensor.dtype)
 

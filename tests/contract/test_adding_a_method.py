@@ -107,7 +107,7 @@ class Fixed(Method):
         model.config.quantization_config = FixedConfig(unquantized)
 
     def allocations(self, entry, settings, dtype, num_pieces):
-        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=WeightPart.WEIGHT, is_kept=False)
+        yield Allocation(num_bytes=entry.num_parameters * dtype.itemsize, part=WeightPart.WEIGHT, is_persistent=False)
         yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.CODES)
 
     def round_trip(self, weight, settings):

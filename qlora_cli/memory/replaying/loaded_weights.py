@@ -70,7 +70,7 @@ def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_piece
     passing = []
     for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
         number = load.allocate(allocation.num_bytes, LABELS[allocation.part])
-        if not allocation.is_kept:
+        if not allocation.is_persistent:
             passing.append(number)
     load.free(*reversed(passing))
 

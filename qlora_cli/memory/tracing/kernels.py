@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qlora_cli.quantization.methods import all_methods
-from qlora_cli.quantization.methods.method import Inside, Operator
+from qlora_cli.quantization.methods.method import Operator, Temporaries
 
 aten = torch.ops.aten
 KIB, MIB = 1024, 1024**2
@@ -18,7 +18,7 @@ WORKSPACES = "workspaces"
 CUBLAS = "cublas"  # the label of its workspaces, whose size depends on the GPU: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
 
-Rule = Callable[[tuple[Any, ...], dict[str, Any]], Inside]
+Rule = Callable[[tuple[Any, ...], dict[str, Any]], Temporaries]
 
 
 def _ceil(value: int, step: int) -> int:
@@ -56,13 +56,13 @@ class Kernels:
         }
         self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
-    def inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside | None:
+    def temporaries(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries | None:
         """Return what `func` allocates besides its results; None for nothing."""
         rule = self._rules.get(func)
         if rule is not None:
             return rule(args, kwargs)
         operator = self._operator(func)
-        return None if operator is None else operator.inside(args, kwargs)
+        return None if operator is None else operator.temporaries(args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of `func`, also where its size depends on values, which meta tensors do not have."""
@@ -75,7 +75,7 @@ class Kernels:
         """Return what a quantization method declares of an operator that is not one of PyTorch's own."""
         return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
 
-    def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
+    def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:
         """Return what the backward pass of the memory-efficient kernel allocates.
 
         `transformers/cuda/attention_backward.cu` and `mem_eff_attention/kernel_backward.h`: `delta`, `(batch, heads,
@@ -88,7 +88,7 @@ class Kernels:
         num_keys, value_dim = key.shape[2], value.shape[3]
         delta = batch * heads * num_queries * FLOAT_BYTES
         if query.element_size() > 2:
-            return Inside(after=(delta,))
+            return Temporaries(after=(delta,))
         largest_dim = max(head_dim, value_dim)
         has_large_blocks = self.capability >= (8, 0) and largest_dim > 64
         rows = 128 if has_large_blocks else 64
@@ -100,19 +100,19 @@ class Kernels:
             workspace += (
                 _ceil(num_keys, columns) * (_ceil(head_dim, columns) + _ceil(value_dim, columns)) * FLOAT_BYTES
             )
-        return Inside(after=(delta, batch * heads * workspace))
+        return Temporaries(after=(delta, batch * heads * workspace))
 
 
-def _gemm(_: tuple[Any, ...], __: dict[str, Any]) -> Inside:
-    return Inside(uses_cublas=True)
+def _gemm(_: tuple[Any, ...], __: dict[str, Any]) -> Temporaries:
+    return Temporaries(uses_cublas=True)
 
 
-def _softmax_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
+def _softmax_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:
     # aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: `tmp = grad * output`.
-    return Inside(after=(_nbytes(args[0]),))
+    return Temporaries(after=(_nbytes(args[0]),))
 
 
-def _flash_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
+def _flash_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:
     """Return what the backward pass of flash attention allocates.
 
     `flash_attn/flash_api.cpp`, `mha_bwd`: `softmax_d` and `dq_accum` in fp32, rounded up to 128 queries and 32 (or 64)
@@ -124,4 +124,4 @@ def _flash_backward(args: tuple[Any, ...], _: dict[str, Any]) -> Inside:
     sizes = [batch * heads * rounded * FLOAT_BYTES, batch * heads * rounded * columns * FLOAT_BYTES]
     if key.shape[1] != heads:
         sizes += 2 * [batch * heads * key.shape[2] * head_dim * key.element_size()]
-    return Inside(after=tuple(sizes))
+    return Temporaries(after=tuple(sizes))

@@ -121,19 +121,19 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._scalar_of(args[0])
-        inside = self._kernels.inside(func, args, kwargs)
-        if inside is None:
+        temporaries = self._kernels.temporaries(func, args, kwargs)
+        if temporaries is None:
             result = self._kernels.run(func, args, kwargs)
             self._record_all(result)
             return result
-        before = [self.allocate_temporary(size, WORKSPACES) for size in inside.before]
+        before = [self.allocate_temporary(size, WORKSPACES) for size in temporaries.before]
         result = self._kernels.run(func, args, kwargs)
         self._record_all(result)
-        if inside.uses_cublas and self.in_autograd_thread not in self._have_workspace:
+        if temporaries.uses_cublas and self.in_autograd_thread not in self._have_workspace:
             # Each thread has a handle of cuBLAS, and autograd runs the backward pass in a thread of its own.
             self._have_workspace.add(self.in_autograd_thread)
             self.allocate_temporary(1, CUBLAS)
-        after = [self.allocate_temporary(size, WORKSPACES) for size in inside.after]
+        after = [self.allocate_temporary(size, WORKSPACES) for size in temporaries.after]
         for number in (*before, *after):
             self.free_temporary(number)
         return result

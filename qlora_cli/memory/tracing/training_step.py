@@ -24,7 +24,7 @@ from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.loss import fused_loss
 from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
-from qlora_cli.quantization.methods import held_tensors
+from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META
 from qlora_cli.settings.choices import SdpaBackend
 
@@ -138,7 +138,7 @@ class TrainingStep:
         # The weights are part of loading; the record is of what the step itself allocates.
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
-            tensors += (tensor for tensor in held_tensors(module) if tensor.device == self.settings.device)
+            tensors += (tensor for tensor in auxiliary_tensors(module) if tensor.device == self.settings.device)
         for tensor in tensors:
             self.trace.ignore(tensor)
         hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]

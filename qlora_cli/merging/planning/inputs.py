@@ -29,7 +29,7 @@ from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights, find_model
 from qlora_cli.model_files.unexpected_weights import note_on_prediction
-from qlora_cli.quantization.embedding import embedding_of, ends_of
+from qlora_cli.quantization.embedding import embedding_of, vocabulary_weights
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout, with_rows
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import BaseWeights, Dtype
@@ -265,7 +265,7 @@ def read_base(
         tensors=tensors,
         groups=conversions.groups,
         num_rows=needed if is_grown else None,
-        grown=frozenset(ends_of(model)) if is_grown else frozenset(),
+        grown=frozenset(vocabulary_weights(model)) if is_grown else frozenset(),
         quantized=quantized,
         packed=quantized if prequantized is not None else frozenset(),
     )

@@ -17,7 +17,7 @@ from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import DTYPES
 from qlora_cli.model_files.unexpected_weights import hint_on_unexpected, may_be_ignored, prediction_layers
-from qlora_cli.quantization.embedding import ends_of
+from qlora_cli.quantization.embedding import vocabulary_weights
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
 Changes = Mapping[str, Sequence[Weighted]]
@@ -173,7 +173,7 @@ def _settle_tied(
     """
     untied: dict[str, str] = {}
     changes, parts = dict(changes), False
-    ends = ends_of(model)
+    ends = vocabulary_weights(model)
     for one, other in (model.all_tied_weights_keys or {}).items():
         pairs = ((one, other), (other, one))
         if _are_alike(changes.get(one, ()), changes.get(other, ())):

@@ -1,7 +1,6 @@
-"""NF4 and FP4 (QLoRA, arXiv 2305.14314, section 3): two codes a byte, and a constant for each block of weights.
+"""NF4 and FP4 (QLoRA, arXiv 2305.14314, section 3): two codes per byte, and a constant for each block of weights.
 
-How they are quantized is in `blocks`, while a model is loaded in `four_bit_quantizer`, and as training saw them in
-`round_trip`.
+`blocks` quantizes them, `four_bit_quantizer` while a model is loaded, and `round_trip` restores them as in training.
 """
 
 import re
@@ -22,23 +21,23 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBit
+from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBitFormat
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
-from qlora_cli.quantization.lost_weights import Losses
-from qlora_cli.quantization.methods.bitsandbytes import KEPT, is_stored_by, replace_layers
+from qlora_cli.quantization.methods.bitsandbytes import SKIP_MODULES_KEY, is_stored_by, replace_layers
 from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
 from qlora_cli.quantization.methods.method import (
     META,
     ORIGINAL,
     Allocation,
-    Inside,
     Method,
     Operator,
     Saving,
     StoredWeight,
+    Temporaries,
     WeightPart,
 )
 from qlora_cli.quantization.methods.skip_modules import fused_experts, linear_layers
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.round_trip import Quantized, quantized
 from qlora_cli.settings.choices import Quantization, Storage
 from qlora_cli.settings.models import QuantizationSettings
@@ -49,61 +48,61 @@ STORAGE_DTYPES = {
     Storage.FP16: torch.float16,
     Storage.FP32: torch.float32,
 }
-STORED = "load_in_4bit"  # in the config of a checkpoint
-CODE_BYTES = 16 * 4  # the 16 levels, one table a weight
+STORED_KEY = "load_in_4bit"  # in the config of a checkpoint
+CODE_BYTES = 16 * 4  # the 16 levels, one table per weight
 NESTED_CODE_BYTES = 256 * 4  # the levels of the constants, likewise
 OFFSET_BYTES = FLOAT_BYTES = 4
 # What bitsandbytes stores with packed codes.
 CONSTANT = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__\w+)")
 
 
-def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inside:
-    """Return what a product with a 4-bit weight takes in the forward pass.
+def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries:
+    """Return the temporaries of a product with a 4-bit weight in the forward pass.
 
     `bitsandbytes/backends/cuda/ops.py`: beyond 1536 rows the whole weight is dequantized and multiplied by cuBLAS;
-    with double quantization its constants are too, to fp32. Below, a fused kernel may need neither, by rules of speed
-    for each GPU: what it saves is no part of a peak, since the backward pass always dequantizes.
+    with double quantization its constants are dequantized too, to fp32. Below, a fused kernel may need neither, by
+    heuristics for each GPU; the peak is the same, since the backward pass always dequantizes.
     """
     activations, shape = args[0], args[2]
     num_weights = prod(shape)
     constants = num_weights // args[4] * FLOAT_BYTES if kwargs.get("absmax_8bit") is not None else 0
     weight = num_weights * activations.element_size()
-    return Inside(before=(constants, weight) if constants else (weight,), uses_cublas=True)
+    return Temporaries(before=(constants, weight) if constants else (weight,), uses_cublas=True)
 
 
 class FourBitMethod(Method):
-    """NF4 or FP4, whichever `settings.method` says."""
+    """NF4 or FP4, by `settings.method`."""
 
     loader = LOADER
-    kept_key = KEPT
-    stored_key = STORED
+    skip_modules_key = SKIP_MODULES_KEY
+    stored_key = STORED_KEY
     stores_experts = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
-    operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(inside=_product)})
+    operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(temporaries=_product)})
 
     def describe(self, settings: QuantizationSettings) -> str:
-        """Return the kind of codes, and how often their constants are quantized."""
+        """Describe the kind of codes, and whether their constants are quantized, too."""
         return f"{super().describe(settings)}, {'double' if settings.double_quant else 'single'} quantization"
 
     def savings(self, settings: QuantizationSettings) -> Iterator[Saving]:
-        """Yield double quantization (section 3), where it is off."""
+        """Yield double quantization (section 3), if it is off."""
         if not settings.double_quant:
             effect = "the weights' scales in 8 bit, their error stays nearly the same"
             yield Saving(key="double_quant", value=True, effect=effect)
 
-    def unstorable(self, model: PreTrainedModel, device: torch.device) -> Mapping[str, str]:
-        """Return the linear layers and fused experts that bitsandbytes restores wrongly on a CPU.
+    def unsupported_weights(self, model: PreTrainedModel, device: torch.device) -> Mapping[str, str]:
+        """Return the linear layers and fused experts that bitsandbytes dequantizes wrongly on a CPU.
 
-        Its AVX-512 kernel (0.50) takes the constants of other blocks when a row does not end with a block. Such
-        weights stay in 16 bit on every CPU, so that a run does not depend on which one it is.
+        Its AVX-512 kernel (0.50) uses the constants of the wrong blocks if a row does not end with a block. Such
+        weights stay in 16 bit on every CPU, so that a run does not depend on the CPU.
         """
         if device.type != "cpu":
             return {}
         widths = {name: _row_width(module) for name, module in linear_layers(model)}
         widths |= {name: shape[-1] for name, shape in fused_experts(model)}
         return {
-            name: f"rows of {width} weights, no multiple of {BLOCK_SIZE}: bitsandbytes restores them wrongly on a CPU"
+            name: f"rows of {width} weights, not a multiple of {BLOCK_SIZE}: bitsandbytes misreads them on a CPU"
             for name, width in widths.items()
             if width % BLOCK_SIZE
         }
@@ -111,7 +110,7 @@ class FourBitMethod(Method):
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
     ) -> WeightEntry:
-        """Return what a weight takes, by the closed form (section 3)."""
+        """Return the bytes of a weight, by the closed form (section 3)."""
         count = shape.numel()
         num_blocks = -(-count // BLOCK_SIZE)
         constants = FLOAT_BYTES * num_blocks
@@ -129,7 +128,7 @@ class FourBitMethod(Method):
         )
 
     def transient_constant_bytes(self, settings: QuantizationSettings) -> float:
-        """Return what the constants take in fp32, before they are quantized too."""
+        """Return the bytes per weight of the constants in fp32, before they are quantized."""
         return FLOAT_BYTES / BLOCK_SIZE if settings.double_quant else 0.0
 
     def stored(self, module: nn.Module, name: str, parameter: nn.Parameter) -> StoredWeight | None:
@@ -148,9 +147,9 @@ class FourBitMethod(Method):
         experts: Sequence[str],
         compute_dtype: torch.dtype,
         measure_error: bool = False,
-        losses: Losses | None = None,
+        residuals: QuantizationResiduals | None = None,
     ) -> QloraConfig:
-        """Return what `QloraQuantizer` goes by, every field set: transformers' default is FP4 in fp32."""
+        """Return the config for `QloraQuantizer` with every field set: transformers' default is FP4 in fp32."""
         return QloraConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.method.value,
@@ -160,18 +159,18 @@ class FourBitMethod(Method):
             llm_int8_skip_modules=list(unquantized),
             quantized_parameters=list(experts),
             measure_error=measure_error,
-            losses=losses,
+            residuals=residuals,
         )
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
-        """Return the weights that were refused while a model was read by `config`, by full name, with why."""
+        """Return the errors of weights that were refused while a model was loaded with `config`, by full name."""
         assert isinstance(config, QloraConfig)
         return config.refused.errors
 
-    def settle(self, model: PreTrainedModel) -> None:
-        """Keep the stored bytes: on CPUs with AVX512-BF16, bitsandbytes repacks them at the first evaluation.
+    def finalize(self, model: PreTrainedModel) -> None:
+        """Prevent bitsandbytes from repacking the weights at the first evaluation on CPUs with AVX512-BF16.
 
-        It computes with bf16 scales then: another model than the one that trains, and other bytes than those loaded.
+        It would then compute with bf16 scales: another model than in training, and other bytes than those loaded.
         """
         for module in model.modules():
             if isinstance(module, bnb.Linear4bit):
@@ -184,13 +183,13 @@ class FourBitMethod(Method):
         return dict(quantizer.quantization_config.errors or {})
 
     def claim(self, quant_method: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Return `config` if it says that weights are in 4 bit; with quantized experts it has a method of its own."""
-        if quant_method == LOADER:  # it is left out of the file, as transformers would take it for its own
-            return {**config, STORED: True}
-        return config if is_stored_by(STORED, quant_method, config) else None
+        """Return `config` if it is of a 4-bit checkpoint; with quantized experts it names our own loader."""
+        if quant_method == LOADER:  # the file omits the key, or transformers would use its own quantizer
+            return {**config, STORED_KEY: True}
+        return config if is_stored_by(STORED_KEY, quant_method, config) else None
 
     def stored_settings(self, config: Mapping[str, Any], name: str) -> dict[str, object]:
-        """Return the kind of codes, their storage, and whether their constants are quantized too.
+        """Return the kind of codes, their storage dtype, and whether their constants are quantized, too.
 
         Raises:
             ModelError: the codes are of another kind.
@@ -210,22 +209,22 @@ class FourBitMethod(Method):
         }
 
     def constant_names(self, name: str) -> tuple[str, ...]:
-        """Return the tensors of the constants and of the levels."""
+        """Return the names of the tensors of the constants and of the levels."""
         return (f"{name}.absmax", f"{name}.quant_map")
 
     def weight_of_constant(self, name: str) -> str | None:
-        """Return the weight that the tensor `name` holds constants of."""
+        """Return the weight whose constants the tensor `name` holds."""
         match = CONSTANT.fullmatch(name)
         return match[1] if match else None
 
-    def compute_as_asked(
+    def apply_compute_settings(
         self,
         model: PreTrainedModel,
         settings: QuantizationSettings,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
     ) -> None:
-        """Restore the weights of `model` in `dtype`, and multiply in `compute_dtype`."""
+        """Dequantize the weights of `model` to `dtype`, and multiply in `compute_dtype`."""
         for module in model.modules():
             if isinstance(module, bnb.Linear4bit):
                 module.compute_dtype = compute_dtype
@@ -235,7 +234,7 @@ class FourBitMethod(Method):
         model.config.quantization_config.bnb_4bit_compute_dtype = compute_dtype
 
     def check_savable(self, settings: QuantizationSettings) -> None:
-        """Check nothing: codes and constants are as they are stored."""
+        """Check nothing: codes and constants are saved as they are."""
 
     def store_on_meta(
         self,
@@ -263,12 +262,12 @@ class FourBitMethod(Method):
     def allocations(
         self, entry: WeightEntry, settings: QuantizationSettings, dtype: torch.dtype, num_pieces: int
     ) -> Iterator[Allocation]:
-        """Yield what `blocks.quantize` takes on a GPU: for a weight as a whole, or expert by expert."""
+        """Yield the allocations of `blocks.quantize` on a GPU: for a weight as a whole, or expert by expert."""
         num_blocks = -(-entry.num_parameters // BLOCK_SIZE)
         weight = entry.num_parameters // num_pieces * dtype.itemsize
         is_nested = settings.double_quant
-        yield Allocation(num_bytes=weight, part=WeightPart.WEIGHT, is_kept=False)
-        yield Allocation(num_bytes=num_blocks * FLOAT_BYTES, part=WeightPart.CONSTANTS, is_kept=not is_nested)
+        yield Allocation(num_bytes=weight, part=WeightPart.WEIGHT, is_persistent=False)
+        yield Allocation(num_bytes=num_blocks * FLOAT_BYTES, part=WeightPart.CONSTANTS, is_persistent=not is_nested)
         yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.CODES)
         yield Allocation(num_bytes=CODE_BYTES, part=WeightPart.CONSTANTS)
         if is_nested:
@@ -276,19 +275,19 @@ class FourBitMethod(Method):
             for num_bytes in (OFFSET_BYTES, num_blocks, num_nested * FLOAT_BYTES, NESTED_CODE_BYTES):
                 yield Allocation(num_bytes=num_bytes, part=WeightPart.CONSTANTS)
 
-    def held(self, module: nn.Module) -> Iterator[torch.Tensor]:
-        """Yield the constants of a layer's weight, or of the fused weight that `module` restores."""
+    def auxiliary_tensors(self, module: nn.Module) -> Iterator[torch.Tensor]:
+        """Yield the constants of a layer's weight, or of the fused weight that `module` dequantizes."""
         states = (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "quant_state", None))
         for state in states:
             if isinstance(state, QuantState):
                 yield from _constants(state)
 
     def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
-        """Return `weight`, `(out, in)` or stacked, as every pass restores it."""
+        """Return `weight`, `(out, in)` or stacked, quantized and dequantized as in every pass."""
         return quantized([weight], weight.shape, _four_bit(settings)).dequantized()
 
     def is_divisible(self, num_weights: int) -> bool:
-        """Whether no block spans two slices of `num_weights`."""
+        """Return whether no block spans two slices of `num_weights`."""
         return num_weights % BLOCK_SIZE == 0
 
     def stacked(self, slices: Iterable[torch.Tensor], shape: torch.Size, settings: QuantizationSettings) -> Quantized:
@@ -298,7 +297,7 @@ class FourBitMethod(Method):
     def restored(
         self, name: str, codes: torch.Tensor, constants: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return the weight of `codes`."""
+        """Return the dequantized weight."""
         stats = {key.removeprefix(f"{name}."): tensor for key, tensor in constants.items()}
         packed = bnb.Params4bit.from_prequantized(codes, stats, device=torch.device("cpu"))
         packed.quant_state.dtype = dtype
@@ -306,9 +305,9 @@ class FourBitMethod(Method):
 
 
 class Params4bit(bnb.Params4bit):  # type: ignore[misc] # bitsandbytes is untyped
-    """Packed codes on the meta device. PEFT copies a layer to measure its weight for DoRA, and theirs can't be copied.
+    """Packed codes on the meta device that can be copied, unlike those of bitsandbytes: for DoRA, PEFT copies a layer.
 
-    PEFT knows quantized weights by the name of their class, so this one has the same.
+    PEFT recognises quantized weights by the name of their class, so this one has the same.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Params4bit":
@@ -318,7 +317,7 @@ class Params4bit(bnb.Params4bit):  # type: ignore[misc] # bitsandbytes is untype
 def _packed(
     shape: torch.Size, settings: QuantizationSettings, dtype: torch.dtype, layer: nn.Module | None
 ) -> tuple[Params4bit, QuantState]:
-    """Return a weight of `shape` on the meta device, and what it would be restored with."""
+    """Return a packed weight of `shape` on the meta device, and its quantization state."""
     codes, state = functional.quantize_4bit(
         torch.empty(shape, dtype=dtype, device=META),
         blocksize=BLOCK_SIZE,
@@ -342,7 +341,7 @@ def _packed(
 
 
 def _nest(state: QuantState) -> None:
-    """Quantize the constants by hand: bitsandbytes would keep the levels on this device, and use them on any."""
+    """Quantize the constants by hand: bitsandbytes would cache the levels of the meta device for all devices."""
     num_blocks = state.absmax.numel()
     state.nested = True
     state.offset = torch.empty((), dtype=torch.float32, device=META)
@@ -374,8 +373,8 @@ def _constants(state: QuantState) -> Iterator[torch.Tensor]:
         yield from _constants(state.state2)
 
 
-def _four_bit(settings: QuantizationSettings) -> FourBit:
-    return FourBit(
+def _four_bit(settings: QuantizationSettings) -> FourBitFormat:
+    return FourBitFormat(
         quant_type=settings.method.value,
         double_quant=settings.double_quant,
         storage=STORAGE_DTYPES[settings.quant_storage],

@@ -1,8 +1,8 @@
-"""4-bit quantization on loading, through the door that transformers leaves open for quantizers of others.
+"""4-bit quantization on loading, as a quantizer that is registered with transformers.
 
-`from_pretrained` still does what it is good at: shards, renamed weights, dtypes, tied weights. What differs from
-its own bitsandbytes quantizer: weights are quantized piece by piece in bounded memory, and fused experts are
-quantized too, each expert as it is read.
+`from_pretrained` still handles shards, renamed weights, dtypes and tied weights. Unlike transformers' own
+bitsandbytes quantizer, this one quantizes weights piece by piece in bounded memory, and fused experts too, each
+expert as it is read.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBit, SquaredError, quantize
-from qlora_cli.quantization.lost_weights import Losses
+from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBitFormat, SquaredError, quantize
 from qlora_cli.quantization.refused_weights import OTHER_VERSION, RefusedWeights
+from qlora_cli.quantization.residuals import QuantizationResiduals
 
 LOADER = "qlora"
 Errors = dict[str, float]
@@ -34,7 +34,7 @@ Errors = dict[str, float]
 class QloraConfig(BitsAndBytesConfig):
     """`BitsAndBytesConfig` for `QloraQuantizer`; `quantized_parameters` are fused experts, by full name.
 
-    A checkpoint carries it only if it holds quantized experts: plain transformers can't load those, and says so.
+    A checkpoint has it only if it holds quantized experts: plain transformers can't load those, and says so.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class QloraConfig(BitsAndBytesConfig):
         *,
         quantized_parameters: list[str] | None = None,
         measure_error: bool = False,
-        losses: Losses | None = None,
+        residuals: QuantizationResiduals | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -50,31 +50,39 @@ class QloraConfig(BitsAndBytesConfig):
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.quant_method = LOADER  # type: ignore[assignment] # their enumeration is of their own methods
         self.quantized_parameters = quantized_parameters or []
-        # Relative RMS errors by full name, filled while loading. `from_pretrained` copies what it is given:
+        # Relative RMS errors by full name, filled in while loading. `from_pretrained` copies the config:
         # read them from the quantizer of the model.
         self.errors: Errors | None = {} if measure_error else None
-        self.losses = losses  # taken down while loading too
+        self.residuals = residuals  # filled in while loading, too
         self.refused = RefusedWeights()
 
     @property
-    def four_bit(self) -> FourBit:
-        """The same for `quantize`."""
-        return FourBit(
+    def four_bit(self) -> FourBitFormat:
+        """The format for `quantize`."""
+        return FourBitFormat(
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
             storage=self.bnb_4bit_quant_storage,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a config.json holds."""
+        """Return the content for a config.json."""
         content: dict[str, Any] = super().to_dict()
-        # `load_in_4bit` would make transformers take its own quantizer, whatever the method says.
-        for key in ("errors", "losses", "refused", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"):
+        # `load_in_4bit` would make transformers use its own quantizer, whatever quant_method says.
+        for key in (
+            "errors",
+            "residuals",
+            "refused",
+            "load_in_4bit",
+            "load_in_8bit",
+            "_load_in_4bit",
+            "_load_in_8bit",
+        ):
             content.pop(key, None)
         return content
 
     def plain(self) -> BitsAndBytesConfig:
-        """Return the same as transformers' own quantizer takes it."""
+        """Return the equivalent config for transformers' own quantizer."""
         content = self.to_dict()
         for key in ("quant_method", "quantized_parameters"):
             del content[key]
@@ -83,7 +91,7 @@ class QloraConfig(BitsAndBytesConfig):
 
 @register_quantizer(LOADER)
 class QloraQuantizer(Bnb4BitHfQuantizer):
-    """Quantizes linear layers and fused experts while they are read, or reads them quantized."""
+    """Quantizes linear layers and fused experts while they are read, or reads quantized ones."""
 
     quantization_config: QloraConfig
 
@@ -92,10 +100,10 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
         return self.quantization_config.quantized_parameters
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Check nothing: the loader has, and the embedding may lie in host memory."""
+        """Check nothing: the loader has done so, and the embedding may be in host memory."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether the weight `param_name` is stored in 4 bit."""
+        """Return whether the weight `param_name` is stored in 4 bit."""
         return param_name in self._experts or super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -103,11 +111,11 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
         return _Quantize(self.quantization_config)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """Return what puts stored quantized weights together."""
+        """Return the converters that assemble stored quantized weights."""
         if not self.pre_quantized:
             return []
         experts = {full.rpartition(".")[2] for full in self._experts} - {"weight"}
-        # The first that matches takes a weight: down_proj.weight.absmax, of a layer, is no part of experts' down_proj.
+        # The first match wins: down_proj.weight.absmax, of a layer, must not match the experts' down_proj.
         names = ("weight", *sorted(experts))
         return [WeightConverter(_serialized(name), name, [_Deserialize(self)]) for name in names]
 
@@ -116,7 +124,7 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
         weight_conversions: list[WeightConverter],
         model: PreTrainedModel | None = None,  # transformers passes it from 5.18 on
     ) -> list[WeightConverter]:
-        """Let converters that stack experts hand them over one at a time."""
+        """Replace converters that stack experts by ones that stream them one at a time."""
         return [self._streamed(conversion) for conversion in weight_conversions] + self.get_weight_conversions()
 
     def _streamed(self, conversion: WeightConverter) -> WeightConverter:
@@ -141,7 +149,7 @@ class QloraQuantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self._experts:
             _dequantize_on_access(model, name)
-        # What PEFT, TRL and the trainer ask a quantized model for.
+        # What PEFT, TRL and the trainer expect of a quantized model.
         setattr(model, "quantization_method", QuantizationMethod.BITS_AND_BYTES)  # noqa: B010 - theirs, undeclared
         if not self._experts:
             model.config.quantization_config = self.quantization_config.plain()
@@ -156,7 +164,7 @@ def _serialized(name: str) -> list[str]:
 
 
 def _dequantize_on_access(model: PreTrainedModel, full_name: str) -> None:
-    """Make a fused weight read as its dequantized self, by a parametrization of bitsandbytes."""
+    """Dequantize a fused weight whenever it is read, by a parametrization of bitsandbytes."""
     module, name = get_module_from_name(model, full_name)
     stored = getattr(module, name)
     if not isinstance(stored, Params4bit):
@@ -188,17 +196,17 @@ class _Quantize(ConversionOps):
 
     def _quantized(self, model: PreTrainedModel, name: str, value: Any) -> Params4bit:
         weight = value[0] if isinstance(value, list) else value
-        if isinstance(weight, Params4bit):  # experts that were quantized one by one
+        if isinstance(weight, Params4bit):  # experts, already quantized one by one
             return weight
         module, leaf = get_module_from_name(model, name)
         if isinstance(module, Linear4bit) and issubclass(module.source_cls, Conv1D):
             weight = weight.T.contiguous()  # stored as (in, out)
         _check_shape(weight.shape, getattr(module, leaf).shape)
         stored = _quantized(self._config, name, [weight], weight.shape, module)
-        losses = self._config.losses
-        if losses is not None and name in losses.ranks:
+        residuals = self._config.residuals
+        if residuals is not None and name in residuals.ranks:
             restored = functional.dequantize_4bit(stored.data, stored.quant_state)
-            losses.take(name, weight.float() - restored.float())
+            residuals.add(name, weight.float() - restored.float())
         return stored
 
 
@@ -210,7 +218,7 @@ class _QuantizeExperts(ConversionOps):
         self._operations = operations
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_QuantizeExperts":
-        return self  # transformers copies a converter for every weight; the errors are written to one place
+        return self  # transformers copies a converter for every weight; all write errors to the same config
 
     def convert(
         self,
@@ -219,7 +227,7 @@ class _QuantizeExperts(ConversionOps):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the one weight of all experts, by its full name; `input_dict` holds readers of tensors."""
+        """Return the weight of all experts, by its full name; `input_dict` holds functions that read tensors."""
         full_layer_name: str = kwargs["full_layer_name"]
         module, name = get_module_from_name(kwargs["model"], full_layer_name)
         shape = getattr(module, name).shape
@@ -229,8 +237,8 @@ class _QuantizeExperts(ConversionOps):
             tensors: Any = {source: [read() for read in readers[index]] for source, readers in input_dict.items()}
             for operation in self._operations:
                 tensors = operation.convert(tensors, source_patterns, target_patterns, **kwargs)
-            (found,) = tensors.values()
-            tensor: torch.Tensor = found[0] if isinstance(found, list) else found
+            (value,) = tensors.values()
+            tensor: torch.Tensor = value[0] if isinstance(value, list) else value
             _check_shape(tensor.shape[1:], shape[1:])
             return tensor
 
@@ -253,22 +261,22 @@ def _check_number(stored: set[int], expected: int) -> None:
 
 
 def _check_shape(stored: torch.Size, expected: torch.Size) -> None:
-    if stored != expected:  # with as many weights it would be quantized, and computed with
+    if stored != expected:  # a wrong shape with as many weights would be quantized and used
         raise ModelError(
             f"its files hold the shape {tuple(stored)}, and config.json says {tuple(expected)}", hint=OTHER_VERSION
         )
 
 
 class _Streaming(WeightConverter):
-    """A converter that hands over the readers of its tensors, so that an operation decides when to read which."""
+    """A converter that passes on functions to read its tensors, so that an operation decides when to read each."""
 
     def materialize_tensors(self) -> dict[str, Any]:
-        """Return the readers by source pattern, and forget them."""
+        """Return the reading functions by source pattern, and release them."""
         return {source: self.collected_tensors.pop(source) for source in list(self.collected_tensors)}
 
 
 class _Deserialize(ConversionOps):
-    """Puts a weight together from its stored codes and constants."""
+    """Assembles a weight from its stored codes and constants."""
 
     def __init__(self, hf_quantizer: QloraQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -280,7 +288,7 @@ class _Deserialize(ConversionOps):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the one quantized weight, or what is not quantized as it is."""
+        """Return the quantized weight, or an unquantized one unchanged."""
         if len(input_dict) == 1:
             return input_dict
         module, _ = get_module_from_name(kwargs["model"], kwargs["full_layer_name"])

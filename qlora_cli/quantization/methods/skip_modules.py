@@ -1,7 +1,7 @@
-"""What stays in 16 bit, and why: one table, for every architecture.
+"""The modules that stay in 16 bit, with the reason: one table for all architectures.
 
-Heads, routers and state-space parts are small or fragile: an error in them is not averaged out over many weights,
-or a kernel reads their weight itself and would read packed codes.
+Heads, routers and state-space modules are small or fragile: errors in them do not average out over many weights, or
+a kernel reads their weight directly and would read packed codes.
 """
 
 import re
@@ -22,7 +22,7 @@ ROUTER_NAME = re.compile(r"(^|\.)(router|gate|[a-z_]*router[a-z_]*|shared_expert
 
 @dataclass(frozen=True)
 class SkipRule:
-    """Linear layers whose full name matches `pattern` are kept, because they are `reason`."""
+    """Linear layers whose full name matches `pattern` stay unquantized, for `reason`."""
 
     pattern: re.Pattern[str]
     reason: str
@@ -39,7 +39,7 @@ RULES = (
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Yield the layers that could be quantized, with their full names."""
+    """Yield the layers that can be quantized, with their full names."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
@@ -48,7 +48,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 def unquantized_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) -> dict[str, str]:
     """Return the linear layers and fused experts of `model` that stay unquantized, by full name, with the reason.
 
-    `asked` are names or parts of names, dot to dot, that the user wants kept too.
+    `asked` are names, or dot-separated parts of names, that the user wants unquantized, too.
     """
     asked = asked or ()
     head = model.get_output_embeddings()
@@ -59,8 +59,8 @@ def unquantized_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) ->
             unquantized[name] = HEAD
         elif reason := _reason(name):
             unquantized[name] = reason
-        elif type(module) not in (nn.Linear, Conv1D):  # with a forward of its own, which reads the weight
-            unquantized[name] = f"a {type(module).__name__}, no plain linear layer"
+        elif type(module) not in (nn.Linear, Conv1D):  # its own forward may read the weight
+            unquantized[name] = f"a {type(module).__name__}, not a plain linear layer"
         elif _is_kept_in_fp32(model, name):
             unquantized[name] = "kept in fp32 by its architecture"
         elif has_part(name, asked):
@@ -69,12 +69,12 @@ def unquantized_layers(model: PreTrainedModel, asked: tuple[str, ...] | None) ->
 
 
 def has_part(name: str, parts: Iterable[str]) -> bool:
-    """Whether one of `parts` stands in `name`, dot to dot."""
+    """Return whether `name` contains one of `parts` between dots."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
-    # The first by the rule that the quantizers of transformers go by, who leave the others to be quantized.
+    # transformers' quantizers skip the first; the second, kept in fp32 even in bf16 runs, they would quantize.
     in_16_bit_runs = not should_convert_module(name, list(model._keep_in_fp32_modules or ()))
     return in_16_bit_runs or has_part(name, model._keep_in_fp32_modules_strict or ())
 
@@ -92,7 +92,7 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
     """Yield the full names of the weights of fused experts, and their shapes as if nothing were packed.
 
     transformers 5 stacks the experts of a layer into one parameter, `(num_experts, …, …)`, which is no linear layer:
-    bitsandbytes leaves it in 16 bit without a word.
+    bitsandbytes silently leaves it in 16 bit.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
@@ -106,7 +106,7 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
 
 
 def holds_experts(name: str, module: nn.Module, num_dims: int) -> bool:
-    """Whether the parameter `name` of `module` holds the weights of several experts, stacked or, in DBRX, in a row."""
+    """Return whether the parameter `name` of `module` holds several experts, stacked or, in DBRX, concatenated."""
     if num_dims not in (2, 3) or name.endswith("bias") or isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         return False
     return "experts." in name or "Experts" in type(module).__name__

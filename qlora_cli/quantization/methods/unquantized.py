@@ -1,4 +1,4 @@
-"""No quantization: the weights of linear layers stay in 16 or 32 bit, as all others do."""
+"""No quantization: the weights of linear layers stay in 16 or 32 bit, like all others."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from qlora_cli.settings.models import QuantizationSettings
 
 
 class Unquantized(Method):
-    """Weights as they are."""
+    """Weights without quantization."""
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings
     ) -> WeightEntry:
-        """Return what the weight takes."""
+        """Return the bytes of the weight."""
         return WeightEntry(
             name=name,
             kind=kind,
@@ -29,7 +29,7 @@ class Unquantized(Method):
         )
 
     def config(self, settings: QuantizationSettings, **_: Any) -> None:
-        """Return nothing: weights are loaded as they are."""
+        """Return None: weights are loaded unchanged."""
 
     def store_on_meta(
         self,
@@ -41,7 +41,7 @@ class Unquantized(Method):
         experts: Sequence[str],
         compute_dtype: torch.dtype,
     ) -> None:
-        """Leave `model` as it is."""
+        """Leave `model` unchanged."""
 
     def allocations(
         self,
@@ -50,11 +50,11 @@ class Unquantized(Method):
         dtype: torch.dtype,
         num_pieces: int,
     ) -> Iterator[Allocation]:
-        """Yield the weight."""
+        """Yield the allocation of the weight."""
         yield Allocation(num_bytes=entry.weight_bytes, part=WeightPart.WEIGHT)
 
     def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
-        """Return the weight."""
+        """Return the weight unchanged."""
         return weight
 
 

@@ -20,7 +20,7 @@ from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.errors import TrainingError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.checkpoint import read_checkpoint
-from qlora_cli.quantization.embedding import ends_of
+from qlora_cli.quantization.embedding import vocabulary_weights
 from qlora_cli.quantization.storage_plan import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
@@ -65,7 +65,7 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
         TrainingError: it does not.
     """
     shapes = _shapes(model, loaded)
-    ends = ends_of(shapes)
+    ends = vocabulary_weights(shapes)
     fitted = fit(open_adapter(directory, allow_pickle=False), shapes, loaded.config)
     written = as_trained(model, dict(fitted.adapter.values))
     kept = switched_parameters_in(model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_cli.adapters.adapter import attach_adapter, place_adapter
 from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import check_init
-from qlora_cli.adapters.loftq import plan_losses
+from qlora_cli.adapters.loftq import plan_residuals
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.targets import adapted_layers, target_modules
 from qlora_cli.adapters.whole_modules import train_in_fp32
@@ -84,7 +84,7 @@ def outline(load_plan: LoadPlan, lora: LoraSettings) -> PeftModel:
     if load_plan.adapter is not None:
         return _trained_on(model, load_plan.adapter)
     if lora.init_lora_weights == LoraInit.LOFTQ:
-        plan_losses(load_plan.shapes, load_plan.layout, lora)
+        plan_residuals(load_plan.shapes, load_plan.layout, lora)
     else:
         check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
     # There are no values here that it could begin with.

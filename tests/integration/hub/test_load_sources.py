@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_quantizer_is_refused_with_a_way_out(model: Path
     change_config(model, quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
     message = message_of_the_command(model)
     assert f"{model} is quantized with {method}: its " in message
-    assert "hint: Take the 16-bit model that it was made from" in message
+    assert "hint: Use the 16-bit model that it was made from" in message
 
 
 def test_a_checkpoint_said_to_be_quantized_that_is_not_is_refused(model: Path) -> None:

@@ -188,7 +188,7 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_falcon_is_refused_quantized_because_its_linear_layers_are_none(falcon: Path, method: str) -> None:
     said = refused(falcon, ModelError, quantization__method=method)
     assert f"nothing of FalconForCausalLM can be stored in {method}" in said
-    assert "a FalconLinear, no plain linear layer" in said
+    assert "a FalconLinear, not a plain linear layer" in said
     assert "--quant none" in said
 
 

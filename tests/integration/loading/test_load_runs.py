@@ -325,7 +325,7 @@ def test_a_checkpoint_whose_head_is_quantized_and_the_embedding_is_refused_befor
     stored = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     stored.save_pretrained(tmp_path / "stored")
     copy_tokenizer(tmp_path / "stored")
-    with pytest.raises(ModelError, match="it has lm_head quantized, which is one weight with the embedding"):
+    with pytest.raises(ModelError, match="it has lm_head quantized, which is tied to the embedding"):
         plan_load(asked_load(tmp_path / "stored"), Recorder())
 
 

@@ -7,7 +7,7 @@ import torch
 
 from qlora_cli.adapters.targets import named, rank_of, resolve_pattern
 from qlora_cli.errors import ModelError, SettingsError
-from qlora_cli.quantization.lost_weights import best_of_rank
+from qlora_cli.quantization.residuals import low_rank_approximation
 from qlora_cli.settings.models import EstimateSettings, LoraSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 
@@ -142,7 +142,7 @@ def test_a_key_that_decides_nothing_is_refused() -> None:
 @pytest.mark.parametrize("rank", [1, 5, 24, 60])
 def test_the_best_of_a_rank_is_that_of_a_singular_value_decomposition(shape: tuple[int, int], rank: int) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-    found = best_of_rank(matrix, rank)
+    found = low_rank_approximation(matrix, rank)
     kept = min(rank, *shape)
     assert found.left.shape == (shape[0], kept)
     assert found.right.shape == (kept, shape[1])
@@ -155,9 +155,9 @@ def test_the_best_of_a_rank_is_that_of_a_singular_value_decomposition(shape: tup
 def test_of_a_matrix_of_a_lower_rank_nothing_is_left_over() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(32, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
-    found = best_of_rank(matrix, 8)
+    found = low_rank_approximation(matrix, 8)
     assert found.left.isfinite().all()
     assert found.right.isfinite().all()
     torch.testing.assert_close(found.left @ found.right, matrix, rtol=1e-3, atol=1e-4)
-    nothing = best_of_rank(torch.zeros(8, 16), 4)
+    nothing = low_rank_approximation(torch.zeros(8, 16), 4)
     assert not (nothing.left @ nothing.right).any()

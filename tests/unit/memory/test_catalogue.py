@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, configuration_utils, modeling_rope_utils
 
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalogue, nearest_names
-from qlora_cli.quantization.inventory import parameters_once
+from qlora_cli.quantization.inventory import unique_parameters
 from qlora_cli.quantization.storage_plan import build_on_meta
 
 MODELS = catalogue()
@@ -29,7 +29,7 @@ def built_config(model: CatalogueModel) -> PreTrainedConfig:
 def count_parameters(model: CatalogueModel) -> int:
     """Return the number of parameters of the model that the config builds, tied ones once."""
     built = build_on_meta(built_config(model), torch.bfloat16)
-    return sum(parameter.numel() for _, _, parameter in parameters_once(built))
+    return sum(parameter.numel() for _, _, parameter in unique_parameters(built))
 
 
 def named_size(name: str) -> float:

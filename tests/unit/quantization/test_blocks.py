@@ -5,7 +5,7 @@ import torch
 from bitsandbytes import functional
 
 from qlora_cli.quantization import blocks
-from qlora_cli.quantization.blocks import FourBit, quantize
+from qlora_cli.quantization.blocks import FourBitFormat, quantize
 from qlora_cli.quantization.methods import int8
 from qlora_cli.quantization.methods.int8 import quantize_rows
 
@@ -30,7 +30,7 @@ def test_4_bit_in_pieces_is_4_bit_of_the_whole(
     weight = random_weight(*shape, dtype=dtype)
     before = weight.clone()
     monkeypatch.setattr(blocks, "PIECE_SIZE", -(-weight.numel() // num_pieces // 64) * 64)
-    packed, state = quantize([weight], weight.shape, FourBit(quant_type=quant_type, double_quant=double))
+    packed, state = quantize([weight], weight.shape, FourBitFormat(quant_type=quant_type, double_quant=double))
     whole, expected = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double)
     assert torch.equal(packed, whole)
     found, wanted = state.as_dict(packed=True), expected.as_dict(packed=True)
@@ -42,7 +42,9 @@ def test_4_bit_in_pieces_is_4_bit_of_the_whole(
 
 def test_a_weight_may_come_in_pieces_of_whole_blocks() -> None:
     weight = random_weight(8, 16, 64)
-    packed, state = quantize(iter(torch.split(weight, 1)), weight.shape, FourBit(quant_type="nf4", double_quant=True))
+    packed, state = quantize(
+        iter(torch.split(weight, 1)), weight.shape, FourBitFormat(quant_type="nf4", double_quant=True)
+    )
     whole, expected = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(packed, whole)
     assert torch.equal(state.absmax, expected.absmax)

@@ -11,7 +11,7 @@ from qlora_cli.events import SilentReporter
 from qlora_cli.hardware.device import choose_compute_dtype
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import load_model, load_planned
-from qlora_cli.quantization.embedding import embedding_of, grow, offloading_map
+from qlora_cli.quantization.embedding import embedding_of, extend_vocabulary, offload_device_map
 from qlora_cli.quantization.memory_check import needed_bytes
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Dtype
@@ -50,12 +50,12 @@ def test_an_embedding_kept_on_the_host_is_whole_and_gives_the_same_logits(tmp_pa
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mamba2", "gpt_neox"])
 def test_the_map_for_offloading_places_every_weight_once_and_only_the_embedding_on_the_host(family: str) -> None:
     model = build_on_meta(tiny_config(family), torch.float32)
-    places = offloading_map(model, torch.device("cuda"))
+    device_map = offload_device_map(model, torch.device("cuda"))
     embedding = embedding_of(model)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        (place,) = {places[part] for part in places if name == part or name.startswith(f"{part}.")}
+        (place,) = {device_map[part] for part in device_map if name == part or name.startswith(f"{part}.")}
         assert (place == "cpu") == (parameter is embedding.weight), name
-    assert "" not in places
+    assert "" not in device_map
 
 
 def test_both_kinds_of_offloading_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_growing_takes_no_more_than_a_second_embedding() -> None:
     model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=True)
     embedding = embedding_of(model)
     mean = embedding.weight.detach().double().mean(0)
-    grow(model, 4100)
+    extend_vocabulary(model, 4100)
     assert embedding_of(model).num_embeddings == 4100
     torch.testing.assert_close(embedding_of(model).weight[4096:].double(), mean.expand(4, -1))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qlora_cli.quantization.blocks import PIECE_SIZE, FourBit
+from qlora_cli.quantization.blocks import PIECE_SIZE, FourBitFormat
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.round_trip import quantized
 from qlora_cli.settings.choices import Quantization
@@ -18,8 +18,8 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def how(quant_type: str = "nf4", *, double: bool = True) -> FourBit:
-    return FourBit(quant_type=quant_type, double_quant=double)
+def how(quant_type: str = "nf4", *, double: bool = True) -> FourBitFormat:
+    return FourBitFormat(quant_type=quant_type, double_quant=double)
 
 
 def by_hand(weight: torch.Tensor, quant_type: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_cli.quantization.inventory import parameters_once
+from qlora_cli.quantization.inventory import unique_parameters
 from qlora_cli.quantization.methods import all_methods, is_quantized_layer, method_of, restores_weight, stored_weight
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
@@ -115,7 +115,7 @@ def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
             continue
         for num_pieces in (1, 4):
             taken = list(layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces))
-            unquantized = sum(allocation.num_bytes for allocation in taken if allocation.is_kept)
+            unquantized = sum(allocation.num_bytes for allocation in taken if allocation.is_persistent)
             assert unquantized == entry.weight_bytes + entry.constant_bytes, entry.name
 
 
@@ -133,7 +133,7 @@ def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: s
         compute_dtype=torch.bfloat16,
     )
     found = {}
-    for name, module, parameter in parameters_once(model):
+    for name, module, parameter in unique_parameters(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
         found[name] = (stored.shape.numel(), parameter.nbytes, sum(tensor.nbytes for tensor in stored.constants))
     planned = {
