@@ -1,1 +1,1 @@
-"""Adapters: their config, keys and values; where they go on a model, how they begin, and how they are saved."""
+"""LoRA adapters: find their targets, initialize, read, attach and save them."""

@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter to a frozen base: a new one, or one that was read from its files."""
+"""Attach a LoRA adapter to a frozen base: a new one, or one that was read from files."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.base_parameters import GrownHead, keep
-from qlora_cli.adapters.expert_lora import use_for_quantized_experts
+from qlora_cli.adapters.base_parameters import ExtendedHead, switch_parameters
+from qlora_cli.adapters.expert_lora import use_expert_wrapper
 from qlora_cli.adapters.initialization import (
-    begin,
     check_init,
     init_for_peft,
+    initialize,
     is_pissa,
-    remember_start,
+    save_initial_factors,
 )
-from qlora_cli.adapters.reader import Adapter, put_on
-from qlora_cli.adapters.state import put_values, remember_origin
+from qlora_cli.adapters.reader import Adapter, attach
+from qlora_cli.adapters.state import put_values, set_origin
 from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
@@ -35,16 +35,16 @@ def attach_adapter(
     new_token_ids: tuple[int, ...] = (),
     base_commit: str | None = None,
 ) -> tuple[PeftModel, tuple[str, ...]]:
-    """Return `model` frozen, with LoRA matrices in fp32 on its targets, the only part that trains; and notes.
+    """Freeze `model` and attach trainable LoRA matrices in fp32 to its targets; return it with notes.
 
-    The rows of `new_token_ids` train too, in the embedding and in a head of its own, and the modules that settings
-    name as a whole. `base_commit`, of a base from the hub, is recorded with the adapter.
+    The rows of `new_token_ids` are trained too, in the embedding and in an untied head, and so are modules that the
+    settings name to be trained whole. `base_commit`, for a base from the hub, is recorded with the adapter.
 
     PEFT's `prepare_model_for_kbit_training` is not called: it would upcast norms, embedding and head to
     fp32, which costs 2 GiB on Llama-3.1-8B and gains nothing for a frozen base.
 
     Raises:
-        ModelError: a name in the settings matches nothing of the model, or what can't be trained so.
+        ModelError: a name in the settings matches nothing in the model, or something that can't be trained.
     """
     modules, notes = target_modules(model, settings)
     parameters = target_parameters(model, settings)
@@ -55,7 +55,7 @@ def attach_adapter(
         _check_dora(model, layers)
     rows = _trained_rows(model, new_token_ids)
     whole = find_whole_modules(model, settings.modules_to_save or (), adapted, rows or ())
-    with _checked_here():
+    with _without_spurious_warnings():
         config = LoraConfig(
             task_type="CAUSAL_LM",
             revision=base_commit,
@@ -69,18 +69,18 @@ def attach_adapter(
             use_rslora=settings.use_rslora,
             use_dora=settings.use_dora,
             init_lora_weights=init_for_peft(settings.init_lora_weights),
-            modules_to_save=list(whole.ends) or None,
+            modules_to_save=list(whole.suffixes) or None,
             ensure_weight_tying=whole.is_tied,
             trainable_token_indices=rows,
             bias="none",
         )
-        use_for_quantized_experts(config, model)
+        use_expert_wrapper(config, model)
         model.requires_grad_(False)
         result = get_peft_model(model, config, autocast_adapter_dtype=True)
-    config.exclude_modules = None  # of this base only; elsewhere PEFT would say that there are no such modules
+    config.exclude_modules = None  # specific to this base; on another PEFT would warn that there are no such modules
     assert {name for name, _ in whole_modules(result)} == set(whole.names), "PEFT trains other modules whole"
     train_in_fp32(result)
-    begin(result, settings.init_lora_weights)
+    initialize(result, settings.init_lora_weights)
     _complete_head(model)
     return result, notes
 
@@ -93,8 +93,8 @@ def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:
 
 
 @contextmanager
-def _checked_here() -> Iterator[None]:
-    """Leave out what PEFT warns of without cause: keys that are of experts, its conversion, how GPT-2 is stored."""
+def _without_spurious_warnings() -> Iterator[None]:
+    """Suppress PEFT's unfounded warnings: on keys of experts, on rsLoRA with patterns, on GPT-2's layout."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
@@ -102,43 +102,43 @@ def _checked_here() -> Iterator[None]:
         yield
 
 
-def place_adapter(model: PreTrainedModel, lora: LoraConfig, directory: Path) -> PeftModel:
-    """Return `model` frozen, with an adapter by the config that was read from `directory`, ready for its values.
+def attach_from_config(model: PreTrainedModel, lora: LoraConfig, directory: Path) -> PeftModel:
+    """Freeze `model` and attach an adapter by the config that was read from `directory`, without its values yet.
 
     Raises:
         ModelError: the model has nothing that the config names, or can't be adapted so.
     """
     config = deepcopy(lora)
-    use_for_quantized_experts(config, model)
+    use_expert_wrapper(config, model)
     config.inference_mode = False
     model.requires_grad_(False)
-    return put_on(model, config, directory)
+    return attach(model, config, directory)
 
 
 def load_adapter(
     model: PreTrainedModel, adapter: Adapter, *, trainable: bool, num_rows: int | None = None
 ) -> PeftModel:
-    """Return `model` with an adapter that was read for it, in fp32 as far as it was saved so.
+    """Attach an adapter that was read for `model`, in fp32 if it was saved so; return the adapted model.
 
-    What the adapter's file holds of the base itself is in its place while the adapter is on; the base's own is when it
-    is off. `num_rows` are the rows of the base's own vocabulary, if `model` was given more for the adapter.
+    Parameters of the base in the adapter's file are active while the adapter is enabled; otherwise the base's own are.
+    `num_rows` is the size of the base's own vocabulary, if that of `model` was extended for the adapter.
     """
     head = model.get_output_embeddings()
-    grown = None if num_rows is None or head is None else GrownHead(module=head, num_rows=num_rows)
-    adapted = place_adapter(model, adapter.lora, adapter.directory)
+    extended = None if num_rows is None or head is None else ExtendedHead(module=head, num_rows=num_rows)
+    adapted = attach_from_config(model, adapter.lora, adapter.directory)
     adapted.peft_config[ADAPTER].inference_mode = not trainable
-    adapted.peft_config[ADAPTER].bias = "none"  # those that were trained are kept next to those of the base
+    adapted.peft_config[ADAPTER].bias = "none"  # trained biases are switched with those of the base
     if trainable:
         if is_pissa(adapter.lora):
-            remember_start(adapted)
+            save_initial_factors(adapted)
         train_in_fp32(adapted)
     else:
         adapted.eval()
         adapted.requires_grad_(False)
     put_values(adapted, adapter.values)
     trained = adapter.trained if trainable else frozenset()
-    keep(adapted, adapter.kept, given=adapter.given, trained=trained, grown=grown)
-    remember_origin(adapted, adapter)
+    switch_parameters(adapted, adapter.base_parameters, given=adapter.in_file, trained=trained, extended=extended)
+    set_origin(adapted, adapter)
     _complete_head(model)
     return adapted
 
@@ -159,8 +159,8 @@ def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, lis
 
 
 def _complete_head(model: PreTrainedModel) -> None:
-    # TRL's fused loss reads weight and bias of the head. PEFT's wrapper of a head with trained rows hands the weight
-    # on, with those rows in it, but has no bias to say that there is none.
+    # TRL's fused loss reads weight and bias of the head. PEFT's wrapper of a head with trained rows has the weight
+    # with those rows in it, but lacks the attribute `bias`.
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head.bias = None

@@ -1,4 +1,4 @@
-"""LoRA on fused experts that are quantized: PEFT's wrapper of a parameter, mended, and put on in plain order."""
+"""LoRA on quantized fused experts: PEFT's parameter wrapper, corrected, and applied in a fixed order."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -17,18 +17,18 @@ from qlora_cli.quantization.storage_plan import build_on_meta
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
-    """Adds its update to a weight that a parametrization dequantizes, for the length of one forward pass.
+    """Adds its update to a weight that a parametrization dequantizes, for the duration of one forward pass.
 
-    PEFT 0.21 registers the update as a second parametrization, and reads the weight to do so. Where wrappers are
-    nested, as for two weights of one module, the outer one has turned the cache of parametrizations on by then: the
-    pass continues with the weight as it was read, and the inner update has no effect and never trains. Nor is it taken
-    away again (PEFT looks for a class that it no longer uses for experts): every step would add one more.
+    PEFT 0.21 registers the update as a second parametrization, and reads the weight to do so. If wrappers are nested,
+    as for two weights of one module, the outer one has enabled the parametrization cache by then: the pass continues
+    with the cached weight, and the inner update has no effect and is never trained. Nor is it removed (PEFT looks for
+    a class that it no longer uses for experts): every step would add another.
 
-    PEFT knows its wrappers by the name of their class, so this one has the same.
+    PEFT recognises its wrappers by the name of their class, so this one has the same.
     """
 
     def get_param(self) -> torch.Tensor:
-        """Return what has shape, dtype and device of the weight; the weight itself would be dequantized for it."""
+        """Return a placeholder with the weight's shape, dtype and device, without dequantizing the weight."""
         chain = self._quantized()
         if chain is None:
             unquantized: torch.Tensor = super().get_param()
@@ -37,7 +37,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         return torch.empty((), dtype=stored.dtype, device=chain.original.device).expand(stored.shape)
 
     def _quantized(self) -> Any:
-        """Return what the weight is stored as, a list of parametrizations; None if it is not quantized."""
+        """Return the weight's list of parametrizations; None if it is not quantized."""
         chain = dict(getattr(self.get_base_layer(), "parametrizations", {})).get(self.parameter_name)
         return chain if chain is not None and restores_weight(chain[0]) else None
 
@@ -68,22 +68,22 @@ class _Update(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the update."""
-        # It would change the dtype, which stays that of the base; the meta device has none, and refuses the word.
+        # Autocast would change the dtype, which stays that of the base; it does not accept the meta device.
         with nullcontext() if weight.device.type == "meta" else torch.autocast(weight.device.type, enabled=False):
             return torch.baddbmm(weight, self._left, self._right, alpha=self._scale)
 
 
-class _Placed(str):
-    """A name that sorts by its place among others."""
+class _OrderedName(str):
+    """A name that sorts by its index in a list."""
 
-    place: int
+    order: int
 
     def __lt__(self, other: str) -> bool:
-        return self.place < other.place if isinstance(other, _Placed) else str(self) < other
+        return self.order < other.order if isinstance(other, _OrderedName) else str(self) < other
 
 
-def use_for_quantized_experts(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Make `config` wrap the quantized experts of `model` so, by the door PEFT has for layers of others."""
+def use_expert_wrapper(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Make `config` use `ParamWrapper` for the quantized experts of `model`, as a custom module of PEFT."""
     wrapped: dict[type[nn.Module], Any] = {
         # A parametrized module has a class of its own, made from its original one.
         type(module).__bases__[0]: ParamWrapper
@@ -97,14 +97,14 @@ def use_for_quantized_experts(config: LoraConfig, model: PreTrainedModel) -> Non
     if not wrapped:
         return
     config._register_custom_module(wrapped)
-    # Among what holds a fused weight is a module of its name, which may be that of a linear layer: down_proj.
+    # The parametrizations of a fused weight are in a module of its name, which a linear layer may have: down_proj.
     config.exclude_modules = _also_excluding(r".*\.parametrizations\..*", config.exclude_modules)
     if config.target_parameters:
-        config.target_parameters = _in_plain_order(config.target_parameters, model)
+        config.target_parameters = _in_model_order(config.target_parameters, model)
 
 
 def _also_excluding(pattern: str, excluded: Iterable[str] | str | None) -> str:
-    """Return one pattern for the modules of `pattern` and those that are excluded: a pattern, or ends of names."""
+    """Return a pattern that matches `pattern` and `excluded`, which is a pattern itself or a list of suffixes."""
     if not excluded:
         return pattern
     if not isinstance(excluded, str):
@@ -112,19 +112,19 @@ def _also_excluding(pattern: str, excluded: Iterable[str] | str | None) -> str:
     return f"(?:{excluded})|(?:{pattern})"
 
 
-def _in_plain_order(targets: Iterable[str], model: PreTrainedModel) -> list[str]:
-    """Return the full names that `targets` are the ends of, which PEFT will sort as they come in an unquantized model.
+def _in_model_order(targets: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Return the full names with the suffixes `targets`, which PEFT then sorts in the order of an unquantized model.
 
-    Wrappers of two parameters of one module are nested, and keys of an adapter say how deep, not which parameter.
-    PEFT goes by the order of the parameters; where they are parametrized, by that of the alphabet, and full names.
-    An adapter would have its two halves swapped on the other kind of base.
+    Wrappers of two parameters of one module are nested, and an adapter's keys tell the depth, not the parameter.
+    PEFT nests them in the order of the parameters, but parametrized ones alphabetically by full name. The two
+    halves of an adapter would be swapped on the other kind of base.
     """
     names = [name for name, _ in fused_experts(build_on_meta(model.config, model.dtype))]
     ends = tuple(f".{target}" for target in targets)
-    found: list[str] = []
-    for place, name in enumerate(names):
+    ordered: list[str] = []
+    for index, name in enumerate(names):
         if f".{name}".endswith(ends):
-            placed = _Placed(name)
-            placed.place = place
-            found.append(placed)
-    return found
+            ordered_name = _OrderedName(name)
+            ordered_name.order = index
+            ordered.append(ordered_name)
+    return ordered

@@ -1,7 +1,7 @@
-"""How the matrices of an adapter begin, beyond what PEFT does alike for every base; and PiSSA's way back to LoRA.
+"""Initialize an adapter's matrices where PEFT's own initialization does not work, and convert PiSSA to plain LoRA.
 
-PEFT's own orthogonal beginning takes the dtype of the stored weight, which is that of packed codes here, and its LoftQ
-quantizes by itself. PiSSA is PEFT's: adapters that say so in their config are begun by it again when they are loaded.
+PEFT's orthogonal initialization uses the dtype of the stored weight, here that of packed codes, and its LoftQ
+quantizes the weights itself. PiSSA is PEFT's own: PEFT repeats it when an adapter with that config is loaded.
 """
 
 import json
@@ -26,30 +26,30 @@ from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 SETTING = "lora.init_lora_weights"
-START = "qlora_pissa_start"  # the attribute of a model that holds the A and B which its base has lost
+INITIAL_FACTORS = "qlora_pissa_start"  # the attribute of a model with the A and B that were subtracted from its base
 
 PeftInit = bool | str
 
 
 def init_for_peft(init: LoraInit) -> PeftInit:
-    """Return the word for PEFT's config: its default where what it does is replaced afterwards."""
+    """Return the value for PEFT's config: the default if the initialization is replaced afterwards."""
     return init.value if init in {LoraInit.GAUSSIAN, LoraInit.PISSA} else True
 
 
 def is_pissa(config: LoraConfig) -> bool:
-    """Whether an adapter holds the principal parts of its base, which PEFT takes out of the base on attaching."""
+    """Return whether an adapter holds the principal components of its base, which PEFT subtracts on attaching."""
     return is_pissa_initialization(config.init_lora_weights)
 
 
 def is_olora(config: LoraConfig) -> bool:
-    """Whether an adapter was begun by OLoRA, which takes parts out of the base too."""
+    """Return whether an adapter was initialized by OLoRA, which subtracts components from the base, too."""
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() == "olora"
 
 
-def changes_its_base(config: LoraConfig) -> str | None:
-    """Return why the model is not its base while the adapter is switched off; None if it is."""
+def base_change(config: LoraConfig) -> str | None:
+    """Return why the model with its adapter disabled differs from its base; None if it does not."""
     if is_pissa(config):
-        return "a PiSSA adapter that still trains holds a part of it"
+        return "a PiSSA adapter in training holds a part of it"
     if is_olora(config):
         return "an OLoRA adapter holds a part of it"
     if config.layer_replication:
@@ -58,7 +58,7 @@ def changes_its_base(config: LoraConfig) -> str | None:
 
 
 def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]) -> None:
-    """Check that adapters on `layers`, full names, can begin so.
+    """Check that adapters on `layers`, full names, can be initialized as the settings say.
 
     Raises:
         ModelError: they can't.
@@ -67,7 +67,7 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
     if init == LoraInit.LOFTQ and _residuals_of(model) is None:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
-            "loftq needs the weights as they were before quantization, which were not kept",
+            "loftq needs the weights as they were before quantization, which were not recorded",
             hint=f"Load the 16-bit model with {measurable}, or use another lora.init_lora_weights.",
             setting=SETTING,
         )
@@ -85,27 +85,29 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
 
 
 def check_unquantized(module: nn.Module, kind: str) -> None:
-    """Check that no weight in `module`, which a new adapter of `kind` takes parts out of, is quantized.
+    """Check that no weight in `module`, from which a new adapter of `kind` subtracts components, is quantized.
 
     Raises:
         ModelError: one is.
     """
     if any(is_quantized_layer(layer) for layer in module.modules()):
-        raise _takes_parts(kind, hint="Use --quant none, or loftq, which begins with what quantization lost.")
+        raise _subtracts_components(
+            kind, hint="Use --quant none, or loftq, which is initialized from the quantization error."
+        )
 
 
-def why_not_on_quantized(config: LoraConfig) -> ModelError | None:
-    """Return why an adapter that was read can't be put on a base that is quantized; None if it can."""
+def quantized_base_problem(config: LoraConfig) -> ModelError | None:
+    """Return why an adapter that was read can't be attached to a quantized base; None if it can."""
     if not (is_pissa(config) or is_olora(config)):
         return None
     kind = "PiSSA" if is_pissa(config) else "OLoRA"
-    return _takes_parts(kind, hint="Use --quant none, with a base that is not stored quantized.")
+    return _subtracts_components(kind, hint="Use --quant none, with a base that is not stored quantized.")
 
 
-def _takes_parts(kind: str, *, hint: str) -> ModelError:
+def _subtracts_components(kind: str, *, hint: str) -> ModelError:
     return ModelError(
-        f"{kind} can't be used on a quantized base: it takes the principal parts out of the weights, and what is left "
-        "would have to be quantized anew, to a base that fits this adapter only",
+        f"{kind} can't be used on a quantized base: it subtracts principal components from the weights, and the rest "
+        "would have to be quantized again, to a base that fits this adapter only",
         hint=hint,
     )
 
@@ -115,27 +117,27 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
     assert isinstance(weight, torch.Tensor)
     if rank > min(weight.shape):
         raise ModelError(
-            f"{name} is {' x '.join(map(str, weight.shape))}, and has no {rank} principal parts for pissa",
+            f"{name} is {' x '.join(map(str, weight.shape))}, and has no {rank} principal components for pissa",
             hint="Lower lora.rank, or give the layer another in lora.rank_pattern.",
             setting=SETTING,
         )
 
 
-def begin(model: PeftModel, init: LoraInit) -> None:
-    """Give the matrices of the adapter of `model`, which was attached with `init_for_peft`, their first values."""
+def initialize(model: PeftModel, init: LoraInit) -> None:
+    """Initialize the matrices of the adapter of `model`, which was attached with `init_for_peft`."""
     if init == LoraInit.PISSA:
-        remember_start(model)
+        save_initial_factors(model)
     elif init == LoraInit.ORTHOGONAL:
         for _, layer in _lora_layers(model):
-            _orthogonal(layer)
+            _initialize_orthogonal(layer)
     elif init == LoraInit.LOFTQ:
         residuals = _residuals_of(model.get_base_model())
         assert residuals is not None, "checked before the adapter was attached"
         for name, layer in _lora_layers(model):
-            part = residuals.factors.pop(f"{name}.weight", None)
-            if part is not None:  # else the layer is not stored in 4 bit
+            factors = residuals.factors.pop(f"{name}.weight", None)
+            if factors is not None:  # else the layer is not stored in 4 bit
                 root = layer.scaling[ADAPTER] ** 0.5
-                _begin_with(layer, part.left / root, part.right / root)
+                _set_factors(layer, factors.left / root, factors.right / root)
 
 
 def _residuals_of(model: PreTrainedModel) -> QuantizationResiduals | None:
@@ -150,35 +152,35 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield name.removeprefix(BASE), module
 
 
-def _orthogonal(layer: LoraLayer) -> None:
-    """Begin with A and B neither of which is zero and whose product is, as PEFT does for unquantized weights.
+def _initialize_orthogonal(layer: LoraLayer) -> None:
+    """Initialize A and B to non-zero matrices whose product is zero, as PEFT does for unquantized weights.
 
-    The rows of A are made of one half of an orthonormal basis, the columns of B of the other.
+    The rows of A are built from one half of an orthonormal basis, the columns of B from the other.
     """
     rank = layer.r[ADAPTER]
     basis, _ = torch.linalg.qr(torch.randn(rank, rank))
     right = (torch.randn(layer.in_features, rank // 2) @ basis[0::2]).T / 10
     left = torch.randn(rank // 2, layer.out_features).T @ basis[1::2] / 10
-    _begin_with(layer, left, right)
+    _set_factors(layer, left, right)
 
 
 @torch.no_grad()
-def _begin_with(layer: LoraLayer, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Write `left` and `right` to B and A; where the rank is larger, what A and B have beyond is left as it is."""
+def _set_factors(layer: LoraLayer, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Copy `left` to B and `right` to A; if the adapter's rank is larger, leave the remaining rows and columns."""
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     lora_a[: right.shape[0]] = right
     lora_b[:, : left.shape[1]] = left
-    if ADAPTER in layer.lora_magnitude_vector:  # of the weight with its update
+    if ADAPTER in layer.lora_magnitude_vector:  # the norm of the weight with its update
         layer.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=layer.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=layer.scaling[ADAPTER]
         )
 
 
-def remember_start(model: PeftModel) -> None:
-    """Keep the A and B that PiSSA took out of the base of `model`, in host memory, for `to_plain_lora`."""
+def save_initial_factors(model: PeftModel) -> None:
+    """Save the A and B that PiSSA subtracted from the base of `model` in host memory, for `to_plain_lora`."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = {key: value.detach().to("cpu", copy=True) for key, value in state.items() if _is_factor(key)}
-    setattr(model, START, start)
+    setattr(model, INITIAL_FACTORS, start)
 
 
 def _is_factor(key: str) -> bool:
@@ -186,41 +188,41 @@ def _is_factor(key: str) -> bool:
 
 
 def as_trained(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what was saved of the adapter of `model` as it trains: without what `to_plain_lora` has added."""
-    start: dict[str, torch.Tensor] = getattr(model, START, {})
-    found = dict(state)
+    """Return a saved state of the adapter of `model` as it trains: without what `to_plain_lora` has added."""
+    start: dict[str, torch.Tensor] = getattr(model, INITIAL_FACTORS, {})
+    trained = dict(state)
     for key, first in start.items():
-        dim, sign = _joined(key)
+        dim, sign = _concatenation(key)
         length = first.shape[dim]
         if key in state and state[key].shape[dim] == 2 * length:
             raw, added = torch.split(state[key], length, dim=dim)
             if torch.equal(added, sign * first):
-                found[key] = raw.contiguous()
-    return found
+                trained[key] = raw.contiguous()
+    return trained
 
 
-def _joined(key: str) -> tuple[int, int]:
-    """Return along which dimension a factor of PiSSA's start is added to the one that was trained, and its sign."""
+def _concatenation(key: str) -> tuple[int, int]:
+    """Return the dimension along which PiSSA's initial factor is concatenated to the trained one, and its sign."""
     return (0, 1) if key.endswith(".lora_A.weight") else (1, -1)
 
 
 def to_plain_lora(model: PeftModel, directory: Path) -> None:
-    """Turn the PiSSA adapter of `model`, saved in `directory`, into LoRA of twice the rank on the base as it was.
+    """Convert the PiSSA adapter of `model`, saved in `directory`, to LoRA of twice the rank on the original base.
 
-    The base that was trained on is W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B, -B0] [A; A0]. PEFT's own
-    conversion would leave out DoRA's magnitudes and modules that train whole, and not scale rsLoRA by a pattern.
+    The base in training is W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B, -B0] [A; A0]. PEFT's own
+    conversion would omit DoRA's magnitudes and modules trained whole, and not scale rsLoRA with a pattern.
     """
-    start: dict[str, torch.Tensor] = getattr(model, START)
+    start: dict[str, torch.Tensor] = getattr(model, INITIAL_FACTORS)
     state = load_file(directory / ADAPTER_WEIGHTS)
-    assert start.keys() == {key for key in state if _is_factor(key)}, "the adapter is not the one that was begun"
+    assert start.keys() == {key for key in state if _is_factor(key)}, "the adapter is not the one that was initialized"
     for key, first in start.items():
-        dim, sign = _joined(key)
+        dim, sign = _concatenation(key)
         state[key] = torch.cat([state[key], sign * first], dim=dim)
     save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    # The file is as its author had it: what it says nothing of is PEFT's default.
+    # The file may be from another author: keys that it lacks have PEFT's defaults.
     config, lora = read_json(directory / ADAPTER_CONFIG), model.peft_config[ADAPTER]
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    factor = 2**0.5 if lora.use_rslora else 2  # so that the scale stays what it was
+    factor = 2**0.5 if lora.use_rslora else 2  # which keeps the scale
     config |= {
         "init_lora_weights": True,
         "r": 2 * lora.r,

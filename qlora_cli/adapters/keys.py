@@ -1,7 +1,7 @@
-"""What an adapter's file calls its weights, whoever wrote it, by the names of the base.
+"""Parse the keys of an adapter's file, whichever tool wrote it, into the names of the base.
 
-A state dict that was taken from a compiled or distributed model, or without PEFT's own writer, has more in its keys
-than PEFT's: wrappers, the name of the adapter, the place of the decoder in a model with towers.
+Keys from a compiled or distributed model, or written without PEFT, contain more than PEFT's own: wrappers, the name of
+the adapter, the prefix of the decoder in a model with towers.
 """
 
 import re
@@ -14,7 +14,7 @@ from qlora_cli.adapters.targets import BASE
 from qlora_cli.model_files.model_config import DECODER_NAMES, ModelConfig
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-PARTS = (  # of an adapter: the module that they are on, what they are, and the name of the adapter, if it is there
+PARTS = (  # the module, the kind of parameter, and the name of the adapter, if any
     re.compile(r"(?P<path>.+?)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?(?P<leaf>\.(?:weight|bias))"),
     re.compile(r"(?P<path>.+?)\.(?P<part>lora_embedding_[AB])(?:\.(?P<adapter>[^.]+))?(?P<leaf>)"),
     re.compile(
@@ -23,19 +23,19 @@ PARTS = (  # of an adapter: the module that they are on, what they are, and the 
     re.compile(r"(?P<path>.+?)\.(?P<part>token_adapter\.trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?(?P<leaf>)"),
 )
 COPY = re.compile(r"(?P<path>.+?)\.modules_to_save\.(?P<rest>.+)")
-ORIGINAL = ".original_module."  # the values of the base next to those of a module that trained whole
+ORIGINAL = ".original_module."  # the base's values next to those of a module that was trained whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterKey:
-    """A key of a file, taken apart.
+    """A parsed key of a file.
 
     Attributes:
-        module: The module of the base that it belongs to.
-        tail: What follows, as PEFT writes it.
+        module: The module of the base.
+        tail: The rest of the key, as PEFT writes it.
         adapter: The name of the adapter, if the key has one.
-        is_copy: Whether it stands for a module that trains whole by PEFT's inner name for it.
-        in_file: The module as the file names it, without wrappers.
+        is_copy: Whether the key uses PEFT's internal name for a module that is trained whole.
+        in_file: The name of the module in the file, without wrappers.
     """
 
     module: str
@@ -46,20 +46,20 @@ class AdapterKey:
 
     @property
     def name(self) -> str:
-        """What PEFT calls the weight without the name of the adapter: `model.layers.0.….lora_A.weight`."""
+        """PEFT's name for the weight, without that of the adapter: `model.layers.0.….lora_A.weight`."""
         return f"{self.module}.{self.tail}"
 
 
-class Names:
-    """The names of a model's modules, and the way to them from those that a file has."""
+class KeyParser:
+    """Parses the keys of adapter files into the names of a model's modules."""
 
     def __init__(self, model: PreTrainedModel, base: ModelConfig) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._prefix = model.base_model_prefix
         self._base = base
 
-    def read(self, key: str) -> AdapterKey | None:
-        """Return a key of a file, taken apart; None for a copy of the base's own values."""
+    def parse(self, key: str) -> AdapterKey | None:
+        """Parse a key of a file; return None for a copy of the base's own values."""
         name = without_wrappers(key)
         if is_of_base(name):
             return None
@@ -70,10 +70,10 @@ class Names:
         if match := COPY.fullmatch(name):
             module = self._find(match["path"])
             rest = match["rest"]
-            first, _, others = rest.partition(".")
+            first, _, remainder = rest.partition(".")
             here = self._modules.get(module)
-            is_part = here is None or first in here._parameters or first in here._modules or not others
-            return self._key(match["path"], rest if is_part else others, is_copy=True)
+            is_part = here is None or first in here._parameters or first in here._modules or not remainder
+            return self._key(match["path"], rest if is_part else remainder, is_copy=True)
         path, _, leaf = name.rpartition(".")
         return self._key(path, leaf)
 
@@ -81,7 +81,7 @@ class Names:
         return AdapterKey(module=self._find(path), tail=tail, adapter=adapter, is_copy=is_copy, in_file=path)
 
     def _find(self, path: str) -> str:
-        """Return what the module `path` of a file is called in the model; as it is, where it is none of them."""
+        """Return the name in the model of the module `path` of a file; if it has none, the name it should have."""
         for candidate in self._candidates(path):
             if in_base(candidate) in self._modules:
                 return candidate
@@ -97,7 +97,7 @@ class Names:
 
 
 def without_wrappers(key: str) -> str:
-    """Return a key without what wrappers of a model, PEFT's among them, put into it."""
+    """Return a key without the parts that wrappers of a model, including PEFT's, add to it."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
         parts = parts[1 if parts[0] == "module" else 2 :]
@@ -105,28 +105,28 @@ def without_wrappers(key: str) -> str:
 
 
 def is_of_base(key: str) -> bool:
-    """Whether a key of a file is that of the base's own values, next to those of a module that trained whole."""
+    """Return whether a key is of the base's own values, stored next to those of a module that was trained whole."""
     return ORIGINAL in key
 
 
 def in_base(path: str) -> str:
-    """Return what a module or parameter of the adapted model is called in the base."""
+    """Return the name in the base of a module or parameter of the adapted model."""
     inner = path.removeprefix(BASE).replace(".original_module", "")
     return inner.replace(".token_adapter", "").replace(".base_layer", "")
 
 
 def with_ties(names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return for each of `names`, and for those that are one with them, the one that is named."""
-    found = {name: name for name in names}
+    """Map `names`, and the names of weights tied to them, to the one in `names`."""
+    named = {name: name for name in names}
     for one, other in tied.items():
         for name, tied_to in ((one, other), (other, one)):
-            if tied_to in found:
-                found.setdefault(name, tied_to)
-    return found
+            if tied_to in named:
+                named.setdefault(name, tied_to)
+    return named
 
 
-def beginning_of(names: Collection[str]) -> str:
-    """Return what names begin with: their common parts, or the first parts of a few where they have none."""
+def describe_prefix(names: Collection[str]) -> str:
+    """Return the common prefix of names; if they have none, the first parts of a few."""
     parts = [name.split(".") for name in names]
     common: list[str] = []
     for level in zip(*parts, strict=False):

@@ -1,10 +1,10 @@
-"""What 4-bit quantization lost of a weight, at a low rank: what an adapter of LoftQ begins as.
+"""Plan the quantization residuals that LoftQ initializes an adapter with.
 
 LoftQ (arXiv 2310.08659) alternates between quantizing W - BA and fitting BA to W - Q. This is its first step, in which
-Q is the ordinary quantized weight: the adapter then fits the ordinary quantized base, and nothing else has to be kept.
-The weights are there only while they are read, so that is when their loss is taken down. PEFT's
-`replace_lora_weights_loftq` reads them once more, by the names of modules, which are not those in the files of every
-architecture, and leaves the scale of the adapter out.
+Q is the ordinary quantized weight: the adapter then fits the ordinary quantized base, and nothing else has to be
+stored. The original weights are in memory only while they are read, so the residuals are computed then. PEFT's
+`replace_lora_weights_loftq` reads the weights again, by the names of modules, which for some architectures differ from
+those in the files, and ignores the scale of the adapter.
 """
 
 from transformers import PreTrainedModel
@@ -22,12 +22,12 @@ SETTING = "lora.init_lora_weights"
 def plan_residuals(
     shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings
 ) -> QuantizationResiduals | None:
-    """Return which residuals to take down for the adapter of `settings` while a model is read; None if it needs none.
+    """Return the residuals to compute for the adapter of `settings` while a model is read; None if it needs none.
 
     `shapes` is the model on the meta device, stored as `layout` says.
 
     Raises:
-        ModelError: there is none to be had.
+        ModelError: no adapted layer has a residual.
     """
     if settings.init_lora_weights != LoraInit.LOFTQ:
         return None
@@ -42,7 +42,7 @@ def plan_residuals(
     if not layout.settings.method.traits.measures_error or not layers:
         measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
         raise ModelError(
-            "loftq begins with what 4-bit quantization lost, and no adapted layer is stored in 4 bit",
+            "loftq is initialized from the 4-bit quantization error, and no adapted layer is stored in 4 bit",
             hint=f"Use {measurable}, or another lora.init_lora_weights.",
             setting=SETTING,
         )

@@ -1,4 +1,4 @@
-"""Patterns in an adapter's config, tried on the names of its base before PEFT matches them."""
+"""Try the patterns in an adapter's config on the names of its base before PEFT matches them."""
 
 import re
 from collections import defaultdict
@@ -15,15 +15,17 @@ from qlora_cli.model_files.pattern_trial import MOST_SECONDS, find_fault
 Value = TypeVar("Value")
 
 SHOWN_CHARACTERS = 80
-MANY = 256  # `re` remembers twice as many compiled patterns, and compiles all others anew for each name
-NAME = re.compile(r"[\w.-]+")  # as most patterns are; a dot stands for any character in a name of the same length
+MANY = 256  # `re` caches twice as many compiled patterns; beyond, it would recompile each for every name
+NAME = re.compile(
+    r"[\w.-]+"
+)  # like most patterns; its dots match any character, so it matches only names of its own length
 
 
 def check_patterns(directory: Path, config: AdapterConfig, names: Iterable[str]) -> None:
-    """Check that the patterns in the config of the adapter in `directory` are matched with `names` within seconds.
+    """Check that the patterns in the config of the adapter in `directory` can be matched with `names` within seconds.
 
     Raises:
-        ModelError: one is not; names the file, the key and the pattern.
+        ModelError: one can't; names the file, the key and the pattern.
     """
     fault = find_fault(patterns_of(config), names)
     if fault is None:
@@ -39,9 +41,9 @@ def check_patterns(directory: Path, config: AdapterConfig, names: Iterable[str])
 
 
 def drop_unmatched(config: LoraConfig, names: Iterable[str]) -> None:
-    """Leave of many patterns for ranks and scales those that decide for one of `names`; values stay the same.
+    """Drop patterns for ranks and scales that determine no value for `names`, if there are many.
 
-    PEFT tries every pattern on every module. Thousands that match nothing, or nothing any more, would take it minutes.
+    PEFT tries every pattern on every module. Thousands that match nothing would take minutes.
     """
     names = list(dict.fromkeys(names))
     config.rank_pattern = _deciding(config.rank_pattern or {}, names)
@@ -53,9 +55,9 @@ def _deciding(patterns: Mapping[str, Value], names: Iterable[str]) -> dict[str, 
     if len(patterns) <= MANY:
         return dict(patterns)
     undecided = dict.fromkeys(names)
-    by_length: dict[int, dict[str, None]] = defaultdict(dict)  # the names with an end, after a dot, of some length
+    by_length: dict[int, dict[str, None]] = defaultdict(dict)  # the names with a dotted suffix of this length
     for name in undecided:
-        for start in (0, *(place.end() for place in re.finditer(r"\.", name))):
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
             by_length[len(name) - start][name] = None
     deciding: dict[str, Value] = {}
     for pattern, value in patterns.items():

@@ -1,4 +1,4 @@
-"""The tensors of an adapter in a model: as they are saved, compared with a file, and put back from it."""
+"""The tensors of an adapter in a model: collected for saving, compared with a file, and restored from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,46 +14,46 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 
 State = dict[str, torch.Tensor]
-ORIGIN = "qlora_adapter"  # the attribute of a model that holds the adapter which it was given from files
+ORIGIN = "qlora_adapter"  # the attribute of a model with the adapter that was read from files
 
 
-def remember_origin(model: PeftModel, adapter: Adapter) -> None:
-    """Keep with `model` what its adapter was read from."""
+def set_origin(model: PeftModel, adapter: Adapter) -> None:
+    """Record in `model` the files that its adapter was read from."""
     setattr(model, ORIGIN, adapter)
 
 
 def origin_of(model: PeftModel) -> Adapter | None:
-    """Return what the adapter of `model` was read from; None if it is a new one."""
-    found: Adapter | None = getattr(model, ORIGIN, None)
-    return found
+    """Return the files that the adapter of `model` was read from; None if it is new."""
+    origin: Adapter | None = getattr(model, ORIGIN, None)
+    return origin
 
 
 def adapter_state(model: PeftModel, state: State | None = None) -> State:
-    """Return the tensors of the adapter, by PEFT's keys; not copied. `state` are all of the model, if given."""
-    kept = switched_parameters_in(model)
-    return {**parts_of(model, state), **(kept.state if kept is not None else {})}
+    """Return the tensors of the adapter by PEFT's keys, not copied; `state` may be given as the whole model's."""
+    switched = switched_parameters_in(model)
+    return {**peft_state(model, state), **(switched.state if switched is not None else {})}
 
 
-def parts_of(model: PeftModel, state: State | None = None) -> State:
-    """Return what PEFT itself knows as the adapter's; not copied."""
-    # Given the state, PEFT does not take the biases of LoRA layers for shards of something.
-    given = model.state_dict() if state is None else state
-    found: State = get_peft_model_state_dict(model, given, save_embedding_layers=False)
-    return found
+def peft_state(model: PeftModel, state: State | None = None) -> State:
+    """Return the tensors that PEFT itself saves with the adapter, not copied."""
+    # With an explicit state, PEFT does not mistake the biases of LoRA layers for shards.
+    model_state = model.state_dict() if state is None else state
+    tensors: State = get_peft_model_state_dict(model, model_state, save_embedding_layers=False)
+    return tensors
 
 
 @torch.no_grad()
 def put_values(model: PeftModel, values: Mapping[str, torch.Tensor]) -> None:
-    """Give every tensor of the adapter its value, by PEFT's keys.
+    """Set every tensor of the adapter, by PEFT's keys.
 
-    Not by PEFT's own way, which renames some once more and then loses them.
+    PEFT's own function is not used: it renames some keys a second time and then loses them.
     """
-    for key, parameter in parts_of(model).items():
+    for key, parameter in peft_state(model).items():
         parameter.copy_(values[key])
 
 
-def in_file(state: State, origin: Adapter | None) -> State:
-    """Return the tensors of an adapter under the names that its file had, if it came from one."""
+def with_file_names(state: State, origin: Adapter | None) -> State:
+    """Return the tensors of an adapter under the names of the file that it came from, if any."""
     renaming = origin.renaming if origin is not None else None
     if renaming is None:
         return state
@@ -61,7 +61,7 @@ def in_file(state: State, origin: Adapter | None) -> State:
 
 
 def read_state(model: PeftModel, directory: Path) -> State:
-    """Return what was saved in `directory` of the adapter of `model`, by PEFT's keys."""
+    """Return the adapter of `model` that was saved in `directory`, by PEFT's keys."""
     saved = read_tensors(directory / ADAPTER_WEIGHTS)
     origin = origin_of(model)
     if origin is not None and origin.renaming is not None:
@@ -71,28 +71,27 @@ def read_state(model: PeftModel, directory: Path) -> State:
 
 
 def restore_adapter(model: PeftModel, directory: Path) -> None:
-    """Give the adapter of `model` the values that were saved in `directory`, in place.
+    """Restore the adapter of `model` from `directory`, in place.
 
     Raises:
-        ModelError: the file holds what is no number, or not every weight is as in it afterwards: it is of another
-            adapter.
+        ModelError: the file holds NaN or infinity, or weights differ from it afterwards: it is of another adapter.
     """
     saved = read_state(model, directory)
     wrong = _misfits(adapter_state(model), saved)
     if not wrong:
         put_values(model, saved)
-        if kept := switched_parameters_in(model):
-            kept.put(kept.by_name(saved))
+        if switched := switched_parameters_in(model):
+            switched.set_values(switched.by_name(saved))
         wrong = difference(adapter_state(model), saved)
     if wrong:
         raise ModelError(
-            f"the adapter in {directory} can't be put back: {wrong}",
+            f"the adapter in {directory} can't be restored: {wrong}",
             hint="It belongs to another base, or to other lora settings.",
         )
 
 
 def difference(state: State, saved: State) -> str | None:
-    """Return where weights differ from those that were saved, if they do."""
+    """Return a description of the first difference from the saved weights; None if there is none."""
     if wrong := _misfits(state, saved):
         return wrong
     for name, tensor in state.items():
@@ -102,7 +101,7 @@ def difference(state: State, saved: State) -> str | None:
 
 
 def _misfits(state: State, saved: State) -> str | None:
-    """Return which names or shapes are not those that were saved."""
+    """Return a description of the first name or shape that differs from the saved ones; None if none does."""
     if missing := sorted(state.keys() - saved.keys()):
         return f"{missing[0]} is missing"
     if unknown := sorted(saved.keys() - state.keys()):

@@ -1,4 +1,4 @@
-"""Find what of a model gets an adapter, by the names that settings give: layers, fused experts, and their ranks."""
+"""Find the layers and fused experts that get an adapter, by the names in the settings, and their ranks."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,28 +21,28 @@ ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)$")
 READ_BY_KERNEL = re.compile(r"\.(mamba|mixer)\.out_proj$")
 
 PARAMETERS = "lora.target_parameters"
-ADAPTER = "default"  # what PEFT calls an adapter that it was given no name for
-BASE = "base_model.model."  # and where it puts the base
+ADAPTER = "default"  # PEFT's name for an adapter without one
+BASE = "base_model.model."  # PEFT's prefix for the base
 
 Value = TypeVar("Value", int, float)
 
 
 def is_target(config: LoraConfig, name: str) -> bool:
-    """Whether a config names the module `name` as a target, by PEFT's own rules; `all-linear` names none."""
+    """Return whether a config targets the module `name`, by PEFT's own rules; `all-linear` targets none."""
     if config.target_modules in (None, "all-linear"):
         return False
     return bool(check_target_module_exists(config, name))
 
 
-def named(names: Iterable[str], ends: Iterable[str]) -> list[str]:
-    """Return those of the full `names` that are one of `ends`, or end with one after a dot."""
-    wanted = tuple(f".{end}" for end in ends)
-    return [name for name in names if f".{name}".endswith(wanted)]
+def names_ending_in(names: Iterable[str], ends: Iterable[str]) -> list[str]:
+    """Return those of the full `names` that equal one of `ends`, or end in one after a dot."""
+    suffixes = tuple(f".{end}" for end in ends)
+    return [name for name in names if f".{name}".endswith(suffixes)]
 
 
 def adapted_layers(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
-    """Return the full names of the linear layers that `modules`, the targets, are names or ends of names of."""
-    return named(_adaptable(model), modules)
+    """Return the full names of the linear layers that match `modules`, names or suffixes of targets."""
+    return names_ending_in(_adaptable(model), modules)
 
 
 def _adaptable(model: PreTrainedModel) -> list[str]:
@@ -51,10 +51,10 @@ def _adaptable(model: PreTrainedModel) -> list[str]:
 
 
 def target_modules(model: PreTrainedModel, settings: LoraSettings) -> tuple[list[str], tuple[str, ...]]:
-    """Return the names for PEFT, resolved, and notes: what it makes of `all-linear` differs between architectures.
+    """Return the target names for PEFT, and notes; `all-linear` is resolved here, since PEFT's result varies.
 
     Raises:
-        ModelError: a target names no linear layer, or one whose adapter could not be loaded again.
+        ModelError: a target matches no linear layer, or one whose adapter could not be loaded again.
     """
     linears = _adaptable(model)
     lost = _leaves(_lost_on_loading(model, linears))
@@ -74,11 +74,13 @@ def target_modules(model: PreTrainedModel, settings: LoraSettings) -> tuple[list
         raise ModelError(f"{type(model).__name__} has no linear layer that can be adapted")
     notes = []
     if fused:
-        notes.append(f"no adapter on {_shown(fused)}: a fused kernel reads the weight and would pass an adapter over")
+        notes.append(f"no adapter on {_shown(fused)}: a fused kernel reads the weight and would bypass an adapter")
     if lost_layers := [name for name in linears if _leaf(name) in lost]:
-        notes.append(f"no adapter on {_shown(lost_layers)}: PEFT renames weights of theirs on loading")
-    if taken := [name for name in linears if _leaf(name) in refused]:
-        notes.append(f"no adapter on {_shown(taken)}: PEFT takes these names for those of the experts here")
+        notes.append(f"no adapter on {_shown(lost_layers)}: PEFT renames their weights on loading")
+    if refused_layers := [name for name in linears if _leaf(name) in refused]:
+        notes.append(
+            f"no adapter on {_shown(refused_layers)}: PEFT mistakes these names for those of the experts here"
+        )
     return targets, tuple(notes)
 
 
@@ -91,20 +93,22 @@ def _leaves(names: Iterable[str]) -> list[str]:
 
 
 def _leaf(name: str) -> str:
-    """Return the last part of a name that says what a layer is: of a layer with a number, its container's too."""
+    """Return the last part of a name; for a numbered layer, with that of its container."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def _lost_on_loading(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Return the layers whose adapter PEFT would not find again: it renames weights as those of older models."""
+    """Return the layers whose adapter PEFT would lose on loading: it renames weights as in older models."""
     keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
-    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.empty(0)))
-    return [name for key, name in keys.items() if key not in found]
+    converted = convert_peft_adapter_state_dict_for_transformers(
+        model, LoraConfig(), dict.fromkeys(keys, torch.empty(0))
+    )
+    return [name for key, name in keys.items() if key not in converted]
 
 
 def _accepted(model: PreTrainedModel, leaves: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names that PEFT leaves as they are, and those it would turn into targets among the experts."""
+    """Return the names that PEFT keeps, and those that it would convert to targets among the experts."""
     accepted: list[str] = []
     refused: list[str] = []
     for leaf in leaves:
@@ -120,7 +124,7 @@ def _accepted(model: PreTrainedModel, leaves: list[str]) -> tuple[list[str], lis
 
 def _check_targets(linears: list[str], targets: tuple[str, ...]) -> None:
     for target in targets:
-        if not named(linears, [target]):
+        if not names_ending_in(linears, [target]):
             raise ModelError(
                 f"target module {target!r} matches no linear layer of the model",
                 hint=f"Its linear layers are {', '.join(_leaves(linears))}; or use all-linear.",
@@ -131,7 +135,7 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
     """Return the full names of the fused parameters that get an adapter.
 
     Raises:
-        ModelError: there are none of the name, or they can't be adapted as asked.
+        ModelError: a name matches none, or they can't be adapted with these settings.
     """
     if settings.target_parameters is None:
         return []
@@ -139,7 +143,7 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
     known = list(shapes)
     if any(len(shape) == 2 for shape in shapes.values()):
         raise ModelError(
-            f"{type(model).__name__} lays its experts in a row, which PEFT adapts as if they were one",
+            f"{type(model).__name__} stores its experts concatenated, which PEFT adapts as if they were one",
             hint="Leave it out.",
             setting=PARAMETERS,
         )
@@ -166,34 +170,34 @@ def target_parameters(model: PreTrainedModel, settings: LoraSettings) -> list[st
         )
     if settings.target_parameters == "all-experts":
         return known
-    found: list[str] = []
+    parameters: list[str] = []
     for target in settings.target_parameters:
-        matches = named(known, [target])
+        matches = names_ending_in(known, [target])
         if not matches:
             raise ModelError(
                 f"{target!r} matches no fused parameter of the model",
                 hint=f"They are {', '.join(_leaves(known))}; or use all-experts.",
                 setting=PARAMETERS,
             )
-        found += matches
-    return found
+        parameters += matches
+    return parameters
 
 
 def resolve_pattern(pattern: Mapping[str, Value] | None, adapted: Sequence[str], setting: str) -> dict[str, Value]:
-    """Return `pattern` for PEFT, whose keys are names, or ends of names, of what is `adapted`, by full names.
+    """Return `pattern` for PEFT; its keys are names or suffixes of the full names in `adapted`.
 
-    Of several keys that end a name the longest holds. PEFT takes the first instead, and sorts them when it saves an
-    adapter: where one key yields to another for some layers, it is written out as the names of the rest.
+    If several keys match a name, the longest applies. PEFT uses the first instead, and sorts them when it saves an
+    adapter: a key that yields to another for some layers is therefore replaced by the names of the rest.
 
     Raises:
-        ModelError: a key of the setting, `setting`, decides nothing.
+        ModelError: a key of the setting `setting` has no effect.
     """
     resolved: dict[str, Value] = {}
     for key, value in (pattern or {}).items():
-        matched = named(adapted, [key])
+        matched = names_ending_in(adapted, [key])
         names = [name for name in matched if _longest_key(pattern or {}, name) == key]
         if not names:
-            why = "has no effect: longer keys hold for all its layers" if matched else "matches no adapted layer"
+            why = "has no effect: longer keys apply to all its layers" if matched else "matches no adapted layer"
             raise ModelError(
                 f"{key!r} {why}",
                 hint=f"Adapted are {', '.join(_leaves(adapted))}; a key is a full name or, after a dot, its end.",
@@ -211,4 +215,4 @@ def rank_of(name: str, settings: LoraSettings) -> int:
 
 
 def _longest_key(pattern: Mapping[str, Value], name: str) -> str | None:
-    return max((key for key in pattern if named([name], [key])), key=len, default=None)
+    return max((key for key in pattern if names_ending_in([name], [key])), key=len, default=None)

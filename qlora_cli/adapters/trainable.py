@@ -1,28 +1,28 @@
-"""Whether an adapter that was read can train on: `train` refuses one that can't, and `inspect-memory` says so."""
+"""Check whether an adapter can be trained further; `train` refuses one that can't, `inspect-memory` notes it."""
 
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.initialization import changes_its_base, is_pissa
+from qlora_cli.adapters.initialization import base_change, is_pissa
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.targets import is_target
 from qlora_cli.errors import ModelError
 
 
-def why_not_trained_on(adapter: Adapter, model: PreTrainedModel) -> ModelError | None:
-    """Return why an adapter on `model`, its base, which may be on the meta device, can't train on; None if it can.
+def further_training_problem(adapter: Adapter, model: PreTrainedModel) -> ModelError | None:
+    """Return why an adapter on `model`, its base, maybe on the meta device, can't be trained further; None if it can.
 
-    What is written has to be an adapter of the base as it was, into which PiSSA alone is turned. And the loss reads
-    the weight of the head, past an adapter on it.
+    The result must be an adapter of the original base, which of adapters that change it only PiSSA can be converted
+    to. And the loss reads the weight of the head, bypassing an adapter on it.
     """
-    cannot = f"the adapter in {adapter.directory} can't train on"
-    reason = changes_its_base(adapter.lora)
+    cannot = f"the adapter in {adapter.directory} can't be trained further"
+    reason = base_change(adapter.lora)
     if reason is not None and not is_pissa(adapter.lora):
         return ModelError(
-            f"{cannot}: its base is not the model as it was, since {reason}", hint="Train a new adapter on the base."
+            f"{cannot}: its base is not the original model, since {reason}", hint="Train a new adapter on the base."
         )
     if (head := _adapted_head(adapter, model)) is not None:
         return ModelError(
-            f"{cannot}: it has LoRA on {head}, whose weight the loss is computed from directly, so that part would "
+            f"{cannot}: it has LoRA on {head}, whose weight the loss reads directly, so that part would "
             "never be trained",
             hint="Merge it into its base with qlora merge, and train a new adapter on the result.",
         )

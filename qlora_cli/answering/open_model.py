@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_cli.adapters.initialization import changes_its_base
+from qlora_cli.adapters.initialization import base_change
 from qlora_cli.answering.answerer import Answerer, Completion, Model, Watch
 from qlora_cli.answering.answers import Answer, Listener, Source
 from qlora_cli.answering.prompts import check_system, encode, messages_of
@@ -146,7 +146,7 @@ def _check_comparable(load_plan: LoadPlan, merged: Path | None) -> None:
 
 def _check_base(load_plan: LoadPlan) -> None:
     """Check that the model is its base while the adapter is off."""
-    reason = changes_its_base(load_plan.adapter.lora) if load_plan.adapter is not None else None
+    reason = base_change(load_plan.adapter.lora) if load_plan.adapter is not None else None
     if reason is not None:
         raise ModelError(
             f"the base of {load_plan.source.name} can't be shown: {reason}",

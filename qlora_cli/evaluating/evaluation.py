@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from qlora_cli.adapters.initialization import changes_its_base
+from qlora_cli.adapters.initialization import base_change
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, ModelError
@@ -102,7 +102,7 @@ def _without_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Re
     if request.with_base is not None and load_plan.source.adapter is None:
         message = f"has no effect: {load_plan.source.name} has no adapter"
         raise ModelError(message, hint="Leave it out.", setting="evaluate.with_base")
-    reason = changes_its_base(load_plan.adapter.lora) if load_plan.adapter is not None else None
+    reason = base_change(load_plan.adapter.lora) if load_plan.adapter is not None else None
     if reason is None or request.with_base is False:
         return None
     if request.with_base:

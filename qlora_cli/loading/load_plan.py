@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from qlora_cli.adapters.initialization import why_not_on_quantized
-from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, open_adapter, rows_of
+from qlora_cli.adapters.initialization import quantized_base_problem
+from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabulary_rows, open_adapter
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
@@ -94,7 +94,7 @@ def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter)
     adapter, num_rows = _adapter_for(model, shapes, tokenizer, dtype, settings.model)
     attention = choose_attention(settings.model.attention, device, shapes)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, model.prequantized, device=device)
-    if adapter is not None and layout.is_quantized and (refusal := why_not_on_quantized(adapter.lora)):
+    if adapter is not None and layout.is_quantized and (refusal := quantized_base_problem(adapter.lora)):
         raise refusal
     free = free_bytes(device)
     _check_fit(settings, shapes, layout, device, free, num_rows)
@@ -137,7 +137,7 @@ def _adapter_for(
     """Return the adapter fitted to the base, if one was named, and how many rows the vocabulary needs."""
     source, base = model.source, model.base
     stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.allow_pickle)
-    num_rows = max(tokenizer.num_rows, 0 if stored is None else rows_of(stored, shapes, base))
+    num_rows = max(tokenizer.num_rows, 0 if stored is None else num_vocabulary_rows(stored, shapes, base))
     _check_new_rows(shapes, tokenizer, num_rows, source, settings)
     adapter = None if stored is None else _fitted(stored, base, dtype.torch_dtype, num_rows, settings)
     return adapter, num_rows

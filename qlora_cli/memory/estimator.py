@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.reader import Adapter, fit_outline, rows_of, without_values
+from qlora_cli.adapters.reader import Adapter, fit_outline, num_vocabulary_rows, without_values
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.hardware.device import TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
@@ -164,7 +164,9 @@ class Estimator:
         outline, base = self._facts.adapter, self._config(trust_remote_code)
         if outline is None:
             return 0
-        return self._cached("rows", lambda: max(outline.num_rows, rows_of(without_values(outline), shapes, base)))
+        return self._cached(
+            "rows", lambda: max(outline.num_rows, num_vocabulary_rows(without_values(outline), shapes, base))
+        )
 
     def _adapter(self, settings: EstimateSettings, dtype: Dtype) -> Adapter | None:
         """Return the adapter to train further, with its shapes; None for a new one."""
@@ -373,5 +375,5 @@ def _checkpointing(settings: EstimateSettings) -> str:
 
 def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
     """Return the size of each base parameter that the adapter's file has a copy of and that is not trained."""
-    copies = {id(value): value for name, value in adapter.kept.items() if name not in adapter.trained}
+    copies = {id(value): value for name, value in adapter.base_parameters.items() if name not in adapter.trained}
     return [value.numel() * dtype.itemsize for value in copies.values()]

@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.reader import read_tensors
-from qlora_cli.adapters.trainable import why_not_trained_on
+from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.data.feeding.order import padding_share
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
@@ -165,7 +165,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     settings = resolved.settings
     load_plan = plan_outlined(model, settings, reporter)
     _check_head_is_whole(load_plan)
-    if load_plan.adapter is not None and (refusal := why_not_trained_on(load_plan.adapter, load_plan.shapes)):
+    if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
     if resume is not None:
         trains_given = load_plan.source.adapter is not None

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.adapter import attach_adapter, place_adapter
-from qlora_cli.adapters.initialization import why_not_on_quantized
+from qlora_cli.adapters.adapter import attach_adapter, attach_from_config
+from qlora_cli.adapters.initialization import quantized_base_problem
 from qlora_cli.adapters.reader import Adapter
-from qlora_cli.adapters.trainable import why_not_trained_on
+from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.tracing.layers import LayerStack, find_stack, reduce_to, renamed, representatives
@@ -69,9 +69,9 @@ def build_meta_model(
     names_layers = _names_layers(lora) if adapter is None else _chooses_layers(adapter.lora)
     stack, chosen = store_few_layers(model, layout, compute_dtype, whole=whole or names_layers)
     if adapter is not None:
-        refusal = why_not_on_quantized(adapter.lora) if layout.is_quantized else None
-        refusal = refusal or why_not_trained_on(adapter, model)
-        trained = place_adapter(model, _to_train(adapter.lora), adapter.directory)
+        refusal = quantized_base_problem(adapter.lora) if layout.is_quantized else None
+        refusal = refusal or further_training_problem(adapter, model)
+        trained = attach_from_config(model, _to_train(adapter.lora), adapter.directory)
         train_in_fp32(trained)
         warnings = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
         return MetaModel(model=trained, stack=stack, chosen=chosen, notes=warnings)

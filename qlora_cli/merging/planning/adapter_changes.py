@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.keys import in_base
-from qlora_cli.adapters.reader import BEGUN_BY_PEFT, BY_PEFT, Adapter, StoredAdapter, changed_base, fit
+from qlora_cli.adapters.reader import BY_PEFT, INITIALIZED_BY_PEFT, Adapter, StoredAdapter, changed_base, fit
 from qlora_cli.adapters.targets import ADAPTER, BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.weight_changes import (
@@ -71,7 +71,9 @@ def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapte
     _check_mergeable(stored)
     fitted = fit(stored, model, base)
     adapter, directory = fitted.adapter, stored.directory
-    base_parameters = {name: value for name, value in adapter.kept.items() if not _is_same(value, read(name))}
+    base_parameters = {
+        name: value for name, value in adapter.base_parameters.items() if not _is_same(value, read(name))
+    }
     changes = dict(_changes(fitted.model, adapter.values, directory))
     for name, values in base_parameters.items():
         changes[name] = Replaced(values=values, change=changes[name]) if name in changes else Whole(values=values)
@@ -84,7 +86,7 @@ def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapte
 
 def _check_mergeable(stored: StoredAdapter) -> None:
     init = stored.config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(BEGUN_BY_PEFT):
+    if isinstance(init, str) and init.lower().startswith(INITIALIZED_BY_PEFT):
         raise changed_base(stored.directory, init)
     if reason := _not_mergeable(stored):
         raise ModelError(f"the adapter in {stored.directory} can't be merged: {reason[0]}", hint=reason[1])

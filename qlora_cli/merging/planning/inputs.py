@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qlora_cli.adapters.keys import with_ties
-from qlora_cli.adapters.reader import StoredAdapter, open_adapter, rows_of
+from qlora_cli.adapters.reader import StoredAdapter, num_vocabulary_rows, open_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hardware.device import TORCH_DTYPES
@@ -254,7 +254,7 @@ def read_base(
         layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
     check_shapes(source, checkpoint, model, layout)
     tensors = StoredTensors(source.path, checkpoint)
-    needed = max([tokenizer.num_rows, *(rows_of(one, model, config) for one in adapters)])
+    needed = max([tokenizer.num_rows, *(num_vocabulary_rows(one, model, config) for one in adapters)])
     is_grown = needed > embedding_of(model).num_embeddings
     model = with_rows(model, config.config, needed, dtype, trust_remote_code=trust)
     conversions = read_conversions(model, list(tensors.headers), config.key_mapping)

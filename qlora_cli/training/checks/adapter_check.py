@@ -15,7 +15,7 @@ from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import as_trained, is_pissa
 from qlora_cli.adapters.keys import in_base
 from qlora_cli.adapters.reader import fit, open_adapter
-from qlora_cli.adapters.state import difference, parts_of, put_values
+from qlora_cli.adapters.state import difference, peft_state, put_values
 from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.errors import TrainingError
 from qlora_cli.loading.loader import LoadedModel
@@ -65,14 +65,17 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
         TrainingError: it does not.
     """
     shapes = _shapes(model, loaded)
-    ends = vocabulary_weights(shapes)
+    vocabulary = vocabulary_weights(shapes)
     fitted = fit(open_adapter(directory, allow_pickle=False), shapes, loaded.config)
     written = as_trained(model, dict(fitted.adapter.values))
-    kept = switched_parameters_in(model)
+    switched = switched_parameters_in(model)
     wrong = (
-        _changed_base(model, ends, loaded)
-        or difference(parts_of(model), written)
-        or difference(kept.named if kept else {}, {name: fitted.adapter.kept[name] for name in fitted.adapter.given})
+        _changed_base(model, vocabulary, loaded)
+        or difference(peft_state(model), written)
+        or difference(
+            switched.named if switched else {},
+            {name: fitted.adapter.base_parameters[name] for name in fitted.adapter.in_file},
+        )
         or _other_scales(model, fitted.model)
     )
     if wrong:
@@ -86,9 +89,9 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
         if parameter.requires_grad:
             parameter.zero_()
     put_values(model, written)
-    if kept:
-        kept.put({name: torch.zeros_like(value) for name, value in kept.named.items()})
-        kept.put(fitted.adapter.kept)
+    if switched:
+        switched.set_values({name: torch.zeros_like(value) for name, value in switched.named.items()})
+        switched.set_values(fitted.adapter.base_parameters)
     moved = _distance(before, _logits(model, num_tokens))
     model.train(was_training)
     if not moved <= noise:
@@ -104,10 +107,10 @@ def _shapes(model: PeftModel, loaded: LoadedModel) -> PreTrainedModel:
     return build_on_meta(config, loaded.dtype.torch_dtype, trust_remote_code=trust)
 
 
-def _changed_base(model: PeftModel, ends: Collection[str], loaded: LoadedModel) -> str | None:
+def _changed_base(model: PeftModel, vocabulary: Collection[str], loaded: LoadedModel) -> str | None:
     """Return which parameter of the base is not as in its files: an adapter was put into it.
 
-    Those that an adapter's file may hold are looked at: `ends`, embedding and head, and all biases and norms.
+    Those that an adapter's file may hold are looked at: `vocabulary`, embedding and head, and all biases and norms.
     """
     checkpoint = read_checkpoint(loaded.source.path, allow_pickle=loaded.settings.model.allow_pickle)
     if checkpoint.is_pickle or is_pissa(model.peft_config[ADAPTER]):
@@ -116,7 +119,7 @@ def _changed_base(model: PeftModel, ends: Collection[str], loaded: LoadedModel) 
     with model.disable_adapter():
         held = {in_base(name): parameter for name, parameter in model.get_base_model().named_parameters()}
         known = held.keys() & stored.keys()
-        for name in sorted(name for name in known if name in ends or held[name].ndim < 2):
+        for name in sorted(name for name in known if name in vocabulary or held[name].ndim < 2):
             header = stored[name]
             with safe_open(loaded.source.path / header.file, framework="pt") as file:
                 value = file.get_tensor(header.name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from qlora_cli.adapters.adapter import attach_adapter, place_adapter
+from qlora_cli.adapters.adapter import attach_adapter, attach_from_config
 from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.initialization import check_init
 from qlora_cli.adapters.loftq import plan_residuals
@@ -113,6 +113,6 @@ def _as_stored(load_plan: LoadPlan) -> PreTrainedModel:
 def _trained_on(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     config: LoraConfig = deepcopy(adapter.lora)
     config.init_lora_weights = True  # any other beginning would need values, and is replaced by those of the file
-    placed = place_adapter(model, config, adapter.directory)
+    placed = attach_from_config(model, config, adapter.directory)
     train_in_fp32(placed)
     return placed

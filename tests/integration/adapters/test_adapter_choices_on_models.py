@@ -102,7 +102,7 @@ def test_a_key_that_decides_nothing_is_refused_with_the_names_there_are(llama: P
     assert told.startswith(f"lora.{setting}: 'c_attn' matches no adapted layer | Adapted are down_proj, gate_proj")
     assert "lm_head" in said(llama, **{setting: {"lm_head": 4}})
     assert "'q_proj' matches no adapted layer" in said(llama, target_modules=("k_proj",), **{setting: {"q_proj": 4}})
-    assert "longer keys hold for all its layers" in said(llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}})
+    assert "longer keys apply to all its layers" in said(llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}})
     assert "'.*proj' matches no" in said(llama, **{setting: {".*proj": 4}})
 
 

@@ -1,4 +1,4 @@
-"""How adapters begin: each choice gives other first values, and what PiSSA and LoftQ promise holds in numbers."""
+"""How adapters initialize: each choice gives other first values, and what PiSSA and LoftQ promise holds in numbers."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.initialization import as_trained, begin
+from qlora_cli.adapters.initialization import as_trained, initialize
 from qlora_cli.adapters.writer import save_adapter, save_trained_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
@@ -106,7 +106,7 @@ def test_orthogonal_is_what_peft_makes_of_an_unquantized_base(llama: Path) -> No
     model = adapt(llama, settings_of(target_modules=("layers.0.self_attn.k_proj",)), **UNQUANTIZED)
     (layer,) = lora_layers(model).values()
     torch.manual_seed(0)
-    begin(model, LoraInit.ORTHOGONAL)
+    initialize(model, LoraInit.ORTHOGONAL)
     ours = [value.clone() for value in first_values(model)]
     torch.manual_seed(0)
     layer.orthogonal_init("default")
@@ -248,7 +248,7 @@ def test_training_on_is_refused_before_weights_are_read(changing: Path, rows: Pa
     if changing.name == "pissa":
         assert settle_run(settings, Recorder()).load_plan.adapter is not None
         return
-    with pytest.raises(ModelError, match="can't train on") as caught:
+    with pytest.raises(ModelError, match="can't be trained further") as caught:
         settle_run(settings, Recorder())
     assert caught.value.hint
     assert not (tmp_path / "run").exists()
@@ -267,7 +267,7 @@ def test_what_takes_parts_out_of_the_base_is_refused_on_a_quantized_one(changing
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_pissa_on_a_quantized_base_is_refused(llama: Path, method: str) -> None:
     with pytest.raises(
-        ModelError, match="PiSSA can't be used on a quantized base: it takes the principal parts"
+        ModelError, match="PiSSA can't be used on a quantized base: it subtracts principal components"
     ) as caught:
         attach_adapter(load(llama, quantization__method=method).base, settings_of(init_lora_weights="pissa"))
     assert "--quant none, or loftq" in str(caught.value.hint)
@@ -275,7 +275,7 @@ def test_pissa_on_a_quantized_base_is_refused(llama: Path, method: str) -> None:
 
 def test_pissa_with_more_parts_than_a_layer_has_is_refused(llama: Path) -> None:
     base = load(llama, **UNQUANTIZED).base
-    with pytest.raises(ModelError, match=r"k_proj is 32 x 64, and has no 40 principal parts"):
+    with pytest.raises(ModelError, match=r"k_proj is 32 x 64, and has no 40 principal components"):
         attach_adapter(base, settings_of(rank=40, init_lora_weights="pissa", target_modules=("k_proj",)))
 
 
@@ -355,7 +355,7 @@ def test_loftq_of_a_checkpoint_that_came_quantized_is_refused(llama: Path, tmp_p
 
 
 def test_loftq_on_a_model_whose_losses_were_not_taken_down_is_refused(llama: Path) -> None:
-    with pytest.raises(ModelError, match="which were not kept"):
+    with pytest.raises(ModelError, match="which were not recorded"):
         attach_adapter(load(llama).base, settings_of(init_lora_weights="loftq"))
 
 

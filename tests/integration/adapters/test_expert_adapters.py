@@ -269,5 +269,5 @@ def test_a_model_without_experts_is_refused(base_model: Path) -> None:
 
 
 def test_experts_in_a_row_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="DbrxForCausalLM lays its experts in a row"):
+    with pytest.raises(ModelError, match="DbrxForCausalLM stores its experts concatenated"):
         attach_adapter(load(save_moe(tmp_path, "dbrx")).base, ON_EXPERTS)

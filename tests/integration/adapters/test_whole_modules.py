@@ -186,8 +186,8 @@ def test_what_is_stored_quantized_is_refused_and_trains_where_it_is_kept(llama: 
 def test_what_gets_an_adapter_too_is_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
     told = said(llama, "mlp", flags=flags)
-    assert "model.layers.0.mlp would train whole, and model.layers.0.mlp.gate_proj has an adapter" in told
-    assert "q_proj would train whole" in said(llama, "q_proj", flags=flags)
+    assert "model.layers.0.mlp would be trained whole, and model.layers.0.mlp.gate_proj has an adapter" in told
+    assert "q_proj would be trained whole" in said(llama, "q_proj", flags=flags)
     model = adapt(llama, settings_of(modules_to_save=("mlp",), target_modules=("q_proj",)), **flags)
     losses = train_steps(model, learning_rate=2e-3)
     assert losses[0] > losses[1] > losses[2]
@@ -202,7 +202,7 @@ def test_what_holds_rows_of_new_tokens_is_refused(llama: Path, tied: Path) -> No
 def test_parts_containers_and_what_has_no_weights_are_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
     told = said(llama, "mlp", "mlp.up_proj", flags=flags, target_modules=("q_proj",))
-    assert "model.layers.0.mlp.up_proj is a part of model.layers.0.mlp, which trains whole" in told
+    assert "model.layers.0.mlp.up_proj is a part of model.layers.0.mlp, which is trained whole" in told
     assert "model.layers is a ModuleList" in said(llama, "layers", flags=flags)
     assert "has nothing to train" in said(llama, "rotary_emb")
 
@@ -210,11 +210,11 @@ def test_parts_containers_and_what_has_no_weights_are_refused(llama: Path) -> No
 def test_an_embedding_in_host_memory_is_refused(llama: Path) -> None:
     base = load(llama).base
     embedding_of(base).weight = torch.nn.Parameter(torch.empty(1, device="meta"))  # apart from the head, as on a GPU
-    with pytest.raises(ModelError, match="kept in host memory can't be trained whole"):
+    with pytest.raises(ModelError, match="an embedding in host memory can't be trained whole"):
         attach_adapter(base, settings_of(modules_to_save=("embed_tokens",)))
 
 
 def test_a_tied_head_of_another_name_is_refused(tmp_path: Path) -> None:
     gpt2 = save_model(tmp_path, "gpt2", vocab_size=ROWS)
     told = said(gpt2, "wte")
-    assert "lm_head and transformer.wte are one weight, which PEFT would train as two" in told
+    assert "lm_head and transformer.wte are tied, and PEFT would train them separately" in told

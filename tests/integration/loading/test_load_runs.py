@@ -193,8 +193,8 @@ def test_an_adapter_of_plain_peft_loads_to_the_logits_of_plain_peft(plain_adapte
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"hidden_size": 128}, "layers.0.mlp.down_proj.lora_B.weight is (64, 2), and the base asks for (128, 2)"),
-        ({"num_hidden_layers": 1}, "has 4 weights that the base has no place for, such as base_model.model.model."),
+        ({"hidden_size": 128}, "layers.0.mlp.down_proj.lora_B.weight is (64, 2), and the base needs (128, 2)"),
+        ({"num_hidden_layers": 1}, "has 4 weights that don't fit the base, such as base_model.model.model."),
         ({"num_hidden_layers": 3}, "lacks 4 of its weights, such as base_model.model.model.layers.2."),
         ({"family": "gpt2"}, "not found in the base model"),
     ],
@@ -287,7 +287,9 @@ def test_lora_on_the_head_is_not_trained_on_and_that_is_said_before_a_weight_is_
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     assert isinstance(load(tmp_path / "adapter").model, PeftModel)  # it answers, though
-    with pytest.raises(ModelError, match=r"can't train on: it has LoRA on lm_head, whose weight the loss") as caught:
+    with pytest.raises(
+        ModelError, match=r"can't be trained further: it has LoRA on lm_head, whose weight the loss"
+    ) as caught:
         settle_run(train_settings(tmp_path / "adapter", data, tmp_path / "on"), Recorder())
     assert "qlora merge" in str(caught.value.hint)
     assert not (tmp_path / "on").exists()

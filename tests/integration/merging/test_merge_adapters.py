@@ -300,22 +300,22 @@ def test_merged_again_it_is_the_same_to_the_byte(adapter: Path, tmp_path: Path) 
 # ---- refused
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "it began by pissa_niter_4, which changed its base"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "it was initialized by pissa_niter_4, which changed its base"),
     # PEFT puts the weights that it has quantized in the place of the base's.
     "LoftQ": (
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-        "it began by loftq, which changed its",
+        "it was initialized by loftq, which changed its",
     ),
-    "OLoRA": ({"init_lora_weights": "olora"}, "it began by olora, which changed its base"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "it was initialized by olora, which changed its base"),
     "rank 0": ({"r": 0}, "r is 0, and should be greater than 0"),
-    "another rank": ({"r": 5}, ", and the base asks for (5, "),
+    "another rank": ({"r": 5}, ", and the base needs (5, "),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "active from its invocation tokens on only"),
     "repeated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "it repeats layers of its base"),
     "VeLoRA": ({"velora_config": {"num_groups": 4}}, "it is of a kind of its own (velora_config)"),
     "KaSA": ({"kasa_config": {}}, "it is of a kind of its own (kasa_config)"),
     "more targets": ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, "lacks 4 of its weights"),
-    "fewer targets": ({"target_modules": ["q_proj"]}, "has 4 weights that the base has no place for"),
-    "another base": ({"target_modules": ["query_key_value"]}, "can't be put on its base"),
+    "fewer targets": ({"target_modules": ["q_proj"]}, "has 4 weights that don't fit the base"),
+    "another base": ({"target_modules": ["query_key_value"]}, "can't be attached to its base"),
     "a broken config": ({"target_modules": 5}, "target_modules is 5, and should be"),
 }
 

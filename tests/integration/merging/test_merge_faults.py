@@ -126,7 +126,7 @@ def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "said"), [("llama", "weights that the base has no place for"), ("gpt_neox", "can't be put on its base")]
+    ("family", "said"), [("llama", "weights that don't fit the base"), ("gpt_neox", "can't be attached to its base")]
 )
 def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path, family: str, said: str) -> None:
     base = save_model(tmp_path / family, family)
@@ -136,7 +136,7 @@ def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path,
 def test_a_base_of_other_widths_is_refused_by_its_shapes(other: Path, tmp_path: Path) -> None:
     base = save_model(tmp_path / "wide", num_hidden_layers=4, intermediate_size=256)
     told = refused(other, "--base-model", base, "--output", tmp_path / "out")
-    assert "and the base asks for" in told
+    assert "and the base needs" in told
 
 
 def test_only_what_is_there_can_be_the_original(other: Path, tmp_path: Path) -> None:

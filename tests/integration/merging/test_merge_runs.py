@@ -112,7 +112,7 @@ def test_a_done_pissa_run_without_its_adapter_merges_once_the_same_command_wrote
     run = trained(make(tmp_path / "base"), tmp_path, "PiSSA", **how)
     adapter = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
     shutil.rmtree(run.path / "adapter")
-    with pytest.raises(ModelError, match="it began by pissa, which changed its base") as refused:
+    with pytest.raises(ModelError, match="it was initialized by pissa, which changed its base") as refused:
         run.merged(tmp_path / "merged")
     assert "give the same qlora train command again" in str(refused.value.hint)
     trained(run.base, tmp_path, "PiSSA", **how)

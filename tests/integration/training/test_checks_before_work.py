@@ -117,7 +117,7 @@ def test_an_adapter_that_can_not_begin_as_asked_is_found_before_work(
     model: Path, rows: Path, cache: Path, tmp_path: Path
 ) -> None:
     asked = {"quantization__method": "none", "lora__init_lora_weights": "pissa", "lora__rank": 4096}
-    assert "principal parts" in str(refused(train_settings(model, rows, tmp_path / "run", **asked), cache))
+    assert "principal components" in str(refused(train_settings(model, rows, tmp_path / "run", **asked), cache))
 
 
 def test_all_that_is_wrong_is_told_together(

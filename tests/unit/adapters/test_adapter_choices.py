@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_cli.adapters.targets import named, rank_of, resolve_pattern
+from qlora_cli.adapters.targets import names_ending_in, rank_of, resolve_pattern
 from qlora_cli.errors import ModelError, SettingsError
 from qlora_cli.quantization.residuals import low_rank_approximation
 from qlora_cli.settings.models import EstimateSettings, LoraSettings, TrainSettings
@@ -90,7 +90,7 @@ def test_loftq_needs_a_loss(method: str) -> None:
 @pytest.mark.parametrize("method", ["fp4", "int8"])
 def test_pissa_needs_weights_as_they_are(method: str) -> None:
     said = refused(lora__init_lora_weights="pissa", quantization__method=method)
-    assert "would have to be quantized anew, to a base that fits this adapter only" in said
+    assert "would have to be quantized again, to a base that fits this adapter only" in said
 
 
 def test_what_works_together_is_taken() -> None:
@@ -106,11 +106,11 @@ def test_what_works_together_is_taken() -> None:
 
 
 def test_a_name_is_an_end_between_dots() -> None:
-    assert named(NAMES, ["up_proj"]) == [name for name in NAMES if "up" in name]
-    assert named(NAMES, ["mlp.up_proj"]) == [name for name in NAMES if "mlp" in name]
-    assert named(NAMES, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]  # and not of layer 11
-    assert named(NAMES, [NAMES[0]]) == [NAMES[0]]
-    assert named(NAMES, ["proj", ""]) == []
+    assert names_ending_in(NAMES, ["up_proj"]) == [name for name in NAMES if "up" in name]
+    assert names_ending_in(NAMES, ["mlp.up_proj"]) == [name for name in NAMES if "mlp" in name]
+    assert names_ending_in(NAMES, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]  # and not of layer 11
+    assert names_ending_in(NAMES, [NAMES[0]]) == [NAMES[0]]
+    assert names_ending_in(NAMES, ["proj", ""]) == []
 
 
 @pytest.mark.parametrize("keys", [("up_proj", "mlp.up_proj"), ("mlp.up_proj", "up_proj")])
@@ -120,7 +120,7 @@ def test_the_longest_key_holds_and_no_two_keys_fit_one_layer(keys: tuple[str, ..
     assert resolved == {"mlp.up_proj": 8, **{name: 4 for name in NAMES if "norm" in name}}
     lora = LoraSettings(rank=16, rank_pattern={key: values[key] for key in keys})
     for name in NAMES:
-        fits = [value for key, value in resolved.items() if named([name], [key])]
+        fits = [value for key, value in resolved.items() if names_ending_in([name], [key])]
         assert fits == ([] if "q_proj" in name else [rank_of(name, lora)])
 
 
@@ -134,7 +134,7 @@ def test_a_key_that_decides_nothing_is_refused() -> None:
     with pytest.raises(ModelError, match=r"lora.alpha_pattern: 'o_proj' matches no adapted layer") as caught:
         resolve_pattern({"o_proj": 4.0}, NAMES, "lora.alpha_pattern")
     assert caught.value.hint == "Adapted are q_proj, up_proj; a key is a full name or, after a dot, its end."
-    with pytest.raises(ModelError, match="'q_proj' has no effect: longer keys hold for all its layers"):
+    with pytest.raises(ModelError, match="'q_proj' has no effect: longer keys apply to all its layers"):
         resolve_pattern({"q_proj": 4, "attn.q_proj": 8}, NAMES, "lora.rank_pattern")
 
 

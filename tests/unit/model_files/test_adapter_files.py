@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_cli.adapters.reader import put_on
+from qlora_cli.adapters.reader import attach
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
@@ -194,6 +194,6 @@ def test_a_base_is_not_repeated_more_often_than_anyone_does(tmp_path: Path) -> N
     with pytest.raises(
         ModelError, match="layer_replication makes 1,800 layers, and the base has 2, of which at most 4"
     ):
-        put_on(base, config, tmp_path)
+        attach(base, config, tmp_path)
     config.layer_replication = [(0, 2), (1, 2), (0, 2)]
-    assert put_on(base, config, tmp_path).config.num_hidden_layers == 5
+    assert attach(base, config, tmp_path).config.num_hidden_layers == 5
