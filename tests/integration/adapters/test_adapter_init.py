@@ -375,7 +375,7 @@ def test_what_was_lost_is_let_go_of_once_the_adapter_has_begun(llama: Path) -> N
     silent = SilentReporter()
     loaded = load_planned(plan_load(asked_load(llama), silent), silent, lora=lora)
     quantizer: Any = loaded.base.hf_quantizer
-    losses = quantizer.quantization_config.losses
-    assert len(losses.parts) == 14
+    residuals = quantizer.quantization_config.residuals
+    assert len(residuals.factors) == 14
     attach_adapter(loaded.base, lora)
-    assert losses.parts == {}
+    assert residuals.factors == {}

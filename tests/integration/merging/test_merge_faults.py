@@ -118,7 +118,7 @@ def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
     base = own.parent / "base"
     moved = base.rename(base.with_name("moved"))
     told = refused(own)
-    assert f"is {base}, which is not here" in told
+    assert f"is {base}, which does not exist" in told
     assert merged(own, "--base-model", moved)["base_model"] == str(moved)
     shutil.rmtree(own / "merged")
     change(moved / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
