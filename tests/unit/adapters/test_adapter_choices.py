@@ -55,17 +55,17 @@ EVEN = "orthogonal needs even ranks"
             "PiSSA can't be used on a quantized base",
             "--quant none",
         ),
-        ({"init_lora_weights": "orthogonal", "rank": "7"}, "init_lora_weights", f"{EVEN}, a half", "lora.rank"),
+        ({"init_lora_weights": "orthogonal", "rank": "7"}, "init_lora_weights", f"{EVEN}, half for A", "lora.rank"),
         (
             {"init_lora_weights": "orthogonal", "rank_pattern": "a=3"},
             "init_lora_weights",
-            "and 3 is asked",
+            "got 3",
             "rank_pattern",
         ),
         (
             {"modules_to_save": "a,b", "target_modules": "b"},
             "modules_to_save",
-            "b is in lora.modules_to_save",
+            "b is both in lora.modules_to_save",
             "one of them",
         ),
     ],
@@ -81,9 +81,9 @@ def test_what_cannot_work_together_is_refused_before_a_model_is_looked_for(
 
 
 @pytest.mark.parametrize("method", ["int8", "none"])
-def test_loftq_needs_a_loss(method: str) -> None:
+def test_loftq_needs_a_quantization_error(method: str) -> None:
     said = refused(lora__init_lora_weights="loftq", quantization__method=method)
-    assert f"with --quant {method} there is no such loss" in said
+    assert f"and --quant {method} has none" in said
     assert "--quant nf4 or fp4" in said
 
 
