@@ -191,9 +191,7 @@ def test_a_base_is_not_repeated_more_often_than_anyone_does(tmp_path: Path) -> N
     with torch.device("meta"):
         base = LlamaForCausalLM(size)
     config = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2)] * 900)
-    with pytest.raises(
-        ModelError, match="layer_replication makes 1,800 layers, and the base has 2; at most 4"
-    ):
+    with pytest.raises(ModelError, match="layer_replication makes 1,800 layers, and the base has 2; at most 4"):
         attach(base, config, tmp_path)
     config.layer_replication = [(0, 2), (1, 2), (0, 2)]
     assert attach(base, config, tmp_path).config.num_hidden_layers == 5
