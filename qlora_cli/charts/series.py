@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-MOST_POINTS = 1000
+MAX_POINTS = 1000
 SMOOTH_POINTS = 500
 FEWEST_TO_SMOOTH = 10
-LEAST_WINDOW, MOST_WINDOW = 5, 2001
+MIN_WINDOW, MAX_WINDOW = 5, 2001
 OUTLIERS = 0.1  # share of a window, at each end, that its mean leaves out
 LARGEST = 1e100  # beyond, differences could overflow: drawn like what is not a number
 
@@ -35,7 +35,7 @@ def is_drawable(value: float) -> bool:
     return -LARGEST < value < LARGEST
 
 
-def thinned(series: Series, most: int = MOST_POINTS) -> list[Point]:
+def thinned(series: Series, most: int = MAX_POINTS) -> list[Point]:
     """Return at most `most` points: the lowest and the highest of each stretch, in their order.
 
     A stretch without a drawable value is a gap: a point whose value is NaN.
@@ -58,7 +58,7 @@ def thinned(series: Series, most: int = MOST_POINTS) -> list[Point]:
 
 def window_of(num_steps: int) -> int:
     """Return how many steps are averaged: a fortieth of them, an odd number."""
-    return min(MOST_WINDOW, max(LEAST_WINDOW, num_steps // 40)) | 1
+    return min(MAX_WINDOW, max(MIN_WINDOW, num_steps // 40)) | 1
 
 
 def smoothed(series: Series) -> list[Point]:

@@ -68,17 +68,17 @@ def root(
 
 def main() -> None:
     """Run the command line on `sys.argv` and exit."""
-    # TRL pings home unless told otherwise; and tokenizers warns of forks, but is used in none of ours.
+    # TRL sends telemetry by default. tokenizers warns of forks, but none of ours uses it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # OpenMP's threads spin while they wait for one another; beside any other job that costs more than half of
-    # the speed on a CPU (measured on two cores). Passive waiting has to be asked for before torch is loaded.
+    # OpenMP's threads spin while they wait for one another; if another job runs, that costs more than half of the
+    # speed on a CPU (measured on two cores). Passive waiting has to be requested before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Deprecations inside the libraries are for their authors; what a user must know, we say ourselves.
+    # Deprecations inside the libraries are for their authors; we report what a user must know ourselves.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     log_libraries()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that can't show a bar shows a question mark
+        if isinstance(stream, io.TextIOWrapper):  # an encoding without bars shows question marks
             stream.reconfigure(errors="replace")
     app()

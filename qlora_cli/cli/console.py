@@ -1,4 +1,4 @@
-"""How results are written to stdout: headings, rows of two columns, whole lines whatever the width."""
+"""Write results to stdout: headings, rows of two columns, lines that are never broken inside a word."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -8,18 +8,18 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from qlora_cli.cli.stderr import redact, sanitized
+from qlora_cli.cli.stderr import redact, sanitize
 from qlora_cli.visible import escape_controls
 
 Row = tuple[str, str]
-MORE = "  "  # before what continues the line above
-LEAST_ROOM = 20  # columns: in fewer, wrapped values are harder to read than broken ones
+CONTINUATION = "  "  # the indentation of a continued line
+MIN_VALUE_WIDTH = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
 class TextConsole(Console):
-    """A console whose text is harmless, whoever it is from, and that colours nothing by guessing.
+    """A console that sanitizes all text and highlights nothing by itself.
 
-    It leaves a closed pipe to the one place that ends commands; rich would exit by itself, with 1.
+    A closed pipe is an exception for the code that ends commands; rich would exit by itself, with 1.
     """
 
     def __init__(self, file: IO[str] | None = None) -> None:
@@ -29,13 +29,13 @@ class TextConsole(Console):
         raise BrokenPipeError
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, as rich does, texts in which nothing drives a terminal."""
-        super().print(*map(_harmless, objects), **options)
+        """Print sanitized texts, as rich does."""
+        super().print(*map(_sanitize_part, objects), **options)
 
 
-def _harmless(part: object) -> object:
+def _sanitize_part(part: object) -> object:
     if isinstance(part, str):
-        return sanitized(part)
+        return sanitize(part)
     if isinstance(part, Text) and redact(part.plain) != part.plain:
         part = Text(redact(part.plain), style=part.style)
     if not isinstance(part, Text) or escape_controls(part.plain) == part.plain:
@@ -57,29 +57,29 @@ def title(text: str) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print names and values in two columns; on a terminal, values are wrapped at words, under each other."""
+    """Print names and values in two columns; on a terminal, values are wrapped at words, within their column."""
     out = console()
     width = max((len(name) for name, _ in rows), default=0)
-    room = out.width - width - 4 if out.is_terminal else 0
+    available = out.width - width - 4 if out.is_terminal else 0
     for name, value in rows:
-        for number, line in enumerate(_wrapped(value, room)):
+        for number, line in enumerate(_wrapped(value, available)):
             label = name if number == 0 else ""
             # Whole lines into a pipe; on a terminal only a word that is too long for it continues in the next line.
             out.print(Text.assemble((f"  {label:<{width}}", "cyan"), "  ", line), soft_wrap=True)
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print lines; on a terminal, one that is too long is wrapped at words and indented below."""
+    """Print lines; on a terminal, long ones are wrapped at words and indented."""
     out = console()
     for line in lines:
         indent = line[: len(line) - len(line.lstrip())]
-        room = out.width - len(indent) - len(MORE) if out.is_terminal else 0
-        for number, part in enumerate(_wrapped(line.strip(), room)):
-            out.print(Text(f"{indent}{MORE if number else ''}{part}"), soft_wrap=True)
+        available = out.width - len(indent) - len(CONTINUATION) if out.is_terminal else 0
+        for number, part in enumerate(_wrapped(line.strip(), available)):
+            out.print(Text(f"{indent}{CONTINUATION if number else ''}{part}"), soft_wrap=True)
 
 
-def _wrapped(value: str, room: int) -> list[str]:
-    """Return `value` in lines of at most `room` columns, if there is room for some words."""
-    if room < LEAST_ROOM or cell_len(value) <= room:
+def _wrapped(value: str, available: int) -> list[str]:
+    """Return `value` in lines of at most `available` columns, unless these are too few for words."""
+    if available < MIN_VALUE_WIDTH or cell_len(value) <= available:
         return [value]
-    return wrap(value, room, break_long_words=False, break_on_hyphens=False)
+    return wrap(value, available, break_long_words=False, break_on_hyphens=False)

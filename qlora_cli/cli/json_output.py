@@ -1,4 +1,4 @@
-"""Results on stdout: as one JSON object, or as text. Everything else goes to stderr."""
+"""Print results on stdout as one JSON object. Everything else goes to stderr."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
-"""The flags of settings: made from the settings themselves, whose marks say which flag, and which commands take it.
+"""Create the flags of settings from their metadata, which says which flag sets them, and which commands take it.
 
-Every flag of a setting takes text, so that pydantic sees all values and all problems are told at once.
+All flags of settings take text, so that pydantic validates all values and all problems are reported at once.
 """
 
 import functools
@@ -20,12 +20,12 @@ from qlora_cli.settings.setting_metadata import Command, Metadata
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
 
-WHERE = "qlora_cli.where"  # in the context: what says where a setting was given
+WHERE = "qlora_cli.where"  # the key in the context of a function that says where a setting was given
 SEPARATOR = "__"  # of section and key in the name of a command's parameter: `lora__rank` takes lora.rank
 
 
 def settings_of(command: Command) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every setting that `command` has a flag or an argument for, as `section.key` and its field there."""
+    """Yield each setting that `command` has a flag or an argument for, as `section.key`, with its field."""
     kind = KINDS[command]
     for name, section in sections_of(kind).items():
         for key, field in section.model_fields.items():
@@ -34,14 +34,14 @@ def settings_of(command: Command) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def parameter_of(path: str) -> str:
-    """Return the name of the parameter of a command that takes the setting `section.key`."""
+    """Return the name of a command's parameter for the setting `section.key`."""
     return path.replace(".", SEPARATOR)
 
 
 def takes(command: Command) -> Callable[[Function], Function]:
-    """Give a command the flags and the argument of every setting that it takes, and `--config` and `--set`.
+    """Decorate a command with the flags and arguments of all settings that it takes, and `--config` and `--set`.
 
-    The command itself names only what is its own; settings are read from the context by `resolve_settings`.
+    The command's signature has only its own parameters; `resolve_settings` reads settings from the context.
     """
 
     def give(function: Function) -> Function:
@@ -63,30 +63,30 @@ def takes(command: Command) -> Callable[[Function], Function]:
         ]
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del wrapper.__wrapped__  # what would otherwise be read for type hints
+        del wrapper.__wrapped__  # otherwise its type hints would be read
         return cast(Function, wrapper)
 
     return give
 
 
 def _option(path: str, field: FieldInfo) -> inspect.Parameter:
-    """Return the parameter of a command that takes a setting by its flag, described by the setting itself."""
-    marked = metadata_of(path)
-    flag = cast(str, marked.flag)
+    """Return the parameter for the flag of a setting."""
+    metadata = metadata_of(path)
+    flag = cast(str, metadata.flag)
     if is_switch(field):
         kind: Any = bool | None
-        option = typer.Option(f"{flag}/{off_flag(marked)}", help=describe(field), show_default=False)
+        option = typer.Option(f"{flag}/{off_flag(metadata)}", help=describe(field), show_default=False)
     else:
-        kind = list[str] | None if marked.is_repeatable else str | None
+        kind = list[str] | None if metadata.is_repeatable else str | None
         option = typer.Option(flag, help=describe(field), metavar=metavar(field), show_default=False)
     return _parameter(parameter_of(path), Annotated[kind, option])
 
 
 def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
-    """Return the parameter of a command that takes a setting without a flag."""
-    marked = metadata_of(path)
-    argument = typer.Argument(metavar=argument_name(marked), help=describe(field), show_default=False)
-    kind: Any = list[str] | None if marked.is_repeatable else str | None
+    """Return the parameter for a setting that is an argument."""
+    metadata = metadata_of(path)
+    argument = typer.Argument(metavar=argument_name(metadata), help=describe(field), show_default=False)
+    kind: Any = list[str] | None if metadata.is_repeatable else str | None
     return _parameter(parameter_of(path), Annotated[kind, argument])
 
 
@@ -94,18 +94,18 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def off_flag(marked: Metadata) -> str:
+def off_flag(metadata: Metadata) -> str:
     """Return the flag that turns a switch off."""
-    return marked.off_flag or f"--no-{cast(str, marked.flag).removeprefix('--')}"
+    return metadata.off_flag or f"--no-{cast(str, metadata.flag).removeprefix('--')}"
 
 
-def argument_name(marked: Metadata) -> str:
-    """Return what a setting is called that is given without its flag: `MODEL` for `--model`."""
-    return marked.metavar or f"{marked.flag}".removeprefix("--").replace("-", "_").upper()
+def argument_name(metadata: Metadata) -> str:
+    """Return the name of a setting as an argument: `MODEL` for `--model`."""
+    return metadata.metavar or f"{metadata.flag}".removeprefix("--").replace("-", "_").upper()
 
 
 def describe(field: FieldInfo) -> str:
-    """Return a setting's line of help with its default."""
+    """Return the help of a setting, with its default."""
     default = display_default(field)
     return f"{field.description or ''}{'' if default is None else f' [default: {default}]'}"
 
@@ -120,26 +120,26 @@ Assign = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
-def is_of_settings(parameter: Any) -> bool:
-    """Whether a parameter of a command says what a setting is."""
+def is_setting_parameter(parameter: Any) -> bool:
+    """Return whether a parameter of a command sets settings."""
     return SEPARATOR in parameter.name or parameter.name in {"config", "assignments"}
 
 
 def read_sources(context: typer.Context) -> Sources:
-    """Return what the command line gave, from the parameters of the command that is running."""
+    """Return the sources of settings on the command line, from the parameters of the running command."""
     given: dict[str, Any] = context.params
     flags = {}
     for name, value in given.items():
         section, separator, key = name.partition(SEPARATOR)
-        if separator and value not in (None, ()):  # of a flag that may be repeated, no value is an empty tuple
+        if separator and value not in (None, ()):  # a repeatable flag that is not given is an empty tuple
             path = f"{section}.{key}"
-            flags[path] = (_given_as(context, path, value), value)
+            flags[path] = (_flag_as_given(context, path, value), value)
     assignments: Iterable[str] = given.get("assignments") or ()
     return Sources(config=given.get("config"), assignments=tuple(assignments), flags=flags)
 
 
 def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[SettingsT]:
-    """Return the validated settings of the command that is running.
+    """Return the validated settings of the running command.
 
     Raises:
         SettingsError: with every problem found.
@@ -151,14 +151,14 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
     return resolved
 
 
-def _given_as(context: typer.Context, path: str, value: Any) -> str:
-    """Return what was typed for a setting: a switch that is off was `--no-…`."""
+def _flag_as_given(context: typer.Context, path: str, value: Any) -> str:
+    """Return the flag or argument as given: that of a switch that is turned off is `--no-…`."""
     return off_flag(metadata_of(path)) if value is False else _name_of(context, path)
 
 
 def _name_of(context: typer.Context, path: str) -> str:
-    """Return what the running command calls a setting: a flag, or an argument in capitals."""
+    """Return the name of a setting in the running command: a flag, or an argument in capitals."""
     name = parameter_of(path)
     positional = {parameter.name for parameter in context.command.params if parameter.param_type_name == "argument"}
-    marked = metadata_of(path)
-    return argument_name(marked) if name in positional else cast(str, marked.flag)
+    metadata = metadata_of(path)
+    return argument_name(metadata) if name in positional else cast(str, metadata.flag)

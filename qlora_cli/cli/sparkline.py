@@ -1,4 +1,4 @@
-"""A curve in one line of text: its shape at a glance, its memory bounded however long it gets."""
+"""Sparklines: curves in a line of text, of series of any length in bounded memory."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 NOT_FINITE = "x"
-MOST_KEPT = 512  # more columns than a terminal has; even, as they are halved by pairs
+MAX_MEANS = 512  # more than a terminal has columns; even, because pairs are averaged
 
 
 def can_show_blocks(encoding: str | None) -> bool:
@@ -19,9 +19,9 @@ def can_show_blocks(encoding: str | None) -> bool:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return `values` as blocks between their lowest and their highest, at most `width` of them.
+    """Return `values` as at most `width` blocks, scaled from the lowest to the highest value.
 
-    Where there are more values than blocks, a block is the mean of its share. One without a finite value is `x`.
+    If there are more values than blocks, a block is the mean of its share. One without a finite value is `x`.
     """
     num_blocks = min(width, len(values))
     if num_blocks <= 0:
@@ -36,20 +36,20 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 class SparklineCurve:
-    """A series of any length, kept as fewer than `most_kept` means of equally many values each.
+    """A series of any length, stored as fewer than `max_means` means of equally many values.
 
-    The mean of values none of which is finite is NaN.
+    A mean without finite values is NaN.
     """
 
-    def __init__(self, most_kept: int = MOST_KEPT) -> None:
-        self._most_kept = most_kept
+    def __init__(self, max_means: int = MAX_MEANS) -> None:
+        self._max_means = max_means
         self._means: list[float] = []
         self._num_per_mean = 1
         self._num_open = self._num_finite = 0  # of the mean that is not complete yet
         self._sum = 0.0
 
     def add(self, value: float) -> None:
-        """Take the next value."""
+        """Add the next value."""
         self._num_open += 1
         if math.isfinite(value):
             self._num_finite += 1
@@ -59,12 +59,12 @@ class SparklineCurve:
         self._means.append(self._open_mean())
         self._num_open = self._num_finite = 0
         self._sum = 0.0
-        if len(self._means) == self._most_kept:
-            self._means = [_finite_mean(self._means[at : at + 2]) for at in range(0, self._most_kept, 2)]
+        if len(self._means) == self._max_means:
+            self._means = [_finite_mean(self._means[at : at + 2]) for at in range(0, self._max_means, 2)]
             self._num_per_mean *= 2
 
     def means(self) -> list[float]:
-        """Return the means, oldest first; the last may be of fewer values."""
+        """Return the means, oldest first; the last may cover fewer values."""
         return [*self._means, self._open_mean()] if self._num_open else list(self._means)
 
     def _open_mean(self) -> float:
@@ -73,13 +73,13 @@ class SparklineCurve:
 
 def _finite_mean(values: Sequence[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
-    # Divided before they are added: the sum of two large losses could be infinite.
+    # Divided before the summation, because the sum of two large losses could be infinite.
     return sum(value / len(finite) for value in finite) if finite else math.nan
 
 
 def _block(value: float, low: float, high: float) -> str:
     if not math.isfinite(value):
         return NOT_FINITE
-    # Halved, so that not even the difference of the largest floats is infinite.
+    # Halved, so that the difference of the largest floats is not infinite either.
     share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.0
     return BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]

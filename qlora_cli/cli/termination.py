@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP as errors, so that what is half written is taken away before the process ends with 143 or 129."""
+"""Turn SIGTERM and SIGHUP into errors, so that partial output is deleted before the process ends with 143 or 129."""
 
 import signal
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class _Terminated(BaseException):
-    """Passes whatever catches exceptions on the way, as Ctrl-C does."""
+    """Not an `Exception`, so that code that catches these does not stop it, as for Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -19,18 +19,18 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def terminated_cleanly() -> Iterator[None]:
-    """End by an error when a signal to end comes; the handlers that were there are put back.
+def signals_as_errors() -> Iterator[None]:
+    """Raise an error when a termination signal arrives; restore the previous handlers at the end.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    A signal that is ignored, as SIGHUP under nohup, stays ignored.
 
     Raises:
-        TerminatedError: it came.
+        TerminatedError: a signal arrived.
     """
 
     def end(number: int, _: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise _Terminated(number)
 
     taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]

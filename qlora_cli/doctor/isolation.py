@@ -16,8 +16,8 @@ from typing import Self
 
 from qlora_cli.doctor.findings import Outcome, failed
 
-MOST_CHARACTERS = 300
-MOST_DETAIL_CHARACTERS = 4000
+MAX_CHARACTERS = 300
+MAX_DETAIL_CHARACTERS = 4000
 JOIN_SECONDS = 10
 
 CheckFunction = Callable[..., Outcome]
@@ -31,9 +31,9 @@ def attempt(check: CheckFunction, *arguments: object, advice: str) -> Outcome:
         text = without_home(str(error))
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return failed(
-            f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:MOST_CHARACTERS],
+            f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:MAX_CHARACTERS],
             advice,
-            error=text[:MOST_DETAIL_CHARACTERS],
+            error=text[:MAX_DETAIL_CHARACTERS],
         )
 
 
@@ -112,7 +112,7 @@ class Isolation:
 
     def _last_words(self) -> str:
         text = Path(self._log_path).read_text(encoding="utf-8", errors="replace").strip()
-        return without_home(text)[-MOST_CHARACTERS:]
+        return without_home(text)[-MAX_CHARACTERS:]
 
 
 def _serve(connection: Connection, log_path: str) -> None:

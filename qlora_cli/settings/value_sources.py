@@ -14,7 +14,7 @@ import yaml
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.models import SECTIONS
-from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, find_violation
+from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 from qlora_cli.units import format_bytes
 
 # `code`: created in code, without a command line. `inferred`: not asked for, but read from a file or the machine.
@@ -124,9 +124,9 @@ def read_file(path: Path) -> tuple[list[SettingEntry], list[Problem]]:
     """Read a settings file: YAML, a mapping of sections to mappings of settings."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            return [], [_file_problem(path, f"is larger than {format_bytes(MOST_BYTES)}: no settings file")]
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            return [], [_file_problem(path, f"is larger than {format_bytes(MAX_BYTES)}: no settings file")]
         text = raw.decode("utf-8-sig")
     except OSError as error:
         return [], [_file_problem(path, error.strerror or str(error))]

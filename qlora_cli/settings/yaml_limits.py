@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import yaml
 
-MOST_BYTES = 256 * 1024  # ten times a file with every setting, and read in seconds
+MAX_BYTES = 256 * 1024  # ten times a file with every setting, and read in seconds
 MAX_NESTING = 20  # levels of lists and mappings; settings have four
 LONGEST_NUMBER = 256  # characters; in base 16 or 60, too, a longer number exceeds a float
 NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_:.+-]*")  # matches some texts, too

@@ -32,7 +32,7 @@ def test_each_line_of_a_pipe_is_answered_and_its_end_ends_the_chat(base_model: P
     assert done.exit_code == 0, done.output
     text = only(answered(base_model, "--prompt", "hello"))["text"]
     assert done.stdout == f"{text}\n{text}\n"
-    assert "what was said is forgotten" in done.stderr
+    assert "the conversation starts over" in done.stderr
 
 
 def test_quit_ends_before_the_lines_that_follow(base_model: Path) -> None:
@@ -183,10 +183,10 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(base_model: Path, tmp
         terminal.type("hello\n")
         terminal.wait_for("def ")
         terminal.type("\x03")
-        terminal.wait_for("stopped; what there is of the answer stays in the conversation")
+        terminal.wait_for("stopped; the answer so far stays in the conversation")
         terminal.wait_for("> ")
         terminal.type("/reset\n")
-        terminal.wait_for("what was said is forgotten")
+        terminal.wait_for("the conversation starts over")
         terminal.wait_for("> ")
         # Between showing the prompt and waiting for keys, Python notes a signal but does not look.
         terminal.wait_for("interrupted", pressing="\x03")

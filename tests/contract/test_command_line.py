@@ -148,7 +148,7 @@ def test_a_panic_of_a_library_is_one_message_and_bad_input(monkeypatch: pytest.M
     monkeypatch.setattr("qlora_cli.cli.commands.config.describe", panics)
     done = CliRunner().invoke(app, ["config", "show"])
     assert done.exit_code == 2
-    assert "error: a file of others made a library panic: index out of bounds" in done.output
+    assert "error: an input file made a library panic: index out of bounds" in done.output
     assert "tokenizer.json" in done.output
     assert "Traceback" not in done.output
 

@@ -323,7 +323,7 @@ def test_a_picture_of_a_sweep_is_written(core: Core, tmp_path: Path) -> None:
     done = qlora_inspect("base", "--sweep", "max-length=512..1024", "--plot", path, "--json")
     assert done.exit_code == 0, done.output
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert f"the picture is in {path}" in done.stderr
+    assert f"the plot is in {path}" in done.stderr
     assert json.loads(done.stdout)["sweep"]
 
 

@@ -1,1 +1,1 @@
-"""The commands, a module each, and what `inspect-memory` reads of its flags."""
+"""The commands, one module each, and the parsing of `inspect-memory`'s flags."""

@@ -1,4 +1,4 @@
-"""`qlora chat MODEL`: a conversation on the terminal, or line by line from a pipe."""
+"""`qlora chat MODEL`: a conversation on the terminal, or from a pipe, line by line."""
 
 import importlib
 import importlib.util
@@ -34,7 +34,7 @@ HELP = "/reset starts over, /system TEXT sets the system prompt, /quit or Ctrl-D
 def chat(context: typer.Context) -> None:
     """Talk to a model, an adapter or a run, with its chat template. Reads lines from a pipe, too.
 
-    /reset forgets what was said, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
+    /reset starts over, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
     """
     resolved = options.resolve_settings(context, ChatSettings)
     settings = resolved.settings
@@ -65,17 +65,17 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
             return
         try:
             if command is not None:
-                _obey(chat, command[1], command[2])
+                _run_command(chat, command[1], command[2])
             elif line.strip():
                 with _stopped_by_ctrl_c(printer) if is_terminal else nullcontext():
-                    _tell_kept(chat.ask(line.strip(), printer)[-1])
-        except QloraError as error:  # of this turn alone: the conversation stays as it was
+                    _note_interrupted(chat.ask(line.strip(), printer)[-1])
+        except QloraError as error:  # concerns this turn only: the conversation is unchanged
             print_line(f"error: {error.message}")
             print_line(f"  hint: {error.hint}")
 
 
-def _obey(chat: "Chat", command: str, text: str | None) -> None:
-    """Do what a line that begins with a slash says.
+def _run_command(chat: "Chat", command: str, text: str | None) -> None:
+    """Run a command, a line that begins with a slash.
 
     Raises:
         UsageError: there is no such command.
@@ -83,7 +83,7 @@ def _obey(chat: "Chat", command: str, text: str | None) -> None:
     """
     if command == "reset":
         chat.reset()
-        print_line("what was said is forgotten")
+        print_line("the conversation starts over")
     elif command == "system":
         chat.set_system(text or None)
         print_line("the system prompt holds from here on" if text else "no system prompt from here on")
@@ -91,17 +91,17 @@ def _obey(chat: "Chat", command: str, text: str | None) -> None:
         raise UsageError(f"no command /{command}", hint=f"{HELP}. What begins with a space is sent as it is.")
 
 
-def _tell_kept(answer: "Answer") -> None:
+def _note_interrupted(answer: "Answer") -> None:
     if answer.finish_reason == "interrupted":
-        print_line("stopped; what there is of the answer stays in the conversation")
+        print_line("stopped; the answer so far stays in the conversation")
 
 
 def _typed_lines() -> Iterator[str]:
     """Yield lines of a terminal until Ctrl-D; Ctrl-C ends the command."""
     if importlib.util.find_spec("readline") is not None:  # not on every system
-        importlib.import_module("readline")  # from now on `input` edits lines and remembers them
+        importlib.import_module("readline")  # lets `input` edit lines, with a history
     while True:
-        if not sys.stdout.isatty():  # where `input` would write the mark to
+        if not sys.stdout.isatty():  # `input` would write the mark there
             print(MARK, end="", file=sys.stderr, flush=True)
         try:
             yield _decodable(input(MARK if sys.stdout.isatty() else ""))
@@ -120,17 +120,17 @@ def _piped_lines() -> Iterator[str]:
         for line in sys.stdin:
             yield _decodable(line.rstrip("\n"))
     except UnicodeError as error:
-        raise UsageError("what stdin holds is not UTF-8", hint="Save it as UTF-8.") from error
+        raise UsageError("stdin is not UTF-8", hint="Save it as UTF-8.") from error
 
 
 def _decodable(line: str) -> str:
-    line.encode()  # Python hands on stray bytes, in some locales, as characters that are none
+    line.encode()  # in some locales, Python reads invalid bytes as lone surrogates
     return line
 
 
 @contextmanager
 def _stopped_by_ctrl_c(printer: "AnswerPrinter") -> Iterator[None]:
-    """Make Ctrl-C stop the answer after the token in progress; twice, it ends the command as ever."""
+    """Make Ctrl-C stop the answer after the token in progress; a second one ends the command as usual."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
         if printer.asked_to_stop:

@@ -14,7 +14,7 @@ from qlora_cli.settings.setting_metadata import Command
 
 
 class ShownSettings(TyperCommand):
-    """`qlora config show COMMAND`, which takes what sets something of the command."""
+    """`qlora config show COMMAND`, which takes the setting flags of the command."""
 
     def __init__(self, command: Command, parameters: list[Any]) -> None:
         text = f"Print the settings of {command.value}, which are given as to the command itself."
@@ -22,24 +22,24 @@ class ShownSettings(TyperCommand):
         self._of = command
 
     def invoke(self, ctx: Any) -> None:
-        """Print the settings that the command has a use for."""
+        """Print the settings that the command uses."""
         _print(ctx, self._of)
 
 
 class ShowGroup(TyperGroup):
-    """`qlora config show`: each command is made when it is asked for, of what the real one takes."""
+    """`qlora config show`, whose subcommands are created on demand, with the flags of the real commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature is Click's
         """Return the names of the commands that take settings."""
         return [command.value for command in Command]
 
     def get_command(self, ctx: Any, cmd_name: str) -> ShownSettings | None:
-        """Return what shows the settings of the command of that name; None if none takes settings."""
+        """Return the subcommand that shows the settings of a command; None if it takes none."""
         if cmd_name not in self.list_commands(ctx):
             return None
         shown = next(parameter for parameter in self.params if parameter.name == "json")
         real = ctx.find_root().command.commands[cmd_name].params
-        return ShownSettings(Command(cmd_name), [*filter(options.is_of_settings, real), shown])
+        return ShownSettings(Command(cmd_name), [*filter(options.is_setting_parameter, real), shown])
 
 
 config_app = typer.Typer(
@@ -71,9 +71,9 @@ def schema() -> None:
 
 
 def _print(context: typer.Context, command: Command | None) -> None:
-    """Print every setting, or those that a command has a use for."""
+    """Print all settings, or those that a command uses."""
     rows = describe(options.read_sources(context), None if command is None else KINDS[command])
-    rows = [row for row in rows if command is None or _is_of_use(row[0], command)]
+    rows = [row for row in rows if command is None or _is_used_by(row[0], command)]
     if context.params["json"]:
         print_json({path: {"value": value, "origin": origin.where} for path, value, origin in rows})
         return
@@ -82,6 +82,6 @@ def _print(context: typer.Context, command: Command | None) -> None:
     render_settings(rows)
 
 
-def _is_of_use(path: str, command: Command) -> bool:
-    """Whether a command takes a setting: by its flag, or, of one that no command has a flag for, in a file."""
+def _is_used_by(path: str, command: Command) -> bool:
+    """Return whether a command takes a setting by its flag, or in a file if the setting has no flag."""
     return metadata_of(path).flag is None or metadata_of(path).is_taken_by(command)

@@ -1,4 +1,4 @@
-"""`qlora demo`: the whole of it on a bundled model, in two minutes on a laptop."""
+"""`qlora demo`: all steps on a bundled model, in two minutes on a laptop."""
 
 from pathlib import Path
 from typing import Annotated

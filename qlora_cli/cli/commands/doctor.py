@@ -1,4 +1,4 @@
-"""`qlora doctor`: whether this machine can train, and what to do where it can't."""
+"""`qlora doctor`: whether this machine can train, and what to do if it can't."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ def doctor(json: options.Json = False) -> None:
 
 
 def _redacted(value: Any) -> Any:
-    """Return `value` without tokens: the text of an error may quote anything."""
+    """Return `value` without tokens, because the text of an error may quote anything."""
     if isinstance(value, dict):
         return {key: _redacted(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

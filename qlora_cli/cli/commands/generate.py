@@ -55,10 +55,10 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
 
 
 def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:
-    """Check what can be known to be wrong without torch.
+    """Check the paths of the models, without torch.
 
     Raises:
-        QloraError: there is no such model, or the merged model is none.
+        QloraError: there is no such model, or no merged model at its path.
         SettingsError: both.
     """
     settings, wrong = resolved.settings, ErrorCollector(resolved.where_of)
@@ -69,18 +69,18 @@ def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings])
     wrong.raise_collected()
 
 
-def _read_prompts(given: Sequence[str]) -> list[str]:
+def _read_prompts(prompts: Sequence[str]) -> list[str]:
     """Return the prompts, one of which may be on stdin."""
-    if given.count(FROM_STDIN) > 1:
+    if prompts.count(FROM_STDIN) > 1:
         raise UsageError("- is given twice, and stdin can be read once", hint="Give it once.", setting=PROMPTS)
-    return [_read_stdin() if text == FROM_STDIN else text for text in given]
+    return [_read_stdin() if text == FROM_STDIN else text for text in prompts]
 
 
 def _read_stdin() -> str:
-    """Return the prompt that stdin holds.
+    """Return the prompt on stdin.
 
     Raises:
-        UsageError: it holds none.
+        UsageError: there is none.
     """
     if sys.stdin is None:
         raise UsageError("- reads stdin, which is closed", hint="Give the text: --prompt TEXT", setting=PROMPTS)

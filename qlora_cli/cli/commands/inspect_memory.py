@@ -1,4 +1,4 @@
-"""`qlora inspect-memory MODEL`: what a run will take, before a weight is read or a GPU rented."""
+"""`qlora inspect-memory MODEL`: the memory that a run will take, without weights and without a GPU."""
 
 import gc
 import os
@@ -41,8 +41,8 @@ def inspect_memory(
             from qlora_cli.memory.plot import plot_sweep
 
             plot_sweep(report, request.gpus, plot)
-            reporter.report(Noted(message=f"the picture is in {plot}"))
-    gc.freeze()  # looking through all that was imported for garbage, at the end, takes a second
+            reporter.report(Noted(message=f"the plot is in {plot}"))
+    gc.freeze()  # the collection of all imported objects at exit would take a second
     print_json(report) if json else render_memory(report, request.gpus)
     if request.gpus and any(fit.fits == "no" for fit in report.fits):
         raise typer.Exit(OutOfMemoryError.exit_code)

@@ -1,4 +1,4 @@
-"""`qlora load MODEL`: quantize on loading, and say what came of it."""
+"""`qlora load MODEL`: quantize a model on loading, and report the result."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""Read the flags of `qlora inspect-memory` as a request. Every problem is reported at once."""
+"""Parse the flags of `qlora inspect-memory` into a request. All problems are reported at once."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,15 +30,15 @@ HAS_SDPA = (Attention.AUTO, Attention.SDPA)
 
 
 def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRequest, Path | None]:
-    """Return what the command line asks, and where the picture goes; `words` are the arguments after MODEL.
+    """Return the request, and the path of the plot; `words` are the arguments after MODEL.
 
     Raises:
-        SettingsError: with every problem found, those of the settings among them.
-        QloraError: no picture can be drawn, or written where it is to be.
+        SettingsError: with every problem found, including those of the settings.
+        QloraError: the plot can't be drawn, or not be written to its path.
     """
     try:
         resolved = options.resolve_settings(context, InspectMemorySettings)
-    except SettingsError as error:  # what was asked about the run is looked at all the same
+    except SettingsError as error:  # the flags about the prediction are parsed all the same
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
         read = _ReadFlags.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
@@ -55,7 +55,7 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
 
 @dataclass(frozen=True, kw_only=True)
 class _ReadFlags:
-    """The GPUs and the values to sweep that texts name, and what is wrong with them."""
+    """The parsed GPUs and values to sweep, and the problems with them."""
 
     gpus: tuple[Gpu, ...]
     sweep: dict[str, tuple[int, ...]]
@@ -65,7 +65,7 @@ class _ReadFlags:
     def of(
         cls, gpus: Sequence[str], sweep: Sequence[str], words: Sequence[str], where_of: Callable[[str], str]
     ) -> "_ReadFlags":
-        """Read texts; `where_of` says where a setting was given."""
+        """Parse the flags; `where_of` says where a setting was given."""
         problems: list[Problem] = []
         named_gpus = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
         values, more = read_sweeps([*sweep, *words] if sweep else (), where_of("inspect_memory.sweep"))
@@ -73,7 +73,7 @@ class _ReadFlags:
 
 
 def check_plot(path: Path) -> QloraError | None:
-    """Return why no picture can be written to `path`."""
+    """Return why no plot can be written to `path`."""
     if path.suffix.lower() not in PLOT_FORMATS:
         hint = f"Let its name end in {', '.join(PLOT_FORMATS[:-1])} or {PLOT_FORMATS[-1]}."
         return UsageError(f"{path}: unknown kind of picture {path.suffix or path.name!r}", hint=hint)
@@ -88,7 +88,7 @@ def check_plot(path: Path) -> QloraError | None:
 
 
 def _misplaced(context: typer.Context, words: Sequence[str], sweep: Sequence[str] | None) -> list[Problem]:
-    """Return words where none belong, and a sweep in the place of MODEL."""
+    """Return the problems of arguments without a sweep, and of a sweep in the position of MODEL."""
     problems = []
     model = str(context.params.get(options.parameter_of("model.name")) or "")
     if model.partition("=")[0] in SETTINGS:

@@ -24,9 +24,9 @@ def merge(
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
     from qlora_cli.cli.rendering.merge_text import render_merge, render_merge_plan
-    from qlora_cli.cli.termination import terminated_cleanly
+    from qlora_cli.cli.termination import signals_as_errors
 
-    with reporting() as reporter, terminated_cleanly():
+    with reporting() as reporter, signals_as_errors():
         from qlora_cli.merging import merge_run
 
         if dry_run:

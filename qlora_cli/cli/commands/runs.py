@@ -1,4 +1,4 @@
-"""`qlora runs`: what became of runs, in a table, and of one of them in detail or as a page."""
+"""`qlora runs`: list runs with their state in a table, or show one in detail or as a page."""
 
 from difflib import get_close_matches
 from pathlib import Path

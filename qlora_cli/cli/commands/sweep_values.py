@@ -12,7 +12,7 @@ from qlora_cli.settings.models import SECTIONS, value_adapter
 from qlora_cli.settings.value_sources import did_you_mean
 
 EXAMPLE = "For example: --sweep max-length=512..32768 (doubling), or --sweep rank=8,16,64"
-MOST_DIGITS = 9
+MAX_DIGITS = 9
 
 
 def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str, tuple[int, ...]], list[Problem]]:
@@ -50,7 +50,7 @@ def read_values(text: str) -> tuple[int, ...] | None:
 
     The last is included whatever the first comes to by doubling. None if it can't be read, or falls.
     """
-    number = rf"\d{{1,{MOST_DIGITS}}}"
+    number = rf"\d{{1,{MAX_DIGITS}}}"
     if bounds := re.fullmatch(rf"({number})\.\.({number})", text):
         first, last = int(bounds[1]), int(bounds[2])
         return doubled(first, last) if 0 < first <= last else None

@@ -8,7 +8,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.cli.lasting_stream import dropped_without_terminal
+from qlora_cli.cli.robust_stream import ignoring_lost_terminal
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.setting_metadata import Command
 from qlora_cli.training.checks.input_checks import check_train_inputs
@@ -42,7 +42,7 @@ def train(
     if dry_run:
         print_json(plan) if json else render_plan(plan)
         return
-    with dropped_without_terminal(sys.stdout):  # the run directory holds all of it
+    with ignoring_lost_terminal(sys.stdout):  # the run directory holds all of it
         print_json(result) if json else render_training(result)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])

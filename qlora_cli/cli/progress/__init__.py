@@ -1,1 +1,1 @@
-"""A run in progress, on stderr: a live display, or plain lines."""
+"""Progress of a run on stderr: a live display, or plain lines."""

@@ -1,4 +1,4 @@
-"""The events of a run in words, for a terminal and for a log alike."""
+"""The events of a run as text, for terminals and logs."""
 
 import math
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from qlora_cli.events import (
 from qlora_cli.units import GIB, counted, format_bytes, format_duration
 from qlora_cli.visible import LINE_BREAK, visible
 
-MOST_ROWS = 3  # of a skipped step; `metrics.jsonl` has them all
-MOST_SAMPLE_LINES, MOST_SAMPLE_CHARACTERS = 4, 300
+MAX_ROWS = 3  # of a skipped step; `metrics.jsonl` has them all
+MAX_SAMPLE_LINES, MAX_SAMPLE_CHARACTERS = 4, 300
 
 
 def describe_event(event: Event) -> str | None:
-    """Return the line that announces an event, or None for one that is drawn otherwise."""
+    """Return an event as a line; None for one that is shown in another way."""
     match event:
         case PhaseStarted():
             return f"{event.title} …"
@@ -38,7 +38,7 @@ def describe_event(event: Event) -> str | None:
         case TrainingStarted():
             return f"Training {counted(event.num_steps, 'step')} into {event.output}"
         case TrainingResumed(step=0):
-            return f"Beginning anew in {event.checkpoint}: the earlier run left no checkpoint"
+            return f"Starting over in {event.checkpoint}: the earlier run left no checkpoint"
         case TrainingResumed():
             return f"Resuming at step {event.step:,} of {event.num_steps:,} from {event.checkpoint}"
         case Rehearsed():
@@ -89,7 +89,7 @@ def describe_memory(memory: MemoryUse, *, is_short: bool = False) -> str:
 
 
 def describe_losses(losses: Sequence[float], width: int) -> str | None:
-    """Return the course of the loss and its range, at most `width` columns; None of fewer than two finite losses."""
+    """Return a sparkline of the loss and its range, at most `width` columns; None for fewer than two finite losses."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if len(finite) < 2:
         return None
@@ -98,7 +98,7 @@ def describe_losses(losses: Sequence[float], width: int) -> str | None:
 
 
 def describe_prediction(memory: MemoryUse, predicted_reserved_bytes: int | None) -> str | None:
-    """Return what was predicted to be reserved, and by how much that is off; None where nothing was."""
+    """Return the predicted reserved memory, and its error; None without a prediction."""
     if predicted_reserved_bytes is None or not memory.device_reserved_bytes:
         return None
     error = 100 * (predicted_reserved_bytes / memory.device_reserved_bytes - 1)
@@ -106,7 +106,7 @@ def describe_prediction(memory: MemoryUse, predicted_reserved_bytes: int | None)
 
 
 def describe_age(seconds: float) -> str:
-    """Return how long ago something was, in whole units: `42s ago`, `3m ago`, `2h 5m ago`, `1d 3h ago`."""
+    """Return an age in whole units: `42s ago`, `3m ago`, `2h 5m ago`, `1d 3h ago`."""
     minutes, whole_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -118,14 +118,14 @@ def describe_age(seconds: float) -> str:
 
 
 def sample_texts(event: SampleDone) -> tuple[str, str]:
-    """Return prompt and answer, cut short, with signs for what can't be seen or would drive a terminal."""
+    """Return prompt and answer, truncated, with invisible and control characters made visible."""
     return _shorten(event.prompt), _shorten(event.answer)
 
 
 def _shorten(text: str) -> str:
     text = text.strip()
-    kept = "\n".join(text.split("\n", MOST_SAMPLE_LINES)[:MOST_SAMPLE_LINES])[:MOST_SAMPLE_CHARACTERS].rstrip()
-    return (visible(kept, is_end=False) + (" …" if len(kept) < len(text) else "")) or "(empty)"
+    short = "\n".join(text.split("\n", MAX_SAMPLE_LINES)[:MAX_SAMPLE_LINES])[:MAX_SAMPLE_CHARACTERS].rstrip()
+    return (visible(short, is_end=False) + (" …" if len(short) < len(text) else "")) or "(empty)"
 
 
 def _describe_rehearsal(event: Rehearsed) -> str:
@@ -140,8 +140,8 @@ def _describe_rehearsal(event: Rehearsed) -> str:
 
 
 def _describe_skipped(event: StepSkipped) -> str:
-    rows = ", ".join(event.rows[:MOST_ROWS])
-    more = f" and {len(event.rows) - MOST_ROWS:,} more" if len(event.rows) > MOST_ROWS else ""
+    rows = ", ".join(event.rows[:MAX_ROWS])
+    more = f" and {len(event.rows) - MAX_ROWS:,} more" if len(event.rows) > MAX_ROWS else ""
     line = f"warning: step {event.step} skipped: {event.reason}"
     return _in_one_line(f"{line}; its rows: {rows}{more}" if rows else line)
 

@@ -24,7 +24,7 @@ from qlora_cli.cli.progress.live_lines import NARROW, training_lines
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import TRANSFERS
 from qlora_cli.cli.sparkline import can_show_blocks
-from qlora_cli.cli.stderr import sanitized
+from qlora_cli.cli.stderr import sanitize
 from qlora_cli.events import (
     BytesDone,
     EvalDone,
@@ -44,7 +44,7 @@ from qlora_cli.units import format_bytes, format_duration
 
 
 class SpeedColumn(ProgressColumn):
-    """Bytes a second in the units of everything else; rich's own column counts in thousands."""
+    """Bytes per second in binary units; rich's own column uses decimal ones."""
 
     def render(self, task: Task) -> Text:
         """Return the speed of the last half minute."""
@@ -52,20 +52,20 @@ class SpeedColumn(ProgressColumn):
 
 
 class Bars(Progress):
-    """Bars of one kind, each column with the least width of the terminal at which it is shown."""
+    """Bars of one kind; each column has a minimum width of the terminal below which it is hidden."""
 
     def __init__(self, console: Console, columns: dict[ProgressColumn, int]) -> None:
         super().__init__(*columns, console=console, expand=True)
         self._least_widths = columns
 
     def __rich__(self) -> RenderableType:
-        """Return the bars for the width that the terminal has now."""
+        """Return the bars for the current width of the terminal."""
         self.columns = tuple(column for column, least in self._least_widths.items() if self.console.width >= least)
         return self.get_renderable()
 
 
 class LiveReporter:
-    """The bar of the steps with their figures below it, and one for each transfer; notes scroll above."""
+    """Shows a bar of the steps with their figures, and one for each transfer; notes scroll above."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -99,7 +99,7 @@ class LiveReporter:
         self.live = Live(get_renderable=self._draw, console=console, refresh_per_second=8, transient=True)
 
     def report(self, event: Event) -> None:
-        """Take the event; the display is drawn anew some times a second, notes at once."""
+        """Handle an event; the display is redrawn several times per second, notes at once."""
         self._state.update(event, time.monotonic())
         match event:
             case BytesDone():
@@ -121,7 +121,7 @@ class LiveReporter:
 
     def _print(self, line: str | None, style: str = "") -> None:
         if line is not None:
-            self.live.console.print(Text(sanitized(line), style=style))
+            self.live.console.print(Text(sanitize(line), style=style))
 
     def _report_bytes(self, event: BytesDone) -> None:
         if event.done_bytes >= event.total_bytes:
@@ -137,7 +137,7 @@ class LiveReporter:
     def _draw(self) -> RenderableType:
         state = self._state
         lines: list[RenderableType] = [
-            Text(sanitized(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(sanitize(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
         ]
         if self._transfers:
             lines.append(self._bytes)
@@ -165,6 +165,6 @@ def _style(event: Event) -> str:
 def _sample_table(event: SampleDone) -> Table:
     prompt, answer = sample_texts(event)
     table = Table.grid(Column(min_width=len("  answer")), Column(overflow="fold"), padding=(0, 2))
-    table.add_row("  prompt", Text(sanitized(prompt), style="dim"))
-    table.add_row("  answer", Text(sanitized(answer)))
+    table.add_row("  prompt", Text(sanitize(prompt), style="dim"))
+    table.add_row("  answer", Text(sanitize(answer)))
     return table

@@ -1,4 +1,4 @@
-"""The lines below the bar of a live display, laid out for the width there is. Pure: state in, text out."""
+"""The lines below the bar of a live display, laid out for its width. Pure functions of the state."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,13 +16,13 @@ from qlora_cli.events import MemoryUse
 from qlora_cli.units import counted
 
 GAP = "  "
-NARROW = 60  # below it, figures go without their words
+NARROW = 60  # columns; below, figures are shown without words
 BAR_WIDTH, LEAST_BAR_WIDTH = 32, 10
 ALLOCATED, RESERVED, FREE, PREDICTED = "█", "▒", "░", "│"
 
 
 def training_lines(state: RunState, width: int, now: float, *, can_show_blocks: bool) -> Iterator[Text]:
-    """Yield the figures of a run at `now`, each line at most `width` columns; without steps so far, few."""
+    """Yield the figures of a run at `now`, in lines of at most `width` columns."""
     if state.last_step is not None:
         step = state.last_step
         yield from flow([*describe_step(step, state.arrow), f"epoch {step.epoch:.2f}"], width)
@@ -35,7 +35,7 @@ def training_lines(state: RunState, width: int, now: float, *, can_show_blocks: 
 
 
 def flow(parts: Sequence[str | Text], width: int, style: str = "") -> list[Text]:
-    """Return `parts` in a row, on the next line where one does not fit; a part is never broken."""
+    """Return `parts` in lines of at most `width` columns; a part is never broken."""
     lines: list[Text] = []
     for part in parts:
         if lines and lines[-1].cell_len + len(GAP) + len(part) <= width:
@@ -47,7 +47,7 @@ def flow(parts: Sequence[str | Text], width: int, style: str = "") -> list[Text]
 
 
 def memory_bar(memory: MemoryUse, predicted_reserved_bytes: int | None, width: int) -> str:
-    """Return the GPU's memory as `width` blocks: live tensors, held beyond them, free; a line where predicted."""
+    """Return the GPU's memory as `width` blocks: allocated, reserved, free, with a line at the prediction."""
     total = memory.device_total_bytes
     assert total
     allocated = _blocks(memory.device_allocated_bytes or 0, total, width)

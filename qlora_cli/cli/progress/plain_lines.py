@@ -1,9 +1,8 @@
-"""A run as plain lines: for logs, pipes, and terminals that can't redraw."""
+"""Progress as plain lines, for logs, pipes, and terminals that can't redraw."""
 
 import time
 from typing import TextIO
 
-from qlora_cli.cli.lasting_stream import LastingStream
 from qlora_cli.cli.progress.event_text import (
     describe_event,
     describe_losses,
@@ -13,8 +12,9 @@ from qlora_cli.cli.progress.event_text import (
 )
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import Transfer
+from qlora_cli.cli.robust_stream import RobustStream
 from qlora_cli.cli.sparkline import can_show_blocks
-from qlora_cli.cli.stderr import sanitized
+from qlora_cli.cli.stderr import sanitize
 from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, StepDone, TrainingEnded
 from qlora_cli.units import format_duration
 
@@ -23,10 +23,10 @@ CURVE_WIDTH = 80
 
 
 class PlainReporter:
-    """One line an event, and of the steps the first, the last and one an interval."""
+    """Writes one line per event; of the steps, the first, the last and one per interval."""
 
     def __init__(self, file: TextIO, interval_seconds: float = PLAIN_INTERVAL_SECONDS) -> None:
-        self._file = LastingStream(file)
+        self._file = RobustStream(file)
         self._interval_seconds = interval_seconds
         self._last_line = -float("inf")
         self._state = RunState()
@@ -34,7 +34,7 @@ class PlainReporter:
         self._shows_curves = can_show_blocks(file.encoding)
 
     def report(self, event: Event) -> None:
-        """Write a line, if it is time for one."""
+        """Write a line for the event, unless the last one is too recent."""
         self._state.update(event, time.monotonic())
         if isinstance(event, StepDone):
             self._report_step(event)
@@ -86,4 +86,4 @@ class PlainReporter:
 
     def _write(self, line: str | None) -> None:
         if line is not None:
-            print(sanitized(line), file=self._file, flush=True)
+            print(sanitize(line), file=self._file, flush=True)

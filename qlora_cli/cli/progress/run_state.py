@@ -1,4 +1,4 @@
-"""The state of a run in progress, from its events: the source of both displays."""
+"""The state of a run in progress, computed from its events, for both displays."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 
-SMOOTHING = 0.9  # weight of the past in the smoothed loss that the arrow compares with
+SMOOTHING = 0.9  # of the exponential mean of the loss, which the arrow compares with
 STEADY = 0.005  # relative change below which the loss counts as level
 
 
 class Direction:
-    """Whether a noisy series goes down, up or sideways, by an exponential mean."""
+    """The direction of a noisy series, by an exponential mean: down, up or level."""
 
     def __init__(self) -> None:
         self._smoothed: float | None = None
 
     def update(self, value: float) -> str:
-        """Take the next value and return an arrow; the first has no direction, nor has one that is not finite."""
+        """Add a value and return an arrow; the first value and those that are not finite have no direction."""
         if not math.isfinite(value):
             return " "
         if self._smoothed is None:
@@ -43,10 +43,10 @@ class Direction:
 
 @dataclass(kw_only=True)
 class RunState:
-    """The run so far. One thread updates it while another may draw it: each field is right by itself.
+    """The current state of a run. One thread updates it while another may draw it: each field is consistent by itself.
 
-    `step` is the last that is over, done or skipped; `best_eval` the best that this process has seen, if it was the
-    best of the run; `checkpoint_time` that of the clock which `update` is given.
+    `step` is the last step, done or skipped; `best_eval` is the best evaluation in this process, if it was the best of
+    the run; `checkpoint_time` is a time of the clock that `update` gets.
     """
 
     status: str = "Starting …"
@@ -67,11 +67,11 @@ class RunState:
 
     @property
     def predicted_reserved_bytes(self) -> int | None:
-        """What the caching allocator was predicted to hold at most; None where nothing was predicted."""
+        """The predicted peak of the caching allocator; None without a prediction."""
         return None if self.started is None else self.started.predicted_reserved_bytes
 
     def update(self, event: Event, now: float) -> None:
-        """Take the next event, which came at `now` of a monotonic clock in seconds."""
+        """Handle an event, which arrived at `now` of a monotonic clock, in seconds."""
         match event:
             case StepDone():
                 self._take_step(event)

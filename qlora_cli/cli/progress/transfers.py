@@ -1,11 +1,11 @@
-"""Describe a transfer of bytes: how far it is, how fast it goes, how long it will take."""
+"""Describe the transfer of bytes: its progress, its speed and the remaining time."""
 
 from dataclasses import dataclass
 
 from qlora_cli.events import BytesDone
 from qlora_cli.units import format_bytes, format_duration
 
-# By kind: the verb while bytes are transferred, and the one once all are.
+# By kind: the verb during the transfer, and the one at its end.
 TRANSFERS = {
     "download": ("Downloading", "downloaded"),
     "quantize": ("Quantizing", "quantized"),
@@ -16,14 +16,14 @@ TRANSFERS = {
 
 @dataclass(kw_only=True)
 class Transfer:
-    """A transfer under way: when it started, and with how many bytes, which do not count towards its speed."""
+    """A transfer in progress: when it started, and the bytes present then, which do not count towards its speed."""
 
     started: float
     first_bytes: int
     last_line: float = -float("inf")
 
     def describe(self, event: BytesDone, now: float) -> str:
-        """Return how far it is, and after a while how fast it goes and how long it will take."""
+        """Return its progress and, after a while, its speed and the remaining time."""
         line = (
             f"{TRANSFERS[event.kind][0]}: {format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)} "
             f"({event.done_bytes / event.total_bytes:.0%})"
@@ -35,7 +35,7 @@ class Transfer:
         return f"{line}, {format_bytes(round(speed))}/s, {left} left"
 
     def describe_end(self, event: BytesDone, now: float) -> str:
-        """Return how many bytes it was, how long it took and how fast it went."""
+        """Return its size, its duration and its speed."""
         line = f"{format_bytes(event.total_bytes)} {TRANSFERS[event.kind][1]}"
         speed = self._bytes_per_second(event, now)
         return f"{line} in {format_duration(now - self.started)} ({format_bytes(round(speed))}/s)" if speed else line

@@ -1,4 +1,4 @@
-"""What `qlora inspect-data` shows: what became of the rows, how long they are, and some of them token by token."""
+"""The text of `qlora inspect-data`: the numbers of rows, their lengths, and some of them token by token."""
 
 from collections.abc import Sequence
 
@@ -128,7 +128,7 @@ def _bar(rows: int, most: int) -> str:
 
 
 def trouble_lines(troubles: Sequence[Trouble], notes: Sequence[str]) -> list[str]:
-    """Return a line for each kind of trouble and each note, and the rows below it."""
+    """Return a line for each kind of trouble, with its rows below, and for each note."""
     lines = [f"  {note}" for note in notes]
     for trouble in troubles:
         lines.append(f"  {counted(trouble.rows, 'row')}: {trouble.kind}")
@@ -139,7 +139,7 @@ def trouble_lines(troubles: Sequence[Trouble], notes: Sequence[str]) -> list[str
 
 
 def preview_text(row: RowPreview, *, is_coloured: bool) -> Text:
-    """Return a row with trained tokens coloured, or within « and » where there is no colour."""
+    """Return a row with trained tokens coloured, or within « and » without colours."""
     text, trained = Text(), False
     shown = [piece for piece in row.pieces if not piece.is_padding]
     for piece, is_end in zip(shown, line_ends(shown), strict=True):

@@ -1,4 +1,4 @@
-"""What `qlora doctor` found, as text: a word, a name and a line for each check."""
+"""The text of `qlora doctor`: a status, a name and a finding for each check."""
 
 import textwrap
 
@@ -13,7 +13,7 @@ STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red
 
 
 def render_doctor(report: Report) -> None:
-    """Print the verdict and a line for each check; what to do stands below a check that is not ok."""
+    """Print the verdict and a line for each check, with advice below a check that is not ok."""
     title(verdict(report))
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:
@@ -21,7 +21,7 @@ def render_doctor(report: Report) -> None:
 
 
 def verdict(report: Report) -> str:
-    """Return whether the machine can train, and how many checks went how."""
+    """Return whether the machine can train, and the number of checks by status."""
     counts = [
         f"{count} {status}" for status in Status if (count := sum(check.status == status for check in report.checks))
     ]
@@ -40,10 +40,10 @@ def _print_check(check: Check, name_width: int) -> None:
 
 
 def _lines(text: str, indent: int) -> list[str]:
-    """Return `text` cut to what a terminal has room for beside the names; whole where there is no terminal."""
+    """Return `text` wrapped to the width of a terminal next to the names; unbroken without a terminal."""
     text = redact(" ".join(text.split()))
     out = console()
     if not out.is_terminal:
         return [text]
-    # Flags and addresses stay whole, to be copied.
+    # Flags and addresses are not broken, so that they can be copied.
     return textwrap.wrap(text, max(out.width - indent, 30), break_long_words=False, break_on_hyphens=False)

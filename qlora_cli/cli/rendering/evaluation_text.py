@@ -1,4 +1,4 @@
-"""What `qlora evaluate` shows: a line for each model, readable at 80 columns, and one for each figure of a task."""
+"""The text of `qlora evaluate`: a line for each model, readable at 80 columns, and one for each figure of a task."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ DIGITS = 4
 
 
 def render_evaluation(evaluation: Evaluation) -> None:
-    """Print what was measured."""
+    """Print an evaluation."""
     if evaluation.sources:
         first = evaluation.sources[0]
         rows = f"{counted(first.num_rows, 'row')}, {first.num_tokens:,} tokens evaluated, {evaluation.compute_dtype}"
@@ -30,7 +30,7 @@ def render_evaluation(evaluation: Evaluation) -> None:
 
 
 def source_cells(source: SourceResult) -> tuple[str, ...]:
-    """Return what a table says of one model, by `HEADINGS`."""
+    """Return the table cells of a model, by `HEADINGS`."""
     return (
         f"{source.source} ({source.quantization})" if source.quantization != "none" else source.source,
         _with_stderr(source.loss, source.loss_stderr),
@@ -42,12 +42,12 @@ def source_cells(source: SourceResult) -> tuple[str, ...]:
 
 
 def task_cells(figure: TaskResult) -> tuple[str, ...]:
-    """Return what a table says of one figure, by `TASK_HEADINGS`."""
+    """Return the table cells of a figure, by `TASK_HEADINGS`."""
     return visible(figure.task), figure.source, visible(figure.metric), _with_stderr(figure.value, figure.stderr)
 
 
 def _perplexity(value: float) -> str:
-    """Return it with four digits, and as many decimals as others of its size have."""
+    """Return a perplexity with about four significant digits."""
     decimals = 2 if value < 100 else 1 if value < 1000 else 0
     return f"{value:,.{decimals}f}" if value < 1e6 else f"{value:.4g}"
 

@@ -1,4 +1,4 @@
-"""What `qlora load` shows: the model, where its bytes are, and the quantization error if it was measured."""
+"""The text of `qlora load`: the model, where its bytes are, and the quantization error if it was measured."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from qlora_cli.quantization.load_report import KindCount, LoadReport, WeightErro
 from qlora_cli.units import format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
-MOST_BARS = 64
+MAX_BARS = 64
 NUM_WORST = 3
 
 
 def render_load(report: LoadReport) -> None:
-    """Print what was loaded."""
+    """Print a loaded model."""
     commit = f" at {report.commit}" if report.commit else ""
     title(f"{report.base_model}{commit}")
     print_rows(_rows(report))
@@ -70,7 +70,7 @@ def _describe_quantization(report: LoadReport) -> str:
 
 
 def kind_lines(kinds: Sequence[KindCount]) -> list[str]:
-    """Return a line a kind: weights, parameters, bytes, bits a parameter, and why it is not quantized."""
+    """Return a line per kind: weights, parameters, bytes, bits per parameter, and why it is not quantized."""
     cells = [
         (
             kind.kind,
@@ -115,8 +115,8 @@ def errors_by_layer(errors: Sequence[WeightError]) -> list[float]:
 
 
 def bars(values: Sequence[float]) -> str:
-    """Return a bar a value, from the smallest to the largest; more values than fit are averaged."""
-    step = -(-len(values) // MOST_BARS)
+    """Return one bar per value, scaled from the smallest to the largest; more values than fit are averaged."""
+    step = -(-len(values) // MAX_BARS)
     shown = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     low, high = min(shown), max(shown)
     span = (high - low) or 1.0

@@ -17,8 +17,8 @@ from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase,
 from qlora_cli.units import GIB, format_count, format_duration
 
 WIDTH = 80
-MOST_BARS = 30
-MOST_FIT_LINES = 8  # more GPUs than this share lines
+MAX_BARS = 30
+MAX_FIT_LINES = 8  # more GPUs than this share lines
 NAMES = {
     "quantization_constants": "quantization constants",
     "unquantized_weights": "16/32-bit weights",
@@ -31,7 +31,7 @@ PROCESS = "process"
 
 
 def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
-    """Print a prediction, made for the `gpus` that were named; without any, the fits are of the whole catalogue."""
+    """Print a prediction for the named `gpus`; without any, the fits are those of the whole catalogue."""
     title(f"What training {report.model} takes")
     print_rows(_rows(report))
     _section("Predicted peak", figure_lines(report))
@@ -50,12 +50,12 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
 
 
 def gib(num_bytes: int) -> str:
-    """Return bytes as `3.36 GiB`, also where they are fewer than one."""
+    """Return bytes as `3.36 GiB`, even below one GiB."""
     return f"{num_bytes / GIB:.2f} GiB"
 
 
 def hanging(text: str, first: str, rest: str) -> list[str]:
-    """Return a sentence as lines of at most 80 columns; flags and paths stay whole."""
+    """Return a sentence as lines of at most 80 columns; flags and paths are not broken."""
     return wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
     ) or [first.rstrip()]
@@ -85,7 +85,7 @@ def _wrapped(name: str, value: str, name_width: int = len("answered in")) -> lis
 
 
 def figure_lines(report: MemoryReport) -> list[str]:
-    """Return the three peaks, each with its error band, and what is kept elsewhere."""
+    """Return the three peaks, each with its error band, and the paged and pinned memory."""
     own = report.predicted
     figures = (
         ("allocated", own.allocated_bytes, own.allocated_low_bytes, own.allocated_high_bytes, "by tensors"),
@@ -108,14 +108,14 @@ def _bare(num_bytes: int) -> str:
 
 
 def component_lines(components: Components) -> list[str]:
-    """Return what the memory is for, as a table with bars that adds up to the process also as it is printed."""
+    """Return the components of the memory, as a table with bars; the rounded sizes add up to that of the process."""
     parts = {name.removesuffix("_bytes"): num_bytes for name, num_bytes in asdict(components).items() if num_bytes}
     total = sum(parts.values())
     shown = hundredths(list(parts.values()))
     most = max(parts.values())
     lines = []
     for (name, num_bytes), cents in zip(parts.items(), shown, strict=True):
-        bar = "█" * round(MOST_BARS * num_bytes / most)
+        bar = "█" * round(MAX_BARS * num_bytes / most)
         label = NAMES.get(name, name.replace("_", " "))
         lines.append(f"  {label:<22} {cents / 100:>7.2f} GiB  {num_bytes / total:>6.1%}  {bar}".rstrip())
     return [*lines, f"  {PROCESS:<22} {sum(shown) / 100:>7.2f} GiB  100.0%"]
@@ -131,7 +131,7 @@ def hundredths(sizes: Sequence[int]) -> list[int]:
 
 
 def phase_lines(phases: Sequence[Phase], ruling: str, reason: str) -> list[str]:
-    """Return the peaks of each phase, the one that rules marked, and why it does."""
+    """Return the peaks of each phase, with the largest one marked, and the reason for it."""
     lines = [f"  {'':<12} {'allocated':>12} {'reserved':>12}"]
     for phase in phases:
         mark = "  <- the peak" if phase.name == ruling else ""
@@ -140,8 +140,8 @@ def phase_lines(phases: Sequence[Phase], ruling: str, reason: str) -> list[str]:
 
 
 def fit_lines(fits: Sequence[GpuFit]) -> list[str]:
-    """Return whether it fits on each GPU, and what is left: a line each, or two to a line where there are many."""
-    if len(fits) <= MOST_FIT_LINES:
+    """Return whether the run fits on each GPU, and what is left: one per line, or two if there are many."""
+    if len(fits) <= MAX_FIT_LINES:
         width = max((len(fit.gpu) for fit in fits), default=0)
         header = f"  {'':<{width}}  {'':<5} {'takes':>8} {'at most':>8} {'usable':>8} {'left':>8}"
         return [header, *(_fit_line(fit, width) for fit in fits)]
@@ -166,7 +166,7 @@ def _describe_smallest(name: str | None) -> str:
 
 
 def suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:
-    """Return each change of flags, what it costs, what it saves and what is left to take."""
+    """Return each change of flags with its cost, its saving, and the memory after it."""
     lines = []
     for suggestion in suggestions:
         lines.append(f"  {suggestion.flags}")
@@ -180,7 +180,7 @@ def _verdict(suggestion: Suggestion) -> str:
 
 
 def solution_lines(solutions: Sequence[Solution]) -> list[str]:
-    """Return the largest values that were asked for, and what stops at them."""
+    """Return the largest values that fit, and what limits them."""
     lines = []
     for solution in solutions:
         if solution.value is None or solution.process_bytes is None:

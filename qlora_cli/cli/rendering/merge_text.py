@@ -1,4 +1,4 @@
-"""What `qlora merge` shows: what was merged into what, and how near the result is to what was trained."""
+"""The text of `qlora merge`: what was merged into what, and how close the result is to the trained model."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ TOLD = {
 
 
 def render_merge(result: MergeResult) -> None:
-    """Print what was merged, and how it compares."""
+    """Print a merge, and its comparison with the trained model."""
     title(f"{result.output}")
     rows = [
         ("base", _named(result.base_model, result.commit)),
@@ -57,7 +57,7 @@ def render_merge(result: MergeResult) -> None:
 
 
 def render_merge_plan(report: MergeReport) -> None:
-    """Print what would be merged, tensor by tensor."""
+    """Print the plan of a merge, tensor by tensor."""
     title(f"{report.output} (not written)")
     print_rows(
         [

@@ -1,4 +1,4 @@
-"""What `qlora runs` shows: a line for each run, readable at 80 columns."""
+"""The text of `qlora runs`: a line for each run, readable at 80 columns."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ NOTHING = "-"
 
 
 def render_runs(runs: Sequence[RunSummary], directory: Path) -> None:
-    """Print a table of runs, named by their place below `directory`."""
+    """Print a table of runs, named by their path below `directory`."""
     if not runs:
         console().print(Text(f"no runs in {directory}"), soft_wrap=True)
         return
@@ -30,7 +30,7 @@ def render_runs(runs: Sequence[RunSummary], directory: Path) -> None:
 
 
 def row_of(run: RunSummary, directory: Path) -> tuple[str, ...]:
-    """Return what a table says of a run, by `HEADINGS`."""
+    """Return the table cells of a run, by `HEADINGS`."""
     name = run.name if run.path == directory else str(run.path.relative_to(directory))
     return (
         visible(name).replace("\n", ""),
@@ -44,7 +44,7 @@ def row_of(run: RunSummary, directory: Path) -> tuple[str, ...]:
 
 
 def table_lines(rows: Sequence[tuple[str, ...]], width: int | None) -> list[Text]:
-    """Return a table with its headings; names are shortened so that it is at most `width` columns wide."""
+    """Return a table with headings; names are shortened so that it has at most `width` columns."""
     widths = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))]
     if width is not None:
         others = sum(widths[1:]) + len(GAP) * (len(widths) - 1)
@@ -67,7 +67,7 @@ def _line(row: tuple[str, ...], widths: Sequence[int], *, state_style: str) -> T
 
 
 def _shortened(name: str, width: int) -> str:
-    """Return a name without its middle, as the ends of names tell runs apart."""
+    """Return a name without its middle, because the ends of names distinguish runs."""
     if len(name) <= width:
         return name
     end = (width - len(LEFT_OUT)) // 2

@@ -1,4 +1,4 @@
-"""What `qlora runs show` shows of one run."""
+"""The text of `qlora runs show`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +15,7 @@ from qlora_cli.units import counted, format_bytes, format_duration
 from qlora_cli.visible import visible
 
 CURVE_CELLS = 60
-MOST_EVALUATIONS = 12
+MAX_EVALUATIONS = 12
 MAX_NOTES = 12
 
 
@@ -57,7 +57,7 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _curve(history: RunHistory) -> str:
-    """Return the loss in one line, smoothed: a single spike would flatten all else."""
+    """Return the loss in one line, smoothed, because a single spike would flatten everything else."""
     losses = Series(history.steps.step, history.steps.loss)
     return sparkline([value for _, value in smoothed(losses)] or losses.values, CURVE_CELLS)
 
@@ -121,19 +121,19 @@ def setting_lines(settings: Sequence[SettingUsed]) -> list[str]:
 
 
 def evaluation_lines(evaluations: Sequence[EvalDone]) -> list[str]:
-    """Return a line for each of the last evaluations, and for the best if it is none of them."""
-    best = max((place for place, done in enumerate(evaluations) if done.is_best), default=None)
-    first = max(0, len(evaluations) - MOST_EVALUATIONS)
+    """Return a line for each of the last evaluations, and for the best if it is not one of them."""
+    best = max((index for index, done in enumerate(evaluations) if done.is_best), default=None)
+    first = max(0, len(evaluations) - MAX_EVALUATIONS)
     lines = [f"  {counted(first, 'earlier evaluation')} left out"] if first else []
     width = max((len(f"{done.step:,}") for done in evaluations), default=0)
-    for place, done in enumerate(evaluations):
-        if place >= first or place == best:
-            lines.append(f"  step {done.step:>{width},}  {done.loss:.4f}{'  the best' if place == best else ''}")
+    for index, done in enumerate(evaluations):
+        if index >= first or index == best:
+            lines.append(f"  step {done.step:>{width},}  {done.loss:.4f}{'  the best' if index == best else ''}")
     return lines
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:
-    """Return each prompt, and below it its answers."""
+    """Return each prompt, with its answers below."""
     lines = []
     for sample in samples:
         lines += _indented(sample.prompt, "  ")
@@ -144,7 +144,7 @@ def sample_lines(samples: Sequence[Sample]) -> list[str]:
 
 
 def note_lines(detail: RunDetail) -> list[str]:
-    """Return what could not be read, which steps were skipped, and what was noted."""
+    """Return the problems, the skipped steps and the notes."""
     lines = [f"  {problem}" for problem in detail.summary.problems]
     lines += [f"  step {skipped.step:,} was skipped: {_shown(skipped.reason)}" for skipped in detail.skipped_steps]
     lines += [f"  {'warning: ' if note.level == 'warning' else ''}{_shown(note.message)}" for note in detail.notes]
@@ -157,5 +157,5 @@ def _indented(text: str, indent: str) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """Return text in one line, with what can't be seen made visible: it may come from anywhere."""
+    """Return untrusted text in one line, with invisible characters made visible."""
     return visible(text, is_end=False).replace("\n", "")

@@ -12,7 +12,7 @@ from qlora_cli.memory.prediction import MemoryReport, SweepPoint
 from qlora_cli.units import GIB
 
 MARKS = {"yes": " ", "tight": "~", "no": "!"}
-MOST_COLUMNS = 6  # of a grid, beside its rows' names
+MAX_COLUMNS = 6  # of a grid, next to the names of its rows
 
 
 def render_sweep(report: MemoryReport, gpu: Gpu | None) -> None:
@@ -41,8 +41,8 @@ def sweep_lines(report: MemoryReport, gpu: Gpu | None) -> list[str]:
         if not across:
             lines += _column(cells, down, values[down])
             continue
-        for start in range(0, len(values[across[0]]), MOST_COLUMNS):
-            columns = values[across[0]][start : start + MOST_COLUMNS]
+        for start in range(0, len(values[across[0]]), MAX_COLUMNS):
+            columns = values[across[0]][start : start + MAX_COLUMNS]
             lines += _grid(cells, (down, values[down]), (across[0], columns), fixed)
     return lines
 

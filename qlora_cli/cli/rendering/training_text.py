@@ -1,4 +1,4 @@
-"""Frozen results as text on stdout, readable at 80 columns, without colour where there is no terminal."""
+"""Print plans and results of runs on stdout, readable at 80 columns, without colours if it is not a terminal."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -14,13 +14,13 @@ from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 
 def render_plan(plan: TrainPlan) -> None:
-    """Print what a run would do."""
+    """Print the plan of a run."""
     title("Would run (nothing was written)")
     print_rows([*plan_rows(plan), ("output", str(plan.output)), ("disk, at most", format_bytes(plan.disk_bytes))])
 
 
 def plan_rows(plan: TrainPlan) -> list[Row]:
-    """Return a plan as rows of a table, the batch arithmetic among them."""
+    """Return a plan as rows of a table, with the batch arithmetic."""
     evaluation = f", {plan.num_eval_rows:,} held out" if plan.num_eval_rows is not None else ""
     return [
         ("model", f"{plan.model} ({format_count(plan.num_parameters)}, {plan.quantization}) on {plan.device}"),
@@ -68,7 +68,7 @@ def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:
 
 
 def render_training(result: TrainResult) -> None:
-    """Print what a run did."""
+    """Print the result of a run."""
     of = f" of {result.num_steps:,}" if result.interrupted_by is not None else ""
     title(f"Trained {result.steps:,}{of} steps")
     print_rows(_training_rows(result))
@@ -94,7 +94,7 @@ def _describe_time(result: TrainResult) -> str:
 
 
 def render_demo(result: DemoResult) -> None:
-    """Print what the demonstration showed."""
+    """Print the result of the demonstration."""
     title("QLoRA demo: a tiny Llama learns to answer questions about Python's library")
     print_rows(
         [
@@ -152,7 +152,7 @@ def _describe_peak(peak: PeakMemory, predicted: PredictedMemory | None) -> str:
 
 
 def _against(measured: int, predicted: int | None) -> str:
-    """Return what was measured, beside what was predicted if something was."""
+    """Return the measured bytes, with the predicted ones if there are any."""
     if predicted is None:
         return format_bytes(measured)
     error = 100 * (predicted / measured - 1) if measured else 0.0

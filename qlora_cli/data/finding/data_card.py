@@ -19,10 +19,10 @@ from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.limits import join_names
 from qlora_cli.errors import DataError
 from qlora_cli.files import existing_path, open_regular
-from qlora_cli.settings.yaml_limits import MOST_BYTES, UNREADABLE, find_violation
+from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 
 CARD = "README.md"
-MAX_CARD_CHARACTERS = 4 * MOST_BYTES  # read of a card; one with hundreds of configs has a tenth of that
+MAX_CARD_CHARACTERS = 4 * MAX_BYTES  # read of a card; one with hundreds of configs has a tenth of that
 FRONT_MATTER = re.compile(r"(?s)\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)")
 CONFIGS = re.compile(r"(?m)^configs:.*(?:\r?\n(?:[ \t#-].*|[ \t]*$))*")
 DEFAULT = "default"

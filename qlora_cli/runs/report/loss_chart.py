@@ -7,7 +7,7 @@ from qlora_cli.charts.line_chart import Mark, MarkLook
 from qlora_cli.charts.series import FEWEST_TO_SMOOTH, Series, is_drawable, window_of
 from qlora_cli.runs.history import RunHistory
 from qlora_cli.runs.report.step_chart import (
-    MOST_MARKS,
+    MAX_MARKS,
     Labels,
     LegendEntry,
     Line,
@@ -105,7 +105,7 @@ def _describe(losses: Series, history: RunHistory) -> str:
 def _evaluation_marks(history: RunHistory) -> Iterator[Mark]:
     best = history.best
     shown = [done for done in history.evaluations if is_drawable(done.loss)]
-    for done in shown if len(shown) <= MOST_MARKS else []:
+    for done in shown if len(shown) <= MAX_MARKS else []:
         yield Mark(HELD_OUT, done.step, done.loss, f"step {done.step:,}: held-out {done.loss:.4f}")
     if best is not None:
         yield Mark(BEST, best.step, best.loss, f"step {best.step:,}: held-out {best.loss:.4f}, the best")

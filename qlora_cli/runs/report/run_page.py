@@ -29,7 +29,7 @@ from qlora_cli.visible import visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 
 TEMPLATE = f"{REPORT_FILE}.jinja"
-MOST_SKIPPED = 20  # steps that are listed
+MAX_SKIPPED = 20  # steps that are listed
 BYTES, SECONDS = "_bytes", "_seconds"
 ABBREVIATIONS = {"cpus": "CPUs", "gpu": "GPU", "cuda": "CUDA", "dtype": "data type"}
 NOT_KNOWN = "\N{EN DASH}"
@@ -118,7 +118,7 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         chart_css=Markup(PAGE_CSS),  # noqa: S704 - ours
         memory=list(memory_rows(summary)),
         samples=answers_by_prompt(history),
-        skipped=history.skipped[:MOST_SKIPPED],
+        skipped=history.skipped[:MAX_SKIPPED],
         data=list(data_rows(record)),
         has_evaluation=record.data.eval is not None,
         facts=[(title, pairs) for title, pairs in facts_of(record).items() if pairs],

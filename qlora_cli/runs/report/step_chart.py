@@ -11,8 +11,8 @@ from qlora_cli.charts.page_svg import Note
 from qlora_cli.charts.series import Series, is_drawable, smoothed, thinned
 from qlora_cli.runs.history import RunHistory
 
-MOST_STRETCHES = 120
-MOST_MARKS = 200
+MAX_STRETCHES = 120
+MAX_MARKS = 200
 NUM_LEVELS = 5
 SIDE_MARGIN = 0.015  # of the steps, so that marks at the ends are whole
 UNKNOWN = "\N{EN DASH}"
@@ -103,14 +103,14 @@ def step_range(history: RunHistory) -> AxisRange:
 
 def spread_over(items: Sequence[Item]) -> Sequence[Item]:
     """Return as many of `items`, evenly chosen, as a chart can mark."""
-    return items[:: math.ceil(len(items) / MOST_MARKS) or 1]
+    return items[:: math.ceil(len(items) / MAX_MARKS) or 1]
 
 
 def _resume_rules(history: RunHistory, x: AxisRange) -> tuple[Rule, ...]:
     steps = sorted({event.step for event in history.resumes})
     return tuple(
         Rule("muted", step, f"resumed after step {step:,}", is_level=False)
-        for step in steps[:MOST_MARKS]
+        for step in steps[:MAX_MARKS]
         if x.holds(step)
     )
 
@@ -119,7 +119,7 @@ def _stretches(lines: Sequence[Line], x: AxisRange) -> Iterator[Note]:
     """Yield stretches of steps that cover the chart, with the figures of each."""
     steps = lines[0].series.steps
     total = len(steps)
-    num_stretches = min(total, MOST_STRETCHES)
+    num_stretches = min(total, MAX_STRETCHES)
     starts = [stretch * total // num_stretches for stretch in range(num_stretches)]
     # A stretch begins in the middle between its first step and the one before.
     edges = [x.low, *((steps[start - 1] + steps[start]) / 2 for start in starts[1:]), x.high]

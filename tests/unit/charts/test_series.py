@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from qlora_cli.charts.series import MOST_POINTS, Series, smoothed, thinned, window_of
+from qlora_cli.charts.series import MAX_POINTS, Series, smoothed, thinned, window_of
 
 NAN = float("nan")
 
@@ -14,7 +14,7 @@ def test_thinning_leaves_every_spike_and_at_most_a_thousand_points() -> None:
     values = [1.0] * 200_000
     values[77_777], values[123_456] = 900.0, -5.0
     points = thinned(Series(range(200_000), values))
-    assert len(points) <= MOST_POINTS
+    assert len(points) <= MAX_POINTS
     assert (77_777, 900.0) in points
     assert (123_456, -5.0) in points
     assert [step for step, _ in points] == sorted(step for step, _ in points)

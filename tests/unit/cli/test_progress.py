@@ -172,7 +172,7 @@ def rehearsed(device_bytes: int | None) -> Rehearsed:
         ),
         (
             TrainingResumed(step=0, num_steps=1000, checkpoint=Path("runs/x")),
-            "Beginning anew in runs/x: the earlier run left no checkpoint",
+            "Starting over in runs/x: the earlier run left no checkpoint",
         ),
         (
             rehearsed(7 * GIB),

@@ -27,13 +27,13 @@ time.sleep(600)
 CONVERTING = """
 import sys
 from pathlib import Path
-from qlora_cli.cli.termination import terminated_cleanly
+from qlora_cli.cli.termination import signals_as_errors
 from qlora_cli.errors import TerminatedError
 from qlora_cli.merging.exports.converter import find_converter, convert
 from qlora_cli.settings.choices import GgufType
 script, model, target = map(Path, sys.argv[1:])
 try:
-    with terminated_cleanly():
+    with signals_as_errors():
         convert(find_converter(script), model, target, GgufType.AUTO)
 except TerminatedError as error:
     sys.exit(error.exit_code)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.charts.line_chart import LineChart
-from qlora_cli.charts.series import MOST_POINTS, Point
+from qlora_cli.charts.series import MAX_POINTS, Point
 from qlora_cli.events import CheckpointSaved, Event, StepSkipped, TrainingResumed
 from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.report.loss_chart import BEST, OUTSIDE, SAVED, SKIPPED
 from qlora_cli.runs.report.run_charts import charts_of
 from qlora_cli.runs.report.run_page import drawn_charts
-from qlora_cli.runs.report.step_chart import MOST_MARKS, MOST_STRETCHES, RunChart
+from qlora_cli.runs.report.step_chart import MAX_MARKS, MAX_STRETCHES, RunChart
 from tests.support.run_directories import a_record, eval_done, step_done, write_run
 
 NAN, INF = float("nan"), float("inf")
@@ -151,9 +151,9 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
         events += [step_done(step), eval_done(step, 2.0), CheckpointSaved(step=step, path=Path("c"))]
     for named in charts(tmp_path, events).values():
         chart = named.chart
-        assert all(len(curve.points) <= MOST_POINTS for curve in chart.curves)
-        assert len(chart.notes) <= MOST_STRETCHES
-        assert len(chart.marks) <= 2 * MOST_MARKS
+        assert all(len(curve.points) <= MAX_POINTS for curve in chart.curves)
+        assert len(chart.notes) <= MAX_STRETCHES
+        assert len(chart.marks) <= 2 * MAX_MARKS
         edges = [note.x for note in chart.notes if isinstance(note.x, tuple)]
         assert (edges[0][0], edges[-1][1]) == (chart.x.low, chart.x.high)
         assert all(left[1] == right[0] for left, right in pairwise(edges))

@@ -14,7 +14,7 @@ from rich.text import Text
 
 import qlora_cli
 from qlora_cli.cli.console import TextConsole
-from qlora_cli.cli.stderr import redact, sanitized
+from qlora_cli.cli.stderr import redact, sanitize
 
 PACKAGE = Path(qlora_cli.__file__).parent
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -49,9 +49,7 @@ def test_text_for_people_is_written_in_few_places() -> None:
 @pytest.mark.parametrize("bad", [CLIPBOARD, TURNED, "\r", "\x9b31m", "\u2066", "\x00", "\x08"])
 def test_what_drives_a_terminal_is_shown_as_its_number(bad: str) -> None:
     number = f"[U+{ord(bad[0]):04X}]"
-    assert sanitized(f"error: {bad} there") == f"error: {bad.replace(bad[0], number)} there".replace(
-        "\x07", "[U+0007]"
-    )
+    assert sanitize(f"error: {bad} there") == f"error: {bad.replace(bad[0], number)} there".replace("\x07", "[U+0007]")
     for text in (f"a {bad} b", Text.assemble("a ", (bad, "bold"), " b")):
         written = printed(text)
         assert bad[0] not in written
@@ -60,7 +58,7 @@ def test_what_drives_a_terminal_is_shown_as_its_number(bad: str) -> None:
 
 def test_text_of_all_languages_and_its_lines_stay() -> None:
     text = "fünf\tजलवायु 👩‍👩‍👧 فارسی\nnext line"
-    assert sanitized(text) == text
+    assert sanitize(text) == text
     assert printed(Text(text)) == printed(text)
 
 
@@ -97,7 +95,7 @@ def printed(text: str | Text) -> str:
     ],
 )
 def test_logins_in_addresses_are_not_told(text: str, expected: str) -> None:
-    assert redact(text) == sanitized(text) == expected
+    assert redact(text) == sanitize(text) == expected
 
 
 # The libraries log and warn by themselves, of names and values that are anybody's.
