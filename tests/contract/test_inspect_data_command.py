@@ -62,7 +62,7 @@ def test_all_of_it_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenizer
     assert "5 read, 4 fed" in shown
     assert "1 row truncated at 64 tokens" in shown
     assert "max length 64" in shown
-    assert "1 row: all prompt: not a token to train\n      " + f"{file}, row 4" in shown
+    assert "1 row: all prompt: no token to train\n      " + f"{file}, row 4" in shown
     assert f"1 row: equal to an earlier row\n      {file}, row 3" in shown
     # Trained tokens stand out without colour too; special ones are seen.
     assert "<|im_start|>assistant⏎\n«first⏎\nanswer<|im_end|>»⏎" in shown
@@ -213,7 +213,7 @@ def test_a_page_never_takes_the_place_of_the_data(file: Path, tokenizer_only: Pa
     content = file.read_bytes()
     done = inspect(file, tokenizer_only, "--html", str(file))
     assert done.exit_code == 2
-    assert "would overwrite a file that is no page" in done.stderr
+    assert "would overwrite a file that is not a page" in done.stderr
     assert file.read_bytes() == content
 
 

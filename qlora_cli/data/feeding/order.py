@@ -23,8 +23,8 @@ def row_order(
     if not longest_first:
         return order
     longest = np.argsort(-lengths, kind="stable")[:batch_rows].tolist()
-    moved = set(longest)
-    return [*longest, *(row for row in order if row not in moved)]
+    is_moved = set(longest)
+    return [*longest, *(row for row in order if row not in is_moved)]
 
 
 def padding_share(lengths: Numbers, order: list[int], micro_batch_size: int) -> float:

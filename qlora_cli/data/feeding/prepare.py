@@ -64,7 +64,7 @@ def prepare_data(
 ) -> TrainingData:
     """Read, recognise, tokenize, truncate, select and mix the rows that `settings` name.
 
-    With `inspect_only`, data that training would refuse is no error; `refusals` returns the reasons.
+    With `inspect_only`, data that training would refuse is not an error; `refusals` returns the reasons.
 
     Raises:
         DatasetNotFoundError: no such data set.
@@ -191,10 +191,10 @@ def _check_first_rows(settings: DataSettings, text: TextTokenizer, seed: int) ->
         is_done = is_tokenized(dataset.source, dataset.split, settings, text, seed, max_rows=max_rows)
         return dataset.source.is_local or not is_done
 
-    wrong = ErrorCollector()
-    look = partial(try_rows, settings=settings, text=text)
-    wrong.extend(first_rows_errors(settings, seed, include=is_to_be_read, check_rows=look))
-    wrong.raise_collected()
+    errors = ErrorCollector()
+    check_rows = partial(try_rows, settings=settings, text=text)
+    errors.extend(first_rows_errors(settings, seed, include=is_to_be_read, check_rows=check_rows))
+    errors.raise_collected()
 
 
 def _hold_out(
@@ -361,9 +361,9 @@ def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> D
 
 def _contributions(table: TokenTable, selected: Numbers) -> Iterator[Contribution]:
     source, supervised = table.source[selected], table.supervised[selected]
-    for place, dataset in enumerate(table.datasets):
-        own = source == place
-        num_rows, num_tokens = int(own.sum()), int(supervised[own].sum())
+    for index, dataset in enumerate(table.datasets):
+        is_own = source == index
+        num_rows, num_tokens = int(is_own.sum()), int(supervised[is_own].sum())
         share = num_rows / max(1, len(selected))
         yield Contribution(name=dataset.name, rows=num_rows, share=share, supervised_tokens=num_tokens)
 

@@ -107,9 +107,9 @@ class TokenStream:
         try:
             while True:
                 drawn = rng.choice(len(streams), WINDOW_ROWS, p=weights / weights.sum())
-                window = [next(streams[place]) for place in drawn]
+                window = [next(streams[index]) for index in drawn]
                 self._check_lost()
-                yield from self._window([window[place] for place in rng.permutation(WINDOW_ROWS)])
+                yield from self._window([window[index] for index in rng.permutation(WINDOW_ROWS)])
         finally:
             for stream in streams:
                 stream.close()
@@ -232,7 +232,9 @@ class _SourceStream:
         return truncated
 
     def _no_rows_error(self) -> DataError:
-        reasons = ", ".join(f"{self.counts[name]:,} {what}" for name, what in OUTCOMES.items() if self.counts[name])
+        reasons = ", ".join(
+            f"{self.counts[name]:,} {description}" for name, description in OUTCOMES.items() if self.counts[name]
+        )
         return DataError(
             f"no row of {self._source.name} is left to train on: of {counted(self.counts['read'], 'row')}, {reasons}",
             hint="Look at it with: qlora inspect-data",

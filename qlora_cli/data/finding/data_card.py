@@ -102,7 +102,7 @@ def _matching_files(folder: Path, pattern: str) -> list[Path]:
 
 def _read_config(directory: Path, value: Any) -> CardConfig:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{_format_value(value)} is no config")
+        raise TypeError(f"{_format_value(value)} is not a config")
     folder = directory / _relative_pattern(value.get("data_dir") or ".")
     patterns = _patterns(value["data_files"]) if value.get("data_files") else {}
     return CardConfig(
@@ -137,7 +137,7 @@ def _relative_pattern(pattern: object) -> str:
         ValueError: it leads outside, or is not a valid path.
     """
     if not may_be_path(pattern):
-        raise ValueError(f"{_format_value(pattern)} can be no path")
+        raise ValueError(f"{_format_value(pattern)} can't be a path")
     path = PurePosixPath(pattern)
     if "://" in pattern or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{_format_value(pattern)} is not in this directory")

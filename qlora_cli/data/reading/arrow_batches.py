@@ -29,8 +29,8 @@ def selected_columns(schema: Any, selection: Selection, name: str) -> list[str]:
     """Return the selected columns of a table, in its order; `name` is its name, for messages.
 
     Raises:
-        DataError: there are too many columns; or a required one is there twice, nests too deeply, or has an
-            unsupported type, for which others are left out.
+        DataError: there are too many columns; or a required one is duplicated, nests too deeply, or has an
+            unsupported type. Other columns with such a problem are left out.
     """
     check_columns(schema.names, name)
     selected: Collection[str] = schema.names if selection.columns is None else selection.columns(schema.names)
@@ -59,7 +59,7 @@ def _problem_with(field: Any, count: int, name: str) -> DataError | None:
     if unsupported := [kind for level in levels for kind in level if kind.id in UNSUPPORTED_TYPES]:
         return DataError(
             f"{name}: the column {field.name!r} has values of the type {unsupported[0]}, which is not supported",
-            hint="Write it anew as text.",
+            hint="Rewrite it as text.",
         )
     return None
 

@@ -165,7 +165,7 @@ def _messages(file: BinaryIO) -> Iterator[_Message]:
 
 
 def _message_at(file: BinaryIO, offset: int, end: int) -> _Message | None:
-    """Return the message at `offset_of` of a file that ends at `end`; None where a stream ends."""
+    """Return the message at `offset` of a file that ends at `end`; None where a stream ends."""
     if offset == end:
         return None
     (table_bytes,) = PREFIX.unpack(_bytes_at(file, offset, PREFIX.size, end))

@@ -99,7 +99,7 @@ class _ArrowReader:
     def refuse(self, array: Any) -> list[Any]:
         """Mark the values of an unsupported type as unreadable."""
         return self._convert_each(
-            [is_there or None for is_there in array.is_valid().to_pylist()], partial(_refuse, array.type)
+            [is_valid or None for is_valid in array.is_valid().to_pylist()], partial(_refuse, array.type)
         )
 
     def plain(self, array: Any) -> list[Any]:
@@ -273,7 +273,7 @@ def _with_nulls(array: Any, values: list[Any]) -> list[Any]:
     """Return values with None where `array` is null."""
     if not array.null_count:
         return values
-    return [value if is_there else None for value, is_there in zip(values, array.is_valid().to_pylist(), strict=True)]
+    return [value if is_valid else None for value, is_valid in zip(values, array.is_valid().to_pylist(), strict=True)]
 
 
 def _slice_between(array: Any, offsets: Sequence[int]) -> Any:

@@ -228,8 +228,8 @@ def _unreadable_error(message: str, source: DatasetSource) -> DataError:
     if configs := _quoted_names(KNOWN_CONFIGS, message):
         hint = f"It has {', '.join(configs)}; for the first one write {source.repository}:{configs[0]}"
     elif splits := _quoted_names(KNOWN_SPLITS, message):
-        given = f"{source.repository}:{source.config or ''}:{splits[0]}"
-        hint = f"It has {', '.join(splits)}; for the first one write {given}, or --set data.split={splits[0]}"
+        name = f"{source.repository}:{source.config or ''}:{splits[0]}"
+        hint = f"It has {', '.join(splits)}; for the first one write {name}, or --set data.split={splits[0]}"
         if re.match(r"Bad split: \S*\[", message):
             hint = "A part of a split can't be streamed; take a sample instead, as #500."
     elif message.startswith("Dataset scripts"):

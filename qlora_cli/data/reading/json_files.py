@@ -28,7 +28,7 @@ def read_json_lines(path: Path, selection: Selection = SELECT_ALL) -> Iterator[R
     """Yield the row of each line that is not blank.
 
     Raises:
-        DataError: the file can't be read or is no UTF-8 text.
+        DataError: the file can't be read or is not UTF-8 text.
     """
     file_name, values, advice = printable(path), JsonValues(selection.required), ""
     with open_text(path) as file:
@@ -52,7 +52,7 @@ def read_json(path: Path, selection: Selection = SELECT_ALL) -> Iterator[RawRow]
     Nothing after a syntax error can be read; the error is the last row.
 
     Raises:
-        DataError: the file can't be read or is no UTF-8 text.
+        DataError: the file can't be read or is not UTF-8 text.
     """
     layout = _layout_of(path)
     if layout == _Layout.LINES:
@@ -91,7 +91,7 @@ def _skip_line(file: BinaryIO, content: bytes) -> None:
 
 
 def _begins_json(path: Path, content: bytes) -> bool:
-    """Whether the first line of a file that is not named .json begins a list, or an object over several lines."""
+    """Return whether the first line of a file not named .json begins a list, or an object over several lines."""
     if (suffixes_of(path) or ("",))[0] == ".json":
         return False
     text = content.strip()
@@ -145,7 +145,7 @@ def _layout_of(path: Path) -> _Layout:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether an object ends with the first line, and the next line begins another value.
+    """Return whether an object ends with the first line, and the next line begins another value.
 
     In JSON a line break is never inside a string, and only `,`, `]` and `}` continue a text that ends with `}`.
     """
@@ -163,7 +163,7 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _is_wrapped(path: Path) -> bool:
-    """Whether the file is an object with a single key, under which is a list of rows that is not a conversation.
+    """Return whether the file is an object with a single key that holds a list of rows, not a conversation.
 
     Only the end of the list shows whether there is another key, so such a file is read twice.
     """
@@ -181,7 +181,7 @@ def _is_wrapped(path: Path) -> bool:
 
 
 def _enter_list(text: JsonText) -> bool:
-    """Enter the list in `{"key": [{`; return whether `text` begins so."""
+    """Enter the list in `{"key": [{`; return whether `text` begins like that."""
     text.expect("{")
     if text.peek() != '"':
         return False

@@ -1,7 +1,7 @@
-"""Decode one JSON value, and find what Python's decoder accepts in it and nothing else does.
+"""Decode a JSON value, and detect problems in it that Python's decoder accepts, but other decoders do not.
 
-That is NaN, half of a surrogate pair, a key with two values, and nesting without a bound. In a column that nobody uses
-it does no harm: its value is `Unreadable`. A column that is NaN as a whole is null, which pandas writes like this.
+These are NaN, half of a surrogate pair, a key with two values, and unbounded nesting. In a column that is not used
+they are harmless: its value becomes `Unreadable`. A column whose value is NaN is null, as pandas writes it.
 """
 
 import json
@@ -16,7 +16,7 @@ from qlora_cli.data.rows.json_objects import RepeatedKey, build_object, describe
 
 
 class _Constant(NamedTuple):
-    """What stands for NaN or an infinity until it is reported."""
+    """Stands for NaN or an infinity until it is reported."""
 
     name: str
 
@@ -72,7 +72,7 @@ class JsonValues:
         return self._constants[-1]
 
     def _check(self, value: Any, text: str, start: int, end: int) -> str | None:
-        """Return the problem with a value; one with a column that is not required takes the place of its value."""
+        """Return the problem with a value; a column that is not required becomes `Unreadable` instead."""
         if not self._has_problem(value, text, start, end):
             return None
         if isinstance(value, dict) and self._required is not None:
@@ -85,7 +85,7 @@ class JsonValues:
         return self._problem_in(value)
 
     def _has_problem(self, value: Any, text: str, start: int, end: int) -> bool:
-        # The searches in the text are cheap; only a row with an escaped surrogate is encoded to look for a lone one.
+        # Searching the text is cheap; only a row with an escaped surrogate is encoded to detect a lone one.
         if self._constants or self._repeated:
             return True
         if text_nests_too_deeply(value, text.count("[", start, end) + text.count("{", start, end)):
@@ -100,7 +100,7 @@ class JsonValues:
         repeated = {id(each.object): each.key for each in self._repeated}
         for part in _parts(value):
             if isinstance(part, _Constant):
-                return f"broken JSON: {part.name} is no JSON value"
+                return f"broken JSON: {part.name} is not a JSON value"
             if id(part) in repeated:
                 return describe_repeated_key(repeated[id(part)])
         half = _lone_surrogate(value)
@@ -117,7 +117,7 @@ def _lone_surrogate(value: Any) -> int | None:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Yield a value and all that is in it."""
+    """Yield a value and all values nested in it."""
     parts = [value]
     while parts:
         part = parts.pop()

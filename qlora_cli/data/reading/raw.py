@@ -44,8 +44,8 @@ class Selection(NamedTuple):
     Attributes:
         rows: A mask with one byte per row of the file, 0 to skip it; None to read all rows.
         columns: Returns which of a file's columns to read, for formats that can skip columns; None to read all.
-        required: Returns which of them make their row a bad one if their value can't be read; None for all. Of the
-            others such a value is `Unreadable`.
+        required: Returns which columns must be readable: a value of them that is not makes its row a bad one, and of
+            others becomes `Unreadable`; None if all must.
     """
 
     rows: bytes | None = None
@@ -137,7 +137,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
             head = file.read(HEAD_BYTES)
         if not ARCHIVE_MAGIC[compression].match(head):
             return DataError(
-                f"{printable(path)} is no {compression} archive: it starts with {head!r}",
+                f"{printable(path)} is not a {compression} archive: it starts with {head!r}",
                 hint=f"If it is not compressed, take {compression} off its name; otherwise decompress it yourself.",
             )
     return DataError(f"{printable(path)} is damaged or truncated: {error}", hint="Copy or download it again.")

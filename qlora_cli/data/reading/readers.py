@@ -42,7 +42,7 @@ READERS = {
 
 
 def selection_for(settings: DataSettings, name: str) -> Selection:
-    """Return the columns to read of the data set `name`: those in use; and which of them a row is made of."""
+    """Return which columns of the data set `name` to read, and which of them must be readable."""
     return Selection(
         columns=partial(columns_to_read, settings=settings, name=name),
         required=partial(required_columns, settings=settings, name=name),

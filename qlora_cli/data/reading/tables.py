@@ -137,8 +137,8 @@ def _row_value(fields: Sequence[str], header: Sequence[str], columns: Collection
 
 
 def _length_problem(fields: Sequence[str], header: Sequence[str], separated_by: str) -> str | None:
-    same = len(fields) == len(header)
-    return None if same else f"{counted(len(fields), 'field')}{separated_by}, the header has {len(header)}"
+    has_all = len(fields) == len(header)
+    return None if has_all else f"{counted(len(fields), 'field')}{separated_by}, the header has {len(header)}"
 
 
 def _text_problem(fields: Sequence[str], header: Sequence[str], columns: Collection[str]) -> str | None:

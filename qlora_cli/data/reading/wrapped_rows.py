@@ -50,7 +50,7 @@ def nested_rows_error(row: RawRow) -> DataError | None:
     if not row.value:
         return None
     wrapped = list(_indexed_rows(row.value))
-    if not _says_something(row.value, is_line=_is_line(row)):
+    if not _has_text(row.value, is_line=_is_line(row)):
         wrapped += _nested_lists(row.value)
     return _error(row, wrapped)
 
@@ -60,8 +60,8 @@ def _is_line(row: RawRow) -> bool:
     return (suffixes_of(Path(row.file)) or ("", None))[0] in LINE_KINDS
 
 
-def _says_something(value: Mapping[str, Any], *, is_line: bool) -> bool:
-    """Return whether texts stand next to the lists, as in a row: under the name of a column, or in a line any."""
+def _has_text(value: Mapping[str, Any], *, is_line: bool) -> bool:
+    """Return whether there is text next to the lists, as in a row: under a known column, or any if it is a line."""
     return any(isinstance(part, str) and (is_line or key in COLUMN_NAMES) for key, part in value.items())
 
 
@@ -109,7 +109,7 @@ def _nested_lists(
 
 
 def _is_turn(value: Mapping[str, Any]) -> bool:
-    """Return whether an object is a turn of one conversation, by what says who speaks."""
+    """Return whether an object is a turn of a conversation, judging by a key that names the speaker."""
     return not TURN_KEYS.isdisjoint(value)
 
 

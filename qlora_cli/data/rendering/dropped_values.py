@@ -20,11 +20,11 @@ class ReasoningFixes:
 
     Attributes:
         switch: The column by which rows can have the template write it.
-        writes_thoughts: Whether the template writes text between `<think>` and `</think>` in contents.
+        writes_tags: Whether the template writes text between `<think>` and `</think>` in contents.
     """
 
     switch: str | None
-    writes_thoughts: bool
+    writes_tags: bool
 
 
 def matching_value(value: Value, values: Iterable[Value]) -> Value | None:
@@ -75,9 +75,9 @@ def dropped_value_error(
 def _dropped_reasoning_error(dropped: DroppedValue, value: Value, text: str, fixes: ReasoningFixes) -> RowError:
     in_content = value.key == "content"
     steps = [
-        f"tell the template to write it, in a column {fixes.switch}" if fixes.switch else "",
+        f"have the template write it, by a column {fixes.switch}" if fixes.switch else "",
         "write it into the content as the model answers (<think>…</think>)"
-        if fixes.writes_thoughts and not in_content
+        if fixes.writes_tags and not in_content
         else "",
         "use --chat-template chatml, which writes contents as they are, or a template that keeps reasoning"
         if in_content

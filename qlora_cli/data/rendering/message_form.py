@@ -15,7 +15,7 @@ from qlora_cli.data.rendering.value_marks import arguments_of
 from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation
 
 Message = dict[str, Any]
-THOUGHT = re.compile(r"\s*<think>\n?(.*?)</think>\s*(.*)", re.DOTALL)
+REASONING_IN_CONTENT = re.compile(r"\s*<think>\n?(.*?)</think>\s*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,11 @@ class MessageForm:
     def message(self, message: Message) -> Message:
         """Return a message in this form."""
         result = dict(message)
-        if self.split_reasoning and self.reasoning_key and (match := THOUGHT.fullmatch(result["content"])):
+        if (
+            self.split_reasoning
+            and self.reasoning_key
+            and (match := REASONING_IN_CONTENT.fullmatch(result["content"]))
+        ):
             result |= {"content": match[2], self.reasoning_key: match[1].strip()}
         if self.reasoning_key is not None:
             result = {self.reasoning_key if key in REASONING_KEYS else key: value for key, value in result.items()}
@@ -116,7 +120,9 @@ def _reasoning_options(messages: Iterable[Message]) -> Iterator[tuple[str | None
     keys = {key for message in messages for key in message if key in REASONING_KEYS}
     if keys:
         yield from ((key, False) for key in REASONING_KEYS if keys - {key})
-    if any(message["role"] == "assistant" and THOUGHT.fullmatch(message["content"]) for message in messages):
+    if any(
+        message["role"] == "assistant" and REASONING_IN_CONTENT.fullmatch(message["content"]) for message in messages
+    ):
         yield from ((key, True) for key in REASONING_KEYS)
 
 

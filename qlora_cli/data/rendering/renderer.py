@@ -127,11 +127,11 @@ class Renderer:
         try:
             form = self.fit(row).fit.form
             text = self._template.text(form.apply(row))
-        except RowError:  # it is refused, for which it has an error of its own
+        except RowError:  # refused with an error of its own
             return False
         try:
             return text != self._template.text(form.apply(without_key(row, key)))
-        except RowError:  # of a template that asks for the key
+        except RowError:  # of a template that requires the key
             return True
 
     def texts(self, rows: Sequence[FittedConversation]) -> list[str] | None:
@@ -278,16 +278,16 @@ class Renderer:
 
         return ReasoningFixes(
             switch=self._template.helpful_switch(conversation, helps),
-            writes_thoughts=not self._fit_of(WITH_REASONING).dropped,
+            writes_tags=not self._fit_of(WITH_REASONING).dropped,
         )
 
     def _shape_of(self, roles: tuple[str, ...], form: MessageForm) -> _Shape | None:
         """Return the text around contents; None if they do not all appear in the text, once and in order."""
         marks = [f"Mark{index}Of{len(roles)}" for index in range(len(roles))]
         messages = [{"role": role, "content": text} for role, text in zip(roles, marks, strict=True)]
-        given = form.apply(Conversation(messages=messages, trained=()))
+        conversation = form.apply(Conversation(messages=messages, trained=()))
         try:
-            text = self._template.text(given)
+            text = self._template.text(conversation)
             literals = _split_at_marks(text, marks)
             if literals is None:
                 return None
@@ -296,7 +296,7 @@ class Renderer:
             for index, role in enumerate(roles):
                 if role != "assistant" or index == 0:
                     continue
-                start, end = self._template.span(given, index, text)
+                start, end = self._template.span(conversation, index, text)
                 edge = (start - starts[index], end - starts[index + 1])
                 if not (0 <= edge[0] <= len(literals[index]) and 0 < edge[1] <= len(literals[index + 1])):
                     return None
@@ -317,10 +317,10 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
     if not conversation.is_plain or any(message.keys() != PLAIN_KEYS for message in conversation.messages):
         return None
     roles = tuple(message["role"] for message in conversation.messages)
-    thinks = (
+    has_reasoning = (
         REASONING_END in message["content"] for message in conversation.messages if message["role"] == "assistant"
     )
-    return None if any(thinks) else roles
+    return None if any(has_reasoning) else roles
 
 
 def _split_at_marks(text: str, marks: Sequence[str]) -> list[str] | None:

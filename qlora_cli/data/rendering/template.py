@@ -41,7 +41,7 @@ class ChatTemplate:
         tags: Matches the tags that the template may take for the beginning or end of a part of a message.
         end_tokens: The tokens at which generation stops, as text.
         timer: Measures the time of the template, and warns `reporter` if it is slow.
-        variables: The names that it reads and does not set; None if it can't be told.
+        variables: The names that it reads and does not set; None if it can't be parsed.
         has_constant_prompt: Whether the generation prompt does not depend on the messages before it.
     """
 
@@ -101,8 +101,7 @@ class ChatTemplate:
 
         Raises:
             RowError: the text before the answer is not the prompt for it, or its turn is rendered differently when
-            more
-                follows.
+                more follows.
             ModelError: the template does not end.
         """
         before = self.text(first_messages(conversation, index), add_generation_prompt=True)
@@ -239,8 +238,8 @@ def _not_as_served_error(index: int, before: str, text: str, switch: str | None,
         hint = "Write the row as the model answers, or give another --chat-template."
     else:
         hint = (
-            "Write the row as the model answers, give another --chat-template, or, if that is so for earlier answers "
-            "alone, train the last one of each row (--loss-on last)."
+            "Write the row as the model answers, give another --chat-template, or, if only earlier answers are "
+            "affected, train the last one of each row (--loss-on last)."
         )
     return RowError(
         f"the chat template prompts for message {index} with a different text than it renders: a server would "

@@ -126,10 +126,10 @@ def dropped_values(values: Iterable[Value], text: str, spans: Mapping[int, Span]
     for value in values:
         index = value.index
         if index is not None and index in spans:
-            is_there = is_written(value.text, text[slice(*spans[index])])
+            is_present = is_written(value.text, text[slice(*spans[index])])
         else:
-            is_there = is_written(value.text, text[slice(*_around(index, spans))], in_any_case=True)
-        if not is_there and value.kind != ValueKind.OTHER:
+            is_present = is_written(value.text, text[slice(*_around(index, spans))], in_any_case=True)
+        if not is_present and value.kind != ValueKind.OTHER:
             yield DroppedValue(value=value)
 
 
@@ -164,15 +164,15 @@ def _decode_escapes(code: re.Match[str]) -> str:
 def _num_defects(marked: MarkedConversation, conversation: Conversation, text: str) -> int:
     """Return the number of values that a text lacks, or has as Python objects, and of reasoning blocks it adds."""
     num_missing = sum(value.text not in text for value in marked.marks if value.kind != ValueKind.OTHER)
-    printed: list[Any] = [
+    objects: list[Any] = [
         message["content"] for message in conversation.messages if isinstance(message["content"], list)
     ]
-    printed += [
+    objects += [
         each for message in conversation.messages for each in arguments_of(message) if isinstance(each, dict) and each
     ]
-    num_thoughts = sum(message["content"].count(REASONING_END) for message in marked.conversation.messages)
-    num_added = text.count(REASONING_END) - num_thoughts if num_thoughts else 0
-    return num_missing + sum(str(each) in text for each in printed) + max(0, num_added)
+    num_own = sum(message["content"].count(REASONING_END) for message in marked.conversation.messages)
+    num_added = text.count(REASONING_END) - num_own if num_own else 0
+    return num_missing + sum(str(each) in text for each in objects) + max(0, num_added)
 
 
 def _unknown_roles(

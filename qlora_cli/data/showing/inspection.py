@@ -19,7 +19,7 @@ from qlora_cli.settings.choices import Sampling
 from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.settle import with_values
 
-MAX_SHOWN_FOLDERS = 5  # of each kind of trouble
+MAX_SHOWN_ROWS = 5  # of each kind of trouble
 NUM_BARS = 16
 STEPS = (1, 2, 5)
 LONG_TAIL = 20  # times the median: bars double in width if the longest row exceeds it
@@ -142,10 +142,10 @@ def count_lengths(lengths: NDArray[np.int64]) -> tuple[Bar, ...]:
         edges = list(range(0, longest + width, width))
     # Each bar ends where the next begins: (0, 8], (8, 16], …
     counts, _ = np.histogram(lengths, bins=np.array(edges) + 0.5)
-    begin = int(np.flatnonzero(counts)[0])  # no empty bars before the shortest row
+    start = int(np.flatnonzero(counts)[0])  # no empty bars before the shortest row
     return tuple(
         Bar(first=first + 1, last=last, rows=int(count))
-        for first, last, count in list(zip(edges, edges[1:], counts, strict=False))[begin:]
+        for first, last, count in list(zip(edges, edges[1:], counts, strict=False))[start:]
     )
 
 
@@ -173,15 +173,15 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
 def _troubles(table: TokenTable, settings: DataSettings) -> list[Trouble]:
     """Return the kinds of suspicious rows that occur."""
     no_answer = (table.supervised + table.lost) == 0
-    all_cut = (table.supervised == 0) & (table.lost > 0)
+    all_truncated = (table.supervised == 0) & (table.lost > 0)
     kinds = (
-        ("all prompt: not a token to train", no_answer),
+        ("all prompt: no token to train", no_answer),
         (f"longer than {settings.max_length:,} tokens", table.length > settings.max_length),
-        ("nothing left to train within the longest length", all_cut),
+        ("nothing left to train within the max length", all_truncated),
         ("equal to an earlier row", ~first_occurrences(table.digest)),
     )
     return [
-        Trouble(kind=kind, rows=int(mask.sum()), where=_where(table, np.flatnonzero(mask)[:MAX_SHOWN_FOLDERS]))
+        Trouble(kind=kind, rows=int(mask.sum()), where=_where(table, np.flatnonzero(mask)[:MAX_SHOWN_ROWS]))
         for kind, mask in kinds
         if mask.any()
     ]
@@ -193,14 +193,14 @@ def _near_duplicates(train: PreparedData, evaluation: PreparedData) -> list[Trou
     if not len(near):
         return []
     kind = f"held out {NEARLY_EQUAL}"
-    return [Trouble(kind=kind, rows=len(near), where=_where(evaluation.table, near[:MAX_SHOWN_FOLDERS]))]
+    return [Trouble(kind=kind, rows=len(near), where=_where(evaluation.table, near[:MAX_SHOWN_ROWS]))]
 
 
 def _bad_rows(data: PreparedData) -> list[Trouble]:
     """Return the rows that can't be used, with the problems of the first ones."""
     if not data.report.bad_rows:
         return []
-    where = tuple(map(str, read_skipped_rows(data.skipped, MAX_SHOWN_FOLDERS)))
+    where = tuple(map(str, read_skipped_rows(data.skipped, MAX_SHOWN_ROWS)))
     empty = f" ({data.report.empty_answers:,} for an empty answer)" if data.report.empty_answers else ""
     return [Trouble(kind=f"can't be used{empty}", rows=data.report.bad_rows, where=where)]
 

@@ -1,6 +1,6 @@
-"""The page of `qlora inspect-data --html`: one file that needs nothing else, on paper, on a phone, and in ten years.
+"""Write the page of `qlora inspect-data --html`: a self-contained file that also works on paper and on a phone.
 
-What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
+The text of rows is untrusted: jinja escapes it, invisible characters are made visible, and no script can run.
 """
 
 import math
@@ -28,19 +28,19 @@ if TYPE_CHECKING:  # they import torch
     from qlora_cli.data.showing.preview import RowPreview, TokenPiece
 
 TEMPLATE = "page.html.jinja"
-MOST_PADDING = 3  # pad tokens in a row that are shown at once; more are folded
-WITHOUT_TEXT = "∅"  # a token that is no text of its own
+MAX_SHOWN_PADDING = 3  # consecutive pad tokens; more are folded
+NO_TEXT = "∅"  # shown for a token that decodes to no text
 SIZES = (
     ChartSize(name="medium", width=560, height=260, num_ticks=7),
     ChartSize(name="narrow", width=340, height=240, num_ticks=4),
 )
-FAR = 1.4  # times the width of the bars: a longest length beyond is named, not drawn to scale
-FAR_DOUBLINGS = 4  # the same for doubling bars
+MAX_AXIS_RATIO = 1.4  # times the width of all bars: a max length beyond that is named, not drawn to scale
+MAX_AXIS_DOUBLINGS = 4  # the same for bars of doubling width
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, and what is to say about it; None where it makes no sense."""
+    """A number with a remark; None where it does not apply."""
 
     number: int | None
     remark: str = ""
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece as the page shows it."""
+    """A token as the page shows it."""
 
     ids: tuple[int, ...]
     classes: str
@@ -57,19 +57,19 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Tokens next to one another, folded if there is nothing to see in them."""
+    """Consecutive tokens; long runs of padding are folded."""
 
     is_folded: bool
     tokens: tuple[Token, ...]
 
 
 def write_page(inspection: "DataInspection", path: Path, *, model: str) -> None:
-    """Write the page into `path`, complete or not at all. `model` is whose tokenizer it was."""
+    """Write the page to `path`, complete or not at all; `model` is the name of the tokenizer's model."""
     write_file(path, render_page(inspection, model=model), mode=PRIVATE_FILE)
 
 
 def render_page(inspection: "DataInspection", *, model: str) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"visible": visible, "count": "{:,}".format, "share": _percent}
     template = environment.from_string(resources.files("qlora_cli.data.showing").joinpath(TEMPLATE).read_text("utf-8"))
@@ -87,8 +87,8 @@ def render_page(inspection: "DataInspection", *, model: str) -> str:
 
 
 def figures_of(reports: Sequence[DataReport]) -> list[list[tuple[str, list[Cell]]]]:
-    """Return groups of names with a figure for each of `reports`: what is trained, and maybe what is held out."""
-    columns = [_figures(report, is_evaluation=place > 0) for place, report in enumerate(reports)]
+    """Return groups of named figures, with a cell for each report: on trained rows, and on held-out ones if any."""
+    columns = [_figures(report, is_evaluation=index > 0) for index, report in enumerate(reports)]
     return [
         [
             (rows[0][0], [cell for _, cell in rows])
@@ -133,29 +133,29 @@ def _percent(share: float) -> str:
     return "< 0.1 %" if share and percent == "0.0 %" else percent
 
 
-def _if_any(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number else ""
+def _if_any(number: int, label: str) -> str:
+    return f"{number:,} {label}" if number else ""
 
 
 def runs_of(row: "RowPreview") -> list[TokenRun]:
-    """Return a row's tokens, more than a few pad tokens next to one another folded."""
+    """Return a row's tokens in runs; a run of more than a few pad tokens is folded."""
     runs = []
     for is_padding, pieces in groupby(_tokens(row.pieces), key=lambda pair: pair[0].is_padding):
         tokens = tuple(token for _, token in pieces)
-        runs.append(TokenRun(is_folded=is_padding and len(tokens) > MOST_PADDING, tokens=tokens))
+        runs.append(TokenRun(is_folded=is_padding and len(tokens) > MAX_SHOWN_PADDING, tokens=tokens))
     return runs
 
 
 def _tokens(pieces: Sequence["TokenPiece"]) -> Iterator[tuple["TokenPiece", Token]]:
     for piece, is_end in zip(pieces, line_ends(pieces), strict=True):
-        kinds = {"trained": piece.is_trained, "special": piece.is_special, "padding": piece.is_padding}
-        shown = tuple(parts(piece.text, is_end=is_end)) or (TextPart(WITHOUT_TEXT, is_sign=True),)
-        classes = " ".join(kind for kind, is_so in kinds.items() if is_so)
+        flags = {"trained": piece.is_trained, "special": piece.is_special, "padding": piece.is_padding}
+        shown = tuple(parts(piece.text, is_end=is_end)) or (TextPart(NO_TEXT, is_sign=True),)
+        classes = " ".join(name for name, is_set in flags.items() if is_set)
         yield piece, Token(ids=piece.ids, classes=classes, parts=shown)
 
 
 def describe_lengths(inspection: "DataInspection") -> str:
-    """Return what is seen in the histogram, for those who don't see it."""
+    """Return the alternative text of the histogram."""
     tallest = max(inspection.lengths, key=lambda bar: bar.rows)
     num_rows = sum(bar.rows for bar in inspection.lengths)
     longer = "longer rows are in another colour" if _has_longer(inspection) else "no row is longer"
@@ -171,16 +171,16 @@ def _has_longer(inspection: "DataInspection") -> bool:
 
 
 def lengths_chart(inspection: "DataInspection") -> Histogram:
-    """Return the histogram of the lengths of the rows, before any is truncated."""
+    """Return the histogram of row lengths before truncation."""
     bars, max_length = inspection.lengths, inspection.max_length
-    limit = place_of(max_length, bars)
+    limit = position_of(max_length, bars)
     return Histogram(
         edges=(bars[0].first - 1, *(bar.last for bar in bars)),
         counts=tuple(bar.rows for bar in bars),
         limit=LimitLine(
             place=limit,
             label=f"max length {max_length:,}",
-            is_far=limit > _farthest(bars),
+            is_far=limit > _max_position(bars),
             is_exceeded=_has_longer(inspection),
         ),
         x_name="tokens of a row",
@@ -190,17 +190,17 @@ def lengths_chart(inspection: "DataInspection") -> Histogram:
 
 
 def draw_lengths(inspection: "DataInspection") -> Markup:
-    """Return the histogram of the lengths as SVG."""
+    """Return the histogram of row lengths as SVG."""
     with drawing_style():
         svg = embedded_histogram(lengths_chart(inspection), "lengths", SIZES, description=describe_lengths(inspection))
     return Markup(svg)  # noqa: S704 - its text is escaped
 
 
-def place_of(length: int, bars: Sequence["Bar"]) -> float:
-    """Return where on the axis rows of up to `length` tokens end."""
-    for place, bar in enumerate(bars):
+def position_of(length: int, bars: Sequence["Bar"]) -> float:
+    """Return the position on the axis, in bars, where rows of up to `length` tokens end."""
+    for index, bar in enumerate(bars):
         if length <= bar.last:
-            return place + max(0.0, (length - bar.first + 1) / _width(bar))  # no bar has only shorter rows
+            return index + max(0.0, (length - bar.first + 1) / _width(bar))  # 0 if all rows are longer
     if _is_doubling(bars):
         return len(bars) + math.log2(length / bars[-1].last)
     return len(bars) + (length - bars[-1].last) / _width(bars[-1])
@@ -214,6 +214,6 @@ def _width(bar: "Bar") -> int:
     return bar.last - bar.first + 1
 
 
-def _farthest(bars: Sequence["Bar"]) -> float:
-    """Return up to where the axis may reach without making the bars small."""
-    return len(bars) + FAR_DOUBLINGS if _is_doubling(bars) else len(bars) * FAR
+def _max_position(bars: Sequence["Bar"]) -> float:
+    """Return how far the axis may reach, in bars, before they become too narrow."""
+    return len(bars) + MAX_AXIS_DOUBLINGS if _is_doubling(bars) else len(bars) * MAX_AXIS_RATIO

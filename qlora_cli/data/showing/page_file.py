@@ -14,7 +14,7 @@ def check_page(path: Path) -> QloraError | None:
     try:
         return _path_error(path)
     except ValueError:
-        return OutputDirectoryError(f"{str(path)!r}: no path holds a NUL byte", hint="Choose another name.")
+        return OutputDirectoryError(f"{str(path)!r}: a path can't contain a NUL byte", hint="Choose another name.")
     except OSError as error:  # a name that is too long
         return OutputDirectoryError(f"{path} can't be used: {error.strerror}", hint="Choose another name.")
 
@@ -25,10 +25,10 @@ def _path_error(path: Path) -> QloraError | None:
     if path.is_dir():
         return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
     if path.exists() and not path.is_file():  # replacing /dev/null by a page would be a surprise
-        return OutputDirectoryError(f"{path} is no regular file", hint="Name a file.")
+        return OutputDirectoryError(f"{path} is not a regular file", hint="Name a file.")
     if path.exists() and path.suffix.lower() not in PAGE_SUFFIXES:  # it may be the data
         hint = f"Choose a new name, or one that ends in {' or '.join(PAGE_SUFFIXES)}."
-        return OutputDirectoryError(f"{path} would overwrite a file that is no page", hint=hint)
+        return OutputDirectoryError(f"{path} would overwrite a file that is not a page", hint=hint)
     folder = path.absolute().parent
     if not folder.is_dir():
         return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")

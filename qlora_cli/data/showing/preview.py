@@ -18,7 +18,7 @@ TRAINED_BEGIN, TRAINED_END = "«", "»"
 class TokenPiece:
     """A token as text, or several tokens that form a character only together.
 
-    `is_special`: a control token such as the end of a turn. `is_padding`: not fed to the loss, nor attended to.
+    `is_special`: a control token such as the end of a turn. `is_padding`: neither attended to nor in the loss.
     """
 
     ids: tuple[int, ...]
@@ -76,7 +76,7 @@ def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_row
 
 
 class _Stream:
-    """Decodes tokens one by one; None while they are only a part of a character."""
+    """Decodes tokens one by one; a step returns None while they are only part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -86,7 +86,7 @@ class _Stream:
         """Return the text of `pending`, the last of which is `token`."""
         try:
             text: str | None = self._stream.step(self._tokenizer.backend_tokenizer, token)
-        except Exception:  # noqa: BLE001 - tokenizers raises a bare one for bytes of a character that was cut off
+        except Exception:  # noqa: BLE001 - tokenizers raises a bare one for bytes of a truncated character
             self._stream = DecodeStream(skip_special_tokens=False)
             return str(self._tokenizer.decode(list(pending)))
         return text
@@ -109,8 +109,8 @@ def _decoded(
         pending.append(token)
         text = stream.step(token, pending)
         is_last = index + 1 == len(ids)
-        changes = not is_last and (labels[index] == IGNORE_INDEX) != (labels[index + 1] == IGNORE_INDEX)
-        if text is None and not is_last and not changes:
+        is_boundary = not is_last and (labels[index] == IGNORE_INDEX) != (labels[index + 1] == IGNORE_INDEX)
+        if text is None and not is_last and not is_boundary:
             continue  # part of a character
         yield TokenPiece(
             ids=tuple(pending),

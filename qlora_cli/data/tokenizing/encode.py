@@ -37,7 +37,7 @@ from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 
 BATCH_ROWS, BATCH_BYTES, BATCHES_AHEAD = 500, 2_000_000, 2
-BATCHES_PER_COLLECTION = 8  # of what templates leave in cycles
+BATCHES_PER_COLLECTION = 8  # of garbage that templates leave in reference cycles
 HEAD_ROWS = 1000  # rows of a stream that are prepared before training
 VERSIONED_PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # The parts of our own code that tokens depend on.
@@ -68,7 +68,7 @@ def tokenize_source(
     *,
     max_rows: int | None = None,
 ) -> StoredTokens:
-    """Return the tokens of `source`, cached or made anew; of a stream, those of its first `max_rows` rows.
+    """Return the tokens of `source`, from the cache if possible; of a stream, those of the first `max_rows` rows.
 
     Raises:
         DatasetNotFoundError: the hub has no such data set.
@@ -83,10 +83,10 @@ def tokenize_source(
         ) as raw:
             rows = raw if max_rows is None else itertools.islice(raw, max_rows)
             with gc_disabled():
-                about = _tokenize_rows(writer, source.name, rows, settings, text)
+                dataset = _tokenize_rows(writer, source.name, rows, settings, text)
         if _file_states(source) != before:
             raise DataError(f"{source.name} was changed while it was read", hint="Run it again.")
-        return about
+        return dataset
 
     key = _key(source, split, settings, text, seed, max_rows)
     stored = store.load(key) or store.write_tokens(key, fill)
@@ -235,7 +235,7 @@ def _tokenize_rows(
                 _token_row(row, tokens, settings.max_length, file=file, group=group, text_digest=text_digest)
             )
         writer.write(records)
-        if len(batch) < BATCH_ROWS or number % BATCHES_PER_COLLECTION == 0:  # at once if its rows are large
+        if len(batch) < BATCH_ROWS or number % BATCHES_PER_COLLECTION == 0:  # after each batch if rows are large
             gc.collect(0)
     return TokenizedDataset(
         name=name,

@@ -18,15 +18,15 @@ def on_ends(tokenizer: RowTokenizer, decoder: PreTrainedTokenizerBase, end_ids: 
     if not unusual_ends:
         return []
     names = ", ".join(sorted(repr(decoder.decode([token])) for token in unusual_ends))
-    which = (
+    turns = (
         "trained turns"
         if unusual_ends.total() == num_turns
         else f"{unusual_ends.total():,} of {num_turns:,} trained turns"
     )
     ends = ", ".join(sorted(repr(decoder.decode([token])) for token in end_ids))
     return [
-        f"the chat template ends {which} with {names}, and generation stops at {ends}: the model learns its end, but "
-        "what serves it must be told to stop there (eos_token_id in generation_config.json)"
+        f"the chat template ends {turns} with {names}, but generation stops at {ends}: the model learns its end, but "
+        "the server must be configured to stop there (eos_token_id in generation_config.json)"
     ]
 
 

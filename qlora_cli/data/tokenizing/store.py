@@ -76,7 +76,7 @@ class TokenRow(NamedTuple):
         truncated_digest: The same after truncation.
         group: A digest of the group that the row is held out with; 0 if it has none.
         text_digest: A digest of the row's text, equal for texts that differ only in case, punctuation and spaces;
-            of a row that was given as tokens, a digest of these.
+            of a pretokenized row, a digest of its tokens.
         file: The index of the row's file in `TokenizedDataset.files`.
         number: The number of the row in its file, from 1.
     """
@@ -214,10 +214,10 @@ def _validate(file: Path) -> None:
 
 
 def write_tokens(key: str, fill: Callable[[TokenWriter], TokenizedDataset]) -> StoredTokens:
-    """Let `fill` write the tokens to cache under `key`, and open them; they are complete or absent, whatever happens.
+    """Cache the tokens that `fill` writes under `key`, complete or not at all, and return them.
 
     Raises:
-        DataError: the directory can't be written to, or has something else by that name.
+        DataError: the directory can't be written to, or holds something else of that name.
     """
     folder = cache_folder("data") / key
 

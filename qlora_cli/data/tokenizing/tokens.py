@@ -145,7 +145,7 @@ class RowTokenizer:
         self.num_doubled_ends = 0
 
     def render(self, examples: Sequence[Example]) -> Rendering:
-        """Return each example as text, as tokens if it was given as such, or as an error, in order."""
+        """Return each example as text, as tokens if it is pretokenized, or as an error, in order."""
         fitted = [self._fit(example) for example in examples]
         plain = [each for each in fitted if isinstance(each, FittedConversation) and each.original.is_plain]
         texts = self.renderer.texts(plain) if plain else None
@@ -208,7 +208,7 @@ class RowTokenizer:
             if isinstance(example, RowError):
                 return example
             if isinstance(example, Tokenized):
-                return self._as_given(example)
+                return self._check_tokens(example)
             return (
                 self._render_conversation(example, text)
                 if isinstance(example, FittedConversation)
@@ -217,29 +217,29 @@ class RowTokenizer:
         except RowError as error:
             return error
 
-    def _as_given(self, example: Tokenized) -> Tokens:
+    def _check_tokens(self, example: Tokenized) -> Tokens:
         ids = example.input_ids
         if ids.max() >= self._num_tokens:
             raise RowError(f"token {ids.max()} is beyond the {self._num_tokens} tokens of the tokenizer")
         return _row(ids, (ids if self._trains_all else example.labels).copy())
 
-    def _note_control_tokens(self, texts: Iterable[str], taken: str | None = None) -> None:
-        """Count a row whose own text has control tokens; one `taken` at its end is not doubled."""
+    def _count_control_tokens(self, texts: Iterable[str], allowed_end: str | None = None) -> None:
+        """Count a row whose own text has control tokens; an `allowed_end` is not doubled."""
         texts_with_tokens = [(text, tokens) for text in texts if (tokens := self._control.findall(text))]
         if texts_with_tokens:
             self.num_with_control_tokens += 1
             self.control_tokens.update(token for _, tokens in texts_with_tokens for token in tokens)
             ended = (text for text, _ in texts_with_tokens if text.rstrip().endswith(self._ends))
-            self.num_doubled_ends += any(taken is None or not text.endswith(taken) for text in ended)
+            self.num_doubled_ends += any(allowed_end is None or not text.endswith(allowed_end) for text in ended)
 
     def _render_conversation(self, row: FittedConversation, text: str | None) -> RenderedText:
-        self._note_control_tokens(message["content"] for message in row.original.messages)
+        self._count_control_tokens(message["content"] for message in row.original.messages)
         rendered = self.renderer.render(row, self.renderer.text(row) if text is None else text)
         return RenderedText(text=rendered.text, spans=rendered.spans, is_plain=False)
 
     def _plain_text(self, example: PromptCompletion) -> RenderedText:
         text = example.prompt + example.completion
-        self._note_control_tokens([text], taken=self._tokenizer.eos_token)
+        self._count_control_tokens([text], allowed_end=self._tokenizer.eos_token)
         start = 0 if self._trains_all else len(example.prompt)
         return RenderedText(text=text, spans=((start, len(text)),), is_plain=True)
 
@@ -275,7 +275,7 @@ class RowTokenizer:
         if self._bos is not None and encoded.ids[:2] == [self._bos, self._bos]:
             return RowError(
                 f"it begins with {self._tokenizer.bos_token} twice: both the template and the row write it",
-                hint="Take it out of the text.",
+                hint="Remove it from the text.",
             )
         if not self._trains_all:
             ends = [encoded.ids[last - 1] for last in encoded.ends]
@@ -296,10 +296,10 @@ def _pieces(text: str, split_points: Sequence[int]) -> Iterator[tuple[int, str]]
     for start, end in zip(split_points, [*split_points[1:], len(text)], strict=True):
         while end - start > MAX_PIECE_CHARACTERS:
             # Before a space, where tokenizers split too.
-            truncate = text.rfind(" ", start + MAX_PIECE_CHARACTERS // 2, start + MAX_PIECE_CHARACTERS)
-            truncate = truncate if truncate > 0 else start + MAX_PIECE_CHARACTERS
-            yield start, text[start:truncate]
-            start = truncate
+            cut = text.rfind(" ", start + MAX_PIECE_CHARACTERS // 2, start + MAX_PIECE_CHARACTERS)
+            cut = cut if cut > 0 else start + MAX_PIECE_CHARACTERS
+            yield start, text[start:cut]
+            start = cut
         yield start, text[start:end]
 
 

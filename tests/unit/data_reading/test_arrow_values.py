@@ -146,7 +146,7 @@ BAD: dict[str, tuple[Array, str]] = {
     "a zone that is a folder": (of(pyarrow.timestamp("s", "Europe"), 0), "which is unknown here"),
     "a time of day": (of(pyarrow.time64("us"), -1, 0), "a: a time of day that is not within a day"),
     "JSON": (as_json("{", "1"), "a: broken JSON: Expecting property name"),
-    "JSON of no value": (as_json("[NaN]", "1"), "a: broken JSON: NaN is no JSON value"),
+    "JSON of no value": (as_json("[NaN]", "1"), "a: broken JSON: NaN is not a JSON value"),
     "JSON of half a character": (as_json(r'"\ud83d"', "1"), r"a: not UTF-8 text (\ud83d is half of a character)"),
     "JSON that nests": (as_json("[" * 5000 + "]" * 5000, "1"), "a: nested too deeply"),
     "JSON of a long number": (as_json("1" * 5000, "1"), "a: a number of more than 4,300 digits"),

@@ -69,8 +69,8 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
         (b"1.5", "expected a JSON object, found number"),
         (b"true", "expected a JSON object, found boolean"),
         (b"null", "expected a JSON object, found null"),
-        (b'{"a": [NaN]}', "broken JSON: NaN is no JSON value"),
-        (b'{"a": -Infinity}', "broken JSON: -Infinity is no JSON value"),
+        (b'{"a": [NaN]}', "broken JSON: NaN is not a JSON value"),
+        (b'{"a": -Infinity}', "broken JSON: -Infinity is not a JSON value"),
         (b'{"a": "x\0y"}', "NUL byte at 9 of the line"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a number of more than 4,300 digits"),
         (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deeply to be read"),
@@ -179,7 +179,7 @@ def test_elements_have_the_line_on_which_they_begin(tmp_path: Path) -> None:
         (1, 2, None),
         (2, 5, "expected a JSON object, found number"),
         (3, 5, "expected a JSON object, found string"),
-        (4, 6, "broken JSON: NaN is no JSON value"),
+        (4, 6, "broken JSON: NaN is not a JSON value"),
         (5, 7, None),
     ]
 
@@ -259,8 +259,8 @@ def test_an_element_larger_than_the_window_is_a_row(tmp_path: Path) -> None:
 
 DEEP = "[" * 600 + "]" * 600
 HARMFUL = {
-    "[NaN]": "broken JSON: NaN is no JSON value",
-    '{"b": -Infinity}': "broken JSON: -Infinity is no JSON value",
+    "[NaN]": "broken JSON: NaN is not a JSON value",
+    '{"b": -Infinity}': "broken JSON: -Infinity is not a JSON value",
     '{"b": 1, "b": 2}': "the key 'b' is repeated with different values",
     '["\\ud83d"]': "not UTF-8 text (\\ud83d is half of a character)",
     DEEP: TOO_DEEP,

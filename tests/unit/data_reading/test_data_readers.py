@@ -345,7 +345,7 @@ def test_a_file_that_is_no_archive_is_told_from_a_damaged_one(tmp_path: Path, co
     path = write(tmp_path / f"a.jsonl.{compression}", b'{"a": 1}\n' * 50)
     with pytest.raises(DataError) as caught:
         read(f"{path}{behind}")
-    assert str(caught.value) == f"{path} is no .{compression} archive: it starts with b'{{\"a\": 1}}'"
+    assert str(caught.value) == f"{path} is not a .{compression} archive: it starts with b'{{\"a\": 1}}'"
     assert f"take .{compression} off its name" in str(caught.value.hint)
 
 

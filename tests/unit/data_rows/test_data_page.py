@@ -19,7 +19,7 @@ from qlora_cli.data.showing.page import (
     SIZES,
     describe_lengths,
     lengths_chart,
-    place_of,
+    position_of,
     render_page,
     runs_of,
     write_page,
@@ -375,9 +375,9 @@ def test_a_max_length_far_beyond_the_rows_is_not_drawn_to_scale(max_length: int,
 
 def test_places_follow_bars_of_one_width_and_doubling_ones() -> None:
     doubling = tuple(Bar(first=last // 2 + 1, last=last, rows=1) for last in (16, 32, 64))
-    assert [place_of(length, doubling) for length in (4, 8, 12, 16, 24, 64, 256)] == [0, 0, 0.5, 1, 1.5, 3, 5]
+    assert [position_of(length, doubling) for length in (4, 8, 12, 16, 24, 64, 256)] == [0, 0, 0.5, 1, 1.5, 3, 5]
     late = BARS[2:]  # no empty bars before the shortest row
-    assert [place_of(length, late) for length in (10, 300, 350, 900, 1000)] == [0, 1, 1.5, 7, 8]
+    assert [position_of(length, late) for length in (10, 300, 350, 900, 1000)] == [0, 1, 1.5, 7, 8]
 
 
 def test_equal_data_is_an_equal_page_and_settings_of_matplotlib_are_as_before(html: str) -> None:
@@ -419,7 +419,7 @@ def test_a_place_that_can_be_no_page_is_told_before(tmp_path: Path, monkeypatch:
         (tmp_path, "is a directory"),
         (tmp_path / "none" / "page.html", f"there is no directory {tmp_path / 'none'}"),
         (tmp_path / "page.html" / "page.html", "there is no directory"),
-        (tmp_path / "pipe", "is no regular file"),
+        (tmp_path / "pipe", "is not a regular file"),
         (tmp_path / ("a" * 300), "can't be used: File name too long"),
     ):
         problem = check_page(path)
