@@ -1,6 +1,6 @@
-"""Data sets by their hub id, against a hub on loopback: rows, samples, commits, every refusal, what offline does.
+"""Data sets on the hub, against a hub on loopback: rows, samples, commits, errors, and offline use.
 
-Names are read in processes of their own, several in one: the client reads its environment when it is imported.
+Names are read in separate processes, several in each, because the client reads its environment when it is imported.
 """
 
 import json
@@ -86,7 +86,7 @@ def texts(found: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_revision_config_and_split_of_the_name_are_those_that_are_read(env: dict[str, str], streaming: bool) -> None:
+def test_revision_config_and_split_of_the_name_are_read(env: dict[str, str], streaming: bool) -> None:
     names = (
         "owner/plain",
         "owner/plain@v1",
@@ -105,14 +105,12 @@ def test_revision_config_and_split_of_the_name_are_those_that_are_read(env: dict
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_nulls_inside_are_keys_that_were_not_there_and_a_null_column_stays(
-    env: dict[str, str], streaming: bool
-) -> None:
+def test_nested_nulls_are_missing_keys_and_a_null_column_stays(env: dict[str, str], streaming: bool) -> None:
     (found,) = ask(env, "owner/tools", streaming=streaming)
     assert [value for _, value in found["rows"]] == TOOLS
 
 
-def test_a_sample_keeps_the_numbers_and_the_order_of_its_rows(env: dict[str, str]) -> None:
+def test_a_sample_keeps_the_numbers_and_order_of_its_rows(env: dict[str, str]) -> None:
     sample, again, part, too_many = ask(
         env, "owner/plain#10", "owner/plain#10*2", "owner/plain::train[50%:]", "owner/plain#41"
     )
@@ -125,7 +123,7 @@ def test_a_sample_keeps_the_numbers_and_the_order_of_its_rows(env: dict[str, str
     assert (too_many["error"], "asks for 41 rows, and has 40 rows" in too_many["message"]) == ("DataError", True)
 
 
-def test_a_streamed_sample_is_shuffled_and_of_the_size_asked_for(env: dict[str, str]) -> None:
+def test_a_streamed_sample_is_shuffled_and_has_the_requested_size(env: dict[str, str]) -> None:
     sample, again, too_many, part = ask(
         env, "owner/plain#10", "owner/plain#10*2", "owner/plain#41", "owner/plain::train[50%:]", streaming=True
     )
@@ -158,7 +156,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_refusal_names_what_is_there_instead(env: dict[str, str], streaming: bool) -> None:
+def test_errors_name_the_available_configs_and_splits(env: dict[str, str], streaming: bool) -> None:
     found = ask(env, *(name for name, *_ in REFUSALS), streaming=streaming)
     assert [(name, refused["error"]) for (name, *_), refused in zip(REFUSALS, found, strict=True)] == [
         (name, error) for name, error, *_ in REFUSALS
@@ -168,7 +166,7 @@ def test_every_refusal_names_what_is_there_instead(env: dict[str, str], streamin
         assert hint in refused["hint"]
 
 
-def test_offline_gives_what_was_read_before_and_never_another_commit(env: dict[str, str]) -> None:
+def test_offline_reads_the_cached_commit_and_never_another_one(env: dict[str, str]) -> None:
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     (unknown,) = ask(offline, "owner/plain")
     assert unknown["error"] == "DatasetNotFoundError"
@@ -183,7 +181,7 @@ def test_offline_gives_what_was_read_before_and_never_another_commit(env: dict[s
     assert f"commit {OLD_COMMIT[:12]}, but the local cache was last filled with {COMMIT[:12]}" in old["message"]
 
 
-def test_a_hub_out_of_reach_or_out_of_order_is_named(hub: Hub, env: dict[str, str]) -> None:
+def test_an_unreachable_or_failing_hub_is_an_error(hub: Hub, env: dict[str, str]) -> None:
     (away,) = ask({**env, "HF_ENDPOINT": "http://127.0.0.1:9"}, "owner/plain")
     assert away["error"] == "DatasetNotFoundError"
     assert "the hub can't be reached (ConnectError: " in away["message"]

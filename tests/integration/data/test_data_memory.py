@@ -1,4 +1,4 @@
-"""A file that is larger than the memory allowed is prepared all the same."""
+"""A file larger than the allowed memory is prepared."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def run(file: Path, model: Path, *more: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_file_larger_than_the_memory_allowed_is_prepared(base_model: Path, tmp_path: Path) -> None:
+def test_a_file_larger_than_the_allowed_memory_is_prepared(base_model: Path, tmp_path: Path) -> None:
     assert hasattr(resource, "RLIMIT_DATA")
     file, num_rows = tmp_path / "large.jsonl", 0
     ids = [10 + number % 3000 for number in range(499)]

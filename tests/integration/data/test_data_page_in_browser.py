@@ -1,4 +1,4 @@
-"""The page of `qlora inspect-data --html` in a real browser: what it loads, how wide it gets, and what is seen."""
+"""The page of `qlora inspect-data --html` in a real browser: requests, width, and visible contents."""
 
 import re
 from dataclasses import replace
@@ -64,7 +64,7 @@ def check_facts(facts: dict[str, Any], size: str) -> None:
     assert facts["scripts"] == 0
 
 
-def test_rows_trained_text_and_the_histogram_are_there(browser: Browser) -> None:
+def test_rows_trained_text_and_the_histogram_are_visible(browser: Browser) -> None:
     copy = browser.folder / "copy.html"
     copy.write_text(with_script(browser.page, FACTS), "utf-8")
     facts = browser.facts(copy, "--window-size=1200,1600")
@@ -72,7 +72,7 @@ def test_rows_trained_text_and_the_histogram_are_there(browser: Browser) -> None
     check_facts(facts, "medium")
 
 
-def test_a_phone_scrolls_in_one_direction_and_gets_a_drawing_of_its_own(browser: Browser) -> None:
+def test_a_phone_scrolls_in_one_direction_and_gets_its_own_drawing(browser: Browser) -> None:
     framed = browser.folder / "framed.html"
     framed.write_text(
         frame(f'srcdoc="{escape(with_script(browser.page, FACTS))}"', PHONE_WIDTH, PHONE_HEIGHT), "utf-8"
@@ -82,7 +82,7 @@ def test_a_phone_scrolls_in_one_direction_and_gets_a_drawing_of_its_own(browser:
     check_facts(facts, "narrow")
 
 
-def test_in_light_and_dark_the_histogram_and_trained_text_are_seen(browser: Browser) -> None:
+def test_the_histogram_and_trained_text_are_visible_in_light_and_dark_mode(browser: Browser) -> None:
     light, dark = trained_colors(browser.page)
     path = browser.folder / "short.html"  # rows begin within the window, a long one first
     short = replace(INSPECTION, notes=(), troubles=(), skipped_rows=(), previews=INSPECTION.previews[::-1])
@@ -95,7 +95,7 @@ def test_in_light_and_dark_the_histogram_and_trained_text_are_seen(browser: Brow
         assert num_colors(pixels) > 50
 
 
-def test_on_a_phone_rows_are_seen(browser: Browser) -> None:
+def test_rows_are_visible_on_a_phone(browser: Browser) -> None:
     framed = browser.folder / "framed.html"
     framed.write_text(frame('src="page.html#rows"', PHONE_WIDTH, PHONE_HEIGHT), "utf-8")
     pixels = browser.screenshot(framed.as_uri(), PHONE_WIDTH, PHONE_HEIGHT)

@@ -1,4 +1,4 @@
-"""What is read while training obeys the rules of what is read before: wherever a row comes, the same becomes of it."""
+"""Streamed rows are treated like prepared ones, wherever in the stream they are."""
 
 import itertools
 import json
@@ -82,7 +82,7 @@ def prepared_rows(data: TrainingData) -> set[tuple[tuple[int, ...], tuple[int, .
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("late", LATE)
-def test_a_stream_feeds_the_rows_that_would_be_prepared_with_the_same_labels(
+def test_a_stream_feeds_the_same_rows_and_labels_as_prepared_data(
     tmp_path: Path, late: str, settings: dict[str, Any]
 ) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*PLAIN, *LATE[late]])
@@ -102,7 +102,7 @@ def test_a_stream_feeds_the_rows_that_would_be_prepared_with_the_same_labels(
 
 
 @pytest.mark.parametrize("late", LATE)
-def test_rows_and_groups_that_are_held_out_are_left_out_wherever_they_come(tmp_path: Path, late: str) -> None:
+def test_held_out_rows_and_groups_are_never_streamed(tmp_path: Path, late: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*PLAIN, *LATE[late]])
     held = write_jsonl(tmp_path / "held.jsonl", [chat(3, "new"), {**PLAIN[-1], "user": None}, *PLAIN[5:6]])
     for group in (None, "user"):
@@ -116,7 +116,7 @@ def test_rows_and_groups_that_are_held_out_are_left_out_wherever_they_come(tmp_p
 
 
 @pytest.mark.parametrize("row", [*LATE["bad"], *LATE["tools"]], ids=str)
-def test_a_row_that_is_refused_ends_a_stream_in_the_same_words(tmp_path: Path, row: Row) -> None:
+def test_a_refused_row_ends_a_stream_with_the_same_message(tmp_path: Path, row: Row) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*PLAIN, row])
     with pytest.raises(DataError) as prepared:
         prepare_data(DataSettings(dataset=(str(path),)), TEXT, seed=0)
@@ -126,7 +126,7 @@ def test_a_row_that_is_refused_ends_a_stream_in_the_same_words(tmp_path: Path, r
     assert (str(caught.value), caught.value.hint) == (str(prepared.value), prepared.value.hint)
 
 
-def test_skipped_rows_of_a_stream_are_listed_once_as_those_that_are_prepared(tmp_path: Path) -> None:
+def test_skipped_rows_of_a_stream_are_listed_once_like_those_of_prepared_data(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*PLAIN, *LATE["bad"]])
     prepared, streamed = both(path, on_bad_row="skip")
     assert streamed.train.stream is not None
@@ -136,7 +136,7 @@ def test_skipped_rows_of_a_stream_are_listed_once_as_those_that_are_prepared(tmp
     assert (tmp_path / "skipped.jsonl").read_text() == listed.read_text()
 
 
-def test_what_is_noted_of_rows_is_noted_of_those_of_a_stream_too(tmp_path: Path) -> None:
+def test_a_stream_has_the_same_notes_as_prepared_data(tmp_path: Path) -> None:
     late = [chat(110, "it ends with <|im_end|> twice"), {**chat(111, "x"), "user": None}]
     late.append(chat(112, "an answer", mood="good"))
     path = write_jsonl(tmp_path / "d.jsonl", [*PLAIN, *late])
@@ -153,7 +153,7 @@ def test_what_is_noted_of_rows_is_noted_of_those_of_a_stream_too(tmp_path: Path)
     assert warnings == [f"of the stream: {note}" for note in prepared.train.notes]
 
 
-def test_a_stream_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
+def test_a_stream_without_rows_to_train_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     a = write_jsonl(tmp_path / "a.jsonl", PLAIN)
     b = write_jsonl(tmp_path / "b.jsonl", [chat(113, "only row"), chat(114, "off", train=False)])
     held = write_jsonl(tmp_path / "held.jsonl", [chat(113, "only row")])
@@ -165,7 +165,7 @@ def test_a_stream_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
         streamed_rows(streamed)
 
 
-def test_rows_of_the_same_seed_come_in_the_same_order(tmp_path: Path) -> None:
+def test_rows_are_in_the_same_order_for_the_same_seed(tmp_path: Path) -> None:
     a, b = (write_jsonl(tmp_path / f"{name}.jsonl", PLAIN[start:]) for name, start in (("a", 0), ("b", 9)))
     data = DataSettings(dataset=(f"{a}*0.3", f"{b}*0.7"), streaming=True)
 

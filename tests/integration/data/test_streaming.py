@@ -1,4 +1,4 @@
-"""Rows that are read while training goes on."""
+"""Rows that are read during training."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def take(found: TokenStream, count: int) -> list[dict[str, list[int]]]:
     return list(itertools.islice(found, count))
 
 
-def test_a_stream_has_the_rows_that_would_be_prepared_and_begins_again(tmp_path: Path) -> None:
+def test_a_stream_has_the_rows_of_prepared_data_and_restarts(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 50)
     whole = prepare_data(DataSettings(dataset=(str(path),)), TEXT, seed=0).train.dataset
     streamed = Counter(decoded(take(stream(path), 2000)))
@@ -101,7 +101,7 @@ def test_a_packed_stream_keeps_rows_whole(tmp_path: Path) -> None:
             begin += length
 
 
-def test_what_becomes_of_streamed_rows_is_counted(tmp_path: Path) -> None:
+def test_outcomes_of_streamed_rows_are_counted(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a ", "completion": "b"},
         {"prompt": "a ", "completion": "word " * 40},
@@ -122,7 +122,7 @@ def test_what_becomes_of_streamed_rows_is_counted(tmp_path: Path) -> None:
         assert found.counts["supervised_tokens_lost"] > 0
 
 
-def test_a_bad_row_far_into_a_stream_ends_it_with_its_name(tmp_path: Path) -> None:
+def test_a_late_bad_row_ends_a_stream_and_is_named(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 1500)
     with path.open("a", encoding="utf-8") as file:
         file.write('{"prompt": "p", "completion": null}\n')
@@ -132,7 +132,7 @@ def test_a_bad_row_far_into_a_stream_ends_it_with_its_name(tmp_path: Path) -> No
         take(stream(path, max_length=8, on_long="error", accept_lost=False), 1)
 
 
-def test_rows_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
+def test_held_out_rows_are_not_streamed(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 40)
     held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(line) for line in path.read_text().splitlines()[:5]])
     found = stream(path, eval_dataset=(str(held_out),))
@@ -142,7 +142,7 @@ def test_rows_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
     assert found.counts["held_out"] > 0
 
 
-def test_groups_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
+def test_held_out_groups_are_not_streamed(tmp_path: Path) -> None:
     rows = [{"prompt": f"row {i}: ", "completion": f"it is {i}", "user": i % 4} for i in range(40)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "a ", "completion": "b", "user": 3}])
@@ -155,7 +155,7 @@ def test_groups_that_are_held_out_are_not_streamed(tmp_path: Path) -> None:
         stream(rows_by_users, eval_dataset=(str(held_out),), eval_group="users")
 
 
-def test_held_out_rows_that_a_streamed_row_nearly_equals_are_counted_once(tmp_path: Path) -> None:
+def test_near_duplicates_of_held_out_rows_are_counted_once(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 1500)
     near = [{"prompt": f"ROW {i}: ", "completion": f"It is {i}."} for i in (3, 3, 1400)]
     held_out = write_jsonl(tmp_path / "held.jsonl", [*near, {"prompt": "other ", "completion": "row"}])
@@ -169,7 +169,7 @@ def test_held_out_rows_that_a_streamed_row_nearly_equals_are_counted_once(tmp_pa
         assert found.train.stream.counts["near_duplicate"] == 3
 
 
-def test_a_group_that_is_no_single_value_ends_a_stream_or_is_skipped(tmp_path: Path) -> None:
+def test_a_group_that_is_not_a_single_value_ends_a_stream_or_is_skipped(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "d.jsonl",
         [{"prompt": f"row {i}: ", "completion": "x", "user": [i] if i == 1200 else i} for i in range(1300)],
@@ -183,7 +183,7 @@ def test_a_group_that_is_no_single_value_ends_a_stream_or_is_skipped(tmp_path: P
     assert found.counts["bad"] >= 1
 
 
-def test_more_than_is_accepted_that_is_lost_far_into_a_stream_ends_it(tmp_path: Path) -> None:
+def test_losing_too_many_tokens_late_in_a_stream_ends_it(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 1000)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"prompt": "a ", "completion": "word " * 60}) + "\n" for _ in range(1000))
@@ -194,7 +194,7 @@ def test_more_than_is_accepted_that_is_lost_far_into_a_stream_ends_it(tmp_path: 
     assert len(take(stream(path, max_length=32, accept_lost=True), 3000)) == 3000
 
 
-def test_what_was_trained_until_a_bad_row_is_kept(
+def test_training_until_a_bad_row_is_saved(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "WINDOW_ROWS", 8)
@@ -210,7 +210,7 @@ def test_what_was_trained_until_a_bad_row_is_kept(
     assert "The training until step" in (caught.value.hint or "")
 
 
-def test_training_on_a_stream_does_its_steps_and_says_what_it_read(
+def test_training_on_a_stream_does_its_steps_and_reports_the_rows_read(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(rows.read_text().splitlines()[0])])

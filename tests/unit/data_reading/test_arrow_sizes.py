@@ -1,4 +1,4 @@
-"""A file of columns is not made into far more rows, values or bytes than it has bytes, whatever its types allow."""
+"""A columnar file is not decoded into far more rows, values or bytes than it has bytes, whatever its types allow."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +94,7 @@ BOMBS: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("as_stream", [True, False])
 @pytest.mark.parametrize("name", BOMBS)
-def test_an_arrow_file_of_far_more_than_its_bytes_is_refused_before_a_value_is_made(
+def test_an_arrow_file_that_expands_too_much_is_refused_before_decoding(
     tmp_path: Path, name: str, as_stream: bool
 ) -> None:
     make, expected = BOMBS[name]
@@ -105,7 +105,7 @@ def test_an_arrow_file_of_far_more_than_its_bytes_is_refused_before_a_value_is_m
     assert caught.value.hint
 
 
-def test_rows_of_many_batches_count_together(tmp_path: Path) -> None:
+def test_the_budget_is_shared_by_all_batches(tmp_path: Path) -> None:
     batch = pyarrow.RecordBatch.from_arrays([pyarrow.nulls(60_000)], names=["text"])
     path = tmp_path / "a.arrow"
     with pyarrow.ipc.new_file(path, batch.schema) as writer:
@@ -115,7 +115,7 @@ def test_rows_of_many_batches_count_together(tmp_path: Path) -> None:
         list(read_arrow(path))
 
 
-def test_rows_are_not_counted_beyond_what_may_be_read(tmp_path: Path) -> None:
+def test_counting_rows_respects_the_budget(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=ROWS):
         count_arrow(write_arrow(tmp_path / "a.arrow", pyarrow.nulls(2**25)))
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(200_000)}), tmp_path / "a.parquet")
@@ -132,7 +132,7 @@ def test_rows_are_not_counted_beyond_what_may_be_read(tmp_path: Path) -> None:
         (lambda: shared(pyarrow.array([TEXT]), 1000), BYTES),
     ],
 )
-def test_a_parquet_file_of_far_more_than_its_bytes_is_refused(
+def test_a_parquet_file_that_expands_too_much_is_refused(
     tmp_path: Path, column: Callable[[], Any], expected: str
 ) -> None:
     path = tmp_path / "a.parquet"
@@ -157,13 +157,13 @@ def test_a_parquet_file_of_far_more_than_its_bytes_is_refused(
         lambda: pyarrow.array([[]] * 3, pyarrow.list_(pyarrow.list_(pyarrow.string()))),
     ],
 )
-def test_what_data_sets_have_is_read_in_full(tmp_path: Path, column: Callable[[], Any]) -> None:
+def test_columns_of_real_data_sets_are_read_in_full(tmp_path: Path, column: Callable[[], Any]) -> None:
     values = column()
     path = write_arrow(tmp_path / "a.arrow", values)
     assert len(list(read_arrow(path))) == count_arrow(path) == len(values)
 
 
-def test_a_large_file_may_hold_more_than_a_small_one() -> None:
+def test_the_budget_grows_with_the_file() -> None:
     for num_bytes in (10**6, 10**9):
         allowance = limits.DecodingBudget("a", num_bytes)
         allowance.check(num_rows=10 * num_bytes, num_values=200 * num_bytes, num_bytes=200 * num_bytes)

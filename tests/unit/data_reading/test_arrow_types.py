@@ -1,4 +1,4 @@
-"""Columns of every type in every other, drawn by chance: their values are as made here, or their row is a bad one."""
+"""Random columns of nested types: their values are read as generated, or their row is a bad one."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -199,7 +199,7 @@ def write(path: Path, array: Any, *, as_stream: bool) -> None:
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(COLUMNS, st.booleans())
-def test_the_values_of_any_type_are_those_that_it_was_made_of(tmp_path: Path, column: Drawn, as_stream: bool) -> None:
+def test_values_of_any_type_round_trip(tmp_path: Path, column: Drawn, as_stream: bool) -> None:
     array, values = column
     path = tmp_path / "a.arrow"
     write(path, array, as_stream=as_stream)

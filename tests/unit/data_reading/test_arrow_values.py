@@ -1,4 +1,4 @@
-"""Values of Parquet and Arrow files: of every type what JSON lines would say, or a row that can't be used."""
+"""Values of Parquet and Arrow files: those of each type equal JSON lines, or their row is a bad one."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -123,7 +123,7 @@ VALUES: dict[str, tuple[Array, Sequence[Any]]] = {
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_of_each_type_the_value_is_what_json_would_say(tmp_path: Path, kind: str) -> None:
+def test_values_of_each_type_equal_their_json(tmp_path: Path, kind: str) -> None:
     array, expected = VALUES[kind]
     found = [row["a"] for row in values_of(write_arrow(tmp_path / "a.arrow", {"a": array}))]
     assert found == list(expected)
@@ -160,7 +160,7 @@ BAD: dict[str, tuple[Array, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_can_not_be_read_makes_its_row_a_bad_one_that_says_where(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_value_makes_its_row_bad_and_is_located(tmp_path: Path, kind: str) -> None:
     array, problem = BAD[kind]
     texts = pyarrow.array([f"t{place}" for place in range(len(array))])
     for as_stream in (True, False):
@@ -191,7 +191,7 @@ UNUSED: dict[str, Callable[[], Array]] = {
 @pytest.mark.parametrize("kind", UNUSED)
 @pytest.mark.parametrize("put", [write_parquet, write_arrow])
 @pytest.mark.parametrize("behind", ["", "#1"])
-def test_a_column_that_nobody_uses_is_a_name_without_values(
+def test_an_unused_column_is_named_without_values(
     tmp_path: Path, kind: str, put: Callable[[Path, dict[str, Array]], Path], behind: str
 ) -> None:
     text = pyarrow.array(["t"])
@@ -201,7 +201,7 @@ def test_a_column_that_nobody_uses_is_a_name_without_values(
     assert [row.value for row in read_in_use(Path(f"{path}{behind}"))] == [{"text": "t", "other": None}]
 
 
-def test_a_column_that_is_there_twice_is_no_error_where_nobody_uses_it(tmp_path: Path) -> None:
+def test_an_unused_duplicate_column_of_a_table_is_not_an_error(tmp_path: Path) -> None:
     batch = pyarrow.record_batch([pyarrow.array(["t"]), *[far_date()] * 2], names=["text", "a", "a"])
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", batch.schema) as writer:
         writer.write_batch(batch)
@@ -225,7 +225,7 @@ def write_months(path: Path) -> None:
     raise AssertionError("the kind of intervals was not found")
 
 
-def test_a_type_that_pyarrow_makes_nothing_of_is_an_error_that_names_its_column_only_where_it_is_used(
+def test_an_unsupported_type_is_an_error_only_in_a_column_in_use(
     tmp_path: Path,
 ) -> None:
     write_months(tmp_path / "a.arrow")
@@ -236,7 +236,7 @@ def test_a_type_that_pyarrow_makes_nothing_of_is_an_error_that_names_its_column_
         read(tmp_path / "a.arrow")
 
 
-def test_a_column_of_a_csv_file_that_nobody_uses_is_not_looked_at(tmp_path: Path) -> None:
+def test_an_unused_column_of_a_csv_file_is_not_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text,note,,\ngood,caf\xe9,,\ncaf\xe9,a\0b,,\n")
     first, second = read_in_use(path)
     assert first.value == {"text": "good", "note": None, "": None}
@@ -244,7 +244,7 @@ def test_a_column_of_a_csv_file_that_nobody_uses_is_not_looked_at(tmp_path: Path
     assert second.columns == ["text", "note", "", ""]
 
 
-def test_where_no_format_fits_the_columns_are_named_though_no_row_can_be_read(tmp_path: Path) -> None:
+def test_columns_that_fit_no_format_are_named_although_no_row_can_be_read(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "a.parquet", {"image": pyarrow.array([NOT_TEXT] * 150), "kind": pyarrow.array([1] * 150)}
     )
@@ -252,7 +252,7 @@ def test_where_no_format_fits_the_columns_are_named_though_no_row_can_be_read(tm
         open_rows("a", iter(read_in_use(path)), DataSettings(dataset=str(path)))
 
 
-def test_rows_are_recognised_by_the_names_of_columns_where_the_first_of_them_are_bad(tmp_path: Path) -> None:
+def test_the_format_is_recognised_although_the_first_rows_are_bad(tmp_path: Path) -> None:
     texts = pyarrow.array([NOT_TEXT] * 150 + [b"good"]).view(pyarrow.string())
     path = write_parquet(tmp_path / "a.parquet", {"text": texts})
     layout, rows = open_rows("a", iter(read_in_use(path)), DataSettings(dataset=str(path)))
@@ -306,7 +306,7 @@ WITHIN = datasets.Features(
 
 
 @pytest.mark.parametrize("features", [WHOLE, WITHIN], ids=["whole", "within"])
-def test_what_datasets_keeps_as_json_is_what_json_lines_say(
+def test_json_columns_of_datasets_equal_json_lines(
     tmp_path: Path, features: datasets.Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = datasets.Dataset.from_list(ROWS, features=features)
@@ -321,7 +321,7 @@ def test_what_datasets_keeps_as_json_is_what_json_lines_say(
         assert values_of("owner/name") == ROWS
 
 
-def test_text_that_datasets_keeps_as_text_stays_text(tmp_path: Path) -> None:
+def test_text_columns_of_datasets_stay_text(tmp_path: Path) -> None:
     told = {"huggingface": json.dumps({"info": {"features": WHOLE.to_dict()}})}
     table = pyarrow.table({"extra": pyarrow.array(["1.5"])}).replace_schema_metadata(told)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -331,7 +331,7 @@ def test_text_that_datasets_keeps_as_text_stays_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("behind", ["", "#2"])
-def test_rows_of_the_hub_and_of_its_files_are_the_same_and_no_picture_is_decoded(
+def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool, behind: str
 ) -> None:
     media = {"picture": datasets.Image(), "sound": datasets.Audio()}

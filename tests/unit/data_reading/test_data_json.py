@@ -1,4 +1,4 @@
-"""JSON lines and JSON: what stays exactly as it is written, what is wrong with a row, and in how much memory."""
+"""JSON lines and JSON are read exactly as written, with the problems of rows, in bounded memory."""
 
 import json
 import tracemalloc
@@ -34,7 +34,7 @@ def peak_below(limit_bytes: int) -> Iterator[None]:
 # JSON lines
 
 
-def test_lines_stay_as_they_are_written(tmp_path: Path) -> None:
+def test_lines_are_read_exactly_as_written(tmp_path: Path) -> None:
     objects = [
         {"tools": [{"name": "f", "parameters": {"a": None}}, {"name": "g"}]},
         {"tools": [{"parameters": {"b": {"c": [1, 2.5, True]}}}], "text": "two\u2028lines\u0085and \u2029😀"},
@@ -46,7 +46,7 @@ def test_lines_stay_as_they_are_written(tmp_path: Path) -> None:
     assert [json.dumps(value) for value in read_again] == [json.dumps(value) for value in objects]
 
 
-def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
+def test_byte_order_marks_blank_lines_and_carriage_returns_are_not_rows_but_count_as_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ndjson", b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\n\n{"a": 3}')
     assert [(row.number, row.line, row.value) for row in read(path)] == [
         (1, 1, {"a": 1}),
@@ -78,7 +78,7 @@ def test_marks_blank_lines_and_carriage_returns_are_no_rows_but_count_as_lines(t
         (b'{"a": "x' + b"y" * 50, "broken JSON: Unterminated string starting at (column 7)"),
     ],
 )
-def test_a_bad_line_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_a_bad_line_is_a_row_with_a_problem_and_reading_continues(tmp_path: Path, line: bytes, problem: str) -> None:
     path = write(tmp_path / "a.jsonl", b'{"a": "\\ud83d\\ude00"}\n\n' + line + b'\n{"a": 3, "a": 3}\n')
     first, bad, last = read(path)
     assert first.value == {"a": "😀"}
@@ -103,14 +103,16 @@ def test_a_bad_line_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, li
         ('{"a": {"b": 1}\n{"a": {"b": 2}}\n', False),
     ],
 )
-def test_lines_that_are_one_json_value_are_to_be_named_json(tmp_path: Path, content: str, is_json: bool) -> None:
+def test_a_jsonl_file_that_is_one_json_value_gets_a_hint_to_rename_it(
+    tmp_path: Path, content: str, is_json: bool
+) -> None:
     problems = [problem for _, _, problem in problems_of(write(tmp_path / "a.jsonl", content)) if problem]
     advice = "; a file that holds one list or object over several lines must be named .json"
     assert [problem.endswith(advice) for problem in problems] == [is_json] * len(problems)
     assert problems
 
 
-def test_bad_lines_of_a_file_named_json_are_not_told_to_be_named_so(tmp_path: Path) -> None:
+def test_a_json_file_gets_no_hint_to_rename_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '{"a": {}\n{"a": {}}\n')
     assert problems_of(path) == [(1, 1, "broken JSON: Expecting ',' delimiter (column 9)"), (2, 2, None)]
 
@@ -127,7 +129,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
 
 
 @pytest.mark.slow
-def test_thirty_mebibytes_of_lines_are_read_in_eight(tmp_path: Path) -> None:
+def test_thirty_mib_of_lines_are_read_in_eight_mib_of_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", (json.dumps({"text": "x" * 1000}) + "\n") * (30 * MIB // 1013))
     assert path.stat().st_size > 29 * MIB
     with peak_below(8 * MIB):
@@ -153,7 +155,7 @@ TRICKY = [
 @pytest.mark.parametrize("window_bytes", [1, 2, 3, 5, 8, 13, 40, 1000])
 @pytest.mark.parametrize("as_ascii", [True, False])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_is_the_same_through_every_window(
+def test_a_list_does_not_depend_on_the_window_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int, as_ascii: bool, indent: int | None
 ) -> None:
     monkeypatch.setattr(json_text, "WINDOW_BYTES", window_bytes)
@@ -167,13 +169,13 @@ def test_a_list_is_the_same_through_every_window(
         assert str(bad.problem).endswith("what follows it in the file can't be read")
 
 
-def test_a_number_is_not_cut_where_the_window_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_not_split_at_the_end_of_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_text, "WINDOW_BYTES", 3)
     path = write(tmp_path / "a.json", "[123456,7890 , 1]")
     assert problems_of(path) == [(n, 1, "expected a JSON object, found number") for n in (1, 2, 3)]
 
 
-def test_elements_have_the_line_on_which_they_begin(tmp_path: Path) -> None:
+def test_elements_are_numbered_by_their_first_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[\n {"a":\n 1},\n\n 3, "x"\n, {"a": NaN},\n{"a": 2}]')
     assert problems_of(path) == [
         (1, 2, None),
@@ -207,7 +209,7 @@ def test_a_syntax_error_is_the_last_row_of_the_file(tmp_path: Path, behind: byte
     assert f"broken JSON: {problem}" in str(bad.problem)
 
 
-def test_an_error_early_in_a_long_list_is_not_searched_for_to_its_end(tmp_path: Path) -> None:
+def test_an_early_error_in_a_long_list_does_not_read_to_its_end(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[{"a": 1}, {"a": oops}, ' + '{"b": "xxxxxxxxxxxxxxxxxxxx"}, ' * MIB + "{}]")
     with peak_below(6 * MIB):
         assert [row.number for row in read(path)] == [1, 2]
@@ -234,14 +236,16 @@ def test_a_json_file_holds_a_list_or_lines_or_one_object(tmp_path: Path, content
     assert values_of(write(tmp_path / "a.json", content)) == expected
 
 
-def test_bad_lines_of_a_json_file_are_named_like_those_of_jsonl(tmp_path: Path) -> None:
+def test_bad_lines_of_a_json_file_are_reported_like_those_of_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '{"a": 1}\nnonsense\n{"a": 2}')
     assert problems_of(path) == [(1, 1, None), (2, 2, "broken JSON: Expecting value (column 1)"), (3, 3, None)]
 
 
 @pytest.mark.parametrize(("before", "after"), [("[", "]"), ('{"data": [', "]}")])
 @pytest.mark.parametrize("between", [",", ",\n"])
-def test_sixteen_mebibytes_of_a_list_are_read_in_eight(tmp_path: Path, before: str, after: str, between: str) -> None:
+def test_sixteen_mib_of_a_list_are_read_in_eight_mib_of_memory(
+    tmp_path: Path, before: str, after: str, between: str
+) -> None:
     num_rows = 16 * MIB // 1014
     rows = between.join([json.dumps({"text": "x" * 1000})] * num_rows)
     path = write(tmp_path / "a.json", before + rows + after)
@@ -274,7 +278,7 @@ def read_used(path: Path, **settings: Any) -> list[RawRow]:
 
 @pytest.mark.parametrize(("value", "problem"), HARMFUL.items())
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_a_value_that_can_not_be_read_does_no_harm_in_a_column_that_nobody_uses(
+def test_an_unreadable_value_in_an_unused_column_is_harmless(
     tmp_path: Path, name: str, value: str, problem: str
 ) -> None:
     rows = [f'{{"text": "one", "score": {value}}}', '{"text": "two", "score": 2}']
@@ -286,7 +290,7 @@ def test_a_value_that_can_not_be_read_does_no_harm_in_a_column_that_nobody_uses(
 
 @pytest.mark.parametrize(("value", "problem"), HARMFUL.items())
 @pytest.mark.parametrize("column", ["text", "user"])
-def test_a_value_that_can_not_be_read_makes_its_row_a_bad_one_in_a_column_that_is_used(
+def test_an_unreadable_value_in_a_used_column_makes_its_row_bad(
     tmp_path: Path, column: str, value: str, problem: str
 ) -> None:
     others = {name: "one" for name in ("text", "user") if name != column}
@@ -297,12 +301,12 @@ def test_a_value_that_can_not_be_read_makes_its_row_a_bad_one_in_a_column_that_i
     assert row.problem.startswith(problem)
 
 
-def test_a_column_that_is_nan_is_missing_as_pandas_writes_it(tmp_path: Path) -> None:
+def test_nan_as_pandas_writes_it_is_a_missing_value(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"instruction": "one", "input": NaN, "output": "two"}')
     assert [row.value for row in read_used(path)] == [{"instruction": "one", "input": None, "output": "two"}]
 
 
-def test_a_column_that_is_there_twice_does_no_harm_if_nobody_uses_it(tmp_path: Path) -> None:
+def test_an_unused_repeated_key_is_harmless(tmp_path: Path) -> None:
     twice = '{"text": "one", "score": 1, "score": 2, "text": "one"}'
     used, both = twice, twice.replace('"one"}', '"two"}')
     unused, bad = read_used(write(tmp_path / "a.jsonl", f"{used}\n{both}"))

@@ -1,4 +1,4 @@
-"""What a damaged or hostile file can't do: end the process, show what lies in memory, or take time without end."""
+"""A damaged or hostile file can't crash the process, leak its memory, or take unbounded time."""
 
 import bz2
 import gzip
@@ -71,7 +71,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("as_stream", [True, False])
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("after", [[0, 400_000, 14], [0, 7, 3000], [0, -5, 14], [-1_929_379_840, 7, 14], [0, 9, 7]])
-def test_text_that_lies_outside_of_an_arrow_file_is_never_read(
+def test_offsets_outside_of_an_arrow_file_are_never_followed(
     tmp_path: Path, after: list[int], wrap: str, as_stream: bool
 ) -> None:
     path = damaged(tmp_path / "a.arrow", [0, 7, 14], after, WRAPS[wrap], as_stream=as_stream)
@@ -80,13 +80,13 @@ def test_text_that_lies_outside_of_an_arrow_file_is_never_read(
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_text_in_an_arrow_file_that_is_not_utf8_is_a_problem_of_its_row(tmp_path: Path, wrap: str) -> None:
+def test_invalid_utf8_in_an_arrow_file_is_a_problem_of_its_row(tmp_path: Path, wrap: str) -> None:
     path = write_column(tmp_path / "a.arrow", WRAPS[wrap](text_column([0, 1, 2], b"a\xe9")), as_stream=False)
     assert "not UTF-8 text: byte 1 of 1 is 0xe9" in str(problems_of(path)[1][2])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_columns_that_are_not_in_use_are_named_but_not_decompressed(tmp_path: Path, suffix: str) -> None:
+def test_unused_columns_are_named_but_not_decompressed(tmp_path: Path, suffix: str) -> None:
     plain = {"prompt": ["a", "b"], "completion": ["c", "d"], "junk": ["#" * 5000 + str(n) for n in range(2)]}
     table, path = pyarrow.table(plain), tmp_path / f"a.{suffix}"
     if suffix == "parquet":
@@ -110,7 +110,7 @@ def test_columns_that_are_not_in_use_are_named_but_not_decompressed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
-def test_more_columns_than_are_read_are_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
+def test_too_many_columns_are_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
     names, path = [f"c{number}" for number in range(limits.MAX_COLUMNS + 1)], tmp_path / f"a.{suffix}"
     table = pyarrow.table({name: [1] for name in names})
     if suffix == "parquet":
@@ -150,7 +150,7 @@ def test_a_value_that_many_rows_share_is_not_decoded_for_all_of_them_at_once(
         assert 100 * MIB < most < 800 * MIB
 
 
-def test_an_ordinary_dictionary_is_read_in_hundreds_of_rows(tmp_path: Path) -> None:
+def test_an_ordinary_dictionary_is_read_hundreds_of_rows_at_a_time(tmp_path: Path) -> None:
     texts = [f"{number} " * 100 for number in range(3000)]
     table = pyarrow.table({"text": texts, "ids": [[number] * 900 for number in range(3000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -162,9 +162,7 @@ def test_an_ordinary_dictionary_is_read_in_hundreds_of_rows(tmp_path: Path) -> N
         assert decodable_rows(file, group, ["ids"], "a") == BATCH_ROWS
 
 
-def test_a_column_that_is_far_larger_than_what_is_stored_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_column_that_expands_too_much_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_groups, "ALWAYS_ALLOWED_BYTES", MIB)
     table, path = pyarrow.table({"text": ["x" * 3 * MIB], "n": [1]}), tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
@@ -177,7 +175,7 @@ def test_a_column_that_is_far_larger_than_what_is_stored_is_an_error(
 @pytest.mark.parametrize("as_stream", [True, False])
 @pytest.mark.parametrize("is_dictionary", [True, False])
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
-def test_a_compressed_arrow_file_that_is_far_larger_inside_is_an_error(
+def test_a_compressed_arrow_file_that_expands_too_much_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool, is_dictionary: bool, compression: str
 ) -> None:
     texts = pyarrow.array(["x" * 8 * MIB])
@@ -218,7 +216,7 @@ VIEWS = pyarrow.struct([("x", pyarrow.string_view()), ("y", pyarrow.binary_view(
 
 
 @pytest.mark.parametrize("as_stream", [True, False])
-def test_a_column_that_is_not_in_use_may_be_as_large_inside_as_it_is(
+def test_an_unused_column_may_expand_without_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool
 ) -> None:
     monkeypatch.setattr(arrow_messages, "ALWAYS_ALLOWED_BYTES", MIB)
@@ -243,7 +241,7 @@ def read_columns(path: Path, *names: str) -> list[RawRow]:
     return list(read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection))
 
 
-def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+def test_a_file_truncated_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path, table = tmp_path / "a.arrow", pyarrow.table({"text": ["x" * 100] * 50_000})
     with pyarrow.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)
@@ -254,7 +252,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -
         list(rows)
 
 
-def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_duplicate_column_is_an_error(tmp_path: Path) -> None:
     batch = pyarrow.record_batch([pyarrow.array(["a"])] * 2, names=["text", "text"])
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", batch.schema) as writer:
         writer.write_batch(batch)
@@ -285,7 +283,7 @@ def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest
         assert problems[2] is None
 
 
-def test_long_lines_at_the_end_and_in_a_header_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_last_lines_and_headers_are_limited_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (json_files, tables):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", '{"a": "b"}\n' + "x" * 5000)
@@ -296,7 +294,7 @@ def test_long_lines_at_the_end_and_in_a_header_end_too(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
-def test_an_archive_that_is_far_larger_inside_is_an_error(
+def test_an_archive_that_expands_too_much_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compress: Callable[[bytes], bytes]
 ) -> None:
     monkeypatch.setattr(raw, "ALWAYS_ALLOWED_BYTES", 2**20)
@@ -313,7 +311,7 @@ def test_an_archive_that_is_far_larger_inside_is_an_error(
     ("name", "begin"), [("a.jsonl", ""), ("a.jsonl", '{"text": "x"}'), ("a.json", '{"text": "x"}'), ("a.csv", "text")]
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_file_of_blank_lines_ends_in_an_error_with_the_limit(
+def test_too_many_blank_lines_are_an_error_with_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, end: str
 ) -> None:
     monkeypatch.setattr(limits, "MAX_BLANK_LINES", 1000)
@@ -326,7 +324,7 @@ def test_a_file_of_blank_lines_ends_in_an_error_with_the_limit(
 
 
 @pytest.mark.parametrize(("name", "header", "row"), [("a.jsonl", "", '{"text": "x"}'), ("a.csv", "text", "x")])
-def test_ten_blank_lines_between_rows_are_read_however_many_they_are(
+def test_ten_blank_lines_per_row_are_always_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, header: str, row: str
 ) -> None:
     monkeypatch.setattr(limits, "MAX_BLANK_LINES", 100)
@@ -342,24 +340,24 @@ def test_ten_blank_lines_between_rows_are_read_however_many_they_are(
         '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}",
     ],
 )
-def test_a_row_that_is_too_deep_is_a_bad_row(tmp_path: Path, value: str) -> None:
+def test_a_row_that_nests_too_deeply_is_a_bad_row(tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "a.jsonl", f'{{"a": 1}}\n{value}\n{{"a": 2}}\n')
     assert [problem for _, _, problem in problems_of(path)] == [None, DEEP, None]
 
 
-def test_as_deep_as_may_be_is_a_row_and_many_that_are_flat_are(tmp_path: Path) -> None:
+def test_the_deepest_allowed_row_and_many_flat_values_are_rows(tmp_path: Path) -> None:
     deep = '{"a": ' + "[" * 99 + "]" * 99 + "}"
     flat = json.dumps({"a": [[{}]] * 1000})
     assert len(values_of(write(tmp_path / "a.jsonl", f"{deep}\n{flat}\n"))) == 2
 
 
-def test_more_keys_than_columns_are_read_are_a_bad_row(tmp_path: Path) -> None:
+def test_a_row_with_too_many_keys_is_a_bad_row(tmp_path: Path) -> None:
     wide = json.dumps({f"k{number}": 1 for number in range(1001)})
     path = write(tmp_path / "a.jsonl", f'{{"a": 1}}\n{wide}\n')
     assert [problem for _, _, problem in problems_of(path)] == [None, "1,001 keys, more than 1,000"]
 
 
-def test_a_header_of_a_million_names_is_an_error_at_once(tmp_path: Path) -> None:
+def test_a_header_of_a_million_names_is_an_error_immediately(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", ",".join(f"c{number}" for number in range(10**6)) + "\n")
     begin = time.monotonic()
     with pytest.raises(DataError, match="has 1,000,000 columns"):
@@ -367,12 +365,12 @@ def test_a_header_of_a_million_names_is_an_error_at_once(tmp_path: Path) -> None
     assert time.monotonic() - begin < 20
 
 
-def test_of_many_or_long_names_a_message_has_the_first() -> None:
+def test_messages_truncate_many_or_long_names() -> None:
     assert limits.join_names(["a", "b"]) == "a, b"
     assert limits.join_names([f"c{number}" for number in range(30)]).endswith("c19, and 10 more")
     assert len(limits.join_names(["x" * 10**6])) < 100
 
 
-def test_a_message_about_a_row_is_not_as_long_as_the_row() -> None:
+def test_messages_truncate_values_of_rows() -> None:
     assert str(RowError("short")) == "short"
     assert len(str(RowError("x" * 10**6))) < 600

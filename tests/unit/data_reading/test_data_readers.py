@@ -1,4 +1,4 @@
-"""From files to rows: tables, samples, archives, and files that can't be read."""
+"""Reading files: tables, samples, archives, and files that can't be read."""
 
 import bz2
 import gzip
@@ -28,7 +28,7 @@ MIB = 1024**2
 # CSV and TSV
 
 
-def test_fields_are_text_in_quotes_or_not(tmp_path: Path) -> None:
+def test_fields_are_text_with_or_without_quotes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", '\ufeffa,b\r\n1,\r\n\r\n"x, ""y""\nz",é\u2028\r\n')
     assert [(row.number, row.line, row.value) for row in read(path)] == [
         (1, 2, {"a": "1", "b": ""}),
@@ -48,14 +48,16 @@ def test_fields_are_text_in_quotes_or_not(tmp_path: Path) -> None:
         (b'"1"2,3', "broken CSV: ',' expected after '\"'"),
     ],
 )
-def test_a_bad_record_is_a_row_with_a_problem_between_good_ones(tmp_path: Path, record: bytes, problem: str) -> None:
+def test_a_bad_record_is_a_row_with_a_problem_and_reading_continues(
+    tmp_path: Path, record: bytes, problem: str
+) -> None:
     path = write(tmp_path / "a.csv", b'a,b\n"1\n",2\n' + record + b"\n3,4\n")
     (first, _, _), (number, line, found), (last, last_line, _) = problems_of(path)
     assert (first, number, line, last, last_line) == (1, 2, 4, 3, 5)
     assert str(found).startswith(problem)
 
 
-def test_a_quote_that_is_left_open_takes_no_rows_in_silence(tmp_path: Path) -> None:
+def test_an_unclosed_quote_does_not_silently_swallow_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"4\n5,6\n')
     assert problems_of(path) == [
         (1, 2, None),
@@ -72,7 +74,7 @@ def test_a_quote_that_is_left_open_takes_no_rows_in_silence(tmp_path: Path) -> N
         (b'"a,b\n', "its first line is not a header: broken CSV"),
     ],
 )
-def test_a_header_that_is_none_is_an_error(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_an_invalid_header_is_an_error(tmp_path: Path, content: bytes, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
         read(write(tmp_path / "a.csv", content))
 
@@ -125,7 +127,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_gives_the_same_rows_and_the_same_sample(tmp_path: Path, kind: str) -> None:
+def test_every_file_type_yields_the_same_rows_and_sample(tmp_path: Path, kind: str) -> None:
     name, fill = WRITERS[kind]
     fill(tmp_path / name)
     rows = read(tmp_path / name)
@@ -138,7 +140,7 @@ def test_every_kind_gives_the_same_rows_and_the_same_sample(tmp_path: Path, kind
         assert [row.value for row in sample] == [PLAIN[number - 1] for number in chosen]
 
 
-def test_text_in_a_column_that_is_not_utf8_is_a_problem_of_its_row(tmp_path: Path) -> None:
+def test_invalid_utf8_in_a_column_is_a_problem_of_its_row(tmp_path: Path) -> None:
     column = pyarrow.array([b"a", b"caf\xe9", b"c"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     first, bad, last = read(tmp_path / "a.parquet")
@@ -149,7 +151,7 @@ def test_text_in_a_column_that_is_not_utf8_is_a_problem_of_its_row(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("behind", ["", "#1"])
-def test_a_file_that_is_not_what_its_suffix_says_is_an_error(tmp_path: Path, name: str, behind: str) -> None:
+def test_a_file_of_another_type_than_its_suffix_is_an_error(tmp_path: Path, name: str, behind: str) -> None:
     path = write(tmp_path / name, b'{"text": "ab"}\n')
     with pytest.raises(DataError, match=f"{name} can't be read as .*It begins with b'{{\"text\"") as caught:
         read(f"{path}{behind}")
@@ -187,7 +189,7 @@ def write_long(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "wrapped.json", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
-def test_every_reader_says_about_how_much_a_row_is(tmp_path: Path, name: str) -> None:
+def test_every_reader_estimates_the_bytes_of_a_row(tmp_path: Path, name: str) -> None:
     write_long(tmp_path / name)
     first, *others = read(tmp_path / name)
     assert first.value is not None
@@ -195,12 +197,12 @@ def test_every_reader_says_about_how_much_a_row_is(tmp_path: Path, name: str) ->
     assert all(0 < row.num_bytes < 100 for row in others)
 
 
-def test_the_texts_of_a_row_are_counted_however_deep_they_lie() -> None:
+def test_nested_texts_count_in_the_estimate() -> None:
     messages = [{"role": "user", "content": "x" * 60_000}, {"role": "assistant", "content": ["y" * 40_000, None]}]
     assert 100_000 <= estimate_bytes({"messages": messages, "id": 7, "raw": b"abc"}) <= 100_050
 
 
-def test_a_row_of_a_hub_data_set_has_a_size_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_rows_have_an_estimate_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_rows, "_load", lambda *_: datasets.Dataset.from_list([LONG]))
     (row,) = read("owner/name")
     assert row.value == LONG
@@ -209,9 +211,7 @@ def test_a_row_of_a_hub_data_set_has_a_size_too(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("is_dictionary", [False, True])
-def test_of_columns_four_megabytes_are_made_into_values_at_once(
-    tmp_path: Path, suffix: str, is_dictionary: bool
-) -> None:
+def test_columns_are_converted_four_megabytes_at_a_time(tmp_path: Path, suffix: str, is_dictionary: bool) -> None:
     texts = pyarrow.array([chr(97 + number % 20) * 100_000 for number in range(300)])
     table = pyarrow.table({"a": texts.dictionary_encode() if is_dictionary else texts})
     path = tmp_path / f"a.{suffix}"
@@ -237,7 +237,7 @@ def test_of_columns_four_megabytes_are_made_into_values_at_once(
 
 
 @pytest.mark.parametrize("name", ["jsonl", "json", "csv", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
-def test_a_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path: Path, name: str) -> None:
+def test_a_file_name_that_is_not_utf8_is_read_and_printable(tmp_path: Path, name: str) -> None:
     plain = tmp_path / f"plain.{name}"
     if name in ("parquet", "arrow"):
         write_long(plain)
@@ -264,7 +264,7 @@ def test_a_sample_is_drawn_from_all_files_and_depends_on_the_seed_only(tmp_path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
-def test_more_rows_than_there_are_is_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
+def test_a_sample_larger_than_the_data_set_is_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a.{suffix}", 'a\n1\n"2\n3"\n' if suffix.endswith("sv") else '{"a": 1}\n[\n')
     assert len(read(f"{path}#2")) == 2
     with pytest.raises(DataError, match="asks for 3 rows, and has 2 rows"):
@@ -280,7 +280,7 @@ def test_a_file_that_shrinks_between_counting_and_reading_is_an_error(tmp_path: 
         list(rows)
 
 
-def test_rows_that_were_not_there_when_the_sample_was_drawn_are_not_in_it(tmp_path: Path) -> None:
+def test_rows_appended_after_the_sample_was_drawn_are_not_in_it(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"a": 1}\n')
     second = write(tmp_path / "b.jsonl", '{"a": 2}\n')
     rows = read_rows(find_dataset(f"{tmp_path}#2"), split="train", seed=0)
@@ -316,7 +316,7 @@ def test_archives_are_read(tmp_path: Path, compression: str, suffix: str, conten
 
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
-def test_archives_in_several_parts_are_read_to_the_end(tmp_path: Path, compression: str) -> None:
+def test_multi_part_archives_are_read_to_the_end(tmp_path: Path, compression: str) -> None:
     archive = b"".join(COMPRESSORS[compression](line) for line in (b'{"a": 1}\n', b'{"a": 2}\n'))
     assert values_of(write(tmp_path / f"a.jsonl.{compression}", archive)) == [{"a": 1}, {"a": 2}]
 
@@ -341,7 +341,9 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path, compression: str, damage:
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("behind", ["", "#1"])
-def test_a_file_that_is_no_archive_is_told_from_a_damaged_one(tmp_path: Path, compression: str, behind: str) -> None:
+def test_a_file_that_is_not_an_archive_is_distinguished_from_a_damaged_one(
+    tmp_path: Path, compression: str, behind: str
+) -> None:
     path = write(tmp_path / f"a.jsonl.{compression}", b'{"a": 1}\n' * 50)
     with pytest.raises(DataError) as caught:
         read(f"{path}{behind}")
@@ -349,7 +351,7 @@ def test_a_file_that_is_no_archive_is_told_from_a_damaged_one(tmp_path: Path, co
     assert f"take .{compression} off its name" in str(caught.value.hint)
 
 
-def test_a_build_that_can_not_decompress_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pyarrow_build_without_zstandard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Codec:
         @staticmethod
         def is_available(_: str) -> bool:
@@ -361,7 +363,7 @@ def test_a_build_that_can_not_decompress_says_so(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_has_gone_is_an_error(tmp_path: Path, name: str) -> None:
+def test_a_deleted_file_is_an_error(tmp_path: Path, name: str) -> None:
     source = find_dataset(str(write(tmp_path / name, b"x")))
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=f"{name} can't be read: No such file"):
@@ -369,7 +371,7 @@ def test_a_file_that_has_gone_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b"x").chmod(0)
     with pytest.raises(DataError, match=r"a\.jsonl can't be read: Permission denied"):
         read(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""Tables whose fields are separated by something else than their suffix says: read where it is clear, and said."""
+"""Another separator than the suffix of a table implies is detected if it is clear, and reported."""
 
 import gzip
 from pathlib import Path
@@ -37,7 +37,7 @@ def note_of(path: Path) -> list[str]:
         ("; ", "semicolons and spaces"),
     ],
 )
-def test_what_the_first_rows_are_separated_by_is_read_and_said(
+def test_the_separator_of_the_first_rows_is_detected_and_reported(
     tmp_path: Path, suffix: str, separator: str, said: str
 ) -> None:
     content = written(separator).encode()
@@ -48,7 +48,7 @@ def test_what_the_first_rows_are_separated_by_is_read_and_said(
     assert note_of(path) == ([] if is_usual else [f"{path}: fields are separated by {said}"])
 
 
-def test_the_first_line_may_say_it(tmp_path: Path) -> None:
+def test_the_first_line_may_declare_the_separator(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "\ufeffsep=^\r\ntext\r\na;b,c\r\n")
     assert values_of(path) == [{"text": "a;b,c"}]
     assert [row.line for row in read(path)] == [3]
@@ -70,12 +70,12 @@ def test_the_first_line_may_say_it(tmp_path: Path) -> None:
         "",
     ],
 )
-def test_where_it_is_not_clear_commas_separate(tmp_path: Path, content: str) -> None:
+def test_commas_are_the_default_if_in_doubt(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "a.csv", content)
     assert (detect_separator(path).character, detect_separator(path).has_space) == (",", False)
 
 
-def test_a_row_that_is_wrong_does_not_change_what_separates_the_others(tmp_path: Path) -> None:
+def test_a_bad_row_does_not_change_the_separator(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "a;b\n1;2\n3;4;5\n6;7;8\n8;9\n")
     problem = "3 fields separated by semicolons, the header has 2"
     assert problems_of(path)[1:3] == [(2, 3, problem), (3, 4, problem)]
@@ -84,11 +84,11 @@ def test_a_row_that_is_wrong_does_not_change_what_separates_the_others(tmp_path:
     assert problems_of(path)[1] == (2, 3, "3 fields, the header has 2")
 
 
-def test_a_separator_behind_the_last_field_is_one_too(tmp_path: Path) -> None:
+def test_a_trailing_separator_is_accepted(tmp_path: Path) -> None:
     assert values_of(write(tmp_path / "a.csv", "a;b;\n1;2;\n")) == [{"a": "1", "b": "2", "": ""}]
 
 
-def test_only_the_first_rows_are_looked_at(tmp_path: Path) -> None:
+def test_only_the_first_rows_decide_the_separator(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'a;b\n"x";"' + "y" * SAMPLE_BYTES + '"\n1;2;3\n')
     assert [number for number, _, problem in problems_of(path) if problem] == [2]
     longest = write(tmp_path / "b.csv", '"' + "a" * SAMPLE_BYTES + '"\n1\n')
@@ -96,15 +96,15 @@ def test_only_the_first_rows_are_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x0b", "\x1c"])
-def test_what_ends_no_line_of_a_table_ends_none_of_the_first_rows(tmp_path: Path, separator: str) -> None:
+def test_other_line_separators_do_not_end_a_row(tmp_path: Path, separator: str) -> None:
     assert values_of(write(tmp_path / "a.csv", f"a;b\nx{separator}y;2\n")) == [{"a": f"x{separator}y", "b": "2"}]
 
 
-def test_a_quote_within_a_field_is_told_as_that(tmp_path: Path) -> None:
+def test_a_quote_within_a_field_is_explained(tmp_path: Path) -> None:
     (_, _, problem), *_ = problems_of(write(tmp_path / "a.csv", 'a,b\n"one "two" three",4\n'))
     assert str(problem).endswith("a quote within a field is written twice")
 
 
-def test_a_table_in_another_encoding_is_an_error_as_ever(tmp_path: Path) -> None:
+def test_a_table_in_another_encoding_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is UTF-16 text"):
         read(write(tmp_path / "a.csv", "a;b\n1;2\n".encode("utf-16")))

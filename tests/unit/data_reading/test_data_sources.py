@@ -1,4 +1,4 @@
-"""From the name of a data set to its files or its repository, and what stands behind it."""
+"""Names of data sets: their files or repository, sample and weight."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_names_are_checked_without_the_libraries_that_read_data() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "JSONL", "csv.xz"])
-def test_every_kind_is_found(tmp_path: Path, suffix: str) -> None:
+def test_every_file_type_is_found(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"data.{suffix}"
     path.write_text("x")
     assert find_dataset(str(path)) == DatasetSource(name=str(path), files=(path,))
@@ -74,14 +74,14 @@ def test_directories_and_globs_give_their_files_sorted(
 @pytest.mark.parametrize(
     "pattern", ["**/*.tsv", "**", "d*/**/er/**/*.tsv", "**/**/*.tsv", "**/er/*", "deep/er/**/d.*"]
 )
-def test_a_glob_goes_through_links_but_into_no_directory_twice(data: Path, pattern: str) -> None:
+def test_a_glob_follows_links_but_visits_each_directory_once(data: Path, pattern: str) -> None:
     for number in range(3):
         (data / "deep" / f"loop{number}").symlink_to(data)
         (data / "deep" / "er" / f"back{number}").symlink_to("..")
     assert [name for name in files_of(pattern) if name.endswith(".tsv")] == ["deep/er/d.tsv"]
 
 
-def test_a_directory_that_only_a_link_leads_to_is_read_once_and_a_hidden_one_is_not(
+def test_a_linked_directory_is_read_once_and_a_hidden_one_is_not(
     data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere[1]")
@@ -108,7 +108,7 @@ def test_a_directory_that_only_a_link_leads_to_is_read_once_and_a_hidden_one_is_
     ],
 )
 @pytest.mark.parametrize("name", ["b.jsonl", ".", "*.csv", "[ab].*", "owner/name", "owner/name::train[:10%]"])
-def test_rows_and_weight_stand_behind_every_kind_of_name(
+def test_sample_and_weight_follow_every_kind_of_name(
     data: Path, name: str, behind: str, num_rows: int | None, weight: str
 ) -> None:
     assert data == Path.cwd()
@@ -118,7 +118,7 @@ def test_rows_and_weight_stand_behind_every_kind_of_name(
 
 
 @pytest.mark.parametrize("real", ["a.jsonl*2.jsonl", "a#5.jsonl", "a.jsonl#5", "b[1].jsonl"])
-def test_a_file_that_is_really_called_so_comes_first(
+def test_a_file_with_the_whole_name_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ def test_a_file_that_is_really_called_so_comes_first(
         assert files_of(f"{real}#7*3") == [real]
 
 
-def test_a_weight_is_no_glob_over_what_lies_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_is_not_a_glob_over_sibling_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text("x")
     Path("a.jsonl.bz2").write_text("x")
@@ -153,7 +153,7 @@ def test_a_weight_is_no_glob_over_what_lies_beside_the_file(tmp_path: Path, monk
         ("o.w-n_er/na.me@" + "0a" * 20 + ":c.1:s", ("o.w-n_er/na.me", "0a" * 20, "c.1", "s")),
     ],
 )
-def test_a_hub_id_is_taken_apart(name: str, expected: tuple[str | None, ...]) -> None:
+def test_a_hub_id_is_parsed(name: str, expected: tuple[str | None, ...]) -> None:
     found = find_dataset(name)
     assert (found.repository, found.revision, found.config, found.split) == expected
     assert not found.is_local
@@ -171,7 +171,7 @@ def test_a_hub_id_is_taken_apart(name: str, expected: tuple[str | None, ...]) ->
         "owner/name@",
     ],
 )
-def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
+def test_a_name_like_a_path_is_not_requested_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -183,7 +183,7 @@ def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
 
 @pytest.mark.parametrize("name", ["none*", "none/?", "owner/[n]ame", "*.bz3", "\0*", "~nobody/*", "~/*.jsonl"])
 @pytest.mark.parametrize("behind", ["", "#5", "*2", "#5*2"])
-def test_a_glob_that_finds_nothing_is_named_without_what_stands_behind_it(
+def test_a_glob_without_matches_is_named_without_sample_and_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, behind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -196,7 +196,7 @@ def test_a_glob_that_finds_nothing_is_named_without_what_stands_behind_it(
 
 @pytest.mark.parametrize("behind", ["#0", "#-3", "#half", "#1.5", "#", "*0", "*-1", "*0.0", "*1001", "*1.2.3", "#5*0"])
 @pytest.mark.parametrize("name", ["b.jsonl", "owner/name"])
-def test_a_sample_or_weight_that_is_none_is_refused(data: Path, name: str, behind: str) -> None:
+def test_an_invalid_sample_or_weight_is_refused(data: Path, name: str, behind: str) -> None:
     assert data == Path.cwd()
     problem = refusal(name + behind)
     assert isinstance(problem, DataError)
@@ -214,14 +214,12 @@ def test_a_sample_or_weight_that_is_none_is_refused(data: Path, name: str, behin
         ("b.json#5*2", "b.jsonl"),
     ],
 )
-def test_a_file_that_is_not_there_is_told_with_the_one_that_is_called_most_like_it(
-    data: Path, name: str, near: str
-) -> None:
+def test_a_missing_file_is_an_error_that_names_the_most_similar_one(data: Path, name: str, near: str) -> None:
     (data / "news.jsonl").write_text("x")
     assert refusal(name).hint == f"Did you mean {near}?"
 
 
-def test_a_name_that_only_the_hub_may_have_is_told_with_a_file_that_is_called_so(
+def test_a_missing_hub_id_is_an_error_that_names_a_similar_local_file(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -241,7 +239,7 @@ def test_a_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
         assert "git lfs pull" in str(problem.hint)
 
 
-def test_rows_and_weight_in_the_wrong_order_are_put_right(data: Path) -> None:
+def test_sample_and_weight_in_the_wrong_order_get_a_hint(data: Path) -> None:
     assert data == Path.cwd()
     assert "b.jsonl#5*2" in str(refusal("b.jsonl*2#5").hint)
 
@@ -264,7 +262,7 @@ def test_rows_and_weight_in_the_wrong_order_are_put_right(data: Path) -> None:
         ("/dev/null", "/dev/null is neither a file nor a directory", ".jsonl"),
     ],
 )
-def test_what_is_there_and_no_data_is_named(data: Path, name: str, message: str, hint: str) -> None:
+def test_a_path_that_is_not_data_is_named(data: Path, name: str, message: str, hint: str) -> None:
     (data / "void").mkdir()
     (data / "empty.jsonl").touch()
     (data / "outside.parquet.gz").write_text("x")
@@ -274,12 +272,12 @@ def test_what_is_there_and_no_data_is_named(data: Path, name: str, message: str,
     assert hint in str(problem.hint)
 
 
-def test_an_empty_file_in_a_directory_is_not_passed_over(data: Path) -> None:
+def test_an_empty_file_in_a_directory_is_an_error(data: Path) -> None:
     (data / "deep/er/empty.csv").touch()
     assert "empty.csv is empty" in str(refusal("deep/er"))
 
 
-def test_names_that_are_not_utf8_are_found_and_can_be_printed(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_found_and_printable(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
     path.write_text("x")
     assert find_dataset(str(tmp_path)).files == (path,)
@@ -287,7 +285,7 @@ def test_names_that_are_not_utf8_are_found_and_can_be_printed(tmp_path: Path) ->
     assert str(refusal(str(tmp_path))) == f"{tmp_path}/caf\ufffd.jsonl is empty"
 
 
-def test_what_save_to_disk_writes_is_a_data_set_without_its_metadata_and_caches(tmp_path: Path) -> None:
+def test_the_output_of_save_to_disk_is_read_without_metadata_and_caches(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"]})
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     folder = tmp_path / "saved" / "train"

@@ -1,4 +1,4 @@
-"""What a directory holds by split: layouts of the hub, what `datasets` writes, names of files; and what is said."""
+"""The splits of a directory: layouts of the hub, output of `datasets`, file names; and the notes on them."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def notes_of(*names: str, **settings: object) -> list[str]:
     return list(source_notes(trained_sources(data), held_out_sources(data)))
 
 
-def test_the_words_are_those_of_datasets() -> None:
+def test_the_keywords_of_splits_are_those_of_datasets() -> None:
     assert {split: list(words) for split, words in SPLIT_WORDS.items()} == {
         str(split): words for split, words in data_files.SPLIT_KEYWORDS.items()
     }
@@ -104,7 +104,7 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[..., str], layout: str) -> None:
+def test_a_split_has_the_files_that_datasets_reads(place: Callable[..., str], layout: str) -> None:
     names, splits = LAYOUTS[layout]
     path = place(*names)
     found = datasets.load_dataset_builder(path).config.data_files
@@ -143,7 +143,7 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(place: Callable[...,
         ),
     ],
 )
-def test_train_is_read_and_the_rest_is_reported_as_not_read(
+def test_only_train_is_read_and_the_rest_is_reported(
     place: Callable[..., str], names: list[str], read: list[str], aside: str
 ) -> None:
     path = place(*names)
@@ -164,7 +164,7 @@ def test_train_is_read_and_the_rest_is_reported_as_not_read(
         ("trainfile", "valfile", "evalfile"),
     ],
 )
-def test_keywords_are_found_within_words_that_are_made_of_them(
+def test_keywords_are_found_within_compound_words(
     place: Callable[..., str], train: str, validation: str, test: str
 ) -> None:
     path = place(f"{train}.jsonl", f"{validation}.jsonl", f"{test}.jsonl")
@@ -173,7 +173,7 @@ def test_keywords_are_found_within_words_that_are_made_of_them(
     assert files_of(path, "test") == [f"{test}.jsonl"]
 
 
-def test_a_link_to_a_folder_above_is_no_folder_that_is_left_aside(place: Callable[..., str]) -> None:
+def test_a_link_to_a_folder_above_is_not_reported_as_unread(place: Callable[..., str]) -> None:
     path = place("a.jsonl")
     (Path(path) / "up").symlink_to(Path(path).parent)
     assert notes_of(path) == []
@@ -190,9 +190,7 @@ def test_a_link_to_a_folder_above_is_no_folder_that_is_left_aside(place: Callabl
         ["testament.jsonl", "Devices.jsonl", "trains.jsonl", "myDevices.jsonl"],
     ],
 )
-def test_a_directory_without_the_word_of_a_split_is_read_as_a_whole(
-    place: Callable[..., str], names: list[str]
-) -> None:
+def test_a_directory_without_split_names_is_read_as_a_whole(place: Callable[..., str], names: list[str]) -> None:
     path = place(*names)
     read = sorted(name for name in names if "/" not in name and name.endswith(".jsonl"))
     assert files_of(path) == files_of(path, "validation") == read
@@ -215,7 +213,7 @@ def test_a_directory_without_the_word_of_a_split_is_read_as_a_whole(
         (["train.jsonl"], "train[:10%]", "no split train[:10%]"),
     ],
 )
-def test_a_split_that_is_not_there_is_an_error_that_names_what_is(
+def test_a_missing_split_is_an_error_that_names_the_others(
     place: Callable[..., str], names: list[str], split: str, message: str
 ) -> None:
     assert message in str(refusal(place(*names), split))
@@ -230,18 +228,18 @@ def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> No
     assert refusal(path, "test").hint == f"Name one of them: {path}::validation"
 
 
-def test_an_unclear_file_keeps_no_other_split_from_being_read(place: Callable[..., str]) -> None:
+def test_an_ambiguous_file_does_not_prevent_reading_another_split(place: Callable[..., str]) -> None:
     path = place("train-test.jsonl", "train.jsonl", "validation.jsonl")
     assert files_of(path, "dev") == ["validation.jsonl"]
     assert "train-test.jsonl (of ambiguous splits)" in notes_of(f"{path}::validation")[0]
 
 
-def test_a_sample_and_a_weight_stand_behind_the_split(place: Callable[..., str]) -> None:
+def test_sample_and_weight_follow_the_split(place: Callable[..., str]) -> None:
     source = find_dataset(f"{place('train.jsonl', 'test.jsonl')}::test#5*2")
     assert (source.split, source.num_rows, str(source.weight)) == ("test", 5, "2")
 
 
-def test_a_file_has_no_splits_to_name(place: Callable[..., str]) -> None:
+def test_a_file_has_no_splits(place: Callable[..., str]) -> None:
     path = place("a.jsonl")
     assert "is one file" in str(refusal(f"{path}/a.jsonl::test"))
     assert "has no splits" in str(refusal(f"{path}::test"))
@@ -251,7 +249,7 @@ def test_a_file_has_no_splits_to_name(place: Callable[..., str]) -> None:
             find_split(name, "validation")
 
 
-def test_a_path_with_colons_comes_before_what_could_be_parts_of_it(tmp_path: Path) -> None:
+def test_a_path_with_colons_takes_precedence_over_config_and_split(tmp_path: Path) -> None:
     (tmp_path / "a::test").mkdir()
     (tmp_path / "a::test" / "b.jsonl").write_text("x")
     assert find_dataset(f"{tmp_path}/a::test").files == (tmp_path / "a::test" / "b.jsonl",)
@@ -277,7 +275,7 @@ pretty_name: A set
 PARTS = ("en/part-1.jsonl", "en/part-2.jsonl", "en/held.jsonl", "de/train.jsonl", "de/test.jsonl")
 
 
-def test_the_card_says_which_files_are_of_which_split_of_which_config(place: Callable[..., str]) -> None:
+def test_the_card_assigns_files_to_splits_and_configs(place: Callable[..., str]) -> None:
     path = place(*PARTS, card=CARD)
     assert files_of(f"{path}:en") == ["en/part-1.jsonl", "en/part-2.jsonl"]
     assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
@@ -285,7 +283,7 @@ def test_the_card_says_which_files_are_of_which_split_of_which_config(place: Cal
     assert "validation (held.jsonl)" in notes_of(f"{path}:en")[0]
 
 
-def test_of_several_configs_one_has_to_be_named(place: Callable[..., str]) -> None:
+def test_one_of_several_configs_must_be_named(place: Callable[..., str]) -> None:
     path = place(*PARTS, card=CARD)
     problem = refusal(path)
     assert "several configs: its README.md names en, de" in str(problem)
@@ -294,7 +292,7 @@ def test_of_several_configs_one_has_to_be_named(place: Callable[..., str]) -> No
 
 
 @pytest.mark.parametrize("how", ["  default: true", "default"])
-def test_the_default_config_stands_for_all(place: Callable[..., str], how: str) -> None:
+def test_the_default_config_is_read(place: Callable[..., str], how: str) -> None:
     card = (
         CARD.replace("  data_dir: de", f"  data_dir: de\n{how}")
         if ":" in how
@@ -314,7 +312,7 @@ def test_the_default_config_stands_for_all(place: Callable[..., str], how: str) 
         ("'**/*.jsonl'", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
     ],
 )
-def test_files_of_a_config_are_written_in_every_way_that_datasets_reads(
+def test_config_files_may_be_declared_in_every_form_of_datasets(
     place: Callable[..., str], value: str, read: list[str]
 ) -> None:
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n"
@@ -330,7 +328,7 @@ def test_files_of_a_config_are_written_in_every_way_that_datasets_reads(
         *('!!int ""', "!!bool x", "!!timestamp x", '{? !!float "" : x}'),
     ],
 )
-def test_a_card_that_cannot_be_followed_is_an_error(place: Callable[..., str], value: str) -> None:
+def test_an_invalid_card_is_an_error(place: Callable[..., str], value: str) -> None:
     path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n")
     assert "README.md: its configs can't be read" in str(refusal(path))
     assert len(str(refusal(path))) < 400
@@ -338,7 +336,7 @@ def test_a_card_that_cannot_be_followed_is_an_error(place: Callable[..., str], v
 
 @pytest.mark.parametrize("value", ["..", "/", "5", "[a]", "x" * 5000, '"a\\0b"', '"\\ud800"', "!!binary eA=="])
 @pytest.mark.parametrize("files", ["", "\n  data_files: '*'"])
-def test_a_folder_of_the_card_that_can_be_none_is_an_error(place: Callable[..., str], value: str, files: str) -> None:
+def test_an_invalid_folder_in_the_card_is_an_error(place: Callable[..., str], value: str, files: str) -> None:
     path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_dir: {value}{files}\n---\n")
     assert "README.md: its configs can't be read" in str(refusal(path))
 
@@ -351,14 +349,12 @@ def test_a_card_without_configs_changes_nothing(place: Callable[..., str], card:
 
 
 @pytest.mark.parametrize("pattern", ["notes.txt", "notes*"])
-def test_a_file_of_the_card_that_is_of_no_kind_that_is_read_is_an_error(
-    place: Callable[..., str], pattern: str
-) -> None:
+def test_an_unsupported_file_type_in_the_card_is_an_error(place: Callable[..., str], pattern: str) -> None:
     path = place("notes.txt", card=f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n")
     assert "notes.txt is of a file type that is not supported" in str(refusal(path))
 
 
-def test_a_split_of_the_card_without_files_is_an_error_where_it_is_read(place: Callable[..., str]) -> None:
+def test_a_split_of_the_card_without_files_is_an_error_when_it_is_read(place: Callable[..., str]) -> None:
     path = place("en/held.jsonl", card=CARD)
     assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
     assert "no file of its split train is there" in str(refusal(f"{path}:en"))
@@ -367,7 +363,7 @@ def test_a_split_of_the_card_without_files_is_an_error_where_it_is_read(place: C
 # What datasets writes
 
 
-def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_requested_split_of_a_saved_dict_is_read(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
     top = tmp_path / "set"
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(top)
@@ -383,7 +379,7 @@ def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json"])
 @pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"splits": 5, "_data_files": ["a"]}', "[" * 100_000])
-def test_a_file_that_is_only_called_as_metadata_changes_nothing(
+def test_a_file_that_is_only_named_like_metadata_changes_nothing(
     place: Callable[..., str], name: str, content: str
 ) -> None:
     path = place("train.jsonl", "test.jsonl")
@@ -394,7 +390,7 @@ def test_a_file_that_is_only_called_as_metadata_changes_nothing(
 @pytest.mark.parametrize(
     "name", ["\0", "a\0.arrow", "\ud800.arrow", "x" * 300 + ".arrow", "..", "", "/", 5, None, ["a"]]
 )
-def test_metadata_with_names_that_can_be_no_files_changes_nothing(place: Callable[..., str], name: object) -> None:
+def test_metadata_with_invalid_file_names_changes_nothing(place: Callable[..., str], name: object) -> None:
     path = place("train.jsonl", "test.jsonl")
     (Path(path) / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     (Path(path) / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
@@ -424,7 +420,7 @@ def cached(place: Callable[..., str], tmp_path: Path) -> Path:
     return tmp_path / "cache" / "set"
 
 
-def test_of_the_cache_of_datasets_the_results_of_map_are_not_read(cached: Path) -> None:
+def test_map_results_in_the_cache_of_datasets_are_not_read(cached: Path) -> None:
     folder = next(cached.rglob("dataset_info.json")).parent
     assert sorted(path.name.partition("-")[0] for path in folder.glob("*.arrow")) == ["cache", "cache", "set", "set"]
     for name in (folder, folder.parent, cached):
@@ -433,7 +429,7 @@ def test_of_the_cache_of_datasets_the_results_of_map_are_not_read(cached: Path) 
         assert "not read: test (set-test.arrow)" in notes_of(str(name))[0]
 
 
-def test_of_several_data_sets_in_a_cache_one_has_to_be_named(cached: Path) -> None:
+def test_one_of_several_data_sets_in_a_cache_must_be_named(cached: Path) -> None:
     folder = next(cached.rglob("dataset_info.json")).parent
     other = folder.with_name("0" * 16)
     other.mkdir()
@@ -451,7 +447,7 @@ def test_folders_of_several_configs_are_named(place: Callable[..., str]) -> None
     assert problem.hint == f"Its subfolders do; give one: {path}/en, {path}/more/de"
 
 
-def test_shards_of_a_cache_are_of_their_split(place: Callable[..., str]) -> None:
+def test_shards_in_a_cache_belong_to_their_split(place: Callable[..., str]) -> None:
     names = ["n-train-00000-of-00002.arrow", "n-train-00001-of-00002.arrow", "n-pretrain.arrow", "n-train_x.arrow"]
     path = place(*names)
     splits = {name: {"name": name} for name in ("train", "pretrain", "train_x")}
@@ -463,7 +459,7 @@ def test_shards_of_a_cache_are_of_their_split(place: Callable[..., str]) -> None
 # What is said
 
 
-def test_files_of_several_splits_that_were_named_are_all_read_and_said(place: Callable[..., str]) -> None:
+def test_named_files_of_several_splits_are_all_read_with_a_note(place: Callable[..., str]) -> None:
     path = place("train.jsonl", "test.jsonl", "train/a.jsonl", "b.jsonl")
     for names in (
         [f"{path}/*"],
@@ -475,7 +471,7 @@ def test_files_of_several_splits_that_were_named_are_all_read_and_said(place: Ca
     assert notes_of(f"{path}/train*") == notes_of(f"{path}/test.jsonl") == []
 
 
-def test_shards_that_are_missing_are_said(place: Callable[..., str]) -> None:
+def test_missing_shards_are_reported(place: Callable[..., str]) -> None:
     path = place("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
     for name in (path, f"{path}/*"):
         assert notes_of(name) == [f"{path}: 1 of 3 files are missing, train-00001-of-00003 for one"]
@@ -483,7 +479,7 @@ def test_shards_that_are_missing_are_said(place: Callable[..., str]) -> None:
     assert notes_of(path) == notes_of(f"{path}/train-00000-of-00003.jsonl") == []
 
 
-def test_a_split_that_is_evaluated_is_not_left_aside(place: Callable[..., str]) -> None:
+def test_a_split_that_is_evaluated_is_not_reported_as_unread(place: Callable[..., str]) -> None:
     path = place("train.jsonl", "val.jsonl", "test.jsonl")
     (note,) = notes_of(path, eval_split="dev")
     assert note == f"{path}: reading train (train.jsonl) and validation (val.jsonl); not read: test (test.jsonl)"
@@ -508,7 +504,7 @@ def test_a_split_that_is_evaluated_is_not_left_aside(place: Callable[..., str]) 
         ("owner/name::test", "owner/name", True),
     ],
 )
-def test_data_that_is_trained_and_all_of_it_held_out_is_found(
+def test_data_that_is_both_trained_and_held_out_is_detected(
     place: Callable[..., str], monkeypatch: pytest.MonkeyPatch, trained: str, evaluated: str, is_same: bool
 ) -> None:
     monkeypatch.chdir(place("train.jsonl", "test.jsonl"))
@@ -539,7 +535,7 @@ NAMES = st.tuples(st.sampled_from(["", "", "", "data/", "train/", "test_2/", "ot
 
 @given(names=st.sets(NAMES, min_size=1, max_size=6))
 @settings(max_examples=150, deadline=None)
-def test_no_file_of_another_split_is_trained_and_each_is_read_or_said(names: set[str]) -> None:
+def test_no_file_of_another_split_is_trained_and_each_is_read_or_reported(names: set[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         for name in names:

@@ -1,4 +1,4 @@
-"""What a data set is recognised as by its columns, and what becomes of its rows."""
+"""Recognising the format of a data set by its columns, and reading its rows."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_formats_are_recognised_by_their_columns(columns: tuple[str, ...], expec
     assert layout_of(*columns).describe() == expected
 
 
-def test_columns_named_by_hand_come_first() -> None:
+def test_named_columns_take_precedence() -> None:
     layout = layout_of("q", "text", "reply", columns={"prompt": "q", "completion": "reply"})
     assert layout.describe() == "prompt_completion (prompt is q; completion is reply; not used: text)"
     assert layout_of("text", "other", columns="text=other").columns == {"text": "other"}
@@ -90,7 +90,7 @@ def test_columns_named_by_hand_come_first() -> None:
         ),
     ],
 )
-def test_what_is_not_recognised_is_told_with_what_to_do(
+def test_unrecognised_columns_are_an_error_with_a_hint(
     columns: tuple[str, ...], settings: dict[str, Any], expected: str, hint: str
 ) -> None:
     with pytest.raises(DataError, match=expected) as caught:
@@ -98,14 +98,14 @@ def test_what_is_not_recognised_is_told_with_what_to_do(
     assert hint in (caught.value.hint or "")
 
 
-def test_sharegpt_speaks_of_humans_and_gpt() -> None:
+def test_sharegpt_roles_are_human_and_gpt() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     found = conversation({"conversations": turns, "system": "Be brief."})
     assert found.messages == [{"role": "system", "content": "Be brief."}, USER, ANSWER]
     assert found.trained == (2,)
 
 
-def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
+def test_a_sharegpt_function_call_becomes_a_tool_call() -> None:
     turns = [
         {"from": "human", "value": "q"},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
@@ -119,33 +119,33 @@ def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
     assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
-def test_arguments_as_openai_writes_them_are_read_so_that_templates_write_them_once() -> None:
+def test_openai_arguments_are_parsed_so_that_templates_do_not_quote_them_twice() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     found = conversation({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     assert found.messages[1]["content"] == ""
 
 
-def test_messages_can_be_left_out_of_training() -> None:
+def test_messages_can_be_excluded_from_training() -> None:
     messages = [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}]
     found = conversation({"messages": messages})
     assert found.trained == (3,)
     assert all(message.keys() == {"role", "content"} for message in found.messages)
 
 
-def test_the_last_answer_alone_on_demand() -> None:
+def test_loss_on_last_trains_only_the_last_answer() -> None:
     row = {"messages": [USER, ANSWER, USER, ANSWER, USER]}
     assert conversation(row).trained == (1, 3)
     assert conversation(row, loss_on=LossOn.LAST).trained == (3,)
 
 
-def test_answers_in_a_conversational_prompt_are_given_not_trained() -> None:
+def test_answers_in_a_conversational_prompt_are_not_trained() -> None:
     found = conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
     assert found.trained == (3,)
     assert len(found.messages) == 4
 
 
-def test_parts_of_text_are_joined() -> None:
+def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert conversation({"messages": [USER, {"role": "assistant", "content": parts}]}).messages[1]["content"] == "ab"
 
@@ -171,7 +171,7 @@ def test_a_context_or_a_system_prompt_in_a_column_of_its_own_is_part_of_the_prom
     assert conversation({"messages": [USER, ANSWER], "system": "s"}).messages[0]["content"] == "s"
 
 
-def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
+def test_tokens_are_read_unchanged_and_masks_apply() -> None:
     for row, labels in (
         ({"input_ids": [1, 2]}, [1, 2]),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, [-100, 2]),
@@ -223,11 +223,11 @@ def test_tokens_are_taken_as_they_are_and_masks_hold() -> None:
         ({"input_ids": [1, 2], "labels": [1, 3]}, "labels[1] is 3: a label is the token itself (2) or -100"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_named_with_its_key(row: dict[str, Any], expected: str) -> None:
+def test_the_problem_with_a_row_names_its_key(row: dict[str, Any], expected: str) -> None:
     assert expected in problem(row)
 
 
-def test_a_row_of_another_format_is_told_which_is_nearest() -> None:
+def test_a_row_of_another_format_is_an_error_that_names_the_nearest() -> None:
     found = problem({"question": "q", "answer": "a"}, "prompt", "completion")
     assert found == (
         "there is no 'prompt', only 'question', 'answer'; the nearest known format is "
@@ -235,7 +235,7 @@ def test_a_row_of_another_format_is_told_which_is_nearest() -> None:
     )
 
 
-def test_every_format_can_be_asked_for() -> None:
+def test_every_format_can_be_chosen() -> None:
     for fmt in set(DataFormat) - {DataFormat.AUTO}:
         with pytest.raises(DataError, match=f"which the format {fmt.value} needs"):
             layout_of("nothing", format=fmt)

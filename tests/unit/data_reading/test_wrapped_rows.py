@@ -1,4 +1,4 @@
-"""Files of one object that holds the rows: what is said of them, and the command that makes rows of them."""
+"""Files of one object that nests the rows: the error, and the command that extracts them."""
 
 import bz2
 import gzip
@@ -57,7 +57,7 @@ def type_hint(error: DataError, folder: Path) -> Path:
         (dict(zip("01", ROWS, strict=True)), "one under each of 0, 1"),
     ],
 )
-def test_where_the_rows_are_is_named_and_the_command_writes_them(
+def test_nested_rows_are_located_and_the_command_extracts_them(
     tmp_path: Path, content: dict[str, object], where: str
 ) -> None:
     path = write(tmp_path / "a b'.json", json.dumps(content))
@@ -87,11 +87,11 @@ def test_the_command_reads_archives_and_byte_order_marks(
         {"question": "q", "answer": "a", "more": [{"x": 1}]},
     ],
 )
-def test_a_lone_row_of_a_known_format_is_a_row(tmp_path: Path, content: dict[str, object]) -> None:
+def test_a_single_row_of_a_known_format_is_a_row(tmp_path: Path, content: dict[str, object]) -> None:
     opened(write(tmp_path / "a.json", json.dumps(content)))
 
 
-def test_a_lone_row_whose_columns_are_named_is_a_row(tmp_path: Path) -> None:
+def test_a_single_row_whose_columns_are_named_is_a_row(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path / "a.json", json.dumps({"id": 1, "turns": turns}))
     opened(path, columns={"messages": "turns"})
@@ -112,13 +112,15 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         {"data": {"turns": TURNS}},
     ],
 )
-def test_the_turns_and_answers_of_one_row_are_no_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
+def test_the_turns_and_answers_of_one_row_are_not_rows(
+    tmp_path: Path, content: dict[str, object], suffix: str
+) -> None:
     assert "fit no known format" in str(refusal(write(tmp_path / f"a.{suffix}", json.dumps(content))))
 
 
 @pytest.mark.parametrize("content", [{"conversations": ["hi", "yo"]}, {"messages": ["hi"]}])
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_texts_in_the_place_of_messages_are_no_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
+def test_texts_in_place_of_messages_are_not_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
     opened(write(tmp_path / f"a.{suffix}", json.dumps(content)))  # which of its row, as ever, says what is wrong
 
 
@@ -131,13 +133,13 @@ def test_a_line_with_lists_under_its_columns_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"a": "b"}, {"a": []}, {"a": [1]}, {"a": {"b": {}}}, {}])
-def test_an_object_without_rows_inside_is_told_as_ever(tmp_path: Path, content: dict[str, object]) -> None:
+def test_an_object_without_nested_rows_gets_the_usual_error(tmp_path: Path, content: dict[str, object]) -> None:
     error = refusal(write(tmp_path / "a.json", json.dumps(content)))
     assert "holds the rows" not in str(error)
 
 
 @pytest.mark.parametrize("before", ['"v": 1, "tags": {"a": [1]}, ', ""])
-def test_of_an_object_too_long_for_a_row_the_list_inside_is_named(
+def test_the_list_in_an_object_too_long_for_a_row_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     monkeypatch.setattr("qlora_cli.data.reading.json_text.MAX_ROW_BYTES", WINDOW_BYTES)

@@ -1,4 +1,4 @@
-"""From rows to tokens and labels: formats, masks, ends of turns, BOS, and rows that are wrong."""
+"""From rows to tokens and labels: formats, masks, ends of turns, BOS, and invalid rows."""
 
 import json
 from pathlib import Path
@@ -155,7 +155,7 @@ def test_every_kind_of_file_gives_the_same_tokens(
         ),
     ],
 )
-def test_a_wrong_row_is_named(
+def test_an_invalid_row_is_named(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: str, expected: str
 ) -> None:
     path = tmp_path / name
@@ -191,7 +191,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, token
     assert trained_text(data, tokenizer) == "first answer<|im_end|>"
 
 
-def test_names_that_can_be_nothing_are_known_at_once(tmp_path: Path) -> None:
+def test_impossible_names_are_rejected_immediately(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "notes.docx").write_text("x")
     (tmp_path / "folder").mkdir()

@@ -1,4 +1,4 @@
-"""The page of `qlora inspect-data --html`: what stands in it, that it needs nothing, and that no data breaks it."""
+"""The page of `qlora inspect-data --html`: its contents, that it is self-contained, and that no data breaks it."""
 
 import os
 import re
@@ -189,7 +189,7 @@ def body_rows(root: Element) -> list[Element]:
     return root.all("div", "row")
 
 
-def test_it_says_data_set_model_and_format_first(root: Element) -> None:
+def test_the_page_begins_with_data_set_model_and_format(root: Element) -> None:
     assert root.all("title")[0].text.startswith("chats.jsonl, more.parquet")
     assert [heading.text for heading in root.all("h1")] == ["chats.jsonl, more.parquet"]
     assert MODEL in root.all("header")[0].text
@@ -216,7 +216,7 @@ def test_headings_are_in_order(root: Element) -> None:
     assert named == {heading.attributes["id"] for heading in headings if heading.tag == "h2"}
 
 
-def test_it_needs_nothing_else_and_runs_nothing(html: str, root: Element) -> None:
+def test_the_page_is_self_contained_and_runs_no_script(html: str, root: Element) -> None:
     for element in root.all():
         assert element.tag not in {"script", "link", "iframe", "object", "embed", "base", "form", "img", "a"}
         for name, value in element.attributes.items():
@@ -235,7 +235,7 @@ def test_it_needs_nothing_else_and_runs_nothing(html: str, root: Element) -> Non
     assert not re.search(r"https?://", rest)
 
 
-def test_untrusted_text_is_text(root: Element) -> None:
+def test_untrusted_text_is_escaped(root: Element) -> None:
     assert [SCRIPT in item.text for item in root.all("section")[3].all("li")] == [False, True]
     assert f"{SCRIPT}, row 99" in [item.text for item in root.all("li")]
     assert "A note <script>alert(1)</script> [U+202E]&amp;" in [item.text for item in root.all("li")]
@@ -246,7 +246,7 @@ def test_untrusted_text_is_text(root: Element) -> None:
     assert page.all("script") == []
 
 
-def test_each_piece_is_a_span_with_its_ids(root: Element) -> None:
+def test_each_piece_is_a_span_with_its_token_ids(root: Element) -> None:
     for row, shown in zip(ROWS, body_rows(root), strict=True):
         spans = shown.all("span")
         assert [span.attributes["title"] for span in spans] == [
@@ -257,7 +257,7 @@ def test_each_piece_is_a_span_with_its_ids(root: Element) -> None:
             assert span.kinds == [kind for kind, is_so in expected.items() if is_so]
 
 
-def test_trained_text_is_in_marked_spans_exactly(root: Element) -> None:
+def test_exactly_the_trained_text_is_in_marked_spans(root: Element) -> None:
     chat, nasty = body_rows(root)
     assert [span.text for span in chat.all("span", "trained")] == ["Hello,", " world.⏎\n", "🙂", "<|im_end|>"]
     assert [span.text for span in nasty.all("span", "trained")] == [visible(text) for text in NASTY[::2]]
@@ -265,7 +265,7 @@ def test_trained_text_is_in_marked_spans_exactly(root: Element) -> None:
     assert untrained == [*(visible(text) for text in NASTY[1::2]), "<|pad|>", "<|pad|>"]
 
 
-def test_nothing_but_tokens_stands_in_a_row(root: Element) -> None:
+def test_a_row_contains_only_tokens(root: Element) -> None:
     chat, _ = body_rows(root)
     assert chat.text == (
         "<|im_start|>user⏎\nSay hello·<|im_end|>⏎\nHello, world.⏎\n🙂<|im_end|>+ 40 tokens of padding" + "<|pad|>" * 40
@@ -296,7 +296,7 @@ def test_a_space_is_marked_where_a_line_a_turn_or_trained_text_ends(pieces: list
     assert "".join(part.text for run in runs_of(row) for token in run.tokens for part in token.parts) == expected
 
 
-def test_figures_stand_beside_those_of_held_out_rows(root: Element) -> None:
+def test_figures_are_next_to_those_of_held_out_rows(root: Element) -> None:
     lines = {
         line.all("th")[0].text: [cell.text for cell in line.all("td")] for line in root.all("tr") if line.all("td")
     }
@@ -318,7 +318,7 @@ def test_figures_stand_beside_those_of_held_out_rows(root: Element) -> None:
     assert [head.text for head in root.all("thead")[0].all("th")] == ["trained", "held out"]
 
 
-def test_batches_troubles_and_notes_are_told(root: Element) -> None:
+def test_batches_troubles_and_notes_are_shown(root: Element) -> None:
     text = " ".join(root.all("main")[0].text.split())
     for expected in (
         "23.4 % of the tokens, with micro-batches of 4",
@@ -334,7 +334,7 @@ def test_batches_troubles_and_notes_are_told(root: Element) -> None:
         assert expected in text
 
 
-def test_parts_without_anything_to_say_are_left_out() -> None:
+def test_empty_sections_are_left_out() -> None:
     page = parse(render_page(PLAIN, model=MODEL))
     assert [heading.text for heading in page.all("h2")] == ["Rows and tokens", "Lengths", "Batches"]
     assert page.all("thead") == []
@@ -355,7 +355,7 @@ def test_the_histogram_is_drawn_for_a_window_and_a_phone_with_a_description(root
         assert {"max length 550", "tokens of a row", "rows"} <= {text.text for text in drawing.all("text")}
 
 
-def test_no_longer_row_is_described_as_such() -> None:
+def test_the_description_says_when_no_row_is_longer() -> None:
     assert describe_lengths(replace(PLAIN, max_length=880)).endswith("880 tokens; no row is longer.")
 
 
@@ -373,20 +373,20 @@ def test_a_max_length_far_beyond_the_rows_is_not_drawn_to_scale(max_length: int,
     assert lengths_chart(replace(PLAIN, max_length=max_length)).limit.is_far == is_far
 
 
-def test_places_follow_bars_of_one_width_and_doubling_ones() -> None:
+def test_positions_follow_bars_of_equal_and_of_doubling_width() -> None:
     doubling = tuple(Bar(first=last // 2 + 1, last=last, rows=1) for last in (16, 32, 64))
     assert [position_of(length, doubling) for length in (4, 8, 12, 16, 24, 64, 256)] == [0, 0, 0.5, 1, 1.5, 3, 5]
     late = BARS[2:]  # no empty bars before the shortest row
     assert [position_of(length, late) for length in (10, 300, 350, 900, 1000)] == [0, 1, 1.5, 7, 8]
 
 
-def test_equal_data_is_an_equal_page_and_settings_of_matplotlib_are_as_before(html: str) -> None:
+def test_the_page_is_deterministic_and_leaves_matplotlib_settings_unchanged(html: str) -> None:
     before = dict(mpl.rcParams)
     assert render_page(INSPECTION, model=MODEL) == html
     assert dict(mpl.rcParams) == before
 
 
-def test_the_file_is_whole_for_its_owner_and_alone(tmp_path: Path, html: str) -> None:
+def test_the_file_is_complete_and_only_readable_by_its_owner(tmp_path: Path, html: str) -> None:
     path = tmp_path / ("page" * 60 + ".html")
     (tmp_path / "other").write_text("")
     write_page(INSPECTION, path, model=MODEL)
@@ -395,7 +395,7 @@ def test_the_file_is_whole_for_its_owner_and_alone(tmp_path: Path, html: str) ->
     assert sorted(tmp_path.iterdir()) == sorted([path, tmp_path / "other"])
 
 
-def test_a_page_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     path.write_text("old")
 
@@ -410,7 +410,9 @@ def test_a_page_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_can_be_no_page_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_page_path_is_reported_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert check_page(tmp_path / "page.html") is None
     (tmp_path / "page.html").write_text("an older one")
     assert check_page(tmp_path / "page.html") is None
@@ -430,7 +432,7 @@ def test_a_place_that_can_be_no_page_is_told_before(tmp_path: Path, monkeypatch:
     assert "can't be written to" in str(check_page(tmp_path / "page.html"))
 
 
-def test_what_draws_the_page_is_a_dependency_of_every_installation() -> None:
+def test_the_page_needs_only_required_dependencies() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))["project"]
     assert any(re.match(r"matplotlib\b", requirement) for requirement in project["dependencies"])
     assert "plot" in project["optional-dependencies"]  # asked for by those who installed it before

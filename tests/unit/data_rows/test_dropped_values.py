@@ -1,4 +1,4 @@
-"""All that a row says is in its text, in its own message; or the row is refused, or what is left out is told."""
+"""Every value of a row is rendered in its own message; or the row is refused, or the dropped value is reported."""
 
 import json
 from datetime import UTC, datetime
@@ -71,7 +71,7 @@ def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[ValueKind]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_all_that_a_row_says_is_in_its_own_message_or_it_is_refused_or_told(name: str) -> None:
+def test_every_value_of_a_row_is_rendered_in_its_message_refused_or_reported(name: str) -> None:
     num_used = 0
     for seed in SEEDS:
         drawn = draw_row(seed)
@@ -93,7 +93,7 @@ def test_all_that_a_row_says_is_in_its_own_message_or_it_is_refused_or_told(name
     assert (num_used == 0) == (name in REFUSE_ALL)
 
 
-def test_templates_of_real_models_are_among_them() -> None:
+def test_templates_of_real_models_are_included() -> None:
     assert len(OWN) >= 14
     assert len(SHIPPED) >= 30
 
@@ -152,7 +152,7 @@ def refused_by(name: str, conversation: Conversation, loss_on: LossOn = LossOn.C
     return found
 
 
-def test_a_template_that_looks_for_parts_gets_contents_in_parts() -> None:
+def test_a_template_that_expects_parts_gets_contents_in_parts() -> None:
     assert trained_by("contents_in_parts", asked(answer("Iron is one."))) == ["Iron is one.<|im_end|>"]
 
 
@@ -169,7 +169,7 @@ def test_a_call_that_only_the_list_of_tools_names_is_refused() -> None:
     )
 
 
-def test_reasoning_without_a_place_is_refused_unless_it_is_accepted_or_not_trained() -> None:
+def test_dropped_reasoning_is_refused_unless_accepted_or_untrained() -> None:
     first = answer("An ore.", reasoning_content="Ores are mined.")
     problem = refused_by("contents_alone", asked(first))
     assert "does not write reasoning: 'reasoning_content' of message 1, 'Ores are mined.'" in str(problem)
@@ -183,12 +183,12 @@ def test_reasoning_without_a_place_is_refused_unless_it_is_accepted_or_not_train
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_goes_in_under_the_key_that_the_template_knows(key: str) -> None:
+def test_reasoning_is_passed_under_the_key_that_the_template_knows(key: str) -> None:
     (trained,) = trained_by("everything", asked(answer("A metal.", **{key: "Iron is one."})))
     assert trained == "<think>\nIron is one.\n</think>\n\nA metal.<|im_end|>"
 
 
-def test_a_template_that_takes_reasoning_out_of_every_answer_is_recognised() -> None:
+def test_a_template_that_removes_reasoning_from_every_answer_is_recognised() -> None:
     reasoned = asked(answer("<think>\n30 and 12\n</think>\n\n42"))
     problem = refused_by("reasoning_taken_out", reasoned)
     assert "removes reasoning from every answer" in str(problem)
@@ -197,7 +197,7 @@ def test_a_template_that_takes_reasoning_out_of_every_answer_is_recognised() -> 
     assert trained_by("contents_alone", reasoned) == ["<think>\n30 and 12\n</think>\n\n42<|im_end|>"]
 
 
-def test_reasoning_that_goes_once_a_message_follows_is_refused_with_what_helps() -> None:
+def test_reasoning_that_is_dropped_when_a_message_follows_is_refused_with_a_hint() -> None:
     messages = [answer("<think>\nhm\n</think>\n\n42"), {"role": "user", "content": "Sure?"}, answer("Yes.")]
     problem = refused_by("reasoning_of_the_last", asked(*messages, trained=(1, 3)))
     assert "differently when others follow" in str(problem)
@@ -205,7 +205,7 @@ def test_reasoning_that_goes_once_a_message_follows_is_refused_with_what_helps()
     assert trained_by("reasoning_of_the_last", asked(*messages)) == ["Yes.<|im_end|>"]
 
 
-def test_text_beside_calls_that_a_template_drops_is_refused_unless_it_is_accepted() -> None:
+def test_dropped_text_next_to_calls_is_refused_unless_accepted() -> None:
     conversation = asked(answer("I look it up.", tool_calls=[CALL]))
     problem = refused_by("calls_or_content", conversation)
     assert "leaves out the text next to the tool calls of message 1: 'I look it up.'" in str(problem)
@@ -213,7 +213,7 @@ def test_text_beside_calls_that_a_template_drops_is_refused_unless_it_is_accepte
     assert trained == '{"name": "lookup", "arguments": {"word": "iron"}}<|im_end|>'
 
 
-def test_developer_is_system_where_a_template_has_no_such_role() -> None:
+def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     developer = {"role": "developer", "content": "Answer in one word."}
     conversation = Conversation(messages=[developer, *asked(answer("Iron.")).messages], trained=(2,))
     text, tokenizer = of("three_roles")
@@ -225,12 +225,12 @@ def test_developer_is_system_where_a_template_has_no_such_role() -> None:
     assert "<|start|>developer<|message|>" in whole_text("gptoss", conversation)  # which names it
 
 
-def test_a_message_that_a_template_passes_over_is_refused() -> None:
+def test_a_message_that_a_template_skips_is_refused() -> None:
     conversation = asked(answer("One moment."), {"role": "tool", "content": "symbol Fe"}, answer("Its symbol is Fe."))
     assert "leaves out message 2 (tool): 'symbol Fe'" in str(refused_by("three_roles", conversation))
 
 
-def test_what_a_template_leaves_out_for_what_a_content_holds_is_refused() -> None:
+def test_a_value_dropped_because_of_its_content_is_refused() -> None:
     assert len(trained_by("contents_cut_short", asked(answer("short")))) == 1
     problem = refused_by("contents_cut_short", asked(answer("word " * 50 + "and the end")))
     assert "leaves out message 1 (assistant)" in str(problem)
@@ -245,11 +245,11 @@ def test_what_a_template_leaves_out_for_what_a_content_holds_is_refused() -> Non
         answer("I look it up.", tool_calls=[CALL, CALL]),
     ],
 )
-def test_every_kind_of_answer_needs_an_end(given: dict[str, Any]) -> None:
+def test_every_kind_of_answer_needs_an_end_of_turn(given: dict[str, Any]) -> None:
     assert "ends no turn" in str(refused_by("no_end", asked(given)))
 
 
-def test_what_closes_a_call_is_no_end() -> None:
+def test_the_text_that_closes_a_call_is_not_an_end_of_turn() -> None:
     assert trained_by("no_end_behind_calls", asked(answer("42"))) == ["42<|im_end|>"]
     problem = refused_by("no_end_behind_calls", asked(answer("", tool_calls=[CALL])))
     assert "after the tool calls of message 1" in str(problem)
@@ -257,7 +257,7 @@ def test_what_closes_a_call_is_no_end() -> None:
     assert "<|im_end|>" in trained_by("one_call", asked(answer("", tool_calls=[CALL])))[0]
 
 
-def test_where_generation_stops_at_the_next_role_that_token_is_trained() -> None:
+def test_the_token_of_the_next_role_is_trained_if_generation_stops_at_it() -> None:
     text, _ = of("glm4moe")
     ids = text.tokenizer.get_vocab()
     ends = frozenset({ids["<|user|>"], ids["<|observation|>"]})
@@ -277,7 +277,7 @@ def test_an_answer_without_reasoning_is_refused_with_the_switch_that_helps() -> 
     assert len(trained_by("nemotron_3_nano", switched)) == 1
 
 
-def test_a_template_that_refuses_marks_is_judged_by_the_row_alone() -> None:
+def test_a_template_that_refuses_marks_is_judged_by_the_row_itself() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.content != 'yes' and m.role == 'assistant' %}"
@@ -291,7 +291,7 @@ def test_a_template_that_refuses_marks_is_judged_by_the_row_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [datetime(2024, 1, 1, tzinfo=UTC), b"x", 1.5, 7, None, [1], {"a": "b"}, True])
-def test_what_messages_have_besides_may_be_of_any_type(value: object) -> None:
+def test_other_keys_of_messages_may_have_any_type(value: object) -> None:
     message = answer("Iron.", sent_at=value)
     assert trained_by("contents_alone", asked(message)) == ["Iron.<|im_end|>"]
 
@@ -302,7 +302,7 @@ PARTS_OF_QUESTIONS = (
 )
 
 
-def test_only_the_roles_that_a_template_wants_in_parts_are_given_in_parts() -> None:
+def test_only_roles_that_a_template_expects_in_parts_are_passed_in_parts() -> None:
     assert trained_with(PARTS_OF_QUESTIONS, asked(answer("Hello."))) == ["Hello.<|im_end|>"]
     messages = [{"role": "system", "content": "Be brief."}, *asked(answer("Hello.")).messages]
     assert trained_with(PARTS_OF_QUESTIONS, Conversation(messages=messages, trained=(2,))) == ["Hello.<|im_end|>"]
@@ -329,7 +329,7 @@ def test_arguments_with_quotes_are_found_in_shipped_templates_that_write_python(
 
 
 @pytest.mark.parametrize("role", ["tool", "system"])
-def test_a_message_that_is_written_as_an_answer_is_refused(role: str) -> None:
+def test_a_message_rendered_as_an_answer_is_refused(role: str) -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }}\n"
@@ -341,7 +341,7 @@ def test_a_message_that_is_written_as_an_answer_is_refused(role: str) -> None:
     assert f"writes message 2 ({role}) as an answer of the assistant" in str(found)
 
 
-def test_a_result_that_is_cut_is_missed_although_the_answer_quotes_it() -> None:
+def test_a_truncated_result_is_detected_although_the_answer_quotes_it() -> None:
     template = "{{ m.content[:20] if m.role == 'tool' else m.content }}"
     result = "a long result of a tool, whose end is Fe"
     messages = [answer("Wait."), {"role": "tool", "content": result}, answer(f"It says: {result}")]
@@ -349,7 +349,7 @@ def test_a_result_that_is_cut_is_missed_although_the_answer_quotes_it() -> None:
     assert "leaves out message 2 (tool)" in str(found)
 
 
-def test_what_asks_for_a_later_answer_is_compared_too() -> None:
+def test_the_prompt_of_a_later_answer_is_compared_too() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -361,7 +361,7 @@ def test_what_asks_for_a_later_answer_is_compared_too() -> None:
     assert "with a different text" in str(one(tokenizer, asked(*messages, trained=(1, 3))))
 
 
-def test_a_key_that_no_template_writes_is_named_though_its_name_is_in_the_template() -> None:
+def test_a_dropped_key_is_reported_although_the_template_mentions_its_name() -> None:
     _, tokenizer = with_template(
         "{% if m.text is defined and m.role == 'tool' %}{{ m.text }}{% endif %}{{ m.content }}"
     )
@@ -372,14 +372,14 @@ def test_a_key_that_no_template_writes_is_named_though_its_name_is_in_the_templa
     assert not tokenizer.renderer.writes_key("elsewhere", [conversation])
 
 
-def test_a_thought_in_the_content_goes_under_the_key_of_a_template_that_would_write_an_empty_one_before() -> None:
+def test_reasoning_in_the_content_moves_to_the_key_of_a_template_that_adds_an_empty_block() -> None:
     thought = "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
     template = "{% if m.role == 'assistant' %}" + thought + "{% endif %}{{ m.content }}"
     (trained,) = trained_with(template, asked(answer("<think>\n6 times 7\n</think>\n\n42")))
     assert trained == "<think>\n6 times 7\n</think>\n\n42<|im_end|>"
 
 
-def test_where_generation_stops_at_the_next_question_a_last_answer_ends_with_its_token() -> None:
+def test_the_last_answer_ends_with_the_token_of_a_question_if_generation_stops_at_it() -> None:
     text, _ = of("glm4moe")
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, frozenset({text.tokenizer.get_vocab()["<|user|>"]}))
     messages = [answer("A metal."), {"role": "user", "content": "Sure?"}, answer("Yes.")]
@@ -390,7 +390,7 @@ def test_where_generation_stops_at_the_next_question_a_last_answer_ends_with_its
         assert "more" not in str(text.tokenizer.decode(found.input_ids.tolist()))
 
 
-def test_a_turn_for_each_call_ends() -> None:
+def test_each_call_in_a_turn_of_its_own_ends() -> None:
     call = "<|im_start|>assistant\nto={{ c.function.name }}\n{{ c.function.arguments | tojson }}<|im_end|>\n"
     template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}" + call + "{% else %}<|im_start|>{{ m.role }}\n"
@@ -404,7 +404,7 @@ def test_a_turn_for_each_call_ends() -> None:
     assert isinstance(found, Tokens), found
 
 
-def test_a_name_that_stands_in_the_id_of_a_call_alone_is_found_there() -> None:
+def test_a_function_name_that_is_only_in_the_call_id_is_detected() -> None:
     written = "<call>{{ c.id }} {{ c.function.arguments | tojson }}</call>"
     template = "{{ m.content }}{% for c in m.tool_calls or [] %}" + written + "{% endfor %}"
     call = {**CALL, "id": "functions.lookup:0"}
@@ -412,7 +412,7 @@ def test_a_name_that_stands_in_the_id_of_a_call_alone_is_found_there() -> None:
     assert "functions.lookup:0" in trained
 
 
-def test_hints_propose_what_works() -> None:
+def test_hints_propose_only_what_works() -> None:
     thought = answer("42", reasoning_content="6 times 7")
     assert "<think>" not in str(refused_by("deepseek_r1_distill", asked(thought)).hint)
     assert "<think>" in str(refused_by("contents_alone", asked(thought)).hint)

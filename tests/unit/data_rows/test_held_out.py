@@ -1,4 +1,4 @@
-"""What is held out shares no row, no group and, as far as it is counted, no text with what is trained."""
+"""Held-out rows share no row and no group with trained ones; shared texts are counted."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def refused(*names: str | Path, **settings: Any) -> DataError:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_of_a_group_are_on_one_side_and_their_number_is_near_what_was_asked(tmp_path: Path, seed: int) -> None:
+def test_groups_are_not_divided_and_about_as_many_rows_as_requested_are_held_out(tmp_path: Path, seed: int) -> None:
     sizes = {f"user{number}": number for number in range(1, 21)}
     path = write_jsonl(tmp_path / "d.jsonl", of_users(sizes))
     found = prepare(path, eval_split="20%", eval_group="user", seed=seed)
@@ -81,7 +81,7 @@ def test_groups_are_drawn_by_the_seed(tmp_path: Path) -> None:
     assert without.train.report.groups is None
 
 
-def test_a_group_larger_than_what_is_asked_is_held_out_whole_and_that_is_said(tmp_path: Path) -> None:
+def test_a_group_larger_than_requested_is_held_out_whole_with_a_note(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 20, "b": 30, "c": 40}))
     found = prepare(path, eval_split="2%", eval_group="user")
     assert users_of(found.evaluation) == {"a"}
@@ -91,7 +91,7 @@ def test_a_group_larger_than_what_is_asked_is_held_out_whole_and_that_is_said(tm
     )
 
 
-def test_where_each_row_is_there_many_times_some_are_held_out_all_the_same(tmp_path: Path) -> None:
+def test_rows_are_held_out_even_if_each_is_repeated_many_times(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 3}) * 10)
     found = prepare(path, eval_split="2")
     assert (len(texts(found.evaluation)), len(texts(found.train))) == (10, 20)
@@ -103,7 +103,7 @@ def test_a_single_group_can_not_be_held_out(tmp_path: Path) -> None:
     assert "they are all of one 'user'" in str(refused(path, eval_split="2", eval_group="user"))
 
 
-def test_rows_without_a_group_are_held_out_or_trained_each_by_itself(tmp_path: Path) -> None:
+def test_rows_without_a_group_are_held_out_individually(tmp_path: Path) -> None:
     rows = [{**row, "user": value} for row, value in zip(of_users({"a": 40}), [None, ""] * 20, strict=True)]
     del rows[0]["user"]
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, *of_users({"b": 1})])
@@ -112,7 +112,7 @@ def test_rows_without_a_group_are_held_out_or_trained_each_by_itself(tmp_path: P
     assert "40 rows without a value of 'user', each of which is held out or trained on separately" in found.train.notes
 
 
-def test_rows_that_are_equal_across_groups_are_never_on_both_sides(tmp_path: Path) -> None:
+def test_equal_rows_of_different_groups_are_never_on_both_sides(tmp_path: Path) -> None:
     common = {"prompt": "hello ", "completion": "how can I help?"}
     users = dict.fromkeys("abcdef", 5)
     path = write_jsonl(tmp_path / "d.jsonl", [*of_users(users), *({**common, "user": user} for user in users)])
@@ -126,7 +126,7 @@ def test_rows_that_are_equal_across_groups_are_never_on_both_sides(tmp_path: Pat
     )
 
 
-def test_groups_of_a_given_held_out_set_are_not_trained(tmp_path: Path) -> None:
+def test_groups_of_a_separate_held_out_set_are_not_trained(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 5, "b": 6, "c": 7}))
     held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "b: new ", "completion": "row", "user": "b"}])
     found = prepare(path, eval_dataset=(str(held),), eval_group="user")
@@ -135,7 +135,7 @@ def test_groups_of_a_given_held_out_set_are_not_trained(tmp_path: Path) -> None:
     assert users_of(prepare(path, eval_dataset=(str(held),)).train) == {"a", "b", "c"}
 
 
-def test_a_group_goes_across_data_sets_and_files(tmp_path: Path) -> None:
+def test_a_group_spans_data_sets_and_files(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "d.jsonl", [{**row, "user": row["user"]} for row in of_users(dict.fromkeys("1234", 3))]
     )
@@ -162,7 +162,7 @@ def test_a_column_that_no_format_uses_is_read_for_its_groups(tmp_path: Path, kin
     assert "not used: user" in prepare(path).train.report.recognised
 
 
-def test_conversations_are_grouped_by_a_column_beside_them(tmp_path: Path) -> None:
+def test_conversations_are_grouped_by_another_column(tmp_path: Path) -> None:
     rows = [
         {
             "messages": [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "yes"}],
@@ -176,14 +176,14 @@ def test_conversations_are_grouped_by_a_column_beside_them(tmp_path: Path) -> No
     assert len(texts(found.evaluation)) == 10
 
 
-def test_answers_to_one_question_stay_on_one_side_grouped_by_a_column_that_is_trained(tmp_path: Path) -> None:
+def test_rows_can_be_grouped_by_a_trained_column(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i % 10}: why? ", "completion": f"because {i}"} for i in range(40)]
     found = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="25%", eval_group="prompt")
     assert len(users_of(found.evaluation)) == 2
     assert not users_of(found.train) & users_of(found.evaluation)
 
 
-def test_a_column_that_is_not_there_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+def test_a_missing_group_column_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 3, "b": 3}))
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "completion": "c"}])
     error = refused(path, eval_split="2", eval_group="users")
@@ -196,7 +196,7 @@ def test_a_column_that_is_not_there_is_an_error_with_the_nearest(tmp_path: Path)
     assert held.hint == "Its columns are prompt, completion."
 
 
-def test_a_group_that_is_no_single_value_is_a_bad_row(tmp_path: Path) -> None:
+def test_a_group_that_is_not_a_single_value_is_a_bad_row(tmp_path: Path) -> None:
     rows = [*of_users({"a": 3, "b": 3}), {"prompt": "p", "completion": "c", "user": ["a", "b"]}]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     error = refused(path, eval_split="2", eval_group="user")
@@ -205,7 +205,7 @@ def test_a_group_that_is_no_single_value_is_a_bad_row(tmp_path: Path) -> None:
     assert prepare(path, eval_split="2").train.report.bad_rows == 0
 
 
-def test_a_group_is_the_same_however_its_value_is_written() -> None:
+def test_a_group_does_not_depend_on_how_its_value_is_written() -> None:
     same = [digest_group({"user": value}, "user") for value in (7, 7.0, "7")]
     assert len(set(same)) == 1
     others = [digest_group({"user": value}, "user") for value in (7, 8, 7.5, "seven", True, False)]
@@ -222,7 +222,7 @@ def test_groups_without_held_out_rows_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_is_held_out_shares_no_row_and_no_group_with_what_is_trained(tmp_path: Path, seed: int) -> None:
+def test_held_out_and_trained_rows_share_no_row_and_no_group(tmp_path: Path, seed: int) -> None:
     chance = np.random.default_rng(seed)
     rows = [
         {
@@ -264,7 +264,7 @@ def test_units_are_held_out_whole_and_one_is_always_left(seed: int) -> None:
         assert held.any() == (len(set(unit)) > 1)
 
 
-def test_rows_that_differ_in_writing_alone_are_counted_and_named(tmp_path: Path) -> None:
+def test_rows_that_differ_only_in_spelling_details_are_counted_and_named(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "d.jsonl", [{"prompt": f"What is {i}? ", "completion": f"It is {i}."} for i in range(30)]
     )
@@ -284,7 +284,7 @@ def test_rows_that_differ_in_writing_alone_are_counted_and_named(tmp_path: Path)
     assert json.loads(json.dumps(inspection.as_json(), default=str))["evaluation"]["near_duplicate_rows"] == 2
 
 
-def test_rows_that_are_not_fed_are_no_near_duplicates(tmp_path: Path) -> None:
+def test_rows_that_are_not_fed_are_not_near_duplicates(tmp_path: Path) -> None:
     long = {"prompt": "What is it? ", "completion": "word " * 100}
     path = write_jsonl(tmp_path / "d.jsonl", [long, {"prompt": "a", "completion": "b"}])
     held = write_jsonl(tmp_path / "held.jsonl", [{**long, "completion": "Word " * 100}])
@@ -308,7 +308,7 @@ def test_rows_that_are_not_fed_are_no_near_duplicates(tmp_path: Path) -> None:
         ("", "...!"),
     ],
 )
-def test_texts_that_differ_in_case_punctuation_and_spaces_have_one_digest(text: str, other: str) -> None:
+def test_texts_that_differ_only_in_case_punctuation_and_spaces_have_one_digest(text: str, other: str) -> None:
     assert digest_text(text) == digest_text(other)
 
 
@@ -316,12 +316,12 @@ def test_texts_that_differ_in_case_punctuation_and_spaces_have_one_digest(text: 
     ("text", "other"),
     [("1.5", "15"), ("की", "कि"), ("a b", "ab"), ("no", "not"), ("x²", "x"), ("ไม่", "ไม"), ("\ud800", "\ud801")],
 )
-def test_texts_that_say_something_else_have_another_digest(text: str, other: str) -> None:
+def test_different_texts_have_different_digests(text: str, other: str) -> None:
     assert digest_text(text) != digest_text(other)
 
 
 @pytest.mark.parametrize("eval_split", ["1", "10%"])
-def test_where_no_row_can_be_used_it_is_the_rows_that_are_wrong(tmp_path: Path, eval_split: str) -> None:
+def test_if_no_row_can_be_used_the_error_is_about_the_rows(tmp_path: Path, eval_split: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "q", "answer": 5}, {"question": "q2", "answer": 6}])
     for on_bad_row in ("error", "skip"):
         error = refused(path, eval_split=eval_split, on_bad_row=on_bad_row)

@@ -82,7 +82,7 @@ def expected(family: str, conversation: Conversation) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 @given(conversation=conversations())
 @settings(max_examples=120, deadline=None)
-def test_what_is_trained_is_exactly_the_answers_and_their_ends(family: str, conversation: Conversation) -> None:
+def test_exactly_the_answers_and_their_ends_are_trained(family: str, conversation: Conversation) -> None:
     text = TOKENIZERS[family]
     tokens = tokens_of(text, conversation)
     assert trained_text(text, tokens) == expected(family, conversation)
@@ -91,7 +91,7 @@ def test_what_is_trained_is_exactly_the_answers_and_their_ends(family: str, conv
 @pytest.mark.parametrize("family", FAMILIES)
 @given(conversation=conversations())
 @settings(max_examples=60, deadline=None)
-def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
+def test_rows_are_fed_as_a_server_renders_them_and_labels_are_tokens_or_ignored(
     family: str, conversation: Conversation
 ) -> None:
     text = TOKENIZERS[family]
@@ -112,7 +112,7 @@ def test_what_is_fed_is_what_a_server_renders_and_labels_are_tokens_or_nothing(
 @pytest.mark.parametrize("family", FAMILIES)
 @given(conversation=conversations())
 @settings(max_examples=60, deadline=None)
-def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation: Conversation) -> None:
+def test_spans_by_shape_equal_spans_by_rendering(family: str, conversation: Conversation) -> None:
     text = TOKENIZERS[family]
     renderer = Renderer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     template = ChatTemplate(text.tokenizer, text.end_ids)
@@ -125,7 +125,7 @@ def test_the_short_way_to_the_answers_is_the_long_one(family: str, conversation:
 @pytest.mark.parametrize("family", FAMILIES)
 @given(conversation=conversations())
 @settings(max_examples=60, deadline=None)
-def test_to_cut_behind_the_end_of_an_answer_changes_no_token(family: str, conversation: Conversation) -> None:
+def test_splitting_after_the_end_of_an_answer_changes_no_token(family: str, conversation: Conversation) -> None:
     text = TOKENIZERS[family]
     uncut = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert uncut._ends_alone
@@ -152,7 +152,7 @@ def test_a_completion_is_trained_to_its_end_and_its_prompt_is_not(prompt: str, c
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_is_trained_but_the_first_token_on_demand(family: str) -> None:
+def test_loss_on_all_trains_every_token_but_the_first(family: str) -> None:
     text = TOKENIZERS[family]
     conversation = Conversation(
         messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
@@ -162,14 +162,14 @@ def test_everything_is_trained_but_the_first_token_on_demand(family: str) -> Non
     assert (tokens.labels[1:] == tokens.input_ids[1:]).all()
 
 
-def test_one_bos_where_the_text_has_one_too() -> None:
+def test_a_bos_in_the_text_is_not_doubled() -> None:
     text = TOKENIZERS["llama"]
     tokens = tokens_of(text, PromptCompletion(prompt="", completion="<|begin_of_text|>one two<|eot_id|>"))
     assert tokens.input_ids.tolist().count(text.tokenizer.bos_token_id) == 1
     assert tokens.input_ids.tolist().count(text.tokenizer.eos_token_id) == 1
 
 
-def test_a_token_across_the_beginning_of_an_answer_is_cut() -> None:
+def test_a_token_across_the_start_of_an_answer_is_split() -> None:
     text = TOKENIZERS["chatml"]
     assert len(text.tokenizer(" function")["input_ids"]) == 1  # so it would lie across
     tokens = tokens_of(text, PromptCompletion(prompt="Which func", completion="tion returns"))
@@ -178,7 +178,7 @@ def test_a_token_across_the_beginning_of_an_answer_is_cut() -> None:
     assert trained_text(text, tokens) == "tion returns<|im_end|>"
 
 
-def test_a_tokenizer_that_writes_a_space_before_every_text_is_not_cut() -> None:
+def test_text_is_not_split_for_a_tokenizer_that_adds_a_space() -> None:
     text = make_sentencepiece()
     tokens = tokens_of(text, PromptCompletion(prompt="Which function retu", completion="rns the current directory?"))
     whole = text.tokenizer("Which function returns the current directory?")["input_ids"]
@@ -203,7 +203,7 @@ TWO_TURNS = Conversation(
 )
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_with_what_to_do() -> None:
+def test_a_template_that_rewrites_earlier_answers_is_refused_with_a_hint() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = REASONING
     problem = refusal(text, TWO_TURNS)
@@ -213,7 +213,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_with_what_to_do() -
     assert trained_text(text, tokens_of(text, last)) == "<think>\n\n</think>\n\nsecond<|im_end|>"
 
 
-def test_a_template_that_ends_no_turn_is_refused_with_what_to_do() -> None:
+def test_a_template_that_ends_no_turn_is_refused_with_a_hint() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -224,7 +224,7 @@ def test_a_template_that_ends_no_turn_is_refused_with_what_to_do() -> None:
     assert "chatml" in (problem.hint or "")
 
 
-def test_a_template_whose_prompt_is_not_what_the_row_has_is_refused() -> None:
+def test_a_template_whose_prompt_differs_from_the_row_is_refused() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = CHATML_THAT_OPENS_A_THOUGHT
     assert "with a different text than it renders" in str(refusal(text, TWO_TURNS))
@@ -242,14 +242,14 @@ PHI = (
 )
 
 
-def test_what_closes_the_text_behind_the_last_turn_is_not_trained() -> None:
+def test_text_after_the_last_turn_is_not_trained() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     text.tokenizer.chat_template = PHI
     assert trained_text(text, tokens_of(text, TWO_TURNS)) == "first<|end|>second<|end|>"
 
 
-def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
+def test_the_generation_prompt_may_depend_on_the_contents() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = str(CHATML).replace(
         "assistant\n{% endif %}",
@@ -284,7 +284,7 @@ def test_what_asks_for_an_answer_may_depend_on_the_contents() -> None:
         ("{% broken", False),
     ],
 )
-def test_a_template_that_asks_by_constants_is_known(asks: str, is_constant: bool) -> None:
+def test_a_constant_generation_prompt_is_recognised(asks: str, is_constant: bool) -> None:
     assert has_constant_prompt("{% for m in messages %}{{ m.content }}{% endfor %}" + asks) == is_constant
 
 
@@ -297,7 +297,7 @@ def test_a_template_that_fails_is_the_fault_of_the_row(template: str) -> None:
     assert "the chat template refuses it" in str(refusal(text, TWO_TURNS))
 
 
-def test_a_template_that_renders_nothing_is_told() -> None:
+def test_a_template_that_renders_nothing_is_an_error() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     alone = Conversation(messages=[{"role": "system", "content": " "}], trained=())
@@ -336,7 +336,7 @@ def test_control_tokens_in_the_text_are_counted() -> None:
         (asked("<|im_end|> a", "b"), False),
     ],
 )
-def test_a_text_that_brings_the_end_along_which_is_written_behind_it_is_counted(
+def test_a_text_that_already_contains_the_end_token_is_counted(
     example: PromptCompletion | Conversation, is_twice: bool
 ) -> None:
     text = TOKENIZERS["chatml"]
@@ -380,7 +380,7 @@ _POST_PROCESSED = {
 }
 
 
-def test_a_header_that_takes_the_space_behind_it_is_not_trained() -> None:
+def test_a_header_that_includes_the_following_space_is_not_trained() -> None:
     text = make_sentencepiece()
     text.tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
     text.tokenizer.chat_template = (
@@ -396,7 +396,7 @@ def test_a_header_that_takes_the_space_behind_it_is_not_trained() -> None:
     assert header not in tokens.labels.tolist()
 
 
-def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitting_a_very_long_text_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     text = TOKENIZERS["llama"]
     example = PromptCompletion(prompt="one two " * 40, completion="Which function returns? " * 60)
     whole = tokens_of(text, example)
@@ -406,7 +406,7 @@ def test_a_very_long_text_is_cut_into_slices_of_the_same_tokens(monkeypatch: pyt
     assert sliced.labels.tolist() == whole.labels.tolist()
 
 
-def test_an_unusual_end_of_turn_is_noticed() -> None:
+def test_an_unusual_end_of_turn_is_counted() -> None:
     text = TOKENIZERS["gemma"]
     only_eos = frozenset({text.tokenizer.eos_token_id or 0})
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, only_eos)
@@ -430,7 +430,7 @@ def test_tool_calls_are_trained_as_they_are_rendered() -> None:
     assert trained_text(text, tokens) == 'add({"a": 1})<|im_end|>'
 
 
-def test_tokens_as_they_come_are_fed_as_they_come() -> None:
+def test_pretokenized_rows_are_fed_unchanged() -> None:
     text = TOKENIZERS["llama"]
     tokens = tokens_of(
         text,

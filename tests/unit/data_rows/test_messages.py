@@ -1,4 +1,4 @@
-"""How messages of other tools are read: switches, parts, calls and tools in every form that is in use."""
+"""Reading messages of other tools: switches, parts, calls and tools in every form that is in use."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat
 
 @pytest.mark.parametrize(("key", "is_upright"), SWITCHES.items())
 @pytest.mark.parametrize("kind", [bool, int, float])
-def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_upright: bool, kind: type) -> None:
+def test_the_switches_of_every_tool_select_the_trained_answers(key: str, is_upright: bool, kind: type) -> None:
     off, on = kind(not is_upright), kind(is_upright)
     found = chat(USER, {**ANSWER, key: off}, {**USER, key: off}, {**ANSWER, key: on})
     assert found.trained == (3,)
@@ -47,7 +47,7 @@ def test_the_switches_of_every_tool_say_which_answers_are_trained(key: str, is_u
         ({"supervised": False}, "messages[1].supervised looks like a training switch, but is not a known one"),
     ],
 )
-def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], expected: str) -> None:
+def test_an_unusable_switch_is_refused(switches: dict[str, Any], expected: str) -> None:
     assert expected in str(problem(USER, {**ANSWER, **switches}))
 
 
@@ -58,23 +58,23 @@ def test_a_switch_that_can_not_be_followed_is_refused(switches: dict[str, Any], 
         *({"train_detail": []}, {"is_trainable": None}, {"learning": "by heart"}, {"weight_kg": 70}),
     ],
 )
-def test_what_is_no_switch_by_its_words_or_says_nothing_stays_for_the_template(key: dict[str, Any]) -> None:
+def test_keys_that_are_not_switches_or_are_blank_are_left_to_the_template(key: dict[str, Any]) -> None:
     assert chat(USER, {**ANSWER, **key}).trained == (1,)
 
 
 @pytest.mark.parametrize("key", SWITCHES)
 @pytest.mark.parametrize(("text", "is_on"), [("true", True), (" False", False), ("1", True), ("0", False)])
-def test_switches_are_text_where_a_format_has_nothing_else(key: str, text: str, is_on: bool) -> None:
+def test_switches_may_be_text(key: str, text: str, is_on: bool) -> None:
     assert (chat(USER, {**ANSWER, key: text}).trained == (1,)) is (is_on is SWITCHES[key])
 
 
-def test_switches_that_agree_are_one() -> None:
+def test_switches_that_agree_are_accepted() -> None:
     assert chat(USER, {**ANSWER, "train": True, "weight": 1, "masked": False}).trained == (1,)
     assert chat(USER, {**ANSWER, "train": False, "weight": 0, "masked": True}).trained == ()
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
-def test_what_is_no_answer_is_trained_by_loss_on_all_alone(role: str) -> None:
+def test_other_roles_are_trained_only_with_loss_on_all(role: str) -> None:
     asked = {"role": role, "content": "x", "train": True}
     error = problem(USER, asked, ANSWER)
     assert f"message 1 is to be trained, but its role is {role}" in str(error)
@@ -82,12 +82,12 @@ def test_what_is_no_answer_is_trained_by_loss_on_all_alone(role: str) -> None:
     assert chat(USER, asked, ANSWER, loss_on=LossOn.ALL).trained == (2,)
 
 
-def test_answers_in_a_prompt_are_trained_where_the_row_says_so() -> None:
+def test_answers_in_a_prompt_are_trained_if_the_row_says_so() -> None:
     prompt = [USER, {**ANSWER, "loss": True}, USER, ANSWER, USER]
     assert read({"prompt": prompt, "completion": [ANSWER]}).trained == (1, 5)
 
 
-def test_a_switch_on_every_part_is_one_of_the_message() -> None:
+def test_a_switch_on_every_part_applies_to_the_message() -> None:
     parts = [{**TEXT, "train": False}, {**TEXT, "weight": 0}]
     found = chat(USER, {"role": "assistant", "content": parts}, USER, ANSWER)
     assert found.trained == (3,)
@@ -97,17 +97,17 @@ def test_a_switch_on_every_part_is_one_of_the_message() -> None:
 
 
 @pytest.mark.parametrize("other", [TEXT, {**TEXT, "train": True}])
-def test_an_answer_that_is_trained_in_part_is_refused(other: dict[str, Any]) -> None:
+def test_a_partly_trained_answer_is_refused(other: dict[str, Any]) -> None:
     error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}, other]})
     assert "messages[1].content has parts that are trained and others that are not" in str(error)
 
 
-def test_a_message_that_its_parts_contradict_is_refused() -> None:
+def test_a_message_whose_parts_disagree_with_its_switch_is_refused() -> None:
     error = problem(USER, {"role": "assistant", "content": [{**TEXT, "train": False}], "weight": 1})
     assert "messages[1] and its parts disagree" in str(error)
 
 
-def test_parts_of_text_are_read_under_each_name_of_it() -> None:
+def test_text_parts_are_read_under_every_known_key() -> None:
     parts = ["a", {"type": "text", "value": "b"}, {"type": "output_text", "text": "c"}, {"text": "d"}]
     refused = {"type": "refusal", "refusal": "e"}
     nulls = {"type": "text", "text": "f", "image_url": None, "cache_control": {"type": "ephemeral"}}
@@ -134,13 +134,13 @@ def test_parts_of_text_are_read_under_each_name_of_it() -> None:
         (3, "a number"),
     ],
 )
-def test_a_part_that_is_no_text_is_refused_by_its_name(part: object, kind: str) -> None:
+def test_a_part_that_is_not_text_is_refused_by_its_type(part: object, kind: str) -> None:
     error = problem({"role": "user", "content": [TEXT, part]}, ANSWER)
     assert f"messages[0].content[1] holds {kind}, but only text can be trained on" in str(error)
     assert "--on-bad-row skip" in str(error.hint)
 
 
-def test_pictures_beside_the_text_of_a_message_are_refused() -> None:
+def test_pictures_next_to_the_text_of_a_message_are_refused() -> None:
     assert "messages[0] holds images, but only text" in str(problem({**USER, "images": ["x.png"]}, ANSWER))
     assert chat({**USER, "images": [], "audio": {"path": None}}, ANSWER).trained == (1,)
 
@@ -154,12 +154,12 @@ def test_pictures_beside_the_text_of_a_message_are_refused() -> None:
         {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
     ],
 )
-def test_a_part_that_is_a_thought_is_the_reasoning_of_its_message(part: dict[str, Any]) -> None:
+def test_a_reasoning_part_becomes_the_reasoning_of_its_message(part: dict[str, Any]) -> None:
     found = chat(USER, {"role": "assistant", "content": [part, TEXT]})
     assert found.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
 
 
-def test_thoughts_that_have_no_place_are_refused() -> None:
+def test_misplaced_reasoning_is_refused() -> None:
     thought = {"type": "thinking", "thinking": "hm"}
     behind = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
     assert "messages[1].content[1] is thinking after text" in str(behind)
@@ -173,7 +173,7 @@ def test_thoughts_that_have_no_place_are_refused() -> None:
     assert "messages[0] has reasoning, which only the assistant may have" in str(asked)
 
 
-def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
+def test_equal_reasoning_under_two_keys_is_merged_and_empty_reasoning_ignored() -> None:
     both = {**ANSWER, "reasoning": "hm", "reasoning_content": "hm"}
     assert chat(USER, both).messages[1] == {**ANSWER, "reasoning_content": "hm"}
     assert chat(USER, {**ANSWER, "thinking": "", "reasoning": None}).messages[1] == ANSWER
@@ -186,7 +186,7 @@ def test_thoughts_under_two_names_are_one_and_empty_ones_are_none() -> None:
         {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
     ],
 )
-def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> None:
+def test_a_call_part_becomes_a_call_of_the_message(part: dict[str, Any]) -> None:
     found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
     assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
     assert "is text after calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
@@ -195,7 +195,7 @@ def test_a_part_that_is_a_call_is_one_of_the_message(part: dict[str, Any]) -> No
     )
 
 
-def test_a_call_of_anthropic_keeps_its_id() -> None:
+def test_an_anthropic_call_keeps_its_id() -> None:
     part = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}, "cache_control": {"type": "ephemeral"}}
     assert chat(USER, {"role": "assistant", "content": [part]}).messages[1]["tool_calls"] == [{"id": "1", **AS_SERVED}]
 
@@ -209,13 +209,13 @@ def test_a_call_of_anthropic_keeps_its_id() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-def test_no_calls_are_none(key: str, calls: object) -> None:
+def test_empty_calls_are_ignored(key: str, calls: object) -> None:
     assert chat({**USER, key: calls}, {**ANSWER, key: calls}).messages == [USER, ANSWER]
 
 
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 @pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
-def test_a_function_call_of_old_is_a_tool_call_and_the_text_beside_it_stays(name: str, arguments: object) -> None:
+def test_a_legacy_function_call_becomes_a_tool_call_and_its_text_stays(name: str, arguments: object) -> None:
     message = {**ANSWER, "function_call": {"name": "f", name: arguments}}
     found = chat(USER, message, {"role": "function", "name": "f", "content": "1"}, ANSWER, functions=[{"name": "f"}])
     assert found.messages[1] == {**ANSWER, "tool_calls": [AS_SERVED]}
@@ -241,14 +241,14 @@ def test_calls_that_contradict_each_other_are_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("role", ["function_call", "tool_call"])
-def test_several_calls_in_one_value_are_several_calls(role: str, value: str) -> None:
+def test_several_calls_in_one_value_are_all_read(role: str, value: str) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": role, "value": value}, {"from": "observation", "value": "1"}]
     found = read({"conversations": turns})
     assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [AS_SERVED, AS_SERVED]}
 
 
 @pytest.mark.parametrize("first", [{"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}, ANSWER])
-def test_calls_right_behind_a_message_of_the_assistant_are_of_its_turn(first: dict[str, Any]) -> None:
+def test_calls_right_after_an_assistant_message_join_its_turn(first: dict[str, Any]) -> None:
     call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
     result = {"role": "tool_response", "content": "1"}
     found = chat(USER, first, call, result, result, call, ANSWER)
@@ -260,7 +260,7 @@ def test_calls_right_behind_a_message_of_the_assistant_are_of_its_turn(first: di
     assert "are one turn, but disagree" in str(problem(USER, {**first, "loss": False}, call, result))
 
 
-def test_a_value_that_is_no_call_is_refused() -> None:
+def test_a_value_that_is_not_a_call_is_refused() -> None:
     for value, expected in (
         ("call f", "conversations[1].value is text, but not JSON"),
         ('{"name": "f"} and more', "conversations[1].value is text, but not JSON"),
@@ -288,7 +288,7 @@ def test_a_value_that_is_no_call_is_refused() -> None:
         ['{"name": "f", "parameters": {"type": "object"}}'],
     ],
 )
-def test_tools_are_as_servers_send_them(tools: object) -> None:
+def test_tools_are_read_into_the_form_of_servers(tools: object) -> None:
     served = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     assert chat(USER, ANSWER, tools=tools).tools == served
 
@@ -296,7 +296,7 @@ def test_tools_are_as_servers_send_them(tools: object) -> None:
 @pytest.mark.parametrize(
     "tools", [None, [], "", "[]", "null", "{}", "[null]", {}, {"name": None}, [None], [{"type": "function"}]]
 )
-def test_no_tools_are_none(tools: object) -> None:
+def test_empty_tools_are_ignored(tools: object) -> None:
     assert chat(USER, ANSWER, tools=tools).tools is None
 
 
@@ -329,7 +329,7 @@ def test_a_message_that_contradicts_itself_is_refused(message: dict[str, Any], e
     assert expected in str(problem(message, ANSWER))
 
 
-def test_a_message_that_says_the_same_by_two_names_is_one() -> None:
+def test_equal_values_under_two_keys_are_accepted() -> None:
     both = {"role": "user", "from": "human", "content": "q", "value": "q"}
     assert chat(both, ANSWER).messages == [USER, ANSWER]
 
@@ -350,7 +350,7 @@ VALUES = st.recursive(
 @pytest.mark.slow
 @given(key=KEYS, value=VALUES)
 @settings(max_examples=400, deadline=None)
-def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str, value: Any) -> None:
+def test_each_key_of_a_message_is_read_passed_on_reported_or_refused(key: str, value: Any) -> None:
     """A switch of an answer says whether it is trained; all else is in the message, noted if no list knows it."""
     row = {"messages": [USER, {**ANSWER, key: value}]}
     reader = reader_of(row)
@@ -374,7 +374,7 @@ def test_each_key_of_a_message_is_read_or_passed_on_or_noted_or_refused(key: str
         assert (key in reader.unknown_keys) is (key not in KNOWN_MESSAGE_KEYS and not is_blank(value))
 
 
-def test_keys_that_no_format_knows_are_counted_by_row_and_stay_for_the_template() -> None:
+def test_unknown_keys_are_counted_by_row_and_left_to_the_template() -> None:
     row: dict[str, Any] = {"messages": [{**USER, "mood": "glad", "id": 1, "lang": None}, {**ANSWER, "mood": "glad"}]}
     parts = {"messages": [{"role": "user", "content": [{**TEXT, "lang": "en"}]}, ANSWER]}
     reader = reader_of(row)

@@ -1,4 +1,4 @@
-"""Several data sets are mixed as their weights say: by how often each row is fed, or by probability."""
+"""Data sets are mixed by their weights: by how often each row is fed, or by probability."""
 
 from collections import Counter
 from fractions import Fraction
@@ -60,7 +60,7 @@ def large(tmp_path: Path) -> Path:
         ("all_exhausted", {"small": 60, "large": 140}),
     ],
 )
-def test_weights_are_parts_of_data_sets_or_shares_of_the_mixture(
+def test_weights_are_fractions_of_data_sets_or_shares_of_the_mixture(
     small: Path, large: Path, mixing: str, expected: dict[str, int]
 ) -> None:
     found = prepare(f"{small}*0.3", f"{large}*0.7", mixing=mixing)
@@ -76,7 +76,7 @@ def test_weights_are_parts_of_data_sets_or_shares_of_the_mixture(
 
 @pytest.mark.parametrize("mixing", [Mixing.FIRST_EXHAUSTED, Mixing.ALL_EXHAUSTED])
 @pytest.mark.parametrize("probabilities", [(0.3, 0.7), (0.5, 0.5), (0.1, 0.2, 0.7)])
-def test_a_mixture_is_that_of_interleave_datasets(mixing: Mixing, probabilities: tuple[float, ...]) -> None:
+def test_a_mixture_equals_that_of_interleave_datasets(mixing: Mixing, probabilities: tuple[float, ...]) -> None:
     sizes = (2000, 3000, 9000)[: len(probabilities)]
     place = np.repeat(np.arange(len(sizes)), sizes)
     sources = [DatasetSource(name=f"d{i}", weight=Fraction(str(each))) for i, each in enumerate(probabilities)]
@@ -94,20 +94,20 @@ def test_a_mixture_is_that_of_interleave_datasets(mixing: Mixing, probabilities:
         assert ours[number] == pytest.approx(count, rel=0.12)
 
 
-def test_probabilities_are_weights_that_need_not_come_to_1(small: Path, large: Path) -> None:
+def test_probabilities_need_not_sum_to_1(small: Path, large: Path) -> None:
     by_percent = fed(prepare(f"{small}*30", f"{large}*70", mixing="first_exhausted"))
     assert by_percent == fed(prepare(f"{small}*0.3", f"{large}*0.7", mixing="first_exhausted"))
     assert files_of(fed(prepare(small, large, mixing="first_exhausted"))) == {"small": 30, "large": 30}
 
 
-def test_the_part_of_a_data_set_that_is_fed_is_drawn_by_the_seed(small: Path, large: Path) -> None:
+def test_a_fraction_of_a_data_set_is_sampled_by_the_seed(small: Path, large: Path) -> None:
     names = (f"{small}*0.3", f"{large}*0.7")
     drawn = [set(fed(prepare(*names, mixing="first_exhausted", seed=seed))) for seed in range(3)]
     assert drawn[0] != drawn[1] != drawn[2]
     assert all(len(rows) == 100 for rows in drawn)
 
 
-def test_shares_are_those_of_the_rows_that_are_left_to_train(tmp_path: Path, small: Path) -> None:
+def test_shares_are_of_the_rows_left_to_train_on(tmp_path: Path, small: Path) -> None:
     rows = [{"prompt": f"other {i}: ", "completion": "" if i % 2 else "yes"} for i in range(40)]
     other = write_jsonl(tmp_path / "other.jsonl", rows)
     held = write_jsonl(
@@ -117,7 +117,7 @@ def test_shares_are_those_of_the_rows_that_are_left_to_train(tmp_path: Path, sma
     assert files_of(fed(found)) == {"small": 20, "other": 20}
 
 
-def test_a_data_set_of_which_nothing_is_left_can_not_be_mixed_by_its_probability(tmp_path: Path, small: Path) -> None:
+def test_a_data_set_without_rows_can_not_be_mixed_by_probability(tmp_path: Path, small: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 60, "completion": "yes"}])
     settings: dict[str, Any] = {"max_length": 32, "on_long": "drop", "accept_lost": True}
     with pytest.raises(DataError, match=r"no row of .*long.jsonl can be trained, so it can't be mixed"):
@@ -125,14 +125,14 @@ def test_a_data_set_of_which_nothing_is_left_can_not_be_mixed_by_its_probability
     assert f"no row of {long} is fed" in prepare(small, long, **settings).train.notes
 
 
-def test_a_mixture_that_repeats_rows_without_end_is_an_error(small: Path, large: Path) -> None:
+def test_a_mixture_that_repeats_rows_too_often_is_an_error(small: Path, large: Path) -> None:
     with pytest.raises(DataError, match=r"each row of .*small.jsonl\*1000 would be fed 4,667 times") as caught:
         prepare(f"{small}*1000", large, mixing="all_exhausted")
     assert "--mixing first_exhausted" in (caught.value.hint or "")
     assert files_of(fed(prepare(f"{small}*1000", large, mixing="first_exhausted"))) == {"small": 30}
 
 
-def test_what_each_data_set_contributes_is_reported(small: Path, large: Path) -> None:
+def test_the_contribution_of_each_data_set_is_reported(small: Path, large: Path) -> None:
     settings = DataSettings(dataset=(f"{small}*0.3", f"{large}*0.7"), mixing=Mixing.FIRST_EXHAUSTED)
     inspection = inspect_data(settings, TrainingSettings(), TEXT, num_previews=1)
     parts = inspection.as_json()["mixture"]
@@ -144,7 +144,7 @@ def test_what_each_data_set_contributes_is_reported(small: Path, large: Path) ->
     assert f"{small}*0.3: 30 rows (30.0%, " in describe_mixture(inspection.data)
 
 
-def test_weights_that_come_to_1_are_told_from_probabilities(small: Path, large: Path) -> None:
+def test_weights_that_sum_to_1_get_a_note_about_probabilities(small: Path, large: Path) -> None:
     note = "to mix by probability give --mixing first_exhausted or all_exhausted"
 
     def is_told(*names: str, **settings: Any) -> bool:

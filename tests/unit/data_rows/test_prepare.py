@@ -1,4 +1,4 @@
-"""What becomes of rows on their way to training: too long, repeated, held out, mixed, bad; nothing is stale."""
+"""Preparing rows for training: long, duplicate, held-out, mixed and bad rows; cached tokens are never stale."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 LONG = [{"prompt": "one ", "completion": "two " * 50}, *pairs(3), {"prompt": "long " * 60, "completion": "unseen"}]
 
 
-def test_long_rows_are_cut_and_what_is_lost_is_counted(tmp_path: Path) -> None:
+def test_long_rows_are_truncated_and_lost_tokens_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
     whole = prepare(path).train.report
     cut = prepare(path, max_length=24, accept_lost=True).train
@@ -61,7 +61,7 @@ def test_long_rows_are_cut_and_what_is_lost_is_counted(tmp_path: Path) -> None:
     assert report.tokens_lost == sum(max(0, length - 24) for length in cut.table.length)
 
 
-def test_long_rows_are_dropped_on_demand(tmp_path: Path) -> None:
+def test_long_rows_are_dropped_with_on_long_drop(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
     whole = prepare(path).train
     report = prepare(path, max_length=24, on_long="drop", accept_lost=True).train.report
@@ -71,14 +71,14 @@ def test_long_rows_are_dropped_on_demand(tmp_path: Path) -> None:
     assert report.rows_without_supervision == 0
 
 
-def test_long_rows_are_an_error_on_demand(tmp_path: Path) -> None:
+def test_long_rows_are_an_error_with_on_long_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
     with pytest.raises(DataError, match=r"d.jsonl, row 1: \d+ tokens, more than --max-length 24, as 1 other row"):
         prepare(path, max_length=24, on_long="error")
 
 
 @pytest.mark.parametrize("on_long", ["truncate", "drop"])
-def test_more_than_a_hundredth_lost_is_an_error_unless_accepted(tmp_path: Path, on_long: str) -> None:
+def test_losing_more_than_a_hundredth_is_an_error_unless_accepted(tmp_path: Path, on_long: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
     with pytest.raises(DataError, match=r"[0-9.]+ % of the tokens to train are lost") as caught:
         prepare(path, max_length=24, on_long=on_long)
@@ -89,7 +89,7 @@ def test_more_than_a_hundredth_lost_is_an_error_unless_accepted(tmp_path: Path, 
     assert 0 < report.supervised_tokens_lost / report.supervised_tokens < 0.01
 
 
-def test_a_weight_hides_no_loss(tmp_path: Path) -> None:
+def test_a_weight_does_not_hide_losses(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
     found = {weight: str(refused(f"{path}*{weight}", max_length=24)) for weight in ("1", "20", "0.6")}
     shares = {text.split(": ")[1].split(" %")[0] for text in found.values()}
@@ -102,7 +102,7 @@ def refused(*names: str | Path, **settings: Any) -> DataError:
     return caught.value
 
 
-def test_no_row_left_is_told_with_the_reasons(tmp_path: Path) -> None:
+def test_no_row_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "long " * 60, "completion": "unseen"}] * 2)
     with pytest.raises(DataError, match="of 2 rows, 2 only prompt within the first 16 tokens"):
         prepare(path, max_length=16, accept_lost=True)
@@ -110,7 +110,7 @@ def test_no_row_left_is_told_with_the_reasons(tmp_path: Path) -> None:
         prepare(path, max_length=16, on_long="drop", accept_lost=True)
 
 
-def test_rows_that_repeat_are_counted_and_dropped_on_demand(tmp_path: Path) -> None:
+def test_duplicate_rows_are_counted_and_dropped_if_asked(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*pairs(3), *pairs(2), *pairs(1)])
     assert prepare(path).train.report.duplicate_rows == 3
     assert len(texts(prepare(path).train)) == 6
@@ -123,7 +123,7 @@ def test_rows_that_repeat_are_counted_and_dropped_on_demand(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("share", "count"), [("5%", 2), ("25%", 10), ("0.25", 10), ("7", 7), ("1%", 1)])
-def test_a_share_is_held_out_by_the_seed_and_never_overlaps(file: Path, share: str, count: int) -> None:
+def test_a_share_is_held_out_by_the_seed_without_overlap(file: Path, share: str, count: int) -> None:
     found = prepare(file, eval_split=share)
     train, held = texts(found.train), texts(found.evaluation)
     assert (len(train), len(held)) == (40 - count, count)
@@ -141,7 +141,7 @@ def test_equal_rows_are_held_out_together(tmp_path: Path) -> None:
         assert not set(texts(found.train)) & set(texts(found.evaluation))
 
 
-def test_rows_of_a_given_held_out_set_are_not_trained(tmp_path: Path, file: Path) -> None:
+def test_rows_of_a_separate_held_out_set_are_not_trained(tmp_path: Path, file: Path) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", pairs(5, begin=38))
     found = prepare(file, eval_dataset=(str(held),))
     assert found.train.report.held_out_rows == 2
@@ -151,7 +151,7 @@ def test_rows_of_a_given_held_out_set_are_not_trained(tmp_path: Path, file: Path
         prepare(file, eval_dataset=(str(file),))
 
 
-def test_rows_that_are_equal_as_they_are_fed_are_held_out_together(tmp_path: Path) -> None:
+def test_rows_that_are_equal_after_truncation_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"prompt": "", "completion": "one two three " * 8 + str(number)} for number in range(10)]
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, *pairs(5)])
     for seed in range(4):
@@ -165,7 +165,7 @@ def test_equal_rows_can_not_be_held_out_and_a_weight_may_take_none(tmp_path: Pat
     assert "the weight of" in str(refused(f"{path}*0.01"))
 
 
-def test_all_can_not_be_held_out(file: Path) -> None:
+def test_holding_out_all_rows_is_an_error(file: Path) -> None:
     with pytest.raises(DataError, match=r"data.eval_split: 40 can't be held out of .* there are 40 that can be used"):
         prepare(file, eval_split="40")
 
@@ -191,7 +191,7 @@ def test_data_sets_of_different_formats_are_mixed(tmp_path: Path, file: Path) ->
 BAD = [*pairs(2), {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": None}, *pairs(1, begin=9)]
 
 
-def test_bad_rows_are_listed_once_where_some_are_held_out(tmp_path: Path) -> None:
+def test_bad_rows_are_listed_once_if_rows_are_held_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*BAD, *pairs(10)])
     found = prepare(path, on_bad_row="skip", eval_split="2")
     assert found.train.report.bad_rows == 2
@@ -206,7 +206,7 @@ def test_a_bad_row_is_an_error_that_names_it(tmp_path: Path) -> None:
     assert "--on-bad-row skip" in (caught.value.hint or "")
 
 
-def test_bad_rows_are_skipped_on_demand_counted_and_listed(tmp_path: Path) -> None:
+def test_bad_rows_are_skipped_if_asked_counted_and_listed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", BAD)
     with path.open("ab") as file:
         file.write(b'{"prompt": "caf\xe9"}\n[1]\n{"prompt": \n')
@@ -227,7 +227,7 @@ def test_columns_of_mixed_types_name_the_row(tmp_path: Path) -> None:
         prepare(path)
 
 
-def test_nested_columns_that_are_not_used_do_no_harm(tmp_path: Path) -> None:
+def test_unused_nested_columns_are_harmless(tmp_path: Path) -> None:
     rows = [{**row, "meta": meta} for row, meta in zip(pairs(3), ({"a": [1, {"b": 2}]}, "text", None), strict=True)]
     assert prepare(write_jsonl(tmp_path / "d.jsonl", rows)).train.report.rows == 3
 
@@ -240,7 +240,7 @@ def digest_of(data: TrainingData) -> str:
     return data.train.report.fingerprint
 
 
-def test_what_was_tokenized_once_is_not_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_cached(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = digest_of(prepare(file))
 
     monkeypatch.setattr(store, "write_tokens", never)
@@ -265,7 +265,7 @@ def test_tokens_are_never_stale(file: Path) -> None:
 CHAT_ROW = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
 
 
-def test_another_template_tokenizer_or_setting_is_another_table(tmp_path: Path) -> None:
+def test_another_template_tokenizer_or_setting_is_another_cache_entry(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", CHAT_ROW)
     other_template = make_tokenizer("chatml")
     other_template.tokenizer.chat_template = f"A chat.{other_template.tokenizer.chat_template}"
@@ -282,7 +282,7 @@ def test_another_template_tokenizer_or_setting_is_another_table(tmp_path: Path) 
     assert len(set(found)) == len(found)
 
 
-def test_a_template_that_writes_the_date_is_rendered_anew_each_day(
+def test_a_template_that_writes_the_date_is_rendered_again_each_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", CHAT_ROW)
@@ -301,7 +301,7 @@ def test_a_template_that_writes_the_date_is_rendered_anew_each_day(
         prepare(path, text=text)
 
 
-def test_a_damaged_table_is_made_anew(file: Path) -> None:
+def test_a_damaged_table_is_rewritten(file: Path) -> None:
     first = prepare(file)
     for table in (Path(os.environ["QLORA_CACHE"]) / "data").glob("*/tokens.arrow"):
         table.unlink()  # what is open stays what it is
@@ -309,14 +309,14 @@ def test_a_damaged_table_is_made_anew(file: Path) -> None:
     assert digest_of(prepare(file)) == digest_of(first)
 
 
-def test_what_was_looked_at_is_trained_without_tokenizing_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspected_data_is_trained_without_tokenizing_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_data(DataSettings(dataset=(str(file),)), TEXT, seed=0, inspect_only=True)
     monkeypatch.setattr(store, "write_tokens", never)
     prepare(file)
     assert len(texts(prepare(f"{file}*2").train)) == 80
 
 
-def test_a_table_that_was_cut_short_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_table_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path / "d.jsonl", pairs(3000))
     first = prepare(path)
@@ -331,7 +331,7 @@ def test_a_table_that_was_cut_short_is_made_anew(tmp_path: Path, monkeypatch: py
     assert digest_of(prepare(path)) == digest_of(first)
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = readers.read_rows
 
     def changed_meanwhile(*arguments: Any, **options: Any) -> Any:
@@ -343,7 +343,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(file: Path, monkeypatch: p
         prepare(file)
 
 
-def test_a_full_disk_of_the_cache_is_told_with_what_to_set(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_disk_is_an_error_that_names_the_setting(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -353,7 +353,7 @@ def test_a_full_disk_of_the_cache_is_told_with_what_to_set(file: Path, monkeypat
     assert "QLORA_CACHE" in (error.hint or "")
 
 
-def test_nothing_is_left_of_tokens_that_could_not_be_completed(tmp_path: Path) -> None:
+def test_incomplete_tokens_leave_nothing_behind(tmp_path: Path) -> None:
     cache = Path(os.environ["QLORA_CACHE"]) / "data"
     prepare(write_jsonl(tmp_path / "good.jsonl", pairs(1)))
     before = {path.name for path in cache.iterdir()}
@@ -362,7 +362,9 @@ def test_nothing_is_left_of_tokens_that_could_not_be_completed(tmp_path: Path) -
     assert {path.name for path in cache.iterdir()} == before
 
 
-def test_where_tokens_can_not_be_kept_is_told(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_an_error_that_names_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = tmp_path / "blocked"
     blocked.write_text("a file")
     monkeypatch.setenv("QLORA_CACHE", str(blocked))
@@ -381,7 +383,7 @@ def test_old_tables_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {table.stat().st_mode & 0o777 for table in (*tables, tmp_path / "cache" / "data")} == {0o700}
 
 
-def test_folders_of_others_in_the_cache_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_folders_in_the_cache_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
     monkeypatch.setenv("QLORA_CACHE", str(disk))
     monkeypatch.setattr(store, "MAX_TABLES", 1)
@@ -403,7 +405,7 @@ def test_folders_of_others_in_the_cache_are_never_deleted(tmp_path: Path, monkey
     assert len(list((disk / "data").iterdir())) == len(folders) + 2 + 1
 
 
-def test_a_link_at_the_place_of_a_table_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_in_place_of_a_table_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     file = write_jsonl(tmp_path / "rows.jsonl", pairs(2))
     prepare(file)
@@ -464,7 +466,7 @@ def test_batches_of_one_length_have_less_padding() -> None:
         ({"data.columns": "prompt"}, "expected pairs such as"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(flags: dict[str, object], expected: str) -> None:
+def test_conflicting_settings_are_refused(flags: dict[str, object], expected: str) -> None:
     values = {"model.name": "m", "data.dataset": "d.jsonl", "output.directory": "o", **flags}
     with pytest.raises(SettingsError, match=expected):
         resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)

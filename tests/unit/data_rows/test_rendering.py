@@ -1,4 +1,4 @@
-"""A chat template is a program from elsewhere: whatever it does, the command ends, and names the template."""
+"""A chat template is untrusted code: whatever it does, the command ends and names the template."""
 
 import os
 import re
@@ -124,7 +124,7 @@ def assert_refused(tokenizer: PreTrainedTokenizerBase, template: str, message: s
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("template", [FOR_HOURS, MANY_CALLS])
-def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
+def test_a_template_that_does_not_end_is_an_error_of_the_template(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> None:
     assert_refused(tokenizer, template, r"the chat template did not end within 0 s, for 2 messages of \d+ characters")
@@ -138,7 +138,7 @@ def test_a_template_that_does_not_end_is_an_error_and_no_row_is_to_blame(
         ("{{ 'x' * 2001 }}", r"the chat template writes 2,001 characters for 2 messages of \d+ characters"),
     ],
 )
-def test_a_template_that_nests_or_writes_too_much_is_an_error_and_no_row_is_to_blame(
+def test_a_template_that_nests_or_writes_too_much_is_an_error_of_the_template(
     tokenizer: PreTrainedTokenizerBase, template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_rendering, "LONGEST_TEXT", 2000)
@@ -155,9 +155,7 @@ def test_a_template_that_nests_or_writes_too_much_is_an_error_and_no_row_is_to_b
         "{% set n = namespace(x=1) %}{% for i in range(16) %}{% set n.x = n.x * 10**300 %}{% endfor %}{{ n.x }}",
     ],
 )
-def test_what_goes_wrong_in_a_template_is_its_refusal_of_the_messages(
-    tokenizer: PreTrainedTokenizerBase, template: str
-) -> None:
+def test_an_error_within_a_template_refuses_the_messages(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(TemplateRefusalError):
         render(tokenizer, CHAT)
@@ -177,7 +175,7 @@ def test_a_number_that_can_not_be_written_is_an_error_that_names_the_template(
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("template", MEMORY)
-def test_one_operation_that_takes_much_memory_is_an_error_and_gets_little_of_it(
+def test_an_operation_that_needs_much_memory_is_an_error_before_it_gets_it(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> None:
     tokenizer.chat_template = template
@@ -195,7 +193,7 @@ def test_one_operation_that_takes_much_memory_is_an_error_and_gets_little_of_it(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_a_template_whose_constants_take_much_to_compute_is_named_when_it_is_read(
+def test_a_template_with_expensive_constants_is_named_when_it_is_read(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (tmp_path / "a.jinja").write_text("{{ ('x' * 2 * 10**8).encode() }}")
@@ -204,7 +202,7 @@ def test_a_template_whose_constants_take_much_to_compute_is_named_when_it_is_rea
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_long_messages_have_room_in_proportion(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_limits_grow_with_the_length_of_messages(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content + m.content|trim }}{% endfor %}"
     )
@@ -213,7 +211,7 @@ def test_long_messages_have_room_in_proportion(tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_a_limit_of_the_users_own_stays_the_narrower_one() -> None:
+def test_a_stricter_limit_of_the_user_is_kept() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     own = (8 * GIB, before[1])
     resource.setrlimit(resource.RLIMIT_DATA, own)
@@ -224,7 +222,7 @@ def test_a_limit_of_the_users_own_stays_the_narrower_one() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def test_one_conversation_that_fails_among_many_is_left_to_be_named(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_one_failing_conversation_of_a_batch_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}a"
     with_x = [{"role": "user", "content": "x"}]
     assert render_all(tokenizer, [CHAT, CHAT]) == ["a", "a"]
@@ -242,7 +240,9 @@ def test_a_file_that_nests_too_deeply_is_named_when_it_is_read(
         choose_chat_template(tokenizer, str(tmp_path / "deep.jinja"))
 
 
-def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tools_that_a_template_can_not_iterate_over_are_an_error_of_their_row(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     tokenizer.chat_template = OF_A_SCHEMA
     schema: dict[str, Any] = {"a": 1}
     for _ in range(400):
@@ -255,7 +255,7 @@ def test_tools_that_a_template_can_not_go_through_are_a_fault_of_their_row(token
     assert "the chat template refuses it: it recurses too deeply" in str(found)
 
 
-def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(
+def test_the_previous_signal_handler_is_restored_and_no_alarm_follows(
     tokenizer: PreTrainedTokenizerBase, request: pytest.FixtureRequest
 ) -> None:
     rung: list[int] = []
@@ -275,7 +275,7 @@ def test_what_handled_the_signal_before_does_so_again_and_no_alarm_comes_later(
         signal.signal(signal.SIGALRM, before)
 
 
-def test_outside_of_the_main_thread_a_conversation_is_rendered_too(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_conversation_is_rendered_outside_of_the_main_thread(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template, found = "{{ messages[1].content }}", []
     thread = threading.Thread(target=lambda: found.append(render(tokenizer, CHAT)))
     thread.start()
@@ -313,7 +313,7 @@ def test_a_template_with_an_operation_that_does_not_end_is_named_when_it_is_read
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_and_nothing_is_written_of_it(
+def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_without_output(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jinja").write_text(OVERFLOWS)
@@ -324,7 +324,7 @@ def test_a_template_that_overflows_the_stack_is_named_when_it_is_read_and_nothin
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("soon")
-def test_a_template_that_is_slow_or_refuses_what_it_is_tried_on_is_no_error() -> None:
+def test_a_template_that_is_slow_or_refuses_the_trial_is_not_an_error() -> None:
     for text in ("{{ raise_exception('no') }}", FOR_HOURS, ITSELF, "{{ 'x' * 10**9 }}", "{{ messages[1] + 1 }}"):
         try_template(text)
 
@@ -370,7 +370,7 @@ SLOW = "{% for i in range(40000) %}{% endfor %}{% for m in messages %}[{{ m.role
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
-def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_rendered(
+def test_a_slow_template_is_reported_once(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, is_plain: bool
 ) -> None:
     monkeypatch.setattr(render_timer, "SLOW_SECONDS", 0.02)
@@ -389,7 +389,7 @@ def test_a_template_that_is_slow_for_each_row_is_said_once_while_rows_are_render
     assert re.search(r"the chat template is slow: 0 s so far, with \d rows? done; Ctrl-C stops it", event.message)
 
 
-def test_a_template_that_is_fast_is_not_said_to_be_slow_however_many_rows_there_are(
+def test_a_fast_template_is_not_reported_as_slow_over_many_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(render_timer, "SLOW_SECONDS", 0.0)

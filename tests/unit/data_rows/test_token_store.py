@@ -1,4 +1,4 @@
-"""Tokens that are kept on disk: taken up as they were written by this user, or made anew; nothing else is touched."""
+"""Cached tokens are loaded exactly as this user wrote them, or written again; other files are never touched."""
 
 import hashlib
 import json
@@ -76,7 +76,7 @@ def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
     return [dict(row) for row in stored.dataset]
 
 
-def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(table: Path) -> None:
+def test_cached_tokens_are_loaded_as_written_and_private(table: Path) -> None:
     found = content_of(load(KEY))
     assert len(found) == NUM_ROWS
     assert found[7]["input_ids"] == list(range(8))
@@ -84,9 +84,7 @@ def test_what_was_kept_is_recalled_as_it_was_written_and_is_its_owners_alone(tab
     assert modes == {table.name: 0o700, "data": 0o700, TOKENS: 0o600, ABOUT: 0o600, SKIPPED: 0o600}
 
 
-def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_bad_rows_are_listed_and_all_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_BAD_ROWS_LISTED", 2)
     writer = TokenWriter(tmp_path)
     for number in range(5):
@@ -97,7 +95,7 @@ def test_of_rows_that_can_not_be_used_the_first_are_listed_and_all_are_counted(
     assert writer.num_bad == 5
 
 
-def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_made_anew(table: Path) -> None:
+def test_a_flipped_bit_in_the_tokens_is_detected(table: Path) -> None:
     whole = (table / TOKENS).read_bytes()
     expected = content_of(load(KEY))
     chance = random.Random(0)  # noqa: S311 - no secret
@@ -111,7 +109,7 @@ def test_a_bit_that_changed_anywhere_in_the_tokens_is_found_out_and_they_are_mad
 
 
 @pytest.mark.slow
-def test_tokens_with_a_sum_that_fits_are_read_without_a_crash_or_not_at_all(table: Path) -> None:
+def test_damaged_tokens_with_a_valid_checksum_do_not_crash(table: Path) -> None:
     """Whoever writes a table can write its sum: no place that the rows name may lie outside of the file."""
     whole = (table / TOKENS).read_bytes()
     chance = random.Random(0)  # noqa: S311 - no secret
@@ -127,7 +125,7 @@ def test_tokens_with_a_sum_that_fits_are_read_without_a_crash_or_not_at_all(tabl
     assert 50 < num_refused < 300
 
 
-def test_offsets_that_lie_outside_are_no_table(table: Path) -> None:
+def test_offsets_out_of_range_are_rejected(table: Path) -> None:
     offsets = np.cumsum(np.arange(NUM_ROWS // 2 + 1), dtype=np.int32)
     beyond = offsets.copy()
     beyond[3] = 2**30
@@ -137,7 +135,7 @@ def test_offsets_that_lie_outside_are_no_table(table: Path) -> None:
     assert load(KEY) is None
 
 
-def test_other_columns_are_no_table(table: Path) -> None:
+def test_other_columns_are_rejected(table: Path) -> None:
     other = pa.table({"input_ids": pa.array([[1]] * NUM_ROWS)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, other.schema) as stream:
@@ -147,7 +145,7 @@ def test_other_columns_are_no_table(table: Path) -> None:
 
 
 @pytest.mark.parametrize("told", ["", "[]", "{}", "7", "[" * 100_000, '{"sha256": 7}', "\0", '{"files": 7}'])
-def test_what_is_told_about_a_table_and_is_nonsense_is_no_table(table: Path, told: str) -> None:
+def test_an_invalid_description_of_a_table_is_rejected(table: Path, told: str) -> None:
     (table / ABOUT).write_text(told)
     assert load(KEY) is None
 
@@ -158,7 +156,7 @@ def link_to(elsewhere: Path) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("name", [TOKENS, ABOUT, SKIPPED])
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder", "nothing"])
-def test_a_table_of_other_things_than_files_is_made_anew_and_they_are_not_followed(
+def test_links_and_other_non_files_in_a_table_are_not_followed(
     table: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -179,9 +177,7 @@ def test_a_table_of_other_things_than_files_is_made_anew_and_they_are_not_follow
 
 
 @pytest.mark.parametrize("name", ["", TOKENS, ABOUT, SKIPPED])
-def test_a_table_that_another_user_wrote_is_not_taken_up(
-    table: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_table_of_another_user_is_not_used(table: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if os.getuid() == 0:
         os.chown(table / name, 54321, -1)
     else:
@@ -191,14 +187,14 @@ def test_a_table_that_another_user_wrote_is_not_taken_up(
     assert load(KEY) is None
 
 
-def test_a_disk_that_gives_all_files_one_owner_keeps_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_used_on_a_disk_where_all_files_have_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
     assert content_of(load(KEY)) == content_of(write_tokens(KEY, fill))
 
 
 @pytest.mark.parametrize("kind", ["more in it", "another folder", "a file"])
-def test_something_else_in_the_place_of_a_table_is_an_error_and_stays(table: Path, kind: str) -> None:
+def test_something_else_in_place_of_a_table_is_an_error_and_stays(table: Path, kind: str) -> None:
     if kind == "more in it":
         (table / TOKENS).write_bytes(b"damaged")
         (table / "thesis").touch()

@@ -1,4 +1,4 @@
-"""What a row says under keys that no format knows is in its text, or told: of messages, parts, calls and variables."""
+"""Values under unknown keys of messages, parts and calls, and unknown variables, are rendered or reported."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def row_with(place: str, key: str, value: object) -> dict[str, Any]:
 @pytest.mark.parametrize("template", ["writes", "qwen3", "everything", "qwen2_5"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_that_no_format_knows_is_in_the_text_or_told(template: str, place: str, key: str) -> None:
+def test_an_unknown_key_is_rendered_or_reported(template: str, place: str, key: str) -> None:
     text = tokenizer_with("qwen3" if template == "writes" else template)
     if template == "writes":
         text.tokenizer.chat_template = WRITES
@@ -73,7 +73,7 @@ def test_a_key_that_no_format_knows_is_in_the_text_or_told(template: str, place:
 
 
 @pytest.mark.parametrize("column", ["chat_template_kwargs", "apply_chat_template_kwargs"])
-def test_a_variable_that_the_chat_template_does_not_read_is_told(tmp_path: Path, column: str) -> None:
+def test_a_variable_that_the_chat_template_does_not_read_is_reported(tmp_path: Path, column: str) -> None:
     asked, answer = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
     rows: list[dict[str, Any]] = [
         {"messages": [asked, answer], column: {"enable_thinking": True, "enable_thinkng": False}},
@@ -83,7 +83,7 @@ def test_a_variable_that_the_chat_template_does_not_read_is_told(tmp_path: Path,
     assert "set for the chat template, which does not read them: enable_thinkng (2 rows), effort (1 row)" in notes
 
 
-def test_a_variable_that_the_chat_template_sets_itself_where_no_row_does_is_read(tmp_path: Path) -> None:
+def test_a_variable_with_a_default_in_the_chat_template_counts_as_read(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     assert isinstance(tokenizer.chat_template, str)
     tokenizer.chat_template = "{% set effort = effort if effort is defined else 'low' %}" + tokenizer.chat_template

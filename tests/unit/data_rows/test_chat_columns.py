@@ -1,4 +1,4 @@
-"""What a row says beside its text: settings of the template, tools, switches, preferences, pictures."""
+"""Columns for the chat template next to the text: template variables, history, system prompts."""
 
 import inspect
 from pathlib import Path
@@ -19,7 +19,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return make_tokenizer()
 
 
-def test_keys_of_messages_that_neither_a_format_nor_the_template_knows_are_told_with_the_number_of_rows(
+def test_keys_of_messages_that_are_ignored_are_reported_with_the_number_of_rows(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.mood }}{{ m.content }}")
@@ -45,7 +45,7 @@ def test_keys_of_messages_that_neither_a_format_nor_the_template_knows_are_told_
     ],
     ids=["messages", "sharegpt", "prompt_completion", "alpaca", "question_answer"],
 )
-def test_what_a_row_sets_for_the_template_is_rendered(
+def test_template_variables_of_a_row_are_rendered(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], given: object
 ) -> None:
     plain = {"messages": [ASK, ANSWER]}
@@ -56,7 +56,7 @@ def test_what_a_row_sets_for_the_template_is_rendered(
     assert "<think>" not in whole(prepare(tmp_path / "plain", tokenizer, [plain]), tokenizer)
 
 
-def test_rows_with_and_without_settings_of_the_template_are_rendered_each_by_its_own(
+def test_each_row_is_rendered_with_its_own_template_variables(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [
@@ -80,14 +80,14 @@ def test_rows_with_and_without_settings_of_the_template_are_rendered_each_by_its
         ("{", "'chat_template_kwargs' is text, but not JSON"),
     ],
 )
-def test_settings_of_the_template_that_a_row_can_not_make_are_refused(
+def test_template_variables_that_a_row_can_not_set_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kwargs: object, expected: str
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "chat_template_kwargs": kwargs}])
     assert expected in str(error)
 
 
-def test_no_row_can_set_how_its_template_is_applied() -> None:
+def test_parameters_of_apply_chat_template_are_reserved() -> None:
     assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= RESERVED_VARIABLES
 
 
@@ -100,7 +100,7 @@ def test_no_row_can_set_how_its_template_is_applied() -> None:
         ({"history": [["1 plus 1?", "2"]]}, "1 plus 1?<|im_end|>"),
     ],
 )
-def test_what_is_for_a_template_is_refused_beside_plain_text_with_flags_that_let_one_render_it(
+def test_template_inputs_are_refused_in_plain_text_with_flags_that_use_a_template(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, beside: dict[str, Any], expected: str
 ) -> None:
     rows = [{"prompt": "6 times 7?", "response": "42", **beside}]
@@ -114,7 +114,7 @@ def test_what_is_for_a_template_is_refused_beside_plain_text_with_flags_that_let
 
 
 @pytest.mark.parametrize("is_thinking", [True, False])
-def test_a_column_that_says_whether_the_model_thinks_reaches_the_template(
+def test_the_column_enable_thinking_reaches_the_template(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, is_thinking: bool
 ) -> None:
     rows = [{"messages": [ASK, ANSWER], "enable_thinking": is_thinking}]
@@ -127,7 +127,7 @@ def test_a_column_that_says_whether_the_model_thinks_reaches_the_template(
 @pytest.mark.parametrize(
     "row", [{"instruction": "6 times 7?", "input": "", "output": "42"}, {"query": "6 times 7?", "response": "42"}]
 )
-def test_earlier_turns_in_a_column_of_their_own_come_first_and_are_trained_as_other_answers_are(
+def test_history_comes_first_and_its_answers_are_trained(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], history: object
 ) -> None:
     rows = [{**row, "history": history, "system": "Be brief."}]
@@ -150,7 +150,7 @@ def test_earlier_turns_in_a_column_of_their_own_come_first_and_are_trained_as_ot
         ([["q", None]], "'history' must hold pairs of two texts"),
     ],
 )
-def test_earlier_turns_that_are_no_pairs_are_refused(
+def test_history_that_is_not_pairs_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, history: object, expected: str
 ) -> None:
     rows = [{"instruction": "6 times 7?", "output": "42", "history": history}]
@@ -158,13 +158,13 @@ def test_earlier_turns_that_are_no_pairs_are_refused(
 
 
 @pytest.mark.parametrize("history", [None, [], ""])
-def test_no_earlier_turns_are_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, history: object) -> None:
+def test_empty_history_adds_no_turns(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, history: object) -> None:
     data = prepare(tmp_path, tokenizer, [{"instruction": "6 times 7?", "output": "42", "history": history}])
     assert trained(data, tokenizer) == "42<|im_end|>"
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_two_system_prompts_are_refused_unless_they_are_one(
+def test_two_different_system_prompts_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, role: str
 ) -> None:
     messages = [{"role": role, "content": "You are a chemist."}, ASK, ANSWER]
@@ -175,7 +175,7 @@ def test_two_system_prompts_are_refused_unless_they_are_one(
 
 
 @pytest.mark.parametrize("column", [{"system": "Be brief."}, {"history": [["q", "a"]]}])
-def test_what_comes_before_plain_text_is_in_it_or_refused(
+def test_context_of_plain_text_is_included_or_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: dict[str, Any]
 ) -> None:
     rows = [{"prompt": "6 times 7?", "completion": "42", **column}]

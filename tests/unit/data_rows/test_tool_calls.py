@@ -1,4 +1,4 @@
-"""Calls of tools are read wherever a message has them, with all that stands with them, or the row is refused."""
+"""Tool calls are read from every place in a message, together with its other values, or the row is refused."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ ONE_CALL = [
 
 @pytest.mark.parametrize("message", ONE_CALL)
 @pytest.mark.parametrize("before", [[], [ANSWER]])
-def test_the_calls_of_a_message_that_calls_by_its_role_are_read_wherever_they_stand(
+def test_calls_of_a_calling_role_are_read_from_every_place(
     message: dict[str, Any], before: list[dict[str, Any]]
 ) -> None:
     answer = chat(USER, *before, message, {"role": "tool", "content": "1"}, ANSWER).messages[1]
@@ -33,7 +33,7 @@ def test_the_calls_of_a_message_that_calls_by_its_role_are_read_wherever_they_st
     assert answer["content"] == ("a" if before else "")
 
 
-def test_calls_in_text_and_in_parts_are_all_read() -> None:
+def test_calls_in_text_and_in_parts_are_both_read() -> None:
     call = '{"name": "g", "arguments": {}}'
     parts = [{"type": "text", "text": call}, {"type": "tool_use", "name": "f", "input": {"x": 1}}]
     answer = chat(USER, {"role": "tool_call", "content": parts}).messages[1]
@@ -46,7 +46,7 @@ def test_calls_in_text_and_in_parts_are_all_read() -> None:
     text=st.sampled_from(["", "a"]),
 )
 @settings(deadline=None)
-def test_nothing_is_lost_where_calls_join_the_answer_before_them(
+def test_merging_calls_into_the_previous_answer_loses_nothing(
     answer: dict[str, bool], calls: dict[str, bool], text: str
 ) -> None:
     """Whatever either message says is in the turn, or the row is refused."""
@@ -75,7 +75,7 @@ def test_nothing_is_lost_where_calls_join_the_answer_before_them(
                 assert message[key] in (turn.get("reasoning"), turn.get("thinking"))
 
 
-def test_thoughts_of_calls_are_those_of_the_turn_or_refused_behind_text() -> None:
+def test_reasoning_of_calls_joins_the_turn_or_is_refused_after_text() -> None:
     result = {"role": "tool", "content": "1"}
     thinking = {**CALLING, "reasoning_content": "hm"}
     assert chat(USER, thinking, result, ANSWER).messages[1]["reasoning_content"] == "hm"
@@ -86,7 +86,7 @@ def test_thoughts_of_calls_are_those_of_the_turn_or_refused_behind_text() -> Non
 
 
 @pytest.mark.parametrize(("before", "behind"), [({}, {"loss": True}), ({"train": True}, {}), ({}, {})])
-def test_silence_agrees_with_being_trained(before: dict[str, Any], behind: dict[str, Any]) -> None:
+def test_a_missing_switch_agrees_with_being_trained(before: dict[str, Any], behind: dict[str, Any]) -> None:
     found = chat(USER, {**ANSWER, **before}, {**CALLING, **behind}, {"role": "tool", "content": "1"}, ANSWER)
     assert found.trained == (1, 3)
     for one, other in (({"loss": False}, {}), ({}, {"loss": False}), ({"train": True}, {"train": False})):
@@ -102,9 +102,7 @@ GIVEN = st.none() | st.sampled_from(["", "{}", "null", {}, {"x": 1}, '{"x": 1}',
     outside=st.dictionaries(st.sampled_from(NAMES), GIVEN, max_size=2),
 )
 @settings(deadline=None, max_examples=300)
-def test_arguments_are_read_under_each_name_in_the_function_or_the_call_or_refused(
-    inside: dict[str, Any], outside: dict[str, Any]
-) -> None:
+def test_arguments_are_read_under_every_known_key_or_refused(inside: dict[str, Any], outside: dict[str, Any]) -> None:
     call = {"type": "function", "function": {"name": "f", **inside}, **outside}
     given = [*inside.values(), *outside.values()]
     values = [json.loads(each) if isinstance(each, str) and each else each for each in given]
@@ -120,7 +118,7 @@ def test_arguments_are_read_under_each_name_in_the_function_or_the_call_or_refus
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": expected}}]
 
 
-def test_a_name_beside_the_function_is_that_of_the_function_or_refused() -> None:
+def test_a_name_next_to_the_function_must_equal_the_function_name() -> None:
     same = {**AS_SERVED, "name": "f"}
     assert chat(USER, {**ANSWER, "tool_calls": [same]}).messages[1]["tool_calls"] == [AS_SERVED]
     error = problem(USER, {**ANSWER, "tool_calls": [{**AS_SERVED, "name": "g"}]})

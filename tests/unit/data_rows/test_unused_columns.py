@@ -90,14 +90,14 @@ def test_no_flags_are_proposed_where_none_work(tmp_path: Path, tokenizer: PreTra
     assert error.hint == "Write the answers to train on as rows of their own, or as messages."
 
 
-def test_a_preference_further_on_is_refused_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_preference_in_a_later_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"messages": [ASK, ANSWER]}] * 150 + [{"messages": [ASK, ANSWER], "rejected_response": "41"}]
     assert "row 151" in str(refusal(tmp_path, tokenizer, rows))
     assert prepare(tmp_path, tokenizer, rows, on_bad_row="skip").report.bad_rows == 1
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
-def test_columns_of_preferences_with_nothing_in_them_are_no_preferences(
+def test_empty_preference_columns_are_not_preferences(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: object
 ) -> None:
     data = prepare(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "chosen": empty, "rejected": empty}])
@@ -133,7 +133,7 @@ def test_verdicts_are_refused_and_the_flags_of_the_hint_train_all_rows(
         ({"tools": []}, {"functions": [{"name": "g"}]}),
     ],
 )
-def test_two_columns_for_the_same_are_refused_until_one_is_named(
+def test_two_columns_for_one_part_are_refused_until_one_is_named(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, first: Row, second: Row
 ) -> None:
     (part,), (name,) = first, second
@@ -160,7 +160,7 @@ def test_two_columns_for_the_same_are_refused_until_one_is_named(
         *(("loss_mask", "[0, 0, 0, 1]"), ("weight", 0), ("loss_weight", "0"), ("loss_scale", 0.0), ("loss", 0)),
     ],
 )
-def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_the_hint_train_all(
+def test_switches_of_a_whole_row_are_refused_and_the_flags_of_the_hint_train_all(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object
 ) -> None:
     rows = [{"messages": [*EARLIER, ASK, ANSWER], column: value}]
@@ -195,7 +195,7 @@ def test_what_says_of_a_whole_row_what_is_trained_is_refused_and_the_flags_of_th
         {"input_ids": [1, 2], "system": "Be brief."},
     ],
 )
-def test_columns_that_only_describe_a_row_are_told_and_not_used(
+def test_columns_that_only_describe_a_row_are_reported_as_unused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row
 ) -> None:
     data = prepare(tmp_path, tokenizer, [row])
@@ -234,7 +234,7 @@ def test_rows_with_pictures_or_sounds_are_refused(
 
 
 @pytest.mark.parametrize("empty", [None, [], "", [None], {"bytes": None, "path": None}])
-def test_rows_whose_pictures_are_none_are_trained(
+def test_rows_with_empty_picture_columns_are_trained(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: object
 ) -> None:
     assert (
@@ -243,7 +243,7 @@ def test_rows_whose_pictures_are_none_are_trained(
 
 
 @pytest.mark.parametrize("column", ["images", "image_path"])
-def test_what_stands_for_a_picture_is_not_trained_as_text(
+def test_a_picture_placeholder_is_not_trained_as_text(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str
 ) -> None:
     asked = [{**ASK, "content": "<image>What is it?"}, ANSWER]
@@ -273,7 +273,7 @@ def test_each_placeholder_next_to_a_column_of_media_is_refused(
     ["<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>", "Picture 1: <img>a.jpg</img>", "<|audio_pad|>"],
 )
 @pytest.mark.parametrize("by_hand", [{}, {"columns": "messages=messages"}])
-def test_a_placeholder_that_is_nothing_else_is_refused_without_a_column(
+def test_an_unmistakable_placeholder_is_refused_without_a_media_column(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, placeholder: str, by_hand: dict[str, str]
 ) -> None:
     asked = [{**ASK, "content": f"{placeholder}\nWhat is it?"}, ANSWER]
@@ -282,7 +282,9 @@ def test_a_placeholder_that_is_nothing_else_is_refused_without_a_column(
 
 
 @pytest.mark.parametrize("text", ['<img src="x"></img>', "<img>", "<image>", "a <|pad|> of text", "<img></img>"])
-def test_what_may_stand_for_itself_is_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_an_ambiguous_placeholder_is_text_without_a_media_column(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
     assert prepare(tmp_path, tokenizer, [{"messages": [{**ASK, "content": text}, ANSWER]}]).report.rows_trained == 1
 
 
@@ -306,7 +308,7 @@ def test_a_message_with_a_file_is_refused(tmp_path: Path, tokenizer: PreTrainedT
         ({"text": "42", "history": [["1 plus 1?", "2"]]}, "history"),
     ],
 )
-def test_what_belongs_around_the_text_and_has_no_part_is_refused_and_the_hint_trains_without(
+def test_context_without_a_part_is_refused_and_the_flags_of_the_hint_train_without_it(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row, column: str
 ) -> None:
     error = refusal(tmp_path, tokenizer, [row])
@@ -324,7 +326,7 @@ def test_what_belongs_around_the_text_and_has_no_part_is_refused_and_the_hint_tr
         *(("response_accepted", False, "false"), ("thumbs_down", True, "true")),
     ],
 )
-def test_verdicts_are_known_by_their_words(
+def test_verdict_columns_are_recognised_by_their_words(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: object, unwanted: str
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{"prompt": "6 times 7?", "completion": "42", column: value}])
@@ -337,7 +339,7 @@ UNREADABLE = ("NaN", '{"b": 1, "b": 2}', '"\\ud83d"', "[" * 600 + "]" * 600)
 
 @pytest.mark.parametrize("value", UNREADABLE)
 @pytest.mark.parametrize("column", ["weight", "kto_tag", "history", "other"])
-def test_json_that_can_not_be_read_ends_no_run_but_where_it_may_be_around_the_text(
+def test_unreadable_json_is_an_error_only_where_it_may_be_context(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str, value: str
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -353,7 +355,7 @@ NOT_TEXT = pyarrow.array([b"\xff\xfe"])
 
 
 @pytest.mark.parametrize("column", ["labels", "image_url", "scores", "weight", "kto_tag", "other"])
-def test_what_can_not_be_read_and_is_no_part_of_the_row_ends_no_run(
+def test_unreadable_values_in_unused_columns_are_not_errors(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, column: str
 ) -> None:
     columns = {"question": ["6 times 7?"], "answer": ["42"], column: NOT_TEXT}
@@ -379,7 +381,7 @@ def test_pictures_as_bytes_are_refused_as_pictures(
 
 
 @pytest.mark.parametrize("row", [{"label": True}, {"rejected": "41"}, {"images": ["x.png"]}])
-def test_files_of_columns_are_read_as_far_as_they_change_what_a_row_means(
+def test_columnar_files_are_read_for_columns_that_change_the_meaning(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]
 ) -> None:
     path = tmp_path / "rows.parquet"
@@ -388,9 +390,7 @@ def test_files_of_columns_are_read_as_far_as_they_change_what_a_row_means(
         prepare_file(path, tokenizer)
 
 
-def test_segments_of_axolotl_are_pointed_to_what_can_be_read(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_axolotl_segments_get_a_hint_at_supported_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows: list[Row] = [{"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}] * 2
     error = refusal(tmp_path, tokenizer, rows)
     assert "holds segments of text" in str(error)
@@ -411,7 +411,7 @@ def test_segments_of_axolotl_are_pointed_to_what_can_be_read(
         ("completion", {"text": "42"}),
     ],
 )
-def test_formats_go_by_the_names_that_recipes_of_other_tools_have_for_them(
+def test_formats_can_be_given_by_the_names_of_other_tools(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, row: Row
 ) -> None:
     assert trained(prepare(tmp_path, tokenizer, [row], format=name), tokenizer) == f"42{END}"
@@ -420,6 +420,6 @@ def test_formats_go_by_the_names_that_recipes_of_other_tools_have_for_them(
 @pytest.mark.parametrize(
     ("name", "expected"), [("input_output", "prompt and completion"), ("DPO", "comparison"), ("kto.x", "comparison")]
 )
-def test_formats_of_other_tools_that_are_none_here_are_pointed_to_what_there_is(name: str, expected: str) -> None:
+def test_unsupported_formats_of_other_tools_get_a_hint(name: str, expected: str) -> None:
     assert expected in str(DataFormat.hint_for(name))
     assert DataFormat.hint_for("nonsense") is None
