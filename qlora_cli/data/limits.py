@@ -6,18 +6,18 @@ from typing import Any
 from qlora_cli.errors import DataError
 from qlora_cli.units import MIB, format_bytes
 
-# Of a line, a field, or a value in a list: about sixteen million tokens, far beyond any model's context.
+# Per line, field or list element: about sixteen million tokens, far beyond any model's context.
 MAX_ROW_BYTES = 64 * MIB
-# Of a row: columns are looked up and reported one by one, by name.
+# Per row: columns are looked up and reported one by one, by name.
 MAX_COLUMNS = 1000
-# Lists and objects in each other: tool schemas have about ten levels; functions that walk values recurse as deep.
+# Levels of lists and objects: tool schemas have about ten; functions that walk values recurse as deep.
 MAX_NESTING = 100
 # Text compresses to a fifth or a tenth, rarely to a fiftieth; a higher ratio points to a decompression bomb.
 MAX_EXPANSION = 200
 ALWAYS_ALLOWED_BYTES = 256 * MIB  # that an archive may expand to, however small it is
-# Of a text file: some tools write blank lines between rows, but a file of nothing else takes minutes to read.
+# Per text file: some tools write blank lines between rows, but a file of nothing else takes minutes to read.
 MAX_BLANK_LINES, MAX_BLANK_LINES_PER_ROW = 1_000_000, 10
-# Of a columnar file: a row of text takes tens of bytes, but a tenth of a byte if all rows are alike.
+# Per columnar file: a row of text takes tens of bytes, but a tenth of a byte if all rows are alike.
 MAX_ROWS_PER_BYTE, ALWAYS_ALLOWED_ROWS = 10, 100_000
 MAX_VALUES_PER_BYTE, ALWAYS_ALLOWED_VALUES = 200, 2**24  # the padding of tokens takes almost nothing
 MAX_BAD_ROWS_LISTED = 10_000

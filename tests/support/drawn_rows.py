@@ -1,4 +1,4 @@
-"""Rows with every key that rows have, drawn by a seed, each of whose values stands nowhere else."""
+"""Random rows with every key that rows may have, drawn by a seed; each of their values is unique."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass
 class Drawn:
-    """A row, and what it says: the values of each message, and those of its tools."""
+    """A row with its values: by the index of each message, and of its tools."""
 
     conversation: Conversation
-    said: dict[int, list[str]]
+    values: dict[int, list[str]]
     reasoning: dict[int, list[str]] = field(default_factory=dict)
-    beside_calls: dict[int, list[str]] = field(default_factory=dict)
+    texts_with_calls: dict[int, list[str]] = field(default_factory=dict)
     tools: list[str] = field(default_factory=list)
     tool_details: list[str] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ class _Words:
         self._numbers = iter(range(10_000))
 
     def text(self) -> str:
-        """Return words of which the first stands nowhere else; sometimes on two lines, with quotes or beyond ASCII."""
+        """Return words of which the first is unique; sometimes on two lines, with quotes or beyond ASCII."""
         words = self._chance.choice(("of iron", 'as "said"', "größer\nund weiter", "日本", "a\tb", "x < y & z", ""))
         return f"value{next(self._numbers)}q {words}".strip()
 
@@ -40,54 +40,53 @@ class _Words:
 
 
 def draw_row(seed: int) -> Drawn:
-    """Return the row of a seed."""
+    """Return a random row, determined by `seed`."""
     chance = Random(seed)  # noqa: S311 - not a secret
     words = _Words(chance)
-    drawn = Drawn(conversation=Conversation(messages=[], trained=()), said={})
+    drawn = Drawn(conversation=Conversation(messages=[], trained=()), values={})
     messages = drawn.conversation.messages
 
-    def say(role: str, content: str, **more: Any) -> dict[str, Any]:
-        drawn.said[len(messages)] = [content] if content else []
-        messages.append({"role": role, "content": content, **more})
-        return messages[-1]
+    def add(role: str, content: str, **keys: Any) -> None:
+        drawn.values[len(messages)] = [content] if content else []
+        messages.append({"role": role, "content": content, **keys})
 
     tools = _draw_tools(chance, words, drawn) if chance.random() < 0.4 else None
     for role in chance.choice(((), (), ("system",), ("developer",), ("system", "developer"))):
-        say(role, words.text())
+        add(role, words.text())
     key = chance.choice(REASONING)
     for _ in range(chance.randint(1, 3)):
-        say("user", words.text())
+        add("user", words.text())
         if chance.random() < 0.35:
             calls = _draw_calls(chance, words)
-            beside = words.text() if chance.random() < 0.3 else ""
-            place = len(messages)
-            say("assistant", beside, tool_calls=calls)
-            drawn.said[place] = list(_values_of(calls))
-            drawn.beside_calls[place] = [beside] if beside else []
-            _reason(chance, words, drawn, place, key)
+            text = words.text() if chance.random() < 0.3 else ""
+            index = len(messages)
+            add("assistant", text, tool_calls=calls)
+            drawn.values[index] = list(_values_of(calls))
+            drawn.texts_with_calls[index] = [text] if text else []
+            _add_reasoning(chance, words, drawn, index, key)
             for call in calls:
-                say("tool", words.text(), tool_call_id=call["id"], name=call["function"]["name"])
+                add("tool", words.text(), tool_call_id=call["id"], name=call["function"]["name"])
             if chance.random() < 0.2:
                 break
-        place = len(messages)
-        say("assistant", words.text())
-        _reason(chance, words, drawn, place, key)
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        index = len(messages)
+        add("assistant", words.text())
+        _add_reasoning(chance, words, drawn, index, key)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     trained = answers if chance.random() < 0.6 else answers[-1:]
     drawn.conversation = Conversation(messages=messages[: answers[-1] + 1], trained=tuple(trained), tools=tools)
     return drawn
 
 
-def _reason(chance: Random, words: _Words, drawn: Drawn, place: int, key: str) -> None:
-    """Give an answer reasoning sometimes, under a key of its own or within its content."""
-    message, kind = drawn.conversation.messages[place], chance.random()
-    if kind < 0.15:
+def _add_reasoning(chance: Random, words: _Words, drawn: Drawn, index: int, key: str) -> None:
+    """Add reasoning to some answers, under a key of its own or within the content."""
+    message, share = drawn.conversation.messages[index], chance.random()
+    if share < 0.15:
         message[key] = words.text()
-        drawn.reasoning[place] = [message[key]]
-    elif kind < 0.3 and message["content"]:
+        drawn.reasoning[index] = [message[key]]
+    elif share < 0.3 and message["content"]:
         reasoning = words.text()
         message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
-        drawn.reasoning[place] = [reasoning]
+        drawn.reasoning[index] = [reasoning]
 
 
 def _draw_tools(chance: Random, words: _Words, drawn: Drawn) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def _draw_tools(chance: Random, words: _Words, drawn: Drawn) -> list[dict[str, A
 
 def _draw_calls(chance: Random, words: _Words) -> list[dict[str, Any]]:
     calls = []
-    for place in range(chance.choice((1, 1, 1, 2))):
+    for index in range(chance.choice((1, 1, 1, 2))):
         arguments: dict[str, Any] = {}
         for kind in chance.sample(("text", "number", "list", "object"), chance.randint(0, 3)):
             values = {
@@ -118,12 +117,12 @@ def _draw_calls(chance: Random, words: _Words) -> list[dict[str, Any]]:
             }
             arguments[words.name()] = values[kind]
         function = {"name": words.name(), "arguments": arguments}
-        calls.append({"type": "function", "id": f"call{place:05d}", "function": function})
+        calls.append({"type": "function", "id": f"call{index:05d}", "function": function})
     return calls
 
 
 def _values_of(value: Any) -> Iterator[str]:
-    """Yield the names of called functions, and the names and values of arguments."""
+    """Yield the names of the called functions, and the names and values of their arguments."""
     for call in value:
         yield call["function"]["name"]
         yield from _leaves(call["function"]["arguments"])

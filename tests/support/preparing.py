@@ -1,4 +1,4 @@
-"""Rows written to a file and prepared as training does, by the demo's tokenizer with a template that shows all."""
+"""Prepare rows for training with the demo's tokenizer and a template that writes all of their values."""
 
 import functools
 from copy import deepcopy
@@ -28,7 +28,7 @@ CHATML = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """Return the demo's tokenizer with a template that writes tools, calls and whether the model thinks."""
+    """Return the demo's tokenizer with a template that writes tools, calls and `enable_thinking`."""
     return deepcopy(_load())
 
 
@@ -42,7 +42,7 @@ def _load() -> PreTrainedTokenizerBase:
 
 
 def prepare_file(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreparedData:
-    """Return the rows of a file as they are trained."""
+    """Return the rows of a file, prepared for training."""
     assert tokenizer.eos_token_id is not None
     text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}), reporter=SilentReporter())
     return prepare_data(DataSettings(dataset=str(path), **settings), text, seed=0).train
@@ -51,7 +51,7 @@ def prepare_file(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any
 def prepare(
     directory: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **settings: Any
 ) -> PreparedData:
-    """Return `rows` as they are trained."""
+    """Return `rows`, prepared for training."""
     return prepare_file(write_jsonl(directory / "rows.jsonl", rows), tokenizer, **settings)
 
 
@@ -61,14 +61,14 @@ def whole(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) 
 
 
 def trained(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
-    """Return what is trained of a row."""
+    """Return the trained text of a row."""
     return str(tokenizer.decode([label for label in data.dataset[row]["labels"] if label != -100]))
 
 
 def refusal(
     directory: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **settings: Any
 ) -> DataError:
-    """Return why `rows` are refused."""
+    """Return the error for which `rows` are refused."""
     with pytest.raises(DataError) as caught:
         prepare(directory, tokenizer, rows, **settings)
     return caught.value

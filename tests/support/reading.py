@@ -1,4 +1,4 @@
-"""What tests of readers share: files of a few bytes, and the rows that are read of them."""
+"""Helpers of reader tests: write small files, and read their rows."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def problems_of(path: Path) -> list[tuple[int, int | None, str | None]]:
-    """Return number, line and problem of the rows, of which exactly one of value and problem is set."""
+    """Return number, line and problem of each row, checking that exactly one of value and problem is set."""
     rows = read(path)
     assert all((row.value is None) != (row.problem is None) and row.file == str(path) for row in rows)
     return [(row.number, row.line, row.problem) for row in rows]

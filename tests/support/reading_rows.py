@@ -1,4 +1,4 @@
-"""Rows of messages, and what they are read into."""
+"""Helpers of tests that read rows of messages into conversations."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def reader_of(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> RowR
 
 
 def read(row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> Conversation:
-    found = reader_of(row, loss_on).read(row)
-    assert isinstance(found, Conversation)
-    return found
+    conversation = reader_of(row, loss_on).read(row)
+    assert isinstance(conversation, Conversation)
+    return conversation
 
 
 def chat(*messages: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS, **columns: Any) -> Conversation:

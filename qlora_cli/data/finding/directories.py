@@ -55,7 +55,7 @@ class DataDirectory:
         splits: Its splits; none if nothing identifies any.
         files: All of its data files, if it has no splits.
         ambiguous: Files whose names match several splits.
-        unassigned: Metadata files, and files of no split where others are of one.
+        unassigned: Metadata files, and files without a split in a directory with splits.
         folders: Subfolders with data, of which no file is read.
         other_configs: Its other configs, if the one that is read was not requested by name.
     """
@@ -77,7 +77,7 @@ class DataDirectory:
         """Return the requested split of a directory that has splits; `name` is the data set's name, for messages.
 
         Raises:
-            DataError: the split is not there, or the request is ambiguous.
+            DataError: there is no such split, or the request is ambiguous.
         """
         for path in self.ambiguous:
             if splits_in_name(requested) & splits_in_path(path.relative_to(self.path)):
@@ -94,7 +94,7 @@ class DataDirectory:
             raise self._no_single_split(requested, matching, name)
         if not matching[0].files:
             raise DataError(
-                f"{name}: no file of its split {matching[0].name} is there, although it is declared; "
+                f"{name}: its split {matching[0].name} is declared, but has no files; "
                 f"it holds {self._describe_splits()}",
                 hint="Download it again.",
             )

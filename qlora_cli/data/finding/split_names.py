@@ -16,7 +16,7 @@ SPLIT_WORDS: Mapping[str, Sequence[str]] = {
 }
 SEPARATORS = "-._ 0-9"
 SPLIT_OF_WORD: Mapping[str, str] = {word: split for split, words in SPLIT_WORDS.items() for word in words}
-# What may follow a keyword in one word: `trainset`, `test_data` has two of them.
+# Suffixes of a keyword within a word, as in `trainset`; `test_data` is two words.
 SUFFIXES = ("set", "sets", "data", "dataset", "split", "file", "files", "rows", "examples", "samples", "corpus")
 _KEYWORDS = f"(?:{'|'.join(SPLIT_OF_WORD)})"
 _CAPITALIZED = f"(?:{'|'.join(word.capitalize() for word in SPLIT_OF_WORD)})"

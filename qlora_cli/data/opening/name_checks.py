@@ -70,7 +70,7 @@ def _held_out_problems(resolved: Resolved[SettingsT], data: DataSettings) -> Ite
         return
     for source in held_out:
         if source.weight != 1 and not is_split:
-            message = f"{source.name} has a weight, and what is held out is evaluated once"
+            message = f"{source.name} has a weight, but held-out rows are evaluated once"
             yield Problem(where=resolved.where_of(path), message=message, hint="Leave the weight out.")
     if (overlap := overlapping_source(trained_sources(data), held_out, data)) is not None:
         description = "is the split that is trained on" if is_split else "names data that is trained on too"

@@ -26,12 +26,14 @@ def charge_columns(budget: DecodingBudget, columns: Sequence[Any], num_rows: int
     """
     budget.check(num_rows=num_rows, num_values=sum(map(_count_values, columns)))  # bounds the arrays below
     shared = [column for column in columns if _may_share_values(column.type)]
-    others = [column for column in columns if not _may_share_values(column.type)]
+    unshared = [column for column in columns if not _may_share_values(column.type)]
     budget.charge(
         num_rows=num_rows,
-        num_values=sum(map(_count_values, others))
+        num_values=sum(map(_count_values, unshared))
         + int(sum(_value_sizes(each, in_bytes=False).sum() for each in shared)),
-        num_bytes=int(sum(map(array_bytes, others)) + sum(_value_sizes(each, in_bytes=True).sum() for each in shared)),
+        num_bytes=int(
+            sum(map(array_bytes, unshared)) + sum(_value_sizes(each, in_bytes=True).sum() for each in shared)
+        ),
     )
 
 

@@ -143,7 +143,7 @@ def _translate_errors(source: DatasetSource) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
     from pyarrow import ArrowException
 
-    # Of httpx or httpx2, whichever the hub's client uses.
+    # From httpx or httpx2, whichever the hub's client uses.
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield

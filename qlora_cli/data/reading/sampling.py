@@ -24,6 +24,6 @@ def sample_indices(source: DatasetSource, num_available: int, seed: int) -> NDAr
 def too_few_rows(source: DatasetSource, num_available: int) -> DataError:
     """Return the error for a sample that is larger than its data set."""
     return DataError(
-        f"{source.name} asks for {counted(source.num_rows or 0, 'row')}, and has {counted(num_available, 'row')}",
+        f"{source.name} asks for {counted(source.num_rows or 0, 'row')}, but has {counted(num_available, 'row')}",
         hint=f"Ask for fewer, or for all: leave #{source.num_rows} out.",
     )

@@ -1,4 +1,4 @@
-"""How a chat template fits conversations of the same roles and keys: the form it accepts, and the values it drops.
+"""Determine how a chat template fits conversations: the form of messages that it accepts, and the values it drops.
 
 The form that loses least is chosen. Dropped values and answers without an end of turn are then found with marks.
 """
@@ -247,7 +247,7 @@ def _has_turn_end(
     message = conversation.messages[index]
     if not message.get("tool_calls"):
         return bool(after)
-    # What closes a call does not end the turn: it follows each of several calls.
+    # The text that closes a call does not end the turn: it follows each of several calls.
     after = after.removeprefix(_call_closing(template, conversation, index, last, after))
     plain = form.message({"role": "assistant", "content": PLAIN})
     end = _text_or_empty(template, _with_last(conversation, index, plain)).partition(PLAIN)[2].rstrip()

@@ -148,12 +148,12 @@ class _Marker:
         self.marks.append(self._value(self.marks, kind, key, text))
         return text
 
-    def _value(self, others: Sequence[Value], kind: ValueKind, key: str, text: str) -> Value:
+    def _value(self, earlier: Sequence[Value], kind: ValueKind, key: str, text: str) -> Value:
         order = 0
-        for other in reversed(others):
-            if other.index != self._index:
+        for value in reversed(earlier):
+            if value.index != self._index:
                 break
-            order += other.kind == kind
+            order += value.kind == kind
         return Value(index=self._index, kind=kind, key=key, text=text, order=order)
 
     def _mark(self, kind: ValueKind, key: str, text: str) -> str:
@@ -191,8 +191,8 @@ class _Marker:
             if key not in ("name", "arguments")
         }
         marked |= {"name": name, "arguments": self._arguments(function.get("arguments"))}
-        others = {key: self._other(key, value, CALL_PATHS[0]) for key, value in call.items() if key != "function"}
-        return {**others, "function": marked}
+        outer = {key: self._other(key, value, CALL_PATHS[0]) for key, value in call.items() if key != "function"}
+        return {**outer, "function": marked}
 
     def _arguments(self, arguments: Any) -> Any:
         """Return an example with the types of `arguments`, because their names differ from row to row."""

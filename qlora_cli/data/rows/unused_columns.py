@@ -153,7 +153,7 @@ class UnusedColumnChecker:
                 else f"Leave out the rows that {name!r} says not to train on. To train on all rows"
             )
             raise RowError(
-                f"{name!r} says what part of the row is trained, and would be ignored",
+                f"{name!r} says which part of the row is trained, and would be ignored",
                 hint=self._hint([name], row, [own_flags], purpose),
             )
         if self._has_answers and (verdict := find_verdict(special)):

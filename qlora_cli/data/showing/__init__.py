@@ -1,1 +1,1 @@
-"""What training would see, as a report, a preview and a page."""
+"""Show what training would see: a report, a preview and a page."""

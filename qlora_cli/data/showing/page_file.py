@@ -1,4 +1,4 @@
-"""Whether a page can be written where the user wants it, checked before anything is read."""
+"""Check whether a page can be written to the path that the user gave, before anything is read."""
 
 import os
 from contextlib import suppress
@@ -31,7 +31,7 @@ def _path_error(path: Path) -> QloraError | None:
         return OutputDirectoryError(f"{path} would overwrite a file that is not a page", hint=hint)
     folder = path.absolute().parent
     if not folder.is_dir():
-        return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Make it first.")
+        return OutputDirectoryError(f"{path}: there is no directory {folder}", hint="Create it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         return OutputDirectoryError(f"{path}: {folder} can't be written to", hint="Choose another directory.")
     return None

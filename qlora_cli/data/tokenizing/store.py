@@ -287,7 +287,7 @@ def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.ListArray:
 
 
 def _delete_old(current: Path) -> None:
-    """Delete the least recently used tokens beyond a number, and what killed writers left.
+    """Delete the least recently used tokens beyond a number, and the remains of killed writers.
 
     The cache directory may have other folders: only those with the name and the files of cached tokens are deleted.
     """

@@ -312,11 +312,11 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Backend
     bare.no_truncation()
     bare.no_padding()
     bare.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-    whole, alone = list(tokenizer("a")["input_ids"]), _ids(bare, "a")
-    for start in range(len(whole) - len(alone) + 1):
-        if whole[start : start + len(alone)] == alone:
-            return bare, whole[:start], whole[start + len(alone) :]
-    raise AssertionError(f"a text tokenizes to {whole}, and to {alone} without special tokens")
+    ids, bare_ids = list(tokenizer("a")["input_ids"]), _ids(bare, "a")
+    for start in range(len(ids) - len(bare_ids) + 1):
+        if ids[start : start + len(bare_ids)] == bare_ids:
+            return bare, ids[:start], ids[start + len(bare_ids) :]
+    raise AssertionError(f"a text tokenizes to {ids}, and to {bare_ids} without special tokens")
 
 
 def _ids(backend: Backend, text: str) -> list[int]:

@@ -120,7 +120,7 @@ def test_a_sample_keeps_the_numbers_and_order_of_its_rows(env: dict[str, str]) -
     assert len(numbers) == 10
     assert again["rows"] == sample["rows"]
     assert texts(part) == [f"t{number}" for number in range(21, 41)]
-    assert (too_many["error"], "asks for 41 rows, and has 40 rows" in too_many["message"]) == ("DataError", True)
+    assert (too_many["error"], "asks for 41 rows, but has 40 rows" in too_many["message"]) == ("DataError", True)
 
 
 def test_a_streamed_sample_is_shuffled_and_has_the_requested_size(env: dict[str, str]) -> None:
@@ -130,7 +130,7 @@ def test_a_streamed_sample_is_shuffled_and_has_the_requested_size(env: dict[str,
     assert len(set(texts(sample))) == 10
     assert texts(sample) != [f"t{number}" for number in range(1, 11)]
     assert again["rows"] == sample["rows"]
-    assert "asks for 41 rows, and has 40 rows" in too_many["message"]
+    assert "asks for 41 rows, but has 40 rows" in too_many["message"]
     assert "can't be streamed" in part["hint"]
 
 

@@ -267,7 +267,7 @@ def test_a_sample_is_drawn_from_all_files_and_depends_on_the_seed_only(tmp_path:
 def test_a_sample_larger_than_the_data_set_is_an_error_with_both_numbers(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a.{suffix}", 'a\n1\n"2\n3"\n' if suffix.endswith("sv") else '{"a": 1}\n[\n')
     assert len(read(f"{path}#2")) == 2
-    with pytest.raises(DataError, match="asks for 3 rows, and has 2 rows"):
+    with pytest.raises(DataError, match="asks for 3 rows, but has 2 rows"):
         read(f"{path}#3")
 
 

@@ -52,9 +52,9 @@ def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[ValueKind]:
     """Return the kinds of what is in no text of its own message."""
     found = set()
     kinds = {
-        ValueKind.CONTENT: drawn.said,
+        ValueKind.CONTENT: drawn.values,
         ValueKind.REASONING: drawn.reasoning,
-        ValueKind.TEXT_WITH_CALLS: drawn.beside_calls,
+        ValueKind.TEXT_WITH_CALLS: drawn.texts_with_calls,
     }
     for what, by_place in kinds.items():
         for place, values in by_place.items():
@@ -87,7 +87,7 @@ def test_every_value_of_a_row_is_rendered_in_its_message_refused_or_reported(nam
         assert missing <= set(tokenizer.renderer.num_dropped), (seed, trained)
         assert missing <= {ValueKind.REASONING, ValueKind.TEXT_WITH_CALLS, ValueKind.TOOL_DETAILS}, seed
         for place, answer in by_place.items():
-            values = [*drawn.said[place], *drawn.reasoning.get(place, ())]
+            values = [*drawn.values[place], *drawn.reasoning.get(place, ())]
             last = max((answer.rfind(value.split()[0]) + len(value.split()[0]) for value in values), default=0)
             assert answer[last:].strip(), (seed, "nothing ends the turn")
     assert (num_used == 0) == (name in REFUSE_ALL)

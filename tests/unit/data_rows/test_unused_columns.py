@@ -165,7 +165,7 @@ def test_switches_of_a_whole_row_are_refused_and_the_flags_of_the_hint_train_all
 ) -> None:
     rows = [{"messages": [*EARLIER, ASK, ANSWER], column: value}]
     error = refusal(tmp_path, tokenizer, rows)
-    assert f"{column!r} says what part of the row is trained" in str(error)
+    assert f"{column!r} says which part of the row is trained" in str(error)
     flags = typed(str(error.hint).partition("false. ")[2])
     assert trained(prepare(tmp_path, tokenizer, rows, **flags), tokenizer) == f"2{END}42{END}"
 
