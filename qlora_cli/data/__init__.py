@@ -1,1 +1,1 @@
-"""From a name to rows, from rows to tokens and labels."""
+"""Turn the name of a data set into rows, and rows into tokens and labels."""

@@ -99,7 +99,7 @@ def is_blank(value: object) -> bool:
     return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "", b"")
 
 
-def read_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """Return the value of JSON text.
 
     Raises:
@@ -108,7 +108,7 @@ def read_json(text: str, where: str) -> Any:
     return _decoded(text, where, lambda decoder: decoder.decode(text))
 
 
-def read_json_values(text: str, where: str) -> list[Any]:
+def parse_json_values(text: str, where: str) -> list[Any]:
     """Return the values of text that holds one or more JSON values, one after another.
 
     Raises:

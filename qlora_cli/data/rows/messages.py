@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_cli.data.limits import join_names
-from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, is_blank, json_type_of, read_json
+from qlora_cli.data.rows.examples import PLAIN_KEYS, REASONING_KEYS, RowError, is_blank, json_type_of, parse_json
 from qlora_cli.data.rows.tool_calls import read_calls, unknown_keys
 from qlora_cli.data.rows.train_switches import TRAIN, pop_switch
 
@@ -68,7 +68,7 @@ class MessageReader:
             RowError: `value` is not a list of messages, or a message holds something that can't be read or trained on.
         """
         if isinstance(value, str):
-            value = read_json(value, repr(key))
+            value = parse_json(value, repr(key))
         if not isinstance(value, list) or not value:
             json_type = "an empty one" if value == [] else json_type_of(value)
             raise RowError(f"{key!r} must be a list of at least one message, found {json_type}")

@@ -22,7 +22,7 @@ from qlora_cli.data.rows.examples import (
     RowError,
     Tokenized,
     json_type_of,
-    read_json,
+    parse_json,
 )
 from qlora_cli.data.rows.messages import MessageReader
 from qlora_cli.data.rows.tool_calls import read_tools
@@ -249,7 +249,7 @@ class RowReader:
         column = self._layout.columns.get("history")
         pairs = row.get(column) if column is not None else None
         if isinstance(pairs, str) and pairs.strip():
-            pairs = read_json(pairs, f"{column!r}")
+            pairs = parse_json(pairs, f"{column!r}")
         if not pairs:
             return []
         if not isinstance(pairs, list):
@@ -320,7 +320,7 @@ class RowReader:
         column = self._layout.columns.get("chat_template_kwargs")
         kwargs = row.get(column) if column is not None else None
         if isinstance(kwargs, str) and kwargs.strip():
-            kwargs = read_json(kwargs, f"{column!r}")
+            kwargs = parse_json(kwargs, f"{column!r}")
         if kwargs and not isinstance(kwargs, Mapping):
             raise RowError(f"{column!r} must be an object, found {json_type_of(kwargs)}")
         variables = {name: value for name, value in (kwargs or {}).items() if value is not None}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.rows.examples import RowError, is_blank, json_type_of, read_json, read_json_values
+from qlora_cli.data.rows.examples import RowError, is_blank, json_type_of, parse_json, parse_json_values
 
 # The key of a call's arguments: OpenAI's, Llama 3's, others', Anthropic's.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -23,7 +23,7 @@ def read_tools(value: object, where: str) -> list[dict[str, Any]] | None:
         RowError: `value` is anything else, or a tool has no name.
     """
     if isinstance(value, str):
-        value = _flatten(read_json_values(value, where)) if value.strip() else None
+        value = _flatten(parse_json_values(value, where)) if value.strip() else None
     if not value or (isinstance(value, Mapping) and _is_blank_call(value)):
         return None
     if not isinstance(value, list):
@@ -41,7 +41,7 @@ def read_calls(value: object, where: str) -> list[dict[str, Any]]:
         RowError: `value` is anything else, or a call names no function.
     """
     if isinstance(value, str):
-        value = _flatten(read_json_values(value, where)) if value.strip() else []
+        value = _flatten(parse_json_values(value, where)) if value.strip() else []
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
@@ -82,7 +82,7 @@ def _flatten(values: list[Any]) -> list[Any]:
 
 def _read_tool(tool: object, where: str) -> dict[str, Any]:
     if isinstance(tool, str):
-        tool = read_json(tool, where)
+        tool = parse_json(tool, where)
     definition = _without_nulls(tool)
     if isinstance(definition.get("function"), Mapping):
         return {"type": "function", **definition}
@@ -142,7 +142,7 @@ def _with_arguments(function: dict[str, Any], outer: dict[str, Any], where: str)
 def _read_arguments(arguments: object, where: str) -> Any:
     if not isinstance(arguments, str):
         return arguments
-    return read_json(arguments, where) if arguments.strip() else {}
+    return parse_json(arguments, where) if arguments.strip() else {}
 
 
 def _without_nulls(value: object) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_row
     )
 
 
-class _Stream:
+class _TokenDecoder:
     """Decodes tokens one by one; a step returns None while they are only part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -102,12 +102,12 @@ def _pieces(
 def _decoded(
     ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TokenPiece]:
-    stream = _Stream(tokenizer)
+    decoder = _TokenDecoder(tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     pending: list[int] = []
     for index, token in enumerate(ids):
         pending.append(token)
-        text = stream.step(token, pending)
+        text = decoder.step(token, pending)
         is_last = index + 1 == len(ids)
         is_boundary = not is_last and (labels[index] == IGNORE_INDEX) != (labels[index + 1] == IGNORE_INDEX)
         if text is None and not is_last and not is_boundary:

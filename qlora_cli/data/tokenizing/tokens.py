@@ -90,7 +90,7 @@ class EncodedText:
             self.ends.append(num_tokens + (len(ids) if is_whole else _token_after(encoding, end - offset, length)))
         self.ids += ids
 
-    def trained(self) -> Iterator[tuple[int, int]]:
+    def trained_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the ranges of tokens to train."""
         return zip(self._starts, self.ends, strict=True)
 
@@ -101,7 +101,7 @@ def _rows(encoded: Sequence[EncodedText]) -> Iterator[tuple[Ids, Ids]]:
     ids = np.fromiter(itertools.chain.from_iterable(each.ids for each in encoded), np.int32, offsets[-1])
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
     for each, offset, end in zip(encoded, offsets, offsets[1:], strict=False):
-        for first, last in each.trained():
+        for first, last in each.trained_ranges():
             labels[offset + first : offset + last] = ids[offset + first : offset + last]
         yield ids[offset:end], labels[offset:end]
 
