@@ -357,7 +357,7 @@ def test_an_unsupported_file_type_in_the_card_is_an_error(place: Callable[..., s
 def test_a_split_of_the_card_without_files_is_an_error_when_it_is_read(place: Callable[..., str]) -> None:
     path = place("en/held.jsonl", card=CARD)
     assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
-    assert "no file of its split train is there" in str(refusal(f"{path}:en"))
+    assert "its split train is declared, but has no files" in str(refusal(f"{path}:en"))
 
 
 # What datasets writes
