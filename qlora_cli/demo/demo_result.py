@@ -1,4 +1,4 @@
-"""What the demonstration measured. Imports no torch."""
+"""The result of the demonstration. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ from qlora_cli.runs.run_result import TrainResult
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """Everything here was measured in this run.
+    """The measurements of the demonstration.
 
-    `loss_before` and `loss_after` are the mean loss over the supervised tokens of the held-out rows;
-    `loss_drop` is the share by which it fell. `float32_bytes` are the base's parameters in fp32,
-    `quantized_bytes` all that the loaded base holds.
+    `loss_before` and `loss_after` are the mean loss over the supervised tokens of the held-out rows, and `loss_drop`
+    is the relative decrease. `float32_bytes` is the size of the base's parameters in fp32, `quantized_bytes` that of
+    the loaded base.
     """
 
     train: TrainResult

@@ -1,4 +1,4 @@
-"""Fine-tune the bundled base on the bundled rows by the code that `qlora train` runs, and compare."""
+"""Fine-tune the bundled base on the bundled rows with the code of `qlora train`, and compare before and after."""
 
 import json
 import tempfile
@@ -19,7 +19,7 @@ from qlora_cli.training.train_run import run
 ASSETS = Path(__file__).parent / "assets"
 MAX_ANSWER_TOKENS = 48
 
-# The settings of the demonstration, as flags would give them; configs/demo.yaml says the same.
+# The settings of the demonstration, as flags; configs/demo.yaml has the same.
 DEMO_SETTINGS = {
     "lora.rank": 16,
     "lora.alpha": 32,
@@ -46,9 +46,9 @@ def demo_settings(output: Path, assets: Path = ASSETS) -> Resolved[TrainSettings
 
 
 def run_demo(output: Path | None, reporter: Reporter) -> DemoResult:
-    """Train on the bundled rows and compare held-out loss and one answer before and after.
+    """Train on the bundled rows and compare the held-out loss and an answer before and after.
 
-    The run directory is kept if `output` names it, and deleted otherwise.
+    The run directory is temporary unless `output` is given.
 
     Raises:
         OutputDirectoryError: `output` contains other files.

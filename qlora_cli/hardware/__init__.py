@@ -1,1 +1,1 @@
-"""The machine: its device, its counters of memory, and what a run records of it."""
+"""The machine: its device, its memory counters, and its description in a run's record."""

@@ -1,6 +1,6 @@
 """Read the memory counters of the host and of the GPU, in bytes.
 
-Three figures get confused: *allocated* (live tensors) ≤ *reserved* (held by PyTorch's caching allocator)
+Three figures are easily confused: *allocated* (live tensors) ≤ *reserved* (held by PyTorch's caching allocator)
 < *process* (plus the CUDA context). The device figures here are the first two, as PyTorch counts them.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from qlora_cli.events import MemoryUse
 
-# What CUDA says outside of PyTorch's allocator (unified and pinned memory, cuBLAS), and the CPU's allocator.
+# Messages of CUDA outside of PyTorch's allocator (unified and pinned memory, cuBLAS), and of the CPU's allocator.
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
@@ -47,7 +47,7 @@ def peak_host_bytes() -> int:
 
 
 def reset_device_peak(device: torch.device) -> None:
-    """Start counting the device's peak anew; nothing without a GPU."""
+    """Reset the device's peak; do nothing without a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -63,7 +63,7 @@ def peak_device_reserved_bytes(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's memory, or the host's, is used up."""
+    """Return whether an error says that the GPU's memory, or the host's, is used up."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

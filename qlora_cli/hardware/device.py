@@ -10,8 +10,8 @@ from qlora_cli.settings.choices import Device, Dtype
 
 TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
 AMPERE = (8, 0)  # the first compute capability with bf16 tensor cores
-# Trained in bf16, with activations beyond 65504, the largest fp16 number: in fp16 they turn into infinities.
-# By the start of the model type: the text decoder of gemma3 is gemma3_text.
+# Models trained in bf16, with activations beyond 65504, the largest fp16 number, which overflow in fp16. These are
+# prefixes of model types: the text decoder of gemma3 is gemma3_text.
 OVERFLOWS_FP16 = ("gemma2", "gemma3", "gemma4", "gpt_oss", "qwen3_moe", "qwen3_5_moe", "qwen3_omni_moe", "glm4_moe")
 
 
@@ -24,12 +24,12 @@ class ComputeDtype:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same as torch has it."""
+        """The dtype in torch."""
         return TORCH_DTYPES[self.name]
 
 
 def choose_device(wanted: Device) -> torch.device:
-    """Return the device to load on: the current GPU if there is one and it is not refused.
+    """Return the device to load on: the current GPU if there is one, unless the CPU is `wanted`.
 
     Raises:
         HardwareError: a GPU was asked for and there is none.
@@ -60,10 +60,10 @@ def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | 
 def settle_compute_dtype(
     wanted: Dtype, device_type: str, model_type: str | None, native: bool, reason: str
 ) -> ComputeDtype:
-    """Return the same for a device that multiplies bf16 itself if `native`, for `reason`; it need not be here.
+    """Return the dtype for any device, which has native bf16 products if `native`; `reason` explains that.
 
     Raises:
-        HardwareError: as `choose_compute_dtype` does.
+        HardwareError: as in `choose_compute_dtype`.
     """
     if model_type is not None and model_type.startswith(OVERFLOWS_FP16):
         if wanted == Dtype.FP16:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and hardware, for `run.json`. No environment variable is recorded."""
+"""The versions and the hardware of a run, for `run.json`. No environment variable is recorded."""
 
 import os
 import platform
@@ -14,13 +14,13 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of this package, of Python and of the libraries that shape a result."""
-    found = {name: version(name) for name in PACKAGES}
-    return {"qlora-cli": __version__, "python": platform.python_version(), **found}
+    """Return the versions of this package, of Python and of the libraries that affect results."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"qlora-cli": __version__, "python": platform.python_version(), **versions}
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Return the machine's processor, memory in bytes and, if it is used, GPU."""
+    """Return the machine's processor, memory in bytes and, if used, GPU."""
     hardware: dict[str, Any] = {
         "platform": platform.platform(),
         "machine": platform.machine(),

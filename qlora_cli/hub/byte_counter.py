@@ -1,4 +1,4 @@
-"""The progress bar that huggingface_hub's downloads are given: it counts bytes and draws nothing.
+"""A progress bar for huggingface_hub's downloads that counts bytes and draws nothing.
 
 Importing this module imports huggingface_hub.
 """
@@ -9,9 +9,9 @@ from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # public, b
 
 
 class ByteCounter(tqdm):
-    """A bar of one file that joins `counters` when it is made; `n` is how many of its bytes have arrived.
+    """A bar of one file that adds itself to `counters`; `n` is the number of bytes that have arrived.
 
-    A transfer by xet makes two: for the bytes received, which may be compressed, and for those written to disk.
+    A transfer by xet creates two: for the bytes received, which may be compressed, and for those written to disk.
     """
 
     def __init__(self, counters: list["ByteCounter"], **options: Any) -> None:
@@ -19,5 +19,5 @@ class ByteCounter(tqdm):
         counters.append(self)
 
     def update(self, n: float | None = 1) -> None:
-        """Count `n` more bytes; fewer if negative, which discards what has to be sent again."""
+        """Count `n` more bytes; a negative number discards bytes that have to be sent again."""
         self.n += n or 0

@@ -1,7 +1,7 @@
-"""Download files of the hub by huggingface_hub: several at once, reported by bytes, interrupted at any moment.
+"""Download files from the hub with huggingface_hub: in parallel, with progress in bytes, interruptible at any time.
 
-The threads are ours since those of `snapshot_download` can't be left: Ctrl-C, and the end of the process, would wait
-for every file that is on its way, also while the hub sends nothing.
+The threads are our own because those of `snapshot_download` can't be abandoned: Ctrl-C, and the end of the process,
+would wait for all downloads in progress, even while the hub sends nothing.
 """
 
 import logging
@@ -24,15 +24,15 @@ from qlora_cli.hub.http_failures import Retry, ask_again, is_lost_connection, is
 
 NUM_STREAMS = 4
 POLL_SECONDS = 0.1
-SILENT_SECONDS = 30  # after which is said how to do without xet, which retries for minutes without a word
-PARTIAL = ".incomplete"  # how huggingface_hub ends the name of a file that is not whole
-WITHOUT_XET = "HF_HUB_DISABLE_XET=1 has files sent by plain HTTP"
+SILENT_SECONDS = 30  # after which a note says how to do without xet, which retries for minutes without a message
+PARTIAL = ".incomplete"  # the suffix that huggingface_hub gives to partial files
+WITHOUT_XET = "HF_HUB_DISABLE_XET=1 downloads files by plain HTTP"
 ADDRESS = re.compile(r"https?://\S*[^\s:,.]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file of a repository, as the hub described it; `blob` is where huggingface_hub puts it once it is whole."""
+    """A file of a repository, as described by the hub; huggingface_hub moves it to `blob` when it is complete."""
 
     name: str
     num_bytes: int | None
@@ -40,13 +40,13 @@ class RemoteFile:
 
     @property
     def present_bytes(self) -> int:
-        """How much of it is on this disk: all or nothing."""
+        """The bytes of it on this disk: all or none."""
         return self.blob.stat().st_size if self.blob.is_file() else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ended:
-    """A file has arrived, or its download failed."""
+    """A file was downloaded, or its download failed."""
 
     error: BaseException | None
 
@@ -54,17 +54,17 @@ class _Ended:
 def download(repository: str, commit: str, files: Sequence[RemoteFile], reporter: Reporter, retry: Retry) -> None:
     """Download `files` into the cache and report the bytes.
 
-    When one fails, no more are begun, and those on their way are waited for: they need not be sent again.
+    When one fails, no more are started, and downloads in progress are finished: they need not be sent again.
 
     Raises:
-        Exception: of the HTTP client, of xet or of the disk, once the retries are used up.
+        Exception: of the HTTP client, of xet or of the disk, after the last retry.
     """
     if missing := [file for file in files if not file.blob.exists()]:
         _Download(repository, commit, missing, retry).run(reporter)
 
 
 class _Download:
-    """A thread for each file on its way, and the thread that waits for them and reports."""
+    """Runs a thread for each file in progress; the calling thread waits for them and reports."""
 
     def __init__(self, repository: str, commit: str, files: Sequence[RemoteFile], retry: Retry) -> None:
         self._repository = repository
@@ -85,7 +85,7 @@ class _Download:
                 raise
 
     def report(self, event: Event) -> None:
-        """Hand over what a thread has to say to the thread that reports."""
+        """Pass an event from a download thread to the thread that reports."""
         self._messages.put(event)
 
     def _watch(self, reporter: Reporter) -> None:
@@ -113,8 +113,8 @@ class _Download:
         self._report_bytes(reporter, is_end=True)
 
     def _start(self, file: RemoteFile) -> None:
-        # A daemon: a thread that waits for a stalled hub must not keep an interrupted process alive. Its name tells
-        # which file a message that the client logs is about.
+        # A daemon: a thread that waits for a stalled hub must not keep an interrupted process alive. Its name is that
+        # of the file, for messages that the client logs.
         threading.Thread(target=self._fetch, args=(file,), name=file.name, daemon=True).start()
 
     def _fetch(self, file: RemoteFile) -> None:
@@ -135,18 +135,18 @@ class _Download:
         hf_hub_download(self._repository, file.name, revision=self._commit, tqdm_class=counter)
 
     def _may_pass(self, file: RemoteFile, error: Exception) -> bool:
-        """Return whether to begin a file anew; where no byte arrived, the client has tried to connect often enough."""
+        """Return whether to retry a file; if no byte arrived, the client has tried to connect often enough."""
         has_arrived = any(counter.n for counter in self._counters[file.name])
         return is_passing_status(error) or (is_lost_connection(error) and has_arrived)
 
     def _report_bytes(self, reporter: Reporter, *, is_end: bool = False) -> None:
         done = sum(map(self._done_bytes, self._files))
         total = max(done, sum(file.num_bytes or 0 for file in self._files))
-        if is_end or done < total:  # all bytes may have arrived and not yet be in place
+        if is_end or done < total:  # all bytes may have arrived before the files are moved
             reporter.report(BytesDone(kind="download", done_bytes=done, total_bytes=total))
 
     def _note_silence(self, reporter: Reporter) -> None:
-        """Note once in a silence that xet transfers nothing, and how to do without it."""
+        """Report once per stall that xet transfers nothing, and how to do without it."""
         now = time.monotonic()
         arrived_bytes = sum(map(self._done_bytes, self._files))
         if arrived_bytes != self._arrived_bytes:
@@ -157,19 +157,19 @@ class _Download:
             reporter.report(Noted(level="warning", message=message))
 
     def _is_xet_used(self) -> bool:
-        """Return whether a file is on its way by xet, which counts what is received and what is written."""
+        """Return whether a file is transferred by xet, which counts received and written bytes."""
         return any(len(self._counters.get(file.name, ())) == 2 for file in self._files if not file.blob.exists())
 
     def _done_bytes(self, file: RemoteFile) -> int:
-        """Return how much of a file has arrived: by xet, bytes are received long before they are written."""
+        """Return the bytes of a file that have arrived: with xet they are received long before they are written."""
         arrived = max((int(counter.n) for counter in self._counters.get(file.name, ())), default=0)
         return file.present_bytes or min(arrived, arrived if file.num_bytes is None else file.num_bytes)
 
 
 def _delete_partial_files(blobs: Path) -> None:
-    """Delete the partial files that threads of this process are writing: nothing would ever resume from them.
+    """Delete the partial files that threads of this process are writing, because nothing would ever resume them.
 
-    Those of other processes are left alone, which is why their names alone don't say it.
+    Those of other processes are left alone, so the open files of this process decide, not names.
     """
     folder = blobs.resolve()
     for file in psutil.Process().open_files():
@@ -179,14 +179,14 @@ def _delete_partial_files(blobs: Path) -> None:
 
 
 class _LogReporter(logging.Handler):
-    """Report what huggingface_hub logs while it downloads, such as a connection that broke and is made again."""
+    """Reports what huggingface_hub logs while it downloads, such as a lost connection that is retried."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__()
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report a message on one line, with the file that it is about, and without addresses, which may be signed."""
+        """Report a message on one line, with its file, and without addresses, which may be signed."""
         words = " ".join(ADDRESS.sub("the hub", record.getMessage()).split())
         level: Literal["info", "warning"] = "warning" if record.levelno >= logging.WARNING else "info"
         self._reporter.report(Noted(level=level, message=f"{record.threadName}: {words}"))
@@ -194,7 +194,7 @@ class _LogReporter(logging.Handler):
 
 @contextmanager
 def _logged_to(reporter: Reporter) -> Iterator[None]:
-    """Hand what huggingface_hub logs to `reporter` instead of writing it to stderr, over the live display."""
+    """Pass what huggingface_hub logs to `reporter`, because on stderr it would tear the live display."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.handlers[:]
     logger.handlers[:] = [_LogReporter(reporter)]

@@ -1,4 +1,4 @@
-"""Push results to the hub: whether that is allowed is checked before anything is loaded, the push follows the work.
+"""Push results to the hub; whether that is allowed is checked before anything is loaded.
 
 Imports no torch, and the hub's client only if something is to be pushed.
 """
@@ -117,7 +117,7 @@ def _is_granted(fine: Mapping[str, Any], owner: str, repository: str) -> bool:
 
 
 def push_adapter(output: Pushed, adapter: Path, reporter: Reporter) -> str:
-    """Push what is in `adapter` to the repository of the settings, created if need be; return its address.
+    """Push the content of `adapter` to the repository in the settings, created if necessary; return its address.
 
     Raises:
         PushError: it can't be pushed; the hint is the command that pushes it later.
@@ -173,7 +173,7 @@ def _describe(error: Exception) -> str:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep the client's bars from being drawn over ours."""
+    """Disable the client's progress bars, which would be drawn over ours."""
     from huggingface_hub import utils
 
     if utils.are_progress_bars_disabled():  # type: ignore[attr-defined] # lazy there

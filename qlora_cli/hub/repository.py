@@ -1,7 +1,7 @@
-"""Open repositories of the hub and fetch their files; each way in which that fails is an error with a hint.
+"""Open repositories of the hub and download their files; all failures are errors with a hint.
 
-The order is fixed: ask the hub; if it can't be reached, take the cache if that is complete; else report why
-the hub could not be reached, not what the cache lacks.
+The order is fixed: ask the hub; if it can't be reached, use the cache if that is complete; otherwise report why the
+hub could not be reached, not what the cache lacks.
 """
 
 import os
@@ -34,7 +34,7 @@ DEFAULT_RETRY = Retry()
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A repository at one commit. `unreachable` says why the hub did not list its files, where the cache did."""
+    """A repository at a commit. `unreachable` says why the cache listed its files instead of the hub."""
 
     name: str
     revision: str | None
@@ -62,7 +62,7 @@ def open_repository(name: str, revision: str | None, reporter: Reporter, retry: 
             info = ask_again(ask, name, reporter, retry)
     except _HubUnreachableError as error:
         return _open_cached(name, revision, error, reporter)
-    except (ValueError, KeyError, TypeError) as error:  # an answer that is none of the hub's: a proxy's page, for one
+    except (ValueError, KeyError, TypeError) as error:  # not an answer of the hub, but of a proxy, for example
         raise _no_hub(name, f"{type(error).__name__}: {error}") from error
     names = frozenset(sibling.rfilename for sibling in info.siblings or ())
     if info.sha is None:
@@ -73,10 +73,10 @@ def open_repository(name: str, revision: str | None, reporter: Reporter, retry: 
 def fetch_files(
     repository: Repository, names: Collection[str], reporter: Reporter, retry: Retry = DEFAULT_RETRY
 ) -> Path:
-    """Return the folder that holds `names`, downloaded as far as the cache lacks them.
+    """Return the folder that contains `names`; those that the cache lacks are downloaded.
 
     Raises:
-        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        ModelNotFoundError: the hub can't be reached, or refuses them.
         DiskSpaceError: they do not fit on the disk of the cache.
     """
     missing = _missing(repository, names)
@@ -93,10 +93,10 @@ def fetch_files(
 def check_download(
     repository: Repository, names: Collection[str], reporter: Reporter, retry: Retry = DEFAULT_RETRY
 ) -> bool:
-    """Return whether any of `names` is yet to be downloaded, once it is known that all of them can be.
+    """Check that `names` can be downloaded; return whether any of them still has to be.
 
     Raises:
-        ModelNotFoundError: the hub can't be reached, or does not hand them out.
+        ModelNotFoundError: the hub can't be reached, or refuses them.
         DiskSpaceError: they do not fit on the disk of the cache.
         OutputDirectoryError: the cache can't be written to.
     """
@@ -108,20 +108,20 @@ def check_download(
 
 @contextmanager
 def _downloading(repository: Repository) -> Iterator[None]:
-    """Raise errors of ours for what goes wrong while files are downloaded."""
+    """Convert errors of downloads to our own."""
     try:
         with _explained(repository.name, repository.revision):
             yield
     except _HubUnreachableError as error:
         raise ModelNotFoundError(
-            f"{repository.name} was not downloaded to the end: {error}",
-            hint="Run it again: files that have arrived whole are not downloaded again.",
+            f"the download of {repository.name} is incomplete: {error}",
+            hint="Run it again: complete files are not downloaded again.",
         ) from error
     except QloraError:
         raise
     except RuntimeError as error:  # of xet
         raise ModelNotFoundError(
-            f"{repository.name} was not downloaded to the end: {describe_failure(error)}",
+            f"the download of {repository.name} is incomplete: {describe_failure(error)}",
             hint=f"Run it again, or do without xet: {WITHOUT_XET}.",
         ) from error
     except ValueError as error:  # of the client: a file that is too large for HTTP, or an answer that it can't read
@@ -160,7 +160,7 @@ class _HubUnreachableError(QloraError):
 
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Raise errors of ours for those of huggingface_hub and its HTTP client."""
+    """Convert errors of huggingface_hub and its HTTP client to our own."""
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -173,7 +173,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _explain(error: Exception, name: str, revision: str | None) -> QloraError | None:
-    """Return the error of ours that says the same; None for one that is not about the hub, such as a full disk."""
+    """Return our own error for one of the client; None if it is not about the hub, such as a full disk."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -189,10 +189,10 @@ def _explain(error: Exception, name: str, revision: str | None) -> QloraError | 
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFoundError(f"{name} has no revision {revision!r}", hint="Give a branch, tag or commit.")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        hint = "Check the path; or let it be downloaded once, with HF_HUB_OFFLINE=0."
+        hint = "Check the path; or download it once, with HF_HUB_OFFLINE=0."
         return _HubUnreachableError("HF_HUB_OFFLINE=1 keeps the hub from being asked", hint=hint)
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return _explain(error.__cause__, name, revision)  # why the client looked into its cache at all
+        return _explain(error.__cause__, name, revision)  # the reason why the client used its cache
     if isinstance(error, errors.FileMetadataError):
         return _no_hub(name, str(error))
     if is_lost_connection(error):
@@ -202,7 +202,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> QloraError | 
         return _HubUnreachableError(describe_failure(error), hint="Try again later.")
     if isinstance(error, errors.HfHubHTTPError):
         return ModelNotFoundError(
-            f"the hub does not hand out {name}: {describe_failure(error)}",
+            f"the hub refuses {name}: {describe_failure(error)}",
             hint="If your token has expired or lacks the right to read, run: hf auth login",
         )
     if isinstance(error, OSError) and not isinstance(error, QloraError) and error.errno is None:
@@ -212,7 +212,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> QloraError | 
 
 def _no_hub(name: str, why: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"what answered for {name} is no hub: {why}", hint="Check HF_ENDPOINT and the proxy settings."
+        f"the answer for {name} is not from a hub: {why}", hint="Check HF_ENDPOINT and the proxy settings."
     )
 
 
@@ -230,11 +230,11 @@ def _open_cached(name: str, revision: str | None, unreachable: _HubUnreachableEr
     try:
         names = frozenset(file.path for file in get_cached_repo_tree(name, revision=path.name))
     except CachedRepoTreeNotFoundError:
-        # An older client cached no listing: the files in the cache are all that is known.
+        # An older client cached no listing: only the files in the cache are known.
         names = frozenset(file.relative_to(path).as_posix() for file in path.rglob("*"))
     if not constants.HF_HUB_OFFLINE:
         reporter.report(
-            Noted(level="warning", message=f"{unreachable}; taking {name} from the local cache, at {path.name[:12]}")
+            Noted(level="warning", message=f"{unreachable}; using {name} in the local cache, at {path.name[:12]}")
         )
     return Repository(name=name, revision=revision, commit=path.name, file_names=names, unreachable=str(unreachable))
 
@@ -244,7 +244,7 @@ def _incomplete(repository: Repository, missing: list[str]) -> ModelNotFoundErro
     return ModelNotFoundError(
         f"{repository.unreachable}, "
         f"and the local cache has {repository.name} only in part: {missing[0]}{more} missing",
-        hint="Run it again with the hub in reach; what is there is not downloaded again.",
+        hint="Run it again when the hub can be reached; existing files are not downloaded again.",
     )
 
 
@@ -273,7 +273,7 @@ def _cache_folder(name: str) -> Path:
 
 
 def _check_disk(name: str, files: Collection[RemoteFile]) -> None:
-    """Refuse a download that does not fit on the disk of the cache; files that have arrived need none.
+    """Check that a download fits on the disk of the cache; complete files need no more space.
 
     Raises:
         DiskSpaceError: with both numbers.
