@@ -1,4 +1,4 @@
-"""Run all checks in order, each after those that it depends on, and sum them up."""
+"""Run all checks, each after those that it depends on, and summarize them."""
 
 from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, skipped
@@ -14,7 +14,7 @@ REPORT_IT = "Run it again; if it stays so, report it with the output of --json."
 
 
 def diagnose(reporter: Reporter) -> Report:
-    """Return what every check found. Nothing that a check meets raises here."""
+    """Return the results of all checks; their exceptions are results, too."""
     with Isolation() as isolation:
         examination = Examination(isolation, reporter)
         _examine_installation(examination)
@@ -24,7 +24,7 @@ def diagnose(reporter: Reporter) -> Report:
 
 
 class Examination:
-    """The checks so far."""
+    """Runs checks and collects their results."""
 
     def __init__(self, isolation: Isolation, reporter: Reporter) -> None:
         self._isolation = isolation
@@ -41,9 +41,9 @@ class Examination:
         needs: tuple[str, ...] = (),
         vital: bool = True,
     ) -> Check:
-        """Run a check; `advice` is for a crash. Without what it `needs` it is skipped.
+        """Run a check; `advice` is for a crash. If a check that it `needs` has failed, it is skipped.
 
-        Training does not work when a `vital` check has failed.
+        Training does not work if a `vital` check has failed.
         """
         self._reporter.report(PhaseStarted(title=f"Checking {name}"))
         missing = [need for need in needs if self._checks[need].status in {Status.FAILED, Status.SKIPPED}]
@@ -58,7 +58,7 @@ class Examination:
         return check
 
     def report(self) -> Report:
-        """Sum up."""
+        """Return all results with the verdict."""
         can_train = not any(self._checks[name].status == Status.FAILED for name in self._vital)
         return Report(can_train=can_train, checks=tuple(self._checks.values()))
 
@@ -77,7 +77,7 @@ def _examine_installation(examination: Examination) -> None:
     examination.check("python", checks_install.check_python, advice=REINSTALL)
     examination.check("packages", checks_install.check_packages, advice=REINSTALL)
     examination.check("torch", checks_hardware.check_torch, advice=REINSTALL_TORCH)
-    # Before the libraries: some of them import it.
+    # Before the libraries, because some of them import it.
     examination.check(
         "bitsandbytes", checks_bitsandbytes.check_import, advice=REINSTALL_BITSANDBYTES, needs=("torch",)
     )
@@ -90,7 +90,7 @@ def _examine_hardware(examination: Examination) -> None:
     gpu = examination.check("gpu", checks_hardware.check_gpu, advice=USE_CPU, needs=("torch",))
     gpus = gpu.details.get("gpus")
     num_gpus = len(gpus) if isinstance(gpus, list) else 0
-    # By default a run takes the GPU, so what the CPU computes matters only where there is none.
+    # By default a run uses the GPU, so the CPU matters only if there is none.
     devices = [("cpu", num_gpus == 0), *((f"cuda:{index}", True) for index in range(num_gpus))]
     for device, vital in devices:
         examination.check(

@@ -1,7 +1,7 @@
-"""bitsandbytes: it is imported, and on each device it quantizes and multiplies right.
+"""Check bitsandbytes: that it can be imported, and quantizes and multiplies correctly on each device.
 
-Right means: what it stores is what an independent reference stores, and its products, forward and backward, are
-those of the dequantized weights. A build for another GPU or CUDA version fails here, not hours into a run.
+Stored weights are compared with an independent reference, and products, forward and backward, with those of the
+dequantized weights. A build for another GPU or CUDA version fails here, not hours into a run.
 """
 
 import math
@@ -16,25 +16,25 @@ from qlora_cli.settings.choices import Dtype
 if TYPE_CHECKING:
     import torch
 
-# arXiv 2305.14314, appendix E; written out again so that bitsandbytes is not compared with itself.
+# arXiv 2305.14314, appendix E; repeated here so that bitsandbytes is not compared with itself.
 NF4_LEVELS = (
     *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
 )
 BLOCK_SIZE = 64
 OUT_FEATURES, IN_FEATURES = 512, 256
-# One row, some, and more than the fused kernels take.
+# One row, some, and more than the fused kernels support.
 ROW_COUNTS = (1, 32, 2048)
-# Of a relative error. Stored: double quantization and, for int8, rounding. Products: rounding of the dtype.
+# Of relative errors. Stored: double quantization and, for int8, rounding. Products: rounding to the dtype.
 STORED_TOLERANCE = 0.02
 PRODUCT_TOLERANCES = {Dtype.FP32: 1e-3, Dtype.FP16: 1e-2, Dtype.BF16: 2e-2}
 INT8_PRODUCT_TOLERANCE = 0.03  # its kernels round the input to 8 bits as well
-OUTLIER = 20.0  # LLM.int8() keeps columns of the input that reach 6 in 16 bit
+OUTLIER = 20.0  # LLM.int8() multiplies columns of the input that reach 6 in 16 bit
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One comparison with the reference: which, how far off (norm of the difference over norm), how far it may be."""
+    """A comparison with the reference: its name, the relative error in the Frobenius norm, and the tolerance."""
 
     name: str
     error: float
@@ -42,7 +42,7 @@ class Trial:
 
     @property
     def right(self) -> bool:
-        """Whether the error is small enough; not a number is not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
@@ -57,7 +57,7 @@ def check_import() -> Outcome:
 
 
 def check_device(device_name: str) -> Outcome:
-    """Quantize and multiply on a device, in NF4 and int8, in the dtype that a run would compute in there."""
+    """Quantize and multiply on a device, in NF4 and int8, with the compute dtype that a run would use there."""
     import torch
 
     from qlora_cli.hardware.device import choose_compute_dtype
@@ -70,11 +70,11 @@ def check_device(device_name: str) -> Outcome:
 
 
 def judge(trials: list[Trial], device: str, dtype: str) -> Outcome:
-    """Return ok with the largest error of each method, or failed with every trial that is wrong."""
+    """Return ok with the largest error of each method, or failed with the trials out of tolerance."""
     details: dict[str, Json] = {
         "device": device,
         "compute_dtype": dtype,
-        # JSON has no word for what is not a number.
+        # JSON has no NaN.
         "relative_errors": {trial.name: trial.error if math.isfinite(trial.error) else None for trial in trials},
         "tolerances": {trial.name: trial.tolerance for trial in trials},
     }
@@ -83,7 +83,7 @@ def judge(trials: list[Trial], device: str, dtype: str) -> Outcome:
         first = wrong[0]
         return failed(
             f"wrong results in {dtype}: {len(wrong)} of {len(trials)} comparisons, {first.name} is off by "
-            f"{first.error:.1%} where {first.tolerance:.1%} may be",
+            f"{first.error:.1%}, where up to {first.tolerance:.1%} is allowed",
             "Reinstall bitsandbytes: pip install --force-reinstall --no-deps bitsandbytes. If that does not help, "
             "report it to bitsandbytes with the output of --json.",
             **details,
@@ -140,7 +140,7 @@ def _int8_trials(weight: "torch.Tensor") -> Iterator[Trial]:
 def _products(
     name: str, multiply: Product, rows: "torch.Tensor", dequantized: "torch.Tensor", tolerance: float
 ) -> Iterator[Trial]:
-    """Compare `rows @ weight.T` (rows, out) and its gradient by the rows with those of the dequantized weight."""
+    """Compare `rows @ weight.T` (rows, out) and the gradient of `rows` with those of the dequantized weight."""
     rows = rows.clone().requires_grad_()
     product = multiply(rows)
     upstream = _normal(1, *product.shape).to(product)

@@ -1,4 +1,4 @@
-"""The hardware and what PyTorch makes of it: the driver, CUDA, each GPU and its memory, attention kernels."""
+"""Check the hardware through PyTorch: the driver, CUDA, each GPU and its memory, attention kernels."""
 
 import contextlib
 import ctypes
@@ -25,12 +25,12 @@ DRIVER_LIBRARIES = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}
 DRIVER_SECONDS = 20
 INSTALL_TORCH = "https://pytorch.org/get-started/locally/"
 SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-ON_CPU = "Small models train on the CPU all the same; for others use a machine with an NVIDIA GPU."
+ON_CPU = "Small models train on the CPU; for others use a machine with an NVIDIA GPU."
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectedGpu:
-    """A GPU as PyTorch sees it. Free is what no process holds, this one's CUDA context counted as held."""
+    """A GPU as PyTorch sees it. The CUDA context of this process does not count as free."""
 
     index: int
     name: str
@@ -46,12 +46,12 @@ class DetectedGpu:
 
     @property
     def crowded(self) -> bool:
-        """Whether others hold more than half of it."""
+        """Whether other processes use more than half of its memory."""
         return self.free_bytes < self.total_bytes / 2
 
 
 def check_torch() -> Outcome:
-    """Import PyTorch and let it multiply."""
+    """Import PyTorch and test a matrix product."""
     import torch
 
     product = torch.ones(64, 64) @ torch.ones(64, 64)
@@ -67,7 +67,7 @@ def check_torch() -> Outcome:
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
-    """Return the newest CUDA version that the NVIDIA driver knows; None without a driver."""
+    """Return the newest CUDA version that the NVIDIA driver supports; None without a driver."""
     try:
         driver = ctypes.CDLL(DRIVER_LIBRARIES.get(sys.platform, "libcuda.so.1"))
     except OSError:
@@ -79,7 +79,7 @@ def driver_cuda_version() -> tuple[int, int] | None:
 
 
 def check_driver() -> Outcome:
-    """Ask the NVIDIA driver for its version, and for the CUDA version that it goes up to."""
+    """Ask the NVIDIA driver for its version, and for the newest CUDA version that it supports."""
     cuda = driver_cuda_version()
     named = _driver_version()
     if cuda is None and named is None:
@@ -88,7 +88,7 @@ def check_driver() -> Outcome:
         )
     if cuda is None:
         return failed(
-            f"driver {named} is there, but its library {DRIVER_LIBRARIES.get(sys.platform)} can't be used",
+            f"driver {named} is installed, but its library {DRIVER_LIBRARIES.get(sys.platform)} can't be used",
             "Reboot after an update of the driver, else reinstall it; in a container, start it with GPU support.",
             driver_version=named,
         )
@@ -111,7 +111,7 @@ def _driver_version() -> str | None:
 
 
 def check_cuda() -> Outcome:
-    """Compare the CUDA version that PyTorch was built for with the driver's, and see whether they meet."""
+    """Check that PyTorch can use a GPU, or compare the CUDA version that it was built for with the driver's."""
     import torch
 
     driver = driver_cuda_version()
@@ -130,10 +130,10 @@ def check_cuda() -> Outcome:
 def explain_no_cuda(built_for: str | None, driver: tuple[int, int], visible: str | None) -> tuple[str, str]:
     """Return why PyTorch reaches no GPU although there is a driver, and what to do."""
     if built_for is None:
-        return "this PyTorch is built without CUDA, so the GPU lies idle", f"Install a CUDA build: {INSTALL_TORCH}"
+        return "this PyTorch is built without CUDA, so the GPU is not used", f"Install a CUDA build: {INSTALL_TORCH}"
     if driver[0] < int(built_for.split(".")[0]):
         return (
-            f"PyTorch is built for CUDA {built_for}, and the driver goes up to {_dotted(driver)}",
+            f"PyTorch is built for CUDA {built_for}, and the driver supports up to {_dotted(driver)}",
             f"Update the driver, or install PyTorch for CUDA {driver[0]}: {INSTALL_TORCH}",
         )
     if visible is not None and visible.strip() in {"", "-1"}:
@@ -152,20 +152,20 @@ def _cuda_error() -> str | None:
 
 
 def check_gpu() -> Outcome:
-    """Read each GPU's memory, and let it multiply."""
+    """Read each GPU's memory, and test a matrix product on it."""
     import torch
 
     if not torch.cuda.is_available():
         return warning("no GPU that PyTorch can use: training runs on the CPU, slowly", ON_CPU, gpus=[])
-    gpus = [_look_at(index) for index in range(torch.cuda.device_count())]
+    gpus = [_detect_gpu(index) for index in range(torch.cuda.device_count())]
     details: list[Json] = [asdict(gpu) for gpu in gpus]
     finding = "; ".join(map(str, gpus))
     if any(gpu.crowded for gpu in gpus):
-        return warning(finding, "See nvidia-smi for what holds the memory of a GPU, and end it.", gpus=details)
+        return warning(finding, "See nvidia-smi for the processes that use the memory of a GPU.", gpus=details)
     return ok(finding, gpus=details)
 
 
-def _look_at(index: int) -> DetectedGpu:
+def _detect_gpu(index: int) -> DetectedGpu:
     import torch
 
     device = torch.device("cuda", index)
@@ -185,7 +185,7 @@ def _look_at(index: int) -> DetectedGpu:
 
 
 def check_attention() -> Outcome:
-    """Run every backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
+    """Run each backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
 
     from qlora_cli.hardware.device import choose_compute_dtype, choose_device
 
@@ -205,7 +205,7 @@ def check_attention() -> Outcome:
     flash = f"flash-attn {package or 'not installed'}"
     finding = f"on {device.type} in {dtype.name}: eager, sdpa ({names}), {flash}"
     if package_error is not None:
-        advice = "Build flash-attn anew for this PyTorch, or leave --attention at sdpa."
+        advice = "Rebuild flash-attn for this PyTorch, or leave --attention at sdpa."
         return warning(f"{finding}, which can't be imported: {package_error}", advice, **details)
     if device.type == "cuda" and set(backends) <= {"MATH"}:
         advice = "Long rows will take much memory: lower --max-length, or use a newer GPU or PyTorch."
@@ -219,7 +219,7 @@ def _runs(backend: str, device: "torch.device", dtype: "torch.dtype") -> bool:
 
     heads = torch.ones(1, 2, 128, 64, device=device, dtype=dtype, requires_grad=True)  # (batch, head, seq, feature)
     with warnings.catch_warnings(), sdpa_kernel([getattr(SDPBackend, backend)]):
-        warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend does not take part
+        warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend is not available
         try:
             torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
             return bool(heads.grad is not None and heads.grad.isfinite().all())
@@ -228,7 +228,7 @@ def _runs(backend: str, device: "torch.device", dtype: "torch.dtype") -> bool:
 
 
 def _flash_attn() -> tuple[str | None, str | None]:
-    """Return the version of the package, and why it can't be imported; None and None where there is none."""
+    """Return the version of the package, and why it can't be imported; both are None if it is not installed."""
     try:
         installed = version("flash-attn")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The hub, the token for it and the free disk space. Of the token, only its origin is shown."""
+"""Check the hub, its token and the free disk space. Of the token, only its source is shown."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from qlora_cli.files import existing_parent
 from qlora_cli.units import GIB, format_bytes
 
 HUB_SECONDS = 5.0
-# In the order in which the client looks.
+# In the order of precedence in the client.
 TOKEN_VARIABLES = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 OTHER_SOURCES = {"file": "the file of hf auth login", "other": "this environment's secrets"}
 CACHE_WANTED_BYTES = 20 * GIB  # an 8B model in 16 bit is 16 GB to download
@@ -19,7 +19,7 @@ LOG_IN = "Log in: hf auth login"
 
 
 def hub_address() -> str:
-    """Return the hub's address as the client has it, without a user or password that may stand in it."""
+    """Return the client's address of the hub, without a user or password."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
@@ -27,7 +27,7 @@ def hub_address() -> str:
 
 
 def check_hub() -> Outcome:
-    """Ask the hub for one model, through the client that downloads models."""
+    """Request a model from the hub, with the client that downloads models."""
     from huggingface_hub import constants
 
     address = hub_address()
@@ -53,7 +53,7 @@ def check_hub() -> Outcome:
         )
     if status != 200 or not isinstance(answer, list):
         return warning(
-            f"{address} answers, but not as the hub does (HTTP {status})",
+            f"{address} answers, but not like the hub (HTTP {status})",
             "Check HF_ENDPOINT, and whether the network asks for a login in a browser; or try again later.",
             **details,
         )
@@ -61,7 +61,7 @@ def check_hub() -> Outcome:
 
 
 def check_token(ask_hub: bool) -> Outcome:
-    """Find the token and, if the hub can be asked, see whether it takes it."""
+    """Look for the token and, if the hub can be reached, check whether it accepts it."""
     from huggingface_hub import constants, get_token
 
     token = get_token()
@@ -82,7 +82,7 @@ def check_token(ask_hub: bool) -> Outcome:
     why = answer if status is None else f"HTTP {status}"
     return warning(
         f"{presence}; the hub did not say whether it accepts it ({why})",
-        "Try again later, or set the token anew: hf auth login",
+        "Try again later, or set the token again: hf auth login",
         source=source,
         accepted=None,
     )
@@ -98,7 +98,7 @@ def _source_of_token(path: Path) -> str:
 def _get(path: str, *, token: str | bool) -> tuple[int | None, float | None, object]:
     """Return the status, the seconds and the JSON of an answer; without one, None, None and the kind of error.
 
-    With a token the error's text stays here: the client quotes a header that it can't send.
+    With a token the error's text is dropped, because the client may quote the header.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, httpx  # type: ignore[attr-defined] # lazy there
@@ -112,12 +112,12 @@ def _get(path: str, *, token: str | bool) -> tuple[int | None, float | None, obj
         return None, None, type(error).__name__
     try:
         return answer.status_code, answer.elapsed.total_seconds(), answer.json()
-    except ValueError:  # no JSON, as from a login page
+    except ValueError:  # not JSON, but a login page, for example
         return answer.status_code, answer.elapsed.total_seconds(), None
 
 
 def check_disk() -> Outcome:
-    """Look how much is free where models are cached, and in the current directory."""
+    """Check the free space in the cache of models, and in the current directory."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)

@@ -1,4 +1,4 @@
-"""What is installed: Python, the packages within their bounds, and whether the libraries can be imported."""
+"""Check the installation: Python, the versions of packages, and whether the libraries can be imported."""
 
 import importlib
 import platform
@@ -11,7 +11,7 @@ from qlora_cli.doctor.findings import Outcome, Status, failed, ok, warning
 from qlora_cli.doctor.isolation import attempt
 
 DISTRIBUTION = "qlora-cli"
-# What a run takes from each. Named, for importing a lazy package alone proves little.
+# The names that a run imports, because importing a lazy package alone proves little.
 LIBRARIES = {
     "transformers": ("AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig", "Trainer"),
     "datasets": ("load_dataset",),
@@ -23,7 +23,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package that qlora needs: the versions that it takes, and the one that is there."""
+    """A package that qlora needs: the supported versions, and the installed one."""
 
     name: str
     required: str
@@ -32,12 +32,12 @@ class Package:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it."""
+        """The problem with the package."""
         return f"{self.name} {self.installed or 'is not installed'} (needs {self.required or 'any version'})"
 
 
 def check_python() -> Outcome:
-    """Compare the interpreter with the versions that the package says it runs on."""
+    """Compare the interpreter with the Python versions that the package supports."""
     from packaging.specifiers import SpecifierSet
 
     running = platform.python_version()
@@ -87,7 +87,7 @@ def judge_packages(packages: list[Package]) -> Outcome:
 
 
 def _look_up(text: str) -> Package | None:
-    """Return the package that a line of requirements names; None for one of an extra, or of another system."""
+    """Return the package of a requirement; None if it belongs to an extra, or another system."""
     from packaging.requirements import Requirement
 
     requirement = Requirement(text)
@@ -106,7 +106,7 @@ def _look_up(text: str) -> Package | None:
 
 
 def check_libraries() -> Outcome:
-    """Import from each library what a run takes from it."""
+    """Import from each library the names that a run needs."""
     start = time.perf_counter()
     outcomes = {name: attempt(_import_from, name, advice="") for name in LIBRARIES}
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What the checks found, as plain values: the result that `qlora doctor` shows. Imports no torch."""
+"""The results of the checks, as plain values, for `qlora doctor`. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | boo
 
 
 class Status(StrEnum):
-    """How a check went. Skipped is what another finding, or the user's wish, left without meaning."""
+    """The status of a check. It is skipped if another result, or a setting, makes it meaningless."""
 
     OK = "ok"
     WARNING = "warning"
@@ -19,7 +19,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a check found, in one line with its numbers; `advice` is what to do where it is not ok."""
+    """The outcome of a check: one line with its figures; `advice` says what to do if it is not ok."""
 
     status: Status
     finding: str
@@ -29,7 +29,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """An outcome and whose it is."""
+    """A check with its outcome."""
 
     name: str
     status: Status
@@ -40,27 +40,27 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All checks in their order. `can_train` is false if one failed that training depends on."""
+    """All checks in order. `can_train` is false if a check failed that training depends on."""
 
     can_train: bool
     checks: tuple[Check, ...]
 
 
 def ok(finding: str, **details: Json) -> Outcome:
-    """Return that all is well."""
+    """Return a positive outcome."""
     return Outcome(status=Status.OK, finding=finding, details=details)
 
 
 def warning(finding: str, advice: str, **details: Json) -> Outcome:
-    """Return that something works worse than it could."""
+    """Return the outcome that something works with limitations."""
     return Outcome(status=Status.WARNING, finding=finding, advice=advice, details=details)
 
 
 def failed(finding: str, advice: str, **details: Json) -> Outcome:
-    """Return that something does not work."""
+    """Return the outcome that something does not work."""
     return Outcome(status=Status.FAILED, finding=finding, advice=advice, details=details)
 
 
 def skipped(finding: str, advice: str, **details: Json) -> Outcome:
-    """Return why there was nothing to check."""
+    """Return the outcome that there was nothing to check, with the reason."""
     return Outcome(status=Status.SKIPPED, finding=finding, advice=advice, details=details)

@@ -1,7 +1,7 @@
-"""Run checks so that nothing they meet ends the command: exceptions, crashes of native code, hangs, stray output.
+"""Run checks so that nothing ends the command: exceptions, crashes of native code, hangs, stray output.
 
-A GPU library built for another processor does not raise, it kills the process; a broken driver may never answer.
-So checks run in a child, one at a time, and the child is replaced when one of them takes it down.
+A GPU library built for another processor does not raise but kills the process; a broken driver may never answer. So
+checks run in a child process, one at a time, which is replaced if a check crashes it.
 """
 
 import multiprocessing
@@ -24,10 +24,10 @@ CheckFunction = Callable[..., Outcome]
 
 
 def attempt(check: CheckFunction, *arguments: object, advice: str) -> Outcome:
-    """Return the outcome of a check; what it raises is a failure with the error's text and `advice`."""
+    """Return the outcome of a check; an exception is a failure with its text and `advice`."""
     try:
         return check(*arguments)
-    except Exception as error:  # noqa: BLE001 - whatever a check trips over is its finding
+    except Exception as error:  # noqa: BLE001 - any exception of a check is its finding
         text = without_home(str(error))
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return failed(
@@ -38,10 +38,10 @@ def attempt(check: CheckFunction, *arguments: object, advice: str) -> Outcome:
 
 
 def without_home(text: str) -> str:
-    """Return `text` with the home directory, which names the user, as `~`."""
+    """Return `text` with `~` instead of the home directory, which contains the user's name."""
     try:
         home = Path.home()
-    except RuntimeError:  # nobody's home, as for a user id that has no name
+    except RuntimeError:  # a user id without a name has none
         return text
     for path in {str(home), str(home.resolve())}:
         if len(path) > 1:
@@ -50,7 +50,7 @@ def without_home(text: str) -> str:
 
 
 class Isolation:
-    """A child process that runs checks, started when the first one comes."""
+    """A child process that runs checks; it is started for the first one."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")  # a fork would inherit what the parent has imported
@@ -68,7 +68,7 @@ class Isolation:
         self._log.cleanup()
 
     def run(self, check: CheckFunction, *arguments: object, advice: str, limit_seconds: float) -> Outcome:
-        """Return the outcome of a check; one that kills its process, or takes too long, has failed."""
+        """Return the outcome of a check; if it kills its process, or takes too long, it has failed."""
         connection = self._start()
         try:
             connection.send((check, arguments, advice))
@@ -83,11 +83,11 @@ class Isolation:
 
     def _start(self) -> Connection:
         if self._connection is None:
-            ours, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs, self._log_path), daemon=True)
+            parent_end, child_end = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(child_end, self._log_path), daemon=True)
             self._process.start()
-            theirs.close()  # or the child's death would go unnoticed
-            self._connection = ours
+            child_end.close()  # otherwise the child's death would go unnoticed
+            self._connection = parent_end
         return self._connection
 
     def _died(self, advice: str) -> Outcome:
@@ -103,7 +103,7 @@ class Isolation:
             self._connection.close()
         if self._process is not None:
             self._process.kill()
-            self._process.join(JOIN_SECONDS)  # not for ever: a call into a broken driver can't be killed
+            self._process.join(JOIN_SECONDS)  # a call into a broken driver can't be killed
         self._connection = self._process = None
 
     @property
@@ -116,7 +116,7 @@ class Isolation:
 
 
 def _serve(connection: Connection, log_path: str) -> None:
-    """Run checks until the parent hangs up. What libraries print goes into a file, native code included."""
+    """Run checks until the parent closes the connection. Output of libraries, also of native code, goes to a file."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

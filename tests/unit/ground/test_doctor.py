@@ -212,7 +212,7 @@ def test_every_package_of_pyproject_is_compared() -> None:
     ("built_for", "driver", "visible", "finding", "advice"),
     [
         (None, (12, 8), None, "built without CUDA", "Install a CUDA build"),
-        ("13.0", (12, 8), None, "built for CUDA 13.0, and the driver goes up to 12.8", "Update the driver"),
+        ("13.0", (12, 8), None, "built for CUDA 13.0, and the driver supports up to 12.8", "Update the driver"),
         ("12.8", (12, 8), "", "CUDA_VISIBLE_DEVICES hides", "Unset CUDA_VISIBLE_DEVICES"),
         ("12.8", (12, 4), "0", "reaches no GPU through CUDA 12.8", "nvidia-smi"),
     ],
