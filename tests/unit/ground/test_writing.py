@@ -329,7 +329,7 @@ def test_what_came_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> N
             target.mkdir(exist_ok=True)
             (target / "config.json").write_text("mine")
 
-    with pytest.raises(OutputDirectoryError, match="came to") as caught:
+    with pytest.raises(OutputDirectoryError, match="at the same time") as caught:
         fill_directory(target, fill)
     assert caught.value.hint
     assert (target if came == "a file" else target / "config.json").read_text() == "mine"
