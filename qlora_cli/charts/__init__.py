@@ -1,1 +1,1 @@
-"""Charts on matplotlib: series and notes in, a picture or the SVG of a web page out. Knows nothing of the project."""
+"""Charts on matplotlib, as pictures or as SVG of a web page. Independent of the rest of the project."""

@@ -1,4 +1,4 @@
-"""What an axis spans, and the round values that are written next to it."""
+"""The range of an axis, and its ticks at round values."""
 
 import math
 from collections.abc import Sequence
@@ -6,33 +6,33 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 SMALLEST = 1e-100
-EQUAL = 1e-9  # of their size: values that differ by less are drawn as one
-STEPS = (1, 2, 5, 10)  # times a power of ten: the distances between ticks
+EQUAL = 1e-9  # relative difference below which values count as equal
+STEPS = (1, 2, 5, 10)  # distances between ticks, times a power of ten
 SMALLEST_DECIMAL = 1e-3  # smaller ones are written with an exponent: 2e-4
 LARGEST_DECIMAL = 1e7
 
 
 @dataclass(frozen=True, kw_only=True)
 class AxisRange:
-    """From `low` to `high`, which differ; both above zero if it is logarithmic."""
+    """A range from `low` to `high`, which differ; both are positive if it is logarithmic."""
 
     low: float
     high: float
     is_log: bool = False
 
-    def holds(self, value: float) -> bool:
-        """Return whether `value` is a number within."""
+    def contains(self, value: float) -> bool:
+        """Return whether `value` is a number in the range."""
         return self.low <= value <= self.high
 
     def at(self, share: float) -> float:
-        """Return the value that stands at a share of the axis: 0 is its low end, 1 its high one."""
+        """Return the value at a share of the axis: 0 is its low end, 1 its high one."""
         if self.is_log:
             return float(self.low * (self.high / self.low) ** share)
         return self.low + share * (self.high - self.low)
 
-    def ticks(self, most: int, *, is_whole: bool = False) -> list[tuple[float, str]]:
-        """Return up to `most` round values within and their labels, lowest first; only whole ones if `is_whole`."""
-        values = self._round_values(most, is_whole=is_whole)
+    def ticks(self, max_ticks: int, *, is_whole: bool = False) -> list[tuple[float, str]]:
+        """Return up to `max_ticks` round values and their labels, lowest first; only integers if `is_whole`."""
+        values = self._round_values(max_ticks, is_whole=is_whole)
         largest = max(map(abs, values), default=1.0)
         smallest = min(values, default=1.0) if self.is_log else largest  # linear ones have the decimals of their step
         has_exponent = not SMALLEST_DECIMAL <= smallest <= largest < LARGEST_DECIMAL and not is_whole
@@ -43,24 +43,28 @@ class AxisRange:
             labels = own if len(set(own)) == len(own) else labels
         return list(zip(values, labels, strict=True))
 
-    def _round_values(self, most: int, *, is_whole: bool) -> list[float]:
+    def _round_values(self, max_ticks: int, *, is_whole: bool) -> list[float]:
         from matplotlib.ticker import LogLocator, MaxNLocator
 
-        found: list[float] = []
+        ticks: list[float] = []
         if self.is_log:
             for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
-                if 2 <= len(found := self._within(LogLocator(subs=subs).tick_values(self.low, self.high))) <= most:
-                    return found
-            every = math.ceil(len(found) / most)
-            return found[:: max(every, 1)]
-        for bins in range(most, 0, -1):
+                if (
+                    2
+                    <= len(ticks := self._within(LogLocator(subs=subs).tick_values(self.low, self.high)))
+                    <= max_ticks
+                ):
+                    return ticks
+            every = math.ceil(len(ticks) / max_ticks)
+            return ticks[:: max(every, 1)]
+        for bins in range(max_ticks, 0, -1):
             locator = MaxNLocator(bins, steps=STEPS, integer=is_whole, min_n_ticks=1)
-            if len(found := self._within(locator.tick_values(self.low, self.high))) <= most:
-                return found
-        return found
+            if len(ticks := self._within(locator.tick_values(self.low, self.high))) <= max_ticks:
+                return ticks
+        return ticks
 
     def _within(self, values: Sequence[float]) -> list[float]:
-        return [float(value) for value in values if self.holds(value)]
+        return [float(value) for value in values if self.contains(value)]
 
 
 def tick_label(value: float, step: float, *, has_exponent: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""An empty figure and its files, the same on every machine: whatever the machine's own matplotlibrc says.
+"""An empty figure and its files, the same on every machine, independent of its matplotlibrc.
 
 matplotlib is imported when something is drawn: it takes half a second, which commands that draw nothing do not pay.
 """
@@ -32,7 +32,7 @@ LABEL_PAD = 8  # pixels between the axes and their labels
 
 @dataclass(frozen=True, kw_only=True)
 class ChartSize:
-    """A size that a figure of a page is drawn in, in CSS pixels, axes and labels included. The page scales it a bit.
+    """A size of a figure on a page, in CSS pixels, with axes and labels. The page scales it a little.
 
     `name` is the class that the page shows and hides it by; `num_ticks` is how many labels fit below the axis.
     """
@@ -45,12 +45,12 @@ class ChartSize:
 
 @contextmanager
 def drawing_style(font_size: float = FONT_PIXELS) -> Iterator[None]:
-    """Let matplotlib draw in our style, and without hints on stderr that no user can act on, such as of its caches."""
+    """Let matplotlib draw in our style, without messages on stderr that are of no use to users, as of its caches."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        import matplotlib as mpl  # which looks for its caches
+        import matplotlib as mpl  # looks for its caches
 
         with mpl.rc_context({**mpl.rcParamsDefault, **_settings(font_size)}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it is drawn as a box
@@ -64,12 +64,12 @@ def _settings(font_size: float) -> dict[Any, Any]:
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": font_size,
         "text.color": LIGHT.ink,
-        "text.parse_math": False,  # a name may hold dollar signs
+        "text.parse_math": False,  # a name may contain dollar signs
         "axes.edgecolor": LIGHT.line,
         "axes.labelcolor": LIGHT.muted,
         "xtick.color": LIGHT.muted,
         "ytick.color": LIGHT.muted,
-        "path.simplify": False,  # a point between two gaps would vanish
+        "path.simplify": False,  # a point between two gaps would disappear
         "svg.hashsalt": "qlora",
     }
 
@@ -95,7 +95,7 @@ def page_figure(
 
 
 def clear_frame(axes: "Axes", grid: str) -> None:
-    """Leave of the frame what helps to read values: two edges, and faint lines.
+    """Reduce the frame to what helps to read values: two edges, and faint lines.
 
     `grid` is the axis whose values have a line: `x`, `y` or `both`.
     """

@@ -1,4 +1,4 @@
-"""A histogram: bars of equal width for the stretches of an axis, whatever those span, and a limit across it."""
+"""A histogram: bars of equal width for intervals of any width, and a limit across it."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE_COUNTS = 1000  # times, from the lowest to the highest bar: above, a linear axis shows only the high ones
+WIDE_COUNTS = 1000  # ratio of the highest to the lowest bar above which a linear axis would hide the low ones
 BAR_GAP = 0.04
-NEAR = 0.03  # times the width of the bars, where the line stands that can't be drawn to scale
+NEAR = 0.03  # position of a limit that can't be drawn to scale, beyond the bars, as a share of their width
 NUM_LEVELS = 5
 LEFT, TOP = 28, 24  # pixels: for the name of the axis, and for the label of the limit
 
@@ -28,13 +28,13 @@ class LimitLine:
     """A dashed line across a histogram.
 
     Attributes:
-        place: In bars from the left: 1.5 is the middle of the second.
-        label: Stands at the upper end of the line.
-        is_far: It would make the bars small: it stands next to the last one, and its label says that it is farther.
-        is_exceeded: What lies beyond it has a colour of its own.
+        position: In bars from the left: 1.5 is the middle of the second.
+        label: Its label, at the upper end of the line.
+        is_far: Whether it would make the bars small: then it is next to the last one, and its label says so.
+        is_exceeded: Whether bars beyond it have another colour.
     """
 
-    place: float
+    position: float
     label: str
     is_far: bool
     is_exceeded: bool
@@ -42,15 +42,15 @@ class LimitLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """What a histogram shows.
+    """The content of a histogram.
 
     Attributes:
         edges: The values between the bars, and at both ends.
         counts: The height of each bar.
-        limit: Marked by a line.
-        x_name: Stands below the axis.
+        limit: The limit, shown as a line.
+        x_name: The label of the axis.
         y_name: What is counted.
-        notes: Of each bar.
+        notes: The note of each bar.
     """
 
     edges: tuple[int, ...]
@@ -62,8 +62,8 @@ class Histogram:
 
 
 def embedded_histogram(chart: Histogram, name: str, sizes: Sequence[ChartSize], *, description: str) -> str:
-    """Return a histogram as SVG, once for each of `sizes`, of which the page shows one. To call in `drawing_style`."""
-    notes = [Note(text, x=(place, place + 1)) for place, text in enumerate(chart.notes)]
+    """Return a histogram as SVG in all `sizes`, of which the page shows one. Call it within `drawing_style`."""
+    notes = [Note(text, x=(index, index + 1)) for index, text in enumerate(chart.notes)]
     return "".join(
         embedded(draw_histogram(chart, size), f"{name} {size.name}", notes, size=size.name, description=description)
         for size in sizes
@@ -71,7 +71,7 @@ def embedded_histogram(chart: Histogram, name: str, sizes: Sequence[ChartSize], 
 
 
 def draw_histogram(chart: Histogram, size: ChartSize) -> "Figure":
-    """Return the figure of a histogram. To call in `drawing_style`."""
+    """Return the figure of a histogram. Call it within `drawing_style`."""
     up = _up(chart.counts)
     levels = up.ticks(NUM_LEVELS, is_whole=True)
     levels = [(value, label) for value, label in levels if value >= 1 or not up.is_log]
@@ -105,26 +105,26 @@ def _up(counts: Sequence[int]) -> AxisRange:
 
 
 def _draw_bars(axes: "Axes", chart: Histogram) -> None:
-    end = chart.limit.place if chart.limit.is_exceeded else math.inf
-    for place, count in enumerate(chart.counts):
-        left, right = place + BAR_GAP, place + 1 - BAR_GAP
+    end = chart.limit.position if chart.limit.is_exceeded else math.inf
+    for index, count in enumerate(chart.counts):
+        left, right = index + BAR_GAP, index + 1 - BAR_GAP
         for start, stop, color in ((left, min(right, end), LIGHT.first), (max(left, end), right, LIGHT.second)):
             if count and stop > start:
                 axes.bar(start, count, width=stop - start, align="edge", color=color, linewidth=0)
 
 
-def edge_ticks(edges: Sequence[int], most: int) -> dict[int, int]:
-    """Return edges to write between bars, by their places: multiples of one number, or of every so many bars."""
-    step = math.ceil(len(edges) / most)
+def edge_ticks(edges: Sequence[int], max_ticks: int) -> dict[int, int]:
+    """Return the edges to label, by their indices: multiples of one number, or those of every nth bar."""
+    step = math.ceil(len(edges) / max_ticks)
     widths = {after - edge for edge, after in pairwise(edges)}
     if len(widths) > 1:
         return dict(list(enumerate(edges))[::step])
     (width,) = widths
-    return {place: edge for place, edge in enumerate(edges) if edge % (step * width) == 0}
+    return {index: edge for index, edge in enumerate(edges) if edge % (step * width) == 0}
 
 
 def _draw_limit(axes: "Axes", limit: LimitLine, num_bars: int) -> None:
-    at = (1 + NEAR) * num_bars if limit.is_far else limit.place
+    at = (1 + NEAR) * num_bars if limit.is_far else limit.position
     right = max(num_bars, at) + BAR_GAP
     axes.set_xlim(0, right)
     axes.axvline(at, linestyle=DASHES, linewidth=1, color=LIGHT.ink)

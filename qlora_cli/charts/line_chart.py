@@ -1,4 +1,4 @@
-"""A chart of lines over steps, with marks, rules across it, and notes that show when it is pointed at."""
+"""A chart of lines over steps, with marks, rules across it, and notes as tooltips."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PIXELS_PER_POINT = 0.75  # of a line's width; more points would not be told apart
-FAR = 1.0  # times the height of the chart, above and below it, where lines that leave it are cut
+PIXELS_PER_POINT = 0.75  # of the chart's width; more points could not be distinguished
+FAR = 1.0  # times the height of the chart, above and below it, at which lines that leave it are clipped
 DASHES = (0, (4, 3))  # times the line's width
 
 
@@ -40,7 +40,7 @@ class MarkLook:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of its own, with its note."""
+    """A single point, with its note."""
 
     look: MarkLook
     x: float
@@ -60,17 +60,17 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class LineChart:
-    """What a chart shows.
+    """The content of a chart.
 
     Attributes:
-        x: The steps it spans.
-        y: The values it spans.
-        x_name: Stands below the axis.
-        num_levels: At most so many values are written next to the axis.
-        curves: Later ones lie on top.
-        rules: Across all of it.
-        marks: Later ones lie on top.
-        notes: Of stretches of steps.
+        x: The range of steps.
+        y: The range of values.
+        x_name: The label of the axis of steps.
+        num_levels: The largest number of ticks on the axis of values.
+        curves: The curves; later ones are on top.
+        rules: Lines across the chart.
+        marks: The marks; later ones are on top.
+        notes: The notes of intervals of steps.
     """
 
     x: AxisRange
@@ -84,7 +84,7 @@ class LineChart:
 
 
 def embedded_line_chart(chart: LineChart, name: str, sizes: Sequence[ChartSize], *, description: str) -> str:
-    """Return a chart as SVG, once for each of `sizes`, of which the page shows one. To call in `drawing_style`."""
+    """Return a chart as SVG in all `sizes`, of which the page shows one. Call it within `drawing_style`."""
     notes = [*chart.notes, *_rule_notes(chart), *(Note(mark.text, mark.x, mark.y) for mark in chart.marks)]
     return "".join(
         embedded(draw_line_chart(chart, size), f"{name} {size.name}", notes, size=size.name, description=description)
@@ -98,7 +98,7 @@ def _rule_notes(chart: LineChart) -> Iterator[Note]:
 
 
 def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
-    """Return the figure of a chart. To call in `drawing_style`."""
+    """Return the figure of a chart. Call it within `drawing_style`."""
     x_ticks, y_ticks = chart.x.ticks(size.num_ticks, is_whole=True), chart.y.ticks(chart.num_levels)
     figure, axes = page_figure(
         size, left_labels=[label for _, label in y_ticks], low_labels=[label for _, label in x_ticks]
@@ -111,9 +111,9 @@ def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
     axes.minorticks_off()
     clear_frame(axes, "y")
     axes.spines["left"].set_visible(False)
-    most = int(axes.bbox.width / PIXELS_PER_POINT)
+    max_points = int(axes.bbox.width / PIXELS_PER_POINT)
     for curve in chart.curves:
-        _draw_curve(axes, curve, chart.y, most)
+        _draw_curve(axes, curve, chart.y, max_points)
     for rule in chart.rules:
         (axes.axhline if rule.is_level else axes.axvline)(
             rule.at, color=getattr(LIGHT, rule.color), linewidth=1.25, linestyle=DASHES
@@ -123,9 +123,9 @@ def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
     return figure
 
 
-def _draw_curve(axes: "Axes", curve: Curve, y: AxisRange, most: int) -> None:
+def _draw_curve(axes: "Axes", curve: Curve, y: AxisRange, max_points: int) -> None:
     steps, values = zip(*curve.points, strict=True)
-    points = list(_seen(thinned(Series(steps, values), most), y))
+    points = list(_seen(thinned(Series(steps, values), max_points), y))
     axes.plot(
         [step for step, _ in points],
         [value for _, value in points],
@@ -137,13 +137,13 @@ def _draw_curve(axes: "Axes", curve: Curve, y: AxisRange, most: int) -> None:
 
 
 def _seen(points: Sequence[Point], y: AxisRange) -> Iterator[Point]:
-    """Yield points: gaps as NaN, none far outside of the chart, one between two gaps as a line of no length."""
+    """Yield points to draw: gaps as NaN, none far outside of the chart, one between two gaps as a line of length 0."""
     low, high = y.at(-FAR), y.at(1 + FAR)
     is_gap = [True, *(not is_drawable(value) for _, value in points), True]
-    for place, (step, value) in enumerate(points, start=1):
-        point = (step, float("nan") if is_gap[place] else min(max(value, low), high))
+    for index, (step, value) in enumerate(points, start=1):
+        point = (step, float("nan") if is_gap[index] else min(max(value, low), high))
         yield point
-        if is_gap[place - 1] and is_gap[place + 1]:
+        if is_gap[index - 1] and is_gap[index + 1]:
             yield point
 
 

@@ -1,4 +1,4 @@
-"""Figures as SVG within a web page: text stays text, colours follow light and dark, and notes show when pointed at."""
+"""Figures as SVG in a web page: text stays text, colours follow the light or dark scheme, and notes are tooltips."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ rect.note:hover {{ fill: var(--ink); fill-opacity: 0.08; }}
 
 @dataclass(frozen=True)
 class Note:
-    """What is shown when a place of a chart is pointed at, in lines.
+    """A tooltip of a point or area of a chart, in lines.
 
     `x` and `y` are in units of the axes: a value, the two ends of a stretch, or None for all of the axis.
     """
@@ -62,11 +62,11 @@ def embedded(figure: "Figure", name: str, notes: Sequence[Note], *, size: str, d
     """Return the `<svg>` of a figure, drawn in the light palette.
 
     Args:
-        figure: With one pair of axes, which the notes are placed on.
-        name: Of the figure, unlike any other of the page.
-        notes: Those given later lie on top.
+        figure: A figure with one pair of axes, which the notes refer to.
+        name: A name that is unique on the page.
+        notes: The notes; later ones are on top.
         size: A class of the element.
-        description: For those who do not see it.
+        description: A description for screen readers.
     """
     root = _parsed(figure, name)
     root.attrib = {
@@ -80,7 +80,7 @@ def embedded(figure: "Figure", name: str, notes: Sequence[Note], *, size: str, d
 
 
 def _parsed(figure: "Figure", name: str) -> ElementTree.Element:
-    """Return the drawing as elements, without what is not for a page: metadata, a style for all, ids of no use."""
+    """Return the drawing as elements, without metadata, global styles and unused ids."""
     import matplotlib as mpl
 
     svg = StringIO()
@@ -103,14 +103,14 @@ def _parsed(figure: "Figure", name: str) -> ElementTree.Element:
 def _for_page(key: str, value: str) -> str:
     if key == "style":
         value = FAMILY.sub("", value)  # it is the page's
-        return HEX_COLOR.sub(lambda found: COLORS[found[0]], value)
+        return HEX_COLOR.sub(lambda match: COLORS[match[0]], value)
     if key == "d":
         value = " ".join(value.split()).replace(" L ", "L").replace(" M ", "M").replace("M ", "M")
-    return value if key == "id" else LONG_NUMBER.sub(lambda found: f"{float(found[0]):.1f}", value)
+    return value if key == "id" else LONG_NUMBER.sub(lambda match: f"{float(match[0]):.1f}", value)
 
 
 def _elements(figure: "Figure", notes: Sequence[Note]) -> Iterator[ElementTree.Element]:
-    """Yield unseen rectangles with the notes as their titles."""
+    """Yield invisible rectangles with the notes as their titles."""
     (axes,) = figure.axes
     frame = axes.bbox
     for note in notes:
@@ -133,6 +133,6 @@ def _ends(place: Place, limits: tuple[float, float]) -> tuple[float, float]:
 
 
 def _reached(place: Place, start: float, end: float, least: float, most: float) -> tuple[float, float]:
-    """Return from where to where a note is shown, in pixels: near a point, too, and within the axes."""
+    """Return the extent of a note in pixels: around a point, and within the axes."""
     around = POINTED_AT if isinstance(place, int | float) else 0
     return min(max(start - around, least), most), max(min(end + around, most), least)

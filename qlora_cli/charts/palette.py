@@ -1,11 +1,11 @@
-"""The colours of charts and of the pages that hold them, in light and in dark."""
+"""The colours of charts and of their pages, in a light and a dark scheme."""
 
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """A colour for each purpose, `#rrggbb`. A page has them as CSS variables of the same names."""
+    """A colour for each purpose, as `#rrggbb`. A page defines CSS variables of the same names."""
 
     page: str
     ink: str
@@ -23,7 +23,7 @@ class Palette:
         return " ".join(f"--{name}: {color};" for name, color in asdict(self).items())
 
 
-# No two of a palette are equal: an embedded chart is drawn in the light ones, which its variables then replace.
+# No two colours of a palette are equal: an embedded chart is drawn with the light ones, which variables then replace.
 LIGHT = Palette(
     page="#ffffff",
     ink="#1f2328",

@@ -1,4 +1,4 @@
-"""A long series made short enough to draw: spikes stay, noise is smoothed, gaps stay gaps."""
+"""Reduce a long series for drawing: spikes and gaps stay, noise is smoothed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ SMOOTH_POINTS = 500
 FEWEST_TO_SMOOTH = 10
 MIN_WINDOW, MAX_WINDOW = 5, 2001
 OUTLIERS = 0.1  # share of a window, at each end, that its mean leaves out
-LARGEST = 1e100  # beyond, differences could overflow: drawn like what is not a number
+LARGEST = 1e100  # larger values are treated like NaN, because their differences could overflow
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values by step, in order; a value that is not drawable is a gap."""
+    """Values by step, in order; a value that can't be drawn is a gap."""
 
     steps: Sequence[int]
     values: Sequence[float]
@@ -35,34 +35,34 @@ def is_drawable(value: float) -> bool:
     return -LARGEST < value < LARGEST
 
 
-def thinned(series: Series, most: int = MAX_POINTS) -> list[Point]:
-    """Return at most `most` points: the lowest and the highest of each stretch, in their order.
+def thinned(series: Series, max_points: int = MAX_POINTS) -> list[Point]:
+    """Return at most `max_points` points: the lowest and the highest of each interval, in their order.
 
-    A stretch without a drawable value is a gap: a point whose value is NaN.
+    A interval without a drawable value is a gap: a point whose value is NaN.
     """
     total = len(series)
-    if total <= most:
+    if total <= max_points:
         return list(zip(series.steps, series.values, strict=True))
     points: list[Point] = []
-    num_stretches = most // 2
-    for stretch in range(num_stretches):
-        places = range(stretch * total // num_stretches, (stretch + 1) * total // num_stretches)
-        drawable = [place for place in places if is_drawable(series.values[place])]
+    num_intervals = max_points // 2
+    for interval in range(num_intervals):
+        indices = range(interval * total // num_intervals, (interval + 1) * total // num_intervals)
+        drawable = [index for index in indices if is_drawable(series.values[index])]
         if not drawable:
-            points.append((series.steps[places[0]], float("nan")))
+            points.append((series.steps[indices[0]], float("nan")))
             continue
         low, high = min(drawable, key=series.values.__getitem__), max(drawable, key=series.values.__getitem__)
-        points += [(series.steps[place], series.values[place]) for place in sorted({low, high})]
+        points += [(series.steps[index], series.values[index]) for index in sorted({low, high})]
     return points
 
 
 def window_of(num_steps: int) -> int:
-    """Return how many steps are averaged: a fortieth of them, an odd number."""
+    """Return the number of steps to average: a fortieth of all, and odd."""
     return min(MAX_WINDOW, max(MIN_WINDOW, num_steps // 40)) | 1
 
 
 def smoothed(series: Series) -> list[Point]:
-    """Return means over the steps around, without their outliers; nothing for a series that is too short.
+    """Return moving means without outliers; empty for a series that is too short.
 
     At the beginning the window shrinks to what lies on both sides, so that a steep fall is not flattened.
     """
@@ -70,16 +70,16 @@ def smoothed(series: Series) -> list[Point]:
     if total < FEWEST_TO_SMOOTH:
         return []
     half = window_of(total) // 2
-    places = (
+    indices = (
         range(total)
         if total <= SMOOTH_POINTS
         else [point * (total - 1) // (SMOOTH_POINTS - 1) for point in range(SMOOTH_POINTS)]
     )
     points: list[Point] = []
-    for place in places:
-        reach = min(half, place)
-        window = sorted(filter(is_drawable, series.values[place - reach : place + reach + 1]))
-        left_out = int(len(window) * OUTLIERS)
-        averaged = window[left_out : len(window) - left_out]
-        points.append((series.steps[place], sum(averaged) / len(averaged) if averaged else float("nan")))
+    for index in indices:
+        reach = min(half, index)
+        window = sorted(filter(is_drawable, series.values[index - reach : index + reach + 1]))
+        num_trimmed = int(len(window) * OUTLIERS)
+        averaged = window[num_trimmed : len(window) - num_trimmed]
+        points.append((series.steps[index], sum(averaged) / len(averaged) if averaged else float("nan")))
     return points

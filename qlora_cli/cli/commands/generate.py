@@ -61,12 +61,12 @@ def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings])
         QloraError: there is no such model, or no merged model at its path.
         SettingsError: both.
     """
-    settings, wrong = resolved.settings, ErrorCollector(resolved.where_of)
+    settings, errors = resolved.settings, ErrorCollector(resolved.where_of)
     if problem := check_model_name(settings.model):
-        wrong.add("model.name", problem.for_setting("model.name"))
+        errors.add("model.name", problem.for_setting("model.name"))
     if settings.generate.merged is not None and (problem := check_merged(settings.generate.merged)):
-        wrong.add("generate.merged", problem.for_setting("generate.merged"))
-    wrong.raise_collected()
+        errors.add("generate.merged", problem.for_setting("generate.merged"))
+    errors.raise_collected()
 
 
 def _read_prompts(prompts: Sequence[str]) -> list[str]:

@@ -28,9 +28,9 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     html = settings.inspect_data.html
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
-    wrong = ErrorCollector(resolved.where_of)
-    wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk))
-    wrong.raise_collected()
+    errors = ErrorCollector(resolved.where_of)
+    errors.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk))
+    errors.raise_collected()
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the settings are right
     from qlora_cli.cli.rendering.data_text import render_data

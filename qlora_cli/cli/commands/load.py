@@ -23,12 +23,12 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.model_files.given_model import check_model_name
     from qlora_cli.runs.directory import check_free_directory
 
-    wrong = ErrorCollector(resolved.where_of)
+    errors = ErrorCollector(resolved.where_of)
     if problem := check_model_name(resolved.settings.model):
-        wrong.add("model.name", problem.for_setting("model.name"))
+        errors.add("model.name", problem.for_setting("model.name"))
     if save is not None and (problem := check_free_directory(save, "--save")):
-        wrong.add("load.save", problem.for_setting("load.save"))
-    wrong.raise_collected()
+        errors.add("load.save", problem.for_setting("load.save"))
+    errors.raise_collected()
     with reporting() as reporter:
         from qlora_cli.loading.load_plan import plan_load
         from qlora_cli.loading.loader import load_planned

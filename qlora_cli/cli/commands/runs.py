@@ -95,7 +95,7 @@ def _check_directory(directory: Path, hint: str) -> None:
 
 
 def _nearest_run(run: Path) -> str:
-    """Return a hint for a run that is not there: one of a name like it, beside it or in the usual place."""
+    """Return a hint for a missing run: one with a similar name, next to it or in `runs`."""
     for folder in (run.parent, Path("runs")):
         siblings = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
         if matches := get_close_matches(run.name, siblings, n=1):

@@ -16,23 +16,23 @@ MAX_DIGITS = 9
 
 
 def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str, tuple[int, ...]], list[Problem]]:
-    """Return the values of each setting in rising order, by its flag's name without dashes, and what is wrong.
+    """Return the values of each setting in ascending order, by its flag's name without dashes, and the problems.
 
-    A text may hold several specifications, with blanks between them; `where` says where they were given.
+    A text may contain several specifications, separated by blanks; `where` says where they were given.
     """
     sweeps: dict[str, tuple[int, ...]] = {}
     problems: list[Problem] = []
     for spec in (spec for text in texts for spec in text.split()):
         name, equals, values = spec.partition("=")
-        place = f"{where} {spec}"
+        location = f"{where} {spec}"
         if not equals:
-            problems.append(Problem(where=place, message="expected NAME=VALUES", hint=EXAMPLE))
+            problems.append(Problem(where=location, message="expected NAME=VALUES", hint=EXAMPLE))
         elif name not in SETTINGS:
             hint = did_you_mean(name, list(SETTINGS)) or f"Sweep {', '.join(SETTINGS)}."
-            problems.append(Problem(where=place, message=f"{name!r} can't be swept", hint=hint))
+            problems.append(Problem(where=location, message=f"{name!r} can't be swept", hint=hint))
         elif name in sweeps:
             hint = f"Give all values at once, as in {name}=8,16,64."
-            problems.append(Problem(where=place, message=f"{name} is given twice", hint=hint))
+            problems.append(Problem(where=location, message=f"{name} is given twice", hint=hint))
         else:
             bounds = read_values(values)
             if (
@@ -40,15 +40,15 @@ def read_sweeps(texts: Sequence[str], where: str = "--sweep") -> tuple[dict[str,
                 if bounds
                 else "expected values such as 512..32768 (rising), 8,16 or 8"
             ):
-                problems.append(Problem(where=place, message=message, hint=EXAMPLE))
+                problems.append(Problem(where=location, message=message, hint=EXAMPLE))
             sweeps[name] = bounds or ()
     return sweeps, problems
 
 
 def read_values(text: str) -> tuple[int, ...] | None:
-    """Return the numbers that `text` stands for, rising and each once: a range doubles from its first to its last.
+    """Return the distinct numbers in `text`, in ascending order; a range `first..last` doubles.
 
-    The last is included whatever the first comes to by doubling. None if it can't be read, or falls.
+    The last number is always included. None if the text is invalid, or the range descends.
     """
     number = rf"\d{{1,{MAX_DIGITS}}}"
     if bounds := re.fullmatch(rf"({number})\.\.({number})", text):
@@ -60,7 +60,7 @@ def read_values(text: str) -> tuple[int, ...] | None:
 
 
 def _wrong_value(name: str, values: tuple[int, ...]) -> str | None:
-    """Return what is wrong with the first value that the setting does not take."""
+    """Return the problem with the first invalid value."""
     section, key = SETTINGS[name].split(".")
     adapter = value_adapter(SECTIONS[section], key)
     for value in values:

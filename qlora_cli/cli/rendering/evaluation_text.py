@@ -65,7 +65,7 @@ def _print_table(rows: Sequence[tuple[str, ...]], *, num_names: int) -> None:
     widths = [max(map(len, column)) for column in columns]
     for number, row in enumerate(zip(*columns, strict=True)):
         cells = [
-            f"{cell:<{width}}" if place < num_names else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            f"{cell:<{width}}" if column < num_names else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         console().print(Text(f"  {GAP.join(cells)}", style="bold" if number == 0 else ""), soft_wrap=True)

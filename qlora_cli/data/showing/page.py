@@ -178,7 +178,7 @@ def lengths_chart(inspection: "DataInspection") -> Histogram:
         edges=(bars[0].first - 1, *(bar.last for bar in bars)),
         counts=tuple(bar.rows for bar in bars),
         limit=LimitLine(
-            place=limit,
+            position=limit,
             label=f"max length {max_length:,}",
             is_far=limit > _max_position(bars),
             is_exceeded=_has_longer(inspection),

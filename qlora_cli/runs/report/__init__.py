@@ -1,1 +1,1 @@
-"""`report.html` of a run, and its charts."""
+"""The report page of a run, and its charts."""

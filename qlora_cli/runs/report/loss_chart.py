@@ -1,4 +1,4 @@
-"""The chart of the loss: each step, the mean of steps, the held-out data, and the events of the run."""
+"""The loss chart: each step, the moving mean, the held-out data, and the events of the run."""
 
 from collections.abc import Iterator
 
@@ -18,17 +18,17 @@ from qlora_cli.runs.report.step_chart import (
 from qlora_cli.units import counted
 
 NUM_LEVELS = 8
-TYPICAL = 0.98  # share of the losses that decides how tall the chart is, if the others are far away
+TYPICAL = 0.98  # share of the losses that determines the range of the chart, if the others are far away
 FAR = 3  # times the span of typical losses
 MARGIN = 0.15  # of that span, above and below it, if others are left outside
-# Shares of the height at which marks stand that stand for no value.
+# Shares of the height for marks without a value.
 ABOVE, BELOW, SAVED_AT, SKIPPED_AT = 0.988, 0.012, 0.018, 0.054
 HELD_OUT, BEST = MarkLook("second", 6), MarkLook("second", 12, is_ring=True)
 SAVED, SKIPPED, OUTSIDE = MarkLook("good", 6), MarkLook("bad", 6), MarkLook("bad", 5)
 
 
 def loss_chart(history: RunHistory) -> RunChart | None:
-    """Return the chart of the loss, of the steps and of the held-out data."""
+    """Return the chart of the losses of the steps and of the held-out data."""
     losses = Series(history.steps.step, history.steps.loss)
     held_out = Series([done.step for done in history.evaluations], [done.loss for done in history.evaluations])
     if not losses.drawable and not held_out.drawable:
@@ -62,7 +62,7 @@ def _line_entries(losses: Series, history: RunHistory) -> Iterator[LegendEntry]:
 
 
 def _loss_range(losses: Series, held_out: Series) -> AxisRange:
-    """Return a range for most of the losses; a few that are far away must not flatten all others."""
+    """Return a range for most of the losses, so that a few outliers do not flatten all others."""
     inside = losses.drawable
     ordered = sorted(inside)
     num_left_out = int(len(ordered) * (1 - TYPICAL) / 2)
@@ -74,8 +74,8 @@ def _loss_range(losses: Series, held_out: Series) -> AxisRange:
 
 
 def _outside_marks(losses: Series, y: AxisRange) -> Iterator[Mark]:
-    """Yield a mark at the edge for each loss that the axis does not hold, or that is not a number."""
-    outside = [(step, value) for step, value in zip(losses.steps, losses.values, strict=True) if not y.holds(value)]
+    """Yield a mark at the edge for each loss outside of the axis, or that is not a number."""
+    outside = [(step, value) for step, value in zip(losses.steps, losses.values, strict=True) if not y.contains(value)]
     for step, value in spread_over(outside):
         is_below = is_drawable(value) and value < y.low
         yield Mark(OUTSIDE, step, y.at(BELOW if is_below else ABOVE), f"step {step:,}: loss {value:.5g}")
@@ -83,7 +83,7 @@ def _outside_marks(losses: Series, y: AxisRange) -> Iterator[Mark]:
 
 def _outside_remark(losses: Series, y: AxisRange) -> str:
     parts = []
-    if far := [value for value in losses.drawable if not y.holds(value)]:
+    if far := [value for value in losses.drawable if not y.contains(value)]:
         parts.append(f"{counted(len(far), 'step')} outside of the chart, up to {max(far):.5g}")
     if num_others := sum(not is_drawable(value) for value in losses.values):
         parts.append(f"{counted(num_others, 'step')} with a loss that is no finite number")

@@ -12,11 +12,11 @@ from qlora_cli.runs.report.step_chart import Labels, LegendEntry, Line, RunChart
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB, MIB, format_bytes
 
-WIDE = 20  # times the median: gradient norms beyond are drawn on a logarithmic axis
+WIDE = 20  # times the median: larger gradient norms make the axis logarithmic
 
 
 def charts_of(history: RunHistory, summary: RunSummary, record: RunRecord) -> list[RunChart]:
-    """Return the charts that have something to draw, that of the loss first."""
+    """Return the charts with data, that of the loss first."""
     builders = (
         loss_chart(history),
         learning_rate_chart(history),
@@ -38,7 +38,7 @@ def learning_rate_chart(history: RunHistory) -> RunChart | None:
 
 
 def grad_norm_chart(history: RunHistory, record: RunRecord) -> RunChart | None:
-    """Return the chart of the gradient norm before clipping, with where it is clipped."""
+    """Return the chart of the gradient norm before clipping, with the clipping threshold."""
     norms = Series(history.steps.step, history.steps.grad_norm)
     ordered = sorted(norms.drawable)
     if not ordered:
@@ -60,7 +60,7 @@ def grad_norm_chart(history: RunHistory, record: RunRecord) -> RunChart | None:
 
 
 def speed_chart(history: RunHistory, summary: RunSummary) -> RunChart | None:
-    """Return the chart of the tokens a second."""
+    """Return the chart of the tokens per second."""
     speeds = Series(history.steps.step, history.steps.tokens_per_second)
     if not speeds.drawable:
         return None
@@ -81,7 +81,7 @@ def _describe(what: str, series: Series) -> str:
 
 
 def memory_chart(history: RunHistory, summary: RunSummary) -> RunChart | None:
-    """Return the chart of the memory in use after each step, with what was predicted for its peaks."""
+    """Return the chart of the memory in use after each step, with the predicted peaks."""
     columns = history.steps
     kinds = (
         ("first", "allocated", columns.device_allocated_bytes, summary.predicted_allocated_bytes),

@@ -1,4 +1,4 @@
-"""`report.html` of a run: one file that needs nothing else, on a phone, on paper, and in ten years.
+"""The report page of a run: one self-contained file, for phones, for paper, and for the next ten years.
 
 What stands in it is untrusted: jinja escapes it, what can't be seen is made visible, and no script can run.
 """
@@ -52,7 +52,7 @@ DATA_ROWS = (
     ("bad_rows", "Bad rows"),
 )
 WITHOUT_PLAN = ("output", "predicted_memory", "model")  # shown elsewhere on the page
-# The first chart has the full width of the page, the others half of it; see `PAGE_CSS` for which size is seen when.
+# The first chart has the full width of the page, the others half of it; `PAGE_CSS` selects the size.
 NARROW = ChartSize(name="narrow", width=340, height=240, num_ticks=4)
 SIZES = (ChartSize(name="medium", width=500, height=242, num_ticks=5), NARROW)
 FIRST_SIZES = (
@@ -129,13 +129,13 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
 
 
 def drawn_charts(charts: Sequence[RunChart]) -> list[tuple[Labels, Markup]]:
-    """Return the charts as SVG, each with what stands around it."""
+    """Return the charts as SVG, each with its labels."""
     if not charts:
         return []
     drawn = []
     with drawing_style():
-        for place, chart in enumerate(charts):
-            labels, sizes = chart.labels, SIZES if place else FIRST_SIZES
+        for index, chart in enumerate(charts):
+            labels, sizes = chart.labels, SIZES if index else FIRST_SIZES
             svg = embedded_line_chart(chart.chart, labels.name, sizes, description=labels.description)
             drawn.append((labels, Markup(svg)))  # noqa: S704 - its text is escaped
     return drawn
@@ -157,7 +157,7 @@ def about(summary: RunSummary, record: RunRecord) -> Pairs:
 
 
 def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
-    """Yield the figures to see first."""
+    """Yield the main figures."""
     if summary.loss is not None:
         yield Tile("Loss", f"{summary.loss:.4f}", "at the last step")
     if summary.best_loss is not None:
@@ -196,7 +196,7 @@ def _difference(predicted: int | None, measured: int | None) -> str:
 
 
 def data_rows(record: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """Yield figures of the rows: a name, and the figure of the trained and of the held-out rows."""
+    """Yield figures of the data: a name, and the figures of the training and of the held-out rows."""
     trained, evaluated = record.data.train or RecordedRows(), record.data.eval or RecordedRows()
     for key, name in DATA_ROWS:
         train, held_out = trained.integer(key), evaluated.integer(key)
@@ -248,5 +248,5 @@ def _visible(text: object) -> str:
 
 
 def _visible_lines(text: object) -> str:
-    """Return text whose line breaks are real ones, and whose other unseen characters are seen."""
+    """Return text with its line breaks, and with other invisible characters made visible."""
     return "\n".join(_visible(line) for line in str(text).replace("\r\n", "\n").split("\n"))

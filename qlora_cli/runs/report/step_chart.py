@@ -1,4 +1,4 @@
-"""What the charts of a run have in common: the axis of the steps, the legend, and the figures of each stretch."""
+"""The common parts of a run's charts: the axis of steps, the legend, and the notes with figures."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from qlora_cli.runs.history import RunHistory
 MAX_STRETCHES = 120
 MAX_MARKS = 200
 NUM_LEVELS = 5
-SIDE_MARGIN = 0.015  # of the steps, so that marks at the ends are whole
+SIDE_MARGIN = 0.015  # share of the steps, so that marks at the ends are not clipped
 UNKNOWN = "\N{EN DASH}"
 
 Item = TypeVar("Item")
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """An entry of a legend; `kind` is the class that gives it its look."""
+    """An entry of a legend; `kind` is its CSS class."""
 
     kind: str
     label: str
@@ -30,7 +30,7 @@ class LegendEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What stands around a chart; `description` is for those who do not see it."""
+    """The labels of a chart; `description` is for screen readers."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class RunChart:
-    """A chart of a run and what stands around it."""
+    """A chart of a run with its labels."""
 
     labels: Labels
     chart: LineChart
@@ -50,7 +50,7 @@ class RunChart:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A series to draw: the name of its colour, what it is called, and the format of its figures."""
+    """A series to draw: its colour, its name, and the format of its figures."""
 
     color: str
     name: str
@@ -78,7 +78,7 @@ def chart_of(
     rules: Sequence[Rule] = (),
     num_levels: int = NUM_LEVELS,
 ) -> RunChart:
-    """Return a chart of `lines`, of which those of the optimizer's steps can be read by pointing at them."""
+    """Return a chart of `lines`; those of the optimizer's steps have tooltips."""
     x = step_range(history)
     chart = LineChart(
         x=x,
@@ -102,7 +102,7 @@ def step_range(history: RunHistory) -> AxisRange:
 
 
 def spread_over(items: Sequence[Item]) -> Sequence[Item]:
-    """Return as many of `items`, evenly chosen, as a chart can mark."""
+    """Return at most as many of `items` as a chart can mark, evenly spaced."""
     return items[:: math.ceil(len(items) / MAX_MARKS) or 1]
 
 
@@ -111,17 +111,17 @@ def _resume_rules(history: RunHistory, x: AxisRange) -> tuple[Rule, ...]:
     return tuple(
         Rule("muted", step, f"resumed after step {step:,}", is_level=False)
         for step in steps[:MAX_MARKS]
-        if x.holds(step)
+        if x.contains(step)
     )
 
 
 def _stretches(lines: Sequence[Line], x: AxisRange) -> Iterator[Note]:
-    """Yield stretches of steps that cover the chart, with the figures of each."""
+    """Yield notes for intervals of steps that cover the chart, with the figures of each."""
     steps = lines[0].series.steps
     total = len(steps)
     num_stretches = min(total, MAX_STRETCHES)
     starts = [stretch * total // num_stretches for stretch in range(num_stretches)]
-    # A stretch begins in the middle between its first step and the one before.
+    # An interval begins half-way between its first step and the one before.
     edges = [x.low, *((steps[start - 1] + steps[start]) / 2 for start in starts[1:]), x.high]
     for start, end, left, right in zip(starts, [*starts[1:], total], edges, edges[1:], strict=False):
         first, last = steps[start], steps[end - 1]

@@ -59,7 +59,7 @@ def test_any_values_have_an_axis_that_holds_them_and_ordered_ticks(
     assert 1 <= len(ticks) <= most
     assert all(left < right for (left, _), (right, _) in pairwise(ticks))
     assert len({label for _, label in ticks}) == len(ticks)
-    assert all(axis.holds(value) for value, _ in ticks)
+    assert all(axis.contains(value) for value, _ in ticks)
 
 
 @given(st.lists(st.floats(min_value=1e-99, max_value=1e99), min_size=1, max_size=20), st.integers(2, 9))

@@ -20,7 +20,7 @@ MEDIUM = ChartSize(name="medium", width=600, height=270, num_ticks=8)
 CHART = Histogram(
     edges=tuple(range(0, 901, 100)),
     counts=(899, 799, 699, 599, 499, 399, 299, 0, 99),
-    limit=LimitLine(place=5.5, label="max length 550", is_far=False, is_exceeded=True),
+    limit=LimitLine(position=5.5, label="max length 550", is_far=False, is_exceeded=True),
     x_name="tokens",
     y_name="rows",
     notes=tuple(f"bar {place}" for place in range(9)),
@@ -72,7 +72,7 @@ def test_edges_are_multiples_of_one_number_or_of_every_so_many_bars() -> None:
 def test_labels_stand_within_the_drawing_and_apart(
     counts: tuple[int, ...], size: ChartSize, place: float, is_far: bool
 ) -> None:
-    limit = LimitLine(place=place, label="max length 131,072", is_far=is_far, is_exceeded=not is_far)
+    limit = LimitLine(position=place, label="max length 131,072", is_far=is_far, is_exceeded=not is_far)
     figure = drawn(replace(CHART, counts=counts, edges=CHART.edges[: len(counts) + 1], limit=limit), size)
     box, whole = figure.get_tightbbox(), figure.bbox_inches
     assert box.x0 >= 0

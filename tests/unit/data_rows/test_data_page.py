@@ -363,7 +363,7 @@ def test_the_max_length_is_a_limit_that_longer_rows_exceed() -> None:
     chart = lengths_chart(INSPECTION)
     assert (chart.edges[0], chart.edges[-1]) == (0, 900)
     assert chart.counts == tuple(bar.rows for bar in BARS)
-    assert (chart.limit.place, chart.limit.label) == (5.5, "max length 550")
+    assert (chart.limit.position, chart.limit.label) == (5.5, "max length 550")
     assert chart.limit.is_exceeded
     assert not lengths_chart(replace(PLAIN, max_length=880)).limit.is_exceeded
 

@@ -86,7 +86,7 @@ def test_a_single_spike_neither_flattens_the_loss_nor_is_hidden(tmp_path: Path) 
     means = [mean for _, mean in points_of(loss, "first")]
     assert max(means) - min(means) > (loss.y.high - loss.y.low) / 2
     outside = [mark for mark in loss.marks if mark.look == OUTSIDE]
-    assert all(loss.y.holds(mark.y) for mark in outside)
+    assert all(loss.y.contains(mark.y) for mark in outside)
     assert [mark.text for mark in outside] == [
         "step 50: loss 1e+06",
         "step 60: loss nan",
