@@ -49,11 +49,8 @@ class AxisRange:
         ticks: list[float] = []
         if self.is_log:
             for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
-                if (
-                    2
-                    <= len(ticks := self._within(LogLocator(subs=subs).tick_values(self.low, self.high)))
-                    <= max_ticks
-                ):
+                ticks = self._within(LogLocator(subs=subs).tick_values(self.low, self.high))
+                if 2 <= len(ticks) <= max_ticks:
                     return ticks
             every = math.ceil(len(ticks) / max_ticks)
             return ticks[:: max(every, 1)]

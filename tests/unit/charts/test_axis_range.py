@@ -54,7 +54,7 @@ def test_any_values_have_an_axis_that_holds_them_and_ordered_ticks(
     values: list[float], most: int, from_zero: bool
 ) -> None:
     axis = spanning(values, from_zero=from_zero)
-    assert all(map(axis.holds, values))
+    assert all(map(axis.contains, values))
     ticks = axis.ticks(most)
     assert 1 <= len(ticks) <= most
     assert all(left < right for (left, _), (right, _) in pairwise(ticks))

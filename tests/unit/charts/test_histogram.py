@@ -50,8 +50,8 @@ def test_bars_have_their_heights_and_those_beyond_the_limit_another_colour() -> 
 def test_a_line_marks_the_limit_to_scale_unless_it_is_far() -> None:
     for limit, place, label in (
         (CHART.limit, 5.5, "max length 550"),
-        (replace(CHART.limit, place=10.0), 10, "max length 550"),
-        (replace(CHART.limit, place=327.7, is_far=True), 9.27, "max length 550 →"),
+        (replace(CHART.limit, position=10.0), 10, "max length 550"),
+        (replace(CHART.limit, position=327.7, is_far=True), 9.27, "max length 550 →"),
     ):
         axes = drawn(replace(CHART, limit=limit)).axes[0]
         (line,) = axes.get_lines()
