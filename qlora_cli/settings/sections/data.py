@@ -53,8 +53,8 @@ class DataSettings(Section):
         Name | None, Metadata(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
     ] = Field(
         default=None,
-        description="Column of what rows have in common, such as a user or a document: rows with the same value are "
-        "held out together, or trained.",
+        description="Column that groups rows, such as a user or a document: rows with the same value are held out "
+        "together, or trained.",
     )
     format: Annotated[
         DataFormat,
@@ -68,7 +68,7 @@ class DataSettings(Section):
             flag="--columns", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
         ),
     ] = Field(
-        default=None, description="What the columns of a format are called here, as prompt=question,completion=reply."
+        default=None, description="Names of a format's columns in this data, as prompt=question,completion=reply."
     )
     loss_on: Annotated[
         LossOn, Metadata(flag="--loss-on", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
@@ -86,7 +86,7 @@ class DataSettings(Section):
         OnLong, Metadata(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(
         default=OnLong.TRUNCATE,
-        description="What becomes of longer rows: truncated, dropped, or an error; reported in any case.",
+        description="What to do with longer rows: truncate, drop, or error; reported in any case.",
     )
     accept_lost: Annotated[
         bool,
@@ -97,8 +97,8 @@ class DataSettings(Section):
         ),
     ] = Field(
         default=False,
-        description="Go on although more than 1 % of the tokens to train are lost with what is too long, or the chat "
-        "template leaves out reasoning, or text next to tool calls, that is to be trained.",
+        description="Continue if more than 1 % of the tokens to train are lost in rows that are too long, or if the "
+        "chat template omits reasoning, or text next to tool calls, that is to be trained.",
     )
     on_bad_row: Annotated[
         OnBadRow,
@@ -109,21 +109,22 @@ class DataSettings(Section):
         ),
     ] = Field(
         default=OnBadRow.ERROR,
-        description="What becomes of a row that can't be read; skipped ones are written to a file.",
+        description="What to do with a row that can't be read; skipped ones are written to a file.",
     )
     drop_duplicates: Annotated[
         bool, Metadata(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
     ] = Field(default=False, description="Train on each distinct row once.")
     mixing: Annotated[Mixing, Metadata(flag="--mixing", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
         default=Mixing.WEIGHTS,
-        description="What the weights of several data sets are: how often each row is fed (weights), or "
+        description="Meaning of the weights of several data sets: how often each row is used (weights), or "
         "probabilities, until the first data set is exhausted (first_exhausted) or all of them are (all_exhausted). "
-        "Of a stream they are always probabilities.",
+        "For a stream they are always probabilities.",
     )
     packing: Annotated[bool, Metadata(flag="--packing", affects_memory=True)] = Field(
-        default=False, description="Fill rows up to max_length with several short ones, kept apart from each other."
+        default=False,
+        description="Pack several short rows into one of up to max_length, kept separate from each other.",
     )
     streaming: Annotated[bool, Metadata(flag="--streaming")] = Field(
         default=False,
-        description="Read and tokenize rows while training, for what does not fit on the disk; needs max_steps.",
+        description="Read and tokenize rows while training, for data that does not fit on the disk; needs max_steps.",
     )

@@ -1,4 +1,4 @@
-"""What `qlora evaluate` measures besides the rows."""
+"""Settings of `qlora evaluate`, besides the rows."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ EVALUATE = (Command.EVALUATE,)
 
 
 class EvaluationSettings(Section):
-    """What `qlora evaluate` measures, and on what."""
+    """Settings of `qlora evaluate`, besides the rows."""
 
     split: Annotated[str | None, Metadata(flag="--split", commands=EVALUATE)] = Field(
         default=None,
@@ -21,14 +21,14 @@ class EvaluationSettings(Section):
         description="Split of what --dataset names, a hub data set or a directory; test if not given.",
     )
     with_base: Annotated[bool | None, Metadata(flag="--base", off_flag="--no-base", commands=EVALUATE)] = Field(
-        default=None, description="Evaluate the base without its adapter too; of an adapter so if not given."
+        default=None, description="Evaluate the base without its adapter, too; the default for an adapter."
     )
     merged: Annotated[Path | None, Metadata(flag="--merged", commands=EVALUATE)] = Field(
         default=None,
         description="Merged model to compare with; by default what qlora merge wrote into the run.",
     )
     batch_size: Annotated[int, Metadata(flag="--batch-size", commands=EVALUATE)] = Field(
-        default=8, ge=1, description="Rows at once; halved where they do not fit."
+        default=8, ge=1, description="Rows in a batch; halved if they do not fit."
     )
     tasks: Annotated[DistinctNames, Metadata(flag="--tasks", commands=EVALUATE)] = Field(
         default=(),

@@ -1,4 +1,4 @@
-"""How `qlora generate` and `qlora chat` answer."""
+"""Settings of `qlora generate` and `qlora chat`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ ASKING = (Command.GENERATE, Command.CHAT)
 
 
 class AnswerSettings(Section):
-    """How `qlora generate` and `qlora chat` answer."""
+    """Settings of `qlora generate` and `qlora chat`."""
 
     prompts: Annotated[Prompts | None, Metadata(flag="--prompt", commands=GENERATE, is_repeatable=True)] = Field(
         default=None, description="What to answer; may be given several times. - reads it from stdin."
@@ -26,30 +26,30 @@ class AnswerSettings(Section):
         default=False, description="Answer as base, with the adapter, and (generate) as merged model if there is one."
     )
     merged: Annotated[Path | None, Metadata(flag="--merged", commands=GENERATE)] = Field(
-        default=None, description="Merged model for --compare; of a run its own, if any."
+        default=None, description="Merged model for --compare; by default that of the run, if any."
     )
     max_new_tokens: Annotated[int, Metadata(flag="--max-new-tokens", commands=ASKING)] = Field(
         default=256, ge=1, description="Longest answer, in tokens."
     )
     temperature: Annotated[float, Metadata(flag="--temperature", commands=ASKING)] = Field(
-        default=0.0, ge=0, description="0: always the likeliest token; above: drawn at random."
+        default=0.0, ge=0, description="0: greedy decoding; above: sampling at this temperature."
     )
     top_p: Annotated[float | None, Metadata(flag="--top-p", commands=ASKING)] = Field(
-        default=None, gt=0, le=1, description="Draw from the likeliest tokens of this probability together."
+        default=None, gt=0, le=1, description="Sample from the likeliest tokens with this total probability."
     )
     top_k: Annotated[int | None, Metadata(flag="--top-k", commands=ASKING)] = Field(
-        default=None, ge=1, description="Draw from this many of the likeliest tokens."
+        default=None, ge=1, description="Sample from this many of the likeliest tokens."
     )
     seed: Annotated[int | None, Metadata(flag="--seed", commands=ASKING)] = Field(
-        default=None, ge=0, lt=2**32, description="Seed of what is drawn; 0 if not given."
+        default=None, ge=0, lt=2**32, description="Seed for sampling; 0 if not given."
     )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is drawn at random."""
+        """Whether decoding is greedy."""
         return self.temperature == 0
 
     @property
     def drawn_seed(self) -> int | None:
-        """The seed of what is drawn at random; None if nothing is."""
+        """The seed for sampling; None if decoding is greedy."""
         return None if self.is_greedy else self.seed or 0

@@ -29,7 +29,7 @@ class PredictionSettings(Section):
         description="Backend of scaled_dot_product_attention; auto: the one that PyTorch chooses on the GPU.",
     )
     evaluate: Annotated[bool | None, Metadata(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
-        default=None, description="Run an evaluation batch too; if not given, where the settings ask for evaluation."
+        default=None, description="Include an evaluation batch; by default if the settings ask for evaluation."
     )
     solve: Annotated[Solvables, Metadata(flag="--solve", commands=INSPECT, is_repeatable=True)] = Field(
         default=(), description="Find the largest that fits on each --gpu; may be repeated."

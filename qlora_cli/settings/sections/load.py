@@ -1,4 +1,4 @@
-"""What `qlora load` does besides loading."""
+"""Settings of `qlora load`, besides those of loading."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +10,10 @@ from qlora_cli.settings.setting_metadata import Command, Metadata
 
 
 class SavingSettings(Section):
-    """What `qlora load` does besides loading."""
+    """Settings of `qlora load`, besides those of loading."""
 
     save: Annotated[Path | None, Metadata(flag="--save", commands=(Command.LOAD,))] = Field(
-        default=None, description="Write the quantized checkpoint here."
+        default=None, description="Directory to write the quantized checkpoint to."
     )
     error: Annotated[bool, Metadata(flag="--error", commands=(Command.LOAD,))] = Field(
         default=False, description="Measure the quantization error of every weight."

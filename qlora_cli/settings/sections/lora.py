@@ -38,13 +38,13 @@ class LoraSettings(Section):
         default=False, description="Scale by alpha / sqrt(rank), so that a large rank keeps learning (rsLoRA)."
     )
     use_dora: Annotated[bool, Metadata(affects_memory=True)] = Field(
-        default=False, description="Train the magnitude of each weight apart from its direction (DoRA); slower."
+        default=False, description="Train the magnitude of each weight separately from its direction (DoRA); slower."
     )
     init_lora_weights: Annotated[LoraInit, Metadata(affects_memory=True)] = Field(
         default=LoraInit.DEFAULT,
-        description="How the LoRA matrices begin: pissa takes the principal parts of an unquantized base, loftq what "
-        "4-bit quantization lost.",
+        description="Initialization of the LoRA matrices: pissa takes the principal components of an unquantized "
+        "base, loftq the error of 4-bit quantization.",
     )
     modules_to_save: Annotated[NameList, Metadata(affects_memory=True)] = Field(
-        default=None, description="Comma-separated modules to train whole, in fp32, and save with the adapter."
+        default=None, description="Comma-separated modules to train in full, in fp32, and save with the adapter."
     )

@@ -1,4 +1,4 @@
-"""What `qlora merge` merges, into what, and what it writes."""
+"""Settings of `qlora merge`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ OF_GGUF = EffectiveWith(key="formats", values=(ExportFormat.GGUF,))
 
 
 class MergeSettings(Section):
-    """What `qlora merge` merges, into what, and what it writes. Merging itself is done on the CPU."""
+    """Settings of `qlora merge`. Merging itself runs on the CPU."""
 
     adapters: Annotated[Datasets, Metadata(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True)] = Field(
         description="Run directory, adapter directory or hub id of an adapter; several are added together."
@@ -25,28 +25,28 @@ class MergeSettings(Section):
         Field(
             default=(),
             validate_default=True,
-            description="How much an adapter counts, in their order; 1 if not given.",
+            description="Weight of each adapter, in their order; 1 if not given.",
         )
     )
     output: Annotated[Path | None, Metadata(flag="--output", commands=MERGE)] = Field(
-        default=None, description="Where the result goes: merged/ in the run, or NAME-merged here, if it is not given."
+        default=None, description="Output directory; by default merged/ in the run, or NAME-merged here."
     )
     base: Annotated[BaseWeights, Metadata(flag="--base", commands=MERGE)] = Field(
         default=BaseWeights.AUTO,
-        description="Weights to merge into: as stored, or dequantized, as training saw them. auto measures both.",
+        description="Weights to merge into: as stored, or dequantized, as in training. auto measures both.",
     )
     dtype: Annotated[MergeDtype, Metadata(flag="--dtype", commands=MERGE)] = Field(
-        default=MergeDtype.KEEP, description="What the result is written in; keep is each tensor's own."
+        default=MergeDtype.KEEP, description="Dtype of the result; keep is that of each tensor in the base."
     )
     formats: Annotated[Formats, Metadata(flag="--format", commands=MERGE, is_repeatable=True)] = Field(
-        default=(ExportFormat.HF,), description="What is written; may be given several times."
+        default=(ExportFormat.HF,), description="Format of the result; may be given several times."
     )
     verify: Annotated[bool, Metadata(flag="--verify", commands=MERGE)] = Field(
-        default=True, description="Compare the result with the base that has the adapter on it."
+        default=True, description="Compare the result with the base with the adapter attached."
     )
     max_divergence: Annotated[Nats | None, Metadata(flag="--max-divergence", commands=MERGE, metavar="NATS")] = Field(
         default=None,
-        description="Largest mean KL divergence a token that rounding may make; no bound if it is not given.",
+        description="Largest mean KL divergence per token that rounding may cause; no limit if not given.",
     )
     revision: Annotated[str | None, Metadata(flag="--revision", commands=MERGE)] = Field(
         default=None, description="Branch, tag or commit of an adapter on the hub."

@@ -13,8 +13,8 @@ from qlora_cli.settings.values import NameList, RopeScaling
 class ModelSettings(Section):
     """The base model."""
 
-    # Of a run's settings, those are taken over that made the base which its adapter fits. New tokens and chat template
-    # come with the adapter's tokenizer; device and kernel are those of this machine; code is trusted anew each time.
+    # Inherited from a run are the settings that determine the base of its adapter. New tokens and chat template come
+    # with the adapter's tokenizer; device and kernel are those of this machine; trust in code is never inherited.
 
     name: Annotated[
         str,
@@ -65,7 +65,7 @@ class ModelSettings(Section):
         RopeScaling, Metadata(flag="--rope-scaling", commands=TOKENIZERS, affects_memory=True, is_inherited=True)
     ] = Field(
         default=None,
-        description="Stretch the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
+        description="Scale the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
     chat_template: Annotated[str | None, Metadata(flag="--chat-template", commands=TOKENIZERS)] = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Where a run is written and reported to."""
+"""The output of a run: its directory, tracker and repository."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +13,10 @@ from qlora_cli.settings.values import Resume
 
 
 class OutputSettings(Section):
-    """Where the run is written and reported to."""
+    """The output of a run: its directory, tracker and repository."""
 
     directory: Annotated[Path, Metadata(flag="--output", on_resume=OnResume.FREE)] = Field(
-        description="Run directory: empty, not there yet, or of a run to resume."
+        description="Run directory: empty, new, or that of a run to resume."
     )
     resume: Annotated[Resume, Metadata(flag="--resume", on_resume=OnResume.FREE)] = Field(
         default="auto",
@@ -24,7 +24,7 @@ class OutputSettings(Section):
         "path of a checkpoint.",
     )
     max_checkpoints: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
-        default=2, ge=1, description="Older checkpoints than this many are deleted, but for the best one."
+        default=2, ge=1, description="Number of checkpoints to keep, besides the best one; older ones are deleted."
     )
     report_to: Annotated[ReportTo, Metadata(flag="--report-to", on_resume=OnResume.FREE)] = Field(
         default=ReportTo.NONE, description="Tracker that the run is also reported to."

@@ -1,4 +1,4 @@
-"""Where what is made is pushed to: the adapter of a run, or a merged model."""
+"""Where a result is pushed to: the adapter of a run, or a merged model."""
 
 from typing import Annotated, Protocol
 
@@ -17,12 +17,12 @@ PushToHub = Annotated[
 HubPrivate = Annotated[
     bool,
     Metadata(flag="--private", off_flag="--public", commands=MAKERS, on_resume=OnResume.FREE),
-    Field(description="Whether that repository is private, if it is made."),
+    Field(description="Whether that repository is private, if it is created."),
 ]
 
 
 class Pushed(Protocol):
-    """The settings of a section whose result may be pushed."""
+    """The settings of a section with a result that may be pushed."""
 
     @property
     def push_to_hub(self) -> str | None:
@@ -30,4 +30,4 @@ class Pushed(Protocol):
 
     @property
     def hub_private(self) -> bool:
-        """Whether the repository is private, if it is made."""
+        """Whether the repository is private, if it is created."""

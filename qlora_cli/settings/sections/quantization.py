@@ -17,7 +17,7 @@ from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import LOADERS, EffectiveWith, Metadata
 from qlora_cli.settings.values import NameList
 
-# The methods that a setting has an effect with: those of one module, or all that quantize.
+# The methods with which a setting has an effect: those of one module, or all that quantize.
 OF_FOUR_BIT = EffectiveWith(key="method", values=methods_of("four_bit"))
 OF_INT8 = EffectiveWith(key="method", values=methods_of("int8"))
 OF_QUANTIZED = EffectiveWith(key="method", values=QUANTIZED)
@@ -60,13 +60,13 @@ class QuantizationSettings(Section):
     int8_has_fp16_weight: Annotated[bool, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_INT8)] = (
         Field(
             default=False,
-            description="LLM.int8: keep 16-bit weights and quantize them in every product; saves no memory.",
+            description="LLM.int8: keep 16-bit weights, quantized in every product; saves no memory.",
         )
     )
     int8_cpu_offload: Annotated[bool, Metadata(affects_memory=True, is_inherited=True, effective_with=OF_INT8)] = (
         Field(
             default=False,
-            description="LLM.int8: keep what does not fit on the GPU on the CPU, in fp32; not for training.",
+            description="LLM.int8: put what does not fit on the GPU on the CPU, in fp32; not for training.",
         )
     )
 

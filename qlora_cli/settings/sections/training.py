@@ -1,4 +1,4 @@
-"""The loop."""
+"""The training loop."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from qlora_cli.settings.values import CheckpointingSwitch, Texts
 
 
 class TrainingSettings(Section):
-    """The loop."""
+    """The training loop."""
 
     learning_rate: Annotated[float, Metadata(flag="--learning-rate")] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."
@@ -83,7 +83,7 @@ class TrainingSettings(Section):
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,
-        description="Halve the micro-batch, and keep the batch, if the longest rows do not fit before the first step.",
+        description="Halve the micro-batch, and keep the batch size, if the longest rows do not fit at the start.",
     )
     optimizer: Annotated[Optimizer, Metadata(flag="--optimizer", affects_memory=True)] = Field(
         default=Optimizer.ADAMW_TORCH, description="Optimizer of the adapter."
@@ -102,13 +102,13 @@ class TrainingSettings(Section):
     )
     sampling: Annotated[Sampling, Metadata(flag="--sampling", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
         default=Sampling.RANDOM,
-        description="Order of rows; group_by_length puts rows of one length into a batch, which saves padding.",
+        description="Order of rows; group_by_length batches rows of similar length, which saves padding.",
     )
     longest_first: Annotated[
         bool, Metadata(flag="--longest-first", commands=(Command.TRAIN, Command.INSPECT_DATA))
     ] = Field(
         default=False,
-        description="Begin with the longest rows, so that what does not fit in memory shows at once.",
+        description="Start with the longest rows, so that running out of memory happens at once.",
     )
     seed: Annotated[int, Metadata(flag="--seed", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))] = (
         Field(
@@ -123,8 +123,8 @@ class TrainingSettings(Section):
     )
     on_nan: Annotated[OnNan, Metadata(flag="--on-nan", on_resume=OnResume.FREE)] = Field(
         default=OnNan.STOP,
-        description="What becomes of a step whose loss or gradient norm is no finite number: the run stops before "
-        "it, or the step is skipped.",
+        description="What to do with a step whose loss or gradient norm is not finite: stop the run before it, or "
+        "skip the step.",
     )
     max_nan_skips: Annotated[
         int,
@@ -132,9 +132,9 @@ class TrainingSettings(Section):
             on_resume=OnResume.FREE,
             effective_with=EffectiveWith(key="on_nan", values=(OnNan.SKIP,), why="nothing is skipped"),
         ),
-    ] = Field(default=10, ge=1, description="More steps skipped for on_nan than this end the run.")
+    ] = Field(default=10, ge=1, description="The run ends if more steps than this are skipped for on_nan.")
     logging_steps: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
-        default=1, ge=1, description="Steps between two reports."
+        default=1, ge=1, description="Steps between two reports of the loss."
     )
     eval_steps: Annotated[int | None, Metadata(flag="--eval-steps", affects_memory=True, on_resume=OnResume.FREE)] = (
         Field(default=None, ge=1, description="Steps between two evaluations; only at the end if not given.")
