@@ -122,7 +122,7 @@ class DataSettings(Section):
     )
     packing: Annotated[bool, Metadata(flag="--packing", affects_memory=True)] = Field(
         default=False,
-        description="Pack several short rows into one of up to max_length, kept separate from each other.",
+        description="Pack short rows into rows of up to max_length, separate from each other.",
     )
     streaming: Annotated[bool, Metadata(flag="--streaming")] = Field(
         default=False,
