@@ -56,7 +56,16 @@ MORE_KEYS = [
     ),
     *("from", "value", "images", "mood", "input", "type", "text"),
 ]
-BESIDE = ["tools", "system", "chat_template_kwargs", "enable_thinking", "label", "chosen", "images", "loss_mask"]
+SPECIAL_COLUMNS = [
+    "tools",
+    "system",
+    "chat_template_kwargs",
+    "enable_thinking",
+    "label",
+    "chosen",
+    "images",
+    "loss_mask",
+]
 PART_KINDS = ["text", "text", "thinking", "refusal", "tool_use", "tool_call", "image", "text "]
 
 
@@ -70,11 +79,11 @@ def _value(chance: Generator, depth: int = 0) -> Any:
     if depth > MOST_PARTS or chance.random() < 0.5:
         return VALUES[chance.integers(len(VALUES))]
     parts = [_value(chance, depth + 1) for _ in range(chance.integers(MOST_PARTS))]
-    return parts if chance.random() < 0.5 else {f"k{place}": part for place, part in enumerate(parts)}
+    return parts if chance.random() < 0.5 else {f"k{index}": part for index, part in enumerate(parts)}
 
 
 def _text(chance: Generator) -> str:
-    return "".join(WORDS[place] for place in chance.integers(len(WORDS), size=chance.integers(1, 4)))
+    return "".join(WORDS[index] for index in chance.integers(len(WORDS), size=chance.integers(1, 4)))
 
 
 def _call(chance: Generator) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def _row(chance: Generator) -> dict[str, Any]:
     if chance.random() < 0.2:
         row["tools"] = [{"type": "function", "function": {"name": _text(chance), "parameters": _value(chance)}}]
     if chance.random() < 0.1:
-        column = BESIDE[chance.integers(len(BESIDE))]
+        column = SPECIAL_COLUMNS[chance.integers(len(SPECIAL_COLUMNS))]
         row[column] = _value(chance)
     return {**row, "messages": _value(chance)} if chance.random() < 0.05 else row
 
@@ -122,8 +131,8 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     own = [(texts[name].tokenizer, str(texts[name].tokenizer.chat_template)) for name in FAMILIES]
     own += [(texts["chatml"].tokenizer, template) for template in (REASONING, TOOLS, ENDLESS)]
     settings = DataSettings(dataset=["a"])
-    layout = recognise(["messages", *BESIDE], settings, "a")
-    meaning = UnusedColumnChecker(layout, settings)
+    layout = recognise(["messages", *SPECIAL_COLUMNS], settings, "a")
+    column_checker = UnusedColumnChecker(layout, settings)
     losses = list(LossOn)
 
     def play_round(chance: Generator) -> None:
@@ -136,12 +145,12 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
         for _ in range(8):
             row = _row(chance)
             try:
-                meaning.check(row)
+                column_checker.check(row)
                 examples.append(reader.read(row))
             except RowError:
                 continue
-        for found in RowTokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):
-            assert isinstance(found, RowError) or len(found.input_ids) == len(found.labels) > 0
+        for tokens in RowTokenizer(tokenizer, loss_on, frozenset()).tokenize(examples):
+            assert isinstance(tokens, RowError) or len(tokens.input_ids) == len(tokens.labels) > 0
 
     return play_round
 

@@ -302,8 +302,8 @@ def _pop_reasoning(fields: dict[str, Any], where: str) -> dict[str, str] | None:
 def find_media_key(fields: Mapping[str, Any]) -> str | None:
     """Return the first key of a message or part that holds a picture, a sound or a file."""
     for key, value in fields.items():
-        is_named_so = is_media_name(key) or FILE_KEY.fullmatch(key)
-        if is_named_so and not isinstance(value, int | float) and not is_blank(value):
+        may_be_media = is_media_name(key) or FILE_KEY.fullmatch(key)
+        if may_be_media and not isinstance(value, int | float) and not is_blank(value):
             return key
     return None
 

@@ -111,7 +111,7 @@ class UnusedColumnChecker:
                     purpose = f"Write it into {next(iter(self._layout.columns.values()))!r}. To train without it"
                     raise RowError(
                         f"{name!r} holds {CONTEXT_PARTS[part]}, for which the format {self._layout.format.value} has "
-                        "no part, and would be ignored",
+                        "no part: it would be ignored",
                         hint=self._hint([name], row, [self._own_flags], purpose),
                     )
 
@@ -122,7 +122,7 @@ class UnusedColumnChecker:
 
     @property
     def _own_flags(self) -> Flags:
-        """The flags that name the columns of the layout, which declares the unused ones to be meant so."""
+        """The flags that name the columns in use, by which a user confirms that the others may be ignored."""
         return self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]}
 
     def _check_media(self, row: Mapping[str, Any], special: Mapping[str, Any]) -> None:
@@ -153,14 +153,14 @@ class UnusedColumnChecker:
                 else f"Leave out the rows that {name!r} says not to train on. To train on all rows"
             )
             raise RowError(
-                f"{name!r} says which part of the row is trained, and would be ignored",
+                f"{name!r} says which part of the row is trained, but would be ignored",
                 hint=self._hint([name], row, [own_flags], purpose),
             )
         if self._has_answers and (verdict := find_verdict(special)):
             name, unwanted = verdict
             purpose = f"Leave out the rows whose {name!r} is {unwanted}. To train on all rows"
             raise RowError(
-                f"{name!r} says whether the answer is wanted (KTO), and would be ignored: {NOT_HERE}",
+                f"{name!r} says whether the answer is wanted (KTO), but would be ignored: {NOT_HERE}",
                 hint=self._hint([name], row, [own_flags], purpose),
             )
 
