@@ -190,15 +190,15 @@ UNUSED: dict[str, Callable[[], Array]] = {
 
 @pytest.mark.parametrize("kind", UNUSED)
 @pytest.mark.parametrize("put", [write_parquet, write_arrow])
-@pytest.mark.parametrize("behind", ["", "#1"])
+@pytest.mark.parametrize("sample", ["", "#1"])
 def test_an_unused_column_is_named_without_values(
-    tmp_path: Path, kind: str, put: Callable[[Path, dict[str, Array]], Path], behind: str
+    tmp_path: Path, kind: str, put: Callable[[Path, dict[str, Array]], Path], sample: str
 ) -> None:
     text = pyarrow.array(["t"])
     path = put(
         tmp_path / ("a.parquet" if put is write_parquet else "a.arrow"), {"text": text, "other": UNUSED[kind]()}
     )
-    assert [row.value for row in read_in_use(Path(f"{path}{behind}"))] == [{"text": "t", "other": None}]
+    assert [row.value for row in read_in_use(Path(f"{path}{sample}"))] == [{"text": "t", "other": None}]
 
 
 def test_an_unused_duplicate_column_of_a_table_is_not_an_error(tmp_path: Path) -> None:
@@ -330,9 +330,9 @@ def test_text_columns_of_datasets_stay_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("behind", ["", "#2"])
+@pytest.mark.parametrize("sample", ["", "#2"])
 def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool, behind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool, sample: str
 ) -> None:
     media = {"picture": datasets.Image(), "sound": datasets.Audio()}
     columns = {
@@ -354,12 +354,12 @@ def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
         found, expected = (
             list(
                 read_rows(
-                    find_dataset(f"{name}{behind}"), split="train", seed=3, streaming=is_stream, selection=selection
+                    find_dataset(f"{name}{sample}"), split="train", seed=3, streaming=is_stream, selection=selection
                 )
             )
             for name in ("owner/name", tmp_path / "a.parquet")
         )
-        if is_stream and behind:  # a sample of a stream is another
+        if is_stream and sample:  # a sample of a stream is another
             assert len(found) == len(expected)
         else:
             assert [row[1:5] for row in found] == [row[1:5] for row in expected]

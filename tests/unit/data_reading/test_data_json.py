@@ -187,7 +187,7 @@ def test_elements_are_numbered_by_their_first_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behind", "problem"),
+    ("rest", "problem"),
     [
         (b'{"a": oops}]', "Expecting value (line 3, column 7)"),
         (b'{"a": 1}', "it ends here (line 3, column 9)"),
@@ -200,8 +200,8 @@ def test_elements_are_numbered_by_their_first_line(tmp_path: Path) -> None:
         (b"9" * 5000 + b"]", "a number of more than 4,300 digits (line 3, column 1)"),
     ],
 )
-def test_a_syntax_error_is_the_last_row_of_the_file(tmp_path: Path, behind: bytes, problem: str) -> None:
-    path = write(tmp_path / "a.json", b'[\n{"a": 0},\n' + behind)
+def test_a_syntax_error_is_the_last_row_of_the_file(tmp_path: Path, rest: bytes, problem: str) -> None:
+    path = write(tmp_path / "a.json", b'[\n{"a": 0},\n' + rest)
     *rows, bad = read(path)
     assert rows[0].value == {"a": 0}
     assert bad.line == 3

@@ -150,11 +150,11 @@ def test_invalid_utf8_in_a_column_is_a_problem_of_its_row(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-@pytest.mark.parametrize("behind", ["", "#1"])
-def test_a_file_of_another_type_than_its_suffix_is_an_error(tmp_path: Path, name: str, behind: str) -> None:
+@pytest.mark.parametrize("sample", ["", "#1"])
+def test_a_file_of_another_type_than_its_suffix_is_an_error(tmp_path: Path, name: str, sample: str) -> None:
     path = write(tmp_path / name, b'{"text": "ab"}\n')
     with pytest.raises(DataError, match=f"{name} can't be read as .*It begins with b'{{\"text\"") as caught:
-        read(f"{path}{behind}")
+        read(f"{path}{sample}")
     assert str(path) in str(caught.value)
 
 
@@ -323,8 +323,8 @@ def test_multi_part_archives_are_read_to_the_end(tmp_path: Path, compression: st
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize("damage", ["cut", "changed at 10", "changed at 50000"])
-@pytest.mark.parametrize("behind", ["", "#1"])
-def test_a_damaged_archive_is_an_error(tmp_path: Path, compression: str, damage: str, behind: str) -> None:
+@pytest.mark.parametrize("sample", ["", "#1"])
+def test_a_damaged_archive_is_an_error(tmp_path: Path, compression: str, damage: str, sample: str) -> None:
     archive = COMPRESSORS[compression](b'{"a": "' + np.random.default_rng(0).bytes(100_000).hex().encode() + b'"}\n')
     if damage == "cut":
         archive = archive[:-20]
@@ -336,17 +336,17 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path, compression: str, damage:
         archive = archive[:place] + changed + archive[place + 9 :]
     path = write(tmp_path / f"a.jsonl.{compression}", archive)
     with pytest.raises(DataError, match=f"a.jsonl.{compression} is damaged or truncated: "):
-        read(f"{path}{behind}")
+        read(f"{path}{sample}")
 
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
-@pytest.mark.parametrize("behind", ["", "#1"])
+@pytest.mark.parametrize("sample", ["", "#1"])
 def test_a_file_that_is_not_an_archive_is_distinguished_from_a_damaged_one(
-    tmp_path: Path, compression: str, behind: str
+    tmp_path: Path, compression: str, sample: str
 ) -> None:
     path = write(tmp_path / f"a.jsonl.{compression}", b'{"a": 1}\n' * 50)
     with pytest.raises(DataError) as caught:
-        read(f"{path}{behind}")
+        read(f"{path}{sample}")
     assert str(caught.value) == f"{path} is not a .{compression} archive: it starts with b'{{\"a\": 1}}'"
     assert f"take .{compression} off its name" in str(caught.value.hint)
 

@@ -96,7 +96,7 @@ def test_a_linked_directory_is_read_once_and_a_hidden_one_is_not(
 
 
 @pytest.mark.parametrize(
-    ("behind", "num_rows", "weight"),
+    ("options", "num_rows", "weight"),
     [
         ("", None, "1"),
         ("#5", 5, "1"),
@@ -109,12 +109,12 @@ def test_a_linked_directory_is_read_once_and_a_hidden_one_is_not(
 )
 @pytest.mark.parametrize("name", ["b.jsonl", ".", "*.csv", "[ab].*", "owner/name", "owner/name::train[:10%]"])
 def test_sample_and_weight_follow_every_kind_of_name(
-    data: Path, name: str, behind: str, num_rows: int | None, weight: str
+    data: Path, name: str, options: str, num_rows: int | None, weight: str
 ) -> None:
     assert data == Path.cwd()
-    plain, found = find_dataset(name), find_dataset(name + behind)
+    plain, found = find_dataset(name), find_dataset(name + options)
     assert (found.files, found.repository, found.split) == (plain.files, plain.repository, plain.split)
-    assert (found.name, found.num_rows, found.weight) == (name + behind, num_rows, Fraction(weight))
+    assert (found.name, found.num_rows, found.weight) == (name + options, num_rows, Fraction(weight))
 
 
 @pytest.mark.parametrize("real", ["a.jsonl*2.jsonl", "a#5.jsonl", "a.jsonl#5", "b[1].jsonl"])
@@ -182,25 +182,27 @@ def test_a_name_like_a_path_is_not_requested_from_the_hub(
 
 
 @pytest.mark.parametrize("name", ["none*", "none/?", "owner/[n]ame", "*.bz3", "\0*", "~nobody/*", "~/*.jsonl"])
-@pytest.mark.parametrize("behind", ["", "#5", "*2", "#5*2"])
+@pytest.mark.parametrize("options", ["", "#5", "*2", "#5*2"])
 def test_a_glob_without_matches_is_named_without_sample_and_weight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, behind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    problem = refusal(name + behind)
+    problem = refusal(name + options)
     assert isinstance(problem, DatasetNotFoundError)
     assert str(problem) == f"no file matches {name}"
     assert "pattern" in str(problem.hint)
 
 
-@pytest.mark.parametrize("behind", ["#0", "#-3", "#half", "#1.5", "#", "*0", "*-1", "*0.0", "*1001", "*1.2.3", "#5*0"])
+@pytest.mark.parametrize(
+    "options", ["#0", "#-3", "#half", "#1.5", "#", "*0", "*-1", "*0.0", "*1001", "*1.2.3", "#5*0"]
+)
 @pytest.mark.parametrize("name", ["b.jsonl", "owner/name"])
-def test_an_invalid_sample_or_weight_is_refused(data: Path, name: str, behind: str) -> None:
+def test_an_invalid_sample_or_weight_is_refused(data: Path, name: str, options: str) -> None:
     assert data == Path.cwd()
-    problem = refusal(name + behind)
+    problem = refusal(name + options)
     assert isinstance(problem, DataError)
-    assert str(problem).startswith(f"{name}{behind}: '")
+    assert str(problem).startswith(f"{name}{options}: '")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qlora_cli.settings.models import DataSettings
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Callable[..., str]:
+def make_directory(tmp_path: Path) -> Callable[..., str]:
     """Return what makes a directory of files by their names, and returns its path."""
 
     def make(*names: str, card: str = "") -> str:
@@ -104,9 +104,9 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_split_has_the_files_that_datasets_reads(place: Callable[..., str], layout: str) -> None:
+def test_a_split_has_the_files_that_datasets_reads(make_directory: Callable[..., str], layout: str) -> None:
     names, splits = LAYOUTS[layout]
-    path = place(*names)
+    path = make_directory(*names)
     found = datasets.load_dataset_builder(path).config.data_files
     assert {str(split): [str(Path(file).relative_to(path)) for file in found[split]] for split in found} == splits
     for split, files in splits.items():
@@ -144,9 +144,9 @@ def test_a_split_has_the_files_that_datasets_reads(place: Callable[..., str], la
     ],
 )
 def test_only_train_is_read_and_the_rest_is_reported(
-    place: Callable[..., str], names: list[str], read: list[str], aside: str
+    make_directory: Callable[..., str], names: list[str], read: list[str], aside: str
 ) -> None:
-    path = place(*names)
+    path = make_directory(*names)
     assert files_of(path) == read
     (note,) = notes_of(path)
     assert f"not read: {aside}" in note
@@ -165,16 +165,16 @@ def test_only_train_is_read_and_the_rest_is_reported(
     ],
 )
 def test_keywords_are_found_within_compound_words(
-    place: Callable[..., str], train: str, validation: str, test: str
+    make_directory: Callable[..., str], train: str, validation: str, test: str
 ) -> None:
-    path = place(f"{train}.jsonl", f"{validation}.jsonl", f"{test}.jsonl")
+    path = make_directory(f"{train}.jsonl", f"{validation}.jsonl", f"{test}.jsonl")
     assert files_of(path) == [f"{train}.jsonl"]
     assert files_of(path, "validation") == [f"{validation}.jsonl"]
     assert files_of(path, "test") == [f"{test}.jsonl"]
 
 
-def test_a_link_to_a_folder_above_is_not_reported_as_unread(place: Callable[..., str]) -> None:
-    path = place("a.jsonl")
+def test_a_link_to_a_folder_above_is_not_reported_as_unread(make_directory: Callable[..., str]) -> None:
+    path = make_directory("a.jsonl")
     (Path(path) / "up").symlink_to(Path(path).parent)
     assert notes_of(path) == []
 
@@ -190,8 +190,10 @@ def test_a_link_to_a_folder_above_is_not_reported_as_unread(place: Callable[...,
         ["testament.jsonl", "Devices.jsonl", "trains.jsonl", "myDevices.jsonl"],
     ],
 )
-def test_a_directory_without_split_names_is_read_as_a_whole(place: Callable[..., str], names: list[str]) -> None:
-    path = place(*names)
+def test_a_directory_without_split_names_is_read_as_a_whole(
+    make_directory: Callable[..., str], names: list[str]
+) -> None:
+    path = make_directory(*names)
     read = sorted(name for name in names if "/" not in name and name.endswith(".jsonl"))
     assert files_of(path) == files_of(path, "validation") == read
     assert find_dataset(path).split is None
@@ -214,13 +216,13 @@ def test_a_directory_without_split_names_is_read_as_a_whole(place: Callable[...,
     ],
 )
 def test_a_missing_split_is_an_error_that_names_the_others(
-    place: Callable[..., str], names: list[str], split: str, message: str
+    make_directory: Callable[..., str], names: list[str], split: str, message: str
 ) -> None:
-    assert message in str(refusal(place(*names), split))
+    assert message in str(refusal(make_directory(*names), split))
 
 
-def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> None:
-    path = place("test.jsonl", "dev.jsonl")
+def test_the_split_that_a_hint_proposes_is_read(make_directory: Callable[..., str]) -> None:
+    path = make_directory("test.jsonl", "dev.jsonl")
     hint = refusal(path).hint or ""
     assert hint == f"Name one of them: {path}::validation"
     assert files_of(hint.removeprefix("Name one of them: ")) == ["dev.jsonl"]
@@ -228,19 +230,19 @@ def test_the_split_that_a_hint_proposes_is_read(place: Callable[..., str]) -> No
     assert refusal(path, "test").hint == f"Name one of them: {path}::validation"
 
 
-def test_an_ambiguous_file_does_not_prevent_reading_another_split(place: Callable[..., str]) -> None:
-    path = place("train-test.jsonl", "train.jsonl", "validation.jsonl")
+def test_an_ambiguous_file_does_not_prevent_reading_another_split(make_directory: Callable[..., str]) -> None:
+    path = make_directory("train-test.jsonl", "train.jsonl", "validation.jsonl")
     assert files_of(path, "dev") == ["validation.jsonl"]
     assert "train-test.jsonl (of ambiguous splits)" in notes_of(f"{path}::validation")[0]
 
 
-def test_sample_and_weight_follow_the_split(place: Callable[..., str]) -> None:
-    source = find_dataset(f"{place('train.jsonl', 'test.jsonl')}::test#5*2")
+def test_sample_and_weight_follow_the_split(make_directory: Callable[..., str]) -> None:
+    source = find_dataset(f"{make_directory('train.jsonl', 'test.jsonl')}::test#5*2")
     assert (source.split, source.num_rows, str(source.weight)) == ("test", 5, "2")
 
 
-def test_a_file_has_no_splits(place: Callable[..., str]) -> None:
-    path = place("a.jsonl")
+def test_a_file_has_no_splits(make_directory: Callable[..., str]) -> None:
+    path = make_directory("a.jsonl")
     assert "is one file" in str(refusal(f"{path}/a.jsonl::test"))
     assert "has no splits" in str(refusal(f"{path}::test"))
     assert "has no config en" in str(refusal(f"{path}:en"))
@@ -275,16 +277,16 @@ pretty_name: A set
 PARTS = ("en/part-1.jsonl", "en/part-2.jsonl", "en/held.jsonl", "de/train.jsonl", "de/test.jsonl")
 
 
-def test_the_card_assigns_files_to_splits_and_configs(place: Callable[..., str]) -> None:
-    path = place(*PARTS, card=CARD)
+def test_the_card_assigns_files_to_splits_and_configs(make_directory: Callable[..., str]) -> None:
+    path = make_directory(*PARTS, card=CARD)
     assert files_of(f"{path}:en") == ["en/part-1.jsonl", "en/part-2.jsonl"]
     assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
     assert files_of(f"{path}:de") == ["de/train.jsonl"]
     assert "validation (held.jsonl)" in notes_of(f"{path}:en")[0]
 
 
-def test_one_of_several_configs_must_be_named(place: Callable[..., str]) -> None:
-    path = place(*PARTS, card=CARD)
+def test_one_of_several_configs_must_be_named(make_directory: Callable[..., str]) -> None:
+    path = make_directory(*PARTS, card=CARD)
     problem = refusal(path)
     assert "several configs: its README.md names en, de" in str(problem)
     assert problem.hint == f"For the first one write {path}:en"
@@ -292,13 +294,13 @@ def test_one_of_several_configs_must_be_named(place: Callable[..., str]) -> None
 
 
 @pytest.mark.parametrize("how", ["  default: true", "default"])
-def test_the_default_config_is_read(place: Callable[..., str], how: str) -> None:
+def test_the_default_config_is_read(make_directory: Callable[..., str], how: str) -> None:
     card = (
         CARD.replace("  data_dir: de", f"  data_dir: de\n{how}")
         if ":" in how
         else CARD.replace("name: de", f"name: {how}")
     )
-    assert files_of(place(*PARTS, card=card)) == ["de/train.jsonl"]
+    assert files_of(make_directory(*PARTS, card=card)) == ["de/train.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -313,10 +315,10 @@ def test_the_default_config_is_read(place: Callable[..., str], how: str) -> None
     ],
 )
 def test_config_files_may_be_declared_in_every_form_of_datasets(
-    place: Callable[..., str], value: str, read: list[str]
+    make_directory: Callable[..., str], value: str, read: list[str]
 ) -> None:
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n"
-    assert files_of(place("a.jsonl", "b.jsonl", "sub/c.jsonl", card=card)) == read
+    assert files_of(make_directory("a.jsonl", "b.jsonl", "sub/c.jsonl", card=card)) == read
 
 
 @pytest.mark.parametrize(
@@ -328,34 +330,34 @@ def test_config_files_may_be_declared_in_every_form_of_datasets(
         *('!!int ""', "!!bool x", "!!timestamp x", '{? !!float "" : x}'),
     ],
 )
-def test_an_invalid_card_is_an_error(place: Callable[..., str], value: str) -> None:
-    path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n")
+def test_an_invalid_card_is_an_error(make_directory: Callable[..., str], value: str) -> None:
+    path = make_directory("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_files: {value}\n---\n")
     assert "README.md: its configs can't be read" in str(refusal(path))
     assert len(str(refusal(path))) < 400
 
 
 @pytest.mark.parametrize("value", ["..", "/", "5", "[a]", "x" * 5000, '"a\\0b"', '"\\ud800"', "!!binary eA=="])
 @pytest.mark.parametrize("files", ["", "\n  data_files: '*'"])
-def test_an_invalid_folder_in_the_card_is_an_error(place: Callable[..., str], value: str, files: str) -> None:
-    path = place("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_dir: {value}{files}\n---\n")
+def test_an_invalid_folder_in_the_card_is_an_error(make_directory: Callable[..., str], value: str, files: str) -> None:
+    path = make_directory("a.jsonl", card=f"---\nconfigs:\n- config_name: default\n  data_dir: {value}{files}\n---\n")
     assert "README.md: its configs can't be read" in str(refusal(path))
 
 
 @pytest.mark.parametrize(
     "card", ["# About\n---\nconfigs: 5\n---\n", "---\nlicense: mit\n---\n", "---\nconfigs:\n---\n", "---\n"]
 )
-def test_a_card_without_configs_changes_nothing(place: Callable[..., str], card: str) -> None:
-    assert files_of(place("train.jsonl", "test.jsonl", card=card)) == ["train.jsonl"]
+def test_a_card_without_configs_changes_nothing(make_directory: Callable[..., str], card: str) -> None:
+    assert files_of(make_directory("train.jsonl", "test.jsonl", card=card)) == ["train.jsonl"]
 
 
 @pytest.mark.parametrize("pattern", ["notes.txt", "notes*"])
-def test_an_unsupported_file_type_in_the_card_is_an_error(place: Callable[..., str], pattern: str) -> None:
-    path = place("notes.txt", card=f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n")
+def test_an_unsupported_file_type_in_the_card_is_an_error(make_directory: Callable[..., str], pattern: str) -> None:
+    path = make_directory("notes.txt", card=f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n")
     assert "notes.txt is of a file type that is not supported" in str(refusal(path))
 
 
-def test_a_split_of_the_card_without_files_is_an_error_when_it_is_read(place: Callable[..., str]) -> None:
-    path = place("en/held.jsonl", card=CARD)
+def test_a_split_of_the_card_without_files_is_an_error_when_it_is_read(make_directory: Callable[..., str]) -> None:
+    path = make_directory("en/held.jsonl", card=CARD)
     assert files_of(f"{path}:en:validation") == ["en/held.jsonl"]
     assert "its split train is declared, but has no files" in str(refusal(f"{path}:en"))
 
@@ -380,9 +382,9 @@ def test_the_requested_split_of_a_saved_dict_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json"])
 @pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"splits": 5, "_data_files": ["a"]}', "[" * 100_000])
 def test_a_file_that_is_only_named_like_metadata_changes_nothing(
-    place: Callable[..., str], name: str, content: str
+    make_directory: Callable[..., str], name: str, content: str
 ) -> None:
-    path = place("train.jsonl", "test.jsonl")
+    path = make_directory("train.jsonl", "test.jsonl")
     (Path(path) / name).write_text(content)
     assert files_of(path) == ["train.jsonl"]
 
@@ -390,8 +392,8 @@ def test_a_file_that_is_only_named_like_metadata_changes_nothing(
 @pytest.mark.parametrize(
     "name", ["\0", "a\0.arrow", "\ud800.arrow", "x" * 300 + ".arrow", "..", "", "/", 5, None, ["a"]]
 )
-def test_metadata_with_invalid_file_names_changes_nothing(place: Callable[..., str], name: object) -> None:
-    path = place("train.jsonl", "test.jsonl")
+def test_metadata_with_invalid_file_names_changes_nothing(make_directory: Callable[..., str], name: object) -> None:
+    path = make_directory("train.jsonl", "test.jsonl")
     (Path(path) / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     (Path(path) / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     (Path(path) / "dataset_info.json").write_text(json.dumps({"splits": {str(name): 5}}))
@@ -399,8 +401,8 @@ def test_metadata_with_invalid_file_names_changes_nothing(place: Callable[..., s
 
 
 @pytest.mark.parametrize("name", ["README.md", "state.json", "dataset_dict.json", "dataset_info.json", "other.jsonl"])
-def test_a_pipe_in_a_directory_is_not_waited_for(place: Callable[..., str], name: str) -> None:
-    path = place("train.jsonl", "test.jsonl")
+def test_a_pipe_in_a_directory_is_not_waited_for(make_directory: Callable[..., str], name: str) -> None:
+    path = make_directory("train.jsonl", "test.jsonl")
     os.mkfifo(Path(path) / name)
     assert files_of(path) == ["train.jsonl"]
 
@@ -412,9 +414,9 @@ def test_a_pipe_that_a_saved_data_set_names_as_its_file_is_an_error(tmp_path: Pa
 
 
 @pytest.fixture
-def cached(place: Callable[..., str], tmp_path: Path) -> Path:
+def cached(make_directory: Callable[..., str], tmp_path: Path) -> Path:
     """The cache of `datasets` after it read a directory with two splits, and mapped them."""
-    path = place("train.jsonl", "test.jsonl")
+    path = make_directory("train.jsonl", "test.jsonl")
     loaded = datasets.load_dataset(path, cache_dir=str(tmp_path / "cache" / "set"))
     loaded.map(lambda row: {"more": row["text"]})
     return tmp_path / "cache" / "set"
@@ -440,16 +442,16 @@ def test_one_of_several_data_sets_in_a_cache_must_be_named(cached: Path) -> None
     assert str(other) in hint
 
 
-def test_folders_of_several_configs_are_named(place: Callable[..., str]) -> None:
-    path = place("en/train/0.jsonl", "en/test/0.jsonl", "more/de/a.jsonl", "docs/x.txt")
+def test_folders_of_several_configs_are_named(make_directory: Callable[..., str]) -> None:
+    path = make_directory("en/train/0.jsonl", "en/test/0.jsonl", "more/de/a.jsonl", "docs/x.txt")
     problem = refusal(path)
     assert "holds no data" in str(problem)
     assert problem.hint == f"Its subfolders do; give one: {path}/en, {path}/more/de"
 
 
-def test_shards_in_a_cache_belong_to_their_split(place: Callable[..., str]) -> None:
+def test_shards_in_a_cache_belong_to_their_split(make_directory: Callable[..., str]) -> None:
     names = ["n-train-00000-of-00002.arrow", "n-train-00001-of-00002.arrow", "n-pretrain.arrow", "n-train_x.arrow"]
-    path = place(*names)
+    path = make_directory(*names)
     splits = {name: {"name": name} for name in ("train", "pretrain", "train_x")}
     (Path(path) / "dataset_info.json").write_text(json.dumps({"splits": splits}))
     assert files_of(path) == names[:2]
@@ -459,8 +461,8 @@ def test_shards_in_a_cache_belong_to_their_split(place: Callable[..., str]) -> N
 # What is said
 
 
-def test_named_files_of_several_splits_are_all_read_with_a_note(place: Callable[..., str]) -> None:
-    path = place("train.jsonl", "test.jsonl", "train/a.jsonl", "b.jsonl")
+def test_named_files_of_several_splits_are_all_read_with_a_note(make_directory: Callable[..., str]) -> None:
+    path = make_directory("train.jsonl", "test.jsonl", "train/a.jsonl", "b.jsonl")
     for names in (
         [f"{path}/*"],
         [f"{path}/train.jsonl", f"{path}/test.jsonl"],
@@ -471,16 +473,16 @@ def test_named_files_of_several_splits_are_all_read_with_a_note(place: Callable[
     assert notes_of(f"{path}/train*") == notes_of(f"{path}/test.jsonl") == []
 
 
-def test_missing_shards_are_reported(place: Callable[..., str]) -> None:
-    path = place("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
+def test_missing_shards_are_reported(make_directory: Callable[..., str]) -> None:
+    path = make_directory("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
     for name in (path, f"{path}/*"):
         assert notes_of(name) == [f"{path}: 1 of 3 files are missing, train-00001-of-00003 for one"]
-    place("train-00001-of-00003.jsonl")
+    make_directory("train-00001-of-00003.jsonl")
     assert notes_of(path) == notes_of(f"{path}/train-00000-of-00003.jsonl") == []
 
 
-def test_a_split_that_is_evaluated_is_not_reported_as_unread(place: Callable[..., str]) -> None:
-    path = place("train.jsonl", "val.jsonl", "test.jsonl")
+def test_a_split_that_is_evaluated_is_not_reported_as_unread(make_directory: Callable[..., str]) -> None:
+    path = make_directory("train.jsonl", "val.jsonl", "test.jsonl")
     (note,) = notes_of(path, eval_split="dev")
     assert note == f"{path}: reading train (train.jsonl) and validation (val.jsonl); not read: test (test.jsonl)"
     assert notes_of(path, eval_dataset=[f"{path}::validation"]) == [note]
@@ -505,9 +507,9 @@ def test_a_split_that_is_evaluated_is_not_reported_as_unread(place: Callable[...
     ],
 )
 def test_data_that_is_both_trained_and_held_out_is_detected(
-    place: Callable[..., str], monkeypatch: pytest.MonkeyPatch, trained: str, evaluated: str, is_same: bool
+    make_directory: Callable[..., str], monkeypatch: pytest.MonkeyPatch, trained: str, evaluated: str, is_same: bool
 ) -> None:
-    monkeypatch.chdir(place("train.jsonl", "test.jsonl"))
+    monkeypatch.chdir(make_directory("train.jsonl", "test.jsonl"))
     data = DataSettings(dataset=(trained,), eval_dataset=(evaluated,))
     found = overlapping_source(trained_sources(data), held_out_sources(data), data)
     assert (found is not None) == is_same

@@ -31,9 +31,9 @@ def problem(row: dict[str, Any], *columns: str) -> str:
 
 
 def conversation(row: dict[str, Any], **options: Any) -> Conversation:
-    found = read(row, **options)
-    assert isinstance(found, Conversation)
-    return found
+    example = read(row, **options)
+    assert isinstance(example, Conversation)
+    return example
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_unrecognised_columns_are_an_error_with_a_hint(
 
 def test_sharegpt_roles_are_human_and_gpt() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    found = conversation({"conversations": turns, "system": "Be brief."})
-    assert found.messages == [{"role": "system", "content": "Be brief."}, USER, ANSWER]
-    assert found.trained == (2,)
+    example = conversation({"conversations": turns, "system": "Be brief."})
+    assert example.messages == [{"role": "system", "content": "Be brief."}, USER, ANSWER]
+    assert example.trained == (2,)
 
 
 def test_a_sharegpt_function_call_becomes_a_tool_call() -> None:
@@ -112,25 +112,25 @@ def test_a_sharegpt_function_call_becomes_a_tool_call() -> None:
         {"from": "observation", "value": "2"},
         {"from": "gpt", "value": "a"},
     ]
-    found = conversation({"conversations": turns, "tools": '[{"name": "f"}]'})
-    assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
-    assert found.messages[2] == {"role": "tool", "content": "2"}
-    assert found.trained == (1, 3)
-    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
+    example = conversation({"conversations": turns, "tools": '[{"name": "f"}]'})
+    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert example.messages[2] == {"role": "tool", "content": "2"}
+    assert example.trained == (1, 3)
+    assert example.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_openai_arguments_are_parsed_so_that_templates_do_not_quote_them_twice() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    found = conversation({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
-    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
-    assert found.messages[1]["content"] == ""
+    example = conversation({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert example.messages[1]["content"] == ""
 
 
 def test_messages_can_be_excluded_from_training() -> None:
     messages = [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}]
-    found = conversation({"messages": messages})
-    assert found.trained == (3,)
-    assert all(message.keys() == {"role", "content"} for message in found.messages)
+    example = conversation({"messages": messages})
+    assert example.trained == (3,)
+    assert all(message.keys() == {"role", "content"} for message in example.messages)
 
 
 def test_loss_on_last_trains_only_the_last_answer() -> None:
@@ -140,9 +140,9 @@ def test_loss_on_last_trains_only_the_last_answer() -> None:
 
 
 def test_answers_in_a_conversational_prompt_are_not_trained() -> None:
-    found = conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert found.trained == (3,)
-    assert len(found.messages) == 4
+    example = conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert example.trained == (3,)
+    assert len(example.messages) == 4
 
 
 def test_text_parts_are_joined() -> None:
@@ -151,16 +151,16 @@ def test_text_parts_are_joined() -> None:
 
 
 def test_rows_without_a_template_are_text() -> None:
-    found = read({"instruction": "i", "input": "x", "output": "o"}, use_chat=False)
-    assert isinstance(found, PromptCompletion)
-    assert found.prompt.endswith("### Instruction:\ni\n\n### Input:\nx\n\n### Response:\n")
+    example = read({"instruction": "i", "input": "x", "output": "o"}, use_chat=False)
+    assert isinstance(example, PromptCompletion)
+    assert example.prompt.endswith("### Instruction:\ni\n\n### Input:\nx\n\n### Response:\n")
     assert read({"question": "q", "answer": "a"}, use_chat=False) == PromptCompletion(prompt="q\n", completion="a")
     assert read({"text": "t"}) == PromptCompletion(prompt="", completion="t")
 
 
 def test_a_system_prompt_in_a_column_of_its_own_is_the_first_message() -> None:
-    found = conversation({"system_prompt": "Be brief.", "question": "q", "response": "a"})
-    assert found.messages[0] == {"role": "system", "content": "Be brief."}
+    example = conversation({"system_prompt": "Be brief.", "question": "q", "response": "a"})
+    assert example.messages[0] == {"role": "system", "content": "Be brief."}
     assert conversation({"system_prompt": "", "question": "q", "response": "a"}).messages[0] == USER
 
 
@@ -181,9 +181,9 @@ def test_tokens_are_read_unchanged_and_masks_apply() -> None:
         ({"input_ids": [1, 2, 3], "attention_mask": [True, True, False], "loss_mask": [False, True, True]}, [-100, 2]),
         ({"input_ids": [1, 2], "loss_mask": [0.0, 1.0]}, [-100, 2]),
     ):
-        found = read(row)
-        assert isinstance(found, Tokenized)
-        assert (found.input_ids.tolist(), found.labels.tolist()) == ([1, 2], labels)
+        example = read(row)
+        assert isinstance(example, Tokenized)
+        assert (example.input_ids.tolist(), example.labels.tolist()) == ([1, 2], labels)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_the_problem_with_a_row_names_its_key(row: dict[str, Any], expected: str
 
 
 def test_a_row_of_another_format_is_an_error_that_names_the_nearest() -> None:
-    found = problem({"question": "q", "answer": "a"}, "prompt", "completion")
-    assert found == (
+    message = problem({"question": "q", "answer": "a"}, "prompt", "completion")
+    assert message == (
         "there is no 'prompt', only 'question', 'answer'; the nearest known format is "
         "question_answer (question, answer)"
     )

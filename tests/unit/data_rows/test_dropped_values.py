@@ -29,45 +29,45 @@ def of(
 
 
 def one(tokenizer: RowTokenizer, conversation: Conversation) -> Tokens | RowError:
-    (found,) = tokenizer.tokenize([conversation])
-    return found
+    (tokens,) = tokenizer.tokenize([conversation])
+    return tokens
 
 
 def trained_texts(text: TextTokenizer, tokens: Tokens) -> list[str]:
     """Return the stretches of trained tokens as texts."""
     labels = [IGNORE_INDEX, *tokens.labels.tolist(), IGNORE_INDEX]
-    edges = [place for place, (a, b) in enumerate(pairwise(labels)) if (a == IGNORE_INDEX) != (b == IGNORE_INDEX)]
+    edges = [index for index, (a, b) in enumerate(pairwise(labels)) if (a == IGNORE_INDEX) != (b == IGNORE_INDEX)]
     ids = tokens.input_ids.tolist()
     return [str(text.tokenizer.decode(ids[start:end])) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def stands_in(value: str, text: str) -> bool:
-    """Whether the words of a value stand in a text in order, in one of the ways in which templates quote."""
+def is_quoted_in(value: str, text: str) -> bool:
+    """Return whether a text contains a value, in one of the ways in which templates quote."""
     written = (text, text.replace("\\\\", "\\"))
     quoted = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
     return any(each in whole for each in quoted for whole in written)
 
 
 def lost(drawn: Drawn, whole: str, trained: dict[int, str]) -> set[ValueKind]:
-    """Return the kinds of what is in no text of its own message."""
-    found = set()
+    """Return the kinds of values that are not in the text of their own message."""
+    lost_kinds = set()
     kinds = {
         ValueKind.CONTENT: drawn.values,
         ValueKind.REASONING: drawn.reasoning,
         ValueKind.TEXT_WITH_CALLS: drawn.texts_with_calls,
     }
-    for what, by_place in kinds.items():
-        for place, values in by_place.items():
-            if place >= len(drawn.conversation.messages):
+    for kind, by_index in kinds.items():
+        for index, values in by_index.items():
+            if index >= len(drawn.conversation.messages):
                 continue
             for value in values:
                 parts = [part.strip() for part in value.replace("<think>", "</think>").split("</think>")]
-                if not all(stands_in(part, trained.get(place, whole)) for part in parts[-1:]):
-                    found.add(what)
-    for what, values in ((ValueKind.TOOL, drawn.tools), (ValueKind.TOOL_DETAILS, drawn.tool_details)):
-        if drawn.conversation.tools and not all(stands_in(value, whole) for value in values):
-            found.add(what)
-    return found
+                if not all(is_quoted_in(part, trained.get(index, whole)) for part in parts[-1:]):
+                    lost_kinds.add(kind)
+    for kind, values in ((ValueKind.TOOL, drawn.tools), (ValueKind.TOOL_DETAILS, drawn.tool_details)):
+        if drawn.conversation.tools and not all(is_quoted_in(value, whole) for value in values):
+            lost_kinds.add(kind)
+    return lost_kinds
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -76,18 +76,18 @@ def test_every_value_of_a_row_is_rendered_in_its_message_refused_or_reported(nam
     for seed in SEEDS:
         drawn = draw_row(seed)
         text, tokenizer = of(name)
-        found = one(tokenizer, drawn.conversation)
-        if isinstance(found, RowError):
+        tokens = one(tokenizer, drawn.conversation)
+        if isinstance(tokens, RowError):
             continue
         num_used += 1
-        trained = trained_texts(text, found)
+        trained = trained_texts(text, tokens)
         assert len(trained) == len(drawn.conversation.trained), seed
         by_place = dict(zip(drawn.conversation.trained, trained, strict=True))
-        missing = lost(drawn, str(text.tokenizer.decode(found.input_ids.tolist())), by_place)
+        missing = lost(drawn, str(text.tokenizer.decode(tokens.input_ids.tolist())), by_place)
         assert missing <= set(tokenizer.renderer.num_dropped), (seed, trained)
         assert missing <= {ValueKind.REASONING, ValueKind.TEXT_WITH_CALLS, ValueKind.TOOL_DETAILS}, seed
-        for place, answer in by_place.items():
-            values = [*drawn.values[place], *drawn.reasoning.get(place, ())]
+        for index, answer in by_place.items():
+            values = [*drawn.values[index], *drawn.reasoning.get(index, ())]
             last = max((answer.rfind(value.split()[0]) + len(value.split()[0]) for value in values), default=0)
             assert answer[last:].strip(), (seed, "nothing ends the turn")
     assert (num_used == 0) == (name in REFUSE_ALL)
@@ -117,16 +117,16 @@ def answer(content: str, **more: Any) -> dict[str, Any]:
 
 def trained_by(name: str, conversation: Conversation, *, accepts_lost: bool = False) -> list[str]:
     text, tokenizer = of(name, accepts_lost=accepts_lost)
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens), found
-    return trained_texts(text, found)
+    tokens = one(tokenizer, conversation)
+    assert isinstance(tokens, Tokens), tokens
+    return trained_texts(text, tokens)
 
 
 def whole_text(name: str, conversation: Conversation) -> str:
     text, tokenizer = of(name)
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens), found
-    return str(text.tokenizer.decode(found.input_ids.tolist()))
+    tokens = one(tokenizer, conversation)
+    assert isinstance(tokens, Tokens), tokens
+    return str(text.tokenizer.decode(tokens.input_ids.tolist()))
 
 
 def with_template(template: str) -> tuple[TextTokenizer, RowTokenizer]:
@@ -141,15 +141,15 @@ def with_template(template: str) -> tuple[TextTokenizer, RowTokenizer]:
 
 def trained_with(template: str, conversation: Conversation) -> list[str]:
     text, tokenizer = with_template(template)
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens), found
-    return trained_texts(text, found)
+    tokens = one(tokenizer, conversation)
+    assert isinstance(tokens, Tokens), tokens
+    return trained_texts(text, tokens)
 
 
 def refused_by(name: str, conversation: Conversation, loss_on: LossOn = LossOn.COMPLETIONS) -> RowError:
-    found = one(of(name, loss_on)[1], conversation)
-    assert isinstance(found, RowError)
-    return found
+    error = one(of(name, loss_on)[1], conversation)
+    assert isinstance(error, RowError)
+    return error
 
 
 def test_a_template_that_expects_parts_gets_contents_in_parts() -> None:
@@ -217,9 +217,9 @@ def test_developer_becomes_system_if_the_template_lacks_the_role() -> None:
     developer = {"role": "developer", "content": "Answer in one word."}
     conversation = Conversation(messages=[developer, *asked(answer("Iron.")).messages], trained=(2,))
     text, tokenizer = of("three_roles")
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens)
-    whole = str(text.tokenizer.decode(found.input_ids.tolist()))
+    tokens = one(tokenizer, conversation)
+    assert isinstance(tokens, Tokens)
+    whole = str(text.tokenizer.decode(tokens.input_ids.tolist()))
     assert whole.startswith("<|im_start|>system\nAnswer in one word.<|im_end|>")
     assert whole_text("contents_alone", conversation).startswith("<|im_start|>system\nAnswer in one word.")
     assert "<|start|>developer<|message|>" in whole_text("gptoss", conversation)  # which names it
@@ -263,9 +263,9 @@ def test_the_token_of_the_next_role_is_trained_if_generation_stops_at_it() -> No
     ends = frozenset({ids["<|user|>"], ids["<|observation|>"]})
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, ends)
     conversation = asked(answer("", tool_calls=[CALL]), {"role": "tool", "content": "Fe"}, trained=(1,))
-    found = one(tokenizer, conversation)
-    assert isinstance(found, Tokens), found
-    (trained,) = trained_texts(text, found)
+    tokens = one(tokenizer, conversation)
+    assert isinstance(tokens, Tokens), tokens
+    (trained,) = trained_texts(text, tokens)
     assert trained.endswith("<|observation|>")
 
 
@@ -286,8 +286,8 @@ def test_a_template_that_refuses_marks_is_judged_by_the_row_itself() -> None:
     )
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert isinstance(one(tokenizer, asked(answer("yes"))), Tokens)
-    found = one(tokenizer, asked(answer("yes", reasoning_content="It is.")))
-    assert "does not write reasoning" in str(found)
+    error = one(tokenizer, asked(answer("yes", reasoning_content="It is.")))
+    assert "does not write reasoning" in str(error)
 
 
 @pytest.mark.parametrize("value", [datetime(2024, 1, 1, tzinfo=UTC), b"x", 1.5, 7, None, [1], {"a": "b"}, True])
@@ -337,16 +337,16 @@ def test_a_message_rendered_as_an_answer_is_refused(role: str) -> None:
     )
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
     assert isinstance(one(tokenizer, asked(answer("Iron."))), Tokens)
-    found = one(tokenizer, asked(answer("Hm."), {"role": role, "content": "Fe"}, answer("Iron.")))
-    assert f"writes message 2 ({role}) as an answer of the assistant" in str(found)
+    error = one(tokenizer, asked(answer("Hm."), {"role": role, "content": "Fe"}, answer("Iron.")))
+    assert f"writes message 2 ({role}) as an answer of the assistant" in str(error)
 
 
 def test_a_truncated_result_is_detected_although_the_answer_quotes_it() -> None:
     template = "{{ m.content[:20] if m.role == 'tool' else m.content }}"
     result = "a long result of a tool, whose end is Fe"
     messages = [answer("Wait."), {"role": "tool", "content": result}, answer(f"It says: {result}")]
-    found = one(with_template(template)[1], asked(*messages))
-    assert "leaves out message 2 (tool)" in str(found)
+    error = one(with_template(template)[1], asked(*messages))
+    assert "leaves out message 2 (tool)" in str(error)
 
 
 def test_the_prompt_of_a_later_answer_is_compared_too() -> None:
@@ -384,10 +384,10 @@ def test_the_last_answer_ends_with_the_token_of_a_question_if_generation_stops_a
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, frozenset({text.tokenizer.get_vocab()["<|user|>"]}))
     messages = [answer("A metal."), {"role": "user", "content": "Sure?"}, answer("Yes.")]
     for conversation in (asked(*messages, trained=(1, 3)), asked(*messages)):
-        found = one(tokenizer, conversation)
-        assert isinstance(found, Tokens), found
-        assert all(trained.endswith("<|user|>") for trained in trained_texts(text, found))
-        assert "more" not in str(text.tokenizer.decode(found.input_ids.tolist()))
+        tokens = one(tokenizer, conversation)
+        assert isinstance(tokens, Tokens), tokens
+        assert all(trained.endswith("<|user|>") for trained in trained_texts(text, tokens))
+        assert "more" not in str(text.tokenizer.decode(tokens.input_ids.tolist()))
 
 
 def test_each_call_in_a_turn_of_its_own_ends() -> None:
@@ -400,8 +400,8 @@ def test_each_call_in_a_turn_of_its_own_ends() -> None:
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = template
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
-    found = one(tokenizer, asked(answer("", tool_calls=[CALL])))
-    assert isinstance(found, Tokens), found
+    tokens = one(tokenizer, asked(answer("", tool_calls=[CALL])))
+    assert isinstance(tokens, Tokens), tokens
 
 
 def test_a_function_name_that_is_only_in_the_call_id_is_detected() -> None:

@@ -50,8 +50,8 @@ def conversations(draw: st.DrawFn) -> Conversation:
     for _ in range(draw(st.integers(1, 4))):
         messages.append({"role": "user", "content": draw(TEXT)})
         messages.append({"role": "assistant", "content": draw(ANSWER)})
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = tuple(place for place in answers if draw(st.booleans()))
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = tuple(index for index in answers if draw(st.booleans()))
     if draw(st.booleans()):  # what ends with a question is cut off, not answered
         messages.append({"role": "user", "content": draw(TEXT)})
     return Conversation(messages=messages, trained=trained)
@@ -75,7 +75,7 @@ def trained_text(text: TextTokenizer, tokens: Tokens) -> str:
 def expected(family: str, conversation: Conversation) -> str:
     """Return what is to be trained: the answers as the template writes them, each with the end of its turn."""
     *_, end, before = FAMILIES[family]
-    answers = [conversation.messages[place]["content"] for place in conversation.trained]
+    answers = [conversation.messages[index]["content"] for index in conversation.trained]
     return "".join(before + (answer.strip() if family in TRIMS else answer) + end for answer in answers)
 
 
@@ -105,7 +105,7 @@ def test_rows_are_fed_as_a_server_renders_them_and_labels_are_tokens_or_ignored(
         served: Any = text.tokenizer.apply_chat_template(
             conversation.messages[:first], tokenize=True, add_generation_prompt=True, return_dict=True
         )
-        begin = next(place for place, (_, label) in enumerate(pairs) if label != IGNORE_INDEX)
+        begin = next(index for index, (_, label) in enumerate(pairs) if label != IGNORE_INDEX)
         assert [token for token, _ in pairs[:begin]] == served["input_ids"]
 
 
@@ -118,7 +118,7 @@ def test_spans_by_shape_equal_spans_by_rendering(family: str, conversation: Conv
     template = ChatTemplate(text.tokenizer, text.end_ids)
     row = renderer.fit(conversation)
     rendered = renderer.render(row, renderer.text(row))
-    long_way = [template.span(conversation, place, rendered.text) for place in conversation.trained]
+    long_way = [template.span(conversation, index, rendered.text) for index in conversation.trained]
     assert list(rendered.spans) == long_way
 
 

@@ -17,9 +17,9 @@ from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat
 @pytest.mark.parametrize("kind", [bool, int, float])
 def test_the_switches_of_every_tool_select_the_trained_answers(key: str, is_upright: bool, kind: type) -> None:
     off, on = kind(not is_upright), kind(is_upright)
-    found = chat(USER, {**ANSWER, key: off}, {**USER, key: off}, {**ANSWER, key: on})
-    assert found.trained == (3,)
-    assert found.messages == [USER, ANSWER, USER, ANSWER]
+    conversation = chat(USER, {**ANSWER, key: off}, {**USER, key: off}, {**ANSWER, key: on})
+    assert conversation.trained == (3,)
+    assert conversation.messages == [USER, ANSWER, USER, ANSWER]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_answers_in_a_prompt_are_trained_if_the_row_says_so() -> None:
 
 def test_a_switch_on_every_part_applies_to_the_message() -> None:
     parts = [{**TEXT, "train": False}, {**TEXT, "weight": 0}]
-    found = chat(USER, {"role": "assistant", "content": parts}, USER, ANSWER)
-    assert found.trained == (3,)
-    assert found.messages[1] == {"role": "assistant", "content": "aa"}
+    conversation = chat(USER, {"role": "assistant", "content": parts}, USER, ANSWER)
+    assert conversation.trained == (3,)
+    assert conversation.messages[1] == {"role": "assistant", "content": "aa"}
     trained = {"role": "assistant", "content": [{**TEXT, "train": True}, TEXT]}
     assert chat(USER, trained).trained == (1,)
 
@@ -155,14 +155,14 @@ def test_pictures_next_to_the_text_of_a_message_are_refused() -> None:
     ],
 )
 def test_a_reasoning_part_becomes_the_reasoning_of_its_message(part: dict[str, Any]) -> None:
-    found = chat(USER, {"role": "assistant", "content": [part, TEXT]})
-    assert found.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    conversation = chat(USER, {"role": "assistant", "content": [part, TEXT]})
+    assert conversation.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
 
 
 def test_misplaced_reasoning_is_refused() -> None:
     thought = {"type": "thinking", "thinking": "hm"}
-    behind = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
-    assert "messages[1].content[1] is thinking after text" in str(behind)
+    after_text = problem(USER, {"role": "assistant", "content": [TEXT, thought]})
+    assert "messages[1].content[1] is thinking after text" in str(after_text)
     twice = problem(USER, {"role": "assistant", "content": [thought, TEXT], "reasoning": "other"})
     assert "messages[1] has reasoning both in its parts and outside of them" in str(twice)
     differing = problem(USER, {**ANSWER, "reasoning": "hm", "reasoning_content": "oh"})
@@ -187,8 +187,8 @@ def test_equal_reasoning_under_two_keys_is_merged_and_empty_reasoning_ignored() 
     ],
 )
 def test_a_call_part_becomes_a_call_of_the_message(part: dict[str, Any]) -> None:
-    found = chat(USER, {"role": "assistant", "content": [TEXT, part]})
-    assert found.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
+    conversation = chat(USER, {"role": "assistant", "content": [TEXT, part]})
+    assert conversation.messages[1] == {"role": "assistant", "content": "a", "tool_calls": [AS_SERVED]}
     assert "is text after calls" in str(problem(USER, {"role": "assistant", "content": [part, TEXT]}))
     assert "messages[0] has tool calls, which only the assistant may have" in str(
         problem({"role": "user", "content": [TEXT, part]}, ANSWER)
@@ -217,10 +217,12 @@ def test_empty_calls_are_ignored(key: str, calls: object) -> None:
 @pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
 def test_a_legacy_function_call_becomes_a_tool_call_and_its_text_stays(name: str, arguments: object) -> None:
     message = {**ANSWER, "function_call": {"name": "f", name: arguments}}
-    found = chat(USER, message, {"role": "function", "name": "f", "content": "1"}, ANSWER, functions=[{"name": "f"}])
-    assert found.messages[1] == {**ANSWER, "tool_calls": [AS_SERVED]}
-    assert found.messages[2] == {"role": "tool", "content": "1", "name": "f"}
-    assert found.trained == (1, 3)
+    conversation = chat(
+        USER, message, {"role": "function", "name": "f", "content": "1"}, ANSWER, functions=[{"name": "f"}]
+    )
+    assert conversation.messages[1] == {**ANSWER, "tool_calls": [AS_SERVED]}
+    assert conversation.messages[2] == {"role": "tool", "content": "1", "name": "f"}
+    assert conversation.trained == (1, 3)
 
 
 def test_calls_that_contradict_each_other_are_refused() -> None:
@@ -243,20 +245,26 @@ def test_calls_that_contradict_each_other_are_refused() -> None:
 @pytest.mark.parametrize("role", ["function_call", "tool_call"])
 def test_several_calls_in_one_value_are_all_read(role: str, value: str) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": role, "value": value}, {"from": "observation", "value": "1"}]
-    found = read({"conversations": turns})
-    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [AS_SERVED, AS_SERVED]}
+    conversation = read({"conversations": turns})
+    assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [AS_SERVED, AS_SERVED]}
 
 
 @pytest.mark.parametrize("first", [{"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}, ANSWER])
 def test_calls_right_after_an_assistant_message_join_its_turn(first: dict[str, Any]) -> None:
     call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
     result = {"role": "tool_response", "content": "1"}
-    found = chat(USER, first, call, result, result, call, ANSWER)
+    conversation = chat(USER, first, call, result, result, call, ANSWER)
     calls = [AS_SERVED] * (1 + (first is not ANSWER))
     text = "a" if first is ANSWER else ""
-    assert found.messages[1] == {"role": "assistant", "content": text, "tool_calls": calls}
-    assert [message["role"] for message in found.messages] == ["user", "assistant", "tool", "tool", *["assistant"] * 2]
-    assert found.trained == (1, 4, 5)
+    assert conversation.messages[1] == {"role": "assistant", "content": text, "tool_calls": calls}
+    assert [message["role"] for message in conversation.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        *["assistant"] * 2,
+    ]
+    assert conversation.trained == (1, 4, 5)
     assert "are one turn, but disagree" in str(problem(USER, {**first, "loss": False}, call, result))
 
 
@@ -355,17 +363,17 @@ def test_each_key_of_a_message_is_read_passed_on_reported_or_refused(key: str, v
     row = {"messages": [USER, {**ANSWER, key: value}]}
     reader = reader_of(row)
     try:
-        found = reader.read(row)
+        conversation = reader.read(row)
     except RowError:
         return
-    assert isinstance(found, Conversation)
-    message = found.messages[1]
+    assert isinstance(conversation, Conversation)
+    message = conversation.messages[1]
     empty_calls = key in ("function_call", "tool_calls") and is_blank(value)
     if value is None or empty_calls or (value == "" and key in ("refusal", *REASONING_KEYS)):
         assert message == ANSWER
     elif key in SWITCHES:
         is_on = SWITCHES[key] if is_blank(value) else value in (1, "1")
-        assert (found.trained == (1,)) is (is_on is SWITCHES[key])
+        assert (conversation.trained == (1,)) is (is_on is SWITCHES[key])
         assert message == ANSWER
     elif key in ("from", "value") or (key == "refusal" and value == ANSWER["content"]):  # the same by another name
         assert message == ANSWER
@@ -379,7 +387,7 @@ def test_unknown_keys_are_counted_by_row_and_left_to_the_template() -> None:
     parts = {"messages": [{"role": "user", "content": [{**TEXT, "lang": "en"}]}, ANSWER]}
     reader = reader_of(row)
     for each in (row, row, parts):
-        found = reader.read(each)
+        conversation = reader.read(each)
     assert reader.unknown_keys == {"mood": 2, "content.lang": 1}
-    assert isinstance(found, Conversation)
+    assert isinstance(conversation, Conversation)
     assert chat(*row["messages"]).messages[0] == {**USER, "mood": "glad", "id": 1}

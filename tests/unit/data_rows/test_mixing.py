@@ -63,14 +63,14 @@ def large(tmp_path: Path) -> Path:
 def test_weights_are_fractions_of_data_sets_or_shares_of_the_mixture(
     small: Path, large: Path, mixing: str, expected: dict[str, int]
 ) -> None:
-    found = prepare(f"{small}*0.3", f"{large}*0.7", mixing=mixing)
-    rows = fed(found)
+    data = prepare(f"{small}*0.3", f"{large}*0.7", mixing=mixing)
+    rows = fed(data)
     assert files_of(rows) == expected
     times = Counter(rows)
     for file, number in {"small": 30, "large": 140}.items():
         counts = [times[f"{file} {i}"] for i in range(number)]
         assert max(counts) - min(counts) <= 1  # no row is fed twice before all others are once
-    assert [part.rows for part in found.train.report.mixture] == list(expected.values())
+    assert [part.rows for part in data.train.report.mixture] == list(expected.values())
     assert fed(prepare(f"{small}*0.3", f"{large}*0.7", mixing=mixing)) == rows
 
 
@@ -113,8 +113,8 @@ def test_shares_are_of_the_rows_left_to_train_on(tmp_path: Path, small: Path) ->
     held = write_jsonl(
         tmp_path / "held.jsonl", [{"prompt": f"small {i}: ", "completion": f"it is {i}"} for i in range(10)]
     )
-    found = prepare(small, other, mixing="first_exhausted", on_bad_row="skip", eval_dataset=(str(held),))
-    assert files_of(fed(found)) == {"small": 20, "other": 20}
+    data = prepare(small, other, mixing="first_exhausted", on_bad_row="skip", eval_dataset=(str(held),))
+    assert files_of(fed(data)) == {"small": 20, "other": 20}
 
 
 def test_a_data_set_without_rows_can_not_be_mixed_by_probability(tmp_path: Path, small: Path) -> None:

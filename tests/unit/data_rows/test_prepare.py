@@ -91,8 +91,8 @@ def test_losing_more_than_a_hundredth_is_an_error_unless_accepted(tmp_path: Path
 
 def test_a_weight_does_not_hide_losses(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", LONG)
-    found = {weight: str(refused(f"{path}*{weight}", max_length=24)) for weight in ("1", "20", "0.6")}
-    shares = {text.split(": ")[1].split(" %")[0] for text in found.values()}
+    messages = {weight: str(refused(f"{path}*{weight}", max_length=24)) for weight in ("1", "20", "0.6")}
+    shares = {text.split(": ")[1].split(" %")[0] for text in messages.values()}
     assert len(shares) == 1
 
 
@@ -124,11 +124,11 @@ def test_duplicate_rows_are_counted_and_dropped_if_asked(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("share", "count"), [("5%", 2), ("25%", 10), ("0.25", 10), ("7", 7), ("1%", 1)])
 def test_a_share_is_held_out_by_the_seed_without_overlap(file: Path, share: str, count: int) -> None:
-    found = prepare(file, eval_split=share)
-    train, held = texts(found.train), texts(found.evaluation)
+    data = prepare(file, eval_split=share)
+    train, held = texts(data.train), texts(data.evaluation)
     assert (len(train), len(held)) == (40 - count, count)
     assert not set(train) & set(held)
-    assert found.train.report.held_out_rows == count
+    assert data.train.report.held_out_rows == count
     assert texts(prepare(file, eval_split=share).evaluation) == held
     assert texts(prepare(file, eval_split=share, seed=1).evaluation) != held
 
@@ -136,17 +136,17 @@ def test_a_share_is_held_out_by_the_seed_without_overlap(file: Path, share: str,
 def test_equal_rows_are_held_out_together(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", pairs(10) * 4)
     for seed in range(5):
-        found = prepare(path, eval_split="8", seed=seed)
-        assert len(texts(found.evaluation)) == 8
-        assert not set(texts(found.train)) & set(texts(found.evaluation))
+        data = prepare(path, eval_split="8", seed=seed)
+        assert len(texts(data.evaluation)) == 8
+        assert not set(texts(data.train)) & set(texts(data.evaluation))
 
 
 def test_rows_of_a_separate_held_out_set_are_not_trained(tmp_path: Path, file: Path) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", pairs(5, begin=38))
-    found = prepare(file, eval_dataset=(str(held),))
-    assert found.train.report.held_out_rows == 2
-    assert len(texts(found.train)) == 38
-    assert len(texts(found.evaluation)) == 5
+    data = prepare(file, eval_dataset=(str(held),))
+    assert data.train.report.held_out_rows == 2
+    assert len(texts(data.train)) == 38
+    assert len(texts(data.evaluation)) == 5
     with pytest.raises(DataError, match="of 40 rows, 40 held out"):
         prepare(file, eval_dataset=(str(file),))
 
@@ -155,8 +155,8 @@ def test_rows_that_are_equal_after_truncation_are_held_out_together(tmp_path: Pa
     rows = [{"prompt": "", "completion": "one two three " * 8 + str(number)} for number in range(10)]
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, *pairs(5)])
     for seed in range(4):
-        found = prepare(path, eval_split="3", max_length=16, accept_lost=True, seed=seed)
-        assert not set(texts(found.train)) & set(texts(found.evaluation))
+        data = prepare(path, eval_split="3", max_length=16, accept_lost=True, seed=seed)
+        assert not set(texts(data.train)) & set(texts(data.evaluation))
 
 
 def test_equal_rows_can_not_be_held_out_and_a_weight_may_take_none(tmp_path: Path) -> None:
@@ -193,10 +193,10 @@ BAD = [*pairs(2), {"prompt": "p", "completion": ""}, {"prompt": "p", "completion
 
 def test_bad_rows_are_listed_once_if_rows_are_held_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*BAD, *pairs(10)])
-    found = prepare(path, on_bad_row="skip", eval_split="2")
-    assert found.train.report.bad_rows == 2
-    assert found.evaluation is not None
-    assert (found.evaluation.report.bad_rows, found.evaluation.skipped, found.evaluation.notes) == (0, (), ())
+    data = prepare(path, on_bad_row="skip", eval_split="2")
+    assert data.train.report.bad_rows == 2
+    assert data.evaluation is not None
+    assert (data.evaluation.report.bad_rows, data.evaluation.skipped, data.evaluation.notes) == (0, (), ())
 
 
 def test_a_bad_row_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -211,14 +211,14 @@ def test_bad_rows_are_skipped_if_asked_counted_and_listed(tmp_path: Path) -> Non
     with path.open("ab") as file:
         file.write(b'{"prompt": "caf\xe9"}\n[1]\n{"prompt": \n')
     for _ in range(2):  # made, and from where it is kept
-        found = prepare(path, on_bad_row="skip").train
-        assert (found.report.rows, found.report.bad_rows, found.report.empty_answers) == (3, 5, 1)
-        (listed,) = found.skipped
+        data = prepare(path, on_bad_row="skip").train
+        assert (data.report.rows, data.report.bad_rows, data.report.empty_answers) == (3, 5, 1)
+        (listed,) = data.skipped
         rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
         assert [row["row"] for row in rows] == [3, 4, 6, 7, 8]
         assert {row["file"] for row in rows} == {str(path)}
         assert rows[2]["problem"].startswith("not UTF-8")
-    assert found.table.where(2) == f"{path}, row 5"
+    assert data.table.where(2) == f"{path}, row 5"
 
 
 def test_columns_of_mixed_types_name_the_row(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_another_template_tokenizer_or_setting_is_another_cache_entry(tmp_path: 
     other_template.tokenizer.chat_template = f"A chat.{other_template.tokenizer.chat_template}"
     other_vocabulary = make_tokenizer("chatml")
     other_vocabulary.tokenizer.add_tokens(["assistant"])
-    found = [
+    digests = [
         digest_of(prepare(path)),
         digest_of(prepare(path, text=other_template)),
         digest_of(prepare(path, text=other_vocabulary)),
@@ -279,7 +279,7 @@ def test_another_template_tokenizer_or_setting_is_another_cache_entry(tmp_path: 
         digest_of(prepare(path, loss_on="all")),
         digest_of(prepare(path, max_length=8, accept_lost=True, loss_on="all")),
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(digests)) == len(digests)
 
 
 def test_a_template_that_writes_the_date_is_rendered_again_each_day(

@@ -51,24 +51,24 @@ def test_merging_calls_into_the_previous_answer_loses_nothing(
 ) -> None:
     """Whatever either message says is in the turn, or the row is refused."""
 
-    def said(found: dict[str, bool], by: str) -> dict[str, Any]:
-        return {key: value if key == "train" else f"{key} of {value and by}" for key, value in found.items()}
+    def message_keys(drawn: dict[str, bool], origin: str) -> dict[str, Any]:
+        return {key: value if key == "train" else f"{key} of {value and origin}" for key, value in drawn.items()}
 
-    first = {"role": "assistant", "content": text, **said(answer, "answer")}
-    second = {**CALLING, **said(calls, "calls")}
+    first = {"role": "assistant", "content": text, **message_keys(answer, "answer")}
+    second = {**CALLING, **message_keys(calls, "calls")}
     try:
-        found = chat(USER, first, second, {"role": "tool", "content": "1"}, ANSWER)
+        conversation = chat(USER, first, second, {"role": "tool", "content": "1"}, ANSWER)
     except RowError as error:
         problem_of_turn = "are one turn" in str(error) or "which differ" in str(error)
         assert problem_of_turn, error  # noqa: PT017 - any of them may be refused
         return
-    turn = found.messages[1]
+    turn = conversation.messages[1]
     assert turn["tool_calls"] == [AS_SERVED]
     assert turn["content"] == text
     for message in (first, second):
-        for key, value in said({**answer, **calls}, "").items():
+        for key, value in message_keys({**answer, **calls}, "").items():
             if key in message and key == "train":
-                assert (1 in found.trained) is value
+                assert (1 in conversation.trained) is value
             elif key in message and key not in ("reasoning", "thinking"):
                 assert turn[key] == message[key]
             elif key in message:
@@ -85,10 +85,10 @@ def test_reasoning_of_calls_joins_the_turn_or_is_refused_after_text() -> None:
         assert "messages[2] has reasoning after the text of the message before it" in str(error)
 
 
-@pytest.mark.parametrize(("before", "behind"), [({}, {"loss": True}), ({"train": True}, {}), ({}, {})])
-def test_a_missing_switch_agrees_with_being_trained(before: dict[str, Any], behind: dict[str, Any]) -> None:
-    found = chat(USER, {**ANSWER, **before}, {**CALLING, **behind}, {"role": "tool", "content": "1"}, ANSWER)
-    assert found.trained == (1, 3)
+@pytest.mark.parametrize(("before", "after"), [({}, {"loss": True}), ({"train": True}, {}), ({}, {})])
+def test_a_missing_switch_agrees_with_being_trained(before: dict[str, Any], after: dict[str, Any]) -> None:
+    conversation = chat(USER, {**ANSWER, **before}, {**CALLING, **after}, {"role": "tool", "content": "1"}, ANSWER)
+    assert conversation.trained == (1, 3)
     for one, other in (({"loss": False}, {}), ({}, {"loss": False}), ({"train": True}, {"train": False})):
         assert "disagree" in str(problem(USER, {**ANSWER, **one}, {**CALLING, **other}, ANSWER))
 
@@ -108,14 +108,16 @@ def test_arguments_are_read_under_every_known_key_or_refused(inside: dict[str, A
     values = [json.loads(each) if isinstance(each, str) and each else each for each in given]
     said = [value for value in values if value not in (None, "", {})]
     try:
-        found = chat(USER, {**ANSWER, "tool_calls": [call]})
+        conversation = chat(USER, {**ANSWER, "tool_calls": [call]})
     except RowError as error:
         differs = "which differ" in str(error) and any(value != said[0] for value in said)
         assert differs, error  # noqa: PT017 - any of them may be refused
         return
     expected = said[0] if said else {}
     assert all(value == expected for value in said)
-    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": expected}}]
+    assert conversation.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": expected}}
+    ]
 
 
 def test_a_name_next_to_the_function_must_equal_the_function_name() -> None:
