@@ -1,1 +1,1 @@
-"""Merge adapters into their base: planned, checked, applied tensor by tensor, and compared."""
+"""Merge adapters into their base: plan, check, write tensor by tensor, verify and export."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.converter import find_converter
-from qlora_cli.merging.places import output_of, output_problem
+from qlora_cli.merging.output_directory import output_path, output_problem
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.display import flag_of
@@ -18,19 +18,19 @@ Where = Callable[[str], str]
 
 
 def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
-    """Check what was asked for, all at once; `where` says where a setting was given.
+    """Check the request, all settings at once; `where` returns where a setting was given.
 
     Raises:
-        SettingsError: with every problem found.
-        MissingDependencyError: what converts to a format is not here, and nothing else is wrong.
+        SettingsError: with every problem.
+        MissingDependencyError: the converter of a format is missing, and nothing else is collector.
     """
-    wrong = ErrorCollector(where)
+    collector = ErrorCollector(where)
     if problems := list(_problems(request, where)):
-        wrong.add("merge.adapters", SettingsError(problems))
+        collector.add("merge.adapters", SettingsError(problems))
     if ExportFormat.GGUF in request.merge.formats:
-        with wrong.collecting("merge.formats"):
+        with collector.collecting("merge.formats"):
             find_converter(request.merge.llama_cpp)
-    wrong.raise_collected()
+    collector.raise_collected()
 
 
 def _problem(where: str, error: QloraError) -> Problem:
@@ -52,7 +52,7 @@ def _problems(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
         if not math.isfinite(weight) or weight == 0:
             message = f"must be a number other than 0, got {weight:g}"
             yield Problem(where=where("merge.weights"), message=message, hint="Such as 0.5.")
-    yield from _about_what_has_no_effect(request, where)
+    yield from _ineffective_settings(request, where)
     if request.merge.output is None and len(request.merge.adapters) > 1:
         yield Problem(
             where=where("merge.output"),
@@ -60,21 +60,21 @@ def _problems(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
             hint="Name a directory with --output.",
         )
     elif request.merge.output is not None or not unusable:
-        yield from _about_places(request, where)
+        yield from _output_problems(request, where)
 
 
 def _check_name(name: str, request: MergeCommandSettings) -> QloraError | None:
     return check_model_name(ModelSettings(name=name, allow_pickle=request.model.allow_pickle))
 
 
-def _about_places(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
+def _output_problems(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
     if wrong := output_problem(request):
         yield _problem(where("merge.output"), wrong)
-    if wrong := push_problem(request.merge, output_of(request)):
+    if wrong := push_problem(request.merge, output_path(request)):
         yield _problem(where("merge.push_to_hub"), wrong)
 
 
-def _about_what_has_no_effect(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
+def _ineffective_settings(request: MergeCommandSettings, where: Where) -> Iterator[Problem]:
     if not request.merge.verify and request.merge.max_divergence is not None:
         message = "has no effect with --no-verify"
         yield Problem(where=where("merge.max_divergence"), message=message, hint="Leave one of them out.")

@@ -1,4 +1,4 @@
-"""What a merge is about to do, and what it did, as plain values. Imports no torch."""
+"""The plan and the result of a merge as plain values. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Action(StrEnum):
-    """What becomes of a tensor of the base."""
+    """What is done with a tensor of the base."""
 
     COPY = "copy"
     CAST = "cast"
@@ -17,9 +17,9 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedAdapter:
-    """An adapter that is merged: `weight` is how much it counts, `kind` what it is, such as LoRA of rank 8.
+    """An adapter that is merged: `weight` is its factor in the sum, `kind` describes it, such as LoRA of rank 8.
 
-    Of a run, `step` is the step of its weights, and `run_is_done` whether it was trained to its end.
+    For a run, `step` is the step of its weights, and `run_is_done` whether it was trained to its end.
     """
 
     name: str
@@ -32,7 +32,7 @@ class AppliedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class ActionCount:
-    """How many tensors meet the same, and what they take: in the files of the base, and in those of the result."""
+    """The number of tensors with the same action, and their bytes in the files of the base and of the result."""
 
     action: Action
     num_tensors: int
@@ -42,7 +42,7 @@ class ActionCount:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """A tensor of the result: the file that it is written to, and what becomes of the one of the base."""
+    """A tensor of the result: the file that it is written to, and what is done with the tensor of the base."""
 
     name: str
     file: str
@@ -55,7 +55,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge will do. `disk_bytes` is the space that it needs; `base` is `auto` if it is yet to be measured."""
+    """The plan of a merge. `disk_bytes` is the space that it needs; `base` is `auto` if it is still to be measured."""
 
     output: Path
     base_model: str
@@ -73,9 +73,9 @@ class MergeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """How far one model is from another, over the same tokens.
+    """The divergence of one model from another, over the same tokens.
 
-    Differences are of logits; divergences are Kullback-Leibler, in nats a token, of the other from the reference.
+    Differences are of logits; divergences are Kullback-Leibler, in nats per token, of the model from the reference.
     """
 
     num_tokens: int
@@ -91,7 +91,7 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseChoice:
-    """Which base was merged into, and why; the divergences are from the model that was trained, if measured."""
+    """The base that was merged into, and the reason; the divergences are from the trained model, if measured."""
 
     base: str
     reason: str
@@ -101,14 +101,14 @@ class BaseChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleCheck:
-    """Each adapted module, merged in fp32, against itself with the adapter on it, both given the same input.
+    """The comparison of each adapted module, merged in fp32, with itself under the adapter, on the same input.
 
     Attributes:
-        num_modules: How many were compared.
-        worst: The one that differs most, by its name in the base.
-        difference: What its outputs differ by there, as a share of what the adapter does to them.
-        max_difference: The largest that passes.
-        floor: What passes besides, as a share of the module's output: an adapter that does less is not seen.
+        num_modules: The number of modules compared.
+        worst: The module that differs most, by its name in the base.
+        difference: The difference of its outputs, as a share of the adapter's effect on them.
+        max_difference: The largest difference that passes.
+        floor: A difference that always passes, as a share of the module's output: smaller effects are not verified.
     """
 
     num_modules: int
@@ -119,13 +119,13 @@ class ModuleCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether all of them compute the same; NaN is not."""
+        """Whether all modules agree; NaN does not."""
         return self.difference <= self.max_difference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What another dtype would make of the same merge: the mean KL divergence, and the bytes of the weights."""
+    """The same merge in another dtype: its mean KL divergence, and the bytes of its weights."""
 
     dtype: str
     mean_kl: float
@@ -134,28 +134,28 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The merged files against the base with the adapter on it. All is computed in fp32.
+    """The comparison of the merged files with the base under the adapter, all computed in fp32.
 
     Several adapters that PEFT can't run together are summed in fp32 instead, by the merge's own arithmetic:
-    what is verified then are the files and the rounding, not the sum. `ran_adapters` says so.
+    then the files and the rounding are verified, not the sum, and `ran_adapters` is false.
 
-    What must be exact is the arithmetic (`modules`, `unrounded`) and what lies in the files (`differing_parameters`),
-    however little the adapter does. What rounding to the dtype of the files costs on top of it is a figure,
-    `divergence`, which fails only where a bound was set.
+    The arithmetic (`modules`, `unrounded`) and the contents of the files (`differing_parameters`) must be exact,
+    however small the adapter's effect. The additional cost of rounding to the dtype of the files, `divergence`, is
+    reported, and fails only if a bound was set.
 
     Attributes:
-        is_exact: Whether all that must be exact is.
-        ran_adapters: Whether the reference is the base with the adapters on it, as PEFT runs them.
+        is_exact: Whether everything that must be exact is exact.
+        ran_adapters: Whether the reference is the base with the adapters attached, as PEFT runs them.
         max_divergence: The largest mean KL divergence that passes; None if no bound was set.
         max_unexplained: The largest median KL divergence of `unrounded` that passes.
-        divergence: Of the files from the base with the adapter on it: the cost of rounding.
-        unrounded: Of the merge, if it were written in fp32, from the same.
-        modules: The adapted modules, one by one; None if the adapters did not run.
-        less_rounded: The same merge in the dtype that rounds less, measured where rounding costs much; else None.
-        num_parameters: How many parameters were read from the files, and compared with the merge bit by bit.
-        differing_parameters: What is in the files otherwise than it was to be written; nothing, if it passes.
-        num_prompts: How many fixed prompts were compared on.
-        num_rows: How many rows of the data.
+        divergence: The divergence of the files from the reference: the cost of rounding.
+        unrounded: The divergence of the merge, as if written in fp32, from the reference.
+        modules: The comparison module by module; None if the adapters did not run.
+        less_rounded: The same merge in a more precise dtype, measured if rounding costs much; else None.
+        num_parameters: The number of parameters read from the files and compared with the merge bit by bit.
+        differing_parameters: The parameters that differ in the files; empty if it passes.
+        num_prompts: The number of fixed prompts compared on.
+        num_rows: The number of rows of the data compared on.
     """
 
     passed: bool
@@ -177,9 +177,9 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class Requantized:
-    """A format whose weights are quantized anew: `to` what, in words, and how far it is from the merged 16-bit model.
+    """A requantized format: `to` describes it, `divergence` is that from the merged 16-bit model.
 
-    `divergence` is None if that was not measured.
+    `divergence` is None if it was not measured.
     """
 
     to: str
@@ -188,19 +188,19 @@ class Requantized:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """A merge that was done.
+    """The result of a merge.
 
     Attributes:
-        output: The directory that holds the result, or one directory a format.
-        outputs: Where each format is.
-        base: What was merged into: `original` or `dequantized`.
-        num_merged_tensors: Tensors that an adapter has changed.
-        bytes_written: What is in the output, all files.
-        merge_seconds: Reading, merging and writing the 16-bit model; without comparing and exporting.
+        output: The directory that holds the result, or one directory per format.
+        outputs: The directory of each format.
+        base: The base that was merged into: `original` or `dequantized`.
+        num_merged_tensors: The tensors that an adapter has changed.
+        bytes_written: The bytes of all files in the output.
+        merge_seconds: The time to read, merge and write the 16-bit model, without comparing and exporting.
         peak_host_bytes: The largest resident set of the process until the model was written.
-        verification: None if it was not asked for.
-        requantized: The formats whose weights are quantized anew, by name.
-        notes: What was said on the way.
+        verification: None if it was not requested.
+        requantized: The requantized formats, by name.
+        notes: The notes that were reported.
     """
 
     output: Path

@@ -1,4 +1,4 @@
-"""`qlora merge`: plan, validate, apply, verify; what is written is there as a whole, or not at all."""
+"""`qlora merge`: plan, validate, apply, verify; the output is written as a whole or not at all."""
 
 import errno
 import time
@@ -18,13 +18,13 @@ from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.merging.merge_result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.model_card import write_record
-from qlora_cli.merging.output_formats import Formats
-from qlora_cli.merging.places import name_of, output_of, output_problem
+from qlora_cli.merging.output_directory import output_path, output_problem, result_name
+from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
 from qlora_cli.merging.planning.plan_report import applied_adapters, report_of
-from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
+from qlora_cli.merging.verifying.choose_base import base_choice_without_measuring, choose_base
 from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.merging.verifying.verify import failure, verify
 from qlora_cli.merging.write import write_weights
@@ -36,22 +36,22 @@ OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 
 def plan(request: MergeCommandSettings, reporter: Reporter) -> MergeReport:
-    """Return what `merge` would do; nothing is written.
+    """Return the plan of a merge; nothing is written.
 
     Raises:
         QloraError: as `merge` does before it writes.
     """
     check_merge(request)
     settled = _settle(request, reporter)
-    return report_of(settled.inputs, settled.plans[0], output_of(request), settled.disk_bytes, settled.base)
+    return report_of(settled.inputs, settled.plans[0], output_path(request), settled.disk_bytes, settled.base)
 
 
 def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
-    """Merge adapters into their base and write what `request` asks for.
+    """Merge adapters into their base and write the requested formats.
 
     Raises:
-        QloraError: the kind says what is wrong; then nothing is left on the disk.
-        MergeError: the result is not the model that was to be merged; it is kept under a name that says so.
+        QloraError: the merge failed; nothing is left on the disk.
+        MergeError: the result does not pass verification; it is moved to a name that says so.
     """
     start = time.monotonic()
     check_merge(request)
@@ -61,10 +61,10 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     comparer = (
         ModelComparer(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
     )
-    choice = settled.choice or choose_base(_needed(comparer), settled.plans, notes)
+    choice = settled.choice or choose_base(_required(comparer), settled.plans, notes)
     chosen = next(one for one in settled.plans if one.base == choice.base)
     job = _Job(settled=settled, plan=chosen, choice=choice, comparer=comparer, reporter=notes)
-    output = output_of(request)
+    output = output_path(request)
     _fill(output, job)
     result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
     if request.merge.push_to_hub is not None:
@@ -93,7 +93,7 @@ def _is_disk_full(error: Exception) -> bool:
 
 
 class _Notes:
-    """A reporter that keeps what was noted."""
+    """A reporter that records notes."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -105,17 +105,17 @@ class _Notes:
         self._reporter.report(event)
 
 
-def _needed(comparer: ModelComparer | None) -> ModelComparer:
+def _required(comparer: ModelComparer | None) -> ModelComparer:
     assert comparer is not None, "there is a comparer whenever something is measured"
     return comparer
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settled:
-    """All that is known before a weight is read. `choice` is None if the base is yet to be measured."""
+    """Everything that is known before a weight is read. `choice` is None if the base is still to be measured."""
 
     inputs: Inputs
-    formats: Formats
+    formats: RequestedFormats
     base: BaseWeights
     choice: BaseChoice | None
     plans: Sequence[MergePlan]
@@ -123,16 +123,16 @@ class _Settled:
 
 
 def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
-    formats = Formats.of(request)
+    formats = RequestedFormats.of(request)
     inputs = read_inputs(request, reporter)
     formats.check(inputs, reporter)
-    choice = settled_base(inputs)
+    choice = base_choice_without_measuring(inputs)
     kinds = (BaseWeights(choice.base),) if choice else (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)
     reporter.report(PhaseStarted(title="Planning the merge"))
     plans = [plan_merge(inputs.base, inputs.config, inputs.changes, kind, request.merge.dtype) for kind in kinds]
     disk_bytes = formats.disk_bytes(plans[0].num_bytes) + OTHER_FILES_BYTES
     check_disk_space(
-        output_of(request), disk_bytes, hint="Free disk space, or choose another directory with --output."
+        output_path(request), disk_bytes, hint="Free disk space, or choose another directory with --output."
     )
     if choice is not None:
         reporter.report(Noted(message=f"merging into the {choice.base} base: {choice.reason}"))
@@ -141,7 +141,7 @@ def _settle(request: MergeCommandSettings, reporter: Reporter) -> _Settled:
 
 
 class _Job:
-    """What is written into the directory that becomes the output, and what came of it."""
+    """Fills the directory that becomes the output, and holds the result."""
 
     def __init__(
         self,
@@ -157,19 +157,19 @@ class _Job:
         self._result: MergeResult | None = None
 
     def fill(self, directory: Path) -> None:
-        """Write everything into `directory`, and compare it.
+        """Write everything into `directory`, and verify it.
 
         Raises:
-            MergeError: what was written is not what was to be merged; it is moved aside.
-            OutOfMemoryError: it could not be compared; it is moved aside too.
-            OutputDirectoryError: the output is not empty any more.
+            MergeError: it does not pass verification; it is moved aside.
+            OutOfMemoryError: it could not be compared; it is moved aside, too.
+            OutputDirectoryError: the output is no longer empty.
         """
         inputs, formats = self._settled.inputs, self._settled.formats
         request = inputs.request
         model = formats.model(directory)
         model.mkdir(exist_ok=True)
         started = time.monotonic()
-        self._reporter.report(PhaseStarted(title=f"Merging into {output_of(request)}"))
+        self._reporter.report(PhaseStarted(title=f"Merging into {output_path(request)}"))
         merger = Merger(inputs.base, Base(inputs.base, self._plan.base))
         write_weights(self._plan, inputs.source.path, model, merger.value, self._reporter)
         write_companion_files(inputs, self._plan, model)
@@ -179,45 +179,45 @@ class _Job:
         try:
             verification = self._verified(model) if request.merge.verify else None
         except OutOfMemoryError as error:
-            kept = _set_aside(directory, output_of(request), "failed-verification")
+            moved_to = _set_aside(directory, output_path(request), "failed-verification")
             raise OutOfMemoryError(
-                error.message, hint=f"The merged model is in {kept}, and was not compared. {error.hint}"
+                error.message, hint=f"The merged model is in {moved_to}, and was not compared. {error.hint}"
             ) from error
         result = self._outcome(seconds, peak_bytes, verification)
         if verification is not None and not verification.passed:
             write_record(model, inputs, result, HfFormat(request))
-            raise failure(verification, _set_aside(directory, output_of(request), "failed-verification"))
+            raise failure(verification, _set_aside(directory, output_path(request), "failed-verification"))
         result = replace(result, requantized=self._exported(directory))
-        for name, place in formats.places(directory).items():
-            write_record(place, inputs, result, formats.by_name[name])
+        for name, path in formats.directories(directory).items():
+            write_record(path, inputs, result, formats.by_name[name])
         self._result = replace(result, bytes_written=size_of(directory))
         if problem := output_problem(request):
-            raise problem  # something has come there meanwhile, such as another merge, and is not replaced
+            raise problem  # something was written there meanwhile, such as another merge
 
     def _exported(self, directory: Path) -> Mapping[str, Requantized]:
-        """Write the other formats; if one can't be, the 16-bit model, which is done, is moved aside."""
-        formats, output = self._settled.formats, output_of(self._settled.inputs.request)
+        """Write the other formats; if one fails, the finished 16-bit model is moved aside."""
+        formats, output = self._settled.formats, output_path(self._settled.inputs.request)
         try:
-            return formats.write(directory, name_of(output), self._comparer, self._reporter)
+            return formats.write(directory, result_name(output), self._comparer, self._reporter)
         except QloraError as error:
-            kept = formats.model(_set_aside(directory, output, "failed-export"))
-            error.hint = f"{error.hint or ''} The merged 16-bit model is done, and in {kept}.".strip()
+            model = formats.model(_set_aside(directory, output, "failed-export"))
+            error.hint = f"{error.hint or ''} The merged 16-bit model is done, and in {model}.".strip()
             raise
 
     def done(self) -> MergeResult:
-        """Return what came of it."""
+        """Return the result."""
         assert self._result is not None, "it was filled"
         return self._result
 
     def _verified(self, model: Path) -> Verification:
         most = self._settled.inputs.request.merge.max_divergence
-        return verify(_needed(self._comparer), self._plan, self._choice, model, most, self._reporter)
+        return verify(_required(self._comparer), self._plan, self._choice, model, most, self._reporter)
 
     def _outcome(self, seconds: float, peak_bytes: int, verification: Verification | None) -> MergeResult:
-        inputs, output = self._settled.inputs, output_of(self._settled.inputs.request)
+        inputs, output = self._settled.inputs, output_path(self._settled.inputs.request)
         return MergeResult(
             output=output,
-            outputs={name.value: place for name, place in self._settled.formats.places(output).items()},
+            outputs={name.value: path for name, path in self._settled.formats.directories(output).items()},
             base_model=inputs.source.base_name,
             commit=inputs.source.commit,
             adapters=applied_adapters(inputs),
@@ -226,7 +226,7 @@ class _Job:
             dtype=self._plan.main_dtype,
             num_tensors=len(self._plan.tensors),
             num_merged_tensors=self._plan.num_merged,
-            bytes_written=0,  # once all is written
+            bytes_written=0,  # set once everything is written
             merge_seconds=seconds,
             total_seconds=0.0,
             peak_host_bytes=peak_bytes,
@@ -238,9 +238,9 @@ class _Job:
 
 
 def _set_aside(directory: Path, output: Path, why: str) -> Path:
-    """Move a failed result to a name that says so: next to the output, or into it if a disk is mounted there."""
+    """Move a failed result to a name that says so: next to the output, or into it if it is a mount point."""
     first = output / why if output.is_mount() else output.absolute().with_name(f"{output.name}-{why}")
     numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
-    place = next(place for place in chain([first], numbered) if not place.exists())
-    directory.rename(place)
-    return place
+    path = next(path for path in chain([first], numbered) if not path.exists())
+    directory.rename(path)
+    return path

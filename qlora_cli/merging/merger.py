@@ -1,4 +1,4 @@
-"""The values of merged tensors: one at a time, computed in fp32, cast once."""
+"""Compute merged tensors: one at a time, in fp32, cast once."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.base_weights import Base, BaseModel
 from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.merging.planning.merge_plan import PlannedTensor
-from qlora_cli.merging.planning.weight_changes import RowUpdate, Weighted, Whole, total_delta
+from qlora_cli.merging.planning.weight_changes import RowUpdate, WeightedChange, WholeParameter, total_delta
 from qlora_cli.model_files.finite import is_finite
 
-PIECE_SIZE = 256 * 1024  # weights that are added up and cast at a time, so that they stay in the processor's cache
+PIECE_SIZE = 256 * 1024  # weights that are added and cast at a time, so that they stay in the CPU cache
 
 
 class Merger:
-    """Computes the tensors of a plan. A value is good until the second one after it is asked for."""
+    """Computes the tensors of a plan. A value is valid until the second one after it is requested."""
 
     def __init__(self, model: BaseModel, base: Base) -> None:
         self._model = model
@@ -25,10 +25,10 @@ class Merger:
 
     @torch.no_grad()
     def value(self, planned: PlannedTensor) -> torch.Tensor:
-        """Return a tensor as it is written.
+        """Return the values of a tensor to write.
 
         Raises:
-            ModelError: it would hold infinite values, or NaN.
+            ModelError: it would hold NaN or infinite values.
         """
         self._buffer, self._other_buffer = self._other_buffer, self._buffer
         if planned.group is None:
@@ -44,9 +44,9 @@ class Merger:
         return value.reshape(planned.shape)
 
     def _converted(self, planned: PlannedTensor) -> torch.Tensor:
-        """Return a tensor that makes up parameters with others: they are put together, changed, and taken apart."""
+        """Return a tensor that is converted to parameters with others: convert them, merge, and convert back."""
         group = planned.group
-        assert group is not None, "it makes up a parameter"
+        assert group is not None, "it belongs to a parameter"
         made = self._base.parameters(group, planned.index)
         for target, changes in planned.changes.items():
             made[target] = merged(made[target], changes, torch.float32, planned.index)
@@ -55,21 +55,21 @@ class Merger:
 
 def merged(
     weight: torch.Tensor,
-    changes: Sequence[Weighted],
+    changes: Sequence[WeightedChange],
     dtype: torch.dtype,
     index: int | None = None,
     buffer: Buffer | None = None,
 ) -> torch.Tensor:
-    """Return `weight`, or the slice `index` of one, with `changes`: computed in fp32, cast once to `dtype`.
+    """Return `weight`, or the slice `index` of one, with `changes` applied in fp32, cast once to `dtype`.
 
-    `weight` may be written to; what is added to it is computed in `buffer`, if that is given.
+    `weight` may be overwritten; the update is computed in `buffer`, if given.
     """
     if not changes:
         return cast(weight, dtype)
     if not all(one.is_update for one in changes):
-        assert len(changes) == 1, "refused when the changes were put together"
+        assert len(changes) == 1, "refused when the changes were combined"
         change = changes[0].change
-        if isinstance(change, Whole) and index is None:
+        if isinstance(change, WholeParameter) and index is None:
             return cast(change.values, dtype)
         if isinstance(change, RowUpdate):
             result = cast(weight, dtype)
@@ -86,9 +86,9 @@ def merged(
 
 
 def _added(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the sum, cast once; a weight that nothing is added to keeps its bits, also those of a negative zero.
+    """Return the sum, cast once; a weight without a delta keeps its bits, including those of a negative zero.
 
-    Where it is of one dtype with the result, `weight`, which nobody else has, is written to.
+    If the result has the dtype of `weight`, which is not shared, `weight` is overwritten.
     """
     if delta is None:
         return cast(weight, dtype)
@@ -100,7 +100,7 @@ def _added(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype)
 
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `weight` in `dtype`, or itself."""
+    """Return `weight` in `dtype`, without a copy if it has that dtype."""
     return weight.to(dtype)
 
 
@@ -112,5 +112,5 @@ def _not_finite(planned: PlannedTensor) -> ModelError:
         )
     return ModelError(
         f"{name} would hold NaN or infinite values",
-        hint="Does the adapter hold huge values? Take an earlier checkpoint.",
+        hint="Does the adapter hold huge values? Use an earlier checkpoint.",
     )

@@ -1,4 +1,4 @@
-"""What a merged model says of itself: a record for programs, a model card for people."""
+"""Describe a merged model: in a record for programs, and in a model card for people."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from qlora_cli import __version__
 from qlora_cli.merging.companion_files import write_json
 from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.merging.merge_result import AppliedAdapter, Divergence, MergeResult
-from qlora_cli.merging.places import name_of
+from qlora_cli.merging.output_directory import result_name
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.model_files.merged import adapter_digest
@@ -25,9 +25,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def write_record(target: Path, inputs: Inputs, result: MergeResult, written: Format) -> None:
-    """Write what `target`, a result in the format `written`, was merged from, how, and how it was verified.
+    """Write the record and the model card of `target`, a result in the format `written`.
 
-    Both may be published with the weights: what is a path on this machine is named by its end.
+    Both may be published with the weights, so local paths are reduced to their last part.
     """
     data = _data(inputs)
     content = {
@@ -35,11 +35,11 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in LIBRARIES},
         "format": written.name,
-        "base_model": _shown(result.base_model),
+        "base_model": _public_name(result.base_model),
         "commit": result.commit,
         "adapters": [
             {
-                "name": _shown(adapter.name),
+                "name": _public_name(adapter.name),
                 "weight": adapter.weight,
                 "kind": adapter.kind,
                 "sha256": adapter_digest(adapter.path),
@@ -63,87 +63,88 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
 
 
 def _data(inputs: Inputs) -> list[dict[str, Any]]:
-    """Return what the run was trained on: name, rows, and the fingerprint of its tokens."""
+    """Return the training data of the run: name, rows, and the fingerprint of its tokens."""
     train = None if inputs.record is None else inputs.record.data.train
     if train is None:
         return []
     figures = {key: train.integer(key) for key in ("rows_trained", "supervised_tokens")}
-    return [{"name": _shown(str(train.name)), **figures, "fingerprint": train.fingerprint}]
+    return [{"name": _public_name(str(train.name)), **figures, "fingerprint": train.fingerprint}]
 
 
 def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: Format) -> Iterator[str]:
     yield "---"
-    yield yaml.safe_dump(_front(inputs, result, written), sort_keys=False).strip()
+    yield yaml.safe_dump(_front_matter(inputs, result, written), sort_keys=False).strip()
     yield "---"
     yield ""
-    yield f"# {name_of(result.output)}"
+    yield f"# {result_name(result.output)}"
     yield ""
     at = f" at commit `{result.commit}`" if result.commit else ""
-    yield f"`{_shown(result.base_model)}`{at}, with the adapter merged into its weights."
+    yield f"`{_public_name(result.base_model)}`{at}, with the adapter merged into its weights."
     yield ""
     yield "| | |"
     yield "|---|---|"
     for adapter in result.adapters:
         weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
-        yield f"| adapter | `{_shown(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
+        yield f"| adapter | `{_public_name(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
     for one in data:
         yield f"| trained on | `{one['name']}`, {one['rows_trained']} rows, fingerprint `{one['fingerprint']}` |"
     yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
     yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
     yield f"| verified | {_verified(result)} |"
-    if (again := result.requantized.get(written.name)) is not None:
-        yield f"| quantized again | to {again.to}: {_from_merged(again.divergence)} |"
+    if (requantized := result.requantized.get(written.name)) is not None:
+        yield f"| requantized | to {requantized.to}: {_from_merged(requantized.divergence)} |"
     yield ""
     yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
 
 
 def _unfinished(adapter: AppliedAdapter) -> str:
-    """Return of an adapter of a run that did not end which step it is of, in words."""
+    """Describe the step of an adapter whose run has not ended; empty for others."""
     if adapter.run_is_done is not False:
         return ""
     step = "a step" if adapter.step is None else f"step {adapter.step:,}"
     return f", after {step} of a run that has not ended"
 
 
-def _front(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:
+def _front_matter(inputs: Inputs, result: MergeResult, written: Format) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": written.library,
         "pipeline_tag": "text-generation",
         "tags": ["qlora", "lora"],
     }
-    if inputs.source.commit is not None:  # else it is a path of the machine that it was merged on
+    if inputs.source.commit is not None:  # else it is a local path
         front["base_model"] = result.base_model
     return front
 
 
-def _shown(name: str) -> str:
-    """Return a name for others to read: a path of this machine says nothing to them but its end.
+def _public_name(name: str) -> str:
+    """Return a name for publication: of a local path only its last part.
 
-    It may come from somebody else's run, and must not end the line, cell or code of the card that it stands in.
+    It may come from somebody else's run, and must not break out of a line, cell or code span of the card.
     """
     return MARKUP.sub("_", visible(Path(name).name if Path(name).is_absolute() else name))
 
 
-def _from_merged(found: Divergence | None) -> str:
-    return "not compared" if found is None else f"from the merged model, {_in_short(found)}"
+def _from_merged(divergence: Divergence | None) -> str:
+    return "not compared" if divergence is None else f"from the merged model, {_summary(divergence)}"
 
 
 def _verified(result: MergeResult) -> str:
-    found = result.verification
-    if found is None:
+    verification = result.verification
+    if verification is None:
         return "no"
-    passed = "" if found.passed else "**failed**: "
-    exact = "exactly" if found.is_exact else "not exactly"
-    over = f"over {found.divergence.num_tokens:,} tokens"
+    passed = "" if verification.passed else "**failed**: "
+    exact = "exactly" if verification.is_exact else "not exactly"
+    over = f"over {verification.divergence.num_tokens:,} tokens"
     model = "base with the adapter on it"
-    if not found.ran_adapters:
+    if not verification.ran_adapters:
         model = "sum in fp32 of adapters that can't run together, which is not verified itself"
-    cost = f"which costs, {over}: {_in_short(found.divergence)}"
+    cost = f"which costs, {over}: {_summary(verification.divergence)}"
     return f"{passed}{exact} the {model}, rounded to {result.dtype}, {cost}"
 
 
-def _in_short(found: Divergence) -> str:
+def _summary(divergence: Divergence) -> str:
     return (
-        f"mean KL divergence {found.mean_kl:.2g} nats a token, top token the same at {found.top_token_agreement:.1%}, "
-        f"perplexity {found.perplexity:.4g} against {found.reference_perplexity:.4g}"
+        f"mean KL divergence {divergence.mean_kl:.2g} nats a token, "
+        f"top token the same at {divergence.top_token_agreement:.1%}, "
+        f"perplexity {divergence.perplexity:.4g} against {divergence.reference_perplexity:.4g}"
     )

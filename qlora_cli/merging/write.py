@@ -1,4 +1,4 @@
-"""Write the tensors of a plan as safetensors, file by file, in the order of the base: bytes where nothing changes."""
+"""Write the tensors of a plan as safetensors, file by file, in the order of the base; unchanged ones byte by byte."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, SAFETENSORS
 from qlora_cli.model_files.finite import is_finite
 from qlora_cli.model_files.pickles import NAMES
 
-HEADER_ALIGNMENT = 8  # the format's: padded with spaces
-# Written or copied at a time. Measured on ext4: 50 MB at a time take Linux four times as long as 1 MiB.
+HEADER_ALIGNMENT = 8  # of the format; padded with spaces
+# Written or copied at a time. Measured on ext4: writes of 50 MB take Linux four times as long as those of 1 MiB.
 PIECE_BYTES = 1024**2
 
 Value = Callable[[PlannedTensor], torch.Tensor]
@@ -27,11 +27,11 @@ Value = Callable[[PlannedTensor], torch.Tensor]
 def write_weights(plan: MergePlan, base: Path, target: Path, value: Value, reporter: Reporter) -> None:
     """Write the weights of `plan` to the directory `target`, with an index if they are in several files.
 
-    `value` computes what is not copied from the files in `base`. While one tensor is written, the next is computed and
+    `value` computes the tensors that are not copied from `base`. While one tensor is written, the next is computed and
     the one after it is read.
 
     Raises:
-        ModelError: a tensor would hold what is no number.
+        ModelError: a tensor would hold NaN or infinity.
     """
     progress = _WriteProgress(plan.num_bytes, reporter)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
@@ -53,7 +53,7 @@ def _write_tensors(
     writer: Executor,
     progress: "_WriteProgress",
 ) -> None:
-    """Write tensors in order; of the values, two are in memory: one on its way to the file, and the next."""
+    """Write tensors in order; two values are in memory: one being written, and the next."""
     waiting: Future[None] | None = None
     try:
         for planned, following in zip(tensors, [*tensors[1:], None], strict=True):
@@ -73,8 +73,8 @@ def _write_tensors(
 
 
 def _read_ahead(file: Path, planned: PlannedTensor) -> None:
-    """Read a tensor and forget it: the system has it in memory then, when it is asked for."""
-    if not file.is_file():  # of a pickle
+    """Read a tensor and discard it, so that it is in the page cache when it is needed."""
+    if not file.is_file():  # the base is a pickle
         return
     buffer = bytearray(min(planned.header.num_bytes, PIECE_BYTES))
     with file.open("rb", buffering=0) as source:
@@ -100,9 +100,9 @@ class _WriteProgress:
 
 
 def _write_header(stream: RawIOBase, base_file: Path, tensors: Sequence[PlannedTensor]) -> None:
-    """Write the header of a file; that of the base, byte for byte, where no tensor moves."""
+    """Write the header of a file: that of the base, byte for byte, if no tensor moves."""
     entries = dict(_entries(tensors))
-    stored = _stored_header(base_file) if base_file.is_file() else b"{}"  # not if the base is a pickle
+    stored = _stored_header(base_file) if base_file.is_file() else b"{}"  # no such file if the base is a pickle
     content = json.loads(stored)
     metadata = content.pop("__metadata__", None) or {"format": "pt"}
     if content != entries:
@@ -125,10 +125,10 @@ def _stored_header(file: Path) -> bytes:
 
 
 def _copy(file: Path, planned: PlannedTensor, stream: RawIOBase) -> None:
-    """Copy the bytes of a tensor; what the model computes with is looked at on the way.
+    """Copy the bytes of a tensor; weights of the model are checked at the same time.
 
     Raises:
-        ModelError: it holds what is no number.
+        ModelError: it holds NaN or infinity.
     """
     checks = planned.is_weight and planned.dtype.is_floating_point
     buffer = memoryview(bytearray(min(planned.num_bytes, PIECE_BYTES)))

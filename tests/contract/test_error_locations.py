@@ -127,7 +127,7 @@ CASES = [
     wrong(MERGE, "merge.weights", 0, "must be a number other than 0", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.max_divergence", -1, "must be a number of nats", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.gguf_type", "f16", "has no effect without --format gguf", merge__adapters="ADAPTER"),
-    wrong(MERGE, "merge.llama_cpp", "./no", "no is not there", merge__adapters="ADAPTER", merge__formats="gguf"),
+    wrong(MERGE, "merge.llama_cpp", "./no", "no does not exist", merge__adapters="ADAPTER", merge__formats="gguf"),
     wrong(MERGE, "merge.push_to_hub", "x", "does not say whose repository", merge__adapters="ADAPTER"),
     wrong(MERGE, "merge.hub_private", False, "has no effect without merge.push_to_hub", merge__adapters="ADAPTER"),
     wrong(GENERATE, "generate.merged", "./no", "no is no directory", generate__compare=True),

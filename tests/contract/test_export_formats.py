@@ -70,7 +70,7 @@ import json, sys
 from pathlib import Path
 from typer.testing import CliRunner
 from qlora_cli.cli.app import app
-from qlora_cli.merging.output_formats import Formats
+from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
 base, rows, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -93,7 +93,7 @@ compared = json.loads(run("generate", tuned, "--compare", "--prompt", "What is a
 both = run("merge", tuned, "--format", "hf", "--format", "steps", "--output", work / "both", *into)
 refused = call("merge", tuned, "--format", "steps", "--dtype", "fp16", "--output", work / "no", *into)
 request = MergeCommandSettings(merge=MergeSettings(adapters=(tuned,), formats=("steps", "hf")))
-place, patterns = Formats.of(request).pushed(work / "both")
+place, patterns = RequestedFormats.of(request).pushed(work / "both")
 print(json.dumps({
     "alone": alone,
     "record": json.loads((Path(alone["output"]) / "merge.json").read_text()),
@@ -134,7 +134,7 @@ def test_its_record_and_its_card_tell_of_it_and_those_of_other_formats_do_not(as
     assert asked["record"]["requantized"] == asked["alone"]["requantized"]["steps"]
     assert asked["beside"] is None
     assert "library_name: stepper" in asked["card"]
-    assert "| quantized again | to steps of 1/64: from the merged model, mean KL divergence" in asked["card"]
+    assert "| requantized | to steps of 1/64: from the merged model, mean KL divergence" in asked["card"]
 
 
 def test_what_it_refuses_is_refused_before_anything_is_merged(asked: dict[str, Any]) -> None:

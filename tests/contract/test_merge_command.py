@@ -251,7 +251,7 @@ def test_the_base_of_an_adapter_that_moved_is_found_by_a_file_as_by_the_flag(
         (["RUN", "--max-divergence", "1", "--no-verify"], ["--max-divergence: has no effect with --no-verify"]),
         (["RUN", "--llama-cpp", "."], ["--llama-cpp: merge.llama_cpp has no effect without --format gguf"]),
         (["RUN", "--gguf-type", "f16"], ["--gguf-type: merge.gguf_type has no effect without --format gguf"]),
-        (["RUN", "--format", "gguf", "--llama-cpp", "./no"], ["--llama-cpp: no is not there"]),
+        (["RUN", "--format", "gguf", "--llama-cpp", "./no"], ["--llama-cpp: no does not exist"]),
         (["RUN", "--public"], ["--public: merge.hub_private has no effect without merge.push_to_hub"]),
         (["RUN", "--push-to-hub", "me/x"], ["--push-to-hub: nothing can be pushed to the hub offline"]),
         (["RUN", "--base", "orignal"], ["--base: 'orignal' is not one of", "Did you mean original?"]),

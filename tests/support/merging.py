@@ -30,7 +30,7 @@ from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
 from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
-from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel
+from qlora_cli.merging.verifying.streamed import StreamedModel, WeightedAdapter
 from qlora_cli.merging.verifying.verify import verify
 from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -216,7 +216,7 @@ def streamed_logits(
         read,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        adapters=[PlacedAdapter(adapter=adapter) for adapter in inputs.adapters if beside],
+        adapters=[WeightedAdapter(adapter=adapter) for adapter in inputs.adapters if beside],
     )
     return model.logits(ids, torch.ones_like(ids))
 

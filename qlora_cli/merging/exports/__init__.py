@@ -1,1 +1,1 @@
-"""The formats of a merged model besides 16-bit safetensors: NF4, GGUF, a Modelfile for Ollama."""
+"""The formats of a merged model: 16-bit safetensors, NF4, GGUF, a Modelfile for Ollama."""

@@ -1,4 +1,4 @@
-"""The formats that a merged model can be written in, in the order that they are written in."""
+"""All formats of a merged model, in the order in which they are written."""
 
 from collections.abc import Mapping
 

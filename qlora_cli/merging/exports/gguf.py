@@ -1,4 +1,4 @@
-"""Write a merged model as GGUF, for llama.cpp and what is built on it, and look at what was written."""
+"""Write a merged model as GGUF, for llama.cpp and tools built on it, and check the result."""
 
 import json
 from dataclasses import dataclass
@@ -41,27 +41,27 @@ class GgufFormat(Format):
         """Find the converter.
 
         Raises:
-            MissingDependencyError: it is not here, or a package that it needs.
+            MissingDependencyError: the converter or a package that it needs is missing.
         """
         super().__init__(request)
         self._converter = find_converter(request.merge.llama_cpp)
 
     @property
     def quantized_to(self) -> str | None:
-        """Q8_0, if that was asked for; all other types hold 16 or 32 bit."""
+        """Q8_0 if requested; all other types have 16 or 32 bits."""
         return "Q8_0" if self.request.merge.gguf_type == GgufType.Q8_0 else None
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The one file."""
+        """The pattern of the GGUF file."""
         return (f"*{SUFFIX}",)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
-        """Let the converter write the vocabulary."""
+        """Try the converter on the vocabulary."""
         check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self._converter, reporter)
 
     def write(self, export: Export) -> Divergence | None:
-        """Convert the model, and open the file again."""
+        """Convert the model, and read the file back."""
         file = gguf_file(export.target, export.name)
         file.parent.mkdir(exist_ok=True)
         trust, outtype = self.request.model.trust_remote_code, self.request.merge.gguf_type
@@ -71,14 +71,14 @@ class GgufFormat(Format):
         return None
 
 
-def gguf_file(place: Path, name: str) -> Path:
-    """Return what the file in the directory `place` is called."""
-    return place / f"{name}{SUFFIX}"
+def gguf_file(directory: Path, name: str) -> Path:
+    """Return the path of the GGUF file in `directory`."""
+    return directory / f"{name}{SUFFIX}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufExport:
-    """A GGUF file that was written and looked at. `outtype` is what was asked for."""
+    """A GGUF file that was written and checked. `outtype` is the requested type."""
 
     file: Path
     num_bytes: int
@@ -90,12 +90,12 @@ class GgufExport:
 
 
 def check_gguf(base: Path, tokenizer: PreTrainedTokenizerBase, converter: Converter, reporter: Reporter) -> None:
-    """Let the converter write a vocabulary, before anything is merged: most of what it can't convert fails at that.
+    """Try the converter on the vocabulary before anything is merged: most unsupported models fail at that.
 
-    Of the model in `base`, which may hold other weights than are merged, only config and vocabulary are read.
+    Only config and vocabulary of the model in `base` are read, not its weights.
 
     Raises:
-        ExportError: the converter does not know the architecture or the tokenizer, or lacks something.
+        ExportError: the converter does not support the architecture or the tokenizer, or a dependency is missing.
     """
     reporter.report(PhaseStarted(title="Trying llama.cpp's converter on the tokenizer"))
     with TemporaryDirectory() as name:
@@ -109,7 +109,7 @@ def check_gguf(base: Path, tokenizer: PreTrainedTokenizerBase, converter: Conver
 
 
 def _as_merged(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the config as a merged model will have it: not quantized, with a row for every token."""
+    """Return the config that the merged model will have: not quantized, with a row for every token."""
     config.pop("quantization_config", None)
     largest = max(tokenizer.get_vocab().values())
     for part in (config, config.get("text_config")):
@@ -130,7 +130,7 @@ def export_gguf(
     """Write the 16-bit model in the directory `model` to `target_file`, and check that it is the same model.
 
     Raises:
-        ExportError: the converter failed, or what it wrote is not this model; nothing is left of it.
+        ExportError: the converter failed, or the file is not this model; it is deleted.
     """
     reporter.report(PhaseStarted(title=f"Converting to GGUF ({outtype.value}) with llama.cpp"))
     convert(converter, model, target_file, outtype)
@@ -144,7 +144,7 @@ def export_gguf(
 def _check(
     model: Path, target_file: Path, outtype: GgufType, reporter: Reporter, *, trust_remote_code: bool
 ) -> GgufExport:
-    from qlora_cli.merging.exports.gguf_file import mismatches, read_gguf  # needs a package that is optional
+    from qlora_cli.merging.exports.gguf_file import mismatches, read_gguf  # needs an optional package
 
     reporter.report(PhaseStarted(title=f"Checking {target_file.name}"))
     source = find_model(ModelSettings(name=str(model), trust_remote_code=trust_remote_code))
@@ -155,9 +155,9 @@ def _check(
     if wrong:
         raise ExportError(
             f"{target_file.name} is not the model that was merged: it has {'; and '.join(wrong)}",
-            hint="Update llama.cpp (git pull): its converter does not know all of this model.",
+            hint="Update llama.cpp (git pull): its converter does not fully support this model.",
         )
-    _warn_of_bos(facts.adds_bos, tokenizer, reporter)
+    _warn_about_bos(facts.adds_bos, tokenizer, reporter)
     return GgufExport(
         file=target_file,
         num_bytes=target_file.stat().st_size,
@@ -174,7 +174,7 @@ def _num_parameters(config: PreTrainedConfig, *, trust_remote_code: bool) -> int
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _warn_of_bos(adds_bos: bool | None, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
+def _warn_about_bos(adds_bos: bool | None, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
     if adds_bos is None or adds_bos == writes_bos(tokenizer):
         return
     message = (

@@ -1,6 +1,6 @@
-"""Compare a GGUF file with the model that it was made from: it must read and end text as the model does.
+"""Compare a GGUF file with the model that it was converted from: weights, tokens and chat template must agree.
 
-Needs the package `gguf`, which nothing else does: import this module only once it is known to be there.
+Only this module needs the package `gguf`: import it only after checking that it is installed.
 """
 
 import re
@@ -15,19 +15,19 @@ from qlora_cli.errors import ExportError
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
 EMBEDDING = "token_embd.weight"
-# What the reader raises on a file that is none, or cut off; it checks little by itself.
+# What the reader raises on an invalid or truncated file; it checks little itself.
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, OverflowError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFacts:
-    """What stands in a GGUF file.
+    """The contents of a GGUF file.
 
     Attributes:
-        num_announced_blocks: Layers, by the metadata; `blocks` are those that have tensors.
+        num_announced_blocks: The layers by the metadata; `blocks` are those with tensors.
         width: The hidden size.
         num_rows: The rows of the embedding.
-        adds_bos: Whether text is to begin with BOS; None if the file leaves it to the reader.
+        adds_bos: Whether BOS is put before text; None if the file does not say.
     """
 
     architecture: str
@@ -45,10 +45,10 @@ class GgufFacts:
 
 
 def read_gguf(path: Path) -> GgufFacts:
-    """Return what `path` holds.
+    """Return the contents of `path`.
 
     Raises:
-        ExportError: it is no GGUF file, or not all of one.
+        ExportError: it is not a GGUF file, or incomplete.
     """
     try:
         return _facts(GGUFReader(path))
@@ -76,7 +76,7 @@ def _facts(reader: GGUFReader) -> GgufFacts:
         num_tensors=len(names),
         num_parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
         num_announced_blocks=value(f"{architecture}.block_count"),
-        blocks=frozenset(int(found[1]) for name in names if (found := BLOCK.match(name))),
+        blocks=frozenset(int(match[1]) for name in names if (match := BLOCK.match(name))),
         width=value(f"{architecture}.embedding_length"),
         num_rows=rows[0],
         vocabulary_size=len(tokens.data),
@@ -90,44 +90,44 @@ def _facts(reader: GGUFReader) -> GgufFacts:
 def mismatches(
     facts: GgufFacts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, num_parameters: int
 ) -> list[str]:
-    """Return in words where the file is not the model of `config` and `tokenizer` with `num_parameters` weights."""
-    return [*_of_weights(facts, config, num_parameters), *_of_tokenizer(facts, config, tokenizer)]
+    """Describe where the file differs from the model of `config` and `tokenizer` with `num_parameters` weights."""
+    return [*_weight_mismatches(facts, config, num_parameters), *_tokenizer_mismatches(facts, config, tokenizer)]
 
 
-def _of_weights(facts: GgufFacts, config: PreTrainedConfig, num_parameters: int) -> list[str]:
+def _weight_mismatches(facts: GgufFacts, config: PreTrainedConfig, num_parameters: int) -> list[str]:
     layers: int = config.num_hidden_layers
-    found = []
+    problems = []
     if facts.num_announced_blocks != layers or facts.blocks != frozenset(range(layers)):
-        found.append(
+        problems.append(
             f"{len(facts.blocks)} layers, {facts.num_announced_blocks} by its metadata, and the model has {layers}"
         )
     if facts.width != config.hidden_size:
-        found.append(f"a hidden size of {facts.width}, and the model has {config.hidden_size}")
-    # It may hold more: factors of rotary positions that a config has in words.
+        problems.append(f"a hidden size of {facts.width}, and the model has {config.hidden_size}")
+    # It may hold more: RoPE factors, which a config stores only as settings.
     if facts.num_parameters < num_parameters:
-        found.append(f"{facts.num_parameters:,} weights, and the model has {num_parameters:,}")
-    return found
+        problems.append(f"{facts.num_parameters:,} weights, and the model has {num_parameters:,}")
+    return problems
 
 
-def _of_tokenizer(facts: GgufFacts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    found = []
+def _tokenizer_mismatches(facts: GgufFacts, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    problems = []
     needed = max(config.vocab_size, *tokenizer.get_vocab().values())
     if facts.vocabulary_size != facts.num_rows or facts.num_rows < needed:
-        found.append(
+        problems.append(
             f"{facts.vocabulary_size:,} tokens and {facts.num_rows:,} rows of the embedding, "
             f"and the model has {config.vocab_size:,}"
         )
     if facts.eos_id != tokenizer.eos_token_id:
-        found.append(f"the end token {facts.eos_id}, and the tokenizer has {tokenizer.eos_token_id}")
+        problems.append(f"the end token {facts.eos_id}, and the tokenizer has {tokenizer.eos_token_id}")
     if tokenizer.bos_token_id is not None and facts.bos_id != tokenizer.bos_token_id:
-        found.append(f"the begin token {facts.bos_id}, and the tokenizer has {tokenizer.bos_token_id}")
+        problems.append(f"the begin token {facts.bos_id}, and the tokenizer has {tokenizer.bos_token_id}")
     if facts.chat_template != default_template(tokenizer):
         what = "no chat template" if facts.chat_template is None else "another chat template than the tokenizer"
-        found.append(what)
-    return found
+        problems.append(what)
+    return problems
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template that is used unless another is asked for by name."""
+    """Return the chat template that is used unless another is chosen by name."""
     own: str | dict[str, str] | None = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own

@@ -1,4 +1,4 @@
-"""The merged model in the format of transformers, which all others are made from: it is there already."""
+"""The merged model in transformers' format, which all other formats are made from: already written."""
 
 from qlora_cli.events import Reporter
 from qlora_cli.merging.exports.export_format import Export, Format
@@ -14,13 +14,13 @@ class HfFormat(Format):
 
     @property
     def holds_model(self) -> bool:
-        """It is the model."""
+        """Always: the format is the model."""
         return True
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
-        """Every model that can be merged can be written so."""
+        """Check nothing: every model that can be merged can be written in this format."""
 
     def write(self, export: Export) -> Divergence | None:
-        """There is nothing more to write."""
+        """Write nothing: the model is already written."""
         del export
         return None

@@ -1,7 +1,7 @@
-"""Write a Modelfile, from which Ollama makes a model that is prompted and stopped as it was trained.
+"""Write a Modelfile, from which Ollama builds a model with the prompts and stop tokens of training.
 
-What Ollama takes is in its sources: parser/parser.go (Modelfile), template/template.go (TEMPLATE), convert/ (what it
-reads of safetensors) of github.com/ollama/ollama.
+What Ollama accepts is defined in its sources: parser/parser.go (Modelfile), template/template.go (TEMPLATE), convert/
+(import of safetensors) of github.com/ollama/ollama.
 """
 
 import os
@@ -18,7 +18,14 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.merging.exports.export_format import Export, Format
 from qlora_cli.merging.exports.gguf import gguf_file
 from qlora_cli.merging.exports.go_template import go_template
-from qlora_cli.merging.exports.template_turns import ASSISTANT, SystemPlace, Turns, derive_turns, trims, writes_bos
+from qlora_cli.merging.exports.template_turns import (
+    ASSISTANT,
+    SystemPosition,
+    Turns,
+    derive_turns,
+    strips_contents,
+    writes_bos,
+)
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.checkpoint import read_json
@@ -31,9 +38,9 @@ from qlora_cli.writing import write_file
 
 MODELFILE = "Modelfile"
 NO_TEMPLATE = "{{ .Prompt }}"
-# Half a million positions are no reason to reserve the memory for their keys and values.
+# Half a million positions don't justify reserving the memory for their keys and values.
 MOST_CONTEXT_TOKENS = 8192
-# By the names of generation_config.json; the first counts without sampling too.
+# By the names in generation_config.json; the first applies without sampling, too.
 PARAMETERS = {
     "repetition_penalty": "repeat_penalty",
     "temperature": "temperature",
@@ -41,7 +48,7 @@ PARAMETERS = {
     "top_k": "top_k",
     "min_p": "min_p",
 }
-# What Ollama's importer knows in safetensors: the switch in convert/convert.go, as of August 2026.
+# The architectures that Ollama imports from safetensors: the switch in convert/convert.go, as of August 2026.
 IMPORTED = frozenset(
     f"{name}For{head}"
     for head, names in {
@@ -62,29 +69,29 @@ class OllamaFormat(Format):
 
     @property
     def holds_model(self) -> bool:
-        """It names the safetensors, unless a GGUF is written too."""
+        """The Modelfile names the safetensors, unless a GGUF is written, too."""
         return ExportFormat.GGUF not in self.request.merge.formats
 
     @property
-    def named(self) -> ExportFormat | None:
-        """What FROM names: the GGUF, or the safetensors, unless they are its own."""
-        others = (ExportFormat.GGUF, ExportFormat.HF)
-        return next((name for name in others if name in self.request.merge.formats), None)
+    def depends_on(self) -> ExportFormat | None:
+        """The format that FROM names: the GGUF, or the safetensors of another format."""
+        candidates = (ExportFormat.GGUF, ExportFormat.HF)
+        return next((name for name in candidates if name in self.request.merge.formats), None)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The Modelfile, and the model if it is part of it."""
+        """The Modelfile, and the model if it is included."""
         return (MODELFILE, *super().files) if self.holds_model else (MODELFILE,)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Check that the chat template can be written in Ollama's language."""
-        del reporter  # what will be different is noted once the Modelfile is written
+        del reporter  # differences are noted when the Modelfile is written
         check_ollama(inputs.tokenizer.tokenizer)
 
     def write(self, export: Export) -> Divergence | None:
-        """Write the Modelfile; what it names is seen from its place."""
+        """Write the Modelfile, with a relative path to the model."""
         export.target.mkdir(exist_ok=True)
-        gguf = export.places.get(ExportFormat.GGUF)
+        gguf = export.directories.get(ExportFormat.GGUF)
         source = export.model if gguf is None else gguf_file(gguf, export.name)
         write_modelfile(
             export.model,
@@ -98,7 +105,7 @@ class OllamaFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class OllamaExport:
-    """A Modelfile that was written. `has_template`: TEMPLATE writes what the model's chat template does."""
+    """A Modelfile that was written. `has_template` says whether TEMPLATE reproduces the model's chat template."""
 
     modelfile: Path
     source: str
@@ -109,30 +116,30 @@ class OllamaExport:
 
 
 def check_ollama(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check, before anything is merged, that a TEMPLATE can write what the chat template does.
+    """Check before anything is merged that a TEMPLATE can reproduce the chat template.
 
     Raises:
         ModelError: it can't.
     """
     if tokenizer.chat_template is not None:
-        for drops_bos in (False, True):  # it depends on what FROM names
+        for drops_bos in (False, True):  # which depends on what FROM names
             derive_turns(tokenizer, drops_bos=drops_bos)
 
 
 def write_modelfile(
     model: Path, target: Path, *, source: str, reporter: Reporter, trust_remote_code: bool = False
 ) -> OllamaExport:
-    """Write the Modelfile `target` of the model in the directory `model`, and report what a user should know of it.
+    """Write the Modelfile `target` for the model in the directory `model`, and report notes for the user.
 
-    `source` is what FROM names, relative to the Modelfile: `.` for safetensors next to it, or `./NAME.gguf`.
+    `source` is the argument of FROM, relative to the Modelfile: `.` for safetensors next to it, or `./NAME.gguf`.
 
     Raises:
-        ModelError: no TEMPLATE can write what the chat template does, or `source` can't be named in a Modelfile.
+        ModelError: no TEMPLATE can reproduce the chat template, or a Modelfile can't name `source`.
     """
     settings = ModelSettings(name=str(model), trust_remote_code=trust_remote_code)
     loaded = load_tokenizer(find_model(settings), settings)
     config = read_json(model / CONFIG)
-    generation = _read_if_there(model / "generation_config.json")
+    generation = _read_if_exists(model / "generation_config.json")
     adds_bos = writes_bos(loaded.tokenizer) if source.endswith(".gguf") else _imports_bos(model)
     turns = None
     if loaded.tokenizer.chat_template is not None:
@@ -154,18 +161,18 @@ def write_modelfile(
     )
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def _read_if_exists(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
 def _imports_bos(model: Path) -> bool:
-    """Whether Ollama begins text with BOS when it made the model of safetensors: it goes by this setting alone."""
-    return bool(_read_if_there(model / "tokenizer_config.json").get("add_bos_token"))
+    """Return whether Ollama puts BOS before text for a model from safetensors, which depends on this key alone."""
+    return bool(_read_if_exists(model / "tokenizer_config.json").get("add_bos_token"))
 
 
 def _modelfile(source: str, template: str, stops: tuple[str, ...], parameters: Mapping[str, float]) -> str:
     lines = [
-        f"FROM {_named(source)}",
+        f"FROM {_from_argument(source)}",
         "",
         f'TEMPLATE """{template}"""',
         "",
@@ -175,7 +182,7 @@ def _modelfile(source: str, template: str, stops: tuple[str, ...], parameters: M
     return "\n".join(lines) + "\n"
 
 
-def _named(source: str) -> str:
+def _from_argument(source: str) -> str:
     if not source.isprintable() or '"' in source:
         raise ModelError(f"a Modelfile can't name {source!r}", hint="Choose a file name of plain letters and digits.")
     return source if PLAIN_NAME.fullmatch(source) else f'"{source}"'
@@ -186,7 +193,7 @@ def _quoted(text: str) -> str:
 
 
 def _stops(loaded: LoadedTokenizer, turns: Turns | None) -> tuple[str, ...]:
-    """Return the texts that end an answer: those of the end tokens, and the token that ends a turn."""
+    """Return the texts that end an answer: those of the end tokens, and of the token that ends a turn."""
     tokenizer = loaded.tokenizer
     ids = sorted(loaded.end_ids)
     if turns is not None:
@@ -197,14 +204,14 @@ def _stops(loaded: LoadedTokenizer, turns: Turns | None) -> tuple[str, ...]:
 
 
 def _context(config: Mapping[str, Any]) -> dict[str, float]:
-    """Return the length of the context: what the model has positions for, within bounds."""
+    """Return the context length: the model's positions, up to a limit."""
     text = config.get("text_config") or config
     positions = text.get("max_position_embeddings") or text.get("n_positions") or config.get("max_position_embeddings")
     return {"num_ctx": min(positions, MOST_CONTEXT_TOKENS)} if isinstance(positions, int) else {}
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
-    """Return how the next token is chosen, as far as generation_config.json says it."""
+    """Return the sampling parameters in generation_config.json."""
     return {
         theirs: generation[ours]
         for ours, theirs in PARAMETERS.items()
@@ -215,15 +222,15 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
 
 def _notes(tokenizer: PreTrainedTokenizerBase, turns: Turns | None, *, adds_bos: bool) -> list[Noted]:
     if turns is None:
-        return [Noted(message="the tokenizer has no chat template: the Modelfile passes prompts on as they are")]
+        return [Noted(message="the tokenizer has no chat template: the Modelfile passes prompts on unchanged")]
     notes = []
-    if turns.place == SystemPlace.NOWHERE:
-        notes.append(Noted(message="the chat template has no place for a system message: Ollama will leave it out"))
-    if trims(tokenizer, turns):
-        message = "the chat template takes away white space around messages, which a TEMPLATE can't: send them without"
+    if turns.system_position == SystemPosition.NOWHERE:
+        notes.append(Noted(message="the chat template has no system message: Ollama will ignore it"))
+    if strips_contents(tokenizer, turns):
+        message = "the chat template strips white space around messages, which a TEMPLATE can't: send them without"
         notes.append(Noted(message=message))
     if "strftime_now" in str(tokenizer.chat_template):
-        message = "the chat template writes the date of today, which the Modelfile keeps as it is now"
+        message = "the chat template writes today's date, which the Modelfile fixes"
         notes.append(Noted(message=message, level="warning"))
     if adds_bos and not turns.opening:
         message = (
@@ -239,10 +246,10 @@ def _notes_on_source(config: Mapping[str, Any], source: str) -> list[Noted]:
         return []
     [architecture, *_] = config.get("architectures") or ["a model without architectures in its config.json"]
     if architecture not in IMPORTED:
-        message = f"Ollama's importer knows no {architecture} in safetensors: add --format gguf"
+        message = f"Ollama's importer does not know {architecture} in safetensors: add --format gguf"
         return [Noted(message=message, level="warning")]
     message = (
-        "what Ollama imports from safetensors differs between its versions, and newer ones run it by MLX only; "
-        "a GGUF is understood by all (add --format gguf)"
+        "versions of Ollama import different safetensors models, and newer ones run them with MLX only; "
+        "all of them run a GGUF (add --format gguf)"
     )
     return [Noted(message=message)]

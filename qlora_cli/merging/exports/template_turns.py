@@ -1,8 +1,8 @@
-"""What a chat template writes around the turns of a conversation, found by rendering marked ones.
+"""Derive the texts that a chat template writes around turns, by rendering conversations with markers as contents.
 
-A Jinja template is a program. Most of them write the same text before and after every turn of a role; where that is
-so, the texts are cut out here, and proven by rendering other conversations both ways. Where it is not, that is an
-error: half a template would serve another prompt than was trained.
+A Jinja template is a program. Most write the same text before and after every turn of a role; these texts are
+extracted here, and verified by rendering other conversations both ways. Any other template is an error: a partial
+conversion would serve prompts that differ from training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from qlora_cli.tokenizing.template_rendering import TemplateRefusalError, render
 
 Messages = Sequence[tuple[str, str]]  # role and content of each
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-MARKS = {SYSTEM: "sYsTeMmArK", USER: "uSeRmArK", ASSISTANT: "aNsWeRmArK"}
-# Contents that a template might treat otherwise than a mark, if it looked at them.
+MARKERS = {SYSTEM: "sYsTeMmArK", USER: "uSeRmArK", ASSISTANT: "aNsWeRmArK"}
+# Contents that a template might treat differently from a marker, if it looks at them.
 CONTENTS = (
     "a",
     "two\nlines\n\nand more",
@@ -27,13 +27,13 @@ CONTENTS = (
     "Größe 日本語 🙂 <b>&amp;",
 )
 HINT = (
-    "Serve it with llama.cpp, which takes the chat template as it is (--format gguf; llama-server --jinja), or write "
+    "Serve it with llama.cpp, which uses the chat template itself (--format gguf; llama-server --jinja), or write "
     "a Modelfile with a TEMPLATE by hand."
 )
 
 
-class SystemPlace(Enum):
-    """Where the system message goes: a turn of its own, before the first or the last user's text, or nowhere."""
+class SystemPosition(Enum):
+    """The position of the system message: its own turn, before the first or the last user's text, or none."""
 
     OWN_TURN = "own turn"
     FIRST_USER = "first user"
@@ -43,15 +43,15 @@ class SystemPlace(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The texts around contents.
+    """The texts around the contents of messages.
 
     Attributes:
         opening: The BOS token, if every conversation begins with it.
         default: What comes next if no system message is first.
-        before: What stands before the content of a role.
-        after: What stands after it; of a user, up to the answer. An answer that is to be gone on with has none.
-        generation: What more the last turn of the user ends with, for the model to answer.
-        place: Where the system message goes.
+        before: The text before the content, by role.
+        after: The text after the content; for a user, up to the answer. An answer to be continued has none.
+        generation: The generation prompt, which follows the last turn of the user.
+        system_position: The position of the system message.
     """
 
     opening: str
@@ -59,7 +59,7 @@ class Turns:
     before: Mapping[str, str]
     after: Mapping[str, str]
     generation: str
-    place: SystemPlace
+    system_position: SystemPosition
 
     def render(self, messages: Messages) -> str:
         """Return the prompt for `messages`, which begin with the system message if there is one."""
@@ -67,11 +67,11 @@ class Turns:
         text = self.opening + ("" if has_system else self.default)
         for index, (role, content) in enumerate(messages):
             is_last = index == len(messages) - 1
-            if role == SYSTEM and self.place in {SystemPlace.NOWHERE, SystemPlace.LAST_USER}:
+            if role == SYSTEM and self.system_position in {SystemPosition.NOWHERE, SystemPosition.LAST_USER}:
                 continue
-            if not (role == USER and index == 1 and has_system and self.place == SystemPlace.FIRST_USER):
+            if not (role == USER and index == 1 and has_system and self.system_position == SystemPosition.FIRST_USER):
                 text += self.before[role]
-            if role == USER and is_last and has_system and self.place == SystemPlace.LAST_USER:
+            if role == USER and is_last and has_system and self.system_position == SystemPosition.LAST_USER:
                 text += self.before[SYSTEM] + messages[0][1] + self.after[SYSTEM]
             text += content
             if not (role == ASSISTANT and is_last):
@@ -82,30 +82,30 @@ class Turns:
 
 
 def derive_turns(tokenizer: PreTrainedTokenizerBase, *, drops_bos: bool) -> Turns:
-    """Return what the chat template of `tokenizer` writes around turns.
+    """Return the texts that the chat template of `tokenizer` writes around turns.
 
-    `drops_bos`: the opening is to be left out, because what serves the model writes BOS itself.
+    With `drops_bos` the opening will be dropped, because the server writes BOS itself.
 
     Raises:
-        ModelError: it writes something else than the same text around every turn.
+        ModelError: the texts are not the same around every turn.
     """
     prober = _Prober(tokenizer)
     turns = _derive(prober, tokenizer.bos_token or "", drops_bos=drops_bos)
-    for messages in _conversations(turns.place):
+    for messages in _conversations(turns.system_position):
         if turns.render(messages) != prober.text(messages):
             roles = ", ".join(role for role, _ in messages)
             raise _inexpressible(f"it does not write the same text around every turn of a role ({roles})")
     return turns
 
 
-def trims(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
-    """Whether the template takes away white space around contents, which no text around them can."""
-    padded = [(role, f" \n{MARKS[role]}\n ") for role in (USER, ASSISTANT, USER)]
+def strips_contents(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
+    """Return whether the template strips white space around contents, which texts around them can't do."""
+    padded = [(role, f" \n{MARKERS[role]}\n ") for role in (USER, ASSISTANT, USER)]
     return turns.render(padded) != _Prober(tokenizer).text(padded)
 
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins every text with BOS by itself, as what is made of it will."""
+    """Return whether the tokenizer puts BOS before every text, as converted ones will."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -116,18 +116,18 @@ class _Prober:
         self._tokenizer = tokenizer
 
     def text(self, messages: Messages, *, answering: bool = True) -> str:
-        """Return what the template makes of `messages`, up to where the model answers unless told otherwise."""
+        """Render `messages`, with the generation prompt if `answering`."""
         asked = [{"role": role, "content": content} for role, content in messages]
         return render(self._tokenizer, asked, add_generation_prompt=answering)
 
     def pieces(self, *roles: str, answering: bool = True) -> tuple[tuple[str, ...], list[str]]:
-        """Return what stands around the contents of a conversation, and the roles in the order of the text."""
-        marks = [(role, f"{MARKS[role]}{index}") for index, role in enumerate(roles)]
-        text = self.text(marks, answering=answering)
-        for role, mark in marks:
+        """Return the roles in the order of the text, and the texts around their contents."""
+        marked = [(role, f"{MARKERS[role]}{index}") for index, role in enumerate(roles)]
+        text = self.text(marked, answering=answering)
+        for role, mark in marked:
             if (count := text.count(mark)) != 1:
                 raise TemplateRefusalError(f"it writes the content of a message of the {role} {count} times")
-        placed = sorted(marks, key=lambda marked: text.index(marked[1]))
+        placed = sorted(marked, key=lambda marked: text.index(marked[1]))
         pieces = []
         for _, mark in placed:
             piece, _, text = text.partition(mark)
@@ -141,14 +141,14 @@ def _derive(prober: _Prober, bos: str, *, drops_bos: bool) -> Turns:
         _, (*_, tail) = prober.pieces(USER, ASSISTANT, answering=False)
     except TemplateRefusalError as error:
         raise _inexpressible(f"of a user and an assistant: {error}") from error
-    # Where a token that is in front of each turn is the BOS token too, it is no opening unless it has to go.
+    # A token before every turn that is also BOS is an opening only if it has to be dropped.
     opening = bos if first.startswith(bos) and (drops_bos or bos not in again) else ""
     first = first.removeprefix(opening)
-    place, before_system, after_system = _system(prober, opening, first, again)
-    after_system_turn = [after_system] if place == SystemPlace.OWN_TURN else []
+    system_position, before_system, after_system = _system(prober, opening, first, again)
+    after_system_turn = [after_system] if system_position == SystemPosition.OWN_TURN else []
     before_user = _before_user(first, [again, *after_system_turn], tail)
-    after_user = _shared(between, end)
-    if place == SystemPlace.OWN_TURN:
+    after_user = _common_prefix(between, end)
+    if system_position == SystemPosition.OWN_TURN:
         after_system = after_system.removesuffix(before_user)
     return Turns(
         opening=opening,
@@ -156,53 +156,53 @@ def _derive(prober: _Prober, bos: str, *, drops_bos: bool) -> Turns:
         before={SYSTEM: before_system, USER: before_user, ASSISTANT: between.removeprefix(after_user)},
         after={SYSTEM: after_system, USER: after_user, ASSISTANT: again.removesuffix(before_user)},
         generation=end.removeprefix(after_user),
-        place=place,
+        system_position=system_position,
     )
 
 
-def _system(prober: _Prober, opening: str, first: str, again: str) -> tuple[SystemPlace, str, str]:
-    """Return where a system message goes, what stands before it, and what stands between it and the user's text."""
+def _system(prober: _Prober, opening: str, first: str, again: str) -> tuple[SystemPosition, str, str]:
+    """Return the position of a system message, the text before it, and that between it and the user's text."""
     try:
         roles, pieces = prober.pieces(SYSTEM, USER, ASSISTANT, USER)
-    except TemplateRefusalError:  # by an error of its own, or by leaving it out
-        return SystemPlace.NOWHERE, "", ""
+    except TemplateRefusalError:  # it raises an error, or omits the message
+        return SystemPosition.NOWHERE, "", ""
     if roles[0] == SYSTEM:
-        behind = pieces[1]
-        # What ends with the beginning of the user's turn has ended its own.
-        joins = again.endswith(first) and not behind.endswith(first)
-        place = SystemPlace.FIRST_USER if joins else SystemPlace.OWN_TURN
-        return place, pieces[0].removeprefix(opening), behind
-    where = roles.index(SYSTEM)
-    return SystemPlace.LAST_USER, pieces[where].removeprefix(again), pieces[where + 1]
+        following = pieces[1]
+        # A text that ends with the start of a user's turn has ended the system's own turn.
+        joins = again.endswith(first) and not following.endswith(first)
+        system_position = SystemPosition.FIRST_USER if joins else SystemPosition.OWN_TURN
+        return system_position, pieces[0].removeprefix(opening), following
+    index = roles.index(SYSTEM)
+    return SystemPosition.LAST_USER, pieces[index].removeprefix(again), pieces[index + 1]
 
 
 def _before_user(first: str, others: Sequence[str], tail: str) -> str:
-    """Return what begins each turn of the user: the end of what stands before the first, and of `others`.
+    """Return the text that begins each turn of the user: the common end of `first` and `others`.
 
-    `tail` ends a conversation behind an answer, and so ends the turn before.
+    `tail` is the text after a final answer, which ends the assistant's turn.
     """
     backwards = [text[::-1] for text in (first, *others)]
-    after_answer = others[0].removeprefix(_shared(others[0], tail))
-    candidates = [first, after_answer, _shared(*backwards)[::-1]]
+    after_answer = others[0].removeprefix(_common_prefix(others[0], tail))
+    candidates = [first, after_answer, _common_prefix(*backwards)[::-1]]
     return next(begin for begin in candidates if all(text.endswith(begin) for text in (first, *others)))
 
 
-def _shared(*texts: str) -> str:
-    """Return what all of `texts` begin with."""
+def _common_prefix(*texts: str) -> str:
+    """Return the longest common prefix of `texts`."""
     return "".join(same[0] for same in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))
 
 
-def _conversations(place: SystemPlace) -> list[Messages]:
-    """Return conversations of one to three turns, with and without a system message where there is one."""
-    found: list[Messages] = []
+def _conversations(system_position: SystemPosition) -> list[Messages]:
+    """Return conversations of one to three turns, also with a system message if the template has one."""
+    conversations: list[Messages] = []
     for num_turns in (1, 2, 3):
         roles = [USER, *(ASSISTANT, USER) * (num_turns - 1)]
         for shift in range(len(CONTENTS)):
             contents = (*CONTENTS[shift:], *CONTENTS[:shift], *CONTENTS)
-            found.append(list(zip(roles, contents, strict=False)))
-            if place != SystemPlace.NOWHERE:
-                found.append(list(zip([SYSTEM, *roles], contents, strict=False)))
-    return found
+            conversations.append(list(zip(roles, contents, strict=False)))
+            if system_position != SystemPosition.NOWHERE:
+                conversations.append(list(zip([SYSTEM, *roles], contents, strict=False)))
+    return conversations
 
 
 def _inexpressible(why: str) -> ModelError:

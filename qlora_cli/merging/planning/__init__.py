@@ -1,1 +1,1 @@
-"""Plan a merge: what is read, and which tensor of the base gets which change. Nothing is written."""
+"""Plan a merge: read the inputs, and assign each tensor of the base its change. Nothing is written."""

@@ -1,4 +1,4 @@
-"""An adapter as changes of the parameters of its base. Its values stay in their file until they are used."""
+"""Express an adapter as changes of its base's parameters. Its values stay in their file until they are used."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -16,29 +16,29 @@ from qlora_cli.adapters.reader import BY_PEFT, INITIALIZED_BY_PEFT, Adapter, Sto
 from qlora_cli.adapters.targets import ADAPTER, BASE
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.weight_changes import (
-    Added,
-    Directed,
-    Experts,
+    AddedVector,
+    DoraChange,
+    ExpertUpdate,
     LowRankUpdate,
-    Replaced,
+    ReplacedParameter,
     RowUpdate,
     WeightChange,
-    Whole,
+    WholeParameter,
 )
 from qlora_cli.model_files.model_config import ModelConfig
 
 Read = Callable[[str], torch.Tensor]
-# A parameter of a module by its name there, its change, and the adapter's tensors that say so.
-Found = tuple[str, WeightChange, tuple[str, ...]]
+# A parameter of a module by its name in it, its change, and the keys of the adapter's tensors for it.
+ParameterChange = tuple[str, WeightChange, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChanges:
-    """What one adapter does: its changes by the full name of the parameter.
+    """The changes of one adapter, by the full name of the parameter.
 
     Attributes:
         adapter: The adapter, fitted to the base.
-        base_parameters: Parameters of the base that its file holds with other values, by their names there.
+        base_parameters: Parameters of the base for which its file holds other values, by their names in the base.
     """
 
     adapter: Adapter
@@ -48,7 +48,7 @@ class AdapterChanges:
 
     @property
     def directory(self) -> Path:
-        """Where it was read."""
+        """The directory of the adapter."""
         return self.adapter.directory
 
     @property
@@ -58,12 +58,12 @@ class AdapterChanges:
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors it consists of."""
+        """The number of its tensors."""
         return len(self.adapter.values)
 
 
 def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapter, read: Read) -> AdapterChanges:
-    """Return what an adapter does to `model`, which is on the meta device; `read` reads its weights.
+    """Return the changes of an adapter to `model`, which is on the meta device; `read` returns weights of the base.
 
     Raises:
         ModelError: it does not fit the model, or can't be merged.
@@ -76,7 +76,11 @@ def read_changes(model: PreTrainedModel, base: ModelConfig, stored: StoredAdapte
     }
     changes = dict(_changes(fitted.model, adapter.values, directory))
     for name, values in base_parameters.items():
-        changes[name] = Replaced(values=values, change=changes[name]) if name in changes else Whole(values=values)
+        changes[name] = (
+            ReplacedParameter(values=values, change=changes[name])
+            if name in changes
+            else WholeParameter(values=values)
+        )
     if not changes:
         raise ModelError(f"the adapter in {directory} changes nothing", hint="Train it first.")
     return AdapterChanges(
@@ -93,16 +97,16 @@ def _check_mergeable(stored: StoredAdapter) -> None:
 
 
 def _not_mergeable(stored: StoredAdapter) -> tuple[str, str] | None:
-    given = stored.config.non_null
-    if given.get("layer_replication"):
+    config = stored.config.non_null
+    if config.get("layer_replication"):
         return "it repeats layers of its base (layer_replication)", "Save the model with the repeated layers first."
-    if given.get("alora_invocation_tokens"):
+    if config.get("alora_invocation_tokens"):
         return "it is active from its invocation tokens on only (aLoRA)", "Serve it as an adapter."
     for one in fields(LoraConfig):
-        # An empty config of a variant is one.
-        is_used = one.metadata.get("is_lora_variant") and given.get(one.name) not in (None, False, [])
+        # An empty config of a variant still selects it.
+        is_used = one.metadata.get("is_lora_variant") and config.get(one.name) not in (None, False, [])
         if is_used and one.name != "use_dora":
-            return f"it is of a kind of its own ({one.name})", BY_PEFT
+            return f"it is a variant of LoRA ({one.name})", BY_PEFT
     return None
 
 
@@ -113,34 +117,36 @@ def _is_same(values: torch.Tensor, stored: torch.Tensor) -> bool:
 def _changes(
     adapted: PeftModel, state: Mapping[str, torch.Tensor], directory: Path
 ) -> Iterator[tuple[str, WeightChange]]:
-    """Yield each parameter that the adapter changes, by its full name in the base, and how."""
+    """Yield each parameter that the adapter changes, by its full name in the base, with its change."""
     read = set()
     for path, module in adapted.named_modules(remove_duplicate=False):
-        found: Iterator[Found] = iter(())
+        parameter_changes: Iterator[ParameterChange] = iter(())
         if isinstance(module, LoraLayer):
-            found = _of_layer(path, module, state, directory)
+            parameter_changes = _layer_changes(path, module, state, directory)
         elif isinstance(module, ModulesToSaveWrapper):
-            found = _of_whole(path, module, state)
+            parameter_changes = _whole_module_changes(path, module, state)
         elif isinstance(module, TrainableTokensWrapper):
-            found = _of_rows(path, module, state, adapted)
-        for name, change, keys in found:
+            parameter_changes = _row_changes(path, module, state, adapted)
+        for name, change, keys in parameter_changes:
             read |= set(keys)
             yield f"{in_base(path)}.{name}", change
-    assert read == state.keys(), "a tensor of the adapter does nothing"
+    assert read == state.keys(), "a tensor of the adapter was not used"
 
 
-def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], directory: Path) -> Iterator[Found]:
+def _layer_changes(
+    path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], directory: Path
+) -> Iterator[ParameterChange]:
     base = layer.get_base_layer()
     keys: tuple[str, ...] = (f"{path}.lora_B.weight", f"{path}.lora_A.weight")
     if isinstance(layer, ParamWrapper):
-        yield layer.parameter_name, _of_experts(layer, state, keys), keys
+        yield layer.parameter_name, _expert_change(layer, state, keys), keys
         return
     if isinstance(layer, Embedding):
         keys = (f"{path}.lora_embedding_B", f"{path}.lora_embedding_A")
     elif not isinstance(layer, Linear):
         raise ModelError(
-            f"the adapter in {directory} is on {path.removeprefix(BASE)}, a {type(base).__name__}, which is merged by "
-            "PEFT only",
+            f"the adapter in {directory} is on {path.removeprefix(BASE)}, a {type(base).__name__}, which only "
+            "PEFT merges",
             hint=BY_PEFT,
         )
     update = LowRankUpdate(
@@ -152,7 +158,7 @@ def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], di
     change: WeightChange = update
     if layer.use_dora[ADAPTER]:
         keys = (*keys, f"{path}.lora_magnitude_vector")
-        change = Directed(update=update, magnitude=state[keys[2]])
+        change = DoraChange(update=update, magnitude=state[keys[2]])
     yield "weight", change, keys
     if not isinstance(layer, Embedding) and layer.lora_bias[ADAPTER]:
         key = f"{path}.lora_B.bias"
@@ -161,14 +167,14 @@ def _of_layer(path: str, layer: LoraLayer, state: Mapping[str, torch.Tensor], di
                 f"the adapter in {directory} adds a bias to {path.removeprefix(BASE)}, which has none",
                 hint="Serve it as an adapter.",
             )
-        yield "bias", Added(values=state[key], scale=layer.scaling[ADAPTER]), (key,)
+        yield "bias", AddedVector(values=state[key], scale=layer.scaling[ADAPTER]), (key,)
 
 
-def _of_experts(layer: ParamWrapper, state: Mapping[str, torch.Tensor], keys: tuple[str, ...]) -> WeightChange:
+def _expert_change(layer: ParamWrapper, state: Mapping[str, torch.Tensor], keys: tuple[str, ...]) -> WeightChange:
     left, right, scale = state[keys[0]], state[keys[1]], layer.scaling[ADAPTER]
     if layer.num_experts == 1:
         return LowRankUpdate(left=left, right=right, scale=scale)
-    return Experts(
+    return ExpertUpdate(
         left=left,
         right=right,
         scale=scale,
@@ -177,18 +183,20 @@ def _of_experts(layer: ParamWrapper, state: Mapping[str, torch.Tensor], keys: tu
     )
 
 
-def _of_whole(path: str, wrapper: ModulesToSaveWrapper, state: Mapping[str, torch.Tensor]) -> Iterator[Found]:
+def _whole_module_changes(
+    path: str, wrapper: ModulesToSaveWrapper, state: Mapping[str, torch.Tensor]
+) -> Iterator[ParameterChange]:
     for name, _ in wrapper.original_module.named_parameters():
         key = f"{path}.{name}"
-        yield name, Whole(values=state[key]), (key,)
+        yield name, WholeParameter(values=state[key]), (key,)
 
 
-def _of_rows(
+def _row_changes(
     path: str, wrapper: TrainableTokensWrapper, state: Mapping[str, torch.Tensor], adapted: PeftModel
-) -> Iterator[Found]:
+) -> Iterator[ParameterChange]:
     layer = wrapper.token_adapter
     owner = path
-    if layer.tied_adapter is not None:  # to the embedding, whose rows these are too
+    if layer.tied_adapter is not None:  # tied to the embedding, whose rows these are
         (owner,) = [
             other
             for other, module in adapted.named_modules()
@@ -199,9 +207,9 @@ def _of_rows(
 
 
 def _summary(config: LoraConfig, changes: Mapping[str, WeightChange]) -> str:
-    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    others = [name for name, there in (("whole modules", Whole), ("rows", RowUpdate)) if _has(changes, there)]
-    return " and ".join([f"{kind} of rank {config.r}", *others])
+    variant = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    more = [name for name, kind in (("whole modules", WholeParameter), ("rows", RowUpdate)) if _has(changes, kind)]
+    return " and ".join([f"{variant} of rank {config.r}", *more])
 
 
 def _has(changes: Mapping[str, WeightChange], kind: type[WeightChange]) -> bool:

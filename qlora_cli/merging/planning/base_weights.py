@@ -1,6 +1,6 @@
-"""The weights of the base that is merged into: as they are stored, or as training saw them.
+"""The weights of the base that is merged into: as stored, or quantized and dequantized as in training.
 
-`Base` gives any parameter of the model, whichever tensors of whichever files it is made of.
+`Base` returns any parameter of the model, converted from the tensors of its files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ from qlora_cli.settings.choices import BaseWeights
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The base on the meta device, how training stored it, and where its tensors are.
+    """The base on the meta device, how training stored it, and its tensors in files.
 
     Attributes:
-        grown: The parameters of embedding and head, if they have been given more rows, `num_rows` of them.
-        quantized: The parameters that training had quantized.
-        packed: Those of them that the checkpoint holds quantized.
+        extended: The parameters of embedding and head, if they are extended to `num_rows` rows.
+        quantized: The parameters that training quantized.
+        packed: The parameters that the checkpoint holds quantized.
     """
 
     model: PreTrainedModel
@@ -35,23 +35,23 @@ class BaseModel:
     tensors: StoredTensors
     groups: tuple[Group, ...]
     num_rows: int | None
-    grown: frozenset[str]
+    extended: frozenset[str]
     quantized: frozenset[str]
     packed: frozenset[str]
 
     def is_weight(self, group: Group) -> bool:
-        """Whether a group makes up weights; a buffer may hold infinite values, as bounds do."""
+        """Return whether a group is of weights; a buffer may hold infinite values."""
         module, _, leaf = group.targets[0].rpartition(".")
         return leaf in self.model.get_submodule(module)._parameters
 
 
 class Base:
-    """Gives the parameters of a base, as `kind` says."""
+    """Returns the parameters of a base, original or dequantized by `kind`."""
 
     def __init__(self, base: BaseModel, kind: BaseWeights) -> None:
         self._base = base
         self.kind = kind
-        self._through = base.quantized - base.packed if kind == BaseWeights.DEQUANTIZED else frozenset()
+        self._round_trips = base.quantized - base.packed if kind == BaseWeights.DEQUANTIZED else frozenset()
         self._constants: dict[str, list[str]] = {}  # by the name of their weight
         for name in base.tensors.headers if base.packed else ():
             if weight := weight_of_constant(name):
@@ -64,26 +64,26 @@ class Base:
     ) -> dict[str, torch.Tensor]:
         """Return the parameters of a group, or the slice `index` of each, in the dtype that they have in the base.
 
-        They are the caller's own; that of a single tensor may be in `buffer`.
+        The caller may modify them; a single tensor may be in `buffer`.
         """
-        if index is not None and (group.targets[0] in self._through):
+        if index is not None and (group.targets[0] in self._round_trips):
             return {target: self._stack(group, target).slice(index) for target in group.targets}
         stored = {key: self._stored(group, key, buffer) for key in group.keys_of(index)}
         made = group.forward(self._base.model, stored)
-        return {target: self._as_seen(target, value) for target, value in made.items()}
+        return {target: self._as_trained(target, value) for target, value in made.items()}
 
     def _stored(self, group: Group, key: str, buffer: Buffer | None) -> torch.Tensor:
-        assert buffer is None or group.converter is None, "the buffer holds one"
+        assert buffer is None or group.converter is None, "the buffer holds one tensor"
         if group.targets[0] not in self._base.packed:
             return self._read(group, key, buffer)
         tensor = self._base.tensors.read(key, buffer)
         return self._unpacked(key, group.targets[0], tensor)
 
     def _read(self, group: Group, key: str, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return a tensor as it is stored; what is read more than once is checked once.
+        """Return a tensor as it is stored; one that is read repeatedly is checked once.
 
         Raises:
-            ModelError: it holds what is no number.
+            ModelError: it holds NaN or infinity.
         """
         tensor = self._base.tensors.read(key, buffer)
         if key not in self._finite and tensor.is_floating_point() and self._base.is_weight(group):
@@ -92,31 +92,31 @@ class Base:
             self._finite.add(key)
         return tensor
 
-    def _as_seen(self, target: str, value: torch.Tensor) -> torch.Tensor:
-        if target in self._through:
-            value = self._through_quantization(target, value)
-        if target in self._base.grown:
-            value = grown(value, self._base.num_rows or 0, self._base.layout.dtype)
+    def _as_trained(self, target: str, value: torch.Tensor) -> torch.Tensor:
+        if target in self._round_trips:
+            value = self._quantize_round_trip(target, value)
+        if target in self._base.extended:
+            value = extended(value, self._base.num_rows or 0, self._base.layout.dtype)
         return value
 
-    def _through_quantization(self, target: str, value: torch.Tensor) -> torch.Tensor:
+    def _quantize_round_trip(self, target: str, value: torch.Tensor) -> torch.Tensor:
         layout = self._base.layout
-        flips = self._is_conv1d(target)  # stored as (in, out), and quantized as (out, in)
+        is_transposed = self._is_conv1d(target)  # stored as (in, out), quantized as (out, in)
         weight = value.to(layout.dtype)
-        weight = weight.T.contiguous() if flips else weight
+        weight = weight.T.contiguous() if is_transposed else weight
         weight = layout.method.round_trip(weight, layout.settings)
-        return weight.T.contiguous() if flips else weight
+        return weight.T.contiguous() if is_transposed else weight
 
     def _is_conv1d(self, target: str) -> bool:
         return isinstance(self._base.model.get_submodule(target.rpartition(".")[0]), Conv1D)
 
     def _stack(self, group: Group, target: str) -> ExpertStack:
-        """Return stacked experts, quantized; the last ones are kept, since their tensors come one after another."""
+        """Return quantized stacked experts; the last stack is cached, since its tensors are requested in sequence."""
         if self._stacked is not None and self._stacked[0] is group and self._stacked[1] == target:
             return self._stacked[2]
         self._stacked = None
         shape = self._base.model.get_parameter(target).shape
-        assert group.num_slices is not None, "asked for by slices"
+        assert group.num_slices is not None, "requested by slices"
         layout = self._base.layout
         stack = layout.method.stacked(self._slices(group, target, group.num_slices), shape, layout.settings)
         self._stacked = (group, target, stack)
@@ -129,30 +129,30 @@ class Base:
             yield group.forward(self._base.model, stored)[target]
 
     def _unpacked(self, key: str, target: str, codes: torch.Tensor) -> torch.Tensor:
-        """Return a weight that is stored quantized, dequantized."""
-        flips = self._is_conv1d(target)
+        """Return a dequantized weight of a quantized checkpoint."""
+        is_transposed = self._is_conv1d(target)
         tensors, layout = self._base.tensors, self._base.layout
         constants = {name: tensors[name] for name in self._constants[key]}
         weight = layout.method.restored(key, codes, constants, layout.dtype)
-        return weight.T.contiguous() if flips else weight
+        return weight.T.contiguous() if is_transposed else weight
 
 
 def weight_of_constant(name: str) -> str | None:
-    """Return the weight that a tensor of a quantized checkpoint holds constants of; None if it looks like none."""
-    found = (method.weight_of_constant(name) for method in all_methods())
-    return next((weight for weight in found if weight is not None), None)
+    """Return the weight whose constants a tensor of a quantized checkpoint holds; None if it holds none."""
+    weights = (method.weight_of_constant(name) for method in all_methods())
+    return next((weight for weight in weights if weight is not None), None)
 
 
-def grown(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return an embedding, a head or its bias with more rows, as training grew them: by the mean of the others.
+def extended(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an embedding, a head or its bias extended as in training: new rows are the mean of the others.
 
     `dtype` is the one that training held them in, and rounded the mean to.
     """
     mean = values.to(dtype).mean(0, dtype=torch.float32).to(dtype)
-    more = values.new_empty((num_rows, *values.shape[1:]), dtype=torch.promote_types(values.dtype, dtype))
-    more[: len(values)] = values
-    more[len(values) :] = mean
-    return more
+    result = values.new_empty((num_rows, *values.shape[1:]), dtype=torch.promote_types(values.dtype, dtype))
+    result[: len(values)] = values
+    result[len(values) :] = mean
+    return result
 
 
 def parameter_groups(groups: tuple[Group, ...]) -> Mapping[str, Group]:

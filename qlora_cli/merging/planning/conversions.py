@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make up which parameters of the model, and the way back.
+"""Map the tensors of a checkpoint to the parameters of the model, and back.
 
-transformers renames, stacks, joins and transposes what it reads (`core_model_loading`). The same rules, by the same
-functions, say here where a parameter's update belongs in the files, so that a merge keeps their names and shapes.
+transformers renames, stacks, joins and transposes tensors on loading (`core_model_loading`). The same rules, with the
+same functions, map a parameter's update back to the files, so that a merge keeps their names and shapes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -33,19 +33,19 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors of a checkpoint, by their names, and the parameters that are made of them.
+    """Tensors of a checkpoint by name, and the parameters that they are converted to.
 
     Attributes:
         targets: Full names of the parameters, or buffers.
-        sources: The names in the checkpoint by the pattern that they match, in order; without a converter one.
-        middle: What each source is called before the converter, which is how the way back names it.
-        converter: What makes the ones of the others; None if they are the same.
-        num_slices: How many parts along the first dimension, such as experts, can be converted one by one.
+        sources: The names in the checkpoint by the pattern that they match, in order; one without a converter.
+        intermediate_names: The name of each source before the converter, which the reverse conversion produces.
+        converter: Converts sources to targets; None if they are the same.
+        num_slices: The number of slices along the first dimension, such as experts, that convert independently.
     """
 
     targets: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
-    middle: Mapping[str, str] = field(default_factory=dict)
+    intermediate_names: Mapping[str, str] = field(default_factory=dict)
     converter: WeightConverter | None = None
     num_slices: int | None = None
 
@@ -59,13 +59,13 @@ class Group:
         return self.keys if index is None else tuple(keys[index] for keys in self.sources.values())
 
     def slice_of(self, key: str) -> int | None:
-        """Return the slice that a tensor is of, if they can be converted one by one."""
+        """Return the slice that a tensor belongs to, if slices convert independently."""
         if self.num_slices is None:
             return None
         return next(keys.index(key) for keys in self.sources.values() if key in keys)
 
     def forward(self, model: PreTrainedModel, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """Return the parameters that `tensors`, those of the group or of one slice, make up."""
+        """Convert `tensors`, those of the group or of one slice, to parameters."""
         if self.converter is None:
             return {self.targets[0]: tensors[self.keys[0]]}
         converter = deepcopy(self.converter)
@@ -73,10 +73,10 @@ class Group:
             for key in keys:
                 if key in tensors:
                     _add(converter, self.targets[0], key, pattern, tensors[key])
-        return _plain(converter.convert(self.targets[0], model=model, config=model.config))
+        return _unwrapped(converter.convert(self.targets[0], model=model, config=model.config))
 
     def backward(self, model: PreTrainedModel, values: Tensors, index: int | None = None) -> dict[str, torch.Tensor]:
-        """Return the tensors of the checkpoint that would make up `values`, parameters or a slice of each."""
+        """Convert `values`, parameters or a slice of each, to tensors of the checkpoint."""
         if self.converter is None:
             return {self.keys[0]: values[self.targets[0]]}
         converter = self.converter.reverse_transform()
@@ -84,59 +84,61 @@ class Group:
         first = ""
         for target, value in values.items():
             renamed, pattern = apply_converters(target, [converter])
-            assert pattern is not None, "the way back knows what the way there has made"
+            assert pattern is not None, "the reverse conversion matches the target"
             first = first or renamed
             _add(converter, renamed, target, pattern, value)
-        made = _plain(converter.convert(first, model=model, config=model.config))
-        return {key: _named(made, self._middle_of(key, index)) for key in self.keys_of(index)}
+        made = _unwrapped(converter.convert(first, model=model, config=model.config))
+        return {key: _find_by_name(made, self._intermediate_name(key, index)) for key in self.keys_of(index)}
 
-    def _middle_of(self, key: str, index: int | None) -> str:
-        """Return what the way back calls a tensor: of a single slice, as if it were the first."""
-        name = self.middle[key]
+    def _intermediate_name(self, key: str, index: int | None) -> str:
+        """Return the name of a tensor after the reverse conversion; a single slice has the name of the first."""
+        name = self.intermediate_names[key]
         if index is None or self.num_slices == 1:
             return name
         siblings = next(keys for keys in self.sources.values() if key in keys)
-        first, second = (self.middle[sibling].split(".") for sibling in siblings[:2])
-        (place,) = [place for place, (one, other) in enumerate(zip(first, second, strict=True)) if one != other]
+        first, second = (self.intermediate_names[sibling].split(".") for sibling in siblings[:2])
+        (position,) = [
+            position for position, (one, other) in enumerate(zip(first, second, strict=True)) if one != other
+        ]
         parts = name.split(".")
-        parts[place] = "0"
+        parts[position] = "0"
         return ".".join(parts)
 
 
 def _add(converter: WeightConverter, target: str, source: str, pattern: str, tensor: torch.Tensor) -> None:
-    value: Any = tensor  # declared for what is still to be read, and as good for what was
+    value: Any = tensor  # declared for tensors yet to be read; a tensor works, too
     converter.add_tensor(target, source, pattern, value)
 
 
-def _plain(made: Mapping[str, torch.Tensor | list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _unwrapped(made: Mapping[str, torch.Tensor | list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _named(made: Tensors, name: str) -> torch.Tensor:
-    """Return the tensor of that name; the name of the base model may stand before it, or be left out."""
+def _find_by_name(made: Tensors, name: str) -> torch.Tensor:
+    """Return the tensor of this name, with or without the base model's prefix."""
     if name in made:
         return made[name]
-    found = [other for other in made if other.endswith(f".{name}") or name.endswith(f".{other}")]
-    if len(found) != 1:
+    matches = [other for other in made if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    if len(matches) != 1:
         raise ModelError(
-            f"{name} can't be written back: transformers does not undo what it does on loading it",
+            f"{name} can't be written back: transformers can't reverse its conversion on loading",
             hint="Leave it out of the adapter's targets, or merge with PEFT's merge_and_unload().",
         )
-    return made[found[0]]
+    return made[matches[0]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversions:
-    """All of a checkpoint: the groups that make up the model, and the names that no parameter is made of."""
+    """The contents of a checkpoint: the groups of the model, and the names of unexpected tensors."""
 
     groups: tuple[Group, ...]
-    left_over: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
 
 def read_conversions(
     model: PreTrainedModel, names: Sequence[str], key_mapping: Mapping[str, str] | None = None
 ) -> Conversions:
-    """Return how the tensors `names` of a checkpoint make up `model`, which is on the meta device.
+    """Return how the tensors `names` of a checkpoint are converted to `model`, which is on the meta device.
 
     `key_mapping` renames them first, as it does for `from_pretrained`.
     """
@@ -147,13 +149,13 @@ def read_conversions(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     grouped: dict[str, dict[str, list[str]]] = {}
     converted: dict[str, WeightConverter] = {}
-    left_over = []
+    unexpected = []
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         if target not in known:
-            left_over.append(name)
+            unexpected.append(name)
             continue
         grouped.setdefault(target, {}).setdefault(pattern or name, []).append(name)
         if pattern is not None:
@@ -162,7 +164,7 @@ def read_conversions(
         _group(known, target, {pattern: tuple(keys) for pattern, keys in sources.items()}, converted, renamings)
         for target, sources in grouped.items()
     )
-    return Conversions(groups=groups, left_over=tuple(left_over))
+    return Conversions(groups=groups, unexpected=tuple(unexpected))
 
 
 def _group(
@@ -180,26 +182,26 @@ def _group(
     return Group(
         targets=_targets(known, target, converter),
         sources=ordered,
-        middle={key: apply_renamings(key, renamings) for key in keys},
+        intermediate_names={key: apply_renamings(key, renamings) for key in keys},
         converter=converter,
         num_slices=_num_slices(converter, ordered),
     )
 
 
 def _targets(known: Collection[str], first: str, converter: WeightConverter) -> tuple[str, ...]:
-    """Return the names of all that a converter makes, of which `first` is one; `known` are those of the model."""
+    """Return all targets of a converter, of which `first` is one; `known` are the names of the model."""
     patterns = converter.target_patterns
     names = [first.replace(patterns[0], pattern) for pattern in patterns]
     return tuple(name for name in names if name in known) or (first,)
 
 
 def _num_slices(converter: WeightConverter, sources: Mapping[str, tuple[str, ...]]) -> int | None:
-    """Return how many tensors are stacked, if every later operation leaves the stack alone."""
-    first, *others = converter.operations
+    """Return the number of stacked tensors, if no later operation mixes them."""
+    first, *later = converter.operations
     sizes = {len(keys) for keys in sources.values()}
     if not isinstance(first, MergeModulelist) or first.dim != 0 or len(sizes) != 1:
         return None
-    for operation in others:
+    for operation in later:
         if isinstance(operation, Transpose) and not operation.check_dims and 0 not in (operation.dim0, operation.dim1):
             continue
         if isinstance(operation, Chunk | Concatenate | Interleave) and operation.dim > 0:

@@ -1,4 +1,4 @@
-"""What a merge begins with: the base and the adapters, found, read as far as their headers, and checked."""
+"""Read the inputs of a merge: find the base and the adapters, read their headers, and check them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -21,7 +21,7 @@ from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_g
 from qlora_cli.merging.planning.conversions import read_conversions
 from qlora_cli.merging.planning.merge_plan import Changes
 from qlora_cli.merging.planning.stored_tensors import StoredTensors
-from qlora_cli.merging.planning.weight_changes import Weighted
+from qlora_cli.merging.planning.weight_changes import WeightedChange
 from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.checkpoint import Checkpoint, read_checkpoint
 from qlora_cli.model_files.digest import base_digest
@@ -40,23 +40,23 @@ from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, load_tokenizer
 from qlora_cli.tokenizing.tokenizer_files import notes_on_unused_templates
 from qlora_cli.writing import escapes_directory, resolve_links
 
-# Of the base, as they are: what a model with towers reads its images with, and under which terms all of it stands.
-TAKEN = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
-OF_THE_BUILD = ("dtype", "torch_dtype")  # keys of a config that building a model from it sets
+# Files of the base that are copied: image processors of models with towers, and licences.
+COPIED_FILES = ("*processor_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+SET_BY_BUILDING = ("dtype", "torch_dtype")  # keys of a config that building a model sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that a merge reads.
+    """The inputs of a merge.
 
     Attributes:
         source: The base, and the first adapter.
-        sources: The same of every adapter.
-        config: That of the base, with what training changed of it: rotary positions, the size of the vocabulary.
-        config_changes: Those changes, by the key of the config.
-        record: What the run wrote down, if the first adapter is that of a run.
+        sources: The base and the adapter, for every adapter.
+        config: The config of the base, with the changes of training: rotary positions, the size of the vocabulary.
+        config_changes: These changes, by the key of the config.
+        record: The record of the run, if the first adapter belongs to one.
         is_recorded: Whether it is known how training stored the base.
-        changes: What all adapters together do, by the name of the parameter.
+        changes: The changes of all adapters, by the name of the parameter.
     """
 
     request: MergeCommandSettings
@@ -73,15 +73,15 @@ class Inputs:
 
     @property
     def was_quantized(self) -> bool:
-        """Whether training had quantized weights."""
+        """Whether training quantized weights."""
         return bool(self.base.quantized)
 
 
 def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
-    """Find base and adapters, and read all but the weights.
+    """Find the base and the adapters, and read everything but the weights.
 
     Raises:
-        ModelNotFoundError: one of them is not there.
+        ModelNotFoundError: one of them does not exist.
         ModelError: they can't be read, or do not belong together.
     """
     transformers_logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     found = read_found(source, trust_remote_code=request.model.trust_remote_code)
     _check_trained_alike(request, [replace(found, source=one) for one in sources])
     settings, config = _trained_as(request, found).model, found.base
-    before = config.config.to_dict()
+    config_before = config.config.to_dict()
     apply_rope_scaling(config.config, settings.rope_scaling)
     tokenizer = load_tokenizer(source, settings)
     fetch_weights(source, reporter)
@@ -107,12 +107,12 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         if one.adapter is not None
     ]
     base = read_base(found, checkpoint, tokenizer, record, request, opened)
-    after = config.config.to_dict()
+    config_after = config.config.to_dict()
     for note in (
         *notes_on_ignored_keys(one.adapter for one in sources),
         *tokenizer.notes,
         *notes_on_unused_templates(source, sources[1:], tokenizer.tokenizer.chat_template),
-        *_notes_on_rows(base, before.get("vocab_size")),
+        *_notes_on_rows(base, config_before.get("vocab_size")),
         *_notes_on_links(source),
     ):
         reporter.report(Noted(message=note))
@@ -124,36 +124,38 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         sources=tuple(sources),
         config=config,
         config_changes={
-            key: value for key, value in after.items() if before.get(key) != value and key not in OF_THE_BUILD
+            key: value
+            for key, value in config_after.items()
+            if config_before.get(key) != value and key not in SET_BY_BUILDING
         },
         tokenizer=tokenizer,
         record=record,
         is_recorded=record is not None or base.layout.prequantized is not None,
         base=base,
         adapters=adapters,
-        changes=_together(adapters, request.merge.weights),
+        changes=_combine(adapters, request.merge.weights),
     )
 
 
 def _notes_on_links(source: ModelSource) -> Iterator[str]:
-    """Yield in words which files of the base are not copied, since they are links out of its directory."""
-    for path in sorted({path for pattern in TAKEN for path in source.path.glob(pattern)}):
+    """Yield notes on files of the base that are not copied, since they are links out of its directory."""
+    for path in sorted({path for pattern in COPIED_FILES for path in source.path.glob(pattern)}):
         if escapes_directory(path):
             end = resolve_links(path) or "itself"
             yield f"{path} is a link out of its directory, to {end}: it is not copied"
 
 
 def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
-    """Yield in words what the merged model has more than what is computed with: rows, and layers that are copied."""
+    """Yield notes on additional rows of the merged model, and on MTP layers, which are copied."""
     if base.num_rows is not None:
         yield f"the merged model's embedding has {base.num_rows:,} rows, the base's {before or 0:,}"
     fate = "copied as stored, nothing was trained there"
-    if (ahead := note_on_prediction(base.model.config, base.tensors.headers, fate)) is not None:
-        yield ahead
+    if (note := note_on_prediction(base.model.config, base.tensors.headers, fate)) is not None:
+        yield note
 
 
 def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:
-    """Return the settings by which training loaded the base, as far as the run and the checkpoint say."""
+    """Return the settings that training loaded the base with, as far as the run and the checkpoint tell."""
     settings = LoadSettings(model=_model_settings(request, found.source.name))
     return settle_base(resolved_in_code(settings), found).settings
 
@@ -186,15 +188,15 @@ def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSo
 
 
 def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundModel]) -> None:
-    """Check that runs whose adapters are added were trained on one base, stored alike: by what had an effect on it."""
+    """Check that the runs of several adapters loaded their base with the same effective settings."""
     first = found[0].source
     one = _in_effect(_trained_as(request, found[0]))
     for model in found[1:]:
         other = model.source
-        if first.run_model is None or other.run_model is None:  # somebody else's adapter, of which nothing is known
+        if first.run_model is None or other.run_model is None:  # an adapter without a run
             continue
         two = _in_effect(_trained_as(request, model))
-        # What has an effect in one of them alone goes by a setting that both have.
+        # A setting with an effect in only one depends on another setting that both have.
         differing = [path for path in one if path in two and one[path] != two[path]]
         if differing:
             raise ModelError(
@@ -204,7 +206,7 @@ def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundMod
 
 
 def _in_effect(settings: LoadSettings) -> dict[str, object]:
-    """Return by `section.key` what had an effect on how a run loaded its base."""
+    """Return, by `section.key`, the settings with an effect on how a run loaded its base."""
     return {
         **by_path("model", loading_settings("model", settings.model.in_effect())),
         **by_path("quantization", loading_settings("quantization", settings.quantization.in_effect())),
@@ -216,10 +218,10 @@ def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: 
     recorded = None if source.record is None else source.record.base_model_digest
     if recorded is None or recorded == base_digest(source.path):
         return
-    message = f"{source.path} is not the base that {source.name} was trained on: its weights are others"
+    message = f"{source.path} is not the base that {source.name} was trained on: its weights differ"
     if request.model.base_model is None:
         raise ModelError(
-            message, hint="Put back the base as it was, or name the right one with --base-model, at your own risk."
+            message, hint="Restore the original base, or name the right one with --base-model, at your own risk."
         )
     reporter.report(Noted(level="warning", message=f"{message}, or in other files"))
 
@@ -232,12 +234,12 @@ def read_base(
     request: MergeCommandSettings,
     adapters: Sequence[StoredAdapter] = (),
 ) -> BaseModel:
-    """Return the base on the meta device, with what is known of how training, or its file, has stored it.
+    """Return the base on the meta device, with how training or its files stored it.
 
-    It has rows for the tokenizer and for `adapters`, which `config` says then too.
+    Its vocabulary is extended for the tokenizer and for `adapters`, and its config is updated.
 
     Raises:
-        ModelError: weights are not as config.json says.
+        ModelError: weights disagree with config.json.
     """
     source, config, prequantized = found.source, found.base, found.prequantized
     dtype = _trained_in(config.config, record)
@@ -250,12 +252,12 @@ def read_base(
     except ModelError:
         if record is not None or prequantized is not None:
             raise
-        # By others, and nothing of it can be quantized as we do: then it was not.
+        # Trained by another tool on a base that our method can't quantize, so it was not quantized.
         layout = plan_layout(model, UNQUANTIZED, dtype, device=device)
     check_shapes(source, checkpoint, model, layout)
     tensors = StoredTensors(source.path, checkpoint)
     needed = max([tokenizer.num_rows, *(num_vocabulary_rows(one, model, config) for one in adapters)])
-    is_grown = needed > embedding_of(model).num_embeddings
+    is_extended = needed > embedding_of(model).num_embeddings
     model = with_rows(model, config.config, needed, dtype, trust_remote_code=trust)
     conversions = read_conversions(model, list(tensors.headers), config.key_mapping)
     quantized = frozenset(entry.name for entry in layout.inventory.entries if entry.is_quantized)
@@ -264,22 +266,22 @@ def read_base(
         layout=layout,
         tensors=tensors,
         groups=conversions.groups,
-        num_rows=needed if is_grown else None,
-        grown=frozenset(vocabulary_weights(model)) if is_grown else frozenset(),
+        num_rows=needed if is_extended else None,
+        extended=frozenset(vocabulary_weights(model)) if is_extended else frozenset(),
         quantized=quantized,
         packed=quantized if prequantized is not None else frozenset(),
     )
 
 
 def _trained_in(config: PreTrainedConfig, record: RunRecord | None) -> torch.dtype:
-    """Return the dtype that training held unquantized weights in; of an adapter of others, that of the base."""
+    """Return the dtype of unquantized weights in training; without a run, that of the base."""
     if record is not None:
         sizes = {} if record.base_model is None else record.base_model.dtype_bytes
         held = {dtype: sizes.get(str(dtype).removeprefix("torch."), 0) for dtype in TORCH_DTYPES.values()}
         name = record.setting("model.dtype")
         if name in set(Dtype) - {Dtype.AUTO}:
             return TORCH_DTYPES[Dtype(name)]
-        if any(held.values()):  # all but a few norms are in one
+        if any(held.values()):  # all but a few norms have the same
             return max(held, key=lambda dtype: held[dtype])
     stored = config.dtype
     return stored if isinstance(stored, torch.dtype) and stored in TORCH_DTYPES.values() else torch.bfloat16
@@ -300,19 +302,19 @@ def _on_meta(config: ModelConfig, base: BaseModel, request: MergeCommandSettings
     return build_on_meta(deepcopy(config.config), base.layout.dtype, trust_remote_code=request.model.trust_remote_code)
 
 
-def _together(adapters: Sequence[AdapterChanges], weights: Sequence[float]) -> Changes:
-    """Return what all adapters do to each parameter, each as much as it counts.
+def _combine(adapters: Sequence[AdapterChanges], weights: Sequence[float]) -> Changes:
+    """Return the weighted changes of all adapters, by parameter.
 
     Raises:
-        ModelError: one of them does more than add, and not alone or not as a whole.
+        ModelError: a change that is not an update is combined with others or weighted.
     """
-    changes: dict[str, list[Weighted]] = {}
+    changes: dict[str, list[WeightedChange]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, change in adapter.changes.items():
-            changes.setdefault(name, []).append(Weighted(change=change, weight=weight))
-    for name, all_of_it in changes.items():
-        is_alone = len(all_of_it) == 1 and all_of_it[0].weight == 1
-        if not is_alone and not all(one.is_update for one in all_of_it):
+            changes.setdefault(name, []).append(WeightedChange(change=change, weight=weight))
+    for name, parameter_changes in changes.items():
+        is_alone = len(parameter_changes) == 1 and parameter_changes[0].weight == 1
+        if not is_alone and not all(one.is_update for one in parameter_changes):
             raise ModelError(
                 f"{name} was trained whole, in rows, or with DoRA, which can't be weighed or added to another adapter",
                 hint="Merge that adapter alone and without --weight.",

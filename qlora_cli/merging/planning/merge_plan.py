@@ -1,4 +1,4 @@
-"""Which tensor of the checkpoint gets which change, from which file, settled and checked before a byte is written."""
+"""Plan which tensor of the checkpoint gets which change, and check it before a byte is written."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.merging.merge_result import Action
 from qlora_cli.merging.planning.base_weights import BaseModel, parameter_groups, weight_of_constant
 from qlora_cli.merging.planning.conversions import Group
-from qlora_cli.merging.planning.weight_changes import Weighted
+from qlora_cli.merging.planning.weight_changes import WeightedChange
 from qlora_cli.model_files.checkpoint import TensorHeader
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import DTYPES
@@ -20,7 +20,7 @@ from qlora_cli.model_files.unexpected_weights import hint_on_unexpected, may_be_
 from qlora_cli.quantization.embedding import vocabulary_weights
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
-Changes = Mapping[str, Sequence[Weighted]]
+Changes = Mapping[str, Sequence[WeightedChange]]
 WRITTEN_IN = {MergeDtype.BF16: torch.bfloat16, MergeDtype.FP16: torch.float16, MergeDtype.FP32: torch.float32}
 MOST_NAMED = 3
 
@@ -30,16 +30,16 @@ class PlannedTensor:
     """A tensor that will be written.
 
     Attributes:
-        name: What it is called in the checkpoint.
+        name: Its name in the checkpoint.
         file: The file that it is written to.
         header: The tensor of the base that it comes from.
-        dtype: What it is written in; that of its bytes, where they are only copied.
-        shape: Its shape then.
-        action: What becomes of it.
-        group: The tensors that make up the same parameters; None if the model has no part in it.
-        index: The slice of the group that it is.
+        dtype: The dtype that it is written in; for a copy, that of its bytes.
+        shape: The shape that it is written in.
+        action: What is done with it.
+        group: The tensors of the same parameters; None if it is not part of the model.
+        index: Its slice in the group.
         changes: The changes of each parameter of the group.
-        is_weight: Whether the model computes with it, so that it has to be finite.
+        is_weight: Whether it is a weight of the model, which must be finite.
     """
 
     name: str
@@ -55,7 +55,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in the file."""
+        """Its size in the file."""
         if self.action == Action.COPY:
             return self.header.num_bytes
         return self.dtype.itemsize * torch.Size(self.shape).numel()
@@ -63,7 +63,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """All tensors that will be written, by file and in the order of the files; `unties` head and embedding or not."""
+    """All tensors that will be written, in the order of the files; `unties` is set if head and embedding untie."""
 
     base: BaseWeights
     dtype: MergeDtype
@@ -72,7 +72,7 @@ class MergePlan:
 
     @property
     def files(self) -> dict[str, list[PlannedTensor]]:
-        """The tensors of each file, in the order that they are written in."""
+        """The tensors of each file, in the order in which they are written."""
         files: dict[str, list[PlannedTensor]] = {}
         for tensor in self.tensors:
             files.setdefault(tensor.file, []).append(tensor)
@@ -80,7 +80,7 @@ class MergePlan:
 
     @property
     def num_merged(self) -> int:
-        """How many tensors an adapter changes."""
+        """The number of tensors that an adapter changes."""
         return sum(tensor.action == Action.MERGE for tensor in self.tensors)
 
     @property
@@ -93,52 +93,52 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """What the tensors take in the files."""
+        """The size of the tensors in the files."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def plan_merge(
     base: BaseModel, config: ModelConfig, changes: Changes, kind: BaseWeights, dtype: MergeDtype
 ) -> MergePlan:
-    """Return what becomes of every tensor of the checkpoint.
+    """Plan every tensor of the checkpoint.
 
     Raises:
-        ModelError: a change finds no tensor, a tensor no rule, or a shape is not the one that was expected.
+        ModelError: a change has no tensor, a tensor is unexpected, or a shape is wrong.
     """
     groups = parameter_groups(base.groups)
-    _check_all_there(base.model, groups)
-    changes, untied, parts = _settle_tied(base.model, groups, changes)
-    _check_found(changes, groups, untied)
+    _check_complete(base.model, groups)
+    changes, untied, unties = _resolve_ties(base.model, groups, changes)
+    _check_targets(changes, groups, untied)
     known = base.model.state_dict()
     for group in base.groups:
         _check_shapes(base, group, known)
     planner = _Planner(base=base, changes=changes, kind=kind, dtype=dtype)
     by_key = {key: group for group in base.groups for key in group.keys}
     packed_keys = {key for key, group in by_key.items() if group.targets[0] in base.packed}
-    ahead = prediction_layers(base.model.config, base.tensors.headers)
+    mtp_layers = prediction_layers(base.model.config, base.tensors.headers)
     tensors = []
     for name, header in base.tensors.headers.items():
         if name in by_key:
             tensors.append(planner.planned(name, header, by_key[name]))
         elif weight_of_constant(name) not in packed_keys:
-            _check_left_over(base.model, config, name, header, ahead)
-            tensors.append(planner.left(name, header))
+            _check_unexpected(base.model, config, name, header, mtp_layers)
+            tensors.append(planner.unexpected(name, header))
     for name, tied_to in untied.items():
         tensors.append(planner.untied(name, tied_to, groups[tied_to]))
-    return MergePlan(base=kind, dtype=dtype, tensors=tuple(_in_order(tensors)), unties=parts)
+    return MergePlan(base=kind, dtype=dtype, tensors=tuple(_in_order(tensors)), unties=unties)
 
 
 def _in_order(tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
-    """Yield the tensors file by file, each in the order of its bytes; what is new comes last."""
+    """Yield the tensors file by file, in the order of their bytes; new ones come last."""
     for file in sorted({tensor.file for tensor in tensors}):
-        here = [tensor for tensor in tensors if tensor.file == file]
-        yield from sorted(here, key=lambda tensor: (tensor.name != tensor.header.name, tensor.header.offset))
+        of_file = [tensor for tensor in tensors if tensor.file == file]
+        yield from sorted(of_file, key=lambda tensor: (tensor.name != tensor.header.name, tensor.header.offset))
 
 
-def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> None:
+def _check_complete(model: PreTrainedModel, groups: Mapping[str, Group]) -> None:
     tied = model.all_tied_weights_keys or {}
-    given = {name for pair in tied.items() for name in pair if set(pair) & groups.keys()}
-    missing = sorted(name for name, _ in model.named_parameters() if name not in groups and name not in given)
+    covered = {name for pair in tied.items() for name in pair if set(pair) & groups.keys()}
+    missing = sorted(name for name, _ in model.named_parameters() if name not in groups and name not in covered)
     if missing:
         raise ModelError(
             f"the base lacks {len(missing)} of its weights: {', '.join(missing[:MOST_NAMED])}",
@@ -146,34 +146,35 @@ def _check_all_there(model: PreTrainedModel, groups: Mapping[str, Group]) -> Non
         )
 
 
-def _check_left_over(
-    model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader, ahead: Collection[int]
+def _check_unexpected(
+    model: PreTrainedModel, config: ModelConfig, name: str, header: TensorHeader, mtp_layers: Collection[int]
 ) -> None:
-    if not may_be_ignored(model, config, name, header, ahead):
+    if not may_be_ignored(model, config, name, header, mtp_layers):
         raise ModelError(
-            f"the base holds {name} (in {header.file}), which its config.json has no place for",
+            f"the base holds {name} (in {header.file}), which its config.json does not describe",
             hint=hint_on_unexpected(model.config, [name]),
         )
 
 
-def _check_found(changes: Changes, groups: Mapping[str, Group], untied: Mapping[str, str]) -> None:
-    lost = sorted(name for name in changes if name not in groups and name not in untied)
-    if lost:
+def _check_targets(changes: Changes, groups: Mapping[str, Group], untied: Mapping[str, str]) -> None:
+    unmatched = sorted(name for name in changes if name not in groups and name not in untied)
+    if unmatched:
         raise ModelError(
-            f"the adapter changes {', '.join(lost[:MOST_NAMED])}, which the base has no tensor for", hint=SAME_BASE
+            f"the adapter changes {', '.join(unmatched[:MOST_NAMED])}, which the base has no tensor for",
+            hint=SAME_BASE,
         )
 
 
-def _settle_tied(
+def _resolve_ties(
     model: PreTrainedModel, groups: Mapping[str, Group], changes: Changes
 ) -> tuple[Changes, dict[str, str], bool]:
-    """Return the changes of stored tensors, the weights that get a tensor of their own, and whether any two part.
+    """Return the changes of stored tensors, the weights that get their own tensor, and whether any are untied.
 
-    Tied weights stay one if they are changed alike; head and embedding may part.
+    Tied weights stay tied if they are changed alike; head and embedding may be untied.
     """
     untied: dict[str, str] = {}
-    changes, parts = dict(changes), False
-    ends = vocabulary_weights(model)
+    changes, unties = dict(changes), False
+    vocabulary = vocabulary_weights(model)
     for one, other in (model.all_tied_weights_keys or {}).items():
         pairs = ((one, other), (other, one))
         if _are_alike(changes.get(one, ()), changes.get(other, ())):
@@ -181,29 +182,29 @@ def _settle_tied(
                 if name not in groups and tied_to in groups:
                     changes.pop(name, None)
             continue
-        if not {one, other} <= ends:
+        if not {one, other} <= vocabulary:
             raise ModelError(
-                f"{one} and {other} are one weight in the base, and the adapter changes them differently",
+                f"{one} and {other} are tied in the base, and the adapter changes them differently",
                 hint="Give both the same adapter, or serve it as an adapter.",
             )
-        parts = True
+        unties = True
         untied |= {name: tied_to for name, tied_to in pairs if name not in groups}
-    return changes, untied, parts
+    return changes, untied, unties
 
 
-def _are_alike(changes: Sequence[Weighted], others: Sequence[Weighted]) -> bool:
+def _are_alike(changes: Sequence[WeightedChange], others: Sequence[WeightedChange]) -> bool:
     return len(changes) == len(others) and all(map(_is_same, changes, others))
 
 
-def _is_same(one: Weighted, other: Weighted) -> bool:
+def _is_same(one: WeightedChange, other: WeightedChange) -> bool:
     return one.weight == other.weight and (one.change is other.change or one.change.equals(other.change))
 
 
 def _check_shapes(base: BaseModel, group: Group, known: Mapping[str, torch.Tensor]) -> None:
-    """Check that stored tensors make up parameters of the expected shapes, and that the way back gives theirs."""
+    """Check that stored tensors convert to parameters of the expected shapes, and back."""
     headers = base.tensors.headers
     if group.targets[0] in base.packed:
-        return  # by sizes of its own, which the loader's check compares
+        return  # packed sizes are checked by the loader
     index = 0 if group.num_slices else None
     for keys in group.sources.values():
         for key in keys if group.num_slices else ():
@@ -211,19 +212,19 @@ def _check_shapes(base: BaseModel, group: Group, known: Mapping[str, torch.Tenso
     stored = {key: torch.empty(headers[key].shape, device="meta") for key in group.keys_of(index)}
     made = group.forward(base.model, stored)
     for target in group.targets:
-        wanted = list(known[target].shape)
-        if target in base.grown:
-            wanted[0] = made[target].shape[0]
+        expected = list(known[target].shape)
+        if target in base.extended:
+            expected[0] = made[target].shape[0]
         if index is not None:
-            wanted[0] = 1
-        if list(made[target].shape) != wanted:
+            expected[0] = 1
+        if list(made[target].shape) != expected:
             raise ModelError(
-                f"{headers[group.keys[0]].file}: {group.keys[0]} makes up {target} of shape "
-                f"{tuple(made[target].shape)}, and config.json says {tuple(wanted)}",
+                f"{headers[group.keys[0]].file}: {group.keys[0]} gives {target} the shape "
+                f"{tuple(made[target].shape)}, and config.json says {tuple(expected)}",
                 hint="The weights belong to another config.json; download the model again as a whole.",
             )
     for key, value in group.backward(base.model, made, index).items():
-        assert tuple(value.shape) == headers[key].shape, f"{key} comes back in another shape"
+        assert tuple(value.shape) == headers[key].shape, f"{key} converts back to another shape"
 
 
 def _expect(header: TensorHeader, shape: tuple[int, ...], why: str) -> None:
@@ -242,13 +243,13 @@ class _Planner:
     dtype: MergeDtype
 
     def planned(self, name: str, header: TensorHeader, group: Group) -> PlannedTensor:
-        """Return what becomes of a tensor that a parameter is made of."""
+        """Plan a tensor of a parameter."""
         changes = {target: self.changes[target] for target in group.targets if target in self.changes}
         written = self._written_in(header, group.targets[0])
         shape = self._shape(header, group)
         if changes:
             action = Action.MERGE
-        elif self._is_restored(group):
+        elif self._is_dequantized(group):
             action = Action.DEQUANTIZE
         elif written != DTYPES.get(header.dtype) or shape != header.shape or self.base.tensors.is_pickle:
             action = Action.CAST
@@ -267,10 +268,10 @@ class _Planner:
             is_weight=self.base.is_weight(group),
         )
 
-    def left(self, name: str, header: TensorHeader) -> PlannedTensor:
-        """Return what becomes of a tensor that the text model has no part in."""
+    def unexpected(self, name: str, header: TensorHeader) -> PlannedTensor:
+        """Plan a tensor that is not part of the text model."""
         written = self._written_in(header, name)
-        # Of a dtype that is not known here, it is copied: 8-bit floats of a tower, for one.
+        # A tensor of an unknown dtype is copied, such as 8-bit floats of a tower.
         is_as_stored = written == DTYPES.get(header.dtype, written) and not self.base.tensors.is_pickle
         action = Action.COPY if is_as_stored else Action.CAST
         return PlannedTensor(
@@ -278,7 +279,7 @@ class _Planner:
         )
 
     def untied(self, name: str, tied_to: str, group: Group) -> PlannedTensor:
-        """Return the tensor of a parameter that is tied to `tied_to` in the base, and not stored apart."""
+        """Plan a parameter that is tied to `tied_to` in the base, and not stored separately."""
         header = self.base.tensors.headers[group.keys[0]]
         changes = {tied_to: self.changes[name]} if name in self.changes else {}
         return PlannedTensor(
@@ -292,8 +293,8 @@ class _Planner:
             changes=changes,
         )
 
-    def _is_restored(self, group: Group) -> bool:
-        """Whether the base has other values than its files: dequantized ones."""
+    def _is_dequantized(self, group: Group) -> bool:
+        """Return whether the base's values are dequantized, unlike those in its files."""
         names = self.base.quantized if self.kind == BaseWeights.DEQUANTIZED else self.base.packed
         return any(target in names for target in group.targets)
 
@@ -301,7 +302,7 @@ class _Planner:
         target = group.targets[0]
         if target in self.base.packed:
             return tuple(self.base.model.get_parameter(target).shape)
-        if target in self.base.grown:
+        if target in self.base.extended:
             return (self.base.num_rows or 0, *header.shape[1:])
         return header.shape
 
@@ -312,11 +313,11 @@ class _Planner:
             return stored
         if self.dtype == MergeDtype.KEEP:
             return self.base.layout.dtype if is_packed else stored
-        wanted = WRITTEN_IN[self.dtype]
-        kept: dict[str, torch.dtype] = self.base.model._get_dtype_plan(wanted)
-        return next((dtype for pattern, dtype in kept.items() if re.search(pattern, target)), wanted)
+        target_dtype = WRITTEN_IN[self.dtype]
+        fixed: dict[str, torch.dtype] = self.base.model._get_dtype_plan(target_dtype)
+        return next((dtype for pattern, dtype in fixed.items() if re.search(pattern, target)), target_dtype)
 
 
 def _safetensors(file: str) -> str:
-    """Return what a file of weights is called as safetensors."""
+    """Return the name of a file of weights as safetensors."""
     return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"

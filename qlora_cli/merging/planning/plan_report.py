@@ -1,4 +1,4 @@
-"""A plan in plain numbers."""
+"""Report a plan in plain numbers."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from qlora_cli.settings.choices import BaseWeights
 
 
 def report_of(inputs: Inputs, plan: MergePlan, output: Path, disk_bytes: int, base: BaseWeights) -> MergeReport:
-    """Return what a merge will do; `base` is what was settled on, which may be to measure it."""
+    """Return the report of a plan; `base` is the chosen one, or `auto` if it is still to be measured."""
     return MergeReport(
         output=output,
         base_model=inputs.source.base_name,
@@ -28,7 +28,7 @@ def report_of(inputs: Inputs, plan: MergePlan, output: Path, disk_bytes: int, ba
 
 
 def applied_adapters(inputs: Inputs) -> tuple[AppliedAdapter, ...]:
-    """Return the adapters, and how much each counts."""
+    """Return the adapters with their weights in the sum."""
     request = inputs.request
     return tuple(
         AppliedAdapter(

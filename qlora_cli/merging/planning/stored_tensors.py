@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read from its files one at a time: nothing else of them is in memory."""
+"""Read the tensors of a checkpoint one at a time, so that no others are in memory."""
 
 from io import RawIOBase
 from pathlib import Path
@@ -27,11 +27,11 @@ class StoredTensors:
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return a tensor, which is the caller's own."""
+        """Return a tensor, which the caller may modify."""
         return self.read(name)
 
     def read(self, name: str, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return a tensor, which is the caller's own; in `buffer`, if it is given."""
+        """Return a tensor, which the caller may modify, in `buffer` if given."""
         if self._unpickled:
             return self._unpickled[name].clone(memory_format=torch.contiguous_format)
         header = self.headers[name]
@@ -44,7 +44,7 @@ class StoredTensors:
 
 
 def not_finite(header: TensorHeader) -> ModelError:
-    """Return the error for a tensor of a base that holds what is no number."""
+    """Return the error for a tensor of a base that holds NaN or infinity."""
     return ModelError(
         f"the base holds NaN or infinite values in {header.name} (in {header.file})",
         hint=DAMAGED,
@@ -52,7 +52,7 @@ def not_finite(header: TensorHeader) -> ModelError:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor, not copied."""
+    """Return a view of the bytes of a contiguous tensor."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 

@@ -1,6 +1,6 @@
-"""What an adapter does to a parameter: the updates that PEFT adds while a model runs, as changes of its weight.
+"""Changes of a parameter by an adapter: the updates that PEFT adds in the forward pass, applied to the weight.
 
-All of it is computed in fp32, from whatever an adapter was saved in.
+They are computed in fp32, whatever dtype the adapter was saved in.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ class WeightChange(ABC):
 
     @abstractmethod
     def apply(self, weight: torch.Tensor, index: int | None = None) -> torch.Tensor:
-        """Return what `weight`, in fp32, becomes; `weight` itself may be written to."""
+        """Return the changed `weight`, in fp32; `weight` itself may be overwritten."""
 
     @property
     @abstractmethod
@@ -25,7 +25,7 @@ class WeightChange(ABC):
         """The adapter's own values."""
 
     def equals(self, other: "WeightChange") -> bool:
-        """Whether it does the same to a weight as another change does."""
+        """Return whether it changes a weight in the same way as another change."""
         if type(self) is not type(other) or _settings_of(self) != _settings_of(other):
             return False
         pairs = zip(self.tensors, other.tensors, strict=True)
@@ -37,19 +37,19 @@ def _settings_of(change: WeightChange) -> dict[str, object]:
 
 
 class Update(WeightChange):
-    """A change that adds the same to whatever the weight is."""
+    """A change that adds the same delta to any weight."""
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing is added: one of the factors is zero, as it is before training."""
+        """Whether the delta is zero, since a factor is, as before training."""
         return not all(tensor.any() for tensor in self.tensors)
 
     @abstractmethod
     def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return what is added, in fp32 and in the shape of the parameter or slice; in `buffer`, if it is given."""
+        """Return the delta in fp32, in the shape of the parameter or slice, and in `buffer` if given."""
 
     def apply(self, weight: torch.Tensor, index: int | None = None) -> torch.Tensor:
-        """Return the weight with the update."""
+        """Return the weight with the delta added."""
         return weight.add_(self.delta(index))
 
 
@@ -57,7 +57,7 @@ class Update(WeightChange):
 class LowRankUpdate(Update):
     """LoRA (arXiv 2106.09685, section 4.1): `scale * left @ right`, `(out, rank)` and `(rank, in)`.
 
-    `is_transposed`: the weight is stored as `(in, out)`, as in GPT-2's Conv1D and in embeddings.
+    With `is_transposed` the weight is stored as `(in, out)`, as in GPT-2's Conv1D and in embeddings.
     """
 
     left: torch.Tensor
@@ -72,26 +72,26 @@ class LowRankUpdate(Update):
 
     @property
     def _sides(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of what is added to the weight as it is stored."""
+        """The factors of the delta in the layout of the stored weight."""
         return (self.right.T, self.left.T) if self.is_transposed else (self.left, self.right)
 
     def equals(self, other: WeightChange) -> bool:
-        """Whether it does the same to a weight; embedding and head hold it each the other way round."""
+        """Return whether it is the same update; embedding and head store the factors transposed to each other."""
         if not isinstance(other, LowRankUpdate) or self.scale != other.scale:
             return False
         return all(torch.equal(one, two) for one, two in zip(self._sides, other._sides, strict=True))
 
     def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return the product of the factors, scaled."""
+        """Return the scaled product of the factors."""
         assert index is None, "a matrix has no slices"
-        return _product(self.left, self.right, self.scale, buffer, flips=self.is_transposed)
+        return _product(self.left, self.right, self.scale, buffer, is_transposed=self.is_transposed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Experts(Update):
-    """LoRA on the stacked weights of experts: a pair of factors for each, which PEFT keeps in two matrices.
+class ExpertUpdate(Update):
+    """LoRA on the stacked weights of experts: a pair of factors for each, which PEFT stores in two matrices.
 
-    `left` is `(out, rank * num_experts)`, the ranks of one column apart; `right` is `(num_experts * rank, in)`.
+    `left` is `(out, rank * num_experts)` with the expert as the faster index; `right` is `(num_experts * rank, in)`.
     """
 
     left: torch.Tensor
@@ -114,21 +114,21 @@ class Experts(Update):
     def _of(self, expert: int, buffer: Buffer | None) -> torch.Tensor:
         left = self.left.view(self.left.shape[0], -1, self.num_experts)[:, :, expert]
         right = self.right.view(self.num_experts, -1, self.right.shape[1])[expert]
-        return _product(left, right, self.scale, buffer, flips=self.is_transposed)
+        return _product(left, right, self.scale, buffer, is_transposed=self.is_transposed)
 
 
 def _product(
-    left: torch.Tensor, right: torch.Tensor, scale: float, buffer: Buffer | None, *, flips: bool
+    left: torch.Tensor, right: torch.Tensor, scale: float, buffer: Buffer | None, *, is_transposed: bool
 ) -> torch.Tensor:
-    """Return `scale * left @ right` in fp32, or its transpose, which is computed as such and not copied."""
-    one, other = (right.T, left.T) if flips else (left, right)
+    """Return `scale * left @ right` in fp32, or its transpose, computed directly without a copy."""
+    one, other = (right.T, left.T) if is_transposed else (left, right)
     out = None if buffer is None else buffer.lend((one.shape[0], other.shape[1]), torch.float32)
     return torch.mm(one.float(), other.float(), out=out).mul_(scale)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Added(Update):
-    """A vector that is added: the bias of a LoRA layer (`lora_bias`), scaled."""
+class AddedVector(Update):
+    """A scaled vector that is added: the bias of a LoRA layer (`lora_bias`)."""
 
     values: torch.Tensor
     scale: float
@@ -139,17 +139,17 @@ class Added(Update):
         return (self.values,)
 
     def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return the vector, scaled."""
+        """Return the scaled vector."""
         del buffer  # it is small
         assert index is None, "a vector has no slices"
         return self.values.float() * self.scale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Directed(WeightChange):
-    """DoRA (arXiv 2402.09353, section 4): the weight with its update, each row scaled to a magnitude that was trained.
+class DoraChange(WeightChange):
+    """DoRA (arXiv 2402.09353, section 4): the weight with its update, each row scaled to a trained magnitude.
 
-    `magnitude` is `(out,)`; of an embedding, whose rows are tokens, it is that of its columns.
+    `magnitude` is `(out,)`; for an embedding, whose rows are tokens, it is that of the columns.
     """
 
     update: LowRankUpdate
@@ -161,15 +161,15 @@ class Directed(WeightChange):
         return *self.update.tensors, self.magnitude
 
     def equals(self, other: WeightChange) -> bool:
-        """Whether it does the same to a weight."""
+        """Return whether it changes a weight in the same way."""
         return (
-            isinstance(other, Directed)
+            isinstance(other, DoraChange)
             and self.update.equals(other.update)
             and torch.equal(self.magnitude, other.magnitude)
         )
 
     def apply(self, weight: torch.Tensor, index: int | None = None) -> torch.Tensor:
-        """Return the weight in its new directions and magnitudes."""
+        """Return the weight with its update, scaled to the magnitudes."""
         moved = self.update.apply(weight, index)
         dim = 0 if self.update.is_transposed else 1
         factor = self.magnitude.float() / torch.linalg.norm(moved, dim=dim)
@@ -177,8 +177,8 @@ class Directed(WeightChange):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Whole(WeightChange):
-    """A parameter that was trained as a whole, and takes the place of the one that was there."""
+class WholeParameter(WeightChange):
+    """A parameter that was trained whole, and replaces that of the base."""
 
     values: torch.Tensor
 
@@ -194,7 +194,7 @@ class Whole(WeightChange):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Replaced(WeightChange):
+class ReplacedParameter(WeightChange):
     """An embedding or head that was saved with an adapter and replaces that of the base, with its `change`."""
 
     values: torch.Tensor
@@ -206,13 +206,15 @@ class Replaced(WeightChange):
         return self.values, *self.change.tensors
 
     def equals(self, other: WeightChange) -> bool:
-        """Whether it does the same to a weight."""
+        """Return whether it changes a weight in the same way."""
         return (
-            isinstance(other, Replaced) and torch.equal(self.values, other.values) and self.change.equals(other.change)
+            isinstance(other, ReplacedParameter)
+            and torch.equal(self.values, other.values)
+            and self.change.equals(other.change)
         )
 
     def apply(self, weight: torch.Tensor, index: int | None = None) -> torch.Tensor:
-        """Return the values with the change."""
+        """Return the values with the change applied."""
         del weight
         return self.change.apply(self.values.to(torch.float32, copy=True), index)
 
@@ -237,28 +239,28 @@ class RowUpdate(WeightChange):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Weighted:
-    """A change as much as it counts: with 1, all of it."""
+class WeightedChange:
+    """A change with its weight in the sum."""
 
     change: WeightChange
     weight: float = 1.0
 
     @property
     def is_update(self) -> bool:
-        """Whether it adds the same to whatever the weight is."""
+        """Whether the change is an update."""
         return isinstance(self.change, Update)
 
     def delta(self, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        """Return what is added."""
-        assert isinstance(self.change, Update), "only an update adds the same to every weight"
+        """Return the weighted delta."""
+        assert isinstance(self.change, Update), "only an update has a delta"
         delta = self.change.delta(index, buffer)
         return delta if self.weight == 1 else delta.mul_(self.weight)
 
 
 def total_delta(
-    changes: Sequence[Weighted], index: int | None = None, buffer: Buffer | None = None
+    changes: Sequence[WeightedChange], index: int | None = None, buffer: Buffer | None = None
 ) -> torch.Tensor | None:
-    """Return the sum of `changes`, all of them updates, in `buffer` if it is given; None if nothing is added."""
+    """Return the sum of `changes`, all updates, in `buffer` if given; None if all are zero."""
     changes = [one for one in changes if not (isinstance(one.change, Update) and one.change.is_zero)]
     if not changes:
         return None

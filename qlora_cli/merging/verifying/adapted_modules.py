@@ -1,8 +1,8 @@
-"""Whether each adapted module, merged, computes what it computes with the adapter on it.
+"""Check that each adapted module computes the same merged as with the adapter attached.
 
-Both get the same input: the one that reaches the module while the model runs. So the errors of the layers before do
-not add up, however deep the model is, and what lies between the two can be held against what the adapter does there,
-however little that is: a missing update is all of it, a doubled one as much again.
+Both get the same input, the one that reaches the module while the model runs. So errors of earlier layers do not
+accumulate, however deep the model is, and the difference can be compared with the adapter's effect on the module,
+however small that is: a missing or doubled update differs by the whole effect.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,25 +19,25 @@ from qlora_cli.adapters.keys import in_base
 from qlora_cli.merging.merge_result import ModuleCheck
 from qlora_cli.merging.planning.adapter_changes import Read
 
-# Of what the adapter does. A doubled update, or one that is missing, is all of it.
+# As a share of the adapter's effect. A doubled or missing update differs by all of it.
 MAX_MODULE_DIFFERENCE = 1e-2
-# Of the module's output, added to the effect: fp32 sums differ by up to 1e-6 of it, whatever the adapter does.
+# As a share of the module's output, added to the effect: fp32 sums differ by up to 1e-6 of the output.
 LEAST_EFFECT = 1e-3
 
-Place = Callable[[torch.Tensor, str], torch.Tensor]
+PlaceOnDevice = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 class ModuleWatch:
-    """Compares the adapted modules of a model while it runs; `merged` reads merged parameters, in fp32."""
+    """Compares the adapted modules of a model while it runs; `merged` returns merged parameters in fp32."""
 
     def __init__(self, merged: Read) -> None:
         self._merged = merged
-        self._found: dict[str, float] = {}
+        self._differences: dict[str, float] = {}
 
-    def attach(self, model: nn.Module, names: Mapping[int, str], place: Place) -> None:
+    def attach(self, model: nn.Module, names: Mapping[int, str], place: PlaceOnDevice) -> None:
         """Watch the adapted modules of `model`.
 
-        `names` are those of the base's parameters by their identity; `place` puts a value where the model computes.
+        `names` maps the ids of the base's parameters to names; `place` moves a value to the model's device and dtype.
         """
         for path, module in adapted_modules(model):
             inner = _without_adapter(module)
@@ -54,7 +54,7 @@ class ModuleWatch:
         name: str,
         inner: nn.Module,
         leaves: Mapping[str, str],
-        place: Place,
+        place: PlaceOnDevice,
         module: nn.Module,
         args: tuple[Any, ...],
         options: dict[str, Any],
@@ -69,34 +69,34 @@ class ModuleWatch:
         values = {leaf: place(self._merged(parameter), parameter) for leaf, parameter in leaves.items()}
         merged = functional_call(inner, values, args, options)
         difference = _norm(merged - adapted) / max(effect + LEAST_EFFECT * size, torch.finfo(torch.float32).tiny)
-        self._found[name] = max(self._found.get(name, 0.0), difference, key=_nan_last)
+        self._differences[name] = max(self._differences.get(name, 0.0), difference, key=_nan_last)
 
     def check(self) -> ModuleCheck | None:
-        """Return what was found; None if no adapted module has run."""
-        if not self._found:
+        """Return the result; None if no adapted module has run."""
+        if not self._differences:
             return None
-        worst = max(self._found, key=lambda name: _nan_last(self._found[name]))
+        worst = max(self._differences, key=lambda name: _nan_last(self._differences[name]))
         return ModuleCheck(
-            num_modules=len(self._found),
+            num_modules=len(self._differences),
             worst=worst,
-            difference=self._found[worst],
+            difference=self._differences[worst],
             max_difference=MAX_MODULE_DIFFERENCE,
             floor=MAX_MODULE_DIFFERENCE * LEAST_EFFECT,
         )
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that stand in for one of the base, by their paths; of those in each other the outermost."""
-    inside: set[int] = set()
+    """Yield the modules that wrap one of the base, by path; of nested wrappers the outermost."""
+    nested: set[int] = set()
     for path, module in model.named_modules():
-        if id(module) in inside or not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if id(module) in nested or not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
-        inside |= {id(below) for below in _inside(module)}
+        nested |= {id(inner) for inner in _nested_wrappers(module)}
         yield path, module
 
 
-def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that are the same module of the base, adapted by less."""
+def _nested_wrappers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the wrappers of the same base module within `module`."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from module.modules()
     elif isinstance(module, BaseTunerLayer):
@@ -110,7 +110,7 @@ def _without_adapter(module: nn.Module) -> nn.Module:
     if isinstance(module, AuxiliaryTrainingWrapper):
         original: nn.Module = module.original_module
         return original
-    assert isinstance(module, BaseTunerLayer), "there is no third kind"
+    assert isinstance(module, BaseTunerLayer), "there are two kinds of wrappers"
     base: nn.Module = module.get_base_layer()
     return base
 

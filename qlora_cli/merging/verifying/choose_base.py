@@ -1,4 +1,4 @@
-"""Which base to merge into: the one whose merged model is nearer to the model that was trained, measured."""
+"""Choose the base to merge into: the one whose merged model is measured to be closer to the trained model."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import BaseWeights
 
 
-def settled_base(inputs: Inputs) -> BaseChoice | None:
-    """Return what is merged into, if nothing has to be measured to know it.
+def base_choice_without_measuring(inputs: Inputs) -> BaseChoice | None:
+    """Return the base to merge into, if it is known without measuring.
 
     Raises:
-        ModelError: the base asked for is not there.
+        ModelError: the requested base does not exist.
     """
     asked = inputs.request.merge.base
     if inputs.base.packed:
         if asked == BaseWeights.ORIGINAL:
             raise ModelError(
-                f"{inputs.source.base_name} is there only quantized",
+                f"{inputs.source.base_name} is only available quantized",
                 hint="Name the 16-bit model that it was made from with --base-model, or use --base dequantized.",
                 setting="merge.base",
             )
-        return _chosen(BaseWeights.DEQUANTIZED, "the base is there only quantized")
+        return _chosen(BaseWeights.DEQUANTIZED, "the base is only available quantized")
     if not inputs.was_quantized:
         if asked == BaseWeights.DEQUANTIZED:
             raise ModelError(
@@ -46,28 +46,28 @@ def settled_base(inputs: Inputs) -> BaseChoice | None:
 
 
 def choose_base(comparer: ModelComparer, plans: Sequence[MergePlan], reporter: Reporter) -> BaseChoice:
-    """Measure how far each merge would be from the model that was trained, and return the nearer one.
+    """Measure how far each merge would be from the trained model, and return the closer one.
 
     Raises:
-        ModelError: one of them computes what is no number.
+        ModelError: one of them computes NaN.
     """
-    found: dict[BaseWeights, Divergence] = {
+    divergences: dict[BaseWeights, Divergence] = {
         plan.base: comparer.compare(comparer.trained(), comparer.planned(plan)) for plan in plans
     }
-    if any(math.isnan(one.mean_kl) for one in found.values()):
+    if any(math.isnan(one.mean_kl) for one in divergences.values()):
         raise ModelError(
-            "the model that was trained, or a merge of it, computes NaN: nothing can be measured",
+            "the trained model, or a merge of it, computes NaN: nothing can be measured",
             hint="Does the adapter still answer? Try: qlora generate RUN --prompt … --compare",
         )
-    base = min(found, key=lambda kind: found[kind].mean_kl)
-    told = ", ".join(f"{one.mean_kl:.2g} into the {kind.value} base" for kind, one in found.items())
-    reason = f"from the model that was trained, the mean KL divergence in nats a token is {told}"
+    base = min(divergences, key=lambda kind: divergences[kind].mean_kl)
+    figures = ", ".join(f"{one.mean_kl:.2g} into the {kind.value} base" for kind, one in divergences.items())
+    reason = f"the mean KL divergence from the trained model, in nats a token, is {figures}"
     reporter.report(Noted(message=f"merging into the {base.value} base: {reason}"))
     return BaseChoice(
         base=base.value,
         reason=reason,
-        original=found[BaseWeights.ORIGINAL],
-        dequantized=found[BaseWeights.DEQUANTIZED],
+        original=divergences[BaseWeights.ORIGINAL],
+        dequantized=divergences[BaseWeights.DEQUANTIZED],
     )
 
 

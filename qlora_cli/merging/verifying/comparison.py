@@ -1,4 +1,4 @@
-"""Compare the models of a merge: on the same texts and device, each with its own weights."""
+"""Compare the models of a merge on the same texts and device, each with its own weights."""
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -21,11 +21,11 @@ from qlora_cli.merging.planning.conversions import read_conversions
 from qlora_cli.merging.planning.inputs import Inputs, read_base
 from qlora_cli.merging.planning.merge_plan import Changes, MergePlan, PlannedTensor, plan_merge
 from qlora_cli.merging.planning.stored_tensors import StoredTensors
-from qlora_cli.merging.planning.weight_changes import Experts
+from qlora_cli.merging.planning.weight_changes import ExpertUpdate
 from qlora_cli.merging.verifying.adapted_modules import ModuleWatch
 from qlora_cli.merging.verifying.divergence import divergence
 from qlora_cli.merging.verifying.reread import differing_files, is_same
-from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel, check_fit
+from qlora_cli.merging.verifying.streamed import StreamedModel, WeightedAdapter, check_fit
 from qlora_cli.merging.verifying.texts import Texts, read_texts
 from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.model_files.model_config import read_config
@@ -35,13 +35,13 @@ from qlora_cli.quantization.memory_check import free_bytes
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 
-# What lies between two models is their weights then, not the rounding of every product, which in bf16 is larger.
+# So that two models differ by their weights, not by the rounding of every product, which is larger in bf16.
 COMPUTE_DTYPE = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """What was run from files: its logits, how many parameters were read, and which are other bits than planned."""
+class WrittenModel:
+    """A model run from its files: its logits, the number of parameters, and those that differ from the plan."""
 
     logits: torch.Tensor
     num_parameters: int
@@ -49,7 +49,7 @@ class Written:
 
 
 class ModelComparer:
-    """Runs the models that a merge is about over the same texts, each in one pass."""
+    """Runs the models of a merge over the same texts, each in one pass."""
 
     def __init__(self, inputs: Inputs, reporter: Reporter) -> None:
         """Choose the device and read the texts.
@@ -68,24 +68,24 @@ class ModelComparer:
 
     @property
     def runs_adapters(self) -> bool:
-        """Whether PEFT can run the adapters on their base: if not, the merge is compared with their sum."""
-        return len(self._inputs.adapters) == 1 or _run_together(self._inputs.changes)
+        """Whether PEFT can run the adapters on their base; if not, the merge is compared with their sum."""
+        return len(self._inputs.adapters) == 1 or _can_run_together(self._inputs.changes)
 
     def trained(self) -> torch.Tensor:
-        """Return the logits of the model that was trained: the base as training saw it, and the adapters on it."""
+        """Return the logits of the trained model: the base as in training, with the adapters attached."""
         if self._trained is None:
             self._trained = self.with_adapters(BaseWeights.DEQUANTIZED)
         return self._trained
 
     def reference(self, plan: MergePlan) -> torch.Tensor:
-        """Return the logits that those of the merged model are held against: of its base, the adapters on it."""
+        """Return the logits that the merged model is compared with: of its base with the adapters attached."""
         return self.trained() if plan.base == BaseWeights.DEQUANTIZED else self.with_adapters(plan.base)
 
     def with_adapters(self, kind: BaseWeights) -> torch.Tensor:
-        """Return the logits of a base with the adapters on it, as PEFT runs them.
+        """Return the logits of a base with the adapters attached, as PEFT runs them.
 
-        Several that PEFT can't run together are added in fp32 instead. Else, if the merge is to be verified,
-        each adapted module is compared with the merged one on the way.
+        Several that PEFT can't run together are summed in fp32 instead. Otherwise, if the merge is to be verified,
+        each adapted module is compared with the merged one in the same pass.
         """
         inputs = self._inputs
         if not self.runs_adapters:
@@ -94,7 +94,7 @@ class ModelComparer:
         base = Base(inputs.base, kind)
         read = base_reader(inputs.base, base)
         adapters = [
-            PlacedAdapter(adapter=adapter, weight=weight)
+            WeightedAdapter(adapter=adapter, weight=weight)
             for adapter, weight in zip(inputs.adapters, inputs.request.merge.weights, strict=True)
         ]
         watch = ModuleWatch(planned_reader(inputs.base, self.in_fp32(kind))) if inputs.request.merge.verify else None
@@ -103,16 +103,16 @@ class ModelComparer:
         return logits
 
     def modules(self, plan: MergePlan) -> ModuleCheck | None:
-        """Return how the adapted modules compared when the reference of `plan` ran."""
+        """Return the comparison of the adapted modules from the run of the reference of `plan`."""
         return self._checks.get(plan.base)
 
     def unrounded(self, plan: MergePlan) -> torch.Tensor:
-        """Return the logits of the model that `plan` would write if it were written in fp32."""
+        """Return the logits of the model that `plan` would write in fp32."""
         return self.planned(self.in_fp32(plan.base))
 
     @property
     def may_be_fp16(self) -> bool:
-        """Whether models of this kind are known to compute in fp16: some grow activations beyond its range."""
+        """Whether models of this kind can compute in fp16; in some, activations exceed its range."""
         return not self._inputs.config.config.model_type.startswith(OVERFLOWS_FP16)
 
     def in_dtype(self, plan: MergePlan, dtype: MergeDtype) -> torch.Tensor:
@@ -128,36 +128,38 @@ class ModelComparer:
         return plan_merge(inputs.base, inputs.config, inputs.changes, kind, dtype)
 
     def planned(self, plan: MergePlan) -> torch.Tensor:
-        """Return the logits of the model that `plan` would write; they are kept."""
+        """Return the logits of the model that `plan` would write; they are cached."""
         key = (plan.base, plan.dtype)
         if key not in self._planned:
             self._planned[key] = self._run_planned(plan)
         return self._planned[key]
 
     def _run_planned(self, plan: MergePlan) -> torch.Tensor:
-        written = "as it is written" if plan.dtype == self._inputs.request.merge.dtype else f"in {plan.dtype.value}"
-        self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {written}"))
+        description = "as written" if plan.dtype == self._inputs.request.merge.dtype else f"in {plan.dtype.value}"
+        self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {description}"))
         inputs = self._inputs
         config = deepcopy(inputs.config.config)
         if plan.unties:
             config.tie_word_embeddings = False
         return self._logits(config, planned_reader(inputs.base, plan))
 
-    def written(self, directory: Path, plan: MergePlan) -> "Written":
-        """Return the logits of the model in a directory, and what of it is not as `plan` would write it."""
-        expected = cast_once_reader(self._inputs.base, plan, self.in_fp32(plan.base))
+    def written(self, directory: Path, plan: MergePlan) -> "WrittenModel":
+        """Return the logits of the model in a directory, and the parameters that differ from `plan`."""
+        expected = exact_reader(self._inputs.base, plan, self.in_fp32(plan.base))
         compared, differing = [], list(differing_files(directory, self._inputs, plan))
         read, config = self._file_reader(directory)
 
         def read_and_compare(name: str) -> torch.Tensor:
-            value, wanted = read(name), expected(name)
+            value, planned_value = read(name), expected(name)
             compared.append(name)
-            if not is_same(value, wanted):
+            if not is_same(value, planned_value):
                 differing.append(name)
             return value
 
         logits = self._logits(config, read_and_compare)
-        return Written(logits=logits, num_parameters=len(set(compared)), differing=tuple(dict.fromkeys(differing)))
+        return WrittenModel(
+            logits=logits, num_parameters=len(set(compared)), differing=tuple(dict.fromkeys(differing))
+        )
 
     def stored(self, directory: Path) -> torch.Tensor:
         """Return the logits of the model in a directory."""
@@ -182,7 +184,7 @@ class ModelComparer:
         return _with_ties(read, by_name, model.all_tied_weights_keys or {}), config.config
 
     def quantized(self, directory: Path) -> torch.Tensor:
-        """Return the logits of a model that was written in 4 bit: those of its weights, dequantized."""
+        """Return the logits of a model that was written in 4 bit, with dequantized weights."""
         self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
         found = read_found(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
         checkpoint = read_checkpoint(directory, allow_pickle=False)
@@ -190,14 +192,14 @@ class ModelComparer:
         return self._logits(found.base.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
 
     def compare(self, reference: torch.Tensor, other: torch.Tensor) -> Divergence:
-        """Return how far logits are from those of a reference."""
+        """Return the divergence of logits from those of a reference."""
         return divergence(reference, other, self.texts.targets)
 
     def _logits(
         self,
         config: PreTrainedConfig,
         read: Read,
-        adapters: Sequence[PlacedAdapter] = (),
+        adapters: Sequence[WeightedAdapter] = (),
         watch: ModuleWatch | None = None,
     ) -> torch.Tensor:
         model = StreamedModel(
@@ -223,10 +225,10 @@ class ModelComparer:
         return model.logits(*self.texts.batch(self._inputs.tokenizer.tokenizer.pad_token_id))
 
 
-def _run_together(changes: Changes) -> bool:
-    """Whether PEFT can run several adapters at once: not with what trained whole, nor with experts of one of them."""
+def _can_run_together(changes: Changes) -> bool:
+    """Return whether PEFT can run several adapters at once: not with modules trained whole, nor with experts."""
     return all(
-        one.is_update and not isinstance(one.change, Experts) for all_of_it in changes.values() for one in all_of_it
+        one.is_update and not isinstance(one.change, ExpertUpdate) for several in changes.values() for one in several
     )
 
 
@@ -235,7 +237,7 @@ def _source(directory: Path) -> ModelSource:
 
 
 def base_reader(model: BaseModel, base: Base) -> Read:
-    """Return what reads the parameters of a base."""
+    """Return a function that reads the parameters of a base."""
     groups = parameter_groups(model.groups)
     return _with_ties(
         lambda name: base.parameters(groups[name])[name], groups, model.model.all_tied_weights_keys or {}
@@ -243,40 +245,40 @@ def base_reader(model: BaseModel, base: Base) -> Read:
 
 
 def planned_reader(model: BaseModel, plan: MergePlan) -> Read:
-    """Return what reads the parameters that `plan` would write, in the dtype that they would be written in."""
+    """Return a function that computes the parameters that `plan` would write, in the dtype of the files."""
     base, groups = Base(model, plan.base), parameter_groups(model.groups)
-    apart = {tensor.name: tensor for tensor in plan.tensors if _is_apart(model, tensor)}
+    untied = {tensor.name: tensor for tensor in plan.tensors if _is_untied(model, tensor)}
     written = {target: tensor.dtype for tensor in plan.tensors if tensor.group for target in tensor.group.targets}
     changes: dict[str, Changes] = {
         target: tensor.changes
         for tensor in plan.tensors
-        if tensor.group is not None and tensor.name not in apart
+        if tensor.group is not None and tensor.name not in untied
         for target in tensor.group.targets
     }
 
     def read(name: str) -> torch.Tensor:
-        if name in apart:
-            planned = apart[name]
-            assert planned.group is not None, "it is made of the tensors of the weight that it is tied to"
+        if name in untied:
+            planned = untied[name]
+            assert planned.group is not None, "it uses the tensors of the weight that it is tied to"
             tied_to = planned.group.targets[0]
             return merged(base.parameters(planned.group)[tied_to], planned.changes.get(tied_to, ()), planned.dtype)
         value = base.parameters(groups[name])[name]
         return merged(value, changes[name].get(name, ()), written[name])
 
-    return _with_ties(read, groups.keys() | apart.keys(), model.model.all_tied_weights_keys or {})
+    return _with_ties(read, groups.keys() | untied.keys(), model.model.all_tied_weights_keys or {})
 
 
-def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> Read:
-    """Return what reads the parameters as they must be in the files of `plan`.
+def exact_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> Read:
+    """Return a function that computes the exact parameters for the files of `plan`.
 
-    What an adapter changes is the merge in fp32, cast once by torch: so a value that was rounded on the way, or twice,
-    is another. What none changes is as the base has it.
+    A parameter that an adapter changes is the merge in fp32, cast once: a value that was rounded earlier, or twice,
+    differs. Any other is that of the base.
     """
     as_planned, exact = planned_reader(model, plan), planned_reader(model, in_fp32)
     changed = {
         target: tensor.dtype
         for tensor in plan.tensors
-        for target in ([tensor.name] if _is_apart(model, tensor) else tensor.changes)
+        for target in ([tensor.name] if _is_untied(model, tensor) else tensor.changes)
         if tensor.changes
     }
 
@@ -284,17 +286,17 @@ def cast_once_reader(model: BaseModel, plan: MergePlan, in_fp32: MergePlan) -> R
         return exact(name).to(changed[name]) if name in changed else as_planned(name)
 
     known = {target for tensor in plan.tensors if tensor.group is not None for target in tensor.group.targets}
-    apart = {tensor.name for tensor in plan.tensors if _is_apart(model, tensor)}
-    return _with_ties(read, known | apart, model.model.all_tied_weights_keys or {})
+    untied = {tensor.name for tensor in plan.tensors if _is_untied(model, tensor)}
+    return _with_ties(read, known | untied, model.model.all_tied_weights_keys or {})
 
 
-def _is_apart(model: BaseModel, tensor: PlannedTensor) -> bool:
-    """Whether it is of a parameter that the base has no tensor of its own for."""
+def _is_untied(model: BaseModel, tensor: PlannedTensor) -> bool:
+    """Return whether the tensor is of a parameter for which the base has no separate tensor."""
     return tensor.name not in model.tensors.headers
 
 
 def _with_ties(read: Read, known: Collection[str], tied: Mapping[str, str]) -> Read:
-    """Return what reads a parameter by its own name, or by that of one which it is one with."""
+    """Return a function that reads a parameter by its own name or by that of a tied one."""
     ties = {**{other: one for one, other in tied.items()}, **tied}
 
     def read_any(name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What lies in the files, against what was planned: names, dtypes and shapes, and what no parameter is made of."""
+"""Compare the files with the plan: names, dtypes and shapes, and the values of tensors outside the model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +16,9 @@ PIECE_BYTES = 1024**2
 
 
 def differing_files(directory: Path, inputs: Inputs, plan: MergePlan) -> Iterator[str]:
-    """Yield the names of tensors in `directory` that are missing, too many, or not what `plan` says.
+    """Yield the names of tensors in `directory` that are missing, unexpected, or not as in `plan`.
 
-    Of those that parameters are made of, only dtype and shape are looked at: their values are compared when they run.
+    For tensors of parameters only dtype and shape are compared: their values are compared when the model runs.
     """
     checkpoint = read_checkpoint(directory, allow_pickle=False)
     written, planned = checkpoint.tensors, {tensor.name: tensor for tensor in plan.tensors}
@@ -35,10 +35,10 @@ def _is_as_planned(
     dtype = planned.header.dtype if planned.action == Action.COPY else NAMES[planned.dtype]
     if (header.dtype, tuple(header.shape)) != (dtype, tuple(planned.shape)):
         return False
-    return planned.group is not None or _is_left_as_it_was(directory, header, planned, inputs, tensors)
+    return planned.group is not None or _is_unchanged(directory, header, planned, inputs, tensors)
 
 
-def _is_left_as_it_was(
+def _is_unchanged(
     directory: Path, header: TensorHeader, planned: PlannedTensor, inputs: Inputs, tensors: StoredTensors
 ) -> bool:
     if planned.action == Action.COPY:
@@ -49,7 +49,7 @@ def _is_left_as_it_was(
 
 
 def _are_same_bytes(file: Path, header: TensorHeader, other_file: Path, other: TensorHeader) -> bool:
-    """Whether two tensors are the same bytes, also of a dtype that torch does not know."""
+    """Return whether two tensors have the same bytes, also in a dtype that torch does not know."""
     with file.open("rb") as one, other_file.open("rb") as two:
         one.seek(header.offset)
         two.seek(other.offset)
@@ -63,7 +63,7 @@ def _are_same_bytes(file: Path, header: TensorHeader, other_file: Path, other: T
 
 
 def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same to the bit: a negative zero is not a zero."""
+    """Return whether two tensors are bitwise equal: a negative zero differs from zero."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     flat = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))

@@ -1,8 +1,7 @@
-"""Run a model that need not fit into memory: each layer's weights are loaded before it runs, and freed after.
+"""Run a model that need not fit into memory: each layer's weights are loaded before it runs, and freed afterwards.
 
-The model is built with its weights on the meta device. Before a layer runs, its weights are asked for; after it, they
-are let go. So a pass needs one layer, and the same code measures what lies in files, what a merge would write, and the
-base with the adapter on it, as PEFT runs it.
+The model is built on the meta device. A pass needs the weights of one layer at a time, and the same code runs a model
+from files, the result of a planned merge, and the base with the adapter attached, as PEFT runs it.
 """
 
 import re
@@ -29,8 +28,8 @@ from qlora_cli.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedAdapter:
-    """An adapter on its base, and its weight in the sum."""
+class WeightedAdapter:
+    """An adapter with its weight in the sum."""
 
     adapter: AdapterChanges
     weight: float = 1.0
@@ -38,15 +37,15 @@ class PlacedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where a weight goes while a unit runs: the module that holds it, by what name, and what it is called."""
+    """The module and attribute that hold a weight while a unit runs, and the weight's full name."""
 
     module: nn.Module
-    leaf: str
+    attribute: str
     name: str
 
 
 class StreamedModel:
-    """A model whose weights `read` gives by their full names."""
+    """A model whose weights `read` returns by full name."""
 
     def __init__(
         self,
@@ -55,14 +54,14 @@ class StreamedModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        adapters: Sequence[PlacedAdapter] = (),
+        adapters: Sequence[WeightedAdapter] = (),
         watch: ModuleWatch | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Build it; `watch` compares the adapted modules while it runs."""
+        """Build the model; `watch` compares the adapted modules while it runs."""
         self._read, self._device, self._dtype = read, device, dtype
         self._base = _empty(config, dtype, trust_remote_code=trust_remote_code)
-        self._kept: dict[str, torch.dtype] = self._base._get_dtype_plan(dtype)
+        self._fixed_dtypes: dict[str, torch.dtype] = self._base._get_dtype_plan(dtype)
         names = {id(parameter): name for name, parameter in self._base.named_parameters()}
         units = unit_paths(self._base)
         self._fill_buffers()
@@ -74,7 +73,7 @@ class StreamedModel:
         self._modules = [self._module(path) for path, _ in units]
         if watch is not None:
             watch.attach(self._model, names, self._placed)
-        self._hold_places()
+        self._fill_placeholders()
         self._model.eval()
 
     def _module(self, path: str) -> nn.Module:
@@ -86,40 +85,40 @@ class StreamedModel:
         for name, buffer in self._base.named_buffers():
             if name in saved:
                 buffer.copy_(self._read(name))
-        for module in self._base.modules():  # parameters stay where they are: nowhere
+        for module in self._base.modules():  # parameters stay on the meta device
             for name, held in module._buffers.items():
                 if held is not None:
                     module._buffers[name] = held.to(self._device)
 
-    def _hold_places(self) -> None:
-        """Put something on the device where weights will be: some models send their input to where a weight is.
+    def _fill_placeholders(self) -> None:
+        """Put placeholders for weights on the device: some models move their input to the device of a weight.
 
-        It takes no memory, and whatever reads it while its unit does not run computes NaN.
+        They take no memory, and anything that reads them outside their unit computes NaN.
         """
         nothing = torch.tensor(torch.nan, device=self._device, dtype=self._dtype)
         for slot in (slot for slots in self._units for slot in slots):
-            shape = slot.module._parameters[slot.leaf].shape  # type: ignore[union-attr] # a slot is of a weight
-            slot.module._parameters[slot.leaf] = nn.Parameter(nothing.expand(shape), requires_grad=False)
+            shape = slot.module._parameters[slot.attribute].shape  # type: ignore[union-attr] # a slot holds a weight
+            slot.module._parameters[slot.attribute] = nn.Parameter(nothing.expand(shape), requires_grad=False)
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the logits at each token that counts, `(tokens, vocabulary)` in fp32 on the CPU.
+        """Return the logits at each unmasked token, `(tokens, vocabulary)` in fp32 on the CPU.
 
         `ids` and `mask` are `(rows, seq)`, padded on the right.
         """
-        with _streaming(self._modules, self._units, self._put):
+        with _streaming(self._modules, self._units, self._load):
             output = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False)
-        found: torch.Tensor = output.logits[mask.bool().to(self._device)].float().cpu()
-        return found
+        logits: torch.Tensor = output.logits[mask.bool().to(self._device)].float().cpu()
+        return logits
 
-    def _put(self, slot: Slot) -> torch.Tensor:
+    def _load(self, slot: Slot) -> torch.Tensor:
         value = self._replaced[slot.name] if slot.name in self._replaced else self._read(slot.name)
         return self._placed(value, slot.name)
 
     def _placed(self, value: torch.Tensor, name: str) -> torch.Tensor:
-        """Return the value of the parameter `name` where it is computed with, in the dtype that it is computed in."""
-        kept = next((dtype for pattern, dtype in self._kept.items() if re.search(pattern, name)), self._dtype)
-        return value.to(self._device, kept)
+        """Return the value of the parameter `name` on the device and in the dtype of the computation."""
+        dtype = next((dtype for pattern, dtype in self._fixed_dtypes.items() if re.search(pattern, name)), self._dtype)
+        return value.to(self._device, dtype)
 
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -131,9 +130,9 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: b
 
 
 def unit_paths(model: nn.Module) -> list[tuple[str, bool]]:
-    """Return the modules that get their weights at once, and whether with all that is below them.
+    """Return the modules that get their weights at once, and whether including their submodules.
 
-    Those are the layers, and whatever holds a weight outside of them.
+    These are the layers, and modules with weights outside of them.
     """
     units: list[tuple[str, bool]] = []
     layers: list[str] = []
@@ -149,7 +148,7 @@ def unit_paths(model: nn.Module) -> list[tuple[str, bool]]:
 
 
 def check_fit(model: nn.Module, dtype: torch.dtype, free_bytes: int) -> None:
-    """Check that the largest unit of `model` fits in memory, twice: as it was read, and as it is computed with.
+    """Check that the largest unit of `model` fits in memory twice: as read, and as computed with.
 
     Raises:
         OutOfMemoryError: it does not.
@@ -163,7 +162,7 @@ def check_fit(model: nn.Module, dtype: torch.dtype, free_bytes: int) -> None:
 
 
 def largest_unit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return what the weights of the largest unit take in `dtype`: those are in memory at a time."""
+    """Return the bytes in `dtype` of the largest unit, whose weights are in memory at once."""
     units = [(model.get_submodule(path), deep) for path, deep in unit_paths(model)]
     sizes = [sum(weight.numel() for weight in unit.parameters(recurse=deep)) for unit, deep in units]
     return dtype.itemsize * max(sizes, default=0)
@@ -172,29 +171,29 @@ def largest_unit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 def _slots(module: nn.Module, names: dict[int, str], *, deep: bool) -> list[Slot]:
     holders = module.modules() if deep else [module]
     return [
-        Slot(module=holder, leaf=leaf, name=names[id(parameter)])
+        Slot(module=holder, attribute=attribute, name=names[id(parameter)])
         for holder in holders
-        for leaf, parameter in holder._parameters.items()
+        for attribute, parameter in holder._parameters.items()
         if parameter is not None and id(parameter) in names
     ]
 
 
 @contextmanager
 def _streaming(
-    modules: Collection[nn.Module], units: Collection[list[Slot]], put: Callable[[Slot], torch.Tensor]
+    modules: Collection[nn.Module], units: Collection[list[Slot]], load: Callable[[Slot], torch.Tensor]
 ) -> Iterator[None]:
-    """Give each of `modules` the weights of its unit while it runs."""
+    """Load the weights of each unit while its module runs."""
     handles = []
     for module, slots in zip(modules, units, strict=True):
-        empty = [(slot, slot.module._parameters[slot.leaf]) for slot in slots]
+        empty = [(slot, slot.module._parameters[slot.attribute]) for slot in slots]
 
         def fill(_: nn.Module, __: Any, slots: list[Slot] = slots) -> None:
             for slot in slots:
-                slot.module._parameters[slot.leaf] = nn.Parameter(put(slot), requires_grad=False)
+                slot.module._parameters[slot.attribute] = nn.Parameter(load(slot), requires_grad=False)
 
         def clear(_: nn.Module, __: Any, ___: Any, empty: list[tuple[Slot, nn.Parameter | None]] = empty) -> None:
             for slot, parameter in empty:
-                slot.module._parameters[slot.leaf] = parameter
+                slot.module._parameters[slot.attribute] = parameter
 
         handles += [module.register_forward_pre_hook(fill), module.register_forward_hook(clear, always_call=True)]
     try:
@@ -205,9 +204,9 @@ def _streaming(
 
 
 def _attach(
-    base: PreTrainedModel, adapters: Sequence[PlacedAdapter], names: dict[int, str], device: torch.device
+    base: PreTrainedModel, adapters: Sequence[WeightedAdapter], names: dict[int, str], device: torch.device
 ) -> tuple[PeftModel, dict[str, torch.Tensor]]:
-    """Return `base` with adapters, whose own weights are in memory, and what of the base they take the place of."""
+    """Attach adapters, with weights in memory, to `base`; return it with the base parameters that they replace."""
     model: PeftModel | None = None
     replaced: dict[str, torch.Tensor] = {}
     labels = [f"adapter_{number}" for number in range(len(adapters))]
@@ -234,19 +233,19 @@ def _attach(
 
 
 def _fill(model: PeftModel, label: str, values: Mapping[str, torch.Tensor]) -> None:
-    """Give an adapter its values, but for those of parameters of the base, such as biases.
+    """Set the values of an adapter, except those of parameters of the base, such as biases.
 
-    Not by PEFT's own way, which renames some once more and then loses them.
+    PEFT's own function is not used: it renames some keys a second time and then loses them.
     """
-    rooms = get_peft_model_state_dict(model, adapter_name=label, save_embedding_layers=False)
+    parameters = get_peft_model_state_dict(model, adapter_name=label, save_embedding_layers=False)
     for key, value in values.items():
-        rooms[key].copy_(value)
+        parameters[key].copy_(value)
 
 
 def _materialize(model: PeftModel, names: dict[int, str], device: torch.device) -> None:
     """Allocate the parameters of adapters in fp32; the base stays empty."""
     for module in model.modules():
-        for leaf, parameter in module._parameters.items():
+        for attribute, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and id(parameter) not in names:
                 values = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-                module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+                module._parameters[attribute] = nn.Parameter(values, requires_grad=False)

@@ -1,4 +1,4 @@
-"""What models are compared on: fixed prompts, and a few rows of what was trained on."""
+"""The texts that models are compared on: fixed prompts, and a few rows of the training data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Texts:
 
     @property
     def num_rows(self) -> int:
-        """How many of the rows are of the data."""
+        """The number of rows from the data."""
         return len(self.rows) - self.num_prompts
 
     def batch(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,9 +45,9 @@ class Texts:
         longest = max(map(len, self.rows))
         ids = torch.full((len(self.rows), longest), pad_id)
         mask = torch.zeros_like(ids)
-        for place, row in enumerate(self.rows):
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
+        for index, row in enumerate(self.rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
         return ids, mask
 
     @property
@@ -57,18 +57,18 @@ class Texts:
 
 
 def read_texts(tokenizer: LoadedTokenizer, record: RunRecord | None, vocabulary: int, reporter: Reporter) -> Texts:
-    """Return the prompts and, of a run, a few rows of its data, as many tokens as logits fit in memory."""
+    """Return the prompts and, for a run, a few rows of its data, limited by the memory of the logits."""
     prompts = [_tokens(tokenizer.tokenizer, text) for text in PROMPTS]
     rows = [] if record is None else _rows_of_run(tokenizer, record, reporter)
     left = max(len(PROMPTS) * 16, MOST_LOGIT_BYTES // (4 * vocabulary))
     chosen: list[tuple[int, ...]] = []
     num_prompts = 0
-    for place, row in enumerate([*prompts, *rows]):
+    for index, row in enumerate([*prompts, *rows]):
         row = row[: min(MOST_TOKENS, left)]
         if len(row) < 2 or max(row) >= vocabulary:
             continue
         chosen.append(tuple(row))
-        num_prompts += place < len(prompts)
+        num_prompts += index < len(prompts)
         left -= len(row)
     return Texts(rows=tuple(chosen), num_prompts=num_prompts)
 
@@ -80,15 +80,15 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
 
 
 def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Reporter) -> list[Sequence[int]]:
-    """Return rows of the run's data as they were trained, if the data can still be read here."""
+    """Return rows of the run's data as in training, if the data can still be read."""
     try:
         settings = DataSettings.model_validate(record.settings_of("data", "which data it was trained on"))
-        few = with_values(settings, on_bad_row=OnBadRow.SKIP)
+        first_rows = with_values(settings, on_bad_row=OnBadRow.SKIP)
         text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
         name = settings.dataset[0]
         source = find_dataset(first_local(map(str, record.candidate_paths(name))) or name, settings.split)
-        found = tokenize_source(source, settings.split, few, text, record.seed or 0, max_rows=NUM_ROWS)
+        tokenized = tokenize_source(source, settings.split, first_rows, text, record.seed or 0, max_rows=NUM_ROWS)
     except (QloraError, ValidationError) as error:
         reporter.report(Noted(message=f"the run's data can't be read here ({error}): compared on fixed prompts only"))
         return []
-    return [row["input_ids"] for row in found.dataset]
+    return [row["input_ids"] for row in tokenized.dataset]

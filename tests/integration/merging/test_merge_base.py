@@ -20,7 +20,7 @@ from qlora_cli.loading.save import save_quantized
 from qlora_cli.merging.planning.base_weights import Base, parameter_groups
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import plan_merge
-from qlora_cli.merging.verifying.choose_base import choose_base, settled_base
+from qlora_cli.merging.verifying.choose_base import base_choice_without_measuring, choose_base
 from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from tests.support.loading import copy_tokenizer, load, save_model
@@ -224,8 +224,8 @@ def test_merged_it_is_a_16_bit_model_that_plain_transformers_loads(prequantized:
 
 
 def test_what_is_there_only_quantized_is_refused_as_original(prequantized: Case) -> None:
-    with pytest.raises(ModelError, match="is there only quantized") as caught:
-        settled_base(prequantized.inputs(base=BaseWeights.ORIGINAL))
+    with pytest.raises(ModelError, match="is only available quantized") as caught:
+        base_choice_without_measuring(prequantized.inputs(base=BaseWeights.ORIGINAL))
     assert "--base-model" in str(caught.value.hint)
 
 
@@ -236,7 +236,7 @@ def test_auto_measures_both_and_takes_the_nearer(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", vocab_size=ROWS)
     case = trained(base, tmp_path)
     inputs = case.inputs(base=BaseWeights.AUTO)
-    assert settled_base(inputs) is None
+    assert base_choice_without_measuring(inputs) is None
     comparer = ModelComparer(inputs, SilentReporter())
     for dtype in (MergeDtype.KEEP, MergeDtype.FP32):
         kinds = (BaseWeights.DEQUANTIZED, BaseWeights.ORIGINAL)

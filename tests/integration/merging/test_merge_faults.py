@@ -104,7 +104,7 @@ def test_a_base_that_has_a_tensor_twice_is_refused(other: Path) -> None:
 def test_a_tensor_that_no_rule_covers_is_an_error(other: Path) -> None:
     change(other.parent / "base" / WEIGHTS, lambda tensors: tensors.update({"model.extra.weight": torch.ones(4)}))
     told = refused(other, "--output", other.parent / "out")
-    assert "holds model.extra.weight (in model.safetensors), which its config.json has no place for" in told
+    assert "holds model.extra.weight (in model.safetensors), which its config.json does not describe" in told
 
 
 def test_the_base_of_a_run_must_be_the_one_that_it_was_trained_on(own: Path) -> None:
@@ -143,7 +143,7 @@ def test_only_what_is_there_can_be_the_original(other: Path, tmp_path: Path) -> 
     save_quantized(load(other.parent / "base"), tmp_path / "packed", Recorder())
     output = ("--output", tmp_path / "out")
     told = refused(other, "--base-model", tmp_path / "packed", "--base", "original", *output)
-    assert "is there only quantized" in told
+    assert "is only available quantized" in told
     found = merged(other, "--base-model", tmp_path / "packed", *output)
     assert found["base"] == "dequantized"
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_cli.merging.output_formats import Formats
+from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.merging.verifying import comparison
 from qlora_cli.merging.verifying.streamed import StreamedModel
 from qlora_cli.settings.choices import ExportFormat
@@ -220,7 +220,7 @@ def test_all_files_of_the_format_that_was_asked_for_first_are_pushed(
 ) -> None:
     others = tuple(other for other in ExportFormat if other != name)
     request = merge_settings(run, formats=(name, *others), llama_cpp=CONVERTER)
-    place, patterns = Formats.of(request).pushed(formats[0])
+    place, patterns = RequestedFormats.of(request).pushed(formats[0])
     assert place == formats[0] / name.value
     left_out = [path.name for path in place.iterdir() if not any(path.match(pattern) for pattern in patterns)]
     assert left_out == []
@@ -231,7 +231,7 @@ def test_a_format_that_is_quantized_again_and_not_compared_says_so(run: Path, tm
         run, "--output", tmp_path / "out", *GGUF, "--gguf-type", "q8_0", "--no-verify", "--base", "original"
     )
     assert found["requantized"] == {"gguf": {"to": "Q8_0", "divergence": None}}
-    assert "| quantized again | to Q8_0: not compared |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| requantized | to Q8_0: not compared |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_4_bit_model_does_not_tell_where_it_was_made(formats: tuple[Path, dict[str, Any]]) -> None:
@@ -290,7 +290,7 @@ def test_what_is_missing_for_a_format_is_said_before_anything_is_merged(
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     output = ("--output", tmp_path / "out")
     assert "git clone" in refused(run, *output, "--format", "gguf")
-    assert "is not there" in refused(run, *output, "--format", "gguf", "--llama-cpp", tmp_path / "none")
+    assert "does not exist" in refused(run, *output, "--format", "gguf", "--llama-cpp", tmp_path / "none")
 
 
 def test_the_class_of_the_tokenizer_is_called_what_the_base_calls_it(run: Path, tmp_path: Path) -> None:

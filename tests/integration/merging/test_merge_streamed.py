@@ -16,7 +16,7 @@ from qlora_cli.merging.planning.adapter_changes import Read
 from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
-from qlora_cli.merging.verifying.streamed import PlacedAdapter, StreamedModel, check_fit, largest_unit_bytes
+from qlora_cli.merging.verifying.streamed import StreamedModel, WeightedAdapter, check_fit, largest_unit_bytes
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import BaseWeights
@@ -68,7 +68,7 @@ def test_never_more_than_one_layer_is_in_memory(llama: Path, tmp_path: Path) -> 
     adapter = save(on_plain(llama, config_of()), tmp_path / "adapter")
     inputs, _ = planned(request_of(adapter))
     handed = Handed(base_reader(inputs.base, Base(inputs.base, BaseWeights.ORIGINAL)))
-    model = streamed(inputs, handed, adapters=[PlacedAdapter(adapter=one) for one in inputs.adapters])
+    model = streamed(inputs, handed, adapters=[WeightedAdapter(adapter=one) for one in inputs.adapters])
     largest_bytes = largest_unit_bytes(inputs.base.model, torch.float32)
     assert largest_bytes < sum(parameter.nbytes for parameter in plain(llama).parameters()) / 2
     model.logits(IDS, torch.ones_like(IDS))

@@ -89,7 +89,7 @@ def test_a_place_that_has_none_is_an_error_though_the_path_has_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(tmp_path / "bin")
-    with pytest.raises(MissingDependencyError, match=r"merge.llama_cpp: .*nowhere is not there"):
+    with pytest.raises(MissingDependencyError, match=r"merge.llama_cpp: .*nowhere does not exist"):
         find_converter(tmp_path / "nowhere")
     with pytest.raises(MissingDependencyError, match=f"merge.llama_cpp: .* holds no {SCRIPT}"):
         find_converter(tmp_path)

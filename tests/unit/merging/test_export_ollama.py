@@ -97,7 +97,7 @@ def test_the_token_that_ends_a_turn_stops_though_no_config_names_it(model: Path,
     recorder = Recorder()
     export = write_modelfile(model, tmp_path / "Modelfile", source="./a.gguf", reporter=recorder)
     assert set(export.stops) == {"<eos>", "<end_of_turn>"}
-    assert "takes away white space" in notes(recorder)
+    assert "strips white space" in notes(recorder)
 
 
 def test_sampling_is_as_in_the_generation_config(model: Path, tmp_path: Path) -> None:

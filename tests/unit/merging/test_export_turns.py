@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.exports.go_template import go_template, literal
-from qlora_cli.merging.exports.template_turns import SystemPlace, derive_turns, trims, writes_bos
+from qlora_cli.merging.exports.template_turns import SystemPosition, derive_turns, strips_contents, writes_bos
 from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_tokenizer
 
 # In the style of templates that are about; by the family whose tokens they use.
@@ -59,21 +59,21 @@ AWKWARD = (
     "{{ '\"\"\"\"' }}\n{% endfor %}{% if add_generation_prompt %}{{ '{{ answer' }} {% endif %}"
 )
 TEMPLATES = {
-    "chatml": ("chatml", CHATML, SystemPlace.OWN_TURN),
-    "llama": ("llama", FAMILIES["llama"][0], SystemPlace.OWN_TURN),
-    "gemma": ("gemma", FAMILIES["gemma"][0], SystemPlace.FIRST_USER),
-    "mistral": ("mistral", FAMILIES["mistral"][0], SystemPlace.FIRST_USER),
-    "default system": ("chatml", DEFAULT_SYSTEM, SystemPlace.OWN_TURN),
-    "always a system turn": ("llama", ALWAYS_A_SYSTEM_TURN, SystemPlace.OWN_TURN),
-    "bos each turn": ("mistral", BOS_EACH_TURN, SystemPlace.FIRST_USER),
-    "system before the last user": ("mistral", SYSTEM_BEFORE_THE_LAST_USER, SystemPlace.LAST_USER),
-    "eos instead of a question": ("chatml", EOS_INSTEAD_OF_A_QUESTION, SystemPlace.OWN_TURN),
-    "lines of its own": ("mistral", LINES_OF_ITS_OWN, SystemPlace.OWN_TURN),
-    "no system": ("gemma", NO_SYSTEM, SystemPlace.NOWHERE),
-    "system left out": ("chatml", SYSTEM_LEFT_OUT, SystemPlace.NOWHERE),
-    "thinking": ("chatml", THINKING, SystemPlace.OWN_TURN),
-    "reasoning in the last answer": ("chatml", REASONING, SystemPlace.OWN_TURN),
-    "awkward": ("chatml", AWKWARD, SystemPlace.OWN_TURN),
+    "chatml": ("chatml", CHATML, SystemPosition.OWN_TURN),
+    "llama": ("llama", FAMILIES["llama"][0], SystemPosition.OWN_TURN),
+    "gemma": ("gemma", FAMILIES["gemma"][0], SystemPosition.FIRST_USER),
+    "mistral": ("mistral", FAMILIES["mistral"][0], SystemPosition.FIRST_USER),
+    "default system": ("chatml", DEFAULT_SYSTEM, SystemPosition.OWN_TURN),
+    "always a system turn": ("llama", ALWAYS_A_SYSTEM_TURN, SystemPosition.OWN_TURN),
+    "bos each turn": ("mistral", BOS_EACH_TURN, SystemPosition.FIRST_USER),
+    "system before the last user": ("mistral", SYSTEM_BEFORE_THE_LAST_USER, SystemPosition.LAST_USER),
+    "eos instead of a question": ("chatml", EOS_INSTEAD_OF_A_QUESTION, SystemPosition.OWN_TURN),
+    "lines of its own": ("mistral", LINES_OF_ITS_OWN, SystemPosition.OWN_TURN),
+    "no system": ("gemma", NO_SYSTEM, SystemPosition.NOWHERE),
+    "system left out": ("chatml", SYSTEM_LEFT_OUT, SystemPosition.NOWHERE),
+    "thinking": ("chatml", THINKING, SystemPosition.OWN_TURN),
+    "reasoning in the last answer": ("chatml", REASONING, SystemPosition.OWN_TURN),
+    "awkward": ("chatml", AWKWARD, SystemPosition.OWN_TURN),
 }
 SYSTEM = ("system", "Be brief.")
 QUESTION = ("user", "What is «2 + 2»?\nShow it.")
@@ -98,10 +98,10 @@ def test_the_turns_make_the_prompts_that_the_template_makes(name: str, drops_bos
     family, template, place = TEMPLATES[name]
     tokenizer = tokenizer_with(family, template)
     turns = derive_turns(tokenizer, drops_bos=drops_bos)
-    assert turns.place == place
+    assert turns.system_position == place
     for conversation in CONVERSATIONS:
         assert turns.render(conversation) == by_jinja(tokenizer, conversation)
-        if place != SystemPlace.NOWHERE:
+        if place != SystemPosition.NOWHERE:
             with_system = [SYSTEM, *conversation]
             assert turns.render(with_system) == by_jinja(tokenizer, with_system)
 
@@ -124,7 +124,7 @@ def test_bos_that_begins_each_turn_is_dropped_before_the_first_only() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_template_that_trims_contents_is_found_out(family: str) -> None:
     tokenizer = make_tokenizer(family).tokenizer
-    assert trims(tokenizer, derive_turns(tokenizer, drops_bos=True)) == (family in TRIMS)
+    assert strips_contents(tokenizer, derive_turns(tokenizer, drops_bos=True)) == (family in TRIMS)
 
 
 REFUSED = {

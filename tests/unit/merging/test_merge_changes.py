@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from qlora_cli.merging.planning.weight_changes import (
-    Added,
-    Directed,
-    Experts,
+    AddedVector,
+    DoraChange,
+    ExpertUpdate,
     LowRankUpdate,
-    Replaced,
+    ReplacedParameter,
     RowUpdate,
     WeightChange,
-    Weighted,
-    Whole,
+    WeightedChange,
+    WholeParameter,
     total_delta,
 )
 
@@ -48,7 +48,7 @@ def test_factors_in_16_bit_are_multiplied_in_fp32(dtype: torch.dtype) -> None:
 def test_each_expert_has_its_own_factors_as_peft_lays_them_out(is_transposed: bool) -> None:
     num_experts, rank = 3, 2
     left, right = values(6, rank * num_experts), values(num_experts * rank, 4)
-    update = Experts(left=left, right=right, scale=0.5, num_experts=num_experts, is_transposed=is_transposed)
+    update = ExpertUpdate(left=left, right=right, scale=0.5, num_experts=num_experts, is_transposed=is_transposed)
     # As in `peft.tuners.lora.layer.ParamWrapper.get_delta_weight`.
     one = right.reshape(num_experts, rank, 4)
     other = left.reshape(6, rank, num_experts)
@@ -62,7 +62,7 @@ def test_each_expert_has_its_own_factors_as_peft_lays_them_out(is_transposed: bo
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_dora_gives_each_row_its_magnitude_and_the_direction_of_the_sum(is_transposed: bool) -> None:
     magnitude = values(6).abs()
-    change = Directed(update=low_rank(is_transposed=is_transposed), magnitude=magnitude)
+    change = DoraChange(update=low_rank(is_transposed=is_transposed), magnitude=magnitude)
     moved = WEIGHT + PRODUCT
     expected = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
     weight, expected = (WEIGHT.T, expected.T) if is_transposed else (WEIGHT, expected)
@@ -72,7 +72,7 @@ def test_dora_gives_each_row_its_magnitude_and_the_direction_of_the_sum(is_trans
 
 
 def test_a_bias_is_scaled_too() -> None:
-    torch.testing.assert_close(Added(values=LEFT[:, 0], scale=2.0).apply(torch.ones(6)), 1 + 2 * LEFT[:, 0])
+    torch.testing.assert_close(AddedVector(values=LEFT[:, 0], scale=2.0).apply(torch.ones(6)), 1 + 2 * LEFT[:, 0])
 
 
 def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> None:
@@ -81,9 +81,9 @@ def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> 
     assert torch.equal(found[[4, 1]], rows.values.float())
     assert torch.equal(found[[0, 2, 3, 5]], WEIGHT[[0, 2, 3, 5]])
     whole = values(6, 4)
-    assert torch.equal(Whole(values=whole).apply(WEIGHT), whole)
-    assert torch.equal(Whole(values=whole).apply(WEIGHT, 2), whole[2:3])
-    replaced = Replaced(values=whole, change=low_rank())
+    assert torch.equal(WholeParameter(values=whole).apply(WEIGHT), whole)
+    assert torch.equal(WholeParameter(values=whole).apply(WEIGHT, 2), whole[2:3])
+    replaced = ReplacedParameter(values=whole, change=low_rank())
     kept = whole.clone()
     torch.testing.assert_close(replaced.apply(WEIGHT), whole + PRODUCT)
     assert torch.equal(whole, kept)  # the adapter's own values stay as they are
@@ -91,11 +91,15 @@ def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> 
 
 def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> None:
     zero = LowRankUpdate(left=torch.zeros(6, 2), right=RIGHT, scale=3.0)
-    many = [Weighted(change=low_rank(), weight=0.5), Weighted(change=zero), Weighted(change=low_rank(), weight=-2)]
+    many = [
+        WeightedChange(change=low_rank(), weight=0.5),
+        WeightedChange(change=zero),
+        WeightedChange(change=low_rank(), weight=-2),
+    ]
     found = total_delta(many)
     assert found is not None
     torch.testing.assert_close(found, -1.5 * PRODUCT)
-    assert total_delta([Weighted(change=zero), Weighted(change=zero)]) is None
+    assert total_delta([WeightedChange(change=zero), WeightedChange(change=zero)]) is None
     assert total_delta([]) is None
 
 
@@ -106,23 +110,27 @@ PAIRS: dict[str, tuple[WeightChange, WeightChange, bool]] = {
     "transposed": (low_rank(), low_rank(is_transposed=True), False),
     "another scale": (low_rank(), low_rank(scale=2.0), False),
     "other values": (low_rank(), LowRankUpdate(left=LEFT, right=RIGHT + 1, scale=1.5), False),
-    "another kind": (low_rank(), Whole(values=LEFT), False),
+    "another kind": (low_rank(), WholeParameter(values=LEFT), False),
     "DoRA": (
-        Directed(update=low_rank(), magnitude=LEFT[:, 0]),
-        Directed(update=low_rank(), magnitude=LEFT[:, 0].clone()),
+        DoraChange(update=low_rank(), magnitude=LEFT[:, 0]),
+        DoraChange(update=low_rank(), magnitude=LEFT[:, 0].clone()),
         True,
     ),
     "DoRA of another scale": (
-        Directed(update=low_rank(), magnitude=LEFT[:, 0]),
-        Directed(update=low_rank(scale=2.0), magnitude=LEFT[:, 0]),
+        DoraChange(update=low_rank(), magnitude=LEFT[:, 0]),
+        DoraChange(update=low_rank(scale=2.0), magnitude=LEFT[:, 0]),
         False,
     ),
     "rows": (RowUpdate(indices=(1, 2), values=LEFT[:2]), RowUpdate(indices=(1, 2), values=LEFT[:2].clone()), True),
     "other rows": (RowUpdate(indices=(1, 2), values=LEFT[:2]), RowUpdate(indices=(2, 1), values=LEFT[:2]), False),
-    "replaced": (Replaced(values=WEIGHT, change=low_rank()), Replaced(values=WEIGHT, change=SAME), True),
+    "replaced": (
+        ReplacedParameter(values=WEIGHT, change=low_rank()),
+        ReplacedParameter(values=WEIGHT, change=SAME),
+        True,
+    ),
     "replaced by others": (
-        Replaced(values=WEIGHT, change=low_rank()),
-        Replaced(values=WEIGHT + 1, change=low_rank()),
+        ReplacedParameter(values=WEIGHT, change=low_rank()),
+        ReplacedParameter(values=WEIGHT + 1, change=low_rank()),
         False,
     ),
 }

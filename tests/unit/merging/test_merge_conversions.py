@@ -56,7 +56,7 @@ def test_every_parameter_is_made_as_transformers_makes_it_and_every_tensor_comes
         assert back.keys() == set(group.keys)
         assert all(torch.equal(value, tensors[name]) for name, value in back.items())
     assert {name for name, _ in model.named_parameters()} <= made
-    assert {key for group in conversions.groups for key in group.keys} | {*conversions.left_over} == tensors.keys()
+    assert {key for group in conversions.groups for key in group.keys} | {*conversions.unexpected} == tensors.keys()
 
 
 def test_slices_are_converted_alone_as_within_the_whole(
@@ -82,14 +82,14 @@ def test_slices_are_converted_alone_as_within_the_whole(
 def test_what_no_parameter_is_made_of_is_told() -> None:
     model = build_on_meta(tiny_config("llama"), torch.float32)
     names = [*dict(model.named_parameters()), "vision_tower.weight"]
-    assert read_conversions(model, names).left_over == ("vision_tower.weight",)
+    assert read_conversions(model, names).unexpected == ("vision_tower.weight",)
 
 
 def test_a_key_mapping_renames_first() -> None:
     model = build_on_meta(tiny_config("llama"), torch.float32)
     names = [f"text.{name}" for name, _ in model.named_parameters()]
     found = read_conversions(model, names, {r"^text\.": ""})
-    assert not found.left_over
+    assert not found.unexpected
     assert {group.targets[0]: group.keys[0] for group in found.groups} == {
         name: f"text.{name}" for name, _ in model.named_parameters()
     }
@@ -99,7 +99,7 @@ def test_names_that_are_stored_without_the_prefix_of_the_base_model_are_found() 
     model = build_on_meta(tiny_config("gpt2"), torch.float32)
     names = [name.removeprefix("transformer.") for name, _ in model.named_parameters()]
     found = read_conversions(model, names)
-    assert not found.left_over
+    assert not found.unexpected
     assert {name for group in found.groups for name in group.targets} == {name for name, _ in model.named_parameters()}
 
 
@@ -107,6 +107,8 @@ def test_what_transformers_does_not_undo_is_refused() -> None:
     model = build_on_meta(tiny_config("qwen3_moe"), torch.float32)
     names = [f"model.layers.0.mlp.experts.{index}.{leaf}_proj.weight" for index in range(4) for leaf in ("gate", "up")]
     (group,) = read_conversions(model, names).groups
-    broken = replace(group, middle={key: f"{name}.other" for key, name in group.middle.items()})
-    with pytest.raises(ModelError, match="transformers does not undo what it does on loading it"):
+    broken = replace(
+        group, intermediate_names={key: f"{name}.other" for key, name in group.intermediate_names.items()}
+    )
+    with pytest.raises(ModelError, match="transformers can't reverse its conversion on loading"):
         broken.backward(model, {group.targets[0]: torch.zeros(4, 128, 64)})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.merging.output_formats import Formats
+from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
@@ -15,9 +15,9 @@ CONVERTER = Path(__file__).parents[2] / "support" / "gguf_converter.py"
 OUTPUT = Path("out")
 
 
-def formats_of(formats: tuple[ExportFormat, ...], pushed_to: str | None = "me/x") -> Formats:
+def formats_of(formats: tuple[ExportFormat, ...], pushed_to: str | None = "me/x") -> RequestedFormats:
     merge = MergeSettings(adapters=("run",), formats=formats, push_to_hub=pushed_to, llama_cpp=CONVERTER)
-    return Formats.of(MergeCommandSettings(merge=merge))
+    return RequestedFormats.of(MergeCommandSettings(merge=merge))
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=",".join)

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_cli.errors import SettingsError
 from qlora_cli.merging.merge_checks import check_merge
-from qlora_cli.merging.places import output_of, output_problem
+from qlora_cli.merging.output_directory import output_path, output_problem
 from qlora_cli.settings.models import MergeCommandSettings
 
 
@@ -35,9 +35,9 @@ def test_a_link_in_the_default_place_is_refused_and_followed_only_if_named(
     adapter = run if is_run else run / "adapter"
     assert output_problem(merge_of(adapter)) is None
     (run.parent / "empty").mkdir()
-    link = output_of(merge_of(adapter))
+    link = output_path(merge_of(adapter))
     link.symlink_to(run.parent / target)
-    with pytest.raises(SettingsError, match="is a link, and is not followed unless it is named"):
+    with pytest.raises(SettingsError, match="is a link, and is followed only if you name it"):
         check_merge(merge_of(adapter))
     if target == "empty":
         assert output_problem(merge_of(adapter, output=link)) is None

@@ -1,4 +1,4 @@
-"""Where the result of a merge goes, and what it is called. Imports no torch."""
+"""The directory and the name of a merge's result. Imports no torch."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from qlora_cli.runs.directory import MERGED, RunDirectory, check_free_directory
 from qlora_cli.settings.models import MergeCommandSettings
 
 
-def output_of(request: MergeCommandSettings) -> Path:
-    """Return where the result goes: of a run into its directory, of an adapter into the working directory."""
+def output_path(request: MergeCommandSettings) -> Path:
+    """Return the directory of the result: for a run inside its directory, for an adapter in the working directory."""
     if request.merge.output is not None:
         return request.merge.output
     name = request.merge.adapters[0]
@@ -20,17 +20,17 @@ def output_of(request: MergeCommandSettings) -> Path:
 
 
 def output_problem(request: MergeCommandSettings) -> QloraError | None:
-    """Return why nothing can be written where the result goes; a link there is followed only if it was named."""
-    output = output_of(request)
+    """Return why the result can't be written; a link is followed only if the user named it."""
+    output = output_path(request)
     if request.merge.output is None and output.is_symlink():
         return OutputDirectoryError(
-            f"{output} is a link, and is not followed unless it is named",
+            f"{output} is a link, and is followed only if you name it",
             hint="Name the directory to write to with --output, or remove the link.",
         )
     return check_free_directory(output)
 
 
-def name_of(output: Path) -> str:
-    """Return what a result in `output` is called, in its card and as a file: of `merged` in a run, as the run is."""
+def result_name(output: Path) -> str:
+    """Return the name of a result in `output`, for its card and files; for `merged` in a run, with the run's name."""
     path = output.expanduser().resolve()
     return f"{path.parent.name}-{path.name}" if path.name == MERGED else path.name
