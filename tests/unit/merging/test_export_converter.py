@@ -139,10 +139,10 @@ def test_a_failure_tells_the_last_lines_and_leaves_no_file(tmp_path: Path) -> No
     [
         (
             "NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()",
-            "other tokens than",
+            "tokenize differently from",
         ),
         ("ModuleNotFoundError: No module named 'tiktoken.core'", "pip install tiktoken"),
-        ("ERROR:hf-to-gguf:Model FooForCausalLM is not supported", "no such architecture"),
+        ("ERROR:hf-to-gguf:Model FooForCausalLM is not supported", "does not support the architecture"),
         ("FileNotFoundError: File not found: /m/tokenizer.model", "copy it from the base"),
     ],
 )

@@ -197,5 +197,5 @@ def test_an_architecture_that_ollama_does_not_import_is_warned_about(model: Path
 def test_one_that_it_imports_is_noted_for_what_versions_make_of_it(model: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     write_modelfile(model, tmp_path / "Modelfile", source=".", reporter=recorder)
-    assert "differs between its versions" in notes(recorder, "info")
+    assert "versions of Ollama import different" in notes(recorder, "info")
     assert not notes(recorder, "warning")
