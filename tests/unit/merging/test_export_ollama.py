@@ -141,7 +141,7 @@ def test_a_template_that_takes_no_system_message_is_told(model: Path, tmp_path: 
     recorder = Recorder()
     export = write_modelfile(model, tmp_path / "Modelfile", source="./a.gguf", reporter=recorder)
     assert 'eq .Role "system"' not in read_modelfile(tmp_path / "Modelfile")["TEMPLATE"][0]
-    assert "no place for a system message" in "\n".join(export.notes) == notes(recorder)
+    assert "has no system message" in "\n".join(export.notes) == notes(recorder)
 
 
 def test_a_template_that_writes_the_date_is_warned_about(model: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_template_that_writes_the_date_is_warned_about(model: Path, tmp_path: 
     (model / "chat_template.jinja").write_text(dated, encoding="utf-8")
     recorder = Recorder()
     write_modelfile(model, tmp_path / "Modelfile", source="./a.gguf", reporter=recorder)
-    assert "date of today" in notes(recorder, "warning")
+    assert "today's date" in notes(recorder, "warning")
 
 
 def test_a_template_that_can_not_be_written_leaves_no_modelfile(model: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_an_architecture_that_ollama_does_not_import_is_warned_about(model: Path
     change(model / "config.json", architectures=["StableLmForCausalLM"])
     recorder = Recorder()
     write_modelfile(model, tmp_path / "Modelfile", source=".", reporter=recorder)
-    assert "no StableLmForCausalLM" in notes(recorder, "warning")
+    assert "does not know StableLmForCausalLM" in notes(recorder, "warning")
     assert "add --format gguf" in notes(recorder, "warning")
     again = Recorder()
     write_modelfile(model, tmp_path / "Modelfile", source="./a.gguf", reporter=again)
